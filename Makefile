@@ -1,0 +1,38 @@
+# make quickstart   environment, installation and the whole chain on scikit-learn's digits
+# make test         the tests that take seconds each
+# make test-slow    the tests that kill, resume and install for real
+# make lint         ruff
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test test-slow lint install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"vqmosaic needs Python 3.11 or newer; this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
+	@started=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' && \
+	echo $$(( $$(date +%s) - started )) > $(VENV)/installed && \
+	echo "installed into $(VENV) in $$(cat $(VENV)/installed) s"
+
+quickstart: install
+	@started=$$(date +%s); \
+	$(BIN)/vqmosaic run digits --run_dir $(RUN); code=$$?; \
+	echo "    installation took $$(cat $(VENV)/installed) s (once), the chain $$(( $$(date +%s) - started )) s"; \
+	exit $$code
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,53 @@
+"""`vqmosaic audit`: token shards proved whole, and held against the data set they were made from."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from token_shards.audit import audit_tokens
+from vqmosaic.errors import InputError
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe
+
+
+def audit_run(folder: Path, recipe: Recipe | None = None) -> int:
+    """Exit code 0 when nothing is wrong, 1 when something is; prints every problem.
+
+    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; give a tokens folder, such as runs/digits/tokens.")
+    if (folder / "tokens").is_dir():
+        folder = folder / "tokens"
+    compared, expected = "nothing: no recipe is known for this folder, give --recipe", None
+    if recipe is None:
+        recipe = recipe_of(folder)
+    if recipe is not None:
+        try:
+            expected, compared = expected_sources(recipe), f"the data set of {recipe.run_dir}"
+        except InputError as error:
+            compared = f"nothing: {error}"
+    reports = audit_tokens(folder, expected)
+    print(f"compared with {compared}")
+    for split, report in reports.items():
+        verdict = "whole" if report.passed else f"{len(report.problems)} problems"
+        print(f"{split}: {report.samples:,} samples in {report.shards} shards, {report.skipped} skipped: {verdict}")
+        for problem in report.problems:
+            print(f"    {problem}")
+    return 0 if all(report.passed for report in reports.values()) else 1
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of the run that a tokens folder or one of its splits lies in."""
+    for parent in list(folder.resolve().parents)[:2]:
+        if (parent / "recipe.yaml").is_file():
+            return load_recipe(str(parent / "recipe.yaml"))
+    return None
+
+
+def expected_sources(recipe: Recipe) -> dict[str, Iterable[tuple[str, int | None]]]:
+    """(source name, label) of every image of both splits, in order."""
+    from stage1_tokenizer.image_sources import open_splits
+
+    splits = open_splits(recipe.data)
+    return {name: [(source.source_name(index), source.label(index)) for index in range(len(source))]
+            for name, source in (("train", splits.train), ("validation", splits.validation))}

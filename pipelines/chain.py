@@ -1,0 +1,90 @@
+"""The whole chain of a recipe: every stage in turn, finished ones skipped, interrupted ones resumed. Loads torch only when there is work."""
+
+import time
+from pathlib import Path
+
+from pipelines.stage_checks import check_before_start
+from pipelines.stage_inputs import inputs_of, tokenizer_folder
+from vqmosaic.budget import duration
+from vqmosaic.launch import run_stage
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import save_recipe
+from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.stage_records import judge, redo, write_record
+
+MODULES = {"tokenizer": "stage1_tokenizer.train", "tokens": "pipelines.preprocess", "prior": "pipelines.train_prior"}
+
+
+def run_chain(recipe: Recipe, processes: int = 1, accelerate_config: str | None = None, redo_stage: str | None = None) -> int:
+    """Exit code of the chain: 0 when every stage is finished, else that of the stage that stopped."""
+    run = RunFolder(Path(recipe.run_dir))
+    redo_from(recipe, redo_stage)
+    for stage in STAGES:
+        check_before_start(recipe, stage, processes, alone=False)
+    save_recipe(recipe, run.recipe)
+    seconds: dict[str, float] = {}
+    for stage in STAGES:
+        if judge(run, recipe, stage, inputs_of(recipe, stage)) == "skip":
+            print(f"{stage}: finished already, {run.export(stage)}")
+            continue
+        started = time.monotonic()
+        if stage == "pipeline":
+            bundle_run(recipe)
+        else:
+            code = run_stage(MODULES[stage], [str(run.recipe)], processes, accelerate_config)
+            if code:
+                return code
+        seconds[stage] = time.monotonic() - started
+    if seconds or not run.summary.exists():
+        finish(recipe, run, seconds)
+    else:
+        print(f"nothing to do: {run.root} is finished, its numbers are in {run.summary}")
+    return 0
+
+
+def redo_from(recipe: Recipe, stage: str | None) -> None:
+    """Delete what a stage and those after it have made, where that was asked for."""
+    if stage is None:
+        return
+    run = RunFolder(Path(recipe.run_dir))
+    with run.lock():
+        print(f"--redo {stage}: removed {', '.join(redo(run, stage)) or 'nothing'}")
+        run.summary.unlink(missing_ok=True)
+
+
+def bundle_run(recipe: Recipe) -> Path:
+    """Bundle the tokenizer and the prior of a run into its pipeline/."""
+    from pipelines.bundle import make_bundle
+
+    run = RunFolder(Path(recipe.run_dir))
+    with run.lock():
+        inputs = inputs_of(recipe, "pipeline")
+        judge(run, recipe, "pipeline", inputs)
+        started = time.monotonic()
+        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), recipe.sampling)
+        write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
+    print(f"bundled {folder}")
+    return folder
+
+
+def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
+    """Measure the finished run, print what was measured and how long each part took, and say what to try next."""
+    from pipelines.summary import summarize, summary_table
+
+    started = time.monotonic()
+    summary = summarize(recipe)
+    seconds["pictures and measures"] = time.monotonic() - started
+    print(f"\nmeasured ({run.summary}):\n{summary_table(summary)}")
+    print("\ntime:\n" + "\n".join(f"    {name:<24} {duration(value)}" for name, value in seconds.items()))
+    print(f"    {'all together':<24} {duration(sum(seconds.values()))}")
+    names = summary_classes(run)
+    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext, try:\n"
+          f"    vqmosaic generate {run.root} {f'--classes {names} ' if names else ''}--num 8 --seed 7 --out samples/\n    vqmosaic demo {run.root}")
+
+
+def summary_classes(run: RunFolder) -> str:
+    """Two class names of a run for an example command, or nothing."""
+    from pipelines.bundle import read_bundle
+
+    names = read_bundle(run.export("pipeline"))["class_names"] or []
+    return ",".join(names[3:5] or names[:2])

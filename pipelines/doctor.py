@@ -1,0 +1,57 @@
+"""`vqmosaic doctor`: what is installed, what that enables, which device and number format a run would use."""
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from vqmosaic import __version__
+from vqmosaic.recipe_files import shipped_names
+
+CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "safetensors", "numpy", "pillow", "jsonargparse")
+OPTIONAL = {
+    "datasets": "Hugging Face data sets and parquet folders",
+    "scikit-learn": "the digits and their judge",
+    "gradio": "vqmosaic demo (pip install 'vqmosaic[demo]')",
+    "tensorboard": "trackers: [tensorboard]",
+    "wandb": "trackers: [wandb]",
+}
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported; nothing is imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def examine() -> str:
+    """The report as text."""
+    import torch
+
+    from vqmosaic.devices import cpu_has_bf16, default_device, resolve_precision
+
+    device = default_device()
+    lines = [f"vqmosaic {__version__}, Python {platform.python_version()} ({sys.executable})", "", "core"]
+    lines += [f"    {package:<14} {installed_version(package) or 'MISSING'}" for package in CORE]
+    lines += ["", "optional"]
+    lines += [f"    {package:<14} {installed_version(package) or 'not installed':<14} {what}" for package, what in OPTIONAL.items()]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    threads_note = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
+    lines += ["", "device", f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of them",
+              f"    threads {torch.get_num_threads()} of {os.cpu_count()} cores"
+              f"{threads_note}",
+              f"    mixed_precision auto is {resolve_precision('auto', device)}"
+              f"{' (this CPU multiplies bf16 in hardware)' if device.type == 'cpu' and cpu_has_bf16() else ''}",
+              "", f"recipes: {', '.join(shipped_names())}"]
+    missing = [package for package in CORE if installed_version(package) is None]
+    if missing:
+        lines += ["", f"to mend: pip install {' '.join(missing)}"]
+    return "\n".join(lines)

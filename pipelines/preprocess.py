@@ -1,0 +1,191 @@
+"""Encode the images of a recipe to token shards.
+
+    vqmosaic preprocess digits
+    vqmosaic preprocess cifar10 --processes 8
+
+Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. Shard s holds the sources [s*n, (s+1)*n) whoever writes it, so
+any number of processes gives the same bytes, and a run that was killed goes on with the shards that are missing.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from pipelines.stage_inputs import tokenizer_folder
+from stage1_tokenizer.image_sources import ImageSource, open_splits
+from stage1_tokenizer.images import UnreadableImage, View, named_views
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from token_shards.manifest import Grid, ShardSetHeader
+from token_shards.writer import TokenShardWriter, default_key
+from vqmosaic.devices import default_device, set_threads
+from vqmosaic.errors import InputError
+from vqmosaic.fingerprints import fingerprint
+from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.launch import check_world_size, run_worker
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import judge, write_record
+from vqmosaic.tracking import Reporter, progress_bar
+
+GRID_NAME = "image"
+
+
+def preprocess(recipe: Recipe) -> None:
+    """Write the token shards of both splits, from where an earlier call stopped."""
+    state = PartialState(cpu=default_device().type == "cpu")
+    check_world_size(state.num_processes)
+    set_threads(recipe.tokens.threads)  # before anything is computed: the number decides how sums round
+    run = RunFolder(Path(recipe.run_dir))
+    try:
+        with StopFlag() as stop, run.lock() if state.is_main_process else contextlib.nullcontext():
+            preprocess_locked(recipe, run, state, stop)
+    finally:
+        state.destroy_process_group()
+
+
+def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop: StopFlag) -> None:
+    """The preprocessing itself, while this process holds the run folder."""
+    report, started = Reporter("tokens", state.is_main_process), time.monotonic()
+    folder = tokenizer_folder(recipe)
+    tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
+    check_tokenizer_fits(recipe, tokenizer, folder)
+    splits = open_splits(recipe.data)
+    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    if judge(run, recipe, "tokens", inputs) == "skip":
+        report(f"finished already: {run.export('tokens')}")
+        return
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_record(run, recipe, "tokens", inputs, finished=False)
+
+    views = named_views(recipe.tokens.views, recipe.tokens.view_shift)
+    report.table("plan", {
+        "images": f"{len(splits.train):,} x {len(views)} views to train on, {len(splits.validation):,} to validate on ({splits.how})",
+        "tokens": f"{tokenizer.grid_size} x {tokenizer.grid_size} of {tokenizer.config.codebook_size} codes a view",
+        "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
+    })
+    writers = []
+    for name, source, split_views in (("train", splits.train, views), ("validation", splits.validation, views[:1])):
+        header = ShardSetHeader(
+            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity,
+            grids=[Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size)],
+            views=[view.to_dict() for view in split_views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
+            encoding={"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": state.device.type})
+        writer = TokenShardWriter(run.export("tokens") / name, header)
+        write_split(writer, source, split_views, tokenizer, recipe, state, stop, report)
+        writers.append(writer)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for writer in writers:
+            manifest = writer.finish()
+            check_skipped(len(manifest.skipped), manifest.num_sources, recipe)
+            report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
+            for entry in manifest.skipped[:10]:
+                report(f"    skipped {entry['source']}: {entry['reason']}")
+        write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
+    state.wait_for_everyone()
+
+
+def write_split(writer: TokenShardWriter, source: ImageSource, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
+                state: PartialState, stop: StopFlag, report: Reporter) -> None:
+    """Write this process's share of one split's shards, leaving out those that are complete already."""
+    own = range(state.process_index, writer.num_shards, state.num_processes)
+    missing = [shard for shard in own if not writer.is_complete(shard)]
+    if len(missing) < len(own):
+        report(f"{writer.folder}: {len(own) - len(missing)} of {len(own)} shards are complete already")
+    skipped = 0
+    with progress_bar(sum(len(writer.header.source_range(shard)) for shard in missing), 0, writer.header.split, "image", state.is_main_process) as bar:
+        for number in missing:
+            sources = writer.header.source_range(number)
+            with writer.shard(number) as shard:
+                for index, ids_VT in encoded(source, sources, views, tokenizer, recipe, stop):
+                    if isinstance(ids_VT, UnreadableImage):
+                        shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
+                        skipped += 1
+                    else:
+                        shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index),
+                                  ids={GRID_NAME: ids_VT})
+                    bar.update()
+            check_skipped(skipped, len(source), recipe)
+
+
+def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
+            stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+    """(index, ids (V, T)) for each source in order, or (index, why it cannot be read).
+
+    Decoding runs in threads ahead of the encoder. Rows are encoded in batches of one fixed shape, filled up with zeros.
+    """
+    transform, batch_size, rows_per_image = tokenizer.transform, recipe.tokens.batch_size, len(views)
+    images_per_batch = max(1, batch_size // rows_per_image)
+
+    def decode(index: int) -> torch.Tensor | UnreadableImage:
+        try:
+            image = source.read(index)
+        except UnreadableImage as error:
+            return error
+        return torch.stack([transform(image, view) for view in views])  # (V, C, H, W)
+
+    with ThreadPoolExecutor(max(1, recipe.data.workers)) as pool:
+        remaining = iter(indices)
+        ahead = [(index, pool.submit(decode, index)) for index in islice(remaining, 2 * images_per_batch)]
+        while ahead:
+            if stop.signal:
+                raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+            now, ahead = ahead[:images_per_batch], ahead[images_per_batch:]
+            decoded = [(index, future.result()) for index, future in now]
+            ahead += [(index, pool.submit(decode, index)) for index in islice(remaining, images_per_batch)]
+            readable = [views_VCHW for _, views_VCHW in decoded if isinstance(views_VCHW, torch.Tensor)]
+            ids_NVT = encode_rows(torch.cat(readable), tokenizer, batch_size).reshape(len(readable), rows_per_image, -1) if readable else None
+            done = 0
+            for index, result in decoded:
+                if isinstance(result, UnreadableImage):
+                    yield index, result
+                else:
+                    yield index, ids_NVT[done]
+                    done += 1
+
+
+def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
+    """Ids (N, T) of images (N, C, H, W), always computed `batch_size` at a time so that the shape cannot change the rounding."""
+    device = tokenizer.quantizer.codebook.device
+    pieces = []
+    for start in range(0, len(rows_NCHW), batch_size):
+        piece = rows_NCHW[start:start + batch_size]
+        padded = torch.zeros(batch_size, *piece.shape[1:])
+        padded[:len(piece)] = piece
+        pieces.append(tokenizer.encode(padded.to(device))[:len(piece)].flatten(1).cpu().numpy())
+    return np.concatenate(pieces)
+
+
+def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path) -> None:
+    """Raise InputError where the recipe's images are not of the size the tokenizer was made for."""
+    for field in dataclasses.fields(tokenizer.transform):
+        given, needed = getattr(recipe.data, field.name, None), getattr(tokenizer.transform, field.name)
+        if given is not None and given != needed:
+            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}; set data.{field.name} to {needed}.")
+
+
+def check_skipped(skipped: int, total: int, recipe: Recipe) -> None:
+    """Raise InputError when more images are unreadable than the recipe puts up with."""
+    if skipped > recipe.data.max_unreadable * total:
+        raise InputError(f"{skipped} of {total} images are unreadable, more than data.max_unreadable = {recipe.data.max_unreadable:g} allows. "
+                         "`vqmosaic check-data RECIPE` lists them; mend or remove them, or raise the limit.")
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point: a recipe and its overrides."""
+    preprocess(load_recipe(arguments[0], arguments[1:]))
+
+
+if __name__ == "__main__":
+    run_worker(main, sys.argv[1:])

@@ -1,0 +1,112 @@
+"""The end of a run: samples.png, reconstructions.png, summary.json and the table of what was measured."""
+
+import dataclasses
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.measures import DigitsJudge, measure_generation
+from stage1_tokenizer.data_location import resolve_source
+from stage1_tokenizer.image_batches import ValidationImages
+from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.images import to_uint8
+from stage1_tokenizer.validation import reconstruction_picture
+from token_shards import TokenShardReader
+from vqmosaic.durable_files import write_json
+from vqmosaic.recipe import Recipe
+from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.stage_records import load_record
+from vqmosaic.tracking import read_metrics
+
+ROWS, COLUMNS = 10, 10
+LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
+
+
+def summarize(recipe: Recipe) -> dict[str, Any]:
+    """Make the pictures and the numbers of a finished run; writes and returns summary.json."""
+    run = RunFolder(Path(recipe.run_dir))
+    pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
+    splits = open_splits(recipe.data)
+    save_samples(pipe, recipe, run.root / "samples.png")
+    validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
+    images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
+    restored_BCHW = pipe.tokenizer.decode(pipe.tokenizer.encode(images_BCHW.to(pipe.device))).cpu()
+    save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
+
+    reader = TokenShardReader(run.export("tokens") / "train")
+    is_digits = resolve_source(recipe.data) == "digits"
+    judge = DigitsJudge([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
+    tokenizer_numbers = read_metrics(run.logs("tokenizer") / "metrics.jsonl", "validation")[-1]
+    prior_records = read_metrics(run.logs("prior") / "metrics.jsonl", "validation")
+    chosen = min(prior_records, key=lambda record: record["nll"]) if recipe.prior_training.export == "best" else prior_records[-1]
+    tokens = pipe.prior.vocabulary.num_tokens
+    summary = {
+        "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
+        "tokens": {"count": tokens, "codebook_size": recipe.tokenizer.codebook_size, "bits_per_image": tokens * math.log2(recipe.tokenizer.codebook_size)},
+        "tokenizer": without_kind(tokenizer_numbers), "prior": without_kind(chosen), "prior_export": recipe.prior_training.export,
+        "sampling": dataclasses.asdict(pipe.sampling),
+        "generation": measure_generation(pipe, reader, recipe.seed, judge),
+        **({"classifier_accuracy_on_held_out_scans": judge.accuracy} if judge else {}),
+        "seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},
+    }
+    write_json(run.summary, summary)
+    return summary
+
+
+def without_kind(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of metrics.jsonl without the word that says which kind it is."""
+    return {name: value for name, value in record.items() if name != "kind"}
+
+
+def processor_name() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
+    """A picture of samples: a row for each of the first ten classes, or just rows."""
+    names = pipe.class_names
+    rows = min(ROWS, len(names)) if names else ROWS
+    out = pipe(list(range(rows)) if names else None, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
+    picture = image_grid([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
+    save_picture(picture, path)
+
+
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The numbers of a run as lines a person reads."""
+    tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
+    rows = [
+        ("tokens of an image", f"{tokens['count']} of {tokens['codebook_size']} codes, {tokens['bits_per_image']:.0f} bits"),
+        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f}"),
+        ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
+        ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,})"),
+    ]
+    for name, numbers in summary["generation"].items():
+        words = [f"{numbers['copies']:.1%} copies", f"{numbers['distinct']:.1%} distinct"]
+        if "class_agreement" in numbers:
+            words = [f"{numbers['class_agreement']:.1%} of the class asked for", *words, f"spread {numbers['spread']:.2f} of the scans'"]
+        rows.append((f"{numbers['samples']} samples, {name}", ", ".join(words)))
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def read_summary(run: RunFolder) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    return json.loads(run.summary.read_text())

@@ -1,0 +1,56 @@
+"""Stage 2 training with pictures: the prior's samples, decoded by the run's tokenizer after each validation.
+
+    vqmosaic train-prior digits
+
+Without a tokenizer at hand (tokens made elsewhere) the training runs without pictures.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from pipelines.stage_inputs import tokenizer_folder
+from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.images import to_uint8
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.prior import TokenPrior
+from stage2_prior.train import OnValidation, train
+from vqmosaic.devices import default_device
+from vqmosaic.launch import run_worker
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe
+from vqmosaic.seeding import image_seeds
+
+ROWS, COLUMNS = 10, 8
+
+
+def sample_pictures(recipe: Recipe) -> OnValidation | None:
+    """A callback that saves a picture of decoded samples, or None where there is no tokenizer."""
+    folder = tokenizer_folder(recipe)
+    if not (folder / "config.json").is_file():
+        return None
+    tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
+
+    def save(prior: TokenPrior, step: int, log_folder: Path) -> None:
+        if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
+            return  # tokens of another tokenizer: there is nothing to decode them with
+        num_classes = prior.vocabulary.num_classes
+        rows = min(ROWS, num_classes) or 4
+        classes = [row for row in range(rows) for _ in range(COLUMNS)] if num_classes else None
+        ids_BT = prior.sample(classes, recipe.sampling, seeds=image_seeds(recipe.seed, rows * COLUMNS))
+        pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, tokenizer.grid_size, tokenizer.grid_size)).cpu())
+        picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
+        save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
+
+    return torch.no_grad()(save)
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point: a recipe and its overrides."""
+    recipe = load_recipe(arguments[0], arguments[1:])
+    train(recipe, sample_pictures(recipe))
+
+
+if __name__ == "__main__":
+    run_worker(main, sys.argv[1:])

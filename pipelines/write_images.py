@@ -1,0 +1,76 @@
+"""What `generate` and `reconstruct` write: one PNG an image, plus a grid."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from pipelines.generate import ImageGenerationPipeline
+from stage1_tokenizer.image_grid import image_grid, save_picture, to_picture, viewing_scale
+from stage1_tokenizer.images import UnreadableImage, read_image, to_uint8
+from vqmosaic.errors import InputError
+from vqmosaic.tracking import progress_bar
+
+GRID_COLUMNS = 8
+
+
+def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int, out: Path, device: str | None, dtype: str,
+                    sampling: dict[str, float]) -> int:
+    """Exit code 0 after writing `num` images of each label to `out`, named by class and number."""
+    check_can_write(out)
+    pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
+    with progress_bar(None, 0, "sampling", "token") as bar:
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        result = pipe(labels, num, seed=seed, output_type="np", callback=show, **sampling)
+    width = len(str(num - 1))
+    for number, pixels_HWC in enumerate(result.images):
+        name = "sample" if result.class_indices is None else file_name(pipe.class_names[result.class_indices[number]])
+        save_picture(to_picture(pixels_HWC), out / f"{name}-{number % num:0{width}d}.png")
+    columns = num if labels is not None else min(num, GRID_COLUMNS)
+    rows = [result.images[start:start + columns] for start in range(0, len(result.images), columns)]
+    save_picture(image_grid(rows, viewing_scale(result.images.shape[1])), out / "grid.png")
+    print(f"wrote {len(result.images)} images and grid.png to {out}")
+    return 0
+
+
+def write_reconstructions(folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
+    """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png."""
+    check_can_write(out)
+    pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
+    transform = pipe.tokenizer.transform
+    originals = []
+    for path in paths:
+        try:
+            originals.append(transform(read_image(path, channels=transform.channels)))
+        except UnreadableImage as error:
+            raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
+    images_BCHW = torch.stack(originals)
+    restored_BCHW = pipe.tokenizer.decode(pipe.tokenizer.encode(images_BCHW.to(pipe.device))).cpu()
+    before, after = to_uint8(images_BCHW), to_uint8(restored_BCHW)
+    taken: set[str] = set()
+    for path, pixels_HWC in zip(paths, after, strict=True):
+        name = path.stem
+        while name in taken or name == "grid":
+            name += "_"
+        taken.add(name)
+        save_picture(to_picture(pixels_HWC), out / f"{name}.png")
+    rows = [part for start in range(0, len(before), GRID_COLUMNS) for part in (before[start:start + GRID_COLUMNS], after[start:start + GRID_COLUMNS])]
+    save_picture(image_grid(rows, viewing_scale(before.shape[1])), out / "grid.png")
+    print(f"wrote {len(after)} reconstructions and grid.png (originals over reconstructions) to {out}")
+    return 0
+
+
+def check_can_write(out: Path) -> None:
+    """Raise InputError where the output folder cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}.") from None
+
+
+def file_name(class_name: str) -> str:
+    """A class name as part of a file name."""
+    return re.sub(r"[^\w-]+", "_", class_name) or "class"

@@ -1,0 +1,137 @@
+"""Where a recipe's images are: decided by looking at names only. Imports neither torch nor any data-set library."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.recipe_sections import DataConfig
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+VALIDATION_SPLITS = ("validation", "val", "valid", "test")
+"""Names of splits and sub-folders that are taken for validation, in this order."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_GIVE_A_PATH = "give --data.path a folder of images, a folder of parquet or arrow files, or the name of a Hugging Face data set"
+
+
+def resolve_source(data: DataConfig) -> str:
+    """digits, folder or huggingface: what data.source says, or for auto what data.path looks like.
+
+    Raises InputError when data.path is missing or is neither on this machine nor like the name of a data set on the hub.
+    """
+    if data.source != "auto":
+        return data.source
+    if not data.path:
+        raise InputError(f"data.path is not given, and data.source is 'auto'; {_GIVE_A_PATH}, or set --data.source digits.")
+    path = local_path(data)
+    if path.is_dir():
+        return "huggingface" if _holds_tables(path) else "folder"
+    if path.is_file():
+        if path.suffix.lower() in TABLE_SUFFIXES:
+            return "huggingface"
+        raise InputError(f"data.path is {data.path!r}, which is a file; {_GIVE_A_PATH}.")
+    if looks_like_hub_name(data.path):
+        return "huggingface"
+    raise _missing(data)
+
+
+def check_data_path(data: DataConfig) -> str:
+    """The resolved source, after looking whether images can be there and the library that reads them is installed.
+
+    Takes milliseconds and reads names only, so it can stand before any slow import. Raises InputError.
+    """
+    source = resolve_source(data)
+    if source == "digits":
+        _check_installed("sklearn", "scikit-learn", "data.source 'digits'")
+        return source
+    path = local_path(data)
+    if source == "folder":
+        if not path.is_dir():
+            raise _missing(data)
+        if next(image_files(path), None) is None:
+            raise no_images(data)
+        return source
+    _check_installed("datasets", "datasets", f"data.path {data.path!r} (a Hugging Face data set)")
+    if not path.exists() and not looks_like_hub_name(data.path):
+        raise _missing(data)
+    return source
+
+
+def local_path(data: DataConfig) -> Path:
+    """data.path as a path on this machine, with ~ resolved."""
+    return Path(data.path).expanduser()
+
+
+def image_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of the files that are images by name, at any depth; hidden names are left out.
+
+    Links to folders are followed, but never back into a folder they lie in. Dead links are listed: reading them tells why.
+    """
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in ancestors:
+        return
+    with os.scandir(folder) as entries:
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    for name, is_folder in visible:
+        if is_folder:
+            yield from (f"{name}/{inner}" for inner in image_files(folder / name, (*ancestors, identity)))
+        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            yield name
+
+
+def looks_like_hub_name(path: str) -> bool:
+    """Whether a path that does not exist may be a data set on the hub: "name" or "owner/name", and no local folder `owner`."""
+    owner, _, name = path.partition("/")
+    return bool(_HUB_NAME.fullmatch(path)) and not (name and os.path.isdir(owner))
+
+
+def nearest_sibling(path: Path) -> str | None:
+    """The existing neighbour of a missing path whose name is most like it, or None."""
+    parent = path.parent
+    if not parent.is_dir():
+        return None
+    nearest = nearest_name(path.name, (entry.name for entry in os.scandir(parent)))
+    return str(parent / nearest) if nearest else None
+
+
+def no_images(data: DataConfig) -> InputError:
+    """The error for a folder without a single image."""
+    return InputError(f"data.path is {data.path!r}, a folder without images; files are taken by their names, which end in "
+                      f"{', '.join(sorted(IMAGE_SUFFIXES))}.")
+
+
+def _holds_tables(folder: Path) -> bool:
+    # A data set may keep its tables in data/ or train/. The first file that is a table or an image decides each folder, so that a
+    # large tree of images is not walked.
+    with os.scandir(folder) as entries:
+        listed = [entry for entry in entries if not entry.name.startswith(".")]
+    if any(_suffix(entry) in TABLE_SUFFIXES for entry in listed):
+        return True
+    if any(_suffix(entry) in IMAGE_SUFFIXES for entry in listed):
+        return False
+    for inner in sorted(entry.path for entry in listed if entry.is_dir()):
+        with os.scandir(inner) as entries:
+            kind = next((suffix for suffix in map(_suffix, entries) if suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES), None)
+        if kind:
+            return kind in TABLE_SUFFIXES
+    return False
+
+
+def _suffix(entry: os.DirEntry) -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+def _missing(data: DataConfig) -> InputError:
+    nearest = nearest_sibling(local_path(data))
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    return InputError(f"data.path is {data.path!r}, which does not exist (looked from {os.getcwd()}); {_GIVE_A_PATH}.{hint}")
+
+
+def _check_installed(module: str, package: str, reader_of: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{reader_of} needs the package {package}, which is not installed: pip install {package}")

@@ -1,0 +1,263 @@
+"""Hugging Face data sets: by name on the hub, or a local folder (or file) of parquet or arrow.
+
+Only images.py decodes: the rows give the stored bytes, so the rules for EXIF, alpha and depth are the same as for files.
+"""
+
+import hashlib
+import json
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+import numpy as np
+import pyarrow.compute
+from PIL import Image
+
+from stage1_tokenizer.data_location import VALIDATION_SPLITS, local_path, nearest_sibling
+from stage1_tokenizer.image_sources import ImageSplits, cut_validation
+from stage1_tokenizer.images import UnreadableImage, read_image
+from vqmosaic.errors import InputError, check_name
+from vqmosaic.recipe_sections import DataConfig
+
+_LABEL_NAMES = ("label", "labels", "class")
+_CONNECT_SECONDS = 5
+_FINGERPRINT_ROWS = 256
+
+
+class HuggingFaceSource:
+    """One split of a data set; names are row numbers of the stored split."""
+
+    def __init__(self, split: str, rows: datasets.Dataset, picked: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None,
+                 data: DataConfig):
+        self.split = split
+        self.class_names = class_names
+        self._rows, self._picked, self._labels = rows, picked, labels  # rows has one column, the stored images
+        self._column = rows.column_names[0]
+        self._name = str(local_path(data).resolve()) if local_path(data).exists() else data.path
+        self._channels, self._max_pixels = data.channels, data.max_pixels
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        # The library's own fingerprint depends on paths and times. This digest is the same on every machine, and reads little:
+        # all labels, the stored size of every image, and the bytes of a few hundred images.
+        digest = hashlib.sha256(json.dumps([self.class_names, len(self._rows)]).encode())
+        digest.update(self._picked.astype("<i8").tobytes())
+        if self._labels is not None:
+            digest.update(self._labels[self._picked].astype("<i8").tobytes())
+        digest.update(_stored_sizes(self._rows, self._column).astype("<i8").tobytes())
+        for position in np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int):
+            stored = self._stored(position)
+            digest.update(stored if isinstance(stored, bytes) else str(stored).encode())
+        return {"kind": "huggingface", "path": self._name, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self._picked)
+
+    def source_name(self, index: int) -> str:
+        return str(self._picked[index])
+
+    def label(self, index: int) -> int | None:
+        if self._labels is None:
+            return None
+        label = int(self._labels[self._picked[index]])
+        return label if label >= 0 else None
+
+    def read(self, index: int) -> Image.Image:
+        stored = self._stored(index)
+        if stored is None:
+            raise UnreadableImage("the row holds no image")
+        return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+
+    def _stored(self, index: int) -> bytes | str | None:
+        value = self._rows[int(self._picked[index])][self._column]
+        if isinstance(value, dict):
+            return value["bytes"] if value["bytes"] is not None else value["path"]
+        return value
+
+
+def open_huggingface(data: DataConfig) -> ImageSplits:
+    """The images of a Hugging Face data set. Raises InputError for splits and columns it does not have, and without a connection."""
+    splits = _load(data)
+    check_name(f"data.train_split (for data.path {data.path!r})", data.train_split, splits)
+    validation_split = data.validation_split
+    if validation_split is None:
+        validation_split = next((name for name in VALIDATION_SPLITS if name in splits and name != data.train_split), None)
+    else:
+        check_name(f"data.validation_split (for data.path {data.path!r})", validation_split, splits)
+        if validation_split == data.train_split:
+            raise InputError(f"data.train_split and data.validation_split are both {validation_split!r}; give two different splits of "
+                             f"{', '.join(splits)}, or leave data.validation_split out to have one cut by a hash.")
+    train = splits[data.train_split]
+    image_column = _image_column(train, data)
+    label_column = _label_column(train, data)
+    class_names, to_index = _classes(train, label_column)
+
+    def images(rows: datasets.Dataset) -> datasets.Dataset:
+        rows = rows.select_columns([image_column])
+        if isinstance(rows.features[image_column], datasets.Image):
+            return rows.cast_column(image_column, datasets.Image(decode=False))
+        return rows
+
+    train_labels = to_index(train)
+    if validation_split is None:
+        picked, held_out, how = cut_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
+        stored = images(train)
+        return ImageSplits(HuggingFaceSource(data.train_split, stored, picked, train_labels, class_names, data),
+                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how)
+    validation = splits[validation_split]
+    check_name(f"data.image_column (in split {validation_split!r} of data.path {data.path!r})", image_column, validation.column_names)
+    for split, rows in ((data.train_split, train), (validation_split, validation)):
+        if not len(rows):
+            raise InputError(f"split {split!r} of data.path {data.path!r} is empty.")
+    validation_labels = to_index(validation)
+    if class_names:
+        unknown = sorted(set(validation_labels.tolist()) - set(train_labels.tolist()) - {-1})
+        if unknown:
+            raise InputError(f"data.path {data.path!r}: class {class_names[unknown[0]]!r} has images in {validation_split!r} but none in "
+                             f"{data.train_split!r}, so it cannot be trained on.")
+    return ImageSplits(
+        HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
+        HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
+        f"validation: the {len(validation)} images of the split {validation_split!r}")
+
+
+def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
+    """The splits by name."""
+    path = local_path(data)
+    local = path.exists()
+    bars = datasets.utils.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            loaded = datasets.load_dataset("arrow" if path.suffix.lower() == ".arrow" else "parquet", data_files=str(path))
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded = datasets.load_from_disk(str(path))
+        elif local:
+            loaded = datasets.load_dataset(str(path))
+        else:
+            loaded = _load_from_hub(data.path)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many types, and wraps those of others
+        if local:
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"data.path {data.path!r} cannot be loaded as a Hugging Face data set: {reason}") from error
+        raise InputError(_hub_failure(data, error)) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {data.train_split: loaded}
+
+
+def _load_from_hub(name: str) -> datasets.DatasetDict:
+    """The data set from the hub, or from its cache where the hub cannot be reached; the library alone would retry for 25 seconds."""
+    import huggingface_hub.constants as hub
+
+    endpoint = urlsplit(hub.ENDPOINT)
+    before = hub.HF_HUB_OFFLINE
+    try:
+        if not before and not urllib.request.getproxies():  # behind a proxy a direct connection proves nothing
+            try:
+                socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=_CONNECT_SECONDS).close()
+            except OSError:
+                hub.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(name)
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _hub_failure(data: DataConfig, error: Exception) -> str:
+    nearest = nearest_sibling(local_path(data))
+    neighbour = f" (nearest: {nearest!r})" if nearest else ""
+    return (f"data.path is {data.path!r}, which is no local folder{neighbour} and could not be loaded from the Hugging Face hub: "
+            f"{type(error).__name__}: {error}. Check the name and the connection (a private data set needs `hf auth login`); without a "
+            "connection, copy the data set to this machine and give --data.path its folder of parquet files.")
+
+
+def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
+    """The column with the images: the one of type Image, else the one that holds bytes."""
+    given = f"data.image_column (for data.path {data.path!r})"
+    if data.image_column:
+        check_name(given, data.image_column, rows.column_names)
+        if not _stores_images(rows.features[data.image_column]):
+            raise InputError(f"{given} is {data.image_column!r}, which holds {rows.features[data.image_column]}, no images.")
+        return data.image_column
+    typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    found = typed or [name for name, feature in rows.features.items() if _stores_images(feature)]
+    if len(found) != 1:
+        raise InputError(f"{given} is not given, and {len(found) or 'no'} columns hold images; name one of: "
+                         f"{', '.join(found or rows.column_names)}.")
+    return found[0]
+
+
+def _stores_images(feature: Any) -> bool:
+    # parquet files written without the library carry no Image type: the same struct, or plain bytes
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    return isinstance(feature, datasets.Image) or (isinstance(feature, datasets.Value) and "binary" in feature.dtype)
+
+
+def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
+    """The column with the classes: the one of type ClassLabel, else one with a usual name; None where there is none."""
+    if not data.use_labels:
+        return None
+    given = f"data.label_column (for data.path {data.path!r})"
+    if data.label_column:
+        check_name(given, data.label_column, rows.column_names)
+        if not _stores_classes(rows.features[data.label_column]):
+            raise InputError(f"{given} is {data.label_column!r}, which holds {rows.features[data.label_column]}; "
+                             "allowed: class labels, integers or strings.")
+        return data.label_column
+    found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) > 1:
+        raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; name one, or set --data.use_labels false.")
+    named = (name for name in _LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]))
+    return found[0] if found else next(named, None)
+
+
+def _stores_classes(feature: Any) -> bool:
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    return isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
+
+
+def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None]]:
+    """The class names, and the function that gives a split's class indices (int64, -1 for rows without a class)."""
+    if column is None:
+        return None, lambda rows: None
+    feature = train.features[column]
+    values = {value for value in train[column][:] if value is not None}
+    if isinstance(feature, datasets.ClassLabel):
+        values = range(len(feature.names)) if values - {-1} else ()  # public test splits mark withheld classes by -1
+        index_of = {-1: -1} | {value: value for value in values}
+        names = list(feature.names)
+    else:
+        values = sorted(values)
+        index_of = {value: index for index, value in enumerate(values)}
+        names = [str(value) for value in values]
+    if not values:
+        return None, lambda rows: None
+
+    def to_index(rows: datasets.Dataset) -> np.ndarray:
+        given = rows[column][:] if column in rows.column_names else [None] * len(rows)
+        unknown = sorted({value for value in given if value is not None and value not in index_of})
+        if unknown:
+            raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "
+                             "training split, so it cannot be trained on.")
+        return np.array([index_of.get(value, -1) for value in given], np.int64)
+
+    return names, to_index
+
+
+def _stored_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Bytes of every row's image as stored (int64, -1 where there are none), from the table's offsets alone."""
+    stored = rows.with_format("arrow")[:][column]
+    if pyarrow.types.is_struct(stored.type):
+        stored = pyarrow.compute.struct_field(stored, "bytes")
+    return pyarrow.compute.binary_length(stored).fill_null(-1).to_numpy()

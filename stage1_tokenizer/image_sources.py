@@ -1,0 +1,105 @@
+"""Images with names and labels, wherever they come from: what a source offers, and how a recipe's two splits are opened.
+
+The kinds are in digits_source.py, folder_source.py and huggingface_source.py; only the one that is asked for is imported.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from stage1_tokenizer.data_location import check_data_path
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.seeding import derive_seed
+
+
+class ImageSource(Protocol):
+    """One split: images by index. Sources are cheap to open, can be sent to worker processes and read from several threads."""
+
+    class_names: list[str] | None
+    """Names of the classes, or None for images without labels; the same list in every split."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What these images are, as JSON: kind, path, split, count, sha256. Equal dicts mean equal images; moving the path changes it."""
+
+    def __len__(self) -> int: ...
+
+    def source_name(self, index: int) -> str:
+        """The image's name, unique in the split: its path relative to data.path, or its row number."""
+
+    def label(self, index: int) -> int | None:
+        """The index of the image's class in class_names, or None."""
+
+    def read(self, index: int) -> Image.Image:
+        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason."""
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The two splits of a data set."""
+
+    train: ImageSource
+    validation: ImageSource
+    how: str
+    """A sentence that says where the validation images come from."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, or None for images without labels."""
+        return self.train.class_names
+
+
+def open_splits(data: DataConfig) -> ImageSplits:
+    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts it cannot use."""
+    source = check_data_path(data)
+    if source == "digits":
+        from stage1_tokenizer.digits_source import open_digits as open_kind
+    elif source == "folder":
+        from stage1_tokenizer.folder_source import open_folder as open_kind
+    else:
+        from stage1_tokenizer.huggingface_source import open_huggingface as open_kind
+    return open_kind(data)
+
+
+def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
+    """Indices of the training and of the validation images, each in order, and the sentence that says how.
+
+    A hash of each image's own name decides, so that adding images moves none from one side to the other. Two exceptions:
+    the last image of a class stays in training, and one image goes to validation where the hash takes none.
+    """
+    if len(names) < 2:
+        raise InputError(f"data.path {data.path!r} holds {len(names)} image; at least 2 are needed, one to train and one to validate on.")
+    million = 1_000_000
+    hashes = np.array([derive_seed("validation", name) % million for name in names])
+    held_out = hashes < data.validation_fraction * million
+    classes: dict[Hashable, list[int]] = {}
+    for index, label in enumerate(labels if labels is not None else [None] * len(names)):
+        classes.setdefault(label, []).append(index)
+    for members in classes.values():
+        if held_out[members].all():
+            held_out[members[int(np.argmax(hashes[members]))]] = False
+    if not held_out.any():
+        # not the last of its class, unless every class has only one image
+        candidates = [index for members in classes.values() if len(members) > 1 for index in members] or list(range(len(names)))
+        held_out[min(candidates, key=hashes.__getitem__)] = True
+    kind = "path" if isinstance(names[0], str) else "row number"
+    how = (f"validation: {int(held_out.sum())} of {len(names)} images, cut from the training split by a hash of {kind} "
+           f"(data.validation_fraction = {data.validation_fraction:g})")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out), how
+
+
+def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
+    """Raise InputError when more images are unreadable (name -> reason) than data.max_unreadable allows.
+
+    A single one never stops a run, however few images there are, unless data.max_unreadable is 0.
+    """
+    allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
+    if len(unreadable) <= allowed:
+        return
+    examples = "; ".join(f"{name} ({reason})" for name, reason in list(unreadable.items())[:3])
+    raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
+                     f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")

@@ -1,0 +1,142 @@
+"""Convolutional encoder and decoder, laid out block for block like those of taming-transformers (VQGAN, Esser et al. 2021).
+
+The order of blocks, paddings and norms is kept so that weights of taming-transformers and of diffusers' VQModel can be mapped
+onto these modules one to one.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vqmosaic.recipe_sections import TokenizerConfig
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups and eps 1e-6."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after norm and swish, around a skip connection."""
+
+    def __init__(self, channels_in: int, channels_out: int, dropout: float):
+        super().__init__()
+        self.norm1 = normalization(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = normalization(channels_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        hidden_BCHW = self.conv2(self.dropout(F.silu(self.norm2(hidden_BCHW))))
+        return self.shortcut(x_BCHW) + hidden_BCHW
+
+
+class AttentionBlock(nn.Module):
+    """One-head self-attention over all positions, around a skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = normalization(channels)
+        self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        normed_BCHW = self.norm(x_BCHW)
+        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
+                             for layer in (self.query, self.key, self.value))
+        mixed_BCHW = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).reshape(x_BCHW.shape)
+        return x_BCHW + self.out(mixed_BCHW)
+
+
+class Downsample(nn.Module):
+    """Half the height and width: stride 2 with padding at the right and bottom only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+def level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels_out: int, count: int) -> nn.ModuleList:
+    """The residual blocks of one level, each followed by attention where the configuration has it at this level."""
+    blocks = nn.ModuleList()
+    for index in range(count):
+        blocks.append(ResidualBlock(channels_in if index == 0 else channels_out, channels_out, config.dropout))
+        if level in config.attention_levels:
+            blocks.append(AttentionBlock(channels_out))
+    return blocks
+
+
+def middle_blocks(config: TokenizerConfig, channels: int) -> nn.Sequential:
+    """Residual block, attention if configured, residual block, at the lowest resolution."""
+    attention = [AttentionBlock(channels)] if config.middle_attention else []
+    return nn.Sequential(ResidualBlock(channels, channels, config.dropout), *attention, ResidualBlock(channels, channels, config.dropout))
+
+
+class Encoder(nn.Module):
+    """Images (B, C, H, W) to features (B, latent_channels, h, w)."""
+
+    def __init__(self, config: TokenizerConfig, image_channels: int):
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        channels = config.channels
+        for level, width in enumerate(widths):
+            blocks = level_blocks(config, level, channels, width, config.residual_blocks)
+            self.levels.append(nn.Sequential(*blocks, *([Downsample(width)] if level < len(widths) - 1 else [])))
+            channels = width
+        self.middle = middle_blocks(config, channels)
+        self.norm_out = normalization(channels)
+        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        features = self.conv_in(images_BCHW)                  # (B, channels, H, W)
+        for level in self.levels:
+            features = level(features)                        # (B, width, H / 2^n, W / 2^n)
+        features = self.middle(features)                      # (B, width, h, w)
+        return self.conv_out(F.silu(self.norm_out(features)))  # (B, latent_channels, h, w)
+
+
+class Decoder(nn.Module):
+    """Features (B, latent_channels, h, w) to images (B, C, H, W), not clamped."""
+
+    def __init__(self, config: TokenizerConfig, image_channels: int):
+        super().__init__()
+        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.middle = middle_blocks(config, channels)
+        self.levels = nn.ModuleList()  # from the lowest resolution to the full one
+        for level in reversed(range(len(widths))):
+            blocks = level_blocks(config, level, channels, widths[level], config.residual_blocks + 1)
+            self.levels.append(nn.Sequential(*blocks, *([Upsample(widths[level])] if level > 0 else [])))
+            channels = widths[level]
+        self.norm_out = normalization(channels)
+        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
+
+    @property
+    def last_layer(self) -> torch.Tensor:
+        """The weight nearest to the pixels, against whose gradient adversarial losses are balanced."""
+        return self.conv_out.weight
+
+    def forward(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
+        for level in self.levels:
+            features = level(features)                        # (B, width, h * 2^n, w * 2^n)
+        return self.conv_out(F.silu(self.norm_out(features)))  # (B, C, H, W)

@@ -1,0 +1,175 @@
+"""ImageTokenizer: images to ids and back, a folder with config.json and model.safetensors.
+
+config.json holds the network's configuration, the deterministic image transform, the class names of the training data and two
+fingerprints: the token fingerprint over all that decides ids (encoder, quantizer, transform), the full one over the decoder too.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.networks import Decoder, Encoder
+from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
+from vqmosaic import __version__
+from vqmosaic.durable_files import publish, temporary_sibling, write_json
+from vqmosaic.errors import InputError
+from vqmosaic.fingerprints import fingerprint
+from vqmosaic.recipe_sections import TokenizerConfig
+from vqmosaic.seeding import derive_seed
+
+FORMAT = "vqmosaic.image_tokenizer"
+FORMAT_VERSION = 1
+DECIDES_IDS = ("encoder.", "quant_conv.", "quantizer.codebook")
+TRAINING_ONLY = ("quantizer.ema_counts", "quantizer.ema_sums", "quantizer.commits")
+# Fields that shape the loss or the codebook's learning, not what the finished network computes.
+LEARNING_FIELDS = ("dropout", "commitment_weight", "ema_decay", "revival_threshold")
+
+
+@dataclass
+class TokenizerOutput:
+    """reconstructions (B, C, H, W), not clamped, and what the quantizer made of the latents."""
+
+    reconstructions: torch.Tensor
+    quantizer: QuantizerOutput
+
+
+class ImageTokenizer(nn.Module):
+    """Encoder, quantizer and decoder over images (B, C, H, W) float32 in [-1, 1]."""
+
+    def __init__(self, config: TokenizerConfig, transform: ImageTransform, class_names: list[str] | None = None, seed: int = 0):
+        super().__init__()
+        self.config, self.transform, self.class_names = config, transform, class_names
+        self.token_fingerprint: str | None = None  # set by save_pretrained and from_pretrained, carried from there on
+        self.full_fingerprint: str | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "tokenizer"))
+            self.encoder = Encoder(config, transform.channels)
+            self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+            self.quantizer = QUANTIZERS[config.quantizer](
+                config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, ema_decay=config.ema_decay,
+                l2_normalize=config.l2_normalize, revival_threshold=config.revival_threshold, seed=seed)
+            self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+            self.decoder = Decoder(config, transform.channels)
+        self.to(memory_format=torch.channels_last)  # what convolutions are fastest on, with bf16 above all
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side."""
+        return self.transform.image_size // self.config.downsampling
+
+    def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Latents (B, D, h, w) before quantization."""
+        return self.quant_conv(self.encoder(images_BCHW.contiguous(memory_format=torch.channels_last)))
+
+    def forward(self, images_BCHW: torch.Tensor) -> TokenizerOutput:
+        quantized = self.quantizer(self.latents(images_BCHW))
+        return TokenizerOutput(self.decoder(self.post_quant_conv(quantized.quantized)), quantized)
+
+    @torch.inference_mode()
+    def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Ids (B, h, w) int64 in [0, K) of images (B, C, H, W) in [-1, 1]; always computed in float32.
+
+        Raises:
+            ValueError: the images do not have the channels and size of the tokenizer's transform.
+        """
+        expected = (self.transform.channels, self.transform.image_size, self.transform.image_size)
+        if tuple(images_BCHW.shape[1:]) != expected:
+            raise InputError(f"images have shape {tuple(images_BCHW.shape)}; this tokenizer takes (B, {', '.join(map(str, expected))}).")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.autocast(device_type=images_BCHW.device.type, enabled=False):
+                return self.quantizer(self.latents(images_BCHW.float())).ids
+        finally:
+            self.train(was_training)
+
+    @torch.inference_mode()
+    def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) float32 as the decoder gives them, not clamped, of ids (B, h, w) in [0, K).
+
+        Raises:
+            ValueError: an id lies outside [0, K).
+        """
+        if ids_Bhw.numel() and not 0 <= int(ids_Bhw.min()) <= int(ids_Bhw.max()) < self.config.codebook_size:
+            raise InputError(f"token ids run from {int(ids_Bhw.min())} to {int(ids_Bhw.max())}; allowed: 0 to {self.config.codebook_size - 1}.")
+        latents = self.quantizer.ids_to_latents(ids_Bhw).to(self.post_quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latents)).float()
+
+    # --- files -------------------------------------------------------------------------------------------------------------
+
+    def _export_weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items() if name not in TRAINING_ONLY}
+
+    def _fingerprints(self, weights: dict[str, torch.Tensor]) -> tuple[str, str]:
+        arrays = {name: tensor.numpy() for name, tensor in weights.items()}
+        network = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in LEARNING_FIELDS}
+        config = {"network": network, "transform": self.transform.to_dict()}
+        of_tokens = fingerprint(config, {name: array for name, array in arrays.items() if name.startswith(DECIDES_IDS)})
+        return of_tokens, fingerprint(config, arrays)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent."""
+        folder = Path(folder)
+        weights = self._export_weights()
+        self.token_fingerprint, self.full_fingerprint = self._fingerprints(weights)
+        partial = temporary_sibling(folder)
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "config.json", {
+            "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "network": dataclasses.asdict(self.config),
+            "transform": self.transform.to_dict(), "class_names": self.class_names,
+            "token_fingerprint": self.token_fingerprint, "full_fingerprint": self.full_fingerprint})
+        publish(partial, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "ImageTokenizer":
+        """The tokenizer of a folder, in eval mode; dtype is the decoder's, encoder and quantizer stay float32.
+
+        Raises:
+            ValueError: the folder is not a tokenizer, its weights are not exactly the configuration's, or they have changed since export.
+        """
+        folder = Path(folder)
+        content = read_config(folder)
+        config = TokenizerConfig(**content["network"])
+        tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
+        weights = load_file(folder / "model.safetensors")
+        check_exact_names(folder, {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in TRAINING_ONLY}, weights)
+        tokenizer.load_state_dict(weights, strict=False)  # only the training-only buffers checked above are left out
+        found = tokenizer._fingerprints(weights)
+        if found != (content["token_fingerprint"], content["full_fingerprint"]):
+            raise InputError(f"{folder}/model.safetensors has changed since it was exported: its fingerprint is {found[1][:16]}..., config.json "
+                             f"says {content['full_fingerprint'][:16]}...; copy the folder again from where it was trained.")
+        tokenizer.token_fingerprint, tokenizer.full_fingerprint = found
+        tokenizer.to(device)
+        tokenizer.post_quant_conv.to(dtype)
+        tokenizer.decoder.to(dtype)
+        return tokenizer.eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a tokenizer folder, checked for format and version."""
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder} is no tokenizer: it needs config.json and model.safetensors; "
+                         "`vqmosaic train-tokenizer` writes them to <run_dir>/tokenizer.")
+    content = json.loads(path.read_text())
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}; "
+                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.")
+    return content
+
+
+def check_exact_names(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
+    """Raise InputError that lists missing, unexpected and wrongly shaped weights, if there are any."""
+    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
+    problems += [f"{name} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
+                 for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    if problems:
+        raise InputError(f"{folder}/model.safetensors does not fit {folder}/config.json: {'; '.join(sorted(problems))}.")

@@ -1,0 +1,60 @@
+"""Validation of a tokenizer: PSNR, SSIM, reconstruction error, use of the codebook, a picture of reconstructions."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from stage1_tokenizer.image_batches import ValidationImages
+from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.images import to_uint8
+from stage1_tokenizer.tokenizer import ImageTokenizer
+
+GRID_IMAGES = 16
+
+
+@torch.inference_mode()
+def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None) -> dict[str, float]:
+    """Metrics over the fixed validation images, the same on all ranks; images are clamped to [-1, 1] before they are judged.
+
+    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; codebook_usage, the share
+    of codes used at least once in this window of images; perplexity, exp of the entropy of their frequencies.
+    """
+    device = accelerator.device
+    psnr = PeakSignalNoiseRatio(data_range=2.0).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
+    counts_K = torch.zeros(tokenizer.config.codebook_size, device=device)
+    sums = torch.zeros(3, device=device)  # of absolute errors, of squared errors, of elements
+    tokenizer.eval()
+    for number, (images_BCHW, _) in enumerate(images.batches(batch_size, accelerator.process_index, accelerator.num_processes)):
+        images_BCHW = images_BCHW.to(device)
+        output = tokenizer(images_BCHW)
+        restored_BCHW = output.reconstructions.float().clamp(-1, 1)
+        psnr.update(restored_BCHW, images_BCHW)
+        ssim.update(restored_BCHW, images_BCHW)
+        counts_K += torch.bincount(output.quantizer.ids.flatten(), minlength=len(counts_K))
+        difference = restored_BCHW - images_BCHW
+        sums += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
+        if number == 0 and picture is not None and accelerator.is_main_process:
+            save_picture(reconstruction_picture(images_BCHW[:GRID_IMAGES], restored_BCHW[:GRID_IMAGES]), picture)
+    counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
+    return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
+            "reconstruction_l2": float(sums[1] / sums[2]), **codebook_use(counts_K)}
+
+
+def codebook_use(counts_K: torch.Tensor) -> dict[str, float]:
+    """codebook_usage and perplexity of code counts (K,) over a window of vectors."""
+    shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
+    entropy = -(shares_K * shares_K.clamp_min(1e-12).log()).sum()
+    return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy))}
+
+
+def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):
+    """Originals over reconstructions, row by row."""
+    originals, restored = to_uint8(images_BCHW), to_uint8(restored_BCHW)
+    rows: list[np.ndarray] = []
+    for start in range(0, len(originals), columns):
+        rows += [originals[start:start + columns], restored[start:start + columns]]
+    return image_grid(rows, viewing_scale(originals.shape[1]))

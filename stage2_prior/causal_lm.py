@@ -1,0 +1,184 @@
+"""The stock transformers causal language model inside a prior: made from a recipe, or loaded strictly from a folder."""
+
+import dataclasses
+import difflib
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from stage2_prior.vocabulary import Vocabulary
+from vqmosaic.errors import InputError, check_name
+from vqmosaic.recipe_sections import PriorConfig
+from vqmosaic.seeding import derive_seed
+
+# transformers has no common name for these; each configuration has some of them
+FEED_FORWARD_WIDTHS = ("intermediate_size", "ffn_dim")
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
+EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
+BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
+VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+FIRST_LOGIT_SPREAD = 0.1
+OTHERS = "use llama, gpt2 or qwen3"
+
+
+def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> PreTrainedModel:
+    """A fresh float32 model for the vocabulary, the same for the same seed; the global random state is left alone.
+
+    Raises InputError for an unknown architecture or option, and for an architecture that does not fit this use.
+    """
+    config, has_own_dropout = make_config(prior, vocabulary)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed("prior weights", seed))
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+            raise InputError(f"transformers cannot make prior.architecture {prior.architecture!r} of these sizes and options: "
+                             f"{error}") from error
+    head = model.get_output_embeddings()
+    if head is not None and not config.tie_word_embeddings:
+        with torch.no_grad():  # a head of the usual spread starts the loss above ln K, the more so the wider the model
+            head.weight.mul_(FIRST_LOGIT_SPREAD * prior.width**-0.5 / head.weight.std())
+    check_causal(model, prior.architecture)
+    if prior.dropout and not has_own_dropout:
+        add_dropout(model, prior.dropout)
+    return model.train()
+
+
+def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedConfig, bool]:
+    """The configuration of the architecture, and whether it has dropout of its own on what its blocks add."""
+    architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
+    if prior.architecture not in architectures:
+        nearest = difflib.get_close_matches(prior.architecture, architectures, n=5, cutoff=0.4)
+        raise InputError(f"prior.architecture is {prior.architecture!r}; allowed: llama, gpt2, qwen3 or another of the "
+                         f"{len(architectures)} causal language models of transformers {transformers.__version__}. "
+                         f"Nearest: {', '.join(nearest) or 'none'}.")
+    config_class = CONFIG_MAPPING[prior.architecture]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    renamed = config_class.attribute_map
+
+    settings: dict[str, Any] = {"hidden_size": prior.width, "num_hidden_layers": prior.layers, "num_attention_heads": prior.heads,
+                                "vocab_size": vocabulary.size}
+    settings = {renamed.get(name, name): value for name, value in settings.items()}
+    missing = [name for name in settings if name not in fields]
+    if missing:
+        raise InputError(f"prior.architecture {prior.architecture!r} cannot be sized: its configuration has no "
+                         f"{', '.join(missing)}; {OTHERS}.")
+    # a gated feed-forward block has three matrices, and 8/3 of the width makes it as large as 4 times the width makes two
+    gated = getattr(config_class, "hidden_act", None) in ("silu", "swish")
+    optional: dict[str, Any] = {"num_key_value_heads": prior.heads, "head_dim": prior.width // prior.heads, "tie_word_embeddings": False,
+                                "max_position_embeddings": 1 + vocabulary.num_tokens, "use_cache": True, "is_decoder": True,
+                                "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-prior.width * 8 // 96) * 32 if gated else 4 * prior.width)
+    optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
+    settings |= {renamed.get(name, name): value for name, value in optional.items() if renamed.get(name, name) in fields}
+
+    for name, value in prior.options.items():
+        if name in VOCABULARY_OPTIONS:
+            raise InputError(f"prior.options has {name}, which follows from the tokens and classes; leave it out.")
+        check_name("A name in prior.options", name, sorted(fields | renamed.keys()))
+        settings[renamed.get(name, name)] = value
+    positions = settings.get(renamed.get("max_position_embeddings", "max_position_embeddings"), 1 + vocabulary.num_tokens)
+    if positions < 1 + vocabulary.num_tokens:
+        raise InputError(f"prior.options allows {positions} positions; the class and {vocabulary.num_tokens} tokens need "
+                         f"{1 + vocabulary.num_tokens}.")
+    if "rope_parameters" in fields and settings.get("head_dim", 2) % 2:
+        raise InputError(f"prior.width {prior.width} over prior.heads {prior.heads} gives heads of {settings['head_dim']} dimensions; "
+                         f"{prior.architecture} rotates pairs of them, so it must be an even number.")
+    try:
+        config = AutoConfig.for_model(prior.architecture, **settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"transformers refuses the sizes or options of prior.architecture {prior.architecture!r}: {error}") from error
+    return config, any(name in fields for name in RESIDUAL_DROPOUTS)
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> None:
+    """Give a model without dropout of its own some on its embedded tokens and on what each block adds: by hooks, without new weights."""
+    blocks = [module for name, module in model.named_modules() if name.rpartition(".")[2] in BLOCK_NAMES]
+    expected = 2 * model.config.num_hidden_layers
+    if len(blocks) != expected:
+        raise InputError(f"prior.dropout is {share:g}, and in {model.config.model_type} {len(blocks)} attention and feed-forward blocks "
+                         f"were found instead of {expected}; set prior.dropout 0 and what dropout it has in prior.options, or {OTHERS}.")
+    for module in [model.get_input_embeddings(), *blocks]:
+        module.register_forward_hook(functools.partial(_drop_output, share=share))
+
+
+def _drop_output(module: nn.Module, inputs: tuple, output: Any, *, share: float) -> Any:
+    if not module.training:
+        return None  # the output stays as it is
+    if isinstance(output, tuple):  # attention returns its weights as well
+        return nn.functional.dropout(output[0], share), *output[1:]
+    return nn.functional.dropout(output, share)
+
+
+@torch.inference_mode()
+def check_causal(model: PreTrainedModel, architecture: str) -> None:
+    """Raise InputError unless each output depends on the past alone, and the model has the cache that sampling needs."""
+    was_training = model.training
+    model.eval()
+    ids_2S = torch.tensor([[0, 1], [0, 0]], device=model.device)
+    try:
+        logits_2SV = model(input_ids=ids_2S, use_cache=False).logits
+        cache = getattr(model(input_ids=ids_2S, use_cache=True), "past_key_values", None)
+    except Exception as error:  # any of transformers' 200 model files may fail in its own way
+        raise InputError(f"prior.architecture {architecture!r} does not run on plain token ids with these options: {error}") from error
+    finally:
+        model.train(was_training)
+    if not torch.allclose(logits_2SV[0, 0], logits_2SV[1, 0], rtol=0, atol=1e-6):
+        raise InputError(f"prior.architecture {architecture!r} looks at tokens that come later, so it cannot be a prior; {OTHERS}.")
+    if cache is None:
+        raise InputError(f"prior.architecture {architecture!r} has no key-value cache, which sampling needs; {OTHERS}.")
+
+
+def generation_config(vocabulary: Vocabulary) -> GenerationConfig:
+    """What makes transformers' own `generate` draw exactly T codes after a class token (of one grid; it knows no ranges by position)."""
+    return GenerationConfig(do_sample=True, top_k=0, max_new_tokens=vocabulary.num_tokens, min_new_tokens=vocabulary.num_tokens,
+                            suppress_tokens=vocabulary.suppressed_ids, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint folder in evaluation mode. Raises InputError unless its weights are exactly those of its configuration."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder / 'config.json'} is missing; {folder} is not the complete folder of a prior.")
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise InputError(f"{folder / 'model.safetensors'} is missing; weights are read from safetensors only.")
+    with quiet_transformers():
+        try:  # sizes that do not fit are let through here to be listed with the rest below
+            model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+                                                                trust_remote_code=False, ignore_mismatched_sizes=True,
+                                                                output_loading_info=True)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            raise InputError(f"{folder} cannot be read as a transformers checkpoint: {error}") from error
+    faults = {"missing": sorted(found["missing_keys"]), "unexpected": sorted(found["unexpected_keys"]),
+              "of another shape": [f"{name} {tuple(own)} instead of {tuple(wanted)}"
+                                   for name, own, wanted in sorted(found["mismatched_keys"])],
+              "unreadable": list(found["error_msgs"])}
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise InputError(f"The weights in {folder} do not fit its config.json: {listed}.")
+    return model
+
+
+@contextmanager
+def quiet_transformers():
+    """Keep transformers from drawing progress bars, and from warning of what is refused here with an error."""
+    logging = transformers.utils.logging
+    verbosity, showed_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if showed_progress:
+            logging.enable_progress_bar()

@@ -1,0 +1,109 @@
+"""The token prior: a stock transformers causal language model that continues a class token with the T tokens of an image."""
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from stage2_prior.causal_lm import generation_config, load_causal_lm, make_causal_lm, quiet_transformers
+from stage2_prior.sampling import sample_tokens
+from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
+from vqmosaic.durable_files import publish, temporary_sibling
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+
+
+class TokenPrior(nn.Module):
+    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is the stock model, `.vocabulary` says what its ids mean.
+
+    In comments: B batch, T tokens, K codes (of all grids, where there are several), V ids of the vocabulary.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
+        super().__init__()
+        if model.config.vocab_size != vocabulary.size:
+            raise InputError(f"The model has {model.config.vocab_size} ids and the vocabulary {vocabulary.size}; they do not fit together.")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and positions < 1 + vocabulary.num_tokens:
+            raise InputError(f"The model has {positions} positions; the class and {vocabulary.num_tokens} tokens need "
+                             f"{1 + vocabulary.num_tokens}.")
+        self.model = model
+        self.model.generation_config = generation_config(vocabulary)
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> "TokenPrior":
+        """A fresh prior in training mode, in float32, whose first loss is near ln K; equal seeds give equal weights."""
+        return cls(make_causal_lm(prior, vocabulary, seed), vocabulary)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
+                        dtype: torch.dtype | None = None) -> "TokenPrior":
+        """The prior of a folder, in evaluation mode, float32 unless another dtype is given.
+
+        Raises InputError for an incomplete folder and for weights that are missing, unexpected or of another shape, which it lists.
+        Dropout that was added from outside (see causal_lm.add_dropout) is not part of the folder, as it has no part in sampling.
+        """
+        vocabulary = Vocabulary.load(folder)
+        prior = cls(load_causal_lm(Path(folder), dtype or torch.float32), vocabulary).eval()
+        return prior if device is None else prior.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, generation_config.json, model.safetensors (float32) and, last, vocabulary.json, which completes the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / VOCABULARY_NAME).unlink(missing_ok=True)
+        model = self.model if self.model.dtype == torch.float32 else copy.deepcopy(self.model).float()
+        partial = temporary_sibling(folder / "checkpoint")
+        shutil.rmtree(partial, ignore_errors=True)
+        with quiet_transformers():
+            model.save_pretrained(partial, max_shard_size="1000GB")
+        for path in sorted(partial.iterdir()):
+            publish(path, folder / path.name)
+        partial.rmdir()
+        self.vocabulary.save(folder)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable numbers; weights that are used twice count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, K) of the ids at each position, given the class and the ids before it; a class of -1, or None, is the null class.
+
+        Ids are the grids' own, on both sides. With several grids K is that of the largest, and what the others lack is -inf.
+        """
+        if class_indices_B is None:
+            class_indices_B = ids_BT.new_full((len(ids_BT),), NO_CLASS)
+        condition_B1 = self.vocabulary.condition_ids(class_indices_B)[:, None]
+        inputs_BT = torch.cat([condition_B1, self.vocabulary.to_vocabulary(ids_BT)[:, :-1]], dim=1)  # B, T: nothing comes after the last id
+        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V
+        parts, first = [], 0
+        for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
+            logits_BtK = logits_BTV[:, first:first + grid.num_tokens, start:stop]                    # B, tokens and codes of this grid
+            parts.append(nn.functional.pad(logits_BtK, (0, self.vocabulary.most_codes - grid.codebook_size), value=-torch.inf))
+            first += grid.num_tokens
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)                              # B, T, K
+
+    def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean negative log likelihood of a token in nats, a float32 scalar; near ln K at the start.
+
+        A training loop under a wrapper (DDP, FSDP) calls the wrapper for the logits and takes the cross-entropy itself.
+        """
+        logits_BTK = self(ids_BT, class_indices_B)                                                   # B, T, K
+        return nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
+
+    def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
+               callback: Callable[[int, int], bool | None] | None = None) -> torch.Tensor:
+        """Ids (B, T) of the grids (int64, on the prior's device), image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
+
+        `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. Raises InputError for a class
+        that there is not, unequal lengths, and guidance where the null class was never learnt.
+        """
+        if isinstance(class_indices_B, torch.Tensor):
+            class_indices_B = class_indices_B.tolist()
+        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback)

@@ -1,0 +1,140 @@
+"""Drawing tokens from a prior: small pure functions over logits, and the loop that goes through the T positions with a KV cache.
+
+Each image has its own uniforms and inverts the cumulative distribution with them, so it depends on its seed and not on its neighbours.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.seeding import uniforms
+
+
+class SamplingStopped(Exception):
+    """The callback returned False; nothing was drawn to the end."""
+
+
+def apply_guidance(conditional_BK: torch.Tensor, null_BK: torch.Tensor, scale: float) -> torch.Tensor:
+    """Guided logits (B, K): null + scale * (conditional - null), as Ho and Salimans (2022) for logits; 1 is conditional, 0 is null."""
+    return null_BK + scale * (conditional_BK - null_BK)
+
+
+def apply_temperature(logits_BK: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits (B, K) divided by a temperature above 0, up to a constant: the largest becomes 0, so a tiny temperature cannot overflow."""
+    return (logits_BK - logits_BK.amax(dim=-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits_BK: torch.Tensor, k: int) -> torch.Tensor:
+    """Logits (B, K) with all but the k largest at -inf; 0 is off. Logits equal to the k-th stay as well, so ties need no order."""
+    if k == 0 or k >= logits_BK.shape[-1]:
+        return logits_BK
+    smallest_kept_B1 = logits_BK.topk(k, dim=-1).values[:, -1:]
+    return logits_BK.masked_fill(logits_BK < smallest_kept_B1, -torch.inf)
+
+
+def keep_top_p(logits_BK: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits (B, K) with all but the smallest set of likeliest ids that together reach probability p at -inf; 1 is off.
+
+    At least one id stays. Of equal logits those with lower ids come first. Holtzman et al. (2020), nucleus sampling.
+    """
+    if p >= 1:
+        return logits_BK
+    sorted_BK, order_BK = logits_BK.sort(dim=-1, descending=True, stable=True)
+    probabilities_BK = sorted_BK.softmax(dim=-1, dtype=torch.float64)
+    reached_before_BK = probabilities_BK.cumsum(dim=-1) - probabilities_BK
+    dropped_BK = torch.empty_like(order_BK, dtype=torch.bool).scatter_(-1, order_BK, reached_before_BK >= p)
+    return logits_BK.masked_fill(dropped_BK, -torch.inf)
+
+
+def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
+    """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0.
+
+    The probabilities need not sum to 1. Sums are float64: in float32 those of thousands of codes are off by more than rare codes weigh.
+    """
+    cumulative_BK = probabilities_BK.cumsum(dim=-1, dtype=torch.float64)
+    total_B = cumulative_BK[:, -1]
+    # u * total can round up to total, past the last id; the number just below it still ends at the last id that adds to the sum
+    target_B = torch.minimum(uniforms_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
+    return torch.searchsorted(cumulative_BK, target_B[:, None], right=True)[:, 0]
+
+
+def draw_ids(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
+    """One id (B,) for each row of float32 logits, by temperature, then top-k, then top-p."""
+    if sampling.temperature == 0:
+        return logits_BK.argmax(dim=-1)
+    logits_BK = apply_temperature(logits_BK, sampling.temperature)
+    logits_BK = keep_top_p(keep_top_k(logits_BK, sampling.top_k), sampling.top_p)
+    return invert_cumulative(logits_BK.softmax(dim=-1), uniforms_B)
+
+
+def check_request(vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int]) -> list[int]:
+    """The class index of each image (B), NO_CLASS where there is none. Raises InputError for a request that the prior cannot serve."""
+    if not len(seeds):
+        raise InputError("seeds is empty; give one seed for each image.")
+    check_range("The smallest of the seeds", min(seeds), at_least=0)
+    if class_indices is None:
+        class_indices = [NO_CLASS] * len(seeds)
+    if len(class_indices) != len(seeds):
+        raise InputError(f"There are {len(class_indices)} class indices and {len(seeds)} seeds; there must be one of each for every image.")
+    for index in set(class_indices) - {NO_CLASS}:
+        vocabulary.class_id(index)
+    if sampling.guidance_scale != 1 and not vocabulary.num_classes:
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, and the prior was trained without classes, "
+                         "so there is nothing to guide to; allowed: 1.")
+    if sampling.guidance_scale != 1 and vocabulary.label_drop == 0:
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, and the prior was trained with label_drop 0, so its "
+                         "null class, which guidance compares with, was never learnt; allowed: 1, or train with "
+                         "prior_training.label_drop 0.1.")
+    if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == 0:
+        raise InputError("An image without a class is asked for, and the prior was trained with label_drop 0, so its null class was never "
+                         "learnt; give every image a class, or train with prior_training.label_drop 0.1.")
+    return list(class_indices)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module):
+    """The model without dropout inside the block, and back in the mode it was in after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig,
+                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None) -> torch.Tensor:
+    """Ids (B, T) of the grids, int64 on the model's device; image b depends on class_indices[b] and seeds[b].
+
+    `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each position;
+    when it returns False, SamplingStopped is raised. Raises InputError for requests that the prior cannot serve.
+    """
+    class_indices = check_request(vocabulary, class_indices, sampling, seeds)
+    device, ranges = next(model.parameters()).device, vocabulary.position_ranges()
+    uniforms_BT = torch.from_numpy(uniforms(seeds, len(ranges))).to(device)
+    classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
+    guided = sampling.guidance_scale != 1 and any(index != NO_CLASS for index in class_indices)
+    if guided:  # the same images once more without their class, so N = 2 B rows go through the model together
+        classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
+    ids_N1, cache, columns = vocabulary.condition_ids(classes_N)[:, None], None, []
+    with torch.inference_mode(), evaluation_mode(model):
+        for position, (start, stop) in enumerate(ranges):
+            # transformers' own growing cache: measured as fast as its static one, it needs no mask and every architecture has it
+            output = model(input_ids=ids_N1, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits_NK = output.logits[:, -1, start:stop].float()
+            # looked at twice only, since it waits for the device, and what is not finite stays in the cache
+            if position in (0, len(ranges) - 1) and not logits_NK.isfinite().all():
+                raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or that is too narrow.")
+            logits_BK = apply_guidance(*logits_NK.chunk(2), sampling.guidance_scale) if guided else logits_NK
+            ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
+            columns.append(ids_B)
+            ids_N1 = vocabulary.to_vocabulary_at(position, ids_B.repeat(2) if guided else ids_B)[:, None]
+            if callback is not None and callback(position + 1, len(ranges)) is False:
+                raise SamplingStopped(f"Stopped by the callback after {position + 1} of {len(ranges)} tokens.")
+    return torch.stack(columns, dim=1)  # outside inference mode, so that the ids may be trained on

@@ -1,0 +1,144 @@
+"""Hugging Face data: the same images as from a folder, and words for splits, columns and connections that are not there."""
+
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stage1_tokenizer.check_data import check_data
+from stage1_tokenizer.image_sources import ImageSource, open_splits
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import DataConfig
+
+
+def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (9, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+def write_classes(folder: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        for number in range(count):
+            write_image(folder / name / f"{number:03}.png", seed=len(name) * 1000 + number)
+    return folder
+
+
+def contents(source: ImageSource) -> dict[str, tuple[int | None, bytes]]:
+    return {source.source_name(index): (source.label(index), source.read(index).tobytes()) for index in range(len(source))}
+
+
+def names(source: ImageSource) -> list[str]:
+    return [source.source_name(index) for index in range(len(source))]
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return datasets
+
+
+def write_parquet(path: Path, files: list[Path], labels: list, datasets, **features) -> None:
+    features = datasets.Features({"image": datasets.Image(), **features})
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], next(iter(features.keys() - {"image"})): labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
+    folder = write_classes(tmp_path / "photos", {"cat": 6, "dog": 5})
+    files = sorted(folder.rglob("*.png"))
+    labels = [["cat", "dog"].index(file.parent.name) for file in files]
+    feature = hub_cache.ClassLabel(names=["cat", "dog"])
+    write_parquet(tmp_path / "tables" / "train-00000-of-00001.parquet", files, labels, hub_cache, y=feature)
+    write_parquet(tmp_path / "tables" / "test-00000-of-00001.parquet", files[:3], labels[:3], hub_cache, y=feature)
+    before = sorted(path.name for path in (tmp_path / "tables").iterdir())
+    data = DataConfig(path=str(tmp_path / "tables"))
+    splits = open_splits(data)
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == before, "nothing is written beside the data"
+    assert splits.class_names == ["cat", "dog"] and "'test'" in splits.how and len(splits.validation) == 3
+    assert names(splits.train) == [str(row) for row in range(11)]
+    from_folder = open_splits(DataConfig(path=str(folder)))
+    expected = contents(from_folder.train) | contents(from_folder.validation)
+    assert list(contents(splits.train).values()) == [expected[file.relative_to(folder).as_posix()] for file in files]
+    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
+
+    moved = tmp_path / "moved"
+    (tmp_path / "tables").rename(moved)
+    again = open_splits(DataConfig(path=str(moved))).train.identity
+    assert again == {**splits.train.identity, "path": str(moved)}, "the digest depends on the images, not on where they lie"
+    cut = open_splits(DataConfig(path=str(moved / "train-00000-of-00001.parquet"), validation_fraction=0.3))
+    assert "row number" in cut.how and sorted(map(int, names(cut.train) + names(cut.validation))) == list(range(11))
+
+
+def test_tables_written_without_the_library(tmp_path, hub_cache):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = write_classes(tmp_path / "photos", {"x": 3})
+    images = [file.read_bytes() for file in sorted(folder.rglob("*.png"))]
+    (tmp_path / "tables").mkdir()
+    structs = [{"bytes": image, "path": None} for image in images]
+    for column, labels, expected in ((images, ["b", "a", "b"], ["a", "b"]), (structs, [7, 3, None], ["3", "7"])):
+        pyarrow.parquet.write_table(pyarrow.table({"picture": column, "label": labels}), tmp_path / "tables" / "a.parquet")
+        splits = open_splits(DataConfig(path=str(tmp_path / "tables"), validation_fraction=1e-6))
+        assert splits.class_names == expected and splits.train.identity["count"] == 2
+        seen = contents(splits.train) | contents(splits.validation)
+        assert [seen[str(row)][0] for row in range(3)] == ([1, 0, 1] if expected == ["a", "b"] else [1, 0, None])
+        time.sleep(0.01)  # the library knows a changed file by its time
+    missing = pyarrow.table({"picture": pyarrow.array([images[0], None, b"junk"]), "size": [1.0, 2.0, 3.0]})
+    pyarrow.parquet.write_table(missing, tmp_path / "tables" / "a.parquet")
+    splits = open_splits(DataConfig(path=str(tmp_path / "tables")))
+    assert splits.class_names is None
+    lines = []
+    assert dict(check_data(DataConfig(path=str(tmp_path / "tables")), lines.append)) == {
+        "1": "the row holds no image", "2": "not an image of a known format, or its header is corrupt"}
+    assert "1 of 3 images are readable" in lines[-1]
+
+
+def test_saved_data_sets_are_read_too(tmp_path, hub_cache):
+    folder = write_classes(tmp_path / "photos", {"x": 4})
+    rows = {"image": [str(file) for file in sorted(folder.rglob("*.png"))], "label": [0, 0, 1, 1]}
+    features = hub_cache.Features({"image": hub_cache.Image(), "label": hub_cache.ClassLabel(names=["a", "b"])})
+    hub_cache.DatasetDict({"train": hub_cache.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "saved")
+    assert len(open_splits(DataConfig(path=str(tmp_path / "saved"))).train) == 3
+
+
+def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub_cache):
+    files = sorted(write_classes(tmp_path / "photos", {"x": 4}).rglob("*.png"))
+    for split, labels in (("train", [0, 0, 0, 0]), ("validation", [0, 0, 1, 1])):
+        write_parquet(tmp_path / "tables" / f"{split}-0.parquet", files, labels, hub_cache, kind=hub_cache.ClassLabel(names=["a", "b"]))
+    wrong = {"data.train_split.*'trian'.*Did you mean 'train'": {"train_split": "trian"},
+             "data.validation_split.*'tests'": {"validation_split": "tests"},
+             "data.image_column.*'img'.*Did you mean 'image'": {"image_column": "img"},
+             "data.image_column.*no images": {"image_column": "kind"},
+             "data.label_column.*'kinds'.*Did you mean 'kind'": {"label_column": "kinds"},
+             "data.label_column.*allowed: class labels": {"label_column": "image"},
+             "class 'b' has images in 'validation' but none in 'train'": {},
+             "both 'train'": {"validation_split": "train"}}
+    for words, fields in wrong.items():
+        with pytest.raises(InputError, match=words):
+            open_splits(DataConfig(path=str(tmp_path / "tables"), **fields))
+    assert open_splits(DataConfig(path=str(tmp_path / "tables"), use_labels=False)).class_names is None
+    (tmp_path / "tables" / "train-0.parquet").write_bytes(b"broken")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        open_splits(DataConfig(path=str(tmp_path / "tables")))
+
+
+def test_without_a_connection_the_answer_is_quick_and_helps(tmp_path, hub_cache, monkeypatch):
+    import socket
+
+    def unreachable(*args, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    started = time.monotonic()
+    with pytest.raises(InputError, match=r"'nobody/nothing'.*no local folder.*--data.path its folder of parquet"):
+        open_splits(DataConfig(path="nobody/nothing"))
+    assert time.monotonic() - started < 10

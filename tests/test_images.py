@@ -1,0 +1,263 @@
+"""Any image file becomes the same upright 8-bit pixels everywhere, and views are what they say."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from stage1_tokenizer.augmentation import augment, random_view
+from stage1_tokenizer.images import (
+    IDENTITY,
+    ImageTransform,
+    UnreadableImage,
+    View,
+    as_batch,
+    named_views,
+    read_image,
+    to_pil,
+    to_tensor,
+    to_uint8,
+)
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.seeding import generator
+
+UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+STORED_AS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG written by hand, for headers and depths that Pillow does not write."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+                                         for kind, body in chunks)
+
+
+def values_of(image: Image.Image) -> list[int]:
+    return np.asarray(image).reshape(-1).tolist()
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "memory"])
+def test_all_exif_orientations_come_out_upright(orientation, kind):
+    stored = UPRIGHT.transpose(STORED_AS[orientation]) if STORED_AS[orientation] is not None else UPRIGHT.copy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "memory":
+        stored.info["exif"] = exif.tobytes()
+        assert ImageOps.exif_transpose(stored).tobytes() == UPRIGHT.tobytes()
+        read = read_image(stored)
+    else:
+        read = read_image(encoded(stored, kind, exif=exif))
+    assert read.size == UPRIGHT.size and read.tobytes() == UPRIGHT.tobytes()
+    assert read_image(read) is read, "a second reader must not turn it again"
+
+
+def test_alpha_is_laid_on_white():
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
+    half.putpixel((1, 0), (255, 0, 0, 128))
+    for kind in ("PNG", "WEBP"):
+        options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+        read = read_image(encoded(half, kind, **options))
+        assert read.mode == "RGB" and read.getpixel((0, 0)) == (255, 255, 255) and read.getpixel((1, 0)) == (255, 127, 127)
+    assert read_image(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(Image.new("LA", (1, 1), (0, 255)), channels=1).getpixel((0, 0)) == 0
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    read = read_image(encoded(palette, "PNG", transparency=0))
+    assert [read.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (200, 100, 50)]
+    read = read_image(encoded(palette, "GIF", transparency=1))
+    assert [read.getpixel((x, 0)) for x in (0, 1)] == [(10, 20, 30), (255, 255, 255)]
+    read = read_image(encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", transparency=(9, 8, 7)))
+    assert read.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_16_bit_scales_and_does_not_clip():
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    expected = [0, 1, 128, 255]
+    for kind in ("PNG", "TIFF"):
+        assert values_of(read_image(encoded(Image.fromarray(values), kind), channels=1)) == expected
+    pgm = b"P5 4 1 65535\n" + values.astype(">u2").tobytes()
+    assert values_of(read_image(pgm, channels=1)) == expected
+    assert values_of(read_image(Image.fromarray(values.astype(np.int32)), channels=1)) == expected
+    colour = png(1, 1, 16, 2, b"\0" + np.array([65535, 32896, 0], ">u2").tobytes())
+    assert read_image(colour).getpixel((0, 0)) == (255, 128, 0)
+    see_through = png(2, 1, 16, 0, b"\0" + np.array([257, 514], ">u2").tobytes(), (b"tRNS", struct.pack(">H", 257)))
+    assert values_of(read_image(see_through, channels=1)) == [255, 2]
+
+
+def test_other_modes():
+    assert read_image(encoded(Image.new("CMYK", (3, 3), (0, 255, 255, 0)), "TIFF")).getpixel((0, 0)) == (255, 0, 0)
+    red = read_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))
+    assert red[0] > 240 and max(red[1:]) < 15
+    bits = Image.new("1", (2, 1))
+    bits.putpixel((1, 0), 1)
+    assert values_of(read_image(encoded(bits), channels=1)) == [0, 255]
+    assert read_image(encoded(Image.new("P", (2, 2)))).mode == "RGB"
+    shades = Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32))
+    assert values_of(read_image(encoded(shades, "TIFF"), channels=1)) == [0, 128, 255]
+    for wide in (np.array([[0.0, 300.0]], np.float32), np.array([[np.nan, 0.0]], np.float32), np.array([[70000, 0]], np.int32)):
+        with pytest.raises(UnreadableImage, match="white level"):
+            read_image(Image.fromarray(wide))
+    assert read_image(noise(4, 4), channels=1).mode == "L"
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+        assert read_image(data).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_unreadable_files_say_why(tmp_path):
+    jpeg = encoded(noise(64, 64), "JPEG")
+    files = {"half.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "text.png": (b"this is no image", "not an image"),
+             "empty.png": (b"", "empty"), "header.png": (encoded(noise(9, 9))[:20], "corrupt"),
+             "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image")}
+    for name, (content, words) in files.items():
+        (tmp_path / name).write_bytes(content)
+        for given in (tmp_path / name, str(tmp_path / name), content):
+            with pytest.raises(UnreadableImage, match=words):
+                read_image(given)
+    with pytest.raises(UnreadableImage, match="No such file"):
+        read_image(tmp_path / "absent.png")
+
+
+def test_pixel_limit_is_checked_on_the_header():
+    header_only = png(4000, 3000, 8, 2, b"")  # decoding it would fail, and say so
+    with pytest.raises(UnreadableImage, match=r"4000 x 3000 pixels, more than data.max_pixels = 1000"):
+        read_image(header_only, max_pixels=1000)
+    with pytest.raises(UnreadableImage, match="pixels"):
+        read_image(png(60000, 60000, 8, 2, b""))
+    with pytest.raises(UnreadableImage, match="more than"):
+        read_image(Image.open(io.BytesIO(header_only)), max_pixels=1000)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (1, 60_000), (2, 3), (33, 500), (31, 31), (1000, 900)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_shape_becomes_one_size(size, channels):
+    image = noise(*size, "RGB" if channels == 3 else "L")
+    transform = ImageTransform(32, channels)
+    for view in (IDENTITY, View(crop_scale=0.05, x=0.0, y=1.0), View(crop_scale=0.37, x=1.0, y=0.3, flip=True, shift_x=3)):
+        tensor = transform(image, view)
+        assert tensor.shape == (channels, 32, 32) and tensor.dtype == torch.float32 and tensor.is_contiguous()
+        assert tensor.min() >= -1 and tensor.max() <= 1
+        assert torch.equal(tensor, transform(image, view))
+
+
+def test_transform_keeps_what_has_the_right_size_and_crops_the_centre():
+    image = noise(32, 32)
+    assert np.array_equal(ImageTransform(32).resize(image), np.asarray(image))
+    wide = noise(50, 32)
+    assert np.array_equal(ImageTransform(32).resize(wide), np.asarray(wide)[:, 9:41])
+    tall = noise(32, 51)
+    assert np.array_equal(ImageTransform(32).resize(tall, View(y=1.0)), np.asarray(tall)[19:])
+    # antialiased: a fine chequerboard becomes grey instead of a pattern
+    board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8))
+    assert ImageTransform(32, 1)(board).abs().max() < 0.05
+
+
+def test_values_survive_the_way_to_tensors_and_back():
+    pixels_BHWC = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    pixels_BHWC[0, 0, :2, 0] = 0, 255
+    images_BCHW = to_tensor(pixels_BHWC)
+    assert images_BCHW.shape == (2, 3, 16, 16) and images_BCHW.min() == -1 and images_BCHW.max() == 1
+    assert np.array_equal(to_uint8(images_BCHW), pixels_BHWC)
+    assert np.array_equal(to_uint8(images_BCHW * 10)[0, 0, :2, 0], [0, 255]), "out of range is clamped, not wrapped"
+    assert np.array_equal(np.stack([np.asarray(image) for image in to_pil(images_BCHW)]), pixels_BHWC)
+    assert to_pil(images_BCHW[:, :1])[0].mode == "L"
+    assert to_uint8(images_BCHW.to(torch.bfloat16)).dtype == np.uint8
+
+
+def test_views_are_what_they_say():
+    image = noise(16, 16)
+    transform = ImageTransform(16)
+    original = np.asarray(image)
+    assert np.array_equal(transform.resize(image, View(flip=True)), original[:, ::-1])
+    right = transform.resize(image, View(shift_x=2))
+    assert np.array_equal(right[:, 2:], original[:, :-2]) and all(np.array_equal(right[:, x], original[:, 0]) for x in (0, 1))
+    up = transform.resize(image, View(shift_y=-1))
+    assert np.array_equal(up[:-1], original[1:]) and np.array_equal(up[-1], original[-1])
+    both = transform.resize(image, View(flip=True, shift_x=1))
+    assert np.array_equal(both[:, 1:], original[:, ::-1][:, :-1])
+    corner = transform.resize(noise(32, 32), View(crop_scale=0.5, x=0.0, y=1.0))
+    assert np.array_equal(corner, np.asarray(noise(32, 32))[16:, :16])
+    assert View(shift_x=1).to_dict() == {"crop_scale": 1.0, "x": 0.5, "y": 0.5, "flip": False, "shift_x": 1, "shift_y": 0}
+    assert View(**View(flip=True).to_dict()) == View(flip=True)
+    with pytest.raises(InputError, match="crop_scale"):
+        View(crop_scale=0)
+
+
+def test_named_views():
+    assert named_views("none", 1) == [IDENTITY]
+    assert named_views("flip", 1) == [IDENTITY, View(flip=True)]
+    shifts = named_views("shifts", 2)
+    assert shifts[0] == IDENTITY and len(set(shifts)) == 9
+    assert {(view.shift_x, view.shift_y) for view in shifts} == {(x, y) for x in (-2, 0, 2) for y in (-2, 0, 2)}
+    both = named_views("flip+shifts", 1)
+    assert both[0] == IDENTITY and len(set(both)) == 18 and sum(view.flip for view in both) == 9
+    with pytest.raises(InputError, match=r"flips.*allowed.*Did you mean"):
+        named_views("flips", 1)
+
+
+def test_augmentation_stays_in_its_bounds_and_looks_the_same_from_memory():
+    data = DataConfig(source="digits", flip=True, shift=2)
+    transform = ImageTransform(32)
+    image = noise(40, 60)
+    views = [random_view(data, generator("augment", 0, 0, index)) for index in range(200)]
+    assert {view.shift_x for view in views} == {view.shift_y for view in views} == {-2, -1, 0, 1, 2}
+    assert {view.flip for view in views} == {False, True} and {view.crop_scale for view in views} == {1.0}
+    for index in range(5):
+        from_file = augment(image, transform, data, generator("augment", 0, 0, index))
+        assert np.array_equal(from_file, augment(transform.resize(image), transform, data, generator("augment", 0, 0, index)))
+        assert np.array_equal(from_file, transform.resize(image, views[index]))
+    cropped = DataConfig(source="digits", crop_scale=0.5)
+    views = [random_view(cropped, generator("augment", 0, 0, index)) for index in range(200)]
+    assert 0.5 <= min(view.crop_scale for view in views) < 0.55 and max(view.crop_scale for view in views) > 0.95
+    assert not any(view.flip or view.shift_x or view.shift_y for view in views)
+
+
+def test_transform_travels_in_a_config():
+    transform = ImageTransform(48, 1)
+    assert ImageTransform.from_dict(transform.to_dict()) == transform
+    for wrong in ({"image_size": 32}, {**transform.to_dict(), "resampling": "nearest"}, {**transform.to_dict(), "crop": 1}):
+        with pytest.raises(InputError, match="allowed"):
+            ImageTransform.from_dict(wrong)
+    with pytest.raises(InputError, match="channels"):
+        ImageTransform(32, 4)
+
+
+def test_as_batch_takes_what_users_have():
+    transform = ImageTransform(16)
+    image = noise(20, 30, "L")
+    one = as_batch(image, transform)
+    assert one.shape == (1, 3, 16, 16) and torch.equal(one[0], transform(image))
+    assert as_batch([image, Image.new("RGBA", (5, 5))], transform).shape == (2, 3, 16, 16)
+    tensor = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    assert as_batch(tensor, transform).dtype == torch.float32
+    wrong = {"shape": torch.zeros(3, 16, 16), "shape (1, 3, 8, 8)": torch.zeros(1, 3, 8, 8),
+             "uint8": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "divide by 127.5": torch.full((1, 3, 16, 16), 200.0),
+             "nan": torch.full((1, 3, 16, 16), torch.nan), "a list of nothing": [], "ndarray": np.zeros((1, 3, 16, 16)), "str": ["a.png"]}
+    for words, images in wrong.items():
+        with pytest.raises(InputError) as caught:
+            as_batch(images, transform)
+        assert words in str(caught.value) and "allowed" in str(caught.value)
+    with pytest.raises(InputError, match="image 1 of images cannot be read: truncated"):
+        as_batch([image, Image.open(io.BytesIO(encoded(noise(64, 64), "JPEG")[:2000]))], transform)

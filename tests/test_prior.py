@@ -1,0 +1,370 @@
+"""The prior on tiny real models: its start, its files, its dropout, and the batches it is trained on."""
+
+import json
+import math
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from stage2_prior.prior import TokenPrior
+from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from token_shards.manifest import Grid
+from token_shards.order import EpochOrder
+from token_shards.reader import TokenBatch
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import PriorConfig
+
+ARCHITECTURES = ["llama", "gpt2", "qwen3"]
+VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
+                        token_fingerprint="f" * 64, label_drop=0.1)
+COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)
+TWO_GRIDS = Vocabulary(grids=[COARSE, FINE], class_names=None, token_fingerprint="f" * 64)
+
+
+def tiny_prior(architecture="llama", vocabulary=VOCABULARY, seed=0, **changes):
+    fields = {"architecture": architecture, "width": 32, "layers": 2, "heads": 2} | changes
+    return TokenPrior.from_config(PriorConfig(**fields), vocabulary, seed)
+
+
+def random_batch(vocabulary=VOCABULARY, size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    ids_BT = np.stack([rng.integers(0, stop - start, size) for start, stop in vocabulary.position_ranges()], axis=1)
+    return torch.from_numpy(ids_BT), torch.from_numpy(rng.integers(-1, vocabulary.num_classes, size))
+
+
+# --- the start ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("width", [32, 512])
+def test_the_first_loss_is_near_ln_k(architecture, width):
+    prior = tiny_prior(architecture, width=width).eval()
+    with torch.no_grad():
+        assert prior.loss(*random_batch()).item() == pytest.approx(math.log(48), rel=0.02)
+
+
+def test_logits_see_the_class_and_the_ids_before_and_nothing_else():
+    prior = tiny_prior().eval()
+    ids_BT, _ = random_batch(size=2)
+    ids_BT[1] = ids_BT[0]
+    ids_BT[1, 4] = (ids_BT[0, 4] + 1) % 48
+    with torch.no_grad():
+        logits_BTK = prior(ids_BT, torch.tensor([1, 1]))
+        other_class_BTK = prior(ids_BT, torch.tensor([2, NO_CLASS]))
+    assert logits_BTK.shape == (2, 9, 48)
+    differs_T = (logits_BTK[0] - logits_BTK[1]).abs().amax(dim=1) > 1e-6
+    assert differs_T.tolist() == [False] * 5 + [True] * 4  # id 4 is first seen where id 5 is predicted
+    assert ((logits_BTK - other_class_BTK).abs().amax(dim=(1, 2)) > 1e-6).all()
+    torch.testing.assert_close(prior(ids_BT), prior(ids_BT, torch.tensor([NO_CLASS, NO_CLASS])))
+
+
+def test_the_loss_by_hand_with_two_grids():
+    prior = tiny_prior(vocabulary=TWO_GRIDS).eval()
+    ids_BT, _ = random_batch(TWO_GRIDS, size=5)
+    with torch.no_grad():
+        logits_BTK, loss = prior(ids_BT), prior.loss(ids_BT)
+    assert logits_BTK.shape == (5, 6, 32) and torch.isinf(logits_BTK[:, :2, 8:]).all() and torch.isfinite(logits_BTK[:, 2:]).all()
+    expected = -logits_BTK.log_softmax(-1).gather(2, ids_BT[:, :, None]).mean()
+    torch.testing.assert_close(loss, expected)
+    assert loss.item() == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6, rel=0.02)
+
+
+def test_the_loss_is_float32_and_reaches_every_weight():
+    prior = tiny_prior().to(torch.bfloat16)
+    loss = prior.loss(*random_batch())
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in prior.parameters())
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_global_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second, other = tiny_prior(seed=1), tiny_prior(seed=1), tiny_prior(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.model.get_output_embeddings().weight, other.model.get_output_embeddings().weight)
+
+
+def test_it_learns():
+    prior = tiny_prior(dropout=0.0)
+    ids_BT, classes_B = random_batch(size=8)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = prior.loss(ids_BT, classes_B)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 1.0
+
+
+# --- configuration -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("architecture", "expected"), [
+    ("llama", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 96,
+               "max_position_embeddings": 10, "vocab_size": 52, "tie_word_embeddings": False, "attention_dropout": 0.1, "use_cache": True}),
+    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 10, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}),
+    ("qwen3", {"hidden_size": 32, "head_dim": 16, "num_key_value_heads": 2, "attention_dropout": 0.1}),
+])
+def test_sizes_reach_the_configuration(architecture, expected):
+    config = tiny_prior(architecture).model.config
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
+def test_options_win():
+    prior = tiny_prior(options={"num_key_value_heads": 1, "intermediate_size": 40, "attention_dropout": 0.0})
+    assert prior.model.config.num_key_value_heads == 1 and prior.model.model.layers[0].mlp.gate_proj.weight.shape == (40, 32)
+    assert tiny_prior("gpt2", options={"hidden_size": 64}).model.config.n_embd == 64
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"architecture": "lama"}, "Nearest: .*llama"),
+    ({"architecture": "vit"}, "causal language models"),
+    ({"options": {"num_key_value_head": 1}}, "Did you mean 'num_key_value_heads'"),
+    ({"options": {"vocab_size": 7}}, "follows from the tokens"),
+    ({"options": {"max_position_embeddings": 9}}, "allows 9 positions; .* need 10"),
+    ({"options": {"intermediate_size": "wide"}}, "intermediate_size"),
+    ({"options": {"num_attention_heads": 3}}, "transformers"),
+    ({"heads": 32}, "even number"),
+    ({"architecture": "xlnet"}, "later"),
+    ({"architecture": "mamba"}, "cannot be sized"),
+])
+def test_what_cannot_work_is_refused_in_words(changes, words):
+    with pytest.raises(InputError, match=words):
+        tiny_prior(**changes)
+
+
+# --- dropout -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_works_in_training_only_and_adds_no_weights(architecture):
+    prior = tiny_prior(architecture, dropout=0.5)
+    batch = random_batch(size=4)
+    assert prior.training and not torch.equal(prior(*batch), prior(*batch))
+    prior.eval()
+    assert torch.equal(prior(*batch), prior(*batch))
+    torch.testing.assert_close(prior(*batch), tiny_prior(architecture, dropout=0.0).eval()(*batch), rtol=0, atol=0)
+    stock = AutoModelForCausalLM.from_config(prior.model.config)
+    assert list(prior.model.state_dict()) == list(stock.state_dict())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
+    # none on attention weights, where it can empty what the first position sees, and with it a whole row
+    no_attention_dropout = {"attn_pdrop" if architecture == "gpt2" else "attention_dropout": 0.0}
+    prior = tiny_prior(architecture, dropout=0.25, options=no_attention_dropout)
+    outputs = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+        return hook
+
+    attention, feed_forward = ("attn", "mlp") if architecture == "gpt2" else ("self_attn", "mlp")
+    layers = prior.model.transformer.h if architecture == "gpt2" else prior.model.model.layers
+    embedded = prior.model.transformer.drop if architecture == "gpt2" else prior.model.get_input_embeddings()
+    embedded.register_forward_hook(keep("embedded"))
+    for number, layer in enumerate(layers):
+        getattr(layer, attention).register_forward_hook(keep(f"attention {number}"))
+        getattr(layer, feed_forward).register_forward_hook(keep(f"feed-forward {number}"))
+    prior(*random_batch(size=64))
+    assert len(outputs) == 5
+    for name, output in outputs.items():  # dropped once, a quarter is zero; twice, 44 % would be
+        assert (output == 0).float().mean().item() == pytest.approx(0.25, abs=0.02), name
+
+
+def test_dropout_that_finds_no_place_is_refused(monkeypatch):
+    monkeypatch.setattr("stage2_prior.causal_lm.BLOCK_NAMES", ("mlp",))
+    with pytest.raises(InputError, match=r"2 attention and feed-forward blocks were found instead of 4; set prior\.dropout 0"):
+        tiny_prior(dropout=0.1)
+    tiny_prior(dropout=0.0)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_saved_and_loaded_it_gives_equal_logits(tmp_path, architecture):
+    prior, batch = tiny_prior(architecture).eval(), random_batch(size=4)
+    prior.save_pretrained(tmp_path / "prior")
+    loaded = TokenPrior.from_pretrained(tmp_path / "prior")
+    assert not loaded.training and loaded.vocabulary == VOCABULARY and loaded.num_parameters == prior.num_parameters
+    assert torch.equal(loaded(*batch), prior(*batch))
+    files = {"config.json", "generation_config.json", "model.safetensors", "vocabulary.json"}
+    assert {path.name for path in (tmp_path / "prior").iterdir()} == files
+    loaded.save_pretrained(tmp_path / "prior")  # over itself
+    assert {path.name for path in (tmp_path / "prior").iterdir()} == files
+    assert torch.equal(TokenPrior.from_pretrained(tmp_path / "prior", device="cpu")(*batch), prior(*batch))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_own_generate_draws_exactly_t_codes(tmp_path, architecture, capfd):
+    tiny_prior(architecture).save_pretrained(tmp_path)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = AutoModelForCausalLM.from_pretrained(tmp_path)
+            for class_id in (VOCABULARY.class_id(1), VOCABULARY.null_id):
+                ids_BS = model.generate(torch.full((256, 1), class_id))
+                assert ids_BS.shape == (256, 1 + 9)
+                assert ids_BS[:, 1:].min() == 0 and ids_BS[:, 1:].max() == 47
+    finally:
+        transformers_logging.enable_progress_bar()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_are_written_in_float32_and_load_in_bfloat16(tmp_path):
+    prior = tiny_prior().to(torch.bfloat16).eval()
+    prior.save_pretrained(tmp_path)
+    assert prior.model.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+    assert AutoConfig.from_pretrained(tmp_path).dtype == torch.float32
+    assert TokenPrior.from_pretrained(tmp_path).model.dtype == torch.float32
+    loaded = TokenPrior.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.model.dtype == torch.bfloat16
+    # not equal: `.to` casts the rotary frequencies as well, loading keeps them in float32
+    torch.testing.assert_close(loaded(*random_batch(size=4)), prior(*random_batch(size=4)), rtol=0, atol=0.01)
+    assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda weights: weights.pop("model.norm.weight"), r"missing: model\.norm\.weight"),
+    (lambda weights: weights.update(stray=torch.zeros(2)), "unexpected: stray"),
+    (lambda weights: weights.update({"model.norm.weight": torch.ones(33)}), r"shape: model\.norm\.weight \(33,\) instead of \(32,\)"),
+    (lambda weights: weights.pop("model.embed_tokens.weight"), r"missing: model\.embed_tokens\.weight"),
+])
+def test_weights_that_do_not_fit_are_listed_and_refused(tmp_path, capfd, change, words):
+    tiny_prior().save_pretrained(tmp_path)
+    change_weights(tmp_path, change)
+    with pytest.raises(InputError, match=words):
+        TokenPrior.from_pretrained(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocabulary.json"])
+def test_an_incomplete_folder_is_refused(tmp_path, name):
+    tiny_prior().save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(InputError, match=name):
+        TokenPrior.from_pretrained(tmp_path)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    tiny_prior().save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(InputError, match="cannot be read"):
+        TokenPrior.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing known"}))
+    with pytest.raises(InputError, match="cannot be read"):
+        TokenPrior.from_pretrained(tmp_path)
+
+
+def test_a_foreign_vocabulary_is_refused(tmp_path):
+    tiny_prior().save_pretrained(tmp_path)
+    TWO_GRIDS.save(tmp_path)
+    with pytest.raises(InputError, match="52 ids and the vocabulary 41"):
+        TokenPrior.from_pretrained(tmp_path)
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------------
+
+
+class ReaderInMemory:
+    """Stands for a TokenShardReader: the same order, ids that tell samples apart."""
+
+    def __init__(self, samples=70, labelled=True):
+        self.folder, self.order = "memory", EpochOrder([30, samples - 30], 0, 2)
+        self.labels_N = np.arange(samples) % 3 if labelled else np.full(samples, -1)
+        names = VOCABULARY.class_names if labelled else None
+        self.manifest = SimpleNamespace(token_fingerprint="f" * 64, grids=VOCABULARY.grids, class_names=names)
+
+    def __len__(self):
+        return len(self.labels_N)
+
+    def batch_of(self, samples_B, epochs_B):
+        ids_BT = (samples_B[:, None] + np.arange(9)) % 48
+        return TokenBatch(ids_BT=ids_BT, labels_B=self.labels_N[samples_B], epochs_B=epochs_B, samples_B=samples_B, views_B=0 * samples_B)
+
+    def read(self, positions):
+        shards_B, rows_B = self.order.sample_at(positions)
+        return self.batch_of(30 * shards_B + rows_B, self.order.epochs_at(positions))
+
+    def sequential(self, start, stop, view=0):
+        return self.batch_of(np.arange(start, stop), np.zeros(stop - start, dtype=np.int64))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(world_size):
+    batches = TokenBatches(ReaderInMemory(), VOCABULARY, seed=7, label_drop=0.3)
+    for step in range(12):
+        ids_BT, classes_B = batches.batch(step, 32)
+        parts = [batches.batch(step, 32, rank, world_size) for rank in range(world_size)]
+        assert ids_BT.dtype == classes_B.dtype == torch.int64 and ids_BT.shape == (32, 9)
+        assert torch.equal(torch.cat([part[0] for part in parts]), ids_BT)
+        assert torch.equal(torch.cat([part[1] for part in parts]), classes_B)
+
+
+def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch():
+    reader = ReaderInMemory(samples=3000)
+    batches = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2)
+    dropped = [batches.dropped(np.full(3000, epoch), np.arange(3000)) for epoch in range(6)]
+    assert [flags.mean() for flags in dropped] == pytest.approx([0.2] * 6, abs=0.03)
+    assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.04, abs=0.015)
+    again = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000))
+    assert (again == dropped[4]).all()
+    assert not (TokenBatches(reader, VOCABULARY, seed=8, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000)) == dropped[4]).all()
+    for label_drop, expected in ((0.0, set(range(3))), (1.0, {NO_CLASS})):
+        assert set(TokenBatches(reader, VOCABULARY, 7, label_drop).batch(0, 500)[1].tolist()) == expected
+
+
+def test_a_batch_larger_than_the_data_spans_epochs():
+    ids_BT, _ = TokenBatches(ReaderInMemory(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70)
+    assert np.bincount(ids_BT[:, 0], minlength=48).tolist() == [14] * 22 + [7] * 26  # samples 48 .. 69 have the first ids 0 .. 21 again
+
+
+def test_unlabelled_data_has_no_class():
+    vocabulary = Vocabulary(grids=VOCABULARY.grids, class_names=None, token_fingerprint="f" * 64)
+    batches = TokenBatches(ReaderInMemory(labelled=False), vocabulary, seed=7, label_drop=0.1)
+    assert set(batches.batch(3, 32)[1].tolist()) == {NO_CLASS}
+
+
+def test_foreign_tokens_are_refused():
+    reader = ReaderInMemory()
+    reader.manifest.token_fingerprint = "0" * 64
+    with pytest.raises(InputError, match=r"token fingerprint of the tokens in memory is 000.* vocabulary is fff"):
+        TokenBatches(reader, VOCABULARY, 0, 0.1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(("limit", "expected"), [(None, 70), (50, 50), (1000, 70), (3, 3)])
+def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(world_size, limit, expected):
+    per_rank = [list(validation_batches(ReaderInMemory(), 16, rank, world_size, limit)) for rank in range(world_size)]
+    assert len({len(batches) for batches in per_rank}) == 1
+    assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _ in batches)
+    in_order = [sample for step in zip(*per_rank, strict=True) for ids_BT, _ in step for sample in ids_BT[:, 0].tolist()]
+    assert in_order == [sample % 48 for sample in range(expected)]
+    assert all(NO_CLASS not in classes_B for batches in per_rank for _, classes_B in batches)
+
+
+def test_rank_slices_are_even():
+    assert [rank_slice(10, 20, rank, 3) for rank in range(3)] == [(10, 13), (13, 16), (16, 20)]

@@ -1,0 +1,255 @@
+"""Sampling: each pure function with five numbers, the loop against the plain forward pass, and what is refused."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stage2_prior.prior import TokenPrior
+from stage2_prior.sampling import (
+    SamplingStopped,
+    apply_guidance,
+    apply_temperature,
+    draw_ids,
+    invert_cumulative,
+    keep_top_k,
+    keep_top_p,
+)
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.seeding import image_seeds, uniforms
+
+INF = math.inf
+GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
+SHARP = {"initializer_range": 0.3}  # of untrained weights, so that logits differ enough to be worth comparing
+
+
+def tiny_prior(architecture="llama", label_drop=0.1, class_names=("ant", "bee", "cat"), grids=GRIDS):
+    names = list(class_names) if class_names else None
+    vocabulary = Vocabulary(grids=grids, class_names=names, token_fingerprint="f" * 64, label_drop=label_drop)
+    config = PriorConfig(architecture=architecture, width=32, layers=2, heads=2, options=SHARP)
+    prior = TokenPrior.from_config(config, vocabulary, seed=0).eval()
+    with torch.no_grad():
+        prior.model.get_output_embeddings().weight.mul_(20)
+    return prior
+
+
+def reference_sample(prior, classes, seeds, sampling):
+    """One image after another, position by position, without a cache, with guidance from two separate passes."""
+    vocabulary, rows = prior.vocabulary, []
+    for index, seed in zip(classes, seeds, strict=True):
+        ids_1T = torch.zeros(1, vocabulary.num_tokens, dtype=torch.int64)
+        uniforms_T = torch.from_numpy(uniforms([seed], vocabulary.num_tokens))[0]
+        for position, (start, stop) in enumerate(vocabulary.position_ranges()):
+            conditional_1K = prior(ids_1T, torch.tensor([index]))[:, position, :stop - start]
+            null_1K = prior(ids_1T, torch.tensor([NO_CLASS]))[:, position, :stop - start]
+            logits_1K = null_1K + sampling.guidance_scale * (conditional_1K - null_1K)
+            ids_1T[:, position] = draw_ids(logits_1K, uniforms_T[position:position + 1], sampling)
+        rows.append(ids_1T[0])
+    return torch.stack(rows)
+
+
+# --- pure functions ----------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_by_hand():
+    conditional_BK, null_BK = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]]), torch.tensor([[0.0, 2.0, 1.0, 1.0, -2.0]])
+    assert apply_guidance(conditional_BK, null_BK, 3.0).tolist() == [[3.0, 2.0, 7.0, -2.0, 1.0]]
+    assert torch.equal(apply_guidance(conditional_BK, null_BK, 1.0), conditional_BK)
+    assert torch.equal(apply_guidance(conditional_BK, null_BK, 0.0), null_BK)
+
+
+def test_temperature_by_hand():
+    logits_BK = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]])
+    assert apply_temperature(logits_BK, 0.5).tolist() == [[-4.0, -2.0, 0.0, -6.0, -8.0]]
+    assert apply_temperature(logits_BK, 1e-44).softmax(-1).tolist() == [[0.0, 0.0, 1.0, 0.0, 0.0]]
+
+
+def test_top_k_by_hand():
+    logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [0.0, 0.0, 7.0, 0.0, 9.0]])
+    assert keep_top_k(logits_BK, 2).tolist() == [[-INF, 5.0, -INF, 4.0, -INF], [-INF, -INF, 7.0, -INF, 9.0]]
+    assert keep_top_k(logits_BK, 3)[1].tolist() == [0.0, 0.0, 7.0, 0.0, 9.0]  # three zeros tie for the third place
+    for off in (0, 5, 100):
+        assert torch.equal(keep_top_k(logits_BK, off), logits_BK)
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.3, [1]), (0.39, [1]), (0.5, [1, 3]), (0.64, [1, 3]), (0.7, [1, 3, 4]), (0.95, [1, 3, 4, 0]),
+                                         (0.999, [1, 3, 4, 0, 2]), (1e-9, [1]), (1.0, [0, 1, 2, 3, 4])])
+def test_top_p_by_hand(p, kept):
+    logits_BK = torch.tensor([[0.15, 0.40, 0.04, 0.25, 0.16]]).log()
+    result_BK = keep_top_p(logits_BK, p)
+    assert sorted(torch.isfinite(result_BK)[0].nonzero()[:, 0].tolist()) == sorted(kept)
+    assert result_BK[0, kept].tolist() == logits_BK[0, kept].tolist()
+
+
+def test_top_p_takes_the_lower_of_equal_ids():
+    assert torch.isfinite(keep_top_p(torch.zeros(1, 5), 0.5)).tolist() == [[True, True, True, False, False]]
+
+
+def test_drawn_ids_have_the_distribution():
+    probabilities_K = torch.tensor([0.1, 0.0, 0.4, 0.3, 0.2])
+    uniforms_B = torch.from_numpy(uniforms([3], 50_000)[0])
+    ids_B = invert_cumulative(probabilities_K.expand(50_000, -1), uniforms_B)
+    shares_K = torch.bincount(ids_B, minlength=5) / 50_000
+    assert ids_B.dtype == torch.int64 and shares_K.tolist() == pytest.approx(probabilities_K.tolist(), abs=0.008) and shares_K[1] == 0
+
+
+@pytest.mark.parametrize("probabilities", [[0.0, 0.2, 0.0, 0.8, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0],
+                                           [1e-30, 0.0, 0.7, 0.3, 1e-30]])
+def test_uniforms_at_the_edges_never_draw_what_cannot_be(probabilities):
+    possible = [id for id, probability in enumerate(probabilities) if probability > 0]
+    edges = torch.tensor([0.0, 5e-324, 0.5, 1 - 2**-53], dtype=torch.float64)
+    ids_B = invert_cumulative(torch.tensor(probabilities).expand(4, -1), edges).tolist()
+    assert ids_B[0] == possible[0] and set(ids_B) <= set(possible)
+
+
+def test_the_last_id_is_drawn_whatever_the_rounding():
+    rng = np.random.default_rng(0)
+    logits_BK = torch.from_numpy(rng.normal(size=(2000, 700)) * 3).float()
+    logits_BK[:, -5:] = -INF
+    ids_B = invert_cumulative(logits_BK.softmax(-1), torch.full((2000,), 1 - 2**-53, dtype=torch.float64))
+    assert ids_B.max() < 695 and torch.isfinite(logits_BK.gather(1, ids_B[:, None])).all()
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [9.0, 0.0, 7.0, 0.0, 8.0]])
+    assert draw_ids(logits_BK, torch.tensor([0.99, 0.99], dtype=torch.float64), SamplingConfig(temperature=0, top_p=0.5)).tolist() == [1, 0]
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+def test_cached_logits_equal_uncached(architecture):
+    prior = tiny_prior(architecture)
+    seen = []
+    hook = prior.model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1, :24]))
+    ids_BT = prior.sample([0, 2, NO_CLASS], SamplingConfig(), [1, 2, 3])
+    hook.remove()
+    with torch.no_grad():
+        expected_BTK = prior(ids_BT, torch.tensor([0, 2, NO_CLASS]))
+    assert len(seen) == 9 and expected_BTK.std() > 0.5
+    torch.testing.assert_close(torch.stack(seen, dim=1), expected_BTK, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("sampling", [
+    SamplingConfig(), SamplingConfig(guidance_scale=2.5), SamplingConfig(guidance_scale=0.0), SamplingConfig(temperature=0),
+    SamplingConfig(guidance_scale=1.7, temperature=0.8, top_k=12, top_p=0.9),
+])
+def test_the_loop_does_what_the_plain_forward_pass_says(architecture, sampling):
+    prior, classes, seeds = tiny_prior(architecture), [0, 2, 1, NO_CLASS], image_seeds(7, 4)
+    with torch.no_grad():
+        assert torch.equal(prior.sample(classes, sampling, seeds), reference_sample(prior, classes, seeds, sampling))
+
+
+def test_two_grids_draw_each_from_its_own_codes():
+    grids = [Grid(name="coarse", codebook_size=3, height=1, width=2), Grid(name="fine", codebook_size=17, height=2, width=2)]
+    prior, sampling = tiny_prior(grids=grids), SamplingConfig(guidance_scale=2.0, top_k=15)
+    classes, seeds = [0, 1, 2] * 20, image_seeds(1, 60)
+    ids_BT = prior.sample(classes, sampling, seeds)
+    assert ids_BT.min() >= 0 and ids_BT[:, :2].max() <= 2 < ids_BT[:, 2:].max() <= 16
+    with torch.no_grad():
+        assert torch.equal(ids_BT[:3], reference_sample(prior, classes[:3], seeds[:3], sampling))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_an_image_does_not_depend_on_its_neighbours(guidance_scale):
+    prior, sampling = tiny_prior(), SamplingConfig(guidance_scale=guidance_scale)
+    classes, seeds = [0, 1, 2, 0, 1, 2, 1], image_seeds(3, 7)
+    ids_BT = prior.sample(classes, sampling, seeds)
+    for row in range(7):
+        assert torch.equal(prior.sample([classes[row]], sampling, [seeds[row]])[0], ids_BT[row])
+    assert torch.equal(prior.sample(classes[::-1], sampling, seeds[::-1]), ids_BT.flip(0))
+    assert len({tuple(row) for row in ids_BT.tolist()}) == 7
+
+
+def test_guidance_one_is_off_bit_for_bit():
+    prior, rows = tiny_prior(), []
+    hook = prior.model.register_forward_hook(lambda module, inputs, output: rows.append(len(output.logits)))
+    plain = prior.sample([0, 1], SamplingConfig(), [5, 6])
+    assert torch.equal(prior.sample([0, 1], SamplingConfig(guidance_scale=1.0), [5, 6]), plain) and set(rows) == {2}
+    rows.clear()
+    prior.sample([0, 1], SamplingConfig(guidance_scale=1.5), [5, 6])
+    assert set(rows) == {4}  # with and without the class in one batch
+    rows.clear()
+    assert torch.equal(prior.sample(None, SamplingConfig(guidance_scale=1.5), [5, 6]), prior.sample(None, SamplingConfig(), [5, 6]))
+    assert set(rows) == {2}  # nothing to guide to
+    hook.remove()
+
+
+def test_temperature_zero_is_greedy_whatever_the_seed():
+    prior, greedy = tiny_prior(), SamplingConfig(temperature=0)
+    ids_BT = prior.sample([0, 1], greedy, [5, 6])
+    assert torch.equal(prior.sample([0, 1], greedy, [7, 8]), ids_BT)
+    assert torch.equal(prior(ids_BT, torch.tensor([0, 1])).argmax(-1), ids_BT)
+
+
+def test_a_prior_without_classes():
+    prior = tiny_prior(class_names=None, label_drop=0.0)
+    ids_BT = prior.sample(None, SamplingConfig(), image_seeds(0, 50))
+    assert ids_BT.shape == (50, 9) and ids_BT.dtype == torch.int64 and ids_BT.min() >= 0 and ids_BT.max() <= 23
+    with pytest.raises(InputError, match="trained without classes"):
+        prior.sample([0], SamplingConfig(), [1])
+    with pytest.raises(InputError, match=r"guidance_scale is 2.* trained without classes"):
+        prior.sample(None, SamplingConfig(guidance_scale=2.0), [1])
+
+
+def test_the_mode_comes_back_and_dropout_is_off():
+    prior = tiny_prior()
+    expected = prior.sample([0, 1], SamplingConfig(), [5, 6])
+    prior.train()
+    assert torch.equal(prior.sample([0, 1], SamplingConfig(), [5, 6]), expected)
+    assert all(module.training for module in prior.modules())
+    with pytest.raises(SamplingStopped):
+        prior.sample([0, 1], SamplingConfig(), [5, 6], callback=lambda done, total: False)
+    assert all(module.training for module in prior.modules())
+    prior.loss(expected, torch.tensor([0, 1])).backward()  # nothing of inference mode stays behind
+
+
+def test_the_callback_counts_and_stops():
+    prior, calls = tiny_prior(), []
+    prior.sample([0], SamplingConfig(), [5], callback=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 9) for done in range(1, 10)]
+    counter = itertools.count(1)
+    with pytest.raises(SamplingStopped, match="after 3 of 9"):
+        prior.sample([0], SamplingConfig(), [5], callback=lambda done, total: next(counter) < 3)
+
+
+def test_bfloat16_samples_valid_ids():
+    ids_BT = tiny_prior().to(torch.bfloat16).sample([0, 1, 2], SamplingConfig(guidance_scale=2.0), [1, 2, 3])
+    assert ids_BT.min() >= 0 and ids_BT.max() <= 23
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0)])
+def test_weights_that_are_not_numbers_are_loud(sampling):
+    prior = tiny_prior()
+    with torch.no_grad():
+        prior.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(InputError, match=r"not finite in torch\.float32"):
+        prior.sample([0], sampling, [1])
+
+
+@pytest.mark.parametrize(("classes", "sampling", "seeds", "words"), [
+    ([3], SamplingConfig(), [1], r"class index is 3; allowed: 0 \(ant\) to 2 \(cat\)"),
+    ([-2], SamplingConfig(), [1], "class index is -2"),
+    ([0, 1], SamplingConfig(), [1], "2 class indices and 1 seeds"),
+    ([], SamplingConfig(), [], "seeds is empty"),
+    ([0], SamplingConfig(), [-1], "at least 0"),
+])
+def test_requests_that_cannot_be_served_are_refused(classes, sampling, seeds, words):
+    with pytest.raises(InputError, match=words):
+        tiny_prior().sample(classes, sampling, seeds)
+
+
+def test_without_label_drop_there_is_no_guidance_and_no_null_class():
+    prior = tiny_prior(label_drop=0.0)
+    prior.sample(torch.tensor([0]), SamplingConfig(), [1])
+    with pytest.raises(InputError, match=r"guidance_scale is 2.* label_drop 0.* never learnt"):
+        prior.sample([0], SamplingConfig(guidance_scale=2.0), [1])
+    with pytest.raises(InputError, match=r"without a class .* label_drop 0"):
+        prior.sample(None, SamplingConfig(), [1])

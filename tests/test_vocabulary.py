@@ -1,0 +1,99 @@
+"""The vocabulary: which id means what, on paper and in its file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.errors import InputError
+
+ONE = {"grids": [Grid(name="image", codebook_size=16, height=2, width=3)], "class_names": ["ant", "bee", "cat"],
+       "token_fingerprint": "f" * 64, "label_drop": 0.1}
+TWO = ONE | {"grids": [Grid(name="coarse", codebook_size=4, height=1, width=2),
+                       Grid(name="fine", codebook_size=10, height=1, width=2, depth=2)]}
+
+
+def test_layout_of_one_grid():
+    vocabulary = Vocabulary(**ONE)
+    assert (vocabulary.num_tokens, vocabulary.num_codes, vocabulary.most_codes, vocabulary.num_classes) == (6, 16, 16, 3)
+    assert (vocabulary.size, vocabulary.null_id, vocabulary.suppressed_ids) == (20, 19, [16, 17, 18, 19])
+    assert vocabulary.code_ranges == [(0, 16)] and vocabulary.position_ranges() == [(0, 16)] * 6
+    assert [vocabulary.class_id(index) for index in range(3)] == [16, 17, 18]
+
+
+def test_layout_of_two_grids():
+    vocabulary = Vocabulary(**TWO)
+    assert vocabulary.code_ranges == [(0, 4), (4, 14)] and vocabulary.most_codes == 10
+    assert vocabulary.position_ranges() == [(0, 4)] * 2 + [(4, 14)] * 4
+    assert vocabulary.offsets_T.tolist() == [0, 0, 4, 4, 4, 4] and vocabulary.offsets_T.dtype == np.int64
+    assert vocabulary.class_id(0) == 14 and vocabulary.null_id == 17 and vocabulary.size == 18
+
+
+def test_without_classes_only_the_null_class_is_left():
+    vocabulary = Vocabulary(**(ONE | {"class_names": None}))
+    assert (vocabulary.num_classes, vocabulary.size, vocabulary.null_id) == (0, 17, 16)
+    assert vocabulary.condition_ids(torch.tensor([NO_CLASS, NO_CLASS])).tolist() == [16, 16]
+    with pytest.raises(InputError, match="trained without classes"):
+        vocabulary.class_id(0)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+@pytest.mark.parametrize("fields", [ONE, TWO])
+def test_ids_go_into_the_vocabulary_and_back(kind, fields):
+    vocabulary = Vocabulary(**fields)
+    ids_BT = kind([[0, 3, 0, 9, 1, 2], [1, 0, 5, 0, 0, 9]])
+    inside_BT = vocabulary.to_vocabulary(ids_BT)
+    assert type(inside_BT) is type(ids_BT) and inside_BT.dtype == ids_BT.dtype
+    for position, (start, stop) in enumerate(vocabulary.position_ranges()):
+        assert all(start <= id < stop for id in inside_BT[:, position].tolist())
+        assert vocabulary.to_vocabulary_at(position, ids_BT[:, position]).tolist() == inside_BT[:, position].tolist()
+    assert vocabulary.to_grid_ids(inside_BT).tolist() == ids_BT.tolist()
+    assert vocabulary.condition_ids(kind([0, 2, NO_CLASS])).tolist() == [vocabulary.class_id(0), vocabulary.class_id(2), vocabulary.null_id]
+
+
+@pytest.mark.parametrize("index", [-1, 3, 100])
+def test_a_class_that_there_is_not_is_answered_with_those_there_are(index):
+    with pytest.raises(InputError, match=rf"{index}; allowed: 0 \(ant\) to 2 \(cat\)"):
+        Vocabulary(**ONE).class_id(index)
+
+
+@pytest.mark.parametrize("fields", [ONE, TWO, ONE | {"class_names": None}])
+def test_saved_and_loaded_it_is_the_same(tmp_path, fields):
+    Vocabulary(**fields).save(tmp_path)
+    assert Vocabulary.load(tmp_path) == Vocabulary(**fields)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"schema_version": 2}, "schema_version 2; this version of vqmosaic reads 1"),
+    ({"extra": 1}, "unknown fields: extra"),
+    ({"label_drop": None}, "missing fields: label_drop"),
+    ({"label_drop": 1.5}, "label_drop of the vocabulary is 1.5"),
+    ({"label_drop": "a lot"}, "does not fit"),
+    ({"class_names": "cat"}, "must be a list of texts"),
+    ({"class_names": []}, "class_names of the vocabulary is empty"),
+    ({"token_fingerprint": 3}, "must be a text"),
+    ({"grids": []}, "no grids"),
+    ({"grids": [{"name": "image", "codes": 3}]}, "codes"),
+    ({"grids": None}, "does not fit"),
+])
+def test_a_file_that_is_not_understood_is_refused(tmp_path, change, words):
+    Vocabulary(**ONE).save(tmp_path)
+    path = tmp_path / "vocabulary.json"
+    content = json.loads(path.read_text()) | change
+    if change == {"label_drop": None}:
+        del content["label_drop"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=words) as caught:
+        Vocabulary.load(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"vocabulary\.json is missing"):
+        Vocabulary.load(tmp_path)
+    (tmp_path / "vocabulary.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        Vocabulary.load(tmp_path)

@@ -1,0 +1,49 @@
+"""Token shards, the contract between the two stages: images as small grids of integers in plain WebDataset tar files.
+
+A complete folder, one for each split (`tokens/train`, `tokens/validation`):
+
+    manifest.json        what the ids mean (grids, views, token fingerprint, class names) and which shards there are; written last
+    shard-000000.tar     the sources 0 .. images_per_shard - 1, whatever the number of processes that wrote them
+        000000000.image.npy   ids (V, T): every stored view of one image, one file for each grid; uint16, or int32 above 65,536 codes
+        000000000.json        {"index": 0, "label": 3, "source": "cat/0001.jpg", "views": 2}; label is null without classes
+        000000001.image.npy   ...
+    shard-000000.json    sidecar: count, size and sha256 of the tar, skipped sources, where each array lies in it
+    shard-000001.tar     ...
+
+Any WebDataset code reads the shards without this package (none of the files holds a pickle):
+
+    import glob, webdataset
+    urls = sorted(glob.glob("runs/digits/tokens/train/shard-*.tar"))
+    for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
+        ids_VT, label = sample["image.npy"], sample["json"]["label"]
+
+With this package: TokenShardWriter writes, TokenShardReader trains from them in an order that can be resumed anywhere,
+audit_folder proves them whole. Importing the package loads nothing; nothing in it needs torch (the audit loads webdataset).
+"""
+
+import importlib
+
+_HOMES = {
+    "Grid": "manifest",
+    "ShardEntry": "manifest",
+    "ShardSetHeader": "manifest",
+    "TokenShardManifest": "manifest",
+    "TokenShardWriter": "writer",
+    "default_key": "writer",
+    "EpochOrder": "order",
+    "TokenBatch": "reader",
+    "TokenShardReader": "reader",
+    "AuditReport": "audit",
+    "audit_folder": "audit",
+    "audit_tokens": "audit",
+}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOMES)}")
+
+
+def __dir__():
+    return sorted(_HOMES)

@@ -1,0 +1,219 @@
+"""The manifest of one folder of token shards: what the ids mean, where they came from, and which shards make the folder complete."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqmosaic.durable_files import write_bytes
+from vqmosaic.errors import InputError, check_name, check_range
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+def shard_name(shard_index: int) -> str:
+    """The file name of a shard, such as shard-000004.tar."""
+    return f"shard-{shard_index:06d}.tar"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One grid of ids of an image; a plain tokenizer has one with depth 1. Flattened row by row, the depth innermost."""
+
+    name: str
+    """Part of the file names in the shards: at most 30 lower case letters, digits and underscores."""
+    codebook_size: int
+    """Number of codes K: 0 <= id < K."""
+    height: int
+    """Rows of the grid."""
+    width: int
+    """Columns of the grid."""
+    depth: int = 1
+    """Ids at each place of the grid (residual quantizers have several)."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}", self.name):  # webdataset lower-cases what follows a key, and a dot would split it
+            raise InputError(f"The grid name is {self.name!r}; allowed: at most 30 lower case letters, digits and underscores, "
+                             "a letter first.")
+        check_range(f"codebook_size of grid {self.name!r}", self.codebook_size, at_least=1, at_most=2**31)
+        for side in ("height", "width", "depth"):
+            check_range(f"{side} of grid {self.name!r}", getattr(self, side), at_least=1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of one image in this grid."""
+        return self.height * self.width * self.depth
+
+    @property
+    def dtype(self) -> np.dtype:
+        """How the ids are stored: little-endian uint16 where every id fits, else int32."""
+        return np.dtype("<u2" if self.codebook_size <= 65536 else "<i4")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest knows of one shard."""
+
+    name: str
+    """File name of the tar."""
+    count: int
+    """Samples in it."""
+    size: int
+    """Bytes of the tar."""
+    sha256: str
+    """Digest of the tar."""
+    sidecar_sha256: str
+    """Digest of the sidecar, whose labels and offsets a reader trusts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSetHeader:
+    """All that is known of a folder of shards before the first image is encoded; equal headers give equal shards."""
+
+    split: str
+    """train or validation."""
+    token_fingerprint: str
+    """Of the tokenizer that made the ids (encoder, quantizer, deterministic transform)."""
+    grids: list[Grid]
+    """The grids of each image; a reader joins their ids in this order."""
+    views: list[dict]
+    """The stored variants of each image, V in all, each described by a dict, such as {"name": "original"}."""
+    class_names: list[str] | None = None
+    """Name of each label, or None for unlabelled data."""
+    dataset: dict
+    """Identity of the data set: whatever names it for a human and tells two apart."""
+    encoding: dict
+    """What else the bytes depend on, such as {"threads": 2, "batch_size": 64}."""
+    images_per_shard: int
+    """Source images in one shard, n: shard s holds the sources [s*n, (s+1)*n)."""
+    num_sources: int
+    """Source images of the split, readable or not."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of this record and of the shards' layout."""
+
+    def __post_init__(self):
+        check_name("split", self.split, SPLITS)
+        check_range("images_per_shard", self.images_per_shard, at_least=1)
+        check_range("num_sources", self.num_sources, at_least=1)
+        names = [grid.name for grid in self.grids]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"The grids are named {names}; there must be at least one, and no two of the same name.")
+        if not self.views:
+            raise InputError('views is empty; there must be at least one, such as {"name": "original"}.')
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids of one image over all grids, T."""
+        return sum(grid.num_tokens for grid in self.grids)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that hold all sources."""
+        return -(-self.num_sources // self.images_per_shard)
+
+    def source_range(self, shard_index: int) -> range:
+        """The source indices of a shard."""
+        first = shard_index * self.images_per_shard
+        return range(first, min(first + self.images_per_shard, self.num_sources))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the record's canonical JSON."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShardManifest(ShardSetHeader):
+    """A header and what came of it. Written last, it makes the folder complete; `fingerprint` identifies the folder's content."""
+
+    num_samples: int
+    """Images that are stored."""
+    skipped: list[dict]
+    """The others: {"index", "source", "reason"}, in index order."""
+    sources_sha256: str
+    """Digest over one line `index\\tkey\\tsource\\tlabel` for each stored sample, in index order."""
+    shards: list[ShardEntry]
+    """The shards, in order."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        expected = [shard_name(index) for index in range(self.num_shards)]
+        if [shard.name for shard in self.shards] != expected:
+            raise InputError(f"The manifest lists {len(self.shards)} shards; {self.num_sources} sources at {self.images_per_shard} "
+                             f"images_per_shard need the {len(expected)} from {expected[0]} to {expected[-1]}, in order.")
+        counted = sum(shard.count for shard in self.shards)
+        if counted != self.num_samples:
+            raise InputError(f"The manifest's shards hold {counted} samples, and its num_samples is {self.num_samples}.")
+        if any(record.keys() != {"index", "source", "reason"} for record in self.skipped):
+            raise InputError("The manifest's skipped must be a list of records with index, source and reason.")
+        if self.num_samples + len(self.skipped) != self.num_sources:
+            raise InputError(f"The manifest has {self.num_samples} samples and {len(self.skipped)} skipped sources; "
+                             f"together they must be its num_sources, {self.num_sources}.")
+
+    @property
+    def header(self) -> ShardSetHeader:
+        """The part that was known beforehand."""
+        return ShardSetHeader(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ShardSetHeader)})
+
+    def save(self, folder: str | Path) -> None:
+        """Write manifest.json, which makes the folder complete; every shard must be in place already."""
+        # ASCII escapes, because a file name that is not valid UTF-8 is a text that cannot be encoded as it is
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        write_bytes(Path(folder) / MANIFEST_NAME, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TokenShardManifest":
+        """The manifest of a complete folder. Raises InputError where there is none or where it cannot be understood."""
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        if not folder.is_dir():
+            raise InputError(f"There is no folder of token shards {folder}; `vqmosaic preprocess` writes it.")
+        if not path.is_file():
+            splits = [split for split in SPLITS if (folder / split).is_dir()]
+            if splits:
+                raise InputError(f"{folder} holds no shards itself; give one of {', '.join(str(folder / split) for split in splits)}.")
+            finished = len(list(folder.glob("shard-*.json")))
+            raise InputError(f"{folder} is not complete: {MANIFEST_NAME}, which is written last, is missing "
+                             f"({finished} shards are finished). Run `vqmosaic preprocess` again; it goes on with what is missing.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); run `vqmosaic preprocess` again.") from None
+        return cls.from_dict(content, path)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], path: str | Path = MANIFEST_NAME) -> "TokenShardManifest":
+        """The manifest for its JSON content; `path` is for the words of an InputError."""
+        if not isinstance(content, dict) or "schema_version" not in content:
+            raise InputError(f"{path} is not a manifest of token shards: it has no schema_version.")
+        if content["schema_version"] != SCHEMA_VERSION:
+            raise InputError(f"{path} has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}. "
+                             "Update vqmosaic or run its `vqmosaic preprocess` again.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys())
+        if unknown or missing:
+            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: unknown fields: {', '.join(unknown) or 'none'}; "
+                             f"missing fields: {', '.join(missing) or 'none'}.")
+        try:
+            grids = [Grid(**grid) for grid in content["grids"]]
+            shards = [ShardEntry(**shard) for shard in content["shards"]]
+            return cls(**(content | {"grids": grids, "shards": shards}))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: {error}.") from None
+
+    def check_token_fingerprint(self, expected: str, expected_path: str | Path, own_path: str | Path) -> None:
+        """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`; paths name the two artefacts."""
+        if self.token_fingerprint != expected:
+            raise InputError(f"The tokens in {own_path} were made by another tokenizer: their token fingerprint is "
+                             f"{self.token_fingerprint}, that of {expected_path} is {expected}. "
+                             "Run `vqmosaic preprocess` with that tokenizer, or use the one that made the tokens.")

@@ -1,0 +1,226 @@
+"""Writing token shards: each shard whole or absent, the same bytes whoever writes it, the manifest last."""
+
+import hashlib
+import io
+import json
+import operator
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
+from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
+from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
+from vqmosaic.errors import InputError
+
+
+def default_key(index: int) -> str:
+    """The key of a source, such as 000000017: sorts like the index and has no dots."""
+    return f"{index:09d}"
+
+
+class ShardInProgress:
+    """One shard while it is written; add or skip each source of its range, those added in index order."""
+
+    def __init__(self, tar: tarfile.TarFile, header: ShardSetHeader, name: str, sources: range):
+        self._tar, self._header, self.name, self._range = tar, header, name, sources
+        self.keys: list[str] = []
+        self.indices: list[int] = []
+        self.labels: list[int | None] = []
+        self.sources: list[str] = []
+        self.offsets: dict[str, list[int]] = {grid.name: [] for grid in header.grids}
+        self._skipped: dict[int, dict] = {}
+        self._seen_keys: set[str] = set()
+
+    def add(self, *, index: int, key: str, source: str, label: int | None = None, ids: dict[str, np.ndarray]) -> None:
+        """Store one image. `ids` holds for each grid the integers (V, T) of all views. Raises ValueError where anything does not fit."""
+        index = self._check_index(index)
+        if self.indices and index <= self.indices[-1]:
+            raise ValueError(f"{self.name}: source index {index} is added after {self.indices[-1]}; add them in rising order, "
+                             "so that the bytes do not depend on who wrote them.")
+        self._check_key(key)
+        label = self._check_label(index, label)
+        if not isinstance(source, str):
+            raise TypeError(f"{self.name}, key {key}: source is {source!r}; expected a text, such as a file name or row number.")
+        if ids.keys() != self.offsets.keys():
+            raise ValueError(f"{self.name}, key {key}: ids are given for the grids {sorted(ids)}; expected {sorted(self.offsets)}.")
+        stored = {grid.name: self._checked_ids(key, grid, ids[grid.name]) for grid in self._header.grids}  # all, before a byte is written
+        for grid_name, ids_VT in stored.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, ids_VT, version=(1, 0), allow_pickle=False)
+            start = self._add_member(f"{key}.{grid_name}.npy", buffer.getvalue())
+            self.offsets[grid_name].append(start + buffer.tell() - ids_VT.nbytes)
+        facts = {"index": index, "label": label, "source": source, "views": len(self._header.views)}
+        self._add_member(f"{key}.json", json.dumps(facts).encode())
+        self._seen_keys.add(key)
+        self.keys.append(key)
+        self.indices.append(index)
+        self.labels.append(label)
+        self.sources.append(source)
+
+    def skip(self, *, index: int, source: str, reason: str) -> None:
+        """Record that a source is not stored, and why. Raises ValueError for an index that is not open."""
+        index = self._check_index(index)
+        self._skipped[index] = {"index": index, "source": source, "reason": reason}
+
+    @property
+    def skipped(self) -> list[dict]:
+        """The skipped sources so far, in index order."""
+        return [self._skipped[index] for index in sorted(self._skipped)]
+
+    def check_complete(self) -> None:
+        """Raise ValueError unless each source of the range was added or skipped."""
+        open_indices = sorted(set(self._range).difference(self.indices, self._skipped))
+        if open_indices:
+            raise ValueError(f"{self.name}: {len(open_indices)} of the {len(self._range)} source indices were neither added nor skipped, "
+                             f"the first is {open_indices[0]}.")
+
+    def _check_index(self, index: int) -> int:
+        index = operator.index(index)
+        if index not in self._range:
+            raise ValueError(f"{self.name}: source index {index} is outside its range {self._range.start}..{self._range.stop - 1}.")
+        if index in self._skipped or (self.indices and index <= self.indices[-1] and index in self.indices):
+            raise ValueError(f"{self.name}: source index {index} was added or skipped before; each must come exactly once.")
+        return index
+
+    def _check_key(self, key: str) -> None:
+        # a dot would end the key early, a slash makes a folder, webdataset skips __x__ as metadata, and USTAR holds 100 characters
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", key):
+            raise ValueError(f"{self.name}: key {key!r}; allowed: at most 64 letters, digits, '-' and '_', "
+                             "no dots, a letter or digit first.")
+        if key in self._seen_keys:
+            raise ValueError(f"{self.name}: key {key!r} is given twice; keys must be unique.")
+
+    def _check_label(self, index: int, label: int | None) -> int | None:
+        if label is None:
+            return None
+        label, names = operator.index(label), self._header.class_names
+        if names is None or not 0 <= label < len(names):
+            allowed = "none, as the header has no class_names" if names is None else f"0 to {len(names) - 1}, or None"
+            raise ValueError(f"{self.name}: the label of source index {index} is {label}; allowed: {allowed}.")
+        return label
+
+    def _checked_ids(self, key: str, grid: Grid, ids_VT: np.ndarray) -> np.ndarray:
+        ids_VT = np.asarray(ids_VT)
+        where, expected = f"{self.name}, key {key}, grid {grid.name!r}", (len(self._header.views), grid.num_tokens)
+        if ids_VT.shape != expected:
+            raise ValueError(f"{where}: ids have the shape {ids_VT.shape}; expected {expected} (views, tokens).")
+        if ids_VT.dtype.kind not in "iu":
+            raise ValueError(f"{where}: ids are {ids_VT.dtype}; expected integers.")
+        low, high = int(ids_VT.min()), int(ids_VT.max())
+        if low < 0 or high >= grid.codebook_size:
+            raise ValueError(f"{where}: ids run from {low} to {high}; allowed: 0 to {grid.codebook_size - 1}.")
+        return np.ascontiguousarray(ids_VT, dtype=grid.dtype)
+
+    def _add_member(self, name: str, content: bytes) -> int:
+        """The byte of the tar at which the member's content begins."""
+        member = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, mode 0644, no user names: nothing of the machine or the hour
+        member.size = len(content)
+        start = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(member, io.BytesIO(content))
+        return start
+
+
+class TokenShardWriter:
+    """Writes the shards of one folder. Any number of processes may write different shards of it at the same time.
+
+        writer = TokenShardWriter("tokens/train", header)
+        for s in range(rank, writer.num_shards, ranks):
+            if not writer.is_complete(s):
+                with writer.shard(s) as shard:
+                    for index in header.source_range(s): shard.add(...) or shard.skip(...)
+        wait for all ranks, then one of them: manifest = writer.finish()
+    """
+
+    def __init__(self, folder: str | Path, header: ShardSetHeader):
+        self.folder = Path(folder)
+        self.header = header
+        self._header_fingerprint = header.fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that hold all sources."""
+        return self.header.num_shards
+
+    def is_complete(self, shard_index: int) -> bool:
+        """True when the shard was written for this very header and its tar has the size and digest that its sidecar says."""
+        return self._incompleteness(shard_index) is None
+
+    def _incompleteness(self, shard_index: int) -> str | None:
+        name = shard_name(shard_index)
+        path = self.folder / name
+        try:
+            sidecar = ShardSidecar.load(self.folder, name)
+        except InputError as error:
+            return str(error)
+        if sidecar.header_fingerprint != self._header_fingerprint:
+            return f"{path} was written for other settings or by another tokenizer."
+        if not path.is_file():
+            return f"{path} is missing."
+        if path.stat().st_size != sidecar.size or sha256_of_file(path) != sidecar.sha256:
+            return f"{path} differs from what its sidecar says."
+        return None
+
+    @contextmanager
+    def shard(self, shard_index: int) -> Iterator[ShardInProgress]:
+        """A shard to add to; it is published when the block ends, and not at all when the block raises or the process dies.
+
+        Raises ValueError when a source of its range was neither added nor skipped.
+        """
+        if not 0 <= shard_index < self.num_shards:
+            raise ValueError(f"shard_index is {shard_index}; allowed: 0 to {self.num_shards - 1}.")
+        path = self.folder / shard_name(shard_index)
+        partial = temporary_sibling(path)
+        try:
+            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                shard = ShardInProgress(tar, self.header, path.name, self.header.source_range(shard_index))
+                yield shard
+                shard.check_complete()
+            sidecar = ShardSidecar(shard=path.name, count=len(shard.keys), size=partial.stat().st_size, sha256=sha256_of_file(partial),
+                                   header_fingerprint=self._header_fingerprint, skipped=shard.skipped, keys=shard.keys,
+                                   indices=shard.indices, labels=shard.labels, sources=shard.sources, offsets=shard.offsets)
+            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on the folder is not what an older manifest says
+            publish(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sidecar.save(self.folder)
+
+    def finish(self) -> TokenShardManifest:
+        """The manifest, written after every shard was found complete; call it once, when all ranks are done.
+
+        Removes partial files and shards of an earlier, longer set. Raises InputError that names the unfinished shards.
+        """
+        unfinished = [reason for index in range(self.num_shards) if (reason := self._incompleteness(index))]
+        if unfinished:
+            raise InputError(f"{len(unfinished)} of {self.num_shards} shards in {self.folder} are not finished; the first: {unfinished[0]}")
+        self._remove_strays()
+        digest, keys, skipped, entries = hashlib.sha256(), set(), [], []
+        for index in range(self.num_shards):
+            sidecar = ShardSidecar.load(self.folder, shard_name(index))
+            twice = keys.intersection(sidecar.keys)
+            if twice:
+                raise ValueError(f"{sidecar.shard}: key {min(twice)!r} is in an earlier shard too; keys must be unique.")
+            keys.update(sidecar.keys)
+            for line in zip(sidecar.indices, sidecar.keys, sidecar.sources, sidecar.labels, strict=True):
+                digest.update(source_line(*line))
+            skipped += sidecar.skipped
+            entries.append(ShardEntry(name=sidecar.shard, count=sidecar.count, size=sidecar.size, sha256=sidecar.sha256,
+                                      sidecar_sha256=sha256_of_file(sidecar_path(self.folder, sidecar.shard))))
+        known = {name: getattr(self.header, name) for name in self.header.__dataclass_fields__}
+        manifest = TokenShardManifest(**known, num_samples=len(keys), skipped=skipped, sources_sha256=digest.hexdigest(), shards=entries)
+        manifest.save(self.folder)
+        return manifest
+
+    def _remove_strays(self) -> None:
+        wanted = {path for index in range(self.num_shards)
+                  for path in (self.folder / shard_name(index), sidecar_path(self.folder, shard_name(index)))}
+        for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*"):
+            for path in self.folder.glob(pattern):
+                if path not in wanted and path.is_file():
+                    path.unlink()

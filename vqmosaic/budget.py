@@ -1,0 +1,51 @@
+"""How far a training has come, by steps or by the clock, and the learning rate that follows from it."""
+
+import math
+import time
+
+
+class Budget:
+    """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume."""
+
+    def __init__(self, max_steps: int | None, max_minutes: float | None, elapsed_seconds: float = 0.0):
+        self.max_steps, self.max_seconds = max_steps, None if max_minutes is None else max_minutes * 60
+        self._started = time.monotonic() - elapsed_seconds
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Seconds of training so far, validations included, over all resumed parts."""
+        return time.monotonic() - self._started
+
+    def progress(self, step: int, elapsed_seconds: float) -> float:
+        """Share of the budget that is used; `elapsed_seconds` is rank 0's, the same on all ranks."""
+        by_steps = step / self.max_steps if self.max_steps else 0.0
+        by_clock = elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+
+def warmup_cosine(progress: float, warmup_fraction: float, final_share: float) -> float:
+    """Learning rate as a share of its peak: a linear rise over `warmup_fraction`, then half a cosine down to `final_share`."""
+    if progress < warmup_fraction:
+        return max(progress, 1e-3 * warmup_fraction) / warmup_fraction
+    falling = (progress - warmup_fraction) / (1 - warmup_fraction)
+    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
+
+
+def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:
+    """Seconds that the rest of the training will take at this pace, validations aside."""
+    bounds = []
+    if budget.max_steps is not None:
+        bounds.append((budget.max_steps - step) * seconds_per_step)
+    if budget.max_seconds is not None:
+        bounds.append(budget.max_seconds - budget.elapsed_seconds)
+    return max(0.0, min(bounds))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words a person reads: 42 s, 3 min 05 s, 2 h 10 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

@@ -1,0 +1,98 @@
+"""Training checkpoints: complete or absent, checksummed, the last few kept. Loads no torch until one is written or read.
+
+checkpoints/<stage>/step-00000500/
+    model.safetensors, optimizer.bin, ...   Accelerate's state
+    weights_ema.safetensors                 the averaged weights, where there are some
+    trainer_state.json                      a few named numbers
+    checksums.json                          size and sha256 of all of the above
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling, write_json
+from vqmosaic.errors import InputError
+
+
+def broken_files(checkpoint: Path) -> list[str]:
+    """What is wrong with a checkpoint folder, in words; empty when it is whole."""
+    try:
+        checksums = json.loads((checkpoint / "checksums.json").read_text())
+    except (OSError, ValueError):
+        return ["checksums.json is missing or unreadable"]
+    problems = []
+    for name, entry in checksums.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            problems.append(f"{name} is missing or cut short")
+        elif sha256_of_file(path) != entry["sha256"]:
+            problems.append(f"{name} has changed")
+    return problems
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of one stage, of which the newest `keep` are kept."""
+
+    root: Path
+    keep: int = 2
+
+    def all(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        return sorted(path for path in self.root.glob("step-*") if path.is_dir())
+
+    def choose(self, resume: str, report: Callable[[str], None] = print) -> Path | None:
+        """The checkpoint to go on from: the newest whole one for auto, none for never, or the given path.
+
+        Raises:
+            InputError: never was asked for while a checkpoint exists, or the given path is no whole checkpoint.
+        """
+        if resume == "never":
+            if self.all():
+                raise InputError(f"resume is 'never', but {self.all()[-1]} exists; set resume to auto, delete it, or use --redo.")
+            return None
+        if resume != "auto":
+            problems = broken_files(Path(resume))
+            if problems:
+                raise InputError(f"resume is {resume!r}, which is no whole checkpoint: {'; '.join(problems)}. "
+                                 f"Whole ones here: {[str(path) for path in self.all() if not broken_files(path)] or 'none'}.")
+            return Path(resume)
+        for checkpoint in reversed(self.all()):
+            problems = broken_files(checkpoint)
+            if not problems:
+                return checkpoint
+            report(f"warning: {checkpoint} is not whole ({'; '.join(problems)}); taking the one before it")
+        return None
+
+    def write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0."""
+        final = self.root / f"step-{state['step']:08d}"
+        partial = temporary_sibling(final)
+        if accelerator.is_main_process:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob(f"{TEMPORARY_PREFIX}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir()
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_more(partial)
+            write_json(partial / "trainer_state.json", state)
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            write_json(partial / "checksums.json",
+                       {str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files})
+            publish(partial, final)
+            for old in self.all()[:-self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        return final
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The named numbers of a checkpoint."""
+    return json.loads((checkpoint / "trainer_state.json").read_text())

@@ -1,0 +1,61 @@
+"""Which device, number format and thread count a stage computes with."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from vqmosaic.errors import InputError
+from vqmosaic.launch import check_world_size
+from vqmosaic.recipe_sections import TrainingConfig
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (avx512_bf16 or amx_bf16), where bf16 pays."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def default_device() -> torch.device:
+    """The accelerator torch finds, else the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> str:
+    """no, bf16 or fp16 for a recipe's mixed_precision on this device; fp16 is refused on a CPU."""
+    if mixed_precision == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if device.type == "cpu" and cpu_has_bf16() else "no"
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise InputError("mixed_precision is 'fp16', which needs a GPU; on a CPU set it to auto, bf16 or no.")
+    return mixed_precision
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Fix and return the number of CPU threads; results are bitwise the same only at the same number."""
+    if threads is None:
+        threads = int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+    torch.set_num_threads(threads)
+    return threads
+
+
+def make_accelerator(training: TrainingConfig, log_folder: str) -> Accelerator:
+    """Accelerate's handle for one training stage; the world size is checked against the one asked for."""
+    use_cpu = default_device().type == "cpu"
+    precision = resolve_precision(training.mixed_precision, default_device())
+    accelerator = Accelerator(
+        cpu=use_cpu, mixed_precision=precision, gradient_accumulation_steps=training.accumulation_steps,
+        log_with=training.trackers or None, project_dir=log_folder if training.trackers else None,
+        # the quantizer keeps its buffers equal itself, with one all-reduce a step
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    check_world_size(accelerator.num_processes)
+    return accelerator

@@ -1,0 +1,62 @@
+"""Files and folders that are whole or absent: temporary name, flush to disk, rename."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".partial-"
+
+
+def temporary_sibling(path: Path) -> Path:
+    """The hidden name beside `path` under which it is written before the rename."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Force a file's or a folder entry's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_sibling(path)
+    partial.write_bytes(content)
+    publish(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON (ASCII, in the order given) whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Flush a finished temporary file or folder and give it its real name, replacing an older folder or file."""
+    if partial.is_dir():
+        for inner in sorted(partial.rglob("*")):
+            flush_to_disk(inner)
+        if path.exists():  # a folder cannot be replaced in one step: the old one goes only when the new one is on disk
+            discarded = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+            shutil.rmtree(discarded, ignore_errors=True)
+            flush_to_disk(partial)
+            os.replace(path, discarded)
+            os.replace(partial, path)
+            shutil.rmtree(discarded, ignore_errors=True)
+            flush_to_disk(path.parent)
+            return
+    flush_to_disk(partial)
+    os.replace(partial, path)
+    flush_to_disk(path.parent)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

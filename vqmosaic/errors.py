@@ -1,0 +1,35 @@
+"""Errors that tell a user what was given, what is allowed and which field to change."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The command line prints its words without a traceback and exits with 2."""
+
+
+def nearest_name(given: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name most like the given one, or None when nothing is close."""
+    matches = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def check_name(field: str, given: str, allowed: Iterable[str]) -> None:
+    """Raise InputError unless `given` is one of `allowed`; the message lists them and offers the nearest."""
+    allowed = list(allowed)
+    if given in allowed:
+        return
+    nearest = nearest_name(str(given), allowed)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    raise InputError(f"{field} is {given!r}; allowed: {', '.join(allowed)}.{hint}")
+
+
+def check_range(field: str, given: float, *, at_least: float | None = None, above: float | None = None,
+                at_most: float | None = None, below: float | None = None) -> None:
+    """Raise InputError unless the number lies within the bounds."""
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    fits = ((at_least is None or given >= at_least) and (above is None or given > above)
+            and (at_most is None or given <= at_most) and (below is None or given < below))
+    if not fits:
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+        raise InputError(f"{field} is {given}; it must be {words}.")

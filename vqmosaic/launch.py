@@ -1,0 +1,109 @@
+"""Starting a stage with one or more processes. Loads no torch; the stage's own module does.
+
+One process runs in place. More run under Accelerate's launcher in a session of their own: signals are forwarded to
+the workers themselves (the launcher loses them), their exit codes come back through a folder (the launcher loses
+those too), and they die with their parent.
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import Interrupted, die_with_parent
+
+PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
+WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
+
+
+def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_config: str | None = None) -> int:
+    """Exit code of a stage's `main(arguments)` run by this process, or by `processes` workers under Accelerate's launcher."""
+    if processes == 1 and accelerate_config is None:
+        return guarded(lambda: importlib.import_module(module).main(arguments))
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    environment = dict(os.environ)
+    if accelerate_config is not None:
+        if not Path(accelerate_config).is_file():
+            raise InputError(f"--accelerate_config is {accelerate_config!r}, which is no file; `accelerate config` writes one.")
+        command += ["--config_file", accelerate_config]
+    else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
+        command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
+                    "--dynamo_backend", "no", "--main_process_port", "0"]
+        environment[PROCESSES_ASKED_FOR] = str(processes)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
+        environment[WORKER_FOLDER] = folder
+        return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder))
+
+
+def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path) -> int:
+    """Run the launcher, forward signals to the workers that registered in `folder`, return their exit code."""
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+
+    def forward(number, _frame):
+        workers = [int(path.read_text()) for path in folder.glob("*.pid")]
+        for process in workers or [launcher.pid]:
+            try:
+                os.kill(process, number)
+            except ProcessLookupError:
+                continue
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        launcher.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    codes = [int(path.read_text()) for path in sorted(folder.glob("*.exit"))]
+    failures = [code for code in codes if code]
+    for known in (2, 143, 130):  # what a stage means to say goes before what the launcher made of it
+        if known in failures:
+            return known
+    return failures[0] if failures else (launcher.returncode and 1)
+
+
+def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Entry point of `python -m <stage>`: run main as a worker of a launcher or alone, and exit with its code."""
+    folder = os.environ.get(WORKER_FOLDER)
+    rank = int(os.environ.get("RANK", "0"))
+    if folder:
+        die_with_parent()
+        (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+    code = guarded(lambda: main(arguments), quiet=rank != 0)
+    if folder:
+        (Path(folder) / f"{rank}.exit").write_text(str(code))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def guarded(run: Callable[[], None], quiet: bool = False) -> int:
+    """Exit code of a call: 0, 2 with words for bad input, 143 or 130 after a signal, 1 with a traceback for anything else."""
+    try:
+        run()
+        return 0
+    except InputError as error:
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        if not quiet:
+            print(stop, file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def check_world_size(world_size: int) -> None:
+    """Raise InputError when the launcher started another number of processes than was asked for."""
+    asked = os.environ.get(PROCESSES_ASKED_FOR)
+    if asked is not None and int(asked) != world_size:
+        raise InputError(f"--processes {asked} was asked for, but {world_size} were started; check the accelerate installation and its environment variables.")

@@ -1,0 +1,100 @@
+"""A recipe: every section of one run, its combinations checked once, at construction. Loads no torch."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.recipe_sections import (
+    DataConfig,
+    PriorConfig,
+    PriorTrainingConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    TokensConfig,
+    unrecorded,
+)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run from images to generated images; each stage checks the whole and reads its own part."""
+
+    run_dir: str = unrecorded("runs/unnamed")
+    """The folder that gets everything this run makes."""
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Where the images come from."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The stage 1 network."""
+    tokenizer_training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+    """How stage 1 is trained."""
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    """How preprocessing writes token shards."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """The stage 2 network."""
+    prior_training: PriorTrainingConfig = field(default_factory=PriorTrainingConfig)
+    """How stage 2 is trained."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How tokens are drawn, unless a caller says otherwise."""
+
+    def __post_init__(self):
+        check_range("seed", self.seed, at_least=0, below=2**63)
+        if not self.run_dir:
+            raise InputError("run_dir is empty; give the folder for this run, such as runs/my-run.")
+        size, step = self.data.image_size, self.tokenizer.downsampling
+        if size % step or size // step < 2:
+            fitting = max(2, round(size / step)) * step
+            raise InputError(f"data.image_size is {size} and tokenizer.channel_multipliers has {len(self.tokenizer.channel_multipliers)} levels, "
+                             f"which divide the size by {step}; the size must be a multiple of {step} with at least 2 tokens a side: "
+                             f"set data.image_size to {fitting}, or take levels away.")
+        check_range("tokens.view_shift", self.tokens.view_shift, at_least=1, below=size / 2)
+        if self.data.source == "digits" and (self.data.flip or "flip" in self.tokens.views):
+            field_name = "data.flip" if self.data.flip else "tokens.views"
+            raise InputError(f"{field_name} mirrors images, but data.source is 'digits': a mirrored digit is another sign. Turn it off.")
+        if self.sampling.top_k > self.tokenizer.codebook_size:
+            raise InputError(f"sampling.top_k is {self.sampling.top_k}, but tokenizer.codebook_size is {self.tokenizer.codebook_size}; "
+                             "set sampling.top_k at most to the codebook size, or to 0 for off.")
+        if self.sampling.guidance_scale != 1 and self.prior_training.label_drop == 0:
+            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but prior_training.label_drop is 0: a prior trained without "
+                             "label drop has no null class to be guided from. Set prior_training.label_drop to 0.1, or sampling.guidance_scale to 1.")
+        if self.sampling.guidance_scale != 1 and not self.data.use_labels:
+            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but data.use_labels is false: without classes there is "
+                             "nothing to guide to. Set sampling.guidance_scale to 1.")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens T of one image."""
+        return (self.data.image_size // self.tokenizer.downsampling) ** 2
+
+
+@dataclass(frozen=True)
+class RecipeField:
+    """One field of a recipe: its dotted name, its value here and how a change of it is judged."""
+
+    name: str
+    value: Any
+    judged: str
+
+
+def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
+    """Every leaf field of a recipe in its order, as dotted names."""
+    for entry in dataclasses.fields(recipe):
+        value = getattr(recipe, entry.name)
+        if dataclasses.is_dataclass(value):
+            for inner in dataclasses.fields(value):
+                yield RecipeField(f"{entry.name}.{inner.name}", getattr(value, inner.name), inner.metadata.get("judged", "same"))
+        else:
+            yield RecipeField(entry.name, value, entry.metadata.get("judged", "same"))
+
+
+def check_batch_split(recipe: Recipe, section: str, processes: int) -> None:
+    """Raise InputError unless a training section's batch divides over processes and accumulation steps."""
+    training = getattr(recipe, section)
+    parts = processes * training.accumulation_steps
+    if training.batch_size % parts:
+        raise InputError(f"{section}.batch_size is {training.batch_size}, which does not divide over {processes} processes with "
+                         f"{section}.accumulation_steps {training.accumulation_steps}; set it to {-(-training.batch_size // parts) * parts}.")

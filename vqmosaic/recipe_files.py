@@ -1,0 +1,150 @@
+"""Reading recipes: a shipped name or a YAML file, dotted overrides from the command line, errors in words. Loads no torch."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from vqmosaic.durable_files import write_bytes
+from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.recipe import Recipe, recipe_fields
+
+SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def shipped_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by a path or by a shipped name; InputError lists what there is."""
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if name in shipped_names():
+        return SHIPPED_RECIPES / f"{name}.yaml"
+    nearest = nearest_name(path.stem, shipped_names())
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    raise InputError(f"no recipe {name!r}: it is neither a file nor one of the shipped recipes: {', '.join(shipped_names())}.{hint}")
+
+
+def field_names() -> dict[str, bool]:
+    """Dotted names of everything a recipe can set; True where it is a section of its own or takes free entries."""
+    names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
+    names.update({entry.name: True for entry in dataclasses.fields(Recipe) if "." not in entry.name and entry.name not in names})
+    return names
+
+
+def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
+    """Give a parser one option for each field of a recipe, with the field's own sentence as help."""
+    parser.add_argument("--recipe_file", action="config", help=jsonargparse.SUPPRESS)
+    parser.add_class_arguments(Recipe, as_group=False)
+
+
+def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+    """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
+
+    Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
+    """
+    path = find_recipe(name)
+    overrides = list(overrides or [])
+    check_keys_of_file(path)
+    check_names_of_options(overrides)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    add_recipe_options(parser)
+    try:
+        values = parser.parse_args([f"--recipe_file={path}", *overrides])  # the file first, so an override wins wherever it stands
+        values.pop("recipe_file", None)
+        sections = parser.instantiate(values)
+    except InputError as error:
+        raise InputError(f"{error} (recipe {path})") from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise InputError(words_of(error, path)) from None
+    return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
+
+
+def recipe_help() -> str:
+    """What can be set in a recipe: every field with its type, default and sentence."""
+    parser = jsonargparse.ArgumentParser(prog="vqmosaic", add_help=False, usage=argparse.SUPPRESS)
+    add_recipe_options(parser)
+    return parser.format_help().strip()
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML that load_recipe reads back to an equal one."""
+    write_bytes(path, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).encode())
+
+
+def check_keys_of_file(path: Path) -> None:
+    """Raise InputError for YAML that does not parse or names a field that does not exist."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
+    known = field_names()
+    for key in flattened(content, known):
+        check_known(key, known, f"{path} sets {key}")
+
+
+def check_names_of_options(options: list[str]) -> None:
+    """Raise InputError for an override of a field that does not exist."""
+    known = field_names()
+    expect_value = False
+    for option in options:
+        if option.startswith("--"):
+            name, _, value = option[2:].partition("=")
+            check_known(name, known, option.partition("=")[0])
+            expect_value = "=" not in option
+        elif not expect_value:
+            raise InputError(f"{option!r} was not expected here; a field is set by --section.field value, such as --data.path photos.")
+        else:
+            expect_value = False
+    if expect_value:
+        raise InputError(f"{options[-1]} needs a value.")
+
+
+def check_known(name: str, known: dict[str, bool], given_as: str) -> None:
+    """Raise InputError with the nearest valid name unless `name` is a field, a section or a free entry of one."""
+    if name in known or any(free and name.startswith(f"{field}.") for field, free in known.items() if field == "prior.options"):
+        return
+    nearest = nearest_name(name, known)
+    hint = f" Did you mean {nearest}?" if nearest else ""
+    section = name.partition(".")[0]
+    siblings = [field.partition(".")[2] for field in known if field.startswith(f"{section}.")]
+    listing = f" Fields of {section}: {', '.join(siblings)}." if siblings else f" Sections: {', '.join(n for n in known if '.' not in n)}."
+    raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
+
+
+def flattened(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
+    """Dotted names of the leaves of nested mappings; a field that takes free entries is one leaf."""
+    names = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        is_section = known.get(name, False) and name not in ("prior.options",) or name not in known
+        names += flattened(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
+    return names
+
+
+def words_of(error: Exception, path: Path) -> str:
+    """The message of a parsing library's error as one sentence that names the field, what was given and what is allowed."""
+    text = " ".join(str(error).split())
+    match = re.search(r'Parser key "([^"]+)"[:.]?\s*(.*)', text)
+    if match:
+        field, reason = match.groups()
+        union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
+        if union:
+            types = ", ".join(re.findall(r"'(\w+)'", union[1])).replace("NoneType", "null")
+            reason = f"{union[2]!r} is none of: {types}."
+        return f"{field}: {reason} (recipe {path})"
+    return f"{text} (recipe {path})"

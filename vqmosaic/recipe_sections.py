@@ -1,0 +1,324 @@
+"""The sections of a recipe: keyword-only dataclasses, a sentence for every field, checked at construction, no torch.
+
+Field metadata says how a change of the field is judged when a stage is run again (vqmosaic/stage_records.py):
+a budget may grow, an unrecorded field may change freely, anything else makes it a different run.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vqmosaic.errors import InputError, check_name, check_range
+
+SOURCES = ("auto", "digits", "folder", "huggingface")
+QUANTIZER_NAMES = ("ema",)
+RECONSTRUCTION_LOSSES = ("l1", "l2", "huber")
+MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
+VIEW_SETS = ("none", "flip", "shifts", "flip+shifts")
+
+
+def budget(default: Any) -> Any:
+    """A field that may grow when a finished or interrupted stage is run again."""
+    return field(default=default, metadata={"judged": "budget"})
+
+
+def unrecorded(default: Any = None, factory: Any = None) -> Any:
+    """A field that changes no result, so it may differ when a stage is run again."""
+    metadata = {"judged": "unrecorded"}
+    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are brought to one size."""
+
+    source: str = "auto"
+    """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto: by looking at path."""
+    path: str | None = None
+    """A folder of images (class sub-folders or none), a folder of parquet or arrow files, or a Hugging Face data set name."""
+    image_column: str | None = None
+    """Hugging Face data only: the column with the images; found by its type if not given."""
+    label_column: str | None = None
+    """Hugging Face data only: the column with the class labels; found by its type if not given."""
+    use_labels: bool = True
+    """Read class labels where there are some; false trains an unconditional prior."""
+    train_split: str = "train"
+    """The split to train on; for folders, a sub-folder of this name is used if there is one."""
+    validation_split: str | None = None
+    """The split to validate on; if not given and there is none by a usual name, one is cut by a hash of path or row number."""
+    validation_fraction: float = 0.05
+    """Share of the images that the hash puts into the validation split, where one has to be cut."""
+    image_size: int = 32
+    """Height and width in pixels to which every image is brought (short side resized, centre cropped)."""
+    channels: int = 3
+    """3 for RGB, 1 for grey."""
+    crop_scale: float = 1.0
+    """Training augmentation: smallest side of the random crop relative to the whole short side; 1 crops nothing away."""
+    flip: bool = False
+    """Training augmentation: mirror left and right half of the time; leave it off where that changes the meaning."""
+    shift: int = 0
+    """Training augmentation: largest random shift in pixels, in each direction, edges repeated."""
+    max_pixels: int = 100_000_000
+    """An image with more pixels than this is refused as a decompression bomb."""
+    max_unreadable: float = 0.01
+    """Share of unreadable images past which a run stops instead of replacing or skipping them."""
+    workers: int = unrecorded(1)
+    """Processes that decode images beside the training process; 0 decodes in the training process."""
+    cache_megabytes: int = unrecorded(512)
+    """Decoded training images are kept in memory when all of them fit in this much; 0 keeps none."""
+
+    def __post_init__(self):
+        check_name("data.source", self.source, SOURCES)
+        check_range("data.image_size", self.image_size, at_least=16, at_most=4096)
+        if self.channels not in (1, 3):
+            raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (RGB).")
+        check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
+        check_range("data.crop_scale", self.crop_scale, above=0, at_most=1)
+        check_range("data.shift", self.shift, at_least=0, below=self.image_size / 2)
+        check_range("data.max_pixels", self.max_pixels, at_least=1)
+        check_range("data.max_unreadable", self.max_unreadable, at_least=0, at_most=1)
+        check_range("data.workers", self.workers, at_least=0)
+        check_range("data.cache_megabytes", self.cache_megabytes, at_least=0)
+        if self.source in ("folder", "huggingface") and not self.path:
+            raise InputError(f"data.path is not given, and data.source is {self.source!r}; give --data.path a folder of images "
+                             "or the name of a Hugging Face data set.")
+        if self.source == "digits" and self.path:
+            raise InputError(f"data.path is {self.path!r}, but data.source is 'digits', which reads no path; "
+                             "set --data.source auto to train on that path, or leave data.path out.")
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """The stage 1 network: convolutional encoder, quantizer, convolutional decoder."""
+
+    quantizer: str = "ema"
+    """How latents become ids: ema (nearest code, codebook learnt by moving averages)."""
+    codebook_size: int = 512
+    """Number of codes K."""
+    code_dim: int = 64
+    """Dimension D of a code; independent of the width of the network."""
+    latent_channels: int = 64
+    """Channels between the encoder and the 1x1 convolution that leads to code_dim (taming's z_channels)."""
+    channels: int = 64
+    """Width of the first level; a multiple of 32, for GroupNorm's 32 groups."""
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 2])
+    """Width of each level in units of channels; every level after the first halves height and width."""
+    residual_blocks: int = 2
+    """Residual blocks in each level of the encoder; the decoder has one more."""
+    attention_levels: list[int] = field(default_factory=list)
+    """Levels (0 is the full resolution) that get self-attention after each residual block."""
+    middle_attention: bool = True
+    """Self-attention between the two residual blocks at the lowest resolution."""
+    dropout: float = 0.0
+    """Dropout inside the residual blocks."""
+    commitment_weight: float = 0.25
+    """Weight beta of the commitment loss, which pulls latents to their codes."""
+    ema_decay: float = 0.99
+    """Decay of the moving averages from which codes are computed."""
+    l2_normalize: bool = False
+    """Put latents and codes on the unit sphere before comparing them (cosine similarity)."""
+    revival_threshold: float = 0.03
+    """A code whose moving-average use falls below this share of the mean use is moved onto a latent vector of the current batch."""
+
+    def __post_init__(self):
+        check_name("tokenizer.quantizer", self.quantizer, QUANTIZER_NAMES)
+        check_range("tokenizer.codebook_size", self.codebook_size, at_least=2, at_most=2**31 - 1)
+        check_range("tokenizer.code_dim", self.code_dim, at_least=1)
+        check_range("tokenizer.latent_channels", self.latent_channels, at_least=1)
+        if self.channels < 32 or self.channels % 32:
+            raise InputError(f"tokenizer.channels is {self.channels}; it must be a multiple of 32 (GroupNorm has 32 groups), "
+                             f"nearest: {max(32, round(self.channels / 32) * 32)}.")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise InputError(f"tokenizer.channel_multipliers is {self.channel_multipliers}; it must be a list of integers of at least 1, "
+                             "such as [1, 2, 2].")
+        check_range("tokenizer.residual_blocks", self.residual_blocks, at_least=1)
+        levels = len(self.channel_multipliers)
+        for level in self.attention_levels:
+            check_range(f"tokenizer.attention_levels (there are {levels} levels, the first is 0): an entry", level, at_least=0, below=levels)
+        check_range("tokenizer.dropout", self.dropout, at_least=0, below=1)
+        check_range("tokenizer.commitment_weight", self.commitment_weight, at_least=0)
+        check_range("tokenizer.ema_decay", self.ema_decay, at_least=0, below=1)
+        check_range("tokenizer.revival_threshold", self.revival_threshold, at_least=0, below=1)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image along one side of a token."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """What the training of both stages has in common."""
+
+    max_steps: int | None = budget(10_000)
+    """Optimizer steps to train for; none trains by max_minutes alone."""
+    max_minutes: float | None = budget(None)
+    """Wall-clock budget in minutes; validation counts, and a resumed run goes on with what was left."""
+    batch_size: int = 128
+    """Images in one optimizer step, over all processes and accumulation steps together."""
+    accumulation_steps: int = 1
+    """Parts in which each process works through its share of the batch, to save memory."""
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    final_learning_rate: float = 0.05
+    """Learning rate at the end, as a share of the peak."""
+    warmup_fraction: float = 0.05
+    """Share of the training over which the learning rate rises."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    """Decay of AdamW's first and second moment."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only (no biases, no norms)."""
+    gradient_clip: float = 1.0
+    """Gradients are scaled down to this norm."""
+    weight_ema_decay: float = 0.999
+    """Decay of the moving average of the weights, which is what is validated and exported; 0 turns it off."""
+    mixed_precision: str = "auto"
+    """auto (bf16 where the device has it, else no), no, bf16 or fp16."""
+    validate_every: int = 500
+    """Steps between validations; the last step is always validated."""
+    validation_images: int = 1000
+    """Images of the validation split that each validation looks at."""
+    max_refused_steps: int = 20
+    """Steps with a non-finite loss or gradient, which change nothing, after which the run stops."""
+    checkpoint_every: int = unrecorded(500)
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = unrecorded(2)
+    """How many of the newest checkpoints are kept."""
+    resume: str = unrecorded("auto")
+    """auto (the newest complete checkpoint), never (refused while one exists), or the path of a checkpoint."""
+    log_every: int = unrecorded(20)
+    """Steps between lines in metrics.jsonl."""
+    trackers: list[str] = unrecorded(factory=list)
+    """Trackers of Accelerate that get the same numbers, such as tensorboard or wandb; they must be installed."""
+
+    SECTION = "training"
+
+    def __post_init__(self):
+        name = self.SECTION
+        if self.max_steps is None and self.max_minutes is None:
+            raise InputError(f"{name}.max_steps and {name}.max_minutes are both none; give at least one of them.")
+        if self.max_steps is not None:
+            check_range(f"{name}.max_steps", self.max_steps, at_least=1)
+        if self.max_minutes is not None:
+            check_range(f"{name}.max_minutes", self.max_minutes, above=0)
+        for key in ("batch_size", "accumulation_steps", "validate_every", "validation_images", "checkpoint_every", "keep_checkpoints", "log_every"):
+            check_range(f"{name}.{key}", getattr(self, key), at_least=1)
+        if self.batch_size % self.accumulation_steps:
+            raise InputError(f"{name}.batch_size is {self.batch_size} and {name}.accumulation_steps is {self.accumulation_steps}; "
+                             "the first must be a multiple of the second.")
+        check_range(f"{name}.learning_rate", self.learning_rate, above=0)
+        check_range(f"{name}.final_learning_rate", self.final_learning_rate, at_least=0, at_most=1)
+        check_range(f"{name}.warmup_fraction", self.warmup_fraction, at_least=0, below=1)
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise InputError(f"{name}.adam_betas is {self.adam_betas}; it must be two numbers of at least 0 and below 1.")
+        check_range(f"{name}.weight_decay", self.weight_decay, at_least=0)
+        check_range(f"{name}.gradient_clip", self.gradient_clip, above=0)
+        check_range(f"{name}.weight_ema_decay", self.weight_ema_decay, at_least=0, below=1)
+        check_range(f"{name}.max_refused_steps", self.max_refused_steps, at_least=0)
+        check_name(f"{name}.mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
+
+
+@dataclass(kw_only=True)
+class TokenizerTrainingConfig(TrainingConfig):
+    """How stage 1 is trained."""
+
+    reconstruction_loss: str = "l1"
+    """l1, l2 or huber, on pixels in [-1, 1]."""
+    usage_alarm: float = 0.5
+    """Share of the codebook in use below which a validation prints remedies."""
+
+    SECTION = "tokenizer_training"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_name("tokenizer_training.reconstruction_loss", self.reconstruction_loss, RECONSTRUCTION_LOSSES)
+        check_range("tokenizer_training.usage_alarm", self.usage_alarm, at_least=0, at_most=1)
+
+
+@dataclass(kw_only=True)
+class TokensConfig:
+    """How preprocessing writes token shards."""
+
+    tokenizer: str | None = unrecorded(None)
+    """A tokenizer folder made elsewhere; null takes this run's own tokenizer/."""
+    views: str = "none"
+    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, nine in all) or flip+shifts."""
+    view_shift: int = 1
+    """Pixels by which the shifts views move the image, in each of eight directions."""
+    images_per_shard: int = 1000
+    """Source images in one shard."""
+    batch_size: int = 64
+    """Images encoded at a time; the shape never varies, so encoding again gives the same bytes."""
+    threads: int = 2
+    """CPU threads of each process; fixed, since another number may round a latent across a code's border."""
+
+    def __post_init__(self):
+        check_name("tokens.views", self.views, VIEW_SETS)
+        for key in ("view_shift", "images_per_shard", "batch_size", "threads"):
+            check_range(f"tokens.{key}", getattr(self, key), at_least=1)
+
+
+@dataclass(kw_only=True)
+class PriorConfig:
+    """The stage 2 network: a stock transformers causal language model over the vocabulary of tokens and classes."""
+
+    architecture: str = "llama"
+    """Model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
+    width: int = 256
+    """Width of the residual stream."""
+    layers: int = 6
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads; width must be a multiple of it."""
+    dropout: float = 0.1
+    """Dropout on the embedded tokens, on attention weights and on what each attention and feed-forward block adds."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the model's transformers configuration, as transformers names them."""
+
+    def __post_init__(self):
+        for key in ("width", "layers", "heads"):
+            check_range(f"prior.{key}", getattr(self, key), at_least=1)
+        if self.width % self.heads:
+            raise InputError(f"prior.width is {self.width} and prior.heads is {self.heads}; the first must be a multiple of the second.")
+        check_range("prior.dropout", self.dropout, at_least=0, below=1)
+
+
+@dataclass(kw_only=True)
+class PriorTrainingConfig(TrainingConfig):
+    """How stage 2 is trained."""
+
+    tokens: str | None = unrecorded(None)
+    """A folder of token shards made elsewhere; null takes this run's own tokens/."""
+    label_drop: float = 0.1
+    """Share of the samples whose class is replaced by the null class, which guidance needs; 0 makes guidance impossible."""
+    window_shards: int = 16
+    """Shards among which samples are shuffled; bounds the memory of the reader."""
+    export: str = "best"
+    """Which weights become prior/: best (lowest validation NLL) or last; the other is kept beside the checkpoints."""
+
+    SECTION = "prior_training"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("prior_training.label_drop", self.label_drop, at_least=0, at_most=1)
+        check_range("prior_training.window_shards", self.window_shards, at_least=1)
+        check_name("prior_training.export", self.export, ("best", "last"))
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn from the prior; a bundle carries it as the recommended settings."""
+
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: logits = null + scale * (conditional - null); 1 is off."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens are drawn from; 0 is off."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability are drawn from; 1 is off."""
+
+    def __post_init__(self):
+        check_range("sampling.guidance_scale", self.guidance_scale, at_least=0)
+        check_range("sampling.temperature", self.temperature, at_least=0)
+        check_range("sampling.top_k", self.top_k, at_least=0)
+        check_range("sampling.top_p", self.top_p, above=0, at_most=1)

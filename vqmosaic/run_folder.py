@@ -1,0 +1,71 @@
+"""Where everything of one run lies, and the lock that keeps two processes from writing it. Loads no torch."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqmosaic.errors import InputError
+
+STAGES = ("tokenizer", "tokens", "prior", "pipeline")
+LOCK_WAIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside runs/<name>/; each stage's export has the stage's name."""
+
+    root: Path
+
+    def export(self, stage: str) -> Path:
+        """What the stage makes for others: tokenizer/, tokens/, prior/ or pipeline/."""
+        return self.root / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        """Training state of a stage, needed only to go on training."""
+        return self.root / "checkpoints" / stage
+
+    def logs(self, stage: str) -> Path:
+        """metrics.jsonl and pictures of a stage."""
+        return self.root / "logs" / stage
+
+    def record(self, stage: str) -> Path:
+        """What a stage was last run with (vqmosaic/stage_records.py)."""
+        return self.root / "stages" / f"{stage}.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The whole recipe of the newest call, so that the run folder can be given in a recipe's place."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The numbers of the whole chain."""
+        return self.root / "summary.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; a restart right after a kill waits, a second run is refused."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"run_dir {self.root} cannot be made: {error.strerror}. Set run_dir to a folder that can be written.") from None
+        with open(self.root / ".lock", "a+") as file:
+            deadline = time.monotonic() + LOCK_WAIT_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        file.seek(0)
+                        raise InputError(f"run_dir {self.root} is in use by process {file.read().strip() or '?'}; wait for it, stop it, "
+                                         "or set another run_dir.") from None
+                    time.sleep(0.2)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield

@@ -1,0 +1,109 @@
+"""Whether a stage is skipped, resumed, extended or refused: its recipe fields and inputs now against those it was run with.
+
+Loads no torch: the command line judges all stages before anything slow starts.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vqmosaic import __version__
+from vqmosaic.durable_files import write_json
+from vqmosaic.errors import InputError
+from vqmosaic.recipe import Recipe, recipe_fields
+from vqmosaic.run_folder import STAGES, RunFolder
+
+SECTIONS_READ = {
+    "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),
+    "tokens": ("data", "tokens"),
+    "prior": ("seed", "prior", "prior_training"),
+    "pipeline": ("sampling",),
+}
+# What only shapes the training images of stage 1, so that stored tokens do not depend on it.
+NOT_READ = {"tokens": ("data.crop_scale", "data.flip", "data.shift")}
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage was run with: recipe fields, fingerprints of its inputs, and whether it finished."""
+
+    stage: str
+    finished: bool
+    fields: dict[str, Any]
+    inputs: dict[str, str]
+    seconds: float = 0.0
+
+
+def fields_read(recipe: Recipe, stage: str) -> dict[str, tuple[Any, str]]:
+    """Dotted name -> (value, how a change is judged) of every recipe field that decides what a stage makes."""
+    return {field.name: (field.value, field.judged) for field in recipe_fields(recipe)
+            if field.judged != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage] and field.name not in NOT_READ.get(stage, ())}
+
+
+def load_record(run: RunFolder, stage: str) -> StageRecord | None:
+    """The record of a stage's last run, or None where it never ran."""
+    path = run.record(stage)
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    return StageRecord(content["stage"], content["finished"], content["fields"], content["inputs"], content["seconds"])
+
+
+def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0) -> None:
+    """Record that a stage starts or has finished with this recipe and these inputs."""
+    fields = {name: value for name, (value, _) in fields_read(recipe, stage).items()}
+    write_json(run.record(stage), {"stage": stage, "finished": finished, "vqmosaic": __version__, "fields": fields, "inputs": inputs,
+                                   "seconds": round(seconds, 2), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+
+
+def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | None) -> str:
+    """What to do about a stage: "start", "resume" or "skip". `inputs` None judges the recipe alone.
+
+    Raises:
+        InputError: a field or an input other than a grown budget differs; names it and both values.
+    """
+    record = load_record(run, stage)
+    if record is None:
+        return "start"
+    grown = False
+    for name, (value, judged) in fields_read(recipe, stage).items():
+        if name not in record.fields or record.fields[name] == value:
+            continue
+        before = record.fields[name]
+        if judged == "budget" and has_grown(before, value):
+            grown = True
+            continue
+        raise InputError(refusal(run, stage, name, before, value, shrunk=judged == "budget"))
+    for name, fingerprint in (inputs or {}).items():
+        before = record.inputs.get(name)
+        if before is not None and before != fingerprint:
+            raise InputError(refusal(run, stage, name, before, fingerprint))
+    if record.finished and not grown:
+        return "skip"
+    return "resume"
+
+
+def has_grown(before: float | None, now: float | None) -> bool:
+    """Whether a budget became larger; null is unlimited."""
+    return before is not None and (now is None or now > before)
+
+
+def refusal(run: RunFolder, stage: str, name: str, before: Any, now: Any, shrunk: bool = False) -> str:
+    """The sentence that refuses a changed recipe."""
+    why = "a budget can only grow" if shrunk else "the result would be another one"
+    return (f"{run.root}: stage {stage} was run with {name} = {before!r}, now it is {now!r}; {why}. Set it back, "
+            f"choose another --run_dir, or make the stage anew with --redo {stage} (which redoes what follows it too).")
+
+
+def redo(run: RunFolder, stage: str) -> list[str]:
+    """Delete everything a stage and the stages after it have made; returns the names of those that had made something."""
+    cleared = []
+    for name in STAGES[STAGES.index(stage):]:
+        if run.record(name).exists() or run.export(name).exists():
+            cleared.append(name)
+        run.record(name).unlink(missing_ok=True)
+        for folder in (run.export(name), run.checkpoints(name), run.logs(name)):
+            shutil.rmtree(folder, ignore_errors=True)
+    return cleared

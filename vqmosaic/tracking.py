@@ -1,0 +1,90 @@
+"""metrics.jsonl, trackers and the progress bar of one training stage."""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vqmosaic.durable_files import write_bytes
+from vqmosaic.errors import InputError, check_name
+
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
+
+
+def check_trackers(section: str, trackers: list[str]) -> None:
+    """Raise InputError for a tracker that Accelerate does not know or that is not installed."""
+    for tracker in trackers:
+        check_name(f"{section}.trackers: an entry", tracker, TRACKERS)
+        modules = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(importlib.util.find_spec(module) for module in modules):
+            raise InputError(f"{section}.trackers names {tracker!r}, which is not installed; pip install {tracker}, or take it out.")
+
+
+class MetricsLog:
+    """metrics.jsonl with one JSON object a line, on the main process only; other trackers get the same numbers."""
+
+    def __init__(self, accelerator, folder: Path, first_step: int, config: dict[str, Any]):
+        self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            cut_back(self.path, first_step)
+        if accelerator.log_with:
+            flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
+            accelerator.init_trackers("vqmosaic", config=flat)
+
+    def write(self, step: int, kind: str, **numbers: float | int) -> None:
+        """Append one record; `kind` is train or validation."""
+        rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")
+        if self.accelerator.log_with:
+            self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the records after `step`, which a resumed run will write again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    write_bytes(path, "".join(kept).encode())
+
+
+def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in metrics.jsonl, oldest first."""
+    return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+
+
+def progress_bar(total: int | None, initial: int, title: str, unit: str = "step", enabled: bool = True) -> tqdm:
+    """A bar with rate and ETA on a terminal; nothing where the output is a file or a pipe."""
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True)
+
+
+class Reporter:
+    """Prints a stage's lines on the main process, with the seconds since it started."""
+
+    def __init__(self, stage: str, is_main_process: bool = True):
+        self.stage, self.enabled, self.started = stage, is_main_process, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if self.enabled:
+            tqdm.write(f"[{self.stage} {time.monotonic() - self.started:6.1f} s] {text}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def table(self, title: str, rows: dict[str, Any]) -> None:
+        """Print named facts under one another."""
+        width = max(map(len, rows))
+        lines = "".join(f"{os.linesep}    {name:<{width}}  {value}" for name, value in rows.items())
+        self(f"{title}{lines}")
