@@ -56,7 +56,6 @@ class ImageTokenizer(nn.Module):
                 l2_normalize=config.l2_normalize, revival_threshold=config.revival_threshold, seed=seed)
             self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
             self.decoder = Decoder(config, transform.channels)
-        self.to(memory_format=torch.channels_last)  # what convolutions are fastest on, with bf16 above all
 
     @property
     def grid_size(self) -> int:
@@ -65,7 +64,7 @@ class ImageTokenizer(nn.Module):
 
     def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) before quantization."""
-        return self.quant_conv(self.encoder(images_BCHW.contiguous(memory_format=torch.channels_last)))
+        return self.quant_conv(self.encoder(images_BCHW))
 
     def forward(self, images_BCHW: torch.Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self.latents(images_BCHW))

@@ -28,7 +28,8 @@ RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
 VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-FIRST_LOGIT_SPREAD = 0.1
+LARGEST_FIRST_LOGITS = 0.25
+"""Standard deviation of the logits of a fresh model; the first loss is half its square above ln K."""
 OTHERS = "use llama, gpt2 or qwen3"
 
 
@@ -47,8 +48,8 @@ def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> Pre
                              f"{error}") from error
     head = model.get_output_embeddings()
     if head is not None and not config.tie_word_embeddings:
-        with torch.no_grad():  # a head of the usual spread starts the loss above ln K, the more so the wider the model
-            head.weight.mul_(FIRST_LOGIT_SPREAD * prior.width**-0.5 / head.weight.std())
+        with torch.no_grad():  # the wider the model, the further above ln K the usual head starts; much smaller ones learn more slowly
+            head.weight.mul_(min(1.0, LARGEST_FIRST_LOGITS / (head.weight.std().item() * prior.width**0.5)))
     check_causal(model, prior.architecture)
     if prior.dropout and not has_own_dropout:
         add_dropout(model, prior.dropout)
@@ -121,7 +122,7 @@ def _drop_output(module: nn.Module, inputs: tuple, output: Any, *, share: float)
     return nn.functional.dropout(output, share)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what a model keeps from its first pass must not be unfit for training
 def check_causal(model: PreTrainedModel, architecture: str) -> None:
     """Raise InputError unless each output depends on the past alone, and the model has the cache that sampling needs."""
     was_training = model.training

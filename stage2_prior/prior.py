@@ -20,7 +20,7 @@ from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 class TokenPrior(nn.Module):
     """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is the stock model, `.vocabulary` says what its ids mean.
 
-    In comments: B batch, T tokens, K codes (of all grids, where there are several), V ids of the vocabulary.
+    In comments: B batch, T tokens, K codes (of the largest grid, where there are several), V ids of the vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
@@ -84,10 +84,12 @@ class TokenPrior(nn.Module):
         logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V
         parts, first = [], 0
         for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
-            logits_BtK = logits_BTV[:, first:first + grid.num_tokens, start:stop]                    # B, tokens and codes of this grid
-            parts.append(nn.functional.pad(logits_BtK, (0, self.vocabulary.most_codes - grid.codebook_size), value=-torch.inf))
+            parts.append(logits_BTV[:, first:first + grid.num_tokens, start:stop])                   # B, tokens and codes of this grid
             first += grid.num_tokens
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)                              # B, T, K
+        if len(parts) == 1:
+            return parts[0]                                                                          # B, T, K
+        most = self.vocabulary.most_codes
+        return torch.cat([nn.functional.pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
 
     def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
         """The mean negative log likelihood of a token in nats, a float32 scalar; near ln K at the start.

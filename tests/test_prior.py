@@ -1,9 +1,10 @@
 """The prior on tiny real models: its start, its files, its dropout, and the batches it is trained on."""
 
+import dataclasses
+import functools
 import json
 import math
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,7 @@ from transformers.utils import logging as transformers_logging
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
-from token_shards.manifest import Grid
-from token_shards.order import EpochOrder
-from token_shards.reader import TokenBatch
+from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import PriorConfig
 
@@ -26,6 +25,15 @@ VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, wi
                         token_fingerprint="f" * 64, label_drop=0.1)
 COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)
 TWO_GRIDS = Vocabulary(grids=[COARSE, FINE], class_names=None, token_fingerprint="f" * 64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads gain nothing on models this small, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_prior(architecture="llama", vocabulary=VOCABULARY, seed=0, **changes):
@@ -289,33 +297,29 @@ def test_a_foreign_vocabulary_is_refused(tmp_path):
 # --- batches -----------------------------------------------------------------------------------------------------------------
 
 
-class ReaderInMemory:
-    """Stands for a TokenShardReader: the same order, ids that tell samples apart."""
-
-    def __init__(self, samples=70, labelled=True):
-        self.folder, self.order = "memory", EpochOrder([30, samples - 30], 0, 2)
-        self.labels_N = np.arange(samples) % 3 if labelled else np.full(samples, -1)
-        names = VOCABULARY.class_names if labelled else None
-        self.manifest = SimpleNamespace(token_fingerprint="f" * 64, grids=VOCABULARY.grids, class_names=names)
-
-    def __len__(self):
-        return len(self.labels_N)
-
-    def batch_of(self, samples_B, epochs_B):
-        ids_BT = (samples_B[:, None] + np.arange(9)) % 48
-        return TokenBatch(ids_BT=ids_BT, labels_B=self.labels_N[samples_B], epochs_B=epochs_B, samples_B=samples_B, views_B=0 * samples_B)
-
-    def read(self, positions):
-        shards_B, rows_B = self.order.sample_at(positions)
-        return self.batch_of(30 * shards_B + rows_B, self.order.epochs_at(positions))
-
-    def sequential(self, start, stop, view=0):
-        return self.batch_of(np.arange(start, stop), np.zeros(stop - start, dtype=np.int64))
+@pytest.fixture(scope="module")
+def make_reader(tmp_path_factory):
+    """Real shards of samples that can be told apart: sample i has the ids i, i + 1, ... modulo K and the class i modulo 3."""
+    @functools.cache
+    def make(samples=70, labelled=True):
+        folder = tmp_path_factory.mktemp("tokens")
+        header = ShardSetHeader(split="train", token_fingerprint="f" * 64, grids=VOCABULARY.grids, views=[{"name": "original"}],
+                                class_names=VOCABULARY.class_names if labelled else None, dataset={"name": "made up"}, encoding={},
+                                images_per_shard=30, num_sources=samples)
+        writer = TokenShardWriter(folder, header)
+        for number in range(writer.num_shards):
+            with writer.shard(number) as shard:
+                for index in header.source_range(number):
+                    shard.add(index=index, key=default_key(index), source=str(index), label=index % 3 if labelled else None,
+                              ids={"image": (index + np.arange(9)[None]) % 48})
+        writer.finish()
+        return TokenShardReader(folder, seed=0, window_shards=2)
+    return make
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(world_size):
-    batches = TokenBatches(ReaderInMemory(), VOCABULARY, seed=7, label_drop=0.3)
+def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(make_reader, world_size):
+    batches = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3)
     for step in range(12):
         ids_BT, classes_B = batches.batch(step, 32)
         parts = [batches.batch(step, 32, rank, world_size) for rank in range(world_size)]
@@ -324,8 +328,8 @@ def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(world_size)
         assert torch.equal(torch.cat([part[1] for part in parts]), classes_B)
 
 
-def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch():
-    reader = ReaderInMemory(samples=3000)
+def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
+    reader = make_reader(samples=3000)
     batches = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2)
     dropped = [batches.dropped(np.full(3000, epoch), np.arange(3000)) for epoch in range(6)]
     assert [flags.mean() for flags in dropped] == pytest.approx([0.2] * 6, abs=0.03)
@@ -337,28 +341,31 @@ def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch():
         assert set(TokenBatches(reader, VOCABULARY, 7, label_drop).batch(0, 500)[1].tolist()) == expected
 
 
-def test_a_batch_larger_than_the_data_spans_epochs():
-    ids_BT, _ = TokenBatches(ReaderInMemory(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70)
+def test_a_batch_larger_than_the_data_spans_epochs(make_reader):
+    ids_BT, _ = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70)
     assert np.bincount(ids_BT[:, 0], minlength=48).tolist() == [14] * 22 + [7] * 26  # samples 48 .. 69 have the first ids 0 .. 21 again
 
 
-def test_unlabelled_data_has_no_class():
+def test_unlabelled_data_has_no_class(make_reader):
     vocabulary = Vocabulary(grids=VOCABULARY.grids, class_names=None, token_fingerprint="f" * 64)
-    batches = TokenBatches(ReaderInMemory(labelled=False), vocabulary, seed=7, label_drop=0.1)
+    batches = TokenBatches(make_reader(labelled=False), vocabulary, seed=7, label_drop=0.1)
     assert set(batches.batch(3, 32)[1].tolist()) == {NO_CLASS}
 
 
-def test_foreign_tokens_are_refused():
-    reader = ReaderInMemory()
-    reader.manifest.token_fingerprint = "0" * 64
-    with pytest.raises(InputError, match=r"token fingerprint of the tokens in memory is 000.* vocabulary is fff"):
-        TokenBatches(reader, VOCABULARY, 0, 0.1)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"token_fingerprint": "0" * 64}, r"token fingerprint of the tokens in .* is fff.*; that of the prior's vocabulary is 000"),
+    ({"class_names": ["ant", "bee", "dog"]}, "class_names of the tokens"),
+    ({"grids": [Grid(name="image", codebook_size=49, height=3, width=3)]}, "grids of the tokens"),
+])
+def test_foreign_tokens_are_refused(make_reader, change, words):
+    with pytest.raises(InputError, match=words):
+        TokenBatches(make_reader(), dataclasses.replace(VOCABULARY, **change), 0, 0.1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("limit", "expected"), [(None, 70), (50, 50), (1000, 70), (3, 3)])
-def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(world_size, limit, expected):
-    per_rank = [list(validation_batches(ReaderInMemory(), 16, rank, world_size, limit)) for rank in range(world_size)]
+def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(make_reader, world_size, limit, expected):
+    per_rank = [list(validation_batches(make_reader(), 16, rank, world_size, limit)) for rank in range(world_size)]
     assert len({len(batches) for batches in per_rank}) == 1
     assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _ in batches)
     in_order = [sample for step in zip(*per_rank, strict=True) for ids_BT, _ in step for sample in ids_BT[:, 0].tolist()]
