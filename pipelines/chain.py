@@ -6,6 +6,7 @@ from pathlib import Path
 from pipelines.stage_checks import check_before_start
 from pipelines.stage_inputs import inputs_of, tokenizer_folder
 from vqmosaic.budget import duration
+from vqmosaic.durable_files import write_json
 from vqmosaic.launch import run_stage
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import save_recipe
@@ -74,6 +75,8 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     started = time.monotonic()
     summary = summarize(recipe)
     seconds["pictures and measures"] = time.monotonic() - started
+    summary["seconds_of_this_call"] = {name: round(value, 1) for name, value in seconds.items()}
+    write_json(run.summary, summary)
     print(f"\nmeasured ({run.summary}):\n{summary_table(summary)}")
     print("\ntime:\n" + "\n".join(f"    {name:<24} {duration(value)}" for name, value in seconds.items()))
     print(f"    {'all together':<24} {duration(sum(seconds.values()))}")

@@ -54,7 +54,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "sampling": dataclasses.asdict(pipe.sampling),
         "generation": measure_generation(pipe, reader, recipe.seed, judge),
         **({"classifier_accuracy_on_held_out_scans": judge.accuracy} if judge else {}),
-        "seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
+        "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},
     }

@@ -1,0 +1,72 @@
+"""The README's commands are understood and its Python runs, on a real (tiny) run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipelines import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
+SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+
+
+@pytest.fixture
+def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
+    """A folder in which everything lies that the README's commands name."""
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (64, 64), (index * 20, 0, 0)).save(tmp_path / "photos" / name / f"{index:04d}.jpg")
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "parquet").symlink_to(tmp_path / "photos")
+    (tmp_path / "runs").mkdir()
+    for run in ("quickstart", "photos", "a", "b"):
+        (tmp_path / "runs" / run).symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_has_commands_and_snippets():
+    assert len(COMMANDS) >= 12 and len(SNIPPETS) >= 3
+    assert {command.split()[0] for command in COMMANDS} <= {"make", "vqmosaic", "source"}
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_python_snippet_runs(number, workplace, tiny_run):
+    codes = int(re.search(r'"codebook_size": (\d+)', (tiny_run / "tokenizer" / "config.json").read_text())[1])
+    program = SNIPPETS[number].replace("128 + 3", f"{codes} + 3")
+    done = subprocess.run([sys.executable, "-c", program], cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("vqmosaic ")])
+def test_command_works(command, workplace, monkeypatch):
+    """Commands that train are taken as far as their checks; all others are carried out."""
+    words = shlex.split(command)[1:]
+    if "--help" in words:
+        with pytest.raises(SystemExit) as stop:
+            command_line.dispatch(words)
+        assert stop.value.code == 0
+    elif words[0] in command_line.STAGE_COMMANDS or words[0] == "run":
+        options, _ = command_line.parse_recipe_command(words[0], words[1:])
+        assert options.recipe.data.path
+    else:
+        served = []
+        monkeypatch.setattr("pipelines.demo.serve", lambda folder, **_: served.append(folder))
+        assert command_line.dispatch(words) == 0
+        assert bool(served) == (words[0] == "demo")
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        if command.startswith("make "):
+            assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command

@@ -1,0 +1,57 @@
+"""A whole run on the digits made small: overrides of the shipped recipe, and the run itself, about a second of training on one thread.
+
+    from tests.tiny import make_tiny_run, tiny_overrides, tiny_recipe
+
+The session fixture `tiny_run` (tests/conftest.py) is one finished run for all tests; `tiny_copy` is a copy to spoil.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID_SIZE, CODES = 4, 32
+SETTINGS = {
+    "data.image_size": 16, "data.workers": 0,
+    "tokenizer.codebook_size": CODES, "tokenizer.code_dim": 8, "tokenizer.latent_channels": 32, "tokenizer.channels": 32,
+    "tokenizer.channel_multipliers": [1, 1, 1], "tokenizer.residual_blocks": 1, "tokenizer.middle_attention": "false",
+    "tokenizer_training.max_steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.validation_images": 64,
+    "tokenizer_training.validate_every": 3, "tokenizer_training.checkpoint_every": 2, "tokenizer_training.log_every": 1,
+    "tokenizer_training.mixed_precision": "no",
+    "tokens.views": "none", "tokens.images_per_shard": 400, "tokens.batch_size": 32, "tokens.threads": 1,
+    "prior.width": 32, "prior.layers": 1, "prior.heads": 2,
+    "prior_training.max_steps": 6, "prior_training.batch_size": 16, "prior_training.validation_images": 64,
+    "prior_training.validate_every": 3, "prior_training.checkpoint_every": 2, "prior_training.log_every": 1,
+    "prior_training.mixed_precision": "no",
+}
+"""What makes the digits recipe tiny: 16 tokens of 32 codes, six steps a stage, a checkpoint every two."""
+
+
+def tiny_overrides(run_dir: Path | str, **changes: object) -> list[str]:
+    """Command line overrides of a tiny digits run; `changes` name fields with two underscores for the dot: prior__layers=2."""
+    settings = {"run_dir": run_dir, **SETTINGS, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def tiny_recipe(run_dir: Path | str, **changes: object) -> Recipe:
+    """The recipe of a tiny digits run."""
+    return load_recipe("digits", tiny_overrides(run_dir, **changes))
+
+
+def command(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    """One call of the vqmosaic command in a process of its own, from the project's root, with one thread."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-m", "pipelines.command_line", *map(str, arguments)], cwd=ROOT, env=variables,
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
+    """The folder of a finished tiny digits run, made by the whole chain in this process."""
+    from pipelines.chain import run_chain
+
+    assert run_chain(tiny_recipe(run_dir, **changes)) == 0
+    return Path(run_dir)
