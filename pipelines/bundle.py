@@ -10,15 +10,21 @@ pipeline/
 
 import dataclasses
 import json
+import operator
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipelines.stage_inputs import token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from pipelines.stage_inputs import read_vocabulary, token_fingerprint_of_prior, token_fingerprint_of_tokenizer
 from vqmosaic import __version__
 from vqmosaic.durable_files import publish, temporary_sibling, write_json
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.fingerprints import check_same_tokens
 from vqmosaic.recipe_sections import SamplingConfig
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "vqmosaic.pipeline"
 FORMAT_VERSION = 1
@@ -28,25 +34,45 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     """The pipeline folder made of a tokenizer and a prior folder, whole or absent.
 
     Raises:
-        ValueError: one of the parts is missing, or the prior was trained on another tokenizer's tokens (both values and paths).
+        ValueError: one of the parts is missing, the prior was trained on another tokenizer's tokens (both values and paths), the sampling
+            settings do not fit it, or `out` holds something else than a pipeline.
     """
+    check_replaceable(out)
     token_fingerprint = token_fingerprint_of_tokenizer(tokenizer)
     check_same_tokens(token_fingerprint, tokenizer, token_fingerprint_of_prior(prior), prior)
-    vocabulary = json.loads((prior / "vocabulary.json").read_text())
-    class_names = vocabulary["class_names"]
-    if sampling.guidance_scale != 1 and (class_names is None or vocabulary["label_drop"] == 0):
-        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} "
-                         f"{'has no classes' if class_names is None else 'was trained without label drop'}; set sampling.guidance_scale to 1.")
+    vocabulary = read_vocabulary(prior)
+    check_sampling_fits(sampling, vocabulary, prior)
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be made: {error.strerror}. Give another folder for the pipeline.") from None
     shutil.copytree(tokenizer, partial / "tokenizer")
     shutil.copytree(prior, partial / "prior")
     write_json(partial / "pipeline.json", {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "class_names": class_names,
+        "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "class_names": vocabulary["class_names"],
         "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling)})
     publish(partial, out)
     return out
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise InputError unless a pipeline may be written to this path: nothing is there, an empty folder, or an older pipeline."""
+    is_free = not out.exists() or (out.is_dir() and ((out / "pipeline.json").is_file() or not any(out.iterdir())))
+    if not is_free:
+        what = "a folder with other things in it, which would be lost" if out.is_dir() else "a file"
+        raise InputError(f"{out} is {what}; give a folder that does not exist yet, or that holds a pipeline to be replaced.")
+
+
+def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], prior: Path) -> None:
+    """Raise InputError where sampling settings ask for what a prior's vocabulary.json says it cannot do."""
+    if sampling.guidance_scale != 1 and (vocabulary["class_names"] is None or vocabulary["label_drop"] == 0):
+        why = "has no classes" if vocabulary["class_names"] is None else "was trained without label drop"
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}; set sampling.guidance_scale to 1.")
+    codes = max(grid["codebook_size"] for grid in vocabulary["grids"])
+    if sampling.top_k > codes:
+        raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} knows {codes} codes; allowed: 0 (off) to {codes}.")
 
 
 def find_pipeline(path: str | Path) -> Path:
@@ -63,19 +89,20 @@ def find_pipeline(path: str | Path) -> Path:
 
 def read_bundle(folder: Path) -> dict:
     """pipeline.json, checked for format and version; its sampling settings are checked by SamplingConfig."""
-    content = json.loads((folder / "pipeline.json").read_text())
+    try:
+        content = json.loads((folder / "pipeline.json").read_text())
+    except ValueError as error:
+        raise InputError(f"{folder}/pipeline.json is not JSON ({error}); `vqmosaic bundle` writes it anew.") from None
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}; "
                          f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.")
     return content
 
 
-def class_indices(names: list[str] | None, asked: list[str | int]) -> list[int]:
-    """Class indices of names (strings) and indices (integers); InputError lists what there is."""
-    from vqmosaic.errors import nearest_name
-
+def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[int]:
+    """Class indices of names (strings) and indices (integers of any kind); InputError lists what there is."""
     if names is None:
-        raise InputError(f"class_labels is {asked}, but this pipeline was trained without classes; leave class_labels out.")
+        raise InputError(f"class_labels is {list(asked)}, but this pipeline was trained without classes; leave class_labels out.")
     indices = []
     for label in asked:
         if isinstance(label, str):
@@ -84,13 +111,35 @@ def class_indices(names: list[str] | None, asked: list[str | int]) -> list[int]:
                 hint = f" Did you mean {nearest!r}?" if nearest else ""
                 raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}.{hint}")
             indices.append(names.index(label))
-        else:
-            if not 0 <= int(label) < len(names):
-                raise InputError(f"class index {label} does not exist; allowed: 0 to {len(names) - 1}.")
-            indices.append(int(label))
+            continue
+        try:
+            index = operator.index(label)
+        except TypeError:
+            raise InputError(f"class_labels has {label!r}; allowed: class names as strings, class indices as integers.") from None
+        if not 0 <= index < len(names):
+            raise InputError(f"class index {index} does not exist; allowed: 0 to {len(names) - 1}.")
+        indices.append(index)
     return indices
 
 
 def labels_from_words(names: list[str] | None, words: list[str]) -> list[str | int]:
     """What a user typed as classes: a class name first, else an index."""
-    return [int(word) if (names is None or word not in names) and word.isdigit() else word for word in words]
+    return [int(word) if (names is None or word not in names) and word.isdecimal() else word for word in words]
+
+
+def usable_device(device: "str | torch.device | None") -> "torch.device":
+    """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
+    import torch
+
+    best = torch.accelerator.current_accelerator()
+    if device is None:
+        return best or torch.device("cpu")
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    count = torch.accelerator.device_count() if best is not None else 0
+    if asked is None or (asked.type != "cpu" and (best is None or asked.type != best.type or (asked.index or 0) >= count)):
+        here = ["cpu", *(f"{best.type}:{index}" for index in range(count))]
+        raise InputError(f"device is {str(device)!r}; this machine has: {', '.join(here)}.")
+    return asked

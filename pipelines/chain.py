@@ -1,10 +1,11 @@
 """The whole chain of a recipe: every stage in turn, finished ones skipped, interrupted ones resumed. Loads torch only when there is work."""
 
+import dataclasses
 import time
 from pathlib import Path
 
-from pipelines.stage_checks import check_before_start
-from pipelines.stage_inputs import inputs_of, tokenizer_folder
+from pipelines.stage_checks import check_chain
+from pipelines.stage_inputs import inputs_of, read_vocabulary, tokenizer_folder
 from vqmosaic.budget import duration
 from vqmosaic.durable_files import write_json
 from vqmosaic.launch import run_stage
@@ -19,10 +20,9 @@ MODULES = {"tokenizer": "stage1_tokenizer.train", "tokens": "pipelines.preproces
 def run_chain(recipe: Recipe, processes: int = 1, accelerate_config: str | None = None, redo_stage: str | None = None) -> int:
     """Exit code of the chain: 0 when every stage is finished, else that of the stage that stopped."""
     run = RunFolder(Path(recipe.run_dir))
+    check_chain(recipe, processes, redo_stage)
     redo_from(recipe, redo_stage)
-    for stage in STAGES:
-        check_before_start(recipe, stage, processes, alone=False)
-    save_recipe(recipe, run.recipe)
+    record_recipe(recipe)
     seconds: dict[str, float] = {}
     for stage in STAGES:
         if judge(run, recipe, stage, inputs_of(recipe, stage)) == "skip":
@@ -43,6 +43,14 @@ def run_chain(recipe: Recipe, processes: int = 1, accelerate_config: str | None 
     return 0
 
 
+def record_recipe(recipe: Recipe) -> Path:
+    """The run's recipe.yaml, written; refused while another process is at work in the run folder, since that one goes on with its own."""
+    run = RunFolder(Path(recipe.run_dir))
+    with run.lock():
+        save_recipe(recipe, run.recipe)
+    return run.recipe
+
+
 def redo_from(recipe: Recipe, stage: str | None) -> None:
     """Delete what a stage and those after it have made, where that was asked for."""
     if stage is None:
@@ -61,8 +69,11 @@ def bundle_run(recipe: Recipe) -> Path:
     with run.lock():
         inputs = inputs_of(recipe, "pipeline")
         judge(run, recipe, "pipeline", inputs)
-        started = time.monotonic()
-        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), recipe.sampling)
+        started, sampling = time.monotonic(), recipe.sampling
+        if sampling.guidance_scale != 1 and read_vocabulary(run.export("prior"))["class_names"] is None:
+            print(f"sampling.guidance_scale {sampling.guidance_scale:g} is left out of the bundle: the images have no classes to guide to")
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)
+        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling)
         write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
     print(f"bundled {folder}")
     return folder

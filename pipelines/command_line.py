@@ -1,52 +1,82 @@
 """The vqmosaic command. Loads no torch until a stage starts, so that help and wrong input answer at once."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.launch import guarded, run_stage
-from vqmosaic.recipe_files import load_recipe, recipe_help, save_recipe, shipped_names
-from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
+from vqmosaic.run_folder import STAGES
 
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that refuses in the words of an InputError, with the nearest option for one that does not exist."""
+
+    def __init__(self, command: str, description: str | None = None, **settings):
+        super().__init__(prog=f"vqmosaic {command}", description=description, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> None:
+        """Raise the InputError for what argparse has to say."""
+        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
+        options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        nearest = nearest_name(unknown[1].partition("=")[0], options) if unknown else None
+        hint = f" Did you mean {nearest}?" if nearest else ""
+        raise InputError(f"{message}.{hint} Options of {self.prog}: {', '.join(options)}.")
+
+
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of a command that takes a recipe, and the recipe's overrides."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    wants_help = not arguments or "-h" in arguments or "--help" in arguments
+    if wants_help:
+        named = arguments[0] if arguments and not arguments[0].startswith("-") else None
         print(f"usage: vqmosaic {command} RECIPE [--processes N] [--accelerate_config FILE] [--redo STAGE] [--section.field value ...]\n\n"
-              f"{COMMANDS[command][1]}\n\nRECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.\n\n{recipe_help()}")
+              f"{COMMANDS[command][1]}\n\nRECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.\n"
+              f"The values below are {f'those of {named}' if named else 'built in; name a recipe before --help to see its own'}.\n\n"
+              f"{recipe_help(load_recipe(named) if named else None)}")
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
                          f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
-    parser = argparse.ArgumentParser(prog=f"vqmosaic {command}", add_help=False, allow_abbrev=False)
+    parser = Parser(command, add_help=False)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--accelerate_config")
-    parser.add_argument("--redo", choices=STAGES)
+    parser.add_argument("--redo")
     options, overrides = parser.parse_known_args(arguments[1:])
-    if "-h" in overrides or "--help" in overrides:
-        return parse_recipe_command(command, ["--help"])
     options.recipe = load_recipe(arguments[0], overrides)
     check_range("--processes", options.processes, at_least=1)
+    if options.redo is not None:
+        check_name("--redo", options.redo, STAGES)
+    if options.accelerate_config is not None and not Path(options.accelerate_config).is_file():
+        raise InputError(f"--accelerate_config is {options.accelerate_config!r}, which is no file; `accelerate config` writes one.")
     return options, overrides
 
 
 def run_one_stage(command: str, arguments: list[str]) -> int:
     """train-tokenizer, preprocess, train-prior: one stage alone."""
-    from pipelines.chain import MODULES, redo_from
-    from pipelines.stage_checks import check_before_start
+    from pipelines.chain import MODULES
 
     options, _ = parse_recipe_command(command, arguments)
-    stage, recipe = STAGE_COMMANDS[command], options.recipe
-    redo_from(recipe, options.redo)
-    check_before_start(recipe, stage, options.processes)
-    run = RunFolder(Path(recipe.run_dir))
-    save_recipe(recipe, run.recipe)
-    return run_stage(MODULES[stage], [str(run.recipe)], options.processes, options.accelerate_config)
+    stage = STAGE_COMMANDS[command]
+    return run_stage(MODULES[stage], [str(prepare_stage(command, stage, options))], options.processes, options.accelerate_config)
+
+
+def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path:
+    """The recipe file for one stage alone, once everything is checked and, where that was asked for, what was made before is removed."""
+    from pipelines.chain import record_recipe, redo_from
+    from pipelines.stage_checks import check_before_start
+
+    if options.redo is not None and STAGES.index(options.redo) < STAGES.index(stage):
+        raise InputError(f"--redo {options.redo} would remove what {command} reads; give --redo {stage}, or make all of it anew with "
+                         f"`vqmosaic run RECIPE --redo {options.redo}`.")
+    check_before_start(options.recipe, stage, options.processes, redo=options.redo)
+    redo_from(options.recipe, options.redo)
+    return record_recipe(options.recipe)
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -60,19 +90,16 @@ def run(command: str, arguments: list[str]) -> int:
 def bundle(command: str, arguments: list[str]) -> int:
     """bundle: a run's own parts, or parts given by path."""
     if arguments and not arguments[0].startswith("-"):
-        from pipelines.chain import bundle_run, redo_from
-        from pipelines.stage_checks import check_before_start
+        from pipelines.chain import bundle_run
 
         options, _ = parse_recipe_command(command, arguments)
-        redo_from(options.recipe, options.redo)
-        check_before_start(options.recipe, "pipeline")
+        prepare_stage(command, "pipeline", options)
         bundle_run(options.recipe)
         return 0
     from pipelines.bundle import make_bundle
     from vqmosaic.recipe_sections import SamplingConfig
 
-    parser = argparse.ArgumentParser(prog="vqmosaic bundle", allow_abbrev=False, description=(
-        "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any."))
+    parser = Parser(command, "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any.")
     parser.add_argument("--tokenizer", required=True, type=Path, help="a tokenizer folder")
     parser.add_argument("--prior", required=True, type=Path, help="a prior folder")
     parser.add_argument("--out", required=True, type=Path, help="the pipeline folder to write")
@@ -98,7 +125,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, float]:
 
 def generate(command: str, arguments: list[str]) -> int:
     """generate: images from a run or a pipeline, one PNG each plus a grid."""
-    parser = argparse.ArgumentParser(prog="vqmosaic generate", allow_abbrev=False, description="Generate images, one PNG each plus a grid.")
+    parser = Parser(command, "Generate images, one PNG each plus a grid.")
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
@@ -108,19 +135,23 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import class_indices, find_pipeline, labels_from_words, read_bundle
+    from pipelines.bundle import check_sampling_fits, class_indices, find_pipeline, labels_from_words, read_bundle, usable_device
+    from pipelines.stage_checks import check_can_write
+    from pipelines.stage_inputs import read_vocabulary
     from vqmosaic.recipe_sections import SamplingConfig
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
-    SamplingConfig(**{**content["sampling"], **given_sampling(options)})
+    check_sampling_fits(SamplingConfig(**{**content["sampling"], **given_sampling(options)}), read_vocabulary(folder / "prior"), folder / "prior")
+    check_can_write("--out", options.out)
     names = content["class_names"]
     labels = None
     if options.classes is not None:
         labels = class_indices(names, labels_from_words(names, [word.strip() for word in options.classes.split(",")]))
     elif names is not None:
         labels = list(range(len(names)))
+    usable_device(options.device)
 
     from pipelines.write_images import write_generated
 
@@ -129,23 +160,42 @@ def generate(command: str, arguments: list[str]) -> int:
 
 def reconstruct(command: str, arguments: list[str]) -> int:
     """reconstruct: images through the tokens and back."""
-    parser = argparse.ArgumentParser(prog="vqmosaic reconstruct", allow_abbrev=False, description="Send images through the tokens and back.")
+    parser = Parser(command, "Send images through the tokens and back.")
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNGs")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import find_pipeline
+    from pipelines.bundle import find_pipeline, usable_device
+    from pipelines.stage_checks import check_can_write
 
     folder = find_pipeline(options.pipeline)
     for image in options.images:
-        if not image.is_file():
-            raise InputError(f"image {str(image)!r} does not exist.")
+        check_image(image)
+    check_can_write("--out", options.out)
+    usable_device(options.device)
 
     from pipelines.write_images import write_reconstructions
 
     return write_reconstructions(folder, options.images, options.out, options.device, options.dtype)
+
+
+def check_image(path: Path) -> None:
+    """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
+    from PIL import Image
+
+    if not path.is_file():
+        what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
+        nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None
+        hint = f" Did you mean {str(path.parent / nearest)!r}?" if nearest else ""
+        raise InputError(f"image {str(path)!r} {what}.{hint}")
+    try:
+        Image.open(path).close()
+    except Image.DecompressionBombError as error:
+        raise InputError(f"image {str(path)!r} has too many pixels: {error}") from None
+    except OSError:
+        raise InputError(f"image {str(path)!r} cannot be read: not an image of a known format, or its header is corrupt.") from None
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -168,8 +218,7 @@ def check_data(command: str, arguments: list[str]) -> int:
 
 def audit(command: str, arguments: list[str]) -> int:
     """audit: prove token shards whole."""
-    parser = argparse.ArgumentParser(prog="vqmosaic audit", allow_abbrev=False, description=(
-        "Prove token shards whole: every byte as written, each source exactly once or named as skipped."))
+    parser = Parser(command, "Prove token shards whole: every byte as written, each source exactly once or named as skipped.")
     parser.add_argument("tokens", type=Path, help="a tokens folder, one of its splits, or a run folder")
     parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: that of the run the folder lies in")
     options, overrides = parser.parse_known_args(arguments)
@@ -183,18 +232,19 @@ def audit(command: str, arguments: list[str]) -> int:
 
 def demo(command: str, arguments: list[str]) -> int:
     """demo: the web page."""
-    parser = argparse.ArgumentParser(prog="vqmosaic demo", allow_abbrev=False, description="Open a web page in front of a pipeline, on this machine only.")
+    parser = Parser(command, "Open a web page in front of a pipeline, on this machine only.")
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import find_pipeline
+    from pipelines.bundle import find_pipeline, usable_device
     from pipelines.doctor import is_installed
 
     folder = find_pipeline(options.pipeline)
     if not is_installed("gradio"):
         raise InputError("the demo needs gradio, which is not installed: pip install 'vqmosaic[demo]'.")
+    usable_device(options.device)
 
     from pipelines.demo import serve
 
@@ -204,7 +254,7 @@ def demo(command: str, arguments: list[str]) -> int:
 
 def doctor(command: str, arguments: list[str]) -> int:
     """doctor: what is installed and what that enables."""
-    argparse.ArgumentParser(prog="vqmosaic doctor", description="What is installed, what that enables, which device and number format.").parse_args(arguments)
+    Parser(command, "What is installed, what that enables, which device and number format.").parse_args(arguments)
 
     from pipelines.doctor import examine
 

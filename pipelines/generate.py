@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import operator
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.bundle import class_indices, find_pipeline, make_bundle, read_bundle
+from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, usable_device
 from stage1_tokenizer.images import as_batch, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
@@ -45,6 +46,8 @@ class ImageGenerationPipeline:
     """A tokenizer and a prior that belong together, with the sampling settings their maker recommends."""
 
     def __init__(self, tokenizer: ImageTokenizer, prior: TokenPrior, sampling: SamplingConfig | None = None, source: Path | None = None):
+        if tokenizer.token_fingerprint is None:
+            raise InputError("the tokenizer has no token fingerprint yet, by which the prior could belong to it; its save_pretrained gives it one.")
         check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", prior.vocabulary.token_fingerprint, "the prior")
         self.tokenizer, self.prior, self.sampling, self._source = tokenizer, prior, sampling or SamplingConfig(), source
 
@@ -56,12 +59,11 @@ class ImageGenerationPipeline:
         dtype is that of the prior and the decoder; encoder and quantizer stay float32.
 
         Raises:
-            ValueError: there is no pipeline, or its parts do not belong together.
+            ValueError: there is no pipeline, its parts do not belong together, or this machine has no such device.
         """
         folder = find_pipeline(path)
         content = read_bundle(folder)
-        if device is None:
-            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = usable_device(device)
         tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
         prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
         check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
@@ -71,12 +73,15 @@ class ImageGenerationPipeline:
         """Write the pipeline as it was loaded to another folder, with the recommended settings as they are now."""
         folder = Path(folder)
         if self._source is None:
+            check_replaceable(folder)
             parts = folder.with_name(f".parts-{folder.name}")
-            self.tokenizer.save_pretrained(parts / "tokenizer")
-            self.prior.save_pretrained(parts / "prior")
-            make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
-            shutil.rmtree(parts)
-        elif folder.resolve() != self._source.resolve():  # the files as exported: weights in memory may be cast
+            try:
+                self.tokenizer.save_pretrained(parts / "tokenizer")
+                self.prior.save_pretrained(parts / "prior")
+                make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
+            finally:
+                shutil.rmtree(parts, ignore_errors=True)
+        else:  # the files as exported: weights in memory may be cast
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
 
     @property
@@ -160,7 +165,8 @@ class ImageGenerationPipeline:
                 raise InputError("class_labels is not given, and this prior was trained without label drop, so it knows no image of any class; "
                                  f"give class_labels out of: {', '.join(self.class_names[:50])}.")
             return None
-        asked = [class_labels] if isinstance(class_labels, (str, int)) else list(class_labels)
+        asked = class_labels if isinstance(class_labels, str) else as_index(class_labels)
+        asked = list(class_labels) if asked is None else [asked]
         if not asked:
             raise InputError("class_labels is empty; give class names or indices, or None.")
         return [index for index in class_indices(self.class_names, asked) for _ in range(count)]
@@ -171,3 +177,11 @@ class ImageGenerationPipeline:
         if output_type == "pt":
             return images_BCHW
         return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
+
+
+def as_index(value: Any) -> int | None:
+    """A single integer of any kind (int, numpy, torch) as int, or None for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -11,6 +11,7 @@ from stage1_tokenizer.digits_source import load_scans
 from token_shards import TokenShardReader
 
 SAMPLES = 500
+SAMPLES_WITHOUT_JUDGE = 100
 CHUNK = 4096
 
 
@@ -60,18 +61,16 @@ def within_class_spread(pixels_BP: np.ndarray, classes_B: np.ndarray) -> float:
     return float(np.mean([pixels_BP[classes_B == label].std(axis=0).mean() for label in np.unique(classes_B)]))
 
 
-def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int, judge: DigitsJudge | None,
-                       samples: int = SAMPLES) -> dict[str, dict[str, float]]:
-    """Measures of generated samples under the recommended settings and, beside them, without guidance and at temperature 1."""
+def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int, judge: DigitsJudge | None) -> dict[str, dict[str, float]]:
+    """Measures of generated samples under the recommended settings; with a judge also without guidance and at temperature 1."""
     known, names = training_grids(reader), pipe.class_names
+    samples = SAMPLES if judge is not None else SAMPLES_WITHOUT_JUDGE
     per_label = max(1, samples // len(names)) if names else samples
     labels = list(range(len(names)))[:samples] if names else None
     settings = {"recommended": {}}
-    if names and pipe.sampling.guidance_scale != 1:
-        settings["guidance off"] = {"guidance_scale": 1.0}
-    settings["temperature 1"] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    if "guidance off" in settings:
-        settings["guidance off, temperature 1"] = {**settings["guidance off"], **settings["temperature 1"]}
+    if judge is not None:
+        unguided, plain = {"guidance_scale": 1.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
     results = {}
     for name, changed in settings.items():
         out = pipe(labels, per_label, seed=seed, output_type="pt", **changed)

@@ -7,7 +7,6 @@ Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. Shard s holds the
 any number of processes gives the same bytes, and a run that was killed goes on with the shards that are missing.
 """
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -21,12 +20,13 @@ import torch
 from accelerate import PartialState
 
 from pipelines.stage_inputs import tokenizer_folder
-from stage1_tokenizer.image_sources import ImageSource, open_splits
+from stage1_tokenizer.image_sources import ImageSource, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import UnreadableImage, View, named_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from token_shards.manifest import Grid, ShardSetHeader
+from token_shards.manifest import Grid, ShardSetHeader, shard_name
+from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter, default_key
-from vqmosaic.devices import default_device, set_threads
+from vqmosaic.devices import default_device, held_by_main_process, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import Interrupted, StopFlag
@@ -47,7 +47,7 @@ def preprocess(recipe: Recipe) -> None:
     set_threads(recipe.tokens.threads)  # before anything is computed: the number decides how sums round
     run = RunFolder(Path(recipe.run_dir))
     try:
-        with StopFlag() as stop, run.lock() if state.is_main_process else contextlib.nullcontext():
+        with StopFlag() as stop, held_by_main_process(run):
             preprocess_locked(recipe, run, state, stop)
     finally:
         state.destroy_process_group()
@@ -60,7 +60,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     splits = open_splits(recipe.data)
-    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    inputs = {"tokenizer": tokenizer.token_fingerprint,
+              "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
@@ -86,9 +87,10 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         writers.append(writer)
     state.wait_for_everyone()
     if state.is_main_process:
+        for writer in writers:  # all processes' together, before a manifest makes anything complete
+            refuse_if_too_many_unreadable(skipped_by_all(writer), writer.header.num_sources, recipe.data)
         for writer in writers:
             manifest = writer.finish()
-            check_skipped(len(manifest.skipped), manifest.num_sources, recipe)
             report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
             for entry in manifest.skipped[:10]:
                 report(f"    skipped {entry['source']}: {entry['reason']}")
@@ -103,20 +105,27 @@ def write_split(writer: TokenShardWriter, source: ImageSource, views: list[View]
     missing = [shard for shard in own if not writer.is_complete(shard)]
     if len(missing) < len(own):
         report(f"{writer.folder}: {len(own) - len(missing)} of {len(own)} shards are complete already")
-    skipped = 0
-    with progress_bar(sum(len(writer.header.source_range(shard)) for shard in missing), 0, writer.header.split, "image", state.is_main_process) as bar:
+    skipped: dict[str, str] = {}
+    images = sum(len(writer.header.source_range(shard)) for shard in missing)
+    with progress_bar(images, 0, writer.header.split, "image", state.is_main_process) as bar:
         for number in missing:
             sources = writer.header.source_range(number)
             with writer.shard(number) as shard:
                 for index, ids_VT in encoded(source, sources, views, tokenizer, recipe, stop):
                     if isinstance(ids_VT, UnreadableImage):
                         shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
-                        skipped += 1
+                        skipped[source.source_name(index)] = str(ids_VT)
+                        refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
                     else:
                         shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index),
                                   ids={GRID_NAME: ids_VT})
                     bar.update()
-            check_skipped(skipped, len(source), recipe)
+
+
+def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:
+    """Source -> reason of everything that finished shards leave out."""
+    sidecars = (ShardSidecar.load(writer.folder, shard_name(shard)) for shard in range(writer.num_shards))
+    return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
 
 
 def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
@@ -172,14 +181,8 @@ def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path
     for field in dataclasses.fields(tokenizer.transform):
         given, needed = getattr(recipe.data, field.name, None), getattr(tokenizer.transform, field.name)
         if given is not None and given != needed:
-            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}; set data.{field.name} to {needed}.")
-
-
-def check_skipped(skipped: int, total: int, recipe: Recipe) -> None:
-    """Raise InputError when more images are unreadable than the recipe puts up with."""
-    if skipped > recipe.data.max_unreadable * total:
-        raise InputError(f"{skipped} of {total} images are unreadable, more than data.max_unreadable = {recipe.data.max_unreadable:g} allows. "
-                         "`vqmosaic check-data RECIPE` lists them; mend or remove them, or raise the limit.")
+            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}; "
+                             f"set data.{field.name} to {needed}.")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,31 +1,123 @@
-"""What is checked before a stage starts anything slow: all of it without torch, in well under a second."""
+"""What is checked before a stage starts anything slow: without torch, in well under a second, unless a function says otherwise."""
 
+import os
+from itertools import pairwise
 from pathlib import Path
 
 from pipelines.stage_inputs import inputs_of
 from stage1_tokenizer.data_location import check_data_path
-from vqmosaic.errors import InputError, check_range
+from token_shards.manifest import Grid
+from vqmosaic.checkpoints import CheckpointFolder
+from vqmosaic.errors import InputError, check_range, nearest_name
 from vqmosaic.recipe import Recipe, check_batch_split
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import judge
+from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.stage_records import judge, load_record
 from vqmosaic.tracking import check_trackers
 
 TRAINING_SECTIONS = {"tokenizer": "tokenizer_training", "prior": "prior_training"}
+USUAL_ARCHITECTURES = ("llama", "gpt2", "qwen3")
+ROTARY_ARCHITECTURES = ("llama", "qwen3")
 
 
-def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True) -> None:
-    """Raise InputError where a stage could not start or its recipe differs from what its folder was made with.
+def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True, redo: str | None = None) -> str:
+    """What will happen to a stage ("start", "resume" or "skip"); InputError where it could not start.
 
+    That is so, too, where its recipe differs from what its folder was made with, unless `redo` names it or a stage before it.
     `alone` also looks for what the stage reads from other stages; in a chain those are made first.
     """
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
-    if run.root.exists() and not run.root.is_dir():
-        raise InputError(f"run_dir is {recipe.run_dir!r}, which is a file; set run_dir to a folder.")
+    check_can_write("run_dir", run.root)
     if stage in ("tokenizer", "tokens"):
         check_data_path(recipe.data)
+    is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
+    verdict = "start" if is_redone else judge(run, recipe, stage, inputs_of(recipe, stage) if alone else None)
     section = TRAINING_SECTIONS.get(stage)
     if section is not None:
         check_batch_split(recipe, section, processes)
         check_trackers(section, getattr(recipe, section).trackers)
-    judge(run, recipe, stage, inputs_of(recipe, stage) if alone else None)
+        if verdict != "skip" and not is_redone:
+            check_resume(recipe, stage, section)
+    if stage == "prior" and verdict != "skip":
+        check_architecture(recipe)
+    return verdict
+
+
+def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
+    """Raise InputError where the chain could not run through, before its first stage starts.
+
+    Takes seconds where the prior is still to be trained: its configuration is made once with transformers.
+    """
+    for field, value, commands in (("tokens.tokenizer", recipe.tokens.tokenizer, "preprocess, train-prior, bundle"),
+                                   ("prior_training.tokens", recipe.prior_training.tokens, "train-prior, bundle")):
+        if value is not None:
+            raise InputError(f"{field} is {value!r}, made elsewhere, but `vqmosaic run` makes every part of the run itself. "
+                             f"Leave it out, or run the stages that are left one by one: {commands}.")
+    verdicts = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
+    check_nothing_in_vain(recipe, verdicts)
+    if verdicts["prior"] != "skip":
+        check_prior(recipe)
+
+
+def check_nothing_in_vain(recipe: Recipe, verdicts: dict[str, str]) -> None:
+    """Raise InputError where a finished stage would go on and then not fit what was made from it before."""
+    run = RunFolder(Path(recipe.run_dir))
+    for stage, following in pairwise(STAGES):
+        record = load_record(run, stage)
+        has_grown = verdicts[stage] == "resume" and record.finished and run.export(stage).exists()
+        if has_grown and verdicts[following] != "start":
+            raise InputError(f"{run.root}: the budget of stage {stage} has grown, and stage {following} was made from what it had become before. "
+                             f"Add --redo {following}, which makes it anew and what follows it too, or choose another --run_dir.")
+
+
+def check_can_write(field: str, folder: Path) -> None:
+    """Raise InputError where a folder is a file, or cannot be made because of what it would lie in. Makes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{field} is {str(folder)!r}, which is a file; set {field} to a folder.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{field} is {str(folder)!r}, but {existing} is a file; set {field} to a folder that can be made.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{field} is {str(folder)!r}, but {existing} cannot be written; set {field} to a folder that can.")
+
+
+def check_resume(recipe: Recipe, stage: str, section: str) -> None:
+    """Raise InputError where a training could not go on from the checkpoint that `resume` names."""
+    resume = getattr(recipe, section).resume
+    checkpoints = CheckpointFolder(RunFolder(Path(recipe.run_dir)).checkpoints(stage))
+    if resume == "never":
+        checkpoints.choose(resume)
+    elif resume != "auto" and not (Path(resume) / "checksums.json").is_file():
+        nearest = nearest_name(resume, ("auto", "never"))
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        known = ", ".join(map(str, checkpoints.all())) or "none so far"
+        raise InputError(f"{section}.resume is {resume!r}, which is no checkpoint (a folder with checksums.json); allowed: auto, never "
+                         f"or a checkpoint; this run has: {known}.{hint}")
+
+
+def check_architecture(recipe: Recipe) -> None:
+    """Raise InputError for a prior.architecture that transformers does not know. Takes a second or two for all but the usual ones."""
+    given, prior = recipe.prior.architecture, recipe.prior
+    if given in ROTARY_ARCHITECTURES and "head_dim" not in prior.options and prior.width // prior.heads % 2:
+        raise InputError(f"prior.width is {prior.width} and prior.heads is {prior.heads}, which gives heads of {prior.width // prior.heads} "
+                         f"dimensions; {given} rotates pairs of them, so that must be an even number: set prior.width to a multiple of "
+                         f"{2 * prior.heads}.")
+    if given in USUAL_ARCHITECTURES:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    if given not in known:
+        nearest = nearest_name(given, known)
+        hint = f" Did you mean {nearest!r}?" if nearest else ""
+        raise InputError(f"prior.architecture is {given!r}; allowed: {', '.join(USUAL_ARCHITECTURES)} or another of the {len(known)} causal "
+                         f"language models of transformers.{hint}")
+
+
+def check_prior(recipe: Recipe) -> None:
+    """Raise InputError where transformers cannot configure the prior of a recipe. Loads torch and transformers."""
+    from stage2_prior.causal_lm import make_config
+    from stage2_prior.vocabulary import Vocabulary
+
+    side = recipe.data.image_size // recipe.tokenizer.downsampling
+    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side)
+    make_config(recipe.prior, Vocabulary(grids=[grid], class_names=None, token_fingerprint=""))

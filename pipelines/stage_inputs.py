@@ -26,13 +26,25 @@ def token_fingerprint_of_tokenizer(folder: Path) -> str:
 
 def token_fingerprint_of_prior(folder: Path) -> str:
     """The token fingerprint in a prior's vocabulary.json; InputError where there is no prior."""
-    return _read(folder / "vocabulary.json", "prior", "vqmosaic train-prior")["token_fingerprint"]
+    return read_vocabulary(folder)["token_fingerprint"]
+
+
+def read_vocabulary(folder: Path) -> dict:
+    """The content of a prior's vocabulary.json; InputError where there is no prior."""
+    return _read(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
 
 
 def _read(path: Path, what: str, command: str) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path.parent} is no {what}: {path.name} is missing. `{command}` makes one.")
-    return json.loads(path.read_text())
+    for name in (path.name, "model.safetensors"):
+        if not (path.parent / name).is_file():
+            raise InputError(f"{path.parent} is no {what}: {name} is missing. `{command}` makes one.")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); copy the {what} again from where it was made.") from None
+    if not isinstance(content, dict) or "token_fingerprint" not in content:
+        raise InputError(f"{path.parent} is no {what}: {path.name} has no token_fingerprint. `{command}` makes one.")
+    return content
 
 
 def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:

@@ -16,7 +16,6 @@ from stage1_tokenizer.data_location import resolve_source
 from stage1_tokenizer.image_batches import ValidationImages
 from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import to_uint8
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
 from vqmosaic.durable_files import write_json
@@ -49,7 +48,8 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     tokens = pipe.prior.vocabulary.num_tokens
     summary = {
         "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
-        "tokens": {"count": tokens, "codebook_size": recipe.tokenizer.codebook_size, "bits_per_image": tokens * math.log2(recipe.tokenizer.codebook_size)},
+        "tokens": {"count": tokens, "codebook_size": recipe.tokenizer.codebook_size,
+                   "bits_per_image": tokens * math.log2(recipe.tokenizer.codebook_size)},
         "tokenizer": without_kind(tokenizer_numbers), "prior": without_kind(chosen), "prior_export": recipe.prior_training.export,
         "sampling": dataclasses.asdict(pipe.sampling),
         "generation": measure_generation(pipe, reader, recipe.seed, judge),

@@ -5,6 +5,8 @@
 Without a tokenizer at hand (tokens made elsewhere) the training runs without pictures.
 """
 
+import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -26,9 +28,9 @@ ROWS, COLUMNS = 10, 8
 
 
 def sample_pictures(recipe: Recipe) -> OnValidation | None:
-    """A callback that saves a picture of decoded samples, or None where there is no tokenizer."""
+    """A callback that saves a picture of decoded samples, or None where there is no tokenizer and in all but the main process."""
     folder = tokenizer_folder(recipe)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
         return None
     tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
 
@@ -36,9 +38,12 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
             return  # tokens of another tokenizer: there is nothing to decode them with
         num_classes = prior.vocabulary.num_classes
+        sampling = recipe.sampling
+        if not num_classes or prior.vocabulary.label_drop == 0:  # no null class was learnt that guidance could compare with
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)
         rows = min(ROWS, num_classes) or 4
         classes = [row for row in range(rows) for _ in range(COLUMNS)] if num_classes else None
-        ids_BT = prior.sample(classes, recipe.sampling, seeds=image_seeds(recipe.seed, rows * COLUMNS))
+        ids_BT = prior.sample(classes, sampling, seeds=image_seeds(recipe.seed, rows * COLUMNS))
         pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, tokenizer.grid_size, tokenizer.grid_size)).cpu())
         picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")

@@ -1,6 +1,7 @@
 """What `generate` and `reconstruct` write: one PNG an image, plus a grid."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ GRID_COLUMNS = 8
 def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int, out: Path, device: str | None, dtype: str,
                     sampling: dict[str, float]) -> int:
     """Exit code 0 after writing `num` images of each label to `out`, named by class and number."""
-    check_can_write(out)
+    make_folder(out)
     pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
     with progress_bar(None, 0, "sampling", "token") as bar:
         def show(done: int, total: int) -> None:
@@ -25,10 +26,12 @@ def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int,
             bar.update(done - bar.n)
 
         result = pipe(labels, num, seed=seed, output_type="np", callback=show, **sampling)
-    width = len(str(num - 1))
-    for number, pixels_HWC in enumerate(result.images):
-        name = "sample" if result.class_indices is None else file_name(pipe.class_names[result.class_indices[number]])
-        save_picture(to_picture(pixels_HWC), out / f"{name}-{number % num:0{width}d}.png")
+    classes = result.class_indices or [None] * len(result.images)
+    names = ["sample" if index is None else file_name(pipe.class_names[index]) for index in classes]
+    width, written = len(str(max(Counter(names).values()) - 1)), Counter()
+    for name, pixels_HWC in zip(names, result.images, strict=True):
+        save_picture(to_picture(pixels_HWC), out / f"{name}-{written[name]:0{width}d}.png")
+        written[name] += 1
     columns = num if labels is not None else min(num, GRID_COLUMNS)
     rows = [result.images[start:start + columns] for start in range(0, len(result.images), columns)]
     save_picture(image_grid(rows, viewing_scale(result.images.shape[1])), out / "grid.png")
@@ -38,7 +41,7 @@ def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int,
 
 def write_reconstructions(folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
     """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png."""
-    check_can_write(out)
+    make_folder(out)
     pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
     transform = pipe.tokenizer.transform
     originals = []
@@ -63,8 +66,8 @@ def write_reconstructions(folder: Path, paths: list[Path], out: Path, device: st
     return 0
 
 
-def check_can_write(out: Path) -> None:
-    """Raise InputError where the output folder cannot be made."""
+def make_folder(out: Path) -> None:
+    """Make the output folder; InputError where that is not possible."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,7 +69,10 @@ class ImageTokenizer(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor) -> TokenizerOutput:
         quantized = self.quantizer(self.latents(images_BCHW))
-        return TokenizerOutput(self.decoder(self.post_quant_conv(quantized.quantized)), quantized)
+        return TokenizerOutput(self._decoded(quantized.quantized), quantized)
+
+    def _decoded(self, latents_BDhw: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(latents_BDhw.to(self.post_quant_conv.weight.dtype)))  # float32, or what it was loaded as
 
     @torch.inference_mode()
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -97,8 +101,7 @@ class ImageTokenizer(nn.Module):
         """
         if ids_Bhw.numel() and not 0 <= int(ids_Bhw.min()) <= int(ids_Bhw.max()) < self.config.codebook_size:
             raise InputError(f"token ids run from {int(ids_Bhw.min())} to {int(ids_Bhw.max())}; allowed: 0 to {self.config.codebook_size - 1}.")
-        latents = self.quantizer.ids_to_latents(ids_Bhw).to(self.post_quant_conv.weight.dtype)
-        return self.decoder(self.post_quant_conv(latents)).float()
+        return self._decoded(self.quantizer.ids_to_latents(ids_Bhw)).float()
 
     # --- files -------------------------------------------------------------------------------------------------------------
 
@@ -113,8 +116,14 @@ class ImageTokenizer(nn.Module):
         return of_tokens, fingerprint(config, arrays)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent."""
+        """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent.
+
+        Raises:
+            ValueError: the folder exists and holds something other than a tokenizer, which would be lost.
+        """
         folder = Path(folder)
+        if folder.exists() and not (folder / "config.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is no tokenizer; what is in it would be lost. Give the path of a new folder.")
         weights = self._export_weights()
         self.token_fingerprint, self.full_fingerprint = self._fingerprints(weights)
         partial = temporary_sibling(folder)
@@ -137,7 +146,10 @@ class ImageTokenizer(nn.Module):
         content = read_config(folder)
         config = TokenizerConfig(**content["network"])
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
-        weights = load_file(folder / "model.safetensors")
+        try:
+            weights = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise InputError(f"{folder}/model.safetensors is cut short or no weight file ({error}); copy the folder again.") from error
         check_exact_names(folder, {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in TRAINING_ONLY}, weights)
         tokenizer.load_state_dict(weights, strict=False)  # only the training-only buffers checked above are left out
         found = tokenizer._fingerprints(weights)

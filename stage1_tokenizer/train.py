@@ -7,7 +7,6 @@
 Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokenizer/. Run again to go on.
 """
 
-import contextlib
 import sys
 import time
 import zlib
@@ -15,11 +14,12 @@ import zlib
 import torch
 
 from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.validation import validate
+from vqmosaic.devices import held_by_main_process
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -37,11 +37,11 @@ def train(recipe: Recipe) -> None:
     """Train stage 1 as the recipe says, from the newest checkpoint if there is one, and export runs/<name>/tokenizer/."""
     with StopFlag() as stop:
         run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, stop)
-        with run.folder.lock() if run.is_main else contextlib.nullcontext():
-            try:
+        try:
+            with held_by_main_process(run.folder):
                 train_locked(recipe, run)
-            finally:
-                run.accelerator.end_training()
+        finally:
+            run.accelerator.end_training()
 
 
 def train_locked(recipe: Recipe, run: TrainingRun) -> None:
@@ -70,10 +70,10 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     # --- plan ---------------------------------------------------------------------------------------------------------------
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
     seconds_per_step = time_of_one_step(model, next(train_images.batches(0, training.batch_size, run.rank, run.world_size)), recipe, run)
-    tokens = tokenizer.grid_size ** 2
+    tokens, classes = tokenizer.grid_size ** 2, splits.train.class_names
     run.print_plan({
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
-        "classes": ", ".join(splits.train.class_names[:12]) + (" ..." if len(splits.train.class_names) > 12 else "") if splits.train.class_names else "none",
+        "classes": ", ".join(classes[:12]) + (" ..." if len(classes) > 12 else "") if classes else "none",
         "tokens": f"{tokenizer.grid_size} x {tokenizer.grid_size} of {recipe.tokenizer.codebook_size} codes an image",
         "codebook use is measured on": f"{len(validation_images):,} images, {len(validation_images) * tokens:,} tokens",
         "epochs": f"{training.max_steps * training.batch_size / len(splits.train):.1f}" if training.max_steps else "as the clock allows",
@@ -81,11 +81,13 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
     sums = torch.zeros(3, device=accelerator.device)  # reconstruction, quantizer loss, number of micro-batches
+    unreadable: set[str] = set()
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
+        if not signal_number and run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
             validate_and_report(validation_images, run)
+            signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
             check_codebooks_agree(tokenizer, run)
             run.save()
@@ -96,7 +98,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
         batch = next(batches)
         for source, reason in batch.unreadable:
-            report(f"warning: {source} is unreadable ({reason}); another image took its place")
+            if source not in unreadable:
+                report(f"warning: {source} is unreadable ({reason}); another image takes its place", everywhere=True)
+                unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
         model.train()
         total = torch.zeros((), device=accelerator.device)
@@ -118,8 +122,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
         if run.due(training.log_every, finished=False):
             reduced = accelerator.reduce(sums, "sum")
-            run.metrics.write(run.state.step, "train", reconstruction_loss=float(reduced[0] / reduced[2]), quantizer_loss=float(reduced[1] / reduced[2]),
-                              gradient_norm=norm, learning_rate=learning_rate, seconds=run.state.elapsed_seconds)
+            run.metrics.write(run.state.step, "train", reconstruction_loss=float(reduced[0] / reduced[2]),
+                              quantizer_loss=float(reduced[1] / reduced[2]), gradient_norm=norm, learning_rate=learning_rate,
+                              seconds=run.state.elapsed_seconds)
             sums.zero_()
 
     # --- export -------------------------------------------------------------------------------------------------------------
@@ -164,9 +169,15 @@ def time_of_one_step(model: torch.nn.Module, batch: ImageBatch, recipe: Recipe, 
 
 
 def validate_and_report(images: ValidationImages, run: TrainingRun) -> None:
-    """Validate what would be exported now, write the numbers, and raise the alarm where few codes are in use."""
+    """Validate what would be exported now, write the numbers, and raise the alarm where few codes are in use; nothing where a signal comes."""
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
-    numbers = validate(run.validated_model, images, run.training.batch_size, run.accelerator, picture)
+    known = set(images.unreadable)
+    numbers = validate(run.validated_model, images, run.training.batch_size, run.accelerator, picture, run.stop)
+    for source in images.unreadable.keys() - known:
+        run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
+    refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
+    if numbers is None:
+        return
     run.state.validated_step = run.state.step
     run.metrics.write(run.state.step, "validation", **numbers)
     run.report(f"step {run.state.step:,}: PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f}, "

@@ -11,13 +11,17 @@ from stage1_tokenizer.image_batches import ValidationImages
 from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.images import to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from vqmosaic.interruption import StopFlag
 
 GRID_IMAGES = 16
 
 
 @torch.inference_mode()
-def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None) -> dict[str, float]:
-    """Metrics over the fixed validation images, the same on all ranks; images are clamped to [-1, 1] before they are judged.
+def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
+             stop: StopFlag | None = None) -> dict[str, float] | None:
+    """Metrics over the fixed validation images, the same on all ranks; None where a signal to any rank's `stop` cut it short.
+
+    Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
     psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; codebook_usage, the share
     of codes used at least once in this window of images; perplexity, exp of the entropy of their frequencies.
@@ -26,20 +30,25 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
     counts_K = torch.zeros(tokenizer.config.codebook_size, device=device)
-    sums = torch.zeros(3, device=device)  # of absolute errors, of squared errors, of elements
+    sums = torch.zeros(4, device=device)  # of absolute errors, of squared errors, of elements, of ranks that were stopped
     tokenizer.eval()
     for number, (images_BCHW, _) in enumerate(images.batches(batch_size, accelerator.process_index, accelerator.num_processes)):
+        if stop is not None and stop.signal:
+            sums[3] = 1
+            break
         images_BCHW = images_BCHW.to(device)
-        output = tokenizer(images_BCHW)
+        output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
         psnr.update(restored_BCHW, images_BCHW)
         ssim.update(restored_BCHW, images_BCHW)
         counts_K += torch.bincount(output.quantizer.ids.flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
-        sums += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
+        sums[:3] += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
         if number == 0 and picture is not None and accelerator.is_main_process:
             save_picture(reconstruction_picture(images_BCHW[:GRID_IMAGES], restored_BCHW[:GRID_IMAGES]), picture)
     counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
+    if sums[3]:
+        return None
     return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
             "reconstruction_l2": float(sums[1] / sums[2]), **codebook_use(counts_K)}
 

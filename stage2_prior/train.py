@@ -8,7 +8,6 @@
 Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/prior/ and logs/prior/. Run again to go on.
 """
 
-import contextlib
 import math
 import os
 import shutil
@@ -25,6 +24,7 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, validation_batches
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
+from vqmosaic.devices import held_by_main_process
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -50,11 +50,11 @@ def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
     """
     with StopFlag() as stop:
         run = TrainingRun(recipe, "prior", recipe.prior_training, stop)
-        with run.folder.lock() if run.is_main else contextlib.nullcontext():
-            try:
+        try:
+            with held_by_main_process(run.folder):
                 train_locked(recipe, run, on_validation)
-            finally:
-                run.accelerator.end_training()
+        finally:
+            run.accelerator.end_training()
 
 
 def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation | None) -> None:
@@ -88,7 +88,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     seconds_per_step = time_of_one_step(model, batches.batch(0, training.batch_size, run.rank, run.world_size), run)
     validated = min(len(held_out), training.validation_images)
     run.print_plan({
-        "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; {validated:,} of {len(held_out):,} to validate on",
+        "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
+                  f"{validated:,} of {len(held_out):,} to validate on",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
         "model": f"{recipe.prior.architecture}, {recipe.prior.layers} layers, {recipe.prior.width} wide, vocabulary of {vocabulary.size:,}, "
                  f"{prior.model.config._attn_implementation} attention",
@@ -100,8 +101,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
+        if not signal_number and run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
             validate_and_report(held_out, run, best_weights, on_validation)
+            signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
             run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
         if signal_number:
@@ -145,26 +147,37 @@ def next_token_loss(logits_BTK: torch.Tensor, ids_BT: torch.Tensor) -> torch.Ten
     return F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
 
 
-@torch.inference_mode()
-def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator) -> dict[str, float]:
-    """nll in nats per token, bits_per_image and next-token accuracy over the first `limit` validation images, the same on all ranks."""
+@torch.no_grad()  # not inference mode: without a weight average it is the model in training, which may keep what it computes here
+def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator,
+             stop: StopFlag | None = None) -> dict[str, float] | None:
+    """nll in nats per token, bits_per_image and next-token accuracy over the first `limit` validation images, the same on all ranks.
+
+    None where a signal to any rank's `stop` cut it short.
+    """
     prior.eval()
-    sums = torch.zeros(3, dtype=torch.float32, device=accelerator.device)  # of NLL, of hits, of tokens
+    sums = torch.zeros(4, dtype=torch.float32, device=accelerator.device)  # of NLL, of hits, of tokens, of ranks that were stopped
     for ids_BT, classes_B in validation_batches(reader, batch_size, accelerator.process_index, accelerator.num_processes, limit):
+        if stop is not None and stop.signal:
+            sums[3] = 1
+            break
         ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
         with accelerator.autocast():
             logits_BTK = prior(ids_BT, classes_B).float()
         nll = F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
-        sums += torch.stack([nll, (logits_BTK.argmax(-1) == ids_BT).sum().float(), torch.tensor(float(ids_BT.numel()), device=sums.device)])
+        sums[:3] += torch.stack([nll, (logits_BTK.argmax(-1) == ids_BT).sum().float(), torch.tensor(float(ids_BT.numel()), device=sums.device)])
     sums = accelerator.reduce(sums, "sum").double()
+    if sums[3]:
+        return None
     nll = float(sums[0] / sums[2])
     return {"nll": nll, "bits_per_image": nll * prior.vocabulary.num_tokens / math.log(2), "accuracy": float(sums[1] / sums[2])}
 
 
 def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights: Path, on_validation: OnValidation | None) -> None:
-    """Validate what would be exported now, keep it if it is the best so far, and let the caller make pictures of it."""
+    """Validate what would be exported now, keep it if it is the best so far, let the caller make pictures of it; nothing where a signal comes."""
     prior: TokenPrior = run.validated_model
-    numbers = validate(prior, reader, run.training.batch_size, run.training.validation_images, run.accelerator)
+    numbers = validate(prior, reader, run.training.batch_size, run.training.validation_images, run.accelerator, run.stop)
+    if numbers is None:
+        return
     run.state.validated_step = run.state.step
     is_best = numbers["nll"] < run.state.best_validation
     if is_best:
@@ -227,5 +240,18 @@ def export(run: TrainingRun, best_weights: Path) -> None:
     last, best = run.checkpoints.root / "last", run.checkpoints.root / "best"
     targets = {"best": best, "last": last, run.training.export: run.folder.export("prior")}
     prior.save_pretrained(targets["last"])
-    prior.load_state_dict(load_file(best_weights, device=str(run.accelerator.device)))
+    if best_weights.exists():
+        prior.load_state_dict(load_file(best_weights, device=str(run.accelerator.device)))
+    else:
+        run.report(f"warning: no validation had a finite NLL, so there are no best weights; {targets['best']} holds the last ones")
     prior.save_pretrained(targets["best"])
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point: a recipe and its overrides."""
+    train(load_recipe(arguments[0], arguments[1:]))
+
+
+if __name__ == "__main__":
+    run_worker(main, sys.argv[1:])
+

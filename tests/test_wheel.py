@@ -65,8 +65,8 @@ def test_wheel_in_an_empty_environment_runs_a_recipe_by_name(wheel, tmp_path):
                                    "        importlib.import_module(module.name)\n", 1)
     imported = run([str(python), "-c", modules], tmp_path)
     assert imported.returncode == 0, imported.stderr
-    command = [str(tmp_path / "venv" / "bin" / "vqmosaic"), "train-tokenizer", "digits", "--run_dir", str(tmp_path / "run"), "--tokenizer_training.max_steps", "2"]
-    trained = run(command, tmp_path)
+    overrides = ["--run_dir", str(tmp_path / "run"), "--tokenizer_training.max_steps", "2"]
+    trained = run([str(tmp_path / "venv" / "bin" / "vqmosaic"), "train-tokenizer", "digits", *overrides], tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "run" / "tokenizer" / "model.safetensors").is_file()
     without_gradio = run([str(tmp_path / "venv" / "bin" / "vqmosaic"), "demo", str(tmp_path / "run")], tmp_path)

@@ -144,7 +144,7 @@ def _audit_shard(folder: Path, manifest: TokenShardManifest, entry: ShardEntry, 
                 continue
             offsets += _misplaced(sample, arrays, content, sidecar, len(samples) + len(broken))
             samples.append(sample)
-    except Exception as error:  # noqa: BLE001 - damaged bytes can fail anywhere in tarfile and webdataset; all of it is a finding
+    except Exception as error:  # damaged bytes can fail anywhere in tarfile and webdataset; all of it is a finding
         broken.append(f"{name}: webdataset cannot read it past {len(samples)} samples: {error!r}")
     problems += _listed(broken)
     if len(samples) != entry.count:

@@ -69,7 +69,10 @@ class CheckpointFolder:
         return None
 
     def write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0."""
+        """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0.
+
+        Checkpoints of later steps, left over where training went on from an older one, are removed: they are of another course.
+        """
         final = self.root / f"step-{state['step']:08d}"
         partial = temporary_sibling(final)
         if accelerator.is_main_process:
@@ -86,6 +89,9 @@ class CheckpointFolder:
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             write_json(partial / "checksums.json",
                        {str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files})
+            for later in reversed(self.all()):
+                if later.name > final.name:
+                    shutil.rmtree(later)
             publish(partial, final)
             for old in self.all()[:-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -1,16 +1,23 @@
-"""Which device, number format and thread count a stage computes with."""
+"""Which device, number format, thread count and processes a stage computes with."""
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedDataParallelKwargs, reduce
 
 from vqmosaic.errors import InputError
 from vqmosaic.launch import check_world_size
 from vqmosaic.recipe_sections import TrainingConfig
+from vqmosaic.run_folder import RunFolder
+
+THREADS_AT_START = torch.get_num_threads()  # a stage that ran before in this process may have set another number
 
 
 @cache
@@ -42,13 +49,16 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
 def set_threads(threads: int | None = None) -> int:
     """Fix and return the number of CPU threads; results are bitwise the same only at the same number."""
     if threads is None:
-        threads = int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads())
+        threads = int(os.environ.get("OMP_NUM_THREADS") or THREADS_AT_START)
     torch.set_num_threads(threads)
     return threads
 
 
 def make_accelerator(training: TrainingConfig, log_folder: str) -> Accelerator:
     """Accelerate's handle for one training stage; the world size is checked against the one asked for."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a stage that ran before in this process may have used another precision
+    GradientState._reset_state()
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)  # accelerate has no other name for it
     use_cpu = default_device().type == "cpu"
     precision = resolve_precision(training.mixed_precision, default_device())
     accelerator = Accelerator(
@@ -59,3 +69,18 @@ def make_accelerator(training: TrainingConfig, log_folder: str) -> Accelerator:
     )
     check_world_size(accelerator.num_processes)
     return accelerator
+
+
+@contextlib.contextmanager
+def held_by_main_process(run: RunFolder) -> Iterator[None]:
+    """Hold the run folder in a stage's main process; no other process looks into it before that, and all stop where it is refused."""
+    state, refusal = PartialState(), None
+    with contextlib.ExitStack() as held:
+        if state.is_main_process:
+            try:
+                held.enter_context(run.lock())
+            except InputError as error:
+                refusal = error
+        if float(reduce(torch.tensor(float(refusal is not None), device=state.device), "sum")):
+            raise refusal or InputError(f"run_dir {run.root} was refused to the main process.")
+        yield

@@ -34,11 +34,19 @@ class StopFlag:
             signal.signal(number, handler)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent goes, so that no worker is left behind."""
+def die_with_parent(ancestor: int) -> None:
+    """Ask the kernel (Linux) to kill this process when its parent goes, so that no worker is left behind.
+
+    `ancestor` is the process that started it, directly or through a launcher: where that is gone already, this one ends at once.
+    """
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):  # not Linux: the launcher's own clean-up has to do
         return
-    if os.getppid() == 1:  # the parent went before the request reached the kernel
+    try:
+        os.kill(ancestor, 0)
+        is_gone = os.getppid() == 1 != ancestor
+    except ProcessLookupError:
+        is_gone = True
+    if is_gone:  # it went before the request reached the kernel
         os._exit(1)

@@ -1,11 +1,12 @@
 """Starting a stage with one or more processes. Loads no torch; the stage's own module does.
 
 One process runs in place. More run under Accelerate's launcher in a session of their own: signals are forwarded to
-the workers themselves (the launcher loses them), their exit codes come back through a folder (the launcher loses
-those too), and they die with their parent.
+the workers themselves (the launcher loses them), their exit codes and last words come back through a folder (the
+launcher loses those too), and they die with their parent.
 """
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -16,17 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted, die_with_parent
+from vqmosaic.interruption import EXIT_CODES, Interrupted, die_with_parent
 
 PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
 WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
+LAUNCHER_NAME = "launcher"
 
 
 def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_config: str | None = None) -> int:
     """Exit code of a stage's `main(arguments)` run by this process, or by `processes` workers under Accelerate's launcher."""
     if processes == 1 and accelerate_config is None:
         return guarded(lambda: importlib.import_module(module).main(arguments))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [sys.executable, "-c", "from vqmosaic.launch import launch_quietly; launch_quietly()"]
     environment = dict(os.environ)
     if accelerate_config is not None:
         if not Path(accelerate_config).is_file():
@@ -42,11 +44,28 @@ def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder))
 
 
+def launch_quietly() -> None:
+    """Accelerate's launcher without its traceback for a worker that failed or was stopped: the worker has said why itself."""
+    from accelerate.commands.launch import main
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main()
+    except (ChildFailedError, SignalException):
+        sys.exit(1)
+
+
 def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path) -> int:
     """Run the launcher, forward signals to the workers that registered in `folder`, return their exit code."""
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+    own = os.getpid()
+    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
+    (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
+    asked_to_stop = []
 
     def forward(number, _frame):
+        asked_to_stop.append(number)
         workers = [int(path.read_text()) for path in folder.glob("*.pid")]
         for process in workers or [launcher.pid]:
             try:
@@ -64,37 +83,65 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
     failures = [code for code in codes if code]
     for known in (2, 143, 130):  # what a stage means to say goes before what the launcher made of it
         if known in failures:
+            print_words(folder, known)
             return known
+    if launcher.returncode and asked_to_stop:  # before there was a worker that could have saved anything
+        return EXIT_CODES[asked_to_stop[0]]
+    if launcher.returncode and not failures:
+        print("error: a worker process ended without a word; it was killed from outside, for example for want of memory.", file=sys.stderr)
     return failures[0] if failures else (launcher.returncode and 1)
+
+
+def print_words(folder: Path, code: int) -> None:
+    """Print what the first of the workers that ended with this code had to say; the others said the same, or followed it."""
+    for path in sorted(folder.glob("*.exit")):
+        words = path.with_suffix(".words")
+        if int(path.read_text()) == code and words.exists():
+            print(words.read_text(), file=sys.stderr)
+            return
 
 
 def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Entry point of `python -m <stage>`: run main as a worker of a launcher or alone, and exit with its code."""
-    folder = os.environ.get(WORKER_FOLDER)
+    folder = os.environ.get(WORKER_FOLDER) and Path(os.environ[WORKER_FOLDER])
     rank = int(os.environ.get("RANK", "0"))
     if folder:
-        die_with_parent()
-        (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
-    code = guarded(lambda: main(arguments), quiet=rank != 0)
+        die_with_parent(int((folder / LAUNCHER_NAME).read_text()))
+        (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    code = guarded(lambda: main(arguments or no_recipe()), folder / f"{rank}.words" if folder else None)
     if folder:
-        (Path(folder) / f"{rank}.exit").write_text(str(code))
+        (folder / f"{rank}.exit").write_text(str(code))
     sys.stdout.flush()
     sys.exit(code)
 
 
-def guarded(run: Callable[[], None], quiet: bool = False) -> int:
-    """Exit code of a call: 0, 2 with words for bad input, 143 or 130 after a signal, 1 with a traceback for anything else."""
+def no_recipe() -> list[str]:
+    """Raises InputError: a stage was started without the recipe that its first argument has to be."""
+    raise InputError("no recipe was given; give a shipped name such as digits, a YAML file or a run folder, and overrides after it.")
+
+
+def guarded(run: Callable[[], None], words: Path | None = None) -> int:
+    """Exit code of a call: 0, 2 with words for bad input, 143 or 130 after a signal, 1 with a traceback for anything else.
+
+    The words go to stderr, or into the file `words` for a parent that prints them once for all of its workers.
+    """
+    def say(text: str) -> None:
+        if words is None:
+            print(text, file=sys.stderr)
+        else:
+            words.write_text(text)
+
     try:
         run()
         return 0
     except InputError as error:
-        if not quiet:
-            print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return 2
     except Interrupted as stop:
-        if not quiet:
-            print(stop, file=sys.stderr)
+        say(str(stop))
         return stop.exit_code
+    except KeyboardInterrupt:  # before the stage could take note of signals
+        return EXIT_CODES[signal.SIGINT]
     except BrokenPipeError:
         return 1
     except Exception:
@@ -106,4 +153,5 @@ def check_world_size(world_size: int) -> None:
     """Raise InputError when the launcher started another number of processes than was asked for."""
     asked = os.environ.get(PROCESSES_ASKED_FOR)
     if asked is not None and int(asked) != world_size:
-        raise InputError(f"--processes {asked} was asked for, but {world_size} were started; check the accelerate installation and its environment variables.")
+        raise InputError(f"--processes {asked} was asked for, but {world_size} were started; check the accelerate installation and its "
+                         "environment variables.")

@@ -59,8 +59,9 @@ class Recipe:
             raise InputError(f"sampling.top_k is {self.sampling.top_k}, but tokenizer.codebook_size is {self.tokenizer.codebook_size}; "
                              "set sampling.top_k at most to the codebook size, or to 0 for off.")
         if self.sampling.guidance_scale != 1 and self.prior_training.label_drop == 0:
-            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but prior_training.label_drop is 0: a prior trained without "
-                             "label drop has no null class to be guided from. Set prior_training.label_drop to 0.1, or sampling.guidance_scale to 1.")
+            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but prior_training.label_drop is 0: a prior trained "
+                             "without label drop has no null class to be guided from. Set prior_training.label_drop to 0.1, or "
+                             "sampling.guidance_scale to 1.")
         if self.sampling.guidance_scale != 1 and not self.data.use_labels:
             raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but data.use_labels is false: without classes there is "
                              "nothing to guide to. Set sampling.guidance_scale to 1.")

@@ -13,6 +13,8 @@ from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.recipe import Recipe, recipe_fields
 
+WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list in brackets",
+                  "dict": "a mapping", "NoneType": "null"}
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -37,6 +39,11 @@ def find_recipe(name: str) -> Path:
     raise InputError(f"no recipe {name!r}: it is neither a file nor one of the shipped recipes: {', '.join(shipped_names())}.{hint}")
 
 
+def section_names() -> list[str]:
+    """Names of the sections of a recipe."""
+    return [entry.name for entry in dataclasses.fields(Recipe) if dataclasses.is_dataclass(entry.type)]
+
+
 def field_names() -> dict[str, bool]:
     """Dotted names of everything a recipe can set; True where it is a section of its own or takes free entries."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
@@ -46,7 +53,6 @@ def field_names() -> dict[str, bool]:
 
 def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
     """Give a parser one option for each field of a recipe, with the field's own sentence as help."""
-    parser.add_argument("--recipe_file", action="config", help=jsonargparse.SUPPRESS)
     parser.add_class_arguments(Recipe, as_group=False)
 
 
@@ -60,6 +66,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     check_keys_of_file(path)
     check_names_of_options(overrides)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--recipe_file", action="config")
     add_recipe_options(parser)
     try:
         values = parser.parse_args([f"--recipe_file={path}", *overrides])  # the file first, so an override wins wherever it stands
@@ -72,10 +79,15 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
 
 
-def recipe_help() -> str:
-    """What can be set in a recipe: every field with its type, default and sentence."""
+def recipe_help(recipe: Recipe | None = None) -> str:
+    """What can be set in a recipe: every field with its sentence, its type and its value in `recipe` (by default the built-in one)."""
     parser = jsonargparse.ArgumentParser(prog="vqmosaic", add_help=False, usage=argparse.SUPPRESS)
     add_recipe_options(parser)
+    for action in parser._actions:
+        if action.dest in section_names():  # only their fields can be set
+            action.help = argparse.SUPPRESS
+    if recipe is not None:
+        parser.set_defaults({field.name: field.value for field in recipe_fields(recipe)})
     return parser.format_help().strip()
 
 
@@ -87,12 +99,15 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def check_keys_of_file(path: Path) -> None:
     """Raise InputError for YAML that does not parse or names a field that does not exist."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
     known = field_names()
+    for section in section_names():
+        if section in content and not isinstance(content[section], dict):
+            raise InputError(f"{path} sets {section} to {content[section]!r}; it is a section: a mapping of its fields, or left out.")
     for key in flattened(content, known):
         check_known(key, known, f"{path} sets {key}")
 
@@ -103,8 +118,11 @@ def check_names_of_options(options: list[str]) -> None:
     expect_value = False
     for option in options:
         if option.startswith("--"):
-            name, _, value = option[2:].partition("=")
+            name = option[2:].partition("=")[0]
             check_known(name, known, option.partition("=")[0])
+            if name in section_names():
+                first = next(field for field in known if field.startswith(f"{name}."))
+                raise InputError(f"--{name} is a section of a recipe; set its fields one by one, such as --{first}.")
             expect_value = "=" not in option
         elif not expect_value:
             raise InputError(f"{option!r} was not expected here; a field is set by --section.field value, such as --data.path photos.")
@@ -131,7 +149,7 @@ def flattened(content: dict[str, Any], known: dict[str, bool], prefix: str = "")
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = known.get(name, False) and name not in ("prior.options",) or name not in known
+        is_section = name not in known or (known[name] and name != "prior.options")
         names += flattened(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
     return names
 
@@ -140,11 +158,15 @@ def words_of(error: Exception, path: Path) -> str:
     """The message of a parsing library's error as one sentence that names the field, what was given and what is allowed."""
     text = " ".join(str(error).split())
     match = re.search(r'Parser key "([^"]+)"[:.]?\s*(.*)', text)
-    if match:
-        field, reason = match.groups()
-        union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
-        if union:
-            types = ", ".join(re.findall(r"'(\w+)'", union[1])).replace("NoneType", "null")
-            reason = f"{union[2]!r} is none of: {types}."
-        return f"{field}: {reason} (recipe {path})"
-    return f"{text} (recipe {path})"
+    if not match:
+        return f"{text} (recipe {path})"
+    field, reason = match.groups()
+    union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
+    single = re.search(r"Expected a <class '(\w+)'>\. Got value: (.*)$", reason)
+    if union or single:
+        types, given = (re.findall(r"'(\w+)'", union[1]), union[2]) if union else ([single[1]], single[2])
+        is_yaml_word = given in ("False", "True") and "str" in types
+        hint = ' YAML reads no, off, yes and on as false and true; write them in quotes: "no".' if is_yaml_word else ""
+        given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))
+        reason = f"{given} was given; it must be {' or '.join(WORDS_OF_TYPES.get(name, name) for name in types)}.{hint}"
+    return f"{field}: {reason} (recipe {path})"

@@ -21,10 +21,9 @@ def budget(default: Any) -> Any:
     return field(default=default, metadata={"judged": "budget"})
 
 
-def unrecorded(default: Any = None, factory: Any = None) -> Any:
+def unrecorded(default: Any) -> Any:
     """A field that changes no result, so it may differ when a stage is run again."""
-    metadata = {"judged": "unrecorded"}
-    return field(default_factory=factory, metadata=metadata) if factory else field(default=default, metadata=metadata)
+    return field(default=default, metadata={"judged": "unrecorded"})
 
 
 @dataclass(kw_only=True)
@@ -187,7 +186,7 @@ class TrainingConfig:
     """auto (the newest complete checkpoint), never (refused while one exists), or the path of a checkpoint."""
     log_every: int = unrecorded(20)
     """Steps between lines in metrics.jsonl."""
-    trackers: list[str] = unrecorded(factory=list)
+    trackers: list[str] = field(default_factory=list, metadata={"judged": "unrecorded"})
     """Trackers of Accelerate that get the same numbers, such as tensorboard or wandb; they must be installed."""
 
     SECTION = "training"
@@ -266,7 +265,7 @@ class PriorConfig:
     width: int = 256
     """Width of the residual stream."""
     layers: int = 6
-    """Transformer layers."""
+    """Number of transformer layers."""
     heads: int = 4
     """Attention heads; width must be a multiple of it."""
     dropout: float = 0.1

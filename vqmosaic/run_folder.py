@@ -51,9 +51,10 @@ class RunFolder:
         """Hold the run for this process; a restart right after a kill waits, a second run is refused."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            file = open(self.root / ".lock", "a+")  # noqa: SIM115, closed by the block below
         except OSError as error:
-            raise InputError(f"run_dir {self.root} cannot be made: {error.strerror}. Set run_dir to a folder that can be written.") from None
-        with open(self.root / ".lock", "a+") as file:
+            raise InputError(f"run_dir {self.root} cannot be written: {error.strerror}. Set run_dir to a folder that can.") from None
+        with file:
             deadline = time.monotonic() + LOCK_WAIT_SECONDS
             while True:
                 try:

@@ -61,6 +61,8 @@ def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, s
 def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | None) -> str:
     """What to do about a stage: "start", "resume" or "skip". `inputs` None judges the recipe alone.
 
+    A finished stage whose export is gone is resumed: from its last checkpoint, or its finished shards, the export is written again.
+
     Raises:
         InputError: a field or an input other than a grown budget differs; names it and both values.
     """
@@ -80,7 +82,7 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
         before = record.inputs.get(name)
         if before is not None and before != fingerprint:
             raise InputError(refusal(run, stage, name, before, fingerprint))
-    if record.finished and not grown:
+    if record.finished and not grown and run.export(stage).exists():
         return "skip"
     return "resume"
 
@@ -98,12 +100,17 @@ def refusal(run: RunFolder, stage: str, name: str, before: Any, now: Any, shrunk
 
 
 def redo(run: RunFolder, stage: str) -> list[str]:
-    """Delete everything a stage and the stages after it have made; returns the names of those that had made something."""
+    """Delete everything a stage and the stages after it have made; returns the names of those that had made something.
+
+    The last stage goes first and a stage's record last, so that a call that is killed in between leaves nothing that passes for finished.
+    """
     cleared = []
-    for name in STAGES[STAGES.index(stage):]:
-        if run.record(name).exists() or run.export(name).exists():
+    for name in reversed(STAGES[STAGES.index(stage):]):
+        folders = (run.export(name), run.checkpoints(name), run.logs(name))
+        if run.record(name).exists() or any(folder.exists() for folder in folders):
             cleared.append(name)
+        for folder in folders:
+            if folder.exists():
+                shutil.rmtree(folder)
         run.record(name).unlink(missing_ok=True)
-        for folder in (run.export(name), run.checkpoints(name), run.logs(name)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return cleared
+    return cleared[::-1]

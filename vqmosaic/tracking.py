@@ -28,11 +28,11 @@ def check_trackers(section: str, trackers: list[str]) -> None:
 class MetricsLog:
     """metrics.jsonl with one JSON object a line, on the main process only; other trackers get the same numbers."""
 
-    def __init__(self, accelerator, folder: Path, first_step: int, config: dict[str, Any]):
+    def __init__(self, accelerator, folder: Path, first_step: int, validated_step: int, config: dict[str, Any]):
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            cut_back(self.path, first_step)
+            cut_back(self.path, first_step, validated_step)
         if accelerator.log_with:
             flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
             accelerator.init_trackers("vqmosaic", config=flat)
@@ -47,8 +47,8 @@ class MetricsLog:
             self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop the records after `step`, which a resumed run will write again, and a line that a kill cut short."""
+def cut_back(path: Path, step: int, validated_step: int) -> None:
+    """Drop what a resumed run will write again, records after `step` and validations after `validated_step`, and lines a kill cut short."""
     if not path.exists():
         return
     kept = []
@@ -57,7 +57,7 @@ def cut_back(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if record["step"] <= step:
+        if record["step"] <= (validated_step if record["kind"] == "validation" else step):
             kept.append(line + "\n")
     write_bytes(path, "".join(kept).encode())
 
@@ -73,13 +73,13 @@ def progress_bar(total: int | None, initial: int, title: str, unit: str = "step"
 
 
 class Reporter:
-    """Prints a stage's lines on the main process, with the seconds since it started."""
+    """Prints a stage's lines with the seconds since it started: on the main process, or from everywhere what only one process knows."""
 
     def __init__(self, stage: str, is_main_process: bool = True):
         self.stage, self.enabled, self.started = stage, is_main_process, time.monotonic()
 
-    def __call__(self, text: str) -> None:
-        if self.enabled:
+    def __call__(self, text: str, everywhere: bool = False) -> None:
+        if self.enabled or everywhere:
             tqdm.write(f"[{self.stage} {time.monotonic() - self.started:6.1f} s] {text}", file=sys.stdout)
             sys.stdout.flush()
 

@@ -4,12 +4,14 @@ The step itself, and everything that is learnt, stands in each stage's own train
 """
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -72,7 +74,7 @@ class TrainingRun:
         self._resume()
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
         config = {field.name: field.value for field in recipe_fields(self.recipe)}
-        self.metrics = MetricsLog(self.accelerator, self.folder.logs(self.stage), self.state.step, config)
+        self.metrics = MetricsLog(self.accelerator, self.folder.logs(self.stage), self.state.step, self.state.validated_step, config)
         self.bar = progress_bar(training.max_steps, self.state.step, self.stage, enabled=self.is_main)
         return self.model
 
@@ -89,9 +91,16 @@ class TrainingRun:
         if saved.processes != self.world_size:
             raise InputError(f"{checkpoint} was written by {saved.processes} processes, now there are {self.world_size}; "
                              f"go on with --processes {saved.processes}.")
-        self.accelerator.load_state(str(checkpoint))
-        if self.average is not None:
-            self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors", device=str(self.accelerator.device)))
+        try:
+            self.accelerator.load_state(str(checkpoint))  # reads with weights_only: tensors and numbers, never an object's own code
+            if self.average is not None:
+                self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors", device=str(self.accelerator.device)))
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{checkpoint} holds more than tensors and numbers, which is never loaded: no training here wrote such files. "
+                             f"Delete it to go on from the one before it, or start anew with --redo {self.stage}.") from error
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(f"{checkpoint} does not fit this recipe: {' '.join(str(error).split())[:500]}. Give {self.training.SECTION}.resume "
+                             "the path of a checkpoint of this very stage and recipe.") from error
         self.state = saved
         self.state.threads = set_threads(saved.threads)
         self.saved_step, self.resumed_from = saved.step, checkpoint
@@ -142,8 +151,11 @@ class TrainingRun:
         norm = self.accelerator.clip_grad_norm_(self.parameters, training.gradient_clip)
         is_bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         accepted = float(self.accelerator.reduce(is_bad, "sum")) == 0
-        if accepted or self.accelerator.scaler is not None:  # fp16's scaler skips the step itself and then lowers its scale
+        scaler = self.accelerator.scaler  # of fp16: it skips a step with a non-finite gradient itself, and then lowers its scale
+        if accepted or (scaler is not None and not torch.isfinite(norm)):
             self.optimizer.step()
+        elif scaler is not None:
+            scaler.update()
         if accepted and self.average is not None:
             self.average.update_parameters(self.unwrapped)
         self.optimizer.zero_grad(set_to_none=True)
@@ -151,10 +163,11 @@ class TrainingRun:
             self.state.refused_steps += 1
             self.report(f"warning: step {self.state.step} refused: loss {float(loss):g}, gradient norm {float(norm):g} "
                         f"({self.state.refused_steps} refused so far)")
-            if self.state.refused_steps > training.max_refused_steps and self.accelerator.scaler is None:
-                raise InputError(f"{self.state.refused_steps} steps had a non-finite loss or gradient, more than {training.SECTION}.max_refused_steps "
-                                 f"= {training.max_refused_steps}; weights are as they were before them. Lower {training.SECTION}.learning_rate, "
-                                 f"or set {training.SECTION}.mixed_precision to no.")
+            searching = scaler is not None and scaler.get_scale() >= 1  # a scale that is too large is no fault of the training's
+            if self.state.refused_steps > training.max_refused_steps and not searching:
+                raise InputError(f"{self.state.refused_steps} steps had a non-finite loss or gradient, more than "
+                                 f"{training.SECTION}.max_refused_steps = {training.max_refused_steps}; weights are as they were before them. "
+                                 f"Lower {training.SECTION}.learning_rate, or set {training.SECTION}.mixed_precision to no.")
         return accepted, float(norm), learning_rate
 
     # --- saving ------------------------------------------------------------------------------------------------------------
@@ -166,7 +179,8 @@ class TrainingRun:
 
         def add(folder: Path) -> None:
             if self.average is not None:  # cloned: safetensors takes neither tied nor channels_last tensors
-                weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in self.average.state_dict().items()}
+                weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                           for name, tensor in self.average.state_dict().items()}
                 save_file(weights, folder / "weights_ema.safetensors")
             save_more(folder)
 

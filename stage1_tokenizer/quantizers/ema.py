@@ -42,7 +42,7 @@ class EMAQuantizer(Quantizer):
                 self._pending.append((vectors_ND.detach(), ids_N))
             codes_BhwD = F.embedding(ids_N, self.codebook).view_as(latents_BhwD)
             loss = self.commitment_weight * F.mse_loss(latents_BhwD, codes_BhwD)
-            quantized_BhwD = latents_BhwD + (codes_BhwD - latents_BhwD).detach()  # straight-through
+            quantized_BhwD = codes_BhwD + (latents_BhwD - latents_BhwD.detach())  # straight-through: the codes to the last bit
         return QuantizerOutput(quantized_BhwD.permute(0, 3, 1, 2), ids_N.view(latents_BhwD.shape[:3]), loss)
 
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Nearest-code search and k-means in full float32, whatever autocast, TF32 or matmul-precision flags say.
 
 bf16 distances pick a wrong code for 1-5 % of vectors. The N x K matrix of distances is never held: rows are
-worked off in pieces that stay in the processor's cache.
+worked off in pieces, on a CPU of a size that stays in its cache.
 """
 
 from collections.abc import Iterator
@@ -11,21 +11,23 @@ import torch
 
 from vqmosaic.seeding import derive_seed
 
-WORKING_SET_BYTES = 4 * 2**20
+WORKING_SET_BYTES = {"cpu": 4 * 2**20}
+LARGE_WORKING_SET_BYTES = 256 * 2**20  # elsewhere: a GPU wants few large pieces
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """A context in which float32 matrix products are float32: no autocast, no TF32, no bf16 inside."""
-    flags = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]
-    before = [flag.fp32_precision for flag in flags]
+    flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.cuda.matmul: torch.backends}
+    # a flag that was never set reads as the wider one above it; written back as read, it would no longer follow that one
+    before = {flag: "none" if flag.fp32_precision == wider.fp32_precision else flag.fp32_precision for flag, wider in flags.items()}
     try:
         for flag in flags:
             flag.fp32_precision = "ieee"
         with torch.autocast(device_type=device.type, enabled=False):
             yield
     finally:
-        for flag, precision in zip(flags, before, strict=True):
+        for flag, precision in before.items():
             flag.fp32_precision = precision
 
 
@@ -38,7 +40,7 @@ def nearest_codes(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.
     with full_precision(vectors_ND.device):
         vectors_ND, codebook_KD = vectors_ND.float(), codebook_KD.float()
         half_norms_K = codebook_KD.square().sum(1).mul_(0.5)
-        rows = max(16, WORKING_SET_BYTES // (4 * len(codebook_KD)))
+        rows = max(16, WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES) // (4 * len(codebook_KD)))
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
         for start in range(0, len(vectors_ND), rows):
             piece_nD = vectors_ND[start:start + rows]

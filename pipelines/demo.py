@@ -1,0 +1,314 @@
+"""The web page in front of a pipeline: one tab generates images, the other sends an upload through the tokens and back.
+
+    vqmosaic demo runs/quickstart
+
+It answers this machine only, calls nowhere outside, reads no files but uploads, and does one thing at a time. Nothing else imports gradio.
+"""
+
+import asyncio
+import contextvars
+import html
+import math
+import os
+import re
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from pipelines.generate import ImageGenerationPipeline
+from stage1_tokenizer.image_grid import image_grid, to_picture, viewing_scale
+from stage1_tokenizer.images import UnreadableImage, read_image, to_tensor
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.interruption import StopFlag
+
+HOST = "127.0.0.1"
+MAX_IMAGES = 64
+MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
+MAX_WAITING = 8
+MAX_UPLOAD = "64mb"
+UPDATE_SECONDS = 0.2  # a progress bar that moves with every token would slow the work
+GOLDEN_ANGLE = 137.508  # steps of it around the colour wheel keep ids apart
+CSS = """
+.pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
+.pixels .grid-wrap { max-height: none !important; }
+.pixels .grid-container { grid-template: none / repeat(8, minmax(0, 1fr)) !important; }
+.below-label .image-container, .below-label .tokens { padding-top: 2rem; }
+.tokens { display: grid; max-width: 18rem; margin: auto; }
+.tokens span { display: grid; place-items: center; aspect-ratio: 1; overflow: hidden; color: #222; font-size: 0.8rem; }
+@media (max-width: 640px) { .pixels .grid-container { grid-template: none / repeat(4, minmax(0, 1fr)) !important; } }
+"""
+
+
+class Worker:
+    """The one thread that computes, and the bounded line in front of it.
+
+    gradio's own queue would not do: it takes a cancelled request for over while its thread works on, so the next one runs beside
+    it; the page shows an error for it; and of a full queue it only says that it is busy.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, "pipeline")
+        self._jobs: list[tuple[str | None, threading.Event]] = []  # page and stop flag; the first one's turn it is
+
+    async def run(self, session: str | None, work: Callable[[threading.Event], Any], waiting: Callable[[int], Any]) -> Any:
+        """What work(stop flag) returns, or None when stopped before its turn; while n others come first, waiting(n) is called.
+
+        Raises InputError when the line is full. When cancelled, it sets the flag, which the work has to poll.
+        """
+        if len(self._jobs) > MAX_WAITING:
+            raise InputError(f"{MAX_WAITING} requests are waiting already; try again in a while.")
+        job = (session, stop) = session, threading.Event()
+        self._jobs.append(job)
+        try:
+            while before := self._jobs.index(job):
+                waiting(before)
+                await asyncio.sleep(UPDATE_SECONDS)
+                if stop.is_set():
+                    return None
+            context = contextvars.copy_context()  # by which gr.Progress finds its page
+            return await asyncio.get_running_loop().run_in_executor(self._thread, context.run, work, stop)
+        finally:
+            stop.set()
+            self._jobs.remove(job)
+
+    def stop(self, session: str | None, everyone: bool = False) -> None:
+        """Ask for an end of what one page, or every page, has asked for."""
+        for owner, stop in list(self._jobs):
+            if everyone or owner == session:
+                stop.set()
+
+
+async def in_words(result: Awaitable) -> Any:
+    """What is awaited; an error that the user can mend becomes a message on the page, escaped because the page takes it for HTML."""
+    try:
+        return await result
+    except UnreadableImage as error:
+        words = f"This file cannot be read as an image: {error}."
+    except InputError as error:
+        words = str(error)
+    except torch.OutOfMemoryError:
+        words = "The device has too little memory for this many images at a time; ask for fewer."
+    raise gr.Error(html.escape(words, quote=False), duration=20, print_exception=False)
+
+
+def image_limit(pipe: ImageGenerationPipeline) -> int:
+    """Images that one request may ask for: 64, fewer where they are large."""
+    return max(1, min(MAX_IMAGES, MAX_PIXELS // pipe.tokenizer.transform.image_size**2))
+
+
+def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading.Event, progress: Callable, classes: list[str],
+             number: int, seed: int, sampling: dict[str, float]) -> tuple:
+    """What the Generate tab shows: gallery, grid, seed, report, Python code."""
+    names, limit = pipe.class_names, image_limit(pipe)
+    labels = (classes or names[:limit]) if names else None
+    count = number * len(labels or [None])
+    if count > limit:
+        raise InputError(f"{count} images are too many at a time ({number} of each of {len(labels or [None])} classes); at most {limit}. "
+                         "Choose fewer classes or a lower number.")
+    started, shown, done, total = time.monotonic(), 0.0, 0, 0
+
+    def after_each_token(*now: int) -> bool:
+        nonlocal shown, done, total
+        done, total = now
+        if time.monotonic() > shown + UPDATE_SECONDS:
+            shown = time.monotonic()
+            progress(now, unit="tokens")
+        return not stop.is_set()
+
+    request = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
+    result = pipe(**request, output_type="np", callback=after_each_token)
+    if result.stopped:
+        return *[gr.skip()] * 3, f"Stopped after {done} of {total} tokens.", gr.skip()
+    captions = [names[index] for index in result.class_indices] if labels else [None] * count
+    gallery = [(to_picture(pixels_HWC), caption) for pixels_HWC, caption in zip(result.images, captions, strict=True)]
+    columns = number if labels and 1 < number <= 16 else min(count, 8)
+    rows = [result.images[start:start + columns] for start in range(0, count, columns)]
+    report = f"{count} image{'s' if count > 1 else ''} with seed {seed} in {time.monotonic() - started:.1f} s."
+    grid = image_grid(rows, viewing_scale(result.images.shape[1]))
+    return gallery, grid, seed, report, python_code(pipe, folder, request)
+
+
+def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dict[str, Any]) -> str:
+    """The same request in Python."""
+    source = f"{str(folder or 'runs/NAME')!r}, device={str(pipe.device)!r}, dtype={pipe.prior.model.dtype}"
+    return ("import torch\nfrom pipelines import ImageGenerationPipeline\n\n"
+            f"pipe = ImageGenerationPipeline.from_pretrained({source})\n"
+            f'out = pipe({", ".join(f"{name}={value!r}" for name, value in request.items())})\nout.images[0].save("image.png")')
+
+
+def reconstruct(pipe: ImageGenerationPipeline, path: str) -> tuple:
+    """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
+    transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
+    seen_HWC = transform.resize(read_image(path, channels=transform.channels))
+    ids_hw = pipe.encode(to_tensor(seen_HWC)[None])[0]
+    restored = pipe.decode(ids_hw[None])[0]
+    difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
+    psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
+    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {ids_hw.shape[0]} x {ids_hw.shape[1]} tokens, "
+              f"{len(ids_hw.unique())} different ones out of {codes} codes: {8 * seen_HWC.size:,} bits became "
+              f"{math.ceil(ids_hw.numel() * math.log2(codes)):,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
+    return to_picture(seen_HWC), token_map(ids_hw), restored, report
+
+
+def token_map(ids_hw: torch.Tensor) -> str:
+    """HTML of a token grid: equal ids have equal colours; up to 8 x 8 they can be read, in larger ones they show under the pointer."""
+    cells, columns = "", ids_hw.shape[1]
+    for code in ids_hw.flatten().tolist():
+        colour = f"hsl({code * GOLDEN_ANGLE % 360:.0f} 60% 78%)"
+        cells += f'<span style="background: {colour}" title="{code}">{code if columns <= 8 else ""}</span>'
+    return f'<div class="tokens" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">{cells}</div>'
+
+
+def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Blocks:
+    """The page of a pipeline, not yet served; the Python code on it names `folder`. Its `.worker` is what computes."""
+    worker, limit, names, tokenizer, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.tokenizer, pipe.sampling
+    unguided = ("Off: the prior was trained without classes, so there is nothing to guide to." if names is None else
+                "Off: the prior was trained with label_drop 0, so it never learnt the null class that guidance compares with."
+                if pipe.prior.vocabulary.label_drop == 0 else None)
+    size, grid_size = tokenizer.transform.image_size, tokenizer.grid_size
+    for_pixels = {"format": "png", "interactive": False, "elem_classes": ["pixels", "below-label"]}
+
+    with gr.Blocks(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{size} x {size} pixels, {grid_size} x {grid_size} tokens of "
+                    f"{tokenizer.config.codebook_size} codes, a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
+        with gr.Tab("Generate"), gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
+                    "None chosen: every class." if len(names or []) <= limit else f"None chosen: the first {limit} of {len(names)}."))
+                number = gr.Slider(1, limit, value=max(1, min(4, limit // len(names or [None]))), step=1,
+                                   label="Images of each class" if names else "Images", info=f"At most {limit} images in all.")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
+                new_seed = gr.Checkbox(True, label="A new seed each time")
+                temperature = gr.Slider(0, max(2, settings.temperature), value=settings.temperature, step=0.01, label="Temperature",
+                                        info="0 takes the likeliest token.")
+                top_k = gr.Slider(0, tokenizer.config.codebook_size, value=settings.top_k, step=1, label="Top-k", info="0 is off.")
+                top_p = gr.Slider(0.01, 1, value=settings.top_p, step=0.01, label="Top-p", info="1 is off.")
+                guidance = gr.Slider(0, max(10, settings.guidance_scale), value=1 if unguided else settings.guidance_scale, step=0.1,
+                                     label="Guidance scale", info=unguided or "1 is off.", interactive=not unguided)
+            with gr.Column(scale=5, min_width=320):
+                with gr.Row():
+                    go = gr.Button("Generate", variant="primary")
+                    halt = gr.Button("Stop", variant="stop")
+                report = gr.Markdown()
+                gallery = gr.Gallery(show_label=False, format="png", object_fit="contain", interactive=False, height="auto",
+                                     buttons=["download", "fullscreen"], elem_classes="pixels")
+                with gr.Accordion("All in one picture", open=False):
+                    grid = gr.Image(show_label=False, format="png", interactive=False, buttons=["download", "fullscreen"])
+                with gr.Accordion("The same in Python", open=False):
+                    code = gr.Code(language="python", interactive=False, show_label=False, wrap_lines=True)
+        with gr.Tab("Reconstruct"):
+            with gr.Row():
+                upload = gr.Image(label="Your image", type="filepath", sources=["upload", "clipboard"], buttons=["fullscreen"], height=320)
+                seen = gr.Image(label="As the tokenizer sees it", buttons=["download"], height=320, **for_pixels)
+                tokens = gr.HTML(label="Tokens", show_label=True, container=True, min_height=320, elem_classes="below-label")
+                restored = gr.Image(label="Reconstruction", buttons=["download"], height=320, **for_pixels)
+            again = gr.Button("Reconstruct", variant="primary")
+            measures = gr.Markdown()
+
+        def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> Awaitable[tuple]:
+            return in_words(worker.run(request.session_hash, work, lambda before: progress(0, desc=f"waiting for {before} before this")))
+
+        async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
+                              progress=gr.Progress()):  # noqa: B008 (gradio looks for it among the defaults)
+            seed = secrets.randbelow(2**31) if new_seed or seed is None else int(seed)
+            sampling = {"temperature": temperature, "top_k": int(top_k), "top_p": top_p, "guidance_scale": guidance}
+            shown = await run(request, progress, lambda stop: generate(
+                pipe, folder, stop, progress, classes, int(number), seed, sampling))
+            return shown or (*[gr.skip()] * 3, "Stopped before it began.", gr.skip())
+
+        async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
+            if not upload or not upload.get("path"):
+                raise gr.Error("Upload an image first.", print_exception=False)
+            shown = await run(request, progress, lambda stop: reconstruct(pipe, upload["path"]))
+            return shown or (*[gr.skip()] * 3, "Stopped before it began.")
+
+        def on_stop(request: gr.Request):
+            worker.stop(request.session_hash)
+
+        go.click(on_generate, [classes, number, seed, new_seed, temperature, top_k, top_p, guidance], [gallery, grid, seed, report, code],
+                 api_name="generate", concurrency_limit=None, show_progress_on=gallery)
+        halt.click(on_stop, api_name="stop", queue=False)
+        page.unload(on_stop)  # the page was closed
+        results = [seen, tokens, restored, measures]
+        gr.on([upload.upload, again.click], on_upload, upload, results, api_name="reconstruct", concurrency_limit=None,
+              preprocess=False,  # it would open the file before read_image does
+              show_progress_on=restored).failure(lambda: [None] * 4, None, results, queue=False, api_visibility="private")
+    upload.async_move_resource_to_block_cache = uploaded_file
+    page.worker = worker
+    return page.queue(max_size=2 * MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+
+async def uploaded_file(path: Any) -> str:
+    """The path of an upload; stands in for gradio's own method, which also downloads what an address names."""
+    if "://" in str(path):
+        raise gr.Error("Only uploaded files are read, not addresses.", print_exception=False)
+    return str(path)
+
+
+class LoopbackOnly:
+    """Middleware that refuses foreign host names, and files from elsewhere, which gradio's /file= would fetch.
+
+    To listen on 127.0.0.1 is not enough: a foreign site whose name resolves to that (DNS rebinding) comes in by the user's browser.
+    """
+
+    def __init__(self, app: Callable):
+        self._app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
+        app = self._app
+        if scope["type"] == "http" and host not in (HOST, "localhost"):
+            app = PlainTextResponse(f"This page is served as {HOST} and as localhost only.", 403)
+        elif scope["type"] == "http" and re.search(r"(file|proxy)[=/]\w\w+:", scope["path"]):
+            app = PlainTextResponse("Files from elsewhere are not served.", 403)
+        await app(scope, receive, send)
+
+
+def check_port(port: int) -> None:
+    """Raise InputError unless the port can be listened on."""
+    check_range("--port", port, at_least=1, at_most=65535)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise InputError(f"--port {port} cannot be used ({error.strerror}); give another one, or none to take a free one.") from None
+
+
+def start(page: gr.Blocks, port: int | None = None) -> str:
+    """The address of a page, served from now on in the background; page.close() ends that."""
+    os.environ |= {"GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": ""}  # the second would win over an empty argument
+    return page.launch(
+        server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, mcp_server=False,
+        allowed_paths=[], max_file_size=MAX_UPLOAD, footer_links=[], css=CSS,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        app_kwargs={"middleware": [Middleware(LoopbackOnly)]})[1]
+
+
+def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> None:
+    """Serve a pipeline folder to this machine until SIGINT or SIGTERM; without a port, on the first free one from 7860.
+
+    Raises InputError when the port cannot be used or the folder holds no pipeline.
+    """
+    if port is not None:
+        check_port(port)
+    with tempfile.TemporaryDirectory(prefix="vqmosaic-demo-") as files, StopFlag() as interrupted:
+        os.environ["GRADIO_TEMP_DIR"] = files  # the default is one folder for all gradio pages of a machine, each of which serves it
+        page = build(ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype)), folder)
+        print(f"vqmosaic demo of {folder} on {start(page, port)}, for this machine only; Ctrl-C ends it.", flush=True)
+        while not interrupted.signal:
+            time.sleep(UPDATE_SECONDS)
+        page.worker.stop(None, everyone=True)
+        page.close(verbose=False)

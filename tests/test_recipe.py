@@ -1,0 +1,314 @@
+"""The recipe: defaults, files, overrides, words for what cannot be, and that every field is told about and read somewhere."""
+
+import ast
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT
+from vqmosaic import recipe_sections
+from vqmosaic.errors import InputError, check_name, check_range, nearest_name
+from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
+from vqmosaic.recipe_files import load_recipe, recipe_help, save_recipe, section_names, shipped_names
+from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig, TokenizerConfig, TokenizerTrainingConfig
+
+PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
+RECIPE_FILES = {"recipe.py", "recipe_sections.py", "recipe_files.py"}
+READ_THROUGH = {
+    "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"}, "tokenizer_training": {"tokenizer_training", "training"},
+    "tokens": {"tokens"}, "prior": {"prior"}, "prior_training": {"prior_training", "training"}, "sampling": {"sampling"},
+}
+"""Section -> the names under which the code holds it; `recipe.data.path` and `data.path` both count as reading data.path."""
+
+
+def fields_of(recipe: Recipe) -> dict[str, object]:
+    return {field.name: field.value for field in recipe_fields(recipe)}
+
+
+def refused(*overrides: str, recipe: str = "digits") -> str:
+    """The words with which a recipe is refused."""
+    with pytest.raises(InputError) as caught:
+        load_recipe(recipe, list(overrides))
+    return str(caught.value)
+
+
+# --- files and overrides -----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_a_recipe():
+    recipe = Recipe()
+    assert recipe.data == DataConfig() and recipe.tokenizer == TokenizerConfig() and recipe.sampling == SamplingConfig()
+    assert recipe.num_tokens == 64 and recipe.tokenizer.downsampling == 4
+    assert Recipe() == recipe and Recipe().tokenizer.channel_multipliers is not recipe.tokenizer.channel_multipliers
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_recipe_loads(name):
+    assert load_recipe(name).run_dir == f"runs/{name}"
+
+
+def test_the_four_recipes_are_shipped():
+    assert shipped_names() == ["cifar10", "digits", "image_folder", "imagenet256"]
+
+
+@pytest.mark.parametrize("overrides", [
+    ["--tokenizer.codebook_size", "64", "--seed", "5"],
+    ["--seed=5", "--tokenizer.codebook_size=64"],
+])
+def test_an_override_wins_wherever_it_stands(overrides, tmp_path):
+    recipe = load_recipe("digits", overrides)
+    before = load_recipe("digits")
+    assert (before.tokenizer.codebook_size, before.seed) == (128, 0)
+    assert (recipe.tokenizer.codebook_size, recipe.seed) == (64, 5)
+    changed = {name for name, value in fields_of(recipe).items() if fields_of(before)[name] != value}
+    assert changed == {"tokenizer.codebook_size", "seed"}
+
+
+def test_of_two_overrides_the_last_one_wins():
+    assert load_recipe("digits", ["--seed=1", "--seed", "2"]).seed == 2
+
+
+def test_overrides_of_every_type(tmp_path):
+    recipe = load_recipe("digits", [
+        "--data.use_labels", "false", "--tokenizer.channel_multipliers", "[1, 2]", "--tokenizer_training.max_steps", "null",
+        "--tokenizer_training.max_minutes=1.5", "--tokenizer_training.learning_rate", "1e-4", "--prior.options.rope_theta", "100",
+        "--tokenizer_training.mixed_precision", "no", "--run_dir", "runs/a b", "--sampling.guidance_scale=1"])
+    assert recipe.data.use_labels is False and recipe.tokenizer.channel_multipliers == [1, 2]
+    assert recipe.tokenizer_training.max_steps is None and recipe.tokenizer_training.max_minutes == 1.5
+    assert recipe.tokenizer_training.learning_rate == 1e-4 and recipe.prior.options == {"rope_theta": 100}
+    assert recipe.tokenizer_training.mixed_precision == "no" and recipe.run_dir == "runs/a b"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_yaml_round_trip(name, tmp_path):
+    overrides = ["--run_dir", str(tmp_path), "--tokenizer_training.mixed_precision", "no", "--prior.options.rope_theta", "100"]
+    recipe = load_recipe(name, overrides)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+    assert load_recipe(str(tmp_path)) == recipe, "a run folder stands for its recipe"
+    assert load_recipe(str(tmp_path), ["--seed=9"]) == dataclasses.replace(recipe, seed=9)
+
+
+# --- what is refused, and in which words -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest():
+    words = refused(recipe="digts")
+    assert "'digts'" in words and "'digits'" in words and "imagenet256" in words
+
+
+def test_an_unknown_key_on_the_command_line():
+    words = refused("--tokenizer.codebok_size", "64")
+    assert "tokenizer.codebok_size" in words and "Did you mean tokenizer.codebook_size?" in words and "code_dim" in words
+    assert "Did you mean data.path?" in refused("--data.pth=x")
+    assert "Sections: run_dir, seed, data" in refused("--frobnicate", "1")
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("data: {sorce: digits}", "Did you mean data.source?"),
+    ("dta: {source: digits}", "Did you mean data.source?"),
+    ("sed: 3", "Did you mean seed?"),
+    ("tokenizer_training: {max_step: 3}", "Did you mean tokenizer_training.max_steps?"),
+    ("data: 3", "data to 3; it is a section"),
+    ("data:", "data to None; it is a section"),
+    ("[data]", "holds no recipe"),
+    ("", "holds no recipe"),
+    ("data: {source: digits", "not valid YAML"),
+    ("data: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ("tokenizer_training: {mixed_precision: no}", 'write them in quotes: "no"'),
+])
+def test_a_wrong_file(text, expected, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    words = refused(recipe=str(path))
+    assert str(path) in words and expected in words
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\x00\x81")
+    assert "not valid YAML" in refused(recipe=str(path))
+
+
+@pytest.mark.parametrize(("field", "given", "allowed"), [
+    ("tokenizer.codebook_size", "many", "an integer"),
+    ("tokenizer.codebook_size", "3.5", "an integer"),
+    ("tokenizer.codebook_size", "null", "an integer"),
+    ("data.flip", "maybe", "true or false"),
+    ("tokenizer_training.learning_rate", "fast", "a number"),
+    ("tokenizer_training.max_minutes", "soon", "a number or null"),
+    ("tokenizer.channel_multipliers", "3", "a list in brackets"),
+    ("tokenizer.channel_multipliers", "[1,two]", "an integer"),
+    ("prior.options", "3", "a mapping"),
+])
+def test_a_wrong_type_is_told_with_the_field_and_both_sides(field, given, allowed):
+    words = refused(f"--{field}", given)
+    assert field in words and given.strip("[]").split(",")[-1] in words and allowed in words and "class" not in words
+
+
+def test_words_that_are_no_option():
+    assert "'extra' was not expected" in refused("extra")
+    assert "needs a value" in refused("--seed")
+    assert "--data is a section" in refused("--data", "other.yaml")
+
+
+@pytest.mark.parametrize(("overrides", "expected"), [
+    # both numbers, the field, and what to set it to
+    (["--data.image_size=18"], ["data.image_size is 18", "3 levels", "multiple of 4", "set data.image_size to 16"]),
+    (["--tokenizer.channel_multipliers=[1,1,1,1,1]"], ["data.image_size is 16", "5 levels", "multiple of 16", "set data.image_size to 32"]),
+    (["--data.flip=true"], ["data.flip", "'digits'"]),
+    (["--tokens.views=flip"], ["tokens.views", "'digits'"]),
+    (["--tokens.views=flip+shifts"], ["tokens.views", "'digits'"]),
+    (["--prior_training.label_drop=0"], ["sampling.guidance_scale is 1.5", "prior_training.label_drop is 0", "sampling.guidance_scale to 1"]),
+    (["--data.use_labels=false"], ["sampling.guidance_scale is 1.5", "data.use_labels is false"]),
+    (["--sampling.top_k=129"], ["sampling.top_k is 129", "tokenizer.codebook_size is 128"]),
+    (["--tokenizer_training.accumulation_steps=3"], ["tokenizer_training.batch_size is 64", "tokenizer_training.accumulation_steps is 3"]),
+    (["--prior_training.accumulation_steps=3"], ["prior_training.batch_size is 64", "prior_training.accumulation_steps is 3"]),
+    (["--prior.heads=3"], ["prior.width is 128", "prior.heads is 3"]),
+    (["--tokens.view_shift=8"], ["tokens.view_shift is 8", "below 8"]),
+    (["--data.shift=8"], ["data.shift is 8", "below 8"]),
+    (["--data.path=photos"], ["data.path is 'photos'", "data.source is 'digits'"]),
+    (["--data.source=folder"], ["data.path is not given", "data.source is 'folder'"]),
+    (["--tokenizer.attention_levels=[3]"], ["tokenizer.attention_levels", "3 levels"]),
+    # single fields
+    (["--tokenizer.channels=48"], ["tokenizer.channels is 48", "multiple of 32", "nearest: 64"]),
+    (["--tokenizer.channel_multipliers=[1,0]"], ["tokenizer.channel_multipliers is [1, 0]"]),
+    (["--tokenizer.quantizer=fsq"], ["tokenizer.quantizer is 'fsq'", "ema"]),
+    (["--tokenizer_training.reconstruction_loss=l3"], ["tokenizer_training.reconstruction_loss is 'l3'", "l1, l2, huber", "Did you mean"]),
+    (["--tokenizer_training.max_steps=0"], ["tokenizer_training.max_steps is 0", "at least 1"]),
+    (["--prior_training.max_steps=null"], ["prior_training.max_steps", "prior_training.max_minutes"]),
+    (["--prior_training.max_minutes=0"], ["prior_training.max_minutes is 0", "above 0"]),
+    (["--prior_training.adam_betas=[0.9]"], ["prior_training.adam_betas is [0.9]", "two numbers"]),
+    (["--prior_training.adam_betas=[0.9,1.0]"], ["prior_training.adam_betas is [0.9, 1.0]"]),
+    (["--prior_training.export=newest"], ["prior_training.export is 'newest'", "best, last"]),
+    (["--tokenizer_training.mixed_precision=half"], ["tokenizer_training.mixed_precision is 'half'", "auto, no, bf16, fp16"]),
+    (["--sampling.top_p=0"], ["sampling.top_p is 0", "above 0"]),
+    (["--sampling.temperature=-1"], ["sampling.temperature is -1", "at least 0"]),
+    (["--data.channels=4"], ["data.channels is 4", "1 (grey) or 3 (RGB)"]),
+    (["--data.source=digit"], ["data.source is 'digit'", "Did you mean 'digits'?"]),
+    (["--seed=-1"], ["seed is -1", "at least 0"]),
+    (["--run_dir="], ["run_dir is empty"]),
+])
+def test_combinations_are_refused_with_the_fields_and_numbers(overrides, expected):
+    words = refused(*overrides)
+    assert all(part in words for part in expected), words
+
+
+def test_combinations_are_checked_at_construction_too():
+    for make, field in ((lambda: PriorConfig(width=10, heads=3), "prior.width"), (lambda: TokenizerConfig(channels=33), "tokenizer.channels"),
+                        (lambda: Recipe(data=DataConfig(image_size=30)), "data.image_size"), (lambda: SamplingConfig(top_p=2), "sampling.top_p"),
+                        (lambda: TokenizerTrainingConfig(batch_size=0), "tokenizer_training.batch_size"),
+                        (lambda: PriorTrainingConfig(label_drop=2), "prior_training.label_drop")):
+        with pytest.raises(ValueError, match=re.escape(field)):
+            make()
+
+
+def test_a_batch_that_does_not_divide_over_processes():
+    recipe = load_recipe("digits", ["--tokenizer_training.accumulation_steps=2"])
+    check_batch_split(recipe, "tokenizer_training", 4)
+    with pytest.raises(InputError, match=r"tokenizer_training.batch_size is 64.*3 processes.*accumulation_steps 2; set it to 66"):
+        check_batch_split(recipe, "tokenizer_training", 3)
+
+
+def test_sections_are_keyword_only():
+    for section in section_names():
+        config = type(getattr(Recipe(), section))
+        with pytest.raises(TypeError):
+            config(1)
+
+
+def test_numbers_that_are_none_are_refused():
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(InputError, match="the field is"):
+            check_range("the field", number, at_least=0)
+    check_range("the field", 10**400, at_least=0)
+    with pytest.raises(InputError, match="at least 1 and at most 3"):
+        check_range("the field", 4, at_least=1, at_most=3)
+
+
+def test_nearest_names():
+    assert nearest_name("prio", ["tokenizer", "prior"]) == "prior" and nearest_name("xyz", ["tokenizer", "prior"]) is None
+    with pytest.raises(InputError, match=r"it is 'prio'; allowed: tokenizer, prior. Did you mean 'prior'\?"):
+        check_name("it", "prio", ["tokenizer", "prior"])
+
+
+# --- every field is told about, judged, and read -----------------------------------------------------------------------------
+
+
+def documented_fields(source: str) -> dict[str, dict[str, str | None]]:
+    """Class -> field -> the sentence under it, of the dataclasses in a source file."""
+    found: dict[str, dict[str, str | None]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for entry, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(entry, ast.AnnAssign):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+                found.setdefault(node.name, {})[entry.target.id] = after.value.value if is_text else None
+    return found
+
+
+def is_sentence(text: str | None) -> bool:
+    return text is not None and text.strip().endswith(".") and len(text.split()) >= 3
+
+
+def test_every_field_has_a_sentence():
+    documented = documented_fields(Path(recipe_sections.__file__).read_text()) | documented_fields((ROOT / "vqmosaic/recipe.py").read_text())
+    documented.pop("RecipeField")
+    known = {name.rpartition(".")[2] for name in fields_of(Recipe())} | set(section_names())
+    assert known <= {name for fields in documented.values() for name in fields}
+    without = [f"{owner}.{name}" for owner, fields in documented.items() for name, text in fields.items() if not is_sentence(text)]
+    assert not without
+    spoilt = documented_fields('class A:\n    x: int = 1\n    """What x is."""\n    y: int = 2\n')
+    assert is_sentence(spoilt["A"]["x"]) and not is_sentence(spoilt["A"]["y"]), "the test itself must be able to fail"
+
+
+def test_the_help_shows_every_field_with_its_sentence():
+    words = " ".join(recipe_help().split())
+    assert all(f"--{name} " in words for name in fields_of(Recipe()))
+    assert "Weight beta of the commitment loss" in words and "default: 512" in words
+    assert "default: 128" in " ".join(recipe_help(load_recipe("digits")).split()), "the values of a recipe that was named"
+
+
+def test_how_a_change_of_each_field_is_judged():
+    judged: dict[str, set[str]] = {}
+    for field in recipe_fields(Recipe()):
+        judged.setdefault(field.judged, set()).add(field.name)
+    training = ("tokenizer_training", "prior_training")
+    assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
+    assert judged["unrecorded"] == {
+        "run_dir", "data.workers", "data.cache_megabytes", "tokens.tokenizer", "prior_training.tokens",
+        *(f"{section}.{name}" for section in training for name in ("checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
+    assert set(judged) == {"budget", "unrecorded", "same"}
+    assert {"seed", "data.path", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= judged["same"]
+
+
+def unread_fields(sources: list[str]) -> set[str]:
+    """Fields of a recipe that none of the sources reads as an attribute of what may be its section."""
+    read: set[tuple[str, str]] = set()  # (name of what is looked into, attribute)
+    for source in sources:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                read.add((owner, node.attr))
+    unread = set()
+    for name in fields_of(Recipe()):
+        section, _, field = name.rpartition(".")
+        if not any((owner, field) in read for owner in READ_THROUGH[section]):
+            unread.add(name)
+    return unread
+
+
+def test_every_field_is_read_somewhere():
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if path.name not in RECIPE_FILES]
+    sources = [path.read_text() for path in paths]
+    assert unread_fields(sources) == set()
+
+    # the test itself must be able to fail: without the only file that reads it, a field is found unread
+    without_losses = [text for path, text in zip(paths, sources, strict=True) if (path.parent.name, path.name) != ("stage1_tokenizer", "train.py")]
+    assert "tokenizer_training.usage_alarm" in unread_fields(without_losses)
+    assert "sampling.top_k" in unread_fields(["sampling.temperature", "other.top_k"])
+    assert "sampling.top_k" not in unread_fields(["print(self.sampling.top_k)"])

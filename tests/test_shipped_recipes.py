@@ -1,0 +1,118 @@
+"""Each shipped recipe builds its model, loss and loader, at its own image size and grid, with narrow networks; one step of both stages."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
+from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.images import ImageTransform, named_views
+from stage1_tokenizer.losses import reconstruction_loss
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.causal_lm import make_config
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards import Grid
+from vqmosaic.budget import warmup_cosine
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe, shipped_names
+
+NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
+          "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
+GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "image_folder": (8, 512), "imagenet256": (16, 16384)}
+"""Tokens along one side, and codes."""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of a few PNGs of different sizes in two classes."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(12):
+        path = folder / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        shape = (40 + 8 * number, 120 - 4 * number, 3)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return folder
+
+
+def narrow_recipe(name: str, photos) -> Recipe:
+    source = [] if name == "digits" else ["--data.source=folder", f"--data.path={photos}", "--data.validation_split=null"]
+    return load_recipe(name, NARROW + source)
+
+
+def vocabulary_of(recipe: Recipe, class_names: list[str] | None) -> Vocabulary:
+    side = recipe.data.image_size // recipe.tokenizer.downsampling
+    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side)
+    return Vocabulary(grids=[grid], class_names=class_names, token_fingerprint="0" * 64, label_drop=recipe.prior_training.label_drop)
+
+
+def test_there_is_a_grid_for_every_recipe():
+    assert set(GRIDS) == set(shipped_names())
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_both_stages_take_a_step(name, photos):
+    recipe = narrow_recipe(name, photos)
+    side, codes = GRIDS[name]
+    assert recipe.num_tokens == side**2 and recipe.tokenizer.codebook_size == codes
+
+    # loader
+    splits = open_splits(recipe.data)
+    transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
+    images_BCHW = next(TrainingImages(splits.train, transform, recipe.data, recipe.seed).batches(0, 2)).images_BCHW
+    assert images_BCHW.shape == (2, recipe.data.channels, recipe.data.image_size, recipe.data.image_size)
+    assert -1 <= images_BCHW.min() < images_BCHW.max() <= 1
+    held_out_BCHW, count = next(ValidationImages(splits.validation, transform, 1).batches(1))
+    assert count == 1 and held_out_BCHW.shape[1:] == images_BCHW.shape[1:]
+    views = named_views(recipe.tokens.views, recipe.tokens.view_shift)
+    assert len(views) == {"none": 1, "flip": 2, "shifts": 9, "flip+shifts": 18}[recipe.tokens.views]
+
+    # stage 1
+    tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.class_names, recipe.seed).train()
+    assert tokenizer.grid_size == side
+    output = tokenizer(images_BCHW)
+    assert output.reconstructions.shape == images_BCHW.shape and output.quantizer.ids.shape == (2, side, side)
+    loss = reconstruction_loss(recipe.tokenizer_training.reconstruction_loss, output.reconstructions, images_BCHW) + output.quantizer.loss
+    loss.backward()
+    without = [key for key, parameter in tokenizer.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not without and all(parameter.grad.isfinite().all() for parameter in tokenizer.parameters() if parameter.requires_grad)
+    tokenizer.quantizer.commit()
+    ids_BT = tokenizer.encode(images_BCHW).flatten(1)
+    assert ids_BT.shape == (2, recipe.num_tokens) and 0 <= ids_BT.min() <= ids_BT.max() < codes
+
+    # stage 2
+    prior = TokenPrior.from_config(recipe.prior, vocabulary_of(recipe, splits.class_names), recipe.seed)
+    loss = prior.loss(ids_BT.clone(), torch.tensor([0, -1]))
+    assert loss.item() == pytest.approx(math.log(codes), rel=0.05)
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in prior.parameters())
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_the_full_sizes_can_be_configured(name):
+    recipe = load_recipe(name)
+    config, _ = make_config(recipe.prior, vocabulary_of(recipe, ["cat"]))
+    assert config.hidden_size == recipe.prior.width and config.max_position_embeddings == 1 + GRIDS[name][0] ** 2
+
+
+@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_any_budget_works(name, steps):
+    recipe = load_recipe(name, [f"--tokenizer_training.max_steps={steps}", f"--prior_training.max_steps={steps}"])
+    for training in (recipe.tokenizer_training, recipe.prior_training):
+        rates = [warmup_cosine(step / steps, training.warmup_fraction, training.final_learning_rate) for step in range(steps)]
+        assert all(0 < rate <= 1 for rate in rates)
+
+
+def test_the_digits_are_a_real_compression():
+    recipe = load_recipe("digits")
+    assert recipe.tokenizer.codebook_size >= 64 and recipe.num_tokens * math.log2(recipe.tokenizer.codebook_size) <= 128
+    assert recipe.tokenizer_training.max_minutes is None and recipe.prior_training.max_minutes is None, "steps, not minutes, are its budget"
+
+
+def test_the_imagenet_recipe_is_f16():
+    recipe = load_recipe("imagenet256")
+    assert recipe.tokenizer.downsampling == 16 and recipe.num_tokens == 256

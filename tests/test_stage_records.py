@@ -1,0 +1,254 @@
+"""When a stage starts, goes on, is skipped or is refused, and what --redo removes."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipelines.chain import redo_from, run_chain
+from pipelines.stage_checks import check_before_start, check_chain
+from pipelines.stage_inputs import inputs_of
+from tests.tiny import tiny_recipe
+from vqmosaic.errors import InputError
+from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.stage_records import fields_read, has_grown, judge, load_record, redo, write_record
+
+
+def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[str, str] | None = None, **changes) -> RunFolder:
+    """A run folder in which one stage was run with the tiny recipe."""
+    run = RunFolder(folder)
+    write_record(run, tiny_recipe(folder, **changes), stage, inputs or {}, finished=finished, seconds=1.25)
+    if finished:
+        run.export(stage).mkdir()
+    return run
+
+
+def refused(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, **changes) -> str:
+    with pytest.raises(InputError) as caught:
+        judge(run, tiny_recipe(run.root, **changes), stage, inputs or {})
+    return str(caught.value)
+
+
+# --- start, resume, skip -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_starts_then_resumes_then_is_skipped(stage, tmp_path):
+    run, recipe = RunFolder(tmp_path), tiny_recipe(tmp_path)
+    assert load_record(run, stage) is None and judge(run, recipe, stage, {}) == "start"
+    run_with(tmp_path, stage, finished=False)
+    assert judge(run, recipe, stage, {}) == "resume"
+    run_with(tmp_path, stage)
+    assert judge(run, recipe, stage, {}) == judge(run, recipe, stage, None) == "skip"
+    record = load_record(run, stage)
+    assert record.finished and record.seconds == 1.25 and record.stage == stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
+    run = run_with(tmp_path, stage)
+    run.export(stage).rmdir()
+    assert judge(run, tiny_recipe(tmp_path), stage, {}) == "resume"
+
+
+# --- what changed ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_grown_budget_goes_on(finished, tmp_path):
+    run = run_with(tmp_path, "tokenizer", finished=finished)
+    assert judge(run, tiny_recipe(tmp_path, tokenizer_training__max_steps=7), "tokenizer", {}) == "resume"
+    unlimited = tiny_recipe(tmp_path, tokenizer_training__max_steps="null", tokenizer_training__max_minutes=1)
+    with pytest.raises(InputError, match="max_minutes"):  # from no limit by the clock to one
+        judge(run, unlimited, "tokenizer", {})
+
+
+def test_what_is_larger_as_a_budget():
+    assert has_grown(3, 4) and has_grown(3, None) and not has_grown(4, 3) and not has_grown(3, 3) and not has_grown(None, 3)
+
+
+def test_a_shrunk_budget_is_refused(tmp_path):
+    words = refused(run_with(tmp_path, "prior"), "prior", prior_training__max_steps=5)
+    assert "prior_training.max_steps = 6, now it is 5" in words and "a budget can only grow" in words and "--redo prior" in words
+
+
+@pytest.mark.parametrize(("stage", "changes", "words"), [
+    ("tokenizer", {"tokenizer__code_dim": 9}, "tokenizer.code_dim = 8, now it is 9"),
+    ("tokenizer", {"seed": 3}, "seed = 0, now it is 3"),
+    ("tokenizer", {"data__shift": 2}, "data.shift = 1, now it is 2"),
+    ("tokenizer", {"tokenizer__channel_multipliers": [1, 1]}, "tokenizer.channel_multipliers = [1, 1, 1], now it is [1, 1]"),
+    ("tokens", {"tokens__views": "shifts"}, "tokens.views = 'none', now it is 'shifts'"),
+    ("tokens", {"data__validation_fraction": 0.5}, "data.validation_fraction = 0.2, now it is 0.5"),
+    ("prior", {"prior__layers": 2}, "prior.layers = 1, now it is 2"),
+    ("prior", {"prior__options": '{"rope_theta": 5}'}, "prior.options = {}, now it is {'rope_theta': 5}"),
+    ("prior", {"prior_training__label_drop": 0.2}, "prior_training.label_drop = 0.1, now it is 0.2"),
+    ("pipeline", {"sampling__top_k": 5}, "sampling.top_k = 0, now it is 5"),
+])
+def test_a_changed_field_is_refused_with_both_values(stage, changes, words, tmp_path):
+    run = run_with(tmp_path, stage)
+    told = refused(run, stage, **changes)
+    assert words in told and f"stage {stage}" in told and f"--redo {stage}" in told and "--run_dir" in told and str(tmp_path) in told
+
+
+@pytest.mark.parametrize(("stage", "changes"), [
+    ("tokenizer", {"data__workers": 3, "tokenizer_training__checkpoint_every": 5, "tokenizer_training__resume": "never",
+                   "tokenizer_training__log_every": 7, "tokenizer_training__keep_checkpoints": 9, "data__cache_megabytes": 1}),
+    ("tokenizer", {"tokenizer_training__trackers": "[tensorboard]", "run_dir": "elsewhere"}),
+    ("tokenizer", {"prior__layers": 2, "tokens__views": "shifts", "sampling__top_k": 5}),  # what other stages read
+    ("tokens", {"tokens__tokenizer": "a/tokenizer", "data__shift": 2, "tokenizer_training__max_steps": 5, "seed": 3}),
+    ("prior", {"prior_training__tokens": "some/tokens", "data__shift": 2, "tokenizer__code_dim": 9}),
+    ("pipeline", {"prior__layers": 2, "seed": 3}),
+])
+def test_what_changes_no_result_may_change(stage, changes, tmp_path):
+    assert judge(run_with(tmp_path, stage), tiny_recipe(**{"run_dir": tmp_path, **changes}), stage, {}) == "skip"
+
+
+def test_a_changed_input_is_refused_with_both_fingerprints(tmp_path):
+    run = run_with(tmp_path, "tokens", inputs={"tokenizer": "aaa", "data set": "ddd"})
+    recipe = tiny_recipe(tmp_path)
+    assert judge(run, recipe, "tokens", {"tokenizer": "aaa"}) == "skip", "a data set that nobody looked at is not judged"
+    assert judge(run, recipe, "tokens", {"tokenizer": "aaa", "data set": "ddd"}) == "skip"
+    words = refused(run, "tokens", {"tokenizer": "bbb"})
+    assert "tokenizer = 'aaa', now it is 'bbb'" in words and "--redo tokens" in words
+
+
+def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):
+    run = run_with(tmp_path, "prior")
+    content = json.loads(run.record("prior").read_text())
+    del content["fields"]["prior.options"]
+    content["fields"]["prior.of_old"] = 3
+    run.record("prior").write_text(json.dumps(content))
+    assert judge(run, tiny_recipe(tmp_path), "prior", {}) == "skip"
+
+
+def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    read = {name for stage in STAGES for name in fields_read(recipe, stage)}
+    assert {"seed", "data.shift", "tokenizer.quantizer", "tokens.views", "prior.width", "sampling.top_p"} <= read
+    assert "run_dir" not in read and "data.workers" not in read and "tokenizer_training.resume" not in read
+    assert fields_read(recipe, "tokenizer")["tokenizer_training.max_steps"] == (6, "budget")
+    assert "data.shift" not in fields_read(recipe, "tokens")
+
+
+# --- redo --------------------------------------------------------------------------------------------------------------------
+
+
+def made(run: RunFolder) -> set[str]:
+    """The stages of which anything is left."""
+    parts = {stage: (run.record(stage), run.export(stage), run.checkpoints(stage), run.logs(stage)) for stage in STAGES}
+    return {stage for stage, paths in parts.items() if any(path.exists() for path in paths)}
+
+
+def full_run(folder: Path) -> RunFolder:
+    run = RunFolder(folder)
+    for stage in STAGES:
+        write_record(run, tiny_recipe(folder), stage, {}, finished=True)
+        for part in (run.export(stage), run.checkpoints(stage) / "step-00000002", run.logs(stage)):
+            part.mkdir(parents=True)
+            (part / "file").write_text("x")
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_redo_removes_the_stage_and_what_follows(stage, tmp_path):
+    run = full_run(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    cleared = list(STAGES[STAGES.index(stage):])
+    assert redo(run, stage) == cleared
+    assert made(run) == set(STAGES) - set(cleared)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert redo(run, stage) == []
+
+
+def test_a_redo_that_is_killed_leaves_nothing_that_passes_for_finished(tmp_path, monkeypatch):
+    run = full_run(tmp_path)
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vqmosaic.stage_records.shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        redo(run, "tokens")
+    monkeypatch.undo()
+    assert made(run) == set(STAGES), "nothing but the last stage may have been touched"
+    assert run.record("tokenizer").exists() and run.record("tokens").exists()
+    assert redo(run, "tokens") == ["tokens", "prior", "pipeline"] and made(run) == {"tokenizer"}
+
+
+def test_nothing_is_removed_before_everything_is_checked(tiny_copy):
+    run = RunFolder(tiny_copy)
+    with pytest.raises(InputError, match="does not divide over 7 processes"):
+        run_chain(tiny_recipe(tiny_copy), processes=7, redo_stage="tokenizer")
+    assert made(run) == set(STAGES)
+    with pytest.raises(InputError, match=r"tokenizer\.code_dim = 8, now it is 9"):  # a stage before the one that is redone
+        run_chain(tiny_recipe(tiny_copy, tokenizer__code_dim=9), redo_stage="prior")
+    assert made(run) == set(STAGES)
+
+
+# --- the chain ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_finished_run_is_skipped_as_a_whole(tiny_run, capsys):
+    recipe = tiny_recipe(tiny_run)
+    assert {stage: check_before_start(recipe, stage) for stage in STAGES} == dict.fromkeys(STAGES, "skip")
+    assert run_chain(recipe) == 0
+    said = capsys.readouterr().out
+    assert said.count("finished already") == 4 and "nothing to do" in said
+
+
+def test_a_longer_budget_is_told_what_it_makes_stale_before_anything_is_trained(tiny_copy):
+    longer = tiny_recipe(tiny_copy, tokenizer_training__max_steps=8)
+    with pytest.raises(InputError, match=r"stage tokenizer has grown.*Add --redo tokens"):
+        check_chain(longer, 1, None)
+    check_chain(longer, 1, "tokens")
+    with pytest.raises(InputError, match=r"stage prior has grown.*Add --redo pipeline"):
+        check_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), 1, None)
+
+
+def test_redo_with_a_longer_budget_goes_on_from_the_checkpoint(tiny_copy, capsys):
+    before = json.loads((tiny_copy / "summary.json").read_text())
+    assert run_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), redo_stage="pipeline") == 0
+    said = capsys.readouterr().out
+    assert "--redo pipeline: removed pipeline" in said and "resumed at step 6" in said
+    assert said.count("finished already") == 2
+    after = json.loads((tiny_copy / "summary.json").read_text())
+    assert before["prior"]["step"] <= 6 < after["prior"]["step"]
+    assert check_before_start(tiny_recipe(tiny_copy, prior_training__max_steps=8), "pipeline") == "skip"
+
+
+def test_an_export_that_was_deleted_comes_back_the_same(tiny_copy, tiny_run, capsys):
+    shutil.rmtree(tiny_copy / "prior")
+    shutil.rmtree(tiny_copy / "tokens")
+    assert run_chain(tiny_recipe(tiny_copy)) == 0
+    for name in ("prior/model.safetensors", "prior/vocabulary.json", "tokens/train/manifest.json", "tokens/train/shard-000001.tar"):
+        assert (tiny_copy / name).read_bytes() == (tiny_run / name).read_bytes(), name
+
+
+def test_the_inputs_of_a_stage_are_named_where_they_are_missing(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    assert inputs_of(recipe, "tokenizer") == {}
+    for stage, command in (("tokens", "train-tokenizer"), ("prior", "preprocess"), ("pipeline", "train-prior")):
+        with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))}.*vqmosaic {command}"):
+            inputs_of(recipe, stage)
+
+
+def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    run = RunFolder(tmp_path)
+    with run.lock(), pytest.raises(InputError, match=r"is in use by process \d+"), run.lock():
+        pass
+    with run.lock():
+        pass
+    with run.lock(), pytest.raises(InputError, match="in use"):
+        redo_from(tiny_recipe(tmp_path), "tokens")
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=r"run_dir.*file"):
+            check_before_start(tiny_recipe(run_dir), "tokenizer")
+        with pytest.raises(InputError, match="run_dir"), RunFolder(run_dir).lock():
+            pass

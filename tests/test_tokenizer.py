@@ -1,0 +1,328 @@
+"""The image tokenizer: ids and images, files that are taken strictly or refused, and a network laid out like taming's VQModel."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.networks import Decoder, Downsample, Encoder, Upsample
+from stage1_tokenizer.tokenizer import TRAINING_ONLY
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import TokenizerConfig
+
+SIZE, CHANNELS, K, D = 16, 3, 40, 6
+TINY = {"codebook_size": K, "code_dim": D, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 2, 2], "residual_blocks": 1,
+        "attention_levels": [2]}
+
+
+def make(seed: int = 0, **fields) -> ImageTokenizer:
+    """A tokenizer whose codebook lies where the latents are, so that many codes are in use."""
+    tokenizer = ImageTokenizer(TokenizerConfig(**TINY | fields), ImageTransform(SIZE, CHANNELS), ["cat", "dog"], seed).eval()
+    with torch.no_grad():
+        latents_BDhw = tokenizer.latents(images(32, seed=1))
+    tokenizer.quantizer.initialize(latents_BDhw.permute(0, 2, 3, 1).reshape(-1, D))
+    return tokenizer
+
+
+def images(count: int = 4, seed: int = 0) -> torch.Tensor:
+    coarse = torch.randn(count, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, SIZE, mode="bilinear").clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ImageTokenizer:
+    return make()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    make().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the weights of a folder; `change` gets the dict of tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- images and ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_encode_and_decode_give_what_forward_gives(tokenizer):
+    images_BCHW = images()
+    output = tokenizer(images_BCHW)
+    ids_Bhw = tokenizer.encode(images_BCHW)
+    assert ids_Bhw.shape == (4, 4, 4) and ids_Bhw.dtype == torch.int64
+    assert ids_Bhw.min() >= 0 and ids_Bhw.max() < K and len(ids_Bhw.unique()) > 10
+    assert torch.equal(ids_Bhw, output.quantizer.ids)
+    images_again_BCHW = tokenizer.decode(ids_Bhw)
+    assert images_again_BCHW.shape == images_BCHW.shape and images_again_BCHW.dtype == torch.float32
+    assert torch.equal(images_again_BCHW, output.reconstructions)
+
+
+def test_an_image_alone_gets_the_ids_that_it_gets_in_a_batch(tokenizer):
+    images_BCHW = images()
+    alone = torch.cat([tokenizer.encode(image[None]) for image in images_BCHW])
+    assert torch.equal(alone, tokenizer.encode(images_BCHW))
+
+
+def test_encode_is_float32_and_without_dropout_whatever_surrounds_it():
+    tokenizer = make(dropout=0.5)
+    expected = tokenizer.encode(images())
+    tokenizer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(images()), expected)
+    assert tokenizer.training and not tokenizer.quantizer._pending, "encode leaves no trace in a training"
+    assert torch.equal(tokenizer.encode(images().double()), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, CHANNELS, SIZE, 2 * SIZE), (4, 1, SIZE, SIZE), (CHANNELS, SIZE, SIZE)])
+def test_images_of_another_size_are_refused(tokenizer, shape):
+    with pytest.raises(InputError, match=re.escape(f"(B, {CHANNELS}, {SIZE}, {SIZE})")):
+        tokenizer.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("bad", [-1, K])
+def test_ids_out_of_range_are_refused(tokenizer, bad):
+    ids_Bhw = torch.zeros(2, 4, 4, dtype=torch.int64)
+    ids_Bhw[1, 2, 3] = bad
+    with pytest.raises(InputError, match=f"allowed: 0 to {K - 1}"):
+        tokenizer.decode(ids_Bhw)
+
+
+def test_no_ids_give_no_images(tokenizer):
+    assert tokenizer.decode(torch.zeros(0, 4, 4, dtype=torch.int64)).shape == (0, CHANNELS, SIZE, SIZE)
+
+
+def test_a_seed_gives_one_tokenizer_and_leaves_the_global_random_state_alone():
+    state = torch.random.get_rng_state()
+    first, second, other = (ImageTokenizer(TokenizerConfig(**TINY), ImageTransform(SIZE), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert not torch.equal(first.decoder.last_layer, other.decoder.last_layer)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_tokenizer_gives_the_same_bits(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "saved")
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert loaded.class_names == ["cat", "dog"] and loaded.transform == tokenizer.transform and loaded.config == tokenizer.config
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    ids_Bhw = loaded.encode(images())
+    assert torch.equal(ids_Bhw, tokenizer.encode(images()))
+    assert torch.equal(loaded.decode(ids_Bhw), tokenizer.decode(ids_Bhw))
+    loaded.save_pretrained(tmp_path / "again")
+    assert (loaded.token_fingerprint, loaded.full_fingerprint) == (tokenizer.token_fingerprint, tokenizer.full_fingerprint)
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
+
+
+def test_the_file_holds_inference_weights_alone_in_float32(folder):
+    weights = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert not set(TRAINING_ONLY) & weights.keys() and "quantizer.codebook" in weights
+
+
+def test_saving_replaces_an_older_tokenizer_but_nothing_else(tokenizer, tmp_path):
+    make(seed=5).save_pretrained(tmp_path / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert ImageTokenizer.from_pretrained(tmp_path / "tokenizer").full_fingerprint == tokenizer.full_fingerprint
+    (tmp_path / "empty").mkdir()
+    tokenizer.save_pretrained(tmp_path / "empty")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/holiday.jpg").write_text("dear to me")
+    with pytest.raises(InputError, match="would be lost"):
+        tokenizer.save_pretrained(tmp_path / "photos")
+    assert (tmp_path / "photos/holiday.jpg").exists()
+
+
+def test_weights_that_do_not_fit_are_listed(folder):
+    def change(weights):
+        del weights["encoder.conv_in.bias"]
+        weights["encoder.conv_in.colour"] = torch.zeros(1)
+        weights["decoder.conv_out.bias"] = torch.zeros(7)
+
+    rewrite(folder, change)
+    with pytest.raises(InputError) as error:
+        ImageTokenizer.from_pretrained(folder)
+    for words in ("missing encoder.conv_in.bias", "unexpected encoder.conv_in.colour", "decoder.conv_out.bias has shape (7,), not (3,)"):
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quantizer.codebook", "decoder.conv_out.weight"])
+def test_a_changed_weight_is_refused(folder, name):
+    rewrite(folder, lambda weights: weights[name].view(-1)[0].add_(1e-3))
+    with pytest.raises(InputError, match="has changed since it was exported"):
+        ImageTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000])
+def test_a_file_cut_short_is_refused_in_words(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match="cut short"):
+        ImageTokenizer.from_pretrained(folder)
+
+
+def test_a_folder_that_is_no_tokenizer_is_refused_in_words(folder, tmp_path):
+    with pytest.raises(InputError, match="is no tokenizer"):
+        ImageTokenizer.from_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(InputError, match="version 99"):
+        ImageTokenizer.from_pretrained(folder)
+
+
+def test_only_what_decides_ids_is_in_the_token_fingerprint(tmp_path):
+    tokenizer = make()
+    tokenizer.save_pretrained(tmp_path / "first")
+    of_tokens, full = tokenizer.token_fingerprint, tokenizer.full_fingerprint
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias.add_(0.1)
+    tokenizer.save_pretrained(tmp_path / "decoder")
+    assert tokenizer.token_fingerprint == of_tokens and tokenizer.full_fingerprint != full
+    with torch.no_grad():
+        tokenizer.quantizer.codebook[0, 0] += 0.1
+    tokenizer.save_pretrained(tmp_path / "codebook")
+    assert tokenizer.token_fingerprint != of_tokens
+    tokenizer = make()
+    tokenizer.transform = ImageTransform(2 * SIZE, CHANNELS)
+    tokenizer.save_pretrained(tmp_path / "transform")
+    assert tokenizer.token_fingerprint != of_tokens
+    learning = make(dropout=0.1, commitment_weight=1.0, ema_decay=0.5, revival_threshold=0.0)
+    learning.save_pretrained(tmp_path / "learning")
+    assert learning.token_fingerprint == of_tokens, "how it was trained does not matter, what it computes does"
+
+
+def test_a_bf16_decoder_keeps_ids_fingerprints_and_the_float32_encoder(folder):
+    exact = ImageTokenizer.from_pretrained(folder)
+    low = ImageTokenizer.from_pretrained(folder, dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in low.state_dict().items() if tensor.is_floating_point()}
+    for name, dtype in dtypes.items():
+        assert dtype == (torch.bfloat16 if name.startswith(("decoder.", "post_quant_conv.")) else torch.float32), name
+    ids_Bhw = low.encode(images(16))
+    assert torch.equal(ids_Bhw, exact.encode(images(16)))
+    assert (low.token_fingerprint, low.full_fingerprint) == (exact.token_fingerprint, exact.full_fingerprint)
+    decoded = low.decode(ids_Bhw)
+    assert decoded.dtype == torch.float32
+    assert (decoded - exact.decode(ids_Bhw)).abs().mean() < 0.02
+    assert torch.equal(low(images(16)).reconstructions.float(), decoded)
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------------------
+
+
+def conv_shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return sorted(tuple(layer.weight.shape) for layer in module.modules() if isinstance(layer, nn.Conv2d))
+
+
+def block(channels_in: int, channels_out: int) -> list[tuple[int, ...]]:
+    """taming's ResnetBlock: conv1, conv2, and nin_shortcut where the width changes."""
+    return [(channels_out, channels_in, 3, 3), (channels_out, channels_out, 3, 3),
+            *([(channels_out, channels_in, 1, 1)] if channels_in != channels_out else [])]
+
+
+def attention(channels: int) -> list[tuple[int, ...]]:
+    """taming's AttnBlock: q, k, v, proj_out."""
+    return 4 * [(channels, channels, 1, 1)]
+
+
+def test_the_convolutions_are_those_of_a_vqmodel_of_the_same_configuration():
+    """taming VQModel with ddconfig ch 32, ch_mult [1, 2, 2], num_res_blocks 2, attn_resolutions [4], z_channels 16, resolution 16,
+    in_channels 3, and embed_dim 6, written out layer by layer from taming/modules/diffusionmodules/model.py."""
+    config = TokenizerConfig(**TINY | {"residual_blocks": 2})
+    encoder = [(32, 3, 3, 3),
+               *block(32, 32), *block(32, 32), (32, 32, 3, 3),                                                         # level 0, downsample
+               *block(32, 64), *block(64, 64), (64, 64, 3, 3),                                                         # level 1, downsample
+               *block(64, 64), *attention(64), *block(64, 64), *attention(64),                                         # level 2 has attention
+               *block(64, 64), *attention(64), *block(64, 64), (16, 64, 3, 3)]                                         # middle, conv_out
+    decoder = [(64, 16, 3, 3), *block(64, 64), *attention(64), *block(64, 64),                                         # conv_in, middle
+               *block(64, 64), *attention(64), *block(64, 64), *attention(64), *block(64, 64), *attention(64), (64, 64, 3, 3),  # level 2, upsample
+               *block(64, 64), *block(64, 64), *block(64, 64), (64, 64, 3, 3),                                         # level 1, upsample
+               *block(64, 32), *block(32, 32), *block(32, 32), (3, 32, 3, 3)]                                          # level 0, conv_out
+    tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
+    assert conv_shapes(tokenizer.encoder) == sorted(encoder)
+    assert conv_shapes(tokenizer.decoder) == sorted(decoder)
+    assert tokenizer.quant_conv.weight.shape == (6, 16, 1, 1) and tokenizer.post_quant_conv.weight.shape == (16, 6, 1, 1)
+    norms = [layer for layer in tokenizer.modules() if isinstance(layer, nn.GroupNorm)]
+    blocks_of_encoder, attentions_of_encoder, blocks_of_decoder, attentions_of_decoder = 6 + 2, 2 + 1, 9 + 2, 3 + 1
+    expected = 2 * (blocks_of_encoder + blocks_of_decoder) + attentions_of_encoder + attentions_of_decoder + 2  # and one before each conv_out
+    assert len(norms) == expected
+    assert {(norm.num_groups, norm.eps, norm.affine) for norm in norms} == {(32, 1e-6, True)}
+
+
+def test_without_attention_there_is_none():
+    config = TokenizerConfig(**TINY | {"attention_levels": [], "middle_attention": False})
+    tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
+    pointwise = [shape for shape in conv_shapes(tokenizer) if shape[2:] == (1, 1)]
+    assert len(pointwise) == 2 + 1 + 1  # quant_conv, post_quant_conv, and the shortcuts of 32 -> 64 and 64 -> 32
+
+
+def test_downsampling_pads_right_and_bottom():
+    """With a kernel that picks its upper left corner, output (i, j) is input (2i, 2j): symmetric padding would give (2i - 1, 2j - 1)."""
+    layer, x_BCHW = Downsample(1), torch.arange(64.0).view(1, 1, 8, 8)
+    with torch.no_grad():
+        layer.conv.weight.zero_()
+        layer.conv.weight[0, 0, 0, 0] = 1
+        layer.conv.bias.zero_()
+        assert torch.equal(layer(x_BCHW), x_BCHW[:, :, ::2, ::2])
+        layer.conv.weight.zero_()
+        layer.conv.weight[0, 0, 2, 2] = 1
+        assert torch.equal(layer(x_BCHW)[0, 0, -1], torch.zeros(4)), "the padding is at the bottom"
+
+
+def test_upsampling_repeats_pixels():
+    layer, x_BCHW = Upsample(1), torch.arange(16.0).view(1, 1, 4, 4)
+    with torch.no_grad():
+        layer.conv.weight.zero_()
+        layer.conv.weight[0, 0, 1, 1] = 1
+        layer.conv.bias.zero_()
+        assert torch.equal(layer(x_BCHW), x_BCHW.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_the_residual_block_and_the_attention_compute_what_tamings_do():
+    """taming's forward passes, written out again on the same weights."""
+    config = TokenizerConfig(**TINY | {"attention_levels": [0], "channel_multipliers": [2]})
+    encoder = Encoder(config, CHANNELS).eval()
+    residual, attend = encoder.levels[0][0], encoder.levels[0][1]
+    x_BCHW = torch.randn(2, 32, 8, 8)
+    with torch.no_grad():
+        hidden = residual.conv1(F.silu(F.group_norm(x_BCHW, 32, residual.norm1.weight, residual.norm1.bias, 1e-6)))
+        hidden = residual.conv2(F.silu(F.group_norm(hidden, 32, residual.norm2.weight, residual.norm2.bias, 1e-6)))
+        expected = residual.shortcut(x_BCHW) + hidden
+        torch.testing.assert_close(residual(x_BCHW), expected)
+        b, c, h, w = expected.shape
+        normed = F.group_norm(expected, 32, attend.norm.weight, attend.norm.bias, 1e-6)
+        q = attend.query(normed).reshape(b, c, h * w).permute(0, 2, 1)
+        k = attend.key(normed).reshape(b, c, h * w)
+        weights = torch.softmax(torch.bmm(q, k) * c**-0.5, dim=2)
+        v = attend.value(normed).reshape(b, c, h * w)
+        mixed = torch.bmm(v, weights.permute(0, 2, 1)).reshape(b, c, h, w)
+        torch.testing.assert_close(attend(expected), expected + attend.out(mixed), rtol=1e-4, atol=1e-5)
+
+
+def test_last_layer_is_the_weight_nearest_to_the_pixels(tokenizer):
+    decoder = Decoder(TokenizerConfig(**TINY), CHANNELS)
+    assert decoder.last_layer is decoder.conv_out.weight and decoder.last_layer.shape == (CHANNELS, 32, 3, 3)
+    assert list(dict(decoder.named_parameters()))[-2:] == ["conv_out.weight", "conv_out.bias"]
+    gradient, = torch.autograd.grad(decoder(torch.randn(1, 16, 4, 4)).sum(), decoder.last_layer)
+    assert gradient.abs().sum() > 0
+
+
+def test_every_field_of_the_configuration_travels(folder):
+    content = json.loads((folder / "config.json").read_text())
+    assert content["network"] == dataclasses.asdict(TokenizerConfig(**TINY))
+    assert content["transform"] == {"image_size": SIZE, "channels": CHANNELS, "resampling": "bicubic"}

@@ -1,0 +1,503 @@
+"""What both trainings share: refused steps, budgets, averages, checkpoints that are whole or not taken, signals, one process at a time."""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer import validation as tokenizer_validation
+from stage2_prior import train as train_prior
+from tests.tiny import ROOT, tiny_overrides, tiny_recipe
+from vqmosaic import budget as budget_module
+from vqmosaic import devices, run_folder
+from vqmosaic.budget import Budget, duration, expected_time, warmup_cosine
+from vqmosaic.checkpoints import CheckpointFolder, broken_files, read_state
+from vqmosaic.devices import held_by_main_process, make_accelerator, resolve_precision, set_threads
+from vqmosaic.durable_files import sha256_of_file, write_json
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.tracking import cut_back, read_metrics
+from vqmosaic.training_run import TrainingRun
+from vqmosaic.weight_averaging import averaged
+
+STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
+both_stages = pytest.mark.parametrize("stage", STAGES)
+
+
+@pytest.fixture
+def run_dir(tiny_run, tmp_path) -> Path:
+    """A run folder with finished tokens, in which nothing was trained."""
+    shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
+    return tmp_path / "run"
+
+
+def train(stage: str, run_dir: Path, **changes) -> Path:
+    """Train a stage in this process; `changes` without a section are those of the stage's training. Returns its checkpoints."""
+    section = f"{stage}_training"
+    fields = {name if "__" in name else f"{section}__{name}": value for name, value in changes.items()}
+    STAGES[stage].train(tiny_recipe(run_dir, **fields))
+    return RunFolder(run_dir).checkpoints(stage)
+
+
+def steps(checkpoints: Path) -> list[int]:
+    return [read_state(path)["step"] for path in CheckpointFolder(checkpoints).all()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def rewrite_checksums(checkpoint: Path) -> None:
+    """Make a doctored checkpoint look whole."""
+    files = [path for path in checkpoint.iterdir() if path.name != "checksums.json"]
+    write_json(checkpoint / "checksums.json", {path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files})
+
+
+def metrics(run_dir: Path, stage: str) -> list[tuple[str, int]]:
+    lines = (RunFolder(run_dir).logs(stage) / "metrics.jsonl").read_text().splitlines()
+    return [(record["kind"], record["step"]) for record in map(json.loads, lines)]
+
+
+def at_step(number: int, action: Callable[[], None], monkeypatch) -> None:
+    """Do something in the middle of training step `number`, once."""
+    original = TrainingRun.optimizer_step
+
+    def optimizer_step(self, loss, progress):
+        if self.state.step == number:
+            action()
+        return original(self, loss, progress)
+
+    monkeypatch.setattr(TrainingRun, "optimizer_step", optimizer_step)
+
+
+# --- refused steps ---------------------------------------------------------------------------------------------------------------
+
+
+def spoil(stage: str, when: Callable[[int], bool], how: str, monkeypatch) -> None:
+    """Make the loss, or only its gradient, non-finite in the steps for which `when(step)`."""
+    module, name = STAGES[stage], {"tokenizer": "reconstruction_loss", "prior": "next_token_loss"}[stage]
+    original, steps_begun = getattr(module, name), []
+    monkeypatch.setattr(module, "reseed_step", lambda *parts: steps_begun.append(parts[2]))
+
+    def loss(*arguments):
+        result = original(*arguments)
+        if steps_begun and when(steps_begun[-1]):
+            if how == "gradient":
+                result.register_hook(lambda gradient: gradient * torch.nan)
+            else:
+                result = result * (torch.nan if how == "loss" else torch.inf)
+        return result
+
+    monkeypatch.setattr(module, name, loss)
+
+
+@pytest.mark.parametrize(("stage", "how"), [("tokenizer", "loss"), ("tokenizer", "gradient"), ("prior", "loss"), ("prior", "infinity"),
+                                            ("prior", "gradient")])
+def test_a_non_finite_step_changes_nothing_and_is_counted(stage, how, run_dir, monkeypatch, capsys):
+    spoil(stage, lambda step: step == 2, how, monkeypatch)
+    checkpoints = train(stage, run_dir, max_steps=4, checkpoint_every=1, keep_checkpoints=9)
+    before, after = (checkpoints / f"step-{step:08d}" for step in (2, 3))
+    for name in ("model.safetensors", "weights_ema.safetensors"):
+        assert (before / name).read_bytes() == (after / name).read_bytes(), name
+    moments = [torch.load(folder / "optimizer.bin", weights_only=True)["state"] for folder in (before, after)]
+    for parameter, values in moments[0].items():
+        for name, value in values.items():
+            assert torch.equal(value, moments[1][parameter][name])
+    assert [read_state(path)["refused_steps"] for path in CheckpointFolder(checkpoints).all()] == [0, 0, 1, 1]
+    assert "step 2 refused" in capsys.readouterr().out
+    final = weights(checkpoints / "step-00000004")
+    assert all(torch.isfinite(tensor).all() for tensor in final.values() if tensor.is_floating_point())
+    assert any(not torch.equal(tensor, weights(after)[name]) for name, tensor in final.items()), "the next step is taken again"
+
+
+@both_stages
+def test_too_many_refused_steps_end_the_run_in_words(stage, run_dir, monkeypatch):
+    spoil(stage, lambda step: step >= 1, "loss", monkeypatch)
+    with pytest.raises(InputError, match=rf"3 steps had a non-finite.*{stage}_training.max_refused_steps = 2.*learning_rate"):
+        train(stage, run_dir, max_refused_steps=2)
+    assert not RunFolder(run_dir).export(stage).exists()
+
+
+def test_a_prior_without_any_finite_validation_is_exported_with_a_warning(run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(train_prior, "validate", lambda *arguments: {"nll": math.nan, "bits_per_image": math.nan, "accuracy": 0.0})
+    checkpoints = train("prior", run_dir, max_steps=2)
+    assert "no validation had a finite NLL" in capsys.readouterr().out
+    exported, last = (load_file(folder / "model.safetensors") for folder in (run_dir / "prior", checkpoints / "last"))
+    assert all(torch.equal(exported[name], last[name]) for name in last)
+
+
+# --- averages, learning rate, budget ---------------------------------------------------------------------------------------------
+
+
+def test_the_weight_average_warms_its_decay_up_and_copies_buffers():
+    model = nn.BatchNorm1d(1)  # one weight, one bias and buffers
+    average = averaged(model, decay=0.6)
+    by_hand = None
+    for n, value in enumerate([5.0, 7.0, 2.0, 9.0, 4.0, 1.0, 8.0, 3.0, 6.0, 10.0, 2.0, 5.0, 5.0, 1.0]):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            model.running_mean.fill_(-value)
+        average.update_parameters(model)
+        decay = min(0.6, (1 + n) / (10 + n))
+        by_hand = value if by_hand is None else decay * by_hand + (1 - decay) * value
+        assert float(average.module.weight) == pytest.approx(by_hand, rel=1e-5)
+        assert float(average.module.running_mean) == -value
+    assert (1 + 13) / (10 + 13) > 0.6, "the last step had reached the limit"
+    assert not average.module.training and not any(parameter.requires_grad for parameter in average.parameters())
+
+
+def test_warmup_and_cosine():
+    assert warmup_cosine(0.0, 0.1, 0.05) == pytest.approx(1e-3)
+    assert warmup_cosine(0.05, 0.1, 0.05) == pytest.approx(0.5)
+    assert warmup_cosine(0.1, 0.1, 0.05) == pytest.approx(1.0)
+    assert warmup_cosine(0.55, 0.1, 0.05) == pytest.approx((1 + 0.05) / 2)
+    assert warmup_cosine(1.0, 0.1, 0.05) == pytest.approx(0.05)
+    assert warmup_cosine(0.0, 0.0, 0.0) == pytest.approx(1.0)
+    values = [warmup_cosine(step / 100, 0.1, 0.05) for step in range(101)]
+    assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_the_learning_rate_of_each_step_is_in_the_log(run_dir):
+    train("prior", run_dir, max_steps=5, warmup_fraction=0.4, learning_rate=0.01, final_learning_rate=0.1)
+    logged = [record["learning_rate"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "train")]
+    assert logged == pytest.approx([0.01 * warmup_cosine(step / 5, 0.4, 0.1) for step in range(5)], rel=1e-4)
+
+
+def test_progress_by_steps_and_by_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
+    both = Budget(100, 1.0, elapsed_seconds=12.0)
+    now[0] += 18
+    assert both.elapsed_seconds == pytest.approx(30)
+    assert both.progress(10, both.elapsed_seconds) == pytest.approx(0.5)
+    assert both.progress(80, both.elapsed_seconds) == pytest.approx(0.8)
+    assert both.progress(10, 500) == 1.0
+    assert Budget(None, 1.0).progress(10**9, 15) == pytest.approx(0.25)
+    assert Budget(8, None).progress(8, 1e9) == 1.0 and Budget(8, None).progress(7, 1e9) < 1
+    assert expected_time(2.0, both, 90) == pytest.approx(20) and expected_time(2.0, both, 10) == pytest.approx(30)
+    assert [duration(seconds) for seconds in (42, 185, 7800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_a_wall_clock_budget_ends_validates_exports_and_survives_a_resume(run_dir, capsys):
+    stage = "prior"
+    checkpoints = train(stage, run_dir, max_steps="null", max_minutes=0.01, checkpoint_every=1)
+    state = read_state(CheckpointFolder(checkpoints).all()[-1])
+    assert state["elapsed_seconds"] >= 0.6 and state["validated_step"] == state["step"] > 0
+    assert RunFolder(run_dir).export(stage).is_dir()
+    train(stage, run_dir, max_steps="null", max_minutes=0.01)
+    assert "finished already" in capsys.readouterr().out
+    train(stage, run_dir, max_steps="null", max_minutes=0.03, checkpoint_every=1)
+    later = read_state(CheckpointFolder(checkpoints).all()[-1])
+    assert 1.8 <= later["elapsed_seconds"] < 1.8 + state["elapsed_seconds"] and later["step"] > state["step"]
+
+
+@both_stages
+def test_accumulated_parts_equal_one_batch(stage, run_dir, tmp_path):
+    """64 channels: with 32, one for each group of the norms, biases before a norm change nothing, and Adam makes steps of their rounding errors."""
+    shutil.copytree(run_dir, tmp_path / "parts")
+    fields = {"max_steps": 4, "validate_every": 4, "tokenizer__channels": 64, "tokenizer__dropout": 0, "prior__dropout": 0}
+    whole = weights(train(stage, run_dir, **fields) / "step-00000004")
+    parts = weights(train(stage, tmp_path / "parts", accumulation_steps=4, **fields) / "step-00000004")
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_batch_that_does_not_divide_is_refused(run_dir):
+    with pytest.raises(InputError, match=r"batch_size is 12.*accumulation_steps is 8"):
+        train("prior", run_dir, batch_size=12, accumulation_steps=8)
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+
+def truncated(checkpoint: Path) -> None:
+    path = checkpoint / "optimizer.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(checkpoint: Path) -> None:
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def without_a_file(checkpoint: Path) -> None:
+    (checkpoint / "weights_ema.safetensors").unlink()
+
+
+def without_checksums(checkpoint: Path) -> None:
+    (checkpoint / "checksums.json").write_text('{"model.saf')
+
+
+@pytest.mark.parametrize(("stage", "damage"), [("tokenizer", truncated), ("prior", truncated), ("prior", changed), ("prior", without_a_file),
+                                               ("prior", without_checksums)])
+def test_a_damaged_checkpoint_makes_auto_take_the_one_before(stage, damage, run_dir, capsys):
+    checkpoints = train(stage, run_dir, max_steps=4)
+    assert steps(checkpoints) == [2, 4]
+    damage(checkpoints / "step-00000004")
+    assert broken_files(checkpoints / "step-00000004")
+    train(stage, run_dir, max_steps=6)
+    output = capsys.readouterr().out
+    assert re.search(r"warning: .*step-00000004 is not whole", output) and "resumed at step 2" in output
+    assert steps(checkpoints) == [4, 6] and not broken_files(checkpoints / "step-00000004")
+    for kind in ("train", "validation"):
+        recorded = [step for each, step in metrics(run_dir, stage) if each == kind]
+        assert recorded == sorted(set(recorded)), "metrics.jsonl was cut back to the checkpoint"
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_are_kept(keep, run_dir):
+    checkpoints = train("prior", run_dir, max_steps=5, checkpoint_every=1, keep_checkpoints=keep)
+    assert steps(checkpoints) == [1, 2, 3, 4, 5][-keep:]
+    assert not list(checkpoints.glob(".partial-*"))
+
+
+def test_never_is_refused_while_a_checkpoint_exists(run_dir):
+    train("prior", run_dir, max_steps=2, resume="never")
+    with pytest.raises(InputError, match=r"resume is 'never', but .*step-00000002 exists"):
+        train("prior", run_dir, max_steps=4, resume="never")
+
+
+def test_going_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(run_dir, capsys, monkeypatch):
+    stage = "prior"
+    checkpoints = train(stage, run_dir, max_steps=6, keep_checkpoints=9)
+    straight = weights(checkpoints / "step-00000006")
+    older = checkpoints / "step-00000002"
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)  # after step-00000004 was written again
+    with pytest.raises(Interrupted):
+        train(stage, run_dir, max_steps=7, keep_checkpoints=9, resume=older)
+    assert steps(checkpoints) == [2, 4, 5], "step 6 was of another course"
+    monkeypatch.undo()
+    train(stage, run_dir, max_steps=7, keep_checkpoints=9)
+    assert "resumed at step 5" in capsys.readouterr().out
+    assert steps(checkpoints) == [2, 4, 5, 6, 7]
+    assert not all(torch.equal(tensor, straight[name]) for name, tensor in weights(checkpoints / "step-00000006").items()), "another schedule"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_checkpoint_just_written_is_never_the_one_removed(keep, run_dir):
+    checkpoints = train("prior", run_dir, max_steps=8, keep_checkpoints=9)
+    train("prior", run_dir, max_steps=9, keep_checkpoints=keep, resume=checkpoints / "step-00000002", checkpoint_every=3)
+    assert steps(checkpoints) == [6, 9][-keep:]
+
+
+def test_resume_refuses_what_is_no_checkpoint_of_this_stage(run_dir):
+    checkpoints = train("prior", run_dir, max_steps=2)
+    with pytest.raises(InputError, match=r"no whole checkpoint.*Whole ones here.*step-00000002"):
+        train("prior", run_dir, max_steps=4, resume=run_dir / "nowhere")
+    with pytest.raises(InputError, match=r"does not fit this recipe.*tokenizer_training.resume"):
+        train("tokenizer", run_dir, max_steps=4, resume=checkpoints / "step-00000002")
+
+
+@both_stages
+def test_a_checkpoint_of_another_number_of_processes_is_refused(stage, run_dir):
+    checkpoint = train(stage, run_dir, max_steps=2) / "step-00000002"
+    write_json(checkpoint / "trainer_state.json", read_state(checkpoint) | {"processes": 2})
+    rewrite_checksums(checkpoint)
+    with pytest.raises(InputError, match="written by 2 processes, now there are 1; go on with --processes 2"):
+        train(stage, run_dir, max_steps=4)
+
+
+def test_a_resumed_training_takes_the_number_of_threads_that_it_began_with(run_dir):
+    checkpoints = train("prior", run_dir, max_steps=2)
+    assert read_state(checkpoints / "step-00000002")["threads"] == 1
+    write_json(checkpoints / "step-00000002/trainer_state.json", read_state(checkpoints / "step-00000002") | {"threads": 2})
+    rewrite_checksums(checkpoints / "step-00000002")
+    try:
+        train("prior", run_dir, max_steps=4)
+        assert torch.get_num_threads() == 2 and read_state(checkpoints / "step-00000004")["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["VQMOSAIC_TEST_TRACE"],)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_no_checkpoint_runs_code(name, form, run_dir, tmp_path, monkeypatch):
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("VQMOSAIC_TEST_TRACE", str(trace))
+    checkpoint = train("prior", run_dir, max_steps=2) / "step-00000002"
+    if form == "torch":
+        torch.save({"state": Malicious()}, checkpoint / name)
+    else:
+        (checkpoint / name).write_bytes(pickle.dumps(Malicious()))
+    rewrite_checksums(checkpoint)
+    if name == "optimizer.bin":
+        with pytest.raises(InputError, match="more than tensors and numbers"):
+            train("prior", run_dir, max_steps=4)
+    else:  # nothing is taken from the random states: what is random is counted, not carried
+        train("prior", run_dir, max_steps=4)
+    assert not trace.exists()
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4), ("train", 5)]
+    path.write_text("".join(json.dumps({"step": step, "kind": kind}) + "\n" for kind, step in records) + '{"step": 6, "ki')
+    cut_back(path, 4, validated_step=2)
+    assert [(json.loads(line)["kind"], json.loads(line)["step"]) for line in path.read_text().splitlines()] == records[:5]
+    cut_back(tmp_path / "none.jsonl", 4, 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "number", "code"), [("tokenizer", signal.SIGTERM, 143), ("prior", signal.SIGTERM, 143),
+                                                       ("prior", signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_rerun_ends_like_a_straight_run(stage, number, code, run_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_dir, tmp_path / "straight")
+    train(stage, tmp_path / "straight")
+    handler = signal.getsignal(number)
+    at_step(3, lambda: os.kill(os.getpid(), number), monkeypatch)
+    with pytest.raises(Interrupted, match="saved at step 4") as stopped:
+        train(stage, run_dir)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is handler
+    monkeypatch.undo()
+    train(stage, run_dir)
+    assert "resumed at step 4" in capsys.readouterr().out
+    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "straight" / stage / "model.safetensors").read_bytes()
+    assert metrics(run_dir, stage) == metrics(tmp_path / "straight", stage)
+
+
+@both_stages
+def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_dir, tmp_path / "straight")
+    train(stage, tmp_path / "straight")
+    seen = []
+
+    def interrupted_at_the_second_batch(batches):
+        for number, batch in enumerate(batches):
+            seen.append(number)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    if stage == "tokenizer":
+        images, original = tokenizer_validation.ValidationImages, tokenizer_validation.ValidationImages.batches
+        monkeypatch.setattr(images, "batches", lambda *arguments: interrupted_at_the_second_batch(original(*arguments)))
+    else:
+        original = train_prior.validation_batches
+        monkeypatch.setattr(train_prior, "validation_batches", lambda *arguments: interrupted_at_the_second_batch(original(*arguments)))
+    with pytest.raises(Interrupted):
+        train(stage, run_dir)
+    assert seen == [0, 1], "four batches were there"
+    assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1]) | {"elapsed_seconds": 0} == {
+        "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "best_step": 0, "best_validation": math.inf,
+        "processes": 1, "threads": 1}
+    monkeypatch.undo()
+    train(stage, run_dir)
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "straight" / stage / "model.safetensors").read_bytes()
+    assert metrics(run_dir, stage) == metrics(tmp_path / "straight", stage)
+
+
+def test_a_second_signal_ends_at_once():
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_sigterm_from_outside_exits_143_and_the_same_command_goes_on(tmp_path):
+    command = [sys.executable, "-m", "stage1_tokenizer.train", "digits",
+               *tiny_overrides(tmp_path / "run", tokenizer_training__max_steps=20, tokenizer_training__checkpoint_every=50)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "step 3:" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM; tokenizer saved at step" in words and "Traceback" not in words
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stdout and "after 20 steps" in again.stdout
+
+
+# --- one process at a time, devices ----------------------------------------------------------------------------------------------
+
+
+@both_stages
+def test_a_run_that_is_in_use_is_refused_in_words(stage, run_dir, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_SECONDS", 0.3)
+    with RunFolder(run_dir).lock(), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
+        train(stage, run_dir)
+    assert not RunFolder(run_dir).record(stage).exists(), "nothing was touched"
+
+
+def test_a_restart_waits_for_the_process_that_is_going(run_dir):
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from vqmosaic.run_folder import RunFolder\n"
+                               f"with RunFolder(Path({str(run_dir)!r})).lock(): print('held', flush=True); time.sleep(1.5)"],
+                              cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    holder.stdout.readline()
+    started = time.monotonic()
+    with held_by_main_process(RunFolder(run_dir)):
+        assert time.monotonic() - started > 1
+    holder.wait()
+
+
+def test_stages_of_one_process_may_differ_in_precision_and_threads(run_dir, monkeypatch):
+    """In `vqmosaic run` all stages share a process, and what one has set must not reach the next."""
+    recipe = tiny_recipe(run_dir, tokenizer_training__mixed_precision="no", prior_training__mixed_precision="bf16",
+                         prior_training__accumulation_steps=2)
+    first, second = (recipe.tokenizer_training, "no", 1), (recipe.prior_training, "bf16", 2)
+    for training, precision, parts in (first, second, first):
+        accelerator = make_accelerator(training, str(run_dir))
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (precision, parts)
+        accelerator.end_training()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    try:
+        assert set_threads(3) == 3 == torch.get_num_threads()  # as preprocessing does
+        assert set_threads() == devices.THREADS_AT_START
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_precision_by_device(monkeypatch):
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: True)
+    assert resolve_precision("auto", torch.device("cpu")) == "bf16"
+    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: False)
+    assert resolve_precision("auto", torch.device("cpu")) == "no"
+    assert resolve_precision("bf16", torch.device("cpu")) == "bf16"
+    assert resolve_precision("auto", torch.device("mps")) == "no"
+    with pytest.raises(InputError, match=r"fp16.*needs a GPU"):
+        resolve_precision("fp16", torch.device("cpu"))
+
+
+@both_stages
+def test_bf16_trains_on_a_cpu_and_what_is_validated_is_float32(stage, run_dir, monkeypatch):
+    """Without a weight average the model in training itself is validated, around which Accelerate has put its autocast."""
+    if stage == "tokenizer":
+        dtypes = []
+        original = tokenizer_validation.ImageTokenizer.latents
+        monkeypatch.setattr(tokenizer_validation.ImageTokenizer, "latents",
+                            lambda self, images: dtypes.append((self.training, (latents := original(self, images)).dtype)) or latents)
+    train(stage, run_dir, mixed_precision="bf16", weight_ema_decay=0, max_steps=2)
+    exported = load_file(run_dir / stage / "model.safetensors")
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    if stage == "tokenizer":
+        assert {dtype for training, dtype in dtypes if training} == {torch.bfloat16}
+        assert {dtype for training, dtype in dtypes if not training} == {torch.float32}
