@@ -19,13 +19,12 @@ def audit_run(folder: Path, recipe: Recipe | None = None) -> int:
     if (folder / "tokens").is_dir():
         folder = folder / "tokens"
     compared, expected = "nothing: no recipe is known for this folder, give --recipe", None
-    if recipe is None:
-        recipe = recipe_of(folder)
-    if recipe is not None:
-        try:
+    try:
+        recipe = recipe or recipe_of(folder)
+        if recipe is not None:
             expected, compared = expected_sources(recipe), f"the data set of {recipe.run_dir}"
-        except InputError as error:
-            compared = f"nothing: {error}"
+    except InputError as error:
+        compared = f"nothing: {error}"
     reports = audit_tokens(folder, expected)
     print(f"compared with {compared}")
     for split, report in reports.items():

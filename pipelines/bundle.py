@@ -122,9 +122,15 @@ def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[i
     return indices
 
 
-def labels_from_words(names: list[str] | None, words: list[str]) -> list[str | int]:
-    """What a user typed as classes: a class name first, else an index."""
-    return [int(word) if (names is None or word not in names) and word.isdecimal() else word for word in words]
+def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
+    """What a user typed as classes, with commas between: class names first (the longest, for they may hold commas), else indices."""
+    words, known, labels, start = text.split(","), set(names or []), [], 0
+    while start < len(words):
+        spans = (",".join(words[start:stop]).strip() for stop in range(len(words), start, -1))
+        label = next((span for span in spans if span in known), words[start].strip())
+        labels.append(int(label) if label not in known and label.isdecimal() else label)
+        start += 1 + (label.count(",") if label in known else 0)
+    return labels
 
 
 def usable_device(device: "str | torch.device | None") -> "torch.device":

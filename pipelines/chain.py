@@ -1,6 +1,7 @@
 """The whole chain of a recipe: every stage in turn, finished ones skipped, interrupted ones resumed. Loads torch only when there is work."""
 
 import dataclasses
+import shlex
 import time
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     print("\ntime:\n" + "\n".join(f"    {name:<24} {duration(value)}" for name, value in seconds.items()))
     print(f"    {'all together':<24} {duration(sum(seconds.values()))}")
     names = summary_classes(run)
+    classes = f"--classes {shlex.quote(names)} " if names else ""
     print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext, try:\n"
-          f"    vqmosaic generate {run.root} {f'--classes {names} ' if names else ''}--num 8 --seed 7 --out samples/\n    vqmosaic demo {run.root}")
+          f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out samples/\n    vqmosaic demo {run.root}")
 
 
 def summary_classes(run: RunFolder) -> str:

@@ -135,7 +135,7 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import check_sampling_fits, class_indices, find_pipeline, labels_from_words, read_bundle, usable_device
+    from pipelines.bundle import check_sampling_fits, class_indices, find_pipeline, labels_from_text, read_bundle, usable_device
     from pipelines.stage_checks import check_can_write
     from pipelines.stage_inputs import read_vocabulary
     from vqmosaic.recipe_sections import SamplingConfig
@@ -148,7 +148,7 @@ def generate(command: str, arguments: list[str]) -> int:
     names = content["class_names"]
     labels = None
     if options.classes is not None:
-        labels = class_indices(names, labels_from_words(names, [word.strip() for word in options.classes.split(",")]))
+        labels = class_indices(names, labels_from_text(names, options.classes))
     elif names is not None:
         labels = list(range(len(names)))
     usable_device(options.device)

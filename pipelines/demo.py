@@ -19,7 +19,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -46,8 +45,9 @@ CSS = """
 .pixels .grid-container { grid-template: none / repeat(8, minmax(0, 1fr)) !important; }
 .below-label .image-container, .below-label .tokens { padding-top: 2rem; }
 .tokens { display: grid; max-width: 18rem; margin: auto; }
-.tokens span { display: grid; place-items: center; aspect-ratio: 1; overflow: hidden; color: #222; font-size: 0.8rem; }
+.tokens span { display: grid; place-items: center; aspect-ratio: 1; overflow: hidden; color: #222; }
 @media (max-width: 640px) { .pixels .grid-container { grid-template: none / repeat(4, minmax(0, 1fr)) !important; } }
+.pixels .grid-container:not(:has(> :nth-child(5))) { grid-template: none / repeat(4, minmax(0, 1fr)) !important; }
 """
 
 
@@ -62,7 +62,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "pipeline")
         self._jobs: list[tuple[str | None, threading.Event]] = []  # page and stop flag; the first one's turn it is
 
-    async def run(self, session: str | None, work: Callable[[threading.Event], Any], waiting: Callable[[int], Any]) -> Any:
+    async def run(self, session: str | None, work: Callable[[threading.Event], tuple], waiting: Callable[[int], None]) -> tuple | None:
         """What work(stop flag) returns, or None when stopped before its turn; while n others come first, waiting(n) is called.
 
         Raises InputError when the line is full. When cancelled, it sets the flag, which the work has to poll.
@@ -90,7 +90,7 @@ class Worker:
                 stop.set()
 
 
-async def in_words(result: Awaitable) -> Any:
+async def in_words(result: Awaitable[tuple | None]) -> tuple | None:
     """What is awaited; an error that the user can mend becomes a message on the page, escaped because the page takes it for HTML."""
     try:
         return await result
@@ -140,7 +140,7 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
     return gallery, grid, seed, report, python_code(pipe, folder, request)
 
 
-def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dict[str, Any]) -> str:
+def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dict) -> str:
     """The same request in Python."""
     source = f"{str(folder or 'runs/NAME')!r}, device={str(pipe.device)!r}, dtype={pipe.prior.model.dtype}"
     return ("import torch\nfrom pipelines import ImageGenerationPipeline\n\n"
@@ -168,21 +168,22 @@ def token_map(ids_hw: torch.Tensor) -> str:
     for code in ids_hw.flatten().tolist():
         colour = f"hsl({code * GOLDEN_ANGLE % 360:.0f} 60% 78%)"
         cells += f'<span style="background: {colour}" title="{code}">{code if columns <= 8 else ""}</span>'
-    return f'<div class="tokens" style="grid-template-columns: repeat({columns}, minmax(0, 1fr))">{cells}</div>'
+    style = f"grid-template-columns: repeat({columns}, minmax(0, 1fr)); font-size: {min(0.8, 5 / columns):.2f}rem"
+    return f'<div class="tokens" style="{style}">{cells}</div>'
 
 
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Blocks:
     """The page of a pipeline, not yet served; the Python code on it names `folder`. Its `.worker` is what computes."""
-    worker, limit, names, tokenizer, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.tokenizer, pipe.sampling
+    worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
+    side, grid_side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.grid_size, pipe.tokenizer.config.codebook_size
     unguided = ("Off: the prior was trained without classes, so there is nothing to guide to." if names is None else
                 "Off: the prior was trained with label_drop 0, so it never learnt the null class that guidance compares with."
                 if pipe.prior.vocabulary.label_drop == 0 else None)
-    size, grid_size = tokenizer.transform.image_size, tokenizer.grid_size
     for_pixels = {"format": "png", "interactive": False, "elem_classes": ["pixels", "below-label"]}
 
     with gr.Blocks(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{size} x {size} pixels, {grid_size} x {grid_size} tokens of "
-                    f"{tokenizer.config.codebook_size} codes, a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
+        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{side} x {side} pixels, {grid_side} x {grid_side} tokens of "
+                    f"{codes} codes, a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
@@ -193,7 +194,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                 new_seed = gr.Checkbox(True, label="A new seed each time")
                 temperature = gr.Slider(0, max(2, settings.temperature), value=settings.temperature, step=0.01, label="Temperature",
                                         info="0 takes the likeliest token.")
-                top_k = gr.Slider(0, tokenizer.config.codebook_size, value=settings.top_k, step=1, label="Top-k", info="0 is off.")
+                top_k = gr.Slider(0, codes, value=settings.top_k, step=1, label="Top-k", info="0 is off.")
                 top_p = gr.Slider(0.01, 1, value=settings.top_p, step=0.01, label="Top-p", info="1 is off.")
                 guidance = gr.Slider(0, max(10, settings.guidance_scale), value=1 if unguided else settings.guidance_scale, step=0.1,
                                      label="Guidance scale", info=unguided or "1 is off.", interactive=not unguided)
@@ -217,7 +218,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
             again = gr.Button("Reconstruct", variant="primary")
             measures = gr.Markdown()
 
-        def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> Awaitable[tuple]:
+        def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> Awaitable[tuple | None]:
             return in_words(worker.run(request.session_hash, work, lambda before: progress(0, desc=f"waiting for {before} before this")))
 
         async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
@@ -250,7 +251,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
     return page.queue(max_size=2 * MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-async def uploaded_file(path: Any) -> str:
+async def uploaded_file(path: object) -> str:
     """The path of an upload; stands in for gradio's own method, which also downloads what an address names."""
     if "://" in str(path):
         raise gr.Error("Only uploaded files are read, not addresses.", print_exception=False)

@@ -33,25 +33,28 @@ def installed_version(package: str) -> str | None:
 
 
 def examine() -> str:
-    """The report as text."""
+    """The report as text; the device is left out where what finds it is not installed."""
+    lines = [f"vqmosaic {__version__}, Python {platform.python_version()} ({sys.executable})", "", "core"]
+    lines += [f"    {package:<14} {installed_version(package) or 'MISSING'}" for package in CORE]
+    lines += ["", "optional"]
+    lines += [f"    {package:<14} {installed_version(package) or 'not installed':<14} {what}" for package, what in OPTIONAL.items()]
+    missing = [package for package in CORE if installed_version(package) is None]
+    lines += ["", "device", *([] if {"torch", "accelerate"} & set(missing) else device_lines()), "", f"recipes: {', '.join(shipped_names())}"]
+    if missing:
+        lines += ["", f"to mend: pip install {' '.join(missing)}"]
+    return "\n".join(lines)
+
+
+def device_lines() -> list[str]:
+    """The device, threads and number format that a run would use."""
     import torch
 
     from vqmosaic.devices import cpu_has_bf16, default_device, resolve_precision
 
     device = default_device()
-    lines = [f"vqmosaic {__version__}, Python {platform.python_version()} ({sys.executable})", "", "core"]
-    lines += [f"    {package:<14} {installed_version(package) or 'MISSING'}" for package in CORE]
-    lines += ["", "optional"]
-    lines += [f"    {package:<14} {installed_version(package) or 'not installed':<14} {what}" for package, what in OPTIONAL.items()]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     threads_note = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
-    lines += ["", "device", f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of them",
-              f"    threads {torch.get_num_threads()} of {os.cpu_count()} cores"
-              f"{threads_note}",
-              f"    mixed_precision auto is {resolve_precision('auto', device)}"
-              f"{' (this CPU multiplies bf16 in hardware)' if device.type == 'cpu' and cpu_has_bf16() else ''}",
-              "", f"recipes: {', '.join(shipped_names())}"]
-    missing = [package for package in CORE if installed_version(package) is None]
-    if missing:
-        lines += ["", f"to mend: pip install {' '.join(missing)}"]
-    return "\n".join(lines)
+    bf16_note = " (this CPU multiplies bf16 in hardware)" if device.type == "cpu" and cpu_has_bf16() else ""
+    return [f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of them",
+            f"    threads {torch.get_num_threads()} of {os.cpu_count()} cores{threads_note}",
+            f"    mixed_precision auto is {resolve_precision('auto', device)}{bf16_note}"]

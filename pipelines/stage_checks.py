@@ -31,7 +31,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     if stage in ("tokenizer", "tokens"):
         check_data_path(recipe.data)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
-    verdict = "start" if is_redone else judge(run, recipe, stage, inputs_of(recipe, stage) if alone else None)
+    inputs = inputs_of(recipe, stage) if alone else None
+    verdict = "start" if is_redone else judge(run, recipe, stage, inputs)
     section = TRAINING_SECTIONS.get(stage)
     if section is not None:
         check_batch_split(recipe, section, processes)

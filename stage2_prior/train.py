@@ -241,7 +241,7 @@ def export(run: TrainingRun, best_weights: Path) -> None:
     targets = {"best": best, "last": last, run.training.export: run.folder.export("prior")}
     prior.save_pretrained(targets["last"])
     if best_weights.exists():
-        prior.load_state_dict(load_file(best_weights, device=str(run.accelerator.device)))
+        prior.load_state_dict(load_file(best_weights))
     else:
         run.report(f"warning: no validation had a finite NLL, so there are no best weights; {targets['best']} holds the last ones")
     prior.save_pretrained(targets["best"])

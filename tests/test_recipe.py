@@ -28,10 +28,15 @@ def fields_of(recipe: Recipe) -> dict[str, object]:
     return {field.name: field.value for field in recipe_fields(recipe)}
 
 
+FIXED = [  # what the cases below count on, whatever is found to be best for the digits
+    "--data.image_size=16", "--tokenizer.channel_multipliers=[1,2,2]", "--tokenizer.codebook_size=128", "--tokenizer_training.batch_size=64",
+    "--prior.width=128", "--prior.heads=4", "--prior_training.batch_size=64", "--tokens.views=shifts", "--sampling.guidance_scale=1.5"]
+
+
 def refused(*overrides: str, recipe: str = "digits") -> str:
     """The words with which a recipe is refused."""
     with pytest.raises(InputError) as caught:
-        load_recipe(recipe, list(overrides))
+        load_recipe(recipe, [*(FIXED if recipe == "digits" else []), *overrides])
     return str(caught.value)
 
 
@@ -61,7 +66,7 @@ def test_the_four_recipes_are_shipped():
 def test_an_override_wins_wherever_it_stands(overrides, tmp_path):
     recipe = load_recipe("digits", overrides)
     before = load_recipe("digits")
-    assert (before.tokenizer.codebook_size, before.seed) == (128, 0)
+    assert (before.tokenizer.codebook_size, before.seed) != (64, 5)
     assert (recipe.tokenizer.codebook_size, recipe.seed) == (64, 5)
     changed = {name for name, value in fields_of(recipe).items() if fields_of(before)[name] != value}
     assert changed == {"tokenizer.codebook_size", "seed"}
@@ -207,7 +212,7 @@ def test_combinations_are_checked_at_construction_too():
 
 
 def test_a_batch_that_does_not_divide_over_processes():
-    recipe = load_recipe("digits", ["--tokenizer_training.accumulation_steps=2"])
+    recipe = load_recipe("digits", ["--tokenizer_training.accumulation_steps=2", "--tokenizer_training.batch_size=64"])
     check_batch_split(recipe, "tokenizer_training", 4)
     with pytest.raises(InputError, match=r"tokenizer_training.batch_size is 64.*3 processes.*accumulation_steps 2; set it to 66"):
         check_batch_split(recipe, "tokenizer_training", 3)
@@ -270,7 +275,7 @@ def test_the_help_shows_every_field_with_its_sentence():
     words = " ".join(recipe_help().split())
     assert all(f"--{name} " in words for name in fields_of(Recipe()))
     assert "Weight beta of the commitment loss" in words and "default: 512" in words
-    assert "default: 128" in " ".join(recipe_help(load_recipe("digits")).split()), "the values of a recipe that was named"
+    assert "default: 77" in " ".join(recipe_help(load_recipe("digits", ["--tokenizer.codebook_size=77"])).split()), "a recipe's own values"
 
 
 def test_how_a_change_of_each_field_is_judged():

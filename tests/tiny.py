@@ -16,7 +16,7 @@ from vqmosaic.recipe_files import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 GRID_SIZE, CODES = 4, 32
 SETTINGS = {
-    "data.image_size": 16, "data.workers": 0,
+    "data.image_size": 16, "data.workers": 0, "data.shift": 1, "data.validation_fraction": 0.2,
     "tokenizer.codebook_size": CODES, "tokenizer.code_dim": 8, "tokenizer.latent_channels": 32, "tokenizer.channels": 32,
     "tokenizer.channel_multipliers": [1, 1, 1], "tokenizer.residual_blocks": 1, "tokenizer.middle_attention": "false",
     "tokenizer_training.max_steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.validation_images": 64,
@@ -26,7 +26,8 @@ SETTINGS = {
     "prior.width": 32, "prior.layers": 1, "prior.heads": 2,
     "prior_training.max_steps": 6, "prior_training.batch_size": 16, "prior_training.validation_images": 64,
     "prior_training.validate_every": 3, "prior_training.checkpoint_every": 2, "prior_training.log_every": 1,
-    "prior_training.mixed_precision": "no",
+    "prior_training.mixed_precision": "no", "prior_training.label_drop": 0.1, "prior_training.export": "best",
+    "sampling.guidance_scale": 1.5, "sampling.temperature": 1.0, "sampling.top_k": 0, "sampling.top_p": 1.0,
 }
 """What makes the digits recipe tiny: 16 tokens of 32 codes, six steps a stage, a checkpoint every two."""
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -145,8 +146,20 @@ def guarded(run: Callable[[], None], words: Path | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception:
-        traceback.print_exc()
+        report = traceback.format_exc()
+        if words is None or not another_has_spoken(words.parent):
+            print(report, file=sys.stderr)
         return 1
+
+
+def another_has_spoken(folder: Path, seconds: float = 2.0) -> bool:
+    """Whether a worker leaves words within a moment: then the failure of this one is only that the connection to it is gone."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if any(folder.glob("*.words")):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def check_world_size(world_size: int) -> None:

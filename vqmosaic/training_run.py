@@ -94,7 +94,7 @@ class TrainingRun:
         try:
             self.accelerator.load_state(str(checkpoint))  # reads with weights_only: tensors and numbers, never an object's own code
             if self.average is not None:
-                self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors", device=str(self.accelerator.device)))
+                self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors"))
         except pickle.UnpicklingError as error:
             raise InputError(f"{checkpoint} holds more than tensors and numbers, which is never loaded: no training here wrote such files. "
                              f"Delete it to go on from the one before it, or start anew with --redo {self.stage}.") from error

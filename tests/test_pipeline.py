@@ -1,0 +1,379 @@
+"""ImageGenerationPipeline on one tiny finished run: what it takes, gives, promises and refuses, and the files it leaves."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from pipelines import GenerationOutput, ImageGenerationPipeline, make_bundle
+from pipelines.bundle import class_indices, find_pipeline, labels_from_text
+from stage1_tokenizer.digits_source import load_scans
+from stage1_tokenizer.images import ImageTransform, to_uint8
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.prior import TokenPrior
+from tests.tiny import CODES, GRID_SIZE, tiny_recipe
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.seeding import image_seeds
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_run) -> ImageGenerationPipeline:
+    return ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scans() -> list[Image.Image]:
+    """Real digits in sizes and modes of their own."""
+    images = [Image.fromarray(scan) for scan in load_scans()[0][:5]]
+    return [images[0], images[1].convert("RGB"), images[2].resize((30, 20)), images[3].convert("RGBA"), images[4].resize((16, 16))]
+
+
+def prior_like(pipe: ImageGenerationPipeline, **changes) -> TokenPrior:
+    """A fresh prior over the pipeline's vocabulary with some of it changed."""
+    return TokenPrior.from_config(tiny_recipe("unused").prior, dataclasses.replace(pipe.prior.vocabulary, **changes), 0).eval()
+
+
+# --- generation --------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_by_name_and_index_come_label_by_label(pipe):
+    out = pipe(class_labels=["3", 7], num_images_per_label=3, seed=7)
+    assert isinstance(out, GenerationOutput) and not out.stopped
+    assert out.class_indices == [3, 3, 3, 7, 7, 7]
+    assert out.seeds == image_seeds(7, 6) and len(set(out.seeds)) == 6
+    assert out.token_ids.shape == (6, GRID_SIZE, GRID_SIZE) and out.token_ids.dtype == torch.int64 and out.token_ids.device.type == "cpu"
+    assert 0 <= out.token_ids.min() <= out.token_ids.max() < CODES
+    assert len(out.images) == 6 and all(image.size == (16, 16) and image.mode == "L" for image in out.images)
+
+
+@pytest.mark.parametrize("labels", ["3", 3, ["3"], [3], np.int64(3), np.array([3]), torch.tensor(3), torch.tensor([3]), (3,)], ids=repr)
+def test_a_label_may_be_given_in_many_ways(pipe, labels):
+    assert pipe(labels, 1, seed=1).class_indices == [3]
+
+
+def test_a_string_is_a_name_and_an_integer_an_index():
+    names = ["7", "cat", "2"]
+    assert class_indices(names, ["7", "2", 1]) == [0, 2, 1]
+    assert class_indices(names, labels_from_text(names, "7,2, 1")) == [0, 2, 1], "typed: a class name first, else an index"
+    assert labels_from_text(None, "cat,3") == ["cat", 3]
+
+
+def test_class_names_with_commas_can_be_typed():
+    names = ["tench, Tinca tinca", "tench", "great white shark, white shark", "white shark"]
+    assert labels_from_text(names, "tench, Tinca tinca") == [names[0]]
+    assert labels_from_text(names, " tench ,great white shark, white shark,3,white shark") == ["tench", names[2], 3, "white shark"]
+    assert labels_from_text(names, "tench,,²") == ["tench", "", "²"]
+
+
+def test_equal_seeds_give_equal_images_and_others_do_not(pipe):
+    first, again, other = (pipe([3, 4], 4, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert [image.tobytes() for image in first.images] == [image.tobytes() for image in again.images]
+    assert not torch.equal(first.token_ids, other.token_ids)
+    drawn, drawn_again = pipe(3, 2), pipe(3, 2)
+    assert drawn.seeds != drawn_again.seeds, "without a seed each call draws one"
+
+
+def test_an_image_does_not_depend_on_its_neighbours(pipe):
+    whole = pipe([3, 7], 5, seed=11)
+    for batch_size in (1, 3, 10):
+        parts = pipe([3, 7], 5, seed=11, batch_size=batch_size)
+        assert torch.equal(parts.token_ids, whole.token_ids) and parts.seeds == whole.seeds
+    assert torch.equal(pipe(3, 2, seed=11).token_ids, whole.token_ids[:2])
+    assert torch.equal(pipe([3, 9, 1], 5, seed=11).token_ids[:5], whole.token_ids[:5])
+
+
+def test_output_types(pipe):
+    pil, array, tensor = (pipe([3, 4], 2, seed=1, output_type=kind).images for kind in ("pil", "np", "pt"))
+    assert array.shape == (4, 16, 16, 1) and array.dtype == np.uint8
+    assert tensor.shape == (4, 1, 16, 16) and tensor.dtype == torch.float32 and tensor.min() >= -1 and tensor.max() <= 1
+    assert np.array_equal(np.stack([np.asarray(image) for image in pil]), array[..., 0])
+    assert np.array_equal(to_uint8(tensor), array)
+    with pytest.raises(InputError, match=r"output_type is 'png'; allowed: pil, np, pt"):
+        pipe(3, output_type="png")
+
+
+def test_settings_left_out_are_the_recommended_ones(pipe):
+    assert pipe.sampling == SamplingConfig(guidance_scale=1.5)
+    default = pipe(3, 8, seed=3)
+    assert torch.equal(default.token_ids, pipe(3, 8, seed=3, guidance_scale=1.5, temperature=1.0, top_k=0, top_p=1.0).token_ids)
+    for changed in ({"guidance_scale": 30.0}, {"temperature": 0.05}, {"top_k": 1}, {"top_p": 0.05}):
+        assert not torch.equal(default.token_ids, pipe(3, 8, seed=3, **changed).token_ids), changed
+    assert torch.equal(pipe(3, 2, seed=3, top_k=1).token_ids, pipe(3, 2, seed=4, temperature=0.0).token_ids), "the likeliest token either way"
+
+
+def test_images_of_any_class(pipe):
+    out = pipe(num_images_per_label=3, seed=2)
+    assert out.class_indices is None and out.token_ids.shape == (3, GRID_SIZE, GRID_SIZE)
+
+
+def test_the_callback_counts_tokens_and_stops(pipe):
+    calls = []
+    out = pipe([3, 4], 3, seed=1, batch_size=4, callback=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 32) for done in range(1, 33)] and not out.stopped, "None goes on; two batches of 16 tokens"
+
+    seen = []
+    stopped = pipe([3, 4], 3, seed=1, batch_size=4, callback=lambda done, total: seen.append(done) or done < 20)
+    assert stopped.stopped and len(stopped.images) == 0 and seen[-1] == 20
+    assert pipe([3, 4], 3, seed=1, callback=lambda done, total: True).stopped is False
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"class_labels": "cat"}, r"no class 'cat'; there are 10: 0, 1, 2"),
+    ({"class_labels": "33"}, r"no class '33'.*Did you mean '3'\?"),
+    ({"class_labels": 10}, r"class index 10 does not exist; allowed: 0 to 9"),
+    ({"class_labels": [-1]}, r"class index -1 does not exist"),
+    ({"class_labels": [2.0]}, r"class_labels has 2.0; allowed: class names as strings, class indices as integers"),
+    ({"class_labels": []}, r"class_labels is empty"),
+    ({"class_labels": 3, "num_images_per_label": 0}, r"num_images_per_label is 0; it must be at least 1"),
+    ({"class_labels": 3, "batch_size": 0}, r"batch_size is 0"),
+    ({"class_labels": 3, "temperature": -1.0}, r"temperature is -1"),
+    ({"class_labels": 3, "top_p": 0.0}, r"top_p is 0"),
+    ({"class_labels": 3, "top_k": CODES + 1}, rf"top_k is {CODES + 1}; allowed: 0 \(off\) to {CODES}"),
+    ({"class_labels": 3, "guidance_scale": float("nan")}, r"guidance_scale is nan"),
+], ids=str)
+def test_what_cannot_be_is_refused_in_words(pipe, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        pipe(**arguments)
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------------------
+
+
+def test_decode_gives_the_generated_images_back(pipe):
+    out = pipe([3, 4], 2, seed=9)
+    assert [image.tobytes() for image in pipe.decode(out.token_ids)] == [image.tobytes() for image in out.images]
+
+
+def test_encode_takes_an_image_a_list_and_a_tensor(pipe, scans):
+    ids_Bhw = pipe.encode(scans)
+    assert ids_Bhw.shape == (5, GRID_SIZE, GRID_SIZE) and ids_Bhw.dtype == torch.int64 and ids_Bhw.device.type == "cpu"
+    for number, scan in enumerate(scans):
+        assert torch.equal(pipe.encode(scan), ids_Bhw[number:number + 1])
+    images_BCHW = torch.stack([pipe.tokenizer.transform(image.convert("L")) for image in (scans[0], scans[4])])
+    assert torch.equal(pipe.encode(images_BCHW), ids_Bhw[[0, 4]])
+
+
+def test_reconstruct_is_encode_then_decode(pipe, scans):
+    restored = pipe.reconstruct(scans)
+    assert len(restored) == 5 and all(image.size == (16, 16) for image in restored)
+    assert [image.tobytes() for image in restored] == [image.tobytes() for image in pipe.decode(pipe.encode(scans))]
+
+
+def test_ids_that_are_none_are_refused(pipe):
+    with pytest.raises(ValueError, match=rf"token ids run from 0 to {CODES}; allowed: 0 to {CODES - 1}"):
+        pipe.decode(torch.tensor([[[0, CODES]]]))
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 8, 8\).*\(B, 1, 16, 16\)"):
+        pipe.encode(torch.zeros(1, 1, 8, 8))
+
+
+# --- number formats ----------------------------------------------------------------------------------------------------------
+
+
+def test_with_bf16_the_encoder_stays_exact(tiny_run, pipe, scans, tmp_path):
+    narrow = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=torch.bfloat16)
+    formats = {name: parameter.dtype for name, parameter in narrow.tokenizer.state_dict().items()}
+    assert {formats[name] for name in formats if name.startswith(("encoder.", "quant_conv.", "quantizer."))} <= {torch.float32, torch.int64}
+    assert {formats[name] for name in formats if name.startswith(("decoder.", "post_quant_conv."))} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in narrow.prior.parameters()} == {torch.bfloat16}
+    assert torch.equal(narrow.encode(scans), pipe.encode(scans))
+    assert narrow.tokenizer.token_fingerprint == pipe.tokenizer.token_fingerprint == narrow.prior.vocabulary.token_fingerprint
+
+    out = narrow([3, 4], 2, seed=1, output_type="pt")
+    assert out.images.dtype == torch.float32 and out.images.isfinite().all()
+    narrow.save_pretrained(tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tiny_run / "pipeline"), "the files as exported, whatever the weights are cast to"
+
+
+# --- files -------------------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_saved_from_disk_and_from_memory_it_is_the_same(tiny_run, pipe, tmp_path):
+    original = files_of(tiny_run / "pipeline")
+    pipe.save_pretrained(tmp_path / "from_disk")
+    assert files_of(tmp_path / "from_disk") == original
+
+    tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    prior = TokenPrior.from_pretrained(tiny_run / "prior")
+    ImageGenerationPipeline(tokenizer, prior, pipe.sampling).save_pretrained(tmp_path / "from_memory")
+    saved = files_of(tmp_path / "from_memory")
+    assert saved.keys() == original.keys()
+    assert all(saved[name] == original[name] for name in original if name.endswith((".safetensors", "pipeline.json", "vocabulary.json")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["from_disk", "from_memory"], "no temporary folders are left"
+
+    reloaded = ImageGenerationPipeline.from_pretrained(tmp_path / "from_memory", device="cpu")
+    assert torch.equal(reloaded(["3", 7], 2, seed=7).token_ids, pipe(["3", 7], 2, seed=7).token_ids)
+
+
+def test_settings_changed_in_memory_are_saved_with_it(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    pipe = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
+    pipe.sampling = SamplingConfig(top_k=5)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu").sampling == SamplingConfig(top_k=5)
+
+
+def test_saving_replaces_a_pipeline_but_nothing_else(pipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    in_memory = ImageGenerationPipeline(pipe.tokenizer, pipe.prior, pipe.sampling)
+    for one in (pipe, in_memory):
+        with pytest.raises(ValueError, match="would be lost"):
+            one.save_pretrained(tmp_path / "mine")
+        one.save_pretrained(tmp_path / "new")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
+
+
+def test_nothing_that_is_exported_holds_a_pickle(tiny_run, tmp_path):
+    """Every file is JSON or safetensors by content, and a pipeline folder needs no other file."""
+    for folder in (tiny_run / "pipeline", tiny_run / "tokenizer", tiny_run / "prior"):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            assert not path.is_symlink()
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                assert path.name == "model.safetensors", path
+                with safe_open(path, "pt") as content:
+                    assert all(content.get_tensor(name).dtype == torch.float32 for name in content.keys())  # noqa: SIM118, it is no dict
+    shutil.copytree(tiny_run / "pipeline", tmp_path / "moved")
+    assert ImageGenerationPipeline.from_pretrained(tmp_path / "moved", device="cpu")(3, seed=1).token_ids.shape == (1, GRID_SIZE, GRID_SIZE)
+
+
+def test_token_shards_and_checkpoints_hold_no_pickled_arrays(tiny_run):
+    import io
+    import tarfile
+
+    for shard in (tiny_run / "tokens").rglob("*.tar"):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                content = tar.extractfile(member).read()
+                if member.name.endswith(".npy"):
+                    assert np.load(io.BytesIO(content), allow_pickle=False).dtype == np.uint16
+                else:
+                    assert member.name.endswith(".json") and json.loads(content)
+
+
+# --- parts that do not belong together ---------------------------------------------------------------------------------------
+
+
+def other_tokenizer(folder: Path) -> ImageTokenizer:
+    tokenizer = ImageTokenizer(tiny_recipe("unused").tokenizer, ImageTransform(image_size=16, channels=1), seed=1)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_mismatched_pair_is_refused_everywhere(tiny_run, pipe, tmp_path):
+    other = other_tokenizer(tmp_path / "other")
+    both = (other.token_fingerprint[:16], pipe.tokenizer.token_fingerprint[:16])
+    with pytest.raises(ValueError, match="do not belong together") as in_memory:
+        ImageGenerationPipeline(other, pipe.prior)
+    with pytest.raises(ValueError, match="do not belong together") as on_disk:
+        make_bundle(tmp_path / "other", tiny_run / "prior", tmp_path / "out", SamplingConfig())
+    shutil.copytree(tiny_run / "pipeline", tmp_path / "spoilt")
+    shutil.rmtree(tmp_path / "spoilt" / "tokenizer")
+    shutil.copytree(tmp_path / "other", tmp_path / "spoilt" / "tokenizer")
+    with pytest.raises(ValueError, match="do not belong together") as loading:
+        ImageGenerationPipeline.from_pretrained(tmp_path / "spoilt", device="cpu")
+    for error, paths in ((in_memory, ()), (on_disk, (tmp_path / "other", tiny_run / "prior")),
+                         (loading, (tmp_path / "spoilt" / "tokenizer", tmp_path / "spoilt" / "prior"))):
+        assert all(str(part) in str(error.value) for part in (*both, *paths))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_was_never_saved_is_told_so(pipe):
+    fresh = ImageTokenizer(tiny_recipe("unused").tokenizer, ImageTransform(image_size=16, channels=1))
+    with pytest.raises(ValueError, match="no token fingerprint yet"):
+        ImageGenerationPipeline(fresh, pipe.prior)
+
+
+def test_a_decoder_finetuned_later_still_fits(tiny_run, pipe, tmp_path):
+    tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight.mul_(0.5)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    make_bundle(tmp_path / "tokenizer", tiny_run / "prior", tmp_path / "pipeline", SamplingConfig())
+    changed = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
+    assert changed.tokenizer.token_fingerprint == pipe.tokenizer.token_fingerprint
+    assert changed.tokenizer.full_fingerprint != pipe.tokenizer.full_fingerprint
+
+
+def test_guidance_needs_label_drop(tiny_run, pipe, tmp_path):
+    prior = prior_like(pipe, label_drop=0.0)
+    without = ImageGenerationPipeline(pipe.tokenizer, prior)
+    assert without(3, seed=1).class_indices == [3]
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.*label_drop"):
+        without(3, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"class_labels is not given.*label drop.*0, 1, 2"):
+        without()
+    prior.save_pretrained(tmp_path / "prior")
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.*without label drop; set sampling.guidance_scale to 1"):
+        make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig(guidance_scale=2.0))
+
+
+def test_a_pipeline_without_classes(tiny_run, pipe, tmp_path):
+    prior_like(pipe, class_names=None, label_drop=0.0).save_pretrained(tmp_path / "prior")
+    make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig(top_k=9))
+    unlabelled = ImageGenerationPipeline.from_pretrained(tmp_path / "out", device="cpu")
+    assert unlabelled.class_names is None
+    out = unlabelled(num_images_per_label=3, seed=4)
+    assert out.class_indices is None and len(out.images) == 3 and out.seeds == image_seeds(4, 3)
+    with pytest.raises(ValueError, match=r"class_labels is \[3\], but this pipeline was trained without classes"):
+        unlabelled(3)
+    with pytest.raises(ValueError, match="guidance_scale is 2"):
+        unlabelled(guidance_scale=2.0)
+    with pytest.raises(ValueError, match="has no classes"):
+        make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "again", SamplingConfig(guidance_scale=2.0))
+
+
+# --- finding and opening -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_or_its_pipeline_folder_is_found(tiny_run, tmp_path):
+    assert find_pipeline(tiny_run) == find_pipeline(str(tiny_run / "pipeline")) == tiny_run / "pipeline"
+    with pytest.raises(ValueError, match="has no finished pipeline"):
+        find_pipeline(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_pipeline(tmp_path / "none")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", torch.device("meta")], ids=str)
+def test_a_device_that_is_not_there(tiny_run, device):
+    with pytest.raises(ValueError, match=r"device is .*; this machine has: cpu"):
+        ImageGenerationPipeline.from_pretrained(tiny_run, device=device)
+
+
+@pytest.mark.parametrize(("name", "spoil", "words"), [
+    ("pipeline.json", lambda content: content.replace("vqmosaic.pipeline", "other.pipeline"), "says format 'other.pipeline'"),
+    ("pipeline.json", lambda content: content.replace('"format_version": 1', '"format_version": 9'), "version 9"),
+    ("pipeline.json", lambda content: content[:20], "is not JSON"),
+    ("pipeline.json", lambda content: content.replace('"top_p": 1.0', '"top_p": 7.0'), "top_p is 7"),
+    ("tokenizer/config.json", lambda content: content.replace('"format_version": 1', '"format_version": 9'), "version 9"),
+], ids=["format", "version", "cut short", "settings", "tokenizer"])
+def test_a_spoilt_folder_is_told_in_words(tiny_run, tmp_path, name, spoil, words):
+    shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / name
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(ValueError, match=words):
+        ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
+
+
+def test_weights_that_changed_since_the_export_are_refused(tiny_run, tmp_path):
+    shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
+    path = tmp_path / "pipeline" / "tokenizer" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="has changed since it was exported"):
+        ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")

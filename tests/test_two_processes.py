@@ -1,0 +1,231 @@
+"""Two processes under the real launcher, on CPUs over gloo: the same result as one, exit codes that come back, nobody left behind.
+
+Run as a module this file is a stage of its own, whose workers end in ways that no real stage can be made to end at will.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, tiny_overrides
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import Interrupted
+from vqmosaic.launch import run_stage, run_worker
+
+pytestmark = pytest.mark.slow
+COMMANDS = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
+EVEN = {"tokenizer__channels": 64, "tokenizer__dropout": 0, "prior__dropout": 0, "prior_training__label_drop": 0.3, "data__shift": 1,
+        "tokenizer_training__validation_images": 63, "prior_training__validation_images": 63}
+"""No noise that depends on the rank; 64 channels, since with one channel a group biases before a norm are steps of rounding errors."""
+
+
+def start(stage: str, run_dir: Path, processes: int, **changes) -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes),
+               "--processes", str(processes)]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def read_until(process: subprocess.Popen, words: str) -> None:
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} was never printed; {process.stderr.read()}")
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes whose command line has the text in it, this one aside."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            alive = (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            if alive and text in (entry / "cmdline").read_text() and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def make_run(tiny_run: Path, run_dir: Path) -> Path:
+    shutil.copytree(tiny_run / "tokens", run_dir / "tokens")
+    return run_dir
+
+
+def checkpoint(run_dir: Path, stage: str, step: int):
+    from safetensors.torch import load_file
+
+    return load_file(run_dir / f"checkpoints/{stage}/step-{step:08d}/model.safetensors")
+
+
+# --- one result --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_path):
+    import torch
+
+    from vqmosaic.run_folder import RunFolder
+    from vqmosaic.tracking import read_metrics
+
+    one, two = make_run(tiny_run, tmp_path / "one"), make_run(tiny_run, tmp_path / "two")
+    for run_dir, processes in ((one, 1), (two, 2)):
+        code, out, err = finish(start(stage, run_dir, processes, **EVEN))
+        assert code == 0, err
+        assert f"threads x {processes}" in out and "Traceback" not in err
+    for step in (4, 6):
+        expected, found = checkpoint(one, stage, step), checkpoint(two, stage, step)
+        assert expected.keys() == found.keys()
+        assert stage != "tokenizer" or "quantizer.codebook" in expected
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=f"{name} at step {step}")
+    for kind in ("train", "validation"):
+        of_one, of_two = (read_metrics(RunFolder(run_dir).logs(stage) / "metrics.jsonl", kind) for run_dir in (one, two))
+        assert len(of_one) == len(of_two) == {"train": 6, "validation": 2}[kind]
+        for first, second in zip(of_one, of_two, strict=True):
+            assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+                                                for name, value in {**first, "seconds": 0}.items()}
+    code, _, err = finish(start(stage, two, 1, **EVEN | {f"{stage}_training__max_steps": 8}))
+    assert code == 2 and "written by 2 processes, now there are 1; go on with --processes 2" in err and "Traceback" not in err
+
+
+# --- stopped, killed, gone on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_stopped_killed_and_resumed_ends_like_a_straight_run_and_leaves_nobody_behind(stage, tiny_run, tmp_path):
+    many = {f"{stage}_training__max_steps": 40, f"{stage}_training__validate_every": 10, f"{stage}_training__checkpoint_every": 5,
+            "tokenizer__dropout": 0.1, "prior__dropout": 0.1}
+    straight, stopped = make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "stopped")
+    code, _, err = finish(start(stage, straight, 2, **many))
+    assert code == 0, err
+
+    process = start(stage, stopped, 2, **many)
+    read_until(process, "step 10:")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 143
+    assert err.count("stopped by SIGTERM") == 1 and "saved at step" in err and "Traceback" not in err
+    assert not processes_with(str(stopped))
+
+    process = start(stage, stopped, 2, **many)
+    read_until(process, "resumed at step")
+    read_until(process, "step 20:")
+    assert len(processes_with(str(stopped))) == 4  # the command, the launcher and two workers
+    process.kill()
+    process.wait()
+    assert wait_for(lambda: not processes_with(str(stopped)), 10), "workers outlived the command"
+
+    if stage == "prior":  # and once while the workers are still importing
+        process = start(stage, stopped, 2, **many)
+        assert wait_for(lambda: len(processes_with(str(stopped))) == 4)
+        process.kill()
+        process.wait()
+        assert wait_for(lambda: not processes_with(str(stopped)), 20), "workers outlived the command"
+
+    code, out, err = finish(start(stage, stopped, 2, **many))
+    assert code == 0, err
+    assert "resumed at step" in out
+    for name in (f"{stage}/model.safetensors", *(["checkpoints/prior/last/model.safetensors"] if stage == "prior" else [])):
+        assert (stopped / name).read_bytes() == (straight / name).read_bytes()
+
+
+# --- words and codes -------------------------------------------------------------------------------------------------------------------
+
+
+def worker(arguments: list[str]) -> None:
+    """What the workers of this file's own stage do."""
+    how, folder = arguments
+    rank = os.environ["RANK"]
+    (Path(folder) / rank).touch()
+    if how == "refuse on rank 1":
+        if rank == "1":
+            raise InputError("rank 1 has seen something that rank 0 has not.")
+        time.sleep(60)
+    if how == "refuse on both":
+        raise InputError("neither of us can use that.")
+    if how == "killed":
+        if rank == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    if how == "wait":
+        signal.signal(signal.SIGTERM, lambda number, _frame: (_ for _ in ()).throw(Interrupted(number, "saved nothing")))
+        (Path(folder) / f"{rank}.ready").touch()
+        time.sleep(60)
+
+
+def run_own_stage(how: str, folder: Path) -> int:
+    return run_stage("tests.test_two_processes", [how, str(folder)], processes=2)
+
+
+@pytest.mark.parametrize(("how", "code", "words"), [
+    ("all is well", 0, ""), ("refuse on both", 2, "error: neither of us can use that."),
+    ("refuse on rank 1", 2, "error: rank 1 has seen something that rank 0 has not."), ("killed", 1, "error: a worker process ended without a word")])
+def test_exit_codes_and_words_come_back_once(how, code, words, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert run_own_stage(how, tmp_path) == code
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    err = capfd.readouterr().err
+    assert err.count(words) == 1 if words else not err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("when", ["as the launcher starts", "as the workers run"])
+def test_a_signal_at_any_time_gives_its_exit_code(when, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def send() -> None:
+        if when == "as the workers run":
+            wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+        else:
+            wait_for(lambda: bool(processes_with(str(tmp_path))))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    started = time.monotonic()
+    assert run_own_stage("wait", tmp_path) == 143
+    sender.join()
+    assert time.monotonic() - started < 40 and "Traceback" not in capfd.readouterr().err
+    assert wait_for(lambda: not processes_with(str(tmp_path)), 10)
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VQMOSAIC_PROCESSES": "2"}
+    done = subprocess.run([sys.executable, "-m", "stage1_tokenizer.train", "digits", *tiny_overrides(tmp_path / "run")], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "--processes 2 was asked for, but 1 were started" in done.stderr
+
+
+def test_a_run_in_use_and_a_stage_that_is_finished_are_said_once_by_two_processes(tiny_copy):
+    from vqmosaic.run_folder import RunFolder
+
+    with RunFolder(tiny_copy).lock():
+        code, _, err = finish(start("prior", tiny_copy, 2))
+    assert code == 2 and err.count(f"in use by process {os.getpid()}") == 1 and "Traceback" not in err
+    code, out, err = finish(start("prior", tiny_copy, 2))
+    assert code == 0 and out.count("finished already") == 1 and not err
+
+
+if __name__ == "__main__":
+    run_worker(worker, sys.argv[1:])
