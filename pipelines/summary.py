@@ -45,11 +45,10 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     tokenizer_numbers = read_metrics(run.logs("tokenizer") / "metrics.jsonl", "validation")[-1]
     prior_records = read_metrics(run.logs("prior") / "metrics.jsonl", "validation")
     chosen = min(prior_records, key=lambda record: record["nll"]) if recipe.prior_training.export == "best" else prior_records[-1]
-    tokens = pipe.prior.vocabulary.num_tokens
+    tokens, codes = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
     summary = {
         "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
-        "tokens": {"count": tokens, "codebook_size": recipe.tokenizer.codebook_size,
-                   "bits_per_image": tokens * math.log2(recipe.tokenizer.codebook_size)},
+        "tokens": {"count": tokens, "codebook_size": codes, "bits_per_image": tokens * math.log2(codes)},
         "tokenizer": without_kind(tokenizer_numbers), "prior": without_kind(chosen), "prior_export": recipe.prior_training.export,
         "sampling": dataclasses.asdict(pipe.sampling),
         "generation": measure_generation(pipe, reader, recipe.seed, judge),

@@ -17,8 +17,10 @@ from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.images import to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from stage2_prior.sampling import SamplingStopped
 from stage2_prior.train import OnValidation, train
 from vqmosaic.devices import default_device
+from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
@@ -34,7 +36,7 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
         return None
     tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
 
-    def save(prior: TokenPrior, step: int, log_folder: Path) -> None:
+    def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
             return  # tokens of another tokenizer: there is nothing to decode them with
         num_classes = prior.vocabulary.num_classes
@@ -43,7 +45,10 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
         rows = min(ROWS, num_classes) or 4
         classes = [row for row in range(rows) for _ in range(COLUMNS)] if num_classes else None
-        ids_BT = prior.sample(classes, sampling, seeds=image_seeds(recipe.seed, rows * COLUMNS))
+        try:
+            ids_BT = prior.sample(classes, sampling, image_seeds(recipe.seed, rows * COLUMNS), lambda done, total: not stop.signal)
+        except SamplingStopped:
+            return
         pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, tokenizer.grid_size, tokenizer.grid_size)).cpu())
         picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")

@@ -122,7 +122,8 @@ class ImageTokenizer(nn.Module):
             ValueError: the folder exists and holds something other than a tokenizer, which would be lost.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / "config.json").is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if not is_free and read_json(folder / "config.json").get("format") != FORMAT:
             raise InputError(f"{folder} exists and is no tokenizer; what is in it would be lost. Give the path of a new folder.")
         weights = self._export_weights()
         self.token_fingerprint, self.full_fingerprint = self._fingerprints(weights)
@@ -169,11 +170,20 @@ def read_config(folder: Path) -> dict:
     if not path.is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} is no tokenizer: it needs config.json and model.safetensors; "
                          "`vqmosaic train-tokenizer` writes them to <run_dir>/tokenizer.")
-    content = json.loads(path.read_text())
+    content = read_json(path)
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}; "
                          f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.")
     return content
+
+
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file; an empty one where there is no file, or something else in it."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_exact_names(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:

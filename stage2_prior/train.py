@@ -34,7 +34,7 @@ from vqmosaic.seeding import reseed_step
 from vqmosaic.stage_records import judge, write_record
 from vqmosaic.training_run import TrainingRun
 
-OnValidation = Callable[[TokenPrior, int, Path], None]
+OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
 
 def tokens_folder(recipe: Recipe) -> Path:
@@ -45,8 +45,8 @@ def tokens_folder(recipe: Recipe) -> Path:
 def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
     """Train stage 2 as the recipe says, from the newest checkpoint if there is one, and export runs/<name>/prior/.
 
-    `on_validation(prior, step, log_folder)` is called on the main process after each validation; the pipelines package
-    uses it for pictures, which this stage cannot make since it knows no tokenizer.
+    `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, and should end early when
+    a signal comes; the pipelines package uses it for pictures, which this stage cannot make since it knows no tokenizer.
     """
     with StopFlag() as stop:
         run = TrainingRun(recipe, "prior", recipe.prior_training, stop)
@@ -188,7 +188,7 @@ def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights
     run.report(f"step {run.state.step:,}: NLL {numbers['nll']:.4f} nats per token, {numbers['bits_per_image']:.1f} bits per image, "
                f"accuracy {numbers['accuracy']:.1%}{', the best so far' if is_best else ''}")
     if on_validation is not None and run.is_main:
-        on_validation(prior, run.state.step, run.folder.logs("prior"))
+        on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop)
 
 
 def time_of_one_step(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], run: TrainingRun) -> float:

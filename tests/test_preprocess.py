@@ -169,6 +169,8 @@ def test_past_the_limit_the_run_stops_in_words_and_is_not_complete(places, limit
         preprocess(recipe)
     assert all(name in str(error.value) for name in names)
     assert not list((tmp_path / "run/tokens").rglob("manifest.json"))
+    in_one_shard = len({shard for shard, _ in places}) == 1
+    assert bool(list((tmp_path / "run/tokens").rglob("shard-*"))) == (places[0][0] > 0 or not in_one_shard), "it stops where it is known"
     assert not json.loads(RunFolder(tmp_path / "run").record("tokens").read_text())["finished"]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.quantizers import QUANTIZERS, EMAQuantizer, nearest_code
-from stage1_tokenizer.quantizers.ema import REVIVAL_CANDIDATES, SMOOTHING
+from stage1_tokenizer.quantizers import QUANTIZERS, EMAQuantizer, ema, nearest_code
+from stage1_tokenizer.quantizers.ema import REVIVAL_CANDIDATES
 from stage1_tokenizer.quantizers.nearest_code import code_sums, full_precision, kmeans, nearest_codes
 
 K, D = 24, 6
@@ -185,7 +185,9 @@ def test_bf16_latents_are_compared_in_float32():
     module, latents_BDhw = quantizer(), latents().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = module(latents_BDhw)
-    assert_nearest(output.ids.flatten(), latents_BDhw.float().permute(0, 2, 3, 1).reshape(-1, D), module.codebook)
+    vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, D)
+    assert_nearest(output.ids.flatten(), vectors_ND.float(), module.codebook)
+    assert_nearest(nearest_codes(vectors_ND, module.codebook.bfloat16()), vectors_ND.float(), module.codebook.bfloat16().float())
     assert output.quantized.dtype == torch.float32
 
 
@@ -240,9 +242,10 @@ def test_pieces_of_the_search_make_up_the_whole(count, monkeypatch):
 # --- moving averages -------------------------------------------------------------------------------------------------------------
 
 
-def test_commit_is_the_moving_average_by_hand():
-    """Appendix A.1 of van den Oord et al. 2017, and Laplace smoothing of the counts."""
-    decay = 0.9
+def test_commit_is_the_moving_average_by_hand(monkeypatch):
+    """Appendix A.1 of van den Oord et al. 2017, and Laplace smoothing of the counts, here strong enough to see all of it."""
+    decay, smoothing = 0.9, 0.1
+    monkeypatch.setattr(ema, "SMOOTHING", smoothing)
     module = quantizer(ema_decay=decay, revival_threshold=0.0)
     counts, sums = torch.ones(K, dtype=torch.float64), module.codebook.double().clone()
     for step in range(3):
@@ -253,7 +256,7 @@ def test_commit_is_the_moving_average_by_hand():
             members = vectors_ND[ids_N == code].double()
             counts[code] = decay * counts[code] + (1 - decay) * len(members)
             sums[code] = decay * sums[code] + (1 - decay) * members.sum(0)
-        smoothed = (counts + SMOOTHING) / (counts.sum() + K * SMOOTHING) * counts.sum()
+        smoothed = (counts + smoothing) / (counts.sum() + K * smoothing) * counts.sum()
         torch.testing.assert_close(module.ema_counts.double(), counts, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(module.ema_sums.double(), sums, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(module.codebook.double(), sums / smoothed[:, None], rtol=1e-4, atol=1e-5)

@@ -57,7 +57,7 @@ def test_command_works(command, workplace, monkeypatch):
         assert stop.value.code == 0
     elif words[0] in command_line.STAGE_COMMANDS or words[0] == "run":
         options, _ = command_line.parse_recipe_command(words[0], words[1:])
-        assert options.recipe.data.path
+        assert options.recipe.data.path or options.recipe.data.source == "digits"
     else:
         served = []
         monkeypatch.setattr("pipelines.demo.serve", lambda folder, **_: served.append(folder))

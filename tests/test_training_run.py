@@ -1,5 +1,7 @@
 """What both trainings share: refused steps, budgets, averages, checkpoints that are whole or not taken, signals, one process at a time."""
 
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -12,15 +14,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipelines.train_prior import sample_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
 from stage2_prior import train as train_prior
+from stage2_prior.prior import TokenPrior
+from stage2_prior.sampling import sample_tokens
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
 from vqmosaic import budget as budget_module
 from vqmosaic import devices, run_folder
@@ -331,6 +337,7 @@ class Malicious:
         return os.mkdir, (os.environ["VQMOSAIC_TEST_TRACE"],)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 @pytest.mark.parametrize("form", ["torch", "pickle"])
 def test_no_checkpoint_runs_code(name, form, run_dir, tmp_path, monkeypatch):
@@ -348,6 +355,20 @@ def test_no_checkpoint_runs_code(name, form, run_dir, tmp_path, monkeypatch):
     else:  # nothing is taken from the random states: what is random is counted, not carried
         train("prior", run_dir, max_steps=4)
     assert not trace.exists()
+
+
+def test_best_weights_are_those_of_the_checkpoint_that_was_resumed(run_dir, monkeypatch):
+    """On a GPU or by the clock a second course may not find the best weights that a killed one left beside the checkpoints."""
+    checkpoints = train("prior", run_dir, max_steps=3)
+    best = load_file(checkpoints / "step-00000003/best.safetensors")
+    stale = {name: tensor + 1 for name, tensor in best.items()}
+    (checkpoints / "best.safetensors").unlink()  # it is a link to the checkpoint's
+    save_file(stale, checkpoints / "best.safetensors")
+    monkeypatch.setattr(train_prior, "validate", lambda *arguments: {"nll": 99.0, "bits_per_image": 99.0, "accuracy": 0.0})
+    train("prior", run_dir, max_steps=5)
+    exported = load_file(run_dir / "prior/model.safetensors")
+    assert exported.keys() == {name.removeprefix("model.") for name in best}
+    assert all(torch.equal(tensor, exported[name.removeprefix("model.")]) for name, tensor in best.items())
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -411,6 +432,19 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     assert "resumed at step 3" in capsys.readouterr().out
     assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "straight" / stage / "model.safetensors").read_bytes()
     assert metrics(run_dir, stage) == metrics(tmp_path / "straight", stage)
+
+
+def test_a_signal_cuts_sample_pictures_short(tiny_run, run_dir, tmp_path):
+    """And guidance is left out where the prior knows no null class."""
+    recipe = tiny_recipe(run_dir, tokens__tokenizer=tiny_run / "tokenizer", sampling__guidance_scale=2.0)
+    save, prior = sample_pictures(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
+    with StopFlag() as stop:
+        save(prior, 1, tmp_path, stop)
+        for vocabulary in (dataclasses.replace(prior.vocabulary, label_drop=0.0), dataclasses.replace(prior.vocabulary, token_fingerprint="other")):
+            save(SimpleNamespace(vocabulary=vocabulary, sample=functools.partial(sample_tokens, prior.model, vocabulary)), 2, tmp_path, stop)
+        stop.signal = signal.SIGINT
+        save(prior, 3, tmp_path, stop)
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-00000001.png", "step-00000002.png"]
 
 
 def test_a_second_signal_ends_at_once():
