@@ -137,7 +137,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
     import torch
 
-    best = torch.accelerator.current_accelerator()
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None  # a torch built for CUDA may find no GPU
     if device is None:
         return best or torch.device("cpu")
     try:

@@ -31,8 +31,8 @@ def cpu_has_bf16() -> bool:
 
 
 def default_device() -> torch.device:
-    """The accelerator torch finds, else the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:
