@@ -137,15 +137,17 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
     import torch
 
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None  # a torch built for CUDA may find no GPU
+    from vqmosaic.devices import default_device
+
+    best = default_device()
     if device is None:
-        return best or torch.device("cpu")
+        return best
     try:
         asked = torch.device(device)
     except RuntimeError:
         asked = None
-    count = torch.accelerator.device_count() if best is not None else 0
-    if asked is None or (asked.type != "cpu" and (best is None or asked.type != best.type or (asked.index or 0) >= count)):
+    count = torch.accelerator.device_count() if best.type != "cpu" else 0
+    if asked is None or (asked.type != "cpu" and (asked.type != best.type or (asked.index or 0) >= count)):
         here = ["cpu", *(f"{best.type}:{index}" for index in range(count))]
         raise InputError(f"device is {str(device)!r}; this machine has: {', '.join(here)}.")
     return asked

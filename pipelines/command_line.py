@@ -201,7 +201,7 @@ def check_image(path: Path) -> None:
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the choice of device and number format."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ...; default: the best there is")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: the best there is")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of prior and decoder")
 
 

@@ -34,7 +34,7 @@ from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import judge, write_record
+from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tracking import Reporter, progress_bar
 
 GRID_NAME = "image"
@@ -62,6 +62,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     splits = open_splits(recipe.data)
     inputs = {"tokenizer": tokenizer.token_fingerprint,
               "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    check_same_data(run, recipe, inputs["data set"])
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
@@ -96,6 +97,14 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
                 report(f"    skipped {entry['source']}: {entry['reason']}")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
+
+
+def check_same_data(run: RunFolder, recipe: Recipe, data_set: str) -> None:
+    """Raise InputError where this run's own tokenizer was trained on other images than those that are here now."""
+    record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
+    if record is not None and record.inputs.get("data set", data_set) != data_set:
+        raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Put it back, train anew with "
+                         f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
 
 
 def write_split(writer: TokenShardWriter, source: ImageSource, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,

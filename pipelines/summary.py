@@ -18,7 +18,6 @@ from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.image_sources import open_splits
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
-from vqmosaic.durable_files import write_json
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.stage_records import load_record
@@ -29,7 +28,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def summarize(recipe: Recipe) -> dict[str, Any]:
-    """Make the pictures and the numbers of a finished run; writes and returns summary.json."""
+    """The numbers of a finished run, for summary.json; writes the pictures."""
     run = RunFolder(Path(recipe.run_dir))
     pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
     splits = open_splits(recipe.data)
@@ -57,7 +56,6 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},
     }
-    write_json(run.summary, summary)
     return summary
 
 

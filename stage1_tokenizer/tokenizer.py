@@ -17,6 +17,7 @@ from torch import nn
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
+from stage1_tokenizer.quantizers.nearest_code import full_precision
 from vqmosaic import __version__
 from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
@@ -87,7 +88,7 @@ class ImageTokenizer(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            with torch.autocast(device_type=images_BCHW.device.type, enabled=False):
+            with full_precision(images_BCHW.device):
                 return self.quantizer(self.latents(images_BCHW.float())).ids
         finally:
             self.train(was_training)
@@ -153,6 +154,7 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"{folder}/model.safetensors is cut short or no weight file ({error}); copy the folder again.") from error
         check_exact_names(folder, {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in TRAINING_ONLY}, weights)
         tokenizer.load_state_dict(weights, strict=False)  # only the training-only buffers checked above are left out
+        tokenizer.quantizer.restart_averages()
         found = tokenizer._fingerprints(weights)
         if found != (content["token_fingerprint"], content["full_fingerprint"]):
             raise InputError(f"{folder}/model.safetensors has changed since it was exported: its fingerprint is {found[1][:16]}..., config.json "

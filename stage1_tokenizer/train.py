@@ -12,6 +12,7 @@ import time
 import zlib
 
 import torch
+from accelerate.utils import broadcast
 
 from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
 from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
@@ -103,7 +104,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                 unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
         model.train()
-        total = torch.zeros((), device=accelerator.device)
+        total, step_sums = torch.zeros((), device=accelerator.device), torch.zeros_like(sums)
         for images_BCHW in batch.images_BCHW.to(accelerator.device).chunk(training.accumulation_steps):
             with accelerator.accumulate(model):
                 output = model(images_BCHW)
@@ -111,17 +112,17 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                 loss = reconstruction + output.quantizer.loss
                 accelerator.backward(loss)
             total += loss.detach()
-            sums += torch.stack([reconstruction.detach(), output.quantizer.loss.detach(), torch.ones_like(total)])
-        accepted, norm, learning_rate = run.optimizer_step(total, progress)
+            step_sums += torch.stack([reconstruction.detach(), output.quantizer.loss.detach(), torch.ones_like(total)])
+        accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit)
         if accepted:
-            tokenizer.quantizer.commit()
+            sums += step_sums
         else:
             tokenizer.quantizer.discard()
         run.state.step += 1
         run.bar.update()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum")
+            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # nothing but refused steps leaves zeros
             run.metrics.write(run.state.step, "train", reconstruction_loss=float(reduced[0] / reduced[2]),
                               quantizer_loss=float(reduced[1] / reduced[2]), gradient_norm=norm, learning_rate=learning_rate,
                               seconds=run.state.elapsed_seconds)
@@ -148,6 +149,8 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
         if sum(map(len, collected)) >= wanted:
             break
     tokenizer.quantizer.initialize(torch.cat(collected))
+    for buffer in tokenizer.quantizer.buffers():  # on GPUs the sums of k-means may round differently on each rank
+        buffer.copy_(broadcast(buffer.clone(), from_process=0))
     if run.average is not None:  # the average starts from these codes too
         run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
 

@@ -16,7 +16,7 @@ from vqmosaic.interruption import StopFlag
 GRID_IMAGES = 16
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: without a weight average it is the model in training
 def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
              stop: StopFlag | None = None) -> dict[str, float] | None:
     """Metrics over the fixed validation images, the same on all ranks; None where a signal to any rank's `stop` cut it short.

@@ -122,13 +122,14 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                 loss = next_token_loss(model(ids_bT, classes_b), ids_bT)
                 accelerator.backward(loss)
             total += loss.detach()
-        sums += torch.stack([total, torch.full_like(total, training.accumulation_steps)])
-        _, norm, learning_rate = run.optimizer_step(total, progress)
+        accepted, norm, learning_rate = run.optimizer_step(total, progress)
+        if accepted:
+            sums += torch.stack([total, torch.full_like(total, training.accumulation_steps)])
         run.state.step += 1
         run.bar.update()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum")
+            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # nothing but refused steps leaves zeros
             run.metrics.write(run.state.step, "train", nll=float(reduced[0] / reduced[1]), gradient_norm=norm, learning_rate=learning_rate,
                               seconds=run.state.elapsed_seconds)
             sums.zero_()

@@ -326,3 +326,21 @@ def test_every_field_of_the_configuration_travels(folder):
     content = json.loads((folder / "config.json").read_text())
     assert content["network"] == dataclasses.asdict(TokenizerConfig(**TINY))
     assert content["transform"] == {"image_size": SIZE, "channels": CHANNELS, "resampling": "bicubic"}
+
+
+def test_a_loaded_tokenizer_goes_on_learning_from_its_own_codebook(tmp_path):
+    """The export holds no moving averages; started from those of a random codebook, one commit would throw every code away."""
+    from stage1_tokenizer.images import ImageTransform
+    from stage1_tokenizer.tokenizer import ImageTokenizer
+    from vqmosaic.recipe_sections import TokenizerConfig
+
+    config = TokenizerConfig(codebook_size=16, code_dim=4, latent_channels=32, channels=32, channel_multipliers=[1, 1], residual_blocks=1)
+    tokenizer = ImageTokenizer(config, ImageTransform(image_size=16, channels=1))
+    tokenizer.quantizer.initialize(5 + torch.randn(400, 4, generator=torch.Generator().manual_seed(0)))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
+    before = loaded.quantizer.codebook.clone()
+    loaded.train()
+    loaded.quantizer(before.T.reshape(1, 4, 4, 4))  # each code once, so that nothing should move
+    loaded.quantizer.commit()
+    assert torch.allclose(loaded.quantizer.codebook, before, atol=1e-3)

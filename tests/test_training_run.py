@@ -83,10 +83,10 @@ def at_step(number: int, action: Callable[[], None], monkeypatch) -> None:
     """Do something in the middle of training step `number`, once."""
     original = TrainingRun.optimizer_step
 
-    def optimizer_step(self, loss, progress):
+    def optimizer_step(self, loss, progress, *commit):
         if self.state.step == number:
             action()
-        return original(self, loss, progress)
+        return original(self, loss, progress, *commit)
 
     monkeypatch.setattr(TrainingRun, "optimizer_step", optimizer_step)
 

@@ -83,14 +83,16 @@ def checkpoint(run_dir: Path, stage: str, step: int):
 
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_path):
+    """The two also work through their halves in two parts each."""
     import torch
 
     from vqmosaic.run_folder import RunFolder
     from vqmosaic.tracking import read_metrics
 
     one, two = make_run(tiny_run, tmp_path / "one"), make_run(tiny_run, tmp_path / "two")
-    for run_dir, processes in ((one, 1), (two, 2)):
-        code, out, err = finish(start(stage, run_dir, processes, **EVEN))
+    in_parts = EVEN | {f"{stage}_training__accumulation_steps": 2}
+    for run_dir, processes, changes in ((one, 1, EVEN), (two, 2, in_parts)):
+        code, out, err = finish(start(stage, run_dir, processes, **changes))
         assert code == 0, err
         assert f"threads x {processes}" in out and "Traceback" not in err
     for step in (4, 6):
@@ -105,7 +107,7 @@ def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_pat
         for first, second in zip(of_one, of_two, strict=True):
             assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
                                                 for name, value in {**first, "seconds": 0}.items()}
-    code, _, err = finish(start(stage, two, 1, **EVEN | {f"{stage}_training__max_steps": 8}))
+    code, _, err = finish(start(stage, two, 1, **in_parts, **{f"{stage}_training__max_steps": 8}))
     assert code == 2 and "written by 2 processes, now there are 1; go on with --processes 2" in err and "Traceback" not in err
 
 

@@ -31,8 +31,12 @@ def cpu_has_bf16() -> bool:
 
 
 def default_device() -> torch.device:
-    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
+
+    Apple's mps is left aside: it has no float64, in which probabilities are summed up.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device if device is not None and device.type != "mps" else torch.device("cpu")
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:

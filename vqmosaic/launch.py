@@ -35,6 +35,9 @@ def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_
         if not Path(accelerate_config).is_file():
             raise InputError(f"--accelerate_config is {accelerate_config!r}, which is no file; `accelerate config` writes one.")
         command += ["--config_file", accelerate_config]
+        if processes > 1:
+            command += ["--num_processes", str(processes)]
+            environment[PROCESSES_ASKED_FOR] = str(processes)
     else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -67,7 +70,7 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
 
     def forward(number, _frame):
         asked_to_stop.append(number)
-        workers = [int(path.read_text()) for path in folder.glob("*.pid")]
+        workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
         for process in workers or [launcher.pid]:
             try:
                 os.kill(process, number)
@@ -82,12 +85,13 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
             signal.signal(number, handler)
     codes = [int(path.read_text()) for path in sorted(folder.glob("*.exit"))]
     failures = [code for code in codes if code]
-    for known in (2, 143, 130):  # what a stage means to say goes before what the launcher made of it
+    for known in (2, *(EXIT_CODES[number] for number in asked_to_stop)):  # what a stage means to say goes before what the launcher made of it
         if known in failures:
             print_words(folder, known)
             return known
     if launcher.returncode and asked_to_stop:  # before there was a worker that could have saved anything
         return EXIT_CODES[asked_to_stop[0]]
+    failures = [code for code in failures if code not in EXIT_CODES.values()]  # nobody asked: the launcher ended the others after one died
     if launcher.returncode and not failures:
         print("error: a worker process ended without a word; it was killed from outside, for example for want of memory.", file=sys.stderr)
     return failures[0] if failures else (launcher.returncode and 1)

@@ -58,7 +58,7 @@ class DataConfig:
     """Training augmentation: largest random shift in pixels, in each direction, edges repeated."""
     max_pixels: int = 100_000_000
     """An image with more pixels than this is refused as a decompression bomb."""
-    max_unreadable: float = 0.01
+    max_unreadable: float = unrecorded(0.01)
     """Share of unreadable images past which a run stops instead of replacing or skipping them."""
     workers: int = unrecorded(1)
     """Processes that decode images beside the training process; 0 decodes in the training process."""
@@ -176,7 +176,7 @@ class TrainingConfig:
     """Steps between validations; the last step is always validated."""
     validation_images: int = 1000
     """Images of the validation split that each validation looks at."""
-    max_refused_steps: int = 20
+    max_refused_steps: int = unrecorded(20)
     """Steps with a non-finite loss or gradient, which change nothing, after which the run stops."""
     checkpoint_every: int = unrecorded(500)
     """Steps between checkpoints; the last step always writes one."""
@@ -222,7 +222,7 @@ class TokenizerTrainingConfig(TrainingConfig):
 
     reconstruction_loss: str = "l1"
     """l1, l2 or huber, on pixels in [-1, 1]."""
-    usage_alarm: float = 0.5
+    usage_alarm: float = unrecorded(0.5)
     """Share of the codebook in use below which a validation prints remedies."""
 
     SECTION = "tokenizer_training"

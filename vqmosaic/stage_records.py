@@ -13,6 +13,7 @@ from vqmosaic import __version__
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe, recipe_fields
+from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 
 SECTIONS_READ = {
@@ -53,6 +54,7 @@ def load_record(run: RunFolder, stage: str) -> StageRecord | None:
 
 def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0) -> None:
     """Record that a stage starts or has finished with this recipe and these inputs."""
+    save_recipe(recipe, run.recipe)  # a stage under a launcher of the user's own leaves what the others need to know, too
     fields = {name: value for name, (value, _) in fields_read(recipe, stage).items()}
     write_json(run.record(stage), {"stage": stage, "finished": finished, "vqmosaic": __version__, "fields": fields, "inputs": inputs,
                                    "seconds": round(seconds, 2), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

@@ -138,8 +138,10 @@ class TrainingRun:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
 
-    def optimizer_step(self, loss: torch.Tensor, progress: float) -> tuple[bool, float, float]:
+    def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None) -> tuple[bool, float, float]:
         """Clip, check and apply the gradients: (accepted, gradient norm, learning rate). A non-finite step changes nothing.
+
+        `commit` is called after an accepted step and before the average follows it, so that the average has the newest codebook.
 
         Raises:
             InputError: more steps were refused than max_refused_steps allows.
@@ -156,8 +158,10 @@ class TrainingRun:
             self.optimizer.step()
         elif scaler is not None:
             scaler.update()
-        if accepted and self.average is not None:
-            self.average.update_parameters(self.unwrapped)
+        if accepted:
+            commit()
+            if self.average is not None:
+                self.average.update_parameters(self.unwrapped)
         self.optimizer.zero_grad(set_to_none=True)
         if not accepted:
             self.state.refused_steps += 1

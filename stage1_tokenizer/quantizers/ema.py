@@ -60,6 +60,12 @@ class EMAQuantizer(Quantizer):
         self.discard()
 
     @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Let the moving averages start from the codebook as it is, which is all that an export holds."""
+        self.ema_counts.fill_(1.0)
+        self.ema_sums.copy_(self.codebook)
+
+    @torch.no_grad()
     def commit(self) -> None:
         """Move the codebook towards the gathered vectors and revive dead codes.
 
