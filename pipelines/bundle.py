@@ -137,7 +137,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
     import torch
 
-    from vqmosaic.devices import default_device
+    from vqmosaic.device_choice import default_device
 
     best = default_device()
     if device is None:

@@ -55,6 +55,6 @@ def device_lines() -> list[str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     threads_note = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
     bf16_note = " (this CPU multiplies bf16 in hardware)" if device.type == "cpu" and cpu_has_bf16() else ""
-    return [f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of them",
+    return [f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of it",
             f"    threads {torch.get_num_threads()} of {os.cpu_count()} cores{threads_note}",
             f"    mixed_precision auto is {resolve_precision('auto', device)}{bf16_note}"]

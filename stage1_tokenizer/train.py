@@ -185,7 +185,9 @@ def validate_and_report(images: ValidationImages, run: TrainingRun) -> None:
     run.metrics.write(run.state.step, "validation", **numbers)
     run.report(f"step {run.state.step:,}: PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f}, "
                f"{numbers['codebook_usage']:.1%} of the codebook used, perplexity {numbers['perplexity']:.0f}")
-    if numbers["codebook_usage"] < run.training.usage_alarm:
+    tokens = len(images) * run.unwrapped.grid_size ** 2
+    possible = min(1.0, tokens / run.unwrapped.config.codebook_size)  # few validation images cannot use many codes
+    if numbers["codebook_usage"] < run.training.usage_alarm * possible:
         run.report(f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use. Remedies: a smaller tokenizer.codebook_size or "
                    "tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, more data.")
 

@@ -285,8 +285,10 @@ def test_how_a_change_of_each_field_is_judged():
     training = ("tokenizer_training", "prior_training")
     assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
     assert judged["unrecorded"] == {
-        "run_dir", "data.workers", "data.cache_megabytes", "tokens.tokenizer", "prior_training.tokens",
-        *(f"{section}.{name}" for section in training for name in ("checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
+        "run_dir", "data.workers", "data.cache_megabytes", "data.max_unreadable", "tokens.tokenizer", "prior_training.tokens",
+        "tokenizer_training.usage_alarm",
+        *(f"{section}.{name}" for section in training
+          for name in ("max_refused_steps", "checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
     assert set(judged) == {"budget", "unrecorded", "same"}
     assert {"seed", "data.path", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= judged["same"]
 

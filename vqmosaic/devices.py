@@ -12,6 +12,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, reduce
 
+from vqmosaic.device_choice import default_device
 from vqmosaic.errors import InputError
 from vqmosaic.launch import check_world_size
 from vqmosaic.recipe_sections import TrainingConfig
@@ -28,15 +29,6 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def default_device() -> torch.device:
-    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
-
-    Apple's mps is left aside: it has no float64, in which probabilities are summed up.
-    """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device if device is not None and device.type != "mps" else torch.device("cpu")
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:

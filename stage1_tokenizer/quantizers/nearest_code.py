@@ -18,8 +18,8 @@ LARGE_WORKING_SET_BYTES = 256 * 2**20  # elsewhere: a GPU wants few large pieces
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """A context in which float32 matrix products and convolutions are float32: no autocast, no TF32, no bf16 inside."""
-    flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.cuda.matmul: torch.backends,
-             torch.backends.cudnn.conv: torch.backends.cudnn}
+    flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.mkldnn.conv: torch.backends.mkldnn,
+             torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
     # a flag that was never set reads as the wider one above it; written back as read, it would no longer follow that one
     before = {flag: "none" if flag.fp32_precision == wider.fp32_precision else flag.fp32_precision for flag, wider in flags.items()}
     try:

@@ -31,6 +31,9 @@ class Quantizer(nn.Module):
     def discard(self) -> None:
         """Forget what the forwards since the last commit gathered."""
 
+    def restart_averages(self) -> None:
+        """Let what commit() moves start from the codes as they are; called after they were loaded from an export."""
+
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) float32 of ids (B, h, w)."""
         raise NotImplementedError(f"{type(self).__name__} has no ids")

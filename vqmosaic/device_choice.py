@@ -1,0 +1,12 @@
+"""Which device a machine offers; apart from devices.py so that generating loads nothing that only training needs."""
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
+
+    Apple's mps is left aside: it has no float64, in which probabilities are summed up.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device if device is not None and device.type != "mps" else torch.device("cpu")
