@@ -70,3 +70,10 @@ def test_make_targets_exist():
     for command in COMMANDS:
         if command.startswith("make "):
             assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
+
+
+def test_pictures_and_files_that_are_linked_exist_and_nothing_is_left_to_fill_in():
+    text = (ROOT / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links and all((ROOT / link).is_file() for link in links), [link for link in links if not (ROOT / link).is_file()]
+    assert "MEASURED" not in text
