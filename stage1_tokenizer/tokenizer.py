@@ -153,7 +153,8 @@ class ImageTokenizer(nn.Module):
         except SafetensorError as error:
             raise InputError(f"{folder}/model.safetensors is cut short or no weight file ({error}); copy the folder again.") from error
         check_exact_names(folder, {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in TRAINING_ONLY}, weights)
-        tokenizer.load_state_dict(weights, strict=False)  # only the training-only buffers checked above are left out
+        own = tokenizer.state_dict()
+        tokenizer.load_state_dict(weights | {name: own[name] for name in TRAINING_ONLY})
         tokenizer.quantizer.restart_averages()
         found = tokenizer._fingerprints(weights)
         if found != (content["token_fingerprint"], content["full_fingerprint"]):

@@ -10,6 +10,7 @@ Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokeni
 import sys
 import time
 import zlib
+from itertools import islice
 
 import torch
 from accelerate.utils import broadcast
@@ -142,7 +143,7 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
     wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
     collected: list[torch.Tensor] = []
     tokenizer.eval()
-    for _, batch in zip(range(KMEANS_MAX_BATCHES), images.batches(0, run.training.batch_size, run.rank, run.world_size), strict=False):
+    for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
         latents_BDhw = tokenizer.latents(batch.images_BCHW.to(run.accelerator.device))
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
         collected.append(run.accelerator.gather(vectors_ND))

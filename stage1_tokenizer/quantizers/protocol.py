@@ -1,5 +1,6 @@
 """What every quantizer offers: forward / commit / discard, ids back to latents."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ class QuantizerOutput:
     loss: torch.Tensor
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """Base of the quantizers. A forward in training only gathers statistics; commit() after an accepted optimizer step
     applies them (all-reduced once), discard() after a refused step forgets them."""
 
@@ -34,6 +35,6 @@ class Quantizer(nn.Module):
     def restart_averages(self) -> None:
         """Let what commit() moves start from the codes as they are; called after they were loaded from an export."""
 
+    @abstractmethod
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) float32 of ids (B, h, w)."""
-        raise NotImplementedError(f"{type(self).__name__} has no ids")
