@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqmosaic.recipe_sections import TokenizerConfig
+from vqmosaic.tokenizer_sections import TokenizerConfig
 
 
 def normalization(channels: int) -> nn.GroupNorm:

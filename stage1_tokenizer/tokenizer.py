@@ -22,8 +22,8 @@ from vqmosaic import __version__
 from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
-from vqmosaic.recipe_sections import TokenizerConfig
 from vqmosaic.seeding import derive_seed
+from vqmosaic.tokenizer_sections import TokenizerConfig
 
 FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1

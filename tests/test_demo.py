@@ -27,7 +27,8 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig, TokenizerConfig
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.tokenizer_sections import TokenizerConfig
 
 CLASSES = ["ant", "bee", "cat"]
 TOKENS = 16

@@ -13,7 +13,8 @@ from vqmosaic import recipe_sections
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipe_files import load_recipe, recipe_help, save_recipe, section_names, shipped_names
-from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig, TokenizerConfig, TokenizerTrainingConfig
+from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig
+from vqmosaic.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
 RECIPE_FILES = {"recipe.py", "recipe_sections.py", "recipe_files.py"}

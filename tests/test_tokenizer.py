@@ -16,7 +16,7 @@ from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.networks import Decoder, Downsample, Encoder, Upsample
 from stage1_tokenizer.tokenizer import TRAINING_ONLY
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import TokenizerConfig
+from vqmosaic.tokenizer_sections import TokenizerConfig
 
 SIZE, CHANNELS, K, D = 16, 3, 40, 6
 TINY = {"codebook_size": K, "code_dim": D, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 2, 2], "residual_blocks": 1,
@@ -332,7 +332,7 @@ def test_a_loaded_tokenizer_goes_on_learning_from_its_own_codebook(tmp_path):
     """The export holds no moving averages; started from those of a random codebook, one commit would throw every code away."""
     from stage1_tokenizer.images import ImageTransform
     from stage1_tokenizer.tokenizer import ImageTokenizer
-    from vqmosaic.recipe_sections import TokenizerConfig
+    from vqmosaic.tokenizer_sections import TokenizerConfig
 
     config = TokenizerConfig(codebook_size=16, code_dim=4, latent_channels=32, channels=32, channel_multipliers=[1, 1], residual_blocks=1)
     tokenizer = ImageTokenizer(config, ImageTransform(image_size=16, channels=1))

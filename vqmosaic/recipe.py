@@ -11,11 +11,10 @@ from vqmosaic.recipe_sections import (
     PriorConfig,
     PriorTrainingConfig,
     SamplingConfig,
-    TokenizerConfig,
-    TokenizerTrainingConfig,
     TokensConfig,
     unrecorded,
 )
+from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerConfig, TokenizerTrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -32,6 +31,8 @@ class Recipe:
     """The stage 1 network."""
     tokenizer_training: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
     """How stage 1 is trained."""
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """The discriminator of a VQ-GAN; off unless its weight is set."""
     tokens: TokensConfig = field(default_factory=TokensConfig)
     """How preprocessing writes token shards."""
     prior: PriorConfig = field(default_factory=PriorConfig)
@@ -51,6 +52,10 @@ class Recipe:
             raise InputError(f"data.image_size is {size} and tokenizer.channel_multipliers has {len(self.tokenizer.channel_multipliers)} levels, "
                              f"which divide the size by {step}; the size must be a multiple of {step} with at least 2 tokens a side: "
                              f"set data.image_size to {fitting}, or take levels away.")
+        training = self.tokenizer_training
+        if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
+            raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0: there is no discriminator "
+                             "to take features from. Set adversarial.weight, or perceptual_loss to lpips.")
         check_range("tokens.view_shift", self.tokens.view_shift, at_least=1, below=size / 2)
         if self.data.source == "digits" and (self.data.flip or "flip" in self.tokens.views):
             field_name = "data.flip" if self.data.flip else "tokens.views"
@@ -69,7 +74,7 @@ class Recipe:
     @property
     def num_tokens(self) -> int:
         """Tokens T of one image."""
-        return (self.data.image_size // self.tokenizer.downsampling) ** 2
+        return (self.data.image_size // self.tokenizer.downsampling) ** 2 * self.tokenizer.depth
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from typing import Any
 from vqmosaic.errors import InputError, check_name, check_range
 
 SOURCES = ("auto", "digits", "folder", "huggingface")
-QUANTIZER_NAMES = ("ema",)
-RECONSTRUCTION_LOSSES = ("l1", "l2", "huber")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 VIEW_SETS = ("none", "flip", "shifts", "flip+shifts")
 
@@ -86,65 +84,6 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class TokenizerConfig:
-    """The stage 1 network: convolutional encoder, quantizer, convolutional decoder."""
-
-    quantizer: str = "ema"
-    """How latents become ids: ema (nearest code, codebook learnt by moving averages)."""
-    codebook_size: int = 512
-    """Number of codes K."""
-    code_dim: int = 64
-    """Dimension D of a code; independent of the width of the network."""
-    latent_channels: int = 64
-    """Channels between the encoder and the 1x1 convolution that leads to code_dim (taming's z_channels)."""
-    channels: int = 64
-    """Width of the first level; a multiple of 32, for GroupNorm's 32 groups."""
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 2])
-    """Width of each level in units of channels; every level after the first halves height and width."""
-    residual_blocks: int = 2
-    """Residual blocks in each level of the encoder; the decoder has one more."""
-    attention_levels: list[int] = field(default_factory=list)
-    """Levels (0 is the full resolution) that get self-attention after each residual block."""
-    middle_attention: bool = True
-    """Self-attention between the two residual blocks at the lowest resolution."""
-    dropout: float = 0.0
-    """Dropout inside the residual blocks."""
-    commitment_weight: float = 0.25
-    """Weight beta of the commitment loss, which pulls latents to their codes."""
-    ema_decay: float = 0.99
-    """Decay of the moving averages from which codes are computed."""
-    l2_normalize: bool = False
-    """Put latents and codes on the unit sphere before comparing them (cosine similarity)."""
-    revival_threshold: float = 0.03
-    """A code whose moving-average use falls below this share of the mean use is moved onto a latent vector of the current batch."""
-
-    def __post_init__(self):
-        check_name("tokenizer.quantizer", self.quantizer, QUANTIZER_NAMES)
-        check_range("tokenizer.codebook_size", self.codebook_size, at_least=2, at_most=2**31 - 1)
-        check_range("tokenizer.code_dim", self.code_dim, at_least=1)
-        check_range("tokenizer.latent_channels", self.latent_channels, at_least=1)
-        if self.channels < 32 or self.channels % 32:
-            raise InputError(f"tokenizer.channels is {self.channels}; it must be a multiple of 32 (GroupNorm has 32 groups), "
-                             f"nearest: {max(32, round(self.channels / 32) * 32)}.")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise InputError(f"tokenizer.channel_multipliers is {self.channel_multipliers}; it must be a list of integers of at least 1, "
-                             "such as [1, 2, 2].")
-        check_range("tokenizer.residual_blocks", self.residual_blocks, at_least=1)
-        levels = len(self.channel_multipliers)
-        for level in self.attention_levels:
-            check_range(f"tokenizer.attention_levels (there are {levels} levels, the first is 0): an entry", level, at_least=0, below=levels)
-        check_range("tokenizer.dropout", self.dropout, at_least=0, below=1)
-        check_range("tokenizer.commitment_weight", self.commitment_weight, at_least=0)
-        check_range("tokenizer.ema_decay", self.ema_decay, at_least=0, below=1)
-        check_range("tokenizer.revival_threshold", self.revival_threshold, at_least=0, below=1)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels of the image along one side of a token."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-
-@dataclass(kw_only=True)
 class TrainingConfig:
     """What the training of both stages has in common."""
 
@@ -214,23 +153,6 @@ class TrainingConfig:
         check_range(f"{name}.weight_ema_decay", self.weight_ema_decay, at_least=0, below=1)
         check_range(f"{name}.max_refused_steps", self.max_refused_steps, at_least=0)
         check_name(f"{name}.mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
-
-
-@dataclass(kw_only=True)
-class TokenizerTrainingConfig(TrainingConfig):
-    """How stage 1 is trained."""
-
-    reconstruction_loss: str = "l1"
-    """l1, l2 or huber, on pixels in [-1, 1]."""
-    usage_alarm: float = unrecorded(0.5)
-    """Share of the codebook in use below which a validation prints remedies."""
-
-    SECTION = "tokenizer_training"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_name("tokenizer_training.reconstruction_loss", self.reconstruction_loss, RECONSTRUCTION_LOSSES)
-        check_range("tokenizer_training.usage_alarm", self.usage_alarm, at_least=0, at_most=1)
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 
 SECTIONS_READ = {
-    "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training"),
+    "tokenizer": ("seed", "data", "tokenizer", "tokenizer_training", "adversarial"),
     "tokens": ("data", "tokens"),
     "prior": ("seed", "prior", "prior_training"),
     "pipeline": ("sampling",),
