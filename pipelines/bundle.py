@@ -87,6 +87,18 @@ def find_pipeline(path: str | Path) -> Path:
     raise InputError(f"{path} {what}; give a run folder or a pipeline folder with a pipeline.json, which `vqmosaic bundle` writes.{hint}")
 
 
+def find_tokenizer(path: str | Path) -> Path:
+    """The tokenizer folder for a path that is one, or is a pipeline or a run folder with one; InputError otherwise."""
+    path = Path(path)
+    inside = [path / "tokenizer", path] if (path / "pipeline.json").is_file() else [path / "pipeline" / "tokenizer", path / "tokenizer", path]
+    for folder in inside:
+        if (folder / "config.json").is_file():
+            return folder
+    what = "has no finished pipeline and no tokenizer" if path.is_dir() else "does not exist"
+    raise InputError(f"{path} {what}; give a run folder, a pipeline folder or a tokenizer folder, which `vqmosaic train-tokenizer` writes to "
+                     "<run_dir>/tokenizer.")
+
+
 def read_bundle(folder: Path) -> dict:
     """pipeline.json, checked for format and version; its sampling settings are checked by SamplingConfig."""
     try:

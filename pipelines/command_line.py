@@ -162,16 +162,16 @@ def generate(command: str, arguments: list[str]) -> int:
 def reconstruct(command: str, arguments: list[str]) -> int:
     """reconstruct: images through the tokens and back."""
     parser = Parser(command, "Send images through the tokens and back.")
-    parser.add_argument("pipeline", help="a run folder or a pipeline folder")
+    parser.add_argument("tokenizer", help="a run folder, a pipeline folder or a tokenizer folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNGs")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import find_pipeline, usable_device
+    from pipelines.bundle import find_tokenizer, usable_device
     from pipelines.stage_checks import check_can_write
 
-    folder = find_pipeline(options.pipeline)
+    folder = find_tokenizer(options.tokenizer)
     for image in options.images:
         check_image(image)
     check_can_write("--out", options.out)

@@ -16,7 +16,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +45,7 @@ CSS = """
 .pixels .grid-container { grid-template: none / repeat(8, minmax(0, 1fr)) !important; }
 .below-label .image-container, .below-label .tokens { padding-top: 2rem; }
 .tokens { display: grid; max-width: 18rem; margin: auto; }
+.below-label .tokens + .tokens { padding-top: 0.5rem; }
 .tokens span { display: grid; place-items: center; aspect-ratio: 1; overflow: hidden; color: #222; }
 @media (max-width: 640px) { .pixels .grid-container { grid-template: none / repeat(4, minmax(0, 1fr)) !important; } }
 .pixels .grid-container:not(:has(> :nth-child(5))) { grid-template: none / repeat(4, minmax(0, 1fr)) !important; }
@@ -152,14 +153,24 @@ def reconstruct(pipe: ImageGenerationPipeline, path: str) -> tuple:
     """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
     seen_HWC = transform.resize(read_image(path, channels=transform.channels))
-    ids_hw = pipe.encode(to_tensor(seen_HWC)[None])[0]
-    restored = pipe.decode(ids_hw[None])[0]
+    ids = pipe.encode(to_tensor(seen_HWC)[None])[0]
+    restored = pipe.decode(ids[None])[0]
     difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
     psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
-    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {ids_hw.shape[0]} x {ids_hw.shape[1]} tokens, "
-              f"{len(ids_hw.unique())} different ones out of {codes} codes: {8 * seen_HWC.size:,} bits became "
-              f"{math.ceil(ids_hw.numel() * math.log2(codes)):,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
-    return to_picture(seen_HWC), token_map(ids_hw), restored, report
+    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {shape_in_words(ids.shape)} tokens, "
+              f"{' + '.join(str(len(ids_hw.unique())) for ids_hw in grids_of(ids))} different ones out of {codes} codes: "
+              f"{8 * seen_HWC.size:,} bits became {math.ceil(ids.numel() * math.log2(codes)):,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
+    return to_picture(seen_HWC), "".join(map(token_map, grids_of(ids))), restored, report
+
+
+def grids_of(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Ids (h, w), or (h, w, depth), as grids (h, w), the coarse ones first."""
+    return (ids,) if ids.ndim == 2 else ids.unbind(-1)
+
+
+def shape_in_words(shape: Sequence[int]) -> str:
+    """A shape such as 4 x 4."""
+    return " x ".join(map(str, shape))
 
 
 def token_map(ids_hw: torch.Tensor) -> str:
@@ -175,15 +186,16 @@ def token_map(ids_hw: torch.Tensor) -> str:
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Blocks:
     """The page of a pipeline, not yet served; the Python code on it names `folder`. Its `.worker` is what computes."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
-    side, grid_side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.grid_size, pipe.tokenizer.config.codebook_size
+    side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.config.codebook_size
     unguided = ("Off: the prior was trained without classes, so there is nothing to guide to." if names is None else
                 "Off: the prior was trained with label_drop 0, so it never learnt the null class that guidance compares with."
                 if pipe.prior.vocabulary.label_drop == 0 else None)
     for_pixels = {"format": "png", "interactive": False, "elem_classes": ["pixels", "below-label"]}
 
     with gr.Blocks(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{side} x {side} pixels, {grid_side} x {grid_side} tokens of "
-                    f"{codes} codes, a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
+        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{side} x {side} pixels, "
+                    f"{shape_in_words(pipe.tokenizer.grid_shape)} tokens of {codes} codes, "
+                    f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(

@@ -6,6 +6,7 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from stage1_tokenizer.perceptual_weights import VGG16_NAMES, hub_checkpoints
 from vqmosaic import __version__
 from vqmosaic.recipe_files import shipped_names
 
@@ -13,6 +14,7 @@ CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "sa
 OPTIONAL = {
     "datasets": "Hugging Face data sets and parquet folders",
     "scikit-learn": "the digits and their judge",
+    "torchvision": "fetches VGG16 for perceptual_loss lpips (pip install 'vqmosaic[perceptual]')",
     "gradio": "vqmosaic demo (pip install 'vqmosaic[demo]')",
     "tensorboard": "trackers: [tensorboard]",
     "wandb": "trackers: [wandb]",
@@ -22,6 +24,11 @@ OPTIONAL = {
 def is_installed(module: str) -> bool:
     """Whether a module could be imported; nothing is imported."""
     return importlib.util.find_spec(module) is not None
+
+
+def has_vgg16() -> bool:
+    """Whether the weights of VGG16, which LPIPS takes its features from, lie where torch hub keeps them."""
+    return any((hub_checkpoints() / name).is_file() for name in VGG16_NAMES)
 
 
 def installed_version(package: str) -> str | None:
@@ -38,6 +45,7 @@ def examine() -> str:
     lines += [f"    {package:<14} {installed_version(package) or 'MISSING'}" for package in CORE]
     lines += ["", "optional"]
     lines += [f"    {package:<14} {installed_version(package) or 'not installed':<14} {what}" for package, what in OPTIONAL.items()]
+    lines.append(f"    {'VGG16 weights':<14} {'found' if has_vgg16() else 'not found':<14} perceptual_loss lpips; usual place: {hub_checkpoints()}")
     missing = [package for package in CORE if installed_version(package) is None]
     lines += ["", "device", *([] if {"torch", "accelerate"} & set(missing) else device_lines()), "", f"recipes: {', '.join(shipped_names())}"]
     if missing:

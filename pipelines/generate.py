@@ -33,7 +33,7 @@ OUTPUT_TYPES = ("pil", "np", "pt")
 
 @dataclass
 class GenerationOutput:
-    """images as asked for; token_ids (B, h, w) int64 on the CPU; seeds and class_indices of each image; stopped by the callback or not."""
+    """images as asked for; token_ids (B, h, w), or (B, h, w, depth), int64 on the CPU; seeds and class_indices of each image; stopped or not."""
 
     images: list[Image.Image] | Any = field(default_factory=list)
     token_ids: torch.Tensor | None = None
@@ -92,7 +92,7 @@ class ImageGenerationPipeline:
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes."""
-        return self.tokenizer.quantizer.codebook.device
+        return self.tokenizer.device
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
                  guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
@@ -140,24 +140,23 @@ class ImageGenerationPipeline:
                                              callback=report if callback is not None else None))
         except SamplingStopped:
             return GenerationOutput(seeds=seeds, class_indices=classes, stopped=True)
-        size = self.tokenizer.grid_size
-        ids_Bhw = torch.cat(ids).view(total, size, size)
+        ids_Bhw = torch.cat(ids).view(total, *self.tokenizer.grid_shape)
 
         # 4. images
         images_BCHW = torch.cat([self.tokenizer.decode(ids_Bhw[part]) for part in batches])
         return GenerationOutput(self._output(images_BCHW, output_type), ids_Bhw.cpu(), seeds, classes)
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w) int64 on the CPU of one PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
+        """Ids (B, h, w), or (B, h, w, depth), int64 on the CPU of one PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
         return self.tokenizer.encode(as_batch(images, self.tokenizer.transform).to(self.device)).cpu()
 
     def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
-        """PIL images of ids (B, h, w)."""
+        """PIL images of ids (B, h, w), or (B, h, w, depth) where the tokenizer has several for each position."""
         return to_pil(self.tokenizer.decode(torch.as_tensor(token_ids).to(self.device)).cpu())
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
         """The images after the way through the tokens and back."""
-        return self.decode(self.encode(images))
+        return to_pil(self.tokenizer.reconstruct(as_batch(images, self.tokenizer.transform).to(self.device)).cpu())
 
     def _classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
         if class_labels is None:

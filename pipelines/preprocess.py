@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from pipelines.stage_inputs import tokenizer_folder
+from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.image_sources import ImageSource, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import UnreadableImage, View, named_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
@@ -57,6 +57,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     """The preprocessing itself, while this process holds the run folder."""
     report, started = Reporter("tokens", state.is_main_process), time.monotonic()
     folder = tokenizer_folder(recipe)
+    check_tokenizer_has_ids(recipe, folder)  # again, for a launcher of the user's own
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     splits = open_splits(recipe.data)
@@ -73,15 +74,16 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     views = named_views(recipe.tokens.views, recipe.tokens.view_shift)
     report.table("plan", {
         "images": f"{len(splits.train):,} x {len(views)} views to train on, {len(splits.validation):,} to validate on ({splits.how})",
-        "tokens": f"{tokenizer.grid_size} x {tokenizer.grid_size} of {tokenizer.config.codebook_size} codes a view",
+        "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
         "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
     })
+    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
+                depth=tokenizer.config.depth)
     writers = []
     for name, source, split_views in (("train", splits.train, views), ("validation", splits.validation, views[:1])):
         header = ShardSetHeader(
             split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity,
-            grids=[Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size)],
-            views=[view.to_dict() for view in split_views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
+            grids=[grid], views=[view.to_dict() for view in split_views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
             encoding={"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": state.device.type})
         writer = TokenShardWriter(run.export("tokens") / name, header)
         write_split(writer, source, split_views, tokenizer, recipe, state, stop, report)
@@ -175,13 +177,12 @@ def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: I
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
     """Ids (N, T) of images (N, C, H, W), always computed `batch_size` at a time so that the shape cannot change the rounding."""
-    device = tokenizer.quantizer.codebook.device
     pieces = []
     for start in range(0, len(rows_NCHW), batch_size):
         piece = rows_NCHW[start:start + batch_size]
         padded = torch.zeros(batch_size, *piece.shape[1:])
         padded[:len(piece)] = piece
-        pieces.append(tokenizer.encode(padded.to(device))[:len(piece)].flatten(1).cpu().numpy())
+        pieces.append(tokenizer.encode(padded.to(tokenizer.device))[:len(piece)].flatten(1).cpu().numpy())
     return np.concatenate(pieces)
 
 

@@ -4,8 +4,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from pipelines.stage_inputs import inputs_of
+from pipelines.stage_inputs import check_tokenizer_has_ids, inputs_of, tokenizer_folder
 from stage1_tokenizer.data_location import check_data_path
+from stage1_tokenizer.initial_weights_location import check_init_from
 from token_shards.manifest import Grid
 from vqmosaic.checkpoints import CheckpointFolder
 from vqmosaic.errors import InputError, check_range, nearest_name
@@ -30,6 +31,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     check_can_write("run_dir", run.root)
     if stage in ("tokenizer", "tokens"):
         check_data_path(recipe.data)
+    if stage == "tokens":
+        check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
     inputs = inputs_of(recipe, stage) if alone else None
     verdict = "start" if is_redone else judge(run, recipe, stage, inputs)
@@ -39,6 +42,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
         check_trackers(section, getattr(recipe, section).trackers)
         if verdict != "skip" and not is_redone:
             check_resume(recipe, stage, section)
+    if stage == "tokenizer" and verdict != "skip":
+        check_init_from(recipe)
     if stage == "prior" and verdict != "skip":
         check_architecture(recipe)
     return verdict
@@ -120,5 +125,5 @@ def check_prior(recipe: Recipe) -> None:
     from stage2_prior.vocabulary import Vocabulary
 
     side = recipe.data.image_size // recipe.tokenizer.downsampling
-    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side)
+    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side, depth=recipe.tokenizer.depth)
     make_config(recipe.prior, Vocabulary(grids=[grid], class_names=None, token_fingerprint=""))

@@ -7,6 +7,9 @@ from token_shards.manifest import TokenShardManifest
 from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
+from vqmosaic.tokenizer_sections import CONTINUOUS, QUANTIZER_NAMES
+
+WITH_IDS = tuple(name for name in QUANTIZER_NAMES if name not in CONTINUOUS)
 
 
 def tokenizer_folder(recipe: Recipe) -> Path:
@@ -32,6 +35,21 @@ def token_fingerprint_of_prior(folder: Path) -> str:
 def read_vocabulary(folder: Path) -> dict:
     """The content of a prior's vocabulary.json; InputError where there is no prior."""
     return _read(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
+
+
+def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
+    """Raise InputError where the tokenizer that preprocessing uses gives no ids: by the recipe, and by config.json of its folder if given."""
+    def refusal(what: str, field: str) -> InputError:
+        return InputError(f"{what} is {CONTINUOUS[0]!r}, whose latents are continuous: without ids there is nothing to store as tokens and no prior "
+                          f"to train over them. Set {field} one of: {', '.join(WITH_IDS)}. (train-tokenizer and reconstruct work without ids.)")
+
+    if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS:
+        raise refusal("tokenizer.quantizer", "it to")
+    if folder is None:
+        return
+    network = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer").get("network")
+    if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS:
+        raise refusal(f"tokenizer.quantizer of the tokenizer in {folder}", "tokens.tokenizer to the folder of a tokenizer with")
 
 
 def _read(path: Path, what: str, command: str) -> dict:

@@ -35,7 +35,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     save_samples(pipe, recipe, run.root / "samples.png")
     validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
     images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
-    restored_BCHW = pipe.tokenizer.decode(pipe.tokenizer.encode(images_BCHW.to(pipe.device))).cpu()
+    restored_BCHW = pipe.tokenizer.reconstruct(images_BCHW.to(pipe.device)).cpu()
     save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
 
     reader = TokenShardReader(run.export("tokens") / "train")

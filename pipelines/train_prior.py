@@ -49,7 +49,7 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
             ids_BT = prior.sample(classes, sampling, image_seeds(recipe.seed, rows * COLUMNS), lambda done, total: not stop.signal)
         except SamplingStopped:
             return
-        pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, tokenizer.grid_size, tokenizer.grid_size)).cpu())
+        pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)).cpu())
         picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
 

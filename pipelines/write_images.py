@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from pipelines.bundle import usable_device
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_grid import image_grid, save_picture, to_picture, viewing_scale
 from stage1_tokenizer.images import UnreadableImage, read_image, to_uint8
+from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.errors import InputError
 from vqmosaic.tracking import progress_bar
 
@@ -39,11 +41,11 @@ def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int,
     return 0
 
 
-def write_reconstructions(folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
+def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
     """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png."""
     make_folder(out)
-    pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
-    transform = pipe.tokenizer.transform
+    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder, usable_device(device), getattr(torch, dtype))
+    transform = tokenizer.transform
     originals = []
     for path in paths:
         try:
@@ -51,7 +53,7 @@ def write_reconstructions(folder: Path, paths: list[Path], out: Path, device: st
         except UnreadableImage as error:
             raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
     images_BCHW = torch.stack(originals)
-    restored_BCHW = pipe.tokenizer.decode(pipe.tokenizer.encode(images_BCHW.to(pipe.device))).cpu()
+    restored_BCHW = tokenizer.reconstruct(images_BCHW.to(tokenizer.device)).cpu()
     before, after = to_uint8(images_BCHW), to_uint8(restored_BCHW)
     taken: set[str] = set()
     for path, pixels_HWC in zip(paths, after, strict=True):

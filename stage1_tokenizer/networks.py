@@ -62,14 +62,25 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbour, then a convolution."""
+    """Twice the height and width: what nearest neighbour and then a 3x3 convolution give, at 4/9 of the multiplications.
+
+    Where each pixel stands four times, several taps of the kernel meet the same pixel. Added up beforehand they are the 4x4 kernel of a
+    transposed convolution over the small image.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+        kernel_IO44 = fold_taps(fold_taps(self.conv.weight, 2), 3).transpose(0, 1)
+        return F.conv_transpose2d(x_BCHW, kernel_IO44, self.conv.bias, stride=2, padding=1)
+
+
+def fold_taps(kernel: torch.Tensor, dim: int) -> torch.Tensor:
+    """Three taps over an image in which each pixel stands twice, as the four taps of a transposed convolution of stride 2."""
+    first, second, third = kernel.unbind(dim)
+    return torch.stack([third, second + third, first + second, first], dim)
 
 
 def level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels_out: int, count: int) -> nn.ModuleList:
@@ -94,7 +105,8 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig, image_channels: int):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_in = nn.Conv2d(image_channels * self.patch_size**2, config.channels, 3, padding=1)
         self.levels = nn.ModuleList()
         channels = config.channels
         for level, width in enumerate(widths):
@@ -106,9 +118,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        features = self.conv_in(images_BCHW)                  # (B, channels, H, W)
+        patches = F.pixel_unshuffle(images_BCHW, self.patch_size)  # (B, C p^2, H / p, W / p)
+        features = self.conv_in(patches)                      # (B, channels, H / p, W / p)
         for level in self.levels:
-            features = level(features)                        # (B, width, H / 2^n, W / 2^n)
+            features = level(features)                        # (B, width, H / p / 2^n, W / p / 2^n)
         features = self.middle(features)                      # (B, width, h, w)
         return self.conv_out(F.silu(self.norm_out(features)))  # (B, latent_channels, h, w)
 
@@ -128,7 +141,8 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks, *([Upsample(widths[level])] if level > 0 else [])))
             channels = widths[level]
         self.norm_out = normalization(channels)
-        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
+        self.patch_size = config.patch_size
+        self.conv_out = nn.Conv2d(channels, image_channels * self.patch_size**2, 3, padding=1)
 
     @property
     def last_layer(self) -> torch.Tensor:
@@ -139,4 +153,12 @@ class Decoder(nn.Module):
         features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
         for level in self.levels:
             features = level(features)                        # (B, width, h * 2^n, w * 2^n)
-        return self.conv_out(F.silu(self.norm_out(features)))  # (B, C, H, W)
+        patches = self.conv_out(F.silu(self.norm_out(features)))  # (B, C p^2, H / p, W / p)
+        return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
+
+
+def compile_blocks(network: Encoder | Decoder) -> None:
+    """Compile a network's levels and middle, each by itself: that takes far less time than the whole, and leaves the last layer,
+    against whose gradient adversarial losses are balanced, outside."""
+    for block in (network.middle, *network.levels):
+        block.compile()

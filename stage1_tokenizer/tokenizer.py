@@ -23,14 +23,15 @@ from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.seeding import derive_seed
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.tokenizer_sections import LEARNING_FIELDS, TokenizerConfig
 
 FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1
-DECIDES_IDS = ("encoder.", "quant_conv.", "quantizer.codebook")
-TRAINING_ONLY = ("quantizer.ema_counts", "quantizer.ema_sums", "quantizer.commits")
-# Fields that shape the loss or the codebook's learning, not what the finished network computes.
-LEARNING_FIELDS = ("dropout", "commitment_weight", "ema_decay", "revival_threshold")
+DECIDES_IDS = ("encoder.", "quant_conv.", "quantizer.")
+# Fields that every fingerprint holds. Those that came later enter only where they differ from their default, so that the fingerprints of
+# tokenizers from before them stay what they are; a new field needs nothing but a default that means what was done before.
+FIRST_FIELDS = ("quantizer", "codebook_size", "code_dim", "latent_channels", "channels", "channel_multipliers", "residual_blocks",
+                "attention_levels", "middle_attention", "l2_normalize")
 
 
 @dataclass
@@ -53,9 +54,7 @@ class ImageTokenizer(nn.Module):
             torch.manual_seed(derive_seed(seed, "tokenizer"))
             self.encoder = Encoder(config, transform.channels)
             self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
-            self.quantizer = QUANTIZERS[config.quantizer](
-                config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, ema_decay=config.ema_decay,
-                l2_normalize=config.l2_normalize, revival_threshold=config.revival_threshold, seed=seed)
+            self.quantizer = QUANTIZERS[config.quantizer].from_config(config, seed)
             self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
             self.decoder = Decoder(config, transform.channels)
 
@@ -63,6 +62,16 @@ class ImageTokenizer(nn.Module):
     def grid_size(self) -> int:
         """Tokens along one side."""
         return self.transform.image_size // self.config.downsampling
+
+    @property
+    def grid_shape(self) -> tuple[int, ...]:
+        """Shape of one image's ids: (h, w), or (h, w, depth) where there are several for each position."""
+        return (self.grid_size, self.grid_size, *([self.config.depth] if self.config.depth > 1 else []))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer computes."""
+        return self.quant_conv.weight.device
 
     def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) before quantization."""
@@ -77,11 +86,29 @@ class ImageTokenizer(nn.Module):
 
     @torch.inference_mode()
     def encode(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w) int64 in [0, K) of images (B, C, H, W) in [-1, 1]; always computed in float32.
+        """Ids (B, h, w), or (B, h, w, depth), int64 in [0, K) of images (B, C, H, W) in [-1, 1]; always computed in float32.
+
+        Raises:
+            ValueError: the images do not have the channels and size of the tokenizer's transform, or its quantizer has no ids.
+        """
+        if not self.quantizer.has_ids:
+            raise InputError(f"this tokenizer's quantizer is {self.config.quantizer!r}, whose latents are continuous and have no ids; "
+                             "reconstruct() works with it.")
+        return self._quantized(images_BCHW).ids
+
+    @torch.inference_mode()
+    def reconstruct(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) float32, not clamped, after the way to ids and back; through the latents where the quantizer has no ids.
 
         Raises:
             ValueError: the images do not have the channels and size of the tokenizer's transform.
         """
+        if self.quantizer.has_ids:
+            return self.decode(self.encode(images_BCHW))
+        return self._decoded(self._quantized(images_BCHW).quantized).float()
+
+    def _quantized(self, images_BCHW: torch.Tensor) -> QuantizerOutput:
+        """What the quantizer makes of images in evaluation mode, computed in float32."""
         expected = (self.transform.channels, self.transform.image_size, self.transform.image_size)
         if tuple(images_BCHW.shape[1:]) != expected:
             raise InputError(f"images have shape {tuple(images_BCHW.shape)}; this tokenizer takes (B, {', '.join(map(str, expected))}).")
@@ -89,29 +116,40 @@ class ImageTokenizer(nn.Module):
         self.eval()
         try:
             with full_precision(images_BCHW.device):
-                return self.quantizer(self.latents(images_BCHW.float())).ids
+                return self.quantizer(self.latents(images_BCHW.float()))
         finally:
             self.train(was_training)
 
     @torch.inference_mode()
     def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) float32 as the decoder gives them, not clamped, of ids (B, h, w) in [0, K).
+        """Images (B, C, H, W) float32 as the decoder gives them, not clamped, of ids (B, h, w), or (B, h, w, depth), in [0, K).
 
         Raises:
-            ValueError: an id lies outside [0, K).
+            ValueError: an id lies outside [0, K), the ids do not have that shape, or the tokenizer's quantizer has no ids.
         """
+        axes = 4 if self.quantizer.depth > 1 else 3
+        if self.quantizer.has_ids and (ids_Bhw.ndim != axes or ids_Bhw.shape[3:] != (self.quantizer.depth,)[:axes - 3]):
+            raise InputError(f"token ids have shape {tuple(ids_Bhw.shape)}; this tokenizer decodes "
+                             f"(B, h, w{f', {self.quantizer.depth}' if self.quantizer.depth > 1 else ''}).")
         if ids_Bhw.numel() and not 0 <= int(ids_Bhw.min()) <= int(ids_Bhw.max()) < self.config.codebook_size:
             raise InputError(f"token ids run from {int(ids_Bhw.min())} to {int(ids_Bhw.max())}; allowed: 0 to {self.config.codebook_size - 1}.")
         return self._decoded(self.quantizer.ids_to_latents(ids_Bhw)).float()
 
     # --- files -------------------------------------------------------------------------------------------------------------
 
+    def training_only_names(self) -> set[str]:
+        """Names, in the state_dict, of what only training needs; an export leaves it out."""
+        return {f"quantizer.{name}" for name in self.quantizer.training_only_names()}
+
     def _export_weights(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items() if name not in TRAINING_ONLY}
+        left_out = self.training_only_names()
+        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items() if name not in left_out}
 
     def _fingerprints(self, weights: dict[str, torch.Tensor]) -> tuple[str, str]:
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
-        network = {key: value for key, value in dataclasses.asdict(self.config).items() if key not in LEARNING_FIELDS}
+        default = dataclasses.asdict(TokenizerConfig())
+        network = {key: value for key, value in dataclasses.asdict(self.config).items()
+                   if key not in LEARNING_FIELDS and (key in FIRST_FIELDS or value != default[key])}
         config = {"network": network, "transform": self.transform.to_dict()}
         of_tokens = fingerprint(config, {name: array for name, array in arrays.items() if name.startswith(DECIDES_IDS)})
         return of_tokens, fingerprint(config, arrays)
@@ -152,9 +190,9 @@ class ImageTokenizer(nn.Module):
             weights = load_file(folder / "model.safetensors")
         except SafetensorError as error:
             raise InputError(f"{folder}/model.safetensors is cut short or no weight file ({error}); copy the folder again.") from error
-        check_exact_names(folder, {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in TRAINING_ONLY}, weights)
-        own = tokenizer.state_dict()
-        tokenizer.load_state_dict(weights | {name: own[name] for name in TRAINING_ONLY})
+        own, left_out = tokenizer.state_dict(), tokenizer.training_only_names()
+        check_exact_names(folder, {name: tensor for name, tensor in own.items() if name not in left_out}, weights)
+        tokenizer.load_state_dict(weights | {name: own[name] for name in left_out})
         tokenizer.quantizer.restart_averages()
         found = tokenizer._fingerprints(weights)
         if found != (content["token_fingerprint"], content["full_fingerprint"]):

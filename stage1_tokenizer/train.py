@@ -4,23 +4,34 @@
     vqmosaic train-tokenizer image_folder --data.path photos --processes 4 # four GPUs of one machine
     accelerate launch -m stage1_tokenizer.train cifar10                    # the same under your own launcher
 
-Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokenizer/. Run again to go on.
+Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokenizer/. Run again to go on. With adversarial.weight
+above 0 it is a VQ-GAN: a discriminator joins in part of the way, under the guard of guard.py.
 """
 
 import sys
 import time
 import zlib
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from safetensors.torch import load_file
 
+from stage1_tokenizer.adversary import Adversary
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.guard import AdversarialGuard, calendar
 from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
 from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.initial_weights import load_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
+from stage1_tokenizer.networks import compile_blocks
+from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
+from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.validation import validate
+from vqmosaic.best_weights import link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
@@ -29,6 +40,7 @@ from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.stage_records import judge, write_record
+from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.training_run import TrainingRun
 
 KMEANS_VECTORS_PER_CODE = 16
@@ -48,7 +60,7 @@ def train(recipe: Recipe) -> None:
 
 def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     """The training itself, while this process holds the run folder."""
-    training, report, accelerator = recipe.tokenizer_training, run.report, run.accelerator
+    training, adversarial, report, accelerator = recipe.tokenizer_training, recipe.adversarial, run.report, run.accelerator
 
     # --- data ---------------------------------------------------------------------------------------------------------------
     splits = open_splits(recipe.data)
@@ -65,34 +77,53 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- model --------------------------------------------------------------------------------------------------------------
     tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
-    model = run.prepare(tokenizer)
-    if run.state.step == 0:
+    if training.init_from is not None:
+        load_initial_weights(tokenizer, training.init_from)
+    if training.train_parts == "decoder":
+        for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
+            part.requires_grad_(False)
+    if training.channels_last:
+        tokenizer.to(memory_format=torch.channels_last)
+    perceptual = load_perceptual_loss(recipe, accelerator.device)
+    discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None
+    model = run.prepare(tokenizer, discriminator, adversarial.learning_rate)
+    guard = AdversarialGuard(**run.state.guard)
+    adversary = Adversary(adversarial, discriminator, run.rival, tokenizer.decoder.last_layer) if discriminator is not None else None
+    best_weights = run.checkpoints.root / "best.safetensors"
+    if run.is_main:
+        restore_best(run.resumed_from, best_weights)
+    if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
+    if training.compile:
+        compile_blocks(tokenizer.encoder)
+        compile_blocks(tokenizer.decoder)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
-    seconds_per_step = time_of_one_step(model, next(train_images.batches(0, training.batch_size, run.rank, run.world_size)), recipe, run)
-    tokens, classes = tokenizer.grid_size ** 2, splits.train.class_names
+    seconds_per_step = time_of_one_step(model, adversary, next(train_images.batches(0, training.batch_size, run.rank, run.world_size)), run)
+    classes = splits.train.class_names
     run.print_plan({
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
         "classes": ", ".join(classes[:12]) + (" ..." if len(classes) > 12 else "") if classes else "none",
-        "tokens": f"{tokenizer.grid_size} x {tokenizer.grid_size} of {recipe.tokenizer.codebook_size} codes an image",
-        "codebook use is measured on": f"{len(validation_images):,} images, {len(validation_images) * tokens:,} tokens",
+        **describe_tokens(tokenizer, len(validation_images)),
+        **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {calendar(adversarial, training)}"}
+           if discriminator is not None else {}),
         "epochs": f"{training.max_steps * training.batch_size / len(splits.train):.1f}" if training.max_steps else "as the clock allows",
     }, seconds_per_step)
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
-    sums = torch.zeros(3, device=accelerator.device)  # reconstruction, quantizer loss, number of micro-batches
+    means = RunningMeans()
     unreadable: set[str] = set()
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
         if not signal_number and run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
-            validate_and_report(validation_images, run)
+            validate_and_report(validation_images, run, guard, progress, best_weights)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
-            check_codebooks_agree(tokenizer, run)
-            run.save()
+            check_replicas_agree(tokenizer, run)
+            run.state.guard = guard.to_dict()
+            run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
         if signal_number:
             raise run.interrupted(signal_number)
         if finished:
@@ -104,36 +135,54 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                 report(f"warning: {source} is unreadable ({reason}); another image takes its place", everywhere=True)
                 unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
-        model.train()
-        total, step_sums = torch.zeros((), device=accelerator.device), torch.zeros_like(sums)
+        set_training_mode(model, tokenizer, training.train_parts)
+        tokenizer.quantizer.set_progress(progress)
+        if adversary is not None and guard.joined_at is None and guard.joins(adversarial, progress):
+            report(f"the discriminator joins at step {run.state.step:,}")
+        learns, share = guard.joined_at is not None, guard.share(adversarial, progress)
+
+        total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()
         for images_BCHW in batch.images_BCHW.to(accelerator.device).chunk(training.accumulation_steps):
-            with accelerator.accumulate(model):
+            if training.channels_last:
+                images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+            with accelerator.accumulate(*filter(None, (model, run.rival))):
                 output = model(images_BCHW)
-                reconstruction = reconstruction_loss(training.reconstruction_loss, output.reconstructions, images_BCHW)
+                terms = {"reconstruction_loss": reconstruction_loss(training.reconstruction_loss, output.reconstructions, images_BCHW),
+                         "quantizer_loss": output.quantizer.loss}
+                reconstruction = terms["reconstruction_loss"]
+                if perceptual is not None:
+                    terms["perceptual_loss"] = perceptual(output.reconstructions, images_BCHW)
+                    reconstruction = reconstruction + training.perceptual_weight * terms["perceptual_loss"]
                 loss = reconstruction + output.quantizer.loss
+                if share > 0:
+                    added, more = adversary.generator_terms(images_BCHW, output.reconstructions, reconstruction, share, feature_weight(training))
+                    loss, terms = loss + added, terms | more
                 accelerator.backward(loss)
+                if learns:
+                    rival_loss, more = adversary.discriminator_terms(images_BCHW, output.reconstructions)
+                    accelerator.backward(rival_loss)
+                    loss, terms = loss + rival_loss.detach(), terms | more
             total += loss.detach()
-            step_sums += torch.stack([reconstruction.detach(), output.quantizer.loss.detach(), torch.ones_like(total)])
-        accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit)
+            step_means.add(terms)
+        accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit, rival_learns=learns)
         if accepted:
-            sums += step_sums
+            means.update(step_means)
         else:
             tokenizer.quantizer.discard()
         run.state.step += 1
         run.bar.update()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # nothing but refused steps leaves zeros
-            run.metrics.write(run.state.step, "train", reconstruction_loss=float(reduced[0] / reduced[2]),
-                              quantizer_loss=float(reduced[1] / reduced[2]), gradient_norm=norm, learning_rate=learning_rate,
+            run.metrics.write(run.state.step, "train", **means.over_processes(accelerator), gradient_norm=norm, learning_rate=learning_rate,
                               seconds=run.state.elapsed_seconds)
-            sums.zero_()
+            means = RunningMeans()
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        run.validated_model.save_pretrained(run.folder.export("tokenizer"))
+        export(run, best_weights)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
-        report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps")
+        report(f"exported {run.folder.export('tokenizer')}: the {training.export} weights (best reconstruction: step {run.state.best_step:,}; "
+               f"last: step {run.state.step:,})")
     run.finish()
 
 
@@ -150,30 +199,69 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
         if sum(map(len, collected)) >= wanted:
             break
     tokenizer.quantizer.initialize(torch.cat(collected))
-    for buffer in tokenizer.quantizer.buffers():  # on GPUs the sums of k-means may round differently on each rank
-        buffer.copy_(broadcast(buffer.clone(), from_process=0))
+    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs the sums of k-means may round differently on each rank
+        tensor.copy_(broadcast(tensor.clone(), from_process=0))
     if run.average is not None:  # the average starts from these codes too
         run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
 
 
-def time_of_one_step(model: torch.nn.Module, batch: ImageBatch, recipe: Recipe, run: TrainingRun) -> float:
-    """Seconds of one forward and backward, measured on a step that is thrown away."""
-    images_BCHW = batch.images_BCHW.to(run.accelerator.device)
+def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
+    """The perceptual loss that the recipe asks for, its weights found, checked and loaded; None where that is none, or the discriminator's."""
+    training = recipe.tokenizer_training
+    if not training.perceptual_weight or training.perceptual_loss != "lpips":
+        return None
+    return LPIPS(resolve_perceptual_weights(training.perceptual_weights)).to(device)
+
+
+def feature_weight(training: TokenizerTrainingConfig) -> float:
+    """The weight of matching the discriminator's features; 0 where the recipe does not ask for it."""
+    return training.perceptual_weight if training.perceptual_loss == "discriminator_features" else 0.0
+
+
+def set_training_mode(model: torch.nn.Module, tokenizer: ImageTokenizer, parts: str) -> None:
+    """Training mode for what is trained: a frozen encoder drops nothing out, a frozen codebook gathers nothing."""
     model.train()
+    if parts == "decoder":
+        tokenizer.encoder.eval()
+        tokenizer.quantizer.eval()
+
+
+def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
+    """Lines of the plan about the tokens of an image."""
+    config, side = tokenizer.config, tokenizer.grid_size
+    if not tokenizer.quantizer.has_ids:
+        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}): no tokens can be made of them"}
+    depth = f" x {config.depth}" if config.depth > 1 else ""
+    return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
+            "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
+
+
+def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, batch: ImageBatch, run: TrainingRun) -> float:
+    """Seconds of one forward and backward, of the discriminator too, measured on a step that is thrown away."""
+    training: TokenizerTrainingConfig = run.training
+    images_BCHW = batch.images_BCHW.to(run.accelerator.device)
+    images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
+    if training.channels_last:
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    set_training_mode(model, run.unwrapped, training.train_parts)
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
-        output = model(images_BCHW[: max(1, len(images_BCHW) // recipe.tokenizer_training.accumulation_steps)])
+        output = model(images_BCHW)
         run.accelerator.backward(output.reconstructions.float().square().mean() + output.quantizer.loss)
+        if adversary is not None:
+            run.accelerator.backward(adversary.discriminator_terms(images_BCHW, output.reconstructions)[0])
         if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    run.optimizer.zero_grad(set_to_none=True)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
     run.unwrapped.quantizer.discard()
-    return seconds * recipe.tokenizer_training.accumulation_steps
+    return seconds * training.accumulation_steps
 
 
-def validate_and_report(images: ValidationImages, run: TrainingRun) -> None:
-    """Validate what would be exported now, write the numbers, and raise the alarm where few codes are in use; nothing where a signal comes."""
+def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, best_weights: Path) -> None:
+    """Validate what would be exported now, keep it if it is the best so far, write the numbers, let the guard judge them, and raise the alarm
+    where few codes are in use; nothing where a signal comes."""
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
     numbers = validate(run.validated_model, images, run.training.batch_size, run.accelerator, picture, run.stop)
@@ -183,23 +271,45 @@ def validate_and_report(images: ValidationImages, run: TrainingRun) -> None:
     if numbers is None:
         return
     run.state.validated_step = run.state.step
+    error = numbers["reconstruction_l2" if run.training.reconstruction_loss == "l2" else "reconstruction_l1"]
+    is_best = error < run.state.best_validation
+    if is_best:
+        run.state.best_validation, run.state.best_step = error, run.state.step
+        if run.is_main:
+            save_weights(run.validated_model, best_weights)
     run.metrics.write(run.state.step, "validation", **numbers)
-    run.report(f"step {run.state.step:,}: PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f}, "
-               f"{numbers['codebook_usage']:.1%} of the codebook used, perplexity {numbers['perplexity']:.0f}")
+    use = f", {numbers['codebook_usage']:.1%} of the codebook used, perplexity {numbers['perplexity']:.0f}" if "perplexity" in numbers else ""
+    run.report(f"step {run.state.step:,}: PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f}{use}")
+    judgement = guard.judge_validation(run.recipe.adversarial, error, progress)
+    if judgement:
+        run.report(f"step {run.state.step:,}: {judgement}")
     tokens = len(images) * run.unwrapped.grid_size ** 2
     possible = min(1.0, tokens / run.unwrapped.config.codebook_size)  # few validation images cannot use many codes
-    if numbers["codebook_usage"] < run.training.usage_alarm * possible:
+    if numbers.get("codebook_usage", 1.0) < run.training.usage_alarm * possible:
         run.report(f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use. Remedies: a smaller tokenizer.codebook_size or "
                    "tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, more data.")
 
 
-def check_codebooks_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
-    """Stop where the ranks' codebooks have drifted apart, which must never happen."""
+def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
+    """Stop where what the quantizers of the ranks have learnt has drifted apart, which must never happen."""
     if run.world_size == 1:
         return
-    own = zlib.crc32(tokenizer.quantizer.codebook.cpu().numpy().tobytes())
+    own = zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in tokenizer.quantizer.state_dict().values()))
     everyone = run.accelerator.gather(torch.tensor([own], device=run.accelerator.device)).tolist()
-    assert len(set(everyone)) == 1, f"the codebooks of the ranks differ at step {run.state.step}: {everyone}"
+    assert len(set(everyone)) == 1, f"the quantizers of the ranks differ at step {run.state.step}: {everyone}"
+
+
+def export(run: TrainingRun, best_weights: Path) -> None:
+    """Write tokenizer/ with the weights that the recipe asks for, and both best and last ones beside the checkpoints."""
+    tokenizer: ImageTokenizer = run.validated_model
+    targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
+    targets[run.training.export] = run.folder.export("tokenizer")
+    tokenizer.save_pretrained(targets["last"])
+    if best_weights.exists():
+        tokenizer.load_state_dict(load_file(best_weights))
+    else:
+        run.report(f"warning: no validation had a finite error, so there are no best weights; {targets['best']} holds the last ones")
+    tokenizer.save_pretrained(targets["best"])
 
 
 def main(arguments: list[str]) -> None:

@@ -23,8 +23,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
 
     Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
-    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; codebook_usage, the share
-    of codes used at least once in this window of images; perplexity, exp of the entropy of their frequencies.
+    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; and where the quantizer has ids,
+    codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their frequencies.
     """
     device = accelerator.device
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(device)
@@ -41,7 +41,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
         psnr.update(restored_BCHW, images_BCHW)
         ssim.update(restored_BCHW, images_BCHW)
-        counts_K += torch.bincount(output.quantizer.ids.flatten(), minlength=len(counts_K))
+        if output.quantizer.ids is not None:
+            counts_K += torch.bincount(output.quantizer.ids.flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
         sums[:3] += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
         if number == 0 and picture is not None and accelerator.is_main_process:
@@ -50,7 +51,7 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     if sums[3]:
         return None
     return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
-            "reconstruction_l2": float(sums[1] / sums[2]), **codebook_use(counts_K)}
+            "reconstruction_l2": float(sums[1] / sums[2]), **(codebook_use(counts_K) if tokenizer.quantizer.has_ids else {})}
 
 
 def codebook_use(counts_K: torch.Tensor) -> dict[str, float]:

@@ -9,8 +9,6 @@ Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/pri
 """
 
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -18,14 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, validation_batches
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
+from vqmosaic.best_weights import link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
-from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -81,7 +79,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     model = run.prepare(prior)
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
-        restore_best(run, best_weights)
+        restore_best(run.resumed_from, best_weights)
     batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
@@ -203,36 +201,11 @@ def time_of_one_step(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Te
         if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizers[0].zero_grad(set_to_none=True)
     return seconds * run.training.accumulation_steps
 
 
 # --- best and last -----------------------------------------------------------------------------------------------------------
-
-
-def save_weights(prior: TokenPrior, path: Path) -> None:
-    """Write the weights of a prior as safetensors, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_sibling(path)
-    save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in prior.state_dict().items()}, partial)
-    publish(partial, path)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make a finished file appear a second time, without using space where the file system can do that."""
-    if not source.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def restore_best(run: TrainingRun, best_weights: Path) -> None:
-    """Take the best weights of the checkpoint that is resumed: those on disk may be of steps after it."""
-    best_weights.unlink(missing_ok=True)
-    if run.resumed_from is not None:
-        link_or_copy(run.resumed_from / best_weights.name, best_weights)
 
 
 def export(run: TrainingRun, best_weights: Path) -> None:

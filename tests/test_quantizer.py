@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers import QUANTIZERS, EMAQuantizer, ema, nearest_code
-from stage1_tokenizer.quantizers.ema import REVIVAL_CANDIDATES
+from stage1_tokenizer.quantizers.codebook_quantizer import REVIVAL_CANDIDATES
 from stage1_tokenizer.quantizers.nearest_code import code_sums, full_precision, kmeans, nearest_codes
 
 K, D = 24, 6
@@ -234,12 +234,21 @@ def test_a_large_codebook_is_never_held_against_all_vectors():
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 1000])
 def test_pieces_of_the_search_make_up_the_whole(count, monkeypatch):
-    monkeypatch.setitem(nearest_code.WORKING_SET_BYTES, "cpu", 1)  # 16 rows at a time
-    vectors_ND, codebook_KD = latents(1, 32).reshape(D, -1).T[:count], quantizer().codebook
+    monkeypatch.setitem(nearest_code.WORKING_SET_BYTES, "cpu", (1, 1))  # 16 rows and 64 codes at a time
+    vectors_ND, codebook_KD = latents(1, 32).reshape(D, -1).T[:count], quantizer(200).codebook
     ids_N = nearest_codes(vectors_ND, codebook_KD)
     assert ids_N.shape == (count,)
     if count:
         assert_nearest(ids_N, vectors_ND, codebook_KD)
+        assert count < 100 or len(ids_N.unique()) > 50, "codes of every piece are found"
+
+
+def test_the_first_of_equally_near_codes_is_taken_in_whichever_piece_it_lies(monkeypatch):
+    codebook_KD = torch.arange(50.0).repeat(4)[:, None].repeat(1, D)
+    expected = nearest_codes(codebook_KD, codebook_KD)
+    assert expected.tolist() == 4 * list(range(50))
+    monkeypatch.setitem(nearest_code.WORKING_SET_BYTES, "cpu", (1, 1))
+    assert torch.equal(nearest_codes(codebook_KD, codebook_KD), expected)
 
 
 # --- moving averages -------------------------------------------------------------------------------------------------------------

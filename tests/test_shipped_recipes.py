@@ -45,7 +45,7 @@ def narrow_recipe(name: str, photos) -> Recipe:
 
 def vocabulary_of(recipe: Recipe, class_names: list[str] | None) -> Vocabulary:
     side = recipe.data.image_size // recipe.tokenizer.downsampling
-    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side)
+    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side, depth=recipe.tokenizer.depth)
     return Vocabulary(grids=[grid], class_names=class_names, token_fingerprint="0" * 64, label_drop=recipe.prior_training.label_drop)
 
 

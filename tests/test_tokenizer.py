@@ -14,7 +14,6 @@ from torch import nn
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.networks import Decoder, Downsample, Encoder, Upsample
-from stage1_tokenizer.tokenizer import TRAINING_ONLY
 from vqmosaic.errors import InputError
 from vqmosaic.tokenizer_sections import TokenizerConfig
 
@@ -130,10 +129,10 @@ def test_a_saved_tokenizer_gives_the_same_bits(tokenizer, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
 
 
-def test_the_file_holds_inference_weights_alone_in_float32(folder):
+def test_the_file_holds_inference_weights_alone_in_float32(folder, tokenizer):
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert not set(TRAINING_ONLY) & weights.keys() and "quantizer.codebook" in weights
+    assert not tokenizer.training_only_names() & weights.keys() and "quantizer.codebook" in weights
 
 
 def test_saving_replaces_an_older_tokenizer_but_nothing_else(tokenizer, tmp_path):

@@ -14,7 +14,7 @@ from vqmosaic.recipe_sections import (
     TokensConfig,
     unrecorded,
 )
-from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerConfig, TokenizerTrainingConfig
+from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerConfig, TokenizerTrainingConfig, patch_grid
 
 
 @dataclass(kw_only=True)
@@ -50,9 +50,14 @@ class Recipe:
         if size % step or size // step < 2:
             fitting = max(2, round(size / step)) * step
             raise InputError(f"data.image_size is {size} and tokenizer.channel_multipliers has {len(self.tokenizer.channel_multipliers)} levels, "
-                             f"which divide the size by {step}; the size must be a multiple of {step} with at least 2 tokens a side: "
-                             f"set data.image_size to {fitting}, or take levels away.")
+                             f"which with tokenizer.patch_size {self.tokenizer.patch_size} divide the size by {step}; the size must be a multiple of "
+                             f"{step} with at least 2 tokens a side: set data.image_size to {fitting}, or take levels away.")
         training = self.tokenizer_training
+        if self.adversarial.weight and training.mixed_precision == "fp16":
+            raise InputError("tokenizer_training.mixed_precision is 'fp16' and adversarial.weight is not 0; the balance of the two losses overflows "
+                             "in fp16. Set mixed_precision to auto, bf16 or no.")
+        if self.adversarial.weight:
+            patch_grid(size, self.adversarial.layers)
         if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0: there is no discriminator "
                              "to take features from. Set adversarial.weight, or perceptual_loss to lpips.")

@@ -9,6 +9,12 @@ from vqmosaic.recipe_sections import TrainingConfig, unrecorded
 NEAREST_CODE_KINDS = ("ema", "gradient", "simvq")
 """Quantizers that look for the nearest code: they take l2_normalize and rotation_trick, and residual can be made of them."""
 QUANTIZER_NAMES = (*NEAREST_CODE_KINDS, "gumbel", "fsq", "lfq", "ibq", "residual", "kl")
+CONTINUOUS = ("kl",)
+"""Quantizers without ids: nothing to store as tokens, and no prior to train."""
+LEARNING_FIELDS = ("dropout", "commitment_weight", "codebook_weight", "ema_decay", "rotation_trick", "revival_threshold", "gumbel_temperature",
+                   "entropy_weight", "entropy_diversity", "entropy_temperature", "kl_weight")
+"""Fields of TokenizerConfig that shape the loss or the codebook's learning, not what the finished network computes."""
+PATCH_SIZES = (1, 2, 4, 8)
 RECONSTRUCTION_LOSSES = ("l1", "l2", "huber")
 PERCEPTUAL_LOSSES = ("lpips", "discriminator_features")
 ADVERSARIAL_LOSSES = ("hinge", "vanilla", "non_saturating")
@@ -32,6 +38,8 @@ class TokenizerConfig:
     """Width of the first level; a multiple of 32, for GroupNorm's 32 groups."""
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Width of each level in units of channels; every level after the first halves height and width."""
+    patch_size: int = 1
+    """The network works on patches of this many pixels a side, their pixels side by side as channels: 2 saves most of the time and memory."""
     residual_blocks: int = 2
     """Residual blocks in each level of the encoder; the decoder has one more."""
     attention_levels: list[int] = field(default_factory=list)
@@ -45,13 +53,13 @@ class TokenizerConfig:
     codebook_weight: float = 1.0
     """gradient, simvq and ibq only: weight of the codebook loss, which pulls codes to their latents."""
     ema_decay: float = 0.99
-    """ema: decay of the moving averages from which codes are computed; all nearest-code kinds: of the counts of use that revival goes by."""
+    """ema: decay of the moving averages from which codes are computed; nearest-code kinds and ibq: of the counts of use that revival goes by."""
     l2_normalize: bool = False
     """Nearest-code kinds only: put latents and codes on the unit sphere before comparing them (others call it cosine)."""
     rotation_trick: bool = False
     """Nearest-code kinds only: the gradient is rotated and scaled from code to latent instead of passed straight through."""
     revival_threshold: float = 0.03
-    """A code whose moving-average use falls below this share of the mean use is moved onto a latent vector of the current batch."""
+    """Nearest-code kinds and ibq: a code whose moving-average use falls below this share of the mean use is moved onto a latent of the batch."""
     residual_depth: int = 4
     """residual only: codes for each position; each quantizes what the ones before left over."""
     residual_kind: str = "ema"
@@ -65,7 +73,7 @@ class TokenizerConfig:
     entropy_diversity: float = 1.0
     """lfq and ibq only: weight of the batch-entropy term, which spreads use over all codes, inside the entropy loss."""
     entropy_temperature: float = 0.1
-    """lfq and ibq only: distances are divided by it before the probabilities of the entropy loss are taken."""
+    """lfq and ibq only: squared distances (ibq: inner products) are divided by it before the probabilities of the entropy loss are taken."""
     kl_weight: float = 1e-6
     """kl only: weight of the divergence from a standard normal distribution."""
 
@@ -80,6 +88,8 @@ class TokenizerConfig:
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise InputError(f"tokenizer.channel_multipliers is {self.channel_multipliers}; it must be a list of integers of at least 1, "
                              "such as [1, 2, 2].")
+        if self.patch_size not in PATCH_SIZES:
+            raise InputError(f"tokenizer.patch_size is {self.patch_size}; allowed: {', '.join(map(str, PATCH_SIZES))}.")
         check_range("tokenizer.residual_blocks", self.residual_blocks, at_least=1)
         levels = len(self.channel_multipliers)
         for level in self.attention_levels:
@@ -109,7 +119,7 @@ class TokenizerConfig:
     @property
     def downsampling(self) -> int:
         """Pixels of the image along one side of a token."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def depth(self) -> int:
@@ -136,7 +146,7 @@ class TokenizerTrainingConfig(TrainingConfig):
     export: str = "last"
     """Which weights become tokenizer/: last, or best (best validation reconstruction); the other is kept beside the checkpoints."""
     channels_last: bool = True
-    """Keep feature maps in channels-last order where that is faster: on GPUs, and on CPUs together with bf16."""
+    """Keep feature maps in channels-last order, in which convolutions are faster."""
     compile: bool = False
     """Compile the network with torch.compile, which pays back in trainings of more than a few minutes."""
     usage_alarm: float = unrecorded(0.5)
@@ -211,3 +221,20 @@ class AdversarialConfig:
             raise InputError(f"adversarial.channels is {self.channels}; it must be a multiple of 8, nearest: {round(self.channels / 8) * 8}.")
         if self.learning_rate is not None:
             check_range("adversarial.learning_rate", self.learning_rate, above=0)
+
+
+def patch_grid(image_size: int, layers: int) -> int:
+    """Patches along one side that a discriminator with this many strided layers judges.
+
+    Each strided layer halves the side; the two convolutions after them, 4x4 with padding 1, take a place each.
+
+    Raises:
+        ValueError: not even one patch is left.
+    """
+    side = image_size // 2**layers - 2
+    if side < 1:
+        fitting = [fewer for fewer in range(1, layers) if image_size // 2**fewer >= 3]
+        remedy = f"adversarial.layers to at most {fitting[-1]}, or " if fitting else ""
+        raise InputError(f"adversarial.layers is {layers}, which needs images of at least {3 * 2**layers} pixels a side, but they have {image_size} "
+                         f"(data.image_size); set {remedy}data.image_size to at least {3 * 2**layers}.")
+    return side

@@ -6,7 +6,7 @@ The step itself, and everything that is learnt, stands in each stage's own train
 import dataclasses
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class TrainerState:
     validated_step: int = 0
     best_step: int = 0
     best_validation: float = float("inf")
+    guard: dict[str, float] = field(default_factory=dict)
+    """What the guard over an adversarial training has counted (stage1_tokenizer/guard.py)."""
     processes: int = 1
     threads: int = 1
 
@@ -59,24 +61,38 @@ class TrainingRun:
 
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call."""
-        training = self.training
-        decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim >= 2]
-        plain = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim < 2]
-        optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-                                      lr=training.learning_rate, betas=tuple(training.adam_betas), fused=True)
+    def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
+        """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.
+
+        `rival` is a second model with an optimizer of its own (a discriminator): checkpointed with the first, never averaged or exported.
+        """
         model.to(self.accelerator.device)
         self.unwrapped = model
-        self.average = averaged(model, training.weight_ema_decay) if training.weight_ema_decay else None
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.parameters = decayed + plain
+        self.average = averaged(model, self.training.weight_ema_decay) if self.training.weight_ema_decay else None
+        models = [model] if rival is None else [model, rival.to(self.accelerator.device)]
+        self.peak_learning_rates = [self.training.learning_rate, rival_learning_rate or self.training.learning_rate][:len(models)]
+        prepared = self.accelerator.prepare(*models, *map(self._optimizer, models))
+        self.model, self.rival = prepared[0], prepared[1] if rival is not None else None
+        self.optimizers = list(prepared[len(models):])
         self._resume()
+        training = self.training
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
         config = {field.name: field.value for field in recipe_fields(self.recipe)}
         self.metrics = MetricsLog(self.accelerator, self.folder.logs(self.stage), self.state.step, self.state.validated_step, config)
         self.bar = progress_bar(training.max_steps, self.state.step, self.stage, enabled=self.is_main)
         return self.model
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW over what can be trained; weight decay on matrices only."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": self.training.weight_decay},
+                  {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=self.training.learning_rate, betas=tuple(self.training.adam_betas), fused=True)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the first model's optimizer trains."""
+        return parameters_of(self.optimizers[0])
 
     @property
     def validated_model(self) -> nn.Module:
@@ -138,41 +154,49 @@ class TrainingRun:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
 
-    def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None) -> tuple[bool, float, float]:
+    def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
+                       rival_learns: bool = False) -> tuple[bool, float, float]:
         """Clip, check and apply the gradients: (accepted, gradient norm, learning rate). A non-finite step changes nothing.
 
         `commit` is called after an accepted step and before the average follows it, so that the average has the newest codebook.
+        With `rival_learns`, the second model takes its step together with the first, or neither does.
 
         Raises:
             InputError: more steps were refused than max_refused_steps allows.
         """
-        training = self.training
-        learning_rate = training.learning_rate * warmup_cosine(progress, training.warmup_fraction, training.final_learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        norm = self.accelerator.clip_grad_norm_(self.parameters, training.gradient_clip)
-        is_bad = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        accepted = float(self.accelerator.reduce(is_bad, "sum")) == 0
+        training, learning = self.training, self.optimizers[:1 + rival_learns]
+        share = warmup_cosine(progress, training.warmup_fraction, training.final_learning_rate)
+        for optimizer, peak in zip(learning, self.peak_learning_rates, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+        norms = [self.accelerator.clip_grad_norm_(parameters_of(optimizer), training.gradient_clip) for optimizer in learning]
+        is_finite = torch.isfinite(torch.stack([*norms, loss])).all()
+        accepted = float(self.accelerator.reduce((~is_finite).float(), "sum")) == 0
         scaler = self.accelerator.scaler  # of fp16: it skips a step with a non-finite gradient itself, and then lowers its scale
-        if accepted or (scaler is not None and not torch.isfinite(norm)):
-            self.optimizer.step()
+        if accepted or (scaler is not None and not torch.isfinite(norms[0])):
+            for optimizer in learning:
+                optimizer.step()
         elif scaler is not None:
             scaler.update()
         if accepted:
             commit()
             if self.average is not None:
                 self.average.update_parameters(self.unwrapped)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         if not accepted:
-            self.state.refused_steps += 1
-            self.report(f"warning: step {self.state.step} refused: loss {float(loss):g}, gradient norm {float(norm):g} "
-                        f"({self.state.refused_steps} refused so far)")
-            searching = scaler is not None and scaler.get_scale() >= 1  # a scale that is too large is no fault of the training's
-            if self.state.refused_steps > training.max_refused_steps and not searching:
-                raise InputError(f"{self.state.refused_steps} steps had a non-finite loss or gradient, more than "
-                                 f"{training.SECTION}.max_refused_steps = {training.max_refused_steps}; weights are as they were before them. "
-                                 f"Lower {training.SECTION}.learning_rate, or set {training.SECTION}.mixed_precision to no.")
-        return accepted, float(norm), learning_rate
+            self._count_refused(loss, norms, scaler)
+        return accepted, float(norms[0]), training.learning_rate * share
+
+    def _count_refused(self, loss: torch.Tensor, norms: list[torch.Tensor], scaler: torch.amp.GradScaler | None) -> None:
+        section, limit = self.training.SECTION, self.training.max_refused_steps
+        self.state.refused_steps += 1
+        self.report(f"warning: step {self.state.step} refused: loss {float(loss):g}, gradient norm {', '.join(f'{float(norm):g}' for norm in norms)} "
+                    f"({self.state.refused_steps} refused so far)")
+        searching = scaler is not None and scaler.get_scale() >= 1  # a scale that is too large is no fault of the training's
+        if self.state.refused_steps > limit and not searching:
+            raise InputError(f"{self.state.refused_steps} steps had a non-finite loss or gradient, more than {section}.max_refused_steps = {limit}; "
+                             f"weights are as they were before them. Lower {section}.learning_rate, or set {section}.mixed_precision to no.")
 
     # --- saving ------------------------------------------------------------------------------------------------------------
 
@@ -200,3 +224,8 @@ class TrainingRun:
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

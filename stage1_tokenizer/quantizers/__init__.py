@@ -1,8 +1,19 @@
 """Quantizers by name. Each turns latents into ids and back; see protocol.py for what all of them do."""
 
 from stage1_tokenizer.quantizers.ema import EMAQuantizer
+from stage1_tokenizer.quantizers.fsq import FSQQuantizer
+from stage1_tokenizer.quantizers.gradient import GradientQuantizer
+from stage1_tokenizer.quantizers.gumbel import GumbelQuantizer
+from stage1_tokenizer.quantizers.ibq import IBQQuantizer
+from stage1_tokenizer.quantizers.kl import KLBottleneck
+from stage1_tokenizer.quantizers.lfq import LFQQuantizer
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
+from stage1_tokenizer.quantizers.residual import ResidualQuantizer
+from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"ema": EMAQuantizer}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "ema": EMAQuantizer, "gradient": GradientQuantizer, "simvq": SimVQQuantizer, "gumbel": GumbelQuantizer, "fsq": FSQQuantizer,
+    "lfq": LFQQuantizer, "ibq": IBQQuantizer, "residual": ResidualQuantizer, "kl": KLBottleneck}
 
-__all__ = ["QUANTIZERS", "EMAQuantizer", "Quantizer", "QuantizerOutput"]
+__all__ = ["QUANTIZERS", "EMAQuantizer", "FSQQuantizer", "GradientQuantizer", "GumbelQuantizer", "IBQQuantizer", "KLBottleneck", "LFQQuantizer",
+           "Quantizer", "QuantizerOutput", "ResidualQuantizer", "SimVQQuantizer"]

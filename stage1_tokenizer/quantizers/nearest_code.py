@@ -1,6 +1,6 @@
 """Nearest-code search and k-means in full float32, whatever autocast, TF32 or matmul-precision flags say.
 
-bf16 distances pick a wrong code for 1-5 % of vectors. The N x K matrix of distances is never held: rows are
+bf16 distances pick a wrong code for 1-5 % of vectors. The N x K matrix of distances is never held: vectors and codes are
 worked off in pieces, on a CPU of a size that stays in its cache.
 """
 
@@ -11,8 +11,10 @@ import torch
 
 from vqmosaic.seeding import derive_seed
 
-WORKING_SET_BYTES = {"cpu": 4 * 2**20}
-LARGE_WORKING_SET_BYTES = 256 * 2**20  # elsewhere: a GPU wants few large pieces
+# Bytes of codes and of scores worked on at a time. On a CPU both stay in its cache; a GPU wants few large pieces.
+WORKING_SET_BYTES = {"cpu": (2**20, 3 * 2**20)}
+LARGE_WORKING_SET_BYTES = (64 * 2**20, 256 * 2**20)
+GROUP = 64
 
 
 @contextmanager
@@ -34,20 +36,55 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def nearest_codes(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
-    """Ids (N,) int64 of the code with the smallest Euclidean distance to each vector.
+    """Ids (N,) int64 of the code with the smallest Euclidean distance to each vector, the first one where several are as near.
 
     |x - c|^2 = |x|^2 - 2 x.c + |c|^2, of which the first term does not change the order.
     """
     with full_precision(vectors_ND.device):
-        vectors_ND, codebook_KD = vectors_ND.float(), codebook_KD.float()
-        half_norms_K = codebook_KD.square().sum(1).mul_(0.5)
-        rows = max(16, WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES) // (4 * len(codebook_KD)))
+        return lowest_scores(vectors_ND, codebook_KD, codebook_KD.float().square().sum(1).mul_(0.5))
+
+
+@torch.no_grad()
+def lowest_scores(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offsets_K: torch.Tensor) -> torch.Tensor:
+    """Ids (N,) int64 of the code with the smallest offset - x.c for each vector, the first one where several are as small."""
+    with full_precision(vectors_ND.device):
+        vectors_ND, codebook_KD, offsets_K = vectors_ND.float(), codebook_KD.float(), offsets_K.float()
+        codes_bytes, scores_bytes = WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES)
+        codes = min(len(codebook_KD), max(GROUP, codes_bytes // (4 * codebook_KD.shape[1]) // GROUP * GROUP))
+        rows = max(16, scores_bytes // (4 * codes))
+        scores = torch.empty(rows * codes, device=vectors_ND.device)
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
         for start in range(0, len(vectors_ND), rows):
             piece_nD = vectors_ND[start:start + rows]
-            scores_nK = torch.addmm(half_norms_K, piece_nD, codebook_KD.T, alpha=-1)
-            torch.argmin(scores_nK, dim=1, out=ids_N[start:start + rows])
+            best_n, ids_n = None, None
+            for first in range(0, len(codebook_KD), codes):
+                codes_kD = codebook_KD[first:first + codes]
+                scores_nk = scores[:len(piece_nD) * len(codes_kD)].view(len(piece_nD), -1)
+                torch.addmm(offsets_K[first:first + codes], piece_nD, codes_kD.T, alpha=-1, out=scores_nk)
+                lowest_n, at_n = lowest(scores_nk)
+                if best_n is None:
+                    best_n, ids_n = lowest_n, at_n
+                else:
+                    ids_n = torch.where(lowest_n < best_n, at_n + first, ids_n)
+                    best_n = torch.minimum(lowest_n, best_n)
+            ids_N[start:start + rows] = ids_n
     return ids_N
+
+
+def lowest(scores_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and index of the smallest entry of each row: of groups first, which processors do many at a time, then inside the best group."""
+    if scores_nk.shape[1] % GROUP:
+        return scores_nk.min(1)
+    groups_ngG = scores_nk.view(len(scores_nk), -1, GROUP)
+    lowest_n, group_n = groups_ngG.amin(2).min(1)
+    inside_n = groups_ngG[torch.arange(len(scores_nk), device=scores_nk.device), group_n].argmin(1)
+    return lowest_n, inside_n.add_(group_n, alpha=GROUP)
+
+
+def random_codebook(codebook_size: int, code_dim: int, seed: int) -> torch.Tensor:
+    """A seeded codebook (K, D) of vectors whose expected length is 1."""
+    rng = torch.Generator().manual_seed(derive_seed(seed, "codebook"))
+    return torch.randn(codebook_size, code_dim, generator=rng) * code_dim**-0.5
 
 
 @torch.no_grad()

@@ -1,0 +1,269 @@
+"""Several ids for each position (residual), other kinds of ids (fsq, lfq) and none at all (kl) through everything that comes after stage 1."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import ImageGenerationPipeline, stage_checks
+from pipelines.bundle import find_tokenizer
+from pipelines.chain import run_chain
+from pipelines.command_line import dispatch
+from pipelines.preprocess import preprocess
+from pipelines.stage_checks import check_before_start, check_chain
+from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.digits_source import load_scans
+from stage1_tokenizer.images import ImageTransform, to_uint8
+from tests.tiny import CODES, GRID_SIZE, make_tiny_run, tiny_overrides, tiny_recipe
+from token_shards import TokenShardReader
+from vqmosaic.errors import InputError
+from vqmosaic.run_folder import RunFolder
+
+DEPTH = 2
+RESIDUAL = {"tokenizer__quantizer": "residual", "tokenizer__residual_depth": DEPTH}
+KL = {"tokenizer__quantizer": "kl"}
+
+
+@pytest.fixture(scope="module")
+def residual_run(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run with two ids for each position."""
+    return make_tiny_run(tmp_path_factory.mktemp("residual") / "run", **RESIDUAL)
+
+
+@pytest.fixture(scope="module")
+def pipe(residual_run) -> ImageGenerationPipeline:
+    return ImageGenerationPipeline.from_pretrained(residual_run, device="cpu")
+
+
+def scans_as_images(transform: ImageTransform, count: int) -> torch.Tensor:
+    """Real digits (B, C, H, W) as the tokenizer sees them."""
+    return torch.stack([transform(Image.fromarray(scan)) for scan in load_scans()[0][:count]])
+
+
+# --- several ids for each position -------------------------------------------------------------------------------------------
+
+
+def test_stored_ids_stand_position_by_position_with_the_depth_innermost(residual_run, pipe):
+    reader = TokenShardReader(residual_run / "tokens/validation")
+    grid = reader.manifest.grids[0]
+    assert (grid.codebook_size, grid.height, grid.width, grid.depth) == (CODES, GRID_SIZE, GRID_SIZE, DEPTH)
+    assert grid.num_tokens == reader.manifest.num_tokens == GRID_SIZE**2 * DEPTH
+    stored_BT = torch.from_numpy(reader.sequential(0, 8).ids_BT)
+    assert stored_BT.shape == (8, GRID_SIZE**2 * DEPTH)
+    from stage1_tokenizer.image_sources import open_splits
+
+    source = open_splits(tiny_recipe("unused", **RESIDUAL).data).validation
+    encoded = pipe.tokenizer.encode(torch.stack([pipe.tokenizer.transform(source.read(index)) for index in range(8)]))
+    assert encoded.shape == (8, GRID_SIZE, GRID_SIZE, DEPTH)
+    assert (stored_BT == encoded.flatten(1)).float().mean() > 0.98, "beyond rounding at a near tie, in a batch of another shape"
+    assert stored_BT[0, 1 * DEPTH + 1] == encoded[0, 0, 1, 1]
+
+
+def test_arrays_in_the_shards_have_all_ids_of_an_image(residual_run):
+    import io
+    import tarfile
+
+    with tarfile.open(residual_run / "tokens/train/shard-000000.tar") as tar:
+        member = next(member for member in tar if member.name.endswith(".image.npy"))
+        ids_VT = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
+    assert ids_VT.shape == (1, GRID_SIZE**2 * DEPTH) and ids_VT.dtype == np.uint16
+
+
+def test_the_prior_and_the_pipeline_know_the_depth(residual_run, pipe):
+    assert pipe.prior.vocabulary.num_tokens == GRID_SIZE**2 * DEPTH == tiny_recipe("unused", **RESIDUAL).num_tokens
+    assert pipe.prior.vocabulary.num_codes == CODES, "one range of ids: the position says which of the codes of a place it is"
+    assert pipe.tokenizer.grid_shape == (GRID_SIZE, GRID_SIZE, DEPTH)
+    summary = json.loads((residual_run / "summary.json").read_text())
+    assert summary["tokens"] == {"count": GRID_SIZE**2 * DEPTH, "codebook_size": CODES, "bits_per_image": GRID_SIZE**2 * DEPTH * 5}
+    assert (residual_run / "samples.png").is_file() and list((residual_run / "logs/prior/samples").glob("*.png"))
+
+
+def test_generated_ids_have_the_depth_and_decode_to_the_images(pipe):
+    calls = []
+    out = pipe([3, "7"], 3, seed=5, batch_size=4, output_type="np", callback=lambda done, total: calls.append(total))
+    assert out.token_ids.shape == (6, GRID_SIZE, GRID_SIZE, DEPTH) and out.token_ids.dtype == torch.int64
+    assert 0 <= out.token_ids.min() <= out.token_ids.max() < CODES
+    assert set(calls) == {2 * GRID_SIZE**2 * DEPTH}
+    decoded = np.stack([np.asarray(image)[..., None] for image in pipe.decode(out.token_ids)])
+    assert np.abs(decoded.astype(int) - out.images).max() <= 1, "one rounding step at most, from a batch of another shape"
+    with pytest.raises(ValueError, match=rf"top_k is {CODES + 1}; allowed: 0 \(off\) to {CODES}"):
+        pipe(3, top_k=CODES + 1)
+
+
+def test_encode_decode_and_reconstruct_agree_with_the_forward_pass(pipe):
+    images_BCHW = scans_as_images(pipe.tokenizer.transform, 5)
+    ids = pipe.encode(images_BCHW)
+    assert ids.shape == (5, GRID_SIZE, GRID_SIZE, DEPTH)
+    with torch.no_grad():
+        forward_BCHW = pipe.tokenizer(images_BCHW).reconstructions
+    torch.testing.assert_close(pipe.tokenizer.decode(ids), forward_BCHW, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipe.tokenizer.reconstruct(images_BCHW), forward_BCHW, rtol=0, atol=1e-5)
+    restored = [image.tobytes() for image in pipe.reconstruct(images_BCHW)]
+    assert restored == [image.tobytes() for image in pipe.decode(ids)]
+
+
+def test_the_second_id_matters(pipe):
+    ids = pipe.encode(scans_as_images(pipe.tokenizer.transform, 1))
+    other = ids.clone()
+    other[..., 1] = (other[..., 1] + 1) % CODES
+    assert not torch.equal(pipe.tokenizer.decode(ids), pipe.tokenizer.decode(other))
+
+
+def test_the_chain_is_finished(residual_run, capsys):
+    assert run_chain(tiny_recipe(residual_run, **RESIDUAL)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert dispatch(["audit", str(residual_run)]) == 0
+
+
+def test_a_residual_tokenizer_of_depth_1_has_plain_grids(tmp_path):
+    recipe = tiny_recipe(tmp_path, tokenizer__quantizer="residual", tokenizer__residual_depth=1)
+    tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=16, channels=1)).eval()
+    images_BCHW = scans_as_images(tokenizer.transform, 2)
+    ids_Bhw = tokenizer.encode(images_BCHW)
+    assert tokenizer.grid_shape == (GRID_SIZE, GRID_SIZE) and ids_Bhw.shape == (2, GRID_SIZE, GRID_SIZE)
+    assert tokenizer.decode(ids_Bhw).shape == images_BCHW.shape
+
+
+def test_the_prior_is_configured_for_all_tokens_before_anything_starts(tmp_path, monkeypatch):
+    import stage2_prior.causal_lm
+
+    seen = []
+    monkeypatch.setattr(stage2_prior.causal_lm, "make_config", lambda prior, vocabulary: seen.append(vocabulary.num_tokens))
+    stage_checks.check_prior(tiny_recipe(tmp_path, **RESIDUAL))
+    stage_checks.check_prior(tiny_recipe(tmp_path))
+    assert seen == [GRID_SIZE**2 * DEPTH, GRID_SIZE**2]
+
+
+def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
+    pytest.importorskip("gradio")
+    import re
+
+    from pipelines.demo import build, reconstruct
+
+    image = Image.fromarray(load_scans()[0][0])
+    image.save(tmp_path / "digit.png")
+    _, tokens, _, report = reconstruct(pipe, str(tmp_path / "digit.png"))
+    ids = pipe.encode(image)[0]
+    assert tokens.count('class="tokens"') == DEPTH
+    assert [int(code) for code in re.findall(r">(\d+)</span>", tokens)] == [*ids[..., 0].flatten().tolist(), *ids[..., 1].flatten().tolist()]
+    assert "4 x 4 x 2 tokens" in report and "2,048 bits became 160" in report
+    build(pipe)
+
+
+# --- other kinds of ids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"tokenizer__quantizer": "fsq", "tokenizer__codebook_size": 64},
+    {"tokenizer__quantizer": "lfq"},
+    {"tokenizer__quantizer": "ibq"},
+    {"tokenizer__quantizer": "gumbel"},
+    {**RESIDUAL, "tokenizer__residual_kind": "simvq", "tokenizer__residual_shared": "true"},
+], ids=lambda changes: "-".join(map(str, changes.values())))
+def test_every_kind_of_ids_goes_through_the_chain(changes, tmp_path):
+    pipe = ImageGenerationPipeline.from_pretrained(make_tiny_run(tmp_path / "run", **changes), device="cpu")
+    codes = changes.get("tokenizer__codebook_size", CODES)
+    out = pipe(3, 2, seed=1)
+    assert out.token_ids.shape == (2, *pipe.tokenizer.grid_shape) and out.token_ids.max() < codes
+    images_BCHW = scans_as_images(pipe.tokenizer.transform, 4)
+    with torch.no_grad():
+        forward_BCHW = pipe.tokenizer(images_BCHW).reconstructions
+    torch.testing.assert_close(pipe.tokenizer.reconstruct(images_BCHW), forward_BCHW, rtol=0, atol=1e-5)
+    reader = TokenShardReader(tmp_path / "run/tokens/train")
+    assert reader.manifest.grids[0].codebook_size == codes and reader.sequential(0, len(reader)).ids_BT.max() < codes
+
+
+# --- no ids ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kl_run(tmp_path_factory) -> Path:
+    """A run folder with a trained kl tokenizer and nothing else."""
+    from stage1_tokenizer.train import train
+
+    folder = tmp_path_factory.mktemp("kl") / "run"
+    train(tiny_recipe(folder, **KL))
+    return folder
+
+
+WHY = r"'kl', whose latents are continuous.*no prior.*ema, gradient"
+
+
+def test_the_chain_is_refused_before_it_starts(tmp_path):
+    with pytest.raises(InputError, match=rf"tokenizer.quantizer is {WHY}"):
+        check_chain(tiny_recipe(tmp_path / "run", **KL), 1, None)
+    with pytest.raises(InputError, match=WHY):
+        run_chain(tiny_recipe(tmp_path / "run", **KL))
+    assert not (tmp_path / "run").exists()
+
+
+def test_preprocessing_is_refused_by_the_recipe(tmp_path):
+    with pytest.raises(InputError, match=rf"tokenizer.quantizer is {WHY}"):
+        check_before_start(tiny_recipe(tmp_path / "run", **KL), "tokens")
+    assert check_before_start(tiny_recipe(tmp_path / "run", **KL), "tokenizer") == "start"
+
+
+def test_preprocessing_is_refused_by_the_tokenizer(kl_run, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", tokens__tokenizer=kl_run / "tokenizer")
+    for refuse in (lambda: check_before_start(recipe, "tokens"), lambda: preprocess(recipe)):
+        with pytest.raises(InputError, match=rf"tokenizer in {kl_run}/tokenizer is {WHY}.*") as caught:
+            refuse()
+        assert "Set tokens.tokenizer to" in str(caught.value)
+    assert not RunFolder(tmp_path / "run").export("tokens").exists()
+
+
+def test_preprocessing_is_refused_where_the_run_was_made_with_it(kl_run, tmp_path):
+    shutil.copytree(kl_run, tmp_path / "run")
+    with pytest.raises(InputError, match=rf"tokenizer in {tmp_path}/run/tokenizer is {WHY}"):
+        check_before_start(tiny_recipe(tmp_path / "run"), "tokens")
+
+
+def test_tokens_of_another_tokenizer_do_not_ask_for_the_recipes(tiny_run, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", tokens__tokenizer=tiny_run / "tokenizer", **KL)
+    assert check_before_start(recipe, "tokens") == "start", "the recipe's own tokenizer has no part in it"
+
+
+def test_a_tokenizer_without_ids_reconstructs(kl_run):
+    tokenizer = ImageTokenizer.from_pretrained(kl_run / "tokenizer")
+    images_BCHW = scans_as_images(tokenizer.transform, 4)
+    restored_BCHW = tokenizer.reconstruct(images_BCHW)
+    assert restored_BCHW.shape == images_BCHW.shape and torch.equal(restored_BCHW, tokenizer.reconstruct(images_BCHW)), "nothing is drawn"
+    with torch.no_grad():
+        torch.testing.assert_close(restored_BCHW, tokenizer(images_BCHW).reconstructions, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="no ids"):
+        tokenizer.encode(images_BCHW)
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 8, 8\)"):
+        tokenizer.reconstruct(torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("given", ["", "tokenizer"])
+def test_the_reconstruct_command_needs_a_tokenizer_only(given, kl_run, tmp_path, capsys):
+    Image.fromarray(load_scans()[0][0]).save(tmp_path / "digit.png")
+    assert dispatch(["reconstruct", str(kl_run / given), str(tmp_path / "digit.png"), "--out", str(tmp_path / "out")]) == 0
+    assert "wrote 1 reconstructions" in capsys.readouterr().out
+    tokenizer = ImageTokenizer.from_pretrained(kl_run / "tokenizer")
+    expected_HWC = to_uint8(tokenizer.reconstruct(scans_as_images(tokenizer.transform, 1)))[0]
+    with Image.open(tmp_path / "out/digit.png") as image:
+        assert np.array_equal(np.asarray(image), expected_HWC[..., 0])
+
+
+def test_tokenizers_are_found(tiny_run, kl_run, tmp_path):
+    assert find_tokenizer(tiny_run) == find_tokenizer(tiny_run / "pipeline") == tiny_run / "pipeline/tokenizer"
+    assert find_tokenizer(tiny_run / "tokenizer") == tiny_run / "tokenizer"
+    assert find_tokenizer(kl_run) == find_tokenizer(str(kl_run / "tokenizer")) == kl_run / "tokenizer"
+    with pytest.raises(InputError, match="does not exist; give a run folder, a pipeline folder or a tokenizer folder"):
+        find_tokenizer(tmp_path / "none")
+
+
+def test_the_command_answers_in_words(tmp_path, capsys):
+    from pipelines.command_line import main
+
+    with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["vqmosaic", "run", "digits", *tiny_overrides(tmp_path / "run", **KL)])
+        main()
+    assert ended.value.code == 2 and "whose latents are continuous" in capsys.readouterr().err

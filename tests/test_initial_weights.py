@@ -1,0 +1,241 @@
+"""Fine-tuning's start: weights found by a path, checked against the recipe, loaded strictly, and never a pickle."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipelines.stage_checks import check_before_start
+from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.initial_weights import load_initial_weights, read_initial_weights
+from stage1_tokenizer.initial_weights_location import check_init_from, fingerprint_of_initial_weights, locate_initial_weights
+from tests.tiny import ROOT, tiny_recipe
+from vqmosaic.durable_files import sha256_of_file, write_json
+from vqmosaic.errors import InputError
+
+CONFIG = tiny_recipe("unused").tokenizer
+CHECKPOINT = "checkpoints/tokenizer/step-00000006"
+
+
+def fresh(**changes) -> ImageTokenizer:
+    """A tokenizer of the tiny recipe with other random weights than the tiny run started from."""
+    return ImageTokenizer(dataclasses.replace(CONFIG, **changes), ImageTransform(image_size=16, channels=1), seed=9)
+
+
+def rewrite(checkpoint: Path, name: str, weights: dict[str, torch.Tensor] | None) -> None:
+    """Replace or delete a weight file of a checkpoint, and its entry among the checksums."""
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
+    if weights is None:
+        (checkpoint / name).unlink()
+        del checksums[name]
+    else:
+        save_file(weights, checkpoint / name)
+        checksums[name] = {"size": (checkpoint / name).stat().st_size, "sha256": sha256_of_file(checkpoint / name)}
+    write_json(checkpoint / "checksums.json", checksums)
+
+
+@pytest.fixture
+def checkpoint(tiny_run, tmp_path) -> Path:
+    """A copy, out of its run, of the tiny run's last checkpoint, to spoil."""
+    return Path(shutil.copytree(tiny_run / CHECKPOINT, tmp_path / "step-00000006"))
+
+
+# --- what a path leads to ----------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_folders_run_folders_pipelines_and_checkpoints_are_found(tiny_run):
+    for path in (tiny_run, tiny_run / "tokenizer"):
+        found = locate_initial_weights(str(path))
+        assert found.is_export and found.folder == tiny_run / "tokenizer"
+    assert locate_initial_weights(str(tiny_run / "pipeline")).folder == tiny_run / "pipeline/tokenizer"
+    found = locate_initial_weights(str(tiny_run / CHECKPOINT))
+    assert not found.is_export and found.file == tiny_run / CHECKPOINT / "weights_ema.safetensors"
+    assert found.config["network"]["codebook_size"] == CONFIG.codebook_size, "as the run of the checkpoint recorded it"
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("{run}/tokeniser", ["does not exist", "step-00000500", "Did you mean", "run/tokenizer"]),
+    ("{run}/recipe.yaml", ["is a file", "a tokenizer folder"]),
+    ("{run}/prior", ["none of these", "config.json and model.safetensors"]),
+    ("{run}/logs", ["none of these"]),
+    ("{run}/checkpoints/tokenizer", ["none of these", "There is the checkpoint", "step-00000006"]),
+], ids=["missing", "file", "prior", "folder", "all checkpoints"])
+def test_other_paths_are_refused_in_words(path, words, tiny_run):
+    with pytest.raises(InputError) as caught:
+        locate_initial_weights(path.format(run=tiny_run))
+    assert all(word in str(caught.value) for word in ["tokenizer_training.init_from is", *words])
+
+
+def test_an_unfinished_run_offers_its_checkpoint(tiny_copy):
+    shutil.rmtree(tiny_copy / "tokenizer")
+    shutil.rmtree(tiny_copy / "pipeline")
+    with pytest.raises(InputError, match=r"There is the checkpoint '.*step-00000006'"):
+        locate_initial_weights(str(tiny_copy))
+
+
+# --- what is loaded ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_gives_the_tokenizer_back_and_its_averages_start_from_the_codes(tiny_run):
+    weights = read_initial_weights(str(tiny_run / "tokenizer"), CONFIG)
+    assert weights.keys() == load_file(tiny_run / "tokenizer/model.safetensors").keys()
+    tokenizer, original = fresh(), ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    load_initial_weights(tokenizer, str(tiny_run))
+    own, expected = tokenizer.state_dict(), original.state_dict()
+    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in weights)
+    assert torch.equal(tokenizer.quantizer.ema_sums, tokenizer.quantizer.codebook), "not those of the random codebook it was made with"
+    assert tokenizer.training and all(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+def test_of_a_checkpoint_the_average_is_taken_with_all_that_training_needs(tiny_run):
+    tokenizer = fresh()
+    load_initial_weights(tokenizer, str(tiny_run / CHECKPOINT))
+    average = load_file(tiny_run / CHECKPOINT / "weights_ema.safetensors")
+    own = tokenizer.state_dict()
+    assert {f"module.{name}" for name in own} == average.keys() - {"n_averaged"} and tokenizer.training_only_names() <= own.keys()
+    assert all(torch.equal(own[name], average[f"module.{name}"]) for name in own)
+    exported = load_file(tiny_run / "tokenizer/model.safetensors")
+    assert all(torch.equal(own[name], exported[name]) for name in exported), "the last checkpoint holds what was exported"
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_without_an_average_the_model_itself_is_taken_whatever_it_was_wrapped_in(prefix, checkpoint):
+    live = load_file(checkpoint / "model.safetensors")
+    rewrite(checkpoint, "weights_ema.safetensors", None)
+    rewrite(checkpoint, "model.safetensors", {f"{prefix}{name}": tensor for name, tensor in live.items()})
+    tokenizer = fresh()
+    load_initial_weights(tokenizer, str(checkpoint))
+    assert all(torch.equal(tensor, live[name]) for name, tensor in tokenizer.state_dict().items())
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["tokenizer", CHECKPOINT], ids=["export", "checkpoint"])
+def test_another_network_is_named_field_by_field(path, tiny_run):
+    other = dataclasses.replace(CONFIG, codebook_size=64, l2_normalize=True, dropout=0.5)
+    with pytest.raises(InputError) as caught:
+        read_initial_weights(str(tiny_run / path), other)
+    words = str(caught.value)
+    assert "tokenizer.codebook_size is 64 here and 32 there" in words and "tokenizer.l2_normalize is True here and False there" in words
+    assert "Set tokenizer.codebook_size, tokenizer.l2_normalize to what it is there" in words
+    assert "dropout" not in words, "what only shapes the learning may change"
+
+
+def test_what_only_shapes_the_learning_may_change(tiny_run):
+    tokenizer = fresh(dropout=0.1, commitment_weight=1.0, ema_decay=0.9, revival_threshold=0.0, residual_depth=2)
+    load_initial_weights(tokenizer, str(tiny_run))
+
+
+def test_names_and_shapes_that_do_not_fit_are_listed(checkpoint):
+    weights = load_file(checkpoint / "weights_ema.safetensors")
+    del weights["module.encoder.conv_in.bias"]
+    weights["module.encoder.extra"] = torch.zeros(1)
+    weights["module.quantizer.codebook"] = torch.zeros(3, 8)
+    rewrite(checkpoint, "weights_ema.safetensors", weights)
+    tokenizer = fresh()
+    before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+    with pytest.raises(InputError) as caught:
+        load_initial_weights(tokenizer, str(checkpoint))
+    for word in ("missing encoder.conv_in.bias", "unexpected encoder.extra", "quantizer.codebook has shape (3, 8), not (32, 8)"):
+        assert word in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items()), "nothing of it was loaded"
+
+
+def test_a_checkpoint_of_the_prior_is_refused(tiny_run):
+    with pytest.raises(InputError, match=r"missing .* and \d+ more"):
+        load_initial_weights(fresh(), str(tiny_run / CHECKPOINT.replace("tokenizer", "prior")))
+
+
+def test_damaged_weights_are_refused(checkpoint, tiny_copy):
+    path = checkpoint / "weights_ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError, match=r"no whole checkpoint: weights_ema.safetensors is missing or cut short"):
+        read_initial_weights(str(checkpoint), CONFIG)
+    path = tiny_copy / "tokenizer/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="has changed since it was exported"):
+        read_initial_weights(str(tiny_copy), CONFIG)
+
+
+def test_a_pickle_in_place_of_the_weights_is_not_read(checkpoint):
+    (checkpoint / "weights_ema.safetensors").write_bytes(b"\x80\x04N.")
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
+    checksums["weights_ema.safetensors"] = {"size": 4, "sha256": hashlib.sha256(b"\x80\x04N.").hexdigest()}
+    write_json(checkpoint / "checksums.json", checksums)
+    with pytest.raises(InputError, match="no weight file"):
+        read_initial_weights(str(checkpoint), CONFIG)
+
+
+# --- before anything slow ----------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
+    def check(init_from, **changes):
+        return check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=init_from, **changes), "tokenizer")
+
+    assert check(tiny_run) == check(tiny_run / "tokenizer") == check(tiny_run / CHECKPOINT) == "start"
+    with pytest.raises(InputError, match=r"init_from is .* does not exist"):
+        check(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"tokenizer.channels is 64 here and 32 there"):
+        check(tiny_run, tokenizer__channels=64)
+    with pytest.raises(InputError, match=r"data.channels is 3, but .* was trained with 1; set data.channels to 1"):
+        check(tiny_run, data__channels=3)
+    assert check(tiny_run, data__image_size=32) == "start", "the network takes images of any size"
+    check_init_from(tiny_recipe(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("path", ["", "tokenizer", "pipeline", CHECKPOINT])
+def test_a_run_does_not_start_from_what_it_writes_itself(path, tiny_run):
+    with pytest.raises(InputError, match="which this run itself writes"):
+        check_init_from(tiny_recipe(tiny_run, tokenizer_training__init_from=tiny_run / path))
+
+
+def test_a_finished_stage_does_not_ask_for_what_it_started_from(tiny_run, tmp_path):
+    source = shutil.copytree(tiny_run / "tokenizer", tmp_path / "source")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    recipe = tiny_recipe(run, tokenizer_training__init_from=source)
+    record = json.loads((run / "stages/tokenizer.json").read_text())
+    record["fields"]["tokenizer_training.init_from"] = str(source)
+    write_json(run / "stages/tokenizer.json", record)
+    shutil.rmtree(source)
+    assert check_before_start(recipe, "tokenizer") == "skip"
+
+
+def test_fingerprints_tell_weights_apart(tiny_run, checkpoint):
+    config = json.loads((tiny_run / "tokenizer/config.json").read_text())
+    assert fingerprint_of_initial_weights(str(tiny_run)) == config["full_fingerprint"]
+    before = fingerprint_of_initial_weights(str(checkpoint))
+    assert before == fingerprint_of_initial_weights(str(tiny_run / CHECKPOINT)) == sha256_of_file(checkpoint / "checksums.json")
+    weights = load_file(checkpoint / "weights_ema.safetensors")
+    weights["module.encoder.conv_in.bias"] += 1
+    rewrite(checkpoint, "weights_ema.safetensors", weights)
+    assert fingerprint_of_initial_weights(str(checkpoint)) != before
+
+
+def test_locating_loads_no_torch(tiny_run):
+    code = ("import sys\nfrom stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights\n"
+            f"fingerprint_of_initial_weights({str(tiny_run)!r})\nassert not {{'torch', 'safetensors', 'numpy'}} & sys.modules.keys()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+# --- fine-tuning itself ------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_is_tuned_and_the_tokens_still_fit(tiny_run, tmp_path):
+    from stage1_tokenizer.train import train
+
+    train(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run, tokenizer_training__train_parts="decoder",
+                      tokenizer_training__max_steps=2))
+    before, after = (ImageTokenizer.from_pretrained(folder / "tokenizer") for folder in (tiny_run, tmp_path / "run"))
+    assert after.token_fingerprint == before.token_fingerprint and after.full_fingerprint != before.full_fingerprint

@@ -1,0 +1,305 @@
+"""LPIPS from weight files in their real layouts, with random numbers in them: found, loaded strictly, and computed as others compute it."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import stage1_tokenizer.perceptual_weights as places
+from stage1_tokenizer.perceptual import LPIPS
+from stage1_tokenizer.perceptual_weights import PerceptualWeights, hub_checkpoints, resolve_perceptual_weights
+from tests.test_structure import loaded, modules_after
+from vqmosaic.errors import InputError
+
+WIDTHS = (64, 128, 256, 512, 512)
+LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+"""torchvision's vgg16().features: a convolution and a rectifier for each number, a pooling for each M."""
+
+
+def vgg16_features() -> nn.Sequential:
+    layers, channels = [], 3
+    for width in LAYOUT:
+        if width == "M":
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1, device="meta"), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers)
+
+
+def random_vgg16() -> dict[str, torch.Tensor]:
+    """Random tensors by the names of torchvision's vgg16, those of the classifier small."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, meta in vgg16_features().state_dict().items():
+        deviation = (2 / meta[0].numel()) ** 0.5 if meta.ndim == 4 else 0.1
+        tensors[f"features.{name}"] = torch.empty(meta.shape).normal_(0, deviation, generator=generator)
+    return tensors | {f"classifier.{index}.{kind}": torch.zeros(2) for index in (0, 3, 6) for kind in ("weight", "bias")}
+
+
+def random_linear() -> dict[str, torch.Tensor]:
+    """Random non-negative tensors by the names in vgg.pth of the lpips package."""
+    generator = torch.Generator().manual_seed(1)
+    return {f"lin{number}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator) for number, width in enumerate(WIDTHS)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with both files."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(random_vgg16(), folder / "vgg16-397923af.pth")
+    torch.save(random_linear(), folder / "vgg_lpips.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lpips(weights) -> LPIPS:
+    return LPIPS(resolve_perceptual_weights(str(weights)))
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    """No torch hub cache and no package with weights, and no torchvision to download with; returns where the cache would be."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(places.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: pytest.fail("a download was tried"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def touch(*files: Path) -> None:
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def pair(size: int = 32, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return tuple(torch.rand(2, channels, size, size, generator=generator) * 2 - 1 for _ in range(2))
+
+
+# --- finding -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vgg16", places.VGG16_NAMES)
+@pytest.mark.parametrize("linear", places.LINEAR_NAMES)
+def test_a_folder_with_both_files_under_any_known_name(bare, tmp_path, vgg16, linear):
+    touch(tmp_path / vgg16, tmp_path / linear)
+    assert resolve_perceptual_weights(str(tmp_path)) == PerceptualWeights(tmp_path / vgg16, tmp_path / linear)
+
+
+def test_what_the_path_lacks_comes_from_the_cache(bare, tmp_path):
+    own = tmp_path / "own"
+    touch(own / "vgg16.pth", bare / "vgg16-397923af.pth", bare / "vgg_lpips.pth")
+    expected = PerceptualWeights(own / "vgg16.pth", bare / "vgg_lpips.pth")
+    assert resolve_perceptual_weights(str(own)) == resolve_perceptual_weights(str(own / "vgg16.pth")) == expected
+    assert resolve_perceptual_weights(None) == PerceptualWeights(bare / "vgg16-397923af.pth", bare / "vgg_lpips.pth")
+
+
+def test_the_linear_weights_come_from_a_package(bare, monkeypatch, tmp_path):
+    touch(bare / "vgg16-397923af.pth", tmp_path / "torchmetrics/functional/image/lpips_models/vgg.pth")
+
+    def find_spec(name):
+        return importlib.util.spec_from_file_location(name, tmp_path / name / "__init__.py", submodule_search_locations=[str(tmp_path / name)])
+
+    monkeypatch.setattr(places.importlib.util, "find_spec", find_spec)
+    assert resolve_perceptual_weights(None).linear == tmp_path / "torchmetrics/functional/image/lpips_models/vgg.pth"
+    touch(tmp_path / "lpips/weights/v0.1/vgg.pth")
+    assert resolve_perceptual_weights(None).linear == tmp_path / "lpips/weights/v0.1/vgg.pth"
+
+
+def test_what_is_nowhere_is_told_with_every_place_and_every_way_out(bare):
+    with pytest.raises(InputError) as refusal:
+        resolve_perceptual_weights(None)
+    words = str(refusal.value)
+    for needed in ("tokenizer_training.perceptual_weights is not given", "VGG16", "LPIPS", str(bare / "vgg16-397923af.pth"),
+                   str(bare / "vgg_lpips.pth"), "https://download.pytorch.org/models/vgg16-397923af.pth", "pip install lpips",
+                   "perceptual_loss discriminator_features needs no weights"):
+        assert needed in words
+    touch(bare / "vgg_lpips.pth")
+    with pytest.raises(InputError) as refusal:
+        resolve_perceptual_weights(None)
+    assert "pip install lpips" not in str(refusal.value) and "vgg16-397923af.pth" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("made", "given", "words"), [
+    ([], "nowhere", "does not exist"), (["empty/readme.txt"], "empty", "holds none of them"), (["alex.pth"], "alex.pth", "a file of another name"),
+])
+def test_a_wrong_path_is_refused_at_once(bare, tmp_path, made, given, words):
+    touch(*(tmp_path / name for name in made), bare / "vgg16-397923af.pth", bare / "vgg_lpips.pth")
+    with pytest.raises(InputError, match=f"perceptual_weights is .*{given}.*{words}.*vgg16-397923af.pth.*vgg_lpips.pth"):
+        resolve_perceptual_weights(str(tmp_path / given))
+
+
+def test_vgg16_is_downloaded_where_torchvision_is_installed(bare, monkeypatch):
+    monkeypatch.setattr(places.importlib.util, "find_spec", {"torchvision": importlib.util.spec_from_loader("torchvision", None)}.get)
+    touch(bare / "vgg_lpips.pth")
+    asked = []
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda url, target, hash_prefix: asked.append((url, Path(target), hash_prefix)))
+    assert resolve_perceptual_weights(None).vgg16 == bare / "vgg16-397923af.pth"
+    assert asked == [(places.VGG16_URL, bare / "vgg16-397923af.pth", "397923af")]
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(InputError, match=r"download of .*no route to host.*discriminator_features"):
+        resolve_perceptual_weights(None)
+
+
+def test_the_cache_is_torch_hubs(monkeypatch, tmp_path):
+    for variables in ({}, {"XDG_CACHE_HOME": str(tmp_path)}, {"TORCH_HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path)}):
+        for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert hub_checkpoints() == Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def test_looking_for_weights_loads_nothing_slow(weights):
+    code = f"from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights\nresolve_perceptual_weights({str(weights)!r})"
+    assert not loaded(modules_after(code), "torch", "torchmetrics", "lpips", "torchvision")
+
+
+# --- loading -------------------------------------------------------------------------------------------------------------------
+
+
+def test_safetensors_load_the_same(lpips, tmp_path):
+    save_file(random_vgg16(), tmp_path / "vgg16.safetensors")
+    save_file(random_linear(), tmp_path / "vgg_lpips.safetensors")
+    again = LPIPS(resolve_perceptual_weights(str(tmp_path)))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in lpips.state_dict().items())
+
+
+def spoilt(weights: Path, folder: Path, **changes: torch.Tensor | None) -> PerceptualWeights:
+    """The good VGG16 with linear weights of which some are changed or, for None, left out."""
+    tensors = random_linear() | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "vgg_lpips.pth")
+    return PerceptualWeights(weights / "vgg16-397923af.pth", folder / "vgg_lpips.pth")
+
+
+def test_loading_is_strict(weights, tmp_path):
+    files = spoilt(weights, tmp_path, lin0__model__1__weight=None, lin5__model__1__weight=torch.zeros(1, 512, 1, 1),
+                   lin2__model__1__weight=torch.zeros(1, 384, 1, 1))
+    with pytest.raises(InputError) as refusal:
+        LPIPS(files)
+    for words in ("vgg_lpips.pth", "missing lin0.model.1.weight", "unexpected lin5.model.1.weight",
+                  "lin2.model.1.weight has shape (1, 384, 1, 1), not (1, 256, 1, 1)"):
+        assert words in str(refusal.value)
+
+
+def test_another_network_is_refused(weights, tmp_path):
+    with_norms = random_vgg16() | {"features.1.running_mean": torch.zeros(64), "classifier.9.weight": torch.zeros(2)}
+    torch.save(with_norms, tmp_path / "vgg16.pth")
+    with pytest.raises(InputError, match=r"unexpected classifier.9.weight; unexpected features.1.running_mean.*without batch norm"):
+        LPIPS(PerceptualWeights(tmp_path / "vgg16.pth", weights / "vgg_lpips.pth"))
+    with pytest.raises(InputError, match=r"and \d+ more"):
+        LPIPS(PerceptualWeights(weights / "vgg_lpips.pth", weights / "vgg_lpips.pth"))
+
+
+@pytest.mark.parametrize(("name", "content"), [("vgg16.pth", b""), ("vgg16.pth", b"not weights at all"), ("vgg16.pth", b"PK\x03\x04 cut"),
+                                               ("vgg16.safetensors", b""), ("vgg16.safetensors", b"\xff" * 64)])
+def test_a_broken_file_is_refused_by_name(weights, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}, which is no file of weights"):
+        LPIPS(PerceptualWeights(tmp_path / name, weights / "vgg_lpips.pth"))
+
+
+def test_a_file_with_code_or_other_things_is_refused(weights, tmp_path):
+    for content in (nn.Conv2d(1, 1, 1), [1, 2], {"features.0.weight": "words"}):
+        torch.save(content, tmp_path / "vgg16.pth")
+        with pytest.raises(InputError, match=r"no file of weights|something else than named tensors"):
+            LPIPS(PerceptualWeights(tmp_path / "vgg16.pth", weights / "vgg_lpips.pth"))
+
+
+def test_it_is_frozen_and_drawn_from_nothing(weights, lpips):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    LPIPS(resolve_perceptual_weights(str(weights)))
+    assert torch.equal(torch.rand(1), expected)
+    assert not lpips.training and not any(parameter.requires_grad for parameter in lpips.parameters())
+    assert not any(tensor.is_meta for tensor in lpips.state_dict().values())
+
+
+# --- computing -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [16, 35])
+def test_it_computes_what_torchmetrics_computes(weights, monkeypatch, size):
+    reference = pytest.importorskip("torchmetrics.functional.image.lpips")
+    features = vgg16_features()
+    features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in random_vgg16().items() if name.startswith("features.")},
+                             assign=True)
+    monkeypatch.setattr(reference, "_get_tv_model_features", lambda net, pretrained: features)
+    linear = Path(reference.__file__).parent / "lpips_models" / "vgg.pth"  # the trained linear weights, over a random VGG16
+    ours = LPIPS(PerceptualWeights(weights / "vgg16-397923af.pth", linear))
+    first, second = pair(size)
+    expected = reference._LPIPS(net="vgg")(first, second).mean()
+    assert expected > 0.001
+    torch.testing.assert_close(ours(first, second), expected, rtol=1e-4, atol=1e-6)
+
+
+def installed_weights() -> PerceptualWeights | None:
+    """The true weights, where this machine has them already."""
+    files = [hub_checkpoints() / name for name in places.VGG16_NAMES]
+    return resolve_perceptual_weights(None) if any(file.is_file() for file in files) else None
+
+
+@pytest.mark.skipif(installed_weights() is None, reason="needs the trained weights of VGG16")
+def test_true_weights_compute_what_torchmetrics_computes():
+    pytest.importorskip("torchvision")
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    first, second = pair(64)
+    torch.testing.assert_close(LPIPS(installed_weights())(first, second), _LPIPS(net="vgg")(first, second).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_a_symmetric_distance_that_grows(lpips):
+    first, second = pair()
+    assert lpips(first, first).item() == 0
+    torch.testing.assert_close(lpips(first, second), lpips(second, first))
+    near, far = lpips(first, first + 0.1 * (second - first)), lpips(first, second)
+    assert 0 < near < far and far.shape == () and far.dtype == torch.float32
+    torch.testing.assert_close(far, torch.stack([lpips(first[i:i + 1], second[i:i + 1]) for i in range(2)]).mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_grey_images_count_as_three_equal_channels(lpips):
+    first, second = pair(channels=1)
+    torch.testing.assert_close(lpips(first, second), lpips(first.repeat(1, 3, 1, 1), second.repeat(1, 3, 1, 1)))
+
+
+def test_gradients_reach_the_images_and_are_finite_where_they_are_equal(lpips):
+    first, second = pair()
+    first.requires_grad_()
+    (gradient,) = torch.autograd.grad(lpips(first, second), first)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    with torch.no_grad():
+        assert lpips(first - 0.1 * gradient / gradient.abs().max(), second) < lpips(first, second)
+    for image in (second, torch.zeros(1, 3, 16, 16), -torch.ones(1, 3, 16, 16)):
+        image = image.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(lpips(image, image.detach()), image)
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_no_features_at_all_have_a_finite_gradient():
+    from stage1_tokenizer.perceptual import _unit
+
+    features = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    _unit(features).sum().backward()
+    assert torch.isfinite(features.grad).all()
+
+
+def test_autocast_and_half_precision_images_change_nothing(lpips):
+    first, second = (image.bfloat16() for image in pair())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distance = lpips(first, second)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance, lpips(first.float(), second.float()))
+
+
+def test_small_images_are_refused(lpips):
+    with pytest.raises(InputError, match=r"\(2, 3, 8, 8\) are too small for LPIPS; it needs at least 16 pixels"):
+        lpips(*pair(8))

@@ -1,0 +1,218 @@
+"""Losses, gradients and codes of the quantizers against formulas written out by hand or by brute force."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage1_tokenizer.quantizers import QUANTIZERS, entropies
+from stage1_tokenizer.quantizers.gradient_paths import rotated
+from stage1_tokenizer.quantizers.nearest_code import nearest_codes
+from tests.test_quantizer import latents
+from vqmosaic.quantizer_sizes import levels_of
+
+D = 6
+
+
+def rows(latents_BDhw: torch.Tensor) -> torch.Tensor:
+    return latents_BDhw.permute(0, 2, 3, 1).reshape(-1, latents_BDhw.shape[1])
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("beta, weight", [(0.25, 1.0), (0.0, 1.0), (1.5, 0.0), (0.5, 2.0)])
+def test_gradient_losses_by_hand_beta_pulls_latents_and_codebook_weight_codes(beta, weight):
+    """2 beta (z - e) / ND arrives at the latents, 2 weight (e - z) / ND at the codes, and nothing of either at the other."""
+    module = QUANTIZERS["gradient"](24, D, commitment_weight=beta, codebook_weight=weight).train()
+    latents_BDhw = latents().requires_grad_()
+    output = module(latents_BDhw)
+    output.loss.backward()
+    difference_BDhw = (latents_BDhw - module.ids_to_latents(output.ids)).detach()
+    torch.testing.assert_close(output.loss.detach(), (beta + weight) * difference_BDhw.square().mean())
+    torch.testing.assert_close(latents_BDhw.grad, beta * 2 * difference_BDhw / latents_BDhw.numel())
+    by_hand_KD = torch.zeros(24, D).index_add_(0, output.ids.flatten(), -weight * 2 * rows(difference_BDhw) / latents_BDhw.numel())
+    torch.testing.assert_close(module.codebook.grad, by_hand_KD)
+
+
+def test_simvq_learns_the_map_alone():
+    module, latents_BDhw = QUANTIZERS["simvq"](24, D, commitment_weight=0.25, codebook_weight=2.0).train(), latents()
+    with torch.no_grad():
+        module.projection.copy_(normal(D, D))
+    output = module(latents_BDhw)
+    codebook_KD = module.frozen_codebook @ module.projection.T
+    assert torch.equal(output.ids.flatten(), nearest_codes(rows(latents_BDhw), codebook_KD))
+    output.loss.backward()
+    chosen_ND = module.frozen_codebook[output.ids.flatten()]
+    error_ND = (chosen_ND @ module.projection.T - rows(latents_BDhw)).detach()
+    torch.testing.assert_close(module.projection.grad, 2.0 * 2 * error_ND.T @ chosen_ND / error_ND.numel())
+    assert not module.frozen_codebook.requires_grad
+
+
+def test_residual_loss_is_the_mean_of_its_levels_on_what_is_left_over():
+    module, latents_BDhw = QUANTIZERS["residual"](24, D, residual_depth=3, residual_kind="gradient", commitment_weight=0.5), latents()
+    output = module(latents_BDhw)
+    left_over, losses = latents_BDhw, []
+    for index in range(3):
+        codes = module.levels[index].codebook.detach()[output.ids[..., index]].permute(0, 3, 1, 2)
+        left_over = left_over - codes
+        losses.append(1.5 * left_over.square().mean())
+    torch.testing.assert_close(output.loss.detach(), torch.stack(losses).mean())
+    torch.testing.assert_close(output.quantized.detach(), latents_BDhw - left_over)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 6])
+def test_rotation_trick_is_the_matrix_of_the_paper(dim):
+    """R = I - 2 r r' + 2 q^ z^' with r along z^ + q^ (Fifty et al. 2024, section 4.2): orthogonal, and R z = q; gradients go by its transpose."""
+    latents_ND, codes_ND, downstream_ND = normal(50, dim), 2 * normal(50, dim, seed=1), normal(50, dim, seed=2)
+    if dim == 1:
+        codes_ND = codes_ND.abs() * latents_ND.sign()  # opposite directions have no rotation in one dimension
+    latents_ND.requires_grad_()
+    turned_ND = rotated(codes_ND, latents_ND)
+    assert torch.equal(turned_ND, codes_ND)
+    (turned_ND * downstream_ND).sum().backward()
+    for z, q, g, found in zip(latents_ND.detach().double(), codes_ND.double(), downstream_ND.double(), latents_ND.grad, strict=True):
+        z_unit, q_unit = z / z.norm(), q / q.norm()
+        r = (z_unit + q_unit) / (z_unit + q_unit).norm()
+        matrix = torch.eye(dim, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(q_unit, z_unit)
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim, dtype=torch.float64), atol=1e-9, rtol=0)
+        scaled = q.norm() / z.norm() * matrix
+        torch.testing.assert_close(scaled @ z, q)
+        torch.testing.assert_close(found.double(), scaled.T @ g, rtol=1e-3, atol=1e-4)
+
+
+def test_rotation_trick_stays_finite_without_a_direction():
+    latents_ND = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1e-30, 0.0]], requires_grad=True)
+    codes_ND = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [1.0, 1.0]])
+    turned_ND = rotated(codes_ND, latents_ND)
+    assert torch.equal(turned_ND, codes_ND)
+    turned_ND.sum().backward()
+    assert torch.isfinite(latents_ND.grad).all() and torch.equal(latents_ND.grad[[0, 1, 3]], torch.ones(3, 2))
+
+
+# --- fsq -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, levels", [(240, [8, 6, 5]), (1000, [8, 5, 5, 5]), (8, [8]), (3, [3]), (64, [8, 8]), (512, [8, 8, 8])])
+def test_fsq_levels_and_all_codes(size, levels):
+    """Every id is a point of its own on the grid; an even number of levels L has -1 but not 1, as round(L / 2) steps fit below zero only."""
+    assert levels_of(size) == levels
+    module = QUANTIZERS["fsq"](size, len(levels))
+    codes_KF = rows(module.ids_to_latents(torch.arange(size)[None, :, None]))
+    grid = [[(step - level // 2) / (level // 2) for step in range(level)] for level in reversed(levels)]
+    by_hand_KF = torch.tensor([values[::-1] for values in itertools.product(*grid)])  # the first dimension counts fastest
+    torch.testing.assert_close(codes_KF, by_hand_KF)
+
+
+def test_fsq_rounds_to_known_values():
+    module = QUANTIZERS["fsq"](40, 2)  # 8 and 5 levels
+    assert levels_of(40) == [8, 5]
+    values = torch.tensor([[-99.0, -99.0], [99.0, 99.0], [0.0, 0.0], [0.15, 0.3], [-0.15, -0.3], [0.3, 0.6]])
+    output = module(values.T[None, :, :, None])
+    # 8 levels: tanh(z + atanh(0.5 / 3.5035)) * 3.5035 - 0.5, so that 0 is 0; 5 levels: tanh(z) * 2.002
+    steps = [[-4, -2], [3, 2], [0, 0], [1 if math.tanh(0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5 > 0.5 else 0, 1],
+             [round(math.tanh(-0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5), -1], [1, 1]]
+    assert output.ids.flatten().tolist() == [(first + 4) + 8 * (second + 2) for first, second in steps]
+    torch.testing.assert_close(rows(output.quantized), torch.tensor(steps) / torch.tensor([4.0, 2.0]))
+    assert float(output.loss) == 0
+
+
+# --- lfq and ibq --------------------------------------------------------------------------------------------------------------------
+
+
+def brute_force(vectors_Nb: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes of all ids, mean entropy of a vector's code and entropy of the mean, over the table of all squared distances."""
+    codes_Kb = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=vectors_Nb.shape[1])), dtype=torch.float64)
+    distances_NK = (vectors_Nb.double()[:, None] - codes_Kb).square().sum(-1)
+    probabilities_NK = (-distances_NK / temperature).softmax(-1)
+    each = -torch.special.xlogy(probabilities_NK, probabilities_NK).sum(1).mean()
+    mean_K = probabilities_NK.mean(0)
+    return codes_Kb, each, -torch.special.xlogy(mean_K, mean_K).sum()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("diversity, temperature", [(0.0, 1.0), (1.0, 0.1), (0.7, 4.0)])
+def test_lfq_against_brute_force_over_all_codes(bits, diversity, temperature):
+    entropy_fields = {"entropy_weight": 0.3, "entropy_diversity": diversity, "entropy_temperature": temperature}
+    module = QUANTIZERS["lfq"](2**bits, bits, commitment_weight=0.25, **entropy_fields)
+    latents_BDhw = 0.3 * latents(code_dim=bits)
+    codes_Kb, each, whole = brute_force(rows(latents_BDhw), temperature)
+    output = module(latents_BDhw)
+    assert torch.equal(output.ids.flatten(), torch.cdist(rows(latents_BDhw).double(), codes_Kb).argmin(1)), "signs are the nearest code"
+    assert torch.equal(rows(output.quantized), codes_Kb[output.ids.flatten()].float())
+    commitment = (rows(latents_BDhw) - rows(output.quantized)).square().mean()
+    torch.testing.assert_close(output.loss.double(), 0.25 * commitment + 0.3 * (each - diversity * whole), rtol=1e-5, atol=1e-5)
+
+
+def test_lfq_entropy_gradient_is_that_of_brute_force():
+    logits_Nb = normal(30, 5).requires_grad_()
+    entropies.entropy_of_bits(logits_Nb, 0.7).backward()
+    again_Nb = logits_Nb.detach().double().requires_grad_()
+    _, each, whole = brute_force_of_logits(again_Nb)
+    (each - 0.7 * whole).backward()
+    torch.testing.assert_close(logits_Nb.grad.double(), again_Nb.grad, rtol=1e-4, atol=1e-6)
+
+
+def brute_force_of_logits(logits_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return brute_force(logits_Nb / 4, 1.0)  # 4 z / temperature is the logit of a bit
+
+
+def test_batch_entropy_by_groups_bounds_the_exact_one_and_meets_it_on_even_use(monkeypatch):
+    logits_Nb = 3 * normal(200, 10)
+    exact = entropies.batch_entropy_of_bits(logits_Nb)
+    monkeypatch.setattr(entropies, "EXACT_CODES", 2**6)
+    by_groups = entropies.batch_entropy_of_bits(logits_Nb)
+    assert float(exact) <= float(by_groups) <= 10 * math.log(2) + 1e-4
+    assert float(entropies.batch_entropy_of_bits(torch.zeros(7, 10))) == pytest.approx(10 * math.log(2), rel=1e-5)
+
+
+def test_a_huge_implicit_codebook_is_never_built():
+    """2^30 codes: any tensor with an entry for each would be 4 GiB."""
+    module = QUANTIZERS["lfq"](2**30, 30).train()
+    output = module(latents(code_dim=30).requires_grad_())
+    output.loss.backward()
+    assert output.ids.max() >= 2**28 and output.ids.max() < 2**30
+    assert torch.equal(module.ids_to_latents(output.ids), output.quantized)
+    assert sum(buffer.numel() for buffer in module.buffers()) < 100
+
+
+def test_losses_that_stay_finite_far_out():
+    module = QUANTIZERS["lfq"](2**8, 8).train()
+    far = (1e4 * latents(code_dim=8)).requires_grad_()
+    output = module(far)
+    output.loss.backward()
+    assert torch.isfinite(output.loss) and torch.isfinite(far.grad).all()
+
+
+def test_ibq_by_hand():
+    """One-hot of the largest inner product in value, softmax in gradient (Shi et al. 2024, section 3.2); entropies of sharpened logits."""
+    fields = {"commitment_weight": 0.25, "codebook_weight": 2.0, "entropy_weight": 0.3, "entropy_diversity": 0.7, "entropy_temperature": 0.5}
+    module, latents_BDhw, downstream_ND = QUANTIZERS["ibq"](24, D, **fields).train(), latents().requires_grad_(), normal(100, D, seed=5)
+    output = module(latents_BDhw)
+    (output.loss + (rows(output.quantized) * downstream_ND).sum()).backward()
+    vectors_ND = rows(latents_BDhw.detach()).requires_grad_()
+    codebook_KD = module.codebook.detach().clone().requires_grad_()
+    logits_NK = vectors_ND @ codebook_KD.T
+    soft_NK = logits_NK.softmax(-1)
+    hard_NK = F.one_hot(logits_NK.argmax(-1), 24).float()
+    codes_ND = (hard_NK - soft_NK.detach() + soft_NK) @ codebook_KD
+    sharp_NK = (logits_NK / 0.5).softmax(-1)
+    mean_K = sharp_NK.mean(0)
+    entropy = -(sharp_NK * sharp_NK.log()).sum(1).mean() + 0.7 * (mean_K * mean_K.log()).sum()
+    loss = (2.0 * (codes_ND - vectors_ND.detach()).square().mean() + 0.25 * (vectors_ND - codes_ND.detach()).square().mean() + 0.3 * entropy)
+    (loss + (codes_ND * downstream_ND).sum()).backward()
+    assert torch.equal(output.ids.flatten(), logits_NK.argmax(-1))
+    torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows(latents_BDhw.grad), vectors_ND.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(module.codebook.grad, codebook_KD.grad, rtol=1e-3, atol=1e-4)
+    assert (module.codebook.grad.abs().sum(1) > 0).all(), "every code learns, chosen or not"
+
+
+@pytest.mark.parametrize("kind, size", [("lfq", 64), ("ibq", 24)])
+def test_entropy_terms_can_be_switched_off(kind, size):
+    both, none, no_batch = (QUANTIZERS[kind](size, D, **fields).train()(latents()).loss.detach()
+                            for fields in ({}, {"entropy_weight": 0.0}, {"entropy_diversity": 0.0}))
+    assert both < no_batch and none < no_batch

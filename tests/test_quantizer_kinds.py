@@ -1,0 +1,459 @@
+"""What all kinds of quantizers keep: ids lead back, gradients arrive, states add up over micro-batches and processes, dead codes come back."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from stage1_tokenizer.quantizers import QUANTIZERS, Quantizer, gumbel
+from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
+from tests.test_quantizer import as_latents, assert_equal, buffers, clusters, latents, lowered
+from vqmosaic.errors import InputError
+from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, QUANTIZER_NAMES, TokenizerConfig
+
+D = 6
+OFF = {"entropy_diversity": 0.0}  # a batch's entropy is no mean over its parts
+CASES = {
+    "ema": {"quantizer": "ema"},
+    "ema, l2, rotation": {"quantizer": "ema", "l2_normalize": True, "rotation_trick": True},
+    "gradient": {"quantizer": "gradient"},
+    "gradient, l2": {"quantizer": "gradient", "l2_normalize": True},
+    "gradient, rotation": {"quantizer": "gradient", "rotation_trick": True},
+    "simvq": {"quantizer": "simvq"},
+    "simvq, l2": {"quantizer": "simvq", "l2_normalize": True},
+    "gumbel": {"quantizer": "gumbel"},
+    "fsq": {"quantizer": "fsq", "codebook_size": 240},
+    "fsq, own dimension": {"quantizer": "fsq", "codebook_size": 4096 * 2, "code_dim": 5},
+    "lfq": {"quantizer": "lfq", "codebook_size": 2**D, **OFF},
+    "lfq, projected": {"quantizer": "lfq", "codebook_size": 16, **OFF},
+    "ibq": {"quantizer": "ibq", **OFF},
+    "residual": {"quantizer": "residual", "residual_depth": 3},
+    "residual, one level": {"quantizer": "residual", "residual_depth": 1, "residual_kind": "gradient"},
+    "residual, shared, l2, rotation": {"quantizer": "residual", "residual_depth": 3, "residual_kind": "gradient", "residual_shared": True,
+                                       "l2_normalize": True, "rotation_trick": True},
+    "residual, shared ema": {"quantizer": "residual", "residual_depth": 2, "residual_shared": True},
+    "residual of simvq": {"quantizer": "residual", "residual_depth": 2, "residual_kind": "simvq"},
+}
+SAMPLED = "gumbel"
+
+
+def make(case: str, **fields) -> Quantizer:
+    config = TokenizerConfig(**{"codebook_size": 24, "code_dim": D} | CASES[case] | fields)
+    return QUANTIZERS[config.quantizer].from_config(config, seed=3).train()
+
+
+def batch(module: Quantizer, count: int = 4, seed: int = 0) -> torch.Tensor:
+    return latents(count, code_dim=module.code_dim, seed=seed)
+
+
+def backward(module: Quantizer, latents_BDhw: torch.Tensor, scale: float = 1.0) -> None:
+    """Gradients of the quantizer's loss and of a downstream loss that is a mean over images."""
+    output = module(latents_BDhw if latents_BDhw.requires_grad else latents_BDhw.requires_grad_())
+    weights_BDhw = torch.linspace(-1, 1, output.quantized[0].numel()).view_as(output.quantized[0])
+    (scale * (output.loss + (output.quantized * weights_BDhw).mean())).backward()
+
+
+def gradients(module: Quantizer) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def step(module: Quantizer, latents_BDhw: torch.Tensor, parts: int = 1, learning_rate: float = 0.05) -> None:
+    """One plain SGD step over micro-batches and the commit after it."""
+    for part in latents_BDhw.chunk(parts):
+        backward(module, part, 1 / parts)
+    descend(module, learning_rate)
+
+
+def descend(module: Quantizer, learning_rate: float = 0.05) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter -= learning_rate * parameter.grad
+            parameter.grad = None
+    module.commit()
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    monkeypatch.setattr(gumbel, "gumbel_noise", torch.zeros_like)
+
+
+# --- names and construction ------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_of_a_recipe_has_a_quantizer():
+    assert set(QUANTIZERS) == set(QUANTIZER_NAMES)
+    assert {CASES[case]["quantizer"] for case in CASES} == set(QUANTIZER_NAMES) - {"kl"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_seed_gives_one_start_and_leaves_the_global_random_state_alone(case):
+    state = torch.random.get_rng_state()
+    first, second = make(case), make(case)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_equal(first.state_dict(), second.state_dict())
+
+
+@pytest.mark.parametrize("kind, size, words", [("fsq", 1000, []), ("fsq", 509, ["509", "504", "512"]), ("lfq", 1000, ["1000", "512", "1024"])])
+def test_impossible_codebook_sizes_are_refused_with_the_nearest_ones(kind, size, words):
+    if not words:
+        assert QUANTIZERS[kind](size, D).codebook_size == size
+        return
+    with pytest.raises(InputError) as caught:
+        QUANTIZERS[kind](size, D)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_an_unknown_kind_of_levels_is_refused():
+    with pytest.raises(InputError, match="residual_kind"):
+        QUANTIZERS["residual"](24, D, residual_kind="fsq")
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_ids_lie_in_range_and_lead_back_to_what_forward_gave(case, training):
+    module = make(case).train(training)
+    for _ in range(2):  # fresh, and started on latents
+        latents_BDhw = batch(module)
+        output = module(latents_BDhw)
+        depth = (module.depth,) if module.depth > 1 else ()
+        assert output.ids.shape == (4, 5, 5, *depth) and output.ids.dtype == torch.int64
+        assert output.ids.min() >= 0 and output.ids.max() < module.codebook_size and len(output.ids.unique()) > 3
+        assert output.quantized.shape == latents_BDhw.shape and output.quantized.dtype == output.loss.dtype == torch.float32
+        assert output.loss.shape == ()
+        assert torch.equal(module.ids_to_latents(output.ids), output.quantized)
+        module.initialize(batch(module, 16, seed=1).permute(0, 2, 3, 1).reshape(-1, module.code_dim))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != SAMPLED])
+def test_evaluation_picks_the_ids_of_training(case):
+    module = make(case)
+    assert torch.equal(module(batch(module)).ids, module.eval()(batch(module)).ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_reach_the_latents_and_every_parameter(case):
+    module = make(case)
+    latents_BDhw = batch(module).requires_grad_()
+    backward(module, latents_BDhw)
+    assert torch.isfinite(latents_BDhw.grad).all() and latents_BDhw.grad.abs().max() > 0
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "fsq, own dimension", "lfq", "residual", "residual of simvq"])
+def test_the_decoder_gradient_arrives_once(case):
+    module = make(case, commitment_weight=0.0, codebook_weight=0.0, entropy_weight=0.0)
+    latents_BDhw = batch(module).requires_grad_()
+    downstream = torch.randn(latents_BDhw.shape, generator=torch.Generator().manual_seed(0))
+    (module(latents_BDhw).quantized * downstream).sum().backward()
+    if case == "fsq, own dimension":  # through tanh
+        assert (latents_BDhw.grad * downstream >= 0).all()
+    else:
+        assert torch.equal(latents_BDhw.grad, downstream)
+
+
+@pytest.mark.parametrize("how", ["autocast", "set_float32_matmul_precision", "one backend", "all backends"])
+@pytest.mark.parametrize("case", CASES)
+def test_ids_do_not_depend_on_precision_settings(case, how):
+    module = make(case, code_dim=CASES[case].get("code_dim", 32)).eval()
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=rng)
+    latents_BDhw = latents(8, 8, module.code_dim, seed=1)
+    expected = module(latents_BDhw)
+    with lowered(how), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        output = module(latents_BDhw)
+        back = module.ids_to_latents(output.ids)
+    assert torch.equal(output.ids, expected.ids)
+    assert torch.equal(output.quantized, expected.quantized) and torch.equal(back, expected.quantized)
+    assert output.quantized.dtype == output.loss.dtype == back.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_non_finite_latents_give_ids_in_range_and_show_in_what_a_trainer_sees(case):
+    module = make(case)
+    before = buffers(module)
+    for bad in (torch.nan, torch.inf):
+        spoiled = batch(module)
+        spoiled[1, 2] = bad
+        output = module(spoiled)
+        assert output.ids.min() >= 0 and output.ids.max() < module.codebook_size
+        is_seen = not torch.isfinite(output.loss + output.quantized.sum())
+        assert is_seen or (bad == torch.inf and case.startswith("fsq")), "tanh makes a finite number of infinity"
+        module.discard()
+    assert_equal(buffers(module), before)
+
+
+# --- commit, discard, micro-batches, files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_changes_nothing_discard_forgets_and_evaluation_gathers_nothing(case):
+    module = make(case)
+    before = buffers(module)
+    module(batch(module))
+    assert_equal(buffers(module), before)
+    module.discard()
+    module.commit()
+    assert_equal(buffers(module), before)
+    module.eval()
+    module(batch(module))
+    module.commit()
+    assert_equal(buffers(module), before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_four_micro_batches_are_like_the_whole_batch(case, no_noise):
+    whole, parts = (make(case, revival_threshold=0.5, ema_decay=0.8) for _ in range(2))
+    for count in range(3):
+        latents_BDhw = batch(whole, 8, seed=count)
+        backward(whole, latents_BDhw)
+        for part in latents_BDhw.chunk(4):
+            backward(parts, part, 0.25)
+        assert_close(gradients(whole), gradients(parts))
+        descend(whole)
+        descend(parts)
+        assert_close(whole.state_dict(), parts.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_quantizer_goes_on_as_if_nothing_had_happened(case, no_noise):
+    straight, copied = make(case, revival_threshold=0.5), make(case, revival_threshold=0.5)
+    for count in range(2):
+        step(straight, batch(straight, seed=count))
+    copied.load_state_dict(straight.state_dict())
+    for count in range(2, 4):
+        for module in (straight, copied):
+            step(module, batch(module, seed=count))
+    assert_equal(straight.state_dict(), copied.state_dict())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_without_what_only_training_needs_decides_the_ids(case):
+    trained, loaded = make(case), make(case)
+    for count in range(2):
+        step(trained, batch(trained, seed=count))
+    left_out = trained.training_only_names()
+    assert left_out <= trained.state_dict().keys()
+    assert not left_out & {name for name, _ in trained.named_parameters()}
+    export = {name: tensor for name, tensor in trained.state_dict().items() if name not in left_out}
+    assert all(tensor.dtype == torch.float32 for tensor in export.values()), "an export is float32 alone"
+    loaded.load_state_dict(export | {name: loaded.state_dict()[name] for name in left_out})
+    loaded.restart_averages()
+    first, second = trained.eval()(batch(trained)), loaded.eval()(batch(loaded))
+    assert torch.equal(first.ids, second.ids) and torch.equal(first.quantized, second.quantized)
+
+
+# --- use of the codes ------------------------------------------------------------------------------------------------------------
+
+
+def level_ids(module: Quantizer, ids: torch.Tensor) -> list[torch.Tensor]:
+    return list(ids.unbind(-1)) if module.depth > 1 else [ids]
+
+
+def codebooks(module: Quantizer) -> list[CodebookQuantizer]:
+    return [each for each in module.modules() if isinstance(each, CodebookQuantizer)]
+
+
+def code_rows(module: CodebookQuantizer) -> torch.Tensor:
+    return (module.frozen_codebook if hasattr(module, "frozen_codebook") else module.codebook).data
+
+
+@pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "residual", "residual, shared ema", "residual of simvq"])
+def test_usage_on_clustered_vectors(case):
+    """Half of all codes start where no vector is; revival brings them back to work, and the optimizer does not undo it."""
+    module, latents_BDhw = make(case, codebook_size=64, residual_depth=2, ema_decay=0.9), as_latents(clusters(64, 50))
+    for each in codebooks(module):
+        code_rows(each)[32:] += 100
+        each.restart_averages()
+    optimizer = torch.optim.AdamW(list(module.parameters()) or [torch.zeros(1, requires_grad=True)], lr=1e-2)
+    used = [torch.zeros(64) for _ in range(module.depth)]
+    for count in range(120):
+        output = module(latents_BDhw)
+        output.loss.backward() if output.loss.requires_grad else None
+        optimizer.step()
+        optimizer.zero_grad()
+        module.commit()
+        if count >= 100:
+            for level, ids in enumerate(level_ids(module, output.ids)):
+                used[level] += torch.bincount(ids.flatten(), minlength=64)
+    if "shared" in case:
+        used = [sum(used)]
+    for level in used:
+        assert (level > 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("case", ["gradient", "gradient, l2", "simvq", "simvq, l2", "ibq", "residual, one level", "residual of simvq"])
+def test_a_dead_code_is_revived_and_lives_on(case):
+    module, vectors_ND = make(case, revival_threshold=0.03), clusters(24, 40)
+    module.initialize(vectors_ND)
+    first, dead = codebooks(module)[0], [3, 17]
+    with torch.no_grad():
+        if case in ("simvq", "residual of simvq"):
+            first.projection.copy_(torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0] * 1.5)
+    code_rows(first)[dead] = 0.0 if case == "ibq" else -code_rows(first)[5] if "l2" in case else 1e3
+    first.ema_counts[dead] = 1e-9
+    others = [code for code in range(24) if code not in dead]
+    before = code_rows(first).clone()
+    module(as_latents(vectors_ND))
+    module.commit()
+    assert torch.equal(code_rows(first)[others], before[others]), "the others do not move"
+    assert first.ema_counts[dead].tolist() == pytest.approx([float(first.ema_counts.mean())] * 2, rel=0.2), "not dead again in the next step"
+    codes_KD = first.codebook.detach() if case == "ibq" else first.codes().detach()
+    seen_ND = first.normalize(vectors_ND) if case != "ibq" else torch.nn.functional.normalize(vectors_ND, dim=-1) * before.norm(dim=-1).max()
+    for code in dead:
+        assert (codes_KD[code] - seen_ND).norm(dim=1).min() < 1e-3, "a revived code is one of the batch's vectors"
+    used = torch.zeros(24)
+    for _ in range(20):
+        used += torch.bincount(level_ids(module, module(as_latents(vectors_ND)).ids)[0].flatten(), minlength=24)
+        module.commit()
+    assert (used[dead] > 0).all()
+    assert (first.ema_counts[dead] > 0.03 * first.ema_counts.mean()).all()
+
+
+@pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "gumbel", "ibq", "residual", "residual, shared ema"])
+def test_initialize_makes_good_use_of_the_codebook_at_once(case):
+    module, vectors_ND = make(case, codebook_size=64, residual_depth=2).eval(), clusters(64, 50)
+    latents_BDhw = as_latents(vectors_ND)
+    random_error = float((module(latents_BDhw).quantized.detach() - latents_BDhw).square().mean())
+    module.initialize(vectors_ND)
+    output = module(latents_BDhw)
+    for ids in [output.ids] if "shared" in case else level_ids(module, output.ids):
+        assert len(ids.unique()) / 64 > 0.8
+    assert float((output.quantized.detach() - latents_BDhw).square().mean()) < (0.9 if case == "ibq" else 0.2) * random_error
+
+
+def test_levels_differ_and_each_brings_the_sum_nearer():
+    module, vectors_ND = make("residual", codebook_size=16), latents(16).permute(0, 2, 3, 1).reshape(-1, D)
+    assert not torch.equal(module.levels[0].codebook, module.levels[1].codebook)
+    module.initialize(vectors_ND)
+    ids_Bhwd = module(as_latents(vectors_ND)).ids
+    left_over, errors = as_latents(vectors_ND), []
+    for index in range(3):
+        left_over = left_over - module.level(index).ids_to_latents(ids_Bhwd[..., index])
+        errors.append(float(left_over.square().mean()))
+    assert errors[2] < 0.8 * errors[1] < 0.64 * errors[0]
+
+
+# --- two processes -----------------------------------------------------------------------------------------------------------------
+
+
+def halves(rank: int, folder: str) -> None:
+    """What one of two processes does with its half of each batch: backward, mean of gradients over ranks, step, commit."""
+    torch.set_num_threads(1)
+    gumbel.gumbel_noise = torch.zeros_like
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    states = {}
+    for case in CASES:
+        module = make(case, revival_threshold=0.5, ema_decay=0.8)
+        for count in range(3):
+            backward(module, batch(module, 8, seed=count).chunk(2)[rank])
+            for parameter in module.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= 2
+            descend(module)
+        states[case] = module.state_dict()
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_on_halves_are_like_one_on_the_whole(tmp_path, no_noise):
+    multiprocessing.spawn(halves, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for case in CASES:
+        module = make(case, revival_threshold=0.5, ema_decay=0.8)
+        for count in range(3):
+            step(module, batch(module, 8, seed=count))
+        assert_equal(first[case], second[case])
+        assert_close(dict(module.state_dict()), dict(first[case]))
+
+
+def test_a_residual_commits_all_levels_in_one_all_reduce(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_reduce", calls.append)
+    module = make("residual")
+    module(batch(module))
+    module.commit()
+    assert len(calls) == 1
+
+
+# --- kinds with something of their own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "ibq"])
+def test_kinds_that_need_all_probabilities_refuse_more_than_fits(kind, monkeypatch):
+    module = make(kind)
+    monkeypatch.setattr("stage1_tokenizer.quantizers.gradient_paths.ALL_CODES_LIMIT_BYTES", 4 * 24 * 99)
+    module(batch(module, 3))
+    with pytest.raises(InputError, match=r"100 vectors x 24 codes.*accumulation_steps"):
+        module(batch(module, 4))
+    module.eval()(batch(module, 4))  # works in pieces
+
+
+def test_gumbel_draws_by_the_global_generator_and_cools_down():
+    module = make("gumbel")
+    torch.manual_seed(1)
+    first = module(batch(module)).ids
+    assert not torch.equal(module(batch(module)).ids, first)
+    torch.manual_seed(1)
+    assert torch.equal(module(batch(module)).ids, first)
+    seen = []
+    for share in (0.0, 0.5, 1.0, 2.0):
+        module.set_progress(share)
+        seen.append(module.temperature)
+    assert seen == pytest.approx([1, 1 / 16 + 15 / 32, 1 / 16, 1 / 16])
+    assert torch.equal(module.eval()(batch(module)).ids, module(batch(module)).ids)
+
+
+def test_gumbel_loss_is_the_divergence_from_uniform():
+    module = make("gumbel", entropy_weight=2.0)
+    vectors_ND = batch(module).permute(0, 2, 3, 1).reshape(-1, D)
+    probabilities_NK = module.to_logits(vectors_ND).softmax(-1)
+    by_hand = (probabilities_NK * (probabilities_NK * 24).log()).sum(1).mean()
+    assert float(module(batch(module)).loss.detach()) == pytest.approx(2 * 0.005 * float(by_hand.detach()), rel=1e-4)
+
+
+def test_kl_draws_in_training_takes_the_mean_in_evaluation_and_has_no_ids():
+    module = QUANTIZERS["kl"].from_config(TokenizerConfig(quantizer="kl", code_dim=D, kl_weight=0.5), seed=0).train()
+    latents_BDhw = latents().requires_grad_()
+    torch.manual_seed(0)
+    output = module(latents_BDhw)
+    assert output.ids is None and output.quantized.shape == latents_BDhw.shape and not module.has_ids
+    assert not torch.equal(module(latents_BDhw).quantized, output.quantized)
+    mean, log_variance = module.projection(latents_BDhw.detach().permute(0, 2, 3, 1)).chunk(2, -1)
+    drawn = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    torch.testing.assert_close(output.loss, 0.5 * torch.distributions.kl_divergence(drawn, standard).mean())
+    (output.loss + output.quantized.square().sum()).backward()
+    assert torch.isfinite(latents_BDhw.grad).all() and module.projection.weight.grad.abs().max() > 0
+    module.eval()
+    torch.testing.assert_close(module(latents_BDhw).quantized.permute(0, 2, 3, 1), mean)
+    with pytest.raises(InputError, match="continuous"):
+        module.ids_to_latents(torch.zeros(1, 2, 2, dtype=torch.int64))
+    module.commit()
+    module.discard()
+
+
+def test_nearest_code_kinds_are_those_of_the_recipe():
+    from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
+    from stage1_tokenizer.quantizers.residual import LEVEL_KINDS
+
+    assert tuple(LEVEL_KINDS) == NEAREST_CODE_KINDS
+    assert {name for name, kind in QUANTIZERS.items() if issubclass(kind, NearestCodeQuantizer)} == set(NEAREST_CODE_KINDS)
+    assert math.isclose(gumbel.LOWEST_TEMPERATURE, 1 / 16)

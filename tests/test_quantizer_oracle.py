@@ -1,0 +1,152 @@
+"""Our quantizers beside those of vector-quantize-pytorch (lucidrains), where the definitions are the same.
+
+Theirs takes (B, N, D) or (B, D, H, W), moves its codebook inside forward, and has extra axes: `_codebook.embed` is (1, K, D).
+"""
+
+import pytest
+import torch
+
+from stage1_tokenizer.quantizers import QUANTIZERS
+from tests.test_quantizer import latents
+from vqmosaic.quantizer_sizes import levels_of
+
+theirs = pytest.importorskip("vector_quantize_pytorch")
+K, D = 24, 6
+
+
+def vector_quantize(codebook_KD: torch.Tensor, **fields) -> torch.nn.Module:
+    module = theirs.VectorQuantize(dim=D, codebook_size=K, accept_image_fmap=True, rotation_trick=False, threshold_ema_dead_code=0, **fields)
+    module._codebook.embed.data.copy_(codebook_KD[None])
+    module._codebook.embed_avg.data.copy_(codebook_KD[None])
+    return module.train()
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_ema_follows_theirs_step_by_step(cosine):
+    """Same smoothing (1e-5), same order: averages first, then the codebook from them. Theirs does not normalize the averages either."""
+    ours = QUANTIZERS["ema"](K, D, ema_decay=0.9, commitment_weight=0.25, revival_threshold=0.0, l2_normalize=cosine).train()
+    other = vector_quantize(ours.codebook, decay=0.9, commitment_weight=0.25, use_cosine_sim=cosine)
+    for count in range(4):
+        latents_BDhw = latents(seed=count)
+        output, (quantized_BDhw, ids_Bhw, loss) = ours(latents_BDhw), other(latents_BDhw)
+        assert torch.equal(output.ids, ids_Bhw)
+        torch.testing.assert_close(output.quantized, quantized_BDhw)
+        torch.testing.assert_close(output.loss, loss.squeeze())
+        ours.commit()
+        for buffer, their_buffer in (("codebook", "embed"), ("ema_sums", "embed_avg"), ("ema_counts", "cluster_size")):
+            torch.testing.assert_close(getattr(ours, buffer), getattr(other._codebook, their_buffer)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_is_their_learnable_codebook():
+    """Theirs has one squared error with gradients to both sides, ours two with one each: at weights 1 the same gradients, twice the value."""
+    ours = QUANTIZERS["gradient"](K, D, commitment_weight=1.0, codebook_weight=1.0).train()
+    other = vector_quantize(ours.codebook.detach(), commitment_weight=1.0, learnable_codebook=True, ema_update=False)
+    first, second = latents().requires_grad_(), latents().requires_grad_()
+    output, (quantized_BDhw, ids_Bhw, loss) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhw)
+    torch.testing.assert_close(output.quantized, quantized_BDhw)
+    torch.testing.assert_close(output.loss, 2 * loss.squeeze())
+    output.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    torch.testing.assert_close(ours.codebook.grad, other._codebook.embed.grad[0])
+
+
+@pytest.mark.parametrize("kind", ["ema", "simvq"])
+def test_rotation_trick_gives_their_gradient(kind):
+    ours = QUANTIZERS[kind](K, D, rotation_trick=True).train()
+    if kind == "ema":
+        other = theirs.VectorQuantize(dim=D, codebook_size=K, accept_image_fmap=True, rotation_trick=True).train()
+        other._codebook.embed.data.copy_(ours.codebook[None])
+    else:
+        other = their_simvq(ours, rotation_trick=True)
+    first, second, downstream = latents().requires_grad_(), latents().requires_grad_(), torch.linspace(-1, 1, 4 * D * 25).view(4, D, 5, 5)
+    output, (quantized_BDhw, ids_Bhw, _) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhw)
+    torch.testing.assert_close(output.quantized, quantized_BDhw, rtol=1e-4, atol=1e-5)
+    (output.quantized * downstream).sum().backward()
+    (quantized_BDhw * downstream).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-4)
+
+
+def their_simvq(ours: torch.nn.Module, **fields) -> torch.nn.Module:
+    other = theirs.SimVQ(dim=D, codebook_size=K, channel_first=True, input_to_quantize_commit_loss_weight=0.25, **fields).train()
+    other.frozen_codebook.copy_(ours.frozen_codebook)
+    other.code_transform.weight.data.copy_(ours.projection)
+    return other
+
+
+def test_simvq_is_theirs_in_ids_values_losses_and_gradients():
+    ours = QUANTIZERS["simvq"](K, D, commitment_weight=0.25, codebook_weight=1.0).train()
+    with torch.no_grad():
+        ours.projection += 0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(0))
+    other = their_simvq(ours, rotation_trick=False)
+    first, second = latents().requires_grad_(), latents().requires_grad_()
+    output, (quantized_BDhw, ids_Bhw, loss) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhw)
+    torch.testing.assert_close(output.quantized, quantized_BDhw)
+    torch.testing.assert_close(output.loss, loss)
+    output.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    torch.testing.assert_close(ours.projection.grad, other.code_transform.weight.grad)
+
+
+@pytest.mark.parametrize("size, code_dim", [(240, 3), (1000, 4), (64, 3), (240, D)])
+def test_fsq_is_theirs(size, code_dim):
+    ours = QUANTIZERS["fsq"](size, code_dim).train()
+    other = theirs.FSQ(levels_of(size), dim=code_dim).train()
+    copy_projections(ours, other)
+    first, second = (2 * latents(code_dim=code_dim)).requires_grad_(), (2 * latents(code_dim=code_dim)).requires_grad_()
+    output, (quantized_BDhw, ids_Bhw) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhw.long())
+    torch.testing.assert_close(output.quantized, quantized_BDhw)
+    torch.testing.assert_close(ours.ids_to_latents(output.ids), other.indices_to_codes(ids_Bhw))
+    output.quantized.square().sum().backward()
+    quantized_BDhw.square().sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)
+
+
+def copy_projections(ours: torch.nn.Module, other: torch.nn.Module) -> None:
+    assert isinstance(ours.project_in, torch.nn.Identity) == isinstance(other.project_in, torch.nn.Identity)
+    for name in ("project_in", "project_out"):
+        getattr(other, name).load_state_dict(getattr(ours, name).state_dict())
+
+
+@pytest.mark.parametrize("size, code_dim", [(64, 6), (256, D)])
+def test_lfq_is_theirs(size, code_dim):
+    """Theirs clamps probabilities at 1e-5 inside the logarithm; at this temperature hardly any are smaller. Its per-code logit is 2 z.c / T."""
+    ours = QUANTIZERS["lfq"](size, code_dim, commitment_weight=0.25, entropy_weight=0.3, entropy_diversity=0.7, entropy_temperature=2.0).train()
+    other = theirs.LFQ(codebook_size=size, dim=code_dim, commitment_loss_weight=0.25, entropy_loss_weight=0.3, diversity_gamma=0.7).train()
+    copy_projections(ours, other)
+    first, second = (0.5 * latents(code_dim=code_dim)).requires_grad_(), (0.5 * latents(code_dim=code_dim)).requires_grad_()
+    output, (quantized_BDhw, ids_Bhw, loss) = ours(first), other(second, inv_temperature=0.5)
+    assert torch.equal(output.ids, ids_Bhw.long())
+    torch.testing.assert_close(output.quantized, quantized_BDhw)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5)
+    output.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours.ids_to_latents(output.ids), other.indices_to_codes(ids_Bhw))
+
+
+def test_residual_of_ema_follows_theirs_step_by_step():
+    """The levels' losses are averaged here and listed there. Their gradient passes through every level and so arrives `depth` times; ours once.
+
+    Rows (1, N, D): their residual quantizer takes no images as of 1.32.
+    """
+    ours = QUANTIZERS["residual"](K, D, residual_depth=3, ema_decay=0.9, commitment_weight=0.25, revival_threshold=0.0).train()
+    other = theirs.ResidualVQ(dim=D, num_quantizers=3, codebook_size=K, decay=0.9, commitment_weight=0.25,
+                              rotation_trick=False, threshold_ema_dead_code=0).train()
+    for level, layer in zip(ours.levels, other.layers, strict=True):
+        layer._codebook.embed.copy_(level.codebook[None])
+        layer._codebook.embed_avg.copy_(level.codebook[None])
+    for count in range(3):
+        latents_BDhw = latents(seed=count)
+        output, (quantized_1ND, ids_1Nd, losses) = ours(latents_BDhw), other(latents_BDhw.permute(0, 2, 3, 1).reshape(1, -1, D))
+        assert torch.equal(output.ids.view(1, -1, 3), ids_1Nd)
+        torch.testing.assert_close(output.quantized.permute(0, 2, 3, 1).reshape(1, -1, D), quantized_1ND)
+        torch.testing.assert_close(output.loss, losses.mean())
+        ours.commit()
+        for level, layer in zip(ours.levels, other.layers, strict=True):
+            torch.testing.assert_close(level.codebook, layer._codebook.embed[0], rtol=1e-5, atol=1e-6)

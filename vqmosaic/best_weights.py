@@ -1,0 +1,37 @@
+"""The weights of the best validation so far: one file beside the checkpoints, a link to it in each, so that a resumed training has its own."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from vqmosaic.durable_files import publish, temporary_sibling
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state of a model as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_sibling(path)
+    # cloned: safetensors takes neither tied nor channels_last tensors
+    save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}, partial)
+    publish(partial, path)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a finished file appear a second time, without using space where the file system can do that."""
+    if not source.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def restore_best(resumed_from: Path | None, best_weights: Path) -> None:
+    """Take the best weights of the checkpoint that is resumed: those on disk may be of steps after it."""
+    best_weights.unlink(missing_ok=True)
+    if resumed_from is not None:
+        link_or_copy(resumed_from / best_weights.name, best_weights)
