@@ -2,13 +2,14 @@
 # make test         the tests that take seconds each
 # make test-slow    the tests that kill, resume and install for real
 # make lint         ruff
+# make bench        side by side with diffusers and vector-quantize-pytorch (CIFAR10=folder of parquet files), into benchmarks/RESULTS.md
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint install clean
+.PHONY: quickstart test test-slow lint bench install clean
 
 install: $(VENV)/installed
 
@@ -30,6 +31,12 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+bench: install
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.quantizer --record
+	$(BIN)/python -m benchmarks.tokenizer_step --record
+	$(BIN)/python -m benchmarks.tokenizer_quality --record
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipelines.stage_inputs import check_tokenizer_has_ids, inputs_of, tokenizer_folder
 from stage1_tokenizer.data_location import check_data_path
 from stage1_tokenizer.initial_weights_location import check_init_from
+from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
 from token_shards.manifest import Grid
 from vqmosaic.checkpoints import CheckpointFolder
 from vqmosaic.errors import InputError, check_range, nearest_name
@@ -44,6 +45,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
             check_resume(recipe, stage, section)
     if stage == "tokenizer" and verdict != "skip":
         check_init_from(recipe)
+        if recipe.tokenizer_training.perceptual_weight and recipe.tokenizer_training.perceptual_loss == "lpips":
+            resolve_perceptual_weights(recipe.tokenizer_training.perceptual_weights)
     if stage == "prior" and verdict != "skip":
         check_architecture(recipe)
     return verdict

@@ -1,11 +1,14 @@
 """The discriminator's side of a training step: what it says to the tokenizer, and how it learns."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from stage1_tokenizer.adversarial import adaptive_weight, discriminator_loss, generator_loss
-from stage1_tokenizer.differentiable_augmentation import augment_images
+from stage1_tokenizer.differentiable_augmentation import augment_alike, augment_images
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.perceptual import feature_matching_loss
 from vqmosaic.tokenizer_sections import AdversarialConfig
@@ -18,8 +21,9 @@ class Adversary:
     Accelerate made of it, used in its own half, where its gradients are averaged over the processes.
     """
 
-    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: nn.Parameter):
-        self.config, self.discriminator, self.wrapped, self.last_layer = config, discriminator, wrapped, last_layer
+    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: nn.Parameter,
+                 autocast: Callable[[], AbstractContextManager] = nullcontext):
+        self.config, self.discriminator, self.wrapped, self.last_layer, self.autocast = config, discriminator, wrapped, last_layer, autocast
 
     def generator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, reconstruction: torch.Tensor,
                         share: float, feature_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -29,13 +33,13 @@ class Adversary:
         weight of feature matching (0 for none), which rises with it.
         """
         self.discriminator.requires_grad_(False)
-        fake_BCHW = augment_images(reconstructions_BCHW.float(), self.config.augmentations)
-        if feature_weight:
+        # alike, so that features of a picture are compared with those of the same picture
+        fake_BCHW, real_BCHW = augment_alike(reconstructions_BCHW.float(), images_BCHW, self.config.augmentations)
+        with self.autocast():
             logits_B1hw, fake_features = self.discriminator.features(fake_BCHW)
-            with torch.no_grad():
-                _, real_features = self.discriminator.features(augment_images(images_BCHW, self.config.augmentations))
-        else:
-            logits_B1hw = self.discriminator(fake_BCHW)
+            if feature_weight:
+                with torch.no_grad():
+                    _, real_features = self.discriminator.features(real_BCHW)
         adversarial = generator_loss(self.config.loss, logits_B1hw)
         balance = adversarial.new_ones(())
         if self.config.balance == "adaptive":

@@ -73,6 +73,10 @@ class ImageTokenizer(nn.Module):
         """Where the tokenizer computes."""
         return self.quant_conv.weight.device
 
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Parameters that weight decay has to leave alone: a codebook has no reason to shrink."""
+        return list(self.quantizer.parameters())
+
     def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) before quantization."""
         return self.quant_conv(self.encoder(images_BCHW))

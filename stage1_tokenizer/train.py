@@ -9,27 +9,25 @@ above 0 it is a VQ-GAN: a discriminator joins in part of the way, under the guar
 """
 
 import sys
-import time
 import zlib
-from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
 from safetensors.torch import load_file
 
 from stage1_tokenizer.adversary import Adversary
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.guard import AdversarialGuard, calendar
-from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
+from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.initial_weights import load_initial_weights
+from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_blocks
-from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
 from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.training_start import describe_tokens, initialize_codebook, load_perceptual_loss, set_training_mode, time_of_one_step
 from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
@@ -42,9 +40,6 @@ from vqmosaic.seeding import reseed_step
 from vqmosaic.stage_records import judge, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.training_run import TrainingRun
-
-KMEANS_VECTORS_PER_CODE = 16
-KMEANS_MAX_BATCHES = 256
 
 
 def train(recipe: Recipe) -> None:
@@ -65,20 +60,22 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     # --- data ---------------------------------------------------------------------------------------------------------------
     splits = open_splits(recipe.data)
     inputs = {"data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    if training.init_from is not None and (Path(training.init_from).exists() or not run.checkpoints.all()):  # to go on, it need not be there
+        inputs["initial weights"] = fingerprint_of_initial_weights(training.init_from)
     if judge(run.folder, recipe, "tokenizer", inputs) == "skip":
         report(f"finished already: {run.folder.export('tokenizer')}")
         return
-    accelerator.wait_for_everyone()
-    if run.is_main:
-        write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
     validation_images = ValidationImages(splits.validation, transform, training.validation_images)
 
     # --- model --------------------------------------------------------------------------------------------------------------
     tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
-    if training.init_from is not None:
+    if "initial weights" in inputs:
         load_initial_weights(tokenizer, training.init_from)
+    accelerator.wait_for_everyone()  # all have judged the record before it is written anew
+    if run.is_main:
+        write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
     if training.train_parts == "decoder":
         for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
             part.requires_grad_(False)
@@ -88,10 +85,12 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None
     model = run.prepare(tokenizer, discriminator, adversarial.learning_rate)
     guard = AdversarialGuard(**run.state.guard)
-    adversary = Adversary(adversarial, discriminator, run.rival, tokenizer.decoder.last_layer) if discriminator is not None else None
+    adversary = discriminator and Adversary(adversarial, discriminator, run.rival, tokenizer.decoder.last_layer, accelerator.autocast)
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
         restore_best(run.resumed_from, best_weights)
+    if run.state.step == 0 and training.init_from is not None and "initial weights" not in inputs:
+        fingerprint_of_initial_weights(training.init_from)  # no checkpoint was whole, so that they are needed after all: says that they are gone
     if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
     if training.compile:
@@ -186,77 +185,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     run.finish()
 
 
-@torch.no_grad()
-def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: TrainingRun) -> None:
-    """K-means on latents of the first batches, collected until there are enough, pooled over ranks in the order of the stream."""
-    wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
-    collected: list[torch.Tensor] = []
-    tokenizer.eval()
-    for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
-        latents_BDhw = tokenizer.latents(batch.images_BCHW.to(run.accelerator.device))
-        vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
-        collected.append(run.accelerator.gather(vectors_ND))
-        if sum(map(len, collected)) >= wanted:
-            break
-    tokenizer.quantizer.initialize(torch.cat(collected))
-    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs the sums of k-means may round differently on each rank
-        tensor.copy_(broadcast(tensor.clone(), from_process=0))
-    if run.average is not None:  # the average starts from these codes too
-        run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
-
-
-def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
-    """The perceptual loss that the recipe asks for, its weights found, checked and loaded; None where that is none, or the discriminator's."""
-    training = recipe.tokenizer_training
-    if not training.perceptual_weight or training.perceptual_loss != "lpips":
-        return None
-    return LPIPS(resolve_perceptual_weights(training.perceptual_weights)).to(device)
-
-
 def feature_weight(training: TokenizerTrainingConfig) -> float:
     """The weight of matching the discriminator's features; 0 where the recipe does not ask for it."""
     return training.perceptual_weight if training.perceptual_loss == "discriminator_features" else 0.0
-
-
-def set_training_mode(model: torch.nn.Module, tokenizer: ImageTokenizer, parts: str) -> None:
-    """Training mode for what is trained: a frozen encoder drops nothing out, a frozen codebook gathers nothing."""
-    model.train()
-    if parts == "decoder":
-        tokenizer.encoder.eval()
-        tokenizer.quantizer.eval()
-
-
-def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
-    """Lines of the plan about the tokens of an image."""
-    config, side = tokenizer.config, tokenizer.grid_size
-    if not tokenizer.quantizer.has_ids:
-        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}): no tokens can be made of them"}
-    depth = f" x {config.depth}" if config.depth > 1 else ""
-    return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
-            "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
-
-
-def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, batch: ImageBatch, run: TrainingRun) -> float:
-    """Seconds of one forward and backward, of the discriminator too, measured on a step that is thrown away."""
-    training: TokenizerTrainingConfig = run.training
-    images_BCHW = batch.images_BCHW.to(run.accelerator.device)
-    images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
-    if training.channels_last:
-        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-    set_training_mode(model, run.unwrapped, training.train_parts)
-    for _ in range(2):  # the first one warms up
-        started = time.perf_counter()
-        output = model(images_BCHW)
-        run.accelerator.backward(output.reconstructions.float().square().mean() + output.quantizer.loss)
-        if adversary is not None:
-            run.accelerator.backward(adversary.discriminator_terms(images_BCHW, output.reconstructions)[0])
-        if run.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    for optimizer in run.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    run.unwrapped.quantizer.discard()
-    return seconds * training.accumulation_steps
 
 
 def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, best_weights: Path) -> None:

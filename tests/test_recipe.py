@@ -4,12 +4,10 @@ import ast
 import dataclasses
 import math
 import re
-from pathlib import Path
 
 import pytest
 
 from tests.tiny import ROOT
-from vqmosaic import recipe_sections
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipe_files import load_recipe, recipe_help, save_recipe, section_names, shipped_names
@@ -17,9 +15,10 @@ from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfi
 from vqmosaic.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
-RECIPE_FILES = {"recipe.py", "recipe_sections.py", "recipe_files.py"}
+RECIPE_FILES = {"recipe.py", "recipe_sections.py", "tokenizer_sections.py", "recipe_files.py"}
 READ_THROUGH = {
-    "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"}, "tokenizer_training": {"tokenizer_training", "training"},
+    "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"},
+    "tokenizer_training": {"tokenizer_training", "training"}, "adversarial": {"adversarial", "config"},
     "tokens": {"tokens"}, "prior": {"prior"}, "prior_training": {"prior_training", "training"}, "sampling": {"sampling"},
 }
 """Section -> the names under which the code holds it; `recipe.data.path` and `data.path` both count as reading data.path."""
@@ -56,8 +55,8 @@ def test_every_shipped_recipe_loads(name):
     assert load_recipe(name).run_dir == f"runs/{name}"
 
 
-def test_the_four_recipes_are_shipped():
-    assert shipped_names() == ["cifar10", "digits", "image_folder", "imagenet256"]
+def test_the_recipes_are_shipped():
+    assert shipped_names() == ["cifar10", "cifar10_vqgan", "digits", "image_folder", "imagenet256"]
 
 
 @pytest.mark.parametrize("overrides", [
@@ -182,7 +181,16 @@ def test_words_that_are_no_option():
     # single fields
     (["--tokenizer.channels=48"], ["tokenizer.channels is 48", "multiple of 32", "nearest: 64"]),
     (["--tokenizer.channel_multipliers=[1,0]"], ["tokenizer.channel_multipliers is [1, 0]"]),
-    (["--tokenizer.quantizer=fsq"], ["tokenizer.quantizer is 'fsq'", "ema"]),
+    (["--tokenizer.quantizer=vq"], ["tokenizer.quantizer is 'vq'", "ema"]),
+    (["--tokenizer.quantizer=fsq", "--tokenizer.codebook_size=509"], ["tokenizer.codebook_size is 509", "nearest: 504 or 512"]),
+    (["--tokenizer.quantizer=lfq", "--tokenizer.codebook_size=500"], ["tokenizer.codebook_size is 500", "nearest: 256 or 512"]),
+    (["--tokenizer.quantizer=fsq", "--tokenizer.l2_normalize=true"], ["tokenizer.l2_normalize is true", "'fsq'", "ema, gradient, simvq"]),
+    (["--tokenizer.quantizer=lfq", "--tokenizer.rotation_trick=true"], ["tokenizer.rotation_trick is true", "'lfq'"]),
+    (["--tokenizer.residual_kind=fsq"], ["tokenizer.residual_kind is 'fsq'"]),
+    (["--tokenizer.patch_size=3"], ["tokenizer.patch_size is 3", "1, 2, 4, 8"]),
+    (["--tokenizer.patch_size=8"], ["data.image_size is 16", "tokenizer.patch_size 8", "multiple of 32"]),
+    (["--adversarial.weight=1", "--adversarial.layers=3"], ["adversarial.layers", "16"]),
+    (["--adversarial.channels=20"], ["adversarial.channels is 20", "multiple of 8"]),
     (["--tokenizer_training.reconstruction_loss=l3"], ["tokenizer_training.reconstruction_loss is 'l3'", "l1, l2, huber", "Did you mean"]),
     (["--tokenizer_training.max_steps=0"], ["tokenizer_training.max_steps is 0", "at least 1"]),
     (["--prior_training.max_steps=null"], ["prior_training.max_steps", "prior_training.max_minutes"]),
@@ -262,7 +270,8 @@ def is_sentence(text: str | None) -> bool:
 
 
 def test_every_field_has_a_sentence():
-    documented = documented_fields(Path(recipe_sections.__file__).read_text()) | documented_fields((ROOT / "vqmosaic/recipe.py").read_text())
+    documented = {owner: fields for name in ("recipe_sections", "tokenizer_sections", "recipe")
+                  for owner, fields in documented_fields((ROOT / f"vqmosaic/{name}.py").read_text()).items()}
     documented.pop("RecipeField")
     known = {name.rpartition(".")[2] for name in fields_of(Recipe())} | set(section_names())
     assert known <= {name for fields in documented.values() for name in fields}
@@ -287,7 +296,7 @@ def test_how_a_change_of_each_field_is_judged():
     assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
     assert judged["unrecorded"] == {
         "run_dir", "data.workers", "data.cache_megabytes", "data.max_unreadable", "tokens.tokenizer", "prior_training.tokens",
-        "tokenizer_training.usage_alarm",
+        "tokenizer_training.usage_alarm", "tokenizer_training.perceptual_weights",
         *(f"{section}.{name}" for section in training
           for name in ("max_refused_steps", "checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
     assert set(judged) == {"budget", "unrecorded", "same"}

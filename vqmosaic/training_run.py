@@ -83,10 +83,13 @@ class TrainingRun:
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over what can be trained; weight decay on matrices only."""
+        """AdamW over what can be trained; weight decay on matrices only, and not on those that the model spares."""
+        spared = {id(parameter) for parameter in getattr(model, "undecayed_parameters", list)()}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [{"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": self.training.weight_decay},
-                  {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0}]
+        decayed, plain = [], []
+        for parameter in trained:
+            (decayed if parameter.ndim >= 2 and id(parameter) not in spared else plain).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.training.learning_rate, betas=tuple(self.training.adam_betas), fused=True)
 
     @property

@@ -1,0 +1,88 @@
+"""What the training of the tokenizer does once, before its first step: the codebook's start, the plan's lines and how long a step takes."""
+
+import time
+from itertools import islice
+
+import torch
+from accelerate.utils import broadcast
+
+from stage1_tokenizer.adversary import Adversary
+from stage1_tokenizer.image_batches import ImageBatch, TrainingImages
+from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from vqmosaic.recipe import Recipe
+from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
+from vqmosaic.training_run import TrainingRun
+
+KMEANS_VECTORS_PER_CODE = 16
+KMEANS_MAX_BATCHES = 256
+
+
+@torch.no_grad()
+def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: TrainingRun) -> None:
+    """K-means on latents of the first batches, collected until there are enough, pooled over ranks in the order of the stream."""
+    wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
+    collected: list[torch.Tensor] = []
+    tokenizer.eval()
+    for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
+        latents_BDhw = tokenizer.latents(batch.images_BCHW.to(run.accelerator.device))
+        vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
+        collected.append(run.accelerator.gather(vectors_ND))
+        if sum(map(len, collected)) >= wanted:
+            break
+    tokenizer.quantizer.initialize(torch.cat(collected))
+    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs the sums of k-means may round differently on each rank
+        tensor.copy_(broadcast(tensor.clone(), from_process=0))
+    if run.average is not None:  # the average starts from these codes too
+        run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
+
+
+def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
+    """The perceptual loss that the recipe asks for, its weights found, checked and loaded; None where that is none, or the discriminator's."""
+    training = recipe.tokenizer_training
+    if not training.perceptual_weight or training.perceptual_loss != "lpips":
+        return None
+    return LPIPS(resolve_perceptual_weights(training.perceptual_weights)).to(device)
+
+
+def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
+    """Lines of the plan about the tokens of an image."""
+    config, side = tokenizer.config, tokenizer.grid_size
+    if not tokenizer.quantizer.has_ids:
+        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}): no tokens can be made of them"}
+    depth = f" x {config.depth}" if config.depth > 1 else ""
+    return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
+            "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
+
+
+def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, batch: ImageBatch, run: TrainingRun) -> float:
+    """Seconds of one forward and backward, of the discriminator too, measured on a step that is thrown away."""
+    training: TokenizerTrainingConfig = run.training
+    images_BCHW = batch.images_BCHW.to(run.accelerator.device)
+    images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
+    if training.channels_last:
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+    set_training_mode(model, run.unwrapped, training.train_parts)
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        output = model(images_BCHW)
+        run.accelerator.backward(output.reconstructions.float().square().mean() + output.quantizer.loss)
+        if adversary is not None:
+            run.rival.eval()  # in training mode its spectral norms would move on
+            run.accelerator.backward(adversary.discriminator_terms(images_BCHW, output.reconstructions)[0])
+            run.rival.train()
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    for optimizer in run.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    run.unwrapped.quantizer.discard()
+    return seconds * training.accumulation_steps
+
+
+def set_training_mode(model: torch.nn.Module, tokenizer: ImageTokenizer, parts: str) -> None:
+    """Training mode for what is trained: a frozen encoder drops nothing out, a frozen codebook gathers nothing."""
+    model.train()
+    if parts == "decoder":
+        tokenizer.encoder.eval()
+        tokenizer.quantizer.eval()

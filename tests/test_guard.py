@@ -1,0 +1,95 @@
+"""The guard over an adversarial training: its calendar, plateaus, halvings, as functions of progress and a few counted numbers."""
+
+import json
+import math
+
+import pytest
+
+from stage1_tokenizer.guard import AdversarialGuard, calendar
+from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerTrainingConfig
+
+
+def config(**fields) -> AdversarialConfig:
+    return AdversarialConfig(**{"weight": 0.8, "start": 0.3, "warmup": 0.05, "ramp": 0.1, "worsening_limit": 0.1, "plateau_gain": 0.01} | fields)
+
+
+def shares(guard: AdversarialGuard, settings: AdversarialConfig, steps: int) -> list[float]:
+    found = []
+    for step in range(steps):
+        guard.joins(settings, step / steps)
+        found.append(guard.share(settings, step / steps))
+    return found
+
+
+def test_the_discriminator_joins_warms_up_silently_and_ramps_in():
+    guard, settings = AdversarialGuard(), config()
+    found = shares(guard, settings, 200)
+    assert guard.joined_at == 0.3
+    assert not any(found[:71]), "no say before the start and during the warm-up"
+    rising = found[70:91]
+    assert rising == sorted(rising) and 0 < rising[5] < 1 and math.isclose(rising[10], 0.5, abs_tol=1e-6)
+    assert all(share == 1 for share in found[91:])
+
+
+@pytest.mark.parametrize(("fields", "expected"), [({"start": 0, "warmup": 0, "ramp": 0}, [1.0] * 4), ({"start": 1.0}, [0.0] * 4),
+                                                   ({"weight": 0}, [0.0] * 4), ({"start": 0.5, "warmup": 0, "ramp": 0}, [0, 0, 1, 1])])
+def test_borders_of_the_calendar(fields, expected):
+    assert shares(AdversarialGuard(), config(**fields), 4) == expected
+
+
+def test_a_plateau_lets_it_join_early_and_only_where_asked_for():
+    for asked in (True, False):
+        guard, settings = AdversarialGuard(), config(start_at_plateau=asked, start=0.9)
+        words = [guard.judge_validation(settings, error, progress) for progress, error in ((0.1, 1.0), (0.2, 0.8), (0.3, 0.799), (0.4, 0.798))]
+        assert words[:3] == [None] * 3
+        assert (words[3] is not None and "plateau" in words[3]) == asked
+        assert guard.joined_at == (0.4 if asked else None)
+    guard = AdversarialGuard()
+    for progress, error in ((0.1, 1.0), (0.2, 0.999), (0.3, 0.5), (0.4, 0.499), (0.5, 0.3)):
+        guard.judge_validation(config(start_at_plateau=True, start=0.9), error, progress)
+    assert guard.joined_at is None, "the stalls must follow one another"
+
+
+def test_worsening_halves_the_weight_again_and_again_and_says_so():
+    guard, settings = AdversarialGuard(), config()
+    for error in (0.5, 0.4, 0.45):
+        assert guard.judge_validation(settings, error, 0.2) is None
+    assert guard.reference_error == 0.4
+    guard.joins(settings, 0.3)
+    assert guard.judge_validation(settings, 0.9, 0.32) is None, "during the silent warm-up it is not the discriminator's doing"
+    assert guard.judge_validation(settings, 0.439, 0.5) is None
+    words = guard.judge_validation(settings, 0.441, 0.6)
+    assert "halved the adversarial weight, now 0.4" in words and "0.4410" in words and "worsening_limit" in words
+    assert guard.share(settings, 0.6) == 0.5
+    assert "now 0.2" in guard.judge_validation(settings, 0.5, 0.7)
+    assert guard.judge_validation(settings, 0.41, 0.8) is None and guard.share(settings, 0.8) == 0.25
+
+
+def test_without_a_validation_before_the_start_the_first_one_after_it_is_the_reference():
+    guard, settings = AdversarialGuard(), config(start=0, warmup=0, ramp=0)
+    guard.joins(settings, 0.0)
+    assert guard.judge_validation(settings, 0.4, 0.1) is None
+    assert "halved" in guard.judge_validation(settings, 0.6, 0.2)
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf])
+def test_a_validation_that_is_not_finite_says_nothing(error):
+    guard = AdversarialGuard()
+    assert guard.judge_validation(config(), error, 0.1) is None and guard == AdversarialGuard()
+
+
+def test_its_numbers_survive_the_trainer_state():
+    guard, settings = AdversarialGuard(), config(start_at_plateau=True)
+    for progress, error in ((0.1, 0.5), (0.2, 0.4999), (0.25, 0.4999), (0.6, 0.9)):
+        guard.judge_validation(settings, error, progress)
+    assert guard.joined_at == 0.25 and guard.halvings == 1
+    assert AdversarialGuard(**json.loads(json.dumps(guard.to_dict()))) == guard
+    assert AdversarialGuard(**json.loads(json.dumps(AdversarialGuard().to_dict()))) == AdversarialGuard()
+
+
+def test_the_plan_tells_resolved_steps_or_minutes():
+    steps = calendar(config(), TokenizerTrainingConfig(max_steps=1000))
+    assert "joins at step 300" in steps and "from step 350" in steps and "from step 450" in steps and "weight 0.8" in steps
+    assert "at the latest at step 300" in calendar(config(start_at_plateau=True), TokenizerTrainingConfig(max_steps=1000))
+    minutes = calendar(config(), TokenizerTrainingConfig(max_steps=None, max_minutes=10))
+    assert "joins at 3 min 00 s" in minutes and "4 min 30 s" in minutes
