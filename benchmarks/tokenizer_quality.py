@@ -24,7 +24,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from benchmarks import cifar10
-from benchmarks.measuring import record
+from benchmarks.measuring import record, use_two_cpu_threads
 from stage1_tokenizer.image_grid import save_picture
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.train import train
@@ -145,7 +145,9 @@ def main() -> int:
     parser.add_argument("--only", choices=["diffusers", *RECIPES], nargs="+", default=["diffusers", *RECIPES])
     parser.add_argument("--record", action="store_true")
     options, EXTRA[:] = parser.parse_known_args()
-    torch.set_num_threads(2)
+    if options.record and len(options.only) < 3:
+        parser.error("--record takes a run of all three contestants")
+    use_two_cpu_threads()
     images_NHWC, labels_N = cifar10.load("train")
     test_NHWC, test_labels_N = cifar10.load("test")
     rows, pictures = {}, []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import VQModel
 
 from benchmarks import cifar10
-from benchmarks.measuring import in_turn, ratio, record
+from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer import ImageTokenizer
@@ -90,8 +90,8 @@ class Ours:
 
 def main() -> int:
     """Print the table; exit code 1 where a promise that binds on this processor is broken."""
-    torch.set_num_threads(2)
-    has_bf16 = cpu_has_bf16() or torch.cuda.is_available()
+    use_two_cpu_threads()
+    has_bf16 = cpu_has_bf16()
     images_NHWC, _ = cifar10.load("train", 8192)
     held_out_NCHW = cifar10.to_float(cifar10.load("test", HELD_OUT)[0])
     first_BCHW = cifar10.to_float(images_NHWC[:256])
@@ -120,7 +120,7 @@ def main() -> int:
     lines += ["", f"Asked for: {wanted} times in bf16." if wanted else
               "Asked for: 2.2 times, of which 1.9 come from bf16 products, which this processor does not have."]
     record("Training step of the tokenizer", lines, ("diffusers", "accelerate"))
-    worse = quality[default] < quality["ours, float32, channels_last"] - 0.1
+    worse = quality[default] < max(quality["ours, float32, channels_last"] - 0.1, quality[peer])
     return int(worse or (wanted is not None and ratio(seconds, peer, default) < wanted))
 
 

@@ -17,6 +17,7 @@ from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.tokenizer_sections import AdversarialConfig
 
 PLATEAU_VALIDATIONS = 2
+PAUSE_VALIDATIONS = 3
 
 
 @dataclass
@@ -30,7 +31,11 @@ class AdversarialGuard:
     previous_error: float = math.inf
     stalled: int = 0
     """Validations in a row that improved by less than plateau_gain."""
+    risen: float = 0.0
+    """How far the weight has risen; kept, since a budget that grows sets the progress back."""
     halvings: int = 0
+    pause: int = 0
+    """Validations for which no further halving is made: what is validated is an average, which follows slowly."""
 
     def to_dict(self) -> dict[str, float | None]:
         """The numbers for the trainer state."""
@@ -47,8 +52,8 @@ class AdversarialGuard:
         if self.joined_at is None:
             return 0.0
         since = progress - self.joined_at - config.warmup
-        risen = 0.0 if since < 0 else min(1.0, since / config.ramp) if config.ramp else 1.0
-        return risen * 0.5**self.halvings
+        self.risen = max(self.risen, 0.0 if since < 0 else min(1.0, since / config.ramp) if config.ramp else 1.0)
+        return self.risen * 0.5**self.halvings
 
     def judge_validation(self, config: AdversarialConfig, error: float, progress: float) -> str | None:
         """Take note of a validation's reconstruction error; what the guard did about it, in words, or None.
@@ -61,10 +66,12 @@ class AdversarialGuard:
         if self.joined_at is not None:
             if not math.isfinite(self.reference_error):  # it joined before there was a validation
                 self.reference_error = error
+            self.pause = max(0, self.pause - 1)
             limit = self.reference_error * (1 + config.worsening_limit)
-            if error <= limit or self.share(config, progress) == 0:
+            if error <= limit or self.share(config, progress) == 0 or self.pause:
                 return None
             self.halvings += 1
+            self.pause = PAUSE_VALIDATIONS
             return (f"the guard halved the adversarial weight, now {config.weight * 0.5**self.halvings:g}: validation reconstruction is {error:.4f}, "
                     f"more than {config.worsening_limit:.0%} above the {self.reference_error:.4f} from before the discriminator joined "
                     "(adversarial.worsening_limit)")
@@ -82,10 +89,11 @@ def calendar(config: AdversarialConfig, training: TrainingConfig) -> str:
     """The resolved calendar of the discriminator, for the plan."""
     moments = [config.start, config.start + config.warmup, config.start + config.warmup + config.ramp]
     if training.max_steps:
-        when = [f"step {math.ceil(min(1.0, moment) * training.max_steps):,}" for moment in moments]
+        when = [f"step {math.ceil(moment * training.max_steps):,}" for moment in moments]
         if training.max_minutes:
             when[0] += f" or after {duration(config.start * training.max_minutes * 60)}"
     else:
-        when = [duration(min(1.0, moment) * training.max_minutes * 60) for moment in moments]
+        when = [duration(moment * training.max_minutes * 60) for moment in moments]
+    when = [text if moment <= 1 else f"{text} (after the end)" for text, moment in zip(when, moments, strict=True)]
     at = "at the latest " if config.start_at_plateau else ""
     return f"joins {at}at {when[0]}, has a say from {when[1]}, its full weight {config.weight:g} from {when[2]}"

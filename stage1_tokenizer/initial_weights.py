@@ -49,6 +49,23 @@ def read_checkpoint(found: InitialWeights) -> dict[str, torch.Tensor]:
     return {WRAPPERS.sub("", name): tensor for name, tensor in weights.items() if name != "n_averaged"}
 
 
+def check_tokens_stay(tokenizer: ImageTokenizer, path: str) -> None:
+    """Raise InputError where a tokenizer with the weights of an export would give other tokens than it, which a decoder alone must not.
+
+    The images' size and transform are part of what decides tokens. A checkpoint has no fingerprint to compare with.
+    """
+    found = locate_initial_weights(path)
+    if not found.is_export:
+        return
+    theirs = found.config["transform"]
+    for name, value in tokenizer.transform.to_dict().items():
+        if theirs.get(name) != value:
+            raise InputError(f"data.{name} is {value!r}, but {FIELD} leads to {found.folder}, made with {theirs.get(name)!r}: with "
+                             f"tokenizer_training.train_parts decoder the tokens have to stay the same. Set data.{name} to {theirs.get(name)!r}.")
+    found_fingerprint, own = found.config["token_fingerprint"], tokenizer.fingerprint_of_tokens()
+    assert own == found_fingerprint, f"the token fingerprint became {own} instead of {found_fingerprint}"
+
+
 @torch.no_grad()
 def load_initial_weights(tokenizer: ImageTokenizer, path: str) -> None:
     """Put the weights that a path leads to into a tokenizer; what its quantizer averages starts from them where the path holds no averages.

@@ -11,10 +11,9 @@ from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.stage_records import load_record
-from vqmosaic.tokenizer_sections import LEARNING_FIELDS, TokenizerConfig
+from vqmosaic.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 
 FIELD = "tokenizer_training.init_from"
-RESIDUAL_FIELDS = ("residual_depth", "residual_kind", "residual_shared")
 TOKENIZER_FORMAT = "vqmosaic.image_tokenizer"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")

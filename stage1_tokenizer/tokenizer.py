@@ -23,7 +23,7 @@ from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.seeding import derive_seed
-from vqmosaic.tokenizer_sections import LEARNING_FIELDS, TokenizerConfig
+from vqmosaic.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 
 FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1
@@ -73,8 +73,8 @@ class ImageTokenizer(nn.Module):
         """Where the tokenizer computes."""
         return self.quant_conv.weight.device
 
-    def undecayed_parameters(self) -> list[nn.Parameter]:
-        """Parameters that weight decay has to leave alone: a codebook has no reason to shrink."""
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are codes: not decayed, having no reason to shrink, and not averaged, since a revived code jumps."""
         return list(self.quantizer.parameters())
 
     def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -153,10 +153,15 @@ class ImageTokenizer(nn.Module):
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
         default = dataclasses.asdict(TokenizerConfig())
         network = {key: value for key, value in dataclasses.asdict(self.config).items()
-                   if key not in LEARNING_FIELDS and (key in FIRST_FIELDS or value != default[key])}
+                   if key not in LEARNING_FIELDS and (key in FIRST_FIELDS or value != default[key])
+                   and (self.config.quantizer == "residual" or key not in RESIDUAL_FIELDS)}
         config = {"network": network, "transform": self.transform.to_dict()}
         of_tokens = fingerprint(config, {name: array for name, array in arrays.items() if name.startswith(DECIDES_IDS)})
         return of_tokens, fingerprint(config, arrays)
+
+    def fingerprint_of_tokens(self) -> str:
+        """The token fingerprint of the weights as they are now, in float32."""
+        return self._fingerprints(self._export_weights())[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent.

@@ -21,7 +21,7 @@ from stage1_tokenizer.guard import AdversarialGuard, calendar
 from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
-from stage1_tokenizer.initial_weights import load_initial_weights
+from stage1_tokenizer.initial_weights import check_tokens_stay, load_initial_weights
 from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_blocks
@@ -37,7 +37,7 @@ from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
-from vqmosaic.stage_records import judge, write_record
+from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.training_run import TrainingRun
 
@@ -60,8 +60,11 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     # --- data ---------------------------------------------------------------------------------------------------------------
     splits = open_splits(recipe.data)
     inputs = {"data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
-    if training.init_from is not None and (Path(training.init_from).exists() or not run.checkpoints.all()):  # to go on, it need not be there
-        inputs["initial weights"] = fingerprint_of_initial_weights(training.init_from)
+    starts_from = training.init_from
+    if starts_from is not None and run.checkpoints.all() and not Path(starts_from).expanduser().exists():
+        starts_from = None  # to go on from a checkpoint, it need not be there
+    if starts_from is not None:
+        inputs["initial weights"] = fingerprint_of_initial_weights(starts_from)
     if judge(run.folder, recipe, "tokenizer", inputs) == "skip":
         report(f"finished already: {run.folder.export('tokenizer')}")
         return
@@ -71,17 +74,21 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- model --------------------------------------------------------------------------------------------------------------
     tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
-    if "initial weights" in inputs:
-        load_initial_weights(tokenizer, training.init_from)
+    if starts_from is not None:
+        load_initial_weights(tokenizer, starts_from)
+        if training.train_parts == "decoder":
+            check_tokens_stay(tokenizer, starts_from)
+    perceptual = load_perceptual_loss(recipe, accelerator.device)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew
     if run.is_main:
+        before = load_record(run.folder, "tokenizer")
+        inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
     if training.train_parts == "decoder":
         for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
             part.requires_grad_(False)
     if training.channels_last:
         tokenizer.to(memory_format=torch.channels_last)
-    perceptual = load_perceptual_loss(recipe, accelerator.device)
     discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None
     model = run.prepare(tokenizer, discriminator, adversarial.learning_rate)
     guard = AdversarialGuard(**run.state.guard)
@@ -89,8 +96,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
         restore_best(run.resumed_from, best_weights)
-    if run.state.step == 0 and training.init_from is not None and "initial weights" not in inputs:
-        fingerprint_of_initial_weights(training.init_from)  # no checkpoint was whole, so that they are needed after all: says that they are gone
+    if run.state.step == 0 and training.init_from is not None and starts_from is None:
+        load_initial_weights(tokenizer, training.init_from)  # no checkpoint was whole, so they are needed after all: says that they are gone
     if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
     if training.compile:
@@ -99,7 +106,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
-    seconds_per_step = time_of_one_step(model, adversary, next(train_images.batches(0, training.batch_size, run.rank, run.world_size)), run)
+    first_batch = next(train_images.batches(0, training.batch_size, run.rank, run.world_size))
+    seconds_per_step = time_of_one_step(model, adversary, perceptual, first_batch, run)
     classes = splits.train.class_names
     run.print_plan({
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
@@ -231,7 +239,7 @@ def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
 
 
 def export(run: TrainingRun, best_weights: Path) -> None:
-    """Write tokenizer/ with the weights that the recipe asks for, and both best and last ones beside the checkpoints."""
+    """Write tokenizer/ with the weights that the recipe asks for, best or last, and the other ones beside the checkpoints."""
     tokenizer: ImageTokenizer = run.validated_model
     targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
     targets[run.training.export] = run.folder.export("tokenizer")

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast
 from stage1_tokenizer.adversary import Adversary
 from stage1_tokenizer.image_batches import ImageBatch, TrainingImages
 from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
+from stage1_tokenizer.quantizers import Quantizer
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.recipe import Recipe
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
@@ -21,6 +22,8 @@ KMEANS_MAX_BATCHES = 256
 @torch.no_grad()
 def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: TrainingRun) -> None:
     """K-means on latents of the first batches, collected until there are enough, pooled over ranks in the order of the stream."""
+    if type(tokenizer.quantizer).initialize is Quantizer.initialize:  # nothing to learn from latents
+        return
     wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
     collected: list[torch.Tensor] = []
     tokenizer.eval()
@@ -55,8 +58,8 @@ def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[s
             "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
 
 
-def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, batch: ImageBatch, run: TrainingRun) -> float:
-    """Seconds of one forward and backward, of the discriminator too, measured on a step that is thrown away."""
+def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:
+    """Seconds of one forward and backward, of perceptual loss and discriminator too, measured on a step that is thrown away."""
     training: TokenizerTrainingConfig = run.training
     images_BCHW = batch.images_BCHW.to(run.accelerator.device)
     images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
@@ -66,9 +69,14 @@ def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, batch:
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
         output = model(images_BCHW)
-        run.accelerator.backward(output.reconstructions.float().square().mean() + output.quantizer.loss)
+        loss = output.reconstructions.float().square().mean() + output.quantizer.loss
+        if perceptual is not None:
+            loss = loss + perceptual(output.reconstructions, images_BCHW)
         if adversary is not None:
             run.rival.eval()  # in training mode its spectral norms would move on
+            loss = loss + adversary.generator_terms(images_BCHW, output.reconstructions, loss, 1.0, 0.0)[0]
+        run.accelerator.backward(loss)
+        if adversary is not None:
             run.accelerator.backward(adversary.discriminator_terms(images_BCHW, output.reconstructions)[0])
             run.rival.train()
         if run.accelerator.device.type == "cuda":

@@ -24,12 +24,15 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
     psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; and where the quantizer has ids,
-    codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their frequencies.
+    codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their
+    frequencies. With several ids a position, each level's codes are counted by themselves, and the perplexity is that of one level.
     """
     device = accelerator.device
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
-    counts_K = torch.zeros(tokenizer.config.codebook_size, device=device)
+    codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
+    counts_K = torch.zeros(codes * depth, device=device)  # the codes of each level are counted by themselves
+    first_of_level = codes * torch.arange(depth, device=device)
     sums = torch.zeros(4, device=device)  # of absolute errors, of squared errors, of elements, of ranks that were stopped
     tokenizer.eval()
     for number, (images_BCHW, _) in enumerate(images.batches(batch_size, accelerator.process_index, accelerator.num_processes)):
@@ -42,7 +45,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
         psnr.update(restored_BCHW, images_BCHW)
         ssim.update(restored_BCHW, images_BCHW)
         if output.quantizer.ids is not None:
-            counts_K += torch.bincount(output.quantizer.ids.flatten(), minlength=len(counts_K))
+            ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]
+            counts_K += torch.bincount((ids_Bhwd + first_of_level).flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
         sums[:3] += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
         if number == 0 and picture is not None and accelerator.is_main_process:
@@ -51,14 +55,14 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     if sums[3]:
         return None
     return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
-            "reconstruction_l2": float(sums[1] / sums[2]), **(codebook_use(counts_K) if tokenizer.quantizer.has_ids else {})}
+            "reconstruction_l2": float(sums[1] / sums[2]), **(codebook_use(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
 
 
-def codebook_use(counts_K: torch.Tensor) -> dict[str, float]:
-    """codebook_usage and perplexity of code counts (K,) over a window of vectors."""
+def codebook_use(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:
+    """codebook_usage and perplexity of code counts (K,), or (levels * K,), over a window of vectors."""
     shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
     entropy = -(shares_K * shares_K.clamp_min(1e-12).log()).sum()
-    return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy))}
+    return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy)) / levels}
 
 
 def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):

@@ -17,7 +17,7 @@ from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import read_metrics
 from vqmosaic.training_run import TrainingRun
 
-RIVAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.1, "adversarial__ramp": 0.3, "adversarial__layers": 1,
+RIVAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.15, "adversarial__ramp": 0.3, "adversarial__layers": 1,
          "adversarial__channels": 16, "tokenizer_training__max_steps": 10, "tokenizer_training__validate_every": 2,
          "tokenizer_training__checkpoint_every": 1, "tokenizer_training__keep_checkpoints": 20, "tokenizer_training__weight_ema_decay": 0.5}
 
@@ -49,7 +49,7 @@ def test_it_joins_at_its_step_learns_silently_then_speaks(finished):
     for record in records(finished):
         step = record["step"] - 1  # a record is written after its step
         assert ("discriminator_loss" in record) == (step >= 3), record
-        assert ("adversarial_loss" in record) == (step >= 5), "the warm-up is silent, and at its end the ramp begins at zero"
+        assert ("adversarial_loss" in record) == (step >= 5), "the warm-up is silent"
     weights = {step: load_file(checkpoint(finished, step) / "model_1.safetensors") for step in (1, 3, 4, 10)}
     moved = {(first, second): any(not torch.equal(tensor, weights[second][name]) for name, tensor in weights[first].items())
              for first, second in ((1, 3), (3, 4), (4, 10))}
@@ -75,12 +75,13 @@ def test_best_and_last_are_kept_side_by_side(finished, tmp_path):
     best = min(errors, key=errors.get)
     assert read_state(checkpoint(finished, 10))["best_step"] == best
     folder = RunFolder(finished).checkpoints("tokenizer")
-    assert (folder / "last/model.safetensors").read_bytes() == (finished / "tokenizer/model.safetensors").read_bytes()
-    averaged = load_file(checkpoint(finished, best) / "weights_ema.safetensors")
-    for name, tensor in load_file(folder / "best/model.safetensors").items():
-        assert torch.equal(tensor, averaged[f"module.{name}"]), name
+    for export, step in ((finished / "tokenizer", 10), (folder / "best", best)):
+        averaged = load_file(checkpoint(finished, step) / "weights_ema.safetensors")
+        for name, tensor in load_file(export / "model.safetensors").items():
+            assert torch.equal(tensor, averaged[f"module.{name}"]), name
     other = train(tmp_path / "run", tokenizer_training__export="best")
-    assert (other / "tokenizer/model.safetensors").read_bytes() == (folder / "best/model.safetensors").read_bytes()
+    for one, another in ((other / "tokenizer", folder / "best"), (RunFolder(other).checkpoints("tokenizer") / "last", finished / "tokenizer")):
+        assert (one / "model.safetensors").read_bytes() == (another / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("changes", [
@@ -165,6 +166,17 @@ def test_a_non_finite_loss_of_either_side_changes_neither(whose, tmp_path, monke
 def test_what_cannot_be_is_refused_in_words(changes, words, tmp_path):
     with pytest.raises(InputError, match=words):
         tiny_recipe(tmp_path / "run", **RIVAL | changes)
+
+
+def test_a_codebook_that_hardly_anything_uses_raises_the_alarm_with_remedies(tmp_path, monkeypatch, capsys):
+    def spread(tokenizer, *_):
+        for buffer in (tokenizer.quantizer.codebook, tokenizer.quantizer.ema_sums):
+            buffer.add_(100 * torch.arange(32)[:, None])
+
+    monkeypatch.setattr(train_module, "initialize_codebook", spread)
+    train(tmp_path / "run", adversarial__weight=0, tokenizer__revival_threshold=0, tokenizer__ema_decay=0.999999,
+          tokenizer_training__weight_ema_decay=0, tokenizer_training__max_steps=2)
+    assert "warning: only 3.1% of the codebook is in use. Remedies: a smaller tokenizer.codebook_size" in capsys.readouterr().out
 
 
 # --- speed-ups that must change nothing ----------------------------------------------------------------------------------------------

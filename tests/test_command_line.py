@@ -307,7 +307,8 @@ def test_check_data_counts_and_names_what_is_unreadable(tmp_path, capsys):
 def test_doctor_tells_versions_device_and_recipes(capsys):
     assert dispatch(["doctor"]) == 0
     said = capsys.readouterr().out
-    for word in ("torch", "transformers", "gradio", "threads 1 of", "mixed_precision auto is", "recipes: cifar10, digits", __version__):
+    for word in ("torch", "transformers", "gradio", "threads 1 of",
+                 "mixed_precision auto is", "recipes: cifar10, cifar10_vqgan, digits", __version__):
         assert word in said
 
 

@@ -61,6 +61,7 @@ def test_worsening_halves_the_weight_again_and_again_and_says_so():
     words = guard.judge_validation(settings, 0.441, 0.6)
     assert "halved the adversarial weight, now 0.4" in words and "0.4410" in words and "worsening_limit" in words
     assert guard.share(settings, 0.6) == 0.5
+    assert [guard.judge_validation(settings, 0.5, 0.62) for _ in range(2)] == [None, None], "an average follows slowly: it is given time"
     assert "now 0.2" in guard.judge_validation(settings, 0.5, 0.7)
     assert guard.judge_validation(settings, 0.41, 0.8) is None and guard.share(settings, 0.8) == 0.25
 
@@ -70,6 +71,13 @@ def test_without_a_validation_before_the_start_the_first_one_after_it_is_the_ref
     guard.joins(settings, 0.0)
     assert guard.judge_validation(settings, 0.4, 0.1) is None
     assert "halved" in guard.judge_validation(settings, 0.6, 0.2)
+
+
+def test_a_budget_that_grows_does_not_silence_it_again():
+    guard, settings = AdversarialGuard(), config()
+    guard.joins(settings, 0.3)
+    assert guard.share(settings, 0.4) == pytest.approx(0.5) and guard.share(settings, 1.0) == 1
+    assert guard.share(settings, 0.25) == 1, "four times the steps: progress falls back to a quarter"
 
 
 @pytest.mark.parametrize("error", [math.nan, math.inf])
@@ -91,5 +99,6 @@ def test_the_plan_tells_resolved_steps_or_minutes():
     steps = calendar(config(), TokenizerTrainingConfig(max_steps=1000))
     assert "joins at step 300" in steps and "from step 350" in steps and "from step 450" in steps and "weight 0.8" in steps
     assert "at the latest at step 300" in calendar(config(start_at_plateau=True), TokenizerTrainingConfig(max_steps=1000))
+    assert "from step 1,050 (after the end)" in calendar(config(start=0.9), TokenizerTrainingConfig(max_steps=1000))
     minutes = calendar(config(), TokenizerTrainingConfig(max_steps=None, max_minutes=10))
     assert "joins at 3 min 00 s" in minutes and "4 min 30 s" in minutes

@@ -113,6 +113,12 @@ def test_the_digits_are_a_real_compression():
     assert recipe.tokenizer_training.max_minutes is None and recipe.prior_training.max_minutes is None, "steps, not minutes, are its budget"
 
 
+def test_the_vqgan_recipe_is_cifar10_with_a_discriminator():
+    plain, rival = load_recipe("cifar10"), load_recipe("cifar10_vqgan")
+    assert rival.adversarial.weight > 0 and plain.adversarial.weight == 0
+    assert (plain.data, plain.tokenizer, plain.prior) == (rival.data, rival.tokenizer, rival.prior)
+
+
 def test_the_imagenet_recipe_is_f16():
     recipe = load_recipe("imagenet256")
     assert recipe.tokenizer.downsampling == 16 and recipe.num_tokens == 256

@@ -83,10 +83,10 @@ def at_step(number: int, action: Callable[[], None], monkeypatch) -> None:
     """Do something in the middle of training step `number`, once."""
     original = TrainingRun.optimizer_step
 
-    def optimizer_step(self, loss, progress, *commit):
+    def optimizer_step(self, loss, progress, *commit, **keywords):
         if self.state.step == number:
             action()
-        return original(self, loss, progress, *commit)
+        return original(self, loss, progress, *commit, **keywords)
 
     monkeypatch.setattr(TrainingRun, "optimizer_step", optimizer_step)
 

@@ -11,6 +11,8 @@ NEAREST_CODE_KINDS = ("ema", "gradient", "simvq")
 QUANTIZER_NAMES = (*NEAREST_CODE_KINDS, "gumbel", "fsq", "lfq", "ibq", "residual", "kl")
 CONTINUOUS = ("kl",)
 """Quantizers without ids: nothing to store as tokens, and no prior to train."""
+RESIDUAL_FIELDS = ("residual_depth", "residual_kind", "residual_shared")
+"""Without effect unless the quantizer is residual."""
 LEARNING_FIELDS = ("dropout", "commitment_weight", "codebook_weight", "ema_decay", "rotation_trick", "revival_threshold", "gumbel_temperature",
                    "entropy_weight", "entropy_diversity", "entropy_temperature", "kl_weight")
 """Fields of TokenizerConfig that shape the loss or the codebook's learning, not what the finished network computes."""
@@ -148,7 +150,7 @@ class TokenizerTrainingConfig(TrainingConfig):
     channels_last: bool = True
     """Keep feature maps in channels-last order, in which convolutions are faster."""
     compile: bool = False
-    """Compile the network with torch.compile, which pays back in trainings of more than a few minutes."""
+    """Compile the network with torch.compile: takes a minute or two at each start, so measure whether it pays back on your machine."""
     usage_alarm: float = unrecorded(0.5)
     """Share of the codebook in use below which a validation prints remedies."""
 

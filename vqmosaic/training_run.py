@@ -83,8 +83,8 @@ class TrainingRun:
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over what can be trained; weight decay on matrices only, and not on those that the model spares."""
-        spared = {id(parameter) for parameter in getattr(model, "undecayed_parameters", list)()}
+        """AdamW over what can be trained; weight decay on matrices only, and not on codes."""
+        spared = {id(parameter) for parameter in codebook_parameters(model)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decayed, plain = [], []
         for parameter in trained:
@@ -185,6 +185,8 @@ class TrainingRun:
             commit()
             if self.average is not None:
                 self.average.update_parameters(self.unwrapped)
+                for copy, parameter in zip(codebook_parameters(self.average.module), codebook_parameters(self.unwrapped), strict=True):
+                    copy.copy_(parameter.detach())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not accepted:
@@ -227,6 +229,11 @@ class TrainingRun:
         self.bar.close()
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+
+
+def codebook_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a model says are codes, which are neither decayed nor averaged."""
+    return getattr(model, "codebook_parameters", list)()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

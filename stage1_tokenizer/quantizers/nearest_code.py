@@ -13,7 +13,7 @@ from vqmosaic.seeding import derive_seed
 
 # Bytes of codes and of scores worked on at a time. On a CPU both stay in its cache; a GPU wants few large pieces.
 WORKING_SET_BYTES = {"cpu": (2**20, 3 * 2**20)}
-LARGE_WORKING_SET_BYTES = (64 * 2**20, 256 * 2**20)
+LARGE_WORKING_SET_BYTES = (16 * 2**20, 32 * 2**20)
 GROUP = 64
 
 
@@ -51,10 +51,10 @@ def lowest_scores(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offsets_K
         vectors_ND, codebook_KD, offsets_K = vectors_ND.float(), codebook_KD.float(), offsets_K.float()
         codes_bytes, scores_bytes = WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES)
         codes = min(len(codebook_KD), max(GROUP, codes_bytes // (4 * codebook_KD.shape[1]) // GROUP * GROUP))
-        rows = max(16, scores_bytes // (4 * codes))
+        rows = min(len(vectors_ND), max(16, scores_bytes // (4 * codes)))
         scores = torch.empty(rows * codes, device=vectors_ND.device)
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
-        for start in range(0, len(vectors_ND), rows):
+        for start in range(0, len(vectors_ND), max(1, rows)):
             piece_nD = vectors_ND[start:start + rows]
             best_n, ids_n = None, None
             for first in range(0, len(codebook_KD), codes):
