@@ -188,8 +188,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.is_main:
         export(run, best_weights)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
-        report(f"exported {run.folder.export('tokenizer')}: the {training.export} weights (best reconstruction: step {run.state.best_step:,}; "
-               f"last: step {run.state.step:,})")
+        report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
+               f"(best reconstruction: step {run.state.best_step:,})")
     run.finish()
 
 

@@ -424,9 +424,9 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     with pytest.raises(Interrupted):
         train(stage, run_dir)
     assert seen == [0, 1], "four batches were there"
-    assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1]) | {"elapsed_seconds": 0} == {
+    assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1]) | {"elapsed_seconds": 0, "guard": {}} == {
         "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "best_step": 0, "best_validation": math.inf,
-        "processes": 1, "threads": 1}
+        "guard": {}, "processes": 1, "threads": 1}
     monkeypatch.undo()
     train(stage, run_dir)
     assert "resumed at step 3" in capsys.readouterr().out
