@@ -24,8 +24,8 @@ class PatchDiscriminator(nn.Module):
     config.layers convolutions 4x4 of stride 2, one of stride 1, and one to a single channel, with leaky rectifiers between them. The first one
     has no norm. Weights start as N(0, 0.02), drawn from `seed`; the global generators are left as they were.
 
-    With config.spectral_norm the estimates of the singular vectors are buffers, and part of the state_dict. They move on in a forward that
-    trains the discriminator only: not in eval mode, not under no_grad, and not while its parameters are frozen for the generator's step.
+    With config.spectral_norm the estimates of the singular vectors are buffers, and part of the state_dict. No forward changes them; commit()
+    moves them on once, after an accepted step: so a refused step changes nothing, and micro-batches make no difference.
     """
 
     def __init__(self, config: AdversarialConfig, image_channels: int, seed: int):
@@ -68,14 +68,17 @@ class PatchDiscriminator(nn.Module):
                 maps.append(features)
             return self.conv_out(features), maps              # (B, 1, h, w)
 
-    def _normalize_weights(self, device_type: str) -> None:
-        """Divide the weights by their singular values, in float32, and let the estimates of these move on only where this step trains them."""
-        learns = self.training and torch.is_grad_enabled()
+    def _normalize_weights(self, device_type: str, move_on: bool = False) -> None:
+        """Divide the weights by their singular values, in float32; `move_on` lets the estimates of these follow the weights first."""
         with torch.autocast(device_type, enabled=False):
             for convolution in self._normalized():
-                spectral = convolution.parametrizations.weight
-                spectral.train(learns and spectral.original.requires_grad)
-                _ = convolution.weight  # computed here and cached
+                convolution.parametrizations.weight.train(move_on)
+                _ = convolution.weight  # computed here, and cached where that is asked for
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Let the estimates of the singular vectors follow the weights, after an accepted step."""
+        self._normalize_weights(self.conv_out.bias.device.type, move_on=True)
 
     def _normalized(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if parametrize.is_parametrized(module, "weight"))

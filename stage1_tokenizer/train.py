@@ -174,6 +174,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit, rival_learns=learns)
         if accepted:
             means.update(step_means)
+            if learns:
+                discriminator.commit()
         else:
             tokenizer.quantizer.discard()
         run.state.step += 1

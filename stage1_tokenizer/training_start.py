@@ -73,12 +73,10 @@ def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, percep
         if perceptual is not None:
             loss = loss + perceptual(output.reconstructions, images_BCHW)
         if adversary is not None:
-            run.rival.eval()  # in training mode its spectral norms would move on
             loss = loss + adversary.generator_terms(images_BCHW, output.reconstructions, loss, 1.0, 0.0)[0]
         run.accelerator.backward(loss)
         if adversary is not None:
             run.accelerator.backward(adversary.discriminator_terms(images_BCHW, output.reconstructions)[0])
-            run.rival.train()
         if run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

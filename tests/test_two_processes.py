@@ -111,6 +111,29 @@ def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_pat
     assert code == 2 and "written by 2 processes, now there are 1; go on with --processes 2" in err and "Traceback" not in err
 
 
+def test_two_processes_train_a_discriminator_like_one(tiny_run, tmp_path):
+    """With the balance fixed: the adaptive one is the mean of what each process finds on its own half."""
+    import torch
+    from safetensors.torch import load_file
+
+    rival = EVEN | {"adversarial__weight": 0.2, "adversarial__balance": "fixed", "adversarial__start": 0.2, "adversarial__warmup": 0.1,
+                    "adversarial__ramp": 0.2, "adversarial__layers": 1, "adversarial__channels": 32, "data__shift": 0,
+                    "tokenizer_training__perceptual_loss": "discriminator_features", "tokenizer_training__perceptual_weight": 0.1}
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run_dir, processes, changes in ((one, 1, rival), (two, 2, rival | {"tokenizer_training__accumulation_steps": 2})):
+        code, out, err = finish(start("tokenizer", run_dir, processes, **changes))
+        assert code == 0, err
+        assert out.count("the discriminator joins at step 2") == 1 and "Traceback" not in err
+    for name in ("model", "model_1"):
+        expected, found = (load_file(run_dir / f"checkpoints/tokenizer/step-00000006/{name}.safetensors") for run_dir in (one, two))
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
+    other = rival | {"adversarial__balance": "adaptive", "tokenizer__quantizer": "gradient"}  # its replicas are compared at each checkpoint
+    code, _, err = finish(start("tokenizer", tmp_path / "adaptive", 2, **other))
+    assert code == 0, err
+
+
 # --- stopped, killed, gone on --------------------------------------------------------------------------------------------------------
 
 
