@@ -25,7 +25,7 @@ from vqmosaic.interruption import StopFlag
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.training_run import TrainingRun
 
-BATCH, ROUNDS, STEPS, HELD_OUT, LEARNING_RATE = 32, 8, 80, 512, 5e-4
+BATCH, ROUNDS, STEPS, HELD_OUT, LEARNING_RATE = 32, 7, 50, 512, 5e-4
 WIDTHS = (32, 64, 128)
 
 

@@ -63,10 +63,10 @@ class CodebookQuantizer(Quantizer):
 
     def _take_pending(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All pending latents (N, D) and ids (N,)."""
-        vectors_ND = torch.cat([vectors for vectors, _ in self._pending])
-        ids_N = torch.cat([ids for _, ids in self._pending])
-        self.discard()
-        return vectors_ND, ids_N
+        pending, self._pending = self._pending, []
+        if len(pending) == 1:  # as it is, without a copy
+            return pending[0]
+        return torch.cat([vectors for vectors, _ in pending]), torch.cat([ids for _, ids in pending])
 
     def _candidates(self, vectors_ND: torch.Tensor) -> torch.Tensor:
         """R vectors (R, D) of the global batch chosen by f(seed, commit); a rank fills in its own, zeros elsewhere."""
