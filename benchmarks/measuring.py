@@ -60,7 +60,8 @@ def machine(*packages: str) -> str:
 
 def record(title: str, lines: list[str], packages: tuple[str, ...] = ()) -> None:
     """Print a result and, with --record on the command line, put it into RESULTS.md in place of the last one of this title."""
-    text = "\n".join([f"## {title}", "", f"`{' '.join(['python', *sys.argv[:1], *(word for word in sys.argv[1:] if word != '--record')])}`  ",
+    words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *(word for word in sys.argv[1:] if word != "--record")]
+    text = "\n".join([f"## {title}", "", f"`{' '.join(words)}`  ",
                       machine(*packages), "", *lines, ""])
     print(text)
     if "--record" not in sys.argv:

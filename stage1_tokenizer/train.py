@@ -227,8 +227,12 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     tokens = len(images) * run.unwrapped.grid_size ** 2
     possible = min(1.0, tokens / run.unwrapped.config.codebook_size)  # few validation images cannot use many codes
     if numbers.get("codebook_usage", 1.0) < run.training.usage_alarm * possible:
-        run.report(f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use. Remedies: a smaller tokenizer.codebook_size or "
-                   "tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, more data.")
+        kind = run.recipe.tokenizer.quantizer
+        more = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",
+                "ibq": "a lower tokenizer.entropy_weight, a higher tokenizer.revival_threshold, "}
+        run.report(f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use. Remedies: a smaller tokenizer.codebook_size, "
+                   + more.get(kind, "a smaller tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, ")
+                   + "longer training, more data.")
 
 
 def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:

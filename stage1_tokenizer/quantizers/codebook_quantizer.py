@@ -82,6 +82,8 @@ class CodebookQuantizer(Quantizer):
         """Give each dead code a latent of this batch, with the count of a code in average use so that it lives on."""
         mean = self.ema_counts.mean()
         dead_K = self.ema_counts < self.revival_threshold * mean
+        if dead_K.device.type == "cpu" and not dead_K.any():  # elsewhere the question would cost a wait for the device
+            return
         turn_K = dead_K.cumsum(0) - 1  # the n-th dead code takes the n-th candidate; those left over wait for the next step
         reached_K = dead_K & (turn_K < len(candidates_RD))
         self.ema_counts.copy_(torch.where(reached_K, mean, self.ema_counts))
