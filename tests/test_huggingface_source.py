@@ -64,6 +64,7 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     from_folder = open_splits(DataConfig(path=str(folder)))
     expected = contents(from_folder.train) | contents(from_folder.validation)
     assert list(contents(splits.train).values()) == [expected[file.relative_to(folder).as_posix()] for file in files]
+    # its own pickle, made a moment ago: the way in which DataLoader sends a source to spawned workers
     assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
 
     moved = tmp_path / "moved"

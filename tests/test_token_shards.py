@@ -549,7 +549,7 @@ def test_pickled_arrays_are_refused(damaged):
             return (Path.touch, (damaged / "sprung",))
 
     stream = io.BytesIO()
-    np.save(stream, np.array([Trap()], dtype=object), allow_pickle=True)
+    np.save(stream, np.array([Trap()], dtype=object), allow_pickle=True)  # written as an attacker would; nothing here may read it
     forge(damaged, 1, lambda members: [(name, stream.getvalue() if name == "000000015.image.npy" else content)
                                        for name, content in members], remake=True)
     problems = audit_folder(damaged).problems

@@ -169,7 +169,7 @@ class TrainingRun:
         """
         training, learning = self.training, self.optimizers[:1 + rival_learns]
         share = warmup_cosine(progress, training.warmup_fraction, training.final_learning_rate)
-        for optimizer, peak in zip(learning, self.peak_learning_rates, strict=False):
+        for optimizer, peak in zip(learning, self.peak_learning_rates[:len(learning)], strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
         norms = [self.accelerator.clip_grad_norm_(parameters_of(optimizer), training.gradient_clip) for optimizer in learning]
