@@ -13,7 +13,6 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from stage1_tokenizer.adversary import Adversary
 from stage1_tokenizer.discriminator import PatchDiscriminator
@@ -29,7 +28,7 @@ from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.training_start import describe_tokens, initialize_codebook, load_perceptual_loss, set_training_mode, time_of_one_step
 from stage1_tokenizer.validation import validate
-from vqmosaic.best_weights import link_or_copy, restore_best, save_weights
+from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
@@ -188,7 +187,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        export(run, best_weights)
+        export_best_and_last(run, best_weights, "reconstruction error")
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
         report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
@@ -242,19 +241,6 @@ def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
     own = zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in tokenizer.quantizer.state_dict().values()))
     everyone = run.accelerator.gather(torch.tensor([own], device=run.accelerator.device)).tolist()
     assert len(set(everyone)) == 1, f"the quantizers of the ranks differ at step {run.state.step}: {everyone}"
-
-
-def export(run: TrainingRun, best_weights: Path) -> None:
-    """Write tokenizer/ with the weights that the recipe asks for, best or last, and the other ones beside the checkpoints."""
-    tokenizer: ImageTokenizer = run.validated_model
-    targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
-    targets[run.training.export] = run.folder.export("tokenizer")
-    tokenizer.save_pretrained(targets["last"])
-    if best_weights.exists():
-        tokenizer.load_state_dict(load_file(best_weights))
-    else:
-        run.report(f"warning: no validation had a finite error, so there are no best weights; {targets['best']} holds the last ones")
-    tokenizer.save_pretrained(targets["best"])
 
 
 def main(arguments: list[str]) -> None:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, validation_batches
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
-from vqmosaic.best_weights import link_or_copy, restore_best, save_weights
+from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -134,7 +133,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        export(run, best_weights)
+        export_best_and_last(run, best_weights, "NLL")
         write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds)
         report(f"exported {run.folder.export('prior')}: the {training.export} weights (best: step {run.state.best_step:,}, "
                f"{run.state.best_validation:.4f} nats per token; last: step {run.state.step:,})")
@@ -203,22 +202,6 @@ def time_of_one_step(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Te
         seconds = time.perf_counter() - started
     run.optimizers[0].zero_grad(set_to_none=True)
     return seconds * run.training.accumulation_steps
-
-
-# --- best and last -----------------------------------------------------------------------------------------------------------
-
-
-def export(run: TrainingRun, best_weights: Path) -> None:
-    """Write prior/ with the weights that the recipe asks for, and the other ones beside the checkpoints."""
-    prior: TokenPrior = run.validated_model
-    last, best = run.checkpoints.root / "last", run.checkpoints.root / "best"
-    targets = {"best": best, "last": last, run.training.export: run.folder.export("prior")}
-    prior.save_pretrained(targets["last"])
-    if best_weights.exists():
-        prior.load_state_dict(load_file(best_weights))
-    else:
-        run.report(f"warning: no validation had a finite NLL, so there are no best weights; {targets['best']} holds the last ones")
-    prior.save_pretrained(targets["best"])
 
 
 def main(arguments: list[str]) -> None:

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqmosaic.durable_files import publish, temporary_sibling
+from vqmosaic.training_run import TrainingRun
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -35,3 +36,19 @@ def restore_best(resumed_from: Path | None, best_weights: Path) -> None:
     best_weights.unlink(missing_ok=True)
     if resumed_from is not None:
         link_or_copy(resumed_from / best_weights.name, best_weights)
+
+
+def export_best_and_last(run: TrainingRun, best_weights: Path, measure: str) -> None:
+    """Write the stage's export with the weights that its `export` field asks for, best or last, and the other ones beside the checkpoints.
+
+    `measure` is what best means, for the warning where no validation had a finite one.
+    """
+    model = run.validated_model
+    targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
+    targets[run.training.export] = run.folder.export(run.stage)
+    model.save_pretrained(targets["last"])
+    if best_weights.exists():
+        model.load_state_dict(load_file(best_weights))
+    else:
+        run.report(f"warning: no validation had a finite {measure}, so there are no best weights; {targets['best']} holds the last ones")
+    model.save_pretrained(targets["best"])
