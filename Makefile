@@ -2,7 +2,8 @@
 # make test         the tests that take seconds each
 # make test-slow    the tests that kill, resume and install for real
 # make lint         ruff
-# make bench        side by side with diffusers and vector-quantize-pytorch (CIFAR10=folder of parquet files), into benchmarks/RESULTS.md
+# make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
+#                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out
 
 PYTHON ?= python3
 VENV := .venv
@@ -37,6 +38,11 @@ bench: install
 	$(BIN)/python -m benchmarks.quantizer --record
 	$(BIN)/python -m benchmarks.tokenizer_step --record
 	$(BIN)/python -m benchmarks.tokenizer_quality --record
+	$(BIN)/python -m benchmarks.preprocess_cost --record
+	$(BIN)/python -m benchmarks.shards --record
+	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_step --nanogpt $(NANOGPT) --record)
+	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) --record)
+	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,15 +9,18 @@ from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 
 
-def audit_run(folder: Path, recipe: Recipe | None = None) -> int:
+def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) -> int:
     """Exit code 0 when nothing is wrong, 1 when something is; prints every problem.
 
-    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be.
+    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be. With `repair` the broken
+    shards are encoded again first, which needs the recipe, its tokenizer and its data set; InputError says why where that cannot be.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give a tokens folder, such as runs/digits/tokens.")
     if (folder / "tokens").is_dir():
         folder = folder / "tokens"
+    if repair:
+        repair_run(folder, recipe)
     compared, expected = "nothing: no recipe is known for this folder, give --recipe", None
     try:
         recipe = recipe or recipe_of(folder)
@@ -35,12 +38,28 @@ def audit_run(folder: Path, recipe: Recipe | None = None) -> int:
     return 0 if all(report.passed for report in reports.values()) else 1
 
 
+def repair_run(folder: Path, recipe: Recipe | None) -> None:
+    """Repair a tokens folder or one of its splits by its run's recipe, or by the one that was given."""
+    if recipe is None:
+        recipe = recipe_of(folder)
+        if recipe is None:
+            raise InputError(f"{folder} lies in no run folder, so nothing says what to repair it from; give --recipe.")
+        recipe.run_dir = str(run_root(folder))  # as it lies now, which the recipe need not say: from another directory, or after a move
+    from pipelines.repair import repair_tokens
+
+    repaired = repair_tokens(folder, recipe)
+    print(f"repaired: {sum(map(len, repaired.values()))} shards were encoded again")
+
+
 def recipe_of(folder: Path) -> Recipe | None:
     """The recipe of the run that a tokens folder or one of its splits lies in."""
-    for parent in list(folder.resolve().parents)[:2]:
-        if (parent / "recipe.yaml").is_file():
-            return load_recipe(str(parent / "recipe.yaml"))
-    return None
+    root = run_root(folder)
+    return None if root is None else load_recipe(str(root / "recipe.yaml"))
+
+
+def run_root(folder: Path) -> Path | None:
+    """The run that a tokens folder or one of its splits lies in."""
+    return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
 def expected_sources(recipe: Recipe) -> dict[str, Iterable[tuple[str, int | None]]]:

@@ -5,7 +5,7 @@
 
 pipeline/
     tokenizer/, prior/    copies of the exports
-    pipeline.json         recommended sampling settings, class names, fingerprints
+    pipeline.json         recommended sampling settings, class names, fingerprints; where the settings were chosen by `vqmosaic sweep`, its record
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.stage_inputs import read_vocabulary, token_fingerprint_of_prior, token_fingerprint_of_tokenizer
 from vqmosaic import __version__
-from vqmosaic.durable_files import publish, temporary_sibling, write_json
+from vqmosaic.durable_files import publish, sha256_of_file, temporary_sibling, write_json
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.fingerprints import check_same_tokens
 from vqmosaic.recipe_sections import SamplingConfig
@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
     """The pipeline folder made of a tokenizer and a prior folder, whole or absent.
 
+    The record of a sweep is taken along from the pipeline that the parts lie in, or that is replaced, where it chose these settings for these parts.
+
     Raises:
         ValueError: one of the parts is missing, the prior was trained on another tokenizer's tokens (both values and paths), the sampling
             settings do not fit it, or `out` holds something else than a pipeline.
@@ -42,6 +44,7 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     check_same_tokens(token_fingerprint, tokenizer, token_fingerprint_of_prior(prior), prior)
     vocabulary = read_vocabulary(prior)
     check_sampling_fits(sampling, vocabulary, prior)
+    record = record_that_fits([tokenizer.parent, out], sampling, tokenizer, prior)
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -52,9 +55,43 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     shutil.copytree(prior, partial / "prior")
     write_json(partial / "pipeline.json", {
         "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "class_names": vocabulary["class_names"],
-        "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling)})
+        "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
     publish(partial, out)
     return out
+
+
+def part_fingerprints(tokenizer: Path, prior: Path) -> dict[str, str]:
+    """What decides the images of a pipeline: the tokens' fingerprint, that of the whole tokenizer, and the digest of the prior's weights."""
+    return {"tokens": token_fingerprint_of_tokenizer(tokenizer), "tokenizer": json.loads((tokenizer / "config.json").read_text())["full_fingerprint"],
+            "prior": sha256_of_file(prior / "model.safetensors")}
+
+
+def record_that_fits(folders: Sequence[Path], sampling: SamplingConfig, tokenizer: Path, prior: Path) -> dict[str, Any] | None:
+    """The record of the sweep that chose these settings for these parts, out of the pipelines in `folders`; None where there is none."""
+    for folder in folders:
+        if not (folder / "pipeline.json").is_file():
+            continue
+        try:
+            content = read_bundle(folder)
+            record = content.get("sweep")
+            if record and SamplingConfig(**content["sampling"]) == sampling and record["setup"]["pipeline"] == part_fingerprints(tokenizer, prior):
+                return record
+        except (InputError, TypeError, KeyError):  # what is replaced may be of another version, or damaged
+            continue
+    return None
+
+
+def recommend(folder: Path, sampling: SamplingConfig, record: dict[str, Any]) -> None:
+    """Make settings those that a pipeline folder recommends, with the record of the sweep that chose them; whole or not at all.
+
+    Raises:
+        ValueError: the record was not made with this pipeline's parts.
+    """
+    content, parts = read_bundle(folder), part_fingerprints(folder / "tokenizer", folder / "prior")
+    if record["setup"]["pipeline"] != parts:
+        raise InputError(f"{folder} has changed since the sweep began: its parts are {parts}, and {record['setup']['pipeline']} were measured. "
+                         "Its recommended settings stay as they are; start another sweep.")
+    write_json(folder / "pipeline.json", content | {"sampling": dataclasses.asdict(sampling), "sweep": record})
 
 
 def check_replaceable(out: Path) -> None:

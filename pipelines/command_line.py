@@ -6,10 +6,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.launch import guarded, run_stage
+from vqmosaic.launch import find_accelerate_config, guarded, run_stage
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
 
@@ -36,7 +37,8 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
     wants_help = not arguments or "-h" in arguments or "--help" in arguments
     if wants_help:
         named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-        print(f"usage: vqmosaic {command} RECIPE [--processes N] [--accelerate_config FILE] [--redo STAGE] [--section.field value ...]\n\n"
+        overfit = " [--overfit N]" if command == "train-prior" else ""
+        print(f"usage: vqmosaic {command} RECIPE [--processes N] [--accelerate_config FILE] [--redo STAGE]{overfit} [--section.field value ...]\n\n"
               f"{COMMANDS[command][1]}\n\nRECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.\n"
               f"The values below are {f'those of {named}' if named else 'built in; name a recipe before --help to see its own'}.\n\n"
               f"{recipe_help(load_recipe(named) if named else None)}")
@@ -53,17 +55,25 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
     check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
         check_name("--redo", options.redo, STAGES)
-    if options.accelerate_config is not None and not Path(options.accelerate_config).is_file():
-        raise InputError(f"--accelerate_config is {options.accelerate_config!r}, which is no file; `accelerate config` writes one.")
+    if options.accelerate_config is not None:
+        options.accelerate_config = str(find_accelerate_config(options.accelerate_config))
     return options, overrides
 
 
 def run_one_stage(command: str, arguments: list[str]) -> int:
-    """train-tokenizer, preprocess, train-prior: one stage alone."""
+    """train-tokenizer, preprocess, train-prior: one stage alone; `train-prior RECIPE --overfit N` only proves that its set-up learns."""
     from pipelines.chain import MODULES
 
+    parser = Parser(command, add_help=False)
+    if command == "train-prior":
+        parser.add_argument("--overfit", type=int)
+    own, arguments = parser.parse_known_args(arguments)
     options, _ = parse_recipe_command(command, arguments)
     stage = STAGE_COMMANDS[command]
+    if getattr(own, "overfit", None) is not None:
+        from pipelines.overfit_prior import overfit_prior
+
+        return overfit_prior(options, own.overfit)
     return run_stage(MODULES[stage], [str(prepare_stage(command, stage, options))], options.processes, options.accelerate_config)
 
 
@@ -113,14 +123,21 @@ def bundle(command: str, arguments: list[str]) -> int:
 def add_sampling_options(parser: argparse.ArgumentParser, default_words: str) -> None:
     """Give a parser the sampling settings."""
     parser.add_argument("--guidance_scale", type=float, help=f"classifier-free guidance, 1 is off ({default_words})")
+    parser.add_argument("--guidance_schedule", metavar="NAME", help="how the scale rises from the first token to the last: constant, linear, cosine "
+                                                                    f"or power-cosine ({default_words})")
+    parser.add_argument("--guidance_power", type=float, help=f"of power-cosine: the larger, the later guidance sets in ({default_words})")
+    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"),
+                        help=f"shares of the tokens between which guidance is on ({default_words})")
     parser.add_argument("--temperature", type=float, help=f"divides the logits ({default_words})")
     parser.add_argument("--top_k", type=int, help=f"only the k likeliest tokens, 0 is off ({default_words})")
     parser.add_argument("--top_p", type=float, help=f"only the likeliest tokens up to this probability, 1 is off ({default_words})")
+    parser.add_argument("--min_p", type=float, help=f"only tokens this likely, as a share of the likeliest one, 0 is off ({default_words})")
 
 
-def given_sampling(options: argparse.Namespace) -> dict[str, float]:
+def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling settings that were given."""
-    values = {name: getattr(options, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    values = {name: getattr(options, name) for name in ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval", "temperature",
+                                                        "top_k", "top_p", "min_p")}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -157,6 +174,23 @@ def generate(command: str, arguments: list[str]) -> int:
     from pipelines.write_images import write_generated
 
     return write_generated(folder, labels, options.num, options.seed, options.out, options.device, options.dtype, given_sampling(options))
+
+
+def sweep(command: str, arguments: list[str]) -> int:
+    """sweep: choose sampling settings by Frechet distance."""
+    from pipelines.sweep_plan import add_sweep_options, plan_sweep
+
+    parser = Parser(command, "Choose the sampling settings whose images are closest to real ones, and recommend them in the bundle.")
+    add_sweep_options(parser)
+    add_device_options(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and "." not in overrides[0].partition("=")[0]:  # no field of a recipe
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    request = plan_sweep(options, overrides)
+
+    from pipelines.sweep import run_sweep
+
+    return run_sweep(request)
 
 
 def reconstruct(command: str, arguments: list[str]) -> int:
@@ -222,13 +256,35 @@ def audit(command: str, arguments: list[str]) -> int:
     parser = Parser(command, "Prove token shards whole: every byte as written, each source exactly once or named as skipped.")
     parser.add_argument("tokens", type=Path, help="a tokens folder, one of its splits, or a run folder")
     parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: that of the run the folder lies in")
+    parser.add_argument("--repair", action="store_true", help="first encode again what is broken, and only that, to the same bytes as before")
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.recipe is None:
         raise InputError(f"{overrides[0]!r} was not expected; recipe overrides need --recipe.")
 
     from pipelines.audit import audit_run
 
-    return audit_run(options.tokens, load_recipe(options.recipe, overrides) if options.recipe else None)
+    return audit_run(options.tokens, load_recipe(options.recipe, overrides) if options.recipe else None, options.repair)
+
+
+def import_foreign_tokens(command: str, arguments: list[str]) -> int:
+    """import-tokens: tokens made elsewhere become token shards."""
+    from pipelines.import_tokens import add_options, import_tokens
+
+    parser = Parser(command, "Make token shards of ids from elsewhere: 1d-tokenizer's JSON lines, LlamaGen's folders of npy files, or one npy array.")
+    add_options(parser)
+    return import_tokens(parser.parse_args(arguments))
+
+
+def export_to_json_lines(command: str, arguments: list[str]) -> int:
+    """export-tokens: token shards leave as JSON lines."""
+    from pipelines.export_tokens import export_tokens
+
+    parser = Parser(command, "Write token shards as JSON lines with class_id and tokens, which import-tokens and 1d-tokenizer read.")
+    parser.add_argument("folder", type=Path, help="the shards of one split, such as runs/digits/tokens/train")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("--one_view_a_line", action="store_true", help="a line for each stored view, as 1d-tokenizer reads; default: one an image")
+    options = parser.parse_args(arguments)
+    return export_tokens(options.folder, options.out, options.one_view_a_line)
 
 
 def demo(command: str, arguments: list[str]) -> int:
@@ -270,9 +326,12 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "train-prior": (run_one_stage, "Stage 2: train the prior over tokens."),
     "bundle": (bundle, "Join a tokenizer and a prior to a pipeline folder."),
     "generate": (generate, "Generate images from a run or a pipeline."),
+    "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
     "reconstruct": (reconstruct, "Send images through the tokens and back."),
     "check-data": (check_data, "Read every image of a recipe once; list what is unreadable."),
     "audit": (audit, "Prove token shards whole."),
+    "import-tokens": (import_foreign_tokens, "Make token shards of ids from elsewhere."),
+    "export-tokens": (export_to_json_lines, "Write token shards as JSON lines."),
     "demo": (demo, "Open the web demo."),
     "doctor": (doctor, "What is installed, what that enables, which device and number format."),
 }

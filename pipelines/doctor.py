@@ -15,6 +15,7 @@ OPTIONAL = {
     "datasets": "Hugging Face data sets and parquet folders",
     "scikit-learn": "the digits and their judge",
     "torchvision": "fetches VGG16 for perceptual_loss lpips (pip install 'vqmosaic[perceptual]')",
+    "timm": "vqmosaic sweep --features_model (pip install 'vqmosaic[features]')",
     "gradio": "vqmosaic demo (pip install 'vqmosaic[demo]')",
     "tensorboard": "trackers: [tensorboard]",
     "wandb": "trackers: [wandb]",

@@ -21,8 +21,10 @@ from PIL import Image
 from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, usable_device
 from stage1_tokenizer.images import as_batch, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.precision import largest_logit_difference
 from stage2_prior.prior import TokenPrior
 from stage2_prior.sampling import SamplingStopped
+from stage2_prior.vocabulary import NO_CLASS
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.fingerprints import check_same_tokens
 from vqmosaic.recipe_sections import SamplingConfig
@@ -96,17 +98,21 @@ class ImageGenerationPipeline:
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
                  guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64) -> GenerationOutput:
+                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, *,
+                 min_p: float | None = None, guidance_schedule: str | None = None, guidance_power: float | None = None,
+                 guidance_interval: Sequence[float] | None = None, compile: bool = False) -> GenerationOutput:
         """Generated images, label by label; image i depends on seed, i and its class, not on its neighbours.
 
         Args:
             class_labels: class names (strings) or indices (integers); None for a pipeline without classes, or for images of any class.
             num_images_per_label: images for each label.
             seed: a number that fixes the result; None draws one (out.seeds tells the seed of each image).
-            guidance_scale, temperature, top_k, top_p: None takes the recommended setting; 1.0, 1.0, 0 and 1.0 are off.
+            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off.
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
             callback: called as callback(done, total) after each token; returning False stops, then out.stopped is True and out.images is empty.
             batch_size: images that are sampled together.
+            guidance_schedule, guidance_power, guidance_interval: as in SamplingConfig; None takes the recommended setting.
+            compile: record the step of the prior as a CUDA graph, which pays where few images are sampled together; elsewhere it changes nothing.
 
         Raises:
             ValueError: a class that does not exist, or a setting out of its range.
@@ -115,7 +121,9 @@ class ImageGenerationPipeline:
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("num_images_per_label", num_images_per_label, at_least=1)
         check_range("batch_size", batch_size, at_least=1)
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                 "guidance_schedule": guidance_schedule, "guidance_power": guidance_power,
+                 "guidance_interval": None if guidance_interval is None else list(guidance_interval)}
         sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
         classes = self._classes(class_labels, num_images_per_label)
         if classes is None and guidance_scale is None:  # the recommended guidance is for classes
@@ -137,7 +145,7 @@ class ImageGenerationPipeline:
                     return callback(number * tokens_each + done, len(batches) * tokens_each)
 
                 ids.append(self.prior.sample(None if classes is None else classes[part], sampling, seeds=seeds[part],
-                                             callback=report if callback is not None else None))
+                                             callback=report if callback is not None else None, compile=compile))
         except SamplingStopped:
             return GenerationOutput(seeds=seeds, class_indices=classes, stopped=True)
         ids_Bhw = torch.cat(ids).view(total, *self.tokenizer.grid_shape)
@@ -145,6 +153,17 @@ class ImageGenerationPipeline:
         # 4. images
         images_BCHW = torch.cat([self.tokenizer.decode(ids_Bhw[part]) for part in batches])
         return GenerationOutput(self._output(images_BCHW, output_type), ids_Bhw.cpu(), seeds, classes)
+
+    def logit_difference(self, token_ids: torch.Tensor, class_indices: Sequence[int] | None) -> float:
+        """The largest difference between the logits that sampling sees and those of the float32 weights in the folder, for ids that were drawn.
+
+        Raises ValueError where the pipeline was not loaded from a folder.
+        """
+        if self._source is None:
+            raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with; load a saved one.")
+        reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
+        classes = [NO_CLASS] * len(token_ids) if class_indices is None else class_indices
+        return largest_logit_difference(self.prior, reference, token_ids.flatten(1), classes)
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Ids (B, h, w), or (B, h, w, depth), int64 on the CPU of one PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""

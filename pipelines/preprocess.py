@@ -10,8 +10,10 @@ any number of processes gives the same bytes, and a run that was killed goes on 
 import dataclasses
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,12 +22,12 @@ import torch
 from accelerate import PartialState
 
 from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.image_sources import ImageSource, open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import UnreadableImage, View, named_views
+from stage1_tokenizer.image_sources import ImageSource, ImageSplits, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import Grid, ShardSetHeader, shard_name
 from token_shards.sidecar import ShardSidecar
-from token_shards.writer import TokenShardWriter, default_key
+from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.devices import default_device, held_by_main_process, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
@@ -71,22 +73,16 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
-    views = named_views(recipe.tokens.views, recipe.tokens.view_shift)
+    views = training_views(recipe.tokens)
     report.table("plan", {
         "images": f"{len(splits.train):,} x {len(views)} views to train on, {len(splits.validation):,} to validate on ({splits.how})",
         "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
         "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
     })
-    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
-                depth=tokenizer.config.depth)
     writers = []
-    for name, source, split_views in (("train", splits.train, views), ("validation", splits.validation, views[:1])):
-        header = ShardSetHeader(
-            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity,
-            grids=[grid], views=[view.to_dict() for view in split_views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
-            encoding={"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": state.device.type})
-        writer = TokenShardWriter(run.export("tokens") / name, header)
-        write_split(writer, source, split_views, tokenizer, recipe, state, stop, report)
+    for split in split_plans(recipe, tokenizer, splits, state.device):
+        writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
+        write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
     state.wait_for_everyone()
     if state.is_main_process:
@@ -109,8 +105,31 @@ def check_same_data(run: RunFolder, recipe: Recipe, data_set: str) -> None:
                          f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
 
 
-def write_split(writer: TokenShardWriter, source: ImageSource, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
-                state: PartialState, stop: StopFlag, report: Reporter) -> None:
+@dataclass(frozen=True)
+class SplitPlan:
+    """What the shards of one split are made from: the same plan gives the same bytes."""
+
+    header: ShardSetHeader
+    source: ImageSource
+    views: list[View]
+
+
+def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device) -> list[SplitPlan]:
+    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image."""
+    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
+                depth=tokenizer.config.depth)
+    encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
+    plans = []
+    for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [IDENTITY])):
+        header = ShardSetHeader(
+            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity, grids=[grid],
+            views=[view.to_dict() for view in views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), encoding=encoding)
+        plans.append(SplitPlan(header, source, views))
+    return plans
+
+
+def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, state: PartialState, stop: StopFlag,
+                report: Reporter) -> None:
     """Write this process's share of one split's shards, leaving out those that are complete already."""
     own = range(state.process_index, writer.num_shards, state.num_processes)
     missing = [shard for shard in own if not writer.is_complete(shard)]
@@ -120,17 +139,23 @@ def write_split(writer: TokenShardWriter, source: ImageSource, views: list[View]
     images = sum(len(writer.header.source_range(shard)) for shard in missing)
     with progress_bar(images, 0, writer.header.split, "image", state.is_main_process) as bar:
         for number in missing:
-            sources = writer.header.source_range(number)
             with writer.shard(number) as shard:
-                for index, ids_VT in encoded(source, sources, views, tokenizer, recipe, stop):
-                    if isinstance(ids_VT, UnreadableImage):
-                        shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
-                        skipped[source.source_name(index)] = str(ids_VT)
-                        refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
-                    else:
-                        shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index),
-                                  ids={GRID_NAME: ids_VT})
+                for _ in fill_shard(shard, number, split, tokenizer, recipe, stop, skipped):
                     bar.update()
+
+
+def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
+               skipped: dict[str, str]) -> Iterator[int]:
+    """Encode the sources of one shard into it, giving the index of each when it is stored or skipped; `skipped` takes source -> reason."""
+    source = split.source
+    for index, ids_VT in encoded(source, split.header.source_range(number), split.views, tokenizer, recipe, stop):
+        if isinstance(ids_VT, UnreadableImage):
+            shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
+            skipped[source.source_name(index)] = str(ids_VT)
+            refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
+        else:
+            shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index), ids={GRID_NAME: ids_VT})
+        yield index
 
 
 def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:
@@ -143,36 +168,40 @@ def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: I
             stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
     """(index, ids (V, T)) for each source in order, or (index, why it cannot be read).
 
-    Decoding runs in threads ahead of the encoder. Rows are encoded in batches of one fixed shape, filled up with zeros.
+    Decoding runs in threads ahead of the encoder, a part of a batch at a time: a task for each image would spend much of what one of
+    32 pixels takes on the way from thread to thread. Rows are encoded in batches of one fixed shape, filled up with zeros.
     """
-    transform, batch_size, rows_per_image = tokenizer.transform, recipe.tokens.batch_size, len(views)
-    images_per_batch = max(1, batch_size // rows_per_image)
+    batch_size, workers = recipe.tokens.batch_size, max(1, recipe.data.workers)
+    images_per_batch = max(1, batch_size // len(views))
+    images_per_part = -(-images_per_batch // workers)
 
-    def decode(index: int) -> torch.Tensor | UnreadableImage:
-        try:
-            image = source.read(index)
-        except UnreadableImage as error:
-            return error
-        return torch.stack([transform(image, view) for view in views])  # (V, C, H, W)
+    def decode(part: range) -> tuple[list[tuple[int, UnreadableImage | None]], torch.Tensor]:
+        """Each index with the reason if it is unreadable, and the pixels of the others (N, V, C, H, W)."""
+        results, pixels = [], []
+        for index in part:
+            try:
+                pixels.append(tokenizer.transform.resize_views(source.read(index), views))
+            except UnreadableImage as error:
+                results.append((index, error))
+            else:
+                results.append((index, None))
+        return results, to_tensor(np.stack(pixels)) if pixels else torch.empty(0)
 
-    with ThreadPoolExecutor(max(1, recipe.data.workers)) as pool:
-        remaining = iter(indices)
-        ahead = [(index, pool.submit(decode, index)) for index in islice(remaining, 2 * images_per_batch)]
+    with ThreadPoolExecutor(workers) as pool:
+        batches = (indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch))
+        parts = ([pool.submit(decode, batch[start:start + images_per_part]) for start in range(0, len(batch), images_per_part)] for batch in batches)
+        ahead = deque(islice(parts, 2))
         while ahead:
             if stop.signal:
                 raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-            now, ahead = ahead[:images_per_batch], ahead[images_per_batch:]
-            decoded = [(index, future.result()) for index, future in now]
-            ahead += [(index, pool.submit(decode, index)) for index in islice(remaining, images_per_batch)]
-            readable = [views_VCHW for _, views_VCHW in decoded if isinstance(views_VCHW, torch.Tensor)]
-            ids_NVT = encode_rows(torch.cat(readable), tokenizer, batch_size).reshape(len(readable), rows_per_image, -1) if readable else None
-            done = 0
-            for index, result in decoded:
-                if isinstance(result, UnreadableImage):
-                    yield index, result
-                else:
-                    yield index, ids_NVT[done]
-                    done += 1
+            decoded = [part.result() for part in ahead.popleft()]
+            ahead.extend(islice(parts, 1))
+            readable, ids_NVT = [pixels_NVCHW.flatten(0, 1) for _, pixels_NVCHW in decoded if len(pixels_NVCHW)], iter(())
+            if readable:
+                ids_RT = encode_rows(torch.cat(readable), tokenizer, batch_size)  # R rows: each view of each image
+                ids_NVT = iter(ids_RT.reshape(len(ids_RT) // len(views), len(views), -1))
+            for index, unreadable in (result for results, _ in decoded for result in results):
+                yield index, next(ids_NVT) if unreadable is None else unreadable
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:

@@ -17,8 +17,8 @@ from vqmosaic.stage_records import judge, load_record
 from vqmosaic.tracking import check_trackers
 
 TRAINING_SECTIONS = {"tokenizer": "tokenizer_training", "prior": "prior_training"}
-USUAL_ARCHITECTURES = ("llama", "gpt2", "qwen3")
-ROTARY_ARCHITECTURES = ("llama", "qwen3")
+USUAL_ARCHITECTURES = ("grid_transformer", "llama", "gpt2", "qwen3")
+ROTARY_ARCHITECTURES = {"grid_transformer": 4, "llama": 2, "qwen3": 2}  # what the width of a head must be a multiple of
 
 
 def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True, redo: str | None = None) -> str:
@@ -106,11 +106,11 @@ def check_resume(recipe: Recipe, stage: str, section: str) -> None:
 
 def check_architecture(recipe: Recipe) -> None:
     """Raise InputError for a prior.architecture that transformers does not know. Takes a second or two for all but the usual ones."""
-    given, prior = recipe.prior.architecture, recipe.prior
-    if given in ROTARY_ARCHITECTURES and "head_dim" not in prior.options and prior.width // prior.heads % 2:
-        raise InputError(f"prior.width is {prior.width} and prior.heads is {prior.heads}, which gives heads of {prior.width // prior.heads} "
-                         f"dimensions; {given} rotates pairs of them, so that must be an even number: set prior.width to a multiple of "
-                         f"{2 * prior.heads}.")
+    given, (_, width, heads) = recipe.prior.architecture, recipe.prior.sizes
+    divisor = ROTARY_ARCHITECTURES.get(given, 1)
+    if "head_dim" not in recipe.prior.options and width // heads % divisor:
+        raise InputError(f"prior.width is {width} and prior.heads is {heads}, which gives heads of {width // heads} dimensions; {given} rotates "
+                         f"pairs of them, so that must be a multiple of {divisor}: set prior.width to a multiple of {divisor * heads}.")
     if given in USUAL_ARCHITECTURES:
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known

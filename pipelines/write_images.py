@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +16,12 @@ from vqmosaic.errors import InputError
 from vqmosaic.tracking import progress_bar
 
 GRID_COLUMNS = 8
+COMPARED_IMAGES = 8
+"""Images whose logits are compared with those in float32, where another number format is asked for."""
 
 
 def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int, out: Path, device: str | None, dtype: str,
-                    sampling: dict[str, float]) -> int:
+                    sampling: dict[str, Any]) -> int:
     """Exit code 0 after writing `num` images of each label to `out`, named by class and number."""
     make_folder(out)
     pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
@@ -38,6 +41,10 @@ def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int,
     rows = [result.images[start:start + columns] for start in range(0, len(result.images), columns)]
     save_picture(image_grid(rows, viewing_scale(result.images.shape[1])), out / "grid.png")
     print(f"wrote {len(result.images)} images and grid.png to {out}")
+    if dtype != "float32":
+        first = min(len(result.images), COMPARED_IMAGES)
+        difference = pipe.logit_difference(result.token_ids[:first], result.class_indices and result.class_indices[:first])
+        print(f"logits of the prior in {dtype} differ from those in float32 by up to {difference:.2g} (of {first} of the images)")
     return 0
 
 

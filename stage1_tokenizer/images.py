@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqmosaic.errors import InputError, check_name
-from vqmosaic.recipe_sections import VIEW_SETS, DataConfig
+from vqmosaic.recipe_sections import DataConfig, TokensConfig
+from vqmosaic.view_lists import POSITIONS, VIEW_SETS
 
 MAX_PIXELS = DataConfig.max_pixels
 
@@ -157,12 +158,28 @@ class View:
 IDENTITY = View()
 
 
-def named_views(name: str, shift: int = 1) -> list[View]:
-    """The views of a recipe's tokens.views (none, flip, shifts, flip+shifts), the identity first.
+def training_views(tokens: TokensConfig) -> list[View]:
+    """The views of each training image that a recipe stores, in stored order: those of a named set, or those that it lists."""
+    if isinstance(tokens.views, str):
+        return named_views(tokens.views, tokens.view_shift, tokens.view_crop_scale)
+    views = []
+    for record in tokens.views:
+        (x, y), (shift_x, shift_y) = POSITIONS[record["position"]], record["shift"]
+        views.append(View(crop_scale=record["crop_scale"], x=x, y=y, flip=record["flip"], shift_x=shift_x, shift_y=shift_y))
+    return views
+
+
+def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
+    """The views of a named set: none, flip, shifts, flip+shifts, which begin with the identity, or ten-crop, which is without it.
 
     shifts are the identity and its eight neighbours at `shift` pixels; flip+shifts are those nine and then their mirror images.
+    ten-crop are the centre and the four corners at `crop_scale` and then their mirror images (Krizhevsky et al. 2012; stored as
+    tokens: LlamaGen, Sun et al. 2024).
     """
     check_name("tokens.views", name, VIEW_SETS)
+    if name == "ten-crop":
+        places = [POSITIONS[place] for place in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
+        return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
     steps = (0, -shift, shift) if "shifts" in name else (0,)
     flips = (False, True) if "flip" in name else (False,)
     return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in steps for shift_x in steps]
@@ -219,6 +236,16 @@ class ImageTransform:
         box = (left, top, min(left + side, width), min(top + side, height))
         resized = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         return flip_and_shift(np.array(resized).reshape(self.image_size, self.image_size, self.channels), view)
+
+    def resize_views(self, image: Image.Image, views: Sequence[View]) -> np.ndarray:
+        """The image in all of the views as uint8 (V, H, W, C), each as `resize` gives it; views of the same crop are resized once."""
+        image, resized, pixels = read_image(image, channels=self.channels), {}, []
+        for view in views:
+            crop = View(crop_scale=view.crop_scale, x=view.x, y=view.y)
+            if crop not in resized:
+                resized[crop] = self.resize(image, crop)
+            pixels.append(flip_and_shift(resized[crop], view))
+        return np.stack(pixels)
 
     def to_dict(self) -> dict[str, Any]:
         """The transform as it stands in a tokenizer's config."""

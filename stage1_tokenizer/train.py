@@ -29,7 +29,7 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.training_start import describe_tokens, initialize_codebook, load_perceptual_loss, set_training_mode, time_of_one_step
 from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
-from vqmosaic.devices import held_by_main_process
+from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -100,6 +100,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
     if training.compile:
+        check_compiler("tokenizer_training.compile", accelerator.device)
         compile_blocks(tokenizer.encoder)
         compile_blocks(tokenizer.decoder)
 

@@ -1,4 +1,4 @@
-"""The stock transformers causal language model inside a prior: made from a recipe, or loaded strictly from a folder."""
+"""The transformers causal language model inside a prior, stock or our own: made from a recipe, or loaded strictly from a folder."""
 
 import dataclasses
 import difflib
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import PriorConfig
@@ -27,10 +28,10 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
-VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids")
 LARGEST_FIRST_LOGITS = 0.25
 """Standard deviation of the logits of a fresh model; the first loss is half its square above ln K."""
-OTHERS = "use llama, gpt2 or qwen3"
+OTHERS = "use grid_transformer, llama, gpt2 or qwen3"
 
 
 def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> PreTrainedModel:
@@ -49,7 +50,7 @@ def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> Pre
     head = model.get_output_embeddings()
     if head is not None and not config.tie_word_embeddings:
         with torch.no_grad():  # the wider the model, the further above ln K the usual head starts; much smaller ones learn more slowly
-            head.weight.mul_(min(1.0, LARGEST_FIRST_LOGITS / (head.weight.std().item() * prior.width**0.5)))
+            head.weight.mul_(min(1.0, LARGEST_FIRST_LOGITS / (head.weight.std().item() * prior.sizes.width**0.5)))
     check_causal(model, prior.architecture)
     if prior.dropout and not has_own_dropout:
         add_dropout(model, prior.dropout)
@@ -58,17 +59,18 @@ def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> Pre
 
 def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedConfig, bool]:
     """The configuration of the architecture, and whether it has dropout of its own on what its blocks add."""
-    architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
+    architectures = [GRID_TRANSFORMER, *(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)]
     if prior.architecture not in architectures:
         nearest = difflib.get_close_matches(prior.architecture, architectures, n=5, cutoff=0.4)
-        raise InputError(f"prior.architecture is {prior.architecture!r}; allowed: llama, gpt2, qwen3 or another of the "
-                         f"{len(architectures)} causal language models of transformers {transformers.__version__}. "
+        raise InputError(f"prior.architecture is {prior.architecture!r}; allowed: grid_transformer, llama, gpt2, qwen3 or another of the "
+                         f"{len(architectures) - 1} causal language models of transformers {transformers.__version__}. "
                          f"Nearest: {', '.join(nearest) or 'none'}.")
     config_class = CONFIG_MAPPING[prior.architecture]
     fields = {field.name for field in dataclasses.fields(config_class)}
     renamed = config_class.attribute_map
 
-    settings: dict[str, Any] = {"hidden_size": prior.width, "num_hidden_layers": prior.layers, "num_attention_heads": prior.heads,
+    sizes = prior.sizes
+    settings: dict[str, Any] = {"hidden_size": sizes.width, "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
                                 "vocab_size": vocabulary.size}
     settings = {renamed.get(name, name): value for name, value in settings.items()}
     missing = [name for name in settings if name not in fields]
@@ -77,10 +79,11 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
                          f"{', '.join(missing)}; {OTHERS}.")
     # a gated feed-forward block has three matrices, and 8/3 of the width makes it as large as 4 times the width makes two
     gated = getattr(config_class, "hidden_act", None) in ("silu", "swish")
-    optional: dict[str, Any] = {"num_key_value_heads": prior.heads, "head_dim": prior.width // prior.heads, "tie_word_embeddings": False,
+    optional: dict[str, Any] = {"num_key_value_heads": sizes.heads, "head_dim": sizes.width // sizes.heads, "tie_word_embeddings": False,
                                 "max_position_embeddings": 1 + vocabulary.num_tokens, "use_cache": True, "is_decoder": True,
-                                "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-prior.width * 8 // 96) * 32 if gated else 4 * prior.width)
+                                "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "num_codes": vocabulary.num_codes,
+                                "grids": [[grid.height, grid.width, grid.depth] for grid in vocabulary.grids]}
+    optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
     settings |= {renamed.get(name, name): value for name, value in optional.items() if renamed.get(name, name) in fields}
 
@@ -94,7 +97,7 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
         raise InputError(f"prior.options allows {positions} positions; the class and {vocabulary.num_tokens} tokens need "
                          f"{1 + vocabulary.num_tokens}.")
     if "rope_parameters" in fields and settings.get("head_dim", 2) % 2:
-        raise InputError(f"prior.width {prior.width} over prior.heads {prior.heads} gives heads of {settings['head_dim']} dimensions; "
+        raise InputError(f"prior.width {sizes.width} over prior.heads {sizes.heads} gives heads of {settings['head_dim']} dimensions; "
                          f"{prior.architecture} rotates pairs of them, so it must be an even number.")
     try:
         config = AutoConfig.for_model(prior.architecture, **settings)

@@ -1,6 +1,7 @@
-"""The token prior: a stock transformers causal language model that continues a class token with the T tokens of an image."""
+"""The token prior: a transformers causal language model that continues a class token with the T tokens of an image."""
 
 import copy
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from transformers import PreTrainedModel
 from stage2_prior.causal_lm import generation_config, load_causal_lm, make_causal_lm, quiet_transformers
 from stage2_prior.sampling import sample_tokens
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
+from token_shards.manifest import Grid
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 
 
 class TokenPrior(nn.Module):
-    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is the stock model, `.vocabulary` says what its ids mean.
+    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is that of transformers, `.vocabulary` says what its ids mean.
 
     In comments: B batch, T tokens, K codes (of the largest grid, where there are several), V ids of the vocabulary.
     """
@@ -39,6 +41,21 @@ class TokenPrior(nn.Module):
     def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> "TokenPrior":
         """A fresh prior in training mode, in float32, whose first loss is near ln K; equal seeds give equal weights."""
         return cls(make_causal_lm(prior, vocabulary, seed), vocabulary)
+
+    @classmethod
+    def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
+                    seed: int = 0) -> "TokenPrior":
+        """A fresh prior of a named size (vqmosaic.prior_sizes.PRESETS) over one square grid of codes, without dropout, of no tokenizer yet.
+
+        `num_classes` 0 makes one without classes. Raises InputError for a preset that there is not and for tokens that make no square.
+        """
+        side = math.isqrt(num_tokens)
+        if side * side != num_tokens:
+            raise InputError(f"num_tokens is {num_tokens}; from_preset makes square grids: {side * side} or {(side + 1) ** 2}. For others, make a "
+                             "Vocabulary and use from_config.")
+        vocabulary = Vocabulary(grids=[Grid(name="image", codebook_size=codebook_size, height=side, width=side)],
+                                class_names=[str(index) for index in range(num_classes)] or None, token_fingerprint="none", label_drop=0.1)
+        return cls.from_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary, seed)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
@@ -66,6 +83,11 @@ class TokenPrior(nn.Module):
             publish(path, folder / path.name)
         partial.rmdir()
         self.vocabulary.save(folder)
+
+    def output_matrices(self) -> list[nn.Parameter]:
+        """What turns the residual stream into logits, which Muon leaves to AdamW."""
+        head = self.model.get_output_embeddings()
+        return [] if head is None else [head.weight]
 
     @property
     def num_parameters(self) -> int:
@@ -100,12 +122,13 @@ class TokenPrior(nn.Module):
         return nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
 
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
-               callback: Callable[[int, int], bool | None] | None = None) -> torch.Tensor:
+               callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
         """Ids (B, T) of the grids (int64, on the prior's device), image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
 
-        `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. Raises InputError for a class
-        that there is not, unequal lengths, and guidance where the null class was never learnt.
+        `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. `compile` records the step as a CUDA
+        graph where there is one; elsewhere it changes nothing. Raises InputError for a class that there is not, unequal lengths, and guidance
+        where the null class was never learnt.
         """
         if isinstance(class_indices_B, torch.Tensor):
             class_indices_B = class_indices_B.tolist()
-        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback)
+        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)

@@ -1,14 +1,16 @@
-"""Drawing tokens from a prior: small pure functions over logits, and the loop that goes through the T positions with a KV cache.
+"""Drawing tokens from a prior: small pure functions over logits, and the loop that goes through the T positions (decoding.py has the KV cache).
 
 Each image has its own uniforms and inverts the cumulative distribution with them, so it depends on its seed and not on its neighbours.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from stage2_prior.decoding import make_decoder
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipe_sections import SamplingConfig
@@ -22,6 +24,15 @@ class SamplingStopped(Exception):
 def apply_guidance(conditional_BK: torch.Tensor, null_BK: torch.Tensor, scale: float) -> torch.Tensor:
     """Guided logits (B, K): null + scale * (conditional - null), as Ho and Salimans (2022) for logits; 1 is conditional, 0 is null."""
     return null_BK + scale * (conditional_BK - null_BK)
+
+
+def guidance_scales(sampling: SamplingConfig, length: int) -> list[float]:
+    """The guidance scale at each of T positions; 1 is off. Formulas and sources stand in SamplingConfig."""
+    schedules = {"constant": lambda p: 1.0, "linear": lambda p: p, "cosine": lambda p: (1 - math.cos(math.pi * p)) / 2,
+                 "power-cosine": lambda p: (1 - math.cos(math.pi * p**sampling.guidance_power)) / 2}
+    rise, (start, stop) = schedules[sampling.guidance_schedule], sampling.guidance_interval
+    return [1 + (sampling.guidance_scale - 1) * rise(position / max(1, length - 1)) if start * length <= position < stop * length else 1.0
+            for position in range(length)]
 
 
 def apply_temperature(logits_BK: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -51,6 +62,13 @@ def keep_top_p(logits_BK: torch.Tensor, p: float) -> torch.Tensor:
     return logits_BK.masked_fill(dropped_BK, -torch.inf)
 
 
+def keep_min_p(logits_BK: torch.Tensor, p: float) -> torch.Tensor:
+    """Logits (B, K) with all ids less likely than p times the likeliest at -inf; 0 is off. Nguyen et al. (2024)."""
+    if p == 0:
+        return logits_BK
+    return logits_BK.masked_fill(logits_BK < logits_BK.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
+
+
 def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
     """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0.
 
@@ -64,11 +82,11 @@ def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) 
 
 
 def draw_ids(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """One id (B,) for each row of float32 logits, by temperature, then top-k, then top-p."""
+    """One id (B,) for each row of float32 logits, by temperature, then top-k, then top-p, then min-p."""
     if sampling.temperature == 0:
         return logits_BK.argmax(dim=-1)
     logits_BK = apply_temperature(logits_BK, sampling.temperature)
-    logits_BK = keep_top_p(keep_top_k(logits_BK, sampling.top_k), sampling.top_p)
+    logits_BK = keep_min_p(keep_top_p(keep_top_k(logits_BK, sampling.top_k), sampling.top_p), sampling.min_p)
     return invert_cumulative(logits_BK.softmax(dim=-1), uniforms_B)
 
 
@@ -108,33 +126,36 @@ def evaluation_mode(model: nn.Module):
 
 
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig,
-                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None) -> torch.Tensor:
+                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
     """Ids (B, T) of the grids, int64 on the model's device; image b depends on class_indices[b] and seeds[b].
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each position;
-    when it returns False, SamplingStopped is raised. Raises InputError for requests that the prior cannot serve.
+    when it returns False, SamplingStopped is raised. `compile` is decoding.make_decoder's. Raises InputError for requests that the prior
+    cannot serve.
     """
     class_indices = check_request(vocabulary, class_indices, sampling, seeds)
-    device, ranges = next(model.parameters()).device, vocabulary.position_ranges()
+    device, ranges, images = next(model.parameters()).device, vocabulary.position_ranges(), len(seeds)
     uniforms_BT = torch.from_numpy(uniforms(seeds, len(ranges))).to(device)
     classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
-    guided = sampling.guidance_scale != 1 and any(index != NO_CLASS for index in class_indices)
-    if guided:  # the same images once more without their class, so N = 2 B rows go through the model together
+    has_class = any(index != NO_CLASS for index in class_indices)
+    scales = guidance_scales(sampling, len(ranges)) if has_class else [1.0] * len(ranges)
+    last_guided = max((position for position, scale in enumerate(scales) if scale != 1), default=-1)
+    if last_guided >= 0:  # the same images once more without their class, so N = 2 B rows go through the model together
         classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
-    ids_N1, cache, columns = vocabulary.condition_ids(classes_N)[:, None], None, []
+    ids_N, columns = vocabulary.condition_ids(classes_N), []
     with torch.inference_mode(), evaluation_mode(model):
-        for position, (start, stop) in enumerate(ranges):
-            # transformers' own growing cache: measured as fast as its static one, it needs no mask and every architecture has it
-            output = model(input_ids=ids_N1, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits_NK = output.logits[:, -1, start:stop].float()
+        decoder = make_decoder(model, vocabulary.num_codes, len(ids_N), len(ranges), compile)
+        for position, ((start, stop), scale) in enumerate(zip(ranges, scales, strict=True)):
+            logits_NK = decoder.step(ids_N, position)[:, start:stop].float()
             # looked at twice only, since it waits for the device, and what is not finite stays in the cache
             if position in (0, len(ranges) - 1) and not logits_NK.isfinite().all():
                 raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or that is too narrow.")
-            logits_BK = apply_guidance(*logits_NK.chunk(2), sampling.guidance_scale) if guided else logits_NK
+            logits_BK = logits_NK[:images] if scale == 1 else apply_guidance(*logits_NK.chunk(2), scale)
             ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
             columns.append(ids_B)
-            ids_N1 = vocabulary.to_vocabulary_at(position, ids_B.repeat(2) if guided else ids_B)[:, None]
+            if position == last_guided:  # before it, the rows without a class are needed for what later positions see of them
+                decoder.keep_first(images)
+            ids_N = vocabulary.to_vocabulary_at(position, ids_B.repeat(decoder.rows // images))
             if callback is not None and callback(position + 1, len(ranges)) is False:
                 raise SamplingStopped(f"Stopped by the callback after {position + 1} of {len(ranges)} tokens.")
     return torch.stack(columns, dim=1)  # outside inference mode, so that the ids may be trained on

@@ -21,9 +21,10 @@ from stage1_tokenizer.images import (
     to_pil,
     to_tensor,
     to_uint8,
+    training_views,
 )
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.seeding import generator
 
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
@@ -215,6 +216,31 @@ def test_named_views():
     assert both[0] == IDENTITY and len(set(both)) == 18 and sum(view.flip for view in both) == 9
     with pytest.raises(InputError, match=r"flips.*allowed.*Did you mean"):
         named_views("flips", 1)
+
+
+def test_ten_crop_is_the_corners_and_the_centre_of_the_image_and_their_mirror_images():
+    image = noise(32, 32)
+    pixels = np.asarray(image)
+    crops = ImageTransform(16).resize_views(image, named_views("ten-crop", crop_scale=0.5))
+    for number, (top, left) in enumerate([(8, 8), (0, 0), (0, 16), (16, 0), (16, 16)]):
+        expected = pixels[top:top + 16, left:left + 16]
+        assert np.array_equal(crops[number], expected) and np.array_equal(crops[number + 5], expected[:, ::-1])
+    wide = ImageTransform(16).resize_views(noise(64, 32), named_views("ten-crop", crop_scale=0.5))
+    assert np.array_equal(wide[2], np.asarray(noise(64, 32))[:16, 48:]), "the corners are those of the whole image"
+    assert {view.crop_scale for view in training_views(TokensConfig(views="ten-crop"))} == {0.875}
+
+
+def test_listed_views_are_what_their_records_say():
+    tokens = TokensConfig(views=[{}, {"crop_scale": 0.5, "position": "bottom-left"}, {"flip": True, "shift": [1, -2]}])
+    assert training_views(tokens) == [IDENTITY, View(crop_scale=0.5, x=0.0, y=1.0), View(flip=True, shift_x=1, shift_y=-2)]
+    assert training_views(TokensConfig(views="flip+shifts", view_shift=2)) == named_views("flip+shifts", 2)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 30), (25, 64)])
+def test_all_views_at_once_are_each_view_alone(size):
+    image, transform = noise(*size), ImageTransform(16)
+    views = [*named_views("flip+shifts"), *named_views("ten-crop"), View(crop_scale=0.875, x=1.0, flip=True, shift_y=3)]
+    assert np.array_equal(transform.resize_views(image, views), [transform.resize(image, view) for view in views])
 
 
 def test_augmentation_stays_in_its_bounds_and_looks_the_same_from_memory():

@@ -19,8 +19,9 @@ from pipelines.audit import audit_run
 from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer, digits_source
 from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import named_views
+from stage1_tokenizer.images import IDENTITY, training_views
 from tests.test_resume import die_at
+from tests.test_two_processes import processes_with
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
 from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.errors import InputError
@@ -75,17 +76,19 @@ def corrupt(photos: Path, *places: tuple[int, int]) -> list[str]:
 # --- what is stored ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("views", ["none", "flip+shifts"])
+LISTED = [{"crop_scale": 0.75, "position": "top-left"}, {"flip": True, "shift": [2, 0]}]
+
+
+@pytest.mark.parametrize("views", ["none", "flip+shifts", "ten-crop", LISTED], ids=str)
 def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_run, photos, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__views=views))
     preprocess(recipe)
     tokenizer, splits = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), open_splits(recipe.data)
-    expected_views = {"train": named_views(views, 1), "validation": named_views("none")}
+    expected_views = {"train": training_views(recipe.tokens), "validation": [IDENTITY]}
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         reader = TokenShardReader(tmp_path / "run/tokens" / split)
         manifest = reader.manifest
         assert manifest.views == [view.to_dict() for view in expected_views[split]]
-        assert len(expected_views["validation"]) == 1 and expected_views[split][0] == expected_views["validation"][0], "the identity comes first"
         assert manifest.token_fingerprint == tokenizer.token_fingerprint and manifest.class_names == CLASSES
         assert manifest.num_samples == len(source) and manifest.dataset == source.identity and not manifest.skipped
         assert [(grid.codebook_size, grid.height, grid.width, grid.depth) for grid in manifest.grids] == [(32, 4, 4, 1)]
@@ -324,6 +327,26 @@ def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(
     process = start(tmp_path / "killed", changes, 3)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert_same_files(tmp_path / "one", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_single_process_that_dies_ends_the_others_and_the_rest_is_done_by_one(tiny_run, tmp_path):
+    changes = {"tokens__tokenizer": tiny_run / "tokenizer", "tokens__images_per_shard": 50, "tokens__views": "shifts"}
+    preprocess(tiny_recipe(tmp_path / "one", **changes))
+    process = start(tmp_path / "killed", changes, 2)
+    train = tmp_path / "killed/tokens/train"
+    while len(list(train.glob("shard-*.json"))) < 4 and process.poll() is None:
+        pass
+    command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_with(str(tmp_path / "killed"))}
+    workers = [pid for pid, line in command_lines.items() if "pipelines.preprocess" in line and "launch_quietly" not in line]
+    os.kill(max(workers), signal.SIGKILL)
+    _, err = process.communicate(timeout=200)
+    assert len(workers) == 2 and process.returncode == 1 and "a worker process ended without a word" in err and "Traceback" not in err
+    finished = {path: path.stat().st_mtime_ns for path in train.glob("shard-*.json")}
+    assert 4 <= len(finished) < 29 and not (train / "manifest.json").exists()
+    preprocess(tiny_recipe(tmp_path / "killed", **changes))
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
     assert_same_files(tmp_path / "one", tmp_path / "killed")
 

@@ -20,7 +20,8 @@ from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWrite
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import PriorConfig
 
-ARCHITECTURES = ["llama", "gpt2", "qwen3"]
+STOCK = ["llama", "gpt2", "qwen3"]
+ARCHITECTURES = [*STOCK, "grid_transformer"]
 VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
                         token_fingerprint="f" * 64, label_drop=0.1)
 COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)
@@ -167,7 +168,7 @@ def test_dropout_works_in_training_only_and_adds_no_weights(architecture):
     assert list(prior.model.state_dict()) == list(stock.state_dict())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", STOCK)
 def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
     # none on attention weights, where it can empty what the first position sees, and with it a whole row
     no_attention_dropout = {"attn_pdrop" if architecture == "gpt2" else "attention_dropout": 0.0}

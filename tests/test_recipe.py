@@ -296,6 +296,7 @@ def test_how_a_change_of_each_field_is_judged():
     assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
     assert judged["unrecorded"] == {
         "run_dir", "data.workers", "data.cache_megabytes", "data.max_unreadable", "tokens.tokenizer", "prior_training.tokens",
+        "prior_training.activation_checkpointing", "prior_training.first_loss_tolerance",
         "tokenizer_training.usage_alarm", "tokenizer_training.perceptual_weights",
         *(f"{section}.{name}" for section in training
           for name in ("max_refused_steps", "checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}

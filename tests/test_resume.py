@@ -8,11 +8,13 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,33 @@ def test_a_killed_training_ends_like_a_straight_one(stage, tiny_run, tmp_path, c
 ], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows"])
 def test_a_killed_training_of_another_kind_ends_like_a_straight_one(stage, changes, tiny_run, tmp_path, call):
     assert_killed_equals_straight(stage, make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "killed"), changes, call)
+
+
+@pytest.mark.slow
+def test_a_prior_killed_five_times_at_random_moments_ends_like_a_straight_one(tiny_run, tmp_path, fork_server, call):
+    """From outside, while it steps, validates, writes or removes; each time after it has written a checkpoint of its own."""
+    changes = {**RANDOM, "prior_training__max_steps": 120, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
+    straight, killed = make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "killed")
+    assert call("prior", straight, changes)[0] == 0
+    moments, log, checkpoints = random.Random(7), tmp_path / "log", RunFolder(killed).checkpoints("prior")
+    resumed = []
+    for number in range(5):
+        before = max(checkpoints.glob("step-*"), default=checkpoints / "step-00000000").name
+        process = fork_server.Process(target=train, args=("prior", killed, changes, log, None))
+        process.start()
+        while process.is_alive() and not any(path.name > before for path in checkpoints.glob("step-*")):
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the training had ended before"
+        resumed += [resumed_step(log.read_text())] if number else []
+    code, output = call("prior", killed, changes)
+    assert code == 0 and 0 < resumed[0] < resumed[1] < resumed[2] < resumed[3] < resumed_step(output) <= 120
+    expected, found = results(straight, "prior"), results(killed, "prior")
+    assert expected.keys() == found.keys()
+    assert [name for name, content in expected.items() if found[name] != content] == []
+    assert log_without_times(killed, "prior") == log_without_times(straight, "prior")
 
 
 @pytest.mark.slow

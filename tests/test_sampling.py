@@ -13,7 +13,9 @@ from stage2_prior.sampling import (
     apply_guidance,
     apply_temperature,
     draw_ids,
+    guidance_scales,
     invert_cumulative,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
 )
@@ -40,7 +42,7 @@ def one_thread():
 def tiny_prior(architecture="llama", label_drop=0.1, class_names=("ant", "bee", "cat"), grids=GRIDS):
     names = list(class_names) if class_names else None
     vocabulary = Vocabulary(grids=grids, class_names=names, token_fingerprint="f" * 64, label_drop=label_drop)
-    config = PriorConfig(architecture=architecture, width=32, layers=2, heads=2, options=SHARP)
+    config = PriorConfig(architecture=architecture, width=32, layers=2, heads=2, options={} if architecture == "grid_transformer" else SHARP)
     prior = TokenPrior.from_config(config, vocabulary, seed=0).eval()
     with torch.no_grad():
         prior.model.get_output_embeddings().weight.mul_(20)
@@ -56,7 +58,7 @@ def reference_sample(prior, classes, seeds, sampling):
         for position, (start, stop) in enumerate(vocabulary.position_ranges()):
             conditional_1K = prior(ids_1T, torch.tensor([index]))[:, position, :stop - start]
             null_1K = prior(ids_1T, torch.tensor([NO_CLASS]))[:, position, :stop - start]
-            logits_1K = null_1K + sampling.guidance_scale * (conditional_1K - null_1K)
+            logits_1K = null_1K + guidance_scales(sampling, vocabulary.num_tokens)[position] * (conditional_1K - null_1K)
             ids_1T[:, position] = draw_ids(logits_1K, uniforms_T[position:position + 1], sampling)
         rows.append(ids_1T[0])
     return torch.stack(rows)
@@ -70,6 +72,39 @@ def test_guidance_by_hand():
     assert apply_guidance(conditional_BK, null_BK, 3.0).tolist() == [[3.0, 2.0, 7.0, -2.0, 1.0]]
     assert torch.equal(apply_guidance(conditional_BK, null_BK, 1.0), conditional_BK)
     assert torch.equal(apply_guidance(conditional_BK, null_BK, 0.0), null_BK)
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({}, [3.0, 3.0, 3.0, 3.0, 3.0]),
+    ({"guidance_schedule": "linear"}, [1.0, 1.5, 2.0, 2.5, 3.0]),
+    ({"guidance_schedule": "cosine"}, [1.0, 2 - math.sqrt(0.5), 2.0, 2 + math.sqrt(0.5), 3.0]),
+    ({"guidance_schedule": "power-cosine", "guidance_power": 1.0}, [1.0, 2 - math.sqrt(0.5), 2.0, 2 + math.sqrt(0.5), 3.0]),
+    ({"guidance_schedule": "power-cosine", "guidance_power": 2.0}, [1.0, 2 - math.cos(math.pi / 16), 2 - math.cos(math.pi / 4),
+                                                                     2 - math.cos(math.pi * 9 / 16), 3.0]),
+    ({"guidance_interval": [0.2, 0.6]}, [1.0, 3.0, 3.0, 1.0, 1.0]),
+    ({"guidance_interval": [0.0, 0.0]}, [1.0, 1.0, 1.0, 1.0, 1.0]),
+    ({"guidance_schedule": "linear", "guidance_interval": [0.3, 1.0]}, [1.0, 1.0, 2.0, 2.5, 3.0]),
+    ({"guidance_schedule": "linear", "guidance_scale": 0.0}, [1.0, 0.75, 0.5, 0.25, 0.0]),
+])
+def test_guidance_schedules_by_hand(settings, expected):
+    assert guidance_scales(SamplingConfig(**{"guidance_scale": 3.0} | settings), 5) == pytest.approx(expected)
+
+
+def test_guidance_of_a_single_token():
+    assert guidance_scales(SamplingConfig(guidance_scale=3.0), 1) == [3.0]
+    assert guidance_scales(SamplingConfig(guidance_scale=3.0, guidance_schedule="linear"), 1) == [1.0]
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"guidance_schedule": "cosin"}, "guidance_schedule is 'cosin'; allowed: constant, linear, cosine, power-cosine. Did you mean 'cosine'"),
+    ({"guidance_power": 0.0}, r"guidance_power is 0.0; it must be above 0"),
+    ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval is \[0.5, 0.2\]; it must be two numbers"),
+    ({"guidance_interval": [0.5]}, "must be two numbers"), ({"guidance_interval": [0.0, 1.5]}, "must be two numbers"),
+    ({"min_p": 1.5}, "min_p is 1.5; it must be at least 0 and at most 1"),
+])
+def test_settings_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        SamplingConfig(**settings)
 
 
 def test_temperature_by_hand():
@@ -93,6 +128,16 @@ def test_top_p_by_hand(p, kept):
     result_BK = keep_top_p(logits_BK, p)
     assert sorted(torch.isfinite(result_BK)[0].nonzero()[:, 0].tolist()) == sorted(kept)
     assert result_BK[0, kept].tolist() == logits_BK[0, kept].tolist()
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.0, [0, 1, 2, 3, 4]), (0.05, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.5, [1, 3]), (0.7, [1]), (1.0, [1])])
+def test_min_p_by_hand(p, kept):
+    logits_BK = torch.tensor([[0.15, 0.40, 0.04, 0.25, 0.16]]).log()
+    result_BK = keep_min_p(logits_BK, p)
+    assert torch.isfinite(result_BK)[0].nonzero()[:, 0].tolist() == kept and result_BK[0, kept].tolist() == logits_BK[0, kept].tolist()
+    torch.testing.assert_close(torch.isfinite(keep_min_p(logits_BK + 100, p)), torch.isfinite(result_BK))  # logits are known up to a constant
+    ids_B = draw_ids(logits_BK.expand(500, -1), torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64), SamplingConfig(min_p=p))
+    assert sorted(set(ids_B.tolist())) == kept
 
 
 def test_top_p_takes_the_lower_of_equal_ids():
@@ -145,10 +190,11 @@ def test_cached_logits_equal_uncached(architecture):
     torch.testing.assert_close(torch.stack(seen, dim=1), expected_BTK, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "grid_transformer"])
 @pytest.mark.parametrize("sampling", [
     SamplingConfig(), SamplingConfig(guidance_scale=2.5), SamplingConfig(guidance_scale=0.0), SamplingConfig(temperature=0),
-    SamplingConfig(guidance_scale=1.7, temperature=0.8, top_k=12, top_p=0.9),
+    SamplingConfig(guidance_scale=1.7, temperature=0.8, top_k=12, top_p=0.9, min_p=0.05),
+    SamplingConfig(guidance_scale=4.0, guidance_schedule="power-cosine", guidance_interval=[0.2, 0.7]),
 ])
 def test_the_loop_does_what_the_plain_forward_pass_says(architecture, sampling):
     prior, classes, seeds = tiny_prior(architecture), [0, 2, 1, NO_CLASS], image_seeds(7, 4)
@@ -185,6 +231,9 @@ def test_guidance_one_is_off_bit_for_bit():
     rows.clear()
     prior.sample([0, 1], SamplingConfig(guidance_scale=1.5), [5, 6])
     assert set(rows) == {4}  # with and without the class in one batch
+    rows.clear()
+    prior.sample([0, 1], SamplingConfig(guidance_scale=1.5, guidance_interval=[0.3, 0.6]), [5, 6])
+    assert rows == [4] * 6 + [2] * 3  # what has no class is needed until the last guided position, and no longer
     rows.clear()
     assert torch.equal(prior.sample(None, SamplingConfig(guidance_scale=1.5), [5, 6]), prior.sample(None, SamplingConfig(), [5, 6]))
     assert set(rows) == {2}  # nothing to guide to

@@ -95,7 +95,7 @@ def test_both_stages_take_a_step(name, photos):
 def test_the_full_sizes_can_be_configured(name):
     recipe = load_recipe(name)
     config, _ = make_config(recipe.prior, vocabulary_of(recipe, ["cat"]))
-    assert config.hidden_size == recipe.prior.width and config.max_position_embeddings == 1 + GRIDS[name][0] ** 2
+    assert config.hidden_size == recipe.prior.sizes.width and config.max_position_embeddings == 1 + GRIDS[name][0] ** 2
 
 
 @pytest.mark.parametrize("name", shipped_names())

@@ -117,6 +117,26 @@ def test_storage_types(clean):
     assert [(array.dtype, array.shape) for array in first] == [(np.uint16, (2, 6)), (np.int32, (2, 8))]
 
 
+@pytest.mark.parametrize(("key", "views", "tokens"), [("0", 1, 1), ("a" * 64, 3, 85), ("x-1", 10, 4096)])
+def test_members_are_byte_for_byte_what_tarfile_and_numpy_write(tmp_path, key, views, tokens):
+    """The headers are put together here, for speed."""
+    grids = [Grid("image", 512, 1, tokens), Grid("wide", 70_000, tokens, 1)]
+    header = make_header(grids=grids, num_sources=1, views=[{"name": str(view)} for view in range(views)])
+    ids = {"image": np.arange(views * tokens).reshape(views, tokens) % 512, "wide": np.arange(views * tokens).reshape(tokens, views).T}
+    with TokenShardWriter(tmp_path, header).shard(0) as shard:
+        shard.add(index=0, key=key, source="a\N{SNOWMAN}.png", label=1, ids=ids)
+    facts = json.dumps({"index": 0, "label": 1, "source": "a\N{SNOWMAN}.png", "views": views}).encode()
+    with tarfile.open(tmp_path / "expected.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, values in (("image.npy", ids["image"].astype("<u2")), ("wide.npy", np.ascontiguousarray(ids["wide"], "<i4")), ("json", facts)):
+            stream = io.BytesIO(values if isinstance(values, bytes) else b"")
+            if not isinstance(values, bytes):
+                np.save(stream, values, allow_pickle=False)
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(stream.getvalue())
+            tar.addfile(info, io.BytesIO(stream.getvalue()))
+    assert (tmp_path / "shard-000000.tar").read_bytes() == (tmp_path / "expected.tar").read_bytes()
+
+
 def test_manifest_says_what_was_stored_and_skipped(clean):
     manifest = TokenShardManifest.load(clean)
     assert manifest.header == make_header()

@@ -27,9 +27,9 @@ EVEN = {"tokenizer__channels": 64, "tokenizer__dropout": 0, "prior__dropout": 0,
 """No noise that depends on the rank; 64 channels, since with one channel a group biases before a norm are steps of rounding errors."""
 
 
-def start(stage: str, run_dir: Path, processes: int, **changes) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes),
-               "--processes", str(processes)]
+def start(stage: str, run_dir: Path, processes: int, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
+    how = ["--processes", str(processes)] if accelerate_config is None else ["--accelerate_config", f"configs/accelerate/{accelerate_config}.yaml"]
+    command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes), *how]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -134,6 +134,76 @@ def test_two_processes_train_a_discriminator_like_one(tiny_run, tmp_path):
     assert code == 0, err
 
 
+# --- accelerate configurations -----------------------------------------------------------------------------------------------------
+
+
+def test_shipped_accelerate_configurations_do_what_processes_does(tiny_run, tmp_path):
+    exports = {}
+    for name, processes, config in (("plain", 1, None), ("one", 1, "one_gpu"), ("two", 2, None), ("two by config", 2, "two_cpu_processes")):
+        code, out, err = finish(start("prior", make_run(tiny_run, tmp_path / name), processes, config))
+        assert code == 0 and f"threads x {processes}" in out, err
+        exports[name] = (tmp_path / name / "prior/model.safetensors").read_bytes()
+    assert exports["one"] == exports["plain"] and exports["two by config"] == exports["two"]
+
+
+def test_fsdp_on_cpus_is_refused_instead_of_silently_left_out(tiny_run, tmp_path):
+    code, _, err = finish(start("prior", make_run(tiny_run, tmp_path / "run"), 4, "fsdp2"))
+    assert code == 2 and err.count("asks for FSDP, which accelerate does on several GPUs only, and this is 4 x cpu") == 1
+    assert "Traceback" not in err and not (tmp_path / "run/checkpoints").exists()
+
+
+def divide_weights() -> None:
+    """Make accelerate believe that FSDP2 was set up on these CPUs, which torch can do over gloo and accelerate leaves to GPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    from vqmosaic import training_run
+
+    make = training_run.make_accelerator
+
+    def make_accelerator(*arguments):
+        accelerator = make(*arguments)
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", state_dict_type="FULL_STATE_DICT", cpu_ram_efficient_loading=False)
+        accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        return accelerator
+
+    training_run.make_accelerator = make_accelerator
+
+
+@pytest.mark.parametrize("changes", [
+    {"prior_training__accumulation_steps": 2},
+    {"prior_training__weight_ema_decay": 0, "prior_training__export": "last", "prior_training__activation_checkpointing": True},
+], ids=["accumulated, with an average", "recomputed activations, without an average"])
+def test_divided_weights_end_like_whole_ones_and_resume(changes, tiny_run, tmp_path, capfd, monkeypatch):
+    """FSDP2: training, validation, the average, checkpoints and export; without noise that depends on the rank nothing may differ."""
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(ROOT)
+    fields = EVEN | changes
+    whole, divided = make_run(tiny_run, tmp_path / "whole"), make_run(tiny_run, tmp_path / "divided")
+    code, _, err = finish(start("prior", whole, 2, **fields))
+    assert code == 0, err
+
+    def run_divided() -> str:
+        arguments = ["divided prior", str(tmp_path), "digits", *tiny_overrides(divided, **fields)]
+        assert run_stage("tests.test_two_processes", arguments, processes=2) == 0, capfd.readouterr().err
+        return capfd.readouterr().out
+
+    assert "on each of 2 processes (FSDP)" in run_divided()
+    export = (divided / "prior/model.safetensors").read_bytes()
+    expected, found = load_file(whole / "prior/model.safetensors"), load_file(divided / "prior/model.safetensors")
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert (divided / "checkpoints/prior/best.safetensors").is_file()
+    shutil.rmtree(divided / "checkpoints/prior/step-00000006")
+    shutil.rmtree(divided / "prior")
+    assert "resumed at step 4" in run_divided()
+    assert (divided / "prior/model.safetensors").read_bytes() == export
+
+
 # --- stopped, killed, gone on --------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +250,14 @@ def test_stopped_killed_and_resumed_ends_like_a_straight_run_and_leaves_nobody_b
 
 def worker(arguments: list[str]) -> None:
     """What the workers of this file's own stage do."""
-    how, folder = arguments
+    how, folder, *more = arguments
     rank = os.environ["RANK"]
+    if how == "divided prior":
+        from stage2_prior.train import main
+
+        divide_weights()
+        main(more)
+        return
     (Path(folder) / rank).touch()
     if how == "refuse on rank 1":
         if rank == "1":

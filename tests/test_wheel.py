@@ -51,6 +51,7 @@ def test_wheel_imports_every_module_and_finds_recipes_by_name(wheel, tmp_path):
     helped = run([sys.executable, "-m", "pipelines.command_line", "--help"], empty, PYTHONPATH=str(target))
     assert helped.returncode == 0 and "train-tokenizer" in helped.stdout
     assert "digits" in helped.stdout and "imagenet256" in helped.stdout, "the recipes are not in the wheel"
+    assert (target / "configs/accelerate/fsdp2.yaml").is_file(), "the accelerate configurations are not in the wheel"
     wrong = run([sys.executable, "-m", "pipelines.command_line", "run", "digits", "--data.image_siz", "3"], empty, PYTHONPATH=str(target))
     assert wrong.returncode == 2 and "data.image_size" in wrong.stderr
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, TokenShardManifest, shard_name
+from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, sha256_of_file
 from vqmosaic.errors import InputError
@@ -101,7 +101,7 @@ def audit_folder(folder: str | Path, expected_sources: Iterable[tuple[str, int |
     samples: list[_Sample] = []
     header_fingerprint = manifest.header.fingerprint
     for shard_index, entry in enumerate(manifest.shards):
-        found, stored = _audit_shard(folder, manifest, entry, shard_index, header_fingerprint)
+        found, stored = audit_shard(folder, manifest, entry, shard_index, header_fingerprint, manifest.skipped)
         problems += found
         samples += stored
     problems += _audit_sources(manifest, samples)
@@ -116,9 +116,9 @@ def _strays(folder: Path, manifest: TokenShardManifest) -> list[str]:
     return _listed([f"{name}: lies in the folder and is not in {MANIFEST_NAME}." for name in sorted(present - wanted)])
 
 
-def _audit_shard(folder: Path, manifest: TokenShardManifest, entry: ShardEntry, shard_index: int,
-                 header_fingerprint: str) -> tuple[list[str], list[_Sample]]:
-    """The problems of one shard, and its samples as webdataset reads them."""
+def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_index: int, header_fingerprint: str,
+                skipped: list[dict]) -> tuple[list[str], list[_Sample]]:
+    """The problems of one shard, and its samples as webdataset reads them; `skipped` are the records of the sources that are not stored."""
     name, path = entry.name, folder / entry.name
     if not path.is_file():
         return [f"{name}: the file is missing."], []
@@ -138,7 +138,7 @@ def _audit_shard(folder: Path, manifest: TokenShardManifest, entry: ShardEntry, 
     try:
         for fields in _webdataset_samples(content, name):
             try:
-                sample, arrays = _decode(fields, name, manifest)
+                sample, arrays = _decode(fields, name, header)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 broken.append(f"{name}, key {fields['__key__']}: {error}")
                 continue
@@ -149,12 +149,12 @@ def _audit_shard(folder: Path, manifest: TokenShardManifest, entry: ShardEntry, 
     problems += _listed(broken)
     if len(samples) != entry.count:
         problems.append(f"{name}: {len(samples)} samples can be read, the manifest says {entry.count}.")
-    sources = manifest.source_range(shard_index)
+    sources = header.source_range(shard_index)
     problems += _listed([f"{sample}: source index {sample.index} belongs to another shard; "
                          f"this one holds {sources.start} to {sources.stop - 1}." for sample in samples if sample.index not in sources])
     if sidecar is not None:
-        skipped = [record for record in manifest.skipped if record["index"] in sources]
-        problems += _listed(_sidecar_problems(folder, entry, sidecar, samples, skipped, header_fingerprint)) + _listed(offsets)
+        of_shard = [record for record in skipped if record["index"] in sources]
+        problems += _listed(_sidecar_problems(folder, entry, sidecar, samples, of_shard, header_fingerprint)) + _listed(offsets)
     return problems, samples
 
 
@@ -165,13 +165,13 @@ def _webdataset_samples(content: bytes, name: str) -> Iterator[dict]:
     yield from group_by_keys(tar_file_expander([{"url": name, "stream": io.BytesIO(content)}]))
 
 
-def _decode(fields: dict, name: str, manifest: TokenShardManifest) -> tuple[_Sample, dict[str, np.ndarray]]:
+def _decode(fields: dict, name: str, header: ShardSetHeader) -> tuple[_Sample, dict[str, np.ndarray]]:
     """One sample and its ids by grid. Raises ValueError, TypeError or KeyError for whatever is not as it should be."""
     members = {member for member in fields if not member.startswith("__")}
-    expected = {f"{grid.name}.npy" for grid in manifest.grids} | {"json"}
+    expected = {f"{grid.name}.npy" for grid in header.grids} | {"json"}
     if members != expected:
         raise ValueError(f"it has the members {sorted(members)}; expected {sorted(expected)}.")
-    arrays = {grid.name: _decode_ids(fields[f"{grid.name}.npy"], grid, len(manifest.views)) for grid in manifest.grids}
+    arrays = {grid.name: _decode_ids(fields[f"{grid.name}.npy"], grid, len(header.views)) for grid in header.grids}
     facts = json.loads(fields["json"])
     if facts.keys() != {"index", "label", "source", "views"}:
         raise ValueError(f"its json has the fields {sorted(facts)}; expected index, label, source, views.")
@@ -179,9 +179,9 @@ def _decode(fields: dict, name: str, manifest: TokenShardManifest) -> tuple[_Sam
     if not isinstance(index, int) or not isinstance(source, str) or not (label is None or isinstance(label, int)):
         raise ValueError(f"its json has index {index!r}, label {label!r}, source {source!r}; "
                          "expected an integer, an integer or null, a text.")
-    if facts["views"] != len(manifest.views):
-        raise ValueError(f"its json names {facts['views']} views; expected {len(manifest.views)}.")
-    names = manifest.class_names or []
+    if facts["views"] != len(header.views):
+        raise ValueError(f"its json names {facts['views']} views; expected {len(header.views)}.")
+    names = header.class_names or []
     if label is not None and not 0 <= label < len(names):
         raise ValueError(f"its label is {label}; there are {len(names)} classes.")
     return _Sample(shard=name, key=fields["__key__"], index=index, label=label, source=source), arrays

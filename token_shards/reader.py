@@ -1,5 +1,6 @@
 """Reading token shards: any position of the training stream, or stored order for validation, straight from mapped tar files."""
 
+import functools
 import hashlib
 import mmap
 from collections import OrderedDict
@@ -17,6 +18,17 @@ from vqmosaic.errors import InputError, check_range
 from vqmosaic.seeding import derive_seed
 
 MOST_OPEN_MAPS = 256  # each holds a file descriptor, of which a process has 1,024 by default
+REMEDY = "Run `vqmosaic preprocess` (or `import-tokens`, if they were imported) again; it rewrites what is damaged."
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a sidecar says about the n samples of one shard, as arrays."""
+
+    labels_n: np.ndarray
+    """int64; -1 where there is none."""
+    first_ids_n: list[np.ndarray]
+    """For each grid, int64: where the ids of each sample begin in the tar, counted in ids of the grid's dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +72,13 @@ class TokenShardReader:
 
     The training stream is endless and its order is EpochOrder's. A caller asks for the positions it wants: step s takes
     [s*B, (s+1)*B) and each rank a slice of them, so ranks share nothing twice and leave nothing out, whatever their number,
-    and a resumed run asks for the positions of its next step.
+    and a resumed run asks for the positions of its next step. Memory is that of the shards in use: a window of them, or two.
     """
 
     def __init__(self, folder: str | Path, seed: int = 0, window_shards: int = 16,
                  token_fingerprint: str | None = None, token_fingerprint_path: str | Path | None = None):
-        """Open a folder: manifest, sizes and sidecars are checked, tars are mapped when they are first read (not hashed; audits do that).
+        """Open a folder: manifest, sizes and digests of the sidecars are checked; a shard's sidecar is understood, and its tar is mapped, when
+        the shard is first read, so that a million samples open in a fraction of a second (tars are not hashed; audits do that).
 
         `token_fingerprint`, of the artefact at `token_fingerprint_path`, is what the tokens must have been made by, if given.
         Raises InputError for an incomplete folder, a shard that is missing, cut off or foreign, or another token fingerprint.
@@ -80,13 +93,15 @@ class TokenShardReader:
                              f"{MANIFEST_NAME} says why.")
         self.order = EpochOrder([shard.count for shard in self.manifest.shards], self.seed, window_shards)
         self._starts_S = np.cumsum(self.order.counts_S) - self.order.counts_S
-        header_fingerprint = self.manifest.header.fingerprint
-        sidecars = [self._checked_sidecar(entry, header_fingerprint) for entry in self.manifest.shards]
-        self.labels_N = np.array([-1 if label is None else label for labels, _ in sidecars for label in labels], dtype=np.int64)
-        self._first_ids_N = {grid.name: np.concatenate([offsets[grid.name] for _, offsets in sidecars]) // grid.dtype.itemsize
-                             for grid in self.manifest.grids}
+        self._steps_T = [np.arange(grid.num_tokens) for grid in self.manifest.grids]
+        self._header_fingerprint = self.manifest.header.fingerprint
+        self._indexes: OrderedDict = OrderedDict()
         self._maps: OrderedDict = OrderedDict()
-        self._most_maps = min(MOST_OPEN_MAPS, 2 * window_shards + 1)
+        self._most_indexes = 2 * window_shards + 1
+        self._most_maps = min(MOST_OPEN_MAPS, self._most_indexes)
+        for entry in self.manifest.shards:
+            self._check_shard(entry)
+        self._read_index(0)  # all sidecars have the digest that the manifest was written with, so what one of them fits, all of them do
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -98,6 +113,11 @@ class TokenShardReader:
     def num_tokens(self) -> int:
         """Ids of one sample, T."""
         return self.manifest.num_tokens
+
+    @functools.cached_property
+    def labels_N(self) -> np.ndarray:
+        """The label (N,) of every sample in stored order, int64, -1 where there is none; reads every sidecar once."""
+        return np.concatenate([self._read_index(shard).labels_n for shard in range(len(self.manifest.shards))])
 
     def read(self, positions: Sequence[int] | np.ndarray) -> TokenBatch:
         """The samples at these positions of the training stream, each in the view of its epoch.
@@ -119,24 +139,23 @@ class TokenShardReader:
         return self._gather(shards_B, samples_B, np.zeros_like(samples_B), np.full_like(samples_B, view))
 
     def _gather(self, shards_B: np.ndarray, samples_B: np.ndarray, epochs_B: np.ndarray, views_B: np.ndarray) -> TokenBatch:
-        by_shard = np.argsort(shards_B, kind="stable")
-        sorted_shards = shards_B[by_shard]
-        borders = [0, *(np.flatnonzero(np.diff(sorted_shards)) + 1).tolist(), len(sorted_shards)] if len(sorted_shards) else [0]
-        sorted_ids_BT = np.empty((len(sorted_shards), self.num_tokens), dtype=np.int64)
-        column = 0
-        for number, grid in enumerate(self.manifest.grids):
-            first_B = self._first_ids_N[grid.name][samples_B] + views_B * grid.num_tokens
-            places_BT = first_B[by_shard, None] + np.arange(grid.num_tokens)
-            ids_BT = sorted_ids_BT[:, column:column + grid.num_tokens]
-            for begin, end in pairwise(borders):
-                ids_BT[begin:end] = self._mapped(int(sorted_shards[begin]))[number][places_BT[begin:end]]
-            if ids_BT.size and (ids_BT.max() >= grid.codebook_size or ids_BT.min() < 0):
-                wrong = int(np.flatnonzero(((ids_BT < 0) | (ids_BT >= grid.codebook_size)).any(axis=1))[0])
-                self._refuse_ids(int(sorted_shards[wrong]), int(samples_B[by_shard[wrong]]), grid, ids_BT[wrong])
-            column += grid.num_tokens
-        ids_BT = np.empty_like(sorted_ids_BT)
-        ids_BT[by_shard] = sorted_ids_BT
-        return TokenBatch(ids_BT=ids_BT, labels_B=self.labels_N[samples_B], epochs_B=epochs_B, samples_B=samples_B, views_B=views_B)
+        grids, by_shard = self.manifest.grids, np.argsort(shards_B, kind="stable")
+        ids_BT, labels_B = np.empty((len(shards_B), self.num_tokens), dtype=np.int64), np.empty(len(shards_B), dtype=np.int64)
+        columns = np.cumsum([0, *(grid.num_tokens for grid in grids)]).tolist()
+        for of_shard in np.split(by_shard, np.flatnonzero(np.diff(shards_B[by_shard])) + 1) if len(shards_B) else ():
+            shard = int(shards_B[of_shard[0]])
+            index, mapped = self._index(shard), self._mapped(shard)
+            rows, views = samples_B[of_shard] - self._starts_S[shard], views_B[of_shard]
+            labels_B[of_shard] = index.labels_n[rows]
+            for number, grid in enumerate(grids):
+                first = index.first_ids_n[number][rows] + views * grid.num_tokens
+                ids_BT[of_shard, columns[number]:columns[number + 1]] = mapped[number][first[:, None] + self._steps_T[number]]
+        for grid, (first, last) in zip(grids, pairwise(columns), strict=True):
+            of_grid_BT = ids_BT[:, first:last]
+            if of_grid_BT.size and (of_grid_BT.max() >= grid.codebook_size or of_grid_BT.min() < 0):
+                wrong = int(np.flatnonzero(((of_grid_BT < 0) | (of_grid_BT >= grid.codebook_size)).any(axis=1))[0])
+                self._refuse_ids(int(shards_B[wrong]), int(samples_B[wrong]), grid, of_grid_BT[wrong])
+        return TokenBatch(ids_BT=ids_BT, labels_B=labels_B, epochs_B=epochs_B, samples_B=samples_B, views_B=views_B)
 
     def _mapped(self, shard: int) -> list[np.ndarray]:
         """The shard's whole tar as an array of each grid's dtype."""
@@ -146,32 +165,54 @@ class TokenShardReader:
             return [np.frombuffer(mapped, dtype=grid.dtype) for grid in self.manifest.grids]
         return recall(self._maps, shard, self._most_maps, make)
 
-    def _checked_sidecar(self, entry: ShardEntry, header_fingerprint: str) -> tuple[list[int | None], dict[str, np.ndarray]]:
-        """The labels of a shard and, for each grid, the bytes at which its samples begin."""
-        path, remedy = self.folder / entry.name, "Run `vqmosaic preprocess` again; it rewrites what is damaged."
-        if not path.is_file():
-            raise InputError(f"{path} is missing. {remedy}")
-        size = path.stat().st_size
+    def _check_shard(self, entry: ShardEntry) -> None:
+        """Raise InputError unless a shard's tar has its size and its sidecar the bytes that the manifest was written with."""
+        path, sidecar_file = self.folder / entry.name, sidecar_path(self.folder, entry.name)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise InputError(f"{path} is missing. {REMEDY}") from None
         if size != entry.size:
-            raise InputError(f"{path} has {size} bytes; the manifest says {entry.size}. {remedy}")
-        sidecar_file = sidecar_path(self.folder, entry.name)
-        if not sidecar_file.is_file():
-            raise InputError(f"{sidecar_file} is missing. {remedy}")
-        content = sidecar_file.read_bytes()
-        sidecar = ShardSidecar.from_bytes(content, sidecar_file)
+            raise InputError(f"{path} has {size} bytes; the manifest says {entry.size}. {REMEDY}")
+        try:
+            content = sidecar_file.read_bytes()
+        except OSError:
+            raise InputError(f"{sidecar_file} is missing. {REMEDY}") from None
+        if hashlib.sha256(content).hexdigest() != entry.sidecar_sha256:
+            self._checked_sidecar(entry, content)  # which says what it is that differs
+
+    def _checked_sidecar(self, entry: ShardEntry, content: bytes) -> ShardSidecar:
+        """The sidecar for its file's bytes. Raises InputError unless it is the one that the manifest was written with."""
+        path = sidecar_path(self.folder, entry.name)
+        sidecar = ShardSidecar.from_bytes(content, path)
         found = {"sha256": (sidecar.sha256, entry.sha256), "count": (sidecar.count, entry.count), "size": (sidecar.size, entry.size),
-                 "header fingerprint": (sidecar.header_fingerprint, header_fingerprint),
+                 "header fingerprint": (sidecar.header_fingerprint, self._header_fingerprint),
                  "own digest": (hashlib.sha256(content).hexdigest(), entry.sidecar_sha256)}
         for what, (own, expected) in found.items():
             if own != expected:
-                raise InputError(f"{sidecar_file} disagrees with the manifest: its {what} is {own}, the manifest says {expected}. {remedy}")
-        offsets = {}
+                raise InputError(f"{path} disagrees with the manifest: its {what} is {own}, the manifest says {expected}. {REMEDY}")
+        return sidecar
+
+    def _index(self, shard: int) -> ShardIndex:
+        """What a shard's sidecar says, kept while the shard is in use."""
+        return recall(self._indexes, shard, self._most_indexes, lambda: self._read_index(shard))
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        entry = self.manifest.shards[shard]
+        path = sidecar_path(self.folder, entry.name)
+        try:
+            content = path.read_bytes()
+        except OSError:
+            raise InputError(f"{path} is missing. {REMEDY}") from None
+        sidecar = self._checked_sidecar(entry, content)
+        first_ids_n = []
         for grid in self.manifest.grids:
-            offsets_N = offsets[grid.name] = np.array(sidecar.offsets.get(grid.name, []), dtype=np.int64)
-            last = size - len(self.manifest.views) * grid.num_tokens * grid.dtype.itemsize
-            if len(offsets_N) != entry.count or ((offsets_N < 0) | (offsets_N > last) | (offsets_N % grid.dtype.itemsize > 0)).any():
-                raise InputError(f"{sidecar_file}: its offsets of grid {grid.name!r} do not fit into {entry.name}. {remedy}")
-        return sidecar.labels, offsets
+            offsets_n = np.array(sidecar.offsets.get(grid.name, []), dtype=np.int64)
+            last = entry.size - len(self.manifest.views) * grid.num_tokens * grid.dtype.itemsize
+            if len(offsets_n) != entry.count or ((offsets_n < 0) | (offsets_n > last) | (offsets_n % grid.dtype.itemsize > 0)).any():
+                raise InputError(f"{path}: its offsets of grid {grid.name!r} do not fit into {entry.name}. {REMEDY}")
+            first_ids_n.append(offsets_n // grid.dtype.itemsize)
+        return ShardIndex(np.array([-1 if label is None else label for label in sidecar.labels], dtype=np.int64), first_ids_n)
 
     def _refuse_ids(self, shard: int, sample: int, grid: Grid, ids_T: np.ndarray) -> None:
         name = self.manifest.shards[shard].name

@@ -49,7 +49,11 @@ class ShardSidecar:
 
     def save(self, folder: Path) -> None:
         """Write the sidecar; done after the tar is in place, so that a sidecar means a finished shard."""
-        write_bytes(sidecar_path(folder, self.shard), json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode())
+        write_bytes(sidecar_path(folder, self.shard), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the sidecar's file."""
+        return json.dumps({field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, separators=(",", ":")).encode()
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "ShardSidecar":

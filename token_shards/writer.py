@@ -1,12 +1,13 @@
 """Writing token shards: each shard whole or absent, the same bytes whoever writes it, the manifest last."""
 
+import functools
 import hashlib
 import io
 import json
 import operator
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeade
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
 from vqmosaic.errors import InputError
+
+WRITE_BUFFER = 2**20  # each write to the system hands Python's lock to the threads that decode, and waits to get it back
 
 
 def default_key(index: int) -> str:
@@ -50,10 +53,9 @@ class ShardInProgress:
             raise ValueError(f"{self.name}, key {key}: ids are given for the grids {sorted(ids)}; expected {sorted(self.offsets)}.")
         stored = {grid.name: self._checked_ids(key, grid, ids[grid.name]) for grid in self._header.grids}  # all, before a byte is written
         for grid_name, ids_VT in stored.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, ids_VT, version=(1, 0), allow_pickle=False)
-            start = self._add_member(f"{key}.{grid_name}.npy", buffer.getvalue())
-            self.offsets[grid_name].append(start + buffer.tell() - ids_VT.nbytes)
+            header = _npy_header(ids_VT.dtype, ids_VT.shape)
+            start = self._add_member(f"{key}.{grid_name}.npy", header + ids_VT.tobytes())
+            self.offsets[grid_name].append(start + len(header))
         facts = {"index": index, "label": label, "source": source, "views": len(self._header.views)}
         self._add_member(f"{key}.json", json.dumps(facts).encode())
         self._seen_keys.add(key)
@@ -118,11 +120,39 @@ class ShardInProgress:
 
     def _add_member(self, name: str, content: bytes) -> int:
         """The byte of the tar at which the member's content begins."""
-        member = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, mode 0644, no user names: nothing of the machine or the hour
-        member.size = len(content)
         start = self._tar.offset + tarfile.BLOCKSIZE
-        self._tar.addfile(member, io.BytesIO(content))
+        block = _tar_header(name, len(content)) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+        self._tar.fileobj.write(block)
+        self._tar.offset += len(block)
         return start
+
+
+# tarfile makes each header anew from a dozen fields and numpy each array's own, which took longer than all else about a sample. Both differ
+# from sample to sample in nothing but a name and its part of a checksum, so what the libraries made once is kept.
+
+@functools.cache
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What stands before the numbers of an array in C order in an npy file."""
+    buffer = io.BytesIO()
+    array = np.zeros(shape, dtype)
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()[:-array.nbytes]
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member whose name is ASCII of at most 100 characters."""
+    sum_without_name, after_name, after_sum = _tar_header_parts(size)
+    encoded = name.encode("ascii")
+    return encoded.ljust(100, b"\0") + after_name + b"%06o" % (sum_without_name + sum(encoded)) + after_sum
+
+
+@functools.lru_cache(maxsize=4096)
+def _tar_header_parts(size: int) -> tuple[int, bytes, bytes]:
+    """The header's checksum without the name's part, the bytes between name and checksum, and the bytes after the checksum's digits."""
+    member = tarfile.TarInfo("")  # mtime 0, uid and gid 0, mode 0644, no user names: nothing of the machine or the hour
+    member.size = size
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    return int(header[148:154], 8), header[100:148], header[154:]
 
 
 class TokenShardWriter:
@@ -149,9 +179,10 @@ class TokenShardWriter:
 
     def is_complete(self, shard_index: int) -> bool:
         """True when the shard was written for this very header and its tar has the size and digest that its sidecar says."""
-        return self._incompleteness(shard_index) is None
+        return self.incompleteness(shard_index) is None
 
-    def _incompleteness(self, shard_index: int) -> str | None:
+    def incompleteness(self, shard_index: int) -> str | None:
+        """Why a shard is not complete, as a sentence; None where it is."""
         name = shard_name(shard_index)
         path = self.folder / name
         try:
@@ -167,21 +198,27 @@ class TokenShardWriter:
         return None
 
     @contextmanager
-    def shard(self, shard_index: int) -> Iterator[ShardInProgress]:
+    def shard(self, shard_index: int, allowed_sha256: Collection[str] | None = None) -> Iterator[ShardInProgress]:
         """A shard to add to; it is published when the block ends, and not at all when the block raises or the process dies.
 
-        Raises ValueError when a source of its range was neither added nor skipped.
+        Raises ValueError when a source of its range was neither added nor skipped, and InputError when `allowed_sha256` is given and the
+        tar has none of these digests.
         """
         if not 0 <= shard_index < self.num_shards:
             raise ValueError(f"shard_index is {shard_index}; allowed: 0 to {self.num_shards - 1}.")
         path = self.folder / shard_name(shard_index)
         partial = temporary_sibling(path)
         try:
-            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            with open(partial, "wb", buffering=WRITE_BUFFER) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 shard = ShardInProgress(tar, self.header, path.name, self.header.source_range(shard_index))
                 yield shard
                 shard.check_complete()
-            sidecar = ShardSidecar(shard=path.name, count=len(shard.keys), size=partial.stat().st_size, sha256=sha256_of_file(partial),
+            digest = sha256_of_file(partial)
+            if allowed_sha256 is not None and digest not in allowed_sha256:
+                raise InputError(f"{path}: encoded again it is another file (sha256 {digest}) than the one that was there "
+                                 f"({' or '.join(sorted(allowed_sha256))}): an image has changed, or this processor or torch rounds differently. "
+                                 "It is left as it is. Repair it where it was written, or write all anew: `vqmosaic preprocess --redo tokens`.")
+            sidecar = ShardSidecar(shard=path.name, count=len(shard.keys), size=partial.stat().st_size, sha256=digest,
                                    header_fingerprint=self._header_fingerprint, skipped=shard.skipped, keys=shard.keys,
                                    indices=shard.indices, labels=shard.labels, sources=shard.sources, offsets=shard.offsets)
             (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on the folder is not what an older manifest says
@@ -196,10 +233,11 @@ class TokenShardWriter:
 
         Removes partial files and shards of an earlier, longer set. Raises InputError that names the unfinished shards.
         """
-        unfinished = [reason for index in range(self.num_shards) if (reason := self._incompleteness(index))]
+        unfinished = [reason for index in range(self.num_shards) if (reason := self.incompleteness(index))]
         if unfinished:
             raise InputError(f"{len(unfinished)} of {self.num_shards} shards in {self.folder} are not finished; the first: {unfinished[0]}")
-        self._remove_strays()
+        for name in self.strays():
+            (self.folder / name).unlink()
         digest, keys, skipped, entries = hashlib.sha256(), set(), [], []
         for index in range(self.num_shards):
             sidecar = ShardSidecar.load(self.folder, shard_name(index))
@@ -217,10 +255,10 @@ class TokenShardWriter:
         manifest.save(self.folder)
         return manifest
 
-    def _remove_strays(self) -> None:
-        wanted = {path for index in range(self.num_shards)
-                  for path in (self.folder / shard_name(index), sidecar_path(self.folder, shard_name(index)))}
-        for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*"):
-            for path in self.folder.glob(pattern):
-                if path not in wanted and path.is_file():
-                    path.unlink()
+    def strays(self) -> list[str]:
+        """Names of the partial files, and of shards and sidecars beyond this set, that `finish` removes."""
+        names = [shard_name(index) for index in range(self.num_shards)]
+        wanted = {name for shard in names for name in (shard, sidecar_path(self.folder, shard).name)}
+        found = {path.name for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*") for path in self.folder.glob(pattern)
+                 if path.is_file()}
+        return sorted(found - wanted)

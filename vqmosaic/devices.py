@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -40,6 +41,17 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
     if mixed_precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision is 'fp16', which needs a GPU; on a CPU set it to auto, bf16 or no.")
     return mixed_precision
+
+
+def check_compiler(field: str, device: torch.device) -> None:
+    """Raise InputError, naming the field that asks for it, unless torch.compile works here: it needs a C++ compiler, or Triton on a GPU."""
+    try:
+        # a size that was hardly met before: the caches on disk may be from times when there was a compiler
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(16 + time.time_ns() % 100_000, device=device))
+    except Exception as error:  # of many kinds, from a missing program to a missing header
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{field} is true, but torch.compile does not work on this machine: {reason}. Install a C++ compiler (and Triton for a "
+                         f"GPU), or set {field} false.") from error
 
 
 def set_threads(threads: int | None = None) -> int:

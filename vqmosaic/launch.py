@@ -17,12 +17,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from vqmosaic.errors import InputError
+import yaml
+
+from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.interruption import EXIT_CODES, Interrupted, die_with_parent
 
 PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
 WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
 LAUNCHER_NAME = "launcher"
+SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
 def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_config: str | None = None) -> int:
@@ -32,20 +35,47 @@ def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_
     command = [sys.executable, "-c", "from vqmosaic.launch import launch_quietly; launch_quietly()"]
     environment = dict(os.environ)
     if accelerate_config is not None:
-        if not Path(accelerate_config).is_file():
-            raise InputError(f"--accelerate_config is {accelerate_config!r}, which is no file; `accelerate config` writes one.")
-        command += ["--config_file", accelerate_config]
+        path = find_accelerate_config(accelerate_config)
+        command += ["--config_file", str(path)]
         if processes > 1:
             command += ["--num_processes", str(processes)]
-            environment[PROCESSES_ASKED_FOR] = str(processes)
+        else:
+            processes = processes_of_config(path)
     else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
-        environment[PROCESSES_ASKED_FOR] = str(processes)
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment[PROCESSES_ASKED_FOR] = str(processes)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
         environment[WORKER_FOLDER] = folder
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder))
+
+
+def find_accelerate_config(name: str) -> Path:
+    """The file of an accelerate configuration given by a path or by the name of one that comes with the package; InputError lists those."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = SHIPPED_ACCELERATE_CONFIGS / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(path.stem for path in SHIPPED_ACCELERATE_CONFIGS.glob("*.yaml"))
+    nearest = nearest_name(name, names)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    raise InputError(f"--accelerate_config is {name!r}, which is no file and none of the shipped configurations: {', '.join(names)}; "
+                     f"`accelerate config` writes one.{hint}")
+
+
+def processes_of_config(path: Path) -> int:
+    """The number of processes, over all machines, that an accelerate configuration asks for; InputError where it is none or says nothing."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        count = int(content.get("num_processes", 1 if content["distributed_type"] == "NO" else 0))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--accelerate_config {path} is no accelerate configuration: {' '.join(str(error).split())}; "
+                         "`accelerate config` writes one.") from error
+    if count < 1:
+        raise InputError(f"--accelerate_config {path} says no num_processes; add it, or give --processes.")
+    return count
 
 
 def launch_quietly() -> None:

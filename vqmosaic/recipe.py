@@ -15,6 +15,7 @@ from vqmosaic.recipe_sections import (
     unrecorded,
 )
 from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerConfig, TokenizerTrainingConfig, patch_grid
+from vqmosaic.view_lists import check_shifts_fit
 
 
 @dataclass(kw_only=True)
@@ -62,7 +63,8 @@ class Recipe:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0: there is no discriminator "
                              "to take features from. Set adversarial.weight, or perceptual_loss to lpips.")
         check_range("tokens.view_shift", self.tokens.view_shift, at_least=1, below=size / 2)
-        if self.data.source == "digits" and (self.data.flip or "flip" in self.tokens.views):
+        check_shifts_fit("tokens.views", self.tokens.views, size)
+        if self.data.source == "digits" and (self.data.flip or self.tokens.mirrors):
             field_name = "data.flip" if self.data.flip else "tokens.views"
             raise InputError(f"{field_name} mirrors images, but data.source is 'digits': a mirrored digit is another sign. Turn it off.")
         if self.sampling.top_k > self.tokenizer.codebook_size:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.prior_sizes import PRESETS, PriorSizes, sizes_of
+from vqmosaic.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
 SOURCES = ("auto", "digits", "folder", "huggingface")
+OPTIMIZERS = ("adamw", "muon")
+GUIDANCE_SCHEDULES = ("constant", "linear", "cosine", "power-cosine")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
-VIEW_SETS = ("none", "flip", "shifts", "flip+shifts")
 
 
 def budget(default: Any) -> Any:
@@ -95,8 +98,12 @@ class TrainingConfig:
     """Images in one optimizer step, over all processes and accumulation steps together."""
     accumulation_steps: int = 1
     """Parts in which each process works through its share of the batch, to save memory."""
+    optimizer: str = "adamw"
+    """adamw, or muon: orthogonalized momentum for the matrices inside the network, AdamW for the rest, at one learning rate."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
+    learning_rate_batch: int | None = None
+    """The batch size that learning_rate was found for: another batch_size scales it by the square root of their ratio; null takes it as it is."""
     final_learning_rate: float = 0.05
     """Learning rate at the end, as a share of the peak."""
     warmup_fraction: float = 0.05
@@ -143,7 +150,10 @@ class TrainingConfig:
         if self.batch_size % self.accumulation_steps:
             raise InputError(f"{name}.batch_size is {self.batch_size} and {name}.accumulation_steps is {self.accumulation_steps}; "
                              "the first must be a multiple of the second.")
+        check_name(f"{name}.optimizer", self.optimizer, OPTIMIZERS)
         check_range(f"{name}.learning_rate", self.learning_rate, above=0)
+        if self.learning_rate_batch is not None:
+            check_range(f"{name}.learning_rate_batch", self.learning_rate_batch, at_least=1)
         check_range(f"{name}.final_learning_rate", self.final_learning_rate, at_least=0, at_most=1)
         check_range(f"{name}.warmup_fraction", self.warmup_fraction, at_least=0, below=1)
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
@@ -154,6 +164,11 @@ class TrainingConfig:
         check_range(f"{name}.max_refused_steps", self.max_refused_steps, at_least=0)
         check_name(f"{name}.mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
 
+    @property
+    def learning_rate_factor(self) -> float:
+        """What learning rates are multiplied with: sqrt(batch_size / learning_rate_batch), the rule for Adam (Malladi et al. 2022, 2205.10287)."""
+        return 1.0 if self.learning_rate_batch is None else (self.batch_size / self.learning_rate_batch) ** 0.5
+
 
 @dataclass(kw_only=True)
 class TokensConfig:
@@ -161,10 +176,13 @@ class TokensConfig:
 
     tokenizer: str | None = unrecorded(None)
     """A tokenizer folder made elsewhere; null takes this run's own tokenizer/."""
-    views: str = "none"
-    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, nine in all) or flip+shifts."""
+    views: list[Any] | str = "none"
+    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, nine in all), flip+shifts, ten-crop (centre and
+    corners at view_crop_scale, each also mirrored), or a list of records, each with any of crop_scale, position, flip and shift."""
     view_shift: int = 1
     """Pixels by which the shifts views move the image, in each of eight directions."""
+    view_crop_scale: float = 0.875
+    """Side of the crops of ten-crop relative to the short side of the image."""
     images_per_shard: int = 1000
     """Source images in one shard."""
     batch_size: int = 64
@@ -173,34 +191,51 @@ class TokensConfig:
     """CPU threads of each process; fixed, since another number may round a latent across a code's border."""
 
     def __post_init__(self):
-        check_name("tokens.views", self.views, VIEW_SETS)
+        if isinstance(self.views, list):
+            self.views = checked_views("tokens.views", self.views)
+        else:
+            check_name("tokens.views, unless it is a list of records,", self.views, VIEW_SETS)
+        check_range("tokens.view_crop_scale", self.view_crop_scale, above=0, at_most=1)
         for key in ("view_shift", "images_per_shard", "batch_size", "threads"):
             check_range(f"tokens.{key}", getattr(self, key), at_least=1)
+
+    @property
+    def mirrors(self) -> bool:
+        """True where one of the stored views is a mirror image."""
+        return any(view["flip"] for view in self.views) if isinstance(self.views, list) else self.views in MIRRORED_SETS
 
 
 @dataclass(kw_only=True)
 class PriorConfig:
-    """The stage 2 network: a stock transformers causal language model over the vocabulary of tokens and classes."""
+    """The stage 2 network: a transformers causal language model, stock or our own, over the vocabulary of tokens and classes."""
 
     architecture: str = "llama"
-    """Model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
-    width: int = 256
-    """Width of the residual stream."""
-    layers: int = 6
-    """Number of transformer layers."""
-    heads: int = 4
-    """Attention heads; width must be a multiple of it."""
+    """grid_transformer (our own), or a model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
+    preset: str = "tiny"
+    """A named size: tiny (about 5M parameters), B (86M with 1,024 codes), L, XL or XXL."""
+    width: int | None = None
+    """Width of the residual stream; null takes the preset's."""
+    layers: int | None = None
+    """Number of transformer layers; null takes the preset's."""
+    heads: int | None = None
+    """Attention heads, of which width must be a multiple; null takes the preset's."""
     dropout: float = 0.1
-    """Dropout on the embedded tokens, on attention weights and on what each attention and feed-forward block adds."""
+    """Dropout on the embedded tokens, on what each attention and feed-forward block adds and, in stock models, on attention weights."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further entries of the model's transformers configuration, as transformers names them."""
 
     def __post_init__(self):
-        for key in ("width", "layers", "heads"):
-            check_range(f"prior.{key}", getattr(self, key), at_least=1)
-        if self.width % self.heads:
-            raise InputError(f"prior.width is {self.width} and prior.heads is {self.heads}; the first must be a multiple of the second.")
+        check_name("prior.preset", self.preset, tuple(PRESETS))
+        for key, value in self.sizes._asdict().items():
+            check_range(f"prior.{key}", value, at_least=1)
+        if self.sizes.width % self.sizes.heads:
+            raise InputError(f"prior.width is {self.sizes.width} and prior.heads is {self.sizes.heads}; the first must be a multiple of the second.")
         check_range("prior.dropout", self.dropout, at_least=0, below=1)
+
+    @property
+    def sizes(self) -> PriorSizes:
+        """The sizes that are given, and for the others those of the preset."""
+        return sizes_of(self)
 
 
 @dataclass(kw_only=True)
@@ -211,6 +246,14 @@ class PriorTrainingConfig(TrainingConfig):
     """A folder of token shards made elsewhere; null takes this run's own tokens/."""
     label_drop: float = 0.1
     """Share of the samples whose class is replaced by the null class, which guidance needs; 0 makes guidance impossible."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator, added to the loss so that logits do not drift; 1e-4 is usual, 0 is off."""
+    activation_checkpointing: bool = unrecorded(False)
+    """Keep only what goes into each transformer layer and compute the rest again in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each transformer layer with torch.compile: takes a minute or so at each start, so measure whether it pays back on your machine."""
+    first_loss_tolerance: float = unrecorded(0.5)
+    """How far, in nats per token, the loss of a fresh prior on its first batch may be from ln(codes) before the run is stopped."""
     window_shards: int = 16
     """Shards among which samples are shuffled; bounds the memory of the reader."""
     export: str = "best"
@@ -221,6 +264,8 @@ class PriorTrainingConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("prior_training.label_drop", self.label_drop, at_least=0, at_most=1)
+        check_range("prior_training.z_loss", self.z_loss, at_least=0)
+        check_range("prior_training.first_loss_tolerance", self.first_loss_tolerance, above=0)
         check_range("prior_training.window_shards", self.window_shards, at_least=1)
         check_name("prior_training.export", self.export, ("best", "last"))
 
@@ -231,15 +276,30 @@ class SamplingConfig:
 
     guidance_scale: float = 1.0
     """Classifier-free guidance: logits = null + scale * (conditional - null); 1 is off."""
+    guidance_schedule: str = "constant"
+    """How the scale goes from 1 at the first token to guidance_scale at the last, 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1): constant
+    (f = 1 everywhere), linear (p), cosine ((1 - cos(pi p)) / 2) or power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
+    guidance_power: float = 2.75
+    """Of the power-cosine schedule: the larger, the later guidance sets in."""
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    """[start, stop] as shares of the T tokens outside of which guidance is off (Kynkaanniemi et al. 2024); after stop, a token costs half as much."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
     """Only the k likeliest tokens are drawn from; 0 is off."""
     top_p: float = 1.0
     """Only the likeliest tokens that together reach this probability are drawn from; 1 is off."""
+    min_p: float = 0.0
+    """Only tokens of at least this share of the likeliest one's probability are drawn from (Nguyen et al. 2024); 0 is off."""
 
     def __post_init__(self):
         check_range("sampling.guidance_scale", self.guidance_scale, at_least=0)
+        check_name("sampling.guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
+        check_range("sampling.guidance_power", self.guidance_power, above=0)
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise InputError(f"sampling.guidance_interval is {self.guidance_interval}; it must be two numbers [start, stop] with "
+                             "0 <= start <= stop <= 1, such as [0.1, 0.8].")
         check_range("sampling.temperature", self.temperature, at_least=0)
         check_range("sampling.top_k", self.top_k, at_least=0)
         check_range("sampling.top_p", self.top_p, above=0, at_most=1)
+        check_range("sampling.min_p", self.min_p, at_least=0, at_most=1)

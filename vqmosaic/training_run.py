@@ -3,6 +3,7 @@
 The step itself, and everything that is learnt, stands in each stage's own train.py.
 """
 
+import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
@@ -20,9 +21,20 @@ from vqmosaic.checkpoints import CheckpointFolder, read_state
 from vqmosaic.devices import make_accelerator, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.muon import Muon
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.run_folder import RunFolder
+from vqmosaic.sharding import (
+    check_optimizer,
+    is_sharded,
+    load_whole_weights,
+    release,
+    set_up_sharding,
+    shard_like_trained,
+    whole,
+    whole_weights,
+)
 from vqmosaic.tracking import MetricsLog, Reporter, progress_bar
 from vqmosaic.weight_averaging import averaged
 
@@ -50,6 +62,8 @@ class TrainingRun:
         self.recipe, self.stage, self.training, self.stop = recipe, stage, training, stop
         self.folder = RunFolder(Path(recipe.run_dir))
         self.accelerator = make_accelerator(training, str(self.folder.logs(stage)))
+        set_up_sharding(self.accelerator, stage)
+        self.is_sharded = is_sharded(self.accelerator)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         check_batch_split(recipe, training.SECTION, self.world_size)
         self.is_main = self.accelerator.is_main_process
@@ -70,10 +84,16 @@ class TrainingRun:
         self.unwrapped = model
         self.average = averaged(model, self.training.weight_ema_decay) if self.training.weight_ema_decay else None
         models = [model] if rival is None else [model, rival.to(self.accelerator.device)]
-        self.peak_learning_rates = [self.training.learning_rate, rival_learning_rate or self.training.learning_rate][:len(models)]
+        peaks = [self.training.learning_rate, rival_learning_rate or self.training.learning_rate][:len(models)]
+        self.peak_learning_rates = [peak * self.training.learning_rate_factor for peak in peaks]
+        self._whole = copy.deepcopy(model).cpu() if self.is_sharded and self.is_main else None
         prepared = self.accelerator.prepare(*models, *map(self._optimizer, models))
         self.model, self.rival = prepared[0], prepared[1] if rival is not None else None
         self.optimizers = list(prepared[len(models):])
+        if self.is_sharded:
+            check_optimizer(self.optimizers[0])
+            if self.average is not None:
+                shard_like_trained(self.accelerator, self.average.module)
         self._resume()
         training = self.training
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
@@ -83,14 +103,20 @@ class TrainingRun:
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over what can be trained; weight decay on matrices only, and not on codes."""
-        spared = {id(parameter) for parameter in codebook_parameters(model)}
+        """The recipe's optimizer over what can be trained; weight decay on matrices only, and not on codes. A rival always has AdamW."""
+        training = self.training
+        codes = {id(parameter) for parameter in codebook_parameters(model)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        decayed, plain = [], []
-        for parameter in trained:
-            (decayed if parameter.ndim >= 2 and id(parameter) not in spared else plain).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.training.learning_rate, betas=tuple(self.training.adam_betas), fused=True)
+        decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in codes]
+        inner = inner_matrices(model, decayed) if training.optimizer == "muon" and model is self.unwrapped else []
+        chosen = {id(parameter) for parameter in inner}
+        groups = [{"params": [parameter for parameter in decayed if id(parameter) not in chosen], "weight_decay": training.weight_decay},
+                  {"params": [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in codes], "weight_decay": 0.0}]
+        settings = {"lr": training.learning_rate, "betas": tuple(training.adam_betas)}
+        if not inner:
+            return torch.optim.AdamW(groups, fused=True, **settings)
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        return Muon(inner, groups, weight_decay=training.weight_decay, dtype=dtype, **settings)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -102,6 +128,24 @@ class TrainingRun:
         """The model that is validated and exported: the weight average, or the model itself where there is none."""
         return self.average.module if self.average is not None else self.unwrapped
 
+    def whole_model(self) -> nn.Module | None:
+        """The validated model with all of its weights on the main process, to be saved and sampled from; for all processes to call.
+
+        None on the other processes where the weights are divided over them (FSDP); then it is a copy, good until the next call.
+        """
+        if not self.is_sharded:
+            return self.validated_model
+        weights = whole_weights(self.validated_model)
+        if self._whole is not None:
+            self._whole.load_state_dict(weights)
+            self._whole.to(self.accelerator.device).eval()
+        return self._whole
+
+    def end_sharding(self) -> None:
+        """Before the export: `validated_model` becomes the whole model, on the main process. Nothing can be trained after that."""
+        if self.is_sharded:
+            self.unwrapped, self.average = self.whole_model(), None
+
     def _resume(self) -> None:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
         if checkpoint is None:
@@ -112,7 +156,9 @@ class TrainingRun:
                              f"go on with --processes {saved.processes}.")
         try:
             self.accelerator.load_state(str(checkpoint))  # reads with weights_only: tensors and numbers, never an object's own code
-            if self.average is not None:
+            if self.average is not None and self.is_sharded:
+                load_whole_weights(self.average, load_file(checkpoint / "weights_ema.safetensors") if self.is_main else {})
+            elif self.average is not None:
                 self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors"))
         except pickle.UnpicklingError as error:
             raise InputError(f"{checkpoint} holds more than tensors and numbers, which is never loaded: no training here wrote such files. "
@@ -129,12 +175,15 @@ class TrainingRun:
         """Print what is about to happen, before it costs anything."""
         count = sum(parameter.numel() for parameter in self.parameters)
         copies = 4 + (self.average is not None)  # weights, gradients, two moments, the average
+        parts = self.world_size if self.is_sharded else 1
         device = self.accelerator.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {self.state.threads} threads"
         self.report.table("plan", {
             **facts,
             "parameters": f"{count:,}",
-            "memory of the training state": f"{count * 4 * copies / 2**20:,.0f} MiB and activations",
+            "learning rate": learning_rate_rule(self.training),
+            "memory of the training state": f"{count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
+                                            + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),
             "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
             "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
                                                 self.training.max_minutes and f"{self.training.max_minutes:g} minutes"])),
@@ -172,7 +221,7 @@ class TrainingRun:
         for optimizer, peak in zip(learning, self.peak_learning_rates[:len(learning)], strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
-        norms = [self.accelerator.clip_grad_norm_(parameters_of(optimizer), training.gradient_clip) for optimizer in learning]
+        norms = [self._clip(optimizer) for optimizer in learning]
         is_finite = torch.isfinite(torch.stack([*norms, loss])).all()
         accepted = float(self.accelerator.reduce((~is_finite).float(), "sum")) == 0
         scaler = self.accelerator.scaler  # of fp16: it skips a step with a non-finite gradient itself, and then lowers its scale
@@ -191,7 +240,13 @@ class TrainingRun:
             optimizer.zero_grad(set_to_none=True)
         if not accepted:
             self._count_refused(loss, norms, scaler)
-        return accepted, float(norms[0]), training.learning_rate * share
+        return accepted, float(norms[0]), self.peak_learning_rates[0] * share
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """The norm of the gradients before they are scaled down to gradient_clip, a plain tensor."""
+        # under FSDP, accelerate compares the list with the model's own, in which only the very same objects in the same order are comparable
+        parameters = list(self.model.parameters()) if self.is_sharded else parameters_of(optimizer)
+        return whole(self.accelerator.clip_grad_norm_(parameters, self.training.gradient_clip))
 
     def _count_refused(self, loss: torch.Tensor, norms: list[torch.Tensor], scaler: torch.amp.GradScaler | None) -> None:
         section, limit = self.training.SECTION, self.training.max_refused_steps
@@ -209,11 +264,14 @@ class TrainingRun:
         """Write a checkpoint of this step, unless there is one already. `save_more(folder)` adds files, on the main process."""
         if self.saved_step == self.state.step:
             return
+        release(self.unwrapped)
+        averages = None
+        if self.average is not None:
+            averages = whole_weights(self.average) if self.is_sharded else self.average.state_dict()
 
         def add(folder: Path) -> None:
-            if self.average is not None:  # cloned: safetensors takes neither tied nor channels_last tensors
-                weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                           for name, tensor in self.average.state_dict().items()}
+            if averages is not None:  # cloned: safetensors takes neither tied nor channels_last tensors
+                weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in averages.items()}
                 save_file(weights, folder / "weights_ema.safetensors")
             save_more(folder)
 
@@ -234,6 +292,21 @@ class TrainingRun:
 def codebook_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that a model says are codes, which are neither decayed nor averaged."""
     return getattr(model, "codebook_parameters", list)()
+
+
+def learning_rate_rule(training: TrainingConfig) -> str:
+    """The peak learning rate in words, with the rule by which it follows the batch where there is one."""
+    if training.learning_rate_batch is None:
+        return f"{training.learning_rate:g}"
+    return (f"{training.learning_rate:g} x sqrt({training.batch_size} / {training.learning_rate_batch}) = "
+            f"{training.learning_rate * training.learning_rate_factor:.4g}")
+
+
+def inner_matrices(model: nn.Module, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the matrices that lie inside the network: neither a table of embeddings nor what a model says turns into logits."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)] + getattr(model, "output_matrices", list)()
+    outer = {id(parameter) for parameter in tables}
+    return [parameter for parameter in matrices if id(parameter) not in outer]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

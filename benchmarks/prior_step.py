@@ -1,0 +1,118 @@
+"""A training step of the prior against nanoGPT's model and loop in float32, in turn in one process.
+
+    git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
+    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt               # two CPU threads, about two minutes
+    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --record      # and into RESULTS.md
+
+Same size (6 layers, 256 wide, 4 heads: about 5M parameters), 64 tokens of 512 codes, batch 32. The peer is nanoGPT's GPT with its own optimizer and
+the steps of its train.py; ours is the project's own step: Accelerate, refusal of non-finite steps, clipping, weight average.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from benchmarks.nanogpt import load_nanogpt
+from stage2_prior.losses import next_token_loss
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.devices import cpu_has_bf16
+from vqmosaic.interruption import StopFlag
+from vqmosaic.recipe_files import load_recipe
+from vqmosaic.training_run import TrainingRun
+
+BATCH, TOKENS, CODES, CLASSES, ROUNDS = 32, 64, 512, 10, 15
+PEER = "nanoGPT, float32"
+
+
+class Peer:
+    """nanoGPT: the class id and all ids but the last in, the ids out."""
+
+    def __init__(self, checkout: Path):
+        torch.manual_seed(0)
+        module = load_nanogpt(checkout)
+        self.model = module.GPT(module.GPTConfig(block_size=TOKENS, vocab_size=CODES + CLASSES, n_layer=6, n_head=4, n_embd=256,
+                                                 dropout=0.0, bias=False))
+        self.model.train()
+        self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+
+    def step(self, ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
+        """One optimizer step as in its train.py."""
+        inputs_BT = torch.cat([CODES + classes_B[:, None], ids_BT[:, :-1]], dim=1)
+        _, loss = self.model(inputs_BT, ids_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Ours:
+    """The trainer's own parts, driven as stage2_prior/train.py drives them."""
+
+    def __init__(self, architecture: str, optimizer: str, precision: str, compiled: bool = False):
+        recipe = load_recipe("cifar10", [
+            f"--run_dir={tempfile.mkdtemp()}", f"--prior.architecture={architecture}", "--prior.preset=tiny", "--prior.dropout=0",
+            f"--prior_training.optimizer={optimizer}", f"--prior_training.mixed_precision={precision}", f"--prior_training.batch_size={BATCH}"])
+        vocabulary = Vocabulary(grids=[Grid("image", CODES, 8, 8)], class_names=[str(index) for index in range(CLASSES)],
+                                token_fingerprint="none", label_drop=0.1)
+        self.prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
+        self.run = TrainingRun(recipe, "prior", recipe.prior_training, StopFlag())
+        self.model = self.run.prepare(self.prior)
+        if compiled:
+            for block in self.prior.model.blocks:
+                block.compile()
+
+    def step(self, ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
+        """One optimizer step."""
+        self.model.train()
+        with self.run.accelerator.accumulate(self.model):
+            loss = next_token_loss(self.model(ids_BT, classes_B), ids_BT)
+            self.run.accelerator.backward(loss)
+        self.run.optimizer_step(loss.detach(), 0.5)
+
+
+def main() -> int:
+    """Print the table; exit code 1 where a promise that binds on this processor is broken."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--compiled", action="store_true", help="also our step with compiled blocks; takes minutes to compile")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    use_two_cpu_threads()
+    ours = "ours, grid_transformer, AdamW, float32"
+    contestants = {PEER: Peer(options.nanogpt), ours: Ours("grid_transformer", "adamw", "no"),
+                   "ours, grid_transformer, Muon, float32": Ours("grid_transformer", "muon", "no"),
+                   "ours, Llama, AdamW, float32": Ours("llama", "adamw", "no")}
+    wanted = {ours: 1.2}
+    if options.compiled:
+        contestants["ours, grid_transformer, AdamW, float32, compiled"] = Ours("grid_transformer", "adamw", "no", compiled=True)
+    if cpu_has_bf16():
+        contestants["ours, grid_transformer, AdamW, bf16"] = Ours("grid_transformer", "adamw", "bf16")
+        contestants["ours, grid_transformer, Muon, bf16"] = Ours("grid_transformer", "muon", "bf16")
+        wanted["ours, grid_transformer, AdamW, bf16"] = 2.5
+    numbers = torch.Generator().manual_seed(0)
+    ids_BT, classes_B = torch.randint(CODES, (BATCH, TOKENS), generator=numbers), torch.randint(CLASSES, (BATCH,), generator=numbers)
+    seconds = in_turn({name: (lambda each=each: each.step(ids_BT, classes_B)) for name, each in contestants.items()}, ROUNDS, warm_up=3)
+
+    sizes = {name: sum(parameter.numel() for parameter in (each.model if isinstance(each, Peer) else each.prior).parameters())
+             for name, each in contestants.items()}
+    lines = ["| | parameters | sequences/s | tokens/s | times the peer |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {sizes[name] / 1e6:.2f}M | {BATCH / statistics.median(times):.1f} | {BATCH * TOKENS / statistics.median(times):,.0f} | "
+              f"{ratio(seconds, PEER, name):.2f} |" for name, times in seconds.items()]
+    factors = {name: ratio(seconds, PEER, name) for name in wanted}
+    lines += ["", *(f"- {'kept' if factors[name] >= factor else 'NOT kept'}: {name} at least {factor} times the peer: {factors[name]:.2f}"
+                    for name, factor in wanted.items())]
+    if len(wanted) == 1:
+        lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 products")
+    record("Training step of the prior", lines, ("transformers", "accelerate"))
+    return int(any(factors[name] < factor for name, factor in wanted.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

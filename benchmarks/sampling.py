@@ -1,0 +1,206 @@
+"""Sampling with guidance against transformers' `generate` and LlamaGen's own model and `generate`, in turn in one process.
+
+    git clone https://github.com/FoundationVision/LlamaGen /tmp/LlamaGen
+    python -m benchmarks.sampling --llamagen /tmp/LlamaGen             # two CPU threads, about ten minutes
+    python -m benchmarks.sampling --presets tiny --rounds 3            # a minute
+    python -m benchmarks.sampling --gpu                                # on a GPU: batches 1, 8, 64, 256 at 111M and 775M, ours alone
+
+Random weights of equal sizes (LlamaGen rounds its feed-forward width up to a multiple of 256), guidance scale 2, temperature 1, no top-k and no
+top-p. LlamaGen's code runs as it is, in evaluation mode, with caches of the weights' format. Cold is what a call of ours spends before its
+first token: joining and packing weights, which is part of the time of each call; nothing is compiled.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from stage2_prior import sampling as sampling_module
+from stage2_prior.decoding import StockDecoder, make_decoder
+from stage2_prior.precision import largest_logit_difference
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.devices import cpu_has_bf16
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+
+CLASSES, GUIDANCE = 10, 2.0
+LLAMAGEN, TRANSFORMERS, LOOP, OURS = "LlamaGen, generate", "transformers, generate", "transformers' model in our loop", "ours, llama"
+
+
+class Preset(NamedTuple):
+    """One size, and how many times faster than LlamaGen it is asked to be."""
+
+    layers: int
+    width: int
+    heads: int
+    codes: int
+    side: int
+    batch: int
+    wanted: float
+    wanted_bf16: float
+
+
+PRESETS = {"tiny": Preset(6, 256, 4, 1024, 8, 64, 2.0, 3.0), "B": Preset(12, 768, 12, 1024, 16, 4, 1.8, 3.5)}
+GPU_PRESETS = {"B, 111M": Preset(12, 768, 12, 16384, 16, 1, 0, 0), "XL, 775M": Preset(36, 1280, 20, 16384, 16, 1, 0, 0)}
+
+
+def make_prior(preset: Preset, architecture: str) -> TokenPrior:
+    """A prior of random weights, with logits that differ enough to be worth sampling."""
+    vocabulary = Vocabulary(grids=[Grid(name="image", codebook_size=preset.codes, height=preset.side, width=preset.side)],
+                            class_names=[str(number) for number in range(CLASSES)], token_fingerprint="f" * 64, label_drop=0.1)
+    config = PriorConfig(architecture=architecture, width=preset.width, layers=preset.layers, heads=preset.heads, dropout=0.0)
+    prior = TokenPrior.from_config(config, vocabulary, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in prior.parameters():
+            if weight.ndim == 2 and not weight.any():  # matrices that start as nothing
+                weight.normal_(std=weight.shape[1] ** -0.5, generator=generator)
+    return prior
+
+
+def ours(prior: TokenPrior, batch: int) -> Callable[[], torch.Tensor]:
+    """A call of TokenPrior.sample."""
+    classes, seeds = [number % CLASSES for number in range(batch)], list(range(batch))
+    return lambda: prior.sample(classes, SamplingConfig(guidance_scale=GUIDANCE), seeds)
+
+
+def bare_loop(prior: TokenPrior, batch: int) -> Callable[[], torch.Tensor]:
+    """The same call with the steps through transformers' model and its cache, as for an architecture that is not known."""
+    def run() -> torch.Tensor:
+        sampling_module.make_decoder = lambda model, codes, rows, length, compile: StockDecoder(model, rows)
+        try:
+            return ours(prior, batch)()
+        finally:
+            sampling_module.make_decoder = make_decoder
+    return run
+
+
+def transformers_generate(prior: TokenPrior, batch: int) -> Callable[[], torch.Tensor]:
+    """transformers' `generate` with its own guidance, which goes through the model once more for the null class."""
+    transformers.utils.logging.set_verbosity_error()
+    vocabulary = prior.vocabulary
+    ids_B1 = torch.tensor([[vocabulary.class_id(number % CLASSES)] for number in range(batch)])
+    null_B1 = torch.full_like(ids_B1, vocabulary.null_id)
+    return lambda: prior.model.generate(ids_B1, guidance_scale=GUIDANCE, negative_prompt_ids=null_B1)
+
+
+def llamagen_generate(path: str, preset: Preset) -> Callable[[], torch.Tensor]:
+    """LlamaGen's `generate` on its own model, from a checkout of its repository."""
+    sys.path.insert(0, path)
+    try:
+        from autoregressive.models import generate, gpt
+    finally:
+        sys.path.remove(path)
+    torch.manual_seed(0)
+    model = gpt.Transformer(gpt.ModelArgs(dim=preset.width, n_layer=preset.layers, n_head=preset.heads, vocab_size=preset.codes,
+                                          block_size=preset.side**2, num_classes=CLASSES)).eval()
+    torch.nn.init.normal_(model.output.weight, std=0.02)  # it starts at zero
+    classes_B = torch.arange(preset.batch) % CLASSES
+
+    def run() -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how it asks for its kind of attention
+            return generate.generate(model, classes_B, preset.side**2, cfg_scale=GUIDANCE, temperature=1.0, top_k=0, top_p=1.0)
+    return run
+
+
+def cold_seconds(prior: TokenPrior, rows: int) -> float:
+    """Seconds that a decoder takes to be made, the smallest of three."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            make_decoder(prior.model, prior.vocabulary.num_codes, rows, prior.vocabulary.num_tokens)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def measure(name: str, preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str], bool]:
+    """The lines for one preset, and whether what was asked for was kept."""
+    has_bf16 = cpu_has_bf16()
+    priors = {OURS: make_prior(preset, "llama"), "ours, grid_transformer": make_prior(preset, "grid_transformer")}
+    reference = dict(priors)
+    if has_bf16:
+        for kind in list(priors):
+            priors[f"{kind}, bf16"] = make_prior(preset, kind.rpartition(" ")[2]).to(torch.bfloat16)
+    contestants = {LLAMAGEN: llamagen_generate(llamagen, preset)} if llamagen else {}
+    contestants |= {TRANSFORMERS: transformers_generate(priors[OURS], preset.batch), LOOP: bare_loop(priors[OURS], preset.batch)}
+    contestants |= {kind: ours(prior, preset.batch) for kind, prior in priors.items()}
+    seconds = in_turn(contestants, rounds)
+
+    classes = [number % CLASSES for number in range(preset.batch)]
+    ids_BT = priors[OURS].sample(classes, SamplingConfig(), list(range(preset.batch)))
+    differences = {kind: largest_logit_difference(prior, reference[kind.removesuffix(", bf16")], ids_BT, classes)
+                   for kind, prior in priors.items()}
+    million = priors[OURS].num_parameters / 1e6
+    lines = [f"Preset {name}: {preset.layers} layers, {preset.width} wide, {preset.heads} heads ({million:.0f}M), {preset.codes} codes, "
+             f"{preset.side**2} tokens, batch {preset.batch}, {rounds} rounds.", "",
+             "| | seconds | times LlamaGen | times transformers | of which cold, s | largest logit difference |", "|---|---|---|---|---|---|"]
+    for kind, times in seconds.items():
+        own = kind in priors
+        cold = f"{cold_seconds(priors[kind], 2 * preset.batch):.3f}" if own else ""
+        peer = f"{ratio(seconds, LLAMAGEN, kind):.2f}" if llamagen else ""
+        lines.append(f"| {kind} | {statistics.median(times):.2f} | {peer} | {ratio(seconds, TRANSFORMERS, kind):.2f} | {cold} | "
+                     f"{f'{differences[kind]:.1e}' if own else ''} |")
+    checks = [(f"{kind}: logits within 1e-4 of the plain forward pass in float32: {differences[kind]:.1e}", differences[kind] <= 1e-4)
+              for kind in reference]
+    if llamagen:
+        checks.append((f"{preset.wanted} times LlamaGen in float32: {ratio(seconds, LLAMAGEN, OURS):.2f}",
+                       ratio(seconds, LLAMAGEN, OURS) >= preset.wanted))
+        if has_bf16:
+            checks.append((f"{preset.wanted_bf16} times LlamaGen in bf16: {ratio(seconds, LLAMAGEN, f'{OURS}, bf16'):.2f}",
+                           ratio(seconds, LLAMAGEN, f"{OURS}, bf16") >= preset.wanted_bf16))
+    lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {words}" for words, kept in checks)]
+    if not llamagen:
+        lines.append("- not checked: against LlamaGen, for want of --llamagen")
+    if not has_bf16:
+        lines.append(f"- not checked: {preset.wanted_bf16} times LlamaGen in bf16, since this processor has no bf16 products")
+    return [*lines, ""], all(kept for _, kept in checks)
+
+
+def measure_gpu(rounds: int) -> list[str]:
+    """Lines on our own sampling in bf16 on a GPU, with and without a recorded graph."""
+    lines = ["| | batch | seconds | with compile=True, s | images/s |", "|---|---|---|---|---|"]
+    for name, preset in GPU_PRESETS.items():
+        prior = make_prior(preset, "llama").to("cuda", torch.bfloat16)
+        for batch in (1, 8, 64, 256):
+            classes, seeds = [number % CLASSES for number in range(batch)], list(range(batch))
+            sampling = SamplingConfig(guidance_scale=GUIDANCE)
+            seconds = in_turn({"plain": lambda: prior.sample(classes, sampling, seeds),  # noqa: B023 (called within the round)
+                               "graph": lambda: prior.sample(classes, sampling, seeds, compile=True)}, rounds)  # noqa: B023
+            plain, graph = (statistics.median(times) for times in seconds.values())
+            lines.append(f"| {name} | {batch} | {plain:.2f} | {graph:.2f} | {batch / min(plain, graph):.1f} |")
+    return lines
+
+
+def main() -> int:
+    """Print the tables; exit code 1 where a promise that binds here is broken."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--llamagen", metavar="PATH", help="a checkout of github.com/FoundationVision/LlamaGen")
+    parser.add_argument("--presets", default="tiny,B", help="with commas between")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--record", action="store_true", help="put the result into RESULTS.md")
+    options = parser.parse_args()
+    if options.gpu:
+        record("Sampling on a GPU", measure_gpu(options.rounds), ("transformers",))
+        return 0
+    use_two_cpu_threads()
+    lines, kept = [], True
+    for name in options.presets.split(","):
+        part, part_kept = measure(name, PRESETS[name], options.rounds, options.llamagen)
+        lines, kept = lines + part, kept and part_kept
+    record("Sampling with guidance", lines, ("transformers",))
+    return int(not kept)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

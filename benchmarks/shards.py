@@ -1,0 +1,242 @@
+"""Token shards against other ways to keep tokens: images per second, time to the first batch, bytes, and what a training step waits.
+
+    python -m benchmarks.shards               # two CPU threads, some five minutes if nothing else runs
+    python -m benchmarks.shards --record      # and into RESULTS.md
+
+50,000 images x 2 views x 64 ids of 512 codes, made up: what is measured is the format. Everyone goes once through all images, in one random
+view each and in a shuffled order, in batches of 128, in one process without workers, opening included. Everything is in the page cache.
+The others read as their own programs do: 1d-tokenizer's PretoeknizedDataSetJSONL (data/webdataset_reader.py), LlamaGen's CustomDataset
+(dataset/imagenet.py), and webdataset over the very shards that ours reads.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import linecache
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from stage2_prior.prior import TokenPrior
+from stage2_prior.token_batches import TokenBatches
+from stage2_prior.vocabulary import Vocabulary
+from token_shards import Grid, ShardEntry, ShardSetHeader, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
+from token_shards.manifest import shard_name
+from token_shards.sidecar import ShardSidecar, sidecar_path
+from vqmosaic.recipe_sections import PriorConfig
+
+IMAGES, VIEWS, SIDE, CODES, CLASSES = 50_000, 2, 8, 512, 10
+BATCH, BUFFER, ROUNDS = 128, 10_000, 3
+MILLION = 1_000_000
+MOST_OPENING_SECONDS = 1.0
+MOST_WAITING = 0.02
+STEPS = {32: 20, 128: 8}
+"""Training steps that are timed, by batch size."""
+OURS, PLAIN, LINES, FILES = "ours", "webdataset, the same shards", "JSON lines", "npy files"
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def header(images: int) -> ShardSetHeader:
+    """What the shards say of themselves."""
+    return ShardSetHeader(split="train", token_fingerprint="0" * 64, grids=[Grid("image", CODES, SIDE, SIDE)], dataset={"name": "made up"},
+                          views=[{"name": str(view)} for view in range(VIEWS)], class_names=[str(label) for label in range(CLASSES)],
+                          encoding={}, images_per_shard=1000, num_sources=images)
+
+
+def write_everything(folder: Path) -> None:
+    """The same tokens in each layout."""
+    ids_NVT = np.random.default_rng(0).integers(0, CODES, (IMAGES, VIEWS, SIDE**2))
+    writer = TokenShardWriter(folder / "shards", header(IMAGES))
+    for number in range(writer.num_shards):
+        with writer.shard(number) as shard:
+            for index in writer.header.source_range(number):
+                shard.add(index=index, key=default_key(index), source=f"{index}.png", label=index % CLASSES, ids={"image": ids_NVT[index]})
+    writer.finish()
+    with open(folder / "tokens.jsonl", "w") as file:
+        for index, ids_VT in enumerate(ids_NVT.tolist()):
+            for ids_T in ids_VT:
+                file.write(json.dumps({"class_id": index % CLASSES, "tokens": ids_T}) + "\n")
+    for name in ("codes", "labels"):
+        (folder / "files" / name).mkdir(parents=True)
+    for index, ids_VT in enumerate(ids_NVT):
+        np.save(folder / f"files/codes/{index}.npy", ids_VT[None], allow_pickle=False)
+        np.save(folder / f"files/labels/{index}.npy", np.array([index % CLASSES]), allow_pickle=False)
+
+
+# --- contestants: each gives the batches of one epoch, ids (B, T) and labels (B) int64 -----------------------------------------
+
+
+def ours(folder: Path) -> Iterator[Batch]:
+    """TokenShardReader, in the order that training reads in."""
+    reader = TokenShardReader(folder / "shards", seed=0)
+    for start in range(0, IMAGES, BATCH):
+        batch = reader.read(np.arange(start, min(start + BATCH, IMAGES)))
+        yield batch.ids_BT, batch.labels_B
+
+
+def plain(folder: Path) -> Iterator[Batch]:
+    """webdataset: shards shuffled, samples shuffled in a buffer."""
+    urls = sorted(map(str, (folder / "shards").glob("shard-*.tar")))
+    views = np.random.default_rng(0)
+    samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).decode().to_tuple("image.npy", "json")
+    yield from batched((ids_VT[views.integers(VIEWS)], facts["label"]) for ids_VT, facts in samples)
+
+
+def lines(folder: Path) -> Iterator[Batch]:
+    """1d-tokenizer: lines counted, then taken by linecache, one view a line."""
+    path = str(folder / "tokens.jsonl")
+    with open(path) as file:
+        count = sum(1 for _ in file)
+    linecache.clearcache()  # as in a process that has just begun
+
+    def read(number: int) -> tuple[np.ndarray, int]:
+        data = json.loads(linecache.getline(path, number + 1).strip())
+        return np.array(data["tokens"]), data["class_id"]
+
+    random = np.random.default_rng(0)
+    chosen = random.permutation(count // VIEWS) * VIEWS + random.integers(0, VIEWS, count // VIEWS)
+    yield from batched(map(read, chosen.tolist()))
+
+
+def files(folder: Path) -> Iterator[Batch]:
+    """LlamaGen: two npy files an image."""
+    random = np.random.default_rng(0)
+
+    def read(number: int) -> tuple[np.ndarray, int]:
+        features = np.load(folder / f"files/codes/{number}.npy", allow_pickle=False)
+        return features[0, random.integers(VIEWS)], np.load(folder / f"files/labels/{number}.npy", allow_pickle=False)[0]
+
+    yield from batched(map(read, random.permutation(IMAGES).tolist()))
+
+
+def batched(samples: Iterator[tuple[np.ndarray, int]]) -> Iterator[Batch]:
+    """Batches of samples that come one by one."""
+    ids, labels = [], []
+    for ids_T, label in samples:
+        ids.append(ids_T)
+        labels.append(label)
+        if len(ids) == BATCH:
+            yield np.stack(ids).astype(np.int64), np.array(labels, dtype=np.int64)
+            ids, labels = [], []
+    if ids:
+        yield np.stack(ids).astype(np.int64), np.array(labels, dtype=np.int64)
+
+
+CONTESTANTS = {OURS: ours, PLAIN: plain, LINES: lines, FILES: files}
+PATHS = {OURS: ["shards"], PLAIN: ["shards/*.tar"], LINES: ["tokens.jsonl"], FILES: ["files/codes", "files/labels"]}
+
+
+def epoch(contestant: str, folder: Path, first: dict[str, list[float]]) -> None:
+    """Go through one epoch, note when the first batch came, and hold the contestant to what all of them are to deliver."""
+    started, images, classes = time.perf_counter(), 0, np.zeros(CLASSES, dtype=np.int64)
+    for ids_BT, labels_B in CONTESTANTS[contestant](folder):
+        if not images:
+            first[contestant].append(time.perf_counter() - started)
+        assert ids_BT.shape == (len(labels_B), SIDE**2)
+        images += len(ids_BT)
+        classes += np.bincount(labels_B, minlength=CLASSES)
+    assert images == IMAGES and (classes == IMAGES // CLASSES).all()
+
+
+def bytes_of(folder: Path, patterns: list[str]) -> tuple[float, float]:
+    """Bytes of an image: in the files, and in the blocks that they take on the disk."""
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    sizes = [path.stat() for top in found for path in ([top] if top.is_file() else top.iterdir())]
+    return sum(size.st_size for size in sizes) / IMAGES, sum(size.st_blocks * 512 for size in sizes) / IMAGES
+
+
+# --- opening a million, and the share of a step ---------------------------------------------------------------------------------
+
+
+def write_million(folder: Path) -> None:
+    """Manifest and sidecars of a million images as the writer leaves them; the tars are holes of the right size, for opening reads none of them."""
+    folder.mkdir()
+    of_all = header(MILLION)
+    entries, fingerprint = [], of_all.fingerprint
+    for number in range(of_all.num_shards):
+        sources, name = of_all.source_range(number), shard_name(number)
+        size = 10240 + 2560 * len(sources)
+        ShardSidecar(shard=name, count=len(sources), size=size, sha256="0" * 64, header_fingerprint=fingerprint, skipped=[],
+                     keys=list(map(default_key, sources)), indices=list(sources), labels=[index % CLASSES for index in sources],
+                     sources=[f"n01440764/n01440764_{index}.JPEG" for index in sources],
+                     offsets={"image": [640 + 2560 * row for row in range(len(sources))]}).save(folder)
+        with open(folder / name, "wb") as file:
+            os.truncate(file.fileno(), size)
+        entries.append(ShardEntry(name=name, count=len(sources), size=size, sha256="0" * 64,
+                                  sidecar_sha256=hashlib.sha256(sidecar_path(folder, name).read_bytes()).hexdigest()))
+    known = {field.name: getattr(of_all, field.name) for field in dataclasses.fields(of_all)}
+    TokenShardManifest(**known, num_samples=MILLION, skipped=[], sources_sha256="0" * 64, shards=entries).save(folder)
+
+
+def waiting(folder: Path, batch_size: int) -> tuple[float, float, int]:
+    """Seconds of a training step and of its wait for data, in the median and in all, the opening of the first window included; parameters."""
+    reader = TokenShardReader(folder / "shards", seed=0)
+    vocabulary = Vocabulary(grids=reader.manifest.grids, class_names=reader.manifest.class_names, token_fingerprint="0" * 64, label_drop=0.1)
+    prior = TokenPrior.from_config(PriorConfig(width=256, layers=6, heads=4), vocabulary, 0).train()
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-4)
+    batches = TokenBatches(reader, vocabulary, 0, 0.1)
+
+    def step(ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
+        prior.loss(ids_BT, classes_B).backward()
+        torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step(torch.zeros(batch_size, SIDE**2, dtype=torch.int64), torch.zeros(batch_size, dtype=torch.int64))  # warm
+    waits, steps = [], []
+    for number in range(STEPS[batch_size]):
+        started = time.perf_counter()
+        batch = batches.batch(number, batch_size)
+        waits.append(time.perf_counter() - started)
+        step(*batch)
+        steps.append(time.perf_counter() - started)
+    return statistics.median(steps), sum(waits) / sum(steps), sum(weight.numel() for weight in prior.parameters())
+
+
+def main() -> int:
+    """Print the tables; exit code 1 where a promise is broken."""
+    use_two_cpu_threads()
+    text, checks = [], []
+    with tempfile.TemporaryDirectory(prefix="vqmosaic-shards-") as name:
+        folder = Path(name)
+        write_everything(folder)
+        first = {contestant: [] for contestant in CONTESTANTS}
+        turns = {contestant: functools.partial(epoch, contestant, folder, first) for contestant in CONTESTANTS}
+        seconds = in_turn(turns, ROUNDS, warm_up=0)  # what was just written is warm
+        text += ["| | images/s | times slower than ours | first batch after, ms | bytes an image | on the disk |", "|---|---|---|---|---|---|"]
+        for contestant in CONTESTANTS:
+            in_files, on_disk = bytes_of(folder, PATHS[contestant])
+            text.append(f"| {contestant} | {IMAGES / statistics.median(seconds[contestant]):,.0f} | {ratio(seconds, contestant, OURS):.1f} | "
+                        f"{statistics.median(first[contestant]) * 1000:,.0f} | {in_files:,.0f} | {on_disk:,.0f} |")
+            if contestant != OURS:
+                checks.append((ratio(seconds, contestant, OURS) > 1, f"faster than {contestant}", f"{ratio(seconds, contestant, OURS):.1f} times"))
+        write_million(folder / "million")
+        opening = statistics.median(in_turn({OURS: lambda: TokenShardReader(folder / "million")}, ROUNDS)[OURS])
+        checks.append((opening < MOST_OPENING_SECONDS, f"a million images open in less than {MOST_OPENING_SECONDS:g} s", f"{opening:.2f} s"))
+        text += ["", "| batch | training step, ms | of it waiting for data |", "|---|---|---|"]
+        for batch_size in STEPS:
+            step, share, parameters = waiting(folder, batch_size)
+            text.append(f"| {batch_size} | {step * 1000:.0f} | {share:.2%} |")
+            checks.append((share < MOST_WAITING, f"a step of batch {batch_size} waits less than {MOST_WAITING:.0%} for data", f"{share:.2%}"))
+    text += ["", *(f"- {'kept' if kept else 'NOT kept'}: {promise}: {found}" for kept, promise, found in checks), "",
+             f"{IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, made up, all in the page cache; one shuffled epoch in batches of "
+             f"{BATCH} in one process, opening included, median of {ROUNDS} alternations; the JSON lines are held in memory whole. "
+             f"The step is that of a Llama of {parameters / 1e6:.1f} million parameters (6 layers, 256 wide, 4 heads), the opening of the first "
+             "window of shards included."]
+    record("Token shards", text, ("webdataset", "numpy"))
+    return int(not all(kept for kept, _, _ in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

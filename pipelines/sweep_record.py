@@ -1,0 +1,95 @@
+"""The record of a sweep: with what it was made, and the result of each combination, written as it comes. Loads no torch.
+
+    sweep.json
+        setup        what decides the numbers: parts of the pipeline, feature extractor, real images, number of images, seed, classes
+        reference    how many real images were compared with
+        results      for each combination its settings, distances, seconds, device and library versions
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vqmosaic.durable_files import write_json
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import SamplingConfig
+
+FORMAT = "vqmosaic.sweep"
+FORMAT_VERSION = 1
+
+
+class SweepRecord:
+    """A sweep's JSON file. Each result is added to it whole, so that a sweep that is stopped goes on with what is missing."""
+
+    def __init__(self, path: Path, content: dict[str, Any]):
+        self.path, self.content = path, content
+
+    @classmethod
+    def open(cls, path: Path, setup: Mapping[str, Any]) -> "SweepRecord":
+        """The record in a file, or a fresh one that is not written yet.
+
+        Raises:
+            ValueError: the file is something else, or a sweep with another setup, whose numbers could not be compared with new ones.
+        """
+        setup = json.loads(json.dumps(setup))
+        if not path.exists():
+            return cls(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "setup": setup, "reference": None, "results": []})
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); give another --out, or delete it to start anew.") from None
+        found = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else None
+        if found != (FORMAT, FORMAT_VERSION):
+            raise InputError(f"{path} is no record of a sweep that this vqmosaic reads; give another --out.")
+        if content["setup"] != setup:
+            differences = "; ".join(f"{name} was {there!r}, now {here!r}" for name, there, here in differing(content["setup"], setup))
+            raise InputError(f"{path} was made with another setup, so its numbers cannot be compared with new ones: {differences}. "
+                             "Give another --out, or delete the file to start anew.")
+        return cls(path, content)
+
+    def result_of(self, sampling: SamplingConfig) -> dict[str, Any] | None:
+        """The result of a combination that was measured."""
+        return next((result for result in self.content["results"] if SamplingConfig(**result["settings"]) == sampling), None)
+
+    def add(self, sampling: SamplingConfig, **numbers: Any) -> None:
+        """Add the result of a combination and write the file."""
+        self.content["results"].append({"settings": dataclasses.asdict(sampling), **numbers})
+        write_json(self.path, self.content)
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """All results, the lowest Frechet distance first; of equal ones the one that was measured first."""
+        return sorted(self.content["results"], key=lambda result: result["frechet_distance"])
+
+
+def differing(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value there, value here) of the leaves in which two nested mappings differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys([*there, *here]):
+            yield from differing(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield name, there, here
+
+
+def settings_in_words(settings: dict[str, Any], names: list[str]) -> str:
+    """The named settings, for a line that a person reads."""
+    return ", ".join(f"{name} {settings[name]:g}" if isinstance(settings[name], float | int) else f"{name} {settings[name]}" for name in names)
+
+
+def varied(results: list[dict[str, Any]]) -> list[str]:
+    """Names of the settings in which results differ; all names where they do not differ."""
+    names = list(results[0]["settings"])
+    return [name for name in names if len({json.dumps(result["settings"][name]) for result in results}) > 1] or names
+
+
+def ranking_table(results: list[dict[str, Any]]) -> str:
+    """Ranked results as lines: rank, the settings that differ, Frechet distance, kernel distance with its deviation over subsets."""
+    names = varied(results)
+    rows = [["", *names, "Frechet", "kernel"]]
+    for rank, result in enumerate(results, start=1):
+        values = [f"{value:g}" if isinstance(value := result["settings"][name], float | int) else str(value) for name in names]
+        kernel = f"{result['kernel_distance']:.6g} ± {result['kernel_deviation']:.2g}"
+        rows.append([f"{rank}.", *values, f"{result['frechet_distance']:.6g}", kernel])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("    " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,0 +1,212 @@
+"""GridTransformer: this project's own causal language model for the tokens of images, registered with transformers' auto classes.
+
+What differs from a language model for text:
+
+- Positions are places in a grid. Keys are rotated by the place of the token they hold and queries by the place of the token they are to predict
+  (rows in one half of each head, columns in the other; after RoFormer, Su et al. 2021, in two axes), so that "the one above" looks the same
+  everywhere, at the beginning of a row too. A learnt embedding of the place to predict is added at the input.
+- Each block adds its own embedding of the class at the class token, which all later positions attend to: the class enters at every depth, and
+  the key-value cache holds all of it.
+- Queries and keys are normalized in each head (Dehghani et al. 2023), which keeps attention logits bounded at high learning rates.
+- Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass, where RMSNorm takes five on a CPU.
+
+In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, V ids of the vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+MODEL_TYPE = "grid_transformer"
+
+
+class GridTransformerConfig(PreTrainedConfig):
+    """Sizes of a GridTransformer; the base makes it a dataclass. `grids` and `num_codes` say what the ids and their positions mean."""
+
+    model_type = MODEL_TYPE
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own name and kind)
+
+    vocab_size: int = 523
+    """All ids, V: codes, classes, null class."""
+    num_codes: int = 512
+    """Ids below this are codes; those from here on are classes, the last of them the null class."""
+    grids: list | tuple = ((8, 8, 1),)
+    """[height, width, depth] of each grid, in the order of their tokens."""
+    hidden_size: int = 256
+    """Width of the residual stream, D."""
+    num_hidden_layers: int = 6
+    """Blocks."""
+    num_attention_heads: int = 4
+    """Heads, A; D / A must be a multiple of 4."""
+    intermediate_size: int = 1024
+    """Width of the feed-forward blocks."""
+    max_position_embeddings: int = 65
+    """1 + T."""
+    rope_theta: float = 100.0
+    """The slowest rotation turns by about 1 / rope_theta a place; grids are some tens of places wide."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in norms."""
+    embd_pdrop: float = 0.0
+    """Dropout on the embedded tokens."""
+    resid_pdrop: float = 0.0
+    """Dropout on what each attention and feed-forward block adds."""
+    tie_word_embeddings: bool = False
+    """Always false: ids at the input and at the output have matrices of their own."""
+    use_cache: bool = True
+    """Whether forward returns a key-value cache."""
+    bos_token_id: int | None = None
+    """None: a sequence begins with its class."""
+    eos_token_id: int | None = None
+    """None: a sequence ends after T tokens."""
+    pad_token_id: int | None = None
+    """None: all sequences are of one length."""
+
+    def __post_init__(self, **kwargs):
+        head_width = self.hidden_size // self.num_attention_heads
+        if self.hidden_size % self.num_attention_heads or head_width % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives heads of {head_width} "
+                             "dimensions; a grid_transformer rotates pairs of them in two axes, so it must be a multiple of 4")
+        tokens = sum(height * width * depth for height, width, depth in self.grids)
+        if self.max_position_embeddings != 1 + tokens:
+            raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids {self.grids} "
+                             f"make {1 + tokens}")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is true; a grid_transformer has a matrix for its logits of its own")
+        super().__post_init__(**kwargs)
+
+
+def places_of_tokens(grids: list[list[int]]) -> torch.Tensor:
+    """Row and column (T, 2) of each token, in places of the largest grid; those of smaller grids lie at the centres of what they cover."""
+    most_rows, most_columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
+    places = []
+    for height, width, depth in grids:
+        rows = (torch.arange(height) + 0.5) * (most_rows / height) - 0.5
+        columns = (torch.arange(width) + 0.5) * (most_columns / width) - 0.5
+        grid_places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+        places.append(grid_places.repeat_interleave(depth, dim=0))
+    return torch.cat(places)
+
+
+def rotation_tables(config: GridTransformerConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (S, 2, d) for queries (0) and keys (1) at each of the S = 1 + T positions; the class stands at (-1, -1)."""
+    tokens_T2 = places_of_tokens(config.grids)
+    class_12 = torch.full((1, 2), -1.0)
+    keys_S2 = torch.cat([class_12, tokens_T2])
+    queries_S2 = torch.cat([tokens_T2, tokens_T2[-1:]])  # after the last token there is nothing left to predict
+    pairs_per_axis = config.hidden_size // config.num_attention_heads // 4
+    frequencies = config.rope_theta ** -(torch.arange(pairs_per_axis) / pairs_per_axis)
+    places_S22 = torch.stack([queries_S2, keys_S2], dim=1)                          # S, query or key, axis
+    angles = (places_S22[..., None] * frequencies).flatten(2)                       # S, 2, d / 2: pairs of rows, then of columns
+    return angles.cos().repeat(1, 1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+
+
+class GridBlock(GradientCheckpointingLayer):
+    """Class embedding at the class token, attention, feed-forward: each around a skip connection."""
+
+    def __init__(self, config: GridTransformerConfig, layer: int):
+        super().__init__()
+        width = config.hidden_size
+        self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
+        self.class_embedding = nn.Embedding(config.vocab_size - config.num_codes, width)
+        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
+        self.feed_forward_in = nn.Linear(width, config.intermediate_size, bias=False)
+        self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
+
+    def forward(self, x_BSD: torch.Tensor, classes_B: torch.Tensor | None, cosines_S2d: torch.Tensor, sines_S2d: torch.Tensor,
+                cache=None, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already."""
+        if classes_B is not None:
+            first_B1D = x_BSD[:, :1] + self.class_embedding(classes_B)[:, None]
+            x_BSD = torch.cat([first_B1D, x_BSD[:, 1:]], dim=1)
+        batch, length, width = x_BSD.shape
+        hidden = self.query_key_value(self.attention_norm(x_BSD))                                     # B, S, 3 D
+        hidden = hidden.view(batch, length, 3, self.heads, width // self.heads)                       # B, S, 3, A, d
+        rotated = F.layer_norm(hidden[:, :, :2], hidden.shape[-1:], eps=self.epsilon)                 # B, S, 2, A, d: queries and keys
+        swapped = rotated.roll(rotated.shape[-1] // 2, dims=-1)
+        rotated = torch.addcmul(rotated * cosines_S2d[:, :, None], swapped, sines_S2d[:, :, None])
+        query, key = rotated.permute(2, 0, 3, 1, 4)                                                   # B, A, S, d each
+        value = hidden[:, :, 2].transpose(1, 2)                                                       # B, A, S, d
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        is_causal = mask_SS is None and length > 1
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=is_causal)
+        mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
+        x_BSD = x_BSD + F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
+        hidden = F.relu(self.feed_forward_in(self.feed_forward_norm(x_BSD))).square()                 # B, S, intermediate
+        return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
+
+
+class GridTransformer(PreTrainedModel, GenerationMixin):
+    """The causal language model: ids (B, S), a class id first, to logits (B, S, V). Used through TokenPrior, or as any model of transformers."""
+
+    config_class = GridTransformerConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GridBlock"]  # noqa: RUF012 (transformers' own name and kind)
+    _supports_sdpa = True
+
+    def __init__(self, config: GridTransformerConfig):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embeddings are normal, matrices too, of variance 1 over inputs; what writes into the residual stream is zero: blocks start as nothing."""
+        if isinstance(module, GridBlock):
+            for matrix in (module.attention_out, module.feed_forward_out):
+                nn.init.zeros_(matrix.weight)
+        elif isinstance(module, nn.Linear) and not any(module is block.attention_out or module is block.feed_forward_out for block in self.blocks):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding of all ids."""
+        return self.token_embedding
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The matrix that makes logits."""
+        return self.head
+
+    def rotations(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotation tables on a device, float32; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
+        if device not in self._tables:
+            self._tables[device] = tuple(table.to(device) for table in rotation_tables(self.config))
+        return self._tables[device]
+
+    def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache: bool | None = None, logits_to_keep: int = 0,
+                attention_mask: torch.Tensor | None = None, **unused) -> CausalLMOutputWithPast:
+        """Logits (B, S, V), or of the last `logits_to_keep` positions. `attention_mask` must be all ones: sequences are of one length."""
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()
+        seen, length = 0 if past_key_values is None else past_key_values.get_seq_length(), input_ids.shape[1]
+        positions_S = torch.arange(seen, seen + length, device=input_ids.device)
+        x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
+        x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
+        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
+        cosines_S2d, sines_S2d = (table[seen:seen + length].to(x_BSD.dtype) for table in self.rotations(input_ids.device))
+        mask_SS = None
+        if seen and length > 1:
+            mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
+        for block in self.blocks:
+            x_BSD = block(x_BSD, classes_B, cosines_S2d, sines_S2d, past_key_values, mask_SS)
+        logits_BSV = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
+        return CausalLMOutputWithPast(logits=logits_BSV, past_key_values=past_key_values)
+
+
+AutoConfig.register(MODEL_TYPE, GridTransformerConfig)
+AutoModelForCausalLM.register(GridTransformerConfig, GridTransformer)

@@ -1,0 +1,114 @@
+"""Prove a set-up of the prior in about a minute: can it learn a handful of images by heart?
+
+    vqmosaic train-prior digits --overfit 8
+
+A prior that cannot do this (learning rate, number format, architecture, compiler, tokens) learns nothing from more images either. One process,
+the recipe's own prior, optimizer and number format, without what keeps from learning by heart; nothing of the run is read but its
+tokens, and nothing is written: the training state lies in a temporary folder.
+"""
+
+import dataclasses
+import math
+import tempfile
+from collections import Counter
+
+import torch
+
+from stage2_prior.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
+from stage2_prior.losses import next_token_loss, z_loss
+from stage2_prior.prior import TokenPrior
+from stage2_prior.train import tokens_folder
+from stage2_prior.training_start import describe_attention, loss_of_ignorance, prepare_prior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards import TokenShardReader
+from vqmosaic.errors import check_range
+from vqmosaic.interruption import EXIT_CODES, StopFlag
+from vqmosaic.recipe import Recipe
+from vqmosaic.seeding import reseed_step
+from vqmosaic.training_run import TrainingRun
+
+THRESHOLD = 0.1
+"""Nats per token above what cannot be known, below which the images count as learnt by heart."""
+MAX_STEPS, MAX_MINUTES = 2000, 1.0
+
+
+def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> int:
+    """Exit code of the proof on the first `images` training images: 0 when the NLL falls below the threshold in time, else 1.
+
+    Raises InputError for more images than there are and for tokens that cannot be read; 143 or 130 come back after a signal.
+    """
+    reader = TokenShardReader(tokens_folder(recipe) / "train")
+    check_range("--overfit", images, at_least=1, at_most=len(reader))
+    with StopFlag() as stop, tempfile.TemporaryDirectory(prefix="vqmosaic-overfit-") as scratch:
+        by_heart = recipe_by_heart(recipe, images, scratch, max_minutes)
+        run = TrainingRun(by_heart, "prior", by_heart.prior_training, stop)
+        try:
+            return learn_by_heart(run, reader, images)
+        finally:
+            run.accelerator.end_training()
+
+
+def recipe_by_heart(recipe: Recipe, images: int, scratch: str, max_minutes: float) -> Recipe:
+    """The recipe of the proof: no dropout, no label drop, no weight average, the recipe's peak learning rate from early on, a scratch folder."""
+    dropouts = {*ATTENTION_DROPOUTS, *RESIDUAL_DROPOUTS, *EMBEDDING_DROPOUTS} & recipe.prior.options.keys()
+    prior = dataclasses.replace(recipe.prior, dropout=0.0, options=recipe.prior.options | dict.fromkeys(dropouts, 0.0))
+    training = recipe.prior_training
+    training = dataclasses.replace(
+        training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, weight_ema_decay=0.0,
+        learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
+        final_learning_rate=1.0, resume="never", trackers=[])
+    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # which without label drop would be refused
+    return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
+
+
+def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
+    """Train on the same images again and again, print how the NLL falls, and judge it."""
+    recipe, training, manifest = run.recipe, run.training, reader.manifest
+    vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
+    model = prepare_prior(prior, training, run)
+    tokens = reader.sequential(0, images)
+    unknowable = entropy_of_choice(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
+    goal = unknowable + THRESHOLD
+    run.report.table("learning by heart", {
+        "images": f"{images} of {len(reader):,}, {vocabulary.num_tokens} tokens each",
+        "attention": describe_attention(prior.model, run.accelerator.device),
+        "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
+        "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} is which of the images of a class it is, which cannot be known",
+        "budget": f"{training.max_steps:,} steps or {training.max_minutes:g} minutes"})
+    ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
+    report_at, nll = 0, math.inf
+    while True:
+        signal_number, progress = run.sync()
+        if signal_number:
+            run.report("stopped by a signal; nothing was kept")
+            return EXIT_CODES[signal_number]
+        reseed_step(recipe.seed, "overfit", run.state.step)
+        model.train()
+        with run.accelerator.accumulate(model):
+            logits_BTK = model(ids_BT, classes_B)
+            loss = next_token_loss(logits_BTK, ids_BT)
+            run.accelerator.backward(loss + training.z_loss * z_loss(logits_BTK) if training.z_loss else loss)
+        nll = float(loss.detach())
+        if nll <= goal or progress >= 1 or run.state.step >= report_at:
+            run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
+            report_at = max(5, 2 * run.state.step)
+        if nll <= goal:
+            run.report(f"learnt by heart after {run.state.step:,} steps: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
+            return 0
+        if progress >= 1:
+            break
+        run.optimizer_step(loss.detach(), progress)
+        run.state.step += 1
+        run.bar.update()
+    run.report(f"NOT learnt by heart after {run.state.step:,} steps: NLL {nll:.4f}, it should be at most {goal:.3f}; knowing nothing is "
+               f"{loss_of_ignorance(vocabulary):.3f}. Look at prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
+               "and the size and options of prior before training on more.")
+    return 1
+
+
+def entropy_of_choice(ids_BT: list[list[int]], classes_B: list[int]) -> float:
+    """Nats per image that the class leaves open, when each image of it is as likely as the others; equal images count as one."""
+    in_class = Counter(classes_B)
+    equal = Counter((label, *ids) for ids, label in zip(ids_BT, classes_B, strict=True))
+    return sum(math.log(in_class[label] / equal[label, *ids]) for ids, label in zip(ids_BT, classes_B, strict=True)) / len(classes_B)

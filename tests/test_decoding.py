@@ -1,0 +1,255 @@
+"""Decoding: the fused paths against the models' own, for every option they take; what is sent to the model itself; weights that change."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines import ImageGenerationPipeline
+from pipelines.command_line import dispatch
+from stage2_prior import decoding_products
+from stage2_prior.decoding import GraphDecoder, StaticDecoder, StockDecoder, make_decoder
+from stage2_prior.decoding_products import Product, can_pack, pack, packed_product
+from stage2_prior.precision import largest_logit_difference, step_logits
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+
+GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
+TWO_GRIDS = [Grid(name="coarse", codebook_size=6, height=1, width=2), Grid(name="fine", codebook_size=18, height=2, width=2)]
+CLASSES = [0, 2, 1, -1, 0]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads gain nothing on models this small, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_prior(architecture="llama", grids=GRIDS, **options):
+    vocabulary = Vocabulary(grids=grids, class_names=["ant", "bee", "cat"], token_fingerprint="f" * 64, label_drop=0.1)
+    prior = TokenPrior.from_config(PriorConfig(architecture=architecture, width=32, layers=2, heads=4, options=options), vocabulary, seed=0).eval()
+    shake(prior)
+    return prior
+
+
+def shake(prior, seed=0):
+    """Change every weight in place, norms, biases and matrices that start at zero among them, so that each one decides logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in prior.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.2)
+
+
+def random_ids(prior, rows=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randint(stop - start, (rows,), generator=generator) for start, stop in prior.vocabulary.position_ranges()], dim=1)
+
+
+def decoder_of(prior, rows=2):
+    with torch.inference_mode():
+        return make_decoder(prior.model, prior.vocabulary.num_codes, rows, prior.vocabulary.num_tokens)
+
+
+FUSED = [
+    ("llama", {}), ("llama", {"num_key_value_heads": 2}), ("llama", {"num_key_value_heads": 1, "head_dim": 12}), ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True, "hidden_act": "gelu"}), ("llama", {"tie_word_embeddings": True}), ("llama", {"rms_norm_eps": 0.3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}), ("grid_transformer", {}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), FUSED)
+@pytest.mark.parametrize("grids", [GRIDS, TWO_GRIDS])
+def test_the_fused_path_gives_the_logits_of_the_model(architecture, options, grids):
+    prior = make_prior(architecture, grids, **options)
+    assert isinstance(decoder_of(prior), StaticDecoder)
+    ids_BT = random_ids(prior)
+    assert step_logits(prior, ids_BT, CLASSES)[:, -1].std() > 0.3
+    assert largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4
+
+
+@pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], FUSED[-1]])
+def test_a_position_on_the_device_is_the_same_step(architecture, options):
+    prior = make_prior(architecture, **options)
+    ids_BT = random_ids(prior)
+    inputs_BT = torch.cat([prior.vocabulary.condition_ids(torch.tensor(CLASSES))[:, None], ids_BT[:, :-1]], dim=1)
+    plain, recordable = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
+    with torch.inference_mode():
+        for position in range(9):
+            expected = plain.step(inputs_BT[:, position], position)
+            found = recordable.step(inputs_BT[:, position], position if position == 0 else torch.tensor([position]))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "grid_transformer", "qwen3"])
+def test_the_first_rows_go_on_alone(architecture):
+    prior = make_prior(architecture)
+    ids_BT = random_ids(prior)
+    inputs_BT = torch.cat([prior.vocabulary.condition_ids(torch.tensor(CLASSES))[:, None], ids_BT[:, :-1]], dim=1)
+    whole, part = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
+    with torch.inference_mode():
+        for position in range(9):
+            expected = whole.step(inputs_BT[:, position], position)
+            found = part.step(inputs_BT[:part.rows, position], position)
+            torch.testing.assert_close(found, expected[:part.rows], rtol=0, atol=1e-5)
+            if position == 3:
+                part.keep_first(2)
+    assert part.rows == 2 and len(found) == 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
+def test_dropped_null_rows_change_nothing(architecture):
+    prior, seeds = make_prior(architecture), [1, 2, 3]
+    until, whole = SamplingConfig(guidance_scale=3.0, guidance_interval=[0.0, 0.5]), SamplingConfig(guidance_scale=3.0)
+    unguided = prior.sample([0, 1, 2], SamplingConfig(), seeds)
+    ids_BT, guided = prior.sample([0, 1, 2], until, seeds), prior.sample([0, 1, 2], whole, seeds)
+    assert torch.equal(ids_BT[:, :5], guided[:, :5])  # positions 0 to 4 begin before half of the nine
+    assert not torch.equal(ids_BT, guided) and not torch.equal(ids_BT, unguided)
+    hook = prior.model.register_forward_hook(lambda module, inputs, output: None)  # through the model itself
+    assert torch.equal(prior.sample([0, 1, 2], until, seeds), ids_BT)
+    hook.remove()
+
+
+def test_weights_that_change_are_never_stale():
+    prior = make_prior()
+    ids_BT = random_ids(prior)
+    first = step_logits(prior, ids_BT, CLASSES)
+    for change in (lambda weight: weight.data.mul_(1.5), lambda weight: weight.copy_(weight * 0.5),
+                   lambda weight: torch._foreach_mul_([weight], 1.7)):
+        with torch.no_grad():
+            change(prior.model.model.layers[1].mlp.up_proj.weight)
+        changed = step_logits(prior, ids_BT, CLASSES)
+        assert (changed - first).abs().max() > 1e-3 and largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4
+        first = changed
+    prior.to(torch.bfloat16)
+    assert (step_logits(prior, ids_BT, CLASSES) - first).abs().max() > 1e-3
+
+
+def add_adapter(prior):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    prior.model.model.layers[0].self_attn.v_proj.__class__ = Adapted
+
+
+def replace_forward(prior):
+    layer = prior.model.model.layers[0].mlp
+    original = layer.forward
+    layer.forward = lambda x: 2 * original(x)
+
+
+@pytest.mark.parametrize("change", [
+    add_adapter, replace_forward,
+    lambda prior: prior.model.model.layers[0].register_forward_hook(lambda module, inputs, output: output + 1),
+    lambda prior: prior.model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
+    lambda prior: prior.model.lm_head.to(torch.float64),
+    lambda prior: nn.utils.parametrizations.weight_norm(prior.model.lm_head),
+])
+def test_what_was_added_from_outside_goes_through_the_model(change):
+    prior = make_prior()
+    assert isinstance(decoder_of(prior), StaticDecoder)
+    change(prior)
+    assert isinstance(decoder_of(prior), StockDecoder)
+
+
+def test_under_autocast_and_for_other_architectures_too():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert isinstance(decoder_of(make_prior()), StockDecoder)
+    for architecture in ("gpt2", "qwen3"):
+        assert isinstance(decoder_of(make_prior(architecture)), StockDecoder)
+    dynamic = make_prior(rope_parameters={"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0})
+    assert isinstance(decoder_of(dynamic), StockDecoder)
+
+
+def test_dropout_of_a_training_model_does_not_send_it_the_slow_way():
+    prior = make_prior().train()
+    assert isinstance(decoder_of(prior), StaticDecoder)
+    ids_BT = random_ids(prior)
+    assert largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4 and prior.model.training
+
+
+def test_a_forward_pass_leaves_the_model_plain():
+    prior = make_prior()
+    prior.loss(random_ids(prior), torch.tensor(CLASSES)).backward()
+    assert isinstance(decoder_of(prior), StaticDecoder)
+
+
+@pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
+def test_packed_products_are_products(rows):
+    generator = torch.Generator().manual_seed(0)
+    x_NK, weight = torch.randn(rows, 40, generator=generator), torch.randn(56, 40, generator=generator)
+    bias = torch.randn(56, generator=generator)
+    found = packed_product(x_NK, pack(weight, rows + 1), bias)  # packed for another number of rows, as after the null rows are dropped
+    assert found.shape == (rows, 56) and found.is_contiguous()
+    torch.testing.assert_close(found, nn.functional.linear(x_NK, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_joined_products(monkeypatch, packed):
+    monkeypatch.setattr(decoding_products, "PACKED_NUMBERS", 0)
+    monkeypatch.setattr(decoding_products, "can_pack", lambda *_: packed and can_pack("cpu", torch.float32))
+    torch.manual_seed(0)
+    linears = [nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)]
+    x_NK = torch.randn(4, 16)
+    with torch.inference_mode():
+        expected = torch.cat([linear(x_NK) for linear in linears], dim=-1)
+        torch.testing.assert_close(Product(linears, 4)(x_NK), expected)
+        torch.testing.assert_close(Product(linears, 4, outputs=30)(x_NK), expected[:, :30])
+
+
+def test_a_model_whose_matrices_are_packed(monkeypatch):
+    monkeypatch.setattr(decoding_products, "PACKED_NUMBERS", 0)
+    for architecture in ("llama", "grid_transformer"):
+        prior = make_prior(architecture)
+        assert largest_logit_difference(prior, prior, random_ids(prior), CLASSES) < 1e-4
+        sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.2, 0.6])
+        prior.sample([0, 1], sampling, [1, 2])
+
+
+def test_bfloat16_is_reported_and_small():
+    prior, narrow = make_prior(), make_prior().to(torch.bfloat16)
+    difference = largest_logit_difference(narrow, prior, random_ids(prior), CLASSES)
+    assert 1e-3 < difference < 0.5
+
+
+def test_a_pipeline_takes_the_settings_and_says_what_bfloat16_costs(tiny_run, tmp_path, capsys):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
+    calls = []
+    sample = pipe.prior.sample
+    pipe.prior.sample = lambda classes, sampling, **rest: calls.append(sampling) or sample(classes, sampling, **rest)
+    out = pipe(["3"], 2, seed=1, guidance_schedule="linear", guidance_interval=(0.1, 0.9), min_p=0.1, guidance_power=3.0)
+    expected = {"guidance_schedule": "linear", "guidance_interval": [0.1, 0.9], "min_p": 0.1, "guidance_power": 3.0}
+    assert calls == [dataclasses.replace(pipe.sampling, **expected)]
+    assert pipe.logit_difference(out.token_ids, out.class_indices) < 1e-4
+    assert dispatch(["generate", str(tiny_run), "--classes", "3", "--num", "2", "--out", str(tmp_path), "--dtype", "bfloat16", "--device", "cpu",
+                     "--guidance_schedule", "cosine", "--guidance_interval", "0", "0.5", "--min_p", "0.01"]) == 0
+    difference = re.search(r"logits of the prior in bfloat16 differ from those in float32 by up to (\S+) \(of 2", capsys.readouterr().out)
+    assert 0 < float(difference[1]) < 0.5
+
+
+def test_a_pipeline_of_before_these_settings_loads(tiny_copy):
+    path = tiny_copy / "pipeline" / "pipeline.json"
+    content = json.loads(path.read_text())
+    content["sampling"] = {name: content["sampling"][name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    path.write_text(json.dumps(content))
+    assert ImageGenerationPipeline.from_pretrained(tiny_copy, device="cpu").sampling == SamplingConfig(**content["sampling"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
+def test_a_recorded_graph_draws_the_same(architecture):
+    prior = make_prior(architecture).to("cuda")
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.0, 0.7])
+    with torch.inference_mode():
+        assert isinstance(make_decoder(prior.model, 24, 4, 9, compile=True), GraphDecoder)
+    expected = prior.sample([0, 1], sampling, [1, 2])
+    assert torch.equal(prior.sample([0, 1], sampling, [1, 2], compile=True), expected)

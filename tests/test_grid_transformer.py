@@ -1,0 +1,191 @@
+"""The project's own model: places of a grid, the class in every block, and a good citizen among transformers' models."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stage2_prior.grid_transformer import GridTransformer, GridTransformerConfig, places_of_tokens, rotation_tables
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import Grid
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import PriorConfig
+
+CODES, CLASSES = 11, 3
+
+
+def config_of(grids=((3, 4, 1),), **changes) -> GridTransformerConfig:
+    tokens = sum(height * width * depth for height, width, depth in grids)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return GridTransformerConfig(**{"grids": grids, "num_codes": CODES, "vocab_size": CODES + CLASSES + 1, "max_position_embeddings": 1 + tokens,
+                                    **sizes, **changes})
+
+
+def trained_looking(model: GridTransformer) -> GridTransformer:
+    """With weights as after some training: fresh blocks add nothing."""
+    noise = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> GridTransformer:
+    torch.manual_seed(0)
+    return trained_looking(GridTransformer(config_of()))
+
+
+def sequences(model: GridTransformer, count: int = 3) -> torch.Tensor:
+    """Ids (count, S): a class, then codes."""
+    noise = torch.Generator().manual_seed(6)
+    codes = torch.randint(CODES, (count, model.config.max_position_embeddings - 1), generator=noise)
+    return torch.cat([CODES + torch.arange(count)[:, None] % CLASSES, codes], dim=1)
+
+
+def test_the_cache_gives_what_the_whole_sequence_gives(model):
+    ids_BS = sequences(model)
+    whole = model(ids_BS, use_cache=False).logits
+    for cuts in ([*range(1, ids_BS.shape[1])], [5], [1, 9]):
+        cache, parts = None, []
+        for part in torch.tensor_split(ids_BS, cuts, dim=1):
+            output = model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids_BS, logits_to_keep=2).logits, whole[:, -2:], rtol=0, atol=1e-5)
+
+
+def test_an_output_sees_the_past_alone(model):
+    ids_BS = sequences(model, 1)
+    changed = ids_BS.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % CODES
+    before, after = model(ids_BS).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :6], after[:, :6], rtol=0, atol=1e-6)
+    assert ((before - after)[:, 6:].abs().amax(dim=(0, 2)) > 1e-5).all()
+
+
+def test_each_block_has_the_class_to_itself(model):
+    """A change of one block's embedding of one class reaches the images of that class, at every position, and no others."""
+    ids_BS = sequences(model)
+    before = model(ids_BS).logits
+    for block in model.blocks:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.blocks[block.layer].class_embedding.weight[1] += torch.linspace(-3, 3, 32)
+        difference = (other(ids_BS).logits - before).abs().amax(dim=2)
+        assert (difference[1] > 1e-4).all() and difference[0].max() == 0 and difference[2].max() == 0
+
+
+def test_the_place_above_looks_the_same_everywhere():
+    """The product of a rotated query and a rotated key depends on the offset between their places alone, at the beginning of a row too."""
+    grids = ((4, 5, 1),)
+    cosines, sines = rotation_tables(config_of(grids))
+    noise = torch.Generator().manual_seed(7)
+    query, key = torch.randn(2, cosines.shape[-1], generator=noise)
+
+    def rotated(vector: torch.Tensor, position: int, which: int) -> torch.Tensor:
+        return vector * cosines[position, which] + vector.roll(len(vector) // 2) * sines[position, which]
+
+    def product(target: int, held: int) -> torch.Tensor:  # tokens are numbered from 0; the query that predicts `target` stands one before it
+        return rotated(query, target, 0) @ rotated(key, held + 1, 1)
+
+    above = torch.stack([product(row * 5 + column, (row - 1) * 5 + column) for row in range(1, 4) for column in range(5)])
+    left = torch.stack([product(row * 5 + column, row * 5 + column - 1) for row in range(4) for column in range(1, 5)])
+    torch.testing.assert_close(above, above[:1].expand_as(above), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left, left[:1].expand_as(left), rtol=1e-4, atol=1e-4)
+    assert (above[0] - left[0]).abs() > 1e-2
+
+
+def test_places_of_several_grids_and_of_depth():
+    places = places_of_tokens([[1, 2, 2], [2, 4, 1]])
+    assert places[:4].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.5, 2.5], [0.5, 2.5]], "centres of what a place of the smaller grid covers"
+    assert places[4:].tolist() == [[row, column] for row in range(2) for column in range(4)]
+
+
+def test_transformers_loads_it_by_its_folder_alone(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, GridTransformer) and torch.equal(loaded(sequences(model)).logits, model(sequences(model)).logits)
+
+
+def prior_of(grids: list[Grid], **changes) -> TokenPrior:
+    vocabulary = Vocabulary(grids=grids, class_names=["a", "b", "c"], token_fingerprint="none", label_drop=0.1)
+    settings = {"architecture": "grid_transformer", "width": 32, "layers": 2, "heads": 2, "dropout": 0.0}
+    return TokenPrior.from_config(PriorConfig(**(settings | changes)), vocabulary, seed=0)
+
+
+def test_a_prior_of_two_grids_of_different_depth_learns_and_is_sampled(tmp_path):
+    from vqmosaic.recipe_sections import SamplingConfig
+
+    prior = prior_of([Grid("coarse", 6, 2, 2), Grid("fine", 11, 2, 2, 2)])
+    ids_BT = torch.randint(6, (16, 12), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    first = prior.loss(ids_BT).item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = prior.loss(ids_BT, torch.zeros(16, dtype=torch.int64))
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < first / 2
+    drawn = prior.sample([0, 1], SamplingConfig(guidance_scale=1.5), seeds=[1, 2])
+    assert drawn.shape == (2, 12) and drawn[:, :4].max() < 6
+    prior.save_pretrained(tmp_path)
+    assert torch.equal(TokenPrior.from_pretrained(tmp_path).sample([0, 1], SamplingConfig(guidance_scale=1.5), seeds=[1, 2]), drawn)
+
+
+def test_generate_of_transformers_draws_exactly_the_codes():
+    prior = prior_of([Grid("image", 11, 3, 3)]).eval()
+    torch.manual_seed(0)
+    drawn = prior.model.generate(prior.vocabulary.condition_ids(torch.tensor([0, 2]))[:, None])
+    assert drawn.shape == (2, 10) and drawn[:, 1:].max() < 11
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        prior = prior_of([Grid("image", 11, 3, 3)])
+        if checkpointing:
+            prior.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        prior.loss(torch.arange(9)[None].expand(2, 9).contiguous(), torch.tensor([0, 1])).backward()
+        gradients.append([parameter.grad for parameter in prior.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_dropout_is_its_own_and_only_in_training():
+    prior = prior_of([Grid("image", 11, 3, 3)], dropout=0.5)
+    trained_looking(prior.model)
+    ids_BT = torch.arange(9)[None]
+    assert torch.equal(prior.eval()(ids_BT), prior.eval()(ids_BT)) and not torch.equal(prior.train()(ids_BT), prior.train()(ids_BT))
+    assert not any(module._forward_hooks for module in prior.modules())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"width": 36, "heads": 6}, "multiple of 4"),
+    ({"options": {"max_position_embeddings": 9}}, "allows 9 positions"),
+    ({"options": {"max_position_embeddings": 90}}, "make 10"),
+    ({"options": {"tie_word_embeddings": True}}, "tie_word_embeddings"),
+    ({"options": {"grids": [[3, 3, 1]]}}, "follows from the tokens"),
+])
+def test_what_it_cannot_be_is_refused(changes, words):
+    with pytest.raises(InputError, match=words):
+        prior_of([Grid("image", 11, 3, 3)], **changes)
+
+
+def test_presets_have_the_sizes_they_are_known_by():
+    tiny = TokenPrior.from_preset("tiny", codebook_size=512, num_classes=10, num_tokens=64)
+    base = TokenPrior.from_preset("B", codebook_size=1024, num_classes=10, num_tokens=256)
+    assert 4.8e6 < tiny.num_parameters < 5.2e6 and 85.5e6 < base.num_parameters < 87.5e6
+    assert tiny.vocabulary.grids[0].height == 8 and base.vocabulary.num_tokens == 256
+    with pytest.raises(InputError, match=r"num_tokens is 60; .* 49 or 64"):
+        TokenPrior.from_preset("tiny", codebook_size=512, num_classes=10, num_tokens=60)
+    with pytest.raises(InputError, match=r"prior.preset is 'Tiny'"):
+        TokenPrior.from_preset("Tiny", codebook_size=512, num_classes=10, num_tokens=64)
+
+
+def test_sizes_that_are_given_win_over_the_preset():
+    assert PriorConfig(preset="B").sizes == (12, 768, 12)
+    assert PriorConfig(preset="B", layers=3).sizes == (3, 768, 12)

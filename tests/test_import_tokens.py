@@ -1,0 +1,379 @@
+"""Tokens from elsewhere: each layout read as it was written, wrong rows named before anything is written, and the way to a prior and back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines import make_bundle
+from pipelines.command_line import dispatch
+from pipelines.foreign_tokens import TokenLines, open_foreign_tokens
+from stage2_prior.prior import TokenPrior
+from stage2_prior.train import train
+from tests.tiny import CODES, GRID_SIZE, ROOT, command, tiny_recipe
+from token_shards import TokenShardManifest, TokenShardReader
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import Interrupted
+from vqmosaic.recipe_sections import SamplingConfig
+
+ROWS, VIEWS, CLASSES, TOKENS = 60, 2, 5, GRID_SIZE**2
+RNG = np.random.default_rng(0)
+IDS_NVT = RNG.integers(0, CODES, (ROWS, VIEWS, TOKENS))
+LABELS_N = np.arange(ROWS) % CLASSES
+LABELS = LABELS_N.tolist()
+NAMED = ("--codebook_size", CODES, "--token_fingerprint", "made-up")
+
+
+def run(*words: object) -> int:
+    return dispatch([str(word) for word in words])
+
+
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records))
+    return path
+
+
+def write_array(path: Path, array: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array, allow_pickle=False)
+    return path
+
+
+def records_of(ids_NVT=IDS_NVT, labels=LABELS) -> list[dict]:
+    return [{"class_id": label, "tokens": ids_VT.tolist() if len(ids_VT) > 1 else ids_VT[0].tolist()}
+            for ids_VT, label in zip(ids_NVT, labels, strict=True)]
+
+
+def as_lines(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
+    return [write_lines(folder / "tokens.jsonl", records_of(ids_NVT))]
+
+
+def as_files(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
+    """What extract_codes_c2i.py leaves: codes (1, V, T) and labels (1,) of int64."""
+    for row, ids_VT in enumerate(ids_NVT):
+        write_array(folder / f"llama/digits16_codes/{row}.npy", ids_VT[None])
+        write_array(folder / f"llama/digits16_labels/{row}.npy", LABELS_N[row:row + 1])
+    return [folder / "llama"]
+
+
+def as_array(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
+    return [write_array(folder / "codes.npy", ids_NVT.astype(np.uint16)), "--labels", write_array(folder / "labels.npy", LABELS_N)]
+
+
+def as_flat_array(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
+    return [write_array(folder / "codes.npy", ids_NVT[:, 0].astype(np.int32)), "--labels", write_array(folder / "labels.npy", LABELS_N)]
+
+
+def stored(tokens: Path) -> dict[int, tuple[np.ndarray, int]]:
+    """Row of the source -> its stored views (V, T) and label, over both splits."""
+    found = {}
+    for split in ("train", "validation"):
+        reader = TokenShardReader(tokens / split)
+        views = [reader.sequential(0, len(reader), view) for view in range(len(reader.manifest.views))]
+        rows = []
+        for shard in reader.manifest.shards:
+            sidecar = json.loads((tokens / split / shard.name).with_suffix(".json").read_text())
+            rows += [int("".join(filter(str.isdigit, source.rpartition("/")[2].rpartition("jsonl")[2]))) for source in sidecar["sources"]]
+        for number, row in enumerate(rows):
+            assert row not in found, "a row is stored once"
+            found[row] = np.stack([view.ids_BT[number] for view in views]), int(views[0].labels_B[number])
+    return found
+
+
+# --- the layouts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("layout", "views", "first_row"), [(as_lines, 2, 1), (as_files, 2, 0), (as_array, 2, 0), (as_flat_array, 1, 0)])
+def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, views, first_row, capsys):
+    assert run("import-tokens", *layout(tmp_path), *NAMED, "--out", tmp_path / "tokens", "--images_per_shard", 7) == 0
+    found = stored(tmp_path / "tokens")
+    assert sorted(found) == list(range(first_row, ROWS + first_row))
+    for row, (ids_VT, label) in found.items():
+        np.testing.assert_array_equal(ids_VT, IDS_NVT[row - first_row, :views])
+        assert label == LABELS[row - first_row]
+    train_manifest, held_out = (TokenShardManifest.load(tmp_path / "tokens" / split) for split in ("train", "validation"))
+    assert train_manifest.token_fingerprint == held_out.token_fingerprint == "imported:made-up"
+    assert train_manifest.class_names == ["0", "1", "2", "3", "4"] and (train_manifest.grids[0].height, train_manifest.grids[0].width) == (4, 4)
+    assert 1 <= held_out.num_samples < 12 and train_manifest.num_samples + held_out.num_samples == ROWS
+    capsys.readouterr()
+    assert run("audit", tmp_path / "tokens") == 0, capsys.readouterr().out
+
+
+def test_the_layouts_of_the_same_tokens_have_the_same_fingerprint(tmp_path):
+    seen = set()
+    for number, layout in enumerate((as_lines, as_files, as_array)):
+        run("import-tokens", *layout(tmp_path), "--codebook_size", CODES, "--out", tmp_path / str(number))
+        seen.add(TokenShardManifest.load(tmp_path / str(number) / "train").token_fingerprint)
+    changed = IDS_NVT.copy()
+    changed[-1, -1, -1] = (changed[-1, -1, -1] + 1) % CODES
+    run("import-tokens", *as_array(tmp_path, changed), "--codebook_size", CODES, "--out", tmp_path / "changed")
+    assert len(seen) == 1 and len(seen.copy().pop()) == len("imported:") + 64
+    assert TokenShardManifest.load(tmp_path / "changed/train").token_fingerprint not in seen
+
+
+def test_lines_may_lack_a_last_line_end_or_have_blank_ones_after_it(tmp_path):
+    text = "\n".join(json.dumps(record) for record in records_of())
+    for ending in ("", "\n", "\r\n\n  \n"):
+        path = tmp_path / "tokens.jsonl"
+        path.write_text(text + ending)
+        rows = open_foreign_tokens(path, None, False)
+        assert len(rows) == ROWS
+        np.testing.assert_array_equal(rows.read(ROWS - 1)[0], IDS_NVT[-1])
+        np.testing.assert_array_equal(rows.read(0)[0], IDS_NVT[0])
+
+
+def test_validation_of_its_own_class_names_and_images_without_a_class(tmp_path):
+    names = write_lines(tmp_path / "names.txt", [f"class {number}" for number in range(7)])
+    held_out = write_lines(tmp_path / "held-out.jsonl", records_of(IDS_NVT[:9, :1], [*LABELS[:8], None]))
+    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--validation", held_out, "--class_names", names, "--out", tmp_path / "tokens") == 0
+    train_reader, held_out_reader = TokenShardReader(tmp_path / "tokens/train"), TokenShardReader(tmp_path / "tokens/validation")
+    assert (len(train_reader), len(held_out_reader)) == (ROWS, 9)
+    np.testing.assert_array_equal(held_out_reader.sequential(0, 9).ids_BT, IDS_NVT[:9, 0])
+    assert held_out_reader.labels_N.tolist() == [*LABELS[:8], -1]
+    assert train_reader.manifest.class_names == held_out_reader.manifest.class_names == [f"class {number}" for number in range(7)]
+    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--unlabelled", "--out", tmp_path / "plain") == 0
+    assert TokenShardManifest.load(tmp_path / "plain/train").class_names is None
+    assert (TokenShardReader(tmp_path / "plain/train").labels_N == -1).all()
+
+
+# --- what cannot be used -----------------------------------------------------------------------------------------------------
+
+
+def with_record(row: int, record: object) -> list:
+    return [*records_of()[:row], record, *records_of()[row + 1:]]
+
+
+GOOD = IDS_NVT[0].tolist()
+
+
+@pytest.mark.parametrize(("record", "words"), [
+    ({"class_id": 1, "tokens": [GOOD[0], [*GOOD[1][:-1], CODES]]}, rf"line 18: ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
+    ({"class_id": 1, "tokens": [GOOD[0], [-1, *GOOD[1][1:]]]}, "line 18: ids run from -1"),
+    ({"class_id": 1, "tokens": [GOOD[0][:-1], GOOD[1][:-1]]}, "line 18 has 2 views of 15 tokens, the rows before it have 2 of 16"),
+    ({"class_id": 1, "tokens": GOOD[0]}, "line 18 has 1 views of 16"),
+    ({"class_id": 1, "tokens": [GOOD[0], GOOD[1][:-1]]}, "line 18: .*unequal lengths"),
+    ({"class_id": 1, "tokens": [GOOD[0], [0.5, *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
+    ({"class_id": 1, "tokens": [GOOD[0], ["7", *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
+    ({"class_id": 1, "tokens": []}, "line 18: the tokens have the shape"),
+    ({"class_id": 1}, "line 18: expected an object"),
+    ({"tokens": GOOD}, "line 18 has no class_id"),
+    ({"class_id": 1.0, "tokens": GOOD}, "line 18: class_id is 1.0; allowed: an integer, or null"),
+    ({"class_id": True, "tokens": GOOD}, "line 18: class_id is True"),
+    ({"class_id": -1, "tokens": GOOD}, "line 18: the label is -1; allowed: 0 or more"),
+    ('{"class_id": 1, "tokens": [3, 4', "line 18 is not JSON"),
+    ("", "line 18 is not JSON"),
+    ("17", "line 18: expected an object"),
+])
+def test_a_wrong_line_is_named_before_anything_is_written(tmp_path, record, words):
+    path = write_lines(tmp_path / "tokens.jsonl", with_record(17, record))
+    with pytest.raises(InputError, match=words) as caught:
+        run("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
+    assert str(path) in str(caught.value) and not (tmp_path / "tokens").exists()
+
+
+def spoil_files(folder: Path, name: str, array: np.ndarray | None) -> list[object]:
+    source = as_files(folder)
+    path = folder / "llama" / name
+    if array is None:
+        path.unlink()
+    else:
+        np.save(path, array, allow_pickle=array.dtype.kind == "O")  # a pickle is written here, and must not be read
+    return source
+
+
+@pytest.mark.parametrize(("name", "array", "words"), [
+    ("digits16_codes/17.npy", IDS_NVT[:1] + CODES, r"17\.npy: ids run from"),
+    ("digits16_codes/17.npy", IDS_NVT[:2], r"17\.npy has the shape \(2, 2, 16\); expected \(1, views, tokens\)"),
+    ("digits16_codes/17.npy", IDS_NVT[:1, :1], r"17\.npy has 1 views of 16"),
+    ("digits16_codes/17.npy", IDS_NVT[:1].astype(np.float32), r"17\.npy: the tokens are not all integers \(float32\)"),
+    ("digits16_codes/17.npy", np.array([{}], dtype=object), r"17\.npy cannot be read as a npy file: .*allow_pickle=False"),
+    ("digits16_codes/17.npy", None, r"17\.npy is missing; the 59 files"),
+    ("digits16_codes/extra.npy", IDS_NVT[:1], r"extra\.npy: the codes must be named 0\.npy"),
+    ("digits16_labels/17.npy", None, r"digits16_labels/17\.npy, the label of .*digits16_codes/17\.npy, is missing"),
+    ("digits16_labels/17.npy", np.array([1, 2]), r"digits16_labels/17\.npy is int64 of the shape \(2,\); expected one integer"),
+    ("digits16_labels/17.npy", np.array([0.5]), "expected one integer"),
+])
+def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array, words):
+    with pytest.raises(InputError, match=words):
+        run("import-tokens", *spoil_files(tmp_path, name, array), *NAMED, "--out", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(("codes", "labels", "words"), [
+    (IDS_NVT * 1.0, LABELS_N, r"codes.npy is float64 of the shape \(60, 2, 16\); expected integers"),
+    (IDS_NVT[0, 0], LABELS_N, r"codes.npy is int64 of the shape \(16,\)"),
+    (IDS_NVT, LABELS_N[:-1], r"labels.npy is int64 of the shape \(59,\); expected 60 integers"),
+    (IDS_NVT, LABELS_N * 1.0, r"labels.npy is float64"),
+    (IDS_NVT, None, "codes.npy comes without labels; give the labels, or --unlabelled"),
+    (np.where(np.arange(ROWS)[:, None, None] == 33, CODES, IDS_NVT), LABELS_N, "codes.npy, row 33: ids run from 32 to 32"),
+    (IDS_NVT, np.where(np.arange(ROWS) == 33, -2, LABELS_N), "codes.npy, row 33: the label is -2"),
+    (IDS_NVT[:, :, :15], LABELS_N, "15 tokens a view, which is no square; give --height and --width"),
+    (IDS_NVT[:1], LABELS_N[:1], "holds 1 rows; at least 2 are needed"),
+])
+def test_a_wrong_array_is_refused_before_anything_is_written(tmp_path, codes, labels, words):
+    given = [] if labels is None else ["--labels", write_array(tmp_path / "labels.npy", labels)]
+    with pytest.raises(InputError, match=words):
+        run("import-tokens", write_array(tmp_path / "codes.npy", codes), *given, *NAMED, "--out", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ([], "--codebook_size is not given"),
+    ([*NAMED, "--height", 4], "--height is 4 and --width is None; give both"),
+    ([*NAMED, "--height", 2, "--width", 4], "2 x 4 x 1 by --height and --width make 8"),
+    ([*NAMED, "--validation_fraction", 1.5], "--validation_fraction is 1.5"),
+    ([*NAMED, "--validation_labels", "x.npy"], "no --validation that they belong to"),
+    ([*NAMED, "--class_names", "a,b,c"], "line 4: the label is 3; allowed: 0 to 2, by --class_names"),
+    ([*NAMED, "--class_names", "a,b,a"], "'a' is there twice"),
+    ([*NAMED, "--class_names", "a,,b"], "a name is empty"),
+    ([*NAMED, "--unlabelled", "--class_names", "a,b"], "no row of .* has a label"),
+    ([*NAMED, "--tokenizer", "x"], "--tokenizer and --token_fingerprint are both given"),
+    (["--codebook_size", CODES, "--token_fingerprint", "a b"], "allowed: 1 to 200 letters"),
+    ([*NAMED, "--labels", "nowhere.npy"], "'nowhere.npy', which does not exist"),
+    (["--tokenizer", "nowhere"], "nowhere is no tokenizer"),
+])
+def test_options_that_do_not_fit_are_refused(tmp_path, options, words):
+    with pytest.raises(InputError, match=words):
+        run("import-tokens", *as_lines(tmp_path), *options, "--out", tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_the_command_answers_bad_input_with_words_and_loads_no_torch(tmp_path):
+    path = write_lines(tmp_path / "tokens.jsonl", with_record(17, "{"))
+    result = command("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "line 18 is not JSON" in result.stderr
+    source = as_lines(tmp_path)[0]
+    code = ("import sys\nfrom pipelines.command_line import dispatch\n"
+            f"dispatch({['import-tokens', str(source), *map(str, NAMED), '--out', str(tmp_path / 'tokens')]})\n"
+            f"dispatch({['export-tokens', str(tmp_path / 'tokens/train'), '--out', str(tmp_path / 'out.jsonl')]})\n"
+            "print('torch' in sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+# --- killed, and run again ---------------------------------------------------------------------------------------------------
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("finished", [0, 5])
+def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
+    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
+    assert run(*call, tmp_path / "straight") == 0
+    killed = tmp_path / "killed"
+    code = ("import os, signal\nfrom pathlib import Path\nfrom token_shards.sidecar import ShardSidecar\nsave = ShardSidecar.save\n"
+            "def save_or_die(sidecar, folder):\n"
+            f"    if len(list(Path(folder).glob('shard-*.json'))) == {finished}:\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    save(sidecar, folder)\nShardSidecar.save = save_or_die\n"
+            f"from pipelines.command_line import dispatch\ndispatch({[*call, str(killed)]})")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL, process.stderr  # between a shard and its sidecar
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("train/shard-*.json")}
+    assert len(before) == finished and len(list(killed.glob("train/shard-*.tar"))) == finished + 1
+    assert not (killed / "train/manifest.json").exists()
+    assert run(*call, killed) == 0
+    assert shards_of(killed) == shards_of(tmp_path / "straight")
+    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items()), "what was finished is not written again"
+    assert run(*call, killed) == 0  # finished already: nothing changes
+    assert shards_of(killed) == shards_of(tmp_path / "straight")
+
+
+def test_a_signal_ends_an_import_between_two_images(tmp_path, monkeypatch):
+    lines_read, calls = TokenLines.read, []
+
+    def read_and_signal(self, row):
+        calls.append(row)
+        if len(calls) == ROWS + 20:  # in the second reading
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lines_read(self, row)
+
+    monkeypatch.setattr(TokenLines, "read", read_and_signal)
+    with pytest.raises(Interrupted) as caught:
+        run("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out", tmp_path / "tokens")
+    assert caught.value.exit_code == 143 and list(tmp_path.rglob("shard-*.json"))
+    assert not list(tmp_path.rglob(".partial-*")) and not list(tmp_path.rglob("manifest.json"))
+
+
+def test_other_shards_are_not_overwritten(tmp_path, tiny_run):
+    source, run_before = as_lines(tmp_path), shards_of(tiny_run / "tokens")
+    with pytest.raises(InputError, match="holds other token shards"):
+        run("import-tokens", *source, *NAMED, "--out", tiny_run / "tokens")
+    assert shards_of(tiny_run / "tokens") == run_before
+    run("import-tokens", *source, *NAMED, "--out", tmp_path / "tokens")
+    before = shards_of(tmp_path / "tokens")
+    with pytest.raises(InputError, match="imported with other options"):
+        run("import-tokens", *source, *NAMED, "--class_names", "a,b,c,d,e", "--out", tmp_path / "tokens")
+    (tmp_path / "tokens/train/manifest.json").unlink()
+    with pytest.raises(InputError, match="imported with other options"):
+        run("import-tokens", *source, *NAMED, "--images_per_shard", 9, "--out", tmp_path / "tokens")
+    run("import-tokens", *source, *NAMED, "--out", tmp_path / "tokens")
+    assert shards_of(tmp_path / "tokens") == before
+
+
+# --- export ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_what_is_exported_and_imported_again_is_the_same(tmp_path, views):
+    labels = [None if row == 11 else label for row, label in enumerate(LABELS)]
+    source = write_lines(tmp_path / "tokens.jsonl", records_of(IDS_NVT[:, :views], labels))
+    run("import-tokens", source, *NAMED, "--validation", source, "--images_per_shard", 13, "--out", tmp_path / "tokens")
+    assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "back.jsonl") == 0
+    assert (tmp_path / "back.jsonl").read_text() == source.read_text()
+    assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "flat.jsonl", "--one_view_a_line") == 0
+    lines = [json.loads(line) for line in (tmp_path / "flat.jsonl").read_text().splitlines()]
+    np.testing.assert_array_equal([line["tokens"] for line in lines], IDS_NVT[:, :views].reshape(-1, TOKENS))
+    assert [line["class_id"] for line in lines] == [label for label in labels for _ in range(views)]
+
+
+def test_export_refuses_what_it_would_lose(tmp_path):
+    run("import-tokens", *as_lines(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+    (tmp_path / "mine.jsonl").write_text("kept")
+    with pytest.raises(InputError, match="which exists"):
+        run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "mine.jsonl")
+    with pytest.raises(InputError, match="holds no shards itself"):
+        run("export-tokens", tmp_path / "tokens", "--out", tmp_path / "new.jsonl")
+    assert (tmp_path / "mine.jsonl").read_text() == "kept" and not list(tmp_path.glob("*new.jsonl"))
+
+
+# --- the way to images -------------------------------------------------------------------------------------------------------
+
+
+def test_a_prior_learns_imported_tokens_and_is_bundled_with_no_other_tokenizer(tmp_path, tiny_run):
+    run("import-tokens", *as_files(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+    recipe = tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens")
+    train(recipe)
+    prior = TokenPrior.from_pretrained(tmp_path / "run/prior")
+    assert prior.vocabulary.token_fingerprint == "imported:made-up" and prior.vocabulary.num_classes == CLASSES
+    ids_BT = prior.sample([0, 4, 4], SamplingConfig(), [1, 2, 3])
+    assert ids_BT.shape == (3, TOKENS) and 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < CODES
+    with pytest.raises(InputError, match="do not belong together"):
+        make_bundle(tiny_run / "tokenizer", tmp_path / "run/prior", tmp_path / "pipeline", SamplingConfig())
+    assert not (tmp_path / "pipeline").exists()
+
+
+def test_tokens_that_come_back_with_their_tokenizer_make_a_pipeline(tmp_path, tiny_run):
+    for split in ("train", "validation"):
+        run("export-tokens", tiny_run / "tokens" / split, "--out", tmp_path / f"{split}.jsonl")
+    both = (tmp_path / "train.jsonl", "--validation", tmp_path / "validation.jsonl", "--tokenizer", tiny_run / "tokenizer")
+    run("import-tokens", *both, "--out", tmp_path / "tokens")
+    original, imported = (TokenShardReader(folder / "train") for folder in (tiny_run / "tokens", tmp_path / "tokens"))
+    assert imported.manifest.token_fingerprint == original.manifest.token_fingerprint
+    assert imported.manifest.grids == original.manifest.grids
+    np.testing.assert_array_equal(imported.sequential(0, len(imported)).ids_BT, original.sequential(0, len(original)).ids_BT)
+    np.testing.assert_array_equal(imported.labels_N, original.labels_N)
+    train(tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens"))
+    assert make_bundle(tiny_run / "tokenizer", tmp_path / "run/prior", tmp_path / "pipeline", SamplingConfig()).is_dir()
+    for option, words in (("--codebook_size", "has 32; leave it out"), ("--height", "give both")):
+        with pytest.raises(InputError, match=words):
+            run("import-tokens", *both, option, 7, "--out", tmp_path / "other")
+    short = write_lines(tmp_path / "short.jsonl", records_of(IDS_NVT[:, :, :9]))
+    with pytest.raises(InputError, match=r"9 tokens a view; 4 x 4 x 1 by the tokenizer in .* make 16"):
+        run("import-tokens", short, "--tokenizer", tiny_run / "tokenizer", "--out", tmp_path / "other")

@@ -1,0 +1,132 @@
+"""Muon: orthogonal updates for the matrices inside a network, AdamW for all else, and trainings with it that resume exactly."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from tests.tiny import tiny_recipe
+from token_shards.manifest import Grid
+from vqmosaic.interruption import StopFlag
+from vqmosaic.muon import Muon, orthogonalized
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.training_run import TrainingRun, inner_matrices
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])
+def test_singular_values_become_about_one_and_directions_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ orthogonalized(matrices) @ vh.mT
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+    values = inside.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def gradients(parameters: list[nn.Parameter], seed: int) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=noise)
+
+
+def test_it_steps_as_torch_does_where_torch_can():
+    """torch.optim.Muon, for matrices only and in bfloat16."""
+    start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
+    own, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours = Muon([own], [], lr=0.1, weight_decay=0.2, dtype=torch.bfloat16)
+    theirs = torch.optim.Muon([other], lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        gradients([own], step)
+        gradients([other], step)
+        ours.step()
+        theirs.step()
+    assert (own - other).norm() < 0.02 * (own - start).norm()
+
+
+def test_a_kernel_is_stepped_as_the_matrix_it_flattens_to():
+    start = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(2))
+    kernel, matrix = nn.Parameter(start.to(memory_format=torch.channels_last)), nn.Parameter(start.flatten(1).clone())
+    optimizers = [Muon([parameter], [], lr=0.1) for parameter in (kernel, matrix)]
+    for step in range(3):
+        gradients([kernel], step)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_everything_else_is_stepped_by_adamw_bit_for_bit():
+    own, other = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    matrix = nn.Parameter(torch.eye(3))
+    ours = Muon([matrix], [{"params": [own], "weight_decay": 0.3}], lr=0.1, betas=(0.8, 0.9))
+    theirs = torch.optim.AdamW([other], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, fused=True)
+    for step in range(3):
+        gradients([own, matrix], step)
+        gradients([other], step)
+        ours.step()
+        theirs.step()
+    assert torch.equal(own, other) and not torch.equal(matrix, torch.eye(3))
+
+
+def test_a_loaded_state_goes_on_bit_for_bit():
+    parameters = [nn.Parameter(torch.randn(5, 9, generator=torch.Generator().manual_seed(3))), nn.Parameter(torch.ones(4))]
+    optimizer = Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.05)
+    for step in range(2):
+        gradients(parameters, step)
+        optimizer.step()
+    copies = copy.deepcopy(parameters)
+    again = Muon(copies[:1], [{"params": copies[1:]}], lr=0.05)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, its_parameters in ((optimizer, parameters), (again, copies)):
+        gradients(its_parameters, 9)
+        each.step()
+    assert all(map(torch.equal, parameters, copies))
+
+
+def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
+    chosen = {id(parameter) for parameter in parameters}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+def matrices_of(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+
+
+def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
+    vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
+    prior = TokenPrior.from_config(tiny_recipe(tmp_path).prior, vocabulary, seed=0)
+    inner = names_of(prior, inner_matrices(prior, matrices_of(prior)))
+    left = names_of(prior, matrices_of(prior)) - inner
+    assert left == {"model.model.embed_tokens.weight", "model.lm_head.weight"} and any("q_proj" in name for name in inner)
+
+
+def test_a_discriminator_and_codes_are_left_to_adamw(tmp_path):
+    recipe = tiny_recipe(tmp_path, tokenizer_training__optimizer="muon", tokenizer__quantizer="gradient")
+    tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels))
+    run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
+    run.prepare(tokenizer, PatchDiscriminator(recipe.adversarial, recipe.data.channels, seed=0))
+    kinds = [type(optimizer.optimizer) for optimizer in run.optimizers]
+    orthogonal = names_of(tokenizer, run.optimizers[0].param_groups[0]["params"])
+    assert kinds == [Muon, torch.optim.AdamW]
+    assert "encoder.conv_in.weight" in orthogonal and not any("codebook" in name for name in orthogonal)
+    assert len(run.parameters) == len(list(tokenizer.parameters()))
+
+
+def test_a_training_with_muon_resumes_bit_for_bit(tmp_path):
+    ends = []
+    for name, budgets in (("straight", [6]), ("in parts", [2, 5, 6])):
+        for steps in budgets:
+            train_tokenizer.train(tiny_recipe(tmp_path / name, tokenizer_training__optimizer="muon", tokenizer_training__max_minutes="null",
+                                              tokenizer_training__warmup_fraction=0, tokenizer_training__final_learning_rate=1,
+                                              tokenizer_training__max_steps=steps))
+        ends.append(load_file(RunFolder(tmp_path / name).export("tokenizer") / "model.safetensors"))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

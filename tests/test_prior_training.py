@@ -1,0 +1,371 @@
+"""The prior's training in depth: what saves memory and time changes no result, losses by hand, the first loss, validation, learning by heart."""
+
+import dataclasses
+import hashlib
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+from pipelines.command_line import dispatch
+from stage2_prior import train as train_prior
+from stage2_prior import training_start
+from stage2_prior.losses import next_token_loss, z_loss
+from stage2_prior.overfit import entropy_of_choice, overfit, recipe_by_heart
+from stage2_prior.prior import TokenPrior
+from stage2_prior.train import validate
+from stage2_prior.training_start import (
+    check_first_loss,
+    compile_layers,
+    describe_attention,
+    loss_of_ignorance,
+    recompute_activations,
+    transformer_layers,
+)
+from stage2_prior.vocabulary import Vocabulary
+from tests.tiny import ROOT, tiny_recipe
+from token_shards import Grid, TokenShardReader
+from vqmosaic.devices import make_accelerator
+from vqmosaic.errors import InputError
+from vqmosaic.launch import find_accelerate_config, processes_of_config
+from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.tracking import read_metrics
+from vqmosaic.training_run import TrainingRun, learning_rate_rule
+
+VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
+                        token_fingerprint="f" * 64, label_drop=0.1)
+TWO_GRIDS = Vocabulary(grids=[Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)],
+                       class_names=None, token_fingerprint="f" * 64)
+
+
+@pytest.fixture
+def run_dir(tiny_run, tmp_path) -> Path:
+    """A run folder with finished tokens, in which nothing was trained."""
+    shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
+    return tmp_path / "run"
+
+
+def tiny_prior(architecture="llama", **changes) -> TokenPrior:
+    return TokenPrior.from_config(PriorConfig(**{"architecture": architecture, "width": 32, "layers": 2, "heads": 2} | changes), VOCABULARY, 0)
+
+
+def batch(size=8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 48, (size, 9), generator=generator), torch.randint(-1, 3, (size,), generator=generator)
+
+
+def train(run_dir: Path, **changes) -> Path:
+    """Train the prior in this process; `changes` without a section are of prior_training. Returns the newest checkpoint."""
+    fields = {name if "__" in name else f"prior_training__{name}": value for name, value in changes.items()}
+    train_prior.train(tiny_recipe(run_dir, **fields))
+    return sorted(RunFolder(run_dir).checkpoints("prior").glob("step-*"))[-1]
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    return read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", kind)
+
+
+def loss_and_gradients(prior: TokenPrior) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids_BT, classes_B = batch()
+    prior.train().zero_grad()
+    torch.manual_seed(3)
+    loss = next_token_loss(prior(ids_BT, classes_B), ids_BT)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in prior.named_parameters()}
+
+
+# --- activation checkpointing, compilation, attention --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
+@pytest.mark.filterwarnings("error")
+def test_recomputed_activations_change_neither_loss_nor_gradients(architecture):
+    """With dropout, which has to fall on the same places again."""
+    prior = tiny_prior(architecture, dropout=0.2)
+    loss, gradients = loss_and_gradients(prior)
+    calls = []
+    transformer_layers(prior.model)[0].mlp.register_forward_pre_hook(lambda *_: calls.append(None))
+    loss_and_gradients(prior)
+    assert len(calls) == 1
+    recompute_activations(prior.model)
+    again, gradients_again = loss_and_gradients(prior)
+    assert len(calls) == 3, "the layer is computed a second time in the backward pass"
+    assert torch.equal(again, loss)
+    assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
+    prior.eval()
+    with torch.no_grad():
+        prior(*batch())
+    assert len(calls) == 4
+
+
+def test_a_training_with_recomputed_activations_ends_with_the_same_weights_and_may_take_them_up_later(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "plain")
+    plain = train(tmp_path / "plain", prior__dropout=0.2)
+    train(run_dir, prior__dropout=0.2, activation_checkpointing=True)
+    shutil.rmtree(RunFolder(run_dir).checkpoints("prior") / "step-00000006")
+    shutil.rmtree(run_dir / "prior")
+    found = train(run_dir, prior__dropout=0.2, activation_checkpointing=False)  # goes on from step 4
+    for name in ("model.safetensors", "weights_ema.safetensors"):
+        assert (found / name).read_bytes() == (plain / name).read_bytes()
+
+
+def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
+    model = tiny_prior().model
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(InputError, match=r"prior_training\.activation_checkpointing is true, which llama does not do"):
+        recompute_activations(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(recomputed, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "plain")
+    plain = train(tmp_path / "plain", prior__dropout=0)
+    calls = []
+    original = training_start.compile_layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_start, "compile_layers", lambda model, device: (original(model, device), calls.append(model)))
+        found = train(run_dir, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
+    assert all(layer._compiled_call_impl is not None for model in calls for layer in transformer_layers(model)) and len(calls) == 1
+    for name in ("model.safetensors", "weights_ema.safetensors"):
+        expected, weights = load_file(plain / name), load_file(found / name)
+        assert weights.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(weights[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+    assert load_file(run_dir / "prior/model.safetensors").keys() == load_file(tmp_path / "plain/prior/model.safetensors").keys()
+    TokenPrior.from_pretrained(run_dir / "prior")
+
+
+def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
+    model = tiny_prior().model
+    with pytest.raises(InputError, match=r"prior_training\.compile is true, but torch\.compile does not work on this machine.*compile false"):
+        compile_layers(model, torch.device("cpu"))
+    assert all(layer._compiled_call_impl is None for layer in transformer_layers(model))
+
+
+def test_the_plan_says_which_attention_is_used(run_dir, capsys):
+    model = tiny_prior().model
+    assert describe_attention(model, torch.device("cpu")) == "sdpa"
+    words = describe_attention(model, torch.device("cuda"))
+    assert words.startswith("sdpa (") and "flash" in words and "math" in words and words.endswith("enabled)")
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert "flash" not in describe_attention(model, torch.device("cuda"))
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    train(run_dir, max_steps=1)
+    assert "    attention                     sdpa\n" in capsys.readouterr().out
+
+
+# --- losses, decay, learning rate ----------------------------------------------------------------------------------------------------
+
+
+def test_z_loss_by_hand():
+    logits_BTK = torch.tensor([[[0.0, math.log(3.0)], [math.log(0.25), math.log(0.75)]], [[2.0, -torch.inf], [1.0, 1.0]]])
+    expected = (math.log(4) ** 2 + 0 + 2.0**2 + (1 + math.log(2)) ** 2) / 4
+    assert z_loss(logits_BTK).item() == pytest.approx(expected, rel=1e-6)
+    assert z_loss(logits_BTK.to(torch.bfloat16)).dtype == torch.float32
+    logits_BTK = torch.randn(2, 3, 5, requires_grad=True)
+    z_loss(logits_BTK).backward()
+    by_hand = 2 * logits_BTK.logsumexp(-1, keepdim=True) * logits_BTK.softmax(-1) / 6
+    torch.testing.assert_close(logits_BTK.grad, by_hand)
+
+
+def test_z_loss_is_logged_apart_and_pulls_the_denominator_to_one(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "without")
+    fields = {"prior__dropout": 0, "max_steps": 20, "learning_rate": 0.01}
+    train(run_dir, z_loss=0.1, **fields)
+    train(tmp_path / "without", **fields)
+    logged, without = records(run_dir, "train"), records(tmp_path / "without", "train")
+    assert logged[0]["nll"] == without[0]["nll"] and all("z_loss" not in record for record in without)
+    assert logged[0]["z_loss"] == pytest.approx(math.log(32) ** 2, rel=0.05)
+    assert logged[-1]["z_loss"] < 0.4 * logged[0]["z_loss"]
+    assert logged[-1]["nll"] == pytest.approx(without[-1]["nll"], abs=0.4)
+
+
+def test_weight_decay_is_on_matrices_only(run_dir, monkeypatch):
+    runs = []
+    original = TrainingRun.prepare
+    monkeypatch.setattr(TrainingRun, "prepare", lambda self, *models: (runs.append(self), original(self, *models))[1])
+    train(run_dir, max_steps=1, weight_decay=0.25)
+    decayed = {id(parameter): group["weight_decay"] for group in runs[0].optimizers[0].param_groups for parameter in group["params"]}
+    parameters = dict(runs[0].unwrapped.named_parameters())
+    assert len(decayed) == len(parameters)
+    for name, parameter in parameters.items():
+        assert decayed[id(parameter)] == (0.25 if parameter.ndim == 2 else 0.0), name
+    assert any(parameter.ndim == 1 for parameter in parameters.values())
+
+
+def test_the_learning_rate_follows_the_batch_by_a_rule_that_the_plan_prints(run_dir, capsys):
+    training = PriorTrainingConfig(learning_rate=6e-4, batch_size=128, learning_rate_batch=32)
+    assert training.learning_rate_factor == 2.0 and learning_rate_rule(training) == "0.0006 x sqrt(128 / 32) = 0.0012"
+    assert learning_rate_rule(PriorTrainingConfig(learning_rate=6e-4, batch_size=128)) == "0.0006"
+    with pytest.raises(InputError, match=r"prior_training\.learning_rate_batch is 0; it must be at least 1"):
+        PriorTrainingConfig(learning_rate_batch=0)
+    train(run_dir, max_steps=3, learning_rate=0.004, learning_rate_batch=4, warmup_fraction=0, final_learning_rate=1)  # batches of 16
+    assert [record["learning_rate"] for record in records(run_dir, "train")] == pytest.approx([0.008] * 3)
+    assert "learning rate                 0.004 x sqrt(16 / 4) = 0.008\n" in capsys.readouterr().out
+
+
+# --- the first loss ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ln_k_over_several_grids_counts_tokens():
+    assert loss_of_ignorance(VOCABULARY) == pytest.approx(math.log(48))
+    assert loss_of_ignorance(TWO_GRIDS) == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6)
+    assert check_first_loss(3.2, TWO_GRIDS, 0.5) == "3.200 nats per token; ln K is 3.004"
+    for wrong in (3.51, 2.49, math.nan, math.inf):
+        with pytest.raises(InputError, match=r"8 and 32 codes.*3\.004.*first_loss_tolerance = 0\.5"):
+            check_first_loss(wrong, TWO_GRIDS, 0.5)
+
+
+def test_a_fresh_prior_that_starts_far_from_ln_k_is_stopped_before_its_first_step(run_dir, capsys):
+    wrong = {"prior__options": '{"tie_word_embeddings": true, "initializer_range": 1.0}'}
+    with pytest.raises(InputError, match=r"first batch is \d+\.\d+ nats per token.*32 codes.*3\.466 \(ln K\).*prior\.options"):
+        train(run_dir, **wrong)
+    assert not list(RunFolder(run_dir).checkpoints("prior").glob("step-*"))
+    assert not RunFolder(run_dir).record("prior").exists(), "nothing was begun, so that the recipe may change"
+    train(run_dir, max_steps=2, first_loss_tolerance=1000, **wrong)  # who means it may have it
+    assert "nats per token; ln K is 3.466" in capsys.readouterr().out
+
+
+def test_the_first_loss_is_not_checked_on_a_resume(run_dir, capsys):
+    train(run_dir, max_steps=2)
+    assert "first loss" in capsys.readouterr().out
+    train(run_dir, max_steps=4, first_loss_tolerance=1e-9)
+    assert "first loss" not in capsys.readouterr().out
+
+
+# --- validation ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_with_and_without_the_class_by_hand(tiny_run, capsys):
+    prior = TokenPrior.from_pretrained(tiny_run / "prior")
+    with torch.no_grad():  # else six steps have taught it too little of classes to tell the two apart
+        prior.model.get_input_embeddings().weight[prior.vocabulary.num_codes:] += 3 * torch.eye(11, 32)
+    reader = TokenShardReader(tiny_run / "tokens/validation")
+    accelerator = make_accelerator(tiny_recipe(tiny_run).prior_training, "")
+    numbers = validate(prior, reader, 16, 50, accelerator)
+    accelerator.end_training()
+    tokens = reader.sequential(0, 50)
+    ids_BT, classes_B = torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
+    for name, given_B in (("", classes_B), ("_without_class", None)):
+        with torch.no_grad():
+            logits_BTK = prior(ids_BT, given_B)
+            nll = prior.loss(ids_BT, given_B).item()
+        assert numbers[f"nll{name}"] == pytest.approx(nll, rel=1e-5)
+        assert numbers[f"bits_per_image{name}"] == pytest.approx(nll * 16 / math.log(2), rel=1e-5)
+        assert numbers[f"accuracy{name}"] == pytest.approx((logits_BTK.argmax(-1) == ids_BT).float().mean().item(), rel=1e-5)
+    assert abs(numbers["nll"] - numbers["nll_without_class"]) > 1e-3
+
+
+def test_both_validations_are_logged_and_reported_where_the_null_class_was_learnt(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "conditional")
+    train(run_dir, max_steps=2)
+    assert "(without class " in capsys.readouterr().out
+    (record,) = records(run_dir, "validation")
+    assert {"nll", "accuracy", "bits_per_image", "nll_without_class", "accuracy_without_class", "bits_per_image_without_class"} <= record.keys()
+    train(tmp_path / "conditional", max_steps=2, label_drop=0, sampling__guidance_scale=1)
+    assert "without class" not in capsys.readouterr().out
+    (record,) = records(tmp_path / "conditional", "validation")
+    assert "nll" in record and not [name for name in record if "without_class" in name]
+
+
+# --- learning by heart ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_keeps_from_learning_by_heart_is_left_out(tiny_run):
+    recipe = tiny_recipe(tiny_run, prior__dropout=0.3, prior__options='{"attention_dropout": 0.2, "rms_norm_eps": 1e-5}',
+                         prior_training__learning_rate=0.001, prior_training__learning_rate_batch=4, prior_training__accumulation_steps=8)
+    own = recipe_by_heart(recipe, 3, "/somewhere", 1.0)
+    assert own.prior.dropout == 0 and own.prior.options == {"attention_dropout": 0, "rms_norm_eps": 1e-5}
+    assert (own.prior_training.label_drop, own.prior_training.weight_ema_decay, own.prior_training.batch_size) == (0, 0, 3)
+    assert own.prior_training.learning_rate == pytest.approx(0.002) and own.prior_training.learning_rate_batch is None
+    assert own.run_dir == "/somewhere" and recipe.prior.dropout == 0.3
+
+
+def test_what_the_class_leaves_open_by_hand():
+    a, b, c = [1, 2], [1, 3], [2, 2]
+    assert entropy_of_choice([a, b], [0, 1]) == 0
+    assert entropy_of_choice([a, b, c], [-1, -1, -1]) == pytest.approx(math.log(3))
+    assert entropy_of_choice([a, a, b], [0, 0, 0]) == pytest.approx((2 * math.log(1.5) + math.log(3)) / 3)
+    assert entropy_of_choice([a, b, c], [0, 0, 1]) == pytest.approx(2 * math.log(2) / 3)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_overfit_proves_a_set_up_and_touches_nothing_of_the_run(tiny_run, capsys):
+    before = contents(tiny_run)
+    assert dispatch(["train-prior", str(tiny_run), "--overfit", "4", "--prior_training.learning_rate", "0.01"]) == 0
+    words = capsys.readouterr().out
+    losses = [float(line.partition("NLL ")[2].split()[0]) for line in words.splitlines() if "] step " in line]
+    assert losses[0] == pytest.approx(math.log(32), abs=0.1) and losses[-1] < 0.3 and losses == sorted(losses, reverse=True)
+    assert "learnt by heart after" in words
+    assert contents(tiny_run) == before
+
+
+@pytest.mark.parametrize("changes", [{"prior_training__learning_rate": 1e-9}, {"prior_training__z_loss": 1e4}], ids=["rate", "z-loss"])
+def test_overfit_fails_where_a_set_up_does_not_learn(changes, tiny_run, capsys):
+    assert overfit(tiny_recipe(tiny_run, **changes), 4, max_minutes=0.02) == 1
+    words = capsys.readouterr().out
+    assert "NOT learnt by heart" in words and "knowing nothing is 3.466" in words and "prior_training.learning_rate" in words
+
+
+def test_overfit_with_all_options_of_the_training(tiny_run, capsys):
+    recipe = tiny_recipe(tiny_run, prior__architecture="gpt2", prior_training__learning_rate=0.01, prior_training__activation_checkpointing=True,
+                         prior_training__mixed_precision="bf16", prior_training__z_loss=1e-4)
+    assert overfit(dataclasses.replace(recipe), 2) == 0
+    assert "bf16 autocast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["--overfit", "0"], "--overfit is 0"), (["--overfit", "2000"], "--overfit is 2000; it must be at least 1 and at most 1418"),
+    (["--overfit", "many"], "invalid int value"), (["--overfit", "2", "--processes", "2"], "--processes with --overfit is 2"),
+    (["--overfit", "2", "--redo", "prior"], "--redo does not go with --overfit")])
+def test_overfit_refuses_in_words(options, words, tiny_run, capsys):
+    with pytest.raises(InputError) as refusal:
+        dispatch(["train-prior", str(tiny_run), *options])
+    assert words in str(refusal.value)
+
+
+# --- accelerate configurations -------------------------------------------------------------------------------------------------------
+
+CONFIGS = {"one_gpu": ("NO", 1), "several_gpus": ("MULTI_GPU", 4), "several_nodes": ("MULTI_GPU", 16), "fsdp2": ("FSDP", 4),
+           "two_cpu_processes": ("MULTI_GPU", 2)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
+    assert {path.stem for path in (ROOT / "configs/accelerate").glob("*.yaml")} == set(CONFIGS)
+    path = find_accelerate_config(name)
+    config = load_config_from_file(str(path))
+    assert (config.distributed_type.value, config.num_processes) == CONFIGS[name]
+    assert processes_of_config(path) == config.num_processes
+    assert bool(config.fsdp_config) == (name == "fsdp2")
+    if config.fsdp_config:
+        from accelerate.commands.launch import launch_command_parser
+
+        options = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
+        assert config.fsdp_config.keys() <= options, "accelerate passes on what it knows, and says nothing of the rest"
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
+    with pytest.raises(InputError, match=r"'several_gpu'.*shipped configurations: fsdp2, one_gpu.*Did you mean 'several_gpus'"):
+        find_accelerate_config("several_gpu")
+    wrong = tmp_path / "wrong.yaml"
+    for text, words in (("- 1", "is no accelerate configuration"), ("a: [", "is no accelerate configuration"),
+                        ("distributed_type: MULTI_GPU", "says no num_processes")):
+        wrong.write_text(text)
+        with pytest.raises(InputError, match=words):
+            processes_of_config(wrong)

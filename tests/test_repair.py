@@ -1,0 +1,232 @@
+"""Damaged token shards are made again, byte for byte, and nothing but what was damaged is written; where that cannot be, it is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines import preprocess as module
+from pipelines.audit import audit_run
+from pipelines.preprocess import preprocess
+from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.image_sources import open_splits
+from tests.tiny import command, tiny_recipe
+from vqmosaic.durable_files import sha256_of_file
+from vqmosaic.errors import InputError
+from vqmosaic.recipe import Recipe
+from vqmosaic.recipe_files import load_recipe
+
+COUNT, PER_SHARD = 50, 6
+
+
+@pytest.fixture(scope="module")
+def written(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
+    """(run, photos): a run whose tokens were preprocessed from photos, one of them unreadable."""
+    folder = tmp_path_factory.mktemp("repair")
+    rng = np.random.default_rng(0)
+    for number in range(COUNT):
+        path = folder / "photos" / "ab"[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8)).resize((24, 20), Image.Resampling.BICUBIC).save(path)
+    recipe = tiny_recipe(folder / "run", data__source="folder", data__path=folder / "photos", data__validation_fraction=0.2,
+                         tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=PER_SHARD, tokens__batch_size=8, tokens__views="shifts")
+    unreadable = folder / "photos" / open_splits(recipe.data).train.source_name(PER_SHARD + 1)
+    unreadable.write_bytes(unreadable.read_bytes()[:60])
+    preprocess(recipe)
+    return folder / "run", folder / "photos"
+
+
+@pytest.fixture
+def run(written, tmp_path) -> Path:
+    """A copy of the run that a test may damage; what its recipe says of the run's place is out of date."""
+    return Path(shutil.copytree(written[0], tmp_path / "copy"))
+
+
+def recipe_in(run: Path, *overrides: str) -> Recipe:
+    return load_recipe(str(run), list(overrides))
+
+
+def content(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "tokens").rglob("*")) if path.is_file()}
+
+
+def written_at(run: Path) -> dict[str, tuple[int, int]]:
+    return {str(path.relative_to(run / "tokens")): (path.stat().st_ino, path.stat().st_mtime_ns) for path in (run / "tokens").rglob("shard-*")}
+
+
+@pytest.fixture
+def encoded_sources(monkeypatch) -> list[range]:
+    """The ranges of sources that are encoded while the test runs."""
+    original, seen = module.encoded, []
+
+    def encoded(source, indices, *others):
+        seen.append(indices)
+        return original(source, indices, *others)
+
+    monkeypatch.setattr(module, "encoded", encoded)
+    return seen
+
+
+def flip_byte(path: Path, offset: int = 700) -> None:
+    changed = bytearray(path.read_bytes())
+    changed[offset] ^= 0x10
+    path.write_bytes(changed)
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, separators=(",", ":")))
+
+
+def relabel(path: Path) -> None:
+    labels = json.loads(path.read_text())["labels"]
+    edit_json(path, labels=[1 - labels[0], *labels[1:]])
+
+
+DAMAGES = {
+    "deleted": (lambda train: (train / "shard-000000.tar").unlink(), [0]),
+    "flipped": (lambda train: flip_byte(train / "shard-000001.tar"), [1]),
+    "cut short": (lambda train: (train / "shard-000002.tar").write_bytes((train / "shard-000002.tar").read_bytes()[:3000]), [2]),
+    "emptied": (lambda train: (train / "shard-000002.tar").write_bytes(b""), [2]),
+    "sidecar deleted": (lambda train: (train / "shard-000003.json").unlink(), [3]),
+    "sidecar no JSON": (lambda train: flip_byte(train / "shard-000003.json", 0), [3]),
+    "sidecar relabelled": (lambda train: relabel(train / "shard-000003.json"), [3]),
+    "foreign sidecar": (lambda train: edit_json(train / "shard-000003.json", header_fingerprint="f" * 64), [3]),
+    "another shard's files": (lambda train: [shutil.copy(train / f"shard-000000.{kind}", train / f"shard-000004.{kind}")
+                                             for kind in ("tar", "json")], [4]),
+    "manifest deleted": (lambda train: (train / "manifest.json").unlink(), []),
+    "manifest cut short": (lambda train: (train / "manifest.json").write_bytes((train / "manifest.json").read_bytes()[:500]), []),
+    "manifest of another recipe": (lambda train: edit_json(train / "manifest.json", token_fingerprint="e" * 64), []),
+    "sum of sources": (lambda train: edit_json(train / "manifest.json", sources_sha256="0" * 64), []),
+    "strays": (lambda train: [shutil.copy(train / "shard-000000.tar", train / name)
+                              for name in ("shard-000099.tar", ".partial-shard-000001.tar")], []),
+    "the whole split": (lambda train: shutil.rmtree(train), [0, 1, 2, 3, 4, 5, 6]),
+}
+
+
+def assert_repaired(run: Path, written: Path, broken: set[str], before: dict) -> None:
+    """The tokens are as they were written, and only the broken shards are other files than `before`."""
+    assert content(run) == content(written)
+    again = {name.removesuffix(".json").removesuffix(".tar") for name, place in written_at(run).items() if before.get(name) != place}
+    assert again == broken
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_one_damage_is_repaired_and_nothing_else_is_written(damage, run, written, encoded_sources, capsys):
+    shards = len(list((run / "tokens/train").glob("shard-*.tar")))
+    harm, broken = DAMAGES[damage]
+    before = written_at(run)
+    harm(run / "tokens/train")
+    before = {name: place for name, place in before.items() if written_at(run).get(name) == place}
+    assert audit_run(run) == 1
+    assert audit_run(run, repair=True) == 0
+    assert shards == 7 and encoded_sources == [range(index * PER_SHARD, (index + 1) * PER_SHARD) if index < 6 else encoded_sources[-1]
+                                               for index in broken]
+    assert_repaired(run, written[0], {f"train/shard-{index:06d}" for index in broken}, before)
+    assert f"repaired: {len(broken)} shards" in capsys.readouterr().out
+
+
+def test_all_damages_at_once_by_the_command(run, written):
+    """In a process of its own, as a user does it, with the manifests of both splits gone."""
+    train, validation = run / "tokens/train", run / "tokens/validation"
+    before = written_at(run)
+    for damage in ("strays", "deleted", "flipped", "cut short", "manifest deleted"):
+        DAMAGES[damage][0](train)
+    relabel(validation / "shard-000000.json")
+    (validation / "manifest.json").unlink()
+    done = command("audit", run / "tokens", "--repair")
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    assert "shard-000099.tar is no part of the set and is removed" in done.stdout and done.stdout.count(": whole") == 2
+    assert_repaired(run, written[0], {"train/shard-000000", "train/shard-000001", "train/shard-000002", "validation/shard-000000"}, before)
+
+
+def test_one_split_can_be_repaired_alone_and_a_whole_one_is_left_alone(run, written, encoded_sources):
+    before = {path: path.stat().st_mtime_ns for path in (run / "tokens").rglob("*") if path.is_file()}
+    assert audit_run(run, repair=True) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "tokens").rglob("*") if path.is_file()} and not encoded_sources
+    flip_byte(run / "tokens/validation/shard-000000.tar")
+    flip_byte(run / "tokens/train/shard-000000.tar")
+    assert audit_run(run / "tokens/validation", repair=True) == 0
+    assert encoded_sources == [range(PER_SHARD)]
+    assert audit_run(run) == 1, "the other split was not asked for"
+
+
+def test_what_is_still_wrong_after_the_repair_decides_the_exit_code(run, capsys):
+    (run / "tokens/train/shard-000099.tar").mkdir()  # a folder, which a repair does not delete
+    assert audit_run(run, repair=True) == 1
+    assert "shard-000099.tar: lies in the folder" in capsys.readouterr().out
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------------------------
+
+
+def refusal(run: Path, *overrides: str) -> str:
+    """The words that refuse a repair, which must have written nothing."""
+    (run / "tokens/train/shard-000001.tar").unlink()
+    before = content(run)
+    with pytest.raises(InputError) as caught:
+        audit_run(run, recipe_in(run, *overrides) if overrides else None, repair=True)
+    assert content(run) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("--tokens.threads=2", "encoding.threads was 1, now it is 2 (set --tokens.threads 1)"),
+    ("--tokens.batch_size=16", "encoding.batch_size was 8, now it is 16 (set --tokens.batch_size 8)"),
+    ("--tokens.views=none", "views was "), ("--tokens.images_per_shard=7", "images_per_shard was 6, now it is 7"),
+    ("--data.validation_fraction=0.3", "num_sources was "),
+])
+def test_another_recipe_is_refused_with_the_field(override, words, run):
+    assert words in refusal(run, override)
+
+
+def test_another_tokenizer_is_refused(run, tiny_run, tmp_path):
+    other = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    other.quantizer.codebook[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    words = refusal(run, f"--tokens.tokenizer={tmp_path / 'other'}")
+    assert "token_fingerprint was" in words and other.token_fingerprint in words and "--tokens.tokenizer" in words
+    for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone know it, too
+        manifest.unlink()
+    with pytest.raises(InputError, match=r"no manifest is left, and \d+ sidecars were written with another tokenizer"):
+        audit_run(run, recipe_in(run, f"--tokens.tokenizer={tmp_path / 'other'}"), repair=True)
+
+
+def test_another_data_set_is_refused(run, written, tmp_path):
+    photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
+    Image.new("L", (20, 20)).save(photos / "a/new.png")
+    assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
+
+
+def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, tiny_run, tmp_path):
+    """Its name and size are the same, which is all that the identity of a folder knows."""
+    photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
+    recipe = recipe_in(run, f"--data.path={photos}", f"--run_dir={tmp_path / 'own'}")
+    preprocess(recipe)
+    changed = photos / open_splits(recipe.data).train.source_name(PER_SHARD)
+    size = changed.stat().st_size
+    Image.new("L", (24, 20), 255).save(changed)
+    changed.write_bytes(changed.read_bytes().ljust(size, b"\0"))
+    shard = tmp_path / "own/tokens/train/shard-000001.tar"
+    digest = sha256_of_file(shard)
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"encoded again it is another file .*{digest}.*an image has changed"):
+        audit_run(tmp_path / "own", recipe, repair=True)
+    assert not shard.exists() and (tmp_path / "own/tokens/train/manifest.json").exists(), "what is left stays as it is"
+
+
+def test_a_folder_that_says_nothing_is_refused(run):
+    for path in [*run.rglob("tokens/*/manifest.json"), *run.rglob("tokens/*/shard-*.json")]:
+        path.unlink()
+    assert "no manifest and no sidecar is left" in refusal(run)
+
+
+def test_a_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
+    alone = Path(shutil.copytree(run / "tokens", tmp_path / "elsewhere/tokens"))
+    flip_byte(alone / "train/shard-000002.tar")
+    with pytest.raises(InputError, match="give --recipe"):
+        audit_run(alone, repair=True)
+    assert audit_run(alone, recipe_in(run), repair=True) == 0
+    assert content(alone.parent) == content(written[0])

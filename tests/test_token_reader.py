@@ -1,0 +1,176 @@
+"""The reader at scale: little is done before the first batch, memory is that of a window, and ranks and workers share the stream out exactly."""
+
+import copy
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from stage2_prior.token_batches import TokenBatches, rank_slice
+from stage2_prior.vocabulary import Vocabulary
+from tests.test_token_shards import CLASSES, edit_manifest, ids_of, make_header
+from token_shards import Grid, TokenShardReader, TokenShardWriter, default_key
+from token_shards import reader as reader_module
+from token_shards.sidecar import ShardSidecar
+from vqmosaic.errors import InputError
+
+SAMPLES, PER_SHARD, WINDOW = 240, 10, 3
+GRID = Grid("image", 512, 2, 3)
+HEADER = make_header(grids=[GRID], images_per_shard=PER_SHARD, num_sources=SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "train"
+    writer = TokenShardWriter(folder, HEADER)
+    for number in range(writer.num_shards):
+        with writer.shard(number) as shard:
+            for index in HEADER.source_range(number):
+                shard.add(index=index, key=default_key(index), source=f"{index}.png", label=index % 3, ids=ids_of(index, HEADER))
+    writer.finish()
+    return folder
+
+
+@pytest.fixture
+def parsed(monkeypatch) -> list[str]:
+    """Names of the sidecars that were understood, one entry for each time."""
+    names, understand = [], ShardSidecar.from_bytes
+
+    def counted(content, path):
+        names.append(path.name)
+        return understand(content, path)
+
+    monkeypatch.setattr(ShardSidecar, "from_bytes", counted)
+    return names
+
+
+# --- what opening costs, and what is kept ----------------------------------------------------------------------------------------
+
+
+def test_opening_understands_one_sidecar_and_reading_those_of_the_window(folder, parsed):
+    reader = TokenShardReader(folder, seed=1, window_shards=WINDOW)
+    assert parsed == ["shard-000000.json"]
+    parsed.clear()
+    reader.read(range(12))
+    assert 1 <= len(parsed) <= WINDOW
+    for start in range(12, SAMPLES, 12):
+        reader.read(range(start, start + 12))
+    assert len(parsed) == len(set(parsed)) == SAMPLES // PER_SHARD, "each once in an epoch"
+    assert len(reader._indexes) <= 2 * WINDOW + 1 and len(reader._maps) <= 2 * WINDOW + 1
+
+
+def test_a_window_wider_than_the_limit_of_open_maps_understands_each_sidecar_once(folder, parsed, monkeypatch):
+    monkeypatch.setattr(reader_module, "MOST_OPEN_MAPS", 2)
+    reader = TokenShardReader(folder, seed=1, window_shards=24)
+    parsed.clear()
+    for start in range(0, SAMPLES, 12):
+        reader.read(range(start, start + 12))
+        assert len(reader._maps) <= 2
+    assert len(parsed) == len(set(parsed)) == SAMPLES // PER_SHARD
+
+
+def test_far_positions_cost_no_more_than_near_ones(folder, parsed):
+    reader = TokenShardReader(folder, seed=1, window_shards=WINDOW)
+    parsed.clear()
+    epoch = 10**9
+    batch = reader.read(range(epoch * SAMPLES + 100, epoch * SAMPLES + 108))
+    assert (batch.epochs_B == epoch).all() and len(parsed) <= 2 * WINDOW
+    for sample, view, ids_T, label in zip(batch.samples_B, batch.views_B, batch.ids_BT, batch.labels_B, strict=True):
+        np.testing.assert_array_equal(ids_T, ids_of(int(sample), HEADER)["image"][view])
+        assert label == sample % 3
+
+
+def test_labels_of_all_samples_in_stored_order(folder):
+    reader = TokenShardReader(folder)
+    assert reader.labels_N.tolist() == [index % 3 for index in range(SAMPLES)] and reader.labels_N.dtype == np.int64
+    assert copy.deepcopy(reader).labels_N.tolist() == reader.labels_N.tolist()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda sidecar: sidecar["offsets"].update(image=[offset + 1 for offset in sidecar["offsets"]["image"]]), "offsets of grid 'image' do not fit"),
+    (lambda sidecar: sidecar["offsets"].update(image=[10**9] * PER_SHARD), "offsets of grid 'image' do not fit"),
+    (lambda sidecar: sidecar.update(offsets={}), "offsets of grid 'image' do not fit"),
+    (lambda sidecar: sidecar.update(header_fingerprint="f" * 64), "its header fingerprint is f+"),
+    (lambda sidecar: sidecar.update(count=PER_SHARD - 1), "there must be one for each of its 9 samples"),
+])
+def test_a_sidecar_that_the_manifest_vouches_for_is_still_checked_when_it_is_read(folder, tmp_path, change, words):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    path = damaged / "shard-000007.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_manifest(damaged, lambda manifest: manifest["shards"][7].update(sidecar_sha256=digest))
+    reader = TokenShardReader(damaged)
+    reader.sequential(0, 7 * PER_SHARD)
+    with pytest.raises(InputError, match=rf"shard-000007.json.*{words}"):
+        reader.sequential(7 * PER_SHARD, 8 * PER_SHARD)
+
+
+def test_a_shard_that_goes_away_after_opening_is_named(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own")
+    reader = TokenShardReader(own)
+    (own / "shard-000007.json").unlink()
+    with pytest.raises(InputError, match=r"shard-000007\.json is missing"):
+        reader.sequential(70, 80)
+
+
+# --- ranks and workers -------------------------------------------------------------------------------------------------------
+
+
+class StepsOfRank(torch.utils.data.Dataset):
+    """Step s of a rank, as a DataLoader's workers ask for them."""
+
+    def __init__(self, batches: TokenBatches, steps: int, batch_size: int, rank: int, world_size: int):
+        self.batches, self.steps = batches, steps
+        self.arguments = {"batch_size": batch_size, "rank": rank, "world_size": world_size}
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.batches.batch(step, **self.arguments)
+
+
+def batches_of(folder) -> TokenBatches:
+    vocabulary = Vocabulary(grids=[GRID], class_names=CLASSES, token_fingerprint=HEADER.token_fingerprint)
+    return TokenBatches(TokenShardReader(folder, seed=4, window_shards=WINDOW), vocabulary, seed=4, label_drop=0.2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [7, 32])
+def test_every_rank_has_as_many_steps_and_the_samples_of_an_epoch_come_once(folder, world_size, batch_size):
+    steps = -(-2 * SAMPLES // batch_size)  # two epochs, whose border may lie inside a step
+    readers = [TokenShardReader(folder, seed=4, window_shards=WINDOW) for _ in range(world_size)]
+    seen, sizes = [], set()
+    for step in range(steps):
+        for rank, reader in enumerate(readers):
+            batch = reader.read(range(*rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)))
+            sizes.add(len(batch.samples_B))
+            seen += zip(batch.epochs_B.tolist(), batch.samples_B.tolist(), strict=True)
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1, "no rank starves, in no step"
+    assert sorted(seen[:2 * SAMPLES]) == [(epoch, sample) for epoch in (0, 1) for sample in range(SAMPLES)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_of_a_loader_give_what_one_process_gives(folder, rank):
+    steps, batches = 9, batches_of(folder)
+    dataset = StepsOfRank(batches, steps, 30, rank, 2)
+    batches.batch(0, 30)  # shards are mapped here before the workers are forked
+    loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
+    fresh = batches_of(folder)
+    assert len(loaded) == steps
+    for step, (ids_BT, classes_B) in enumerate(loaded):
+        expected_ids_BT, expected_classes_B = fresh.batch(step, 30, rank, 2)
+        assert torch.equal(ids_BT, expected_ids_BT) and torch.equal(classes_B, expected_classes_B)
+
+
+def test_going_on_anywhere_equals_running_through(folder):
+    in_one_go = batches_of(folder)
+    through = [in_one_go.batch(step, 28) for step in range(30)]
+    for step in (0, 8, 9, 17, 29):  # epochs of 240 end inside steps 8 and 17
+        ids_BT, classes_B = batches_of(folder).batch(step, 28)
+        assert torch.equal(ids_BT, through[step][0]) and torch.equal(classes_B, through[step][1])

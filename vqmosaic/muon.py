@@ -1,0 +1,68 @@
+"""Muon: momentum made orthogonal for the matrices inside a network, AdamW for everything else.
+
+torch.optim.Muon takes two-dimensional parameters only and iterates in bfloat16, which many CPUs compute slowly; this one takes the
+kernels of convolutions as well, works in the dtype it is told, and goes through matrices of one shape together.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that rises fastest from small singular values (Jordan et al. 2024)
+ITERATIONS = 5
+RMS_OF_ADAMW = 0.2
+"""Root mean square of an AdamW update over its learning rate, to which updates are scaled (Liu et al. 2025, arXiv 2502.16982)."""
+
+
+def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
+    """For each matrix U S V^T of a stack (N, R, C) nearly U V^T: singular values of about 0.7 to 1.2 in place of S. In the stack's dtype."""
+    a, b, c = COEFFICIENTS
+    is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
+    x = matrices_NRC.mT if is_tall else matrices_NRC
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # singular values of at most 1
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for `matrices`, whose updates are orthogonalized Nesterov momentum (Jordan et al. 2024).
+
+    One learning rate serves both: updates of matrices are scaled to the size that AdamW's have. A kernel (O, I, h, w) counts as a matrix
+    (O, I h w). Where gradients of a matrix are, there is none after `step`: it is spent.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict], *, lr: float, betas: tuple[float, float] = (0.9, 0.99),
+                 momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
+        """`groups` are AdamW's parameter groups; `weight_decay` is that of the matrices; `dtype` is what their iterations are computed in."""
+        matrices = list(matrices)
+        super().__init__([{"params": matrices, "weight_decay": weight_decay, "momentum": momentum}, *groups], lr=lr, betas=betas, fused=True)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all parameters that have gradients."""
+        group = self.param_groups[0]
+        by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_shape[len(parameter), parameter[0].numel()].append(parameter)
+        for (rows, columns), parameters in by_shape.items():
+            directions = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:  # AdamW looks for a step in every state that it loads
+                    state["momentum"], state["step"] = torch.zeros_like(parameter), torch.zeros(())
+                state["step"] += 1
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]).reshape(rows, columns).to(self.dtype))
+            updates = orthogonalized(torch.stack(directions))
+            scale = RMS_OF_ADAMW * max(rows, columns) ** 0.5
+            for parameter, update in zip(parameters, updates, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+                parameter.grad = None
+        return super().step(closure)

@@ -1,0 +1,91 @@
+"""Training with weights, gradients and optimizer state divided over the GPUs: FSDP2, asked for in an accelerate configuration (configs/accelerate).
+
+Everything here is called on all processes together, unless it says otherwise.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, StateDictType
+from torch.distributed.tensor import DTensor
+
+from vqmosaic.errors import InputError
+
+SHARDED_STAGES = ("prior",)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights only."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def set_up_sharding(accelerator: Accelerator, stage: str) -> None:
+    """Check what the accelerate configuration says of FSDP, if anything, and add that gradients are summed in float32.
+
+    Raises InputError where it could not be kept, where checkpoints could not be read safely, and for a stage that does not do it.
+    """
+    if not is_sharded(accelerator):
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise InputError(f"the accelerate configuration asks for FSDP, which accelerate does on several GPUs only, and this is "
+                             f"{accelerator.num_processes} x {accelerator.device.type}: every process would hold all weights without a word. "
+                             "Take a configuration without FSDP, such as several_gpus or two_cpu_processes.")
+        return
+    if stage not in SHARDED_STAGES:
+        raise InputError(f"the accelerate configuration asks for FSDP, which stage {stage} does not do: a tokenizer fits on one GPU. Run it with "
+                         "--processes alone, or with a configuration without FSDP, such as several_gpus.")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise InputError(f"the accelerate configuration has fsdp_version {plugin.fsdp_version}; set it to 2.")
+    if plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        raise InputError(f"the accelerate configuration has fsdp_state_dict_type {plugin.state_dict_type.name}, whose checkpoints are read by "
+                         "unpickling; set it to FULL_STATE_DICT.")
+    if plugin.activation_checkpointing:
+        raise InputError("the accelerate configuration has fsdp_activation_checkpointing, which changes the names in checkpoints; set it to "
+                         f"false and {stage}_training.activation_checkpointing to true.")
+    # the logits are a view, and nothing writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # accelerate's own sums in bf16
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise InputError for an optimizer that needs whole matrices; AdamW works on parts of them. Needs no other process."""
+    own = getattr(optimizer, "optimizer", optimizer)
+    if type(own) is not torch.optim.AdamW:
+        raise InputError(f"{type(own).__name__} needs whole matrices, and with FSDP each process has a part of them; train with AdamW, or with an "
+                         "accelerate configuration without FSDP, such as several_gpus.")
+
+
+def shard_like_trained(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model (a copy of the trained one) with its weights divided in the same way, in place."""
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a sharded model put together on the CPU, on the main process; empty on the others."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    release(model)
+    return weights
+
+
+def load_whole_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give every process its parts of the main process's weights; what the others pass is not looked at."""
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def release(model: nn.Module) -> None:
+    """Let go of the whole weights that a forward pass without a backward pass leaves behind. Needs no other process."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, as a plain one that is the same on all processes."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
