@@ -3,6 +3,7 @@
 Most calls are processes of their own. Those that would load torch again and again are made in this one, by `dispatch`.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import SamplingConfig
 
 HELP_SECONDS, ERROR_SECONDS = 1.5, 4.0  # what is promised; a machine that does other things meanwhile gets twice that
 SLACK = 2.0
@@ -327,7 +329,7 @@ def test_bundle_joins_parts_given_by_path(tiny_run, tmp_path, capsys):
     assert result.returncode == 0 and result.stdout.strip() == f"bundled {tmp_path / 'joined'}" and seconds < SLACK * ERROR_SECONDS
     assert dispatch([*arguments, "--guidance_scale", "2", "--top_k", "8"]) == 0, "an older pipeline is replaced"
     content = json.loads((tmp_path / "joined" / "pipeline.json").read_text())
-    assert content["sampling"] == {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 8, "top_p": 1.0}
+    assert content["sampling"] == dataclasses.asdict(SamplingConfig(guidance_scale=2.0, top_k=8))
     assert dispatch(["generate", str(tmp_path / "joined"), "--num", "1", "--classes", "3", "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joined", "out"], "no temporary folders are left"
 

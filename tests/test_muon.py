@@ -31,6 +31,11 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+def test_wide_matrices_take_the_short_way_to_the_same_end():
+    wide = torch.randn(2, 6, 54, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(orthogonalized(wide), orthogonalized(wide.double()).float(), rtol=0, atol=1e-5)
+
+
 def gradients(parameters: list[nn.Parameter], seed: int) -> None:
     noise = torch.Generator().manual_seed(seed)
     for parameter in parameters:
