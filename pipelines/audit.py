@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from token_shards.audit import audit_tokens
+from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
@@ -24,7 +25,9 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
     compared, expected = "nothing: no recipe is known for this folder, give --recipe", None
     try:
         recipe = recipe or recipe_of(folder)
-        if recipe is not None:
+        if is_imported(folder):
+            compared = "nothing: these tokens were imported"
+        elif recipe is not None:
             expected, compared = expected_sources(recipe), f"the data set of {recipe.run_dir}"
     except InputError as error:
         compared = f"nothing: {error}"
@@ -49,6 +52,14 @@ def repair_run(folder: Path, recipe: Recipe | None) -> None:
 
     repaired = repair_tokens(folder, recipe)
     print(f"repaired: {sum(map(len, repaired.values()))} shards were encoded again")
+
+
+def is_imported(folder: Path) -> bool:
+    """Whether the shards were made of tokens from elsewhere, of which a run's data set knows nothing."""
+    for split_folder in (folder, *(folder / split for split in SPLITS)):
+        if (split_folder / MANIFEST_NAME).is_file():
+            return "imported" in TokenShardManifest.load(split_folder).encoding
+    return False
 
 
 def recipe_of(folder: Path) -> Recipe | None:

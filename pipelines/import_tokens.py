@@ -5,8 +5,8 @@
     vqmosaic import-tokens codes.npy --labels labels.npy --tokenizer runs/cifar10/tokenizer --out tokens
     vqmosaic train-prior cifar10 --prior_training.tokens tokens
 
-Everything is read twice: once to check it, before anything is written, and once to write it. So a file that changed shows by its digest,
-and a call that was killed goes on, when it is made again, with the shards that are missing.
+Everything is read twice: once to check it, before anything is written, and once to write it; leave the source alone meanwhile. A call that was
+killed goes on, when it is made again, with the shards that are missing, unless the source has another digest by then.
 
 1d-tokenizer writes the mirrored view of an image as a line of its own, far from the other, and each line becomes an image: a share of such
 lines is no set to validate on, since most of its images are trained on mirrored. Give such tokens a --validation of their own.
@@ -88,6 +88,9 @@ def import_tokens(options: argparse.Namespace) -> int:
         sources.append(open_foreign_tokens(options.validation, options.validation_labels, options.unlabelled, "--validation"))
     elif len(sources[0]) < 2:
         raise InputError(f"{options.source} holds {len(sources[0])} rows; at least 2 are needed, one to train and one to validate on.")
+    for source in sources:
+        if len(source):
+            grid_of(Facts(*source.read(0)[0].shape), codebook_size, grid_shape, options)  # before the minutes that reading all rows may take
     with StopFlag() as stop:
         facts = [examine(source, codebook_size, None if names is None else len(names), stop) for source in sources]
         grid = grid_of(facts[0], codebook_size, grid_shape, options)

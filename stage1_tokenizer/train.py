@@ -67,6 +67,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if judge(run.folder, recipe, "tokenizer", inputs) == "skip":
         report(f"finished already: {run.folder.export('tokenizer')}")
         return
+    if training.compile:
+        check_compiler("tokenizer_training.compile", accelerator.device)
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
     validation_images = ValidationImages(splits.validation, transform, training.validation_images)
@@ -100,7 +102,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
     if training.compile:
-        check_compiler("tokenizer_training.compile", accelerator.device)
         compile_blocks(tokenizer.encoder)
         compile_blocks(tokenizer.decoder)
 

@@ -14,6 +14,7 @@ In comments: N rows, D width, A heads, d width of a head, S = 1 + T positions, V
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stage2_prior.decoding_layers import DecoderLayers, layers_of
 
@@ -32,7 +33,8 @@ class StockDecoder:
 
     def keep_first(self, rows: int) -> None:
         """Go on with the first rows alone, where the cache of the architecture can do that."""
-        if hasattr(self.cache, "batch_select_indices"):
+        layers = getattr(self.cache, "layers", ())
+        if layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):  # others keep more than keys and values
             self.cache.batch_select_indices(torch.arange(rows, device=next(self.model.parameters()).device))
             self.rows = rows
 
@@ -107,11 +109,12 @@ class GraphDecoder:
         """Logits (N, codes) after ids at a position, valid until the next step."""
         if position == 0:  # some models do more there
             return self.decoder.step(ids_N, 0)
-        self.position.fill_(position)
-        if self.graph is None:
-            self.record(ids_N)
-        self.ids_N.copy_(ids_N)
-        self.graph.replay()
+        with torch.cuda.device(self.decoder.layers.device):
+            self.position.fill_(position)
+            if self.graph is None:
+                self.record(ids_N)
+            self.ids_N.copy_(ids_N)
+            self.graph.replay()
         return self.logits_NV
 
     def record(self, ids_N: torch.Tensor) -> None:

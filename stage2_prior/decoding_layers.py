@@ -27,7 +27,7 @@ class DecoderLayers:
     MODULES: tuple[type, ...] = ()
     """All modules that a model may consist of, apart from activations."""
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, head: nn.Linear, num_codes: int, rows: int):
+    def __init__(self, blocks: nn.ModuleList, head: nn.Linear, num_codes: int, rows: int):
         self.count, self.blocks = len(blocks), blocks
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.head = Product([head], rows, num_codes)
@@ -62,7 +62,7 @@ class LlamaLayers(DecoderLayers):
     ROTATIONS = ("default", "linear", "llama3", "yarn")
 
     def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
-        super().__init__(model, model.model.layers, model.lm_head, num_codes, rows)
+        super().__init__(model.model.layers, model.lm_head, num_codes, rows)
         attention = [layer.self_attn for layer in self.blocks]
         self.embedding, self.final_norm, self.head_width = model.model.embed_tokens, rms_norm(model.model.norm), attention[0].head_dim
         self.query_heads = attention[0].q_proj.out_features // self.head_width
@@ -107,7 +107,7 @@ class GridLayers(DecoderLayers):
                                                       "feed_forward_in", "feed_forward_out"))
 
     def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
-        super().__init__(model, model.blocks, model.head, num_codes, rows)
+        super().__init__(model.blocks, model.head, num_codes, rows)
         self.embedding, self.places, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
         self.first_class, self.key_heads = model.config.num_codes, model.config.num_attention_heads
         self.head_width = model.config.hidden_size // self.key_heads

@@ -16,7 +16,7 @@ In comments: B batch, S sequence (class token and tokens), D width, A heads, d w
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -119,8 +119,11 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, classes_B: torch.Tensor | None, cosines_S2d: torch.Tensor, sines_S2d: torch.Tensor,
-                cache=None, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
-        """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already."""
+                mask_SS: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
+        """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
+
+        The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
+        """
         if classes_B is not None:
             first_B1D = x_BSD[:, :1] + self.class_embedding(classes_B)[:, None]
             x_BSD = torch.cat([first_B1D, x_BSD[:, 1:]], dim=1)
@@ -132,8 +135,8 @@ class GridBlock(GradientCheckpointingLayer):
         rotated = torch.addcmul(rotated * cosines_S2d[:, :, None], swapped, sines_S2d[:, :, None])
         query, key = rotated.permute(2, 0, 3, 1, 4)                                                   # B, A, S, d each
         value = hidden[:, :, 2].transpose(1, 2)                                                       # B, A, S, d
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer)
         is_causal = mask_SS is None and length > 1
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=is_causal)
         mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
@@ -185,7 +188,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     def rotations(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The rotation tables on a device, float32; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
         if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in rotation_tables(self.config))
+            with torch.inference_mode(False):  # first asked for in sampling, they must still be fit for training
+                self._tables[device] = tuple(table.to(device) for table in rotation_tables(self.config))
         return self._tables[device]
 
     def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache: bool | None = None, logits_to_keep: int = 0,
@@ -203,7 +207,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         if seen and length > 1:
             mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
         for block in self.blocks:
-            x_BSD = block(x_BSD, classes_B, cosines_S2d, sines_S2d, past_key_values, mask_SS)
+            x_BSD = block(x_BSD, classes_B, cosines_S2d, sines_S2d, mask_SS, past_key_values=past_key_values)
         logits_BSV = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
         return CausalLMOutputWithPast(logits=logits_BSV, past_key_values=past_key_values)
 

@@ -164,7 +164,7 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
             logits_BK = logits_NK[:images] if scale == 1 else apply_guidance(*logits_NK.chunk(2), scale)
             ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
             columns.append(ids_B)
-            if position == last_guided:  # before it, the rows without a class are needed for what later positions see of them
+            if position == last_guided < len(ranges) - 1:  # before it, the rows without a class are needed for what later positions see of them
                 decoder.keep_first(images)
             ids_N = vocabulary.to_vocabulary_at(position, ids_B.repeat(decoder.rows // images))
             if callback is not None and callback(position + 1, len(ranges)) is False:

@@ -30,6 +30,7 @@ from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
+from vqmosaic.sharding import is_sharded
 from vqmosaic.stage_records import judge, write_record
 from vqmosaic.training_run import TrainingRun
 
@@ -163,7 +164,10 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     names = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
     sums = torch.zeros(2 * len(names) + 2, device=accelerator.device)  # NLL and hits for each name; tokens; ranks that were stopped
     for ids_BT, classes_B in validation_batches(reader, batch_size, accelerator.process_index, accelerator.num_processes, limit):
-        if stop is not None and stop.signal:
+        halted = stop is not None and bool(stop.signal)
+        if is_sharded(accelerator):  # the forward pass of a divided model is everyone's, so all have to leave before the same batch
+            halted = bool(accelerator.reduce(torch.tensor(float(halted), device=accelerator.device), "sum"))
+        if halted:
             sums[-1] = 1
             break
         ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
@@ -205,6 +209,8 @@ def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights
                f"accuracy {numbers['accuracy']:.1%}{also('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
     if on_validation is not None and run.is_main:
         on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop)
+        if run.is_sharded:
+            prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
 
 
 def main(arguments: list[str]) -> None:

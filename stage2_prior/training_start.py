@@ -28,7 +28,7 @@ def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def recompute_activations(model: PreTrainedModel) -> None:
     """Keep only the inputs of the layers for the backward pass. InputError for an architecture that cannot do that."""
-    # transformers 5.23 has the second name, and says of the first one that it will go
+    # transformers 5.23 has the first name, and says of the second one that it will go
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})

@@ -11,7 +11,7 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig
+from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 
 CODES, CLASSES = 11, 3
 
@@ -118,8 +118,6 @@ def prior_of(grids: list[Grid], **changes) -> TokenPrior:
 
 
 def test_a_prior_of_two_grids_of_different_depth_learns_and_is_sampled(tmp_path):
-    from vqmosaic.recipe_sections import SamplingConfig
-
     prior = prior_of([Grid("coarse", 6, 2, 2), Grid("fine", 11, 2, 2, 2)])
     ids_BT = torch.randint(6, (16, 12), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -188,4 +186,15 @@ def test_presets_have_the_sizes_they_are_known_by():
 
 def test_sizes_that_are_given_win_over_the_preset():
     assert PriorConfig(preset="B").sizes == (12, 768, 12)
-    assert PriorConfig(preset="B", layers=3).sizes == (3, 768, 12)
+    assert PriorConfig(preset="B", layers=3).sizes == (3, 768, 12) and PriorConfig().sizes == (6, 256, 4)
+    with pytest.raises(InputError, match="nothing of it would be used"):
+        PriorConfig(preset="B", layers=3, width=64, heads=2)
+
+
+def test_a_prior_that_was_sampled_first_can_still_be_trained(tmp_path):
+    """What is computed once, and kept, is computed in inference mode here."""
+    prior_of([Grid("image", 11, 3, 3)]).save_pretrained(tmp_path)
+    prior = TokenPrior.from_pretrained(tmp_path)
+    prior.sample([0], SamplingConfig(), seeds=[0])
+    prior.train().loss(torch.arange(9)[None], torch.tensor([1])).backward()
+    assert all(parameter.grad is not None for parameter in prior.parameters())

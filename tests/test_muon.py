@@ -82,6 +82,21 @@ def test_everything_else_is_stepped_by_adamw_bit_for_bit():
     assert torch.equal(own, other) and not torch.equal(matrix, torch.eye(3))
 
 
+def test_a_step_that_a_gradient_scaler_calls_off_changes_nothing():
+    """torch's GradScaler leaves it to fused optimizers to skip the step."""
+    parameters = [nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(4))]
+    optimizer = Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.1)
+    for overflowed in (True, False):
+        gradients(parameters, 0)
+        before = copy.deepcopy(parameters)
+        if overflowed:
+            parameters[0].grad[0, 0] = torch.inf
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(overflowed)), None  # as GradScaler.step sets them
+        optimizer.step()
+        assert [torch.equal(*pair) for pair in zip(parameters, before, strict=True)] == [overflowed] * 2
+        assert all(parameter.isfinite().all() for parameter in parameters)
+
+
 def test_a_loaded_state_goes_on_bit_for_bit():
     parameters = [nn.Parameter(torch.randn(5, 9, generator=torch.Generator().manual_seed(3))), nn.Parameter(torch.ones(4))]
     optimizer = Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.05)

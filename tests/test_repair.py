@@ -190,8 +190,18 @@ def test_another_tokenizer_is_refused(run, tiny_run, tmp_path):
     assert "token_fingerprint was" in words and other.token_fingerprint in words and "--tokens.tokenizer" in words
     for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone know it, too
         manifest.unlink()
-    with pytest.raises(InputError, match=r"no manifest is left, and \d+ sidecars were written with another tokenizer"):
+    with pytest.raises(InputError, match=r"no manifest is left, and \d+ of its \d+ sidecars were written with another tokenizer"):
         audit_run(run, recipe_in(run, f"--tokens.tokenizer={tmp_path / 'other'}"), repair=True)
+
+
+def test_a_split_with_other_views_is_refused_though_the_other_split_would_fit(run):
+    """Validation does not depend on tokens.views, so it says nothing of them."""
+    (run / "tokens/train/manifest.json").unlink()
+    (run / "tokens/train/shard-000001.tar").unlink()
+    before = content(run)
+    with pytest.raises(InputError, match=r"tokens/train: no manifest is left, and \d+ of its \d+ sidecars"):
+        audit_run(run, recipe_in(run, "--tokens.views=none"), repair=True)
+    assert content(run) == before
 
 
 def test_another_data_set_is_refused(run, written, tmp_path):

@@ -198,9 +198,10 @@ class TokenShardWriter:
         return None
 
     @contextmanager
-    def shard(self, shard_index: int, allowed_sha256: Collection[str] | None = None) -> Iterator[ShardInProgress]:
+    def shard(self, shard_index: int, allowed_sha256: Collection[str] | None = None, keep_manifest: bool = False) -> Iterator[ShardInProgress]:
         """A shard to add to; it is published when the block ends, and not at all when the block raises or the process dies.
 
+        The manifest goes, since it no longer says what lies in the folder; with `keep_manifest` it stays, for the repair of what it speaks of.
         Raises ValueError when a source of its range was neither added nor skipped, and InputError when `allowed_sha256` is given and the
         tar has none of these digests.
         """
@@ -221,7 +222,8 @@ class TokenShardWriter:
             sidecar = ShardSidecar(shard=path.name, count=len(shard.keys), size=partial.stat().st_size, sha256=digest,
                                    header_fingerprint=self._header_fingerprint, skipped=shard.skipped, keys=shard.keys,
                                    indices=shard.indices, labels=shard.labels, sources=shard.sources, offsets=shard.offsets)
-            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # from here on the folder is not what an older manifest says
+            if not keep_manifest:
+                (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
             publish(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)

@@ -62,9 +62,17 @@ class Muon(torch.optim.AdamW):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Update all parameters that have gradients."""
+    def step(self, closure: None = None) -> None:
+        """Update all parameters that have gradients; none, where a gradient scaler has found that they overflowed."""
+        if closure is not None:
+            raise ValueError("Muon takes no closure: it uses each gradient once.")
         group = self.param_groups[0]
+        overflowed = getattr(self, "found_inf", None)  # set by torch's GradScaler, which leaves it to fused optimizers to skip the step
+        if overflowed is not None and overflowed.item():
+            for parameter in group["params"]:
+                parameter.grad = None
+            super().step()
+            return
         by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -84,4 +92,4 @@ class Muon(torch.optim.AdamW):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
                 parameter.grad = None
-        return super().step(closure)
+        super().step()

@@ -23,7 +23,10 @@ PRESETS = {  # those above tiny are LlamaGen's (Sun et al. 2024)
 }
 
 
+DEFAULT_PRESET = "tiny"
+
+
 def sizes_of(prior: "PriorConfig") -> PriorSizes:
-    """The sizes that a recipe gives, and for the others those of its preset."""
+    """The sizes that a recipe gives, and for the others those of its preset, or of the default one."""
     given = {"layers": prior.layers, "width": prior.width, "heads": prior.heads}
-    return PRESETS[prior.preset]._replace(**{name: value for name, value in given.items() if value is not None})
+    return PRESETS[prior.preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})

@@ -211,8 +211,8 @@ class PriorConfig:
 
     architecture: str = "llama"
     """grid_transformer (our own), or a model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
-    preset: str = "tiny"
-    """A named size: tiny (about 5M parameters), B (86M with 1,024 codes), L, XL or XXL."""
+    preset: str | None = None
+    """A named size: tiny (about 5M parameters; what null means), B (86M with 1,024 codes), L, XL or XXL."""
     width: int | None = None
     """Width of the residual stream; null takes the preset's."""
     layers: int | None = None
@@ -225,7 +225,11 @@ class PriorConfig:
     """Further entries of the model's transformers configuration, as transformers names them."""
 
     def __post_init__(self):
-        check_name("prior.preset", self.preset, tuple(PRESETS))
+        if self.preset is not None:
+            check_name("prior.preset", self.preset, tuple(PRESETS))
+            if None not in (self.width, self.layers, self.heads):
+                raise InputError(f"prior.preset is {self.preset!r}, and prior.width {self.width}, prior.layers {self.layers} and prior.heads "
+                                 f"{self.heads} are given as well, so nothing of it would be used; leave it out, or set those to null.")
         for key, value in self.sizes._asdict().items():
             check_range(f"prior.{key}", value, at_least=1)
         if self.sizes.width % self.sizes.heads:

@@ -25,7 +25,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def set_up_sharding(accelerator: Accelerator, stage: str) -> None:
+def set_up_sharding(accelerator: Accelerator, stage: str, optimizer: str) -> None:
     """Check what the accelerate configuration says of FSDP, if anything, and add that gradients are summed in float32.
 
     Raises InputError where it could not be kept, where checkpoints could not be read safely, and for a stage that does not do it.
@@ -39,6 +39,9 @@ def set_up_sharding(accelerator: Accelerator, stage: str) -> None:
     if stage not in SHARDED_STAGES:
         raise InputError(f"the accelerate configuration asks for FSDP, which stage {stage} does not do: a tokenizer fits on one GPU. Run it with "
                          "--processes alone, or with a configuration without FSDP, such as several_gpus.")
+    if optimizer != "adamw":
+        raise InputError(f"{stage}_training.optimizer is {optimizer!r}, which needs whole matrices, and with FSDP each process has a part of them; "
+                         f"set {stage}_training.optimizer adamw, or take an accelerate configuration without FSDP, such as several_gpus.")
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise InputError(f"the accelerate configuration has fsdp_version {plugin.fsdp_version}; set it to 2.")
@@ -52,14 +55,6 @@ def set_up_sharding(accelerator: Accelerator, stage: str) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # accelerate's own sums in bf16
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raise InputError for an optimizer that needs whole matrices; AdamW works on parts of them. Needs no other process."""
-    own = getattr(optimizer, "optimizer", optimizer)
-    if type(own) is not torch.optim.AdamW:
-        raise InputError(f"{type(own).__name__} needs whole matrices, and with FSDP each process has a part of them; train with AdamW, or with an "
-                         "accelerate configuration without FSDP, such as several_gpus.")
 
 
 def shard_like_trained(accelerator: Accelerator, model: nn.Module) -> nn.Module:

@@ -26,7 +26,6 @@ from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.sharding import (
-    check_optimizer,
     is_sharded,
     load_whole_weights,
     release,
@@ -62,7 +61,7 @@ class TrainingRun:
         self.recipe, self.stage, self.training, self.stop = recipe, stage, training, stop
         self.folder = RunFolder(Path(recipe.run_dir))
         self.accelerator = make_accelerator(training, str(self.folder.logs(stage)))
-        set_up_sharding(self.accelerator, stage)
+        set_up_sharding(self.accelerator, stage, training.optimizer)
         self.is_sharded = is_sharded(self.accelerator)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         check_batch_split(recipe, training.SECTION, self.world_size)
@@ -80,20 +79,18 @@ class TrainingRun:
 
         `rival` is a second model with an optimizer of its own (a discriminator): checkpointed with the first, never averaged or exported.
         """
+        self._whole = copy.deepcopy(model) if self.is_sharded and self.is_main else None
         model.to(self.accelerator.device)
         self.unwrapped = model
         self.average = averaged(model, self.training.weight_ema_decay) if self.training.weight_ema_decay else None
         models = [model] if rival is None else [model, rival.to(self.accelerator.device)]
         peaks = [self.training.learning_rate, rival_learning_rate or self.training.learning_rate][:len(models)]
         self.peak_learning_rates = [peak * self.training.learning_rate_factor for peak in peaks]
-        self._whole = copy.deepcopy(model).cpu() if self.is_sharded and self.is_main else None
         prepared = self.accelerator.prepare(*models, *map(self._optimizer, models))
         self.model, self.rival = prepared[0], prepared[1] if rival is not None else None
         self.optimizers = list(prepared[len(models):])
-        if self.is_sharded:
-            check_optimizer(self.optimizers[0])
-            if self.average is not None:
-                shard_like_trained(self.accelerator, self.average.module)
+        if self.is_sharded and self.average is not None:
+            shard_like_trained(self.accelerator, self.average.module)
         self._resume()
         training = self.training
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
@@ -182,7 +179,7 @@ class TrainingRun:
             **facts,
             "parameters": f"{count:,}",
             "learning rate": learning_rate_rule(self.training),
-            "memory of the training state": f"{count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
+            "memory of the training state": f"about {count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
                                             + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),
             "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
             "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
