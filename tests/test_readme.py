@@ -1,5 +1,6 @@
 """The README's commands are understood and its Python runs, on a real (tiny) run."""
 
+import json
 import os
 import re
 import shlex
@@ -30,6 +31,10 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     (tmp_path / "runs").mkdir()
     for run in ("quickstart", "photos", "a", "b"):
         (tmp_path / "runs" / run).symlink_to(tiny_run)
+    for name, rows in (("pretokenized", 12), ("validation", 4)):
+        lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "inception.pt").write_bytes(b"a TorchScript file: it is not opened before the sweep begins")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,14 +60,15 @@ def test_command_works(command, workplace, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             command_line.dispatch(words)
         assert stop.value.code == 0
-    elif words[0] in command_line.STAGE_COMMANDS or words[0] == "run":
-        options, _ = command_line.parse_recipe_command(words[0], words[1:])
-        assert options.recipe.data.path or options.recipe.data.source == "digits"
+    elif (words[0] in command_line.STAGE_COMMANDS or words[0] == "run") and "--overfit" not in words:
+        recipe = command_line.parse_recipe_command(words[0], words[1:])[0].recipe
+        assert recipe.data.path or recipe.data.source == "digits" or recipe.prior_training.tokens
     else:
-        served = []
-        monkeypatch.setattr("pipelines.demo.serve", lambda folder, **_: served.append(folder))
+        begun = []
+        monkeypatch.setattr("pipelines.demo.serve", lambda folder, **_: begun.append("demo"))
+        monkeypatch.setattr("pipelines.sweep.run_sweep", lambda request: begun.append("sweep") or 0)
         assert command_line.dispatch(words) == 0
-        assert bool(served) == (words[0] == "demo")
+        assert bool(begun) == (words[0] in ("demo", "sweep"))
 
 
 def test_make_targets_exist():
@@ -75,5 +81,5 @@ def test_make_targets_exist():
 def test_pictures_and_files_that_are_linked_exist_and_nothing_is_left_to_fill_in():
     text = (ROOT / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert links and all((ROOT / link).is_file() for link in links), [link for link in links if not (ROOT / link).is_file()]
+    assert links and all((ROOT / link).exists() for link in links), [link for link in links if not (ROOT / link).exists()]
     assert "MEASURED" not in text
