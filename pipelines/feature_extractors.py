@@ -23,12 +23,12 @@ from torch import nn
 
 from pipelines.feature_file import FeatureFile
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.weights_fit import misfits
 
 RETURN_FEATURES = "return_features"
 """Argument of NVIDIA's Inception file (inception-2015-12-05.pt), which without it gives class probabilities."""
 WRAPPERS = ("state_dict", "model")
 """Names under which training programs keep the weights in a checkpoint."""
-LISTED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +152,9 @@ def load_weights(named: NamedNetwork, file: FeatureFile) -> None:
     """Give a named network the weights of a file. Raises InputError that lists missing, unexpected and wrongly shaped tensors."""
     found, expected = read_weights(file.path), named.module.state_dict()
     left_out = {key for key in found.keys() - expected.keys() if key.startswith(tuple(f"{layer}." for layer in named.classifier))}
-    problems = [f"missing {key}" for key in expected.keys() - found.keys()]
-    problems += [f"unexpected {key}" for key in found.keys() - expected.keys() - left_out]
-    problems += [f"{key} has shape {tuple(found[key].shape)}, not {tuple(expected[key].shape)}"
-                 for key in expected.keys() & found.keys() if found[key].shape != expected[key].shape]
-    if problems:
-        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise InputError(f"--features {file.path} does not hold the weights of --features_model {file.model}: "
-                         f"{'; '.join(sorted(problems)[:LISTED])}{more}. Give the name that they were trained under.")
+    if problems := misfits(found, expected, left_out):
+        raise InputError(f"--features {file.path} does not hold the weights of --features_model {file.model}: {problems}. "
+                         "Give the name that they were trained under.")
     named.module.load_state_dict({key: found[key] for key in expected})
 
 

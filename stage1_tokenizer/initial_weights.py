@@ -11,10 +11,10 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.checkpoints import broken_files
 from vqmosaic.errors import InputError
 from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.weights_fit import misfits
 
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 """What the weight average, several processes and torch.compile put before the names in a checkpoint."""
-LISTED = 8
 
 
 def read_initial_weights(path: str, tokenizer_config: TokenizerConfig) -> dict[str, torch.Tensor]:
@@ -75,13 +75,8 @@ def load_initial_weights(tokenizer: ImageTokenizer, path: str) -> None:
     """
     found, own = read_initial_weights(path, tokenizer.config), tokenizer.state_dict()
     left_out = tokenizer.training_only_names() - found.keys()
-    problems = [f"missing {name}" for name in own.keys() - found.keys() - left_out]
-    problems += [f"unexpected {name}" for name in found.keys() - own.keys()]
-    problems += [f"{name} has shape {tuple(found[name].shape)}, not {tuple(own[name].shape)}"
-                 for name in own.keys() & found.keys() if own[name].shape != found[name].shape]
-    if problems:
-        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise InputError(f"{FIELD} is {path!r}, whose weights do not fit the network of this recipe: {'; '.join(sorted(problems)[:LISTED])}{more}. "
+    if problems := misfits(found, own, left_out):
+        raise InputError(f"{FIELD} is {path!r}, whose weights do not fit the network of this recipe: {problems}. "
                          f"Set the fields of section tokenizer and data.channels as they were there, or {FIELD} to weights of this network.")
     tokenizer.load_state_dict(found | {name: own[name] for name in left_out})
     if left_out:

@@ -5,6 +5,8 @@
 In comments: N rows, D width, A heads, d width of a head, S positions.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +23,7 @@ def rotate(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) 
     return torch.addcmul(heads_NAd * cosines, heads_NAd.roll(heads_NAd.shape[-1] // 2, dims=-1), sines)
 
 
-class DecoderLayers:
+class DecoderLayers(ABC):
     """What both architectures have in common: their sizes, and that nothing but `embed`, `enter`, `heads` and `feed_forward` tells them apart."""
 
     MODULES: tuple[type, ...] = ()
@@ -33,25 +35,25 @@ class DecoderLayers:
         self.head = Product([head], rows, num_codes)
 
     @classmethod
+    @abstractmethod
     def fits(cls, model: PreTrainedModel) -> bool:
         """Whether this class computes what the model does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """What goes into the first layer (N, D)."""
-        raise NotImplementedError
 
     def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
         """What a layer makes of its input (N, D) at position 0 before everything else."""
         return x_ND
 
+    @abstractmethod
     def heads(self, number: int, x_ND: torch.Tensor, position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
         """What the feed-forward block of a layer adds (N, D)."""
-        raise NotImplementedError
 
 
 class LlamaLayers(DecoderLayers):

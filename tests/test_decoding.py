@@ -24,15 +24,6 @@ TWO_GRIDS = [Grid(name="coarse", codebook_size=6, height=1, width=2), Grid(name=
 CLASSES = [0, 2, 1, -1, 0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads gain nothing on models this small, and wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_prior(architecture="llama", grids=GRIDS, **options):
     vocabulary = Vocabulary(grids=grids, class_names=["ant", "bee", "cat"], token_fingerprint="f" * 64, label_drop=0.1)
     prior = TokenPrior.from_config(PriorConfig(architecture=architecture, width=32, layers=2, heads=4, options=options), vocabulary, seed=0).eval()

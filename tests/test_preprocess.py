@@ -311,15 +311,21 @@ def test_two_processes_together_may_not_skip_too_many(tiny_run, photos, tmp_path
     assert not list((tmp_path / "run/tokens").rglob("manifest.json"))
 
 
-@pytest.mark.slow
-def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(tiny_run, tmp_path):
-    """The digits, whose shards take long enough to be caught in the middle."""
+def caught_in_the_middle(tiny_run: Path, tmp_path: Path) -> tuple[dict[str, object], subprocess.Popen, Path]:
+    """What the recipe changes, two processes at work in tmp_path/killed, and where some shards of theirs lie; the whole is in tmp_path/one."""
     changes = {"tokens__tokenizer": tiny_run / "tokenizer", "tokens__images_per_shard": 50, "tokens__views": "shifts"}
     preprocess(tiny_recipe(tmp_path / "one", **changes))
     process = start(tmp_path / "killed", changes, 2)
     train = tmp_path / "killed/tokens/train"
     while len(list(train.glob("shard-*.json"))) < 4 and process.poll() is None:
         pass
+    return changes, process, train
+
+
+@pytest.mark.slow
+def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(tiny_run, tmp_path):
+    """The digits, whose shards take long enough to be caught in the middle."""
+    changes, process, train = caught_in_the_middle(tiny_run, tmp_path)
     process.kill()
     process.communicate()
     finished = {path: path.stat().st_mtime_ns for path in train.glob("shard-*.json")}
@@ -333,12 +339,7 @@ def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(
 
 @pytest.mark.slow
 def test_a_single_process_that_dies_ends_the_others_and_the_rest_is_done_by_one(tiny_run, tmp_path):
-    changes = {"tokens__tokenizer": tiny_run / "tokenizer", "tokens__images_per_shard": 50, "tokens__views": "shifts"}
-    preprocess(tiny_recipe(tmp_path / "one", **changes))
-    process = start(tmp_path / "killed", changes, 2)
-    train = tmp_path / "killed/tokens/train"
-    while len(list(train.glob("shard-*.json"))) < 4 and process.poll() is None:
-        pass
+    changes, process, train = caught_in_the_middle(tiny_run, tmp_path)
     command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_with(str(tmp_path / "killed"))}
     workers = [pid for pid, line in command_lines.items() if "pipelines.preprocess" in line and "launch_quietly" not in line]
     os.kill(max(workers), signal.SIGKILL)

@@ -28,15 +28,6 @@ COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(nam
 TWO_GRIDS = Vocabulary(grids=[COARSE, FINE], class_names=None, token_fingerprint="f" * 64)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads gain nothing on models this small, and wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_prior(architecture="llama", vocabulary=VOCABULARY, seed=0, **changes):
     fields = {"architecture": architecture, "width": 32, "layers": 2, "heads": 2} | changes
     return TokenPrior.from_config(PriorConfig(**fields), vocabulary, seed)

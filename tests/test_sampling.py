@@ -30,15 +30,6 @@ GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
 SHARP = {"initializer_range": 0.3}  # of untrained weights, so that logits differ enough to be worth comparing
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads gain nothing on models this small, and wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_prior(architecture="llama", label_drop=0.1, class_names=("ant", "bee", "cat"), grids=GRIDS):
     names = list(class_names) if class_names else None
     vocabulary = Vocabulary(grids=grids, class_names=names, token_fingerprint="f" * 64, label_drop=label_drop)
