@@ -259,6 +259,7 @@ def worker(arguments: list[str]) -> None:
         main(more)
         return
     (Path(folder) / rank).touch()
+    wait_for(lambda: len(list(Path(folder).glob("[01]"))) == 2)  # the launcher ends the slower one as soon as the other fails
     if how == "refuse on rank 1":
         if rank == "1":
             raise InputError("rank 1 has seen something that rank 0 has not.")
@@ -308,6 +309,19 @@ def test_a_signal_at_any_time_gives_its_exit_code(when, tmp_path, capfd, monkeyp
     assert run_own_stage("wait", tmp_path) == 143
     sender.join()
     assert time.monotonic() - started < 40 and "Traceback" not in capfd.readouterr().err
+    assert wait_for(lambda: not processes_with(str(tmp_path)), 10)
+
+
+def test_a_signal_before_there_is_a_launcher_reaches_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    start_launcher = subprocess.Popen
+
+    def signal_first(*arguments, **keywords):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start_launcher(*arguments, **keywords)
+
+    monkeypatch.setattr(subprocess, "Popen", signal_first)
+    assert run_own_stage("wait", tmp_path) == 143
     assert wait_for(lambda: not processes_with(str(tmp_path)), 10)
 
 

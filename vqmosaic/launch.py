@@ -93,13 +93,9 @@ def launch_quietly() -> None:
 
 def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path) -> int:
     """Run the launcher, forward signals to the workers that registered in `folder`, return their exit code."""
-    own = os.getpid()
-    launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
-    (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
-    asked_to_stop = []
+    own, launcher, asked_to_stop = os.getpid(), None, []
 
-    def forward(number, _frame):
-        asked_to_stop.append(number)
+    def pass_on(number: int) -> None:
         workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
         for process in workers or [launcher.pid]:
             try:
@@ -107,8 +103,17 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
             except ProcessLookupError:
                 continue
 
+    def forward(number, _frame):
+        asked_to_stop.append(number)
+        if launcher is not None:
+            pass_on(number)
+
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
+        (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
+        for number in asked_to_stop:  # what came while there was nobody to tell
+            pass_on(number)
         launcher.wait()
     finally:
         for number, handler in before.items():
