@@ -10,7 +10,7 @@ from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.launch import find_accelerate_config, guarded, run_stage
+from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
 
@@ -47,16 +47,18 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
                          f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
     parser = Parser(command, add_help=False)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int)
     parser.add_argument("--accelerate_config")
     parser.add_argument("--redo")
     options, overrides = parser.parse_known_args(arguments[1:])
     options.recipe = load_recipe(arguments[0], overrides)
-    check_range("--processes", options.processes, at_least=1)
+    if options.processes is not None:
+        check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
         check_name("--redo", options.redo, STAGES)
     if options.accelerate_config is not None:
         options.accelerate_config = str(find_accelerate_config(options.accelerate_config))
+    options.processes = processes_to_start(options.processes, options.accelerate_config)
     return options, overrides
 
 

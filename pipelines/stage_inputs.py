@@ -17,11 +17,6 @@ def tokenizer_folder(recipe: Recipe) -> Path:
     return Path(recipe.tokens.tokenizer or Path(recipe.run_dir) / "tokenizer")
 
 
-def tokens_folder(recipe: Recipe) -> Path:
-    """The token shards that the prior is trained on: the recipe's, or this run's own."""
-    return Path(recipe.prior_training.tokens or Path(recipe.run_dir) / "tokens")
-
-
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
     """The token fingerprint in a tokenizer's config.json; InputError where there is no tokenizer."""
     return _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")["token_fingerprint"]
@@ -70,7 +65,7 @@ def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "tokens":
         return {"tokenizer": token_fingerprint_of_tokenizer(tokenizer_folder(recipe))}
     if stage == "prior":
-        folder = tokens_folder(recipe)
+        folder = recipe.tokens_folder
         return {"tokens": TokenShardManifest.load(folder / "train").fingerprint,
                 "validation tokens": TokenShardManifest.load(folder / "validation").fingerprint}
     if stage == "pipeline":

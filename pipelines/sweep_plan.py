@@ -13,6 +13,7 @@ from pipelines.bundle import check_sampling_fits, find_pipeline, read_bundle
 from pipelines.feature_file import FeatureFile, resolve_feature_file
 from pipelines.stage_checks import check_can_write
 from pipelines.stage_inputs import read_vocabulary
+from pipelines.sweep_record import read_sweep
 from stage1_tokenizer.data_location import check_data_path
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipe_files import load_recipe
@@ -101,13 +102,18 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     vocabulary = read_vocabulary(folder / "prior")
     can_be_guided = vocabulary["class_names"] is not None and vocabulary["label_drop"] > 0
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
-    combinations = combine(SamplingConfig(**read_bundle(folder)["sampling"]), given or (GUIDED_GRID if can_be_guided else PLAIN_GRID))
+    base = SamplingConfig(**read_bundle(folder)["sampling"])
+    if "guidance_power" in given and base.guidance_schedule != "power-cosine":
+        raise InputError(f"--guidance_power means nothing under this pipeline's sampling.guidance_schedule, {base.guidance_schedule!r}: every value "
+                         "would give the same images. Only power-cosine has a power.")
+    combinations = combine(base, given or (GUIDED_GRID if can_be_guided else PLAIN_GRID))
     for sampling in combinations:
         check_sampling_fits(sampling, vocabulary, folder / "prior")
     record = options.out or surroundings(folder) / RECORD_NAME
     if record.is_dir():
         raise InputError(f"--out is {str(record)!r}, which is a folder; give the path of a JSON file.")
     check_can_write("the folder of --out", record.parent)
+    read_sweep(record)  # refuses what is something else before torch is loaded
     if not options.keep:
         check_can_write("the pipeline", folder)
     return SweepRequest(

@@ -33,16 +33,9 @@ class SweepRecord:
         Raises:
             ValueError: the file is something else, or a sweep with another setup, whose numbers could not be compared with new ones.
         """
-        setup = json.loads(json.dumps(setup))
-        if not path.exists():
+        setup, content = json.loads(json.dumps(setup)), read_sweep(path)
+        if content is None:
             return cls(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "setup": setup, "reference": None, "results": []})
-        try:
-            content = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); give another --out, or delete it to start anew.") from None
-        found = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else None
-        if found != (FORMAT, FORMAT_VERSION):
-            raise InputError(f"{path} is no record of a sweep that this vqmosaic reads; give another --out.")
         if content["setup"] != setup:
             differences = "; ".join(f"{name} was {there!r}, now {here!r}" for name, there, here in differing(content["setup"], setup))
             raise InputError(f"{path} was made with another setup, so its numbers cannot be compared with new ones: {differences}. "
@@ -61,6 +54,20 @@ class SweepRecord:
     def ranked(self) -> list[dict[str, Any]]:
         """All results, the lowest Frechet distance first; of equal ones the one that was measured first."""
         return sorted(self.content["results"], key=lambda result: result["frechet_distance"])
+
+
+def read_sweep(path: Path) -> dict[str, Any] | None:
+    """What is in the record of a sweep, None where there is no file; InputError for a file that is something else."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); give another --out, or delete it to start anew.") from None
+    found = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else None
+    if found != (FORMAT, FORMAT_VERSION):
+        raise InputError(f"{path} is no record of a sweep that this vqmosaic reads; give another --out.")
+    return content
 
 
 def differing(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -17,7 +17,6 @@ import torch
 from stage2_prior.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
-from stage2_prior.train import tokens_folder
 from stage2_prior.training_start import describe_attention, loss_of_ignorance, prepare_prior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
@@ -37,7 +36,7 @@ def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> in
 
     Raises InputError for more images than there are and for tokens that cannot be read; 143 or 130 come back after a signal.
     """
-    reader = TokenShardReader(tokens_folder(recipe) / "train")
+    reader = TokenShardReader(recipe.tokens_folder / "train")
     check_range("--overfit", images, at_least=1, at_most=len(reader))
     with StopFlag() as stop, tempfile.TemporaryDirectory(prefix="vqmosaic-overfit-") as scratch:
         by_heart = recipe_by_heart(recipe, images, scratch, max_minutes)

@@ -37,11 +37,6 @@ from vqmosaic.training_run import TrainingRun
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
 
-def tokens_folder(recipe: Recipe) -> Path:
-    """The folder with train/ and validation/ shards that the prior is trained on."""
-    return Path(recipe.prior_training.tokens or Path(recipe.run_dir) / "tokens")
-
-
 def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
     """Train stage 2 as the recipe says, from the newest checkpoint if there is one, and export runs/<name>/prior/.
 
@@ -62,7 +57,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     training, report, accelerator = recipe.prior_training, run.report, run.accelerator
 
     # --- data ---------------------------------------------------------------------------------------------------------------
-    folder = tokens_folder(recipe)
+    folder = recipe.tokens_folder
     reader = TokenShardReader(folder / "train", recipe.seed, training.window_shards)
     held_out = TokenShardReader(folder / "validation", token_fingerprint=reader.manifest.token_fingerprint)
     inputs = {"tokens": reader.manifest.fingerprint, "validation tokens": held_out.manifest.fingerprint}

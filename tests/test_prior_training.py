@@ -31,7 +31,7 @@ from tests.tiny import ROOT, tiny_recipe
 from token_shards import Grid, TokenShardReader
 from vqmosaic.devices import make_accelerator
 from vqmosaic.errors import InputError
-from vqmosaic.launch import find_accelerate_config, processes_of_config
+from vqmosaic.launch import find_accelerate_config, processes_of_config, processes_to_start
 from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import read_metrics
@@ -358,6 +358,11 @@ def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
         options = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
         assert config.fsdp_config.keys() <= options, "accelerate passes on what it knows, and says nothing of the rest"
         assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_the_number_of_processes_is_the_one_given_then_the_configurations_then_one():
+    assert [processes_to_start(None, None), processes_to_start(3, None)] == [1, 3]
+    assert [processes_to_start(None, "two_cpu_processes"), processes_to_start(1, "two_cpu_processes")] == [2, 1]
 
 
 def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):

@@ -384,6 +384,7 @@ def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--temperature", "1,-1"], r"sampling.temperature is -1"),
     (["--top_k", f"0,{CODES + 1}"], rf"sampling.top_k is {CODES + 1}, but the prior in .* knows {CODES} codes"),
+    (["--guidance_power", "1,2"], r"--guidance_power means nothing under.*'constant'.*Only power-cosine"),
     (["--top_p", "high"], r"--top_p is 'high'"),
     (["--images", "1"], r"--images is 1; it must be at least 2"),
     (["--batch_size", "0"], r"--batch_size is 0"),

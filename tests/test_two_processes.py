@@ -259,7 +259,8 @@ def worker(arguments: list[str]) -> None:
         main(more)
         return
     (Path(folder) / rank).touch()
-    wait_for(lambda: len(list(Path(folder).glob("[01]"))) == 2)  # the launcher ends the slower one as soon as the other fails
+    world_size = int(os.environ["WORLD_SIZE"])
+    wait_for(lambda: len(list(Path(folder).glob("[01]"))) == world_size)  # the launcher ends the slower one as soon as the other fails
     if how == "refuse on rank 1":
         if rank == "1":
             raise InputError("rank 1 has seen something that rank 0 has not.")
@@ -276,8 +277,14 @@ def worker(arguments: list[str]) -> None:
         time.sleep(60)
 
 
-def run_own_stage(how: str, folder: Path) -> int:
-    return run_stage("tests.test_two_processes", [how, str(folder)], processes=2)
+def run_own_stage(how: str, folder: Path, processes: int = 2, **options) -> int:
+    return run_stage("tests.test_two_processes", [how, str(folder)], processes, **options)
+
+
+def test_processes_goes_before_what_an_accelerate_configuration_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert run_own_stage("run", tmp_path, 1, accelerate_config="two_cpu_processes") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"0"}
 
 
 @pytest.mark.parametrize(("how", "code", "words"), [

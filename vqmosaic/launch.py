@@ -29,23 +29,23 @@ SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parent.parent / "configs" 
 
 
 def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_config: str | None = None) -> int:
-    """Exit code of a stage's `main(arguments)` run by this process, or by `processes` workers under Accelerate's launcher."""
+    """Exit code of a stage's `main(arguments)` run by this process, or by `processes` workers under Accelerate's launcher.
+
+    `processes` counts those of all machines of the accelerate configuration.
+    """
     if processes == 1 and accelerate_config is None:
         return guarded(lambda: importlib.import_module(module).main(arguments))
     command = [sys.executable, "-c", "from vqmosaic.launch import launch_quietly; launch_quietly()"]
-    environment = dict(os.environ)
+    environment, machines = dict(os.environ), 1
     if accelerate_config is not None:
         path = find_accelerate_config(accelerate_config)
-        command += ["--config_file", str(path)]
-        if processes > 1:
-            command += ["--num_processes", str(processes)]
-        else:
-            processes = processes_of_config(path)
+        command += ["--config_file", str(path), "--num_processes", str(processes)]
+        machines = int(yaml.safe_load(path.read_text()).get("num_machines", 1))
     else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
     environment[PROCESSES_ASKED_FOR] = str(processes)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * machines // processes)))
     with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
         environment[WORKER_FOLDER] = folder
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder))
@@ -63,6 +63,13 @@ def find_accelerate_config(name: str) -> Path:
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     raise InputError(f"--accelerate_config is {name!r}, which is no file and none of the shipped configurations: {', '.join(names)}; "
                      f"`accelerate config` writes one.{hint}")
+
+
+def processes_to_start(processes: int | None, accelerate_config: str | None) -> int:
+    """What `--processes` says, else the accelerate configuration, else one."""
+    if processes is None and accelerate_config is not None:
+        return processes_of_config(find_accelerate_config(accelerate_config))
+    return 1 if processes is None else processes
 
 
 def processes_of_config(path: Path) -> int:

@@ -10,22 +10,25 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration that rises fastest from small singular values (Jordan et al. 2024)
-ITERATIONS = 5
+COEFFICIENTS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+"""a, b, c of x -> a x + b x^3 + c x^5, for one iteration after another: each is the polynomial that stays nearest to 1 over the interval
+that the ones before lead to, from [0.01, 1] on (Amsel et al. 2025, arXiv 2505.16932). Three do what takes one fixed polynomial five."""
 RMS_OF_ADAMW = 0.2
 """Root mean square of an AdamW update over its learning rate, to which updates are scaled (Liu et al. 2025, arXiv 2502.16982)."""
 
 
 def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
-    """For each matrix U S V^T of a stack (N, R, C) nearly U V^T: singular values of about 0.7 to 1.2 in place of S. In the stack's dtype."""
-    a, b, c = COEFFICIENTS
+    """For each matrix U S V^T of a stack (N, R, C) nearly U V^T, in the stack's dtype.
+
+    Singular values from 0.01 of the matrix's norm on become 0.73 to 1.27; those below, less and less.
+    """
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if is_tall else matrices_NRC
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)  # singular values of at most 1
     if x.shape[2] > 2 * x.shape[1] and x.dtype == torch.float32:
         x = orthogonalizing(x @ x.mT) @ x
     else:
-        for _ in range(ITERATIONS):
+        for a, b, c in COEFFICIENTS:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
@@ -36,13 +39,12 @@ def orthogonalizing(gram_NRR: torch.Tensor) -> torch.Tensor:
 
     With kernels of convolutions, nine times as wide as high, that is a quarter of the work. It needs float32: these are squares.
     """
-    a, b, c = COEFFICIENTS
     product = None
-    for iteration in range(ITERATIONS):
+    for iteration, (a, b, c) in enumerate(COEFFICIENTS, start=1):
         factor = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else factor @ product
-        if iteration < ITERATIONS - 1:
+        if iteration < len(COEFFICIENTS):
             gram_NRR = factor @ gram_NRR @ factor
     return product
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vqmosaic.errors import InputError, check_range
@@ -82,6 +83,11 @@ class Recipe:
     def num_tokens(self) -> int:
         """Tokens T of one image."""
         return (self.data.image_size // self.tokenizer.downsampling) ** 2 * self.tokenizer.depth
+
+    @property
+    def tokens_folder(self) -> Path:
+        """The folder with train/ and validation/ shards that the prior is trained on: the one given, or this run's own."""
+        return Path(self.prior_training.tokens or Path(self.run_dir) / "tokens")
 
 
 @dataclass(frozen=True)
