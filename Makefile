@@ -3,7 +3,8 @@
 # make test-slow    the tests that kill, resume and install for real
 # make lint         ruff
 # make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
-#                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out
+#                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out;
+#                   TOKENS= run folder of the recipe cifar10 with tokenizer and tokens, for the one that compares architectures of the prior
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,7 +42,8 @@ bench: install
 	$(BIN)/python -m benchmarks.preprocess_cost --record
 	$(BIN)/python -m benchmarks.shards --record
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_step --nanogpt $(NANOGPT) --record)
-	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) --record)
+	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) $(if $(TOKENS),--tokens $(TOKENS)) --record)
+	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 
 lint: install

@@ -36,8 +36,8 @@ class HuggingFaceSource:
                  data: DataConfig):
         self.split = split
         self.class_names = class_names
-        self._rows, self._picked, self._labels = rows, picked, labels  # rows has one column, the stored images
-        self._column = rows.column_names[0]
+        self._rows = rows.with_format("arrow")  # one column, the stored images
+        self._picked, self._labels = picked, labels
         self._name = str(local_path(data).resolve()) if local_path(data).exists() else data.path
         self._channels, self._max_pixels = data.channels, data.max_pixels
 
@@ -49,7 +49,7 @@ class HuggingFaceSource:
         digest.update(self._picked.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._picked].astype("<i8").tobytes())
-        digest.update(_stored_sizes(self._rows, self._column).astype("<i8").tobytes())
+        digest.update(_stored_sizes(self._rows).astype("<i8").tobytes())
         for position in np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int):
             stored = self._stored(position)
             digest.update(stored if isinstance(stored, bytes) else str(stored).encode())
@@ -74,7 +74,7 @@ class HuggingFaceSource:
         return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
 
     def _stored(self, index: int) -> bytes | str | None:
-        value = self._rows[int(self._picked[index])][self._column]
+        value = self._rows[int(self._picked[index])].column(0)[0].as_py()
         if isinstance(value, dict):
             return value["bytes"] if value["bytes"] is not None else value["path"]
         return value
@@ -255,9 +255,9 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
     return names, to_index
 
 
-def _stored_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+def _stored_sizes(rows: datasets.Dataset) -> np.ndarray:
     """Bytes of every row's image as stored (int64, -1 where there are none), from the table's offsets alone."""
-    stored = rows.with_format("arrow")[:][column]
+    stored = rows[:].column(0)
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
     return pyarrow.compute.binary_length(stored).fill_null(-1).to_numpy()

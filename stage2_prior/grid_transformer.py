@@ -117,7 +117,7 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of its input."""
         positive, = ctx.saved_tensors
-        return (gradient * positive).mul_(2)
+        return torch.addcmul(gradient.new_zeros(()), gradient, positive, value=2)
 
 
 class GridBlock(GradientCheckpointingLayer):
