@@ -4,7 +4,7 @@
 # make lint         ruff
 # make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
 #                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out;
-#                   TOKENS= run folder of the recipe cifar10 with tokenizer and tokens, for the one that compares architectures of the prior
+#                   TOKENS= run folder of the recipe cifar10 with tokenizer and tokens, for those of the prior's quality
 
 PYTHON ?= python3
 VENV := .venv

@@ -9,7 +9,7 @@ from pipelines.stage_checks import check_chain
 from pipelines.stage_inputs import inputs_of, read_vocabulary, tokenizer_folder
 from vqmosaic.budget import duration
 from vqmosaic.durable_files import write_json
-from vqmosaic.launch import run_stage
+from vqmosaic.launch import processes_to_start, run_stage
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
@@ -18,9 +18,9 @@ from vqmosaic.stage_records import judge, redo, write_record
 MODULES = {"tokenizer": "stage1_tokenizer.train", "tokens": "pipelines.preprocess", "prior": "pipelines.train_prior"}
 
 
-def run_chain(recipe: Recipe, processes: int = 1, accelerate_config: str | None = None, redo_stage: str | None = None) -> int:
+def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: str | None = None, redo_stage: str | None = None) -> int:
     """Exit code of the chain: 0 when every stage is finished, else that of the stage that stopped."""
-    run = RunFolder(Path(recipe.run_dir))
+    run, processes = RunFolder(Path(recipe.run_dir)), processes_to_start(processes, accelerate_config)
     check_chain(recipe, processes, redo_stage)
     redo_from(recipe, redo_stage)
     record_recipe(recipe)

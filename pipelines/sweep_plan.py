@@ -105,7 +105,7 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     base = SamplingConfig(**read_bundle(folder)["sampling"])
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power means nothing under this pipeline's sampling.guidance_schedule, {base.guidance_schedule!r}: every value "
-                         "would give the same images. Only power-cosine has a power.")
+                         "would give the same images. Only power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")
     combinations = combine(base, given or (GUIDED_GRID if can_be_guided else PLAIN_GRID))
     for sampling in combinations:
         check_sampling_fits(sampling, vocabulary, folder / "prior")

@@ -152,6 +152,7 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
     finally:
         if bars:
             datasets.enable_progress_bars()
+    loaded = loaded.with_format(None)  # one that was saved in another format would give tensors for labels
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {data.train_split: loaded}
 
 

@@ -16,6 +16,7 @@ In comments: B batch, S sequence (class token and tokens), D width, A heads, d w
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -114,6 +115,7 @@ class SquaredReLU(torch.autograd.Function):
         return positive * positive
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of its input."""
         positive, = ctx.saved_tensors
@@ -147,12 +149,12 @@ class GridBlock(GradientCheckpointingLayer):
             x_BSD = torch.addcmul(x_BSD, self.class_embedding(classes_B)[:, None].to(x_BSD.dtype), at_class_S1)
         hidden = self.query_key_value(self.attention_norm(x_BSD))                                     # B, S, 3 D
         hidden, value = hidden.split([2 * width, width], dim=-1)                                      # its gradient is one cat, that of slices is not
-        rotated = hidden.view(batch, length, 2, self.heads, -1)                                       # B, S, 2, A, d: queries and keys
+        rotated = hidden.view(batch, length, 2, self.heads, width // self.heads)                      # B, S, 2, A, d: queries and keys
         rotated = F.layer_norm(rotated, rotated.shape[-1:], eps=self.epsilon)
         swapped = rotated.roll(rotated.shape[-1] // 2, dims=-1)
         rotated = torch.addcmul(rotated * cosines_S2d[:, :, None], swapped, sines_S2d[:, :, None])
         query, key = rotated.permute(2, 0, 3, 1, 4).unbind()                                          # B, A, S, d each
-        value = value.view(batch, length, self.heads, -1).transpose(1, 2)                             # B, A, S, d
+        value = value.view(batch, length, self.heads, width // self.heads).transpose(1, 2)            # B, A, S, d
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)
         is_causal = mask_SS is None and length > 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stage2_prior.grid_transformer import GridTransformer, GridTransformerConfig, places_of_tokens, rotation_tables
+from stage2_prior.grid_transformer import GridTransformer, GridTransformerConfig, SquaredReLU, places_of_tokens, rotation_tables
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
@@ -141,10 +141,17 @@ def test_generate_of_transformers_draws_exactly_the_codes():
     assert drawn.shape == (2, 10) and drawn[:, 1:].max() < 11
 
 
+def test_the_gradient_of_the_squared_relu_is_that_of_its_formula():
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.equal(SquaredReLU.apply(x), x.relu().square())
+    assert torch.autograd.gradcheck(SquaredReLU.apply, x)
+
+
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         prior = prior_of([Grid("image", 11, 3, 3)])
+        trained_looking(prior.model).train()
         if checkpointing:
             prior.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         prior.loss(torch.arange(9)[None].expand(2, 9).contiguous(), torch.tensor([0, 1])).backward()

@@ -100,12 +100,17 @@ def test_tables_written_without_the_library(tmp_path, hub_cache):
     assert "1 of 3 images are readable" in lines[-1]
 
 
-def test_saved_data_sets_are_read_too(tmp_path, hub_cache):
+@pytest.mark.parametrize("stored_as", [None, "numpy", "torch"])
+def test_saved_data_sets_are_read_too(stored_as, tmp_path, hub_cache):
     folder = write_classes(tmp_path / "photos", {"x": 4})
     rows = {"image": [str(file) for file in sorted(folder.rglob("*.png"))], "label": [0, 0, 1, 1]}
     features = hub_cache.Features({"image": hub_cache.Image(), "label": hub_cache.ClassLabel(names=["a", "b"])})
-    hub_cache.DatasetDict({"train": hub_cache.Dataset.from_dict(rows, features=features)}).save_to_disk(tmp_path / "saved")
-    assert len(open_splits(DataConfig(path=str(tmp_path / "saved"))).train) == 3
+    saved = hub_cache.Dataset.from_dict(rows, features=features).with_format(stored_as)
+    hub_cache.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
+    splits = open_splits(DataConfig(path=str(tmp_path / "saved")))
+    assert len(splits.train) == 3 and splits.class_names == ["a", "b"]
+    seen = contents(splits.train) | contents(splits.validation)
+    assert [seen[str(row)][0] for row in range(4)] == [0, 0, 1, 1]
 
 
 def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub_cache):

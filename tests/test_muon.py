@@ -32,6 +32,15 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     assert values.min() > 0.6 and values.max() < 1.3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_matrix_of_one_direction_stays_bounded(dtype):
+    """Its one singular value is the norm, at the edge of what the polynomials are made for, and rounding must not push it over."""
+    draw = torch.Generator().manual_seed(5)
+    for stack in (torch.randn(400, 1, 576, generator=draw), torch.randn(50, 48, 1, generator=draw) @ torch.randn(50, 1, 64, generator=draw)):
+        values = torch.linalg.svdvals(orthogonalized(stack.to(dtype)).float())[:, 0]
+        assert values.min() > 0.6 and values.max() < 1.4
+
+
 def test_wide_matrices_take_the_short_way_to_the_same_end():
     wide = torch.randn(2, 6, 54, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(orthogonalized(wide), orthogonalized(wide.double()).float(), rtol=0, atol=1e-5)

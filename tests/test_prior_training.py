@@ -31,7 +31,7 @@ from tests.tiny import ROOT, tiny_recipe
 from token_shards import Grid, TokenShardReader
 from vqmosaic.devices import make_accelerator
 from vqmosaic.errors import InputError
-from vqmosaic.launch import find_accelerate_config, processes_of_config, processes_to_start
+from vqmosaic.launch import find_accelerate_config, processes_to_start
 from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import read_metrics
@@ -122,15 +122,15 @@ def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(recomputed, run_dir, tmp_path):
+@pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("llama", True), ("grid_transformer", True)])
+def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(architecture, recomputed, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "plain")
-    plain = train(tmp_path / "plain", prior__dropout=0)
+    plain = train(tmp_path / "plain", prior__architecture=architecture, prior__dropout=0)
     calls = []
     original = training_start.compile_layers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_start, "compile_layers", lambda model, device: (original(model, device), calls.append(model)))
-        found = train(run_dir, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
+        found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
     assert all(layer._compiled_call_impl is not None for model in calls for layer in transformer_layers(model)) and len(calls) == 1
     for name in ("model.safetensors", "weights_ema.safetensors"):
         expected, weights = load_file(plain / name), load_file(found / name)
@@ -350,7 +350,7 @@ def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
     path = find_accelerate_config(name)
     config = load_config_from_file(str(path))
     assert (config.distributed_type.value, config.num_processes) == CONFIGS[name]
-    assert processes_of_config(path) == config.num_processes
+    assert processes_to_start(None, name) == config.num_processes
     assert bool(config.fsdp_config) == (name == "fsdp2")
     if config.fsdp_config:
         from accelerate.commands.launch import launch_command_parser
@@ -363,6 +363,19 @@ def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
 def test_the_number_of_processes_is_the_one_given_then_the_configurations_then_one():
     assert [processes_to_start(None, None), processes_to_start(3, None)] == [1, 3]
     assert [processes_to_start(None, "two_cpu_processes"), processes_to_start(1, "two_cpu_processes")] == [2, 1]
+    assert [processes_to_start(None, "several_nodes"), processes_to_start(4, "several_nodes")] == [16, 4]
+    with pytest.raises(InputError, match=r"--processes is 15, and .*several_nodes.yaml is for 2 machines; .* the nearest: 14, 16"):
+        processes_to_start(15, "several_nodes")
+    with pytest.raises(InputError, match=r"--processes is 1, .* the nearest: 2"):
+        processes_to_start(1, "several_nodes")
+
+
+def test_a_broken_accelerate_configuration_is_refused_whatever_processes_says(tmp_path):
+    wrong = tmp_path / "wrong.yaml"
+    for text in ("- 1", "a: [", "distributed_type: MULTI_GPU\nnum_machines: two", "distributed_type: MULTI_GPU\nnum_machines: 0"):
+        wrong.write_text(text)
+        with pytest.raises(InputError, match=r"wrong.yaml (is no accelerate configuration|says num_machines is 0)"):
+            processes_to_start(4, str(wrong))
 
 
 def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
@@ -373,4 +386,4 @@ def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
                         ("distributed_type: MULTI_GPU", "says no num_processes")):
         wrong.write_text(text)
         with pytest.raises(InputError, match=words):
-            processes_of_config(wrong)
+            processes_to_start(None, str(wrong))

@@ -297,7 +297,8 @@ def test_another_setup_is_refused(known, features, tmp_path):
     assert record.read_bytes() == content
     for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "no record of a sweep")):
         record.write_text(text)
-        with pytest.raises(InputError, match=words):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=words):
+            patch.setattr("pipelines.sweep.run_sweep", None)  # refused before that
             sweep(*common, "--images", 20)
         assert record.read_text() == text
 

@@ -272,7 +272,8 @@ def worker(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
     if how == "wait":
-        signal.signal(signal.SIGTERM, lambda number, _frame: (_ for _ in ()).throw(Interrupted(number, "saved nothing")))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _frame: (_ for _ in ()).throw(Interrupted(number, "saved nothing")))
         (Path(folder) / f"{rank}.ready").touch()
         time.sleep(60)
 
@@ -299,8 +300,9 @@ def test_exit_codes_and_words_come_back_once(how, code, words, tmp_path, capfd, 
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("when", ["as the launcher starts", "as the workers run"])
-def test_a_signal_at_any_time_gives_its_exit_code(when, tmp_path, capfd, monkeypatch):
+def test_a_signal_at_any_time_gives_its_exit_code(when, number, code, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def send() -> None:
@@ -308,12 +310,12 @@ def test_a_signal_at_any_time_gives_its_exit_code(when, tmp_path, capfd, monkeyp
             wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
         else:
             wait_for(lambda: bool(processes_with(str(tmp_path))))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     sender = threading.Thread(target=send)
     sender.start()
     started = time.monotonic()
-    assert run_own_stage("wait", tmp_path) == 143
+    assert run_own_stage("wait", tmp_path) == code
     sender.join()
     assert time.monotonic() - started < 40 and "Traceback" not in capfd.readouterr().err
     assert wait_for(lambda: not processes_with(str(tmp_path)), 10)

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -28,11 +29,12 @@ LAUNCHER_NAME = "launcher"
 SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
-def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_config: str | None = None) -> int:
-    """Exit code of a stage's `main(arguments)` run by this process, or by `processes` workers under Accelerate's launcher.
+def run_stage(module: str, arguments: list[str], processes: int | None = None, accelerate_config: str | None = None) -> int:
+    """Exit code of a stage's `main(arguments)` run by this process, or by several workers under Accelerate's launcher.
 
-    `processes` counts those of all machines of the accelerate configuration.
+    `processes` counts those of all machines; None leaves it to the accelerate configuration, and without one is 1.
     """
+    processes = processes_to_start(processes, accelerate_config)
     if processes == 1 and accelerate_config is None:
         return guarded(lambda: importlib.import_module(module).main(arguments))
     command = [sys.executable, "-c", "from vqmosaic.launch import launch_quietly; launch_quietly()"]
@@ -40,7 +42,7 @@ def run_stage(module: str, arguments: list[str], processes: int = 1, accelerate_
     if accelerate_config is not None:
         path = find_accelerate_config(accelerate_config)
         command += ["--config_file", str(path), "--num_processes", str(processes)]
-        machines = int(yaml.safe_load(path.read_text()).get("num_machines", 1))
+        machines = read_accelerate_config(path).machines
     else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -65,24 +67,46 @@ def find_accelerate_config(name: str) -> Path:
                      f"`accelerate config` writes one.{hint}")
 
 
+class AccelerateConfig(NamedTuple):
+    """What an accelerate configuration says that is needed before it is used."""
+
+    processes: int | None
+    """Of all machines together; None where it does not say."""
+    machines: int
+
+
 def processes_to_start(processes: int | None, accelerate_config: str | None) -> int:
-    """What `--processes` says, else the accelerate configuration, else one."""
-    if processes is None and accelerate_config is not None:
-        return processes_of_config(find_accelerate_config(accelerate_config))
-    return 1 if processes is None else processes
+    """How many processes, over all machines: what `processes` says, else the accelerate configuration, else 1.
+
+    Raises InputError for a configuration that is none or says no number, and for a number that its machines cannot share.
+    """
+    if accelerate_config is None:
+        return 1 if processes is None else processes
+    path = find_accelerate_config(accelerate_config)
+    config = read_accelerate_config(path)
+    name, count = ("num_processes", config.processes) if processes is None else ("--processes", processes)
+    if count is None:
+        raise InputError(f"--accelerate_config {path} says no num_processes; add it, or give --processes.")
+    if count % config.machines:
+        below = count // config.machines * config.machines
+        raise InputError(f"{name} is {count}, and {path} is for {config.machines} machines; it must be a multiple of that, the nearest: "
+                         f"{f'{below}, ' if below else ''}{below + config.machines}.")
+    return count
 
 
-def processes_of_config(path: Path) -> int:
-    """The number of processes, over all machines, that an accelerate configuration asks for; InputError where it is none or says nothing."""
+def read_accelerate_config(path: Path) -> AccelerateConfig:
+    """The numbers of processes and machines in an accelerate configuration; InputError where it is none."""
     try:
         content = yaml.safe_load(path.read_text())
-        count = int(content.get("num_processes", 1 if content["distributed_type"] == "NO" else 0))
+        processes = content.get("num_processes", 1 if content["distributed_type"] == "NO" else None)
+        config = AccelerateConfig(None if processes is None else int(processes), int(content.get("num_machines", 1)))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"--accelerate_config {path} is no accelerate configuration: {' '.join(str(error).split())}; "
                          "`accelerate config` writes one.") from error
-    if count < 1:
-        raise InputError(f"--accelerate_config {path} says no num_processes; add it, or give --processes.")
-    return count
+    for name, number in (("num_processes", config.processes), ("num_machines", config.machines)):
+        if number is not None and number < 1:
+            raise InputError(f"--accelerate_config {path} says {name} is {number}; it must be at least 1.")
+    return config
 
 
 def launch_quietly() -> None:
@@ -100,27 +124,28 @@ def launch_quietly() -> None:
 
 def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path) -> int:
     """Run the launcher, forward signals to the workers that registered in `folder`, return their exit code."""
-    own, launcher, asked_to_stop = os.getpid(), None, []
+    own, launcher, asked_to_stop, to_pass_on = os.getpid(), None, [], []
 
-    def pass_on(number: int) -> None:
-        workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
-        for process in workers or [launcher.pid]:
-            try:
-                os.kill(process, number)
-            except ProcessLookupError:
-                continue
+    def pass_on() -> None:
+        while launcher is not None and to_pass_on:
+            number = to_pass_on.pop(0)
+            workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
+            for process in workers or [launcher.pid]:
+                try:
+                    os.kill(process, number if workers else signal.SIGTERM)  # a launcher that is importing would print what SIGINT interrupts
+                except ProcessLookupError:
+                    continue
 
-    def forward(number, _frame):
+    def take(number, _frame):
         asked_to_stop.append(number)
-        if launcher is not None:
-            pass_on(number)
+        to_pass_on.append(number)
+        pass_on()
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
         (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
-        for number in asked_to_stop:  # what came while there was nobody to tell
-            pass_on(number)
+        pass_on()  # what came while there was nobody to tell
         launcher.wait()
     finally:
         for number, handler in before.items():
