@@ -27,7 +27,7 @@ def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
     """
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if is_tall else matrices_NRC
-    norms_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).clamp_min(1e-7)
+    norms_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-7)
     x = x / (MARGIN * norms_N11).to(x.dtype)  # singular values below 1
     if x.shape[2] > 2 * x.shape[1] and x.dtype == torch.float32:
         x = orthogonalizing(x @ x.mT) @ x
