@@ -123,8 +123,8 @@ def cold_seconds(prior: TokenPrior, rows: int) -> float:
     return min(times)
 
 
-def measure(name: str, preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str], bool]:
-    """The lines for one preset, and whether what was asked for was kept."""
+def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str], bool]:
+    """The lines for a preset, and whether what was asked for was kept."""
     has_bf16 = cpu_has_bf16()
     priors = {OURS: make_prior(preset, "llama"), "ours, grid_transformer": make_prior(preset, "grid_transformer")}
     reference = dict(priors)
@@ -141,7 +141,7 @@ def measure(name: str, preset: Preset, rounds: int, llamagen: str | None) -> tup
     differences = {kind: largest_logit_difference(prior, reference[kind.removesuffix(", bf16")], ids_BT, classes)
                    for kind, prior in priors.items()}
     million = priors[OURS].num_parameters / 1e6
-    lines = [f"Preset {name}: {preset.layers} layers, {preset.width} wide, {preset.heads} heads ({million:.0f}M), {preset.codes} codes, "
+    lines = [f"{preset.layers} layers, {preset.width} wide, {preset.heads} heads ({million:.0f}M), {preset.codes} codes, "
              f"{preset.side**2} tokens, batch {preset.batch}, {rounds} rounds.", "",
              "| | seconds | times LlamaGen | times transformers | of which cold, s | largest logit difference |", "|---|---|---|---|---|---|"]
     for kind, times in seconds.items():
@@ -163,7 +163,7 @@ def measure(name: str, preset: Preset, rounds: int, llamagen: str | None) -> tup
         lines.append("- not checked: against LlamaGen, for want of --llamagen")
     if not has_bf16:
         lines.append(f"- not checked: {preset.wanted_bf16} times LlamaGen in bf16, since this processor has no bf16 products")
-    return [*lines, ""], all(kept for _, kept in checks)
+    return lines, all(kept for _, kept in checks)
 
 
 def measure_gpu(rounds: int) -> list[str]:
@@ -194,12 +194,12 @@ def main() -> int:
         record("Sampling on a GPU", measure_gpu(options.rounds), ("transformers",))
         return 0
     use_two_cpu_threads()
-    lines, kept = [], True
+    all_kept = True
     for name in options.presets.split(","):
-        part, part_kept = measure(name, PRESETS[name], options.rounds, options.llamagen)
-        lines, kept = lines + part, kept and part_kept
-    record("Sampling with guidance", lines, ("transformers",))
-    return int(not kept)
+        lines, kept = measure(PRESETS[name], options.rounds, options.llamagen)
+        record(f"Sampling with guidance, preset {name}", lines, ("transformers",))
+        all_kept = all_kept and kept
+    return int(not all_kept)
 
 
 if __name__ == "__main__":
