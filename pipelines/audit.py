@@ -43,6 +43,8 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
 
 def repair_run(folder: Path, recipe: Recipe | None) -> None:
     """Repair a tokens folder or one of its splits by its run's recipe, or by the one that was given."""
+    if is_imported(folder):
+        raise InputError(f"{folder} holds imported tokens, which cannot be encoded again; run `import-tokens` again, which rewrites what is damaged.")
     if recipe is None:
         recipe = recipe_of(folder)
         if recipe is None:

@@ -102,6 +102,8 @@ def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, vie
     assert 1 <= held_out.num_samples < 12 and train_manifest.num_samples + held_out.num_samples == ROWS
     capsys.readouterr()
     assert run("audit", tmp_path / "tokens") == 0, capsys.readouterr().out
+    with pytest.raises(InputError, match="imported tokens, which cannot be encoded again; run `import-tokens` again"):
+        run("audit", tmp_path / "tokens", "--repair")
 
 
 def test_the_layouts_of_the_same_tokens_have_the_same_fingerprint(tmp_path):
