@@ -120,8 +120,8 @@ def main() -> int:
                     for name, factor in wanted.items())]
     if len(wanted) == 1:
         lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 products")
-    lines += ["", f"Matrix products take about {products:.0%} of the peer's step here, and as long in ours with AdamW: a step of nothing else would "
-                  f"be about {1 / products:.2f} times as fast."]
+    lines += ["", f"Matrix products take about {products:.0%} of the peer's step here: a step of nothing else would be about "
+                  f"{1 / products:.2f} times as fast."]
     record("Training step of the prior", lines, ("transformers", "accelerate"))
     return int(any(factors[name] < factor for name, factor in wanted.items()))
 
