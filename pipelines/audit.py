@@ -57,10 +57,13 @@ def repair_run(folder: Path, recipe: Recipe | None) -> None:
 
 
 def is_imported(folder: Path) -> bool:
-    """Whether the shards were made of tokens from elsewhere, of which a run's data set knows nothing."""
+    """Whether the shards were made of tokens from elsewhere, of which a run's data set knows nothing; a broken manifest does not tell."""
     for split_folder in (folder, *(folder / split for split in SPLITS)):
         if (split_folder / MANIFEST_NAME).is_file():
-            return "imported" in TokenShardManifest.load(split_folder).encoding
+            try:
+                return "imported" in TokenShardManifest.load(split_folder).encoding
+            except InputError:
+                continue
     return False
 
 
