@@ -80,6 +80,13 @@ def test_a_kernel_is_stepped_as_the_matrix_it_flattens_to():
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_parameter_in_an_order_of_its_own_is_refused_and_not_silently_left_as_it_is():
+    transposed = nn.Parameter(torch.randn(4, 6).T)
+    transposed.grad = torch.ones(6, 4)
+    with pytest.raises(ValueError, match=r"shape \(6, 4\) and strides \(1, 6\)"):
+        Muon([transposed], [], lr=0.1).step()
+
+
 def test_everything_else_is_stepped_by_adamw_bit_for_bit():
     own, other = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
     matrix = nn.Parameter(torch.eye(3))

@@ -13,7 +13,7 @@ from torch import nn
 
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.images import ImageTransform
-from stage1_tokenizer.networks import Decoder, Downsample, Encoder, Upsample
+from stage1_tokenizer.networks import Decoder, Downsample, Encoder, ResidualBlock, Upsample
 from vqmosaic.errors import InputError
 from vqmosaic.tokenizer_sections import TokenizerConfig
 
@@ -268,6 +268,49 @@ def test_without_attention_there_is_none():
     tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
     pointwise = [shape for shape in conv_shapes(tokenizer) if shape[2:] == (1, 1)]
     assert len(pointwise) == 2 + 1 + 1  # quant_conv, post_quant_conv, and the shortcuts of 32 -> 64 and 64 -> 32
+
+
+def test_a_convnext_block_computes_what_the_paper_draws():
+    """Depthwise convolution, norm over channels, to four times the width and back, written out on the same weights; no GroupNorm is left anywhere."""
+    config = TokenizerConfig(**TINY | {"block": "convnext"})
+    tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS)).eval()
+    assert not any(isinstance(layer, (nn.GroupNorm, ResidualBlock)) for layer in tokenizer.modules())
+    block = tokenizer.encoder.levels[1][0]  # 32 -> 64 channels
+    x_BCHW = torch.randn(2, 32, 6, 6)
+    start_BCHW = F.conv2d(x_BCHW, block.shortcut.weight, block.shortcut.bias)
+    kernel_C55 = block.depthwise.weight[:, 0]
+    windows_BC55HW = F.unfold(start_BCHW, 5, padding=2).view(2, 64, 5, 5, 6, 6)
+    hidden_BCHW = torch.einsum("bcijhw,cij->bchw", windows_BC55HW, kernel_C55) + block.depthwise.bias[:, None, None]
+    mean, variance = hidden_BCHW.mean(1, keepdim=True), hidden_BCHW.var(1, keepdim=True, unbiased=False)
+    hidden_BHWC = ((hidden_BCHW - mean) / (variance + 1e-6).sqrt()).permute(0, 2, 3, 1)  # the norm starts as the identity
+    hidden_BHWC = F.silu(hidden_BHWC @ block.widen.weight.T + block.widen.bias) @ block.narrow.weight.T + block.narrow.bias
+    torch.testing.assert_close(block(x_BCHW), start_BCHW + hidden_BHWC.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
+    assert block.widen.weight.shape == (256, 64)
+
+
+def test_convnext_blocks_have_less_than_half_of_the_weights():
+    resnet, convnext = (ImageTokenizer(TokenizerConfig(channels=96, block=block), ImageTransform(SIZE, CHANNELS)) for block in ("resnet", "convnext"))
+    of_blocks = [sum(parameter.numel() for module in (each.encoder.levels, each.decoder.levels) for parameter in module.parameters())
+                 for each in (resnet, convnext)]
+    assert of_blocks[1] < 0.5 * of_blocks[0]
+
+
+def test_a_tokenizer_of_convnext_blocks_survives_a_folder_and_keeps_ids(tmp_path):
+    tokenizer, images_BCHW = make(block="convnext"), images()
+    ids_Bhw = tokenizer.encode(images_BCHW)
+    assert len(ids_Bhw.unique()) > 10
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert torch.equal(loaded.encode(images_BCHW), ids_Bhw) and torch.equal(loaded.decode(ids_Bhw), tokenizer.decode(ids_Bhw))
+    assert loaded.token_fingerprint != make().fingerprint_of_tokens()
+    channels_last = loaded.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last(images_BCHW.contiguous(memory_format=torch.channels_last)).reconstructions,
+                               tokenizer.decode(ids_Bhw), rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_block_is_refused_with_the_names_there_are():
+    with pytest.raises(InputError, match=r"tokenizer\.block.*'convnex'.*resnet, convnext"):
+        TokenizerConfig(block="convnex")
 
 
 def test_downsampling_pads_right_and_bottom():

@@ -27,15 +27,22 @@ def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
     """
     is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = matrices_NRC.mT if is_tall else matrices_NRC
-    norms_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).clamp_min(1e-7)
-    x = x / (MARGIN * norms_N11).to(x.dtype)  # singular values below 1
     if x.shape[2] > 2 * x.shape[1] and x.dtype == torch.float32:
-        x = orthogonalizing(x @ x.mT) @ x
+        gram = x @ x.mT
+        shrink_N11 = shrinking(gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None])
+        x = (orthogonalizing(gram * shrink_N11.square()) * shrink_N11) @ x
     else:
+        norms_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        x = x * shrinking(norms_N11).to(x.dtype)
         for a, b, c in COEFFICIENTS:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def shrinking(norms_N11: torch.Tensor) -> torch.Tensor:
+    """The factors (N, 1, 1) that bring singular values below 1."""
+    return 1 / (MARGIN * norms_N11.clamp_min(1e-7))
 
 
 def orthogonalizing(gram_NRR: torch.Tensor) -> torch.Tensor:
@@ -83,19 +90,34 @@ class Muon(torch.optim.AdamW):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 by_shape[len(parameter), parameter[0].numel()].append(parameter)
-        for (rows, columns), parameters in by_shape.items():
-            directions = []
-            for parameter in parameters:
                 state = self.state[parameter]
                 if not state:  # AdamW looks for a step in every state that it loads
                     state["momentum"], state["step"] = torch.zeros_like(parameter), torch.zeros(())
                 state["step"] += 1
-                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-                directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]).reshape(rows, columns).to(self.dtype))
-            updates = orthogonalized(torch.stack(directions))
-            scale = RMS_OF_ADAMW * max(rows, columns) ** 0.5
-            for parameter, update in zip(parameters, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+        for (rows, columns), parameters in by_shape.items():
+            gradients = [parameter.grad for parameter in parameters]
+            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(gradients, momenta, group["momentum"])
+            directions = [as_matrix(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
+            updates = orthogonalized(torch.stack(directions).to(self.dtype))
+            if group["weight_decay"]:
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            matrices = [as_matrix(parameter, parameter) for parameter in parameters]
+            torch._foreach_add_(matrices, updates.to(parameters[0].dtype).unbind(), alpha=-group["lr"] * RMS_OF_ADAMW * max(rows, columns) ** 0.5)
+            for parameter in parameters:
                 parameter.grad = None
         super().step()
+
+
+def as_matrix(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter (O, ...), or what is shaped as it, as a matrix (O, rest): the parameter itself in its own memory, whose order columns have.
+
+    That of channels_last differs from that of names; singular vectors and values do not ask for it.
+    """
+    if parameter.is_contiguous():
+        return values.flatten(1)
+    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return values.movedim(1, -1).flatten(1)
+    raise ValueError(f"Muon takes parameters in torch's usual order or in channels_last; one has shape {tuple(parameter.shape)} and strides "
+                     f"{parameter.stride()}.")
