@@ -47,7 +47,7 @@ class TokenizerConfig:
     """Blocks with a skip connection in each level of the encoder; the decoder has one more."""
     block: str = "resnet"
     """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 5x5 convolution, LayerNorm, two
-    pointwise layers), which has less than half of the weights and learns more in the same time."""
+    pointwise layers), which has less than half of the weights and takes faster steps."""
     attention_levels: list[int] = field(default_factory=list)
     """Levels (0 is the full resolution) that get self-attention after each residual block."""
     middle_attention: bool = True
