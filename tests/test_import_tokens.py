@@ -106,6 +106,13 @@ def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, vie
         run("audit", tmp_path / "tokens", "--repair")
 
 
+def test_imported_tokens_are_known_by_the_manifest_that_is_left(tmp_path):
+    run("import-tokens", *as_array(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+    (tmp_path / "tokens" / "train" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match="imported tokens, which cannot be encoded again"):
+        run("audit", tmp_path / "tokens", "--repair")
+
+
 def test_the_layouts_of_the_same_tokens_have_the_same_fingerprint(tmp_path):
     seen = set()
     for number, layout in enumerate((as_lines, as_files, as_array)):

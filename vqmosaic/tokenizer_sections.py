@@ -47,9 +47,9 @@ class TokenizerConfig:
     """Blocks with a skip connection in each level of the encoder; the decoder has one more."""
     block: str = "resnet"
     """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 5x5 convolution, LayerNorm, two
-    pointwise layers), which has less than half of the weights and takes faster steps."""
+    pointwise layers), which has less than half of the weights and multiplications."""
     attention_levels: list[int] = field(default_factory=list)
-    """Levels (0 is the full resolution) that get self-attention after each residual block."""
+    """Levels (0 is the full resolution) that get self-attention after each block."""
     middle_attention: bool = True
     """Self-attention between the two residual blocks at the lowest resolution."""
     dropout: float = 0.0
