@@ -65,7 +65,7 @@ def train_ours(name: str, minutes: float):
     run_dir = Path(tempfile.mkdtemp()) / name
     recipe = load_recipe(RECIPES[name], [
         f"--run_dir={run_dir}", f"--data.path={cifar10.folder()}", "--tokenizer_training.max_steps=null",
-        f"--tokenizer_training.max_minutes={minutes}", "--tokenizer_training.validate_every=200", "--tokenizer_training.validation_images=500",
+        f"--tokenizer_training.max_minutes={minutes}", "--tokenizer_training.validate_every=500", "--tokenizer_training.validation_images=500",
         "--tokenizer_training.checkpoint_every=100000", *EXTRA])
     train(recipe)
     tokenizer = ImageTokenizer.from_pretrained(run_dir / "tokenizer")

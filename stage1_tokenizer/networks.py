@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 5x5 convolution, LayerNorm, and two layers on each place with four times the width between them, around a skip connection.
+    """Depthwise 3x3 convolution, LayerNorm, and two layers on each place with four times the width between them, around a skip connection.
 
     After ConvNeXt (Liu et al. 2022), with swish as everywhere here. It has less than half of a ResidualBlock's weights and multiplications, and most
     of them in plain matrix products.
@@ -54,7 +54,7 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, config: TokenizerConfig, channels_in: int, channels_out: int):
         super().__init__()
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        self.depthwise = nn.Conv2d(channels_out, channels_out, 5, padding=2, groups=channels_out)
+        self.depthwise = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out)
         self.norm = nn.LayerNorm(channels_out, eps=1e-6)
         self.widen = nn.Linear(channels_out, 4 * channels_out)
         self.dropout = nn.Dropout(config.dropout)
@@ -71,7 +71,10 @@ BLOCKS = {"resnet": ResidualBlock, "convnext": ConvNeXtBlock}
 
 
 class AttentionBlock(nn.Module):
-    """One-head self-attention over all positions, around a skip connection."""
+    """One-head self-attention over all positions, around a skip connection.
+
+    Its 1x1 convolutions, which they are by their weights, are computed as plain matrix products, whose way back a CPU does faster.
+    """
 
     def __init__(self, config: TokenizerConfig, channels: int):
         super().__init__()
@@ -79,11 +82,15 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        normed_BCHW = self.norm(x_BCHW)
-        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2)[:, None]  # (B, 1, HW, C)
-                             for layer in (self.query, self.key, self.value))
-        mixed_BCHW = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).reshape(x_BCHW.shape)
-        return x_BCHW + self.out(mixed_BCHW)
+        normed_BHWC = self.norm(x_BCHW).permute(0, 2, 3, 1)
+        query, key, value = (pointwise(layer, normed_BHWC).flatten(1, 2)[:, None] for layer in (self.query, self.key, self.value))  # (B, 1, HW, C)
+        mixed_BHWC = F.scaled_dot_product_attention(query, key, value).view(normed_BHWC.shape)
+        return x_BCHW + pointwise(self.out, mixed_BHWC).permute(0, 3, 1, 2)
+
+
+def pointwise(layer: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
+    """What a 1x1 convolution makes of channels that come last, as one matrix product: (B, H, W, C_out)."""
+    return F.linear(x_BHWC, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):

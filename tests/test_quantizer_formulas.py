@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers import QUANTIZERS, entropies
-from stage1_tokenizer.quantizers.gradient_paths import rotated
+from stage1_tokenizer.quantizers.gradient_paths import along_direction, rotated
 from stage1_tokenizer.quantizers.nearest_code import nearest_codes
 from tests.test_quantizer import latents
 from vqmosaic.quantizer_sizes import levels_of
@@ -91,6 +91,24 @@ def test_rotation_trick_stays_finite_without_a_direction():
     assert torch.equal(turned_ND, codes_ND)
     turned_ND.sum().backward()
     assert torch.isfinite(latents_ND.grad).all() and torch.equal(latents_ND.grad[[0, 1, 3]], torch.ones(3, 2))
+
+
+def test_diveq_leaves_out_the_gradient_along_the_error():
+    """Its values are the codes; of a gradient g arrives g - (g u) u at latents, and (g u) u at codes that learn, u the direction of the error."""
+    latents_ND, codes_ND, downstream_ND = normal(50, 6).requires_grad_(), normal(50, 6, seed=1).requires_grad_(), normal(50, 6, seed=2)
+    moved_ND = along_direction(codes_ND, latents_ND)
+    assert torch.equal(moved_ND, codes_ND)
+    (moved_ND * downstream_ND).sum().backward()
+    directions_ND = torch.nn.functional.normalize(codes_ND.detach() - latents_ND.detach(), dim=1)
+    along_ND = (downstream_ND * directions_ND).sum(1, keepdim=True) * directions_ND
+    torch.testing.assert_close(latents_ND.grad, downstream_ND - along_ND)
+    torch.testing.assert_close(codes_ND.grad, along_ND)
+
+
+def test_diveq_passes_straight_through_where_a_latent_is_its_code():
+    latents_ND = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+    along_direction(latents_ND.detach().clone(), latents_ND).sum().backward()
+    assert torch.equal(latents_ND.grad, torch.ones(2, 2))
 
 
 # --- fsq -------------------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ OFF = {"entropy_diversity": 0.0}  # a batch's entropy is no mean over its parts
 CASES = {
     "ema": {"quantizer": "ema"},
     "ema, l2, rotation": {"quantizer": "ema", "l2_normalize": True, "rotation_trick": True},
+    "ema, diveq": {"quantizer": "ema", "diveq": True},
     "gradient": {"quantizer": "gradient"},
     "gradient, l2": {"quantizer": "gradient", "l2_normalize": True},
     "gradient, rotation": {"quantizer": "gradient", "rotation_trick": True},
+    "gradient, diveq": {"quantizer": "gradient", "diveq": True},
     "simvq": {"quantizer": "simvq"},
     "simvq, l2": {"quantizer": "simvq", "l2_normalize": True},
     "gumbel": {"quantizer": "gumbel"},
@@ -34,7 +36,7 @@ CASES = {
     "residual, shared, l2, rotation": {"quantizer": "residual", "residual_depth": 3, "residual_kind": "gradient", "residual_shared": True,
                                        "l2_normalize": True, "rotation_trick": True},
     "residual, shared ema": {"quantizer": "residual", "residual_depth": 2, "residual_shared": True},
-    "residual of simvq": {"quantizer": "residual", "residual_depth": 2, "residual_kind": "simvq"},
+    "residual of simvq, diveq": {"quantizer": "residual", "residual_depth": 2, "residual_kind": "simvq", "diveq": True},
 }
 SAMPLED = "gumbel"
 

@@ -69,6 +69,22 @@ def test_rotation_trick_gives_their_gradient(kind):
     torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_diveq_gives_their_gradient():
+    """Without their noise on the direction, which would make values others than the codes."""
+    ours = QUANTIZERS["gradient"](K, D, diveq=True, commitment_weight=0.0, codebook_weight=0.0).train()
+    other = theirs.VectorQuantize(dim=D, codebook_size=K, accept_image_fmap=True, directional_reparam=True, directional_reparam_variance=0.0,
+                                   threshold_ema_dead_code=1e-9).train()
+    other._codebook.embed.data.copy_(ours.codebook.detach()[None])
+    first, second, downstream = latents().requires_grad_(), latents().requires_grad_(), torch.linspace(-1, 1, 4 * D * 25).view(4, D, 5, 5)
+    output, (quantized_BDhw, ids_Bhw, _) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhw)
+    torch.testing.assert_close(output.quantized, quantized_BDhw, rtol=1e-4, atol=1e-5)
+    (output.quantized * downstream).sum().backward()
+    (quantized_BDhw * downstream).sum().backward()
+    torch.testing.assert_close(first.grad, second.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours.codebook.grad, other._codebook.embed.grad[0], rtol=1e-3, atol=1e-5)
+
+
 def their_simvq(ours: torch.nn.Module, **fields) -> torch.nn.Module:
     other = theirs.SimVQ(dim=D, codebook_size=K, channel_first=True, input_to_quantize_commit_loss_weight=0.25, **fields).train()
     other.frozen_codebook.copy_(ours.frozen_codebook)

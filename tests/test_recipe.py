@@ -186,6 +186,8 @@ def test_words_that_are_no_option():
     (["--tokenizer.quantizer=lfq", "--tokenizer.codebook_size=500"], ["tokenizer.codebook_size is 500", "nearest: 256 or 512"]),
     (["--tokenizer.quantizer=fsq", "--tokenizer.l2_normalize=true"], ["tokenizer.l2_normalize is true", "'fsq'", "ema, gradient, simvq"]),
     (["--tokenizer.quantizer=lfq", "--tokenizer.rotation_trick=true"], ["tokenizer.rotation_trick is true", "'lfq'"]),
+    (["--tokenizer.quantizer=lfq", "--tokenizer.diveq=true"], ["tokenizer.diveq is true", "'lfq'"]),
+    (["--tokenizer.rotation_trick=true", "--tokenizer.diveq=true"], ["tokenizer.rotation_trick", "tokenizer.diveq", "turn one off"]),
     (["--tokenizer.residual_kind=fsq"], ["tokenizer.residual_kind is 'fsq'"]),
     (["--tokenizer.patch_size=3"], ["tokenizer.patch_size is 3", "1, 2, 4, 8"]),
     (["--tokenizer.patch_size=8"], ["data.image_size is 16", "tokenizer.patch_size 8", "multiple of 32"]),

@@ -13,7 +13,7 @@ from torch import nn
 
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.images import ImageTransform
-from stage1_tokenizer.networks import Decoder, Downsample, Encoder, ResidualBlock, Upsample
+from stage1_tokenizer.networks import AttentionBlock, Decoder, Downsample, Encoder, ResidualBlock, Upsample
 from vqmosaic.errors import InputError
 from vqmosaic.tokenizer_sections import TokenizerConfig
 
@@ -270,6 +270,17 @@ def test_without_attention_there_is_none():
     assert len(pointwise) == 2 + 1 + 1  # quant_conv, post_quant_conv, and the shortcuts of 32 -> 64 and 64 -> 32
 
 
+def test_attention_is_that_of_its_1x1_convolutions():
+    """The same as with the convolutions themselves, in both memory orders."""
+    block = AttentionBlock(TokenizerConfig(**TINY), 32)
+    for x_BCHW in (images := torch.randn(2, 32, 6, 4), images.to(memory_format=torch.channels_last)):
+        normed_BCHW = block.norm(x_BCHW)
+        query, key, value = (layer(normed_BCHW).flatten(2).mT for layer in (block.query, block.key, block.value))  # (B, HW, C)
+        mixed_BNC = (query @ key.mT / 32**0.5).softmax(-1) @ value
+        expected_BCHW = x_BCHW + block.out(mixed_BNC.mT.view(2, 32, 6, 4))
+        torch.testing.assert_close(block(x_BCHW), expected_BCHW, rtol=1e-4, atol=1e-5)
+
+
 def test_a_convnext_block_computes_what_the_paper_draws():
     """Depthwise convolution, norm over channels, to four times the width and back, written out on the same weights; no GroupNorm is left anywhere."""
     config = TokenizerConfig(**TINY | {"block": "convnext"})
@@ -278,9 +289,9 @@ def test_a_convnext_block_computes_what_the_paper_draws():
     block = tokenizer.encoder.levels[1][0]  # 32 -> 64 channels
     x_BCHW = torch.randn(2, 32, 6, 6)
     start_BCHW = F.conv2d(x_BCHW, block.shortcut.weight, block.shortcut.bias)
-    kernel_C55 = block.depthwise.weight[:, 0]
-    windows_BC55HW = F.unfold(start_BCHW, 5, padding=2).view(2, 64, 5, 5, 6, 6)
-    hidden_BCHW = torch.einsum("bcijhw,cij->bchw", windows_BC55HW, kernel_C55) + block.depthwise.bias[:, None, None]
+    kernel_C33 = block.depthwise.weight[:, 0]
+    windows_BC33HW = F.unfold(start_BCHW, 3, padding=1).view(2, 64, 3, 3, 6, 6)
+    hidden_BCHW = torch.einsum("bcijhw,cij->bchw", windows_BC33HW, kernel_C33) + block.depthwise.bias[:, None, None]
     mean, variance = hidden_BCHW.mean(1, keepdim=True), hidden_BCHW.var(1, keepdim=True, unbiased=False)
     hidden_BHWC = ((hidden_BCHW - mean) / (variance + 1e-6).sqrt()).permute(0, 2, 3, 1)  # the norm starts as the identity
     hidden_BHWC = F.silu(hidden_BHWC @ block.widen.weight.T + block.widen.bias) @ block.narrow.weight.T + block.narrow.bias

@@ -7,14 +7,14 @@ from vqmosaic.quantizer_sizes import bits_of, levels_of
 from vqmosaic.recipe_sections import TrainingConfig, unrecorded
 
 NEAREST_CODE_KINDS = ("ema", "gradient", "simvq")
-"""Quantizers that look for the nearest code: they take l2_normalize and rotation_trick, and residual can be made of them."""
+"""Quantizers that look for the nearest code: they take l2_normalize, rotation_trick and diveq, and residual can be made of them."""
 QUANTIZER_NAMES = (*NEAREST_CODE_KINDS, "gumbel", "fsq", "lfq", "ibq", "residual", "kl")
 CONTINUOUS = ("kl",)
 """Quantizers without ids: nothing to store as tokens, and no prior to train."""
 RESIDUAL_FIELDS = ("residual_depth", "residual_kind", "residual_shared")
 """Without effect unless the quantizer is residual."""
-LEARNING_FIELDS = ("dropout", "commitment_weight", "codebook_weight", "ema_decay", "rotation_trick", "revival_threshold", "gumbel_temperature",
-                   "entropy_weight", "entropy_diversity", "entropy_temperature", "kl_weight")
+LEARNING_FIELDS = ("dropout", "commitment_weight", "codebook_weight", "ema_decay", "rotation_trick", "diveq", "revival_threshold",
+                   "gumbel_temperature", "entropy_weight", "entropy_diversity", "entropy_temperature", "kl_weight")
 """Fields of TokenizerConfig that shape the loss or the codebook's learning, not what the finished network computes."""
 PATCH_SIZES = (1, 2, 4, 8)
 BLOCKS = ("resnet", "convnext")
@@ -46,7 +46,7 @@ class TokenizerConfig:
     residual_blocks: int = 2
     """Blocks with a skip connection in each level of the encoder; the decoder has one more."""
     block: str = "resnet"
-    """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 5x5 convolution, LayerNorm, two
+    """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 3x3 convolution, LayerNorm, two
     pointwise layers), which has less than half of the weights and multiplications."""
     attention_levels: list[int] = field(default_factory=list)
     """Levels (0 is the full resolution) that get self-attention after each block."""
@@ -64,6 +64,8 @@ class TokenizerConfig:
     """Nearest-code kinds only: put latents and codes on the unit sphere before comparing them (others call it cosine)."""
     rotation_trick: bool = False
     """Nearest-code kinds only: the gradient is rotated and scaled from code to latent instead of passed straight through."""
+    diveq: bool = False
+    """Nearest-code kinds only: the part of the gradient along the quantization error, which could not change the code, is left out (DiVeQ)."""
     revival_threshold: float = 0.03
     """Nearest-code kinds and ibq: a code whose moving-average use falls below this share of the mean use is moved onto a latent of the batch."""
     residual_depth: int = 4
@@ -118,7 +120,9 @@ class TokenizerConfig:
             levels_of(self.codebook_size)
         if self.quantizer == "lfq":
             bits_of(self.codebook_size)
-        for key in ("l2_normalize", "rotation_trick"):
+        if self.rotation_trick and self.diveq:
+            raise InputError("tokenizer.rotation_trick and tokenizer.diveq are both true, but the gradient takes one of the two ways; turn one off.")
+        for key in ("l2_normalize", "rotation_trick", "diveq"):
             if getattr(self, key) and self.quantizer not in (*NEAREST_CODE_KINDS, "residual"):
                 raise InputError(f"tokenizer.{key} is true, but tokenizer.quantizer is {self.quantizer!r}, which does not look for the nearest code; "
                                  f"turn it off, or take one of: {', '.join(NEAREST_CODE_KINDS)}, residual.")

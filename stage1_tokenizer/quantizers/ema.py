@@ -17,9 +17,9 @@ class EMAQuantizer(NearestCodeQuantizer):
     TRAINING_ONLY = ("ema_counts", "ema_sums", "commits")
 
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, ema_decay: float = 0.99,
-                 l2_normalize: bool = False, rotation_trick: bool = False, revival_threshold: float = 0.03, seed: int = 0):
+                 l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False, revival_threshold: float = 0.03, seed: int = 0):
         super().__init__(codebook_size, code_dim, commitment_weight=commitment_weight, ema_decay=ema_decay, l2_normalize=l2_normalize,
-                         rotation_trick=rotation_trick, revival_threshold=revival_threshold, seed=seed)
+                         rotation_trick=rotation_trick, diveq=diveq, revival_threshold=revival_threshold, seed=seed)
         codebook_KD = self.normalize(random_codebook(codebook_size, code_dim, seed))
         self.register_buffer("codebook", codebook_KD)
         self.register_buffer("ema_sums", codebook_KD.clone())
@@ -27,7 +27,8 @@ class EMAQuantizer(NearestCodeQuantizer):
     @classmethod
     def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
         return cls(config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, ema_decay=config.ema_decay,
-                   l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick, revival_threshold=config.revival_threshold, seed=seed)
+                   l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick, diveq=config.diveq,
+                   revival_threshold=config.revival_threshold, seed=seed)
 
     def codes(self) -> torch.Tensor:
         return self.codebook

@@ -17,16 +17,17 @@ class GradientQuantizer(NearestCodeQuantizer):
     """
 
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
-                 ema_decay: float = 0.99, l2_normalize: bool = False, rotation_trick: bool = False, revival_threshold: float = 0.03, seed: int = 0):
+                 ema_decay: float = 0.99, l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False,
+                 revival_threshold: float = 0.03, seed: int = 0):
         super().__init__(codebook_size, code_dim, commitment_weight=commitment_weight, ema_decay=ema_decay, l2_normalize=l2_normalize,
-                         rotation_trick=rotation_trick, revival_threshold=revival_threshold, seed=seed)
+                         rotation_trick=rotation_trick, diveq=diveq, revival_threshold=revival_threshold, seed=seed)
         self.codebook_weight = codebook_weight
         self.codebook = nn.Parameter(self.normalize(random_codebook(codebook_size, code_dim, seed)))
 
     @classmethod
     def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
         return cls(config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, codebook_weight=config.codebook_weight,
-                   ema_decay=config.ema_decay, l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick,
+                   ema_decay=config.ema_decay, l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick, diveq=config.diveq,
                    revival_threshold=config.revival_threshold, seed=seed)
 
     def codes(self) -> torch.Tensor:

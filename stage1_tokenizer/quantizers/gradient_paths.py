@@ -1,7 +1,9 @@
-"""How the gradient gets past the choice of a code: straight through, rotated, or through the probabilities of all codes.
+"""How the gradient gets past the choice of a code: straight through, rotated, along a fixed direction, or through the probabilities of all codes.
 
 The values are the codes to the last bit in all of them, so that ids lead back to exactly what forward gave.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,25 @@ def rotated(codes_xD: torch.Tensor, latents_xD: torch.Tensor) -> torch.Tensor:
     reflected = latents_xD - 2 * between * (between * latents_xD).sum(-1, keepdim=True)
     turned = ratio * (reflected + 2 * unit_q * (unit_z * latents_xD).sum(-1, keepdim=True))
     return straight_through(codes_xD, torch.where(has_directions, turned, latents_xD))
+
+
+def along_direction(codes_xD: torch.Tensor, latents_xD: torch.Tensor) -> torch.Tensor:
+    """The codes (..., D) as z + |e - z| u, latents (..., D) moved by the length of the error along its direction u, which is held constant.
+
+    DiVeQ (Vali et al. 2025, arXiv 2509.26469), without the noise that they add to the direction, so that the values are the codes. A step of a
+    latent towards its code or away from it changes the length of the error by as much and leaves the code where it is: that part of the
+    gradient is left out, and is all that goes to codes that learn by gradient. A latent on its code has no direction: the gradient passes
+    straight through.
+    """
+    errors_xD = codes_xD - latents_xD
+    lengths_x1 = torch.linalg.vector_norm(errors_xD, dim=-1, keepdim=True)
+    directions_xD = (errors_xD / lengths_x1.clamp_min(SMALLEST_NORM)).detach()
+    return straight_through(codes_xD, latents_xD + lengths_x1 * directions_xD)
+
+
+def gradient_path(rotation_trick: bool, diveq: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What leads from codes (..., D) and latents (..., D) to the codes with a gradient: straight_through where neither is asked for."""
+    return rotated if rotation_trick else along_direction if diveq else straight_through
 
 
 def through_probabilities(ids_N: torch.Tensor, probabilities_NK: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:

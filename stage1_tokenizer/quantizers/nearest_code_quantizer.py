@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from stage1_tokenizer.quantizers.gradient_paths import rotated, straight_through
+from stage1_tokenizer.quantizers.gradient_paths import gradient_path
 from stage1_tokenizer.quantizers.nearest_code import code_sums, kmeans, nearest_codes
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 
@@ -14,16 +14,17 @@ from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 class NearestCodeQuantizer(CodebookQuantizer):
     """Base of ema, gradient and simvq: the nearest of K codes (K, D) by Euclidean distance, on the unit sphere with l2_normalize.
 
-    The gradient passes straight through to the latents, or turned and scaled as latent to code with rotation_trick.
+    The gradient passes straight through to the latents, turned and scaled as latent to code with rotation_trick, or
+    without its part along the error with diveq.
     """
 
     codebook_weight: float | None = None
     """Weight of the loss that pulls codes to their latents; None where codes do not learn by gradient."""
 
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, ema_decay: float = 0.99,
-                 l2_normalize: bool = False, rotation_trick: bool = False, revival_threshold: float = 0.03, seed: int = 0):
+                 l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False, revival_threshold: float = 0.03, seed: int = 0):
         super().__init__(codebook_size, code_dim, ema_decay=ema_decay, revival_threshold=revival_threshold, seed=seed)
-        self.commitment_weight, self.l2_normalize, self.rotation_trick = commitment_weight, l2_normalize, rotation_trick
+        self.commitment_weight, self.l2_normalize, self.pass_gradient = commitment_weight, l2_normalize, gradient_path(rotation_trick, diveq)
 
     @abstractmethod
     def codes(self) -> torch.Tensor:
@@ -43,7 +44,7 @@ class NearestCodeQuantizer(CodebookQuantizer):
             codes_BhwD, ids_Bhw, loss = self.quantize(latents_BhwD)
             if self.training:
                 self.remember(latents_BhwD, ids_Bhw)
-            quantized_BhwD = (rotated if self.rotation_trick else straight_through)(codes_BhwD, latents_BhwD)
+            quantized_BhwD = self.pass_gradient(codes_BhwD, latents_BhwD)
         return QuantizerOutput(quantized_BhwD.permute(0, 3, 1, 2), ids_Bhw, loss)
 
     def quantize(self, latents_xD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from stage1_tokenizer.quantizers.codebook_quantizer import all_reduced
 from stage1_tokenizer.quantizers.ema import EMAQuantizer
 from stage1_tokenizer.quantizers.gradient import GradientQuantizer
-from stage1_tokenizer.quantizers.gradient_paths import rotated, straight_through
+from stage1_tokenizer.quantizers.gradient_paths import gradient_path
 from stage1_tokenizer.quantizers.nearest_code import kmeans, nearest_codes
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
@@ -30,11 +30,12 @@ class ResidualQuantizer(Quantizer):
 
     def __init__(self, codebook_size: int, code_dim: int, *, residual_depth: int = 4, residual_kind: str = "ema", residual_shared: bool = False,
                  commitment_weight: float = 0.25, codebook_weight: float = 1.0, ema_decay: float = 0.99, l2_normalize: bool = False,
-                 rotation_trick: bool = False, revival_threshold: float = 0.03, seed: int = 0):
+                 rotation_trick: bool = False, diveq: bool = False, revival_threshold: float = 0.03, seed: int = 0):
         super().__init__()
         check_name("tokenizer.residual_kind", residual_kind, LEVEL_KINDS)
         self.codebook_size, self.code_dim, self.depth = codebook_size, code_dim, residual_depth
-        self.shared, self.l2_normalize, self.rotation_trick, self.seed = residual_shared, l2_normalize, rotation_trick, seed
+        self.shared, self.l2_normalize, self.seed = residual_shared, l2_normalize, seed
+        self.pass_gradient = gradient_path(rotation_trick, diveq)
         fields = {"commitment_weight": commitment_weight, "ema_decay": ema_decay, "revival_threshold": revival_threshold}
         if residual_kind != "ema":
             fields["codebook_weight"] = codebook_weight
@@ -45,7 +46,7 @@ class ResidualQuantizer(Quantizer):
     def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
         return cls(config.codebook_size, config.code_dim, residual_depth=config.residual_depth, residual_kind=config.residual_kind,
                    residual_shared=config.residual_shared, commitment_weight=config.commitment_weight, codebook_weight=config.codebook_weight,
-                   ema_decay=config.ema_decay, l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick,
+                   ema_decay=config.ema_decay, l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick, diveq=config.diveq,
                    revival_threshold=config.revival_threshold, seed=seed)
 
     def level(self, index: int) -> NearestCodeQuantizer:
@@ -70,7 +71,7 @@ class ResidualQuantizer(Quantizer):
             ids_Bhwd = torch.stack(ids, dim=-1)
             if self.training:
                 self._remember(residues, ids_Bhwd)
-            quantized_BhwD = (rotated if self.rotation_trick else straight_through)(sum_BhwD, latents_BhwD)
+            quantized_BhwD = self.pass_gradient(sum_BhwD, latents_BhwD)
         return QuantizerOutput(quantized_BhwD.permute(0, 3, 1, 2), ids_Bhwd if self.depth > 1 else ids[0], torch.stack(losses).mean())
 
     def _remember(self, residues: list[torch.Tensor], ids_Bhwd: torch.Tensor) -> None:
