@@ -61,7 +61,9 @@ class Ours:
             "--tokenizer_training.weight_ema_decay=0.9", "--tokenizer_training.max_steps=10000", "--tokenizer_training.max_minutes=null",
             f"--tokenizer_training.batch_size={BATCH}", "--tokenizer_training.warmup_fraction=0",
             f"--tokenizer.channels={WIDTHS[0]}", "--tokenizer.channel_multipliers=[1,2,4]", "--tokenizer.patch_size=1",
-            "--tokenizer.residual_blocks=1",
+            "--tokenizer.residual_blocks=1", "--tokenizer.block=resnet", "--tokenizer.attention_levels=[]", "--tokenizer.diveq=false",
+            "--tokenizer.commitment_weight=0.25", "--tokenizer.ema_decay=0.99", "--tokenizer.revival_threshold=0.03",
+            "--tokenizer_training.final_learning_rate=0.05",
             "--tokenizer.latent_channels=64", "--tokenizer.code_dim=16", "--tokenizer.codebook_size=512", "--tokenizer.middle_attention=true"])
         self.channels_last = channels_last
         self.tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=32, channels=3))

@@ -73,7 +73,7 @@ BLOCKS = {"resnet": ResidualBlock, "convnext": ConvNeXtBlock}
 class AttentionBlock(nn.Module):
     """One-head self-attention over all positions, around a skip connection.
 
-    Its 1x1 convolutions, which they are by their weights, are computed as plain matrix products, whose way back a CPU does faster.
+    Its 1x1 convolutions, which they are by their weights, are computed as plain matrix products, without a change of memory order between them.
     """
 
     def __init__(self, config: TokenizerConfig, channels: int):

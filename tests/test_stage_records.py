@@ -56,6 +56,17 @@ def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
 # --- what changed ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_record_from_before_a_field_means_its_default(tmp_path):
+    """So that a training which is resumed does not change on the way."""
+    run = run_with(tmp_path, "tokenizer", finished=False)
+    content = json.loads(run.record("tokenizer").read_text())
+    del content["fields"]["tokenizer.diveq"]
+    run.record("tokenizer").write_text(json.dumps(content))
+    assert judge(run, tiny_recipe(tmp_path), "tokenizer", {}) == "resume"
+    said = refused(run, "tokenizer", **{"tokenizer.diveq": True})
+    assert "tokenizer.diveq = False, now it is True" in said
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_grown_budget_goes_on(finished, tmp_path):
     run = run_with(tmp_path, "tokenizer", finished=finished)
@@ -128,7 +139,8 @@ def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
     read = {name for stage in STAGES for name in fields_read(recipe, stage)}
     assert {"seed", "data.shift", "tokenizer.quantizer", "tokens.views", "prior.width", "sampling.top_p"} <= read
     assert "run_dir" not in read and "data.workers" not in read and "tokenizer_training.resume" not in read
-    assert fields_read(recipe, "tokenizer")["tokenizer_training.max_steps"] == (6, "budget")
+    steps = fields_read(recipe, "tokenizer")["tokenizer_training.max_steps"]
+    assert (steps.value, steps.judged) == (6, "budget")
     assert "data.shift" not in fields_read(recipe, "tokens")
 
 

@@ -92,10 +92,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class RecipeField:
-    """One field of a recipe: its dotted name, its value here and how a change of it is judged."""
+    """One field of a recipe: its dotted name, its value here, its default, and how a change of it is judged."""
 
     name: str
     value: Any
+    default: Any
     judged: str
 
 
@@ -105,9 +106,14 @@ def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
         value = getattr(recipe, entry.name)
         if dataclasses.is_dataclass(value):
             for inner in dataclasses.fields(value):
-                yield RecipeField(f"{entry.name}.{inner.name}", getattr(value, inner.name), inner.metadata.get("judged", "same"))
+                yield RecipeField(f"{entry.name}.{inner.name}", getattr(value, inner.name), default_of(inner), inner.metadata.get("judged", "same"))
         else:
-            yield RecipeField(entry.name, value, entry.metadata.get("judged", "same"))
+            yield RecipeField(entry.name, value, default_of(entry), entry.metadata.get("judged", "same"))
+
+
+def default_of(entry: dataclasses.Field) -> Any:
+    """The default of a dataclass's field; dataclasses.MISSING where it has none."""
+    return entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
 
 
 def check_batch_split(recipe: Recipe, section: str, processes: int) -> None:

@@ -3,6 +3,7 @@
 Loads no torch: the command line judges all stages before anything slow starts.
 """
 
+import dataclasses
 import json
 import shutil
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
-from vqmosaic.recipe import Recipe, recipe_fields
+from vqmosaic.recipe import Recipe, RecipeField, recipe_fields
 from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 
@@ -37,9 +38,9 @@ class StageRecord:
     seconds: float = 0.0
 
 
-def fields_read(recipe: Recipe, stage: str) -> dict[str, tuple[Any, str]]:
-    """Dotted name -> (value, how a change is judged) of every recipe field that decides what a stage makes."""
-    return {field.name: (field.value, field.judged) for field in recipe_fields(recipe)
+def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
+    """Every recipe field that decides what a stage makes, by its dotted name."""
+    return {field.name: field for field in recipe_fields(recipe)
             if field.judged != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage] and field.name not in NOT_READ.get(stage, ())}
 
 
@@ -55,7 +56,7 @@ def load_record(run: RunFolder, stage: str) -> StageRecord | None:
 def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0) -> None:
     """Record that a stage starts or has finished with this recipe and these inputs."""
     save_recipe(recipe, run.recipe)  # a stage under a launcher of the user's own leaves what the others need to know, too
-    fields = {name: value for name, (value, _) in fields_read(recipe, stage).items()}
+    fields = {name: field.value for name, field in fields_read(recipe, stage).items()}
     write_json(run.record(stage), {"stage": stage, "finished": finished, "vqmosaic": __version__, "fields": fields, "inputs": inputs,
                                    "seconds": round(seconds, 2), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
@@ -72,14 +73,14 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
     if record is None:
         return "start"
     grown = False
-    for name, (value, judged) in fields_read(recipe, stage).items():
-        if name not in record.fields or record.fields[name] == value:
+    for name, field in fields_read(recipe, stage).items():
+        before = record.fields.get(name, field.default)  # a field that came later has a default that means what was done before
+        if before in (field.value, dataclasses.MISSING):
             continue
-        before = record.fields[name]
-        if judged == "budget" and has_grown(before, value):
+        if field.judged == "budget" and has_grown(before, field.value):
             grown = True
             continue
-        raise InputError(refusal(run, stage, name, before, value, shrunk=judged == "budget"))
+        raise InputError(refusal(run, stage, name, before, field.value, shrunk=field.judged == "budget"))
     for name, fingerprint in (inputs or {}).items():
         before = record.inputs.get(name)
         if before is not None and before != fingerprint:

@@ -49,7 +49,7 @@ class TokenizerConfig:
     """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 3x3 convolution, LayerNorm, two
     pointwise layers), which has less than half of the weights and multiplications."""
     attention_levels: list[int] = field(default_factory=list)
-    """Levels (0 is the full resolution) that get self-attention after each block."""
+    """Levels (0 is the full resolution, or that of the patches) that get self-attention after each block."""
     middle_attention: bool = True
     """Self-attention between the two residual blocks at the lowest resolution."""
     dropout: float = 0.0
@@ -65,7 +65,7 @@ class TokenizerConfig:
     rotation_trick: bool = False
     """Nearest-code kinds only: the gradient is rotated and scaled from code to latent instead of passed straight through."""
     diveq: bool = False
-    """Nearest-code kinds only: the part of the gradient along the quantization error, which could not change the code, is left out (DiVeQ)."""
+    """Nearest-code kinds only: the part of the gradient along the quantization error, which changes its length alone, is left out (DiVeQ)."""
     revival_threshold: float = 0.03
     """Nearest-code kinds and ibq: a code whose moving-average use falls below this share of the mean use is moved onto a latent of the batch."""
     residual_depth: int = 4

@@ -41,9 +41,8 @@ def along_direction(codes_xD: torch.Tensor, latents_xD: torch.Tensor) -> torch.T
     """The codes (..., D) as z + |e - z| u, latents (..., D) moved by the length of the error along its direction u, which is held constant.
 
     DiVeQ (Vali et al. 2025, arXiv 2509.26469), without the noise that they add to the direction, so that the values are the codes. A step of a
-    latent towards its code or away from it changes the length of the error by as much and leaves the code where it is: that part of the
-    gradient is left out, and is all that goes to codes that learn by gradient. A latent on its code has no direction: the gradient passes
-    straight through.
+    latent along u changes the length of the error by as much, and z + |e - z| u not at all: that part of the gradient does not arrive at latents. It
+    goes to codes that require a gradient, beside their own loss. A latent on its code has no direction: the gradient passes straight through.
     """
     errors_xD = codes_xD - latents_xD
     lengths_x1 = torch.linalg.vector_norm(errors_xD, dim=-1, keepdim=True)

@@ -23,9 +23,9 @@ LEVEL_KINDS: dict[str, type[NearestCodeQuantizer]] = {"ema": EMAQuantizer, "grad
 class ResidualQuantizer(Quantizer):
     """Sum of `residual_depth` nearest codes: ids (B, h, w, depth), (B, h, w) at depth 1. Levels have a codebook each, or all the same one.
 
-    The gradient passes once from the sum to the latents: passed through at each level, as some do, it arrives `depth` times. The loss is
-    the mean over the levels', so that weights mean the same at any depth. With l2_normalize the latents are put on the unit sphere once;
-    the levels' codes are not, since what is left over gets shorter from level to level.
+    The gradient passes once from the sum to the latents, and not to codes: passed through at each level, as some do, it arrives `depth` times.
+    The loss is the mean over the levels', so that weights mean the same at any depth. With l2_normalize the latents are put on the unit sphere
+    once; the levels' codes are not, since what is left over gets shorter from level to level.
     """
 
     def __init__(self, codebook_size: int, code_dim: int, *, residual_depth: int = 4, residual_kind: str = "ema", residual_shared: bool = False,
