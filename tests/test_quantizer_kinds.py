@@ -36,7 +36,8 @@ CASES = {
     "residual, shared, l2, rotation": {"quantizer": "residual", "residual_depth": 3, "residual_kind": "gradient", "residual_shared": True,
                                        "l2_normalize": True, "rotation_trick": True},
     "residual, shared ema": {"quantizer": "residual", "residual_depth": 2, "residual_shared": True},
-    "residual of simvq, diveq": {"quantizer": "residual", "residual_depth": 2, "residual_kind": "simvq", "diveq": True},
+    "residual of simvq": {"quantizer": "residual", "residual_depth": 2, "residual_kind": "simvq"},
+    "residual, diveq": {"quantizer": "residual", "residual_depth": 2, "diveq": True},
 }
 SAMPLED = "gumbel"
 
