@@ -26,7 +26,7 @@ from vqmosaic.training_run import TrainingRun, inner_matrices
 def test_singular_values_become_about_one_and_directions_stay(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    inside = u.mT @ orthogonalized(matrices) @ vh.mT
+    inside = u.mT @ orthogonalized([matrices])[0] @ vh.mT
     assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
     values = inside.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.6 and values.max() < 1.3
@@ -37,13 +37,15 @@ def test_a_matrix_of_one_direction_stays_bounded(dtype):
     """Its one singular value is the norm, at the edge of what the polynomials are made for, and rounding must not push it over."""
     draw = torch.Generator().manual_seed(5)
     for stack in (torch.randn(400, 1, 576, generator=draw), torch.randn(50, 48, 1, generator=draw) @ torch.randn(50, 1, 64, generator=draw)):
-        values = torch.linalg.svdvals(orthogonalized(stack.to(dtype)).float())[:, 0]
+        values = torch.linalg.svdvals(orthogonalized([stack.to(dtype)])[0].float())[:, 0]
         assert values.min() > 0.6 and values.max() < 1.4
 
 
-def test_wide_matrices_take_the_short_way_to_the_same_end():
-    wide = torch.randn(2, 6, 54, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(orthogonalized(wide), orthogonalized(wide.double()).float(), rtol=0, atol=1e-5)
+def test_the_short_way_of_many_matrices_leads_where_the_long_way_of_each_does():
+    draw = torch.Generator().manual_seed(4)
+    stacks = [torch.randn(shape, generator=draw) for shape in ((2, 6, 54), (1, 12, 6), (3, 5, 5), (2, 6, 6))]
+    for stack, update in zip(stacks, orthogonalized(stacks), strict=True):
+        torch.testing.assert_close(update, muon.iterated(stack.double()).float(), rtol=0, atol=1e-5)
 
 
 def gradients(parameters: list[nn.Parameter], seed: int) -> None:

@@ -16,7 +16,7 @@ from stage2_prior.causal_lm import make_config
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import Grid
-from vqmosaic.budget import warmup_cosine
+from vqmosaic.budget import learning_rate_share
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe, shipped_names
 
@@ -103,7 +103,8 @@ def test_the_full_sizes_can_be_configured(name):
 def test_any_budget_works(name, steps):
     recipe = load_recipe(name, [f"--tokenizer_training.max_steps={steps}", f"--prior_training.max_steps={steps}"])
     for training in (recipe.tokenizer_training, recipe.prior_training):
-        rates = [warmup_cosine(step / steps, training.warmup_fraction, training.final_learning_rate) for step in range(steps)]
+        rates = [learning_rate_share(step / steps, training.warmup_fraction, training.final_learning_rate, training.learning_rate_schedule)
+                 for step in range(steps)]
         assert all(0 < rate <= 1 for rate in rates)
 
 

@@ -30,7 +30,7 @@ from stage2_prior.sampling import sample_tokens
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
 from vqmosaic import budget as budget_module
 from vqmosaic import devices, run_folder
-from vqmosaic.budget import Budget, duration, expected_time, warmup_cosine
+from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, broken_files, read_state
 from vqmosaic.devices import held_by_main_process, make_accelerator, resolve_precision, set_threads
 from vqmosaic.durable_files import sha256_of_file, write_json
@@ -167,21 +167,24 @@ def test_the_weight_average_warms_its_decay_up_and_copies_buffers():
     assert not average.module.training and not any(parameter.requires_grad for parameter in average.parameters())
 
 
-def test_warmup_and_cosine():
-    assert warmup_cosine(0.0, 0.1, 0.05) == pytest.approx(1e-3)
-    assert warmup_cosine(0.05, 0.1, 0.05) == pytest.approx(0.5)
-    assert warmup_cosine(0.1, 0.1, 0.05) == pytest.approx(1.0)
-    assert warmup_cosine(0.55, 0.1, 0.05) == pytest.approx((1 + 0.05) / 2)
-    assert warmup_cosine(1.0, 0.1, 0.05) == pytest.approx(0.05)
-    assert warmup_cosine(0.0, 0.0, 0.0) == pytest.approx(1.0)
-    values = [warmup_cosine(step / 100, 0.1, 0.05) for step in range(101)]
-    assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
+def test_warmup_and_what_follows():
+    assert learning_rate_share(0.0, 0.1, 0.05) == pytest.approx(1e-3)
+    assert learning_rate_share(0.05, 0.1, 0.05) == pytest.approx(0.5)
+    assert learning_rate_share(0.1, 0.1, 0.05) == pytest.approx(1.0)
+    assert learning_rate_share(0.55, 0.1, 0.05) == pytest.approx((1 + 0.05) / 2)
+    assert learning_rate_share(1.0, 0.1, 0.05) == pytest.approx(0.05)
+    assert learning_rate_share(0.0, 0.0, 0.0) == pytest.approx(1.0)
+    for schedule, at_a_quarter in (("cosine", 0.05 + 0.95 * (1 + 0.5**0.5) / 2), ("linear", 0.05 + 0.95 * 0.75)):
+        assert learning_rate_share(0.325, 0.1, 0.05, schedule) == pytest.approx(at_a_quarter)
+        values = [learning_rate_share(step / 100, 0.1, 0.05, schedule) for step in range(101)]
+        assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
 
 
-def test_the_learning_rate_of_each_step_is_in_the_log(run_dir):
-    train("prior", run_dir, max_steps=5, warmup_fraction=0.4, learning_rate=0.01, final_learning_rate=0.1)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_learning_rate_of_each_step_is_in_the_log(run_dir, schedule):
+    train("prior", run_dir, max_steps=5, warmup_fraction=0.4, learning_rate=0.01, learning_rate_schedule=schedule, final_learning_rate=0.1)
     logged = [record["learning_rate"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "train")]
-    assert logged == pytest.approx([0.01 * warmup_cosine(step / 5, 0.4, 0.1) for step in range(5)], rel=1e-4)
+    assert logged == pytest.approx([0.01 * learning_rate_share(step / 5, 0.4, 0.1, schedule) for step in range(5)], rel=1e-4)
 
 
 def test_progress_by_steps_and_by_the_clock(monkeypatch):

@@ -23,12 +23,13 @@ class Budget:
         return min(1.0, max(by_steps, by_clock))
 
 
-def warmup_cosine(progress: float, warmup_fraction: float, final_share: float) -> float:
-    """Learning rate as a share of its peak: a linear rise over `warmup_fraction`, then half a cosine down to `final_share`."""
+def learning_rate_share(progress: float, warmup_fraction: float, final_share: float, schedule: str = "cosine") -> float:
+    """Learning rate as a share of its peak: a linear rise over `warmup_fraction`, then half a cosine, or a straight line, down to `final_share`."""
     if progress < warmup_fraction:
         return max(progress, 1e-3 * warmup_fraction) / warmup_fraction
     falling = (progress - warmup_fraction) / (1 - warmup_fraction)
-    return final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, falling)))
+    remaining = {"cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)), "linear": lambda p: 1 - p}[schedule](min(1.0, falling))
+    return final_share + (1 - final_share) * remaining
 
 
 def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:

@@ -1,11 +1,11 @@
 """Muon: momentum made orthogonal for the matrices inside a network, AdamW for everything else.
 
 torch.optim.Muon takes two-dimensional parameters only and iterates in bfloat16, which many CPUs compute slowly; this one takes the
-kernels of convolutions as well, works in the dtype it is told, and goes through matrices of one shape together.
+kernels of convolutions as well, works in the dtype it is told, and goes through many matrices together.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -20,24 +20,17 @@ RMS_OF_ADAMW = 0.2
 """Root mean square of an AdamW update over its learning rate, to which updates are scaled (Liu et al. 2025, arXiv 2502.16982)."""
 
 
-def orthogonalized(matrices_NRC: torch.Tensor) -> torch.Tensor:
-    """For each matrix U S V^T of a stack (N, R, C) nearly U V^T, in the stack's dtype.
+def orthogonalized(stacks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each matrix U S V^T of each stack (N, R, C) nearly U V^T, in the stack's dtype.
 
     Singular values from about 0.01 of the matrix's norm on become 0.7 to 1.3; those below, at most 77 times what they were over the norm.
     """
-    is_tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
-    x = matrices_NRC.mT if is_tall else matrices_NRC
-    if x.shape[2] > 2 * x.shape[1] and x.dtype == torch.float32:
-        gram = x @ x.mT
-        shrink_N11 = shrinking(gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None])
-        x = (orthogonalizing(gram * shrink_N11.square()) * shrink_N11) @ x
+    lying = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
+    if all(stack.dtype == torch.bfloat16 for stack in stacks):
+        lying = [iterated(stack) for stack in lying]
     else:
-        norms_N11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        x = x * shrinking(norms_N11).to(x.dtype)
-        for a, b, c in COEFFICIENTS:
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if is_tall else x
+        lying = iterated_products(lying)
+    return [stack.mT if stack.shape != original.shape else stack for stack, original in zip(lying, stacks, strict=True)]
 
 
 def shrinking(norms_N11: torch.Tensor) -> torch.Tensor:
@@ -45,11 +38,36 @@ def shrinking(norms_N11: torch.Tensor) -> torch.Tensor:
     return 1 / (MARGIN * norms_N11.clamp_min(1e-7))
 
 
-def orthogonalizing(gram_NRR: torch.Tensor) -> torch.Tensor:
-    """What x (N, R, C) has to be multiplied by from the left, for its products x x^T (N, R, R): the same iteration, of which x itself is no part.
+def iterated(x_NRC: torch.Tensor) -> torch.Tensor:
+    """The iteration over x itself, for bfloat16, whose rounding swallows the squares of small singular values."""
+    norms_N11 = torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_NRC.dtype, torch.float32))
+    x = x_NRC * shrinking(norms_N11).to(x_NRC.dtype)
+    for a, b, c in COEFFICIENTS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
-    With kernels of convolutions, nine times as wide as high, that is a quarter of the work. It needs float32: these are squares.
+
+def iterated_products(stacks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same for float32, over the products x x^T (N, R, R), whose squares it bears: those of one height all go through it in one stack.
+
+    With kernels of convolutions, nine times as wide as high, that is a quarter of the work; with many small matrices, a third of the calls.
     """
+    by_height: dict[int, list[int]] = defaultdict(list)
+    for index, stack in enumerate(stacks):
+        by_height[stack.shape[1]].append(index)
+    updates = list(stacks)
+    for indices in by_height.values():
+        gram = torch.cat([stacks[index] @ stacks[index].mT for index in indices])
+        shrink_N11 = shrinking(gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None])
+        products = orthogonalizing(gram * shrink_N11.square()) * shrink_N11
+        for index, product in zip(indices, products.split([len(stacks[index]) for index in indices]), strict=True):
+            updates[index] = product @ stacks[index]
+    return updates
+
+
+def orthogonalizing(gram_NRR: torch.Tensor) -> torch.Tensor:
+    """What x (N, R, C) has to be multiplied by from the left, for its products x x^T (N, R, R): the same iteration, of which x itself is no part."""
     product = None
     for iteration, (a, b, c) in enumerate(COEFFICIENTS, start=1):
         factor = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
@@ -86,28 +104,33 @@ class Muon(torch.optim.AdamW):
                 parameter.grad = None
             super().step()
             return
-        by_shape: dict[tuple[int, int], list[nn.Parameter]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                by_shape[len(parameter), parameter[0].numel()].append(parameter)
-                state = self.state[parameter]
-                if not state:  # AdamW looks for a step in every state that it loads
-                    state["momentum"], state["step"] = torch.zeros_like(parameter), torch.zeros(())
-                state["step"] += 1
-        for (rows, columns), parameters in by_shape.items():
-            gradients = [parameter.grad for parameter in parameters]
-            momenta = [self.state[parameter]["momentum"] for parameter in parameters]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            torch._foreach_lerp_(gradients, momenta, group["momentum"])
-            directions = [as_matrix(gradient, parameter) for gradient, parameter in zip(gradients, parameters, strict=True)]
-            updates = orthogonalized(torch.stack(directions).to(self.dtype))
-            if group["weight_decay"]:
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            matrices = [as_matrix(parameter, parameter) for parameter in parameters]
-            torch._foreach_add_(matrices, updates.to(parameters[0].dtype).unbind(), alpha=-group["lr"] * RMS_OF_ADAMW * max(rows, columns) ** 0.5)
-            for parameter in parameters:
-                parameter.grad = None
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:  # AdamW looks for a step in every state that it loads
+                self.state[parameter].update(momentum=torch.zeros_like(parameter), step=torch.zeros(()))
+        if parameters:
+            self._step_matrices(group, parameters)
         super().step()
+
+    def _step_matrices(self, group: dict, parameters: list[nn.Parameter]) -> None:
+        """Nesterov momentum of all matrices that have gradients, made orthogonal, weighed and added."""
+        gradients = [parameter.grad for parameter in parameters]
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        torch._foreach_lerp_(gradients, momenta, group["momentum"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        by_shape: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            direction = as_matrix(gradient, parameter)
+            by_shape[direction.shape].append((as_matrix(parameter, parameter), direction))
+        stacks = [torch.stack([direction for _, direction in pairs]).to(self.dtype) for pairs in by_shape.values()]
+        for (shape, pairs), updates in zip(by_shape.items(), orthogonalized(stacks), strict=True):
+            matrices = [matrix for matrix, _ in pairs]
+            torch._foreach_add_(matrices, updates.to(matrices[0].dtype).unbind(), alpha=-group["lr"] * RMS_OF_ADAMW * max(shape) ** 0.5)
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def as_matrix(values: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vqmosaic.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
 SOURCES = ("auto", "digits", "folder", "huggingface")
 OPTIMIZERS = ("adamw", "muon")
+LEARNING_RATE_SCHEDULES = ("cosine", "linear")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine", "power-cosine")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 
@@ -104,6 +105,8 @@ class TrainingConfig:
     """Peak learning rate."""
     learning_rate_batch: int | None = None
     """The batch size that learning_rate was found for: another batch_size scales it by the square root of their ratio; null takes it as it is."""
+    learning_rate_schedule: str = "cosine"
+    """How the learning rate falls after its rise: cosine or linear."""
     final_learning_rate: float = 0.05
     """Learning rate at the end, as a share of the peak."""
     warmup_fraction: float = 0.05
@@ -154,6 +157,7 @@ class TrainingConfig:
         check_range(f"{name}.learning_rate", self.learning_rate, above=0)
         if self.learning_rate_batch is not None:
             check_range(f"{name}.learning_rate_batch", self.learning_rate_batch, at_least=1)
+        check_name(f"{name}.learning_rate_schedule", self.learning_rate_schedule, LEARNING_RATE_SCHEDULES)
         check_range(f"{name}.final_learning_rate", self.final_learning_rate, at_least=0, at_most=1)
         check_range(f"{name}.warmup_fraction", self.warmup_fraction, at_least=0, below=1)
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):

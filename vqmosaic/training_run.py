@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.budget import Budget, duration, expected_time, warmup_cosine
+from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, read_state
 from vqmosaic.devices import make_accelerator, set_threads
 from vqmosaic.errors import InputError
@@ -214,7 +214,7 @@ class TrainingRun:
             InputError: more steps were refused than max_refused_steps allows.
         """
         training, learning = self.training, self.optimizers[:1 + rival_learns]
-        share = warmup_cosine(progress, training.warmup_fraction, training.final_learning_rate)
+        share = learning_rate_share(progress, training.warmup_fraction, training.final_learning_rate, training.learning_rate_schedule)
         for optimizer, peak in zip(learning, self.peak_learning_rates[:len(learning)], strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
