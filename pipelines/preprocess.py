@@ -12,9 +12,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,8 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import Grid, ShardSetHeader, shard_name
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
-from vqmosaic.devices import default_device, held_by_main_process, set_threads
+from vqmosaic.device_choice import available_cores, default_device
+from vqmosaic.devices import held_by_main_process, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import Interrupted, StopFlag
@@ -166,53 +166,61 @@ def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:
 
 def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
             stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """(index, ids (V, T)) for each source in order, or (index, why it cannot be read).
+    """(index, ids (V, T)) for each source in order, or (index, why it cannot be read)."""
+    images_per_batch = max(1, recipe.tokens.batch_size // len(views))
+    batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
+    has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
+    for batch, rows_NVCHW, reasons in decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2):
+        if stop.signal:
+            raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+        ids_RT = encode_rows(torch.from_numpy(rows_NVCHW).flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
+        ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
+        yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
 
-    Decoding runs in threads ahead of the encoder, a part of a batch at a time: a task for each image would spend much of what one of
-    32 pixels takes on the way from thread to thread. Rows are encoded in batches of one fixed shape, filled up with zeros.
+
+def decoded(source: ImageSource, batches: list[range], views: list[View], tokenizer: ImageTokenizer, threads: int,
+            ahead: int) -> Iterator[tuple[range, np.ndarray, list[UnreadableImage | None]]]:
+    """For each batch its indices, its rows (N, V, C, H, W) float32, zeros where an image is unreadable, and for each image None or why it is.
+
+    Each thread decodes a part: a task for each image would spend much of what one of 32 pixels takes on the way from thread to thread. They
+    are `ahead` batches ahead of the caller, who asks for 0 where the encoder has all cores and would wait for them again and again; then one
+    thread is the caller's own.
     """
-    batch_size, workers = recipe.tokens.batch_size, max(1, recipe.data.workers)
-    images_per_batch = max(1, batch_size // len(views))
-    images_per_part = -(-images_per_batch // workers)
+    size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
-    def decode(part: range) -> tuple[list[tuple[int, UnreadableImage | None]], torch.Tensor]:
-        """Each index with the reason if it is unreadable, and the pixels of the others (N, V, C, H, W)."""
-        results, pixels = [], []
-        for index in part:
+    def decode(part: range, rows_NVCHW: np.ndarray) -> list[UnreadableImage | None]:
+        reasons, pixels = [], {}
+        for slot, index in enumerate(part):
+            reasons.append(None)
             try:
-                pixels.append(tokenizer.transform.resize_views(source.read(index), views))
+                pixels[slot] = tokenizer.transform.resize_views(source.read(index), views)
             except UnreadableImage as error:
-                results.append((index, error))
-            else:
-                results.append((index, None))
-        return results, to_tensor(np.stack(pixels)) if pixels else torch.empty(0)
+                reasons[-1] = error
+        if pixels:
+            rows_NVCHW[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()
+        return reasons
 
-    with ThreadPoolExecutor(workers) as pool:
-        batches = (indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch))
-        parts = ([pool.submit(decode, batch[start:start + images_per_part]) for start in range(0, len(batch), images_per_part)] for batch in batches)
-        ahead = deque(islice(parts, 2))
-        while ahead:
-            if stop.signal:
-                raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-            decoded = [part.result() for part in ahead.popleft()]
-            ahead.extend(islice(parts, 1))
-            readable, ids_NVT = [pixels_NVCHW.flatten(0, 1) for _, pixels_NVCHW in decoded if len(pixels_NVCHW)], iter(())
-            if readable:
-                ids_RT = encode_rows(torch.cat(readable), tokenizer, batch_size)  # R rows: each view of each image
-                ids_NVT = iter(ids_RT.reshape(len(ids_RT) // len(views), len(views), -1))
-            for index, unreadable in (result for results, _ in decoded for result in results):
-                yield index, next(ids_NVT) if unreadable is None else unreadable
+    coming: deque[tuple[range, np.ndarray, list[Future]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
+            rows_NVCHW = np.zeros((len(batch), len(views), channels, size, size), np.float32)
+            if threads == 1 and not ahead:
+                yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
+                continue
+            in_part = max(1, -(-len(batch) // threads))
+            coming.append((batch, rows_NVCHW, [pool.submit(decode, batch[start:start + in_part], rows_NVCHW[start:start + in_part])
+                                               for start in range(0, len(batch), in_part)]))
+            if len(coming) > ahead:
+                batch, rows_NVCHW, parts = coming.popleft()
+                yield batch, rows_NVCHW, [reason for part in parts for reason in part.result()]
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
     """Ids (N, T) of images (N, C, H, W), always computed `batch_size` at a time so that the shape cannot change the rounding."""
-    pieces = []
-    for start in range(0, len(rows_NCHW), batch_size):
-        piece = rows_NCHW[start:start + batch_size]
-        padded = torch.zeros(batch_size, *piece.shape[1:])
-        padded[:len(piece)] = piece
-        pieces.append(tokenizer.encode(padded.to(tokenizer.device))[:len(piece)].flatten(1).cpu().numpy())
-    return np.concatenate(pieces)
+    missing = -len(rows_NCHW) % batch_size
+    filled_NCHW = torch.cat([rows_NCHW, torch.zeros(missing, *rows_NCHW.shape[1:])]) if missing else rows_NCHW
+    ids = [tokenizer.encode(piece.to(tokenizer.device)).flatten(1).cpu() for piece in filled_NCHW.split(batch_size)]
+    return torch.cat(ids)[:len(rows_NCHW)].numpy()
 
 
 def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path) -> None:

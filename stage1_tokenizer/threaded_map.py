@@ -1,11 +1,12 @@
 """Many images read at once: an ordered map over threads, which pays because decoding and resizing leave Python's lock."""
 
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from vqmosaic.device_choice import available_cores
 
 _LARGEST_CHUNK = 64  # items in one task: single small images would spend their time in the queue
 _MOST_THREADS = 16
@@ -18,8 +19,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: st
     """
     if len(items) < 2:
         return map(function, items)
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(processors, _MOST_THREADS)
+    threads = min(available_cores(), _MOST_THREADS)
     results = _in_chunks(function, items, max(1, min(_LARGEST_CHUNK, len(items) // threads)), threads)
     if bar and sys.stderr.isatty():
         from tqdm import tqdm

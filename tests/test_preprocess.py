@@ -110,6 +110,24 @@ def test_rows_are_encoded_at_one_shape_whatever_their_number(tiny_run):
     assert np.array_equal(ids_NT[16:], module.encode_rows(rows_NCHW[16:], tokenizer, 8))
 
 
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 2), (3, 0), (3, 2), (2, 5)])
+def test_any_number_of_threads_decodes_the_same_rows_in_the_same_order(threads, ahead, tiny_run, photos, tmp_path):
+    """Which of these a machine takes depends on its cores."""
+    corrupt(photos, (0, 2), (1, 1))
+    recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
+    source, views = open_splits(recipe.data).train, training_views(recipe.tokens)[:2]
+    tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    batches = [range(4), range(4, 8), range(8, 9)]
+
+    def results(threads: int, ahead: int) -> list[tuple[range, list[float], list[str | None]]]:
+        return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
+                for batch, rows_NVCHW, reasons in module.decoded(source, batches, views, tokenizer, threads, ahead)]
+
+    expected = results(1, 0)
+    assert [batch for batch, _, _ in expected] == batches and sum(reason is not None for _, _, reasons in expected for reason in reasons) == 2
+    assert results(threads, ahead) == expected
+
+
 def test_a_second_call_does_nothing_but_say_so(tiny_run, photos, tmp_path, capsys):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)

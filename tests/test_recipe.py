@@ -181,6 +181,7 @@ def test_words_that_are_no_option():
     # single fields
     (["--tokenizer.channels=48"], ["tokenizer.channels is 48", "multiple of 32", "nearest: 64"]),
     (["--tokenizer.channel_multipliers=[1,0]"], ["tokenizer.channel_multipliers is [1, 0]"]),
+    (["--tokenizer.residual_blocks=0", "--tokenizer.channel_multipliers=[1,2]"], ["tokenizer.residual_blocks is 0", "make all of them 1"]),
     (["--tokenizer.quantizer=vq"], ["tokenizer.quantizer is 'vq'", "ema"]),
     (["--tokenizer.quantizer=fsq", "--tokenizer.codebook_size=509"], ["tokenizer.codebook_size is 509", "nearest: 504 or 512"]),
     (["--tokenizer.quantizer=lfq", "--tokenizer.codebook_size=500"], ["tokenizer.codebook_size is 500", "nearest: 256 or 512"]),

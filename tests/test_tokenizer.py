@@ -239,6 +239,17 @@ def attention(channels: int) -> list[tuple[int, ...]]:
     return 4 * [(channels, channels, 1, 1)]
 
 
+def test_without_blocks_in_the_levels_the_middle_is_what_the_encoder_has():
+    config = TokenizerConfig(**TINY | {"residual_blocks": 0, "channel_multipliers": [1, 1], "attention_levels": [1]})
+    tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
+    middle = [*block(32, 32), *attention(32), *block(32, 32)]
+    assert conv_shapes(tokenizer.encoder) == sorted([(32, 3, 3, 3), (32, 32, 3, 3), *middle, (16, 32, 3, 3)])
+    levels = [*block(32, 32), *attention(32), (32, 32, 3, 3), *block(32, 32)]
+    assert conv_shapes(tokenizer.decoder) == sorted([(32, 16, 3, 3), *middle, *levels, (3, 32, 3, 3)])
+    images_BCHW = torch.rand(2, CHANNELS, SIZE, SIZE) * 2 - 1
+    assert tokenizer.decode(tokenizer.encode(images_BCHW)).shape == images_BCHW.shape
+
+
 def test_the_convolutions_are_those_of_a_vqmodel_of_the_same_configuration():
     """taming VQModel with ddconfig ch 32, ch_mult [1, 2, 2], num_res_blocks 2, attn_resolutions [4], z_channels 16, resolution 16,
     in_channels 3, and embed_dim 6, written out layer by layer from taming/modules/diffusionmodules/model.py."""

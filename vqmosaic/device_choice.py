@@ -1,6 +1,13 @@
-"""Which device a machine offers; apart from devices.py so that generating loads nothing that only training needs."""
+"""Which device a machine offers, and how many cores; apart from devices.py so that generating loads nothing that only training needs."""
+
+import os
 
 import torch
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_device() -> torch.device:

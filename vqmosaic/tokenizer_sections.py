@@ -44,7 +44,8 @@ class TokenizerConfig:
     patch_size: int = 1
     """The network works on patches of this many pixels a side, their pixels side by side as channels: 2 saves most of the time and memory."""
     residual_blocks: int = 2
-    """Blocks with a skip connection in each level of the encoder; the decoder has one more."""
+    """Blocks with a skip connection in each level of the encoder; the decoder has one more. Two more are at the lowest resolution of either, so 0
+    leaves the encoder some too."""
     block: str = "resnet"
     """What they are: resnet (two 3x3 convolutions with GroupNorm, as in taming-transformers), or convnext (depthwise 3x3 convolution, LayerNorm, two
     pointwise layers), which has less than half of the weights and multiplications."""
@@ -98,7 +99,10 @@ class TokenizerConfig:
                              "such as [1, 2, 2].")
         if self.patch_size not in PATCH_SIZES:
             raise InputError(f"tokenizer.patch_size is {self.patch_size}; allowed: {', '.join(map(str, PATCH_SIZES))}.")
-        check_range("tokenizer.residual_blocks", self.residual_blocks, at_least=1)
+        check_range("tokenizer.residual_blocks", self.residual_blocks, at_least=0)
+        if self.residual_blocks == 0 and set(self.channel_multipliers) != {1}:
+            raise InputError(f"tokenizer.residual_blocks is 0, so the encoder has nothing that changes its width from level to level, but "
+                             f"tokenizer.channel_multipliers is {self.channel_multipliers}; make all of them 1, or residual_blocks at least 1.")
         check_name("tokenizer.block", self.block, BLOCKS)
         levels = len(self.channel_multipliers)
         for level in self.attention_levels:
