@@ -32,8 +32,8 @@ from vqmosaic.devices import set_threads
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 
-IMAGES = {"train": 4000, "test": 500}
-ROUNDS, ALLOWED = 9, 1.10
+IMAGES = {"train": 8000, "test": 1000}
+ROUNDS, ALLOWED = 7, 1.10
 
 
 def write_subset(folder: Path) -> dict[str, list[bytes]]:

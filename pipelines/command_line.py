@@ -23,35 +23,46 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str | None = None, **settings):
         super().__init__(prog=f"vqmosaic {command}", description=description, allow_abbrev=False, **settings)
 
+    @property
+    def option_names(self) -> list[str]:
+        """Its options, such as --redo."""
+        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+
     def error(self, message: str) -> None:
         """Raise the InputError for what argparse has to say."""
         unknown = re.match(r"unrecognized arguments: (-\S+)", message)
-        options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-        nearest = nearest_name(unknown[1].partition("=")[0], options) if unknown else None
+        nearest = nearest_name(unknown[1].partition("=")[0], self.option_names) if unknown else None
         hint = f" Did you mean {nearest}?" if nearest else ""
-        raise InputError(f"{message}.{hint} Options of {self.prog}: {', '.join(options)}.")
+        raise InputError(f"{message}.{hint} Options of {self.prog}: {', '.join(self.option_names)}.")
+
+
+def recipe_command_parser(command: str) -> Parser:
+    """The options that a command with a recipe has beside the recipe's fields."""
+    parser = Parser(command, f"{COMMANDS[command][1]} RECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.",
+                    add_help=False, usage=f"vqmosaic {command} RECIPE [options] [--section.field value ...]")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes that share the work; default: 1, or what the configuration says")
+    parser.add_argument("--accelerate_config", metavar="FILE", help="start them through this configuration of Accelerate, a file or a shipped name")
+    parser.add_argument("--redo", metavar="STAGE", help=f"make this stage ({', '.join(STAGES)}) and those after it anew")
+    if command == "train-prior":
+        parser.add_argument("--overfit", type=int, metavar="N", help="only prove that the set-up can learn: N images by heart, in about a minute")
+    return parser
 
 
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of a command that takes a recipe, and the recipe's overrides."""
+    parser = recipe_command_parser(command)
     wants_help = not arguments or "-h" in arguments or "--help" in arguments
     if wants_help:
         named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-        overfit = " [--overfit N]" if command == "train-prior" else ""
-        print(f"usage: vqmosaic {command} RECIPE [--processes N] [--accelerate_config FILE] [--redo STAGE]{overfit} [--section.field value ...]\n\n"
-              f"{COMMANDS[command][1]}\n\nRECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.\n"
+        print(f"{parser.format_help()}\n"
               f"The values below are {f'those of {named}' if named else 'built in; name a recipe before --help to see its own'}.\n\n"
               f"{recipe_help(load_recipe(named) if named else None)}")
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
                          f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
-    parser = Parser(command, add_help=False)
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--accelerate_config")
-    parser.add_argument("--redo")
     options, overrides = parser.parse_known_args(arguments[1:])
-    options.recipe = load_recipe(arguments[0], overrides)
+    options.recipe = load_recipe(arguments[0], overrides, parser.option_names)
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
@@ -66,16 +77,12 @@ def run_one_stage(command: str, arguments: list[str]) -> int:
     """train-tokenizer, preprocess, train-prior: one stage alone; `train-prior RECIPE --overfit N` only proves that its set-up learns."""
     from pipelines.chain import MODULES
 
-    parser = Parser(command, add_help=False)
-    if command == "train-prior":
-        parser.add_argument("--overfit", type=int)
-    own, arguments = parser.parse_known_args(arguments)
     options, _ = parse_recipe_command(command, arguments)
     stage = STAGE_COMMANDS[command]
-    if getattr(own, "overfit", None) is not None:
+    if getattr(options, "overfit", None) is not None:
         from pipelines.overfit_prior import overfit_prior
 
-        return overfit_prior(options, own.overfit)
+        return overfit_prior(options, options.overfit)
     return run_stage(MODULES[stage], [str(prepare_stage(command, stage, options))], options.processes, options.accelerate_config)
 
 

@@ -169,41 +169,41 @@ def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: I
     """(index, ids (V, T)) for each source in order, or (index, why it cannot be read)."""
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
+    # beside an encoder that has all cores, a thread would take them from it, and Python's lock between any two of its operations
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
     for batch, rows_NVCHW, reasons in decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2):
         if stop.signal:
             raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-        ids_RT = encode_rows(torch.from_numpy(rows_NVCHW).flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
+        ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
         ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
         yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
 
 
 def decoded(source: ImageSource, batches: list[range], views: list[View], tokenizer: ImageTokenizer, threads: int,
-            ahead: int) -> Iterator[tuple[range, np.ndarray, list[UnreadableImage | None]]]:
+            ahead: int) -> Iterator[tuple[range, torch.Tensor, list[UnreadableImage | None]]]:
     """For each batch its indices, its rows (N, V, C, H, W) float32, zeros where an image is unreadable, and for each image None or why it is.
 
     Each thread decodes a part: a task for each image would spend much of what one of 32 pixels takes on the way from thread to thread. They
-    are `ahead` batches ahead of the caller, who asks for 0 where the encoder has all cores and would wait for them again and again; then one
-    thread is the caller's own.
+    are `ahead` batches ahead of the caller. With one thread and none ahead the caller's own thread decodes.
     """
     size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
-    def decode(part: range, rows_NVCHW: np.ndarray) -> list[UnreadableImage | None]:
+    def decode(part: range, rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
         reasons, pixels = [], {}
         for slot, index in enumerate(part):
             reasons.append(None)
             try:
                 pixels[slot] = tokenizer.transform.resize_views(source.read(index), views)
             except UnreadableImage as error:
-                reasons[-1] = error
+                reasons[-1] = UnreadableImage(str(error))  # the error itself would keep the frames it passed through, and their images, alive
         if pixels:
-            rows_NVCHW[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()
+            rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()  # in numpy, as in to_tensor
         return reasons
 
-    coming: deque[tuple[range, np.ndarray, list[Future]]] = deque()
+    coming: deque[tuple[range, torch.Tensor, list[Future]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
-            rows_NVCHW = np.zeros((len(batch), len(views), channels, size, size), np.float32)
+            rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)
             if threads == 1 and not ahead:
                 yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
                 continue

@@ -36,6 +36,7 @@ from stage1_tokenizer.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import read_config
 from stage2_prior.sampling import SamplingStopped
 from vqmosaic import __version__
+from vqmosaic.budget import duration
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.recipe_sections import DataConfig, SamplingConfig
@@ -140,7 +141,7 @@ def measure(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Dis
             distances.update(images_BCHW, real=True)
         refuse_if_too_many_unreadable(real.unreadable, len(real), request.data or DataConfig())
         record.content["reference"] = {"images": distances.counts[True], "unreadable": sorted(real.unreadable)}
-        for sampling in missing:
+        for left, sampling in zip(reversed(range(len(missing))), missing, strict=True):
             started = time.monotonic()
             words = settings_in_words(vars(sampling), names)
             with progress_bar(request.images, 0, words, "image") as bar:
@@ -150,7 +151,8 @@ def measure(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Dis
             result, seconds = distances.result(request.seed), time.monotonic() - started
             record.add(sampling, **result, images=request.images, seconds=round(seconds, 1), device=str(pipe.device),
                        versions=library_versions(request.features.kind))
-            print(f"{words}: Frechet {result['frechet_distance']:.6g}, kernel {result['kernel_distance']:.6g} ({seconds:.1f} s)", flush=True)
+            then = f"; {left} more: about {duration(left * seconds)}" if left else ""
+            print(f"{words}: Frechet {result['frechet_distance']:.6g}, kernel {result['kernel_distance']:.6g} ({seconds:.1f} s{then})", flush=True)
 
 
 def generated(pipe: ImageGenerationPipeline, sampling: SamplingConfig, classes: list[int] | None, request: SweepRequest,

@@ -50,7 +50,7 @@ class HuggingFaceSource:
         digest.update(self._picked.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._picked].astype("<i8").tobytes())
-        digest.update(_stored_sizes(self._rows).astype("<i8").tobytes())
+        digest.update(_stored_sizes(self._column).astype("<i8").tobytes())
         for position in np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int):
             stored = self._stored(position)
             digest.update(stored if isinstance(stored, bytes) else str(stored).encode())
@@ -78,14 +78,12 @@ class HuggingFaceSource:
         return {name: value for name, value in vars(self).items() if name != "_column"}  # pickled, it would hold the images themselves
 
     @cached_property
-    def _column(self) -> pyarrow.ChunkedArray | None:
-        # Where the table lies on the disk its column takes no memory, and a row of it a fifth of the time that the library needs for its own view
-        # of one. Rows that are picked from a table by a list would be copied into memory, all of them.
-        return self._rows[:].column(0) if self._rows._indices is None else None
+    def _column(self) -> pyarrow.ChunkedArray:
+        # The table lies on the disk, so its column takes no memory, and a row of it a fifth of the time that the library's own view of one takes.
+        return self._rows[:].column(0)
 
     def _stored(self, index: int) -> bytes | str | None:
-        row = int(self._picked[index])
-        value = (self._rows[row].column(0)[0] if self._column is None else self._column[row]).as_py()
+        value = self._column[int(self._picked[index])].as_py()
         if isinstance(value, dict):
             return value["bytes"] if value["bytes"] is not None else value["path"]
         return value
@@ -267,9 +265,8 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
     return names, to_index
 
 
-def _stored_sizes(rows: datasets.Dataset) -> np.ndarray:
-    """Bytes of every row's image as stored (int64, -1 where there are none), from the table's offsets alone."""
-    stored = rows[:].column(0)
+def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
+    """Bytes of every row's image as stored (int64, -1 where there are none), from the column's offsets alone."""
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
     return pyarrow.compute.binary_length(stored).fill_null(-1).to_numpy()

@@ -81,6 +81,14 @@ def test_the_help_of_a_recipe_shows_its_own_values():
     assert "--tokenizer.codebook_size" in said and "default: runs/digits)" in said and "those of digits" in said
 
 
+@pytest.mark.parametrize("name", ["run", "train-prior"])
+def test_the_help_of_a_recipe_explains_what_is_no_field_of_it(name):
+    said = " ".join(command(name, "--help").stdout.split())
+    for words in ("--processes N processes that share", "--accelerate_config FILE start them", "--redo STAGE make this stage (tokenizer, "):
+        assert words in said
+    assert ("--overfit N only prove" in said) == (name == "train-prior")
+
+
 def test_a_command_without_its_recipe():
     result = command("run")
     assert result.returncode == 2 and "usage: vqmosaic run RECIPE" in result.stdout
@@ -94,6 +102,8 @@ WRONG = {
     "recipe missing": (["run", "--seed", "3"], ["the first argument of run is the recipe", "'--seed'"]),
     "key": (["run", "digits", "--tokenizer.codebok_size", "3"], ["tokenizer.codebok_size", "Did you mean tokenizer.codebook_size?"]),
     "key of a stage": (["train-prior", "digits", "--prior.layer=3"], ["prior.layer", "Did you mean prior.layers?"]),
+    "option misspelt": (["train-prior", "digits", "--overfitt", "8"], ["'overfitt'", "Did you mean overfit?", "--processes", "Sections: "]),
+    "option of another command": (["run", "digits", "--overfit", "8"], ["'overfit'", "Other options: --processes"]),
     "value type": (["run", "digits", "--tokenizer.codebook_size", "many"], ["tokenizer.codebook_size", "'many'", "an integer"]),
     "value range": (["run", "digits", "--prior.dropout", "1"], ["prior.dropout is 1", "below 1"]),
     "value name": (["run", "digits", "--tokenizer.quantizer", "ema2"], ["tokenizer.quantizer is 'ema2'", "ema"]),

@@ -64,15 +64,17 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     from_folder = open_splits(DataConfig(path=str(folder)))
     expected = contents(from_folder.train) | contents(from_folder.validation)
     assert list(contents(splits.train).values()) == [expected[file.relative_to(folder).as_posix()] for file in files]
+    assert "_column" in vars(splits.train) and "_column" not in splits.train.__getstate__(), "what is sent to workers holds no images"
     # its own pickle, made a moment ago: the way in which DataLoader sends a source to spawned workers
     assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
 
-    moved = tmp_path / "moved"
+    seen, moved = contents(splits.train), tmp_path / "moved"
     (tmp_path / "tables").rename(moved)
     again = open_splits(DataConfig(path=str(moved))).train.identity
     assert again == {**splits.train.identity, "path": str(moved)}, "the digest depends on the images, not on where they lie"
     cut = open_splits(DataConfig(path=str(moved / "train-00000-of-00001.parquet"), validation_fraction=0.3))
     assert "row number" in cut.how and sorted(map(int, names(cut.train) + names(cut.validation))) == list(range(11))
+    assert contents(cut.train) | contents(cut.validation) == seen
 
 
 def test_tables_written_without_the_library(tmp_path, hub_cache):

@@ -283,10 +283,12 @@ def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tiny_run, pho
     assert_same_files(tmp_path / "straight", killed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_keeps_finished_shards_and_the_rerun_completes_them(number, code, tiny_run, photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "code", "cores"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 64)])
+def test_a_signal_keeps_finished_shards_and_the_rerun_completes_them(number, code, cores, tiny_run, photos, tmp_path, monkeypatch, capsys):
+    """On a processor with one core and with many, by turns and decoding ahead, which write the same bytes."""
     changes = fields(tiny_run, photos)
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
     at_image(2 * PER_SHARD + 3, lambda: os.kill(os.getpid(), number), monkeypatch)
     with pytest.raises(Interrupted, match="finished shards are kept") as stopped:
         preprocess(tiny_recipe(tmp_path / "stopped", **changes))

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,17 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_class_arguments(Recipe, as_group=False)
 
 
-def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = ()) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
+
+    `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
     """
     path = find_recipe(name)
     overrides = list(overrides or [])
     check_keys_of_file(path)
-    check_names_of_options(overrides)
+    check_names_of_options(overrides, other_options)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--recipe_file", action="config")
     add_recipe_options(parser)
@@ -112,14 +115,14 @@ def check_keys_of_file(path: Path) -> None:
         check_known(key, known, f"{path} sets {key}")
 
 
-def check_names_of_options(options: list[str]) -> None:
+def check_names_of_options(options: list[str], other_options: Sequence[str]) -> None:
     """Raise InputError for an override of a field that does not exist."""
     known = field_names()
     expect_value = False
     for option in options:
         if option.startswith("--"):
             name = option[2:].partition("=")[0]
-            check_known(name, known, option.partition("=")[0])
+            check_known(name, known, option.partition("=")[0], other_options)
             if name in section_names():
                 first = next(field for field in known if field.startswith(f"{name}."))
                 raise InputError(f"--{name} is a section of a recipe; set its fields one by one, such as --{first}.")
@@ -132,15 +135,17 @@ def check_names_of_options(options: list[str]) -> None:
         raise InputError(f"{options[-1]} needs a value.")
 
 
-def check_known(name: str, known: dict[str, bool], given_as: str) -> None:
+def check_known(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
     """Raise InputError with the nearest valid name unless `name` is a field, a section or a free entry of one."""
     if name in known or any(free and name.startswith(f"{field}.") for field, free in known.items() if field == "prior.options"):
         return
-    nearest = nearest_name(name, known)
+    nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
     hint = f" Did you mean {nearest}?" if nearest else ""
     section = name.partition(".")[0]
     siblings = [field.partition(".")[2] for field in known if field.startswith(f"{section}.")]
     listing = f" Fields of {section}: {', '.join(siblings)}." if siblings else f" Sections: {', '.join(n for n in known if '.' not in n)}."
+    if other_options and not siblings:
+        listing += f" Other options: {', '.join(other_options)}."
     raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
 
 
