@@ -28,7 +28,7 @@ from vqmosaic.interruption import StopFlag
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.training_run import TrainingRun
 
-BATCH, TOKENS, CODES, CLASSES, ROUNDS = 32, 64, 512, 10, 15
+BATCH, TOKENS, CODES, CLASSES, ROUNDS = 32, 64, 512, 10, 25
 PEER = "nanoGPT, float32"
 
 

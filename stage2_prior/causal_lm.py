@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
+from stage2_prior.grid_transformer import embeddings_and_feed_forward
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import PriorConfig
@@ -85,6 +86,10 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
                                 "grids": [[grid.height, grid.width, grid.depth] for grid in vocabulary.grids]}
     optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
+    if prior.architecture == GRID_TRANSFORMER:
+        given = prior.options.get("embedding_blocks")
+        blocks, feed_forward = embeddings_and_feed_forward(sizes.layers, sizes.width, vocabulary.size, given if isinstance(given, int) else None)
+        optional |= {"embedding_blocks": blocks, "intermediate_size": feed_forward}
     settings |= {renamed.get(name, name): value for name, value in optional.items() if renamed.get(name, name) in fields}
 
     for name, value in prior.options.items():

@@ -59,9 +59,8 @@ class StaticDecoder:
         mask_S = None if is_number else self.positions_S <= position
         x_ND = layers.embed(ids_N, position)
         for number in range(layers.count):
-            if is_number and position == 0:
-                x_ND = layers.enter(number, x_ND, ids_N)
-            query_NAd, key_NAd, value_NAd = layers.heads(number, x_ND, position)
+            x_ND = layers.enter(number, x_ND, ids_N, is_class=is_number and position == 0)
+            query_NAd, key_NAd, value_NAd = layers.heads(number, x_ND, ids_N, position)
             keys, values = self.keys[number, :, :self.rows], self.values[number, :, :self.rows]           # S, N, A, d
             if is_number:
                 keys[position], values[position] = key_NAd, value_NAd

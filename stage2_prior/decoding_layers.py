@@ -43,12 +43,13 @@ class DecoderLayers(ABC):
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """What goes into the first layer (N, D)."""
 
-    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """What a layer makes of its input (N, D) at position 0 before everything else."""
+    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """What a layer makes of its input (N, D) before everything else; the ids are classes at position 0."""
         return x_ND
 
     @abstractmethod
-    def heads(self, number: int, x_ND: torch.Tensor, position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
 
     @abstractmethod
@@ -89,7 +90,8 @@ class LlamaLayers(DecoderLayers):
         """The embedding of the ids (N, D)."""
         return F.embedding(ids_N, self.embedding.weight)
 
-    def heads(self, number: int, x_ND: torch.Tensor, position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
         hidden = self.query_key_value[number](self.attention_norm[number](x_ND)).unflatten(-1, (-1, self.head_width))
         rotated_NAd = rotate(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
@@ -105,7 +107,7 @@ class GridLayers(DecoderLayers):
     """Of this project's GridTransformer."""
 
     MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
-    WEIGHTS = frozenset(f"{name}.weight" for name in ("class_embedding", "attention_norm", "query_key_value", "attention_out", "feed_forward_norm",
+    WEIGHTS = frozenset(f"{name}.weight" for name in ("input_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
                                                       "feed_forward_in", "feed_forward_out"))
 
     def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
@@ -113,32 +115,40 @@ class GridLayers(DecoderLayers):
         self.embedding, self.places, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
         self.first_class, self.key_heads = model.config.num_codes, model.config.num_attention_heads
         self.head_width = model.config.hidden_size // self.key_heads
-        self.query_key_value = [Product([block.query_key_value], rows) for block in self.blocks]
+        self.attention_in = [Product([block.attention_in], rows) for block in self.blocks]
         self.attention_out = [Product([block.attention_out], rows) for block in self.blocks]
         self.feed_forward_in = [Product([block.feed_forward_in], rows) for block in self.blocks]
         self.feed_forward_out = [Product([block.feed_forward_out], rows) for block in self.blocks]
-        self.cosines, self.sines = (table[:, :, None].to(self.dtype) for table in model.rotations(self.device))  # S, 2, 1, d
+        self.rotations = model.rotations(self.device)[:, :, None]                                          # S, 2, 1, d / 2
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
         """Whether the model is a GridTransformer with the weights that are known here."""
-        return type(model) is grid.GridTransformer and all({name for name, _ in block.named_parameters()} == cls.WEIGHTS for block in model.blocks)
+        return type(model) is grid.GridTransformer and all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"}
+                                                         == cls.WEIGHTS for block in model.blocks)
 
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """The embedding of the ids and of the place to predict (N, D)."""
         return F.embedding(ids_N, self.embedding.weight) + self.places.weight[position]
 
-    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """The input (N, D) with the layer's own embedding of the class."""
-        return x_ND + self.blocks[number].class_embedding((ids_N - self.first_class).clamp_min(0))
+    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """The input (N, D) with the layer's own embedding of the ids, or of classes where it has no others."""
+        block = self.blocks[number]
+        if block.has_all_ids:
+            return x_ND + block.input_embedding(ids_N)
+        return x_ND + block.input_embedding((ids_N - self.first_class).clamp_min(0)) if is_class else x_ND
 
-    def heads(self, number: int, x_ND: torch.Tensor, position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (N, A, d)."""
         block = self.blocks[number]
-        hidden = self.query_key_value[number](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
-        rotated = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                        # N, 2, A, d
-        query_NAd, key_NAd = rotate(rotated, self.cosines[position], self.sines[position]).unbind(1)
-        return query_NAd, key_NAd, hidden[:, 2]
+        hidden = self.attention_in[number](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
+        heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
+        query_NAd, key_NAd = grid.rotate(heads, self.rotations[position]).unbind(1)
+        value_NAd = hidden[:, 2]
+        if block.has_all_ids:
+            value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)
+        return query_NAd, key_NAd, value_NAd
 
     def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
         """What the feed-forward block adds (N, D)."""

@@ -5,12 +5,15 @@ What differs from a language model for text:
 - Positions are places in a grid. Keys are rotated by the place of the token they hold and queries by the place of the token they are to predict
   (rows in one half of each head, columns in the other; after RoFormer, Su et al. 2021, in two axes), so that "the one above" looks the same
   everywhere, at the beginning of a row too. A learnt embedding of the place to predict is added at the input.
-- Each block adds its own embedding of the class at the class token, which all later positions attend to: the class enters at every depth, and
+- Each block adds its own embedding of the class to the class token, which all later positions attend to: the class enters at every depth, and
   the key-value cache holds all of it.
+- Where the codebook is not too large, the last blocks, or all, do that for every id, and again for its value (embeddings of a layer's own as
+  in Gemma 3n, Google 2025; of values as in modded-nanogpt, Jordan et al. 2024), so what a token is need not be carried beside what becomes of
+  it. Looking up costs next to nothing. The feed-forward blocks, which do cost, give up as many weights: steps are shorter, and teach more.
 - Queries and keys are normalized in each head (Dehghani et al. 2023), which keeps attention logits bounded at high learning rates.
 - Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass, where RMSNorm takes five on a CPU.
 
-In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, V ids of the vocabulary.
+In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes.
 """
 
 import torch
@@ -44,6 +47,8 @@ class GridTransformerConfig(PreTrainedConfig):
     """Heads, A; D / A must be a multiple of 4."""
     intermediate_size: int = 1024
     """Width of the feed-forward blocks."""
+    embedding_blocks: int = 0
+    """How many blocks, the last ones, have embeddings of all ids, and not of the classes alone."""
     max_position_embeddings: int = 65
     """1 + T."""
     rope_theta: float = 100.0
@@ -74,6 +79,8 @@ class GridTransformerConfig(PreTrainedConfig):
         if self.max_position_embeddings != 1 + tokens:
             raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids {self.grids} "
                              f"make {1 + tokens}")
+        if self.embedding_blocks not in range(self.num_hidden_layers + 1):
+            raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_hidden_layers}, the number of blocks")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; a grid_transformer has a matrix for its logits of its own")
         super().__post_init__(**kwargs)
@@ -91,8 +98,20 @@ def places_of_tokens(grids: list[list[int]]) -> torch.Tensor:
     return torch.cat(places)
 
 
-def rotation_tables(config: GridTransformerConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines (S, 2, d) for queries (0) and keys (1) at each of the S = 1 + T positions; the class stands at (-1, -1)."""
+def embeddings_and_feed_forward(layers: int, width: int, vocabulary: int, embedding_blocks: int | None = None) -> tuple[int, int]:
+    """How many blocks have embeddings of all ids, unless that is given, and the width that this leaves to the feed-forward blocks.
+
+    Together they have no more numbers than feed-forward blocks of the usual 4 D without any, so that a model has the size it is known by. About
+    half of these are given up at most: with a larger vocabulary fewer blocks have embeddings, and with one of more than 8 D, none.
+    """
+    if embedding_blocks is None:
+        embedding_blocks = min(layers, round(2 * layers * width / vocabulary)) if vocabulary <= 8 * width else 0
+    step = max(1, min(width // 4, 64))  # processors like multiples of 64
+    return embedding_blocks, max(1, int(4 * width - embedding_blocks * vocabulary / layers) // step) * step
+
+
+def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
+    """Complex numbers e^(i angle) (S, 2, d / 2) that rotate queries (0) and keys (1) at S = 1 + T positions; the class stands at (-1, -1)."""
     tokens_T2 = places_of_tokens(config.grids)
     class_12 = torch.full((1, 2), -1.0)
     keys_S2 = torch.cat([class_12, tokens_T2])
@@ -101,7 +120,17 @@ def rotation_tables(config: GridTransformerConfig) -> tuple[torch.Tensor, torch.
     frequencies = config.rope_theta ** -(torch.arange(pairs_per_axis) / pairs_per_axis)
     places_S22 = torch.stack([queries_S2, keys_S2], dim=1)                          # S, query or key, axis
     angles = (places_S22[..., None] * frequencies).flatten(2)                       # S, 2, d / 2: pairs of rows, then of columns
-    return angles.cos().repeat(1, 1, 2), torch.cat([-angles.sin(), angles.sin()], dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+    """Heads (..., d) with each pair of neighbouring numbers rotated: times a complex number of the rotations (..., d / 2), which broadcast."""
+    pairs = heads.unflatten(-1, (-1, 2))
+    if heads.dtype == torch.float32 and not torch.compiler.is_compiling():          # one pass; torch.compile does not know complex numbers
+        return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2)
+    first, second = pairs.unbind(-1)
+    cosines, sines = rotations.real.to(heads.dtype), rotations.imag.to(heads.dtype)
+    return torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1).flatten(-2)
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -123,37 +152,40 @@ class SquaredReLU(torch.autograd.Function):
 
 
 class GridBlock(GradientCheckpointingLayer):
-    """Class embedding at the class token, attention, feed-forward: each around a skip connection."""
+    """Embeddings, attention, feed-forward: each around a skip connection."""
 
     def __init__(self, config: GridTransformerConfig, layer: int):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
-        self.class_embedding = nn.Embedding(config.vocab_size - config.num_codes, width)
+        self.has_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
+        self.input_embedding = nn.Embedding(config.vocab_size - (0 if self.has_all_ids else config.num_codes), width)
+        self.value_embedding = nn.Embedding(config.vocab_size, width) if self.has_all_ids else None
         self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
-        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attention_in = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
         self.feed_forward_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
         self.feed_forward_in = nn.Linear(width, config.intermediate_size, bias=False)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor, classes_B: torch.Tensor | None, cosines_S2d: torch.Tensor, sines_S2d: torch.Tensor,
+    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p: torch.Tensor,
                 mask_SS: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
 
         The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
         """
         batch, length, width = x_BSD.shape
-        if classes_B is not None:
-            at_class_S1 = torch.eye(length, 1, dtype=x_BSD.dtype, device=x_BSD.device)
-            x_BSD = torch.addcmul(x_BSD, self.class_embedding(classes_B)[:, None].to(x_BSD.dtype), at_class_S1)
-        hidden = self.query_key_value(self.attention_norm(x_BSD))                                     # B, S, 3 D
-        hidden, value = hidden.split([2 * width, width], dim=-1)                                      # its gradient is one cat, that of slices is not
-        rotated = hidden.view(batch, length, 2, self.heads, width // self.heads)                      # B, S, 2, A, d: queries and keys
-        rotated = F.layer_norm(rotated, rotated.shape[-1:], eps=self.epsilon)
-        swapped = rotated.roll(rotated.shape[-1] // 2, dims=-1)
-        rotated = torch.addcmul(rotated * cosines_S2d[:, :, None], swapped, sines_S2d[:, :, None])
-        query, key = rotated.permute(2, 0, 3, 1, 4).unbind()                                          # B, A, S, d each
+        if self.has_all_ids:
+            x_BSD = x_BSD + self.input_embedding(ids_BS).to(x_BSD.dtype)
+        elif classes_B is not None:
+            x_BSD = x_BSD + F.pad(self.input_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
+        hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
+        heads, value = hidden.split([2 * width, width], dim=-1)                                       # its gradient is one cat, that of slices is not
+        heads = heads.view(batch, length, 2, self.heads, width // self.heads)                         # B, S, 2, A, d: queries and keys
+        heads = rotate(F.layer_norm(heads, heads.shape[-1:], eps=self.epsilon), rotations_S2p[:, :, None])
+        query, key = (each.transpose(1, 2) for each in heads.unbind(2))                               # B, A, S, d each
+        if self.has_all_ids:
+            value = value + self.value_embedding(ids_BS).to(value.dtype)
         value = value.view(batch, length, self.heads, width // self.heads).transpose(1, 2)            # B, A, S, d
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)
@@ -166,7 +198,10 @@ class GridBlock(GradientCheckpointingLayer):
 
 
 class GridTransformer(PreTrainedModel, GenerationMixin):
-    """The causal language model: ids (B, S), a class id first, to logits (B, S, V). Used through TokenPrior, or as any model of transformers."""
+    """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
+
+    Used through TokenPrior, or as any model of transformers.
+    """
 
     config_class = GridTransformerConfig
     base_model_prefix = ""
@@ -180,8 +215,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
+        self._rotations: dict[torch.device, torch.Tensor] = {}
         self.post_init()
 
     @torch.no_grad()
@@ -205,16 +240,16 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The matrix that makes logits."""
         return self.head
 
-    def rotations(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotation tables on a device, float32; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
-        if device not in self._tables:
+    def rotations(self, device: torch.device) -> torch.Tensor:
+        """The rotations on a device; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
+        if device not in self._rotations:
             with torch.inference_mode(False):  # first asked for in sampling, they must still be fit for training
-                self._tables[device] = tuple(table.to(device) for table in rotation_tables(self.config))
-        return self._tables[device]
+                self._rotations[device] = rotation_tables(self.config).to(device)
+        return self._rotations[device]
 
     def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache: bool | None = None, logits_to_keep: int = 0,
                 attention_mask: torch.Tensor | None = None, **unused) -> CausalLMOutputWithPast:
-        """Logits (B, S, V), or of the last `logits_to_keep` positions. `attention_mask` must be all ones: sequences are of one length."""
+        """Logits (B, S, K), or of the last `logits_to_keep` positions. `attention_mask` must be all ones: sequences are of one length."""
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()
         seen, length = 0 if past_key_values is None else past_key_values.get_seq_length(), input_ids.shape[1]
@@ -222,14 +257,14 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
-        cosines_S2d, sines_S2d = (table[seen:seen + length].to(x_BSD.dtype) for table in self.rotations(input_ids.device))
+        rotations_S2p = self.rotations(input_ids.device)[seen:seen + length]
         mask_SS = None
         if seen and length > 1:
             mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
         for block in self.blocks:
-            x_BSD = block(x_BSD, classes_B, cosines_S2d, sines_S2d, mask_SS, past_key_values=past_key_values)
-        logits_BSV = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
-        return CausalLMOutputWithPast(logits=logits_BSV, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p, mask_SS, past_key_values=past_key_values)
+        logits_BSK = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
+        return CausalLMOutputWithPast(logits=logits_BSK, past_key_values=past_key_values)
 
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)

@@ -53,6 +53,7 @@ FUSED = [
     ("llama", {}), ("llama", {"num_key_value_heads": 2}), ("llama", {"num_key_value_heads": 1, "head_dim": 12}), ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True, "hidden_act": "gelu"}), ("llama", {"tie_word_embeddings": True}), ("llama", {"rms_norm_eps": 0.3}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}), ("grid_transformer", {}),
+    ("grid_transformer", {"embedding_blocks": 1}), ("grid_transformer", {"embedding_blocks": 0}),
 ]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stage2_prior.grid_transformer import GridTransformer, GridTransformerConfig, SquaredReLU, places_of_tokens, rotation_tables
+from stage2_prior.grid_transformer import (GridTransformer, GridTransformerConfig, SquaredReLU, places_of_tokens, rotate, rotation_tables,
+                                              embeddings_and_feed_forward)
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
@@ -18,7 +19,7 @@ CODES, CLASSES = 11, 3
 
 def config_of(grids=((3, 4, 1),), **changes) -> GridTransformerConfig:
     tokens = sum(height * width * depth for height, width, depth in grids)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "embedding_blocks": 1}
     return GridTransformerConfig(**{"grids": grids, "num_codes": CODES, "vocab_size": CODES + CLASSES + 1, "max_position_embeddings": 1 + tokens,
                                     **sizes, **changes})
 
@@ -74,7 +75,8 @@ def test_each_block_has_the_class_to_itself(model):
     for block in model.blocks:
         other = copy.deepcopy(model)
         with torch.no_grad():
-            other.blocks[block.layer].class_embedding.weight[1] += torch.linspace(-3, 3, 32)
+            first_class = CODES if block.has_all_ids else 0
+            other.blocks[block.layer].input_embedding.weight[first_class + 1] += torch.linspace(-3, 3, 32)
         difference = (other(ids_BS).logits - before).abs().amax(dim=2)
         assert (difference[1] > 1e-4).all() and difference[0].max() == 0 and difference[2].max() == 0
 
@@ -82,15 +84,12 @@ def test_each_block_has_the_class_to_itself(model):
 def test_the_place_above_looks_the_same_everywhere():
     """The product of a rotated query and a rotated key depends on the offset between their places alone, at the beginning of a row too."""
     grids = ((4, 5, 1),)
-    cosines, sines = rotation_tables(config_of(grids))
+    rotations_S2p = rotation_tables(config_of(grids))
     noise = torch.Generator().manual_seed(7)
-    query, key = torch.randn(2, cosines.shape[-1], generator=noise)
-
-    def rotated(vector: torch.Tensor, position: int, which: int) -> torch.Tensor:
-        return vector * cosines[position, which] + vector.roll(len(vector) // 2) * sines[position, which]
+    query, key = torch.randn(2, 2 * rotations_S2p.shape[-1], generator=noise)
 
     def product(target: int, held: int) -> torch.Tensor:  # tokens are numbered from 0; the query that predicts `target` stands one before it
-        return rotated(query, target, 0) @ rotated(key, held + 1, 1)
+        return rotate(query, rotations_S2p[target, 0]) @ rotate(key, rotations_S2p[held + 1, 1])
 
     above = torch.stack([product(row * 5 + column, (row - 1) * 5 + column) for row in range(1, 4) for column in range(5)])
     left = torch.stack([product(row * 5 + column, row * 5 + column - 1) for row in range(4) for column in range(1, 5)])
@@ -174,6 +173,8 @@ def test_dropout_is_its_own_and_only_in_training():
     ({"options": {"max_position_embeddings": 90}}, "make 10"),
     ({"options": {"tie_word_embeddings": True}}, "tie_word_embeddings"),
     ({"options": {"grids": [[3, 3, 1]]}}, "follows from the tokens"),
+    ({"options": {"embedding_blocks": 3}}, "embedding_blocks is 3; allowed: 0 to 2"),
+    ({"options": {"embedding_blocks": "many"}}, "embedding_blocks"),
 ])
 def test_what_it_cannot_be_is_refused(changes, words):
     with pytest.raises(InputError, match=words):
@@ -205,3 +206,39 @@ def test_a_prior_that_was_sampled_first_can_still_be_trained(tmp_path):
     prior.sample([0], SamplingConfig(), seeds=[0])
     prior.train().loss(torch.arange(9)[None], torch.tensor([1])).backward()
     assert all(parameter.grad is not None for parameter in prior.parameters())
+
+
+def test_rotation_is_the_same_in_every_number_format():
+    rotations_S2p = rotation_tables(config_of())
+    heads = torch.randn(2, 13, 2, 3, 16, generator=torch.Generator().manual_seed(8))
+    rotated = rotate(heads, rotations_S2p[:, :, None])
+    assert not torch.allclose(rotated, heads) and torch.allclose(rotated.norm(dim=-1), heads.norm(dim=-1))
+    in_double = rotate(heads.double(), rotations_S2p[:, :, None])  # over cosines and sines, as torch.compile has it
+    torch.testing.assert_close(rotated.double(), in_double, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("layers, width, vocabulary, blocks", [(6, 256, 523, 6), (6, 256, 1035, 3), (12, 768, 1035, 12), (12, 768, 5011, 4),
+                                                               (12, 768, 16395, 0), (2, 32, 15, 2)])
+def test_embeddings_are_paid_for_by_the_feed_forward_blocks(layers, width, vocabulary, blocks):
+    """With them the blocks have no more numbers than without, and hardly fewer."""
+    chosen, intermediate = embeddings_and_feed_forward(layers, width, vocabulary)
+    plain, traded = 8 * layers * width**2, 2 * layers * width * intermediate + 2 * chosen * vocabulary * width
+    assert chosen == blocks and 0.92 * plain < traded <= plain and intermediate >= 1.5 * width
+
+
+@pytest.mark.parametrize("kind", ["input_embedding", "value_embedding"])
+def test_an_embedding_of_a_block_reaches_what_comes_after_its_token(model, kind):
+    assert [block.has_all_ids for block in model.blocks] == [False, True]
+    ids_BS = sequences(model, 1)
+    before, held = model(ids_BS).logits, int(ids_BS[0, 4])
+    with torch.no_grad():
+        getattr(model.blocks[1], kind).weight[held] += torch.linspace(-3, 3, 32)
+    first = int((ids_BS[0] == held).nonzero()[0])
+    difference = (model(ids_BS).logits - before).abs().amax(dim=(0, 2))
+    assert (difference[:first] == 0).all() and (difference[first:] > 1e-4).all()
+
+
+def test_how_many_blocks_have_embeddings_can_be_given():
+    priors = [prior_of([Grid("image", 11, 3, 3)], options=options) for options in ({}, {"embedding_blocks": 0}, {"embedding_blocks": 1})]
+    assert [(prior.model.config.embedding_blocks, prior.model.config.intermediate_size) for prior in priors] == [(2, 112), (0, 128), (1, 120)]
