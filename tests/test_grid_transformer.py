@@ -6,8 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stage2_prior.grid_transformer import (GridTransformer, GridTransformerConfig, SquaredReLU, places_of_tokens, rotate, rotation_tables,
-                                              embeddings_and_feed_forward)
+from stage2_prior.grid_transformer import (
+    GridTransformer,
+    GridTransformerConfig,
+    SquaredReLU,
+    embeddings_and_feed_forward,
+    places_of_tokens,
+    rotate,
+    rotation_tables,
+)
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
