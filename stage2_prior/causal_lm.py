@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
-from stage2_prior.grid_transformer import embeddings_and_feed_forward
+from stage2_prior.grid_transformer import GridTransformer, embeddings_and_feed_forward
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import PriorConfig
@@ -87,16 +87,15 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
     optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
     if prior.architecture == GRID_TRANSFORMER:
-        given = prior.options.get("embedding_blocks")
-        blocks, feed_forward = embeddings_and_feed_forward(sizes.layers, sizes.width, vocabulary.size, given if isinstance(given, int) else None)
-        optional |= {"embedding_blocks": blocks, "intermediate_size": feed_forward}
+        optional |= grid_options(prior, vocabulary)
     settings |= {renamed.get(name, name): value for name, value in optional.items() if renamed.get(name, name) in fields}
 
     for name, value in prior.options.items():
         if name in VOCABULARY_OPTIONS:
             raise InputError(f"prior.options has {name}, which follows from the tokens and classes; leave it out.")
         check_name("A name in prior.options", name, sorted(fields | renamed.keys()))
-        settings[renamed.get(name, name)] = value
+        if (name, value) != ("embedding_blocks", None):  # null: as many as grid_options found
+            settings[renamed.get(name, name)] = value
     positions = settings.get(renamed.get("max_position_embeddings", "max_position_embeddings"), 1 + vocabulary.num_tokens)
     if positions < 1 + vocabulary.num_tokens:
         raise InputError(f"prior.options allows {positions} positions; the class and {vocabulary.num_tokens} tokens need "
@@ -109,6 +108,22 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"transformers refuses the sizes or options of prior.architecture {prior.architecture!r}: {error}") from error
     return config, any(name in fields for name in RESIDUAL_DROPOUTS)
+
+
+def grid_options(prior: PriorConfig, vocabulary: Vocabulary) -> dict[str, int]:
+    """How a GridTransformer divides its size between embeddings and feed-forward blocks, from the sizes that the options leave it with."""
+    options = prior.options
+    layers, width = options.get("num_hidden_layers", prior.sizes.layers), options.get("hidden_size", prior.sizes.width)
+    blocks = options.get("embedding_blocks")
+    if "intermediate_size" in options or not all(isinstance(size, int) and size > 0 for size in (layers, width)):
+        return {"embedding_blocks": 0}
+    if blocks is not None and not isinstance(blocks, int):
+        return {}  # which the configuration refuses
+    try:
+        blocks, feed_forward = embeddings_and_feed_forward(layers, width, vocabulary.size, blocks)
+    except ValueError as error:
+        raise InputError(f"prior.options: {error}.") from error
+    return {"embedding_blocks": blocks, "intermediate_size": feed_forward}
 
 
 def add_dropout(model: PreTrainedModel, share: float) -> None:
@@ -173,6 +188,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                                    for name, own, wanted in sorted(found["mismatched_keys"])],
               "unreadable": list(found["error_msgs"])}
     if any(faults.values()):
+        if any(name.endswith(".query_key_value.weight") for name in faults["unexpected"]) and isinstance(model, GridTransformer):
+            raise InputError(f"{folder} is of a grid_transformer as it was before its blocks had embeddings, which is no longer read; "
+                             "train it again, in its run with --redo prior.")
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"The weights in {folder} do not fit its config.json: {listed}.")
     return model

@@ -26,7 +26,7 @@ class StockDecoder:
         self.model, self.rows, self.cache = model, rows, None
 
     def step(self, ids_N: torch.Tensor, position: int) -> torch.Tensor:
-        """Logits (N, V) after ids at a position; positions come in order, from 0."""
+        """Logits (N, V), or of codes alone, after ids at a position; positions come in order, from 0."""
         output = self.model(input_ids=ids_N[:, None], past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
         return output.logits[:, -1]

@@ -18,8 +18,8 @@ from stage2_prior import grid_transformer as grid
 from stage2_prior.decoding_products import Product
 
 
-def rotate(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Heads rotated by the place of their token (RoFormer, Su et al. 2021); the sines of the first half are negative."""
+def rotate_halves(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Llama's heads, whose first half makes pairs with the second, rotated by the place of their token; the first half's sines are negative."""
     return torch.addcmul(heads_NAd * cosines, heads_NAd.roll(heads_NAd.shape[-1] // 2, dims=-1), sines)
 
 
@@ -94,7 +94,7 @@ class LlamaLayers(DecoderLayers):
               position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
         hidden = self.query_key_value[number](self.attention_norm[number](x_ND)).unflatten(-1, (-1, self.head_width))
-        rotated_NAd = rotate(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
+        rotated_NAd = rotate_halves(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
         return *rotated_NAd.split((self.query_heads, self.key_heads), dim=1), hidden[:, -self.key_heads:]
 
     def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class GridLayers(DecoderLayers):
     """Of this project's GridTransformer."""
 
     MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
-    WEIGHTS = frozenset(f"{name}.weight" for name in ("input_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
+    WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
                                                       "feed_forward_in", "feed_forward_out"))
 
     def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
@@ -119,7 +119,7 @@ class GridLayers(DecoderLayers):
         self.attention_out = [Product([block.attention_out], rows) for block in self.blocks]
         self.feed_forward_in = [Product([block.feed_forward_in], rows) for block in self.blocks]
         self.feed_forward_out = [Product([block.feed_forward_out], rows) for block in self.blocks]
-        self.rotations = model.rotations(self.device)[:, :, None]                                          # S, 2, 1, d / 2
+        self.rotations = model.rotations(self.device)[:, :, None].to(self.dtype)                           # S, 2, 1, d / 2, 2
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
@@ -134,9 +134,9 @@ class GridLayers(DecoderLayers):
     def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
         """The input (N, D) with the layer's own embedding of the ids, or of classes where it has no others."""
         block = self.blocks[number]
-        if block.has_all_ids:
-            return x_ND + block.input_embedding(ids_N)
-        return x_ND + block.input_embedding((ids_N - self.first_class).clamp_min(0)) if is_class else x_ND
+        if block.embeds_all_ids:
+            return x_ND + block.stream_embedding(ids_N)
+        return x_ND + block.stream_embedding((ids_N - self.first_class).clamp_min(0)) if is_class else x_ND
 
     def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
               position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,7 +146,7 @@ class GridLayers(DecoderLayers):
         heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
         query_NAd, key_NAd = grid.rotate(heads, self.rotations[position]).unbind(1)
         value_NAd = hidden[:, 2]
-        if block.has_all_ids:
+        if block.embeds_all_ids:
             value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)
         return query_NAd, key_NAd, value_NAd
 

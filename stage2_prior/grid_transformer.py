@@ -13,7 +13,7 @@ What differs from a language model for text:
 - Queries and keys are normalized in each head (Dehghani et al. 2023), which keeps attention logits bounded at high learning rates.
 - Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass, where RMSNorm takes five on a CPU.
 
-In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes.
+In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes of all grids together.
 """
 
 import torch
@@ -102,16 +102,22 @@ def embeddings_and_feed_forward(layers: int, width: int, vocabulary: int, embedd
     """How many blocks have embeddings of all ids, unless that is given, and the width that this leaves to the feed-forward blocks.
 
     Together they have no more numbers than feed-forward blocks of the usual 4 D without any, so that a model has the size it is known by. About
-    half of these are given up at most: with a larger vocabulary fewer blocks have embeddings, and with one of more than 8 D, none.
+    half of these are given up (5/8 at most): with a larger vocabulary fewer blocks have embeddings, and with one of more than 8 D, none.
+    Raises ValueError for a given number that leaves nothing.
     """
-    if embedding_blocks is None:
-        embedding_blocks = min(layers, round(2 * layers * width / vocabulary)) if vocabulary <= 8 * width else 0
     step = max(1, min(width // 4, 64))  # processors like multiples of 64
-    return embedding_blocks, max(1, int(4 * width - embedding_blocks * vocabulary / layers) // step) * step
+    if embedding_blocks is None:
+        affordable = layers * width / vocabulary  # blocks with embeddings, for a width of D less in all feed-forward blocks
+        embedding_blocks = min(layers, round(2 * affordable), int(2.5 * affordable)) if vocabulary <= 8 * width else 0
+    feed_forward = int(4 * width - embedding_blocks * vocabulary / layers) // step * step
+    if feed_forward <= 0:
+        raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves nothing to feed-forward blocks of the usual size; "
+                         f"at most {int((4 * width - step) * layers / vocabulary)} do, or give intermediate_size as well")
+    return embedding_blocks, feed_forward
 
 
 def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
-    """Complex numbers e^(i angle) (S, 2, d / 2) that rotate queries (0) and keys (1) at S = 1 + T positions; the class stands at (-1, -1)."""
+    """Cosines and sines (S, 2, p, 2) by which queries (0) and keys (1) at S = 1 + T positions are rotated; the class stands at (-1, -1)."""
     tokens_T2 = places_of_tokens(config.grids)
     class_12 = torch.full((1, 2), -1.0)
     keys_S2 = torch.cat([class_12, tokens_T2])
@@ -119,17 +125,16 @@ def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
     pairs_per_axis = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(pairs_per_axis) / pairs_per_axis)
     places_S22 = torch.stack([queries_S2, keys_S2], dim=1)                          # S, query or key, axis
-    angles = (places_S22[..., None] * frequencies).flatten(2)                       # S, 2, d / 2: pairs of rows, then of columns
-    return torch.polar(torch.ones_like(angles), angles)
+    angles = (places_S22[..., None] * frequencies).flatten(2).float()               # S, 2, p: pairs of rows, then of columns
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Heads (..., d) with each pair of neighbouring numbers rotated: times a complex number of the rotations (..., d / 2), which broadcast."""
-    pairs = heads.unflatten(-1, (-1, 2))
-    if heads.dtype == torch.float32 and not torch.compiler.is_compiling():          # one pass; torch.compile does not know complex numbers
-        return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2)
-    first, second = pairs.unbind(-1)
-    cosines, sines = rotations.real.to(heads.dtype), rotations.imag.to(heads.dtype)
+    """Heads (..., d), each pair of neighbouring numbers rotated by a cosine and a sine (..., p, 2), which broadcast."""
+    pairs, rotations = heads.unflatten(-1, (-1, 2)), rotations.to(heads.dtype)
+    if heads.dtype == torch.float32 and not torch.compiler.is_compiling():          # as complex numbers: one pass, which torch.compile cannot make
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
+    (first, second), (cosines, sines) = pairs.unbind(-1), rotations.unbind(-1)
     return torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1).flatten(-2)
 
 
@@ -158,9 +163,9 @@ class GridBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
-        self.has_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
-        self.input_embedding = nn.Embedding(config.vocab_size - (0 if self.has_all_ids else config.num_codes), width)
-        self.value_embedding = nn.Embedding(config.vocab_size, width) if self.has_all_ids else None
+        self.embeds_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
+        self.stream_embedding = nn.Embedding(config.vocab_size - (0 if self.embeds_all_ids else config.num_codes), width)
+        self.value_embedding = nn.Embedding(config.vocab_size, width) if self.embeds_all_ids else None
         self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
         self.attention_in = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width, bias=False)
@@ -168,23 +173,23 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_in = nn.Linear(width, config.intermediate_size, bias=False)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p: torch.Tensor,
+    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
                 mask_SS: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
 
         The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
         """
         batch, length, width = x_BSD.shape
-        if self.has_all_ids:
-            x_BSD = x_BSD + self.input_embedding(ids_BS).to(x_BSD.dtype)
+        if self.embeds_all_ids:
+            x_BSD = x_BSD + self.stream_embedding(ids_BS).to(x_BSD.dtype)
         elif classes_B is not None:
-            x_BSD = x_BSD + F.pad(self.input_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
+            x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
         heads, value = hidden.split([2 * width, width], dim=-1)                                       # its gradient is one cat, that of slices is not
         heads = heads.view(batch, length, 2, self.heads, width // self.heads)                         # B, S, 2, A, d: queries and keys
-        heads = rotate(F.layer_norm(heads, heads.shape[-1:], eps=self.epsilon), rotations_S2p[:, :, None])
+        heads = rotate(F.layer_norm(heads, heads.shape[-1:], eps=self.epsilon), rotations_S2p2[:, :, None])
         query, key = (each.transpose(1, 2) for each in heads.unbind(2))                               # B, A, S, d each
-        if self.has_all_ids:
+        if self.embeds_all_ids:
             value = value + self.value_embedding(ids_BS).to(value.dtype)
         value = value.view(batch, length, self.heads, width // self.heads).transpose(1, 2)            # B, A, S, d
         if past_key_values is not None:
@@ -200,7 +205,8 @@ class GridBlock(GradientCheckpointingLayer):
 class GridTransformer(PreTrainedModel, GenerationMixin):
     """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
 
-    Used through TokenPrior, or as any model of transformers.
+    Used through TokenPrior, or as any model of transformers; `compute_transition_scores` alone, which takes logits for as wide as the vocabulary,
+    does not fit.
     """
 
     config_class = GridTransformerConfig
@@ -257,12 +263,12 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
-        rotations_S2p = self.rotations(input_ids.device)[seen:seen + length]
+        rotations_S2p2 = self.rotations(input_ids.device)[seen:seen + length]
         mask_SS = None
         if seen and length > 1:
             mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
         for block in self.blocks:
-            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p, mask_SS, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, past_key_values=past_key_values)
         logits_BSK = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
         return CausalLMOutputWithPast(logits=logits_BSK, past_key_values=past_key_values)
 

@@ -103,7 +103,7 @@ class TokenPrior(nn.Module):
             class_indices_B = ids_BT.new_full((len(ids_BT),), NO_CLASS)
         condition_B1 = self.vocabulary.condition_ids(class_indices_B)[:, None]
         inputs_BT = torch.cat([condition_B1, self.vocabulary.to_vocabulary(ids_BT)[:, :-1]], dim=1)  # B, T: nothing comes after the last id
-        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V
+        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V: all ids, or the codes alone
         parts, first = [], 0
         for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
             parts.append(logits_BTV[:, first:first + grid.num_tokens, start:stop])                   # B, tokens and codes of this grid

@@ -67,7 +67,7 @@ def test_the_fused_path_gives_the_logits_of_the_model(architecture, options, gri
     assert largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4
 
 
-@pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], FUSED[-1]])
+@pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], *FUSED[-3:]])
 def test_a_position_on_the_device_is_the_same_step(architecture, options):
     prior = make_prior(architecture, **options)
     ids_BT = random_ids(prior)
@@ -207,8 +207,9 @@ def test_a_model_whose_matrices_are_packed(monkeypatch):
         prior.sample([0, 1], sampling, [1, 2])
 
 
-def test_bfloat16_is_reported_and_small():
-    prior, narrow = make_prior(), make_prior().to(torch.bfloat16)
+@pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
+def test_bfloat16_is_reported_and_small(architecture):
+    prior, narrow = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
     difference = largest_logit_difference(narrow, prior, random_ids(prior), CLASSES)
     assert 1e-3 < difference < 0.5
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stage2_prior.grid_transformer import (
@@ -82,8 +83,8 @@ def test_each_block_has_the_class_to_itself(model):
     for block in model.blocks:
         other = copy.deepcopy(model)
         with torch.no_grad():
-            first_class = CODES if block.has_all_ids else 0
-            other.blocks[block.layer].input_embedding.weight[first_class + 1] += torch.linspace(-3, 3, 32)
+            first_class = CODES if block.embeds_all_ids else 0
+            other.blocks[block.layer].stream_embedding.weight[first_class + 1] += torch.linspace(-3, 3, 32)
         difference = (other(ids_BS).logits - before).abs().amax(dim=2)
         assert (difference[1] > 1e-4).all() and difference[0].max() == 0 and difference[2].max() == 0
 
@@ -91,12 +92,12 @@ def test_each_block_has_the_class_to_itself(model):
 def test_the_place_above_looks_the_same_everywhere():
     """The product of a rotated query and a rotated key depends on the offset between their places alone, at the beginning of a row too."""
     grids = ((4, 5, 1),)
-    rotations_S2p = rotation_tables(config_of(grids))
+    rotations_S2p2 = rotation_tables(config_of(grids))
     noise = torch.Generator().manual_seed(7)
-    query, key = torch.randn(2, 2 * rotations_S2p.shape[-1], generator=noise)
+    query, key = torch.randn(2, 2 * rotations_S2p2.shape[2], generator=noise)
 
     def product(target: int, held: int) -> torch.Tensor:  # tokens are numbered from 0; the query that predicts `target` stands one before it
-        return rotate(query, rotations_S2p[target, 0]) @ rotate(key, rotations_S2p[held + 1, 1])
+        return rotate(query, rotations_S2p2[target, 0]) @ rotate(key, rotations_S2p2[held + 1, 1])
 
     above = torch.stack([product(row * 5 + column, (row - 1) * 5 + column) for row in range(1, 4) for column in range(5)])
     left = torch.stack([product(row * 5 + column, row * 5 + column - 1) for row in range(4) for column in range(1, 5)])
@@ -182,6 +183,7 @@ def test_dropout_is_its_own_and_only_in_training():
     ({"options": {"grids": [[3, 3, 1]]}}, "follows from the tokens"),
     ({"options": {"embedding_blocks": 3}}, "embedding_blocks is 3; allowed: 0 to 2"),
     ({"options": {"embedding_blocks": "many"}}, "embedding_blocks"),
+    ({"options": {"embedding_blocks": -1}}, "embedding_blocks is -1; allowed: 0 to 2"),
 ])
 def test_what_it_cannot_be_is_refused(changes, words):
     with pytest.raises(InputError, match=words):
@@ -216,17 +218,17 @@ def test_a_prior_that_was_sampled_first_can_still_be_trained(tmp_path):
 
 
 def test_rotation_is_the_same_in_every_number_format():
-    rotations_S2p = rotation_tables(config_of())
+    rotations_S2p2 = rotation_tables(config_of())
     heads = torch.randn(2, 13, 2, 3, 16, generator=torch.Generator().manual_seed(8))
-    rotated = rotate(heads, rotations_S2p[:, :, None])
+    rotated = rotate(heads, rotations_S2p2[:, :, None])
     assert not torch.allclose(rotated, heads) and torch.allclose(rotated.norm(dim=-1), heads.norm(dim=-1))
-    in_double = rotate(heads.double(), rotations_S2p[:, :, None])  # over cosines and sines, as torch.compile has it
+    in_double = rotate(heads.double(), rotations_S2p2[:, :, None])  # over cosines and sines, as torch.compile has it
     torch.testing.assert_close(rotated.double(), in_double, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
+    torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
 
 
 @pytest.mark.parametrize("layers, width, vocabulary, blocks", [(6, 256, 523, 6), (6, 256, 1035, 3), (12, 768, 1035, 12), (12, 768, 5011, 4),
-                                                               (12, 768, 16395, 0), (2, 32, 15, 2)])
+                                                               (12, 768, 16395, 0), (2, 32, 15, 2), (2, 256, 2011, 0), (2, 256, 700, 1)])
 def test_embeddings_are_paid_for_by_the_feed_forward_blocks(layers, width, vocabulary, blocks):
     """With them the blocks have no more numbers than without, and hardly fewer."""
     chosen, intermediate = embeddings_and_feed_forward(layers, width, vocabulary)
@@ -234,9 +236,9 @@ def test_embeddings_are_paid_for_by_the_feed_forward_blocks(layers, width, vocab
     assert chosen == blocks and 0.92 * plain < traded <= plain and intermediate >= 1.5 * width
 
 
-@pytest.mark.parametrize("kind", ["input_embedding", "value_embedding"])
+@pytest.mark.parametrize("kind", ["stream_embedding", "value_embedding"])
 def test_an_embedding_of_a_block_reaches_what_comes_after_its_token(model, kind):
-    assert [block.has_all_ids for block in model.blocks] == [False, True]
+    assert [block.embeds_all_ids for block in model.blocks] == [False, True]
     ids_BS = sequences(model, 1)
     before, held = model(ids_BS).logits, int(ids_BS[0, 4])
     with torch.no_grad():
@@ -247,5 +249,42 @@ def test_an_embedding_of_a_block_reaches_what_comes_after_its_token(model, kind)
 
 
 def test_how_many_blocks_have_embeddings_can_be_given():
-    priors = [prior_of([Grid("image", 11, 3, 3)], options=options) for options in ({}, {"embedding_blocks": 0}, {"embedding_blocks": 1})]
-    assert [(prior.model.config.embedding_blocks, prior.model.config.intermediate_size) for prior in priors] == [(2, 112), (0, 128), (1, 120)]
+    given = {(): (2, 112), (("embedding_blocks", None),): (2, 112), (("embedding_blocks", 0),): (0, 128), (("embedding_blocks", 1),): (1, 120),
+             (("intermediate_size", 48),): (0, 48), (("intermediate_size", 48), ("embedding_blocks", 2)): (2, 48),
+             (("num_hidden_layers", 1),): (1, 112)}
+    for options, expected in given.items():
+        config = prior_of([Grid("image", 11, 3, 3)], options=dict(options)).model.config
+        assert (config.embedding_blocks, config.intermediate_size) == expected, options
+
+
+def test_more_embeddings_than_the_size_pays_for_are_refused():
+    with pytest.raises(InputError, match=r"prior.options: embedding_blocks 2, for 304 ids, .* at most 0 do, or give intermediate_size"):
+        prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2})
+    prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2, "intermediate_size": 64})
+    assert embeddings_and_feed_forward(12, 768, 16395, 2) == (2, 320)
+
+
+def test_logits_are_of_codes_alone(model):
+    assert model(sequences(model)).logits.shape == (3, 13, CODES)
+
+
+def test_under_autocast_it_learns_as_in_float32():
+    losses = {}
+    for name in ("float32", "bfloat16"):
+        prior = prior_of([Grid("image", 11, 3, 3)], options={"embedding_blocks": 1})
+        trained_looking(prior.model).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
+            loss = prior.loss(torch.arange(9)[None].expand(2, 9).contiguous(), torch.tensor([0, 1]))
+        loss.backward()
+        losses[name] = loss.item()
+        assert all(parameter.grad.isfinite().all() and parameter.grad.dtype == torch.float32 for parameter in prior.parameters())
+    assert losses["float32"] != losses["bfloat16"] and abs(losses["float32"] - losses["bfloat16"]) < 0.1 * losses["float32"]
+
+
+def test_a_folder_from_before_the_embeddings_says_what_to_do(tmp_path):
+    prior_of([Grid("image", 11, 3, 3)]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["blocks.0.query_key_value.weight"] = weights.pop("blocks.0.attention_in.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"before its blocks had embeddings.* --redo prior"):
+        TokenPrior.from_pretrained(tmp_path)

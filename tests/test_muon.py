@@ -1,6 +1,7 @@
 """Muon: orthogonal updates for the matrices inside a network, AdamW for all else, and trainings with it that resume exactly."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -165,6 +166,9 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     inner = names_of(prior, inner_matrices(prior, matrices_of(prior)))
     left = names_of(prior, matrices_of(prior)) - inner
     assert left == {"model.model.embed_tokens.weight", "model.lm_head.weight"} and any("q_proj" in name for name in inner)
+    own = TokenPrior.from_config(dataclasses.replace(tiny_recipe(tmp_path).prior, architecture="grid_transformer"), vocabulary, seed=0)
+    inner = names_of(own, inner_matrices(own, matrices_of(own)))
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in inner} == {"attention_in", "attention_out", "feed_forward_in", "feed_forward_out"}
 
 
 def test_a_discriminator_and_codes_are_left_to_adamw(tmp_path):

@@ -226,7 +226,8 @@ class PriorConfig:
     dropout: float = 0.1
     """Dropout on the embedded tokens, on what each attention and feed-forward block adds and, in stock models, on attention weights."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further entries of the model's transformers configuration, as transformers names them."""
+    """Further entries of the model's transformers configuration, as transformers names them; of grid_transformer also embedding_blocks, how many of
+    its last blocks have embeddings of all ids (null: as many as half of its feed-forward blocks pay for)."""
 
     def __post_init__(self):
         if self.preset is not None:

@@ -162,7 +162,7 @@ class TrainingRun:
                              f"Delete it to go on from the one before it, or start anew with --redo {self.stage}.") from error
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"{checkpoint} does not fit this recipe: {' '.join(str(error).split())[:500]}. Give {self.training.SECTION}.resume "
-                             "the path of a checkpoint of this very stage and recipe.") from error
+                             f"the path of a checkpoint of this very stage and recipe, or start anew with --redo {self.stage}.") from error
         self.state = saved
         self.state.threads = set_threads(saved.threads)
         self.saved_step, self.resumed_from = saved.step, checkpoint
