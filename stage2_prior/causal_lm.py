@@ -106,7 +106,7 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
     try:
         config = AutoConfig.for_model(prior.architecture, **settings)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"transformers refuses the sizes or options of prior.architecture {prior.architecture!r}: {error}") from error
+        raise InputError(f"prior.architecture {prior.architecture!r} refuses these sizes or prior.options: {error}") from error
     return config, any(name in fields for name in RESIDUAL_DROPOUTS)
 
 
@@ -117,8 +117,8 @@ def grid_options(prior: PriorConfig, vocabulary: Vocabulary) -> dict[str, int]:
     blocks = options.get("embedding_blocks")
     if "intermediate_size" in options or not all(isinstance(size, int) and size > 0 for size in (layers, width)):
         return {"embedding_blocks": 0}
-    if blocks is not None and not isinstance(blocks, int):
-        return {}  # which the configuration refuses
+    if blocks is not None and blocks not in range(layers + 1):
+        return {}  # the configuration refuses that
     try:
         blocks, feed_forward = embeddings_and_feed_forward(layers, width, vocabulary.size, blocks)
     except ValueError as error:

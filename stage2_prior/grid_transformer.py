@@ -112,7 +112,7 @@ def embeddings_and_feed_forward(layers: int, width: int, vocabulary: int, embedd
     feed_forward = int(4 * width - embedding_blocks * vocabulary / layers) // step * step
     if feed_forward <= 0:
         raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves nothing to feed-forward blocks of the usual size; "
-                         f"at most {int((4 * width - step) * layers / vocabulary)} do, or give intermediate_size as well")
+                         f"allowed: 0 to {int((4 * width - step) * layers / vocabulary)}, or more with an intermediate_size")
     return embedding_blocks, feed_forward
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, validation_batches
-from stage2_prior.training_start import check_first_loss, describe_attention, prepare_prior, time_and_loss_of_one_step
+from stage2_prior.training_start import check_first_loss, describe_attention, describe_embeddings, prepare_prior, time_and_loss_of_one_step
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
@@ -86,7 +86,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                   f"{validated:,} of {len(held_out):,} to validate on",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
         "model": f"{recipe.prior.architecture}, {recipe.prior.sizes.layers} layers, {recipe.prior.sizes.width} wide, "
-                 f"vocabulary of {vocabulary.size:,}",
+                 f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device),
         **start,
         "epochs": f"{training.max_steps * training.batch_size / len(reader):.1f}" if training.max_steps else "as the clock allows",

@@ -5,7 +5,7 @@ import time
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
@@ -55,6 +55,12 @@ def prepare_prior(prior: TokenPrior, training: PriorTrainingConfig, run: Trainin
     if training.compile:  # after the weight average was copied, which is validated a few times only
         compile_layers(prior.model, run.accelerator.device)
     return model
+
+
+def describe_embeddings(config: PreTrainedConfig) -> str:
+    """How a GridTransformer is divided between embeddings and feed-forward blocks, in words; nothing for other models."""
+    blocks = getattr(config, "embedding_blocks", 0)
+    return f", embeddings of all ids in {blocks} blocks, feed-forward {config.intermediate_size} wide" if blocks else ""
 
 
 def describe_attention(model: PreTrainedModel, device: torch.device) -> str:

@@ -17,6 +17,7 @@ from stage2_prior.grid_transformer import (
     rotation_tables,
 )
 from stage2_prior.prior import TokenPrior
+from stage2_prior.training_start import describe_embeddings
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
@@ -182,7 +183,9 @@ def test_dropout_is_its_own_and_only_in_training():
     ({"options": {"tie_word_embeddings": True}}, "tie_word_embeddings"),
     ({"options": {"grids": [[3, 3, 1]]}}, "follows from the tokens"),
     ({"options": {"embedding_blocks": 3}}, "embedding_blocks is 3; allowed: 0 to 2"),
-    ({"options": {"embedding_blocks": "many"}}, "embedding_blocks"),
+    ({"options": {"embedding_blocks": 99}}, "prior.options: embedding_blocks is 99; allowed: 0 to 2, the number of blocks"),
+    ({"options": {"embedding_blocks": 99, "intermediate_size": 64}}, "embedding_blocks is 99; allowed: 0 to 2"),
+    ({"options": {"embedding_blocks": "many"}}, "embedding_blocks is many; allowed: 0 to 2"),
     ({"options": {"embedding_blocks": -1}}, "embedding_blocks is -1; allowed: 0 to 2"),
 ])
 def test_what_it_cannot_be_is_refused(changes, words):
@@ -255,10 +258,12 @@ def test_how_many_blocks_have_embeddings_can_be_given():
     for options, expected in given.items():
         config = prior_of([Grid("image", 11, 3, 3)], options=dict(options)).model.config
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
+        words = f", embeddings of all ids in {expected[0]} blocks, feed-forward {expected[1]} wide"
+        assert describe_embeddings(config) == (words if expected[0] else "")
 
 
 def test_more_embeddings_than_the_size_pays_for_are_refused():
-    with pytest.raises(InputError, match=r"prior.options: embedding_blocks 2, for 304 ids, .* at most 0 do, or give intermediate_size"):
+    with pytest.raises(InputError, match=r"prior.options: embedding_blocks 2, for 304 ids, .* allowed: 0 to 0, or more with an intermediate_size"):
         prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2})
     prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2, "intermediate_size": 64})
     assert embeddings_and_feed_forward(12, 768, 16395, 2) == (2, 320)

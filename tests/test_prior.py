@@ -134,7 +134,7 @@ def test_options_win():
     ({"options": {"vocab_size": 7}}, "follows from the tokens"),
     ({"options": {"max_position_embeddings": 9}}, "allows 9 positions; .* need 10"),
     ({"options": {"intermediate_size": "wide"}}, "intermediate_size"),
-    ({"options": {"num_attention_heads": 3}}, "transformers"),
+    ({"options": {"num_attention_heads": 3}}, "refuses these sizes or prior.options: (?s:.*)attention heads"),
     ({"heads": 32}, "even number"),
     ({"architecture": "xlnet"}, "later"),
     ({"architecture": "mamba"}, "cannot be sized"),
