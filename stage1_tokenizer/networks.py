@@ -8,22 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stage1_tokenizer.group_norm import GroupNorm
 from vqmosaic.tokenizer_sections import TokenizerConfig
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place, with eps 1e-6."""
+    """LayerNorm over the channels of each place, with eps 1e-6, and swish after it if that is asked for."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
 
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, x_BCHW: torch.Tensor, swish: bool = False) -> torch.Tensor:
+        normed_BCHW = super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.silu(normed_BCHW) if swish else normed_BCHW
 
 
 def normalization(config: TokenizerConfig, channels: int) -> nn.Module:
-    """The norm that goes with the kind of blocks: GroupNorm with 32 groups and eps 1e-6, or LayerNorm over channels."""
-    return ChannelNorm(channels) if config.block == "convnext" else nn.GroupNorm(32, channels, eps=1e-6)
+    """The norm that goes with the kind of blocks: GroupNorm, or LayerNorm over channels."""
+    return ChannelNorm(channels) if config.block == "convnext" else GroupNorm(channels)
 
 
 class ResidualBlock(nn.Module):
@@ -39,9 +41,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
-        hidden_BCHW = self.conv2(self.dropout(F.silu(self.norm2(hidden_BCHW))))
-        return self.shortcut(x_BCHW) + hidden_BCHW
+        hidden_BCHW = self.conv1(self.norm1(x_BCHW, swish=True))
+        return self.conv2(self.dropout(self.norm2(hidden_BCHW, swish=True))).add_(self.shortcut(x_BCHW))
 
 
 class ConvNeXtBlock(nn.Module):
@@ -83,9 +84,20 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         normed_BHWC = self.norm(x_BCHW).permute(0, 2, 3, 1)
-        query, key, value = (pointwise(layer, normed_BHWC).flatten(1, 2)[:, None] for layer in (self.query, self.key, self.value))  # (B, 1, HW, C)
-        mixed_BHWC = F.scaled_dot_product_attention(query, key, value).view(normed_BHWC.shape)
+        query, key, value = (pointwise(layer, normed_BHWC).flatten(1, 2) for layer in (self.query, self.key, self.value))  # (B, HW, C)
+        mixed_BHWC = attention(query, key, value).view(normed_BHWC.shape)
         return x_BCHW + pointwise(self.out, mixed_BHWC).permute(0, 3, 1, 2)
+
+
+def attention(query_BNC: torch.Tensor, key_BNC: torch.Tensor, value_BNC: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(C)) V, (B, N, C).
+
+    On a CPU in bf16 the gradient of torch's kernel takes, for few places, up to four times as long as that of the products it is made of.
+    """
+    if query_BNC.device.type == "cpu" and query_BNC.dtype == torch.bfloat16 and query_BNC.requires_grad and query_BNC.shape[1] <= 256:
+        scores_BNN = torch.baddbmm(query_BNC.new_zeros(()), query_BNC, key_BNC.transpose(1, 2), alpha=query_BNC.shape[2]**-0.5)
+        return torch.bmm(scores_BNN.softmax(dim=-1), value_BNC)
+    return F.scaled_dot_product_attention(*(each[:, None] for each in (query_BNC, key_BNC, value_BNC)))[:, 0]
 
 
 def pointwise(layer: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
@@ -117,7 +129,9 @@ class Upsample(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         kernel_IO44 = fold_taps(fold_taps(self.conv.weight, 2), 3).transpose(0, 1)
-        return F.conv_transpose2d(x_BCHW, kernel_IO44, self.conv.bias, stride=2, padding=1)
+        doubled_BCHW = F.conv_transpose2d(x_BCHW, kernel_IO44, stride=2, padding=1)
+        # as the operator's own bias it would have a gradient that takes a CPU longer than the rest of it
+        return doubled_BCHW + self.conv.bias.to(doubled_BCHW.dtype)[:, None, None]
 
 
 def fold_taps(kernel: torch.Tensor, dim: int) -> torch.Tensor:
@@ -167,7 +181,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             features = level(features)                        # (B, width, H / p / 2^n, W / p / 2^n)
         features = self.middle(features)                      # (B, width, h, w)
-        return self.conv_out(F.silu(self.norm_out(features)))  # (B, latent_channels, h, w)
+        return self.conv_out(self.norm_out(features, swish=True))  # (B, latent_channels, h, w)
 
 
 class Decoder(nn.Module):
@@ -197,12 +211,13 @@ class Decoder(nn.Module):
         features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
         for level in self.levels:
             features = level(features)                        # (B, width, h * 2^n, w * 2^n)
-        patches = self.conv_out(F.silu(self.norm_out(features)))  # (B, C p^2, H / p, W / p)
+        patches = self.conv_out(self.norm_out(features, swish=True))  # (B, C p^2, H / p, W / p)
         return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
 
 
 def compile_blocks(network: Encoder | Decoder) -> None:
     """Compile a network's levels and middle, each by itself: that takes far less time than the whole, and leaves the last layer,
     against whose gradient adversarial losses are balanced, outside."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # blocks share their code, and each size compiles it anew
     for block in (network.middle, *network.levels):
         block.compile()

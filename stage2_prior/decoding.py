@@ -45,9 +45,13 @@ class StaticDecoder:
     def __init__(self, layers: DecoderLayers, rows: int, length: int):
         self.layers, self.rows = layers, rows
         # positions first: what is filled lies together, and a step writes one piece and reads in order (measured up to four times faster than
-        # heads first). Zeros, since a recorded step attends to all positions under a mask, and fresh memory may hold what is no number.
-        self.keys = torch.zeros(layers.count, length, rows, layers.key_heads, layers.head_width, dtype=layers.dtype, device=layers.device)
-        self.values = torch.zeros_like(self.keys)
+        # heads first). Only bf16 on a CPU is read faster heads first, by a fifteenth of the time of an image of 256 tokens, and so lies that way.
+        # Zeros, since a recorded step attends to all positions under a mask, and fresh memory may hold what is no number.
+        shape, heads_first = (layers.count, length, rows, layers.key_heads, layers.head_width), (0, 2, 3, 1, 4)
+        is_first = layers.device.type == "cpu" and layers.dtype == torch.bfloat16
+        order = heads_first if is_first else tuple(range(5))
+        self.keys, self.values = (torch.zeros([shape[dim] for dim in order], dtype=layers.dtype, device=layers.device)
+                                  .permute([order.index(dim) for dim in range(5)]) for _ in range(2))  # S, N, A, d for each layer
         self.positions_S = torch.arange(length, device=layers.device)
 
     def step(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:

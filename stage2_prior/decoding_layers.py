@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama as llama
 from stage2_prior import causal_lm
 from stage2_prior import grid_transformer as grid
 from stage2_prior.decoding_products import Product
+from stage2_prior.grid_attention import rotate
 
 
 def rotate_halves(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
@@ -119,7 +120,7 @@ class GridLayers(DecoderLayers):
         self.attention_out = [Product([block.attention_out], rows) for block in self.blocks]
         self.feed_forward_in = [Product([block.feed_forward_in], rows) for block in self.blocks]
         self.feed_forward_out = [Product([block.feed_forward_out], rows) for block in self.blocks]
-        self.rotations = model.rotations(self.device)[:, :, None].to(self.dtype)                           # S, 2, 1, d / 2, 2
+        self.rotations = model.rotations(self.device)[:, :, None]                                          # S, 2, 1, d / 2, 2
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
@@ -144,7 +145,7 @@ class GridLayers(DecoderLayers):
         block = self.blocks[number]
         hidden = self.attention_in[number](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
         heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
-        query_NAd, key_NAd = grid.rotate(heads, self.rotations[position]).unbind(1)
+        query_NAd, key_NAd = rotate(heads, self.rotations[position]).unbind(1)
         value_NAd = hidden[:, 2]
         if block.embeds_all_ids:
             value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)

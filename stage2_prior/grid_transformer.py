@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, queries_keys_values, trains_by_passes
+
 MODEL_TYPE = "grid_transformer"
 
 
@@ -129,31 +131,52 @@ def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Heads (..., d), each pair of neighbouring numbers rotated by a cosine and a sine (..., p, 2), which broadcast."""
-    pairs, rotations = heads.unflatten(-1, (-1, 2)), rotations.to(heads.dtype)
-    if heads.dtype == torch.float32 and not torch.compiler.is_compiling():          # as complex numbers: one pass, which torch.compile cannot make
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
-    (first, second), (cosines, sines) = pairs.unbind(-1), rotations.unbind(-1)
-    return torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1).flatten(-2)
-
-
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with the gradient 2 relu(x): one pass where autograd's own way, over a power and a threshold, takes five."""
+    """relu(x)^2 with the gradient 2 relu(x), some rows at a time, where autograd's own way, over a power and a threshold, goes over x five times."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         """The function, of any shape."""
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.save_for_backward(x)
+        result = torch.empty_like(x)
+        for part, into in zip(some_rows(x), some_rows(result), strict=True):
+            torch.clamp_min(part, 0, out=into).square_()
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of its input."""
-        positive, = ctx.saved_tensors
-        return torch.addcmul(gradient.new_zeros(()), gradient, positive, value=2)
+        x, = ctx.saved_tensors
+        result, zero = torch.empty_like(x), x.new_zeros(())
+        for part, outer, into in zip(some_rows(x), some_rows(gradient), some_rows(result), strict=True):
+            torch.addcmul(zero, outer, torch.clamp_min(part, 0, out=into), value=2, out=into)
+        return result
+
+
+def some_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Parts of x, taken as rows of its last dimension, of about 2^18 numbers each; on a GPU the whole."""
+    rows = x.flatten(0, -2)
+    return rows.split(max(1, 2**18 // x.shape[-1]) if x.device.type == "cpu" else len(rows))
+
+
+class Lookup(torch.autograd.Function):
+    """Rows of a float32 table in another format, the table cast before; what they get for a gradient is added up in float32."""
+
+    @staticmethod
+    def forward(ctx, table_VD: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(..., D) for ids of any shape."""
+        ctx.save_for_backward(ids)
+        ctx.size = len(table_VD)
+        return F.embedding(ids, table_VD.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient of the table."""
+        ids, = ctx.saved_tensors
+        result_VD = gradient.new_zeros(ctx.size, gradient.shape[-1], dtype=torch.float32)
+        return result_VD.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float()), None, None
 
 
 class GridBlock(GradientCheckpointingLayer):
@@ -163,6 +186,7 @@ class GridBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
+        self.passes = KERNELS
         self.embeds_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
         self.stream_embedding = nn.Embedding(config.vocab_size - (0 if self.embeds_all_ids else config.num_codes), width)
         self.value_embedding = nn.Embedding(config.vocab_size, width) if self.embeds_all_ids else None
@@ -181,22 +205,22 @@ class GridBlock(GradientCheckpointingLayer):
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
-            x_BSD = x_BSD + self.stream_embedding(ids_BS).to(x_BSD.dtype)
+            x_BSD = x_BSD + Lookup.apply(self.stream_embedding.weight, ids_BS, x_BSD.dtype)
         elif classes_B is not None:
             x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
-        heads, value = hidden.split([2 * width, width], dim=-1)                                       # its gradient is one cat, that of slices is not
-        heads = heads.view(batch, length, 2, self.heads, width // self.heads)                         # B, S, 2, A, d: queries and keys
-        heads = rotate(F.layer_norm(heads, heads.shape[-1:], eps=self.epsilon), rotations_S2p2[:, :, None])
-        query, key = (each.transpose(1, 2) for each in heads.unbind(2))                               # B, A, S, d each
-        if self.embeds_all_ids:
-            value = value + self.value_embedding(ids_BS).to(value.dtype)
-        value = value.view(batch, length, self.heads, width // self.heads).transpose(1, 2)            # B, A, S, d
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer)
-        is_causal = mask_SS is None and length > 1
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=is_causal)
-        mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
+        value_embeddings_BSD = Lookup.apply(self.value_embedding.weight, ids_BS, hidden.dtype) if self.embeds_all_ids else None
+        if past_key_values is None and trains_by_passes(hidden):
+            mixed_BSD = attend(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, self.passes)
+        else:
+            query, key, value = queries_keys_values(hidden, rotations_S2p2, self.heads, self.epsilon)     # B, S, A, d each
+            if value_embeddings_BSD is not None:
+                value = value + value_embeddings_BSD.view(value.shape)
+            query, key, value = (each.transpose(1, 2) for each in (query, key, value))                    # B, A, S, d each
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=mask_SS is None and length > 1)
+            mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
         x_BSD = x_BSD + F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
         hidden = SquaredReLU.apply(self.feed_forward_in(self.feed_forward_norm(x_BSD)))               # B, S, intermediate
         return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
@@ -246,6 +270,11 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The matrix that makes logits."""
         return self.head
 
+    def compile_passes(self) -> None:
+        """Train with what lies between a block's products compiled, which a CPU gains from; compiled whole, blocks are no faster there."""
+        for block in self.blocks:
+            block.passes = compiled_passes()
+
     def rotations(self, device: torch.device) -> torch.Tensor:
         """The rotations on a device; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
         if device not in self._rotations:
@@ -262,6 +291,9 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         positions_S = torch.arange(seen, seen + length, device=input_ids.device)
         x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
+        kind = x_BSD.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x_BSD = x_BSD.bfloat16()
         classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
         rotations_S2p2 = self.rotations(input_ids.device)[seen:seen + length]
         mask_SS = None

@@ -399,3 +399,12 @@ def test_the_whole_chain_in_a_process_of_its_own(tmp_path):
         assert (tmp_path / "run" / name).is_file()
     again, seconds = timed("run", "digits", *tiny_overrides(tmp_path / "run"))
     assert again.returncode == 0 and "nothing to do" in again.stdout and seconds < SLACK * ERROR_SECONDS
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "3000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_how_threads_wait_is_settled_before_torch_is_loaded_unless_the_user_did(given, expected):
+    program = ("import os, sys; from pipelines import command_line; assert 'torch' not in sys.modules; command_line.set_up_process(); "
+               "print(os.environ.get('GOMP_SPINCOUNT'))")
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    finished = subprocess.run([sys.executable, "-c", program], env=kept | given, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == expected

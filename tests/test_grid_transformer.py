@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from stage2_prior.grid_attention import KERNELS, LONGEST, attend, compiled_passes, queries_keys_values, rotate, trains_by_passes
 from stage2_prior.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
+    Lookup,
     SquaredReLU,
     embeddings_and_feed_forward,
     places_of_tokens,
-    rotate,
     rotation_tables,
 )
 from stage2_prior.prior import TokenPrior
@@ -228,6 +229,46 @@ def test_rotation_is_the_same_in_every_number_format():
     in_double = rotate(heads.double(), rotations_S2p2[:, :, None])  # over cosines and sines, as torch.compile has it
     torch.testing.assert_close(rotated.double(), in_double, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
+
+
+def attention_by_operators(hidden_BSE, embeddings_BSD, rotations_S2p2, heads: int) -> torch.Tensor:
+    query, key, value = queries_keys_values(hidden_BSE, rotations_S2p2, heads, 1e-5)
+    if embeddings_BSD is not None:
+        value = value + embeddings_BSD.view(value.shape)
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("with_embeddings", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradients(dtype, tolerance, with_embeddings, compiled):
+    passes = compiled_passes() if compiled else KERNELS
+    numbers = torch.Generator().manual_seed(2)
+    hidden_BSE = torch.randn(3, 13, 3 * 32, generator=numbers).to(dtype).requires_grad_()
+    inputs = [hidden_BSE]
+    if with_embeddings:
+        inputs.append(torch.randn(3, 13, 32, generator=numbers).to(dtype).requires_grad_())
+    embeddings_BSD = inputs[1] if with_embeddings else None
+    gradient_BSD = torch.randn(3, 13, 32, generator=numbers).to(dtype)
+    rotations_S2p2 = rotation_tables(config_of())
+    found = attend(hidden_BSE, embeddings_BSD, rotations_S2p2, 2, 1e-5, passes)
+    expected = attention_by_operators(hidden_BSE, embeddings_BSD, rotations_S2p2, 2)
+    found, expected = ((each, *torch.autograd.grad(each, inputs, gradient_BSD)) for each in (found, expected))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+def test_attention_for_training_is_for_short_sequences_with_gradients_alone():
+    short, long = (torch.zeros(1, length, 96, requires_grad=True) for length in (LONGEST, LONGEST + 1))
+    assert trains_by_passes(short) and not trains_by_passes(long) and not trains_by_passes(short.detach()) and not trains_by_passes(short.double())
+
+
+def test_in_bf16_a_table_gets_its_gradient_in_float32():
+    """4,096 equal gradients of 1 / 64 add up, where a sum in bf16 would stop growing at 4."""
+    table_VD = torch.zeros(3, 2, requires_grad=True)
+    Lookup.apply(table_VD, torch.ones(64, 64, dtype=torch.long), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
+    assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("layers, width, vocabulary, blocks", [(6, 256, 523, 6), (6, 256, 1035, 3), (12, 768, 1035, 12), (12, 768, 5011, 4),

@@ -12,8 +12,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from pipelines.command_line import dispatch
+from stage2_prior import losses, training_start
 from stage2_prior import train as train_prior
-from stage2_prior import training_start
+from stage2_prior.grid_attention import compiled_passes
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.overfit import entropy_of_choice, overfit, recipe_by_heart
 from stage2_prior.prior import TokenPrior
@@ -114,6 +115,22 @@ def test_a_training_with_recomputed_activations_ends_with_the_same_weights_and_m
         assert (found / name).read_bytes() == (plain / name).read_bytes()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_loss_in_parts_is_the_cross_entropy_with_its_gradient(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(losses, "NUMBERS", 60)  # parts of four rows, the last of two
+    numbers = torch.Generator().manual_seed(3)
+    logits_BTK = (torch.randn(2, 5, 13, generator=numbers) * 3).to(dtype)
+    logits_BTK[..., 12] = -torch.inf  # as the logits of smaller grids are padded
+    logits_BTK.requires_grad_()
+    ids_BT = torch.randint(12, (2, 5), generator=numbers)
+    found = next_token_loss(logits_BTK, ids_BT)
+    expected = torch.nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, next_token_loss(logits_BTK.detach(), ids_BT))
+    (ours,), (theirs,) = (torch.autograd.grad(3 * loss, logits_BTK) for loss in (found, expected))
+    assert ours.dtype == dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and not ours[..., 12].any()
+
+
 def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
     model = tiny_prior().model
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
@@ -131,7 +148,8 @@ def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(archi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_start, "compile_layers", lambda model, device: (original(model, device), calls.append(model)))
         found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
-    assert all(layer._compiled_call_impl is not None for model in calls for layer in transformer_layers(model)) and len(calls) == 1
+    layers = transformer_layers(*calls)
+    assert all(layer.passes is compiled_passes() if architecture == "grid_transformer" else layer._compiled_call_impl is not None for layer in layers)
     for name in ("model.safetensors", "weights_ema.safetensors"):
         expected, weights = load_file(plain / name), load_file(found / name)
         assert weights.keys() == expected.keys()

@@ -1,0 +1,58 @@
+"""GroupNorm with swish gives the same by whichever kernels and in whichever memory order, and so do its gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stage1_tokenizer.group_norm import GroupNorm
+from stage1_tokenizer.networks import attention
+
+
+def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 3 + 2
+    return numbers.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def norm_of(channels: int) -> GroupNorm:
+    norm = GroupNorm(channels)
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(-1, 2, channels))
+        norm.bias.copy_(torch.linspace(1, -1, channels))
+    return norm
+
+
+@pytest.mark.parametrize("swish", [True, False])
+@pytest.mark.parametrize("shape", [(2, 32, 32, 40), (3, 64, 5, 7), (2, 96, 1, 1), (1, 32, 8, 8)])
+def test_in_bf16_with_channels_last_it_is_the_norm_of_float32_up_to_rounding(shape, swish):
+    norm = norm_of(shape[1])
+    x, gradient = images(shape, 1, torch.bfloat16).requires_grad_(), images(shape, 2, torch.bfloat16)
+    found = norm(x, swish=swish)
+    exact = x.detach().float().requires_grad_()
+    expected = F.group_norm(exact, 32, norm.weight, norm.bias, 1e-6)
+    expected = F.silu(expected) if swish else expected
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    parameters = (norm.weight, norm.bias)
+    found = (found, *torch.autograd.grad(found, (x, *parameters), gradient))
+    expected = (expected, *torch.autograd.grad(expected, (exact, *parameters), gradient.float()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.float() - theirs).abs().max() <= 0.01 * theirs.abs().max()
+
+
+def test_the_formula_for_the_compiler_is_the_norm():
+    norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
+    torch.testing.assert_close(norm.as_line(x), norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_in_float32_it_is_torchs_own():
+    norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
+    assert torch.equal(norm(x), F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)) and torch.equal(norm(x, swish=True), F.silu(norm(x)))
+
+
+def test_attention_of_few_places_in_bf16_equals_torchs_operator_with_its_gradients():
+    numbers = torch.Generator().manual_seed(4)
+    query, key, value = inputs = [torch.randn(3, 16, 32, generator=numbers).bfloat16().requires_grad_() for _ in range(3)]
+    gradient = torch.randn(3, 16, 32, generator=numbers).bfloat16()
+    found, expected = attention(query, key, value), F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
+    for ours, theirs in zip((found, *torch.autograd.grad(found, inputs, gradient)), (expected, *torch.autograd.grad(expected, inputs, gradient)),
+                            strict=True):
+        assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
