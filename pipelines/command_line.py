@@ -1,8 +1,6 @@
 """The vqmosaic command. Loads no torch until a stage starts, so that help and wrong input answer at once."""
 
 import argparse
-import ctypes
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -12,10 +10,10 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
+from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
 
 
@@ -366,23 +364,6 @@ def dispatch(arguments: list[str]) -> int:
         return 0
     check_name("the command", arguments[0], COMMANDS)
     return COMMANDS[arguments[0]][0](arguments[0], arguments[1:])
-
-
-def set_up_process() -> None:
-    """What is to be settled before torch is loaded, for CPUs under Linux: how threads wait, and that freed memory is kept.
-
-    Threads that wait for each other by spinning lose whole time slices to any other program: with libgomp's usual 300,000 turns, two trainings on
-    two cores took over 20 times as long as one. Without any, each of the thousands of short operations of a step in bf16 has to wake a
-    thread: half as long again. 3,000 turns cost a tenth on a quiet machine and a third on a busy one. GOMP_SPINCOUNT and OMP_WAIT_POLICY go first.
-
-    The buffers of a training step come and go; given back to the system in between, each of their pages is cleared again, a tenth of a step.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's; others have none
-    if mallopt is not None:
-        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(threshold, 2**30)
 
 
 def main() -> None:

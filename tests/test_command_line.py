@@ -5,6 +5,7 @@ Most calls are processes of their own. Those that would load torch again and aga
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -403,7 +404,7 @@ def test_the_whole_chain_in_a_process_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "3000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_how_threads_wait_is_settled_before_torch_is_loaded_unless_the_user_did(given, expected):
-    program = ("import os, sys; from pipelines import command_line; assert 'torch' not in sys.modules; command_line.set_up_process(); "
+    program = ("import os, sys; from pipelines.command_line import set_up_process; assert 'torch' not in sys.modules; set_up_process(); "
                "print(os.environ.get('GOMP_SPINCOUNT'))")
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     finished = subprocess.run([sys.executable, "-c", program], env=kept | given, capture_output=True, text=True, check=True)
