@@ -68,7 +68,7 @@ class Ours:
         self.run = TrainingRun(recipe, "prior", recipe.prior_training, StopFlag())
         self.model = self.run.prepare(self.prior)
         if compiled:
-            compile_layers(self.prior.model, self.run.accelerator.device)
+            compile_layers(self.prior.model, self.run.accelerator.device, precision)
 
     def step(self, ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
         """One optimizer step."""

@@ -1,8 +1,8 @@
 """A GridTransformer's self-attention from its joint projection on: queries and keys normalized in each head, rotated by places, causal.
 
-Once in plain operations, for GPUs, caches and long sequences, and once for training on a CPU. There torch's kernel takes, for short sequences in
-bf16, ten times as long for the gradient as the few products that it is; and the passes between them, each over memory that no cache holds, cost
-more than the products, unless torch.compile makes one of them.
+Once in plain operations, and once for training in bf16 on a CPU. There torch's kernel takes, for short sequences, ten times as long for the gradient
+as the few products that it is; and the passes between them, each over memory that no cache holds, cost more than the products, unless
+torch.compile makes one of them.
 
 In comments: B batch, S sequence, D width, A heads, d width of a head (A d = D), p its pairs.
 """
@@ -114,7 +114,7 @@ def compiled_passes() -> Passes:
 
 def trains_by_passes(hidden_BSE: torch.Tensor) -> bool:
     """Whether attend is for this input."""
-    return (hidden_BSE.device.type == "cpu" and hidden_BSE.dtype != torch.float64 and hidden_BSE.requires_grad and hidden_BSE.shape[1] <= LONGEST
+    return (hidden_BSE.device.type == "cpu" and hidden_BSE.dtype == torch.bfloat16 and hidden_BSE.requires_grad and hidden_BSE.shape[1] <= LONGEST
             and not torch.compiler.is_compiling())
 
 

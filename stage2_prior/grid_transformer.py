@@ -205,7 +205,7 @@ class GridBlock(GradientCheckpointingLayer):
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
-            x_BSD = x_BSD + Lookup.apply(self.stream_embedding.weight, ids_BS, x_BSD.dtype)
+            x_BSD = added(x_BSD, Lookup.apply(self.stream_embedding.weight, ids_BS, x_BSD.dtype))
         elif classes_B is not None:
             x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
@@ -221,9 +221,14 @@ class GridBlock(GradientCheckpointingLayer):
                 key, value = past_key_values.update(key, value, self.layer)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=mask_SS is None and length > 1)
             mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
-        x_BSD = x_BSD + F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
+        x_BSD = added(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
         hidden = SquaredReLU.apply(self.feed_forward_in(self.feed_forward_norm(x_BSD)))               # B, S, intermediate
-        return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
+        return added(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
+
+
+def added(x_BSD: torch.Tensor, new_BSD: torch.Tensor) -> torch.Tensor:
+    """The sum, in the place of what is new where that has the stream's format: fresh memory costs a CPU as much as the sum."""
+    return new_BSD.add_(x_BSD) if new_BSD.dtype == x_BSD.dtype else x_BSD + new_BSD
 
 
 class GridTransformer(PreTrainedModel, GenerationMixin):
@@ -271,7 +276,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return self.head
 
     def compile_passes(self) -> None:
-        """Train with what lies between a block's products compiled, which a CPU gains from; compiled whole, blocks are no faster there."""
+        """Train in bf16 on a CPU with what lies between the products of attention compiled; compiled whole, blocks are no faster there."""
         for block in self.blocks:
             block.passes = compiled_passes()
 

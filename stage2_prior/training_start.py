@@ -38,12 +38,12 @@ def recompute_activations(model: PreTrainedModel) -> None:
                          "or use llama, gpt2 or qwen3 as prior.architecture.") from error
 
 
-def compile_layers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compile each layer by itself: far less time than the whole takes, and no name in a checkpoint changes. On a CPU, a GridTransformer knows
-    better."""
+def compile_layers(model: PreTrainedModel, device: torch.device, precision: str) -> None:
+    """Compile each layer by itself: far less time than the whole takes, and no name in a checkpoint changes. In bf16 on a CPU a GridTransformer
+    knows better."""
     layers = transformer_layers(model)
     check_compiler("prior_training.compile", device)
-    if isinstance(model, GridTransformer) and device.type == "cpu":
+    if isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16":
         model.compile_passes()
         return
     for layer in layers:
@@ -58,7 +58,7 @@ def prepare_prior(prior: TokenPrior, training: PriorTrainingConfig, run: Trainin
         prior._no_split_modules = prior.model._no_split_modules  # by whose names accelerate finds the parts to divide one by one
     model = run.prepare(prior)
     if training.compile:  # after the weight average was copied, which is validated a few times only
-        compile_layers(prior.model, run.accelerator.device)
+        compile_layers(prior.model, run.accelerator.device, run.accelerator.mixed_precision)
     return model
 
 

@@ -146,10 +146,9 @@ def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(archi
     calls = []
     original = training_start.compile_layers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_start, "compile_layers", lambda model, device: (original(model, device), calls.append(model)))
+        patch.setattr(training_start, "compile_layers", lambda model, *how: (original(model, *how), calls.append(model)))
         found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
-    layers = transformer_layers(*calls)
-    assert all(layer.passes is compiled_passes() if architecture == "grid_transformer" else layer._compiled_call_impl is not None for layer in layers)
+    assert all(layer._compiled_call_impl is not None for layer in transformer_layers(*calls))
     for name in ("model.safetensors", "weights_ema.safetensors"):
         expected, weights = load_file(plain / name), load_file(found / name)
         assert weights.keys() == expected.keys()
@@ -159,13 +158,30 @@ def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(archi
     TokenPrior.from_pretrained(run_dir / "prior")
 
 
+@pytest.mark.slow
+def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
+    prior = tiny_prior("grid_transformer", dropout=0.0)
+    ids_BT, classes_B = batch()
+    gradients = []
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(prior.model, torch.device("cpu"), "bf16")
+            assert all(block.passes is compiled_passes() and block._compiled_call_impl is None for block in prior.model.blocks)
+        prior.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            next_token_loss(prior(ids_BT, classes_B), ids_BT).backward()
+        gradients.append([parameter.grad.clone() for parameter in prior.parameters()])
+    for plain, found in zip(*gradients, strict=True):
+        assert (plain - found).norm() <= 0.05 * plain.norm()
+
+
 def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
     model = tiny_prior().model
     with pytest.raises(InputError, match=r"prior_training\.compile is true, but torch\.compile does not work on this machine.*compile false"):
-        compile_layers(model, torch.device("cpu"))
+        compile_layers(model, torch.device("cpu"), "no")
     assert all(layer._compiled_call_impl is None for layer in transformer_layers(model))
 
 

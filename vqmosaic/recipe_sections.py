@@ -260,8 +260,8 @@ class PriorTrainingConfig(TrainingConfig):
     activation_checkpointing: bool = unrecorded(False)
     """Keep only what goes into each transformer layer and compute the rest again in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile (of grid_transformer on a CPU, what lies between its products): takes up to a minute or so at
-    each start, so measure whether it pays back on your machine."""
+    """Compile each transformer layer with torch.compile (of a grid_transformer in bf16 on a CPU, what lies between its products): takes up to a
+    minute or so at each start, so measure whether it pays back on your machine."""
     first_loss_tolerance: float = unrecorded(0.5)
     """How far, in nats per token, the loss of a fresh prior on its first batch may be from ln(codes) before the run is stopped."""
     window_shards: int = 16

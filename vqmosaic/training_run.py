@@ -241,9 +241,15 @@ class TrainingRun:
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """The norm of the gradients before they are scaled down to gradient_clip, a plain tensor."""
-        # under FSDP, accelerate compares the list with the model's own, in which only the very same objects in the same order are comparable
-        parameters = list(self.model.parameters()) if self.is_sharded else parameters_of(optimizer)
-        return whole(self.accelerator.clip_grad_norm_(parameters, self.training.gradient_clip))
+        limit = self.training.gradient_clip
+        if self.is_sharded:  # accelerate compares the list with the model's own, in which only the very same objects in the same order are comparable
+            return whole(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))
+        self.accelerator.unscale_gradients()
+        parameters = parameters_of(optimizer)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not norm <= limit:  # torch's clip_grad_norm_ multiplies by 1 otherwise, which takes as long
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def _count_refused(self, loss: torch.Tensor, norms: list[torch.Tensor], scaler: torch.amp.GradScaler | None) -> None:
         section, limit = self.training.SECTION, self.training.max_refused_steps
