@@ -17,11 +17,12 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(32, channels, eps=1e-6)
 
     def forward(self, x_BCHW: torch.Tensor, swish: bool = False) -> torch.Tensor:
-        """(B, C, H, W) of the input's format and memory order."""
-        if torch.compiler.is_compiling():
+        """(B, C, H, W) of the input's memory order, and of its format where autocast does not choose another."""
+        in_bf16_on_cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16 and x_BCHW.requires_grad
+        if in_bf16_on_cpu and torch.compiler.is_compiling():
             normed = self.as_line(x_BCHW)
             return F.silu(normed).to(x_BCHW.dtype) if swish else normed.to(x_BCHW.dtype)
-        if x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16 and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        if in_bf16_on_cpu and x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return ReorderedGroupNorm.apply(x_BCHW, self.weight, self.bias, self.num_groups, self.eps, swish)
         normed = super().forward(x_BCHW)
         return F.silu(normed) if swish else normed
@@ -30,16 +31,17 @@ class GroupNorm(nn.GroupNorm):
     def as_line(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """GroupNorm in float32 as torch.compile makes few passes of it: channels of an image times one number, plus another.
 
-        What channels of a group have in common is a product with a matrix, which the compiler computes once and not for each element.
+        What channels of a group have in common is a product with a matrix, which the compiler computes once and not for each element: in float64,
+        for a variance is the small difference of large numbers, and products in float32 may be set to be less exact.
         """
         x_BCHW = x_BCHW.float()
         channels = x_BCHW.shape[1]
         group_C = torch.arange(channels, device=x_BCHW.device) // (channels // self.num_groups)
-        shares_CC = (group_C[:, None] == group_C).float() / (channels // self.num_groups)
+        shares_CC = (group_C[:, None] == group_C).double() / (channels // self.num_groups)
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            mean_BC, square_BC = x_BCHW.mean((2, 3)) @ shares_CC, x_BCHW.square().mean((2, 3)) @ shares_CC
-        a_BC = torch.rsqrt((square_BC - mean_BC.square()).clamp_min(0) + self.eps) * self.weight
-        b_BC = self.bias - mean_BC * a_BC
+            mean_BC, square_BC = x_BCHW.mean((2, 3)).double() @ shares_CC, x_BCHW.square().mean((2, 3)).double() @ shares_CC
+        a_BC = torch.rsqrt((square_BC - mean_BC.square()).clamp_min(0) + self.eps).float() * self.weight
+        b_BC = self.bias - mean_BC.float() * a_BC
         return x_BCHW * a_BC[:, :, None, None] + b_BC[:, :, None, None]
 
 

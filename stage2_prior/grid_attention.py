@@ -28,12 +28,12 @@ def queries_keys_values(hidden_BSE: torch.Tensor, rotations_S2p2: torch.Tensor, 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     """Heads (..., d), each pair of neighbouring numbers rotated by a cosine and a sine (..., p, 2), which broadcast."""
-    pairs = heads.unflatten(-1, (-1, 2))
+    pairs = (heads if heads.dtype == torch.float64 else heads.float()).unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling() and heads.dtype != torch.float64:  # as complex numbers: one pass, which torch.compile cannot make
-        rotated = torch.view_as_complex(pairs.float()) * torch.view_as_complex(rotations)
+        rotated = torch.view_as_complex(pairs) * torch.view_as_complex(rotations)
         return torch.view_as_real(rotated).flatten(-2).to(heads.dtype)
-    (first, second), (cosines, sines) = pairs.unbind(-1), rotations.to(heads.dtype).unbind(-1)
-    return torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1).flatten(-2)
+    (first, second), (cosines, sines) = pairs.unbind(-1), rotations.unbind(-1)
+    return torch.stack([first * cosines - second * sines, first * sines + second * cosines], dim=-1).flatten(-2).to(heads.dtype)
 
 
 class Passes(NamedTuple):

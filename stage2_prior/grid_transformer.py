@@ -27,6 +27,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, queries_keys_values, trains_by_passes
 
 MODEL_TYPE = "grid_transformer"
+NUMBERS = 2**18
+"""Numbers that are looked at together in a feed-forward block, a part of a processor's cache."""
 
 
 class GridTransformerConfig(PreTrainedConfig):
@@ -138,7 +140,7 @@ class SquaredReLU(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         """The function, of any shape."""
         ctx.save_for_backward(x)
-        result = torch.empty_like(x)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
         for part, into in zip(some_rows(x), some_rows(result), strict=True):
             torch.clamp_min(part, 0, out=into).square_()
         return result
@@ -148,16 +150,23 @@ class SquaredReLU(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of its input."""
         x, = ctx.saved_tensors
-        result, zero = torch.empty_like(x), x.new_zeros(())
+        result, zero = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_zeros(())
         for part, outer, into in zip(some_rows(x), some_rows(gradient), some_rows(result), strict=True):
             torch.addcmul(zero, outer, torch.clamp_min(part, 0, out=into), value=2, out=into)
         return result
 
 
 def some_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Parts of x, taken as rows of its last dimension, of about 2^18 numbers each; on a GPU the whole."""
-    rows = x.flatten(0, -2)
-    return rows.split(max(1, 2**18 // x.shape[-1]) if x.device.type == "cpu" else len(rows))
+    """Parts of x, taken as rows of its last dimension, of about NUMBERS each; on a GPU and for the compiler the whole."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.split(max(1, NUMBERS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
+
+
+def lookup(embedding: nn.Embedding, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (..., D) of an embedding in a format; for training on a CPU by way of a table in that format, which is read in half of the time."""
+    if ids.device.type == "cpu" and dtype != embedding.weight.dtype and embedding.weight.requires_grad and torch.is_grad_enabled():
+        return Lookup.apply(embedding.weight, ids, dtype)
+    return embedding(ids).to(dtype)
 
 
 class Lookup(torch.autograd.Function):
@@ -205,11 +214,11 @@ class GridBlock(GradientCheckpointingLayer):
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
-            x_BSD = added(x_BSD, Lookup.apply(self.stream_embedding.weight, ids_BS, x_BSD.dtype))
+            x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, x_BSD.dtype))
         elif classes_B is not None:
             x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
-        value_embeddings_BSD = Lookup.apply(self.value_embedding.weight, ids_BS, hidden.dtype) if self.embeds_all_ids else None
+        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, hidden.dtype) if self.embeds_all_ids else None
         if past_key_values is None and trains_by_passes(hidden):
             mixed_BSD = attend(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, self.passes)
         else:
@@ -296,9 +305,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         positions_S = torch.arange(seen, seen + length, device=input_ids.device)
         x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
-        kind = x_BSD.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x_BSD = x_BSD.bfloat16()
+        if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            x_BSD = x_BSD.bfloat16()  # half of the memory to pass over in each block; for GPUs it was not measured
         classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
         rotations_S2p2 = self.rotations(input_ids.device)[seen:seen + length]
         mask_SS = None

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from stage2_prior.grid_attention import LONGEST
 from stage2_prior.grid_transformer import GridTransformer
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
@@ -43,7 +44,7 @@ def compile_layers(model: PreTrainedModel, device: torch.device, precision: str)
     knows better."""
     layers = transformer_layers(model)
     check_compiler("prior_training.compile", device)
-    if isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16":
+    if isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16" and model.config.max_position_embeddings <= LONGEST:
         model.compile_passes()
         return
     for layer in layers:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from stage2_prior import grid_transformer
 from stage2_prior.grid_attention import KERNELS, LONGEST, attend, compiled_passes, queries_keys_values, rotate, trains_by_passes
 from stage2_prior.grid_transformer import (
     GridTransformer,
@@ -150,10 +151,12 @@ def test_generate_of_transformers_draws_exactly_the_codes():
     assert drawn.shape == (2, 10) and drawn[:, 1:].max() < 11
 
 
-def test_the_gradient_of_the_squared_relu_is_that_of_its_formula():
+def test_the_gradient_of_the_squared_relu_is_that_of_its_formula(monkeypatch):
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.equal(SquaredReLU.apply(x), x.relu().square())
     assert torch.autograd.gradcheck(SquaredReLU.apply, x)
+    monkeypatch.setattr(grid_transformer, "NUMBERS", 10)  # parts of two rows, the last of one
+    assert torch.equal(SquaredReLU.apply(x.T), x.T.relu().square()) and torch.autograd.gradcheck(SquaredReLU.apply, x)
 
 
 def test_activation_checkpointing_changes_no_gradient():

@@ -27,6 +27,7 @@ def test_in_bf16_with_channels_last_it_is_the_norm_of_float32_up_to_rounding(sha
     norm = norm_of(shape[1])
     x, gradient = images(shape, 1, torch.bfloat16).requires_grad_(), images(shape, 2, torch.bfloat16)
     found = norm(x, swish=swish)
+    assert type(found.grad_fn).__name__ == "ReorderedGroupNormBackward"
     exact = x.detach().float().requires_grad_()
     expected = F.group_norm(exact, 32, norm.weight, norm.bias, 1e-6)
     expected = F.silu(expected) if swish else expected
@@ -39,8 +40,18 @@ def test_in_bf16_with_channels_last_it_is_the_norm_of_float32_up_to_rounding(sha
 
 
 def test_the_formula_for_the_compiler_is_the_norm():
-    norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
-    torch.testing.assert_close(norm.as_line(x), norm(x), rtol=1e-5, atol=1e-5)
+    """Also where the mean is thirty times the deviation, and products of float32 are allowed to be inexact; its gradient too."""
+    norm, x = norm_of(64), (images((2, 64, 6, 5), 3, torch.float32) + 90).requires_grad_()
+    gradient, before = images((2, 64, 6, 5), 5, torch.float32), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found, expected = norm.as_line(x), norm(x)
+        pairs = zip((found, *torch.autograd.grad(found, (x, norm.weight), gradient)),
+                    (expected, *torch.autograd.grad(expected, (x, norm.weight), gradient)), strict=True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for ours, theirs in pairs:
+        assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
 def test_in_float32_it_is_torchs_own():

@@ -161,6 +161,9 @@ def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(archi
 @pytest.mark.slow
 def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
     prior = tiny_prior("grid_transformer", dropout=0.0)
+    with torch.no_grad():  # fresh blocks add nothing, and get no gradient
+        for parameter in prior.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
     ids_BT, classes_B = batch()
     gradients = []
     for compiled in (False, True):
@@ -172,7 +175,7 @@ def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
             next_token_loss(prior(ids_BT, classes_B), ids_BT).backward()
         gradients.append([parameter.grad.clone() for parameter in prior.parameters()])
     for plain, found in zip(*gradients, strict=True):
-        assert (plain - found).norm() <= 0.05 * plain.norm()
+        assert plain.norm() > 0 and (plain - found).norm() <= 0.1 * plain.norm()
 
 
 def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):

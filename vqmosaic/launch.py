@@ -22,6 +22,7 @@ import yaml
 
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.interruption import EXIT_CODES, Interrupted, die_with_parent
+from vqmosaic.process_settings import set_up_process
 
 PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
 WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
@@ -175,6 +176,7 @@ def print_words(folder: Path, code: int) -> None:
 
 def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Entry point of `python -m <stage>`: run main as a worker of a launcher or alone, and exit with its code."""
+    set_up_process()
     folder = os.environ.get(WORKER_FOLDER) and Path(os.environ[WORKER_FOLDER])
     rank = int(os.environ.get("RANK", "0"))
     if folder:

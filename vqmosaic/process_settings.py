@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def set_up_process() -> None:
-    """What is to be settled before torch is loaded, for CPUs under Linux: how threads wait, and that freed memory is kept.
+    """What is to be settled before torch is loaded, for CPUs: how threads wait, and under Linux that freed memory is kept.
 
     Threads that wait for each other by spinning lose whole time slices to any other program: with libgomp's usual 300,000 turns, two trainings on
     two cores took over 20 times as long as one. Without any, each of the thousands of short operations of a step in bf16 has to wake a
@@ -16,9 +16,10 @@ def set_up_process() -> None:
 
     The buffers of a training step come and go; given back to the system in between, each of their pages is cleared again, a tenth of a step.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
+    if sys.platform != "linux":  # other systems have other libraries, which know no such number
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    elif "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's; others have none
-    if mallopt is not None:
-        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(threshold, 2**30)
+    if mallopt is not None and (mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)):  # older versions allow 32 MiB
+        mallopt(M_TRIM_THRESHOLD, 2**30)
