@@ -39,7 +39,10 @@ def test_a_folder_gives_the_same_tokenizer_back(kind, tmp_path):
     tokenizer = make(kind)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
-    assert torch.equal(loaded.reconstruct(images()), tokenizer.reconstruct(images()))
+    if kind == "kl":  # a product of so few columns is rounded by where memory lies, on some processors; nothing after it makes ids of it
+        torch.testing.assert_close(loaded.reconstruct(images()), tokenizer.reconstruct(images()), rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(loaded.reconstruct(images()), tokenizer.reconstruct(images()))
     assert loaded.token_fingerprint == tokenizer.token_fingerprint
     if kind != "kl":
         ids = tokenizer.encode(images())
