@@ -27,7 +27,6 @@ class GroupNorm(nn.GroupNorm):
         normed = super().forward(x_BCHW)
         return F.silu(normed) if swish else normed
 
-
     def as_line(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """GroupNorm in float32 as torch.compile makes few passes of it: channels of an image times one number, plus another.
 

@@ -54,6 +54,19 @@ def test_the_formula_for_the_compiler_is_the_norm():
         assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
 
 
+@pytest.mark.slow
+def test_compiled_in_bf16_it_is_the_norm_of_float32_up_to_rounding():
+    norm = norm_of(64)
+    x, gradient = images((2, 64, 8, 8), 1, torch.bfloat16).requires_grad_(), images((2, 64, 8, 8), 2, torch.bfloat16)
+    exact = x.detach().float().requires_grad_()
+    found, expected = torch.compile(norm)(x, swish=True), norm(exact, swish=True)
+    assert found.dtype == torch.bfloat16
+    found = (found, *torch.autograd.grad(found, (x, *norm.parameters()), gradient))
+    expected = (expected, *torch.autograd.grad(expected, (exact, *norm.parameters()), gradient.float()))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.float() - theirs).abs().max() <= 0.01 * theirs.abs().max()
+
+
 def test_in_float32_it_is_torchs_own():
     norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
     assert torch.equal(norm(x), F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)) and torch.equal(norm(x, swish=True), F.silu(norm(x)))
