@@ -1,6 +1,7 @@
 # make quickstart   environment, installation and the whole chain on scikit-learn's digits
 # make test         the tests that take seconds each
 # make test-slow    the tests that kill, resume and install for real
+# make test-gpu     those that need a GPU
 # make lint         ruff
 # make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
 #                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out;
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint bench install clean
+.PHONY: quickstart test test-slow test-gpu lint bench install clean
 
 install: $(VENV)/installed
 
@@ -45,6 +46,9 @@ bench: install
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) $(if $(TOKENS),--tokens $(TOKENS)) --record)
 	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,9 +7,9 @@
 
 One frozen tokenizer (recipe cifar10: 8x8 tokens of 512 codes), the same shards for both. The peer is nanoGPT's 6-layer 256-wide GPT with the class
 token in front and the optimizer settings of its configuration for small networks; ours is the recipe cifar10 through `train-prior`'s own code,
-with this budget, no dropout (no image is seen twice) and the batch of the peer. Judged by NLL on all test images, and on 2,000 samples, 200 of
-a class: Frechet distance to the test images in the features of a small classifier that this script trains, and the share that it takes for the
-class asked for.
+with this budget, no dropout (no image is seen twice), the batch of the peer at the recipe's learning rate, and the last weights of each. Judged by
+NLL on all test images, and on 2,000 samples, 200 of a class: Frechet distance to the test images in the features of a small classifier that this
+script trains, and the share that it takes for the class asked for.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def train_ours(run_dir: Path, minutes: float, extra: list[str]) -> tuple[TokenPr
     recipe = load_recipe("cifar10", [
         f"--run_dir={Path(tempfile.mkdtemp()) / 'ours'}", f"--data.path={cifar10.folder()}", f"--prior_training.tokens={run_dir / 'tokens'}",
         "--prior_training.max_steps=null", f"--prior_training.max_minutes={minutes}", f"--prior_training.batch_size={BATCH}", "--prior.dropout=0",
+        "--prior_training.learning_rate_batch=null", "--prior_training.export=last",  # the best one would be chosen on what it is judged by
         "--prior_training.validate_every=500", "--prior_training.validation_images=500", "--prior_training.checkpoint_every=100000", *extra])
     train_prior(recipe)
     run = RunFolder(Path(recipe.run_dir))

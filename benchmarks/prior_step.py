@@ -2,6 +2,7 @@
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
     python -m benchmarks.prior_step --nanogpt /tmp/nanogpt               # two CPU threads, about two minutes
+    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --turn 5      # five steps of each in a row: memory is then as their own steps leave it
     python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --record      # and into RESULTS.md
 
 Same size (6 layers, 256 wide, 4 heads: about 5M parameters), 64 tokens of 512 codes, batch 32. The peer is nanoGPT's GPT with its own optimizer and
@@ -9,6 +10,7 @@ the steps of its train.py; ours is the project's own step: Accelerate, refusal o
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
@@ -58,10 +60,10 @@ class Peer:
 class Ours:
     """The trainer's own parts, driven as stage2_prior/train.py drives them."""
 
-    def __init__(self, architecture: str, optimizer: str, precision: str, compiled: bool = False):
+    def __init__(self, architecture: str, optimizer: str, precision: str, batch: int = BATCH, compiled: bool = False):
         recipe = load_recipe("cifar10", [
             f"--run_dir={tempfile.mkdtemp()}", f"--prior.architecture={architecture}", "--prior.preset=tiny", "--prior.dropout=0",
-            f"--prior_training.optimizer={optimizer}", f"--prior_training.mixed_precision={precision}", f"--prior_training.batch_size={BATCH}"])
+            f"--prior_training.optimizer={optimizer}", f"--prior_training.mixed_precision={precision}", f"--prior_training.batch_size={batch}"])
         vocabulary = Vocabulary(grids=[Grid("image", CODES, 8, 8)], class_names=[str(index) for index in range(CLASSES)],
                                 token_fingerprint="none", label_drop=0.1)
         self.prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
@@ -91,6 +93,7 @@ def main() -> int:
     """Print the table; exit code 1 where a promise that binds on this processor is broken."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the next one's turn")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     use_two_cpu_threads()
@@ -106,7 +109,13 @@ def main() -> int:
         wanted["ours, grid_transformer, AdamW, bf16, compiled"] = 2.5
     numbers = torch.Generator().manual_seed(0)
     ids_BT, classes_B = torch.randint(CODES, (BATCH, TOKENS), generator=numbers), torch.randint(CLASSES, (BATCH,), generator=numbers)
-    seconds = in_turn({name: (lambda each=each: each.step(ids_BT, classes_B)) for name, each in contestants.items()}, ROUNDS, warm_up=3)
+
+    def turn(each: Peer | Ours) -> None:
+        for _ in range(options.turn):
+            each.step(ids_BT, classes_B)
+
+    seconds = in_turn({name: functools.partial(turn, each) for name, each in contestants.items()}, ROUNDS, warm_up=3)
+    seconds = {name: [each / options.turn for each in times] for name, times in seconds.items()}
 
     products = seconds_of_products(lambda: contestants[PEER].step(ids_BT, classes_B)) / statistics.median(seconds[PEER])
     sizes = {name: sum(parameter.numel() for parameter in (each.model if isinstance(each, Peer) else each.prior).parameters())
@@ -123,7 +132,7 @@ def main() -> int:
     lines += ["", f"Matrix products take about {products:.0%} of the peer's step here: a step of nothing else would be about "
                   f"{1 / products:.2f} times as fast. Ours, of the same size, has fewer of them: {looked_up:.0%} of its weights "
                   "are looked up, not multiplied; what it learns is measured by benchmarks.prior_quality."]
-    record("Training step of the prior", lines, ("transformers", "accelerate"))
+    record("Training step of the prior" + (f", {options.turn} steps a turn" if options.turn > 1 else ""), lines, ("transformers", "accelerate"))
     return int(any(factors[name] < factor for name, factor in wanted.items()))
 
 

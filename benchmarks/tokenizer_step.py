@@ -1,6 +1,7 @@
 """A training step of stage 1 against diffusers' VQModel in its plain float32 loop, in turn in one process, on CIFAR-10.
 
     python -m benchmarks.tokenizer_step               # two CPU threads, about six minutes
+    python -m benchmarks.tokenizer_step --gpu         # on a GPU: in bf16 against the same loop with bf16 autocast
     python -m benchmarks.tokenizer_step --record      # and into RESULTS.md
 
 Same architecture (2.8M parameters, 32x32 pixels, batch 32, 8x8 tokens of 512 codes), AdamW for both. Ours is the project's own step: Accelerate,
@@ -8,13 +9,16 @@ refusal of non-finite steps, clipping, weight average, codebook update. Then PSN
 orders of the images: one such run differs from the next by a quarter of a dB.
 """
 
+import functools
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cifar10
 from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
@@ -29,21 +33,26 @@ from vqmosaic.training_run import TrainingRun
 
 BATCH, ROUNDS, STEPS, ORDERS, HELD_OUT, LEARNING_RATE = 32, 15, 50, 3, 512, 5e-4
 WIDTHS = (32, 64, 128)
+SPREAD = 0.3
+"""dB by which the mean over three orders of the images differs from that over three others."""
 
 
 class Peer:
-    """diffusers' VQModel, AdamW, MSE and its own commitment loss: the loop of its example, in float32."""
+    """diffusers' VQModel, AdamW, MSE and its own commitment loss: the loop of its example, in float32, or with bf16 autocast."""
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu", autocast: bool = False):
         torch.manual_seed(0)
         self.model = VQModel(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                             block_out_channels=WIDTHS, layers_per_block=1, latent_channels=64, num_vq_embeddings=512, vq_embed_dim=16).train()
+                             block_out_channels=WIDTHS, layers_per_block=1, latent_channels=64, num_vq_embeddings=512, vq_embed_dim=16)
+        self.model.to(device).train()
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=autocast)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
     def step(self, images_BCHW: torch.Tensor) -> None:
         """One optimizer step."""
-        output = self.model(images_BCHW)
-        loss = F.mse_loss(output.sample, images_BCHW) + output.commit_loss
+        with self.autocast:
+            output = self.model(images_BCHW)
+            loss = F.mse_loss(output.sample, images_BCHW) + output.commit_loss
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -56,12 +65,13 @@ class Peer:
 class Ours:
     """The trainer's own parts, driven as stage1_tokenizer/train.py drives them."""
 
-    def __init__(self, precision: str, channels_last: bool, images_BCHW: torch.Tensor, compiled: bool = False):
+    def __init__(self, precision: str, channels_last: bool, images_BCHW: torch.Tensor, compiled: bool = False, batch: int = BATCH):
         recipe = load_recipe("cifar10", [
             f"--run_dir={tempfile.mkdtemp()}", f"--tokenizer_training.mixed_precision={precision}", "--tokenizer_training.optimizer=adamw",
             "--tokenizer_training.reconstruction_loss=l2", f"--tokenizer_training.learning_rate={LEARNING_RATE}",
+            "--tokenizer_training.learning_rate_batch=null",
             "--tokenizer_training.weight_ema_decay=0.9", "--tokenizer_training.max_steps=10000", "--tokenizer_training.max_minutes=null",
-            f"--tokenizer_training.batch_size={BATCH}", "--tokenizer_training.warmup_fraction=0",
+            f"--tokenizer_training.batch_size={batch}", "--tokenizer_training.warmup_fraction=0",
             f"--tokenizer.channels={WIDTHS[0]}", "--tokenizer.channel_multipliers=[1,2,4]", "--tokenizer.patch_size=1",
             "--tokenizer.residual_blocks=1", "--tokenizer.block=resnet", "--tokenizer.attention_levels=[]", "--tokenizer.diveq=false",
             "--tokenizer.commitment_weight=0.25", "--tokenizer.ema_decay=0.99", "--tokenizer.revival_threshold=0.03",
@@ -76,7 +86,7 @@ class Ours:
         if compiled:
             compile_blocks(self.tokenizer.encoder)
             compile_blocks(self.tokenizer.decoder)
-        latents_BDhw = self.tokenizer.eval().latents(images_BCHW).detach()
+        latents_BDhw = self.tokenizer.eval().latents(images_BCHW.to(self.run.accelerator.device)).detach()
         self.tokenizer.quantizer.initialize(latents_BDhw.permute(0, 2, 3, 1).reshape(-1, recipe.tokenizer.code_dim))
 
     def step(self, images_BCHW: torch.Tensor) -> None:
@@ -95,8 +105,48 @@ class Ours:
         return ImageTokenizer.forward(self.run.validated_model.eval(), images_BCHW).reconstructions
 
 
+def matrix_rate(device: str, size: int = 8192) -> float:
+    """Multiplications and additions a second in a bf16 product of two square matrices, the best of ten."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / min(in_turn({"product": lambda: left @ right}, 10)["product"])
+
+
+def operations(step: Callable[[], None]) -> int:
+    """Multiplications and additions of the matrix products and convolutions of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measure_gpu(device: str = "cuda", batches: tuple[int, ...] = (32, 256)) -> tuple[list[str], bool]:
+    """Lines on a step in bf16 on a GPU, and whether what was asked for was kept at each batch."""
+    images_NHWC, _ = cifar10.load("train", max(batches))
+    rate = matrix_rate(device)
+    lines = [f"A bf16 product of 8192 x 8192 runs at {rate / 1e12:,.0f} TFLOP/s.", "",
+             "| batch | the peer's loop with bf16 autocast, images/s | ours, bf16, images/s | compiled | times the peer | share of the matrix rate |",
+             "|---|---|---|---|---|---|"]
+    factors = []
+    for batch in batches:
+        images_BCHW = cifar10.to_float(images_NHWC[:batch])
+        on_device = images_BCHW.to(device)
+        contestants = {"peer": Peer(device, autocast=True), "ours": Ours("bf16", True, images_BCHW, batch=batch),
+                       "compiled": Ours("bf16", True, images_BCHW, compiled=True, batch=batch)}
+        seconds = in_turn({name: functools.partial(each.step, on_device) for name, each in contestants.items()}, ROUNDS, warm_up=5)
+        peer, ours, compiled = (batch / statistics.median(seconds[name]) for name in contestants)
+        factors.append(ratio(seconds, "peer", "compiled"))
+        share = operations(lambda: contestants["ours"].step(on_device)) * compiled / batch / rate  # noqa: B023 (called at once)
+        lines.append(f"| {batch} | {peer:,.0f} | {ours:,.0f} | {compiled:,.0f} | {factors[-1]:.2f} | {share:.1%} |")
+    lines += ["", *(f"- {'kept' if factor >= 1.5 else 'NOT kept'}: 1.5 times the peer with batches of {batch}, compiled: {factor:.2f}"
+                    for batch, factor in zip(batches, factors, strict=True))]
+    return lines, all(factor >= 1.5 for factor in factors)
+
+
 def main() -> int:
     """Print the table; exit code 1 where a promise that binds on this processor is broken."""
+    if "--gpu" in sys.argv:
+        lines, kept = measure_gpu()
+        record("Training step of the tokenizer on a GPU", lines, ("diffusers", "accelerate"))
+        return int(not kept)
     use_two_cpu_threads()
     has_bf16 = cpu_has_bf16()
     images_NHWC, _ = cifar10.load("train", 8192)
@@ -124,17 +174,21 @@ def main() -> int:
                 decibels.append(cifar10.psnr(torch.cat([each.restore(part) for part in held_out_NCHW.split(64)]), held_out_NCHW))
         quality[name] = statistics.mean(decibels)
 
-    peer, default = "diffusers VQModel, float32", "ours, bf16, channels_last, compiled" if has_bf16 else "ours, float32, channels_last"
+    peer, best = "diffusers VQModel, float32", "ours, bf16, channels_last, compiled" if has_bf16 else "ours, float32, channels_last"
     lines = [f"| | images/s | times the peer | PSNR after {STEPS} steps, dB |", "|---|---|---|---|"]
     lines += [f"| {name} | {BATCH / statistics.median(times):.0f} | {ratio(seconds, peer, name):.2f} | {quality[name]:.2f} |"
               for name, times in seconds.items()]
-    wanted = 2.2 if has_bf16 else None
-    lines += ["", f"- {'kept' if ratio(seconds, peer, default) >= wanted else 'NOT kept'}: {wanted} times in bf16, compiled: "
-                  f"{ratio(seconds, peer, default):.2f}" if wanted else
-              "Asked for: 2.2 times, of which 1.9 come from bf16 products, which this processor does not have."]
+    factor, plain = ratio(seconds, peer, best), "ours, float32, channels_last"
+    checks = {f"PSNR of the last line no lower than the peer's: {quality[best]:.2f}, {quality[peer]:.2f} dB": quality[best] >= quality[peer]}
+    if has_bf16:
+        checks |= {f"2.2 times in bf16, compiled: {factor:.2f}": factor >= 2.2,
+                   f"PSNR in bf16 no lower than in float32, by which such means differ ({SPREAD} dB) allowed: "
+                   f"{quality[best]:.2f}, {quality[plain]:.2f} dB": quality[best] >= quality[plain] - SPREAD}
+    lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items())]
+    if not has_bf16:
+        lines.append("- not measured: 2.2 times, of which 1.9 come from bf16 products, which this processor does not have")
     record("Training step of the tokenizer", lines, ("diffusers", "accelerate"))
-    worse = quality[default] < max(quality["ours, float32, channels_last"] - 0.3, quality[peer])  # 0.3: the spread of such means
-    return int(worse or (wanted is not None and ratio(seconds, peer, default) < wanted))
+    return int(not all(checks.values()))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stage1_tokenizer.initial_weights_location import FIELD, InitialWeights, check_same_network, locate_initial_weights
+from stage1_tokenizer.initial_weights_location import FIELD, InitialWeights, check_same_network, check_same_transform, locate_initial_weights
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.checkpoints import broken_files
 from vqmosaic.errors import InputError
@@ -50,18 +50,15 @@ def read_checkpoint(found: InitialWeights) -> dict[str, torch.Tensor]:
 
 
 def check_tokens_stay(tokenizer: ImageTokenizer, path: str) -> None:
-    """Raise InputError where a tokenizer with the weights of an export would give other tokens than it, which a decoder alone must not.
+    """Raise InputError where a tokenizer with the weights of a path would give other tokens than they gave before, which a decoder alone must not.
 
-    The images' size and transform are part of what decides tokens. A checkpoint has no fingerprint to compare with.
+    A checkpoint has no fingerprint to compare with, but what goes into one is compared: the size and channels of images here, network and weights
+    when they were loaded.
     """
     found = locate_initial_weights(path)
+    check_same_transform(found, tokenizer.transform.to_dict())
     if not found.is_export:
         return
-    theirs = found.config["transform"]
-    for name, value in tokenizer.transform.to_dict().items():
-        if theirs.get(name) != value:
-            raise InputError(f"data.{name} is {value!r}, but {FIELD} leads to {found.folder}, made with {theirs.get(name)!r}: with "
-                             f"tokenizer_training.train_parts decoder the tokens have to stay the same. Set data.{name} to {theirs.get(name)!r}.")
     found_fingerprint, own = found.config["token_fingerprint"], tokenizer.fingerprint_of_tokens()
     assert own == found_fingerprint, f"the token fingerprint became {own} instead of {found_fingerprint}"
 

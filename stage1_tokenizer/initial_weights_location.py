@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ FIELD = "tokenizer_training.init_from"
 TOKENIZER_FORMAT = "vqmosaic.image_tokenizer"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
+TRANSFORM_FIELDS = ("image_size", "channels")
+"""Fields of section data that decide tokens: of the whole section nothing else is in the token fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class InitialWeights:
     is_export: bool
     """A tokenizer folder, or else a checkpoint."""
     config: dict[str, Any]
-    """config.json of a tokenizer folder; of a checkpoint in its run folder {"network": ...} as the run's record has it, else empty."""
+    """config.json of a tokenizer folder; of a checkpoint in its run folder {"network": ..., "transform": ...} as its run recorded it; else empty."""
 
 
 def locate_initial_weights(path: str) -> InitialWeights:
@@ -70,6 +73,8 @@ def check_init_from(recipe: Recipe) -> None:
     if channels != recipe.data.channels:
         raise InputError(f"data.channels is {recipe.data.channels}, but {FIELD} leads to {found.folder}, which was trained with {channels}; "
                          f"set data.channels to {channels}.")
+    if recipe.tokenizer_training.train_parts == "decoder":
+        check_same_transform(found, vars(recipe.data))
 
 
 def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
@@ -86,6 +91,26 @@ def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
                          f"or {FIELD} to weights of this network.")
 
 
+def check_same_transform(found: InitialWeights, own: Mapping[str, Any]) -> None:
+    """Raise InputError where images of another size or other channels than the found weights were trained with would give other tokens.
+
+    Called where a decoder is trained alone, for which the tokens have to stay the same. Weights of which nothing tells are refused too.
+
+    Args:
+        own: what the recipe says, by the names of the fields in its section data.
+    """
+    theirs = found.config.get("transform", {})
+    for name in TRANSFORM_FIELDS:
+        if name not in theirs:
+            raise InputError(f"tokenizer_training.train_parts is 'decoder', but nothing tells with which data.{name} the weights in {found.folder} "
+                             f"were trained, and with another one they give other tokens. Set {FIELD} to a tokenizer folder or to the checkpoint "
+                             "inside the run that wrote it (<run_dir>/checkpoints/tokenizer), or tokenizer_training.train_parts to all.")
+        if theirs[name] != own[name]:
+            raise InputError(f"data.{name} is {own[name]!r}, but {FIELD} leads to {found.folder}, made with {theirs[name]!r}: with "
+                             "tokenizer_training.train_parts decoder the tokens have to stay the same. "
+                             f"Set data.{name} to {theirs[name]!r}, or tokenizer_training.train_parts to all.")
+
+
 def fingerprint_of_initial_weights(path: str) -> str:
     """What identifies the weights a path leads to: the full fingerprint of a tokenizer folder, of a checkpoint the sha256 of its checksums.
 
@@ -99,13 +124,15 @@ def fingerprint_of_initial_weights(path: str) -> str:
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """{"network": fields} as the run of a checkpoint recorded them; empty where it has been moved out of its run."""
+    """{"network": fields, "transform": fields} as the run of a checkpoint recorded them; empty where it lies outside a run with a record."""
     run = RunFolder(checkpoint.absolute().parents[2]) if len(checkpoint.absolute().parents) > 2 else None
     if run is None or run.checkpoints("tokenizer") != checkpoint.absolute().parent:
         return {}
     record = load_record(run, "tokenizer")
-    fields = record.fields if record is not None else {}
-    return {"network": {name.partition(".")[2]: value for name, value in fields.items() if name.startswith("tokenizer.")}}
+    if record is None:
+        return {}
+    return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
+            "transform": {name: record.fields[f"data.{name}"] for name in TRANSFORM_FIELDS if f"data.{name}" in record.fields}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stage2_prior.decoding_layers import DecoderLayers, layers_of
 
+SHORT = 65
+"""Positions up to which, in bf16 on a CPU, keys and values are kept in float32: the operator for bf16 takes as long to begin as for 60 positions."""
+
 
 class StockDecoder:
     """Steps through the model itself with the growing cache of transformers, which works for every architecture."""
@@ -45,12 +48,14 @@ class StaticDecoder:
     def __init__(self, layers: DecoderLayers, rows: int, length: int):
         self.layers, self.rows = layers, rows
         # positions first: what is filled lies together, and a step writes one piece and reads in order (measured up to four times faster than
-        # heads first). Only bf16 on a CPU is read faster heads first, by a fifteenth of the time of an image of 256 tokens, and so lies that way.
+        # heads first). Only bf16 on a CPU is read faster heads first, by a fifteenth of the time of an image of 256 tokens, and so lies that way;
+        # a short sequence is kept in float32 there, for the products of attend.
         # Zeros, since a recorded step attends to all positions under a mask, and fresh memory may hold what is no number.
         shape, heads_first = (layers.count, length, rows, layers.key_heads, layers.head_width), (0, 2, 3, 1, 4)
-        is_first = layers.device.type == "cpu" and layers.dtype == torch.bfloat16
-        order = heads_first if is_first else tuple(range(5))
-        self.keys, self.values = (torch.zeros([shape[dim] for dim in order], dtype=layers.dtype, device=layers.device)
+        is_bf16 = layers.device.type == "cpu" and layers.dtype == torch.bfloat16
+        dtype = torch.float32 if is_bf16 and length <= SHORT else layers.dtype
+        order = heads_first if is_bf16 and dtype == torch.bfloat16 else tuple(range(5))
+        self.keys, self.values = (torch.zeros([shape[dim] for dim in order], dtype=dtype, device=layers.device)
                                   .permute([order.index(dim) for dim in range(5)]) for _ in range(2))  # S, N, A, d for each layer
         self.positions_S = torch.arange(length, device=layers.device)
 
@@ -84,16 +89,16 @@ class StaticDecoder:
 def attend(query_NAd: torch.Tensor, keys_SNAd: torch.Tensor, values_SNAd: torch.Tensor, mask_S: torch.Tensor | None) -> torch.Tensor:
     """What one query of each row and head takes from the positions before it (N, A d); several heads may share keys and values."""
     rows, key_heads, width = keys_SNAd.shape[1:]
-    if query_NAd.device.type != "cpu" or query_NAd.dtype != torch.float32:
+    if query_NAd.device.type != "cpu" or keys_SNAd.dtype != torch.float32:
         mixed = F.scaled_dot_product_attention(query_NAd[:, :, None], keys_SNAd.permute(1, 2, 0, 3), values_SNAd.permute(1, 2, 0, 3),
                                                attn_mask=mask_S if mask_S is None else mask_S[None], enable_gqa=query_NAd.shape[1] != key_heads)
         return mixed.flatten(1)
     # two plain products are faster here than the blocks of the operator above, which is made for many queries
-    query = (query_NAd * width**-0.5).reshape(rows * key_heads, -1, width)                               # N A, queries of a key, d
+    query = (query_NAd.float() * width**-0.5).reshape(rows * key_heads, -1, width)                               # N A, queries of a key, d
     scores = torch.bmm(query, keys_SNAd.flatten(1, 2).permute(1, 2, 0))                                  # N A, queries of a key, S
     if mask_S is not None:
         scores.masked_fill_(~mask_S, -torch.inf)
-    return torch.bmm(scores.softmax(dim=-1), values_SNAd.flatten(1, 2).transpose(0, 1)).view(rows, -1)
+    return torch.bmm(scores.softmax(dim=-1), values_SNAd.flatten(1, 2).transpose(0, 1)).view(rows, -1).to(query_NAd.dtype)
 
 
 class GraphDecoder:

@@ -71,7 +71,7 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
     goal = unknowable + THRESHOLD
     run.report.table("learning by heart", {
         "images": f"{images} of {len(reader):,}, {vocabulary.num_tokens} tokens each",
-        "attention": describe_attention(prior.model, run.accelerator.device),
+        "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
         "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} is which of the images of a class it is, which cannot be known",
         "budget": f"{training.max_steps:,} steps or {training.max_minutes:g} minutes"})

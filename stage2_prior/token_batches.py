@@ -1,15 +1,17 @@
 """Batches of tokens and classes for the prior: this rank's slice of each step, a function of the step alone."""
 
-import functools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
-from token_shards.reader import TokenBatch, TokenShardReader
+from token_shards.reader import TokenBatch, TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
-from vqmosaic.seeding import generator
+from vqmosaic.seeding import derive_seed
+
+LEVELS = 2**53
+"""Equally far numbers in [0, 1), as many as float64 tells apart: a hash is made one of them."""
 
 
 def rank_slice(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -25,7 +27,6 @@ class TokenBatches:
         check_range("prior_training.label_drop", label_drop, at_least=0, at_most=1)
         check_same_tokens(reader, vocabulary)
         self.reader, self.seed, self.label_drop = reader, seed, label_drop
-        self._dropped_in = functools.lru_cache(maxsize=4)(self._draw_dropped)  # a batch of a small data set may span a few epochs
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids (B, T) and class indices (B), int64, -1 for the null class: the rank's slice of the positions [step * B, (step + 1) * B)."""
@@ -35,15 +36,18 @@ class TokenBatches:
         return torch.from_numpy(tokens.ids_BT), torch.from_numpy(classes_B)
 
     def dropped(self, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
-        """True (B,) where the class of a sample is replaced by the null class in that epoch."""
-        dropped_B = np.zeros(len(samples_B), dtype=bool)
-        for epoch in np.unique(epochs_B).tolist():
-            chosen = epochs_B == epoch
-            dropped_B[chosen] = self._dropped_in(epoch)[samples_B[chosen]]
-        return dropped_B
+        """True (B,) where the class of a sample is replaced by the null class in that epoch.
 
-    def _draw_dropped(self, epoch: int) -> np.ndarray:
-        return generator("label drop", self.seed, epoch).random(len(self.reader)) < self.label_drop
+        Computed for these samples alone: with more data neither a step nor a resume costs more.
+        """
+        dropped_B = np.zeros(len(samples_B), dtype=bool)
+        for epoch in np.unique(epochs_B).tolist():  # a batch of a small data set may span a few epochs
+            chosen = epochs_B == epoch
+            samples = samples_B[chosen]
+            # the reader's hash of a sample, under a seed of this epoch's own: the choice among so many views is a uniform number
+            hashed = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, LEVELS)
+            dropped_B[chosen] = hashed < self.label_drop * LEVELS
+        return dropped_B
 
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,

@@ -87,7 +87,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
         "model": f"{recipe.prior.architecture}, {recipe.prior.sizes.layers} layers, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
-        "attention": describe_attention(prior.model, accelerator.device),
+        "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **start,
         "epochs": f"{training.max_steps * training.batch_size / len(reader):.1f}" if training.max_steps else "as the clock allows",
     }, seconds_per_step)

@@ -44,7 +44,7 @@ def compile_layers(model: PreTrainedModel, device: torch.device, precision: str)
     knows better."""
     layers = transformer_layers(model)
     check_compiler("prior_training.compile", device)
-    if isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16" and model.config.max_position_embeddings <= LONGEST:
+    if trains_by_own_passes(model, device, precision):
         model.compile_passes()
         return
     for layer in layers:
@@ -69,8 +69,16 @@ def describe_embeddings(config: PreTrainedConfig) -> str:
     return f", embeddings of all ids in {blocks} blocks, feed-forward {config.intermediate_size} wide" if blocks else ""
 
 
-def describe_attention(model: PreTrainedModel, device: torch.device) -> str:
-    """Which implementation of attention the model uses and, for torch's own on a GPU, the kernels that it may choose from."""
+def trains_by_own_passes(model: PreTrainedModel, device: torch.device, precision: str) -> bool:
+    """Whether a model's attention is trained by stage2_prior/grid_attention.py's AttentionByPasses."""
+    return (isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16"
+            and model.config.max_position_embeddings <= LONGEST)
+
+
+def describe_attention(model: PreTrainedModel, device: torch.device, precision: str) -> str:
+    """Which implementation of attention the model is trained with and, for torch's own on a GPU, the kernels that it may choose from."""
+    if trains_by_own_passes(model, device, precision):
+        return "own passes for short sequences in bf16 on a CPU"
     name = model.config._attn_implementation
     if name != "sdpa" or device.type != "cuda":
         return name

@@ -1,5 +1,7 @@
 """VQ-GAN trainings of a few steps: when the discriminator joins, what is saved, how a run made to go wrong is caught, exact resume."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -35,9 +37,34 @@ def checkpoint(run_dir: Path, step: int) -> Path:
     return RunFolder(run_dir).checkpoints("tokenizer") / f"step-{step:08d}"
 
 
+def train_until(run_dir: Path, steps: int, **changes) -> None:
+    """The training stopped by a signal after so many steps, which writes a checkpoint of that step."""
+    original = TrainingRun.sync
+
+    def sync(run):
+        _, progress = original(run)
+        return 15 * (run.state.step >= steps), progress
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "sync", sync)
+        with pytest.raises(BaseException, match=f"saved at step {steps}"):
+            train(run_dir, **changes)
+
+
 def state_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()
             if path.suffix in (".safetensors", ".bin") and not path.name.startswith(("random", "scheduler"))}
+
+
+def assert_same_end(straight: Path, resumed: Path, step: int) -> None:
+    """All weights, both optimizers, the guard and what was written down on the way are the same."""
+    first, second = (state_files(checkpoint(run, step)) for run in (straight, resumed))
+    assert first.keys() == second.keys() and len(first) >= 6
+    assert {name for name in first if first[name] != second[name]} == set()
+    assert read_state(checkpoint(straight, step))["guard"] == read_state(checkpoint(resumed, step))["guard"]
+    for kind in ("train", "validation"):
+        first, second = ([record | {"seconds": 0} for record in records(run, kind)] for run in (straight, resumed))
+        assert first == second
 
 
 @pytest.fixture(scope="module")
@@ -93,37 +120,48 @@ def test_resumed_at_any_phase_it_ends_like_a_straight_run(changes, tmp_path):
     straight = train(tmp_path / "straight", **changes)
     resumed = tmp_path / "resumed"
     for steps in (2, 4, 7):
-        with pytest.MonkeyPatch.context() as patch:
-            original = TrainingRun.sync
-
-            def sync(run, steps=steps, original=original):
-                _, progress = original(run)
-                return 15 * (run.state.step >= steps), progress
-
-            patch.setattr(TrainingRun, "sync", sync)
-            with pytest.raises(BaseException, match=f"saved at step {steps}"):
-                train(resumed, **changes)
+        train_until(resumed, steps, **changes)
     train(resumed, **changes)
-    first, second = (state_files(checkpoint(run, 10)) for run in (straight, resumed))
-    assert first.keys() == second.keys() and len(first) >= 6
-    assert {name for name in first if first[name] != second[name]} == set()
-    assert read_state(checkpoint(straight, 10))["guard"] == read_state(checkpoint(resumed, 10))["guard"]
+    assert_same_end(straight, resumed, 10)
+    speaking = [record for record in records(straight) if "adversarial_loss" in record]
+    named = [record for record in records(straight) if record.get("discriminator_features", 0) > 0]
+    assert speaking and named == (speaking if "tokenizer_training__perceptual_loss" in changes else []), "feature matching is logged by its name"
 
 
 # --- runs made to go wrong ---------------------------------------------------------------------------------------------------------
 
+RUINED = {"adversarial__weight": 10_000, "adversarial__balance": "fixed", "adversarial__warmup": 0, "adversarial__ramp": 0, "adversarial__start": 0.5,
+          "tokenizer_training__max_steps": 16, "tokenizer_training__learning_rate": 0.02, "tokenizer_training__warmup_fraction": 0}
 
-def test_a_discriminator_that_ruins_the_pictures_is_turned_down(tmp_path, capsys):
-    """A fixed balance and far too much weight: validation worsens, the guard halves the weight and says so, the best weights are older."""
-    run_dir = train(tmp_path / "run", adversarial__weight=10_000, adversarial__balance="fixed", adversarial__warmup=0, adversarial__ramp=0,
-                    adversarial__start=0.5, tokenizer_training__max_steps=16, tokenizer_training__learning_rate=0.02,
-                    tokenizer_training__warmup_fraction=0)
-    out = capsys.readouterr().out
+
+@pytest.fixture(scope="module")
+def ruined(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a finished training with a fixed balance and far too much weight, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return train(tmp_path_factory.mktemp("ruined") / "run", **RUINED), out.getvalue()
+
+
+def test_a_discriminator_that_ruins_the_pictures_is_turned_down(ruined):
+    """Validation worsens, the guard halves the weight and says so, the best weights are older."""
+    run_dir, out = ruined
     assert "the guard halved the adversarial weight, now 5000" in out
     state = read_state(checkpoint(run_dir, 16))
     assert state["guard"]["halvings"] >= 1 and state["best_step"] <= 8
     weights = [record["adversarial_weight"] for record in records(run_dir) if "adversarial_weight" in record]
     assert weights[0] == 10_000 and weights[-1] <= 5000
+
+
+def test_resumed_after_a_halving_it_ends_like_a_straight_run(ruined, tmp_path):
+    """Stopped while the guard still waits after its first halving; the weight stays halved, and whether it is halved again comes out the same."""
+    straight, resumed = ruined[0], tmp_path / "resumed"
+    halvings = {step: read_state(checkpoint(straight, step))["guard"]["halvings"] for step in range(1, 17)}
+    step = min(step for step, count in halvings.items() if count) + 1
+    train_until(resumed, step, **RUINED)
+    guard = read_state(checkpoint(resumed, step))["guard"]
+    assert guard["halvings"] == 1 and guard["pause"] > 0 and step < 16
+    train(resumed, **RUINED)
+    assert {record["adversarial_weight"] for record in records(resumed) if record["step"] == step + 1} == {5000}
+    assert_same_end(straight, resumed, 16)
 
 
 def test_a_training_that_stands_still_brings_the_discriminator_in(tmp_path, capsys):

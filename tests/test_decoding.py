@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
-from stage2_prior import decoding_products
+from stage2_prior import decoding, decoding_products
 from stage2_prior.decoding import GraphDecoder, StaticDecoder, StockDecoder, make_decoder
 from stage2_prior.decoding_products import Product, can_pack, pack, packed_product
 from stage2_prior.precision import largest_logit_difference, step_logits
@@ -174,15 +174,19 @@ def test_a_forward_pass_leaves_the_model_plain():
     assert isinstance(decoder_of(prior), StaticDecoder)
 
 
-@pytest.mark.skipif(not can_pack("cpu", torch.float32), reason="this build of torch has no oneDNN")
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33])
-def test_packed_products_are_products(rows):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 33, 130])
+def test_packed_products_are_products(rows, dtype):
+    if not can_pack("cpu", dtype):
+        pytest.skip("this build of torch, or this processor, has no such products")
     generator = torch.Generator().manual_seed(0)
-    x_NK, weight = torch.randn(rows, 40, generator=generator), torch.randn(56, 40, generator=generator)
-    bias = torch.randn(56, generator=generator)
-    found = packed_product(x_NK, pack(weight, rows + 1), bias)  # packed for another number of rows, as after the null rows are dropped
-    assert found.shape == (rows, 56) and found.is_contiguous()
-    torch.testing.assert_close(found, nn.functional.linear(x_NK, weight, bias), rtol=1e-5, atol=1e-5)
+    x_NK, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 40), (56, 40), (56,)))
+    packed = pack(weight, rows + 1)  # for another number of rows, as after the null rows are dropped
+    for each in (None, bias):
+        found = packed_product(dtype)(x_NK, packed, each)
+        assert found.shape == (rows, 56) and found.is_contiguous() and found.dtype == dtype
+        expected = nn.functional.linear(x_NK.double(), weight.double(), None if each is None else each.double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -208,8 +212,11 @@ def test_a_model_whose_matrices_are_packed(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_bfloat16_is_reported_and_small(architecture):
+@pytest.mark.parametrize("short", [0, 100])
+def test_bfloat16_is_reported_and_small(architecture, short, monkeypatch):
+    monkeypatch.setattr(decoding, "SHORT", short)  # keys and values of few positions in float32, of more in bf16
     prior, narrow = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
+    assert decoder_of(narrow).keys.dtype == (torch.float32 if short else torch.bfloat16)
     difference = largest_logit_difference(narrow, prior, random_ids(prior), CLASSES)
     assert 1e-3 < difference < 0.5
 

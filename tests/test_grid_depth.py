@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pipelines import ImageGenerationPipeline, stage_checks
 from pipelines.bundle import find_tokenizer
@@ -18,10 +19,12 @@ from pipelines.stage_checks import check_before_start, check_chain
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.digits_source import load_scans
 from stage1_tokenizer.images import ImageTransform, to_uint8
+from stage1_tokenizer.train import train
 from tests.tiny import CODES, GRID_SIZE, make_tiny_run, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.run_folder import RunFolder
+from vqmosaic.tracking import read_metrics
 
 DEPTH = 2
 RESIDUAL = {"tokenizer__quantizer": "residual", "tokenizer__residual_depth": DEPTH}
@@ -157,12 +160,37 @@ def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
 # --- other kinds of ids ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("changes", "learnt"), [
+    ({"tokenizer__quantizer": "simvq"}, "projection"),
+    ({"tokenizer__quantizer": "gradient"}, "codebook"),
+    ({"tokenizer__rotation_trick": "true"}, "codebook"),
+], ids=["simvq", "gradient", "ema, rotation"])
+def test_nearest_codes_that_learn_in_another_way_go_through_a_training(changes, learnt, tiny_run, tmp_path):
+    train(tiny_recipe(tmp_path / "run", **changes))
+    checkpoints = sorted((tmp_path / "run/checkpoints/tokenizer").glob("step-*"))
+    codes = [load_file(folder / "model.safetensors")[f"quantizer.{learnt}"] for folder in checkpoints]
+    assert len(codes) == 2 and not torch.equal(*codes), "what is learnt moves to the end"
+    records, usual = (read_metrics(folder / "logs/tokenizer/metrics.jsonl", "train") for folder in (tmp_path / "run", tiny_run))
+    assert len(records) == 6 and all(np.isfinite([record["quantizer_loss"], record["gradient_norm"]]).all() for record in records)
+    first, other = ([each[0][name] for name in ("quantizer_loss", "gradient_norm")] for each in (records, usual))
+    assert first != pytest.approx(other, rel=1e-4), "by a loss or a gradient that is not the default's"
+    tokenizer = ImageTokenizer.from_pretrained(tmp_path / "run/tokenizer")
+    images_BCHW = scans_as_images(tokenizer.transform, 16)
+    with torch.no_grad():
+        output = tokenizer(images_BCHW)
+    assert torch.equal(tokenizer.encode(images_BCHW), output.quantizer.ids) and len(output.quantizer.ids.unique()) > CODES // 4
+    torch.testing.assert_close(tokenizer.reconstruct(images_BCHW), output.reconstructions, rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {"tokenizer__quantizer": "fsq", "tokenizer__codebook_size": 64},
     {"tokenizer__quantizer": "lfq"},
     {"tokenizer__quantizer": "ibq"},
     {"tokenizer__quantizer": "gumbel"},
+    {"tokenizer__quantizer": "simvq"},
+    {"tokenizer__quantizer": "gradient"},
+    {"tokenizer__quantizer": "ema", "tokenizer__rotation_trick": "true"},
     {**RESIDUAL, "tokenizer__residual_kind": "simvq", "tokenizer__residual_shared": "true"},
 ], ids=lambda changes: "-".join(map(str, changes.values())))
 def test_every_kind_of_ids_goes_through_the_chain(changes, tmp_path):
@@ -184,8 +212,6 @@ def test_every_kind_of_ids_goes_through_the_chain(changes, tmp_path):
 @pytest.fixture(scope="module")
 def kl_run(tmp_path_factory) -> Path:
     """A run folder with a trained kl tokenizer and nothing else."""
-    from stage1_tokenizer.train import train
-
     folder = tmp_path_factory.mktemp("kl") / "run"
     train(tiny_recipe(folder, **KL))
     return folder

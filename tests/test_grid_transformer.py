@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stage2_prior import grid_transformer
+from stage2_prior.causal_lm import make_config
 from stage2_prior.grid_attention import KERNELS, LONGEST, attend, compiled_passes, queries_keys_values, rotate, trains_by_passes
 from stage2_prior.grid_transformer import (
     GridTransformer,
@@ -206,6 +207,19 @@ def test_presets_have_the_sizes_they_are_known_by():
         TokenPrior.from_preset("tiny", codebook_size=512, num_classes=10, num_tokens=60)
     with pytest.raises(InputError, match=r"prior.preset is 'Tiny'"):
         TokenPrior.from_preset("Tiny", codebook_size=512, num_classes=10, num_tokens=64)
+
+
+@pytest.mark.parametrize(("preset", "known", "own", "llama"), [
+    ("B", 111e6, 110_426_880, 110_136_576), ("L", 343e6, 336_139_264, 337_189_888),
+    ("XL", 775e6, 750_675_200, 751_328_000), ("XXL", 1.4e9, 1_410_657_792, 1_409_468_928)])
+def test_presets_with_16384_codes_are_about_as_large_as_llamagen_says(preset, known, own, llama):
+    """Counted without weights. LlamaGen rounds the widths of its feed-forward blocks further up."""
+    vocabulary = Vocabulary(grids=[Grid("image", 16384, 16, 16)], class_names=[*"0123456789"], token_fingerprint="none", label_drop=0.1)
+    for architecture, expected in (("grid_transformer", own), ("llama", llama)):
+        config, _ = make_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary)
+        with torch.device("meta"):
+            prior = TokenPrior(AutoModelForCausalLM.from_config(config), vocabulary)
+        assert prior.num_parameters == expected == pytest.approx(known, rel=0.04)
 
 
 def test_sizes_that_are_given_win_over_the_preset():

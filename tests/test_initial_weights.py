@@ -59,6 +59,7 @@ def test_tokenizer_folders_run_folders_pipelines_and_checkpoints_are_found(tiny_
     found = locate_initial_weights(str(tiny_run / CHECKPOINT))
     assert not found.is_export and found.file == tiny_run / CHECKPOINT / "weights_ema.safetensors"
     assert found.config["network"]["codebook_size"] == CONFIG.codebook_size, "as the run of the checkpoint recorded it"
+    assert found.config["transform"] == {"image_size": 16, "channels": 1}
 
 
 @pytest.mark.parametrize(("path", "words"), [
@@ -72,6 +73,13 @@ def test_other_paths_are_refused_in_words(path, words, tiny_run):
     with pytest.raises(InputError) as caught:
         locate_initial_weights(path.format(run=tiny_run))
     assert all(word in str(caught.value) for word in ["tokenizer_training.init_from is", *words])
+
+
+def test_of_a_checkpoint_outside_a_run_with_a_record_nothing_is_known(checkpoint, tiny_copy):
+    (tiny_copy / "stages/tokenizer.json").unlink()
+    for path in (checkpoint, tiny_copy / CHECKPOINT):
+        assert locate_initial_weights(str(path)).config == {}
+        assert read_initial_weights(str(path), CONFIG), "the strict loading will tell"
 
 
 def test_an_unfinished_run_offers_its_checkpoint(tiny_copy):
@@ -189,9 +197,10 @@ def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
         check(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"tokenizer.channels is 64 here and 32 there"):
         check(tiny_run, tokenizer__channels=64)
-    with pytest.raises(InputError, match=r"data.channels is 3, but .* was trained with 1; set data.channels to 1"):
-        check(tiny_run, data__channels=3)
-    assert check(tiny_run, data__image_size=32) == "start", "the network takes images of any size"
+    for path in (tiny_run, tiny_run / CHECKPOINT):
+        with pytest.raises(InputError, match=r"data.channels is 3, but .* was trained with 1; set data.channels to 1"):
+            check(path, data__channels=3)
+        assert check(path, data__image_size=32) == "start", "the network takes images of any size"
     check_init_from(tiny_recipe(tmp_path / "run"))
 
 
@@ -231,11 +240,43 @@ def test_locating_loads_no_torch(tiny_run):
 
 # --- fine-tuning itself ------------------------------------------------------------------------------------------------------
 
+DECODER = {"tokenizer_training__train_parts": "decoder", "tokenizer_training__max_steps": 2}
 
-def test_a_decoder_is_tuned_and_the_tokens_still_fit(tiny_run, tmp_path):
+
+@pytest.mark.parametrize("path", ["", CHECKPOINT], ids=["run", "checkpoint"])
+def test_a_decoder_is_tuned_and_the_tokens_still_fit(path, tiny_run, tmp_path):
     from stage1_tokenizer.train import train
 
-    train(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run, tokenizer_training__train_parts="decoder",
-                      tokenizer_training__max_steps=2))
+    train(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, **DECODER))
     before, after = (ImageTokenizer.from_pretrained(folder / "tokenizer") for folder in (tiny_run, tmp_path / "run"))
     assert after.token_fingerprint == before.token_fingerprint and after.full_fingerprint != before.full_fingerprint
+
+
+def refusals(recipe) -> list[str]:
+    """What the check before the start and the training itself, as under a launcher of the user's own, say to a recipe."""
+    from stage1_tokenizer.train import train
+
+    words = []
+    for refuse in (lambda: check_before_start(recipe, "tokenizer"), lambda: train(recipe)):
+        with pytest.raises(InputError) as caught:
+            refuse()
+        words.append(str(caught.value))
+    return words
+
+
+@pytest.mark.parametrize("path", ["tokenizer", CHECKPOINT], ids=["export", "checkpoint"])
+def test_a_decoder_alone_is_not_tuned_on_images_of_another_size(path, tiny_run, tmp_path):
+    """The network would take them, but its tokens, and so the fingerprint that priors know, would be others."""
+    for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, data__image_size=32, **DECODER)):
+        for word in ("data.image_size is 32", str(tiny_run / path), "made with 16", "Set data.image_size to 16",
+                     "tokenizer_training.train_parts to all"):
+            assert word in words
+    assert not (tmp_path / "run/stages/tokenizer.json").exists() and not (tmp_path / "run/tokenizer").exists()
+
+
+def test_a_decoder_alone_is_not_tuned_where_nothing_tells_the_size_of_the_images(checkpoint, tmp_path):
+    for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint, **DECODER)):
+        for word in ("train_parts is 'decoder'", "nothing tells with which data.image_size", str(checkpoint), "a tokenizer folder",
+                     "<run_dir>/checkpoints/tokenizer", "tokenizer_training.train_parts to all"):
+            assert word in words
+    assert check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint), "tokenizer") == "start"

@@ -1,6 +1,7 @@
 """LPIPS from weight files in their real layouts, with random numbers in them: found, loaded strictly, and computed as others compute it."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import stage1_tokenizer.perceptual_weights as places
+from pipelines.stage_checks import check_before_start
+from stage1_tokenizer import train as train_module
 from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights, hub_checkpoints, resolve_perceptual_weights
 from tests.test_structure import loaded, modules_after
+from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import load_record
+from vqmosaic.tracking import read_metrics
 
 WIDTHS = (64, 128, 256, 512, 512)
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -303,3 +310,35 @@ def test_autocast_and_half_precision_images_change_nothing(lpips):
 def test_small_images_are_refused(lpips):
     with pytest.raises(InputError, match=r"\(2, 3, 8, 8\) are too small for LPIPS; it needs at least 16 pixels"):
         lpips(*pair(8))
+
+
+# --- training with it ------------------------------------------------------------------------------------------------------------
+
+
+def train(run_dir: Path, **changes) -> list[dict]:
+    """What a training of two small steps wrote down of each of them."""
+    train_module.train(tiny_recipe(run_dir, tokenizer_training__max_steps=2, tokenizer_training__batch_size=4, **changes))
+    return read_metrics(RunFolder(run_dir).logs("tokenizer") / "metrics.jsonl", "train")
+
+
+def test_a_training_learns_from_it_and_writes_it_down_by_its_name(weights, tmp_path):
+    plain = train(tmp_path / "plain")
+    records = train(tmp_path / "run", tokenizer_training__perceptual_weight=0.5, tokenizer_training__perceptual_loss="lpips",
+                    tokenizer_training__perceptual_weights=weights)
+    assert len(records) == 2 and all(math.isfinite(record["perceptual_loss"]) and record["perceptual_loss"] > 0 for record in records)
+    assert not any("perceptual_loss" in record for record in plain)
+    assert records[0]["reconstruction_loss"] == plain[0]["reconstruction_loss"], "the same pictures from the same start"
+    assert records[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=1e-3), "and something more to learn from"
+
+
+def test_a_training_whose_weights_are_missing_or_broken_is_refused_before_step_0(weights, tmp_path):
+    changes = {"tokenizer_training__perceptual_weight": 0.5, "tokenizer_training__perceptual_weights": tmp_path / "nowhere"}
+    for refuse in (lambda: check_before_start(tiny_recipe(tmp_path / "run", **changes), "tokenizer"), lambda: train(tmp_path / "run", **changes)):
+        with pytest.raises(InputError, match=r"perceptual_weights is .*nowhere.*does not exist"):
+            refuse()
+    (tmp_path / "vgg16.pth").write_bytes(b"cut short")  # which is found by its name, and only read when it is loaded
+    (tmp_path / "vgg_lpips.pth").symlink_to(weights / "vgg_lpips.pth")
+    with pytest.raises(InputError, match=r"vgg16.pth, which is no file of weights"):
+        train(tmp_path / "run", **changes | {"tokenizer_training__perceptual_weights": tmp_path})
+    run = RunFolder(tmp_path / "run")
+    assert load_record(run, "tokenizer") is None and not list(run.checkpoints("tokenizer").glob("step-*"))

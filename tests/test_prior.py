@@ -326,6 +326,7 @@ def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
     dropped = [batches.dropped(np.full(3000, epoch), np.arange(3000)) for epoch in range(6)]
     assert [flags.mean() for flags in dropped] == pytest.approx([0.2] * 6, abs=0.03)
     assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.04, abs=0.015)
+    assert (dropped[0][1:] & dropped[0][:-1]).mean() == pytest.approx(0.04, abs=0.015), "nor do neighbours go together"
     again = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000))
     assert (again == dropped[4]).all()
     assert not (TokenBatches(reader, VOCABULARY, seed=8, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000)) == dropped[4]).all()

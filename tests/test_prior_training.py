@@ -190,12 +190,12 @@ def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):
 
 def test_the_plan_says_which_attention_is_used(run_dir, capsys):
     model = tiny_prior().model
-    assert describe_attention(model, torch.device("cpu")) == "sdpa"
-    words = describe_attention(model, torch.device("cuda"))
+    assert describe_attention(model, torch.device("cpu"), "bf16") == "sdpa"
+    words = describe_attention(model, torch.device("cuda"), "bf16")
     assert words.startswith("sdpa (") and "flash" in words and "math" in words and words.endswith("enabled)")
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert "flash" not in describe_attention(model, torch.device("cuda"))
+        assert "flash" not in describe_attention(model, torch.device("cuda"), "bf16")
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
     train(run_dir, max_steps=1)

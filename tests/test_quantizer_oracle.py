@@ -86,9 +86,13 @@ def test_diveq_gives_their_gradient():
 
 def their_simvq(ours: torch.nn.Module, **fields) -> torch.nn.Module:
     other = theirs.SimVQ(dim=D, codebook_size=K, channel_first=True, input_to_quantize_commit_loss_weight=0.25, **fields).train()
+    copy_simvq(ours, other)
+    return other
+
+
+def copy_simvq(ours: torch.nn.Module, other: torch.nn.Module) -> None:
     other.frozen_codebook.copy_(ours.frozen_codebook)
     other.code_transform.weight.data.copy_(ours.projection)
-    return other
 
 
 def test_simvq_is_theirs_in_ids_values_losses_and_gradients():
@@ -145,11 +149,13 @@ def test_lfq_is_theirs(size, code_dim):
     torch.testing.assert_close(ours.ids_to_latents(output.ids), other.indices_to_codes(ids_Bhw))
 
 
-def test_residual_of_ema_follows_theirs_step_by_step():
-    """The levels' losses are averaged here and listed there. Their gradient passes through every level and so arrives `depth` times; ours once.
+def rows(images_BDhw: torch.Tensor) -> torch.Tensor:
+    """Vectors (1, N, D) of images (B, D, h, w): their residual quantizer takes no images as of 1.32."""
+    return images_BDhw.permute(0, 2, 3, 1).reshape(1, -1, images_BDhw.shape[1])
 
-    Rows (1, N, D): their residual quantizer takes no images as of 1.32.
-    """
+
+def test_residual_of_ema_follows_theirs_step_by_step():
+    """The levels' losses are averaged here and listed there. Their gradient passes through every level and so arrives `depth` times; ours once."""
     ours = QUANTIZERS["residual"](K, D, residual_depth=3, ema_decay=0.9, commitment_weight=0.25, revival_threshold=0.0).train()
     other = theirs.ResidualVQ(dim=D, num_quantizers=3, codebook_size=K, decay=0.9, commitment_weight=0.25,
                               rotation_trick=False, threshold_ema_dead_code=0).train()
@@ -158,10 +164,57 @@ def test_residual_of_ema_follows_theirs_step_by_step():
         layer._codebook.embed_avg.copy_(level.codebook[None])
     for count in range(3):
         latents_BDhw = latents(seed=count)
-        output, (quantized_1ND, ids_1Nd, losses) = ours(latents_BDhw), other(latents_BDhw.permute(0, 2, 3, 1).reshape(1, -1, D))
+        output, (quantized_1ND, ids_1Nd, losses) = ours(latents_BDhw), other(rows(latents_BDhw))
         assert torch.equal(output.ids.view(1, -1, 3), ids_1Nd)
-        torch.testing.assert_close(output.quantized.permute(0, 2, 3, 1).reshape(1, -1, D), quantized_1ND)
+        torch.testing.assert_close(rows(output.quantized), quantized_1ND)
         torch.testing.assert_close(output.loss, losses.mean())
         ours.commit()
         for level, layer in zip(ours.levels, other.layers, strict=True):
             torch.testing.assert_close(level.codebook, layer._codebook.embed[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ema", "gradient"])
+def test_residual_with_one_codebook_for_all_levels_is_theirs_in_ids_values_and_losses(kind):
+    """How the codebook then learns by averages differs: theirs decay once a level, ours once a step. By gradient it is the same."""
+    learnt = kind == "gradient"
+    weights = {"commitment_weight": 1.0, "codebook_weight": 1.0} if learnt else {"commitment_weight": 0.25}
+    ours = QUANTIZERS["residual"](K, D, residual_depth=3, residual_kind=kind, residual_shared=True, revival_threshold=0.0, **weights).train()
+    other = theirs.ResidualVQ(dim=D, num_quantizers=3, codebook_size=K, shared_codebook=True, commitment_weight=weights["commitment_weight"],
+                              rotation_trick=False, threshold_ema_dead_code=0, learnable_codebook=learnt, ema_update=not learnt).train()
+    codebook = other.layers[0]._codebook
+    assert all(layer._codebook is codebook for layer in other.layers)
+    codebook.embed.data.copy_(ours.levels[0].codebook.detach()[None])
+    first, second = latents().requires_grad_(), latents().requires_grad_()
+    output, (quantized_1ND, ids_1Nd, losses) = ours(first), other(rows(second))
+    assert torch.equal(output.ids.view(1, -1, 3), ids_1Nd)
+    torch.testing.assert_close(rows(output.quantized), quantized_1ND)
+    torch.testing.assert_close(output.loss, (2 if learnt else 1) * losses.mean())  # at weights 1 ours has two terms of the same value
+    output.loss.backward()
+    losses.mean().backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    if learnt:
+        torch.testing.assert_close(ours.levels[0].codebook.grad, codebook.embed.grad[0])
+        torch.testing.assert_close(rows(ours.ids_to_latents(output.ids)), other.get_output_from_indices(ids_1Nd))
+
+
+def test_residual_of_simvq_is_theirs_in_ids_values_losses_and_gradients():
+    """Theirs knows no codebook that levels share."""
+    ours = QUANTIZERS["residual"](K, D, residual_depth=3, residual_kind="simvq", commitment_weight=0.25, codebook_weight=1.0).train()
+    other = theirs.ResidualSimVQ(dim=D, num_quantizers=3, codebook_size=K, channel_first=True, rotation_trick=False,
+                                 input_to_quantize_commit_loss_weight=0.25).train()
+    rng = torch.Generator().manual_seed(0)
+    for level, layer in zip(ours.levels, other.layers, strict=True):
+        with torch.no_grad():
+            level.projection += 0.3 * torch.randn(D, D, generator=rng)
+        copy_simvq(level, layer)
+    first, second = latents().requires_grad_(), latents().requires_grad_()
+    output, (quantized_BDhw, ids_Bhwd, losses) = ours(first), other(second)
+    assert torch.equal(output.ids, ids_Bhwd)
+    torch.testing.assert_close(output.quantized, quantized_BDhw)
+    torch.testing.assert_close(ours.ids_to_latents(output.ids), other.get_output_from_indices(ids_Bhwd))
+    torch.testing.assert_close(output.loss, losses.mean())
+    output.loss.backward()
+    losses.mean().backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    for level, layer in zip(ours.levels, other.layers, strict=True):
+        torch.testing.assert_close(level.projection.grad, layer.code_transform.weight.grad)

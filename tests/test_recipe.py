@@ -55,6 +55,15 @@ def test_every_shipped_recipe_loads(name):
     assert load_recipe(name).run_dir == f"runs/{name}"
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_learning_rates_of_shipped_recipes_follow_the_batch(name):
+    for section in ("tokenizer_training", "prior_training"):
+        shipped = getattr(load_recipe(name), section)
+        assert shipped.learning_rate_factor == 1
+        smaller = getattr(load_recipe(name, [f"--{section}.batch_size={shipped.batch_size // 4}"]), section)
+        assert smaller.learning_rate_factor == 0.5
+
+
 def test_the_recipes_are_shipped():
     assert shipped_names() == ["cifar10", "cifar10_vqgan", "digits", "image_folder", "imagenet256"]
 

@@ -27,6 +27,9 @@ STEP, CHECKPOINT, HALF_WRITTEN = "vqmosaic.training_run:TrainingRun.optimizer_st
 EXPORTS = {"tokenizer": "stage1_tokenizer.tokenizer:publish", "prior": "stage2_prior.prior:publish"}
 RANDOM = {"data__shift": 1, "tokenizer__dropout": 0.1, "prior__dropout": 0.1, "prior_training__label_drop": 0.3}
 """Everything random is on."""
+OWN = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior__options": '{"embedding_blocks": 1}',
+       "prior_training__optimizer": "muon"}
+"""The project's own model, with one block that has embeddings of all ids and one that has those of the classes alone, and its own optimizer."""
 
 
 def die_at(place: str, nth: int) -> None:
@@ -148,15 +151,17 @@ def test_a_killed_training_ends_like_a_straight_one(stage, tiny_run, tmp_path, c
     ("tokenizer", {"tokenizer_training__mixed_precision": "bf16", "tokenizer_training__log_every": 2}),
     ("prior", {"prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 4, "prior_training__export": "last"}),
     ("prior", {"prior__architecture": "gpt2", "prior_training__window_shards": 1}),
-], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows"])
+    ("prior", {**OWN, "prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 2}),
+], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows", "own, bf16, accumulation"])
 def test_a_killed_training_of_another_kind_ends_like_a_straight_one(stage, changes, tiny_run, tmp_path, call):
     assert_killed_equals_straight(stage, make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "killed"), changes, call)
 
 
 @pytest.mark.slow
-def test_a_prior_killed_five_times_at_random_moments_ends_like_a_straight_one(tiny_run, tmp_path, fork_server, call):
+@pytest.mark.parametrize("kind", [{}, OWN, {**OWN, "prior_training__mixed_precision": "bf16"}], ids=["llama, adamw", "own", "own, bf16"])
+def test_a_prior_killed_five_times_at_random_moments_ends_like_a_straight_one(kind, tiny_run, tmp_path, fork_server, call):
     """From outside, while it steps, validates, writes or removes; each time after it has written a checkpoint of its own."""
-    changes = {**RANDOM, "prior_training__max_steps": 120, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
+    changes = {**RANDOM, **kind, "prior_training__max_steps": 120, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
     straight, killed = make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "killed")
     assert call("prior", straight, changes)[0] == 0
     moments, log, checkpoints = random.Random(7), tmp_path / "log", RunFolder(killed).checkpoints("prior")

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -166,6 +167,22 @@ def test_workers_of_a_loader_give_what_one_process_gives(folder, rank):
     for step, (ids_BT, classes_B) in enumerate(loaded):
         expected_ids_BT, expected_classes_B = fresh.batch(step, 30, rank, 2)
         assert torch.equal(ids_BT, expected_ids_BT) and torch.equal(classes_B, expected_classes_B)
+
+
+def test_label_drop_of_a_batch_costs_the_same_whatever_the_size_of_the_data(folder, monkeypatch):
+    batches, size = batches_of(folder), 10**12
+    monkeypatch.setattr(TokenShardReader, "__len__", lambda reader: size)
+    epochs_B, samples_B = np.repeat([3, 10**12], 4000), np.tile(size - 1 - np.arange(4000), 2)
+    tracemalloc.start()
+    dropped_B = batches.dropped(epochs_B, samples_B)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20 and dropped_B.shape == (8000,) and dropped_B.dtype == bool
+    of_early, of_late = dropped_B.reshape(2, 4000)
+    assert [of_early.mean(), of_late.mean()] == pytest.approx([0.2, 0.2], abs=0.03)
+    assert (of_early & of_late).mean() == pytest.approx(0.04, abs=0.015)
+    backwards = slice(None, None, -3)
+    assert (batches.dropped(epochs_B[backwards], samples_B[backwards]) == dropped_B[backwards]).all(), "whatever else is in the batch"
 
 
 def test_going_on_anywhere_equals_running_through(folder):

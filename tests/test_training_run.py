@@ -16,14 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.train_prior import sample_pictures
+from pipelines.train_prior import COLUMNS, ROWS, sample_pictures
+from pipelines.train_prior import main as train_prior_with_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
+from stage1_tokenizer.image_grid import GAP
 from stage2_prior import train as train_prior
 from stage2_prior.prior import TokenPrior
 from stage2_prior.sampling import sample_tokens
@@ -384,6 +388,29 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+# --- sample pictures -------------------------------------------------------------------------------------------------------------
+
+
+def assert_shows_images(picture: Path, size: int = 16) -> None:
+    """Each place of the picture has an image on it and no bare surface, and they are not all the same one."""
+    scale, step = 64 // size, size + GAP
+    with Image.open(picture) as image:
+        canvas = np.asarray(image)[::scale, ::scale]
+    assert canvas.shape == (ROWS * step + GAP, COLUMNS * step + GAP)
+    images_NHW = canvas[GAP:, GAP:].reshape(ROWS, step, COLUMNS, step)[:, :size, :, :size].swapaxes(1, 2).reshape(-1, size, size)
+    assert (np.ptp(images_NHW, axis=(1, 2)) > 0).all() and len(np.unique(images_NHW, axis=0)) > 1
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (10, [7])])
+def test_samples_are_pictured_every_so_many_steps_and_at_the_end(every, expected, tiny_run, run_dir):
+    train_prior_with_pictures(["digits", *tiny_overrides(run_dir, tokens__tokenizer=tiny_run / "tokenizer", prior_training__max_steps=7,
+                                                         prior_training__validate_every=every)])
+    pictures = sorted((RunFolder(run_dir).logs("prior") / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"step-{step:08d}.png" for step in expected]
+    for path in pictures:
+        assert_shows_images(path)
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -447,7 +474,10 @@ def test_a_signal_cuts_sample_pictures_short(tiny_run, run_dir, tmp_path):
             save(SimpleNamespace(vocabulary=vocabulary, sample=functools.partial(sample_tokens, prior.model, vocabulary)), 2, tmp_path, stop)
         stop.signal = signal.SIGINT
         save(prior, 3, tmp_path, stop)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-00000001.png", "step-00000002.png"]
+    pictures = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in pictures] == ["step-00000001.png", "step-00000002.png"]
+    for path in pictures:
+        assert_shows_images(path)
 
 
 def test_a_second_signal_ends_at_once():

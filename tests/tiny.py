@@ -21,12 +21,13 @@ SETTINGS = {
     "tokenizer.channel_multipliers": [1, 1, 1], "tokenizer.residual_blocks": 1, "tokenizer.middle_attention": "false",
     "tokenizer_training.max_steps": 6, "tokenizer_training.batch_size": 16, "tokenizer_training.validation_images": 64,
     "tokenizer_training.validate_every": 3, "tokenizer_training.checkpoint_every": 2, "tokenizer_training.log_every": 1,
-    "tokenizer_training.mixed_precision": "no",
+    "tokenizer_training.mixed_precision": "no", "tokenizer_training.learning_rate_batch": "null",
     "tokens.views": "none", "tokens.images_per_shard": 400, "tokens.batch_size": 32, "tokens.threads": 1,
     "prior.width": 32, "prior.layers": 1, "prior.heads": 2,
     "prior_training.max_steps": 6, "prior_training.batch_size": 16, "prior_training.validation_images": 64,
     "prior_training.validate_every": 3, "prior_training.checkpoint_every": 2, "prior_training.log_every": 1,
-    "prior_training.mixed_precision": "no", "prior_training.label_drop": 0.1, "prior_training.export": "best",
+    "prior_training.mixed_precision": "no", "prior_training.learning_rate_batch": "null", "prior_training.label_drop": 0.1,
+    "prior_training.export": "best",
     "sampling.guidance_scale": 1.5, "sampling.temperature": 1.0, "sampling.top_k": 0, "sampling.top_p": 1.0,
 }
 """What makes the digits recipe tiny: 16 tokens of 32 codes, six steps a stage, a checkpoint every two."""

@@ -151,7 +151,8 @@ class TokenizerTrainingConfig(TrainingConfig):
     perceptual_weight: float = 0.0
     """Weight of the perceptual loss beside the reconstruction loss; 0 is off."""
     perceptual_loss: str = "lpips"
-    """lpips (VGG features, needs torchvision and weight files), or discriminator_features (feature matching, needs adversarial.weight)."""
+    """lpips (features of VGG16; needs weight files, and torchvision only to download them), or discriminator_features (feature matching, needs
+    adversarial.weight)."""
     perceptual_weights: str | None = unrecorded(None)
     """lpips only: folder or file of its weights; null looks in the usual cache of torch and of the lpips package."""
     init_from: str | None = None

@@ -178,6 +178,7 @@ class TrainingRun:
         self.report.table("plan", {
             **facts,
             "parameters": f"{count:,}",
+            "optimizer": "Muon for the inner matrices, AdamW for the rest" if isinstance(self.optimizers[0].optimizer, Muon) else "AdamW",
             "learning rate": learning_rate_rule(self.training),
             "memory of the training state": f"about {count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
                                             + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),

@@ -11,7 +11,7 @@ import torch
 
 from vqmosaic.seeding import derive_seed
 
-# Bytes of codes and of scores worked on at a time. On a CPU both stay in its cache; a GPU wants few large pieces.
+# Bytes of codes and of scores worked on at a time. On a CPU both stay in its cache; a GPU should want few large pieces (not measured).
 WORKING_SET_BYTES = {"cpu": (2**20, 4 * 2**20)}
 LARGE_WORKING_SET_BYTES = (16 * 2**20, 32 * 2**20)
 GROUP = 64
