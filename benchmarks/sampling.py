@@ -53,7 +53,7 @@ class Preset(NamedTuple):
 PRESETS = {"tiny": Preset(6, 256, 4, 1024, 8, 64, 2.0, 3.0), "B": Preset(12, 768, 12, 1024, 16, 4, 1.8, 3.5)}
 GPU_PRESETS = {"B": Preset(12, 768, 12, 16384, 16, 1, 0, 0), "XL": Preset(36, 1280, 20, 16384, 16, 1, 0, 0)}
 BANDWIDTH_SHARE = 0.5
-"""What XL, batch 1, on a GPU is asked to reach of the time that reading its weights once for each token takes."""
+"""Share of the limit by memory, weights being read once for each token, that XL with batch 1 has to reach."""
 
 
 def make_prior(preset: Preset, architecture: str) -> TokenPrior:

@@ -34,7 +34,7 @@ from vqmosaic.training_run import TrainingRun
 BATCH, ROUNDS, STEPS, ORDERS, HELD_OUT, LEARNING_RATE = 32, 15, 50, 3, 512, 5e-4
 WIDTHS = (32, 64, 128)
 SPREAD = 0.3
-"""dB by which the mean over three orders of the images differs from that over three others."""
+"""dB by which such means may differ: one run differs from the next, with another order of the images, by a quarter of a dB."""
 
 
 class Peer:

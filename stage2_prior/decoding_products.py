@@ -1,9 +1,9 @@
 """Products of a few rows with large matrices, which are most of the work when tokens are drawn one after another on a CPU.
 
 With few rows a product is bound by reading the weights. The usual one (F.linear) reads them in an order that does not suit that; oneDNN takes them
-packed. In bf16 that is its linear operator, measured 1.3 to 1.6 times as fast on the rows and matrices of priors; in float32 its 1 x 1 convolution,
-1.4 to 2 times on those of a B model (benchmarks/sampling.py), to which N rows of K numbers are a picture of 1 x N pixels with K channels. These are
-the operators that torch.compile uses when it freezes weights.
+packed. In bf16 that is its linear operator, 1.3 to 1.6 times as fast on the rows and matrices of priors; in float32 its 1 x 1 convolution, 1.4 to 2
+times on those of a B model (both measured by hand; benchmarks/sampling.py times whole calls), to which N rows of K numbers are a picture of 1 x N
+pixels with K channels. These are the operators that torch.compile uses when it freezes weights.
 """
 
 import functools

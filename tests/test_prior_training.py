@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipelines.command_line import dispatch
 from stage2_prior import losses, training_start
 from stage2_prior import train as train_prior
-from stage2_prior.grid_attention import compiled_passes
+from stage2_prior.grid_attention import LONGEST, compiled_passes
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.overfit import entropy_of_choice, overfit, recipe_by_heart
 from stage2_prior.prior import TokenPrior
@@ -198,6 +198,10 @@ def test_the_plan_says_which_attention_is_used(run_dir, capsys):
         assert "flash" not in describe_attention(model, torch.device("cuda"), "bf16")
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
+    own, cpu = tiny_prior("grid_transformer").model, torch.device("cpu")
+    for longest, precision, expected in ((LONGEST, "bf16", "own passes"), (LONGEST + 1, "bf16", "sdpa"), (LONGEST, "no", "sdpa")):
+        own.config.max_position_embeddings = longest + 1  # the class before all ids, of which the last is never read
+        assert describe_attention(own, cpu, precision).startswith(expected)
     train(run_dir, max_steps=1)
     assert "    attention                     sdpa\n" in capsys.readouterr().out
 

@@ -217,7 +217,6 @@ def test_ids_would_depend_on_precision_settings_without_the_guard(case, how, mon
     assert not torch.equal(output.ids, expected.ids)
 
 
-
 @pytest.mark.parametrize("case", CASES)
 def test_non_finite_latents_give_ids_in_range_and_show_in_what_a_trainer_sees(case):
     module = make(case)

@@ -161,7 +161,7 @@ def test_a_killed_training_of_another_kind_ends_like_a_straight_one(stage, chang
 @pytest.mark.parametrize("kind", [{}, OWN, {**OWN, "prior_training__mixed_precision": "bf16"}], ids=["llama, adamw", "own", "own, bf16"])
 def test_a_prior_killed_five_times_at_random_moments_ends_like_a_straight_one(kind, tiny_run, tmp_path, fork_server, call):
     """From outside, while it steps, validates, writes or removes; each time after it has written a checkpoint of its own."""
-    changes = {**RANDOM, **kind, "prior_training__max_steps": 120, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
+    changes = {**RANDOM, **kind, "prior_training__max_steps": 240, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
     straight, killed = make_run(tiny_run, tmp_path / "straight"), make_run(tiny_run, tmp_path / "killed")
     assert call("prior", straight, changes)[0] == 0
     moments, log, checkpoints = random.Random(7), tmp_path / "log", RunFolder(killed).checkpoints("prior")
@@ -178,7 +178,7 @@ def test_a_prior_killed_five_times_at_random_moments_ends_like_a_straight_one(ki
         assert process.exitcode == -signal.SIGKILL, "the training had ended before"
         resumed += [resumed_step(log.read_text())] if number else []
     code, output = call("prior", killed, changes)
-    assert code == 0 and 0 < resumed[0] < resumed[1] < resumed[2] < resumed[3] < resumed_step(output) <= 120
+    assert code == 0 and 0 < resumed[0] < resumed[1] < resumed[2] < resumed[3] < resumed_step(output) <= 240
     expected, found = results(straight, "prior"), results(killed, "prior")
     assert expected.keys() == found.keys()
     assert [name for name, content in expected.items() if found[name] != content] == []
