@@ -179,7 +179,7 @@ def write_million(folder: Path) -> None:
 
 
 def waiting(folder: Path, batch_size: int) -> tuple[float, float]:
-    """Seconds of a step of the fastest prior that needs no compiler (benchmarks/prior_step.py), and the share of steps that is their wait for data."""
+    """Seconds of a step of the fastest prior that needs no compiler (benchmarks/prior_step.py), and the share that is their wait for data."""
     reader = TokenShardReader(folder / "shards", seed=0)
     prior = Ours("grid_transformer", "adamw", "bf16" if cpu_has_bf16() else "no", batch_size)
     batches = TokenBatches(reader, dataclasses.replace(prior.prior.vocabulary, token_fingerprint=reader.manifest.token_fingerprint,
