@@ -7,9 +7,9 @@
 
 One frozen tokenizer (recipe cifar10: 8x8 tokens of 512 codes), the same shards for both. The peer is nanoGPT's 6-layer 256-wide GPT with the class
 token in front and the optimizer settings of its configuration for small networks; ours is the recipe cifar10 through `train-prior`'s own code,
-with this budget, no dropout (no image is seen twice), the batch of the peer at the recipe's learning rate, and the last weights of each. Judged by
-NLL on all test images, and on 2,000 samples, 200 of a class: Frechet distance to the test images in the features of a small classifier that this
-script trains, and the share that it takes for the class asked for.
+with this budget, no dropout (no image is seen more than a few times), the batch of the peer at the recipe's learning rate, and the last weights of
+each. Judged by NLL on all test images, and on 2,000 samples, 200 of a class: Frechet distance to the test images in the features of a small
+classifier that this script trains, and the share that it takes for the class asked for.
 """
 
 import argparse

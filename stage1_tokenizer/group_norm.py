@@ -30,17 +30,19 @@ class GroupNorm(nn.GroupNorm):
     def as_line(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         """GroupNorm in float32 as torch.compile makes few passes of it: channels of an image times one number, plus another.
 
-        What channels of a group have in common is a product with a matrix, which the compiler computes once and not for each element: in float64,
-        for a variance is the small difference of large numbers, and products in float32 may be set to be less exact.
+        What channels of a group have in common goes from and to channels by products with a matrix, whose results the compiler computes once and not
+        for each element. In float64, for a variance is the small difference of large numbers, and products in float32 may be set to be less exact.
         """
         x_BCHW = x_BCHW.float()
         channels = x_BCHW.shape[1]
         group_C = torch.arange(channels, device=x_BCHW.device) // (channels // self.num_groups)
-        shares_CC = (group_C[:, None] == group_C).double() / (channels // self.num_groups)
+        is_in_CG = (group_C[:, None] == torch.arange(self.num_groups, device=x_BCHW.device)).double()
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            mean_BC, square_BC = x_BCHW.mean((2, 3)).double() @ shares_CC, x_BCHW.square().mean((2, 3)).double() @ shares_CC
-        a_BC = torch.rsqrt((square_BC - mean_BC.square()).clamp_min(0) + self.eps).float() * self.weight
-        b_BC = self.bias - mean_BC.float() * a_BC
+            mean_BG, square_BG = (each.double() @ is_in_CG * (self.num_groups / channels)
+                                  for each in (x_BCHW.mean((2, 3)), x_BCHW.square().mean((2, 3))))
+            scale_BG = torch.rsqrt((square_BG - mean_BG.square()).clamp_min(0) + self.eps)
+            scale_BC, shift_BC = (each.float() for each in (scale_BG @ is_in_CG.T, mean_BG * scale_BG @ is_in_CG.T))
+        a_BC, b_BC = scale_BC * self.weight, self.bias - shift_BC * self.weight
         return x_BCHW * a_BC[:, :, None, None] + b_BC[:, :, None, None]
 
 
