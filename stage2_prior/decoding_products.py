@@ -7,7 +7,7 @@ pixels with K channels. These are the operators that torch.compile uses when it 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, [1, weight.shape[1], 1, rows])
 
 
-def packed_product(dtype: torch.dtype):
+def packed_product(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """The function of rows (N, K), packed matrix and bias that gives the product (N, outputs)."""
     return packed_linear if dtype == torch.bfloat16 else packed_convolution
 
