@@ -209,7 +209,8 @@ def test_flags_come_back_after_an_error():
             nearest_codes(torch.randn(4, D), torch.randn(K, D + 1))
         assert flags() == inside
         with full_precision(torch.device("cpu")):
-            assert {flag.fp32_precision for flag in PRODUCTS} == {"ieee"}  # not every processor lowers what it is allowed to
+            on_cpu = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+            assert {flag.fp32_precision for flag in on_cpu} == {"ieee"}  # not every processor lowers what it is allowed to
 
 
 def test_a_large_codebook_is_never_held_against_all_vectors():
@@ -382,6 +383,20 @@ def test_candidates_are_bounded():
     module = quantizer(4096, 2)
     assert module._candidates(torch.randn(10_000, 2)).shape == (REVIVAL_CANDIDATES, 2)
     assert module._candidates(torch.randn(10, 2)).shape == (10, 2)
+    assert module._candidates(torch.randn(1, 2)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("vectors", [64, 1000, 1597, 4096])  # 1597 and its golden section are numbers of Fibonacci
+def test_candidates_are_different_vectors_and_few_of_them_come_from_all_parts_of_a_batch(vectors):
+    module = quantizer(4096, 1)
+    numbers_N1 = torch.arange(vectors, dtype=torch.float32)[:, None]
+    first, second = [], []
+    for into in (first, second):
+        into += module._candidates(numbers_N1)[:, 0].int().tolist()
+        module.commits += 1
+    assert len(set(first)) == len(first) == min(vectors, REVIVAL_CANDIDATES)
+    assert first[:4] != second[:4]
+    assert len({8 * number // vectors for number in first[:16]}) == 8
 
 
 # --- k-means ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """What quantizers with an explicit codebook share: statistics that wait for commit(), counts of use, revival of dead codes."""
 
+import itertools
+import math
 from abc import abstractmethod
 
 import torch
 import torch.distributed as dist
 
 from stage1_tokenizer.quantizers.protocol import Quantizer
-from vqmosaic.seeding import generator
+from vqmosaic.seeding import derive_seed
 
 REVIVAL_CANDIDATES = 1024
+GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 
 
 class CodebookQuantizer(Quantizer):
@@ -69,12 +72,19 @@ class CodebookQuantizer(Quantizer):
         return torch.cat([vectors for vectors, _ in pending]), torch.cat([ids for _, ids in pending])
 
     def _candidates(self, vectors_ND: torch.Tensor) -> torch.Tensor:
-        """R vectors (R, D) of the global batch chosen by f(seed, commit); a rank fills in its own, zeros elsewhere."""
+        """R vectors (R, D) of the global batch chosen by f(seed, commit); a rank fills in its own, zeros elsewhere.
+
+        They lie a golden section of the batch apart, as any number of them then spreads evenly over it; a draw takes far longer.
+        """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         total = len(vectors_ND) * world
         count = min(self.codebook_size, total, REVIVAL_CANDIDATES)
-        chosen_R = generator(self.seed, "revival", int(self.commits)).choice(total, count, replace=False)
-        local_R = torch.from_numpy(chosen_R - rank * len(vectors_ND)).to(vectors_ND.device)
+        stride = next(step for step in itertools.count(round(total * GOLDEN_SECTION)) if math.gcd(step, total) == 1)  # meets each vector once
+        start = derive_seed(self.seed, "revival", int(self.commits)) % total
+        chosen_R = torch.arange(start, start + count * stride, stride, device=vectors_ND.device).remainder_(total)
+        if world == 1:
+            return vectors_ND.index_select(0, chosen_R)
+        local_R = chosen_R - rank * len(vectors_ND)
         is_here_R1 = ((local_R >= 0) & (local_R < len(vectors_ND)))[:, None]
         return torch.where(is_here_R1, vectors_ND[local_R.clamp(0, len(vectors_ND) - 1)], 0.0)
 

@@ -20,14 +20,20 @@ GROUP = 64
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """A context in which float32 matrix products and convolutions are float32: no autocast, no TF32, no bf16 inside."""
-    flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.mkldnn.conv: torch.backends.mkldnn,
-             torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
+    if device.type == "cuda":
+        flags = {torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
+    else:
+        flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.mkldnn.conv: torch.backends.mkldnn}
     # a flag that was never set reads as the wider one above it; written back as read, it would no longer follow that one
-    before = {flag: "none" if flag.fp32_precision == wider.fp32_precision else flag.fp32_precision for flag, wider in flags.items()}
+    before = {flag: "none" if flag.fp32_precision == wider.fp32_precision else flag.fp32_precision
+              for flag, wider in flags.items() if flag.fp32_precision != "ieee"}
     try:
-        for flag in flags:
+        for flag in before:
             flag.fp32_precision = "ieee"
-        with torch.autocast(device_type=device.type, enabled=False):
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device_type=device.type, enabled=False):
+                yield
+        else:  # entering autocast costs as much as a small operator
             yield
     finally:
         for flag, precision in before.items():
@@ -77,7 +83,8 @@ def lowest(scores_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return scores_nk.min(1)
     groups_ngG = scores_nk.view(len(scores_nk), -1, GROUP)
     lowest_n, group_n = groups_ngG.amin(2).min(1)
-    inside_n = groups_ngG[torch.arange(len(scores_nk), device=scores_nk.device), group_n].argmin(1)
+    rows_n = torch.arange(0, groups_ngG.shape[0] * groups_ngG.shape[1], groups_ngG.shape[1], device=scores_nk.device)
+    inside_n = scores_nk.view(-1, GROUP).index_select(0, rows_n.add_(group_n)).argmin(1)
     return lowest_n, inside_n.add_(group_n, alpha=GROUP)
 
 
