@@ -13,17 +13,28 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 
 LONGEST = 256
 """Positions up to which weights of all pairs are kept for the gradient."""
 
 
-def queries_keys_values(hidden_BSE: torch.Tensor, rotations_S2p2: torch.Tensor, heads: int, epsilon: float) -> tuple[torch.Tensor, ...]:
-    """Queries and keys, normalized and rotated, and values, (B, S, A, d) each, of what E = 3 D numbers hold."""
-    hidden = hidden_BSE.unflatten(-1, (3, heads, -1))                                                          # B, S, 3, A, d
-    queries_keys = rotate(F.layer_norm(hidden[:, :, :2], hidden.shape[-1:], eps=epsilon), rotations_S2p2[:, :, None])
-    return *queries_keys.unbind(2), hidden[:, :, 2]
+def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations_S2p2: torch.Tensor, heads: int, epsilon: float,
+                        passes: "Passes | None" = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys, normalized and rotated, and values, (B, A, S, d) each, of what `project` gave.
+
+    Embeddings, if there are any, are added to the values. `passes` are for where trains_by_passes says so, None is for everywhere.
+    """
+    if passes is not None:
+        return QueriesKeysValues.apply(hidden_BSE, value_embeddings_BSD, rotations_S2p2, heads, epsilon, passes)
+    # split, as the gradient of each part taken by an index would be a whole tensor of zeros and the part
+    projected, values = hidden_BSE.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)                          # B, S, 2 or 1, A, d
+    queries, keys = rotate(F.layer_norm(projected, projected.shape[-1:], eps=epsilon), rotations_S2p2[:, :, None]).unbind(2)
+    values = values.squeeze(2)
+    if value_embeddings_BSD is not None:
+        values = values + value_embeddings_BSD.view(values.shape)
+    return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
@@ -39,10 +50,13 @@ def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 class Passes(NamedTuple):
     """What lies between the projection and the products, and its gradient."""
 
+    pairs_apart: bool
+    """Whether the two of each pair do not come as neighbours, but all firsts of a head before all seconds."""
     queries_keys: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """Of the projections (B, S, 2, A, d) of queries and keys, of rotations and epsilon: those normalized and rotated, (2, B, A, S, d)."""
-    gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-    """Of the gradient (2, B, A, S, d) of these, of the projections, of rotations and epsilon: the gradient (B, S, 2, A, d) of the projections."""
+    gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor], None]
+    """Of the gradients (B, A, S, d) of both, of the projections, of rotations and epsilon: the gradient of the projections, written into the last
+    argument (B, S, 2, A, d)."""
 
 
 def queries_keys(projected: torch.Tensor, rotations_S2p2: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -53,14 +67,16 @@ def queries_keys(projected: torch.Tensor, rotations_S2p2: torch.Tensor, epsilon:
     return projected.new_empty(turned.shape).copy_(turned)
 
 
-def queries_keys_gradient(gradient: torch.Tensor, projected: torch.Tensor, rotations_S2p2: torch.Tensor, epsilon: float) -> torch.Tensor:
+def queries_keys_gradient(queries: torch.Tensor, keys: torch.Tensor, projected: torch.Tensor, rotations_S2p2: torch.Tensor,
+                          epsilon: float, into: torch.Tensor) -> None:
     """Passes.gradient by torch's kernels; means and deviations are computed again."""
-    turned_back = projected.new_empty(projected.shape, dtype=torch.float32).copy_(gradient.permute(1, 3, 0, 2, 4))
+    turned_back = projected.new_empty(projected.shape, dtype=torch.float32)
+    turned_back[:, :, 0], turned_back[:, :, 1] = queries.transpose(1, 2), keys.transpose(1, 2)
     turn(turned_back, rotations_S2p2 * rotations_S2p2.new_tensor([1, -1]))
     projected, width, rows = projected.float().contiguous(), projected.shape[-1], projected.numel() // projected.shape[-1]
     _, mean, scale = torch.native_group_norm(projected, None, None, 1, rows, width, rows, epsilon)
     moments = (each.view(*projected.shape[:-1], 1) for each in (mean, scale))
-    return torch.ops.aten.native_layer_norm_backward(turned_back, projected, (width,), *moments, None, None, (True, False, False))[0]
+    into.copy_(torch.ops.aten.native_layer_norm_backward(turned_back, projected, (width,), *moments, None, None, (True, False, False))[0])
 
 
 def turn(heads: torch.Tensor, rotations_S2p2: torch.Tensor) -> torch.Tensor:
@@ -70,29 +86,25 @@ def turn(heads: torch.Tensor, rotations_S2p2: torch.Tensor) -> torch.Tensor:
 
 
 def queries_keys_in_one(projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Passes.queries_keys in one pass: a rotation is the sum of the numbers and of their neighbours, each times a table."""
+    """Passes.queries_keys in one pass, pairs apart: a rotation is the sum of the numbers and of their others, each times a table."""
     normed, _ = normalize(projected, epsilon)
-    return (normed * cosines + swap(normed) * sines).to(projected.dtype).permute(2, 0, 3, 1, 4).contiguous()
+    normed = normed.unflatten(-1, (2, -1))                                                                     # B, S, 2, A, 2, p
+    return (normed * cosines + normed.flip(-2) * sines).flatten(-2).to(projected.dtype).permute(2, 0, 3, 1, 4).contiguous()
 
 
-def queries_keys_gradient_in_one(gradient: torch.Tensor, projected: torch.Tensor, rotations_S2p2: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Passes.gradient in one pass."""
+def queries_keys_gradient_in_one(queries: torch.Tensor, keys: torch.Tensor, projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
+                                 epsilon: float, into: torch.Tensor) -> None:
+    """Passes.gradient in one pass, pairs apart."""
     normed, scale = normalize(projected, epsilon)
-    first, second = gradient.permute(1, 3, 0, 2, 4).float().unflatten(-1, (-1, 2)).unbind(-1)                  # B, S, 2, A, p each
-    cosines, sines = rotations_S2p2[:, :, None].unbind(-1)
-    gradient = torch.stack([first * cosines + second * sines, second * cosines - first * sines], dim=-1).flatten(-2)
-    return (scale * (gradient - gradient.mean(-1, keepdim=True) - normed * (gradient * normed).mean(-1, keepdim=True))).to(projected.dtype)
+    turned = torch.stack([queries, keys], dim=1).permute(0, 3, 1, 2, 4).float().unflatten(-1, (2, -1))         # B, S, 2, A, 2, p
+    gradient = (turned * cosines - turned.flip(-2) * sines).flatten(-2)
+    into.copy_(scale * (gradient - gradient.mean(-1, keepdim=True) - normed * (gradient * normed).mean(-1, keepdim=True)))
 
 
 def tables(rotations_S2p2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines (S, 2, 1, d), and sines by which the other of a pair is to be multiplied."""
+    """For pairs apart: cosines, and sines by which the other of a pair is to be multiplied, (S, 2, 1, 2, p)."""
     cosines, sines = rotations_S2p2[:, :, None].unbind(-1)
-    return cosines.repeat_interleave(2, -1), torch.stack([-sines, sines], dim=-1).flatten(-2)
-
-
-def swap(x: torch.Tensor) -> torch.Tensor:
-    """x with the two of each pair of neighbours in the last dimension in each other's place."""
-    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.stack([cosines, cosines], dim=-2), torch.stack([-sines, sines], dim=-2)
 
 
 def normalize(projected: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,63 +114,125 @@ def normalize(projected: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, to
     return centred * scale, scale
 
 
-KERNELS = Passes(queries_keys, queries_keys_gradient)
+KERNELS = Passes(False, queries_keys, queries_keys_gradient)
 
 
 @functools.cache
 def compiled_passes() -> Passes:
     """The passes compiled: when first called, once for each shape, some seconds."""
     forward, gradient = (torch.compile(each, dynamic=False) for each in (queries_keys_in_one, queries_keys_gradient_in_one))
-    return Passes(lambda projected, rotations_S2p2, epsilon: forward(projected, *tables(rotations_S2p2), epsilon), gradient)
+    return Passes(True, lambda projected, rotations_S2p2, epsilon: forward(projected, *tables(rotations_S2p2), epsilon),
+                  lambda queries, keys, projected, rotations_S2p2, epsilon, into:
+                  gradient(queries, keys, projected, *tables(rotations_S2p2), epsilon, into))
 
 
-def trains_by_passes(hidden_BSE: torch.Tensor) -> bool:
-    """Whether attend is for this input."""
-    return (hidden_BSE.device.type == "cpu" and hidden_BSE.dtype == torch.bfloat16 and hidden_BSE.requires_grad and hidden_BSE.shape[1] <= LONGEST
-            and not torch.compiler.is_compiling())
+def trains_by_passes(x: torch.Tensor) -> bool:
+    """Whether a block goes by passes for this input."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad and not torch.compiler.is_compiling()
 
 
-def attend(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations_S2p2: torch.Tensor, heads: int, epsilon: float,
-           passes: Passes = KERNELS) -> torch.Tensor:
-    """Causal attention over whole sequences: what the heads mix, (B, S, D). Embeddings, if there are any, are added to the values."""
-    return AttentionByPasses.apply(hidden_BSE, value_embeddings_BSD, rotations_S2p2, heads, epsilon, passes)
+def project(x_BSD: torch.Tensor, layer: nn.Linear, heads: int, passes: Passes | None) -> torch.Tensor:
+    """The joint projection (B, S, 3 D) to queries, keys and values; pairs lie as `passes` have them, without passes as neighbours."""
+    if passes is None or not passes.pairs_apart:
+        return layer(x_BSD)
+    return F.linear(x_BSD, PairsApart.apply(layer.weight, heads, x_BSD.dtype))
 
 
-class AttentionByPasses(torch.autograd.Function):
-    """attend: normalization and rotation in float32, products in the format of the input, and scores rounded to it."""
+class PairsApart(torch.autograd.Function):
+    """The weights (3 D, D) of a joint projection in another format, which they need anyway, as `passes.pairs_apart` have them."""
 
     @staticmethod
-    def forward(ctx, hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations_S2p2: torch.Tensor, heads: int,
-                epsilon: float, passes: Passes) -> torch.Tensor:
-        """What the heads mix, (B, S, D)."""
-        length = hidden_BSE.shape[1]
-        projected = hidden_BSE.unflatten(-1, (3, heads, -1))                                                   # B, S, 3, A, d
-        queries, keys = passes.queries_keys(projected[:, :, :2], rotations_S2p2, epsilon).flatten(1, 2)        # B A, S, d each
-        values = projected[:, :, 2].transpose(1, 2).clone(memory_format=torch.contiguous_format)               # B, A, S, d
-        if value_embeddings_BSD is not None:
-            values += value_embeddings_BSD.unflatten(-1, (heads, -1)).transpose(1, 2)
-        values = values.flatten(0, 1)                                                                          # B A, S, d
-        unseen_SS = hidden_BSE.new_full((length, length), -torch.inf).triu(1)                                  # what a position must not see
-        weights = torch.baddbmm(unseen_SS, queries, keys.transpose(1, 2), alpha=queries.shape[-1]**-0.5).softmax(dim=-1)  # B A, S, S
-        ctx.save_for_backward(hidden_BSE, rotations_S2p2, queries, keys, values, weights)
-        ctx.heads, ctx.epsilon, ctx.passes, ctx.has_embeddings = heads, epsilon, passes, value_embeddings_BSD is not None
-        return torch.bmm(weights, values).unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+    def forward(ctx, weights: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of the weights in that order."""
+        ctx.heads, ctx.dtype = heads, weights.dtype
+        result = torch.empty_like(weights, dtype=dtype)
+        (neighbours, values), (apart, into) = by_pairs(weights, heads, False), by_pairs(result, heads, True)
+        apart.copy_(neighbours)
+        into.copy_(values)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient_BSD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the joint projection and of the embeddings."""
-        hidden_BSE, rotations_S2p2, queries, keys, values, weights = ctx.saved_tensors
-        projected = hidden_BSE.unflatten(-1, (3, ctx.heads, -1))
-        mixed = gradient_BSD.unflatten(-1, (ctx.heads, -1)).transpose(1, 2).flatten(0, 1)                      # B A, S, d
-        scores = torch._softmax_backward_data(torch.bmm(mixed, values.transpose(1, 2)), weights, -1, weights.dtype)
-        scores *= queries.shape[-1]**-0.5                                                                      # B A, S, S
-        both = torch.empty(2, *queries.shape, dtype=queries.dtype)
-        torch.bmm(scores, keys, out=both[0])
-        torch.bmm(scores.transpose(1, 2), queries, out=both[1])
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient, its rows in the order of the weights."""
+        result = torch.empty_like(gradient, dtype=ctx.dtype)
+        (apart, values), (neighbours, into) = by_pairs(gradient, ctx.heads, True), by_pairs(result, ctx.heads, False)
+        neighbours.copy_(apart)
+        into.copy_(values)
+        return result, None, None
+
+
+def by_pairs(weights: torch.Tensor, heads: int, pairs_apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the rows (3 D, D) of a joint projection: (heads of queries and keys, p, 2, D), and (D, D) of values."""
+    rows = len(weights) // 3 * 2
+    if pairs_apart:
+        return weights[:rows].unflatten(0, (2 * heads, 2, -1)).transpose(1, 2), weights[rows:]
+    return weights[:rows].unflatten(0, (2 * heads, -1, 2)), weights[rows:]
+
+
+class QueriesKeysValues(torch.autograd.Function):
+    """queries_keys_values by a few passes, normalization and rotation in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations_S2p2: torch.Tensor, heads: int,
+                epsilon: float, passes: Passes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, (B, A, S, d) each."""
+        projected = hidden_BSE.unflatten(-1, (3, heads, -1))                                                   # B, S, 3, A, d
+        queries, keys = passes.queries_keys(projected[:, :, :2], rotations_S2p2, epsilon)
+        values = projected[:, :, 2].transpose(1, 2)
+        values = values.new_empty(values.shape).copy_(values) if value_embeddings_BSD is None else torch.add(
+            values, value_embeddings_BSD.unflatten(-1, (heads, -1)).transpose(1, 2), out=values.new_empty(values.shape))
+        ctx.save_for_backward(hidden_BSE, rotations_S2p2)
+        ctx.heads, ctx.epsilon, ctx.passes, ctx.has_embeddings = heads, epsilon, passes, value_embeddings_BSD is not None
+        return queries, keys, values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the joint projection and of the embeddings, by those of queries, keys and values."""
+        hidden_BSE, rotations_S2p2 = ctx.saved_tensors
+        projected = hidden_BSE.unflatten(-1, (3, ctx.heads, -1))                                               # B, S, 3, A, d
         result_BSE = torch.empty_like(hidden_BSE)
         parts = result_BSE.unflatten(-1, (3, ctx.heads, -1))
-        parts[:, :, :2] = ctx.passes.gradient(both.unflatten(1, (-1, ctx.heads)), projected[:, :, :2], rotations_S2p2, ctx.epsilon)
-        parts[:, :, 2] = torch.bmm(weights.transpose(1, 2), mixed).unflatten(0, (-1, ctx.heads)).transpose(1, 2)
-        embeddings = result_BSE[..., -gradient_BSD.shape[-1]:] if ctx.has_embeddings else None
-        return result_BSE, embeddings, None, None, None, None
+        ctx.passes.gradient(queries, keys, projected[:, :, :2], rotations_S2p2, ctx.epsilon, parts[:, :, :2])
+        parts[:, :, 2] = values.transpose(1, 2)
+        embeddings_BSD = result_BSE[..., -hidden_BSE.shape[-1] // 3:] if ctx.has_embeddings else None
+        return result_BSE, embeddings_BSD, None, None, None, None
+
+
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
+    """What the heads mix (B, A, S, d), of queries, keys and values (B, A, S, d), under a mask or, without one, of those before and oneself."""
+    if mask_SS is None and trains_by_products(queries):
+        return AttentionByProducts.apply(queries, keys, values)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_SS, is_causal=mask_SS is None and queries.shape[2] > 1)
+
+
+def trains_by_products(queries: torch.Tensor) -> bool:
+    """Whether AttentionByProducts is for these queries."""
+    return (queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.requires_grad and queries.shape[2] <= LONGEST
+            and not torch.compiler.is_compiling())
+
+
+class AttentionByProducts(torch.autograd.Function):
+    """attend, causal, for short sequences: scores are kept, rounded to the format of the input."""
+
+    @staticmethod
+    def forward(ctx, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """What the heads mix."""
+        heads, length, width = queries.shape[1:]
+        queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))                       # B A, S, d
+        unseen_SS = queries.new_full((length, length), -torch.inf).triu(1)                                     # what a position must not see
+        weights = torch.baddbmm(unseen_SS, queries, keys.transpose(1, 2), alpha=width**-0.5).softmax(dim=-1)   # B A, S, S
+        ctx.save_for_backward(queries, keys, values, weights)
+        return torch.bmm(weights, values).unflatten(0, (-1, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of queries, keys and values."""
+        queries, keys, values, weights = ctx.saved_tensors
+        mixed = gradient.flatten(0, 1)                                                                         # B A, S, d
+        scores = torch._softmax_backward_data(torch.bmm(mixed, values.transpose(1, 2)), weights, -1, weights.dtype)
+        scores *= queries.shape[-1]**-0.5                                                                      # B A, S, S
+        found = torch.bmm(scores, keys), torch.bmm(scores.transpose(1, 2), queries), torch.bmm(weights.transpose(1, 2), mixed)
+        return tuple(each.unflatten(0, gradient.shape[:2]) for each in found)

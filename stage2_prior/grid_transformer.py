@@ -16,6 +16,8 @@ What differs from a language model for text:
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes of all grids together.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, queries_keys_values, trains_by_passes
+from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, project, queries_keys_values, trains_by_passes
 
 MODEL_TYPE = "grid_transformer"
 NUMBERS = 2**18
@@ -162,30 +164,44 @@ def some_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return rows.split(max(1, NUMBERS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
 
 
-def lookup(embedding: nn.Embedding, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (..., D) of an embedding in a format; for training on a CPU by way of a table in that format, which is read in half of the time."""
-    if ids.device.type == "cpu" and dtype != embedding.weight.dtype and embedding.weight.requires_grad and torch.is_grad_enabled():
-        return Lookup.apply(embedding.weight, ids, dtype)
-    return embedding(ids).to(dtype)
+class Occurrences(NamedTuple):
+    """Where each id stands in a batch of N ids: by it the gradient of a table is added up in one pass, id by id."""
+
+    order_N: torch.Tensor
+    """The positions of id 0, then those of id 1, and so on."""
+    starts_V: torch.Tensor
+    """Where the positions of each id begin in that order."""
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, vocabulary: int) -> "Occurrences":
+        """Of ids of any shape, all below `vocabulary`."""
+        ids_N = ids.flatten()
+        counts_V = ids_N.bincount(minlength=vocabulary)
+        return cls(ids_N.argsort(stable=True), counts_V.cumsum(0) - counts_V)
+
+
+def lookup(embedding: nn.Embedding, ids: torch.Tensor, occurrences: Occurrences | None, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (..., D) of an embedding in a format, where `occurrences` are given by way of Lookup."""
+    return embedding(ids).to(dtype) if occurrences is None else Lookup.apply(embedding.weight, ids, occurrences, dtype)
 
 
 class Lookup(torch.autograd.Function):
-    """Rows of a float32 table in another format, the table cast before; what they get for a gradient is added up in float32."""
+    """Rows of a float32 table for training on a CPU: the table is put into their format, which is read in half of the time, and what they get for a
+    gradient is added up in float32 before it is rounded, not one by one to a table in memory, as torch's own kernel does."""
 
     @staticmethod
-    def forward(ctx, table_VD: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(ctx, table_VD: torch.Tensor, ids: torch.Tensor, occurrences: Occurrences, dtype: torch.dtype) -> torch.Tensor:
         """(..., D) for ids of any shape."""
-        ctx.save_for_backward(ids)
-        ctx.size = len(table_VD)
+        ctx.save_for_backward(*occurrences)
+        ctx.dtype = table_VD.dtype
         return F.embedding(ids, table_VD.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradient of the table."""
-        ids, = ctx.saved_tensors
-        result_VD = gradient.new_zeros(ctx.size, gradient.shape[-1], dtype=torch.float32)
-        return result_VD.index_add_(0, ids.flatten(), gradient.flatten(0, -2).float()), None, None
+        order_N, starts_V = ctx.saved_tensors
+        return F.embedding_bag(order_N, gradient.flatten(0, -2), starts_V, mode="sum").to(ctx.dtype), None, None, None
 
 
 class GridBlock(GradientCheckpointingLayer):
@@ -207,29 +223,23 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
-                mask_SS: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
+                mask_SS: torch.Tensor | None = None, occurrences: Occurrences | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
 
         The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
-            x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, x_BSD.dtype))
+            x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
         elif classes_B is not None:
             x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
-        hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
-        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, hidden.dtype) if self.embeds_all_ids else None
-        if past_key_values is None and trains_by_passes(hidden):
-            mixed_BSD = attend(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, self.passes)
-        else:
-            query, key, value = queries_keys_values(hidden, rotations_S2p2, self.heads, self.epsilon)     # B, S, A, d each
-            if value_embeddings_BSD is not None:
-                value = value + value_embeddings_BSD.view(value.shape)
-            query, key, value = (each.transpose(1, 2) for each in (query, key, value))                    # B, A, S, d each
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_SS, is_causal=mask_SS is None and length > 1)
-            mixed_BSD = mixed.transpose(1, 2).reshape(batch, length, width)
+        passes = self.passes if trains_by_passes(x_BSD) else None
+        hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, passes)           # B, S, 3 D
+        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.embeds_all_ids else None
+        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, passes)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer)                               # B, A, S, d each
+        mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
         x_BSD = added(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
         hidden = SquaredReLU.apply(self.feed_forward_in(self.feed_forward_norm(x_BSD)))               # B, S, intermediate
         return added(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
@@ -303,7 +313,10 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache()
         seen, length = 0 if past_key_values is None else past_key_values.get_seq_length(), input_ids.shape[1]
         positions_S = torch.arange(seen, seen + length, device=input_ids.device)
-        x_BSD = self.token_embedding(input_ids) + self.position_embedding(positions_S)                # B, S, D
+        occurrences = None
+        if torch.is_grad_enabled() and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            occurrences = Occurrences.of(input_ids, self.config.vocab_size)
+        x_BSD = lookup(self.token_embedding, input_ids, occurrences, self.dtype) + self.position_embedding(positions_S)   # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # half of the memory to pass over in each block; for GPUs it was not measured
@@ -313,7 +326,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         if seen and length > 1:
             mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
         for block in self.blocks:
-            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, occurrences, past_key_values=past_key_values)
         logits_BSK = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
         return CausalLMOutputWithPast(logits=logits_BSK, past_key_values=past_key_values)
 

@@ -29,7 +29,8 @@ class CrossEntropyInParts(torch.autograd.Function):
             log_probabilities = logits.float().log_softmax(dim=-1)
             losses.copy_(log_probabilities.gather(1, ids[:, None])[:, 0])
             probabilities = log_probabilities.exp_()
-            gradient.copy_(probabilities.scatter_add_(1, ids[:, None], probabilities.new_full((len(ids), 1), -1.0)))
+            probabilities.scatter_add_(1, ids[:, None], probabilities.new_full((len(ids), 1), -1.0))
+            torch.div(probabilities, len(ids_N), out=gradient)
         ctx.save_for_backward(gradient_NK)
         return -losses_N.mean()
 
@@ -38,7 +39,7 @@ class CrossEntropyInParts(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The gradient of the logits."""
         gradient_NK, = ctx.saved_tensors
-        return gradient_NK * (gradient / len(gradient_NK)), None
+        return gradient_NK if float(gradient) == 1 else gradient_NK * gradient, None  # it is 1 but where micro-batches are added up
 
 
 def z_loss(logits_BTK: torch.Tensor) -> torch.Tensor:

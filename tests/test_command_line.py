@@ -402,7 +402,7 @@ def test_the_whole_chain_in_a_process_of_its_own(tmp_path):
     assert again.returncode == 0 and "nothing to do" in again.stdout and seconds < SLACK * ERROR_SECONDS
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "3000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+@pytest.mark.parametrize(("given", "expected"), [({}, "6000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
 def test_how_threads_wait_is_settled_before_torch_is_loaded_unless_the_user_did(given, expected):
     program = ("import atexit, os, sys; from pipelines.command_line import main; assert 'torch' not in sys.modules; "
                "sys.argv = ['vqmosaic', '--version']; atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'))); main()")

@@ -9,11 +9,21 @@ from transformers import AutoModelForCausalLM
 
 from stage2_prior import grid_transformer
 from stage2_prior.causal_lm import make_config
-from stage2_prior.grid_attention import KERNELS, LONGEST, attend, compiled_passes, queries_keys_values, rotate, trains_by_passes
+from stage2_prior.grid_attention import (
+    KERNELS,
+    LONGEST,
+    AttentionByProducts,
+    compiled_passes,
+    project,
+    queries_keys_values,
+    rotate,
+    trains_by_products,
+)
 from stage2_prior.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
     Lookup,
+    Occurrences,
     SquaredReLU,
     embeddings_and_feed_forward,
     places_of_tokens,
@@ -248,37 +258,37 @@ def test_rotation_is_the_same_in_every_number_format():
     torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
 
 
-def attention_by_operators(hidden_BSE, embeddings_BSD, rotations_S2p2, heads: int) -> torch.Tensor:
-    query, key, value = queries_keys_values(hidden_BSE, rotations_S2p2, heads, 1e-5)
-    if embeddings_BSD is not None:
-        value = value + embeddings_BSD.view(value.shape)
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
-
-
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("passes", [KERNELS, pytest.param(compiled_passes(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
 @pytest.mark.parametrize("with_embeddings", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradients(dtype, tolerance, with_embeddings, compiled):
-    passes = compiled_passes() if compiled else KERNELS
+def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradients(dtype, tolerance, with_embeddings, passes):
     numbers = torch.Generator().manual_seed(2)
-    hidden_BSE = torch.randn(3, 13, 3 * 32, generator=numbers).to(dtype).requires_grad_()
-    inputs = [hidden_BSE]
+    layer = torch.nn.Linear(32, 3 * 32, bias=False)
+    layer.weight.data = torch.randn(3 * 32, 32, generator=numbers)
+    inputs = [layer.weight, torch.randn(3, 13, 32, generator=numbers).to(dtype).requires_grad_()]
     if with_embeddings:
         inputs.append(torch.randn(3, 13, 32, generator=numbers).to(dtype).requires_grad_())
-    embeddings_BSD = inputs[1] if with_embeddings else None
-    gradient_BSD = torch.randn(3, 13, 32, generator=numbers).to(dtype)
+    embeddings_BSD, gradient_BSD = inputs[2] if with_embeddings else None, torch.randn(3, 13, 32, generator=numbers).to(dtype)
     rotations_S2p2 = rotation_tables(config_of())
-    found = attend(hidden_BSE, embeddings_BSD, rotations_S2p2, 2, 1e-5, passes)
-    expected = attention_by_operators(hidden_BSE, embeddings_BSD, rotations_S2p2, 2)
-    found, expected = ((each, *torch.autograd.grad(each, inputs, gradient_BSD)) for each in (found, expected))
-    for ours, theirs in zip(found, expected, strict=True):
+
+    def result(passes, attend) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden_BSE = project(inputs[1], layer, 2, passes)
+            parts = queries_keys_values(hidden_BSE, embeddings_BSD, rotations_S2p2, 2, 1e-5, passes)
+        mixed_BSD = attend(*parts).transpose(1, 2).flatten(2)
+        return mixed_BSD, *torch.autograd.grad(mixed_BSD, inputs, gradient_BSD)
+
+    def by_operators(query, key, value) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    for ours, theirs in zip(result(passes, AttentionByProducts.apply), result(None, by_operators), strict=True):
         assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-def test_attention_for_training_is_for_short_sequences_in_bf16_with_gradients_alone():
-    short, long = (torch.zeros(1, length, 96, dtype=torch.bfloat16, requires_grad=True) for length in (LONGEST, LONGEST + 1))
-    assert trains_by_passes(short) and not trains_by_passes(long) and not trains_by_passes(short.detach()) and not trains_by_passes(short.float())
+def test_attention_by_products_is_for_short_sequences_in_bf16_with_gradients_alone():
+    short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (LONGEST, LONGEST + 1))
+    assert trains_by_products(short) and not trains_by_products(long)
+    assert not trains_by_products(short.detach()) and not trains_by_products(short.float())
 
 
 def test_a_model_in_bf16_learns_what_it_learns_in_float32():
@@ -300,7 +310,8 @@ def test_a_model_in_bf16_learns_what_it_learns_in_float32():
 def test_in_bf16_a_table_gets_its_gradient_in_float32():
     """4,096 equal gradients of 1 / 64 add up, where a sum in bf16 would stop growing at 4."""
     table_VD = torch.zeros(3, 2, requires_grad=True)
-    Lookup.apply(table_VD, torch.ones(64, 64, dtype=torch.long), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
+    ids = torch.ones(64, 64, dtype=torch.long)
+    Lookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
     assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
 
 
