@@ -44,7 +44,7 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
         if verdict != "skip" and not is_redone:
             check_resume(recipe, stage, section)
     if stage == "tokenizer" and verdict != "skip":
-        check_init_from(recipe)
+        check_init_from(recipe, resumes=verdict == "resume")
         if recipe.tokenizer_training.perceptual_weight and recipe.tokenizer_training.perceptual_loss == "lpips":
             resolve_perceptual_weights(recipe.tokenizer_training.perceptual_weights)
     if stage == "prior" and verdict != "skip":

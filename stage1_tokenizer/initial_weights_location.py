@@ -58,12 +58,15 @@ def locate_initial_weights(path: str) -> InitialWeights:
     raise InputError(f"{FIELD} is {path!r}, which is none of these: {ALLOWED}.{hint}")
 
 
-def check_init_from(recipe: Recipe) -> None:
-    """Raise InputError where tokenizer_training.init_from is set and a training of this recipe could not start from it, as far as names tell."""
-    path = recipe.tokenizer_training.init_from
-    if path is None:
+def check_init_from(recipe: Recipe, resumes: bool = False) -> None:
+    """Raise InputError where tokenizer_training.init_from is set and a training of this recipe could not start from it, as far as names tell.
+
+    Where a training `resumes` from a checkpoint of its own, what it once started from may be gone.
+    """
+    path, run = recipe.tokenizer_training.init_from, RunFolder(Path(recipe.run_dir))
+    if path is None or (resumes and not Path(path).expanduser().exists() and any(run.checkpoints("tokenizer").glob("step-*"))):
         return
-    found, run = locate_initial_weights(path), RunFolder(Path(recipe.run_dir))
+    found = locate_initial_weights(path)
     for own in (run.export("tokenizer"), run.checkpoints("tokenizer"), run.export("pipeline")):
         if found.folder.resolve().is_relative_to(own.resolve()):
             raise InputError(f"{FIELD} is {path!r}, which this run itself writes and --redo removes; set run_dir to another folder, "

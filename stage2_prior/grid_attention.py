@@ -4,7 +4,8 @@ Once in plain operations, and once for training in bf16 on a CPU. There torch's 
 as the few products that it is; and the passes between them, each over memory that no cache holds, cost more than the products, unless
 torch.compile makes one of them.
 
-In comments: B batch, S sequence, D width, A heads, d width of a head (A d = D), p its pairs.
+In comments: B batch, S sequence, D width, E = 3 D numbers of the joint projection, A heads, d width of a head (A d = D), p its pairs. Pairs that are
+rotated are neighbours (interleaved); compiled passes want all firsts of a head before all seconds (half-split).
 """
 
 import functools
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from stage2_prior.embedding_lookup import is_untouched
+
 LONGEST = 256
 """Positions up to which weights of all pairs are kept for the gradient."""
 
@@ -24,7 +27,7 @@ def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Te
                         passes: "Passes | None" = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys, normalized and rotated, and values, (B, A, S, d) each, of what `project` gave.
 
-    Embeddings, if there are any, are added to the values. `passes` are for where trains_by_passes says so, None is for everywhere.
+    Embeddings, if there are any, are added to the values. `passes` are those of passes_for.
     """
     if passes is not None:
         return QueriesKeysValues.apply(hidden_BSE, value_embeddings_BSD, rotations_S2p2, heads, epsilon, passes)
@@ -50,8 +53,8 @@ def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 class Passes(NamedTuple):
     """What lies between the projection and the products, and its gradient."""
 
-    pairs_apart: bool
-    """Whether the two of each pair do not come as neighbours, but all firsts of a head before all seconds."""
+    half_split: bool
+    """How they want the pairs of a head: all firsts before all seconds, or interleaved."""
     queries_keys: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """Of the projections (B, S, 2, A, d) of queries and keys, of rotations and epsilon: those normalized and rotated, (2, B, A, S, d)."""
     gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor], None]
@@ -67,11 +70,11 @@ def queries_keys(projected: torch.Tensor, rotations_S2p2: torch.Tensor, epsilon:
     return projected.new_empty(turned.shape).copy_(turned)
 
 
-def queries_keys_gradient(queries: torch.Tensor, keys: torch.Tensor, projected: torch.Tensor, rotations_S2p2: torch.Tensor,
+def queries_keys_gradient(of_queries: torch.Tensor, of_keys: torch.Tensor, projected: torch.Tensor, rotations_S2p2: torch.Tensor,
                           epsilon: float, into: torch.Tensor) -> None:
     """Passes.gradient by torch's kernels; means and deviations are computed again."""
     turned_back = projected.new_empty(projected.shape, dtype=torch.float32)
-    turned_back[:, :, 0], turned_back[:, :, 1] = queries.transpose(1, 2), keys.transpose(1, 2)
+    turned_back[:, :, 0], turned_back[:, :, 1] = of_queries.transpose(1, 2), of_keys.transpose(1, 2)
     turn(turned_back, rotations_S2p2 * rotations_S2p2.new_tensor([1, -1]))
     projected, width, rows = projected.float().contiguous(), projected.shape[-1], projected.numel() // projected.shape[-1]
     _, mean, scale = torch.native_group_norm(projected, None, None, 1, rows, width, rows, epsilon)
@@ -86,23 +89,23 @@ def turn(heads: torch.Tensor, rotations_S2p2: torch.Tensor) -> torch.Tensor:
 
 
 def queries_keys_in_one(projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Passes.queries_keys in one pass, pairs apart: a rotation is the sum of the numbers and of their others, each times a table."""
+    """Passes.queries_keys in one pass, half-split: a rotation is the sum of the numbers and of their others, each times a table."""
     normed, _ = normalize(projected, epsilon)
     normed = normed.unflatten(-1, (2, -1))                                                                     # B, S, 2, A, 2, p
     return (normed * cosines + normed.flip(-2) * sines).flatten(-2).to(projected.dtype).permute(2, 0, 3, 1, 4).contiguous()
 
 
-def queries_keys_gradient_in_one(queries: torch.Tensor, keys: torch.Tensor, projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
+def queries_keys_gradient_in_one(of_queries: torch.Tensor, of_keys: torch.Tensor, projected: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor,
                                  epsilon: float, into: torch.Tensor) -> None:
-    """Passes.gradient in one pass, pairs apart."""
+    """Passes.gradient in one pass, half-split."""
     normed, scale = normalize(projected, epsilon)
-    turned = torch.stack([queries, keys], dim=1).permute(0, 3, 1, 2, 4).float().unflatten(-1, (2, -1))         # B, S, 2, A, 2, p
+    turned = torch.stack([of_queries, of_keys], dim=1).permute(0, 3, 1, 2, 4).float().unflatten(-1, (2, -1))         # B, S, 2, A, 2, p
     gradient = (turned * cosines - turned.flip(-2) * sines).flatten(-2)
     into.copy_(scale * (gradient - gradient.mean(-1, keepdim=True) - normed * (gradient * normed).mean(-1, keepdim=True)))
 
 
 def tables(rotations_S2p2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For pairs apart: cosines, and sines by which the other of a pair is to be multiplied, (S, 2, 1, 2, p)."""
+    """For halves: cosines, and sines by which the other of a pair is to be multiplied, (S, 2, 1, 2, p)."""
     cosines, sines = rotations_S2p2[:, :, None].unbind(-1)
     return torch.stack([cosines, cosines], dim=-2), torch.stack([-sines, sines], dim=-2)
 
@@ -122,50 +125,50 @@ def compiled_passes() -> Passes:
     """The passes compiled: when first called, once for each shape, some seconds."""
     forward, gradient = (torch.compile(each, dynamic=False) for each in (queries_keys_in_one, queries_keys_gradient_in_one))
     return Passes(True, lambda projected, rotations_S2p2, epsilon: forward(projected, *tables(rotations_S2p2), epsilon),
-                  lambda queries, keys, projected, rotations_S2p2, epsilon, into:
-                  gradient(queries, keys, projected, *tables(rotations_S2p2), epsilon, into))
+                  lambda of_queries, of_keys, projected, rotations_S2p2, epsilon, into:
+                  gradient(of_queries, of_keys, projected, *tables(rotations_S2p2), epsilon, into))
 
 
-def trains_by_passes(x: torch.Tensor) -> bool:
-    """Whether a block goes by passes for this input."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad and not torch.compiler.is_compiling()
+def passes_for(x_BSD: torch.Tensor, layer: nn.Module, passes: Passes) -> Passes | None:
+    """The passes by which a block without a cache goes for its input and its joint projection; None for plain operations."""
+    if x_BSD.device.type != "cpu" or x_BSD.dtype != torch.bfloat16 or not x_BSD.requires_grad or torch.compiler.is_compiling():
+        return None
+    return KERNELS if passes.half_split and not is_untouched(layer, nn.Linear) else passes
 
 
-def project(x_BSD: torch.Tensor, layer: nn.Linear, heads: int, passes: Passes | None) -> torch.Tensor:
-    """The joint projection (B, S, 3 D) to queries, keys and values; pairs lie as `passes` have them, without passes as neighbours."""
-    if passes is None or not passes.pairs_apart:
+def project(x_BSD: torch.Tensor, layer: nn.Module, heads: int, passes: Passes | None) -> torch.Tensor:
+    """The joint projection (B, S, E) to queries, keys and values, with pairs as `passes` want them; without passes, interleaved."""
+    if passes is None or not passes.half_split:
         return layer(x_BSD)
-    return F.linear(x_BSD, PairsApart.apply(layer.weight, heads, x_BSD.dtype))
+    return F.linear(x_BSD, HalfSplit.apply(layer.weight, heads, x_BSD.dtype))
 
 
-class PairsApart(torch.autograd.Function):
-    """The weights (3 D, D) of a joint projection in another format, which they need anyway, as `passes.pairs_apart` have them."""
+class HalfSplit(torch.autograd.Function):
+    """The weights (E, D) of a joint projection with their rows half-split, in a format that under autocast they are put into anyway."""
 
     @staticmethod
     def forward(ctx, weights: torch.Tensor, heads: int, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of the weights in that order."""
+        """(E, D) half-split, of (E, D) interleaved."""
         ctx.heads, ctx.dtype = heads, weights.dtype
         result = torch.empty_like(weights, dtype=dtype)
-        (neighbours, values), (apart, into) = by_pairs(weights, heads, False), by_pairs(result, heads, True)
-        apart.copy_(neighbours)
-        into.copy_(values)
+        for into, rows in zip(by_pairs(result, heads, half_split=True), by_pairs(weights, heads, half_split=False), strict=True):
+            into.copy_(rows)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The gradient, its rows in the order of the weights."""
+        """The gradient of the weights, interleaved."""
         result = torch.empty_like(gradient, dtype=ctx.dtype)
-        (apart, values), (neighbours, into) = by_pairs(gradient, ctx.heads, True), by_pairs(result, ctx.heads, False)
-        neighbours.copy_(apart)
-        into.copy_(values)
+        for into, rows in zip(by_pairs(result, ctx.heads, half_split=False), by_pairs(gradient, ctx.heads, half_split=True), strict=True):
+            into.copy_(rows)
         return result, None, None
 
 
-def by_pairs(weights: torch.Tensor, heads: int, pairs_apart: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the rows (3 D, D) of a joint projection: (heads of queries and keys, p, 2, D), and (D, D) of values."""
+def by_pairs(weights: torch.Tensor, heads: int, half_split: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the rows (E, D) of a joint projection: (2 A, p, 2, D) of queries and keys, (D, D) of values."""
     rows = len(weights) // 3 * 2
-    if pairs_apart:
+    if half_split:
         return weights[:rows].unflatten(0, (2 * heads, 2, -1)).transpose(1, 2), weights[rows:]
     return weights[:rows].unflatten(0, (2 * heads, -1, 2)), weights[rows:]
 
@@ -188,33 +191,33 @@ class QueriesKeysValues(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, of_queries: torch.Tensor, of_keys: torch.Tensor, of_values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the joint projection and of the embeddings, by those of queries, keys and values."""
         hidden_BSE, rotations_S2p2 = ctx.saved_tensors
         projected = hidden_BSE.unflatten(-1, (3, ctx.heads, -1))                                               # B, S, 3, A, d
         result_BSE = torch.empty_like(hidden_BSE)
         parts = result_BSE.unflatten(-1, (3, ctx.heads, -1))
-        ctx.passes.gradient(queries, keys, projected[:, :, :2], rotations_S2p2, ctx.epsilon, parts[:, :, :2])
-        parts[:, :, 2] = values.transpose(1, 2)
+        ctx.passes.gradient(of_queries, of_keys, projected[:, :, :2], rotations_S2p2, ctx.epsilon, parts[:, :, :2])
+        parts[:, :, 2] = of_values.transpose(1, 2)
         embeddings_BSD = result_BSE[..., -hidden_BSE.shape[-1] // 3:] if ctx.has_embeddings else None
         return result_BSE, embeddings_BSD, None, None, None, None
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
     """What the heads mix (B, A, S, d), of queries, keys and values (B, A, S, d), under a mask or, without one, of those before and oneself."""
-    if mask_SS is None and trains_by_products(queries):
+    if mask_SS is None and trains_by_products(queries, keys):
         return AttentionByProducts.apply(queries, keys, values)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_SS, is_causal=mask_SS is None and queries.shape[2] > 1)
 
 
-def trains_by_products(queries: torch.Tensor) -> bool:
-    """Whether AttentionByProducts is for these queries."""
-    return (queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.requires_grad and queries.shape[2] <= LONGEST
-            and not torch.compiler.is_compiling())
+def trains_by_products(queries: torch.Tensor, keys: torch.Tensor) -> bool:
+    """Whether AttentionByProducts is for these queries and keys."""
+    return (queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.requires_grad and queries.shape == keys.shape
+            and queries.shape[2] <= LONGEST and not torch.compiler.is_compiling())
 
 
 class AttentionByProducts(torch.autograd.Function):
-    """attend, causal, for short sequences: scores are kept, rounded to the format of the input."""
+    """attend, causal, for short sequences: weights are kept, rounded to the format of the input, as scores are before them."""
 
     @staticmethod
     def forward(ctx, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -231,8 +234,8 @@ class AttentionByProducts(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Gradients of queries, keys and values."""
         queries, keys, values, weights = ctx.saved_tensors
-        mixed = gradient.flatten(0, 1)                                                                         # B A, S, d
-        scores = torch._softmax_backward_data(torch.bmm(mixed, values.transpose(1, 2)), weights, -1, weights.dtype)
-        scores *= queries.shape[-1]**-0.5                                                                      # B A, S, S
-        found = torch.bmm(scores, keys), torch.bmm(scores.transpose(1, 2), queries), torch.bmm(weights.transpose(1, 2), mixed)
+        gradients = gradient.flatten(0, 1)                                                                     # B A, S, d
+        of_scores = torch._softmax_backward_data(torch.bmm(gradients, values.transpose(1, 2)), weights, -1, weights.dtype)
+        of_scores *= queries.shape[-1]**-0.5                                                                   # B A, S, S
+        found = torch.bmm(of_scores, keys), torch.bmm(of_scores.transpose(1, 2), queries), torch.bmm(weights.transpose(1, 2), gradients)
         return tuple(each.unflatten(0, gradient.shape[:2]) for each in found)

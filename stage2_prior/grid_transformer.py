@@ -16,8 +16,6 @@ What differs from a language model for text:
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes of all grids together.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, 
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, project, queries_keys_values, trains_by_passes
+from stage2_prior.embedding_lookup import Occurrences, lookup
+from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, passes_for, project, queries_keys_values
 
 MODEL_TYPE = "grid_transformer"
 NUMBERS = 2**18
@@ -164,46 +163,6 @@ def some_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return rows.split(max(1, NUMBERS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
 
 
-class Occurrences(NamedTuple):
-    """Where each id stands in a batch of N ids: by it the gradient of a table is added up in one pass, id by id."""
-
-    order_N: torch.Tensor
-    """The positions of id 0, then those of id 1, and so on."""
-    starts_V: torch.Tensor
-    """Where the positions of each id begin in that order."""
-
-    @classmethod
-    def of(cls, ids: torch.Tensor, vocabulary: int) -> "Occurrences":
-        """Of ids of any shape, all below `vocabulary`."""
-        ids_N = ids.flatten()
-        counts_V = ids_N.bincount(minlength=vocabulary)
-        return cls(ids_N.argsort(stable=True), counts_V.cumsum(0) - counts_V)
-
-
-def lookup(embedding: nn.Embedding, ids: torch.Tensor, occurrences: Occurrences | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (..., D) of an embedding in a format, where `occurrences` are given by way of Lookup."""
-    return embedding(ids).to(dtype) if occurrences is None else Lookup.apply(embedding.weight, ids, occurrences, dtype)
-
-
-class Lookup(torch.autograd.Function):
-    """Rows of a float32 table for training on a CPU: the table is put into their format, which is read in half of the time, and what they get for a
-    gradient is added up in float32 before it is rounded, not one by one to a table in memory, as torch's own kernel does."""
-
-    @staticmethod
-    def forward(ctx, table_VD: torch.Tensor, ids: torch.Tensor, occurrences: Occurrences, dtype: torch.dtype) -> torch.Tensor:
-        """(..., D) for ids of any shape."""
-        ctx.save_for_backward(*occurrences)
-        ctx.dtype = table_VD.dtype
-        return F.embedding(ids, table_VD.to(dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradient of the table."""
-        order_N, starts_V = ctx.saved_tensors
-        return F.embedding_bag(order_N, gradient.flatten(0, -2), starts_V, mode="sum").to(ctx.dtype), None, None, None
-
-
 class GridBlock(GradientCheckpointingLayer):
     """Embeddings, attention, feed-forward: each around a skip connection."""
 
@@ -233,7 +192,8 @@ class GridBlock(GradientCheckpointingLayer):
             x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
         elif classes_B is not None:
             x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
-        passes = self.passes if trains_by_passes(x_BSD) else None
+        # a cache goes on being read where there are no passes, so its pairs are never half-split
+        passes = passes_for(x_BSD, self.attention_in, self.passes) if past_key_values is None else None
         hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, passes)           # B, S, 3 D
         value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.embeds_all_ids else None
         query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, passes)
@@ -316,7 +276,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         occurrences = None
         if torch.is_grad_enabled() and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             occurrences = Occurrences.of(input_ids, self.config.vocab_size)
-        x_BSD = lookup(self.token_embedding, input_ids, occurrences, self.dtype) + self.position_embedding(positions_S)   # B, S, D
+        x_BSD = lookup(self.token_embedding, input_ids, occurrences, self.token_embedding.weight.dtype)
+        x_BSD = x_BSD + self.position_embedding(positions_S)                                          # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # half of the memory to pass over in each block; for GPUs it was not measured

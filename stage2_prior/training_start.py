@@ -70,7 +70,7 @@ def describe_embeddings(config: PreTrainedConfig) -> str:
 
 
 def trains_by_own_passes(model: PreTrainedModel, device: torch.device, precision: str) -> bool:
-    """Whether a model's attention is trained by stage2_prior/grid_attention.py's AttentionByPasses."""
+    """Whether a model's attention is trained by stage2_prior/grid_attention.py's AttentionByProducts; of such a one the passes are compiled alone."""
     return (isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16"
             and model.config.max_position_embeddings - 1 <= LONGEST)  # nothing comes after the last id of a sequence
 

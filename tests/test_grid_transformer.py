@@ -7,13 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stage2_prior import grid_transformer
+from stage2_prior import grid_attention, grid_transformer
 from stage2_prior.causal_lm import make_config
+from stage2_prior.embedding_lookup import Lookup, Occurrences, lookup
 from stage2_prior.grid_attention import (
     KERNELS,
     LONGEST,
     AttentionByProducts,
+    attend,
     compiled_passes,
+    passes_for,
     project,
     queries_keys_values,
     rotate,
@@ -22,8 +25,6 @@ from stage2_prior.grid_attention import (
 from stage2_prior.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
-    Lookup,
-    Occurrences,
     SquaredReLU,
     embeddings_and_feed_forward,
     places_of_tokens,
@@ -287,8 +288,47 @@ def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradie
 
 def test_attention_by_products_is_for_short_sequences_in_bf16_with_gradients_alone():
     short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (LONGEST, LONGEST + 1))
-    assert trains_by_products(short) and not trains_by_products(long)
-    assert not trains_by_products(short.detach()) and not trains_by_products(short.float())
+    assert trains_by_products(short, short) and not trains_by_products(long, long) and not trains_by_products(short, long)
+    assert not trains_by_products(short.detach(), short.detach()) and not trains_by_products(short.float(), short.float())
+
+
+def test_passes_are_for_training_in_bf16_and_halves_for_projections_that_are_nothing_else():
+    halves, layer = KERNELS._replace(half_split=True), torch.nn.Linear(8, 24, bias=False)
+    x_BSD = torch.zeros(1, LONGEST + 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert passes_for(x_BSD, layer, halves) is halves
+    assert passes_for(x_BSD.detach(), layer, halves) is None and passes_for(x_BSD.float(), layer, halves) is None
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert passes_for(x_BSD, layer, halves) is KERNELS
+
+
+@pytest.mark.parametrize("passes", [KERNELS, pytest.param(compiled_passes(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
+def test_a_cache_that_was_filled_with_gradients_is_read_without_them(passes, monkeypatch):
+    model, calls = trained_looking(GridTransformer(config_of())), []
+    for block in model.blocks:
+        block.passes = passes
+    monkeypatch.setattr(grid_transformer, "attend", lambda *parts: calls.append(parts[0].grad_fn) or attend(*parts))
+    ids_BS = sequences(model, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(ids_BS, use_cache=False).logits
+        assert "QueriesKeysValues" in calls[0].name(), "the passes must be what this test is about"
+        begun = model(ids_BS[:, :5], use_cache=True)
+        with torch.no_grad():
+            rest = model(ids_BS[:, 5:], past_key_values=begun.past_key_values).logits
+    assert (torch.cat([begun.logits, rest], dim=1) - whole).abs().max() <= 0.03 * whole.abs().max()
+
+
+def test_longer_sequences_go_by_passes_and_torchs_attention(monkeypatch):
+    """Gradients agree with those by products, up to the rounding of bf16."""
+    model, found = trained_looking(GridTransformer(config_of())), []
+    for longest in (LONGEST, 4):
+        monkeypatch.setattr(grid_attention, "LONGEST", longest)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits_BSK = model(sequences(model, 2), use_cache=False).logits
+        logits_BSK.float().logsumexp(-1).sum().backward()
+        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 0.03 * gradient.norm(), name
 
 
 def test_a_model_in_bf16_learns_what_it_learns_in_float32():
@@ -307,12 +347,36 @@ def test_a_model_in_bf16_learns_what_it_learns_in_float32():
         assert (gradients[1][name] - exact).norm() <= 0.05 * exact.norm(), name
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_a_lookup_gives_rows_and_gradients_of_torchs_embedding(dtype, tolerance):
+    """Of ids in any order, some many times and some never, and for a gradient that is a part of a larger tensor."""
+    numbers = torch.Generator().manual_seed(4)
+    ids_BS = torch.randint(19, (5, 13), generator=numbers) ** 2 // 19
+    embedding = torch.nn.Embedding(19, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    gradient_BSD = torch.randn(5, 13, 18, generator=numbers).to(dtype)[..., 6:12]
+    found, expected = lookup(embedding, ids_BS, Occurrences.of(ids_BS, 19), dtype), embedding(ids_BS).to(dtype)
+    assert "Lookup" in found.grad_fn.name() and torch.equal(found, expected)
+    (found,), (expected,) = (torch.autograd.grad(each, embedding.weight, gradient_BSD) for each in (found, expected))
+    assert found.dtype == embedding.weight.dtype and len(ids_BS.unique()) < 19
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 def test_in_bf16_a_table_gets_its_gradient_in_float32():
     """4,096 equal gradients of 1 / 64 add up, where a sum in bf16 would stop growing at 4."""
-    table_VD = torch.zeros(3, 2, requires_grad=True)
-    ids = torch.ones(64, 64, dtype=torch.long)
+    table_VD, ids = torch.zeros(3, 2, requires_grad=True), torch.ones(64, 64, dtype=torch.long)
     Lookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
     assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
+
+
+def test_what_is_added_to_an_embedding_from_outside_is_not_passed_over(model):
+    ids_BS = sequences(model, 2)
+    before = model(ids_BS).logits
+    for module in (model.token_embedding, model.blocks[1].value_embedding):
+        hook = module.register_forward_hook(lambda module, inputs, output: output.flip(-1))
+        assert (model(ids_BS).logits - before).abs().max() > 1e-3
+        hook.remove()
+    with pytest.raises(IndexError, match="out of range"):
+        model(ids_BS + 1000)
 
 
 @pytest.mark.parametrize("layers, width, vocabulary, blocks", [(6, 256, 523, 6), (6, 256, 1035, 3), (12, 768, 1035, 12), (12, 768, 5011, 4),

@@ -221,6 +221,23 @@ def test_a_finished_stage_does_not_ask_for_what_it_started_from(tiny_run, tmp_pa
     assert check_before_start(recipe, "tokenizer") == "skip"
 
 
+def test_an_unfinished_stage_asks_for_what_it_started_from_only_where_it_has_no_checkpoint(tiny_run, tmp_path):
+    source = shutil.copytree(tiny_run / "tokenizer", tmp_path / "source")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    recipe = tiny_recipe(run, tokenizer_training__init_from=source)
+    record = json.loads((run / "stages/tokenizer.json").read_text()) | {"finished": False}
+    record["fields"]["tokenizer_training.init_from"] = str(source)
+    write_json(run / "stages/tokenizer.json", record)
+    assert check_before_start(recipe, "tokenizer") == "resume"
+    shutil.rmtree(source)
+    assert check_before_start(recipe, "tokenizer") == "resume"
+    with pytest.raises(InputError, match=r"init_from is .* does not exist"):
+        check_before_start(recipe, "tokenizer", redo="tokenizer")
+    shutil.rmtree(run / "checkpoints/tokenizer")
+    with pytest.raises(InputError, match=r"init_from is .* does not exist"):
+        check_before_start(recipe, "tokenizer")
+
+
 def test_fingerprints_tell_weights_apart(tiny_run, checkpoint):
     config = json.loads((tiny_run / "tokenizer/config.json").read_text())
     assert fingerprint_of_initial_weights(str(tiny_run)) == config["full_fingerprint"]

@@ -27,6 +27,8 @@ from vqmosaic.process_settings import set_up_process
 PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
 WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
 LAUNCHER_NAME = "launcher"
+LAST_SECONDS = 20.0
+"""For which a launcher may tidy up after its workers."""
 SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
@@ -51,7 +53,7 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * machines // processes)))
     with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
         environment[WORKER_FOLDER] = folder
-        return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder))
+        return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
 
 
 def find_accelerate_config(name: str) -> Path:
@@ -123,8 +125,8 @@ def launch_quietly() -> None:
         sys.exit(1)
 
 
-def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path) -> int:
-    """Run the launcher, forward signals to the workers that registered in `folder`, return their exit code."""
+def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path, count: int) -> int:
+    """Run the launcher of `count` workers, forward signals to those that registered in `folder`, return their exit code."""
     own, launcher, asked_to_stop, to_pass_on = os.getpid(), None, [], []
 
     def pass_on() -> None:
@@ -147,22 +149,55 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
         (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
         pass_on()  # what came while there was nobody to tell
-        launcher.wait()
+        wait_for_launcher(launcher, folder, count)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    codes = [int(path.read_text()) for path in sorted(folder.glob("*.exit"))]
+    codes = exit_codes(folder)
+    if all_went_well(folder, count):  # whatever became of launchers afterwards: one goes on alone when that of the first machine has gone
+        return 0
     failures = [code for code in codes if code]
     for known in (2, *(EXIT_CODES[number] for number in asked_to_stop)):  # what a stage means to say goes before what the launcher made of it
         if known in failures:
             print_words(folder, known)
             return known
+    if len(codes) == count and all(code in EXIT_CODES.values() for code in codes):  # another machine was asked, and all stopped together
+        print_words(folder, codes[0])
+        return codes[0]
     if launcher.returncode and asked_to_stop:  # before there was a worker that could have saved anything
         return EXIT_CODES[asked_to_stop[0]]
     failures = [code for code in failures if code not in EXIT_CODES.values()]  # nobody asked: the launcher ended the others after one died
     if launcher.returncode and not failures:
         print("error: a worker process ended without a word; it was killed from outside, for example for want of memory.", file=sys.stderr)
     return failures[0] if failures else (launcher.returncode and 1)
+
+
+def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int) -> None:
+    """Wait until the launcher has ended; once its workers have ended well, for LAST_SECONDS at most.
+
+    Launchers of several machines wait for each other at the end, for five minutes where one is gone already.
+    """
+    deadline = None
+    while True:
+        try:
+            launcher.wait(timeout=0.5)
+            return
+        except subprocess.TimeoutExpired:
+            if deadline is None and all_went_well(folder, count):
+                deadline = time.monotonic() + LAST_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                launcher.kill()
+
+
+def exit_codes(folder: Path) -> list[int]:
+    """Of the workers that have ended, as far as they could say so."""
+    return [int(text) for path in sorted(folder.glob("*.exit")) if (text := path.read_text())]
+
+
+def all_went_well(folder: Path, count: int) -> bool:
+    """Whether all workers, so many, have ended with 0."""
+    codes = exit_codes(folder)
+    return len(codes) == count and not any(codes)
 
 
 def print_words(folder: Path, code: int) -> None:

@@ -74,7 +74,8 @@ class CodebookQuantizer(Quantizer):
     def _candidates(self, vectors_ND: torch.Tensor) -> torch.Tensor:
         """R vectors (R, D) of the global batch chosen by f(seed, commit); a rank fills in its own, zeros elsewhere.
 
-        They lie a golden section of the batch apart, as any number of them then spreads evenly over it; a draw takes far longer.
+        They lie a golden section of the batch apart (an additive recurrence; Weyl 1916): any number of them spreads evenly over it, and a draw takes
+        three times as long.
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         total = len(vectors_ND) * world

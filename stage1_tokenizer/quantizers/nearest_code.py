@@ -19,7 +19,7 @@ GROUP = 64
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """A context in which float32 matrix products and convolutions are float32: no autocast, no TF32, no bf16 inside."""
+    """A context in which a device's float32 matrix products and convolutions are float32: no autocast, no TF32, no bf16 inside."""
     if device.type == "cuda":
         flags = {torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
     else:
