@@ -92,7 +92,8 @@ def test_two_machines_train_what_two_processes_of_one_do(stage, tiny_run, tmp_pa
 def test_a_launcher_that_loses_the_other_machine_does_not_decide_what_became_of_the_workers(worker_says, then, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LAST_SECONDS", 0.5)
     said = "" if worker_says is None else f"; (folder / '0.exit').write_text('{worker_says}')"
-    program = f"import os, pathlib, sys, time; folder = pathlib.Path({str(tmp_path)!r}); (folder / '0.pid').write_text(str(os.getpid())){said}; {then}"
+    program = (f"import os, pathlib, sys, time; folder = pathlib.Path({str(tmp_path)!r}); "
+               f"(folder / '0.pid').write_text(str(os.getpid())){said}; {then}")
     started = time.monotonic()
     assert launch.wait_for_workers([sys.executable, "-c", program], dict(os.environ), tmp_path, 1) == expected
     assert time.monotonic() - started < 30

@@ -188,7 +188,7 @@ class TokensConfig:
     view_crop_scale: float = 0.875
     """Side of the crops of ten-crop relative to the short side of the image."""
     images_per_shard: int = 1000
-    """Source images in one shard."""
+    """Source images in one shard; best a multiple of batch_size, since the last batch of each is filled up to that."""
     batch_size: int = 64
     """Images encoded at a time; the shape never varies, so encoding again gives the same bytes."""
     threads: int = 2
