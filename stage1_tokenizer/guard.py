@@ -90,8 +90,8 @@ def calendar(config: AdversarialConfig, training: TrainingConfig) -> str:
     moments = [config.start, config.start + config.warmup, config.start + config.warmup + config.ramp]
     if training.max_steps:
         when = [f"step {math.ceil(moment * training.max_steps):,}" for moment in moments]
-        if training.max_minutes:
-            when[0] += f" or after {duration(config.start * training.max_minutes * 60)}"
+        if training.max_minutes:  # whichever comes first
+            when = [f"{step} or after {duration(moment * training.max_minutes * 60)}" for step, moment in zip(when, moments, strict=True)]
     else:
         when = [duration(moment * training.max_minutes * 60) for moment in moments]
     when = [text if moment <= 1 else f"{text} (after the end)" for text, moment in zip(when, moments, strict=True)]

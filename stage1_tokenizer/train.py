@@ -26,9 +26,18 @@ from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_blocks
 from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage1_tokenizer.training_start import describe_tokens, initialize_codebook, load_perceptual_loss, set_training_mode, time_of_one_step
+from stage1_tokenizer.training_start import (
+    describe_loss,
+    describe_start,
+    describe_tokens,
+    initialize_codebook,
+    load_perceptual_loss,
+    set_training_mode,
+    time_of_one_step,
+)
 from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
+from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
@@ -114,9 +123,11 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
         "classes": ", ".join(classes[:12]) + (" ..." if len(classes) > 12 else "") if classes else "none",
         **describe_tokens(tokenizer, len(validation_images)),
+        **describe_start(training),
+        "loss": describe_loss(training),
         **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {calendar(adversarial, training)}"}
            if discriminator is not None else {}),
-        "epochs": f"{training.max_steps * training.batch_size / len(splits.train):.1f}" if training.max_steps else "as the clock allows",
+        "epochs": epochs(training, len(splits.train)),
     }, seconds_per_step)
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
@@ -135,6 +146,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         if signal_number:
             raise run.interrupted(signal_number)
         if finished:
+            run.check_any_step()
             break
 
         batch = next(batches)

@@ -48,6 +48,20 @@ def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
     return LPIPS(resolve_perceptual_weights(training.perceptual_weights)).to(device)
 
 
+def describe_start(training: TokenizerTrainingConfig) -> dict[str, str]:
+    """Lines of the plan about a fine-tuning; none for a training from scratch."""
+    if training.init_from is None:
+        return {}
+    trained = "the decoder alone: encoder, codebook and tokens stay" if training.train_parts == "decoder" else "all"
+    return {"starts from": training.init_from, "trained": trained}
+
+
+def describe_loss(training: TokenizerTrainingConfig) -> str:
+    """What is made small beside an adversarial loss, for the plan."""
+    perceptual = f", {training.perceptual_loss} with weight {training.perceptual_weight:g}" if training.perceptual_weight else ", no perceptual loss"
+    return f"{training.reconstruction_loss} reconstruction{perceptual}"
+
+
 def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
     """Lines of the plan about the tokens of an image."""
     config, side = tokenizer.config, tokenizer.grid_size

@@ -24,6 +24,7 @@ from stage2_prior.training_start import check_first_loss, describe_attention, de
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
+from vqmosaic.budget import epochs
 from vqmosaic.devices import held_by_main_process
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -89,7 +90,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **start,
-        "epochs": f"{training.max_steps * training.batch_size / len(reader):.1f}" if training.max_steps else "as the clock allows",
+        "epochs": epochs(training, len(reader)),
     }, seconds_per_step)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
@@ -108,6 +109,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         if signal_number:
             raise run.interrupted(signal_number)
         if finished:
+            run.check_any_step()
             break
 
         ids_BT, classes_B = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)

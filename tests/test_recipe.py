@@ -342,3 +342,15 @@ def test_every_field_is_read_somewhere():
     assert "tokenizer_training.usage_alarm" in unread_fields(without_losses)
     assert "sampling.top_k" in unread_fields(["sampling.temperature", "other.top_k"])
     assert "sampling.top_k" not in unread_fields(["print(self.sampling.top_k)"])
+
+
+def test_a_run_folder_that_was_moved_is_the_run_dir_of_its_recipe(tmp_path):
+    """And not the folder of before, which would be written to, or taken for finished."""
+    before, now = tmp_path / "before", tmp_path / "now"
+    before.mkdir()
+    save_recipe(load_recipe("digits", [f"--run_dir={before}", "--seed=5"]), before / "recipe.yaml")
+    before.rename(now)
+    recipe = load_recipe(str(now))
+    assert recipe.run_dir == str(now) and recipe.seed == 5
+    assert load_recipe(str(now), ["--run_dir", "elsewhere"]).run_dir == "elsewhere"
+    assert load_recipe(str(now / "recipe.yaml")).run_dir == str(before), "a file is only a recipe"

@@ -18,7 +18,7 @@ from vqmosaic.errors import InputError, check_range
 from vqmosaic.seeding import derive_seed
 
 MOST_OPEN_MAPS = 256  # each holds a file descriptor, of which a process has 1,024 by default
-REMEDY = "Run `vqmosaic preprocess` (or `import-tokens`, if they were imported) again; it rewrites what is damaged."
+REMEDY = "`vqmosaic audit --repair` rewrites what is damaged; tokens that were imported are imported again."
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import math
 import time
 
+from vqmosaic.recipe_sections import TrainingConfig
+
 
 class Budget:
     """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume."""
@@ -50,3 +52,10 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def epochs(training: TrainingConfig, images: int) -> str:
+    """How often a training of a recipe's section sees its images, for the plan."""
+    if not training.max_steps:
+        return "as the clock allows"
+    return f"{'at most ' if training.max_minutes else ''}{training.max_steps * training.batch_size / images:.1f}"

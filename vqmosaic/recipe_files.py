@@ -58,21 +58,22 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = ()) -> Recipe:
-    """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
+    """A checked recipe from a shipped name, a YAML file or a run folder (whose run_dir it is), with overrides such as ["--data.path", "photos"].
 
     `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
     """
-    path = find_recipe(name)
-    overrides = list(overrides or [])
+    path, overrides = find_recipe(name), list(overrides or [])
     check_keys_of_file(path)
     check_names_of_options(overrides, other_options)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--recipe_file", action="config")
     add_recipe_options(parser)
     try:
-        values = parser.parse_args([f"--recipe_file={path}", *overrides])  # the file first, so an override wins wherever it stands
+        # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
+        lies = [f"--run_dir={name}"] if Path(name).is_dir() else []
+        values = parser.parse_args([f"--recipe_file={path}", *lies, *overrides])
         values.pop("recipe_file", None)
         sections = parser.instantiate(values)
     except InputError as error:

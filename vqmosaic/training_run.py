@@ -200,6 +200,12 @@ class TrainingRun:
         self.state.elapsed_seconds = float(facts[1])
         return int(facts[0]), self.budget.progress(self.state.step, self.state.elapsed_seconds)
 
+    def check_any_step(self) -> None:
+        """At the end: raise InputError where the budget was over before the first step, so that nothing was learnt that could be exported."""
+        if self.state.step == 0:
+            raise InputError(f"{self.training.SECTION}.max_minutes is {self.training.max_minutes:g}, which was over before the first step; raise it "
+                             "and run again.")
+
     def due(self, every: int, finished: bool) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
