@@ -173,8 +173,7 @@ def test_folder_with_classes(tmp_path):
     assert set(identity) == {"kind", "path", "split", "count", "sha256"} and identity["count"] == len(splits.train)
     write_image(folder / splits.train.source_name(0), seed=77, size=(20, 20))
     assert open_splits(DataConfig(path=str(folder), validation_fraction=0.2)).train.identity["sha256"] != identity["sha256"]
-    # its own pickle, made a moment ago: the way in which DataLoader sends a source to spawned workers
-    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train), "sources travel to worker processes"
+    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)  # its own, made here: so DataLoader sends it to workers
 
 
 def test_folder_without_classes(tmp_path):

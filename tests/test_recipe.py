@@ -354,3 +354,9 @@ def test_a_run_folder_that_was_moved_is_the_run_dir_of_its_recipe(tmp_path):
     assert recipe.run_dir == str(now) and recipe.seed == 5
     assert load_recipe(str(now), ["--run_dir", "elsewhere"]).run_dir == "elsewhere"
     assert load_recipe(str(now / "recipe.yaml")).run_dir == str(before), "a file is only a recipe"
+
+
+def test_a_folder_that_only_has_the_name_of_a_recipe_is_not_its_run_dir(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits").run_dir != "digits"

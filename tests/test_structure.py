@@ -221,10 +221,10 @@ def test_nothing_unpickles(path):
 
 
 def test_unsafe_loading_is_found():
-    # texts that are parsed and never run: the check above must be able to fail for each of them
-    for line in ("import pickle", "from pickle import loads", "import pickle\npickle.UnpicklingError, pickle.load",
-                 "from dill import loads", "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)",
-                 "np.load(path, allow_pickle=True)", "yaml.load(text)", "accelerator.register_for_checkpointing(state)", "eval(text)"):
+    for line in (  # texts, parsed and never run: the check above must be able to fail for each of them
+            "import pickle", "from pickle import loads", "import pickle\npickle.UnpicklingError, pickle.load", "from dill import loads",
+            "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "np.load(path, allow_pickle=True)", "yaml.load(text)",
+            "accelerator.register_for_checkpointing(state)", "eval(text)"):
         assert unsafe_loading(ast.parse(line)), line
     assert not unsafe_loading(ast.parse("torch.load(path, weights_only=True); np.load(path, allow_pickle=False); model.eval()"))
 

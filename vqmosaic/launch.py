@@ -153,9 +153,9 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    codes = exit_codes(folder)
     if all_went_well(folder, count):  # whatever became of launchers afterwards: one goes on alone when that of the first machine has gone
         return 0
+    codes = exit_codes(folder)
     failures = [code for code in codes if code]
     for known in (2, *(EXIT_CODES[number] for number in asked_to_stop)):  # what a stage means to say goes before what the launcher made of it
         if known in failures:

@@ -72,8 +72,8 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
     add_recipe_options(parser)
     try:
         # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
-        lies = [f"--run_dir={name}"] if Path(name).is_dir() else []
-        values = parser.parse_args([f"--recipe_file={path}", *lies, *overrides])
+        place = [f"--run_dir={name}"] if path == Path(name) / "recipe.yaml" else []
+        values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
         sections = parser.instantiate(values)
     except InputError as error:

@@ -129,7 +129,7 @@ class TokenizerConfig:
         for key in ("l2_normalize", "rotation_trick", "diveq"):
             if getattr(self, key) and self.quantizer not in (*NEAREST_CODE_KINDS, "residual"):
                 raise InputError(f"tokenizer.{key} is true, but tokenizer.quantizer is {self.quantizer!r}, which does not look for the nearest code; "
-                                 f"set it to false, which a recipe may not have, or take one of: {', '.join(NEAREST_CODE_KINDS)}, residual.")
+                                 f"set it to false (a recipe may have set it), or take one of: {', '.join(NEAREST_CODE_KINDS)}, residual.")
 
     @property
     def downsampling(self) -> int:
