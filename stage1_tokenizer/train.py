@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> None:
             with held_by_main_process(run.folder):
                 train_locked(recipe, run)
         finally:
-            run.accelerator.end_training()
+            run.end()
 
 
 def train_locked(recipe: Recipe, run: TrainingRun) -> None:

@@ -44,7 +44,7 @@ def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> in
         try:
             return learn_by_heart(run, reader, images)
         finally:
-            run.accelerator.end_training()
+            run.end()
 
 
 def recipe_by_heart(recipe: Recipe, images: int, scratch: str, max_minutes: float) -> Recipe:

@@ -50,7 +50,7 @@ def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
             with held_by_main_process(run.folder):
                 train_locked(recipe, run, on_validation)
         finally:
-            run.accelerator.end_training()
+            run.end()
 
 
 def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation | None) -> None:

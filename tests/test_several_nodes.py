@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_two_processes import COMMANDS, finish, make_run, read_until, start
+from tests.test_two_processes import COMMANDS, ENVIRONMENT, finish, make_run, read_until, start
 from tests.tiny import ROOT, tiny_overrides
 from vqmosaic import launch
 
@@ -40,8 +40,7 @@ def two_machines(folder: Path, *arguments: str) -> Iterator[list[subprocess.Pope
             config = folder / f"machine-{machine}.yaml"
             config.write_text(yaml.safe_dump({**shipped, **own, "machine_rank": machine}))
             command = [sys.executable, "-m", "pipelines.command_line", *arguments, "--accelerate_config", str(config)]
-            launches.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-                                             stderr=subprocess.PIPE, text=True))
+            launches.append(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         yield launches
     finally:
         for each in launches:
@@ -88,7 +87,8 @@ def test_two_machines_train_what_two_processes_of_one_do(stage, tiny_run, tmp_pa
 
 
 @pytest.mark.parametrize(("worker_says", "then", "expected"), [
-    (0, "time.sleep(600)", 0), (0, "sys.exit(1)", 0), (143, "sys.exit(1)", 143), (None, "sys.exit(1)", 1), (2, "sys.exit(1)", 2)])
+    (0, "time.sleep(600)", 0), (143, "time.sleep(600)", 143), (2, "time.sleep(600)", 2), (0, "sys.exit(1)", 0),
+    (143, "sys.exit(1)", 143), (None, "sys.exit(1)", 1), (2, "sys.exit(1)", 2)])
 def test_a_launcher_that_loses_the_other_machine_does_not_decide_what_became_of_the_workers(worker_says, then, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "LAST_SECONDS", 0.5)
     said = "" if worker_says is None else f"; (folder / '0.exit').write_text('{worker_says}')"

@@ -173,7 +173,7 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
 
 
 def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int) -> None:
-    """Wait until the launcher has ended; once its workers have ended well, for LAST_SECONDS at most.
+    """Wait until the launcher has ended; once all of its workers have said how they ended, for LAST_SECONDS at most.
 
     Launchers of several machines wait for each other at the end, for five minutes where one is gone already.
     """
@@ -183,7 +183,7 @@ def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int) -> N
             launcher.wait(timeout=0.5)
             return
         except subprocess.TimeoutExpired:
-            if deadline is None and all_went_well(folder, count):
+            if deadline is None and len(exit_codes(folder)) == count:
                 deadline = time.monotonic() + LAST_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 launcher.kill()
@@ -221,6 +221,9 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     if folder:
         (folder / f"{rank}.exit").write_text(str(code))
     sys.stdout.flush()
+    sys.stderr.flush()
+    if folder:  # at once: as the interpreter is taken apart, a thread of torch's that still holds a tensor aborts or stops the process
+        os._exit(code)
     sys.exit(code)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, read_state
-from vqmosaic.devices import make_accelerator, set_threads
+from vqmosaic.devices import leave_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.muon import Muon
@@ -293,9 +293,13 @@ class TrainingRun:
         return Interrupted(signal_number, f"{self.stage} saved at step {self.state.step:,} in {self.checkpoints.root}")
 
     def finish(self) -> None:
-        """Close the bar, the trackers and the process group."""
+        """Close the bar, and wait until all processes have come so far."""
         self.bar.close()
         self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Close the trackers and leave the process group, whatever became of the training."""
+        leave_process_group()
         self.accelerator.end_training()
 
 
