@@ -24,7 +24,7 @@ from benchmarks import cifar10
 from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.losses import reconstruction_loss
-from stage1_tokenizer.networks import compile_blocks
+from stage1_tokenizer.networks import compile_networks
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.devices import cpu_has_bf16
 from vqmosaic.interruption import StopFlag
@@ -84,8 +84,7 @@ class Ours:
         self.run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
         self.model = self.run.prepare(self.tokenizer)
         if compiled:
-            compile_blocks(self.tokenizer.encoder)
-            compile_blocks(self.tokenizer.decoder)
+            compile_networks(self.tokenizer.encoder, self.tokenizer.decoder)
         latents_BDhw = self.tokenizer.eval().latents(images_BCHW.to(self.run.accelerator.device)).detach()
         self.tokenizer.quantizer.initialize(latents_BDhw.permute(0, 2, 3, 1).reshape(-1, recipe.tokenizer.code_dim))
 

@@ -38,10 +38,10 @@ class GroupNorm(nn.GroupNorm):
         group_C = torch.arange(channels, device=x_BCHW.device) // (channels // self.num_groups)
         is_in_CG = (group_C[:, None] == torch.arange(self.num_groups, device=x_BCHW.device)).double()
         with torch.autocast(x_BCHW.device.type, enabled=False):
-            mean_BG, square_BG = (each.double() @ is_in_CG * (self.num_groups / channels)
-                                  for each in (x_BCHW.mean((2, 3)), x_BCHW.square().mean((2, 3))))
+            moments = torch.cat([x_BCHW.mean((2, 3)), x_BCHW.square().mean((2, 3))]).double() @ is_in_CG * (self.num_groups / channels)
+            mean_BG, square_BG = moments.chunk(2)
             scale_BG = torch.rsqrt((square_BG - mean_BG.square()).clamp_min(0) + self.eps)
-            scale_BC, shift_BC = (each.float() for each in (scale_BG @ is_in_CG.T, mean_BG * scale_BG @ is_in_CG.T))
+            scale_BC, shift_BC = (torch.cat([scale_BG, mean_BG * scale_BG]) @ is_in_CG.T).float().chunk(2)
         a_BC, b_BC = scale_BC * self.weight, self.bias - shift_BC * self.weight
         return x_BCHW * a_BC[:, :, None, None] + b_BC[:, :, None, None]
 

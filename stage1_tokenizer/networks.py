@@ -208,16 +208,21 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        patches = self.conv_out(self.features(latents_BChw))  # (B, C p^2, H / p, W / p)
+        return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
+
+    def features(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """What the last layer makes pixels of: (B, channels, H / p, W / p)."""
         features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
         for level in self.levels:
             features = level(features)                        # (B, width, h * 2^n, w * 2^n)
-        patches = self.conv_out(self.norm_out(features, swish=True))  # (B, C p^2, H / p, W / p)
-        return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
+        return self.norm_out(features, swish=True)
 
 
-def compile_blocks(network: Encoder | Decoder) -> None:
-    """Compile a network's levels and middle, each by itself: that takes far less time than the whole, and leaves the last layer,
-    against whose gradient adversarial losses are balanced, outside."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # blocks share their code, and each size compiles it anew
-    for block in (network.middle, *network.levels):
-        block.compile()
+def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
+    """Compile the encoder, and the decoder up to its last layer, against whose gradient alone adversarial losses are balanced.
+
+    Each as one graph: parts of it, compiled by themselves, would be entered and left tens of times a step, which takes as long as some of them.
+    """
+    encoder.compile()
+    decoder.features = torch.compile(decoder.features)

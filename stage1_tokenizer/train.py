@@ -23,7 +23,7 @@ from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.initial_weights import check_tokens_stay, load_initial_weights
 from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
-from stage1_tokenizer.networks import compile_blocks
+from stage1_tokenizer.networks import compile_networks
 from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.training_start import (
@@ -111,8 +111,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.state.step == 0 and training.init_from is None:
         initialize_codebook(tokenizer, train_images, run)
     if training.compile:
-        compile_blocks(tokenizer.encoder)
-        compile_blocks(tokenizer.decoder)
+        compile_networks(tokenizer.encoder, tokenizer.decoder)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
