@@ -28,7 +28,7 @@ from token_shards.manifest import Grid, ShardSetHeader, shard_name
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
-from vqmosaic.devices import held_by_main_process, leave_process_group, set_threads
+from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import Interrupted, StopFlag
@@ -52,7 +52,8 @@ def preprocess(recipe: Recipe) -> None:
         with StopFlag() as stop, held_by_main_process(run):
             preprocess_locked(recipe, run, state, stop)
     finally:
-        leave_process_group()
+        keep_process_group()
+        state.destroy_process_group()
 
 
 def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop: StopFlag) -> None:

@@ -4,6 +4,8 @@ The order of blocks, paddings and norms is kept so that weights of taming-transf
 onto these modules one to one. With `tokenizer.block: convnext` the blocks and norms are others, in the same order.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -211,6 +213,10 @@ class Decoder(nn.Module):
         patches = self.conv_out(self.features(latents_BChw))  # (B, C p^2, H / p, W / p)
         return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a compiled decoder without what is compiled, which would go on computing with this one's weights in a copy."""
+        return {name: value for name, value in super().__getstate__().items() if name != "features"}
+
     def features(self, latents_BChw: torch.Tensor) -> torch.Tensor:
         """What the last layer makes pixels of: (B, channels, H / p, W / p)."""
         features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
@@ -222,7 +228,9 @@ class Decoder(nn.Module):
 def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
     """Compile the encoder, and the decoder up to its last layer, against whose gradient alone adversarial losses are balanced.
 
-    Each as one graph: parts of it, compiled by themselves, would be entered and left tens of times a step, which takes as long as some of them.
+    In one process each is one graph: parts of it, compiled by themselves, would be entered and left tens of times a step, which takes as long as
+    some of them. (With several, torch parts them where gradients are exchanged.)
     """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # all modules share their entry, and each compiles it anew
     encoder.compile()
     decoder.features = torch.compile(decoder.features)

@@ -1,6 +1,7 @@
 """VQ-GAN trainings of a few steps: when the discriminator joins, what is saved, how a run made to go wrong is caught, exact resume."""
 
 import contextlib
+import copy
 import io
 import json
 from pathlib import Path
@@ -231,8 +232,14 @@ def test_memory_order_changes_nothing_but_rounding(tmp_path):
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_like_the_plain_one_with_a_discriminator(tmp_path):
-    runs = [train(tmp_path / flag, tokenizer_training__compile=flag, tokenizer_training__max_steps=6, tokenizer__channels=64)
-            for flag in ("true", "false")]
+    compiled = []
+    original = train_module.compile_networks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "compile_networks", lambda *networks: (original(*networks), compiled.extend(networks)))
+        runs = [train(tmp_path / flag, tokenizer_training__compile=flag, tokenizer_training__max_steps=6, tokenizer__channels=64)
+                for flag in ("true", "false")]
+    encoder, decoder = compiled  # once
+    assert encoder._compiled_call_impl is not None and "features" in vars(decoder) and "features" not in vars(copy.deepcopy(decoder))
     losses = [[record["reconstruction_loss"] for record in records(run)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert json.loads((runs[0] / "tokenizer/config.json").read_text())["network"]["channels"] == 64

@@ -19,7 +19,7 @@ from vqmosaic.launch import check_world_size
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.run_folder import RunFolder
 
-GROUPS_LEFT: list[torch.distributed.ProcessGroup] = []
+GROUPS_KEPT: list[torch.distributed.ProcessGroup] = []
 THREADS_AT_START = torch.get_num_threads()  # a stage that ran before in this process may have set another number
 
 
@@ -80,15 +80,14 @@ def make_accelerator(training: TrainingConfig, log_folder: str) -> Accelerator:
     return accelerator
 
 
-def leave_process_group() -> None:
-    """End the process group, if there is one, and keep torch's object of it for as long as this process lives.
+def keep_process_group() -> None:
+    """Keep torch's object of the process group, if there is one, for as long as this process lives; to be called before the group is destroyed.
 
     Gloo's object waits for its threads when it goes, and one of them may be waiting for Python's lock, to let go of the last collective's
     tensors. A model wrapped for several processes takes the object with it while it holds that lock: both would wait for ever.
     """
     if torch.distributed.is_initialized():
-        GROUPS_LEFT.append(torch.distributed.group.WORLD)
-        torch.distributed.destroy_process_group()
+        GROUPS_KEPT.append(torch.distributed.group.WORLD)
 
 
 @contextlib.contextmanager

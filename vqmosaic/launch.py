@@ -5,6 +5,7 @@ the workers themselves (the launcher loses them), their exit codes and last word
 launcher loses those too), and they die with their parent.
 """
 
+import contextlib
 import importlib
 import logging
 import os
@@ -218,11 +219,12 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         die_with_parent(int((folder / LAUNCHER_NAME).read_text()))
         (folder / f"{rank}.pid").write_text(str(os.getpid()))
     code = guarded(lambda: main(arguments or no_recipe()), folder / f"{rank}.words" if folder else None)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            stream.flush()
     if folder:
         (folder / f"{rank}.exit").write_text(str(code))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if folder:  # at once: as the interpreter is taken apart, a thread of torch's that still holds a tensor aborts or stops the process
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at once: taken apart in order, it could wait for ever for torch's thread that holds a tensor
         os._exit(code)
     sys.exit(code)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, read_state
-from vqmosaic.devices import leave_process_group, make_accelerator, set_threads
+from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.muon import Muon
@@ -299,7 +299,7 @@ class TrainingRun:
 
     def end(self) -> None:
         """Close the trackers and leave the process group, whatever became of the training."""
-        leave_process_group()
+        keep_process_group()
         self.accelerator.end_training()
 
 
