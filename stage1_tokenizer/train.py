@@ -34,6 +34,7 @@ from stage1_tokenizer.training_start import (
     load_perceptual_loss,
     set_training_mode,
     time_of_one_step,
+    warn_if_codebook_is_large,
 )
 from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
@@ -80,7 +81,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         check_compiler("tokenizer_training.compile", accelerator.device)
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
-    validation_images = ValidationImages(splits.validation, transform, training.validation_images)
 
     # --- model --------------------------------------------------------------------------------------------------------------
     tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
@@ -117,6 +117,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
     first_batch = next(train_images.batches(0, training.batch_size, run.rank, run.world_size))
     seconds_per_step = time_of_one_step(model, adversary, perceptual, first_batch, run)
+    validated = run.choose_validation_images(len(splits.validation), lambda count: validate(
+        run.validated_model, ValidationImages(splits.validation, transform, count), run.micro_batch, accelerator))
+    validation_images = ValidationImages(splits.validation, transform, validated)
     classes = splits.train.class_names
     run.print_plan({
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
@@ -129,13 +132,15 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         "epochs": epochs(training, len(splits.train)),
     }, seconds_per_step)
 
+    warn_if_codebook_is_large(tokenizer, len(splits.train), run)
+
     # --- loop ---------------------------------------------------------------------------------------------------------------
     means = RunningMeans()
     unreadable: set[str] = set()
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if not signal_number and run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
+        if not signal_number and run.validation_due(finished):
             validate_and_report(validation_images, run, guard, progress, best_weights)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
@@ -145,7 +150,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         if signal_number:
             raise run.interrupted(signal_number)
         if finished:
-            run.check_any_step()
             break
 
         batch = next(batches)
@@ -190,8 +194,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                 discriminator.commit()
         else:
             tokenizer.quantizer.discard()
-        run.state.step += 1
-        run.bar.update()
+        run.end_step()
 
         if run.due(training.log_every, finished=False):
             run.metrics.write(run.state.step, "train", **means.over_processes(accelerator), gradient_norm=norm, learning_rate=learning_rate,
@@ -217,7 +220,8 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     where few codes are in use; nothing where a signal comes."""
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
-    numbers = validate(run.validated_model, images, run.training.batch_size, run.accelerator, picture, run.stop)
+    with run.validation_clock():
+        numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
         run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)

@@ -28,7 +28,8 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
     collected: list[torch.Tensor] = []
     tokenizer.eval()
     for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
-        latents_BDhw = tokenizer.latents(batch.images_BCHW.to(run.accelerator.device))
+        images_BCHW = batch.images_BCHW.to(run.accelerator.device)
+        latents_BDhw = torch.cat([tokenizer.latents(part) for part in images_BCHW.split(run.micro_batch)])
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
         collected.append(run.accelerator.gather(vectors_ND))
         if sum(map(len, collected)) >= wanted:
@@ -70,6 +71,15 @@ def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[s
     depth = f" x {config.depth}" if config.depth > 1 else ""
     return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
             "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
+
+
+def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:
+    """Warn where there are more codes than the training images have vectors, so that most codes can never be used."""
+    codes, vectors = tokenizer.config.codebook_size, images * tokenizer.grid_size ** 2
+    if tokenizer.quantizer.has_ids and codes > vectors:
+        run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have {vectors:,} vectors "
+                   f"({tokenizer.grid_size} x {tokenizer.grid_size} each), so most codes cannot be used. Lower tokenizer.codebook_size, or train on "
+                   "more images.")
 
 
 def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:

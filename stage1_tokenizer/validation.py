@@ -35,7 +35,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     first_of_level = codes * torch.arange(depth, device=device)
     sums = torch.zeros(4, device=device)  # of absolute errors, of squared errors, of elements, of ranks that were stopped
     tokenizer.eval()
-    for number, (images_BCHW, _) in enumerate(images.batches(batch_size, accelerator.process_index, accelerator.num_processes)):
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions, for the picture
+    for images_BCHW, _ in images.batches(batch_size, accelerator.process_index, accelerator.num_processes):
         if stop is not None and stop.signal:
             sums[3] = 1
             break
@@ -49,11 +50,13 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
             counts_K += torch.bincount((ids_Bhwd + first_of_level).flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
         sums[:3] += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
-        if number == 0 and picture is not None and accelerator.is_main_process:
-            save_picture(reconstruction_picture(images_BCHW[:GRID_IMAGES], restored_BCHW[:GRID_IMAGES]), picture)
+        if sum(len(part) for part, _ in shown) < GRID_IMAGES:
+            shown.append((images_BCHW, restored_BCHW))
     counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
     if sums[3]:
         return None
+    if shown and picture is not None and accelerator.is_main_process:
+        save_picture(reconstruction_picture(*(torch.cat(parts)[:GRID_IMAGES] for parts in zip(*shown, strict=True))), picture)
     return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
             "reconstruction_l2": float(sums[1] / sums[2]), **(codebook_use(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
 

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, validation_batches
-from stage2_prior.training_start import check_first_loss, describe_attention, describe_embeddings, prepare_prior, time_and_loss_of_one_step
+from stage2_prior.training_start import (
+    check_first_loss,
+    describe_attention,
+    describe_embeddings,
+    loss_of_ignorance,
+    prepare_prior,
+    time_and_loss_of_one_step,
+)
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
@@ -80,8 +87,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
     seconds_per_step, first_loss = time_and_loss_of_one_step(model, first_batch, run)
+    validated = run.choose_validation_images(
+        len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator))
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
-    validated = min(len(held_out), training.validation_images)
     run.print_plan({
         "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
                   f"{validated:,} of {len(held_out):,} to validate on",
@@ -101,15 +109,14 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if not signal_number and run.due(training.validate_every, finished) and run.state.validated_step < run.state.step:
-            validate_and_report(held_out, run, best_weights, on_validation)
+        if not signal_number and run.validation_due(finished):
+            validate_and_report(held_out, validated, run, best_weights, on_validation)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
             run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
         if signal_number:
             raise run.interrupted(signal_number)
         if finished:
-            run.check_any_step()
             break
 
         ids_BT, classes_B = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
@@ -128,8 +135,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         accepted, norm, learning_rate = run.optimizer_step(total[0] + training.z_loss * total[1], progress)
         if accepted:
             sums += torch.cat([total, torch.full_like(total[:1], training.accumulation_steps)])
-        run.state.step += 1
-        run.bar.update()
+        run.end_step()
 
         if run.due(training.log_every, finished=False):
             reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # nothing but refused steps leaves zeros
@@ -141,6 +147,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     # --- export -------------------------------------------------------------------------------------------------------------
     run.end_sharding()
     if run.is_main:
+        warn_if_nothing_was_learned(run, vocabulary)
         export_best_and_last(run, best_weights, "NLL")
         write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds)
         report(f"exported {run.folder.export('prior')}: the {training.export} weights (best: step {run.state.best_step:,}, "
@@ -151,7 +158,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 @torch.no_grad()  # not inference mode: without a weight average it is the model in training, which may keep what it computes here
 def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator,
              stop: StopFlag | None = None) -> dict[str, float] | None:
-    """nll in nats per token, bits_per_image and next-token accuracy over the first `limit` validation images, the same on all ranks.
+    """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images, the same on all ranks.
+
+    Each process works on at most `batch_size` images at a time.
 
     Where the null class was learnt (label_drop), also nll_without_class and so on: each image after the null class instead of its own.
     None where a signal to any rank's `stop` cut it short.
@@ -160,7 +169,8 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     vocabulary = prior.vocabulary
     names = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
     sums = torch.zeros(2 * len(names) + 2, device=accelerator.device)  # NLL and hits for each name; tokens; ranks that were stopped
-    for ids_BT, classes_B in validation_batches(reader, batch_size, accelerator.process_index, accelerator.num_processes, limit):
+    ranks = accelerator.num_processes
+    for ids_BT, classes_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
         halted = stop is not None and bool(stop.signal)
         if is_sharded(accelerator):  # the forward pass of a divided model is everyone's, so all have to leave before the same batch
             halted = bool(accelerator.reduce(torch.tensor(float(halted), device=accelerator.device), "sum"))
@@ -184,9 +194,10 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     return numbers
 
 
-def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights: Path, on_validation: OnValidation | None) -> None:
+def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path, on_validation: OnValidation | None) -> None:
     """Validate what would be exported now, keep it if it is the best so far, let the caller make pictures of it; nothing where a signal comes."""
-    numbers = validate(run.validated_model, reader, run.training.batch_size, run.training.validation_images, run.accelerator, run.stop)
+    with run.validation_clock():
+        numbers = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
     if numbers is None:
         return
     prior: TokenPrior | None = run.whole_model()
@@ -205,9 +216,18 @@ def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights
                f"{numbers['bits_per_image']:.1f}{also('bits_per_image_without_class', '.1f')} bits per image, "
                f"accuracy {numbers['accuracy']:.1%}{also('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
     if on_validation is not None and run.is_main:
-        on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop)
+        run.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
         if run.is_sharded:
             prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
+
+
+def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> None:
+    """Warn where no validation had a lower loss than a prior that finds all codes equally likely."""
+    uniform = loss_of_ignorance(vocabulary)
+    if uniform <= run.state.best_validation < math.inf:
+        run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A prior that finds all codes "
+                   f"equally likely has {uniform:.3f} (ln K), so this one has learned nothing and its images are noise. Lower "
+                   f"prior_training.learning_rate, which is {run.training.learning_rate:g}, and train again with --redo prior.")
 
 
 def main(arguments: list[str]) -> None:

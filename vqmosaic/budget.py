@@ -5,18 +5,38 @@ import time
 
 from vqmosaic.recipe_sections import TrainingConfig
 
+VALIDATION_INTERVAL = 0.04
+"""Share of a time budget after which the next validation is due: with the step in progress, at most 5 % pass between two."""
+VALIDATION_SHARE = 0.1
+"""Largest share of the time that validations take under a time budget."""
+FIRST_VALIDATION_SHARE = 0.075
+"""The share that is planned for, from a trial before the first step; the rest is for validations that take longer than the trial."""
+
 
 class Budget:
-    """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume."""
+    """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume.
+
+    The clock runs from `start`, which is called at the first step, so start-up uses none of the budget.
+    """
 
     def __init__(self, max_steps: int | None, max_minutes: float | None, elapsed_seconds: float = 0.0):
         self.max_steps, self.max_seconds = max_steps, None if max_minutes is None else max_minutes * 60
-        self._started = time.monotonic() - elapsed_seconds
+        self._elapsed_before, self._started = elapsed_seconds, None
+
+    def start(self) -> None:
+        """Start the clock, unless it runs already."""
+        if self._started is None:
+            self._started = time.monotonic()
+
+    @property
+    def session_seconds(self) -> float:
+        """Seconds since the clock was started."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     @property
     def elapsed_seconds(self) -> float:
         """Seconds of training so far, validations included, over all resumed parts."""
-        return time.monotonic() - self._started
+        return self._elapsed_before + self.session_seconds
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
         """Share of the budget that is used; `elapsed_seconds` is rank 0's, the same on all ranks."""
@@ -34,8 +54,34 @@ def learning_rate_share(progress: float, warmup_fraction: float, final_share: fl
     return final_share + (1 - final_share) * remaining
 
 
+def fitting_validation_images(seconds_per_image: float, budget_seconds: float) -> int:
+    """How many images a validation may look at, so that one every VALIDATION_INTERVAL takes no more than the planned share of the time."""
+    return int(FIRST_VALIDATION_SHARE * VALIDATION_INTERVAL * budget_seconds / seconds_per_image)
+
+
+class Pace:
+    """Seconds per step, averaged over all steps since the first few, which are slower than the rest. Validations and checkpoints count."""
+
+    WARM_UP_STEPS = 5
+
+    def __init__(self):
+        self._steps, self._warm_since = 0, None
+
+    def step(self) -> None:
+        """Note that a step has ended."""
+        self._steps += 1
+        if self._steps == self.WARM_UP_STEPS:
+            self._warm_since = time.monotonic()
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None before the first warm step has ended."""
+        warm_steps = self._steps - self.WARM_UP_STEPS
+        return (time.monotonic() - self._warm_since) / warm_steps if warm_steps > 0 else None
+
+
 def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:
-    """Seconds that the rest of the training will take at this pace, validations aside."""
+    """Seconds that the rest of the training will take at this pace."""
     bounds = []
     if budget.max_steps is not None:
         bounds.append((budget.max_steps - step) * seconds_per_step)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vqmosaic.budget import duration
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name
 
@@ -30,6 +31,8 @@ class MetricsLog:
 
     def __init__(self, accelerator, folder: Path, first_step: int, validated_step: int, config: dict[str, Any]):
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
+        self.newest: dict[str, dict[str, float | int]] = {}
+        """The numbers written last, of each kind."""
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             cut_back(self.path, first_step, validated_step)
@@ -40,6 +43,7 @@ class MetricsLog:
     def write(self, step: int, kind: str, **numbers: float | int) -> None:
         """Append one record; `kind` is train or validation."""
         rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
+        self.newest[kind] = rounded
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")
@@ -67,9 +71,51 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
 
 
-def progress_bar(total: int | None, initial: int, title: str, unit: str = "step", enabled: bool = True) -> tqdm:
+LINE_SECONDS = 30.0
+"""Seconds between lines about the progress where the output is not a terminal."""
+
+
+def terminal_bar(total: int | None, initial: int, title: str, unit: str, enabled: bool = True) -> tqdm:
     """A bar with rate and ETA on a terminal; nothing where the output is a file or a pipe."""
     return tqdm(total=total, initial=initial, desc=title, unit=unit, disable=not (enabled and sys.stderr.isatty()), dynamic_ncols=True)
+
+
+def progress_bar(total: int | None, initial: int, title: str, unit: str, enabled: bool = True) -> "tqdm | ProgressLines":
+    """A bar with rate and ETA on a terminal; a line every LINE_SECONDS where the output is a file or a pipe."""
+    if sys.stderr.isatty() or not enabled:
+        return terminal_bar(total, initial, title, unit, enabled)
+    return ProgressLines(total, initial, title, unit)
+
+
+class ProgressLines:
+    """Stands in for a tqdm bar where the output is not a terminal: prints a line every LINE_SECONDS."""
+
+    def __init__(self, total: int | None, initial: int, title: str, unit: str):
+        self.total, self.n, self._initial, self._title, self._unit = total, initial, initial, title, unit
+        self._started = self._last_line = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        """Note `count` more units, and print a line if one is due."""
+        self.n += count
+        now = time.monotonic()
+        if now - self._last_line < LINE_SECONDS:
+            return
+        self._last_line = now
+        of_total, left = "", ""
+        if self.total:
+            of_total = f" of {self.total:,}"
+            seconds = (now - self._started) * (self.total - self.n) / max(1, self.n - self._initial)
+            left = f" ({self.n / self.total:.0%}), about {duration(max(0.0, seconds))} left"
+        print(f"{self._title}: {self.n:,}{of_total} {self._unit}s{left}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing to close; tqdm has this method."""
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 class Reporter:
@@ -78,9 +124,14 @@ class Reporter:
     def __init__(self, stage: str, is_main_process: bool = True):
         self.stage, self.enabled, self.started = stage, is_main_process, time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage started."""
+        return time.monotonic() - self.started
+
     def __call__(self, text: str, everywhere: bool = False) -> None:
         if self.enabled or everywhere:
-            tqdm.write(f"[{self.stage} {time.monotonic() - self.started:6.1f} s] {text}", file=sys.stdout)
+            tqdm.write(f"[{self.stage} {self.seconds:6.1f} s] {text}", file=sys.stdout)
             sys.stdout.flush()
 
     def table(self, title: str, rows: dict[str, Any]) -> None:

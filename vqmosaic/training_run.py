@@ -6,17 +6,29 @@ The step itself, and everything that is learnt, stands in each stage's own train
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
+from vqmosaic.budget import (
+    VALIDATION_INTERVAL,
+    VALIDATION_SHARE,
+    Budget,
+    Pace,
+    duration,
+    expected_time,
+    fitting_validation_images,
+    learning_rate_share,
+)
 from vqmosaic.checkpoints import CheckpointFolder, read_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
@@ -34,8 +46,13 @@ from vqmosaic.sharding import (
     whole,
     whole_weights,
 )
-from vqmosaic.tracking import MetricsLog, Reporter, progress_bar
+from vqmosaic.tracking import LINE_SECONDS, MetricsLog, Reporter, terminal_bar
 from vqmosaic.weight_averaging import averaged
+
+FIRST_LINE_SECONDS = 10.0
+"""Seconds of training after which the first estimate from warm steps is printed."""
+FEWEST_VALIDATION_IMAGES = 16
+"""A validation looks at no fewer images than this (or at all that there are), however short the budget is."""
 
 
 @dataclass
@@ -46,6 +63,12 @@ class TrainerState:
     elapsed_seconds: float = 0.0
     refused_steps: int = 0
     validated_step: int = 0
+    validated_seconds: float = 0.0
+    """What elapsed_seconds was when the last validation began."""
+    validation_seconds: float = 0.0
+    """Seconds that all validations have taken so far."""
+    validation_images: int = 0
+    """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
     best_step: int = 0
     best_validation: float = float("inf")
     guard: dict[str, float] = field(default_factory=dict)
@@ -96,7 +119,9 @@ class TrainingRun:
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
         config = {field.name: field.value for field in recipe_fields(self.recipe)}
         self.metrics = MetricsLog(self.accelerator, self.folder.logs(self.stage), self.state.step, self.state.validated_step, config)
-        self.bar = progress_bar(training.max_steps, self.state.step, self.stage, enabled=self.is_main)
+        self.bar = terminal_bar(training.max_steps, self.state.step, self.stage, "step", enabled=self.is_main)
+        self.pace, self._next_line = Pace(), FIRST_LINE_SECONDS
+        self._picture_seconds: list[float] = []
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -168,6 +193,30 @@ class TrainingRun:
         self.saved_step, self.resumed_from = saved.step, checkpoint
         self.report(f"resumed at step {saved.step:,} from {checkpoint}")
 
+    @property
+    def micro_batch(self) -> int:
+        """Images that one process works on at a time in training. Whatever runs the model beside the training keeps to it, and to its memory."""
+        return self.training.batch_size // self.world_size // self.training.accumulation_steps
+
+    def choose_validation_images(self, available: int, validate: Callable[[int], Any]) -> int:
+        """How many of the `available` images each validation looks at: at most validation_images, under a time budget no more than there is time for.
+
+        `validate(count)` validates on so many images; it is timed on a few of them, for all processes to call. A resumed training keeps its number.
+        """
+        limit = min(self.training.validation_images, available)
+        if self.budget.max_seconds is None:
+            return limit
+        if not self.state.validation_images:
+            trial = min(limit, 2 * self.micro_batch * self.world_size)
+            for _ in range(2):  # the first one warms up
+                started = time.monotonic()
+                validate(trial)
+                seconds = time.monotonic() - started
+            fitting = fitting_validation_images(seconds / trial, self.budget.max_seconds)
+            chosen = torch.tensor([max(fitting, FEWEST_VALIDATION_IMAGES, self.world_size)], device=self.accelerator.device)
+            self.state.validation_images = min(limit, int(broadcast(chosen, from_process=0)))
+        return min(limit, self.state.validation_images)
+
     def print_plan(self, facts: dict[str, Any], seconds_per_step: float) -> None:
         """Print what is about to happen, before it costs anything."""
         count = sum(parameter.numel() for parameter in self.parameters)
@@ -186,29 +235,75 @@ class TrainingRun:
             "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
                                                 self.training.max_minutes and f"{self.training.max_minutes:g} minutes"])),
             "done already": f"{self.state.step:,} steps",
-            "expected time": f"{duration(expected_time(seconds_per_step, self.budget, self.state.step))} "
-                             f"at {seconds_per_step * 1000:.0f} ms a step, validations aside",
+            "start-up": f"{duration(self.report.seconds)}; the budget starts with the first step",
+            "expected time": f"about {duration(expected_time(seconds_per_step, self.budget, self.state.step))}, from a trial step of "
+                             f"{seconds_per_step * 1000:.0f} ms; updated after {FIRST_LINE_SECONDS:.0f} s of training",
         })
 
     # --- every step --------------------------------------------------------------------------------------------------------
 
     def sync(self) -> tuple[int, float]:
-        """The signal that asks for a stop (0 for none) and the progress in [0, 1], the same on all ranks."""
-        facts = torch.tensor([float(self.stop.signal), self.budget.elapsed_seconds if self.is_main else 0.0], dtype=torch.float64)
+        """The signal that asks for a stop (0 for none) and the progress in [0, 1], the same on all ranks.
+
+        The first call starts the budget's clock.
+        """
+        clocks = [self.budget.elapsed_seconds, self.state.validation_seconds] if self.is_main else [0.0, 0.0]
+        self.budget.start()
+        facts = torch.tensor([float(self.stop.signal), *clocks], dtype=torch.float64)
         if self.world_size > 1:
             facts = self.accelerator.gather(facts[None].float().to(self.accelerator.device)).amax(0)
-        self.state.elapsed_seconds = float(facts[1])
-        return int(facts[0]), self.budget.progress(self.state.step, self.state.elapsed_seconds)
-
-    def check_any_step(self) -> None:
-        """At the end: raise InputError where the budget was over before the first step, so that nothing was learnt that could be exported."""
-        if self.state.step == 0:
-            raise InputError(f"{self.training.SECTION}.max_minutes is {self.training.max_minutes:g}, which was over before the first step; raise it "
-                             "and run again.")
+        signal_number, self.state.elapsed_seconds, self.state.validation_seconds = int(facts[0]), float(facts[1]), float(facts[2])
+        return signal_number, self.budget.progress(self.state.step, self.state.elapsed_seconds)
 
     def due(self, every: int, finished: bool) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
+
+    def validation_due(self, finished: bool) -> bool:
+        """Whether to validate now: every `validate_every` steps and at the last one.
+
+        A time budget may end long before that many steps, so it asks for a validation every VALIDATION_INTERVAL of it too. In exchange,
+        validations that have taken more than VALIDATION_SHARE of the time wait, except the last one.
+        """
+        state, budget_seconds = self.state, self.budget.max_seconds
+        if state.validated_step >= state.step:
+            return False
+        if budget_seconds is None or finished:
+            return self.due(self.training.validate_every, finished)
+        waited_long = state.elapsed_seconds - state.validated_seconds >= VALIDATION_INTERVAL * budget_seconds
+        has_time = state.validation_seconds <= VALIDATION_SHARE * state.elapsed_seconds
+        return has_time and (waited_long or self.due(self.training.validate_every, finished))
+
+    @contextmanager
+    def validation_clock(self) -> Iterator[None]:
+        """Counts what happens in the block as time of a validation."""
+        self.state.validated_seconds, started = self.state.elapsed_seconds, time.monotonic()
+        yield
+        self.state.validation_seconds += time.monotonic() - started
+
+    def make_pictures(self, make: Callable[[], None]) -> None:
+        """Call `make`. Under a time budget, only where validations and pictures stay below VALIDATION_SHARE of the time, and at the end."""
+        elapsed = self.budget.elapsed_seconds
+        expected = self.state.validation_seconds + sum(self._picture_seconds) + (self._picture_seconds or [0.0])[-1]
+        finished = self.budget.progress(self.state.step, elapsed) >= 1
+        if self.budget.max_seconds is None or finished or expected <= VALIDATION_SHARE * elapsed:
+            started = time.monotonic()
+            make()
+            self._picture_seconds.append(time.monotonic() - started)
+
+    def end_step(self) -> None:
+        """Count a step, refused or not, and report the progress: by the bar on a terminal, by a line every LINE_SECONDS elsewhere."""
+        self.state.step += 1
+        self.bar.update()
+        self.pace.step()
+        if not self.is_main or self.budget.session_seconds < self._next_line or self.pace.seconds_per_step is None:
+            return
+        self._next_line = float("inf") if not self.bar.disable else self.budget.session_seconds + LINE_SECONDS
+        of_steps = f" of {self.training.max_steps:,}" if self.training.max_steps else ""
+        loss = "".join(f", {name} {value:.4g}" for name, value in list(self.metrics.newest.get("train", {}).items())[:1])
+        pace = self.pace.seconds_per_step
+        self.report(f"step {self.state.step:,}{of_steps}{loss}, {pace * 1000:.0f} ms per step overall, "
+                    f"about {duration(expected_time(pace, self.budget, self.state.step))} left")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
                        rival_learns: bool = False) -> tuple[bool, float, float]:
