@@ -117,7 +117,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
     first_batch = next(train_images.batches(0, training.batch_size, run.rank, run.world_size))
     seconds_per_step = time_of_one_step(model, adversary, perceptual, first_batch, run)
-    validated = run.choose_validation_images(len(splits.validation), lambda count: validate(
+    validated = run.validations.choose_images(len(splits.validation), lambda count: validate(
         run.validated_model, ValidationImages(splits.validation, transform, count), run.micro_batch, accelerator))
     validation_images = ValidationImages(splits.validation, transform, validated)
     classes = splits.train.class_names
@@ -140,7 +140,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if not signal_number and run.validation_due(finished):
+        if not signal_number and run.validations.due(finished):
             validate_and_report(validation_images, run, guard, progress, best_weights)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
@@ -220,14 +220,14 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     where few codes are in use; nothing where a signal comes."""
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
-    with run.validation_clock():
+    with run.validations.clock():
         numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
         run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
     if numbers is None:
         return
-    run.state.validated_step = run.state.step
+    run.validations.record()
     error = numbers["reconstruction_l2" if run.training.reconstruction_loss == "l2" else "reconstruction_l1"]
     is_best = error < run.state.best_validation
     if is_best:

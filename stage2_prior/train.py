@@ -87,7 +87,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
     seconds_per_step, first_loss = time_and_loss_of_one_step(model, first_batch, run)
-    validated = run.choose_validation_images(
+    validated = run.validations.choose_images(
         len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator))
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     run.print_plan({
@@ -109,7 +109,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     while True:
         signal_number, progress = run.sync()
         finished = progress >= 1
-        if not signal_number and run.validation_due(finished):
+        if not signal_number and run.validations.due(finished):
             validate_and_report(held_out, validated, run, best_weights, on_validation)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
@@ -196,12 +196,12 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
 
 def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path, on_validation: OnValidation | None) -> None:
     """Validate what would be exported now, keep it if it is the best so far, let the caller make pictures of it; nothing where a signal comes."""
-    with run.validation_clock():
+    with run.validations.clock():
         numbers = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
     if numbers is None:
         return
     prior: TokenPrior | None = run.whole_model()
-    run.state.validated_step = run.state.step
+    run.validations.record()
     is_best = numbers["nll"] < run.state.best_validation
     if is_best:
         run.state.best_validation, run.state.best_step = numbers["nll"], run.state.step
@@ -216,7 +216,7 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
                f"{numbers['bits_per_image']:.1f}{also('bits_per_image_without_class', '.1f')} bits per image, "
                f"accuracy {numbers['accuracy']:.1%}{also('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
     if on_validation is not None and run.is_main:
-        run.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
+        run.validations.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
         if run.is_sharded:
             prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
 

@@ -195,7 +195,10 @@ def test_progress_by_steps_and_by_the_clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
     both = Budget(100, 1.0, elapsed_seconds=12.0)
+    now[0] += 7  # start-up, which is not counted
+    both.start()
     now[0] += 18
+    both.start()  # again changes nothing
     assert both.elapsed_seconds == pytest.approx(30)
     assert both.progress(10, both.elapsed_seconds) == pytest.approx(0.5)
     assert both.progress(80, both.elapsed_seconds) == pytest.approx(0.8)
@@ -454,8 +457,10 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     with pytest.raises(Interrupted):
         train(stage, run_dir)
     assert seen == [0, 1], "four batches were there"
-    assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1]) | {"elapsed_seconds": 0, "guard": {}} == {
-        "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "best_step": 0, "best_validation": math.inf,
+    state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
+    assert state | {"elapsed_seconds": 0, "validation_seconds": 0, "guard": {}} == {
+        "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "validated_seconds": 0.0, "validation_seconds": 0, "validations": 1,
+        "validation_images": 0, "best_step": 0, "best_validation": math.inf,
         "guard": {}, "processes": 1, "threads": 1}
     monkeypatch.undo()
     train(stage, run_dir)

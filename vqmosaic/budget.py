@@ -5,13 +5,6 @@ import time
 
 from vqmosaic.recipe_sections import TrainingConfig
 
-VALIDATION_INTERVAL = 0.04
-"""Share of a time budget after which the next validation is due: with the step in progress, at most 5 % pass between two."""
-VALIDATION_SHARE = 0.1
-"""Largest share of the time that validations take under a time budget."""
-FIRST_VALIDATION_SHARE = 0.075
-"""The share that is planned for, from a trial before the first step; the rest is for validations that take longer than the trial."""
-
 
 class Budget:
     """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume.
@@ -52,11 +45,6 @@ def learning_rate_share(progress: float, warmup_fraction: float, final_share: fl
     falling = (progress - warmup_fraction) / (1 - warmup_fraction)
     remaining = {"cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)), "linear": lambda p: 1 - p}[schedule](min(1.0, falling))
     return final_share + (1 - final_share) * remaining
-
-
-def fitting_validation_images(seconds_per_image: float, budget_seconds: float) -> int:
-    """How many images a validation may look at, so that one every VALIDATION_INTERVAL takes no more than the planned share of the time."""
-    return int(FIRST_VALIDATION_SHARE * VALIDATION_INTERVAL * budget_seconds / seconds_per_image)
 
 
 class Pace:

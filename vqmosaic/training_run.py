@@ -6,29 +6,16 @@ The step itself, and everything that is learnt, stands in each stage's own train
 import copy
 import dataclasses
 import pickle
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.budget import (
-    VALIDATION_INTERVAL,
-    VALIDATION_SHARE,
-    Budget,
-    Pace,
-    duration,
-    expected_time,
-    fitting_validation_images,
-    learning_rate_share,
-)
+from vqmosaic.budget import Budget, Pace, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, read_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
@@ -47,34 +34,12 @@ from vqmosaic.sharding import (
     whole_weights,
 )
 from vqmosaic.tracking import LINE_SECONDS, MetricsLog, Reporter, terminal_bar
+from vqmosaic.trainer_state import TrainerState
+from vqmosaic.validation_schedule import ValidationSchedule
 from vqmosaic.weight_averaging import averaged
 
 FIRST_LINE_SECONDS = 10.0
 """Seconds of training after which the first estimate from warm steps is printed."""
-FEWEST_VALIDATION_IMAGES = 16
-"""A validation looks at no fewer images than this (or at all that there are), however short the budget is."""
-
-
-@dataclass
-class TrainerState:
-    """All that a resumed training needs beside weights and optimizer."""
-
-    step: int = 0
-    elapsed_seconds: float = 0.0
-    refused_steps: int = 0
-    validated_step: int = 0
-    validated_seconds: float = 0.0
-    """What elapsed_seconds was when the last validation began."""
-    validation_seconds: float = 0.0
-    """Seconds that all validations have taken so far."""
-    validation_images: int = 0
-    """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
-    best_step: int = 0
-    best_validation: float = float("inf")
-    guard: dict[str, float] = field(default_factory=dict)
-    """What the guard over an adversarial training has counted (stage1_tokenizer/guard.py)."""
-    processes: int = 1
-    threads: int = 1
 
 
 class TrainingRun:
@@ -121,7 +86,7 @@ class TrainingRun:
         self.metrics = MetricsLog(self.accelerator, self.folder.logs(self.stage), self.state.step, self.state.validated_step, config)
         self.bar = terminal_bar(training.max_steps, self.state.step, self.stage, "step", enabled=self.is_main)
         self.pace, self._next_line = Pace(), FIRST_LINE_SECONDS
-        self._picture_seconds: list[float] = []
+        self.validations = ValidationSchedule(training, self.state, self.budget, self.accelerator, self.micro_batch)
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -198,25 +163,6 @@ class TrainingRun:
         """Images that one process works on at a time in training. Whatever runs the model beside the training keeps to it, and to its memory."""
         return self.training.batch_size // self.world_size // self.training.accumulation_steps
 
-    def choose_validation_images(self, available: int, validate: Callable[[int], Any]) -> int:
-        """How many of the `available` images each validation looks at: at most validation_images, under a time budget no more than there is time for.
-
-        `validate(count)` validates on so many images; it is timed on a few of them, for all processes to call. A resumed training keeps its number.
-        """
-        limit = min(self.training.validation_images, available)
-        if self.budget.max_seconds is None:
-            return limit
-        if not self.state.validation_images:
-            trial = min(limit, 2 * self.micro_batch * self.world_size)
-            for _ in range(2):  # the first one warms up
-                started = time.monotonic()
-                validate(trial)
-                seconds = time.monotonic() - started
-            fitting = fitting_validation_images(seconds / trial, self.budget.max_seconds)
-            chosen = torch.tensor([max(fitting, FEWEST_VALIDATION_IMAGES, self.world_size)], device=self.accelerator.device)
-            self.state.validation_images = min(limit, int(broadcast(chosen, from_process=0)))
-        return min(limit, self.state.validation_images)
-
     def print_plan(self, facts: dict[str, Any], seconds_per_step: float) -> None:
         """Print what is about to happen, before it costs anything."""
         count = sum(parameter.numel() for parameter in self.parameters)
@@ -258,38 +204,6 @@ class TrainingRun:
     def due(self, every: int, finished: bool) -> bool:
         """Whether something that happens every so many steps, and at the last one, happens now."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
-
-    def validation_due(self, finished: bool) -> bool:
-        """Whether to validate now: every `validate_every` steps and at the last one.
-
-        A time budget may end long before that many steps, so it asks for a validation every VALIDATION_INTERVAL of it too. In exchange,
-        validations that have taken more than VALIDATION_SHARE of the time wait, except the last one.
-        """
-        state, budget_seconds = self.state, self.budget.max_seconds
-        if state.validated_step >= state.step:
-            return False
-        if budget_seconds is None or finished:
-            return self.due(self.training.validate_every, finished)
-        waited_long = state.elapsed_seconds - state.validated_seconds >= VALIDATION_INTERVAL * budget_seconds
-        has_time = state.validation_seconds <= VALIDATION_SHARE * state.elapsed_seconds
-        return has_time and (waited_long or self.due(self.training.validate_every, finished))
-
-    @contextmanager
-    def validation_clock(self) -> Iterator[None]:
-        """Counts what happens in the block as time of a validation."""
-        self.state.validated_seconds, started = self.state.elapsed_seconds, time.monotonic()
-        yield
-        self.state.validation_seconds += time.monotonic() - started
-
-    def make_pictures(self, make: Callable[[], None]) -> None:
-        """Call `make`. Under a time budget, only where validations and pictures stay below VALIDATION_SHARE of the time, and at the end."""
-        elapsed = self.budget.elapsed_seconds
-        expected = self.state.validation_seconds + sum(self._picture_seconds) + (self._picture_seconds or [0.0])[-1]
-        finished = self.budget.progress(self.state.step, elapsed) >= 1
-        if self.budget.max_seconds is None or finished or expected <= VALIDATION_SHARE * elapsed:
-            started = time.monotonic()
-            make()
-            self._picture_seconds.append(time.monotonic() - started)
 
     def end_step(self) -> None:
         """Count a step, refused or not, and report the progress: by the bar on a terminal, by a line every LINE_SECONDS elsewhere."""

@@ -1,0 +1,96 @@
+"""When a training validates, and on how many images: every so many steps, and under a time budget often enough for a bounded share of the time."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from vqmosaic.budget import Budget
+from vqmosaic.recipe_sections import TrainingConfig
+from vqmosaic.trainer_state import TrainerState
+
+INTERVAL = 0.04
+"""Share of a time budget after which the next validation is due. With the step in progress, at most 5 % pass between two."""
+TIME_SHARE = 0.1
+"""Largest share of the time that validations take under a time budget."""
+PLANNED_TIME_SHARE = 0.075
+"""The share that is planned for, from a trial before the first step. The rest is for validations that take longer than the trial."""
+FEWEST_IMAGES = 16
+"""A validation looks at no fewer images than this (or at all that there are), however short the budget is."""
+
+
+class ValidationSchedule:
+    """Decides when to validate and on how many images, from the trainer state, so that all processes and a resumed training decide the same."""
+
+    def __init__(self, training: TrainingConfig, state: TrainerState, budget: Budget, accelerator: Accelerator, micro_batch: int):
+        self.training, self.state, self.budget, self.accelerator, self.micro_batch = training, state, budget, accelerator, micro_batch
+        self._picture_seconds: list[float] = []
+
+    def choose_images(self, available: int, validate: Callable[[int], Any]) -> int:
+        """How many of the `available` images each validation looks at: validation_images, or fewer where a time budget is too short for them.
+
+        `validate(count)` validates on `count` images. All processes call it together, to time it on a few. A resumed training keeps its number.
+        """
+        limit = min(self.training.validation_images, available)
+        if self.budget.max_seconds is None:
+            return limit
+        if not self.state.validation_images:
+            trial = min(limit, 2 * self.micro_batch * self.accelerator.num_processes)
+            for _ in range(2):  # the first one warms up
+                started = time.monotonic()
+                validate(trial)
+                seconds = time.monotonic() - started
+            fitting = self._planned_seconds * trial / seconds
+            chosen = max(int(fitting), FEWEST_IMAGES, self.accelerator.num_processes)
+            chosen = int(broadcast(torch.tensor([chosen], device=self.accelerator.device), from_process=0))
+            self.state.validation_images = min(limit, chosen)
+        return min(limit, self.state.validation_images)
+
+    def due(self, finished: bool) -> bool:
+        """Whether to validate now: every `validate_every` steps and at the last one.
+
+        A time budget may end long before that many steps, so under one a validation is also due every INTERVAL of it. None begins that
+        would bring validations above TIME_SHARE of the time, except the last one. Those of `validate_every` leave time for that one too.
+        """
+        state = self.state
+        if state.validated_step >= state.step:
+            return False
+        by_steps = finished or state.step % self.training.validate_every == 0
+        if self.budget.max_seconds is None or finished:
+            return by_steps
+        one = state.validation_seconds / state.validations if state.validations else self._planned_seconds
+        available = TIME_SHARE * (state.elapsed_seconds + one) - state.validation_seconds
+        by_time = state.elapsed_seconds - state.validated_seconds >= INTERVAL * self.budget.max_seconds
+        return (by_time and one <= available) or (by_steps and 2 * one <= available)
+
+    @property
+    def _planned_seconds(self) -> float:
+        """Seconds that one validation is planned to take under a time budget."""
+        return PLANNED_TIME_SHARE * INTERVAL * self.budget.max_seconds
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Count the time of the block as that of a validation."""
+        started = time.monotonic()
+        yield
+        self.state.validation_seconds += time.monotonic() - started
+        self.state.validations += 1
+
+    def record(self) -> None:
+        """Note that the current step was validated."""
+        self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
+
+    def make_pictures(self, make: Callable[[], None]) -> None:
+        """Call `make`. Under a time budget, only while validations and pictures stay below TIME_SHARE of the time, and at the end."""
+        elapsed = self.budget.elapsed_seconds
+        finished = self.budget.progress(self.state.step, elapsed) >= 1
+        newest = self._picture_seconds[-1] if self._picture_seconds else 0.0
+        with_this = self.state.validation_seconds + sum(self._picture_seconds) + newest
+        if self.budget.max_seconds is None or finished or with_this <= TIME_SHARE * elapsed:
+            started = time.monotonic()
+            make()
+            self._picture_seconds.append(time.monotonic() - started)
