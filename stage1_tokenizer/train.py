@@ -8,6 +8,7 @@ Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokeni
 above 0 it is a VQ-GAN: a discriminator joins in part of the way, under the guard of guard.py.
 """
 
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -48,6 +49,7 @@ from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
+from vqmosaic.tracking import read_metrics
 from vqmosaic.training_run import TrainingRun
 
 
@@ -204,6 +206,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
         export_best_and_last(run, best_weights, "reconstruction error")
+        warn_if_nothing_was_learned(run)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
         report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
@@ -258,6 +261,17 @@ def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
     own = zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in tokenizer.quantizer.state_dict().values()))
     everyone = run.accelerator.gather(torch.tensor([own], device=run.accelerator.device)).tolist()
     assert len(set(everyone)) == 1, f"the quantizers of the ranks differ at step {run.state.step}: {everyone}"
+
+
+def warn_if_nothing_was_learned(run: TrainingRun) -> None:
+    """Warn where what was exported restores images no better than one grey for all pixels would."""
+    exported = run.state.best_step if run.training.export == "best" else run.state.step
+    records = read_metrics(run.folder.logs("tokenizer") / "metrics.jsonl", "validation")
+    numbers = next((record for record in records if record["step"] == exported), None)
+    if numbers is not None and not numbers["reconstruction_l2"] < numbers.get("variance", math.inf):  # NaN too
+        run.report(f"warning: the squared error of the exported tokenizer is {numbers['reconstruction_l2']:.4g}. A picture of one grey has "
+                   f"{numbers['variance']:.4g}, so this tokenizer has learned nothing. Lower tokenizer_training.learning_rate, which is "
+                   f"{run.training.learning_rate:g}, or train longer.")
 
 
 def main(arguments: list[str]) -> None:

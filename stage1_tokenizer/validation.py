@@ -23,7 +23,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
 
     Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
-    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; and where the quantizer has ids,
+    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of the images' pixels, which is
+    the reconstruction_l2 of one grey for all of them; and where the quantizer has ids,
     codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their
     frequencies. With several ids a position, each level's codes are counted by themselves, and the perplexity is that of one level.
     """
@@ -33,12 +34,13 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
     counts_K = torch.zeros(codes * depth, device=device)  # the codes of each level are counted by themselves
     first_of_level = codes * torch.arange(depth, device=device)
-    sums = torch.zeros(4, device=device)  # of absolute errors, of squared errors, of elements, of ranks that were stopped
+    # of absolute errors, of squared errors, of pixels, of their squares, of elements, of ranks that were stopped
+    sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     tokenizer.eval()
     shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions, for the picture
     for images_BCHW, _ in images.batches(batch_size, accelerator.process_index, accelerator.num_processes):
         if stop is not None and stop.signal:
-            sums[3] = 1
+            sums[-1] = 1
             break
         images_BCHW = images_BCHW.to(device)
         output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
@@ -49,16 +51,18 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
             ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]
             counts_K += torch.bincount((ids_Bhwd + first_of_level).flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
-        sums[:3] += torch.stack([difference.abs().sum(), difference.square().sum(), torch.tensor(float(difference.numel()), device=device)])
+        sums[:4] += torch.stack([difference.abs().sum(), difference.square().sum(), images_BCHW.sum(), images_BCHW.square().sum()])
+        sums[4] += difference.numel()
         if sum(len(part) for part, _ in shown) < GRID_IMAGES:
             shown.append((images_BCHW, restored_BCHW))
     counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
-    if sums[3]:
+    if sums[-1]:
         return None
     if shown and picture is not None and accelerator.is_main_process:
         save_picture(reconstruction_picture(*(torch.cat(parts)[:GRID_IMAGES] for parts in zip(*shown, strict=True))), picture)
-    return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": float(sums[0] / sums[2]),
-            "reconstruction_l2": float(sums[1] / sums[2]), **(codebook_use(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
+    l1, l2, mean, mean_square = (sums[:4] / sums[4]).tolist()
+    return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": l1, "reconstruction_l2": l2,
+            "variance": mean_square - mean**2, **(codebook_use(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
 
 
 def codebook_use(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:

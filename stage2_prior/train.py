@@ -227,7 +227,7 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
     if uniform <= run.state.best_validation < math.inf:
         run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A prior that finds all codes "
                    f"equally likely has {uniform:.3f} (ln K), so this one has learned nothing and its images are noise. Lower "
-                   f"prior_training.learning_rate, which is {run.training.learning_rate:g}, and train again with --redo prior.")
+                   f"prior_training.learning_rate, which is {run.training.learning_rate:g}, or train longer.")
 
 
 def main(arguments: list[str]) -> None:

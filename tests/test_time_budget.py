@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -9,9 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.image_batches import ValidationImages
+from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior import train as train_prior
 from stage2_prior.prior import TokenPrior
@@ -159,7 +164,8 @@ def test_a_resumed_training_keeps_its_number_of_validation_images(run_dir, capsy
     train("prior", run_dir, max_steps=4, max_minutes=10)
     state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints("prior")).all()[-1])
     assert state["validation_images"] == 64 and state["validation_seconds"] > 0
-    assert "64 of 379 to validate on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "64 of 379 to validate on" in out and "every 4% of the time budget, on 64 images, so that it takes less than 10% of the time" in out
 
 
 def test_the_pace_leaves_the_first_steps_out(clock):
@@ -199,6 +205,23 @@ def test_a_prior_that_learned_nothing_is_exported_with_a_warning(run_dir, capsys
     best = min(record["nll"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "validation"))
     out = capsys.readouterr().out
     assert best > 3.466 and f"the best NLL of all validations is {best:.4g} nats per token" in out and "3.466 (ln K)" in out
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 100])
+def test_a_tokenizer_that_learned_nothing_is_exported_with_a_warning(learning_rate, tmp_path, capsys):
+    records = train("tokenizer", tmp_path, max_steps=6, learning_rate=learning_rate, warmup_fraction=0, weight_ema_decay=0)
+    last = records[-1]
+    assert not last["reconstruction_l2"] < last["variance"] and math.isfinite(last["reconstruction_l2"]) == (learning_rate < 1)
+    assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A picture of one grey has" in capsys.readouterr().out
+
+
+def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path, capsys):
+    numbers = train("tokenizer", tmp_path, max_steps=60, learning_rate=0.003, weight_ema_decay=0)[-1]
+    recipe = tiny_recipe(tmp_path)
+    images = ValidationImages(open_splits(recipe.data).validation, ImageTransform(16, recipe.data.channels), 64)
+    pixels = torch.cat([batch for batch, _ in images.batches(64)])
+    assert numbers["variance"] == pytest.approx(float(pixels.var(correction=0)), rel=1e-5)
+    assert numbers["reconstruction_l2"] < numbers["variance"] and "warning" not in capsys.readouterr().out
 
 
 def test_a_prior_that_learned_something_is_exported_without_a_warning(run_dir, capsys):

@@ -94,7 +94,7 @@ class TrainingConfig:
     max_steps: int | None = budget(10_000)
     """Optimizer steps to train for; none trains by max_minutes alone."""
     max_minutes: float | None = budget(None)
-    """Wall-clock budget in minutes; validation counts, and a resumed run goes on with what was left."""
+    """Wall-clock budget in minutes from the first step on, start-up aside; validation counts, and a resumed run goes on with what was left."""
     batch_size: int = 128
     """Images in one optimizer step, over all processes and accumulation steps together."""
     accumulation_steps: int = 1
@@ -122,9 +122,9 @@ class TrainingConfig:
     mixed_precision: str = "auto"
     """auto (bf16 where the device has it, else no), no, bf16 or fp16."""
     validate_every: int = 500
-    """Steps between validations; the last step is always validated."""
+    """Steps between validations; the last step is always validated. Under a time budget (max_minutes), also at least every 5 % of it."""
     validation_images: int = 1000
-    """Images of the validation split that each validation looks at."""
+    """Images of the validation split that each validation looks at; fewer where a time budget is too short for them."""
     max_refused_steps: int = unrecorded(20)
     """Steps with a non-finite loss or gradient, which change nothing, after which the run stops."""
     checkpoint_every: int = unrecorded(500)

@@ -180,6 +180,7 @@ class TrainingRun:
             "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
             "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
                                                 self.training.max_minutes and f"{self.training.max_minutes:g} minutes"])),
+            "validation": self.validations.describe(),
             "done already": f"{self.state.step:,} steps",
             "start-up": f"{duration(self.report.seconds)}; the budget starts with the first step",
             "expected time": f"about {duration(expected_time(seconds_per_step, self.budget, self.state.step))}, from a trial step of "

@@ -50,6 +50,14 @@ class ValidationSchedule:
             self.state.validation_images = min(limit, chosen)
         return min(limit, self.state.validation_images)
 
+    def describe(self) -> str:
+        """When validations take place and on how many images, for the plan."""
+        every = f"every {self.training.validate_every:,} steps"
+        if self.budget.max_seconds is None:
+            return every
+        return (f"{every} and every {INTERVAL:.0%} of the time budget, on {self.state.validation_images:,} images, so that it takes less than "
+                f"{TIME_SHARE:.0%} of the time")
+
     def due(self, finished: bool) -> bool:
         """Whether to validate now: every `validate_every` steps and at the last one.
 
