@@ -200,8 +200,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        export_best_and_last(run, best_weights, "reconstruction error")
-        write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
+        exported_step = export_best_and_last(run, best_weights, "reconstruction error")
+        write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
     run.finish()
