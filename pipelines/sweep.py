@@ -48,7 +48,7 @@ from vqmosaic.tracking import progress_bar
 ENOUGH_IMAGES = 10_000
 """Below this the Frechet distance is plainly too large, by an amount that depends on the number of images."""
 KERNEL_IMAGES, KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10_000, 20, 1000
-"""The kernel distance keeps the features of at most so many images, chosen at random, and is the mean over so many random subsets of so many of them."""
+"""The kernel distance keeps the features of at most so many images, chosen at random: the mean over so many random subsets of so many of them."""
 LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
 
 

@@ -276,7 +276,7 @@ def test_a_record_of_the_first_images_alone_is_not_continued(known_copy, feature
     record = json.loads(path.read_text())
     del record["setup"]["kernel"]["images_chosen"]
     path.write_text(json.dumps(record))
-    with pytest.raises(InputError, match="kernel.images_chosen was None, now 'at random'"):
+    with pytest.raises(InputError, match=r"kernel\.images_chosen was None, now 'at random'"):
         sweep(*common, "--images", 60)
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 10_000)
     assert sweep(*common, "--images", 60, "--out", pipeline.parent / "few.json") == 0
