@@ -1,5 +1,7 @@
 """Which parameters of a quantizer are codes: they are neither averaged nor decayed. Its other layers are weights of the network and are both."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,6 +126,29 @@ def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
             patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
             train_tokenizer.train(recipe_of(kind, tmp_path / kind, max_steps=2))
         train_tokenizer.train(recipe_of(kind, tmp_path / kind, max_steps=3))
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_codes_of_several_processes_have_to_be_equal_and_layers_may_round(kind, tmp_path):
+    tokenizer, seen = tokenizer_of(recipe_of(kind, tmp_path)), []
+
+    def check() -> None:
+        """Compare this rank with what the calls before have shown of others."""
+        gather = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: seen.append(own) or torch.cat(seen))
+        train_tokenizer.check_replicas_agree(tokenizer, SimpleNamespace(world_size=2, accelerator=gather, state=SimpleNamespace(step=0)))
+
+    def change(names: set[str]) -> None:
+        with torch.no_grad():
+            for name in names:
+                tokenizer.quantizer.get_parameter(name).add_(1e-6)
+
+    check()
+    change(KINDS[kind][2])
+    check()
+    if KINDS[kind][1]:
+        change(KINDS[kind][1])
+        with pytest.raises(AssertionError, match="differ at step 0"):
+            check()
 
 
 def test_layers_inside_a_quantizer_are_linear(tmp_path):
