@@ -209,6 +209,21 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in inner} == {"attention_in", "attention_out", "feed_forward_in", "feed_forward_out"}
 
 
+@pytest.mark.parametrize("architecture, left", [
+    ("llama", {"embed_tokens", "lm_head"}), ("gpt2", {"wte", "wpe", "lm_head"}), ("gpt_neox", {"embed_in", "lm_head"}),
+    ("opt", {"embed_tokens", "embed_positions", "lm_head"}), ("mixtral", {"embed_tokens", "lm_head"})])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_heads_are_found_by_what_they_are(architecture, left, tied, tmp_path):
+    """Whatever they are called, and where one matrix is both."""
+    vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
+    options = {"tie_word_embeddings": tied} | EXPERTS.get(architecture, {})
+    recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(options), prior__dropout=0)
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
+    found = names_of(prior, matrices_of(prior)) - names_of(prior, inner_matrices(prior, matrices_of(prior)))
+    names = {name.split(".")[-2].replace("embed_out", "lm_head") for name in found}  # versions of transformers name GPT-NeoX's head differently
+    assert names == (left - {"lm_head"} if tied else left)
+
+
 class Experts(nn.Module):
     """Parameters as models outside of this project have them, one of each kind."""
 
