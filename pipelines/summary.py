@@ -64,7 +64,7 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
 
     Args:
         export: which weights the recipe exports, "best" or "last".
-        error: the measure that decides which are best; used for runs of version 0.1.0, whose records do not say which step was exported.
+        error: the measure that decides which are best; used where the stage was trained before its record named the exported step.
     """
     validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
     step = load_record(run, stage).exported_step

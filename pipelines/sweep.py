@@ -116,7 +116,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
              "real": {**source.identity, "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
-                        # version 0.1.0 took the first ones: a record of its is refused where that makes a difference
+                        # earlier records took the first ones; they are refused where that makes a difference
                         **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
     record = SweepRecord.open(request.record, setup)
     missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]

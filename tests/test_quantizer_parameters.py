@@ -112,7 +112,7 @@ def test_muon_updates_the_layers_of_a_quantizer_and_not_its_codes(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", WITH_LAYERS)
 def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, tmp_path, monkeypatch):
-    """Version 0.1.0 took all parameters of a quantizer for codes. Its optimizer state has other groups, which must not be mixed up."""
+    """Its optimizer state has other groups, which must not be mixed up."""
     with monkeypatch.context() as patched:
         patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=2, optimizer=optimizer))

@@ -53,8 +53,8 @@ def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors
     assert lines["reconstruction, validation"].endswith("(step 6)") and lines["prior, validation"].endswith("(step 8)")
 
 
-def test_a_longer_training_and_a_folder_of_version_0_1_0(tmp_path, scripted_errors):
-    """The newest export counts after more steps. Records of version 0.1.0 do not name the exported step, which then follows from the log."""
+def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scripted_errors):
+    """The newest export counts after more steps. Where a record does not name the exported step, it follows from the log."""
     run = RunFolder(tmp_path / "run")
     for max_steps, best in ((4, 4), (8, 6), (10, 10)):
         train_tokenizer.train(tiny_recipe(run.root, tokenizer_training__max_steps=max_steps, **BEST))

@@ -267,7 +267,7 @@ def test_a_random_subset_takes_every_position_equally_often():
 
 
 def test_a_record_of_the_first_images_alone_is_not_continued(known_copy, features, monkeypatch):
-    """Version 0.1.0 measured the kernel distance of more images than it keeps on the first of them."""
+    """Its kernel distances of more images than are kept cannot be compared with new ones."""
     pipeline, real = known_copy
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 50)
     common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--device", "cpu")

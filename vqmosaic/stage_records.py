@@ -37,7 +37,7 @@ class StageRecord:
     inputs: dict[str, str]
     seconds: float = 0.0
     exported_step: int | None = None
-    """The step whose weights a finished training exported; None for other stages, and in records of version 0.1.0."""
+    """The step whose weights a finished training exported; None for other stages, and in records from before this field."""
 
 
 def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
