@@ -59,7 +59,7 @@ class FeatureExtractor(nn.Module):
     @torch.inference_mode()
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         images_B3HW = images_BCHW.to(self.device).expand(-1, 3, -1, -1).contiguous()
-        return self.network(self.prepare(images_B3HW)).double().cpu()
+        return self.network(self.prepare(images_B3HW)).cpu().double()  # in this order: Apple's devices have no float64
 
     def try_out(self, image_size: int) -> None:
         """Set `num_features` after one batch of two images. Raises InputError where that does not give two different rows of features."""

@@ -61,12 +61,18 @@ def within_class_spread(pixels_BP: np.ndarray, classes_B: np.ndarray) -> float:
     return float(np.mean([pixels_BP[classes_B == label].std(axis=0).mean() for label in np.unique(classes_B)]))
 
 
+def evenly_spread(classes: int, samples: int) -> list[int]:
+    """At most `samples` of the class indices 0 to classes - 1, from the first to the last class where there are more."""
+    count = min(classes, samples)
+    return [index * classes // count for index in range(count)]
+
+
 def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int, judge: DigitsJudge | None) -> dict[str, dict[str, float]]:
     """Measures of generated samples under the recommended settings; with a judge also without guidance and at temperature 1."""
     known, names = training_grids(reader), pipe.class_names
     samples = SAMPLES if judge is not None else SAMPLES_WITHOUT_JUDGE
-    per_label = max(1, samples // len(names)) if names else samples
-    labels = list(range(len(names)))[:samples] if names else None
+    labels = evenly_spread(len(names), samples) if names else None
+    per_label = samples // len(labels) if labels else samples
     settings = {"recommended": {}}
     if judge is not None:
         unguided, plain = {"guidance_scale": 1.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -41,14 +41,14 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     reader = TokenShardReader(run.export("tokens") / "train")
     is_digits = resolve_source(recipe.data) == "digits"
     judge = DigitsJudge([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
-    tokenizer_numbers = read_metrics(run.logs("tokenizer") / "metrics.jsonl", "validation")[-1]
-    prior_records = read_metrics(run.logs("prior") / "metrics.jsonl", "validation")
-    chosen = min(prior_records, key=lambda record: record["nll"]) if recipe.prior_training.export == "best" else prior_records[-1]
+    tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
     tokens, codes = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
     summary = {
         "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
         "tokens": {"count": tokens, "codebook_size": codes, "bits_per_image": tokens * math.log2(codes)},
-        "tokenizer": without_kind(tokenizer_numbers), "prior": without_kind(chosen), "prior_export": recipe.prior_training.export,
+        "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
+        "tokenizer_export": recipe.tokenizer_training.export,
+        "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
         "sampling": dataclasses.asdict(pipe.sampling),
         "generation": measure_generation(pipe, reader, recipe.seed, judge),
         **({"classifier_accuracy_on_held_out_scans": judge.accuracy} if judge else {}),
@@ -59,8 +59,19 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     return summary
 
 
-def without_kind(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of metrics.jsonl without the word that says which kind it is."""
+def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> dict[str, Any]:
+    """The step whose weights a stage exported, and what their validation measured.
+
+    Args:
+        export: which weights the recipe exports, "best" or "last".
+        error: the measure that decides which are best; used where the stage was trained before its record named the exported step.
+    """
+    validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
+    step = load_record(run, stage).exported_step
+    if step is None:
+        finite = [record for record in validations if math.isfinite(record[error])]
+        step = min(finite, key=lambda record: record[error])["step"] if finite and export == "best" else validations[-1]["step"]
+    record = next(record for record in validations if record["step"] == step)
     return {name: value for name, value in record.items() if name != "kind"}
 
 
@@ -91,7 +102,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
     rows = [
         ("tokens of an image", f"{tokens['count']} of {tokens['codebook_size']} codes, {tokens['bits_per_image']:.0f} bits"),
-        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f}"),
+        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,})"),
         ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
         ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,})"),
     ]

@@ -26,6 +26,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from pipelines.bundle import part_fingerprints, recommend, usable_device
 from pipelines.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor
 from pipelines.generate import ImageGenerationPipeline
+from pipelines.random_subset import RandomSubset
 from pipelines.sweep_plan import SweepRequest, surroundings
 from pipelines.sweep_record import SweepRecord, ranking_table, settings_in_words, varied
 from stage1_tokenizer.data_location import image_files
@@ -47,7 +48,7 @@ from vqmosaic.tracking import progress_bar
 ENOUGH_IMAGES = 10_000
 """Below this the Frechet distance is plainly too large, by an amount that depends on the number of images."""
 KERNEL_IMAGES, KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10_000, 20, 1000
-"""The kernel distance keeps the features of at most so many images, and is the mean over so many random subsets of so many of them."""
+"""The kernel distance keeps the features of at most so many images, chosen at random: the mean over so many random subsets of so many of them."""
 LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
 
 
@@ -64,8 +65,8 @@ class Distances:
         self.frechet = FrechetInceptionDistance(feature=features, reset_real_features=False)
         with warnings.catch_warnings():  # that it keeps all features: KERNEL_IMAGES bounds them
             warnings.simplefilter("ignore", UserWarning)
-            self.kernel = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS, reset_real_features=False)
-        self.counts = {True: 0, False: 0}
+            self.kernel = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS)
+        self.kept = {True: RandomSubset(KERNEL_IMAGES, "real"), False: RandomSubset(KERNEL_IMAGES, "generated")}
 
     def update(self, images_BCHW: torch.Tensor, real: bool) -> None:
         """Take in images in [-1, 1]. Raises InputError for features that are not finite."""
@@ -75,21 +76,21 @@ class Distances:
             raise InputError(f"--features {self.extractor.file.path} gives features that are not finite for "
                              f"{'real' if real else 'generated'} images.")
         self.frechet.update(features_BF, real=real)
-        left = max(0, KERNEL_IMAGES - self.counts[real])
-        if left:
-            self.kernel.update(features_BF[:left], real=real)
-        self.counts[real] += len(features_BF)
+        self.kept[real].update(features_BF)  # at random, since images come class by class
 
     def result(self, seed: int) -> dict[str, float]:
         """The distances; the generated images are forgotten."""
-        self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, *self.counts.values())
+        features = {real: kept.rows() for real, kept in self.kept.items()}
+        for real, features_NF in features.items():
+            self.kernel.update(features_NF, real=real)
+        self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, *map(len, features.values()))
         with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
             torch.manual_seed(derive_seed("kernel distance", seed))
             mean, deviation = self.kernel.compute()
         result = {"frechet_distance": float(self.frechet.compute()), "kernel_distance": float(mean), "kernel_deviation": float(deviation)}
         self.frechet.reset()
         self.kernel.reset()
-        self.counts[False] = 0
+        self.kept[False] = RandomSubset(KERNEL_IMAGES, "generated")
         return result
 
 
@@ -114,7 +115,9 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
              "features": {**request.features.to_dict(), "count": extractor.num_features},
              "real": {**source.identity, "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
-             "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE}}
+             "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
+                        # earlier records took the first ones; they are refused where that makes a difference
+                        **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
     record = SweepRecord.open(request.record, setup)
     missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]
     print(f"features: {extractor.num_features} of {request.features.path.name} ({request.features.kind}), on {device}\n"
@@ -140,7 +143,7 @@ def measure(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Dis
         for images_BCHW, _ in stoppable(real.batches(request.batch_size), stop, record):
             distances.update(images_BCHW, real=True)
         refuse_if_too_many_unreadable(real.unreadable, len(real), request.data or DataConfig())
-        record.content["reference"] = {"images": distances.counts[True], "unreadable": sorted(real.unreadable)}
+        record.content["reference"] = {"images": distances.kept[True].count, "unreadable": sorted(real.unreadable)}
         for left, sampling in zip(reversed(range(len(missing))), missing, strict=True):
             started = time.monotonic()
             words = settings_in_words(vars(sampling), names)

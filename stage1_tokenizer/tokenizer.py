@@ -75,7 +75,7 @@ class ImageTokenizer(nn.Module):
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Parameters that are codes: not decayed, having no reason to shrink, and not averaged, since a revived code jumps."""
-        return list(self.quantizer.parameters())
+        return self.quantizer.codebook_parameters()
 
     def latents(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) before quantization."""

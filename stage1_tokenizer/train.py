@@ -205,9 +205,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        export_best_and_last(run, best_weights, "reconstruction error")
-        warn_if_nothing_was_learned(run)
-        write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds)
+        exported_step = export_best_and_last(run, best_weights, "reconstruction error")
+        warn_if_nothing_was_learned(run, exported_step)
+        write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
     run.finish()
@@ -255,19 +255,22 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
 
 
 def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
-    """Stop where what the quantizers of the ranks have learnt has drifted apart, which must never happen."""
+    """Stop where the codes of the ranks, or what moves them, have drifted apart, which must never happen.
+
+    Layers inside a quantizer are not compared, like those of encoder and decoder: a product may round differently on each rank.
+    """
     if run.world_size == 1:
         return
-    own = zlib.crc32(b"".join(tensor.cpu().numpy().tobytes() for tensor in tokenizer.quantizer.state_dict().values()))
+    tensors = [*tokenizer.quantizer.buffers(), *tokenizer.codebook_parameters()]
+    own = zlib.crc32(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors))
     everyone = run.accelerator.gather(torch.tensor([own], device=run.accelerator.device)).tolist()
     assert len(set(everyone)) == 1, f"the quantizers of the ranks differ at step {run.state.step}: {everyone}"
 
 
-def warn_if_nothing_was_learned(run: TrainingRun) -> None:
+def warn_if_nothing_was_learned(run: TrainingRun, exported_step: int) -> None:
     """Warn where what was exported restores images no better than one grey for all pixels would."""
-    exported = run.state.best_step if run.training.export == "best" else run.state.step
     records = read_metrics(run.folder.logs("tokenizer") / "metrics.jsonl", "validation")
-    numbers = next((record for record in records if record["step"] == exported), None)
+    numbers = next((record for record in records if record["step"] == exported_step), None)
     if numbers is not None and not numbers["reconstruction_l2"] < numbers.get("variance", math.inf):  # NaN too
         run.report(f"warning: the squared error of the exported tokenizer is {numbers['reconstruction_l2']:.4g}. A picture of one grey has "
                    f"{numbers['variance']:.4g}, so this tokenizer has learned nothing. Lower tokenizer_training.learning_rate, which is "

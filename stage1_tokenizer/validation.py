@@ -10,6 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from stage1_tokenizer.image_batches import ValidationImages
 from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.images import to_uint8
+from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.interruption import StopFlag
 
@@ -23,14 +24,14 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
 
     Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
-    psnr in dB over all pixels; ssim; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of the images' pixels, which is
-    the reconstruction_l2 of one grey for all of them; and where the quantizer has ids,
+    psnr in dB over all pixels and ssim, both of images in [0, 1]; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of
+    the images' pixels, which is the reconstruction_l2 of one grey for all of them; and where the quantizer has ids,
     codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their
     frequencies. With several ids a position, each level's codes are counted by themselves, and the perplexity is that of one level.
     """
     device = accelerator.device
-    psnr = PeakSignalNoiseRatio(data_range=2.0).to(device)
-    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(device)
+    psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
     counts_K = torch.zeros(codes * depth, device=device)  # the codes of each level are counted by themselves
     first_of_level = codes * torch.arange(depth, device=device)
@@ -45,8 +46,11 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
         images_BCHW = images_BCHW.to(device)
         output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
-        psnr.update(restored_BCHW, images_BCHW)
-        ssim.update(restored_BCHW, images_BCHW)
+        # SSIM divides by the square of the mean brightness, so it is defined for values from 0 on (Wang et al. 2004, equation 6)
+        restored_01, images_01 = (restored_BCHW + 1) / 2, (images_BCHW + 1) / 2
+        psnr.update(restored_01, images_01)
+        with full_precision(device):  # it subtracts squares of means from means of squares, which TF32 cannot resolve
+            ssim.update(restored_01, images_01)
         if output.quantizer.ids is not None:
             ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]
             counts_K += torch.bincount((ids_Bhwd + first_of_level).flatten(), minlength=len(counts_K))

@@ -89,6 +89,14 @@ class TokenPrior(nn.Module):
         head = self.model.get_output_embeddings()
         return [] if head is None else [head.weight]
 
+    def matrix_stacks(self) -> list[nn.Parameter]:
+        """Parameters (E, R, C) with the matrices of E experts, each of which Muon makes orthogonal by itself.
+
+        transformers has no common type for experts; all of their classes are named so.
+        """
+        return [parameter for module in self.model.modules() if "Experts" in type(module).__name__
+                for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
+
     @property
     def num_parameters(self) -> int:
         """Trainable numbers; weights that are used twice count once."""

@@ -148,8 +148,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     run.end_sharding()
     if run.is_main:
         warn_if_nothing_was_learned(run, vocabulary)
-        export_best_and_last(run, best_weights, "NLL")
-        write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds)
+        exported_step = export_best_and_last(run, best_weights, "NLL")
+        write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('prior')}: the {training.export} weights (best: step {run.state.best_step:,}, "
                f"{run.state.best_validation:.4f} nats per token; last: step {run.state.step:,})")
     run.finish()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -101,6 +102,43 @@ def test_each_of_many_is_stepped_as_if_it_were_alone(largest, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+def test_a_stack_is_stepped_as_the_matrices_that_it_holds():
+    """Also where one of them has had no gradient so far, as an expert that no token chose."""
+    start_ERC = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(6))
+    stack, matrices = nn.Parameter(start_ERC.clone()), [nn.Parameter(matrix.clone()) for matrix in start_ERC]
+    optimizers = [Muon([stack], [], stacks=[stack], lr=0.1, weight_decay=0.1), Muon(matrices, [], lr=0.1, weight_decay=0.1)]
+    for step in range(3):
+        gradients([stack], step)
+        stack.grad *= torch.tensor([1.0, 1000.0, 0.0])[:, None, None]
+        for matrix, gradient in zip(matrices, stack.grad.clone(), strict=True):
+            matrix.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([matrix.detach() for matrix in matrices]))
+    torch.testing.assert_close(stack.detach()[2], start_ERC[2] * 0.99**3)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_kernels_of_all_convolutions_are_one_matrix_each(dimensions):
+    convolution = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1](4, 6, 3)
+    assert [parameter is convolution.weight for parameter in inner_matrices(convolution, matrices_of(convolution))] == [True]
+    start = convolution.weight.detach().clone()
+    optimizer = Muon([convolution.weight], [], lr=0.1)
+    gradients([convolution.weight], 0)
+    gradient = convolution.weight.grad.clone()
+    optimizer.step()
+    check_first_step((start - convolution.weight.detach()).flatten(1), gradient.flatten(1), learning_rate=0.1)
+
+
+def check_first_step(update_RC: torch.Tensor, gradient_RC: torch.Tensor, learning_rate: float) -> None:
+    """Muon's first step moves a matrix along the singular vectors of its gradient, by nearly equal values of the size that AdamW's updates have."""
+    u, values, vh = torch.linalg.svd(gradient_RC, full_matrices=False)
+    inside = u.mT @ update_RC @ vh.mT / (learning_rate * muon.RMS_OF_ADAMW * max(update_RC.shape) ** 0.5)
+    moved = inside.diagonal()[values > 0.015 * values.norm()]  # smaller ones grow as far as three iterations lead
+    assert len(moved) > 0.8 * len(values) and moved.min() > 0.6 and moved.max() < 1.35
+    assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
+
+
 def test_a_parameter_in_an_order_of_its_own_is_refused_and_not_silently_left_as_it_is():
     transposed = nn.Parameter(torch.randn(4, 6).T)
     transposed.grad = torch.ones(6, 4)
@@ -169,6 +207,76 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     own = TokenPrior.from_config(dataclasses.replace(tiny_recipe(tmp_path).prior, architecture="grid_transformer"), vocabulary, seed=0)
     inner = names_of(own, inner_matrices(own, matrices_of(own)))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in inner} == {"attention_in", "attention_out", "feed_forward_in", "feed_forward_out"}
+
+
+@pytest.mark.parametrize("architecture, left", [
+    ("llama", {"embed_tokens", "lm_head"}), ("gpt2", {"wte", "wpe", "lm_head"}), ("gpt_neox", {"embed_in", "lm_head"}),
+    ("opt", {"embed_tokens", "embed_positions", "lm_head"}), ("mixtral", {"embed_tokens", "lm_head"})])
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_heads_are_found_by_what_they_are(architecture, left, tied, tmp_path):
+    """Whatever they are called, and where one matrix is both."""
+    vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
+    options = {"tie_word_embeddings": tied} | EXPERTS.get(architecture, {})
+    recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(options), prior__dropout=0)
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
+    found = names_of(prior, matrices_of(prior)) - names_of(prior, inner_matrices(prior, matrices_of(prior)))
+    names = {name.split(".")[-2].replace("embed_out", "lm_head") for name in found}  # versions of transformers name GPT-NeoX's head differently
+    assert names == (left - {"lm_head"} if tied else left)
+
+
+class Experts(nn.Module):
+    """Parameters as models outside of this project have them, one of each kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.up_bias = nn.Parameter(torch.ones(4, 6, 8)), nn.Parameter(torch.ones(4, 6))
+        self.positions, self.class_token = nn.Parameter(torch.ones(1, 5, 8)), nn.Parameter(torch.ones(1, 1, 8))
+        self.decay = nn.Parameter(torch.ones(8, 3))
+        self.embedding, self.linear, self.convolution = nn.Embedding(7, 8), nn.Linear(8, 8), nn.Conv1d(8, 8, 3, groups=8)
+
+    def matrix_stacks(self) -> list[nn.Parameter]:
+        return [self.up_proj]
+
+
+def test_tables_tokens_and_biases_of_several_dimensions_are_left_to_adamw():
+    """No matrix product goes through them, so that there is nothing to make orthogonal."""
+    model = Experts()
+    assert names_of(model, inner_matrices(model, matrices_of(model))) == {"up_proj", "linear.weight", "convolution.weight"}
+
+
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", [*EXPERTS, "gpt2", "llama"])
+def test_each_matrix_of_a_prior_of_transformers_is_made_orthogonal_by_itself(architecture, tmp_path):
+    """Experts are stored as stacks (E, R, C), the linear layers of GPT-2 transposed. Experts differ in how large their gradients are."""
+    vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
+    recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(EXPERTS.get(architecture, {})),
+                         prior__dropout=0, prior_training__optimizer="muon", prior_training__weight_decay=0, prior_training__learning_rate=0.01,
+                         prior_training__gradient_clip=1e6, prior_training__warmup_fraction=0)
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
+    run = TrainingRun(recipe, "prior", recipe.prior_training, StopFlag())
+    run.prepare(prior)
+    before = {name: parameter.detach().clone() for name, parameter in prior.named_parameters()}
+    gradients(list(prior.parameters()), 1)
+    experts = {name for name, parameter in prior.named_parameters() if parameter.ndim == 3}
+    for name in experts:
+        parameter = prior.get_parameter(name)
+        parameter.grad *= torch.logspace(0, 3, len(parameter))[:, None, None]
+    directions = {name: parameter.grad.clone() for name, parameter in prior.named_parameters()}
+    inner = names_of(prior, run.optimizers[0].param_groups[0]["params"])
+    _, _, learning_rate = run.optimizer_step(torch.zeros(()), progress=0.0)
+    run.end()
+    assert bool(experts) == (architecture in EXPERTS) and experts <= inner
+    assert not any(word in name for name in inner for word in ("bias", "embed", "wte", "wpe", "lm_head"))
+    for name in inner:
+        update = before[name] - prior.get_parameter(name).detach()
+        for update_RC, gradient_RC in zip(update, directions[name], strict=True) if update.ndim == 3 else [(update, directions[name])]:
+            check_first_step(update_RC, gradient_RC, learning_rate)
 
 
 def test_a_discriminator_and_codes_are_left_to_adamw(tmp_path):

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipelines import ImageGenerationPipeline, make_bundle, sweep_plan
+from pipelines import sweep as sweep_module
 from pipelines.bundle import read_bundle, recommend
 from pipelines.command_line import dispatch
 from pipelines.feature_extractors import load_feature_extractor
 from pipelines.feature_file import resolve_feature_file
+from pipelines.random_subset import RandomSubset
 from pipelines.sweep import Distances, class_counts, open_folder_whole, run_sweep
 from pipelines.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
 from pipelines.sweep_record import SweepRecord
@@ -194,6 +196,91 @@ def test_distances_are_those_of_the_formulas(features):
 
     distances.update(real_BCHW, real=False)
     assert distances.result(seed=0)["frechet_distance"] == pytest.approx(0, abs=1e-6), "the generated images before are forgotten, the real ones kept"
+
+
+class FirstPixels(nn.Module):
+    """A stand-in for a feature extractor: the first four pixels, in [0, 1]."""
+
+    num_features = 4
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return images_BCHW.flatten(1)[:, :4].double() / 255
+
+
+def class_images(classes: list[int], seed: int) -> torch.Tensor:
+    """Images (N, 1, 2, 2) whose brightness tells their class of ten."""
+    noise = torch.randn(len(classes), 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return (torch.tensor(classes)[:, None, None, None] / 6.25 - 0.8 + 0.05 * noise).clamp(-1, 1)
+
+
+def distances_in_order(real_order: list[int], fake_order: list[int], batch_size: int = 500) -> dict[str, float]:
+    distances = Distances(FirstPixels())
+    for seed, (order, is_real) in enumerate(((real_order, True), (fake_order, False))):
+        for part in class_images(order, seed).split(batch_size):
+            distances.update(part, real=is_real)
+    return distances.result(seed=0)
+
+
+@pytest.mark.parametrize("real, fake", [(1, 4), (4, 1), (4, 4)])
+def test_equal_distributions_have_no_kernel_distance_however_many_and_in_whatever_order(real, fake, monkeypatch):
+    """Images come class by class, so features of the first ones alone are those of the first classes."""
+    monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 2000)
+    real_order, fake_order = (sorted(list(range(10)) * 200 * times) for times in (real, fake))
+    result = distances_in_order(real_order, fake_order)
+    assert abs(result["kernel_distance"]) < 0.005 and result["frechet_distance"] < 0.005
+    assert distances_in_order(real_order, sorted(list(range(5)) * 400 * fake))["kernel_distance"] > 0.1, "five classes are another distribution"
+    assert distances_in_order(real_order, fake_order, batch_size=77) == pytest.approx(result, rel=1e-9), "batches do not matter"
+
+
+def test_the_next_combination_is_measured_as_if_it_were_the_first(monkeypatch):
+    """A sweep that goes on from its record measures fewer combinations in one process, and must find the same numbers."""
+    monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 100)
+    real_BCHW, fake_BCHW = class_images(list(range(10)) * 15, 0), class_images(list(range(10)) * 30, 1)
+    distances = Distances(FirstPixels())
+    distances.update(real_BCHW, real=True)
+    found = []
+    for _ in range(2):
+        distances.update(fake_BCHW, real=False)
+        found.append(distances.result(seed=0))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 30])
+def test_a_random_subset_of_few_rows_is_all_of_them_in_order(count):
+    subset, rows_BF = RandomSubset(30, "test"), torch.arange(2 * count).view(-1, 2)
+    for part in rows_BF.split(4):
+        subset.update(part)
+    assert subset.count == count and (count == 0 or torch.equal(subset.rows(), rows_BF))
+
+
+def test_a_random_subset_takes_every_position_equally_often():
+    """1,000 draws of 20 rows out of 100: each is drawn 200 times, up to four deviations of 12.6."""
+    drawn = torch.zeros(100)
+    for seed in range(1000):
+        subset = RandomSubset(20, seed)
+        for part in torch.arange(100)[:, None].split(33):
+            subset.update(part)
+        rows = subset.rows().flatten()
+        assert len(rows.unique()) == 20
+        drawn[rows] += 1
+    assert (drawn - 200).abs().max() < 51
+
+
+def test_a_record_of_the_first_images_alone_is_not_continued(known_copy, features, monkeypatch):
+    """Its kernel distances of more images than are kept cannot be compared with new ones."""
+    pipeline, real = known_copy
+    monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 50)
+    common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--device", "cpu")
+    assert sweep(*common, "--images", 60) == 0
+    path = pipeline.parent / "sweep.json"
+    record = json.loads(path.read_text())
+    del record["setup"]["kernel"]["images_chosen"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"kernel\.images_chosen was None, now 'at random'"):
+        sweep(*common, "--images", 60)
+    monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 10_000)
+    assert sweep(*common, "--images", 60, "--out", pipeline.parent / "few.json") == 0
+    assert "images_chosen" not in json.loads((pipeline.parent / "few.json").read_text())["setup"]["kernel"]
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

@@ -38,17 +38,19 @@ def restore_best(resumed_from: Path | None, best_weights: Path) -> None:
         link_or_copy(resumed_from / best_weights.name, best_weights)
 
 
-def export_best_and_last(run: TrainingRun, best_weights: Path, measure: str) -> None:
+def export_best_and_last(run: TrainingRun, best_weights: Path, measure: str) -> int:
     """Write the stage's export with the weights that its `export` field asks for, best or last, and the other ones beside the checkpoints.
 
-    `measure` is what best means, for the warning where no validation had a finite one.
+    Returns the step of the exported weights. `measure` is what best means, for the warning where no validation had a finite one.
     """
     model = run.validated_model
     targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
     targets[run.training.export] = run.folder.export(run.stage)
     model.save_pretrained(targets["last"])
-    if best_weights.exists():
+    has_best = best_weights.exists()
+    if has_best:
         model.load_state_dict(load_file(best_weights))
     else:
         run.report(f"warning: no validation had a finite {measure}, so there are no best weights; {targets['best']} holds the last ones")
     model.save_pretrained(targets["best"])
+    return run.state.best_step if has_best and run.training.export == "best" else run.state.step

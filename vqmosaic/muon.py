@@ -76,15 +76,24 @@ class Muon(torch.optim.AdamW):
     """AdamW, but for `matrices`, whose updates are orthogonalized Nesterov momentum (Jordan et al. 2024).
 
     One learning rate serves both: updates of matrices are scaled to the size that AdamW's have. A kernel (O, I, h, w) counts as a matrix
-    (O, I h w). Where gradients of a matrix are, there is none after `step`: it is spent.
+    (O, I h w), a stack (E, R, C) as E matrices (R, C). `step` consumes the gradients of matrices: `grad` is None afterwards.
     """
 
-    def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict], *, lr: float, betas: tuple[float, float] = (0.9, 0.99),
-                 momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
-        """`groups` are AdamW's parameter groups; `weight_decay` is that of the matrices; `dtype` is what their iterations are computed in."""
+    def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict], *, lr: float, stacks: Iterable[nn.Parameter] = (),
+                 betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
+        """Make the optimizer of matrices and of everything else.
+
+        Args:
+            matrices: what is updated by orthogonalized momentum, stacks included.
+            groups: AdamW's parameter groups.
+            stacks: those of the matrices that hold several, (E, R, C). All others of three or more dimensions are kernels.
+            weight_decay: that of the matrices.
+            dtype: what their iterations are computed in.
+        """
         matrices = list(matrices)
         super().__init__([{"params": matrices, "weight_decay": weight_decay, "momentum": momentum}, *groups], lr=lr, betas=betas, fused=True)
         self.dtype = dtype
+        self.stacks = {id(parameter) for parameter in stacks}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -115,13 +124,19 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(gradients, momenta, group["momentum"])
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        pairs = [(as_matrix(parameter, parameter), as_matrix(gradient, parameter)) for parameter, gradient in zip(parameters, gradients, strict=True)]
+        pairs = [pair for parameter, gradient in zip(parameters, gradients, strict=True) for pair in self._pairs(parameter, gradient)]
         for height, of_height in groupby(sorted(pairs, key=height_of), key=height_of):
             matrices, together = list(of_height), max(1, LARGEST_STACK // height**2)
             for start in range(0, len(matrices), together):
                 self._add_directions(matrices[start:start + together], group["lr"])
         for parameter in parameters:
             parameter.grad = None
+
+    def _pairs(self, parameter: nn.Parameter, gradient: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The matrices of a parameter with the directions they are to go."""
+        if id(parameter) in self.stacks:
+            return list(zip(parameter.unbind(), gradient.unbind(), strict=True))
+        return [(as_matrix(parameter, parameter), as_matrix(gradient, parameter))]
 
     def _add_directions(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], learning_rate: float) -> None:
         """To each matrix its direction made orthogonal; all of one height."""

@@ -36,6 +36,8 @@ class StageRecord:
     fields: dict[str, Any]
     inputs: dict[str, str]
     seconds: float = 0.0
+    exported_step: int | None = None
+    """The step whose weights a finished training exported; None for other stages, and in records from before this field."""
 
 
 def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
@@ -50,15 +52,18 @@ def load_record(run: RunFolder, stage: str) -> StageRecord | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    return StageRecord(content["stage"], content["finished"], content["fields"], content["inputs"], content["seconds"])
+    return StageRecord(content["stage"], content["finished"], content["fields"], content["inputs"], content["seconds"],
+                       content.get("exported_step"))
 
 
-def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0) -> None:
+def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0,
+                 exported_step: int | None = None) -> None:
     """Record that a stage starts or has finished with this recipe and these inputs."""
     save_recipe(recipe, run.recipe)  # a stage under a launcher of the user's own leaves what the others need to know, too
     fields = {name: field.value for name, field in fields_read(recipe, stage).items()}
     write_json(run.record(stage), {"stage": stage, "finished": finished, "vqmosaic": __version__, "fields": fields, "inputs": inputs,
-                                   "seconds": round(seconds, 2), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+                                   "seconds": round(seconds, 2), "exported_step": exported_step,
+                                   "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 
 
 def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | None) -> str:

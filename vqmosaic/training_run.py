@@ -38,6 +38,7 @@ from vqmosaic.trainer_state import TrainerState
 from vqmosaic.validation_schedule import ValidationSchedule
 from vqmosaic.weight_averaging import averaged
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FIRST_LINE_SECONDS = 10.0
 """Seconds of training after which the first estimate from warm steps is printed."""
 
@@ -103,7 +104,7 @@ class TrainingRun:
         if not inner:
             return torch.optim.AdamW(groups, fused=True, **settings)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        return Muon(inner, groups, weight_decay=training.weight_decay, dtype=dtype, **settings)
+        return Muon(inner, groups, stacks=matrix_stacks(model), weight_decay=training.weight_decay, dtype=dtype, **settings)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -326,11 +327,23 @@ def learning_rate_rule(training: TrainingConfig) -> str:
             f"{training.learning_rate * training.learning_rate_factor:.4g}")
 
 
-def inner_matrices(model: nn.Module, matrices: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of the matrices that lie inside the network: neither a table of embeddings nor what a model says turns into logits."""
+def inner_matrices(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those of the parameters that Muon updates: weights of linear layers, kernels of convolutions, and stacks of matrices.
+
+    Neither embeddings nor what a model says turns into logits, and no other parameter: tables of positions, class tokens and biases can have two or
+    three dimensions too, but no matrix product goes through them.
+    """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)] + getattr(model, "output_matrices", list)()
     outer = {id(parameter) for parameter in tables}
-    return [parameter for parameter in matrices if id(parameter) not in outer]
+    weights = [(module, module.weight) for module in model.modules() if isinstance(getattr(module, "weight", None), nn.Parameter)]
+    inner = {id(weight) for module, weight in weights if weight.ndim == 2 or isinstance(module, CONVOLUTIONS)}
+    inner |= {id(parameter) for parameter in matrix_stacks(model)}
+    return [parameter for parameter in parameters if id(parameter) in inner - outer]
+
+
+def matrix_stacks(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters (E, R, C) that a model says are E matrices each."""
+    return getattr(model, "matrix_stacks", list)()
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -16,6 +16,8 @@ class GradientQuantizer(NearestCodeQuantizer):
     The optimizer's moments of a revived code stay as they are; they fade within some tens of steps.
     """
 
+    CODES = ("codebook",)
+
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
                  ema_decay: float = 0.99, l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False,
                  revival_threshold: float = 0.03, seed: int = 0):

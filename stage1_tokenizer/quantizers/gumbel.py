@@ -27,6 +27,8 @@ class GumbelQuantizer(Quantizer):
     In training this needs N x K probabilities by nature, and forward refuses more than 2 GiB of them; evaluation works in pieces.
     """
 
+    CODES = ("codebook",)
+
     def __init__(self, codebook_size: int, code_dim: int, *, gumbel_temperature: float = 1.0, entropy_weight: float = 0.1, seed: int = 0):
         super().__init__()
         self.codebook_size, self.code_dim, self.seed = codebook_size, code_dim, seed

@@ -25,6 +25,8 @@ class IBQQuantizer(CodebookQuantizer):
     direction of a latent and the length of the longest code, so that it wins there.
     """
 
+    CODES = ("codebook",)
+
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
                  ema_decay: float = 0.99, revival_threshold: float = 0.03, entropy_weight: float = 0.1, entropy_diversity: float = 1.0,
                  entropy_temperature: float = 0.1, seed: int = 0):

@@ -32,6 +32,8 @@ class Quantizer(nn.Module, ABC):
 
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = ()
     """Names of buffers that only training needs; an export leaves them out."""
+    CODES: ClassVar[tuple[str, ...]] = ()
+    """Names of parameters that are codes. All other parameters are weights of the network, as those of encoder and decoder are."""
     has_ids: ClassVar[bool] = True
     depth: int = 1
     codebook_size: int
@@ -60,6 +62,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         """Latents (B, D, h, w) float32 of ids (B, h, w), or (B, h, w, depth)."""
+
+    def codebook_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are codes, in the quantizers inside this one too."""
+        return [getattr(module, name) for module in self.modules() if isinstance(module, Quantizer) for name in module.CODES]
 
     def training_only_names(self) -> set[str]:
         """Dotted names, inside this module, of the buffers that an export leaves out."""

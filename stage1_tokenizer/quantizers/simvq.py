@@ -21,6 +21,9 @@ class SimVQQuantizer(NearestCodeQuantizer):
     pseudo-inverse of W; the others do not move.
     """
 
+    # All codes are linear in W: decay would shrink them, and codes revived by the inverse of W would lie elsewhere under an average of W.
+    CODES = ("projection",)
+
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
                  ema_decay: float = 0.99, l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False,
                  revival_threshold: float = 0.03, seed: int = 0):

@@ -1,0 +1,33 @@
+"""A random subset of a stream of rows, in bounded memory."""
+
+import numpy as np
+import torch
+
+from vqmosaic.seeding import generator
+
+
+class RandomSubset:
+    """At most `size` rows of a stream, every subset of them equally likely (reservoir sampling: Vitter 1985, algorithm R).
+
+    Which rows are kept depends on their positions in the stream and on `seed_parts`, not on how they are split into batches. A stream of at most
+    `size` rows is kept whole and in order.
+    """
+
+    def __init__(self, size: int, *seed_parts: int | str):
+        self.size, self.count = size, 0
+        self._rows: list[torch.Tensor] = []
+        self._generator = generator("random subset", *seed_parts)
+
+    def update(self, rows_BF: torch.Tensor) -> None:
+        """Take in the next rows (B, F) of the stream."""
+        positions_B = np.arange(self.count, self.count + len(rows_BF))
+        # row n goes to a random one of the slots 0 to n; where there is no such slot it is left out
+        slots_B = np.where(positions_B < self.size, positions_B, (self._generator.random(len(rows_BF)) * (positions_B + 1)).astype(np.int64))
+        for row_F, slot in zip(rows_BF, slots_B.tolist(), strict=True):
+            if slot < self.size:
+                self._rows[slot:slot + 1] = [row_F.clone()]  # a view would keep its whole batch
+        self.count += len(rows_BF)
+
+    def rows(self) -> torch.Tensor:
+        """The rows (min(size, count), F) that were kept."""
+        return torch.stack(self._rows)

@@ -1,0 +1,160 @@
+"""Which parameters of a quantizer are codes: they are neither averaged nor decayed. Its other layers are weights of the network and are both."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.quantizers import QUANTIZERS
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from tests.tiny import tiny_recipe
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import StopFlag
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.tokenizer_sections import QUANTIZER_NAMES
+from vqmosaic.training_run import TrainingRun
+
+KINDS = {
+    # quantizer: (its fields, parameters that are codes, parameters that are weights of the network)
+    "ema": ({}, set(), set()),
+    "gradient": ({}, {"codebook"}, set()),
+    "simvq": ({}, {"projection"}, set()),
+    "ibq": ({}, {"codebook"}, set()),
+    "gumbel": ({}, {"codebook"}, {"to_logits.weight", "to_logits.bias"}),
+    "fsq": ({"codebook_size": 40}, set(), {f"project_{way}.{name}" for way in ("in", "out") for name in ("weight", "bias")}),
+    "lfq": ({}, set(), {f"project_{way}.{name}" for way in ("in", "out") for name in ("weight", "bias")}),
+    "residual": ({"residual_kind": "gradient", "residual_depth": 2}, {"levels.0.codebook", "levels.1.codebook"}, set()),
+    "kl": ({}, set(), {"projection.weight", "projection.bias"}),
+}
+LEARNING = [kind for kind, (_, codes, weights) in KINDS.items() if codes | weights]
+WITH_LAYERS = [kind for kind, (_, _, weights) in KINDS.items() if weights]
+
+
+def recipe_of(kind: str, run_dir, **training):
+    fields = {f"tokenizer__{name}": value for name, value in ({"quantizer": kind} | KINDS[kind][0]).items()}
+    return tiny_recipe(run_dir, **fields, **{f"tokenizer_training__{name}": value for name, value in training.items()})
+
+
+def tokenizer_of(recipe) -> ImageTokenizer:
+    return ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels))
+
+
+def test_every_kind_is_listed():
+    assert set(KINDS) == set(QUANTIZER_NAMES) == set(QUANTIZERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantizer_says_which_of_its_parameters_are_codes(kind, tmp_path):
+    tokenizer = tokenizer_of(recipe_of(kind, tmp_path))
+    chosen = {id(parameter) for parameter in tokenizer.codebook_parameters()}
+    names = dict(tokenizer.quantizer.named_parameters())
+    codes = {name for name, parameter in names.items() if id(parameter) in chosen}
+    assert (codes, names.keys() - codes) == KINDS[kind][1:]
+    assert len(chosen) == len(codes), "all codes lie in the quantizer"
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
+    decay, steps = 0.15, 3
+    train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=steps, checkpoint_every=1, keep_checkpoints=steps, weight_ema_decay=decay,
+                                    max_minutes="null", warmup_fraction=0, learning_rate=0.01))
+    _, codes, layers = KINDS[kind]
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, steps + 1):
+        checkpoint = RunFolder(tmp_path).checkpoints("tokenizer") / f"step-{step:08d}"
+        live, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "weights_ema"))
+        warmed = min(decay, step / (9 + step))  # (1 + n) / (10 + n) at the n-th update, n = 0 being the first; that one copies
+        for name in (f"quantizer.{name}" for name in codes | layers):
+            is_copied = step == 1 or name.removeprefix("quantizer.") in codes
+            expected[name] = live[name] if is_copied else torch.lerp(expected[name], live[name], 1 - warmed)
+            torch.testing.assert_close(average[f"module.{name}"], expected[name], rtol=1e-6, atol=1e-7)
+    for name in layers:
+        assert not torch.equal(average[f"module.quantizer.{name}"], live[f"quantizer.{name}"])
+    for name in codes:
+        assert torch.equal(average[f"module.quantizer.{name}"], live[f"quantizer.{name}"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", LEARNING)
+def test_weight_decay_shrinks_the_matrices_of_layers_alone(kind, optimizer, tmp_path):
+    """A step without gradients moves by decay alone."""
+    recipe = recipe_of(kind, tmp_path, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, warmup_fraction=0, gradient_clip=1)
+    tokenizer = tokenizer_of(recipe)
+    run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
+    run.prepare(tokenizer)
+    before = {name: parameter.detach().clone() for name, parameter in tokenizer.quantizer.named_parameters()}
+    for parameter in tokenizer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    accepted, _, learning_rate = run.optimizer_step(torch.zeros(()), progress=0.0)
+    run.end()
+    assert accepted
+    for name, parameter in tokenizer.quantizer.named_parameters():
+        is_decayed = name in KINDS[kind][2] and parameter.ndim == 2
+        torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * learning_rate if is_decayed else 1))
+
+
+def test_muon_updates_the_layers_of_a_quantizer_and_not_its_codes(tmp_path):
+    for kind in LEARNING:
+        recipe = recipe_of(kind, tmp_path / kind, optimizer="muon")
+        tokenizer = tokenizer_of(recipe)
+        run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
+        run.prepare(tokenizer)
+        orthogonal = {id(parameter) for parameter in run.optimizers[0].param_groups[0]["params"]}
+        run.end()
+        assert {name for name, parameter in tokenizer.quantizer.named_parameters() if id(parameter) in orthogonal} == \
+            {name for name in KINDS[kind][2] if name.endswith(".weight")}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", WITH_LAYERS)
+def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, tmp_path, monkeypatch):
+    """Its optimizer state has other groups, which must not be mixed up."""
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
+        train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=2, optimizer=optimizer))
+    with pytest.raises(InputError, match=r"step-00000002 does not fit this recipe: .*group.*--redo tokenizer"):
+        train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=3, optimizer=optimizer))
+
+
+def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
+    for kind in ("gradient", "simvq"):
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
+            train_tokenizer.train(recipe_of(kind, tmp_path / kind, max_steps=2))
+        train_tokenizer.train(recipe_of(kind, tmp_path / kind, max_steps=3))
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_codes_of_several_processes_have_to_be_equal_and_layers_may_round(kind, tmp_path):
+    tokenizer, seen = tokenizer_of(recipe_of(kind, tmp_path)), []
+
+    def check() -> None:
+        """Compare this rank with what the calls before have shown of others."""
+        gather = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: seen.append(own) or torch.cat(seen))
+        train_tokenizer.check_replicas_agree(tokenizer, SimpleNamespace(world_size=2, accelerator=gather, state=SimpleNamespace(step=0)))
+
+    def change(names: set[str]) -> None:
+        with torch.no_grad():
+            for name in names:
+                tokenizer.quantizer.get_parameter(name).add_(1e-6)
+
+    check()
+    change(KINDS[kind][2])
+    check()
+    if KINDS[kind][1]:
+        change(KINDS[kind][1])
+        with pytest.raises(AssertionError, match="differ at step 0"):
+            check()
+
+
+def test_layers_inside_a_quantizer_are_linear(tmp_path):
+    """A new kind whose parameters are codes has to say so: nothing but linear layers counts as weights of the network."""
+    for kind in KINDS:
+        quantizer = tokenizer_of(recipe_of(kind, tmp_path)).quantizer
+        codes = {id(parameter) for parameter in quantizer.codebook_parameters()}
+        for module in quantizer.modules():
+            assert isinstance(module, nn.Linear) or all(id(parameter) in codes for parameter in module.parameters(recurse=False))

@@ -1,0 +1,76 @@
+"""summary.json and the closing table describe the weights that were exported, whichever validation those come from."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipelines.chain import run_chain
+from pipelines.measures import evenly_spread
+from pipelines.summary import exported_validation
+from stage1_tokenizer import train as train_tokenizer
+from stage2_prior import train as train_prior
+from tests.tiny import tiny_recipe
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.tracking import read_metrics
+
+ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
+"""What the validation of each step finds; those of steps 4 and 6 are equal as metrics.jsonl rounds them."""
+
+
+BEST = {"tokenizer_training__validate_every": 2, "tokenizer_training__export": "best"}
+
+
+@pytest.fixture
+def scripted_errors(monkeypatch):
+    """Both stages' validations find ERRORS, so that the best step is neither the first nor the last one. All else is measured."""
+    def scripted(validate, measure: str):
+        errors = iter(ERRORS.values())
+        return lambda *arguments: validate(*arguments) | {measure: next(errors)}
+
+    for module, measure in ((train_tokenizer, "reconstruction_l2"), (train_prior, "nll")):
+        monkeypatch.setattr(module, "validate", scripted(module.validate, measure))
+
+
+def validation_of(run_dir: Path, stage: str, step: int) -> dict:
+    records = read_metrics(RunFolder(run_dir).logs(stage) / "metrics.jsonl", "validation")
+    (record,) = (record for record in records if record["step"] == step)
+    return {name: value for name, value in record.items() if name != "kind"}
+
+
+def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors, capsys):
+    exports, run = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}, RunFolder(tmp_path / "run")
+    changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
+               for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
+    assert run_chain(tiny_recipe(run.root, **changes)) == 0
+    summary, said = json.loads(run.summary.read_text()), capsys.readouterr().out
+    lines = {line.partition("  ")[0]: line for line in map(str.strip, said.partition("measured (")[2].splitlines())}
+    for stage, (export, other, step) in exports.items():
+        assert summary[stage] == validation_of(run.root, stage, step) and summary[f"{stage}_export"] == export
+        exported, left = (load_file(folder / "model.safetensors") for folder in (run.export(stage), run.checkpoints(stage) / other))
+        assert any(not tensor.equal(left[name]) for name, tensor in exported.items()), "best and last are different weights"
+    assert lines["reconstruction, validation"].endswith("(step 6)") and lines["prior, validation"].endswith("(step 8)")
+
+
+def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scripted_errors):
+    """The newest export counts after more steps. Where a record does not name the exported step, it follows from the log."""
+    run = RunFolder(tmp_path / "run")
+    for max_steps, best in ((4, 4), (8, 6), (10, 10)):
+        train_tokenizer.train(tiny_recipe(run.root, tokenizer_training__max_steps=max_steps, **BEST))
+        assert exported_validation(run, "tokenizer", "best", "reconstruction_l2") == validation_of(run.root, "tokenizer", best)
+    record = json.loads(run.record("tokenizer").read_text())
+    assert record.pop("exported_step") == 10
+    run.record("tokenizer").write_text(json.dumps(record))
+    for export, step in (("best", 10), ("last", 10)):
+        assert exported_validation(run, "tokenizer", export, "reconstruction_l2")["step"] == step
+    path = run.logs("tokenizer") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"reconstruction_l2": 0.2', '"reconstruction_l2": NaN'))
+    assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two that are equal as far as the log tells"
+
+
+def test_samples_without_a_judge_are_of_classes_from_the_first_to_the_last():
+    assert evenly_spread(3, 100) == [0, 1, 2] and evenly_spread(100, 100) == list(range(100))
+    chosen = evenly_spread(1000, 100)
+    assert chosen == list(range(0, 1000, 10))
+    assert len(set(evenly_spread(130, 100))) == 100
