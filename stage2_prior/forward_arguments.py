@@ -34,22 +34,23 @@ def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor
                          "sequences of one length and leave attention_mask out.")
 
 
-def check_cache(cache: Cache, length: int, longest: int) -> None:
+def check_length(cache: Cache | None, length: int, longest: int) -> None:
     """Raise InputError for a cache that forgets or that has too little room for `length` more ids, and for more than `longest` ids in all.
 
-    How many ids a static cache holds is known to the device alone. What is then out of range, torch refuses.
+    Only the device knows how many ids a static cache holds. If there are too many, torch raises an IndexError.
     """
-    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise InputError(f"past_key_values is a {type(cache).__name__}; allowed: caches of transformers for decoders, such as DynamicCache and "
-                         "StaticCache.")
-    if any(cache.is_sliding):
-        raise InputError("past_key_values has a sliding window; in a grid_transformer each token attends to all tokens before it. Use a cache "
-                         "without a window.")
-    seen, room = cache.get_seq_length(), cache.get_max_length(0)
-    seen = 0 if isinstance(seen, torch.Tensor) else seen
+    seen, room = 0, longest
+    if cache is not None:
+        if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+            raise InputError(f"past_key_values is a {type(cache).__name__}; allowed: caches of transformers for decoders, such as DynamicCache and "
+                             "StaticCache.")
+        if any(cache.is_sliding):
+            raise InputError("past_key_values has a sliding window; in a grid_transformer each token attends to all tokens before it. Use a cache "
+                             "without a window.")
+        seen, room = cache.get_seq_length(), cache.get_max_length(0)
+        seen = 0 if isinstance(seen, torch.Tensor) else seen
     if seen + length > longest:
-        raise InputError(f"The sequence has {seen + length} ids with those in the cache; allowed: {longest}, the class and the tokens of all "
-                         "grids.")
+        raise InputError(f"The sequence has {seen + length} ids with those in the cache; allowed: {longest}, the class and the tokens of all grids.")
     if 0 <= room < seen + length:
         raise InputError(f"past_key_values has room for {room} ids, and {seen + length} are given; use max_cache_len {longest}.")
 

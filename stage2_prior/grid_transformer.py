@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from stage2_prior.embedding_lookup import Occurrences, lookup
-from stage2_prior.forward_arguments import check_arguments, check_cache, check_labels
+from stage2_prior.forward_arguments import check_arguments, check_labels, check_length
 from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, passes_for, project, queries_keys_values
 from vqmosaic.errors import InputError
 
@@ -277,6 +277,11 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The attention mask as it is: `forward` masks by position itself, so `generate` need not build a mask for static caches."""
         return attention_mask
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises InputError. `generate` with cache_implementation "paged" comes here, and would log an error of forward and return nothing."""
+        raise InputError("A grid_transformer does not support continuous batching (cache_implementation 'paged'): all sequences have the same length "
+                         "and start together. Use 'static' or 'dynamic'.")
+
     @can_return_tuple
     def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
                 labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
@@ -303,8 +308,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         seen, length, keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, and the keys that attention will get, filled or not
+        check_length(past_key_values, length, self.config.max_position_embeddings)
         if past_key_values is not None:
-            check_cache(past_key_values, length, self.config.max_position_embeddings)
             seen, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
         is_static = isinstance(seen, torch.Tensor)  # only the device knows it then, and the first block changes it
         positions_S = torch.arange(length, device=input_ids.device) + seen if is_static else \
