@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -216,11 +225,21 @@ def added(x_BSD: torch.Tensor, new_BSD: torch.Tensor) -> torch.Tensor:
     return new_BSD.add_(x_BSD) if new_BSD.dtype == x_BSD.dtype else x_BSD + new_BSD
 
 
+class WidenToVocabulary(LogitsProcessor):
+    """Gives the ids without logits, which are the classes, a score of -inf."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (N, V) of scores (N, K)."""
+        return F.pad(scores, (0, self.vocabulary - scores.shape[-1]), value=-torch.inf)
+
+
 class GridTransformer(PreTrainedModel, GenerationMixin):
     """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
 
-    Used through TokenPrior, or as any model of transformers; `compute_transition_scores` alone, which takes logits for as wide as the vocabulary,
-    does not fit.
+    Used through TokenPrior, or as any model of transformers.
     """
 
     config_class = GridTransformerConfig
@@ -272,6 +291,11 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             with torch.inference_mode(False):  # first asked for in sampling, they must still be fit for training
                 self._rotations[device] = rotation_tables(self.config).to(device)
         return self._rotations[device]
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """transformers' `generate`; scores are as wide as the vocabulary, which beam search and `compute_transition_scores` expect."""
+        processors = [*(logits_processor or []), WidenToVocabulary(self.config.vocab_size)]
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **unused) -> torch.Tensor | None:
         """The attention mask as it is: `forward` masks by position itself, so `generate` need not build a mask for static caches."""

@@ -95,6 +95,16 @@ def test_generate_gives_the_same_ids_with_every_cache(generating_model, how):
     assert {name: torch.equal(ids, expected) for name, ids in found.items()} == dict.fromkeys(caches, True) and rows == len(found["static"])
 
 
+@pytest.mark.parametrize("how", ["greedy", "beams", "beams_returned"])
+def test_scores_of_generate_are_those_of_the_logits(generating_model, how):
+    drawn = generating_model.generate(sequences(generating_model)[:, :1], do_sample=False, output_scores=True, return_dict_in_generate=True,
+                                      **GENERATE[how])
+    beams = {} if how == "greedy" else {"beam_indices": drawn.beam_indices}
+    found = generating_model.compute_transition_scores(drawn.sequences, drawn.scores, normalize_logits=how == "greedy", **beams)
+    expected = generating_model(drawn.sequences[:, :-1]).logits.log_softmax(-1).gather(-1, drawn.sequences[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
     """As it does by itself on a GPU."""
@@ -106,7 +116,7 @@ def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
 
 
 def test_continuous_batching_is_refused(generating_model):
-    with pytest.raises(InputError, match="does not support continuous batching.*same length"):
+    with pytest.raises(InputError, match=r"does not support continuous batching.*same length"):
         generating_model.generate(sequences(generating_model)[:, :1], cache_implementation="paged")
 
 
@@ -220,7 +230,7 @@ def test_a_mask_of_ones_changes_nothing_and_one_with_zeros_is_refused(plain_mode
     zeros = torch.ones_like(ids_BS)
     zeros[0, 0] = 0
     for settings in ({}, {"use_cache": False}, {"past_key_values": StaticCache(config=plain_model.config, max_cache_len=LENGTH)}):
-        with pytest.raises(InputError, match="attention_mask has zeros.*same length"):
+        with pytest.raises(InputError, match=r"attention_mask has zeros.*same length"):
             plain_model(ids_BS, attention_mask=zeros, **settings)
     with pytest.raises(InputError, match="attention_mask has 4 dimensions"):
         plain_model(ids_BS, attention_mask=torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool))
