@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from stage2_prior.embedding_lookup import Occurrences, lookup
@@ -371,3 +372,4 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)
 AutoModelForCausalLM.register(GridTransformerConfig, GridTransformer)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = GridTransformer.__name__  # else the Trainer's label smoothing does not shift the labels

@@ -308,3 +308,12 @@ def test_the_trainer_of_transformers_trains_it(tmp_path, settings):
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     assert isinstance(loaded, GridTransformer) and torch.equal(loaded(rows).logits, model(rows).logits)
+
+
+def test_label_smoothing_of_the_trainer_smooths_the_next_code(tmp_path):
+    model = GridTransformer(config_of())
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    rows = sequences(model, 4)
+    loss = Trainer(model=model, args=arguments).compute_loss(trained_looking(model), {"input_ids": rows, "labels": rows})
+    logits = model(rows).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=0.1))
