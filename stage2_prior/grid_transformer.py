@@ -295,6 +295,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' `generate`; scores are as wide as the vocabulary, which beam search and `compute_transition_scores` expect."""
+        self.rotations(self.device)  # kept from here on; what a compiled first call computes may lie in a CUDA graph, whose next run overwrites it
         processors = [*(logits_processor or []), WidenToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 

@@ -115,6 +115,23 @@ def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
     assert torch.equal(drawn, generating_model.generate(ids_B1, do_sample=False, use_cache=False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate_on_a_gpu_gives_the_same_ids_with_every_cache(generating_model, how):
+    """Steps with a static cache are compiled there, and caches can be offloaded."""
+    model = generating_model.to("cuda")
+    ids_BS = sequences(model)[:, :5 if how == "from_five" else 1].to("cuda")
+    caches = {"static": {}, "offloaded_static": {}, "dynamic": {}, "offloaded": {}}
+    if how == "from_five":
+        caches["static"] = {"prefill_chunk_size": 2}
+    for name, settings in caches.items():
+        drawn = []
+        for cache in ({"use_cache": False}, {"cache_implementation": name} | settings):
+            torch.manual_seed(1)
+            drawn.append(model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | cache)))
+        assert torch.equal(*drawn), name
+
+
 def test_continuous_batching_is_refused(generating_model):
     with pytest.raises(InputError, match=r"does not support continuous batching.*same length"):
         generating_model.generate(sequences(generating_model)[:, :1], cache_implementation="paged")
