@@ -19,10 +19,13 @@ IGNORED_LABEL = -100
 """The label of positions that the loss leaves out, as everywhere in transformers."""
 
 
-def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, others: dict[str, Any]) -> None:
+def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, output_hidden_states: bool,
+                    others: dict[str, Any]) -> None:
     """Raise InputError unless there are ids, the mask is all ones, and no argument is left over; None and False count as not given."""
     for name in [name for name, value in others.items() if value is not None and value is not False]:
         raise InputError(f"A grid_transformer does not support the argument {name}: {REASONS.get(name, 'it is not known; leave it out')}.")
+    if not isinstance(output_hidden_states, bool):
+        raise InputError(f"output_hidden_states is {output_hidden_states!r}; allowed: True, which gives those of all blocks, and False.")
     if input_ids is None or input_ids.dim() != 2:
         raise InputError(f"input_ids is {'missing' if input_ids is None else f'of shape {tuple(input_ids.shape)}'}; a grid_transformer needs ids of "
                          "shape (batch, sequence).")

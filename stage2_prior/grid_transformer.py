@@ -323,7 +323,10 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         block gives, the last after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones: all sequences have
         the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
         """
-        check_arguments(input_ids, attention_mask, others)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        others.setdefault("output_attentions", self.config.output_attentions)
+        check_arguments(input_ids, attention_mask, output_hidden_states, others)
         if labels is not None:
             check_labels(labels, input_ids, logits_to_keep, self.config.num_codes)
         checkpoints = self.training and any(block.gradient_checkpointing for block in self.blocks)
@@ -354,9 +357,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         mask_SS = None
         if is_static or keys > seen + length or (seen and length > 1):
             mask_SS = torch.arange(keys, device=input_ids.device) <= positions_S[:, None]             # S, keys
-        hidden_states = None
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            hidden_states = []
+        hidden_states = [] if output_hidden_states else None
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x_BSD)

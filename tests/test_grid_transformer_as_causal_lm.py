@@ -294,6 +294,18 @@ def test_what_is_not_supported_is_refused_by_name(plain_model, arguments, words)
     assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None is as if it were not given"
 
 
+def test_a_configuration_that_asks_for_attention_weights_is_refused():
+    model = GridTransformer(config_of(output_attentions=True))
+    with pytest.raises(InputError, match="does not support the argument output_attentions"):
+        model(sequences(model))
+    assert model(sequences(model), output_attentions=False).attentions is None
+
+
+def test_some_hidden_states_cannot_be_chosen(plain_model):
+    with pytest.raises(InputError, match=r"output_hidden_states is \[1\]; allowed: True, .* and False"):
+        plain_model(sequences(plain_model), output_hidden_states=[1])
+
+
 def test_ids_have_to_be_given(plain_model):
     with pytest.raises(InputError, match="input_ids is missing"):
         plain_model(labels=sequences(plain_model))
