@@ -170,6 +170,19 @@ def start_of_the_codebook(device, **fields):
     return tokenizer
 
 
+@case(*({"quantizer": kind} for kind in ("ema", "gradient", "ibq", "residual")), {"quantizer": "residual", "residual_shared": False})
+def commit_with_its_counter_on_the_cpu(device, **fields):
+    """Counting and revival after a step, but for the one question that needs data."""
+    tokenizer = tokenizer_on(device, **fields).train()
+    for module in tokenizer.quantizer.modules():
+        if hasattr(module, "commits"):
+            module.commits = torch.zeros((), dtype=torch.int64)
+    for _ in range(2):  # two micro-batches
+        tokenizer(images_on(device))
+    tokenizer.quantizer.commit()
+    return tokenizer
+
+
 @case(*WITH_IDS)
 def images_to_ids(device, **fields):
     return tokenizer_on(device, **fields).encode(images_on(device))
