@@ -60,7 +60,7 @@ def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> Pre
 
 def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedConfig, bool]:
     """The configuration of the architecture, and whether it has dropout of its own on what its blocks add."""
-    architectures = [GRID_TRANSFORMER, *(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)]
+    architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
     if prior.architecture not in architectures:
         nearest = difflib.get_close_matches(prior.architecture, architectures, n=5, cutoff=0.4)
         raise InputError(f"prior.architecture is {prior.architecture!r}; allowed: grid_transformer, llama, gpt2, qwen3 or another of the "

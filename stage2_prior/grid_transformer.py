@@ -20,12 +20,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import can_return_tuple
 
 from stage2_prior.embedding_lookup import Occurrences, lookup
+from stage2_prior.forward_arguments import check_arguments, check_labels, check_length
 from stage2_prior.grid_attention import KERNELS, attend, compiled_passes, passes_for, project, queries_keys_values
+from vqmosaic.errors import InputError
 
 MODEL_TYPE = "grid_transformer"
 NUMBERS = 2**18
@@ -182,16 +195,19 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
-                mask_SS: torch.Tensor | None = None, occurrences: Occurrences | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
+                mask_SS: torch.Tensor | None = None, occurrences: Occurrences | None = None, is_start: torch.Tensor | None = None,
+                past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
 
+        `is_start`: a bool scalar that says whether `classes_B` stand in front of the sequence, where only the device knows (static caches).
         The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
             x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
         elif classes_B is not None:
-            x_BSD = x_BSD + F.pad(self.stream_embedding(classes_B)[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
+            classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
+            x_BSD = x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
         # a cache goes on being read where there are no passes, so its pairs are never half-split
         passes = passes_for(x_BSD, self.attention_in, self.passes) if past_key_values is None else None
         hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, passes)           # B, S, 3 D
@@ -210,11 +226,21 @@ def added(x_BSD: torch.Tensor, new_BSD: torch.Tensor) -> torch.Tensor:
     return new_BSD.add_(x_BSD) if new_BSD.dtype == x_BSD.dtype else x_BSD + new_BSD
 
 
+class WidenToVocabulary(LogitsProcessor):
+    """Gives the ids without logits, which are the classes, a score of -inf."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary = vocabulary
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (N, V) of scores (N, K)."""
+        return F.pad(scores, (0, self.vocabulary - scores.shape[-1]), value=-torch.inf)
+
+
 class GridTransformer(PreTrainedModel, GenerationMixin):
     """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
 
-    Used through TokenPrior, or as any model of transformers; `compute_transition_scores` alone, which takes logits for as wide as the vocabulary,
-    does not fit.
+    Used through TokenPrior, or as any model of transformers.
     """
 
     config_class = GridTransformerConfig
@@ -225,6 +251,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GridTransformerConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers guesses it from names like LlamaForCausalLM; the Trainer counts shifted labels by it
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
@@ -266,13 +293,56 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
                 self._rotations[device] = rotation_tables(self.config).to(device)
         return self._rotations[device]
 
-    def forward(self, input_ids: torch.Tensor, past_key_values=None, use_cache: bool | None = None, logits_to_keep: int = 0,
-                attention_mask: torch.Tensor | None = None, **unused) -> CausalLMOutputWithPast:
-        """Logits (B, S, K), or of the last `logits_to_keep` positions. `attention_mask` must be all ones: sequences are of one length."""
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """transformers' `generate`; scores are as wide as the vocabulary, which beam search and `compute_transition_scores` expect."""
+        self.rotations(self.device)  # kept from here on; what a compiled first call computes may lie in a CUDA graph, whose next run overwrites it
+        processors = [*(logits_processor or []), WidenToVocabulary(self.config.vocab_size)]
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **unused) -> torch.Tensor | None:
+        """The attention mask as it is: `forward` masks by position itself, so `generate` need not build a mask for static caches."""
+        return attention_mask
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Raises InputError. `generate` with cache_implementation "paged" comes here, and would log an error of forward and return nothing."""
+        raise InputError("A grid_transformer does not support continuous batching (cache_implementation 'paged'): all sequences have the same length "
+                         "and start together. Use 'static' or 'dynamic'.")
+
+    @can_return_tuple
+    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
+                labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
+                output_hidden_states: bool | None = None, num_items_in_batch: torch.Tensor | int | None = None,
+                **others) -> CausalLMOutputWithPast:
+        """Logits (B, S, K) of ids (B, S), or of the last `logits_to_keep` positions (a tensor: of the positions that it lists).
+
+        `labels` (B, S), usually the ids themselves, add the loss: the mean cross-entropy of predicting labels[:, s + 1] at position s, in float32;
+        -100 is ignored. The first label, which is the class, is not predicted. With `num_items_in_batch` the loss is the sum over that number.
+        With labels no cache is returned by default.
+
+        `past_key_values` may be any cache of transformers without a sliding window. `output_hidden_states` returns the embedded ids and what each
+        block gives, the last after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones: all sequences have
+        the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        others.setdefault("output_attentions", self.config.output_attentions)
+        check_arguments(input_ids, attention_mask, output_hidden_states, others)
+        if labels is not None:
+            check_labels(labels, input_ids, logits_to_keep, self.config.num_codes)
+        checkpoints = self.training and any(block.gradient_checkpointing for block in self.blocks)
+        if use_cache is None:
+            use_cache = self.config.use_cache and labels is None and not checkpoints
+        if checkpoints and (use_cache or past_key_values is not None):
+            raise InputError("Training with gradient checkpointing cannot use a cache. Set use_cache False, or call eval() first.")
+        if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        seen, length = 0 if past_key_values is None else past_key_values.get_seq_length(), input_ids.shape[1]
-        positions_S = torch.arange(seen, seen + length, device=input_ids.device)
+        seen, length, keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, and the keys that attention will get, filled or not
+        check_length(past_key_values, length, self.config.max_position_embeddings)
+        if past_key_values is not None:
+            seen, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
+        is_static = isinstance(seen, torch.Tensor)  # only the device knows it then, and the first block changes it
+        positions_S = torch.arange(length, device=input_ids.device) + seen if is_static else \
+            torch.arange(seen, seen + length, device=input_ids.device)
         occurrences = None
         if torch.is_grad_enabled() and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             occurrences = Occurrences.of(input_ids, self.config.vocab_size)
@@ -281,16 +351,27 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # half of the memory to pass over in each block; for GPUs it was not measured
-        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if seen == 0 else None
-        rotations_S2p2 = self.rotations(input_ids.device)[seen:seen + length]
+        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if is_static or seen == 0 else None
+        is_start = seen == 0 if is_static else None
+        rotations_S2p2 = self.rotations(input_ids.device)[positions_S if is_static else slice(seen, seen + length)]
         mask_SS = None
-        if seen and length > 1:
-            mask_SS = torch.ones(length, seen + length, dtype=torch.bool, device=input_ids.device).tril(seen)
+        if is_static or keys > seen + length or (seen and length > 1):
+            mask_SS = torch.arange(keys, device=input_ids.device) <= positions_S[:, None]             # S, keys
+        hidden_states = [] if output_hidden_states else None
         for block in self.blocks:
-            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, occurrences, past_key_values=past_key_values)
-        logits_BSK = self.head(self.final_norm(x_BSD[:, -logits_to_keep:]))                           # -0 keeps all
-        return CausalLMOutputWithPast(logits=logits_BSK, past_key_values=past_key_values)
+            if hidden_states is not None:
+                hidden_states.append(x_BSD)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, occurrences, is_start, past_key_values=past_key_values)
+        x_BSD = self.final_norm(x_BSD)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
+        logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BSK, labels, vocab_size=self.config.num_codes, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BSK, past_key_values=past_key_values,
+                                      hidden_states=None if hidden_states is None else (*hidden_states, x_BSD))
 
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)
 AutoModelForCausalLM.register(GridTransformerConfig, GridTransformer)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = GridTransformer.__name__  # else the Trainer's label smoothing does not shift the labels

@@ -14,7 +14,10 @@ def available_cores() -> int:
 def default_device() -> torch.device:
     """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
 
+    The CPU also under accelerate's launcher if its configuration sets `use_cpu`: accelerate then trains there, and everything else has to follow.
     Apple's mps is left aside: it has no float64, in which probabilities are summed up.
     """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
+        return torch.device("cpu")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device if device is not None and device.type != "mps" else torch.device("cpu")

@@ -37,7 +37,7 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
     """no, bf16 or fp16 for a recipe's mixed_precision on this device; fp16 is refused on a CPU."""
     if mixed_precision == "auto":
         if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported() else "no"
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"  # emulated bf16 is slower than float32
         return "bf16" if device.type == "cpu" and cpu_has_bf16() else "no"
     if mixed_precision == "fp16" and device.type == "cpu":
         raise InputError("mixed_precision is 'fp16', which needs a GPU; on a CPU set it to auto, bf16 or no.")

@@ -1,0 +1,348 @@
+"""A GridTransformer keeps the conventions of transformers' causal language models: caches, labels, outputs, the Trainer; the rest it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from stage2_prior.grid_transformer import GridTransformer
+from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, trained_looking
+from token_shards.manifest import Grid
+from vqmosaic.errors import InputError
+
+LENGTH = 13  # of sequences for config_of's grid
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids"])
+def model(request) -> GridTransformer:
+    torch.manual_seed(0)
+    return trained_looking(GridTransformer(config_of(embedding_blocks=request.param)))
+
+
+@pytest.fixture
+def plain_model() -> GridTransformer:
+    torch.manual_seed(0)
+    return trained_looking(GridTransformer(config_of()))
+
+
+@pytest.fixture
+def generating_model() -> GridTransformer:
+    prior = prior_of([Grid("image", CODES, 3, 4)])
+    return trained_looking(prior.model)
+
+
+# --- caches ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [LENGTH, LENGTH + 20])
+@pytest.mark.parametrize("cuts", [[*range(1, LENGTH)], [5], [1, 9], [LENGTH - 1]], ids=str)
+def test_a_static_cache_gives_what_the_whole_sequence_gives(model, cuts, room):
+    ids_BS = sequences(model)
+    whole = model(ids_BS, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    for _ in range(2):  # the second time over what the first one left in the cache
+        parts = [model(part, past_key_values=cache).logits for part in torch.tensor_split(ids_BS, cuts, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+        cache.reset()
+
+
+@pytest.mark.slow
+def test_a_step_with_a_static_cache_compiles_as_one_graph(model):
+    ids_BS = sequences(model)
+    whole, cache = model(ids_BS, use_cache=False).logits, StaticCache(config=model.config, max_cache_len=LENGTH)
+    step = torch.compile(model.forward, fullgraph=True)
+    with torch.no_grad():
+        parts = [model(ids_BS[:, :1], past_key_values=cache).logits]
+        parts += [step(ids_BS[:, position:position + 1], past_key_values=cache).logits for position in range(1, LENGTH)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+
+
+GENERATE = {
+    "greedy": {}, "drawn": {"do_sample": True}, "beams": {"num_beams": 3}, "returned": {"do_sample": True, "num_return_sequences": 3},
+    "beams_returned": {"num_beams": 3, "num_return_sequences": 2}, "from_five": {"max_new_tokens": 8, "min_new_tokens": 8},
+}
+
+
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate_gives_the_same_ids_with_every_cache(generating_model, how):
+    ids_BS = sequences(generating_model)[:, :5 if how == "from_five" else 1]
+
+    def drawn(**settings) -> torch.Tensor:
+        torch.manual_seed(1)
+        return generating_model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | settings))
+
+    expected = drawn(use_cache=False)
+    assert expected.shape[1] == LENGTH and expected[:, 1:].max() < CODES
+    rows = len(expected)
+    caches = {"default": {}, "static": {"cache_implementation": "static"}, "dynamic": {"cache_implementation": "dynamic"},
+              "roomy": {"cache_implementation": "static", "max_cache_len": 40},
+              "object": {"past_key_values": StaticCache(config=generating_model.config, max_cache_len=LENGTH)},
+              "growing": {"past_key_values": DynamicCache()}, "mask": {"attention_mask": torch.ones_like(ids_BS)}}
+    if how == "from_five":
+        caches |= {"chunks": {"prefill_chunk_size": 2}, "static chunks": {"prefill_chunk_size": 2, "cache_implementation": "static"}}
+    found = {name: drawn(**settings) for name, settings in caches.items()}
+    assert {name: torch.equal(ids, expected) for name, ids in found.items()} == dict.fromkeys(caches, True) and rows == len(found["static"])
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams", "beams_returned"])
+def test_scores_of_generate_are_those_of_the_logits(generating_model, how):
+    drawn = generating_model.generate(sequences(generating_model)[:, :1], do_sample=False, output_scores=True, return_dict_in_generate=True,
+                                      **GENERATE[how])
+    beams = {} if how == "greedy" else {"beam_indices": drawn.beam_indices}
+    found = generating_model.compute_transition_scores(drawn.sequences, drawn.scores, normalize_logits=how == "greedy", **beams)
+    expected = generating_model(drawn.sequences[:, :-1]).logits.log_softmax(-1).gather(-1, drawn.sequences[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
+    """As it does by itself on a GPU."""
+    config = CompileConfig(mode="default", fullgraph=True)
+    config._compile_all_devices = True
+    ids_B1 = sequences(generating_model)[:, :1]
+    drawn = generating_model.generate(ids_B1, do_sample=False, cache_implementation="static", compile_config=config)
+    assert torch.equal(drawn, generating_model.generate(ids_B1, do_sample=False, use_cache=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", GENERATE)
+def test_generate_on_a_gpu_gives_the_same_ids_with_every_cache(generating_model, how):
+    """Steps with a static cache are compiled there, and caches can be offloaded."""
+    model = generating_model.to("cuda")
+    ids_BS = sequences(model)[:, :5 if how == "from_five" else 1].to("cuda")
+    caches = {"static": {}, "offloaded_static": {}, "dynamic": {}, "offloaded": {}}
+    if how == "from_five":
+        caches["static"] = {"prefill_chunk_size": 2}
+    for name, settings in caches.items():
+        drawn = []
+        for cache in ({"use_cache": False}, {"cache_implementation": name} | settings):
+            torch.manual_seed(1)
+            drawn.append(model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | cache)))
+        assert torch.equal(*drawn), name
+
+
+def test_continuous_batching_is_refused(generating_model):
+    with pytest.raises(InputError, match=r"does not support continuous batching.*same length"):
+        generating_model.generate(sequences(generating_model)[:, :1], cache_implementation="paged")
+
+
+def test_caches_that_cannot_hold_the_sequence_are_refused(plain_model):
+    ids_BS = sequences(plain_model)
+    filled = plain_model(ids_BS, use_cache=True).past_key_values
+    for cache, ids, words in [
+        (Cache(layers=[DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)]), ids_BS, "sliding window.*without a window"),
+        (StaticCache(config=plain_model.config, max_cache_len=5), ids_BS, "room for 5 ids, and 13 are given; use max_cache_len 13"),
+        (filled, ids_BS[:, :1], "14 ids with those in the cache; allowed: 13"),
+        (None, ids_BS.repeat(1, 2), "26 ids.*allowed: 13"),
+        (EncoderDecoderCache(DynamicCache(), DynamicCache()), ids_BS, "is a EncoderDecoderCache; allowed"),
+        (((ids_BS, ids_BS),), ids_BS, "is a tuple; allowed"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            plain_model(ids, past_key_values=cache)
+
+
+def test_a_cache_comes_only_where_it_is_of_use(plain_model):
+    ids_BS = sequences(plain_model)
+    assert isinstance(plain_model(ids_BS).past_key_values, DynamicCache)
+    assert plain_model(ids_BS, labels=ids_BS).past_key_values is None
+    assert plain_model(ids_BS, labels=ids_BS, use_cache=True).past_key_values.get_seq_length() == LENGTH
+    plain_model.config.use_cache = False
+    assert plain_model(ids_BS).past_key_values is None
+    cache = plain_model(ids_BS[:, :4], use_cache=True).past_key_values
+    continued = plain_model(ids_BS[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(continued, plain_model(ids_BS).logits[:, 4:], rtol=0, atol=1e-5)
+
+
+def test_gradient_checkpointing_refuses_a_cache(plain_model):
+    ids_BS, cache = sequences(plain_model), plain_model(sequences(plain_model)[:, :3], use_cache=True).past_key_values
+    plain_model.gradient_checkpointing_enable()
+    plain_model.train()
+    assert plain_model(ids_BS).past_key_values is None
+    for settings in ({"use_cache": True}, {"past_key_values": cache}):
+        with pytest.raises(InputError, match="gradient checkpointing cannot use a cache"):
+            plain_model(ids_BS[:, 3:], **settings)
+    assert plain_model.eval()(ids_BS[:, 3:], past_key_values=cache).logits.shape[1] == LENGTH - 3
+
+
+# --- the loss ----------------------------------------------------------------------------------------------------------------
+
+
+def test_labels_give_the_loss_of_the_next_code(plain_model):
+    ids_BS = sequences(plain_model)
+    output = plain_model(ids_BS, labels=ids_BS)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.logits, plain_model(ids_BS).logits)
+    torch.testing.assert_close(plain_model(ids_BS, labels=ids_BS, num_items_in_batch=7).loss, expected * 3 * (LENGTH - 1) / 7)
+
+
+def test_the_loss_is_that_of_the_prior():
+    prior = prior_of([Grid("image", CODES, 3, 4)])
+    trained_looking(prior.model)
+    ids_BS = sequences(prior.model)
+    own = prior.loss(ids_BS[:, 1:], ids_BS[:, 0] - CODES)
+    torch.testing.assert_close(prior.model(ids_BS, labels=ids_BS).loss, own)
+
+
+def test_ignored_labels_and_the_first_label_do_not_count(plain_model):
+    ids_BS = sequences(plain_model)
+    labels_BS = ids_BS.clone()
+    labels_BS[0, 5:] = -100
+    output = plain_model(ids_BS, labels=labels_BS)
+    losses = F.cross_entropy(output.logits[:, :-1].transpose(1, 2), ids_BS[:, 1:], reduction="none")
+    torch.testing.assert_close(output.loss, losses[labels_BS[:, 1:] != -100].mean())
+    for first in (-100, 0, 12345):
+        labels_BS[:, 0] = first
+        assert torch.equal(plain_model(ids_BS, labels=labels_BS).loss, output.loss)
+
+
+@pytest.mark.parametrize(("value", "words"), [(CODES, "labels hold 11 after the first.*codes from 0 to 10, and -100"), (-1, "labels hold -1 ")])
+def test_labels_that_are_no_codes_are_refused(plain_model, value, words):
+    ids_BS = sequences(plain_model)
+    labels_BS = ids_BS.clone()
+    labels_BS[1, 3] = value
+    with pytest.raises(InputError, match=words):
+        plain_model(ids_BS, labels=labels_BS)
+
+
+def test_labels_of_another_shape_or_of_a_part_of_the_logits_are_refused(plain_model):
+    ids_BS = sequences(plain_model)
+    with pytest.raises(InputError, match=r"labels have the shape \(3, 12\) and input_ids \(3, 13\)"):
+        plain_model(ids_BS, labels=ids_BS[:, 1:])
+    with pytest.raises(InputError, match="Both labels and logits_to_keep"):
+        plain_model(ids_BS, labels=ids_BS, logits_to_keep=1)
+
+
+def test_gradient_checkpointing_changes_no_gradient_of_the_loss(plain_model):
+    ids_BS, gradients = sequences(plain_model), []
+    for checkpointing in (False, True):
+        plain_model.zero_grad()
+        plain_model.train()
+        if checkpointing:
+            plain_model.gradient_checkpointing_enable()
+        plain_model(ids_BS, labels=ids_BS).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in plain_model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+# --- other arguments and outputs ---------------------------------------------------------------------------------------------
+
+
+def test_a_mask_of_ones_changes_nothing_and_one_with_zeros_is_refused(plain_model):
+    ids_BS = sequences(plain_model)
+    for ones in (torch.ones_like(ids_BS), torch.ones(ids_BS.shape, dtype=torch.bool)):
+        assert torch.equal(plain_model(ids_BS, attention_mask=ones).logits, plain_model(ids_BS).logits)
+    zeros = torch.ones_like(ids_BS)
+    zeros[0, 0] = 0
+    for settings in ({}, {"use_cache": False}, {"past_key_values": StaticCache(config=plain_model.config, max_cache_len=LENGTH)}):
+        with pytest.raises(InputError, match=r"attention_mask has zeros.*same length"):
+            plain_model(ids_BS, attention_mask=zeros, **settings)
+    with pytest.raises(InputError, match="attention_mask has 4 dimensions"):
+        plain_model(ids_BS, attention_mask=torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool))
+    for settings in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        with pytest.raises(InputError, match="attention_mask has zeros"):
+            plain_model.generate(ids_BS[:, :4], attention_mask=zeros[:, :4], max_new_tokens=4, **settings)
+
+
+def test_hidden_states_are_what_the_logits_are_made_of(plain_model):
+    ids_BS = sequences(plain_model)
+    output = plain_model(ids_BS, output_hidden_states=True)
+    assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * 3
+    assert torch.equal(plain_model.head(output.hidden_states[-1]), output.logits)
+    expected = plain_model.token_embedding(ids_BS) + plain_model.position_embedding.weight
+    torch.testing.assert_close(output.hidden_states[0], expected)
+    assert torch.equal(output.logits, plain_model(ids_BS).logits) and plain_model(ids_BS).hidden_states is None
+    kept = plain_model(ids_BS, output_hidden_states=True, logits_to_keep=1)
+    assert kept.hidden_states[-1].shape[1] == LENGTH and kept.logits.shape[1] == 1
+    plain_model.config.output_hidden_states = True
+    assert len(plain_model(ids_BS).hidden_states) == 3
+    drawn = plain_model.generate(ids_BS[:, :1], max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
+    assert [len(states) for states in drawn.hidden_states] == [3, 3]
+
+
+def test_a_tuple_and_chosen_positions_can_be_asked_for(plain_model):
+    ids_BS = sequences(plain_model)
+    loss, logits = plain_model(ids_BS, labels=ids_BS, return_dict=False)
+    expected = plain_model(ids_BS, labels=ids_BS)
+    assert torch.equal(loss, expected.loss) and torch.equal(logits, expected.logits)
+    torch.testing.assert_close(plain_model(ids_BS, logits_to_keep=torch.tensor([2, 5])).logits, logits[:, [2, 5]])
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"inputs_embeds": torch.zeros(3, 13, 32)}, "inputs_embeds: .*needs input_ids"),
+    ({"position_ids": torch.arange(13)[None]}, "position_ids: positions follow"),
+    ({"output_attentions": True}, "output_attentions: .*never computed"),
+    ({"temperature": 2}, "temperature: it is not known"),
+    ({"is_causal": False, "cache_position": torch.arange(13)}, "cache_position: it is not known"),
+])
+def test_what_is_not_supported_is_refused_by_name(plain_model, arguments, words):
+    ids_BS = sequences(plain_model)
+    with pytest.raises(InputError, match=f"does not support the argument {words}"):
+        plain_model(ids_BS, **arguments)
+    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None is as if it were not given"
+
+
+def test_a_configuration_that_asks_for_attention_weights_is_refused():
+    model = GridTransformer(config_of(output_attentions=True))
+    with pytest.raises(InputError, match="does not support the argument output_attentions"):
+        model(sequences(model))
+    assert model(sequences(model), output_attentions=False).attentions is None
+
+
+def test_some_hidden_states_cannot_be_chosen(plain_model):
+    with pytest.raises(InputError, match=r"output_hidden_states is \[1\]; allowed: True, .* and False"):
+        plain_model(sequences(plain_model), output_hidden_states=[1])
+
+
+def test_ids_have_to_be_given(plain_model):
+    with pytest.raises(InputError, match="input_ids is missing"):
+        plain_model(labels=sequences(plain_model))
+    with pytest.raises(InputError, match=r"input_ids is of shape \(13,\)"):
+        plain_model(sequences(plain_model)[0])
+
+
+# --- the Trainer -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "gradient_checkpointing": True}],
+                         ids=["plain", "accumulated_and_checkpointed"])
+def test_the_trainer_of_transformers_trains_it(tmp_path, settings):
+    torch.manual_seed(0)
+    model = GridTransformer(config_of())
+    rows = sequences(model, 8)
+    data = [{"input_ids": ids_S, "labels": ids_S, "attention_mask": torch.ones_like(ids_S)} for ids_S in rows]
+    arguments = TrainingArguments(output_dir=str(tmp_path / "trainer"), max_steps=30, learning_rate=1e-2, logging_steps=1, save_strategy="no",
+                                  report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
+                                  **{"per_device_train_batch_size": 8, "per_device_eval_batch_size": 4} | settings)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data, data_collator=default_data_collator)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    # the loss of a step is the mean over its tokens, however many micro-batches it is made of
+    assert losses[0] == pytest.approx(before, abs=0.02) and losses[-1] < before / 2
+    model.eval()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-3)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert isinstance(loaded, GridTransformer) and torch.equal(loaded(rows).logits, model(rows).logits)
+
+
+def test_label_smoothing_of_the_trainer_smooths_the_next_code(tmp_path):
+    model = GridTransformer(config_of())
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    rows = sequences(model, 4)
+    loss = Trainer(model=model, args=arguments).compute_loss(trained_looking(model), {"input_ids": rows, "labels": rows})
+    logits = model(rows).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=0.1))
