@@ -193,7 +193,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
         return best
     try:
         asked = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         asked = None
     count = torch.accelerator.device_count() if best.type != "cpu" else 0
     if asked is None or (asked.type != "cpu" and (asked.type != best.type or (asked.index or 0) >= count)):
