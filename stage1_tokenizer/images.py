@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.field_types import as_integer
 from vqmosaic.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.view_lists import POSITIONS, VIEW_SETS
 
@@ -216,7 +217,7 @@ class ImageTransform:
     """3 for RGB, 1 for grey."""
 
     def __post_init__(self):
-        if self.image_size < 1 or self.channels not in (1, 3):
+        if as_integer("image_size", self.image_size) < 1 or self.channels not in (1, 3):
             raise InputError(f"image_size is {self.image_size} and channels is {self.channels}; "
                              "allowed: at least 1 pixel, and 1 (grey) or 3 (RGB) channels.")
 
