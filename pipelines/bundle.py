@@ -182,6 +182,13 @@ def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
     return labels
 
 
+def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | None:
+    """The class indices that a user typed; without text those of every class, None where there are no classes. InputError as class_indices."""
+    if text is not None:
+        return class_indices(names, labels_from_text(names, text))
+    return None if names is None else list(range(len(names)))
+
+
 def usable_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
     import torch
@@ -193,7 +200,7 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
         return best
     try:
         asked = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         asked = None
     count = torch.accelerator.device_count() if best.type != "cpu" else 0
     if asked is None or (asked.type != "cpu" and (asked.type != best.type or (asked.index or 0) >= count)):

@@ -95,7 +95,7 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     names = summary_classes(run)
     classes = f"--classes {shlex.quote(names)} " if names else ""
     print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext, try:\n"
-          f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out samples/\n    vqmosaic demo {run.root}")
+          f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out {run.root}/samples/\n    vqmosaic demo {run.root}")
 
 
 def summary_classes(run: RunFolder) -> str:

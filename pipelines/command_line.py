@@ -152,7 +152,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def generate(command: str, arguments: list[str]) -> int:
     """generate: images from a run or a pipeline, one PNG each plus a grid."""
-    parser = Parser(command, "Generate images, one PNG each plus a grid.")
+    parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption the same command goes on.")
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
@@ -162,7 +162,8 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import check_sampling_fits, class_indices, find_pipeline, labels_from_text, read_bundle, usable_device
+    from pipelines.bundle import check_sampling_fits, classes_from_text, find_pipeline, read_bundle, usable_device
+    from pipelines.sample_folder import SampleFolder
     from pipelines.stage_checks import check_can_write
     from pipelines.stage_inputs import read_vocabulary
     from vqmosaic.recipe_sections import SamplingConfig
@@ -170,19 +171,19 @@ def generate(command: str, arguments: list[str]) -> int:
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
-    check_sampling_fits(SamplingConfig(**{**content["sampling"], **given_sampling(options)}), read_vocabulary(folder / "prior"), folder / "prior")
+    sampling = SamplingConfig(**{**content["sampling"], **given_sampling(options)})
+    check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
     check_can_write("--out", options.out)
     names = content["class_names"]
-    labels = None
-    if options.classes is not None:
-        labels = class_indices(names, labels_from_text(names, options.classes))
-    elif names is not None:
-        labels = list(range(len(names)))
+    samples = SampleFolder(out=options.out, pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes), num=options.num,
+                           seed=options.seed, sampling=sampling, dtype=options.dtype)
+    if samples.is_finished():
+        return 0
     usable_device(options.device)
 
     from pipelines.write_images import write_generated
 
-    return write_generated(folder, labels, options.num, options.seed, options.out, options.device, options.dtype, given_sampling(options))
+    return write_generated(samples, options.device)
 
 
 def sweep(command: str, arguments: list[str]) -> int:

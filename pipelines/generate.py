@@ -4,44 +4,70 @@
     pipe = ImageGenerationPipeline.from_pretrained("runs/quickstart")
     out = pipe(class_labels=["3", 7], num_images_per_label=4, seed=1)
     out.images[0].save("three.png")
+
+    for out in pipe.batches(num_images_per_label=50_000, class_labels=3, seed=1):      # many images: in memory a batch at a time
+        ...
 """
 
 import dataclasses
 import operator
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 
 from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, usable_device
-from stage1_tokenizer.images import as_batch, to_pil, to_uint8
+from stage1_tokenizer.images import as_batches, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.precision import largest_logit_difference
 from stage2_prior.prior import TokenPrior
 from stage2_prior.sampling import SamplingStopped
 from stage2_prior.vocabulary import NO_CLASS
+from vqmosaic.device_choice import as_dtype
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.field_types import as_boolean, as_integer
 from vqmosaic.fingerprints import check_same_tokens
 from vqmosaic.recipe_sections import SamplingConfig
 from vqmosaic.seeding import image_seeds
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+GUIDANCE_SETTINGS = ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval")
+PIXELS_TOGETHER, MOST_TOGETHER = 8 * 256**2, 64
+"""Encoder and decoder take at most so many pixels, and so many images, at a time: their feature maps are far larger than the images."""
+
+
+def images_together(image_size: int) -> int:
+    """How many images of a size the encoder or the decoder takes at a time."""
+    return max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // image_size**2))
+
+
+class Request(NamedTuple):
+    """What is asked of a pipeline, checked: the settings, the class index of each image (None: no classes) and its seed."""
+
+    sampling: SamplingConfig
+    classes: list[int] | None
+    seeds: list[int]
 
 
 @dataclass
 class GenerationOutput:
-    """images as asked for; token_ids (B, h, w), or (B, h, w, depth), int64 on the CPU; seeds and class_indices of each image; stopped or not."""
+    """images as asked for; token_ids (B, h, w), or (B, h, w, depth), int64 on the CPU; seeds and class_indices of each image; stopped or not.
+
+    places are those of the images in the request, from 0 on: of all of them, or of one batch.
+    """
 
     images: list[Image.Image] | Any = field(default_factory=list)
     token_ids: torch.Tensor | None = None
     seeds: list[int] = field(default_factory=list)
     class_indices: list[int] | None = None
     stopped: bool = False
+    places: range = range(0)
 
 
 class ImageGenerationPipeline:
@@ -55,15 +81,15 @@ class ImageGenerationPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None,
-                        dtype: torch.dtype = torch.float32) -> "ImageGenerationPipeline":
+                        dtype: torch.dtype | str = torch.float32) -> "ImageGenerationPipeline":
         """The pipeline of a pipeline folder or a run folder, on the device given (by default the best there is).
 
-        dtype is that of the prior and the decoder; encoder and quantizer stay float32.
+        dtype, a torch.dtype or its name such as "bfloat16", is that of the prior and the decoder; encoder and quantizer stay float32.
 
         Raises:
-            ValueError: there is no pipeline, its parts do not belong together, or this machine has no such device.
+            ValueError: there is no pipeline, its parts do not belong together, this machine has no such device, or there is no such dtype.
         """
-        folder = find_pipeline(path)
+        folder, dtype = find_pipeline(path), as_dtype(dtype)
         content = read_bundle(folder)
         device = usable_device(device)
         tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
@@ -103,11 +129,14 @@ class ImageGenerationPipeline:
                  guidance_interval: Sequence[float] | None = None, compile: bool = False) -> GenerationOutput:
         """Generated images, label by label; image i depends on seed, i and its class, not on its neighbours.
 
+        All of them are returned at once; `batches` gives many images a batch at a time.
+
         Args:
             class_labels: class names (strings) or indices (integers); None for a pipeline without classes, or for images of any class.
             num_images_per_label: images for each label.
             seed: a number that fixes the result; None draws one (out.seeds tells the seed of each image).
-            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off.
+            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off. For images of
+                any class the recommended guidance is left out, since there is nothing to guide to.
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
             callback: called as callback(done, total) after each token; returning False stops, then out.stopped is True and out.images is empty.
             batch_size: images that are sampled together.
@@ -115,44 +144,87 @@ class ImageGenerationPipeline:
             compile: record the step of the prior as a CUDA graph, which pays where few images are sampled together; elsewhere it changes nothing.
 
         Raises:
-            ValueError: a class that does not exist, or a setting out of its range.
+            ValueError: a class that does not exist, a setting out of its range or of another type, or guidance without class_labels.
         """
-        # 1. check inputs
-        check_name("output_type", output_type, OUTPUT_TYPES)
-        check_range("num_images_per_label", num_images_per_label, at_least=1)
-        check_range("batch_size", batch_size, at_least=1)
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                 "guidance_schedule": guidance_schedule, "guidance_power": guidance_power,
-                 "guidance_interval": None if guidance_interval is None else list(guidance_interval)}
-        sampling = dataclasses.replace(self.sampling, **{name: value for name, value in given.items() if value is not None})
-        classes = self._classes(class_labels, num_images_per_label)
-        if classes is None and guidance_scale is None:  # the recommended guidance is for classes
-            sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        total = num_images_per_label if classes is None else len(classes)
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                    "guidance_schedule": guidance_schedule, "guidance_power": guidance_power, "guidance_interval": guidance_interval}
+        request = self._request(class_labels, num_images_per_label, seed, settings)
+        try:
+            parts = list(self._batches(request, output_type, callback, batch_size, compile))
+        except SamplingStopped:
+            return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True)
+        return GenerationOutput(joined(part.images for part in parts), torch.cat([part.token_ids for part in parts]), request.seeds, request.classes,
+                                places=range(len(request.seeds)))
+
+    def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
+                output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
+        """The same images as a call with these arguments, a batch at a time: memory does not grow with their number.
+
+        Args:
+            skip: called with the places of each batch in the request before the first is sampled; those for which it is true are left out.
+            settings: guidance_scale, temperature and the other settings that a call takes.
+            others: as in a call; where the callback returns False, the iterator raises stage2_prior.sampling.SamplingStopped.
+
+        Raises:
+            ValueError: as a call.
+        """
+        for name in settings:
+            check_name("a setting", name, [field.name for field in dataclasses.fields(SamplingConfig)])
+        return self._batches(self._request(class_labels, num_images_per_label, seed, settings), output_type, callback, batch_size, compile, skip)
+
+    def _request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
+                 settings: dict[str, Any]) -> Request:
+        """What is asked for, checked."""
+        count = as_integer("num_images_per_label", num_images_per_label)
+        check_range("num_images_per_label", count, at_least=1)
+        given = {name: value for name, value in settings.items() if value is not None}
+        sampling = dataclasses.replace(self.sampling, **given)
         if sampling.top_k > self.tokenizer.config.codebook_size:
             raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {self.tokenizer.config.codebook_size}, the codebook size.")
+        classes = self._classes(class_labels, count)
+        if classes is None:
+            guided = {name: given[name] for name in GUIDANCE_SETTINGS if name in given}
+            if guided and guided.get("guidance_scale") != 1:
+                remedy = "leave it out" if self.class_names is None else "give class_labels, or leave it out"
+                words = " and ".join(f"{name} is {value}" for name, value in guided.items())
+                raise InputError(f"{words}, but no class_labels are given, so there is nothing to guide to; {remedy}.")
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the recommended guidance is for classes
+        return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, count if classes is None else len(classes)))
 
-        # 2. seeds
-        seeds = image_seeds(secrets.randbits(62) if seed is None else seed, total)
+    def _batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int, compile: bool,
+                 skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
+        """The images of a request, a batch at a time. The checks are made at once, all else as the batches are asked for."""
+        check_name("output_type", output_type, OUTPUT_TYPES)
+        check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
+        compile, total = as_boolean("compile", compile), len(request.seeds)
+        batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
+        batches = [places for places in batches if skip is None or not skip(places)]
+        tokens = self.prior.vocabulary.num_tokens
 
-        # 3. tokens, batch by batch
-        batches = [slice(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-        tokens_each = self.prior.vocabulary.num_tokens
-        ids = []
-        try:
-            for number, part in enumerate(batches):
+        def sampled() -> Iterator[GenerationOutput]:
+            for number, places in enumerate(batches):
                 def report(done: int, _: int, number=number) -> bool | None:
-                    return callback(number * tokens_each + done, len(batches) * tokens_each)
+                    return callback(number * tokens + done, len(batches) * tokens)
 
-                ids.append(self.prior.sample(None if classes is None else classes[part], sampling, seeds=seeds[part],
-                                             callback=report if callback is not None else None, compile=compile))
-        except SamplingStopped:
-            return GenerationOutput(seeds=seeds, class_indices=classes, stopped=True)
-        ids_Bhw = torch.cat(ids).view(total, *self.tokenizer.grid_shape)
+                part = slice(places.start, places.stop)
+                classes, seeds = request.classes and request.classes[part], request.seeds[part]
+                ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile)
+                ids_Bhw = ids_BT.view(len(places), *self.tokenizer.grid_shape)
+                images = joined(as_output_type(images_BCHW, output_type) for images_BCHW in self._decoded(ids_Bhw))
+                yield GenerationOutput(images, ids_Bhw.cpu(), seeds, classes, places=places)
 
-        # 4. images
-        images_BCHW = torch.cat([self.tokenizer.decode(ids_Bhw[part]) for part in batches])
-        return GenerationOutput(self._output(images_BCHW, output_type), ids_Bhw.cpu(), seeds, classes)
+        return sampled()
+
+    def _decoded(self, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Images (B, C, H, W) of ids, a few at a time."""
+        for part_Bhw in ids_Bhw.split(images_together(self.tokenizer.transform.image_size)):
+            yield self.tokenizer.decode(part_Bhw.to(self.device))
+
+    def _prepared(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
+        """The images a user gave, a few at a time, on the pipeline's device."""
+        transform = self.tokenizer.transform
+        return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, images_together(transform.image_size)))
 
     def logit_difference(self, token_ids: torch.Tensor, class_indices: Sequence[int] | None) -> float:
         """The largest difference between the logits that sampling sees and those of the float32 weights in the folder, for ids that were drawn.
@@ -162,20 +234,21 @@ class ImageGenerationPipeline:
         if self._source is None:
             raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with; load a saved one.")
         reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
-        classes = [NO_CLASS] * len(token_ids) if class_indices is None else class_indices
-        return largest_logit_difference(self.prior, reference, token_ids.flatten(1), classes)
+        classes = [NO_CLASS] * len(token_ids) if class_indices is None else list(class_indices)
+        return max(largest_logit_difference(self.prior, reference, token_ids[start:start + MOST_TOGETHER].flatten(1),
+                                            classes[start:start + MOST_TOGETHER]) for start in range(0, len(token_ids), MOST_TOGETHER))
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Ids (B, h, w), or (B, h, w, depth), int64 on the CPU of one PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
-        return self.tokenizer.encode(as_batch(images, self.tokenizer.transform).to(self.device)).cpu()
+        return torch.cat([self.tokenizer.encode(images_BCHW).cpu() for images_BCHW in self._prepared(images)])
 
     def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
         """PIL images of ids (B, h, w), or (B, h, w, depth) where the tokenizer has several for each position."""
-        return to_pil(self.tokenizer.decode(torch.as_tensor(token_ids).to(self.device)).cpu())
+        return [image for images_BCHW in self._decoded(torch.atleast_1d(torch.as_tensor(token_ids))) for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
         """The images after the way through the tokens and back."""
-        return to_pil(self.tokenizer.reconstruct(as_batch(images, self.tokenizer.transform).to(self.device)).cpu())
+        return [image for images_BCHW in self._prepared(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]
 
     def _classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
         if class_labels is None:
@@ -189,12 +262,20 @@ class ImageGenerationPipeline:
             raise InputError("class_labels is empty; give class names or indices, or None.")
         return [index for index in class_indices(self.class_names, asked) for _ in range(count)]
 
-    @staticmethod
-    def _output(images_BCHW: torch.Tensor, output_type: str):
-        images_BCHW = images_BCHW.clamp(-1, 1).cpu()
-        if output_type == "pt":
-            return images_BCHW
-        return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
+
+def as_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """Decoded images as pil, np or pt, on the CPU."""
+    if output_type == "pt":
+        return images_BCHW.clamp(-1, 1).cpu()
+    return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
+
+
+def joined(parts: Iterable[list | np.ndarray | torch.Tensor]) -> list | np.ndarray | torch.Tensor:
+    """Several parts of the same kind as one."""
+    parts = list(parts)
+    if isinstance(parts[0], list):
+        return [image for part in parts for image in part]
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts)
 
 
 def as_index(value: Any) -> int | None:

@@ -1,91 +1,191 @@
-"""What `generate` and `reconstruct` write: one PNG an image, plus a grid."""
+"""What `generate` and `reconstruct` write: one PNG an image, batch by batch, plus a grid of the first ones.
 
-import re
-from collections import Counter
+Neither holds more than a batch in memory, and both go on where an earlier call with the same request was interrupted.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from pipelines.bundle import usable_device
-from pipelines.generate import ImageGenerationPipeline
+from pipelines.generate import ImageGenerationPipeline, images_together
+from pipelines.sample_folder import GRID_NAME, SampleFolder, files_in, make_folder, names_of_copies, refuse_files_in_the_way
 from stage1_tokenizer.image_grid import image_grid, save_picture, to_picture, viewing_scale
-from stage1_tokenizer.images import UnreadableImage, read_image, to_uint8
+from stage1_tokenizer.images import ImageTransform, UnreadableImage, read_image, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.sampling import SamplingStopped
+from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
+from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.tracking import progress_bar
 
 GRID_COLUMNS = 8
+"""Images in a row where no class says how many belong together."""
+GRID_SIDE, GRID_PIXELS = 16, 16 * 256
+"""A grid has at most so many images along a side, and at most so many pixels of images."""
 COMPARED_IMAGES = 8
 """Images whose logits are compared with those in float32, where another number format is asked for."""
+RECONSTRUCTIONS_RECORD = "reconstructions.json"
 
 
-def write_generated(folder: Path, labels: list[int] | None, num: int, seed: int, out: Path, device: str | None, dtype: str,
-                    sampling: dict[str, Any]) -> int:
-    """Exit code 0 after writing `num` images of each label to `out`, named by class and number."""
-    make_folder(out)
-    pipe = ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype))
-    with progress_bar(None, 0, "sampling", "token") as bar:
-        def show(done: int, total: int) -> None:
-            bar.total = total
+def write_generated(samples: SampleFolder, device: str | None) -> int:
+    """Exit code 0 after writing what is missing of a request's images to its folder, named by class and number.
+
+    Raises:
+        ValueError: the folder holds images of another request.
+        Interrupted: a signal stopped it; what is written stays, and the same request goes on from there.
+    """
+    there, total = samples.found(), len(samples.names)
+    kept = len(there - {GRID_NAME})
+    samples.begin()
+    if kept:
+        print(f"going on: {kept} of {total} images are in {samples.out} already", flush=True)
+    written, compared = 0, None
+    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
+        def show(done: int, tokens: int) -> bool:
+            bar.total = tokens
             bar.update(done - bar.n)
+            return not stop.signal
 
-        result = pipe(labels, num, seed=seed, output_type="np", callback=show, **sampling)
-    classes = result.class_indices or [None] * len(result.images)
-    names = ["sample" if index is None else file_name(pipe.class_names[index]) for index in classes]
-    width, written = len(str(max(Counter(names).values()) - 1)), Counter()
-    for name, pixels_HWC in zip(names, result.images, strict=True):
-        save_picture(to_picture(pixels_HWC), out / f"{name}-{written[name]:0{width}d}.png")
-        written[name] += 1
-    columns = num if labels is not None else min(num, GRID_COLUMNS)
-    rows = [result.images[start:start + columns] for start in range(0, len(result.images), columns)]
-    save_picture(image_grid(rows, viewing_scale(result.images.shape[1])), out / "grid.png")
-    print(f"wrote {len(result.images)} images and grid.png to {out}")
-    if dtype != "float32":
-        first = min(len(result.images), COMPARED_IMAGES)
+        if kept < total:
+            pipe = ImageGenerationPipeline.from_pretrained(samples.pipeline, device, samples.dtype)
+            pipe.sampling = samples.sampling
+            # whole batches are left out or sampled again, so that each image is computed beside the same others as without an interruption
+            batches = pipe.batches(samples.labels, samples.num, samples.seed, output_type="np", callback=show,
+                                   skip=lambda places: there.issuperset(samples.names[place] for place in places))
+            try:
+                for batch in batches:
+                    compared = compared or batch
+                    for place, pixels_HWC in zip(batch.places, batch.images, strict=True):
+                        if samples.names[place] not in there:
+                            save_picture(to_picture(pixels_HWC), samples.out / samples.names[place])
+                            written += 1
+                    if stop.signal:
+                        break
+            except SamplingStopped:
+                pass
+        if stop.signal:
+            raise Interrupted(stop.signal, f"{kept + written} of {total} images are written to {samples.out}")
+    has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # a row for each class
+    rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
+    shown = sum(map(len, rows))
+    save_grid([[samples.out / samples.names[place] for place in row] for row in rows], samples.out / GRID_NAME)
+    print(f"wrote {written} images and {GRID_NAME}{f' ({shown} of the images)' if shown < total else ''} to {samples.out}"
+          + (f", which holds all {total} now" if kept else ""))
+    if samples.dtype != "float32" and compared is not None:
+        first = min(len(compared.images), COMPARED_IMAGES)
         try:
-            difference = pipe.logit_difference(result.token_ids[:first], result.class_indices and result.class_indices[:first])
-            print(f"logits of the prior in {dtype} differ from those in float32 by up to {difference:.2g} (of {first} of the images)")
+            difference = pipe.logit_difference(compared.token_ids[:first], compared.class_indices and compared.class_indices[:first])
+            print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (of {first} of the images)")
         except torch.OutOfMemoryError:
-            print(f"how far logits in {dtype} are from those in float32 was not measured: there is no room for both priors")
+            print(f"how far logits in {samples.dtype} are from those in float32 was not measured: there is no room for both priors")
     return 0
 
 
 def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
-    """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png."""
+    """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png.
+
+    Files of these names that are there already are kept where the record says that they are of these images by this tokenizer, else replaced.
+
+    Raises:
+        ValueError: an image cannot be read, or would be replaced by its reconstruction.
+        Interrupted: a signal stopped it; what is written stays, and the same call goes on from there.
+    """
+    names = names_of_copies(paths)
+    originals = {path.resolve() for path in paths}
+    for name in (*names, GRID_NAME):
+        if (out / name).resolve() in originals:
+            raise InputError(f"--out {out} would replace the image {out / name} itself; give another folder.")
     make_folder(out)
-    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder, usable_device(device), getattr(torch, dtype))
-    transform = tokenizer.transform
-    originals = []
-    for path in paths:
-        try:
-            originals.append(transform(read_image(path, channels=transform.channels)))
-        except UnreadableImage as error:
-            raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
-    images_BCHW = torch.stack(originals)
-    restored_BCHW = tokenizer.reconstruct(images_BCHW.to(tokenizer.device)).cpu()
-    before, after = to_uint8(images_BCHW), to_uint8(restored_BCHW)
-    taken: set[str] = set()
-    for path, pixels_HWC in zip(paths, after, strict=True):
-        name = path.stem
-        while name in taken or name == "grid":
-            name += "_"
-        taken.add(name)
-        save_picture(to_picture(pixels_HWC), out / f"{name}.png")
-    rows = [part for start in range(0, len(before), GRID_COLUMNS) for part in (before[start:start + GRID_COLUMNS], after[start:start + GRID_COLUMNS])]
-    save_picture(image_grid(rows, viewing_scale(before.shape[1])), out / "grid.png")
-    print(f"wrote {len(after)} reconstructions and grid.png (originals over reconstructions) to {out}")
+    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder, usable_device(device), dtype)
+    forget_other_reconstructions(out, names, {"tokenizer": tokenizer.full_fingerprint, "dtype": dtype, "images": len(paths),
+                                              "sources": digest_of_files(paths)})
+    together = images_together(tokenizer.transform.image_size)
+    missing = [index for index, name in enumerate(names) if not (out / name).exists()]
+    kept = len(names) - len(missing)
+    with StopFlag() as stop, progress_bar(len(missing), 0, "reconstructing", "image") as bar:
+        for start in range(0, len(missing), together):
+            if stop.signal:
+                raise Interrupted(stop.signal, f"{kept + start} of {len(names)} reconstructions are written to {out}")
+            batch = missing[start:start + together]
+            images_BCHW = torch.stack([read(paths[index], tokenizer.transform) for index in batch])
+            restored = to_uint8(tokenizer.reconstruct(images_BCHW.to(tokenizer.device)))
+            for index, pixels_HWC in zip(batch, restored, strict=True):
+                save_picture(to_picture(pixels_HWC), out / names[index])
+            bar.update(len(batch))
+    rows = grid_rows(len(names), GRID_COLUMNS, tokenizer.transform.image_size, rows_each=2)
+    pairs = [row for places in rows for row in ([to_uint8(read(paths[place], tokenizer.transform)[None])[0] for place in places],
+                                                [out / names[place] for place in places])]
+    save_grid(pairs, out / GRID_NAME)
+    print(f"wrote {len(missing)} reconstructions and {GRID_NAME} (originals over reconstructions) to {out}"
+          + (f", which holds all {len(names)} now" if kept else ""))
     return 0
 
 
-def make_folder(out: Path) -> None:
-    """Make the output folder; InputError where that is not possible."""
+def read(path: Path, transform: ImageTransform) -> torch.Tensor:
+    """An image file as float32 (C, H, W) in [-1, 1]; InputError that names it where it cannot be read."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made: {error.strerror}.") from None
+        return transform(read_image(path, channels=transform.channels))
+    except UnreadableImage as error:
+        raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
 
 
-def file_name(class_name: str) -> str:
-    """A class name as part of a file name."""
-    return re.sub(r"[^\w-]+", "_", class_name) or "class"
+def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[str, str | int]) -> None:
+    """Remove the files that reconstructions will replace, unless the record says that they were made by the same request; then record this one.
+
+    Raises:
+        ValueError: there are such files and no record, so they may be anything.
+    """
+    record = out / RECONSTRUCTIONS_RECORD
+    if not record.exists():
+        refuse_files_in_the_way(out, files_in(out) & {*names, GRID_NAME}, RECONSTRUCTIONS_RECORD)
+    try:
+        is_same = json.loads(record.read_text()) == request
+    except (OSError, ValueError):
+        is_same = False
+    if not is_same:
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        write_json(record, request)
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Hex sha256 over path, size and time of change of files: it tells whether they are the same as before without reading them."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def grid_rows(count: int, columns: int, size: int, rows_each: int = 1) -> list[range]:
+    """The places of the images in each row of a grid of `count` images, `columns` of which belong together; a bounded number, the first ones of each.
+
+    A place takes `rows_each` rows in the picture.
+    """
+    side = max(1, min(GRID_SIDE, GRID_PIXELS // size))
+    starts = range(0, count, columns)[:max(1, side // rows_each)]
+    return [range(start, min(start + min(columns, side), count)) for start in starts]
+
+
+def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
+    """Write one picture of rows of images, each an array (H, W, C) or a file."""
+    def pixels(image: Path | np.ndarray) -> np.ndarray:
+        if isinstance(image, np.ndarray):
+            return image
+        with Image.open(image) as picture:
+            return np.array(picture).reshape(picture.height, picture.width, -1)
+
+    arrays = [np.stack([pixels(image) for image in row]) for row in rows]
+    save_picture(image_grid(arrays, viewing_scale(arrays[0].shape[1])), path)
+
+
+def image_size(path: Path) -> int:
+    """Height of an image file in pixels."""
+    with Image.open(path) as picture:
+        return picture.height

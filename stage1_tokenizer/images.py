@@ -8,7 +8,7 @@
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.field_types import as_integer
 from vqmosaic.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.view_lists import POSITIONS, VIEW_SETS
 
@@ -216,7 +217,7 @@ class ImageTransform:
     """3 for RGB, 1 for grey."""
 
     def __post_init__(self):
-        if self.image_size < 1 or self.channels not in (1, 3):
+        if as_integer("image_size", self.image_size) < 1 or self.channels not in (1, 3):
             raise InputError(f"image_size is {self.image_size} and channels is {self.channels}; "
                              "allowed: at least 1 pixel, and 1 (grey) or 3 (RGB) channels.")
 
@@ -279,30 +280,32 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels) for pixels in to_uint8(images_BCHW)]
 
 
-def as_batch(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform) -> Tensor:
-    """The images a user gave, as float32 (B, C, H, W) in [-1, 1] of the transform's size.
+def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform, size: int) -> Iterator[Tensor]:
+    """The images a user gave, as float32 (B, C, H, W) in [-1, 1] of the transform's size, at most `size` of them at a time.
 
-    `images` is one PIL image, a list of them, or a floating-point tensor (B, C, H, W) that has the size and range already.
-    Raises InputError for anything else.
+    `images` is one PIL image, a list of them, or a floating-point tensor (B, C, H, W) that has the size and range already. PIL images are
+    converted when it is their turn. Raises InputError for anything else.
     """
-    size = (transform.channels, transform.image_size, transform.image_size)
-    allowed = f"allowed: a PIL image, a list of PIL images, or a floating-point tensor (B, {size[0]}, {size[1]}, {size[2]}) in [-1, 1]"
+    shape = (transform.channels, transform.image_size, transform.image_size)
+    allowed = f"allowed: a PIL image, a list of PIL images, or a floating-point tensor (B, {shape[0]}, {shape[1]}, {shape[2]}) in [-1, 1]"
     if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1:] != size or not len(images) or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1:] != shape or not len(images) or not images.is_floating_point():
             raise InputError(f"images is a {images.dtype} tensor of shape {tuple(images.shape)}; {allowed}.")
         low, high = images.min().item(), images.max().item()
         if not (low >= -1.001 and high <= 1.001):  # room for the rounding of bfloat16; also false for nan
             raise InputError(f"images holds values from {low:g} to {high:g}; {allowed}. From 0..255, divide by 127.5 and subtract 1.")
-        return images.float()
+        yield from (part.float() for part in images.split(size))
+        return
     images = [images] if isinstance(images, Image.Image) else images
     if not isinstance(images, Sequence) or not len(images) or not all(isinstance(image, Image.Image) for image in images):
         kinds = sorted({type(image).__name__ for image in images}) if isinstance(images, (list, tuple)) else None
         given = type(images).__name__ if kinds is None else f"a list of {', '.join(kinds) or 'nothing'}"
         raise InputError(f"images is {given}; {allowed}.")
-    pixels = []
-    for index, image in enumerate(images):
-        try:
-            pixels.append(transform.resize(image))
-        except UnreadableImage as error:
-            raise InputError(f"image {index} of images cannot be read: {error}.") from error
-    return to_tensor(np.stack(pixels))
+    for start in range(0, len(images), size):
+        pixels = []
+        for index, image in enumerate(images[start:start + size], start):
+            try:
+                pixels.append(transform.resize(image))
+            except UnreadableImage as error:
+                raise InputError(f"image {index} of images cannot be read: {error}.") from error
+        yield to_tensor(np.stack(pixels))

@@ -19,8 +19,10 @@ from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from vqmosaic import __version__
+from vqmosaic.device_choice import as_device, as_dtype
 from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.field_types import as_integer
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.seeding import derive_seed
 from vqmosaic.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
@@ -47,6 +49,7 @@ class ImageTokenizer(nn.Module):
 
     def __init__(self, config: TokenizerConfig, transform: ImageTransform, class_names: list[str] | None = None, seed: int = 0):
         super().__init__()
+        seed = as_integer("seed", seed)
         self.config, self.transform, self.class_names = config, transform, class_names
         self.token_fingerprint: str | None = None  # set by save_pretrained and from_pretrained, carried from there on
         self.full_fingerprint: str | None = None
@@ -185,13 +188,15 @@ class ImageTokenizer(nn.Module):
         publish(partial, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "ImageTokenizer":
-        """The tokenizer of a folder, in eval mode; dtype is the decoder's, encoder and quantizer stay float32.
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
+                        dtype: torch.dtype | str | None = torch.float32) -> "ImageTokenizer":
+        """The tokenizer of a folder, in eval mode; dtype (a torch.dtype or its name) is the decoder's, encoder and quantizer stay float32.
 
         Raises:
-            ValueError: the folder is not a tokenizer, its weights are not exactly the configuration's, or they have changed since export.
+            ValueError: the folder is not a tokenizer, its weights are not exactly the configuration's, or they have changed since export;
+                there is no such device or dtype.
         """
-        folder = Path(folder)
+        folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
         content = read_config(folder)
         config = TokenizerConfig(**content["network"])
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])

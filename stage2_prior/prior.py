@@ -14,8 +14,10 @@ from stage2_prior.causal_lm import generation_config, load_causal_lm, make_causa
 from stage2_prior.sampling import sample_tokens
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
+from vqmosaic.device_choice import as_device, as_dtype
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
+from vqmosaic.field_types import as_integer
 from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 
 
@@ -40,7 +42,7 @@ class TokenPrior(nn.Module):
     @classmethod
     def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> "TokenPrior":
         """A fresh prior in training mode, in float32, whose first loss is near ln K; equal seeds give equal weights."""
-        return cls(make_causal_lm(prior, vocabulary, seed), vocabulary)
+        return cls(make_causal_lm(prior, vocabulary, as_integer("seed", seed)), vocabulary)
 
     @classmethod
     def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
@@ -49,6 +51,8 @@ class TokenPrior(nn.Module):
 
         `num_classes` 0 makes one without classes. Raises InputError for a preset that there is not and for tokens that make no square.
         """
+        codebook_size, num_classes = as_integer("codebook_size", codebook_size), as_integer("num_classes", num_classes)
+        num_tokens = as_integer("num_tokens", num_tokens)
         side = math.isqrt(num_tokens)
         if side * side != num_tokens:
             raise InputError(f"num_tokens is {num_tokens}; from_preset makes square grids: {side * side} or {(side + 1) ** 2}. For others, make a "
@@ -59,14 +63,15 @@ class TokenPrior(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
-                        dtype: torch.dtype | None = None) -> "TokenPrior":
-        """The prior of a folder, in evaluation mode, float32 unless another dtype is given.
+                        dtype: torch.dtype | str | None = None) -> "TokenPrior":
+        """The prior of a folder, in evaluation mode, float32 unless another dtype (a torch.dtype or its name) is given.
 
         Raises InputError for an incomplete folder and for weights that are missing, unexpected or of another shape, which it lists.
         Dropout that was added from outside (see causal_lm.add_dropout) is not part of the folder, as it has no part in sampling.
         """
+        device, dtype = None if device is None else as_device(device), as_dtype(dtype)
         vocabulary = Vocabulary.load(folder)
-        prior = cls(load_causal_lm(Path(folder), dtype or torch.float32), vocabulary).eval()
+        prior = cls(load_causal_lm(Path(folder), dtype), vocabulary).eval()
         return prior if device is None else prior.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -134,9 +139,7 @@ class TokenPrior(nn.Module):
         """Ids (B, T) of the grids (int64, on the prior's device), image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
 
         `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. `compile` records the step as a CUDA
-        graph where there is one; elsewhere it changes nothing. Raises InputError for a class that there is not, unequal lengths, and guidance
-        where the null class was never learnt.
+        graph where there is one; elsewhere it changes nothing. Raises InputError for a class that there is not, unequal lengths, guidance
+        where the null class was never learnt or no image has a class, and arguments of another type.
         """
-        if isinstance(class_indices_B, torch.Tensor):
-            class_indices_B = class_indices_B.tolist()
         return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)

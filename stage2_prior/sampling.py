@@ -6,6 +6,7 @@ Each image has its own uniforms and inverts the cumulative distribution with the
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,14 @@ from torch import nn
 from stage2_prior.decoding import make_decoder
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.field_types import as_boolean, as_integer
 from vqmosaic.recipe_sections import SamplingConfig
 from vqmosaic.seeding import uniforms
+
+GREEDY_BELOW = 1e-6
+"""A temperature below this takes the likeliest id, as 0 does; dividing float32 logits by a much smaller one would not give numbers."""
+MAX_TEMPERATURE = torch.finfo(torch.float32).max
+"""A larger temperature would become infinite in float32; at this one all ids are equally likely."""
 
 
 class SamplingStopped(Exception):
@@ -38,7 +45,7 @@ def guidance_scales(sampling: SamplingConfig, length: int) -> list[float]:
 
 def apply_temperature(logits_BK: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits (B, K) divided by a temperature above 0, up to a constant: the largest becomes 0, so a tiny temperature cannot overflow."""
-    return (logits_BK - logits_BK.amax(dim=-1, keepdim=True)) / temperature
+    return (logits_BK - logits_BK.amax(dim=-1, keepdim=True)) / min(temperature, MAX_TEMPERATURE)
 
 
 def keep_top_k(logits_BK: torch.Tensor, k: int) -> torch.Tensor:
@@ -81,7 +88,7 @@ def keep_min_p(logits_BK: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0.
+    """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0, and never one outside of [0, K).
 
     The probabilities need not sum to 1. Sums are float64: in float32 those of thousands of codes are off by more than rare codes weigh.
     """
@@ -89,25 +96,34 @@ def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) 
     total_B = cumulative_BK[:, -1]
     # u * total can round up to total, past the last id; the number just below it still ends at the last id that adds to the sum
     target_B = torch.minimum(uniforms_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
-    return torch.searchsorted(cumulative_BK, target_B[:, None], right=True)[:, 0]
+    ids_B = torch.searchsorted(cumulative_BK, target_B[:, None], right=True)[:, 0]
+    return ids_B.clamp_max(probabilities_BK.shape[-1] - 1)  # K is found only where probabilities are no numbers
 
 
 def draw_ids(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """One id (B,) for each row of float32 logits, by temperature, then top-k, then top-p, then min-p."""
-    if sampling.temperature == 0:
+    """One id (B,) in [0, K) for each row of float32 logits, by temperature, then top-k, then top-p, then min-p.
+
+    Logits of -inf are never drawn. On a CPU, raises InputError for a row whose largest logit is not a finite number; elsewhere that check would
+    wait for the device at every token, and sample_tokens makes it once at the end.
+    """
+    if logits_BK.device.type == "cpu" and not logits_BK.amax(dim=-1).isfinite().all():
+        raise InputError("The logits have a row with NaN, with +inf, or with nothing but -inf; no id can be drawn from it.")
+    if sampling.temperature < GREEDY_BELOW:
         return logits_BK.argmax(dim=-1)
     logits_BK = apply_temperature(logits_BK, sampling.temperature)
     logits_BK = keep_min_p(keep_top_p(keep_top_k(logits_BK, sampling.top_k), sampling.top_p), sampling.min_p)
     return invert_cumulative(logits_BK.softmax(dim=-1), uniforms_B)
 
 
-def check_request(vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int]) -> list[int]:
-    """The class index of each image (B), NO_CLASS where there is none. Raises InputError for a request that the prior cannot serve."""
-    if not len(seeds):
+def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: SamplingConfig, seeds: Any) -> tuple[list[int], list[int]]:
+    """The class index of each image (B), NO_CLASS where there is none, and its seed. Raises InputError for a request that the prior cannot serve."""
+    if not isinstance(sampling, SamplingConfig):
+        raise InputError(f"sampling is {sampling!r}; give a SamplingConfig, such as SamplingConfig(temperature=0.9).")
+    seeds = integers("seeds", seeds)
+    if not seeds:
         raise InputError("seeds is empty; give one seed for each image.")
     check_range("The smallest of the seeds", min(seeds), at_least=0)
-    if class_indices is None:
-        class_indices = [NO_CLASS] * len(seeds)
+    class_indices = [NO_CLASS] * len(seeds) if class_indices is None else integers("class_indices", class_indices)
     if len(class_indices) != len(seeds):
         raise InputError(f"There are {len(class_indices)} class indices and {len(seeds)} seeds; there must be one of each for every image.")
     for index in set(class_indices) - {NO_CLASS}:
@@ -122,7 +138,19 @@ def check_request(vocabulary: Vocabulary, class_indices: Sequence[int] | None, s
     if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == 0:
         raise InputError("An image without a class is asked for, and the prior was trained with label_drop 0, so its null class was never "
                          "learnt; give every image a class, or train with prior_training.label_drop 0.1.")
-    return list(class_indices)
+    if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS}:
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, and no image has a class, so there is nothing to guide to; "
+                         "give class indices, or set guidance_scale to 1.")
+    return class_indices, seeds
+
+
+def integers(name: str, given: Any) -> list[int]:
+    """A sequence, an array or a tensor of integers as a list of int; InputError that names the argument for anything else."""
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise InputError(f"{name} is {given!r}; give a list of integers, one for each image.")
+    return [as_integer(f"{name}: an entry", entry) for entry in given]
 
 
 @contextmanager
@@ -136,32 +164,44 @@ def evaluation_mode(model: nn.Module):
         model.train(was_training)
 
 
+def check_finite(is_finite: torch.Tensor, is_finite_guided: torch.Tensor, model: nn.Module, sampling: SamplingConfig) -> None:
+    """Raise InputError unless all logits so far were finite, those of the model and those after guidance."""
+    if not is_finite:
+        raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or that is too narrow.")
+    if not is_finite_guided:
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, which makes logits infinite; lower it.")
+
+
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig,
                   seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
     """Ids (B, T) of the grids, int64 on the model's device; image b depends on class_indices[b] and seeds[b].
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each position;
     when it returns False, SamplingStopped is raised. `compile` is decoding.make_decoder's. Raises InputError for requests that the prior
-    cannot serve.
+    cannot serve, and for logits that are not finite.
     """
-    class_indices = check_request(vocabulary, class_indices, sampling, seeds)
+    class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
+    compile = as_boolean("compile", compile)
     device, ranges, images = next(model.parameters()).device, vocabulary.position_ranges(), len(seeds)
     uniforms_BT = torch.from_numpy(uniforms(seeds, len(ranges))).to(device)
     classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
-    has_class = any(index != NO_CLASS for index in class_indices)
-    scales = guidance_scales(sampling, len(ranges)) if has_class else [1.0] * len(ranges)
+    scales = guidance_scales(sampling, len(ranges))
     last_guided = max((position for position, scale in enumerate(scales) if scale != 1), default=-1)
     if last_guided >= 0:  # the same images once more without their class, so N = 2 B rows go through the model together
         classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
     ids_N, columns = vocabulary.condition_ids(classes_N), []
+    is_finite, is_finite_guided = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
     with torch.inference_mode(), evaluation_mode(model):
         decoder = make_decoder(model, vocabulary.num_codes, len(ids_N), len(ranges), compile)
         for position, ((start, stop), scale) in enumerate(zip(ranges, scales, strict=True)):
             logits_NK = decoder.step(ids_N, position)[:, start:stop].float()
-            # looked at twice only, since it waits for the device, and what is not finite stays in the cache
-            if position in (0, len(ranges) - 1) and not logits_NK.isfinite().all():
-                raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or that is too narrow.")
-            logits_BK = logits_NK[:images] if scale == 1 else apply_guidance(*logits_NK.chunk(2), scale)
+            is_finite &= logits_NK.isfinite().all()
+            logits_BK = logits_NK[:images]
+            if scale != 1:
+                logits_BK = apply_guidance(*logits_NK.chunk(2), scale)
+                is_finite_guided &= logits_BK.isfinite().all()
+            if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags waits for a GPU, so there only at both ends
+                check_finite(is_finite, is_finite_guided, model, sampling)
             ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
             columns.append(ids_B)
             if position == last_guided < len(ranges) - 1:  # before it, the rows without a class are needed for what later positions see of them

@@ -47,7 +47,7 @@ def refused(*arguments: object, **environment: str) -> str:
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
 @pytest.fixture(scope="module")

@@ -214,6 +214,11 @@ def test_guidance_that_cannot_work_is_off_with_the_reason(class_names, label_dro
     assert grid.width == (8 if class_names is None else 9) * 18 * 4 + 2 * 4
 
 
+def test_guidance_of_a_page_without_classes_is_refused_where_a_client_asks_for_it():
+    with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but no class_labels are given, so there is nothing to guide to; leave it out"):
+        demo.generate(tiny_pipeline(None), None, threading.Event(), lambda *_, **__: None, [], 1, 0, {"guidance_scale": 2.0})
+
+
 def test_what_one_request_may_ask_for_is_limited_by_classes_and_pixels():
     many = tiny_pipeline([f"class {number}" for number in range(100)])
     shown = components(demo.build(many))

@@ -15,7 +15,7 @@ from stage1_tokenizer.images import (
     ImageTransform,
     UnreadableImage,
     View,
-    as_batch,
+    as_batches,
     named_views,
     read_image,
     to_pil,
@@ -270,7 +270,11 @@ def test_transform_travels_in_a_config():
         ImageTransform(32, 4)
 
 
-def test_as_batch_takes_what_users_have():
+def as_batch(images, transform) -> torch.Tensor:
+    return torch.cat(list(as_batches(images, transform, 1)))
+
+
+def test_as_batches_takes_what_users_have():
     transform = ImageTransform(16)
     image = noise(20, 30, "L")
     one = as_batch(image, transform)

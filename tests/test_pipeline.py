@@ -17,6 +17,7 @@ from stage1_tokenizer.digits_source import load_scans
 from stage1_tokenizer.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from stage2_prior.sampling import SamplingStopped
 from tests.tiny import CODES, GRID_SIZE, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import SamplingConfig
@@ -138,10 +139,81 @@ def test_the_callback_counts_tokens_and_stops(pipe):
     ({"class_labels": 3, "top_p": 0.0}, r"top_p is 0"),
     ({"class_labels": 3, "top_k": CODES + 1}, rf"top_k is {CODES + 1}; allowed: 0 \(off\) to {CODES}"),
     ({"class_labels": 3, "guidance_scale": float("nan")}, r"guidance_scale is nan"),
+    ({"class_labels": 3, "seed": "1"}, r"seed is '1'; it must be an integer"),
+    ({"class_labels": 3, "seed": 1.0}, r"seed is 1.0; it must be an integer"),
+    ({"class_labels": 3, "seed": True}, r"seed is True; it must be an integer"),
+    ({"class_labels": 3, "num_images_per_label": "4"}, r"num_images_per_label is '4'; it must be an integer"),
+    ({"class_labels": 3, "num_images_per_label": True}, r"num_images_per_label is True"),
+    ({"class_labels": 3, "num_images_per_label": None}, r"num_images_per_label is None"),
+    ({"class_labels": 3, "batch_size": "8"}, r"batch_size is '8'; it must be an integer"),
+    ({"class_labels": 3, "temperature": "0.9"}, r"temperature is '0.9'; it must be a number"),
+    ({"class_labels": 3, "top_k": 2.5}, r"top_k is 2.5; it must be an integer"),
+    ({"class_labels": 3, "top_p": True}, r"top_p is True; it must be a number"),
+    ({"class_labels": 3, "guidance_scale": "2"}, r"guidance_scale is '2'; it must be a number"),
+    ({"class_labels": 3, "guidance_interval": "0.1,0.5"}, r"guidance_interval is '0.1,0.5'; it must be a list"),
+    ({"class_labels": 3, "compile": "false"}, r"compile is 'false'; it must be true or false"),
 ], ids=str)
 def test_what_cannot_be_is_refused_in_words(pipe, arguments, words):
     with pytest.raises(ValueError, match=words):
         pipe(**arguments)
+
+
+def test_numbers_of_other_libraries_are_numbers(pipe):
+    expected = pipe([3, 4], 2, seed=7, temperature=0.5, top_k=9, guidance_scale=2.0, guidance_interval=[0.25, 0.75])
+    same = pipe(np.array([3, 4]), np.int64(2), seed=np.uint32(7), temperature=np.float32(0.5), top_k=torch.tensor(9), guidance_scale=np.float64(2),
+                guidance_interval=np.array([0.25, 0.75]), batch_size=np.int64(64), compile=np.bool_(False))
+    assert torch.equal(same.token_ids, expected.token_ids) and same.seeds == expected.seeds
+    same = pipe([3, 4], 2, seed=7, temperature=0.5, top_k=9, guidance_scale=2, guidance_interval=(0.25, 0.75))
+    assert torch.equal(same.token_ids, expected.token_ids)
+
+
+@pytest.mark.parametrize(("guidance", "words"), [
+    ({"guidance_scale": 2.0}, "guidance_scale is 2.0, but no class_labels are given"),
+    ({"guidance_scale": 0}, "guidance_scale is 0, but no class_labels are given"),
+    ({"guidance_schedule": "linear"}, "guidance_schedule is linear, but no class_labels are given"),
+    ({"guidance_scale": 2.0, "guidance_interval": [0.1, 0.5]}, r"guidance_scale is 2.0 and guidance_interval is \[0.1, 0.5\], but no class_labels"),
+], ids=str)
+def test_guidance_without_classes_is_refused_since_it_would_do_nothing(pipe, guidance, words):
+    for call in (pipe, pipe.batches):
+        with pytest.raises(InputError, match=rf"{words}.* nothing to guide to; give class_labels, or leave it out"):
+            call(num_images_per_label=2, seed=1, **guidance)
+    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out in silence"
+    off = pipe(num_images_per_label=2, seed=1, guidance_scale=1.0)
+    assert torch.equal(off.token_ids, pipe(num_images_per_label=2, seed=1).token_ids)
+
+
+# --- a batch at a time -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt"])
+def test_batches_are_the_images_of_a_call(pipe, kind):
+    whole = pipe([3, 7], 5, seed=11, output_type=kind, batch_size=4, temperature=0.8)
+    parts = list(pipe.batches([3, 7], 5, 11, output_type=kind, batch_size=4, temperature=0.8))
+    assert [part.places for part in parts] == [range(4), range(4, 8), range(8, 10)] and whole.places == range(10)
+    assert torch.equal(torch.cat([part.token_ids for part in parts]), whole.token_ids)
+    assert [seed for part in parts for seed in part.seeds] == whole.seeds
+    assert [index for part in parts for index in part.class_indices] == whole.class_indices
+    for image, place in zip((image for part in parts for image in part.images), whole.places, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(whole.images[place]))
+
+
+def test_batches_may_be_left_out_and_stop_where_the_callback_says_so(pipe):
+    whole, calls = list(pipe.batches([3, 7], 5, 11, batch_size=4)), []
+    last = list(pipe.batches([3, 7], 5, 11, batch_size=4, skip=lambda places: places.start < 8, callback=lambda *now: calls.append(now)))
+    assert len(last) == 1 and last[0].places == range(8, 10) and torch.equal(last[0].token_ids, whole[2].token_ids)
+    assert calls == [(done, 16) for done in range(1, 17)], "what is left out does not count"
+    assert list(pipe.batches([3, 7], 5, 11, skip=lambda places: True)) == []
+    stopped = pipe.batches([3, 7], 5, 11, batch_size=4, callback=lambda done, total: done < 20)
+    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "what is finished was given"
+    with pytest.raises(SamplingStopped):
+        next(stopped)
+
+
+def test_batches_check_at_once(pipe):
+    for arguments, words in (({"class_labels": "cat"}, "no class 'cat'"), ({"class_labels": 3, "temperatur": 0.9}, "Did you mean 'temperature'"),
+                             ({"class_labels": 3, "batch_size": 0}, "batch_size is 0"), ({"class_labels": 3, "output_type": "png"}, "output_type")):
+        with pytest.raises(InputError, match=words):
+            pipe.batches(**arguments)
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------------------
@@ -190,6 +262,38 @@ def test_with_bf16_the_encoder_stays_exact(tiny_run, pipe, scans, tmp_path):
     assert out.images.dtype == torch.float32 and out.images.isfinite().all()
     narrow.save_pretrained(tmp_path / "copy")
     assert files_of(tmp_path / "copy") == files_of(tiny_run / "pipeline"), "the files as exported, whatever the weights are cast to"
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
+def test_a_number_format_may_be_given_by_name(tiny_run, name):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=name)
+    assert {parameter.dtype for parameter in (*pipe.prior.parameters(), *pipe.tokenizer.decoder.parameters())} == {torch.bfloat16}
+    assert 0 < pipe.logit_difference(pipe([3, 4], 40, seed=1).token_ids, [3] * 40 + [4] * 40) < 1
+    assert TokenPrior.from_pretrained(tiny_run / "prior", "cpu", name).model.dtype == torch.bfloat16
+    assert ImageTokenizer.from_pretrained(tiny_run / "tokenizer", "cpu", name).decoder.conv_out.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"dtype": "bfloat"}, r"dtype is 'bfloat'; allowed: float32, bfloat16, float16, float64.*Did you mean 'bfloat16'"),
+    ({"dtype": "int8"}, r"dtype is 'int8'; allowed"), ({"dtype": torch.int64}, r"dtype is torch.int64; allowed"),
+    ({"dtype": 16}, r"dtype is 16; allowed"),
+    ({"device": "gpu"}, "device is 'gpu'"), ({"device": 1.5}, r"device is '?1.5"), ({"device": ["cpu"]}, "device is"),
+], ids=str)
+def test_a_number_format_or_device_that_there_is_not(tiny_run, arguments, words):
+    for load, folder in ((ImageGenerationPipeline.from_pretrained, tiny_run), (TokenPrior.from_pretrained, tiny_run / "prior"),
+                         (ImageTokenizer.from_pretrained, tiny_run / "tokenizer")):
+        with pytest.raises(InputError, match=words):
+            load(folder, **arguments)
+
+
+def test_seeds_and_sizes_as_text_are_refused_where_models_are_made(pipe):
+    config, transform = pipe.tokenizer.config, pipe.tokenizer.transform
+    with pytest.raises(InputError, match="seed is '1'; it must be an integer"):
+        ImageTokenizer(config, transform, seed="1")
+    with pytest.raises(InputError, match="seed is '1'; it must be an integer"):
+        TokenPrior.from_config(tiny_recipe("unused").prior, pipe.prior.vocabulary, "1")
+    with pytest.raises(InputError, match="num_tokens is '16'; it must be an integer"):
+        TokenPrior.from_preset("tiny", codebook_size=8, num_classes=2, num_tokens="16")
 
 
 # --- files -------------------------------------------------------------------------------------------------------------------

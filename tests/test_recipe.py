@@ -360,3 +360,37 @@ def test_a_folder_that_only_has_the_name_of_a_recipe_is_not_its_run_dir(tmp_path
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("digits").run_dir != "digits"
+
+
+# --- types, for sections that are made in Python -----------------------------------------------------------------------------
+
+
+SECTIONS = [entry for entry in dataclasses.fields(Recipe) if dataclasses.is_dataclass(entry.type)]
+TYPED = [(section.name, section.type, field) for section in SECTIONS for field in dataclasses.fields(section.type)
+         if any(kind in (int, float, bool) for kind in (field.type, *getattr(field.type, "__args__", ())))]
+
+
+@pytest.mark.parametrize(("section", "type_", "field"), TYPED, ids=lambda value: getattr(value, "name", None) or str(value))
+def test_text_and_wrong_types_are_refused_by_name(section, type_, field):
+    is_list = getattr(field.type, "__origin__", None) is list
+    wrong = ["3", "false"] if is_list or bool not in (field.type, *getattr(field.type, "__args__", ())) else ["false", 1]
+    for value in ([wrong[:1], "1,2"] if is_list else wrong):
+        with pytest.raises(InputError, match=rf"{section}\.{field.name}.* (is|are) "):
+            type_(**{field.name: value})
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    import numpy as np
+
+    prior, training = PriorConfig(width=np.int64(64), dropout=np.float32(0.25)), PriorTrainingConfig(adam_betas=(np.float64(0.9), 0.95))
+    assert type(prior.width) is int and type(prior.dropout) is float and training.adam_betas == [0.9, 0.95]
+    with pytest.raises(InputError, match=r"prior\.layers is 2\.5; it must be an integer"):
+        PriorConfig(layers=2.5)
+    with pytest.raises(InputError, match="seed is '1'; it must be an integer"):
+        Recipe(seed="1")
+
+
+@pytest.mark.parametrize("given", ["4", None, True, [4]])
+def test_a_range_is_for_numbers(given):
+    with pytest.raises(InputError, match=r"count is .*; it must be a number, at least 1"):
+        check_range("count", given, at_least=1)

@@ -1,6 +1,8 @@
 """Sampling: each pure function with five numbers, the loop against the plain forward pass, and what is refused."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import numpy as np
@@ -26,6 +28,7 @@ from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.seeding import image_seeds, uniforms
 
 INF = math.inf
+NUMBERS = ("temperature", "guidance_scale", "guidance_power", "top_p", "min_p")
 GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
 SHARP = {"initializer_range": 0.3}  # of untrained weights, so that logits differ enough to be worth comparing
 
@@ -92,10 +95,23 @@ def test_guidance_of_a_single_token():
     ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval is \[0.5, 0.2\]; it must be two numbers"),
     ({"guidance_interval": [0.5]}, "must be two numbers"), ({"guidance_interval": [0.0, 1.5]}, "must be two numbers"),
     ({"min_p": 1.5}, "min_p is 1.5; it must be at least 0 and at most 1"),
+    *[({name: "0.9"}, rf"sampling.{name} is '0.9'; it must be a number") for name in NUMBERS],
+    *[({name: math.nan}, rf"{name} is nan") for name in NUMBERS],
+    ({"temperature": None}, "temperature is None; it must be a number"), ({"temperature": True}, "temperature is True; it must be a number"),
+    ({"top_k": "5"}, "top_k is '5'; it must be an integer"), ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
+    ({"guidance_interval": "0.1"}, "guidance_interval is '0.1'; it must be a list"),
+    ({"guidance_interval": ["0", "1"]}, "guidance_interval: an entry is '0'; it must be a number"),
+    ({"guidance_interval": [0.0, math.nan]}, "must be two numbers"),
 ])
 def test_settings_that_cannot_be_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         SamplingConfig(**settings)
+
+
+def test_numbers_of_other_libraries_become_numbers_that_can_be_written():
+    sampling = SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), top_p=torch.tensor(0.5), guidance_interval=np.array([0.25, 0.5]))
+    assert sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.5, guidance_interval=[0.25, 0.5])
+    json.dumps(dataclasses.asdict(sampling))
 
 
 def test_temperature_by_hand():
@@ -165,6 +181,42 @@ def test_temperature_zero_takes_the_likeliest():
     assert draw_ids(logits_BK, torch.tensor([0.99, 0.99], dtype=torch.float64), SamplingConfig(temperature=0, top_p=0.5)).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-7, 1e-20, 1e-38, 1e-45, 1e-46, 1e-300, 5e-324])
+@pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"min_p": 1.0}])
+def test_a_tiny_temperature_takes_the_likeliest(temperature, others):
+    logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [9.0, 0.0, 7.0, -INF, 8.999]])
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        uniforms_B = torch.full((2,), uniform, dtype=torch.float64)
+        assert draw_ids(logits_BK, uniforms_B, SamplingConfig(temperature=temperature, **others)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e30, 1e38, 1e39, 1e300, 1.7e308])
+@pytest.mark.parametrize("others", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 5e-324}, {"top_p": 1e-12}, {"min_p": 1.0}, {"min_p": 5e-324}])
+def test_no_setting_draws_an_id_that_cannot_be(temperature, others):
+    """Logits of -inf are never drawn, and a temperature however high makes the others equally likely."""
+    logits_BK = torch.tensor([[-INF, 3e38, -3e38, 0.0, -INF], [-INF, 1.0, 1.0, 1.0, -INF]])
+    edges_B = torch.tensor([0.0, 5e-324, 0.3, 0.99, 1 - 2**-53], dtype=torch.float64)
+    sampling = SamplingConfig(temperature=temperature, **others)
+    drawn = [draw_ids(row_K.expand(5, -1), edges_B, sampling) for row_K in logits_BK]
+    assert all(int(ids_B.min()) >= 1 and int(ids_B.max()) <= 3 for ids_B in drawn)
+    if temperature >= 1e39 and not others:
+        assert drawn[0].tolist() == drawn[1].tolist() == [1, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [math.nan] * 3, [0.0, INF, 1.0], [-INF] * 3])
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e300])
+def test_logits_from_which_nothing_can_be_drawn_are_an_error(row, temperature):
+    logits_BK = torch.tensor([[0.0, 1.0, 2.0], row])
+    with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with nothing but -inf"):
+        draw_ids(logits_BK, torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingConfig(temperature=temperature))
+
+
+def test_probabilities_that_are_no_numbers_give_no_id_outside_the_codebook():
+    """Where sample_tokens reads the check of the logits only at its end, what it draws until then must still be an id."""
+    ids_B = invert_cumulative(torch.full((3, 5), math.nan), torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
+    assert int(ids_B.min()) >= 0 and int(ids_B.max()) < 5
+
+
 # --- the loop ----------------------------------------------------------------------------------------------------------------
 
 
@@ -225,10 +277,16 @@ def test_guidance_one_is_off_bit_for_bit():
     rows.clear()
     prior.sample([0, 1], SamplingConfig(guidance_scale=1.5, guidance_interval=[0.3, 0.6]), [5, 6])
     assert rows == [4] * 6 + [2] * 3  # what has no class is needed until the last guided position, and no longer
-    rows.clear()
-    assert torch.equal(prior.sample(None, SamplingConfig(guidance_scale=1.5), [5, 6]), prior.sample(None, SamplingConfig(), [5, 6]))
-    assert set(rows) == {2}  # nothing to guide to
     hook.remove()
+
+
+@pytest.mark.parametrize("classes", [None, [NO_CLASS, NO_CLASS], torch.tensor([NO_CLASS, NO_CLASS])])
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_guidance_without_any_class_is_refused_since_it_would_do_nothing(classes, scale):
+    prior = tiny_prior()
+    with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, and no image has a class, so there is nothing to guide to"):
+        prior.sample(classes, SamplingConfig(guidance_scale=scale), [5, 6])
+    assert prior.sample(classes, SamplingConfig(), [5, 6]).shape == (2, 9)
 
 
 def test_temperature_zero_is_greedy_whatever_the_seed():
@@ -292,16 +350,49 @@ def test_weights_that_are_not_numbers_are_loud(sampling):
         prior.sample([0], sampling, [1])
 
 
+def test_logits_that_are_not_finite_at_one_position_only_are_loud(monkeypatch):
+    """An overflow of the last layer alone leaves nothing in the cache, so later positions do not show it."""
+    prior = tiny_prior()
+    calls = itertools.count()
+    hook = prior.model.lm_head.register_forward_hook(lambda module, inputs, output: output * (math.inf if next(calls) == 4 else 1))
+    with pytest.raises(InputError, match=r"not finite in torch\.float32"):
+        prior.sample([0], SamplingConfig(), [1])
+    hook.remove()
+
+
+@pytest.mark.parametrize("scale", [1e38, 1e39, 1e300])
+def test_guidance_that_overflows_is_told_by_its_name(scale):
+    with pytest.raises(InputError, match=r"guidance_scale is 1e\+\d+, which makes logits infinite; lower it"):
+        tiny_prior().sample([0], SamplingConfig(guidance_scale=scale), [1])
+
+
 @pytest.mark.parametrize(("classes", "sampling", "seeds", "words"), [
     ([3], SamplingConfig(), [1], r"class index is 3; allowed: 0 \(ant\) to 2 \(cat\)"),
     ([-2], SamplingConfig(), [1], "class index is -2"),
     ([0, 1], SamplingConfig(), [1], "2 class indices and 1 seeds"),
     ([], SamplingConfig(), [], "seeds is empty"),
     ([0], SamplingConfig(), [-1], "at least 0"),
+    ([0], SamplingConfig(), ["1"], r"seeds: an entry is '1'; it must be an integer"),
+    ([0], SamplingConfig(), "1", r"seeds is '1'; give a list of integers"),
+    ([0], SamplingConfig(), 1, r"seeds is 1; give a list of integers"),
+    ([0], SamplingConfig(), [True], "seeds: an entry is True"),
+    ([0], SamplingConfig(), [1.0], "seeds: an entry is 1.0"),
+    (["0"], SamplingConfig(), [1], r"class_indices: an entry is '0'; it must be an integer"),
+    ("0", SamplingConfig(), [1], r"class_indices is '0'; give a list of integers"),
+    ([0], {"temperature": 0.9}, [1], r"sampling is \{'temperature': 0.9\}; give a SamplingConfig"),
 ])
 def test_requests_that_cannot_be_served_are_refused(classes, sampling, seeds, words):
     with pytest.raises(InputError, match=words):
         tiny_prior().sample(classes, sampling, seeds)
+
+
+def test_integers_of_other_libraries_are_integers():
+    prior = tiny_prior()
+    expected = prior.sample([0, 2], SamplingConfig(), [5, 6])
+    for classes, seeds in ((np.array([0, 2]), np.array([5, 6])), ((np.int64(0), np.int64(2)), (np.uint8(5), 6)), (torch.tensor([0, 2]), range(5, 7))):
+        assert torch.equal(prior.sample(classes, SamplingConfig(), seeds), expected)
+    with pytest.raises(InputError, match="compile is 'no'; it must be true or false"):
+        prior.sample([0], SamplingConfig(), [1], compile="no")
 
 
 def test_without_label_drop_there_is_no_guidance_and_no_null_class():

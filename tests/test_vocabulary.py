@@ -71,7 +71,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, fields):
     ({"extra": 1}, "unknown fields: extra"),
     ({"label_drop": None}, "missing fields: label_drop"),
     ({"label_drop": 1.5}, "label_drop of the vocabulary is 1.5"),
-    ({"label_drop": "a lot"}, "does not fit"),
+    ({"label_drop": "a lot"}, "label_drop of the vocabulary is 'a lot'; it must be a number"),
     ({"class_names": "cat"}, "must be a list of texts"),
     ({"class_names": []}, "class_names of the vocabulary is empty"),
     ({"token_fingerprint": 3}, "must be a text"),

@@ -1,8 +1,31 @@
-"""Which device a machine offers, and how many cores; apart from devices.py so that generating loads nothing that only training needs."""
+"""Which device a machine offers, how many cores, and devices and number formats by name; apart from devices.py so that generating loads nothing
+that only training needs."""
 
 import os
 
 import torch
+
+from vqmosaic.errors import InputError, nearest_name
+
+NUMBER_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The number format for its torch.dtype or its name, such as "bfloat16" or "torch.bfloat16"; None is float32. InputError for others."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if isinstance(dtype, (torch.dtype, str, type(None))) and name in NUMBER_FORMATS:
+        return NUMBER_FORMATS[name]
+    nearest = nearest_name(name, NUMBER_FORMATS)
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(NUMBER_FORMATS)}, as text or as torch.dtype.{hint}")
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device for its torch.device or its name, whether or not this machine has it; InputError for a name that torch does not know."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device is {device!r}; allowed: cpu, cuda, cuda:1 and so on, as text or as torch.device.") from None
 
 
 def available_cores() -> int:

@@ -27,10 +27,12 @@ def check_name(field: str, given: str, allowed: Iterable[str]) -> None:
 
 def check_range(field: str, given: float, *, at_least: float | None = None, above: float | None = None,
                 at_most: float | None = None, below: float | None = None) -> None:
-    """Raise InputError unless the number lies within the bounds and is finite."""
+    """Raise InputError unless what is given is a number (true, false and text are none), lies within the bounds and is finite."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "a finite number"
+    if isinstance(given, bool) or not hasattr(given, "__abs__"):
+        raise InputError(f"{field} is {given!r}; it must be a number{f', {words}' if words != 'a finite number' else ''}.")
     fits = (abs(given) < math.inf and (at_least is None or given >= at_least) and (above is None or given > above)
             and (at_most is None or given <= at_most) and (below is None or given < below))
     if not fits:
-        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "a finite number"
         raise InputError(f"{field} is {given}; it must be {words}.")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.field_types import check_types
 from vqmosaic.recipe_sections import (
     DataConfig,
     PriorConfig,
@@ -45,6 +46,7 @@ class Recipe:
     """How tokens are drawn, unless a caller says otherwise."""
 
     def __post_init__(self):
+        check_types(self, "")
         check_range("seed", self.seed, at_least=0, below=2**63)
         if not self.run_dir:
             raise InputError("run_dir is empty; give the folder for this run, such as runs/my-run.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.field_types import check_types
 from vqmosaic.prior_sizes import PRESETS, PriorSizes, sizes_of
 from vqmosaic.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
@@ -68,6 +69,7 @@ class DataConfig:
     """Decoded training images are kept in memory when all of them fit in this much; 0 keeps none."""
 
     def __post_init__(self):
+        check_types(self, "data")
         check_name("data.source", self.source, SOURCES)
         check_range("data.image_size", self.image_size, at_least=16, at_most=4096)
         if self.channels not in (1, 3):
@@ -142,6 +144,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         name = self.SECTION
+        check_types(self, name)
         if self.max_steps is None and self.max_minutes is None:
             raise InputError(f"{name}.max_steps and {name}.max_minutes are both none; give at least one of them.")
         if self.max_steps is not None:
@@ -195,6 +198,7 @@ class TokensConfig:
     """CPU threads of each process; fixed, since another number may round a latent across a code's border."""
 
     def __post_init__(self):
+        check_types(self, "tokens")
         if isinstance(self.views, list):
             self.views = checked_views("tokens.views", self.views)
         else:
@@ -230,6 +234,7 @@ class PriorConfig:
     its last blocks have embeddings of all ids (null: as many as half of its feed-forward blocks pay for)."""
 
     def __post_init__(self):
+        check_types(self, "prior")
         if self.preset is not None:
             check_name("prior.preset", self.preset, tuple(PRESETS))
             if None not in (self.width, self.layers, self.heads):
@@ -294,7 +299,7 @@ class SamplingConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """[start, stop] as shares of the T tokens outside of which guidance is off (Kynkaanniemi et al. 2024); after stop, a token costs half as much."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0, like anything below 1e-6, takes the likeliest token."""
     top_k: int = 0
     """Only the k likeliest tokens are drawn from; 0 is off."""
     top_p: float = 1.0
@@ -303,6 +308,7 @@ class SamplingConfig:
     """Only tokens of at least this share of the likeliest one's probability are drawn from (Nguyen et al. 2024); 0 is off."""
 
     def __post_init__(self):
+        check_types(self, "sampling")
         check_range("sampling.guidance_scale", self.guidance_scale, at_least=0)
         check_name("sampling.guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         check_range("sampling.guidance_power", self.guidance_power, above=0)

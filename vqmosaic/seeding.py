@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vqmosaic.field_types import as_integer
+
 
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part and on their order, the same on every machine and version."""
@@ -24,7 +26,11 @@ def permutation(size: int, *parts: int | str) -> np.ndarray:
 
 
 def image_seeds(seed: int, count: int) -> list[int]:
-    """seeds[i] = f(seed, i): the seed of the i-th image of a request, whatever the batch size or the number of ranks."""
+    """seeds[i] = f(seed, i): the seed of the i-th image of a request, whatever the batch size or the number of ranks.
+
+    Raises InputError for a seed that is no integer: text would be another seed than the number it shows.
+    """
+    seed = as_integer("seed", seed)
     return [derive_seed("image", seed, index) for index in range(count)]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.field_types import check_types
 from vqmosaic.quantizer_sizes import bits_of, levels_of
 from vqmosaic.recipe_sections import TrainingConfig, unrecorded
 
@@ -87,6 +88,7 @@ class TokenizerConfig:
     """kl only: weight of the divergence from a standard normal distribution."""
 
     def __post_init__(self):
+        check_types(self, "tokenizer")
         check_name("tokenizer.quantizer", self.quantizer, QUANTIZER_NAMES)
         check_range("tokenizer.codebook_size", self.codebook_size, at_least=2, at_most=2**31 - 1)
         check_range("tokenizer.code_dim", self.code_dim, at_least=1)
@@ -221,6 +223,7 @@ class AdversarialConfig:
     """Differentiable augmentation of what it sees, for small data: any of color, translation, cutout."""
 
     def __post_init__(self):
+        check_types(self, "adversarial")
         check_name("adversarial.loss", self.loss, ADVERSARIAL_LOSSES)
         check_name("adversarial.balance", self.balance, ("adaptive", "fixed"))
         check_name("adversarial.norm", self.norm, DISCRIMINATOR_NORMS)

@@ -1,0 +1,147 @@
+"""The folder that `vqmosaic generate` fills: one PNG an image, grid.png, and samples.json, which says what was asked for. Loads no torch.
+
+An interrupted command goes on with the images that are missing, and images of two requests never mix.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.bundle import part_fingerprints
+from pipelines.sweep_record import differing
+from vqmosaic import __version__
+from vqmosaic.durable_files import write_json
+from vqmosaic.errors import InputError
+from vqmosaic.recipe_sections import SamplingConfig
+
+FORMAT = "vqmosaic.samples"
+FORMAT_VERSION = 1
+RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
+LONGEST_VALUE = 60
+"""Characters of a value that an error shows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleFolder:
+    """A folder and the request whose images it gets."""
+
+    out: Path
+    """The folder."""
+    pipeline: Path
+    """The pipeline folder that the images come from."""
+    class_names: list[str] | None
+    """Of the pipeline."""
+    labels: list[int] | None
+    """The class indices that are asked for, or None for a pipeline without classes."""
+    num: int
+    """Images for each label."""
+    seed: int
+    """Of the request."""
+    sampling: SamplingConfig
+    """The settings, the recommended ones included."""
+    dtype: str
+    """Number format of prior and decoder."""
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The file of each image, in the order of the request: the class, then a number with as many digits as the last one needs."""
+        words = ["sample"] if self.labels is None else [file_name(self.class_names[index]) for index in self.labels]
+        width, counts, names = len(str(max(Counter(words).values()) * self.num - 1)), Counter(), []
+        for word in words:
+            names += [f"{word}-{number:0{width}d}.png" for number in range(counts[word], counts[word] + self.num)]
+            counts[word] += self.num
+        return names
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """What decides the images, ready for JSON. Reads the prior's weights, to tell them from others."""
+        return {"pipeline": part_fingerprints(self.pipeline / "tokenizer", self.pipeline / "prior"), "classes": self.labels,
+                "num": self.num, "seed": self.seed, "sampling": dataclasses.asdict(self.sampling), "dtype": self.dtype}
+
+    def found(self) -> set[str]:
+        """The files of this request that are there already, images and grid.
+
+        Raises:
+            ValueError: the folder holds images of another request, or files in the way that no record tells about.
+        """
+        wanted, there = {*self.names, GRID_NAME}, files_in(self.out)
+        remedy = f"Give another --out, or remove these images and {RECORD_NAME} to start anew."
+        if RECORD_NAME not in there:
+            refuse_files_in_the_way(self.out, wanted & there, RECORD_NAME)
+            return set()
+        try:
+            content = json.loads((self.out / RECORD_NAME).read_text())
+            is_known = (content["format"], content["format_version"]) == (FORMAT, FORMAT_VERSION) and isinstance(content["request"], dict)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_known = False
+        if not is_known:
+            raise InputError(f"{self.out / RECORD_NAME} is no record of generated images that this vqmosaic reads. {remedy}")
+        if content["request"] != self.request:
+            differences = "; ".join(f"{name} was {shortened(before)}, now {shortened(now)}"
+                                    for name, before, now in differing(content["request"], self.request))
+            raise InputError(f"--out {self.out} holds the images of another request: {differences}. {remedy}")
+        return wanted & there
+
+    def is_finished(self) -> bool:
+        """Whether images and grid are all there, which it then prints. Raises InputError as `found` does."""
+        if len(self.found()) < len(self.names) + 1:
+            return False
+        print(f"nothing to do: {self.out} holds all {len(self.names)} images of this request already")
+        return True
+
+    def begin(self) -> None:
+        """Make the folder and write what was asked for, before the first image."""
+        make_folder(self.out)
+        if not (self.out / RECORD_NAME).exists():
+            write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+
+
+def files_in(out: Path) -> set[str]:
+    """Names of what is in a folder, of nothing where there is none."""
+    return set(os.listdir(out)) if out.is_dir() else set()
+
+
+def refuse_files_in_the_way(out: Path, names: set[str], record: str) -> None:
+    """Raise InputError if there are files that would be replaced though no record says that an earlier call wrote them."""
+    if names:
+        others = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+        raise InputError(f"--out {out} holds {min(names)}{others} that would be replaced, and no {record} that tells where they come from. "
+                         "Give another --out, or remove them.")
+
+
+def make_folder(out: Path) -> None:
+    """Make the output folder; InputError where that is not possible."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made: {error.strerror}.") from None
+
+
+def file_name(class_name: str) -> str:
+    """A class name as part of a file name."""
+    return re.sub(r"[^\w-]+", "_", class_name) or "class"
+
+
+def names_of_copies(paths: Sequence[Path]) -> list[str]:
+    """A PNG name for what is made of each file: its own name, with _, _2, _3 and so on where that is taken or is the grid's."""
+    taken, copies, names = {Path(GRID_NAME).stem}, Counter(), []
+    for path in paths:
+        name = path.stem
+        while name in taken:
+            copies[path.stem] += 1
+            name = f"{path.stem}_{copies[path.stem] if copies[path.stem] > 1 else ''}"
+        taken.add(name)
+        names.append(f"{name}.png")
+    return names
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -1,0 +1,359 @@
+"""What `generate` and `reconstruct` write: bounded memory, names that sort, interruptions that lose nothing, requests that do not mix."""
+
+import json
+import os
+import signal
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import write_images
+from pipelines.command_line import dispatch
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.sample_folder import SampleFolder, names_of_copies
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.prior import TokenPrior
+from vqmosaic.errors import InputError
+from vqmosaic.interruption import EXIT_CODES
+from vqmosaic.launch import guarded
+from vqmosaic.recipe_sections import SamplingConfig
+
+NUM, TOTAL = 13, 130  # images of each of ten classes: two whole batches of 64 and a part of a third
+
+
+def generate(run: Path, out: Path, *arguments: object) -> int:
+    """Exit code of the command in this process."""
+    return guarded(lambda: dispatch(["generate", str(run), "--num", str(NUM), "--out", str(out), *map(str, arguments)]))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run, tmp_path_factory) -> dict[str, bytes]:
+    """The files of the request when nothing interrupts it."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert generate(tiny_run, out) == 0
+    return pictures(out)
+
+
+@pytest.fixture
+def after_files(monkeypatch):
+    """after_files(n, act): calls act() once n pictures are written; after_files.written counts them."""
+    class Counter:
+        written, at, act = 0, None, None
+
+        def __call__(self, number, act):
+            self.written, self.at, self.act = 0, number, act
+
+    counter, save = Counter(), write_images.save_picture
+
+    def counted(picture, path):
+        save(picture, path)
+        counter.written += 1
+        if counter.written == counter.at:
+            counter.act()
+
+    monkeypatch.setattr(write_images, "save_picture", counted)
+    return counter
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+# --- generate: interruptions -------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_was_stopped_twice_ends_with_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
+    out = tmp_path / "out"
+    after_files(5, interrupt)
+    assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
+    assert f"stopped by SIGTERM; 64 of {TOTAL} images are written to {out}. The same command goes on from there." in capsys.readouterr().err
+    assert len(pictures(out)) == 64
+
+    after_files(7, kill)
+    with pytest.raises(Killed):
+        generate(tiny_run, out)
+    assert len(pictures(out)) == 64 + 7 and "grid.png" not in pictures(out)
+
+    after_files(None, None)
+    capsys.readouterr()
+    assert generate(tiny_run, out) == 0
+    said = capsys.readouterr().out
+    assert f"going on: 71 of {TOTAL} images are in {out} already" in said
+    assert f"wrote 59 images and grid.png to {out}, which holds all 130 now" in said
+    assert pictures(out) == whole
+
+
+@pytest.mark.parametrize("number", list(EXIT_CODES))
+def test_a_signal_between_tokens_stops_without_waiting_for_the_batch(number, tiny_run, tmp_path, monkeypatch, capsys):
+    sample, calls = TokenPrior.sample, []
+
+    def interrupted(self, classes, sampling, seeds, callback, compile=False):
+        def count(done, total):
+            calls.append(done)
+            if len(calls) == 16 + 3:
+                os.kill(os.getpid(), number)
+            return callback(done, total)
+        return sample(self, classes, sampling, seeds, count, compile)
+
+    monkeypatch.setattr(TokenPrior, "sample", interrupted)
+    assert generate(tiny_run, tmp_path) == EXIT_CODES[number] and len(calls) == 19
+    assert f"64 of {TOTAL} images are written" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
+    out = tmp_path / "out"
+    assert generate(tiny_run, out) == 0
+    sample, asked = TokenPrior.sample, []
+    monkeypatch.setattr(TokenPrior, "sample", lambda self, classes, *others: asked.append(len(classes)) or sample(self, classes, *others))
+    (out / "5-03.png").unlink()  # place 68 of the request, in the second batch
+    times = {path: path.stat().st_mtime_ns for path in out.glob("?-*.png")}
+    assert generate(tiny_run, out) == 0
+    assert asked == [64] and pictures(out) == whole
+    assert {path: path.stat().st_mtime_ns for path in times} == times, "the other files of its batch are kept"
+
+
+def test_only_the_grid_is_missing(tiny_run, tmp_path, whole, monkeypatch):
+    assert generate(tiny_run, tmp_path / "out") == 0
+    (tmp_path / "out" / "grid.png").unlink()
+    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
+    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == whole
+
+
+def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
+    assert "of 8 of the images" in capsys.readouterr().out
+    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
+    assert capsys.readouterr().out.strip() == f"nothing to do: {out} holds all {TOTAL} images of this request already"
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+
+
+# --- generate: requests that do not mix --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    (["--seed", "1"], ["seed was 0, now 1"]),
+    (["--num", "14"], ["num was 13, now 14"]),
+    (["--classes", "3,7"], ["classes was [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], now [3, 7]"]),
+    (["--temperature", "0.5", "--top_k", "3"], ["sampling.temperature was 1.0, now 0.5", "sampling.top_k was 0, now 3"]),
+    (["--dtype", "bfloat16"], ["dtype was 'float32', now 'bfloat16'"]),
+], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
+def test_another_request_is_refused(changed, words, tiny_run, tmp_path, after_files, capsys):
+    out = tmp_path / "out"
+    after_files(3, interrupt)
+    assert generate(tiny_run, out) == 143
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert generate(tiny_run, out, *changed) == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in (f"--out {out} holds the images of another request", "Give another --out", *words)), said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, tmp_path, capsys):
+    assert generate(tiny_copy, tmp_path / "out") == 0
+    content = json.loads((tiny_copy / "pipeline" / "pipeline.json").read_text())
+    content["sampling"]["top_p"] = 0.5
+    (tiny_copy / "pipeline" / "pipeline.json").write_text(json.dumps(content))
+    assert generate(tiny_copy, tmp_path / "out") == 2
+    assert "sampling.top_p was 1.0, now 0.5" in capsys.readouterr().err
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "the settings count, not where they come from"
+    weights = tiny_copy / "pipeline" / "prior" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 2
+    assert "pipeline.prior was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
+def test_a_record_that_is_none_is_refused(content, tiny_run, tmp_path, capsys):
+    (tmp_path / "samples.json").write_text(content)
+    assert generate(tiny_run, tmp_path) == 2
+    assert "samples.json is no record of generated images" in capsys.readouterr().err
+
+
+def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
+    (tmp_path / "3-00.png").write_text("mine")
+    (tmp_path / "other.png").write_text("mine")
+    assert generate(tiny_run, tmp_path) == 2
+    assert "3-00.png that would be replaced, and no samples.json" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3-00.png", "other.png"]
+    (tmp_path / "3-00.png").unlink()
+    assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------------
+
+
+def most_alive(objects_seen: list, found: list) -> None:
+    found.append(sum(reference() is not None for reference in objects_seen))
+
+
+def test_generate_holds_a_batch_whatever_the_number_of_images(tiny_run, tmp_path, monkeypatch):
+    batches, decode, seen, alive, decoded = ImageGenerationPipeline.batches, ImageTokenizer.decode, [], [], []
+
+    def watched(self, *arguments, **settings):
+        for batch in batches(self, *arguments, **settings):
+            seen.append(weakref.ref(batch.images))
+            most_alive(seen, alive)
+            yield batch
+
+    def counted(self, ids_Bhw):
+        decoded.append(len(ids_Bhw))
+        return decode(self, ids_Bhw)
+
+    monkeypatch.setattr(ImageGenerationPipeline, "batches", watched)
+    monkeypatch.setattr(ImageTokenizer, "decode", counted)
+    assert dispatch(["generate", str(tiny_run), "--classes", "3", "--num", "320", "--out", str(tmp_path)]) == 0
+    assert len(seen) == 5 and max(alive) <= 3 and max(decoded) <= 64
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "128 of the images"
+
+
+def test_reconstruct_holds_a_batch_whatever_the_number_of_images(tiny_run, tmp_path, monkeypatch):
+    paths = []
+    for number in range(200):
+        paths.append(tmp_path / f"{number:03d}.png")
+        Image.new("L", (16, 16), number).save(paths[-1])
+    reconstruct, seen, alive, sizes = ImageTokenizer.reconstruct, [], [], []
+
+    def watched(self, images_BCHW):
+        sizes.append(len(images_BCHW))
+        seen.extend((weakref.ref(images_BCHW), weakref.ref(result := reconstruct(self, images_BCHW))))
+        most_alive(seen, alive)
+        return result
+
+    monkeypatch.setattr(ImageTokenizer, "reconstruct", watched)
+    assert write_images.write_reconstructions(tiny_run / "tokenizer", paths, tmp_path / "out", "cpu", "float32") == 0
+    assert sum(sizes) == 200 and max(sizes) <= 64 and max(alive) <= 3
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "64 of the images and their reconstructions"
+
+
+@pytest.mark.parametrize("size", [16, 64, 256, 512, 1024, 4096])
+@pytest.mark.parametrize(("count", "columns"), [(50_000, 50), (50_000, 8), (50_000, 50_000), (3, 1), (1, 1)])
+@pytest.mark.parametrize("rows_each", [1, 2])
+def test_a_grid_is_bounded_in_images_and_pixels(size, count, columns, rows_each):
+    rows = write_images.grid_rows(count, columns, size, rows_each)
+    assert rows and all(rows) and max(max(row) for row in rows) < count
+    width, height = max(map(len, rows)), len(rows) * rows_each
+    assert width <= 16 and height <= max(16, rows_each) and width * height * size**2 <= max(16 * 16 * 256**2, rows_each * size**2)
+
+
+# --- names -------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_sort_in_the_order_of_the_request():
+    request = {"out": Path("out"), "pipeline": Path("p"), "class_names": ["a b", "c"], "seed": 0, "sampling": SamplingConfig(), "dtype": "float32"}
+    names = SampleFolder(labels=[0, 1], num=25_000, **request).names
+    assert len(set(names)) == 50_000 and names == sorted(names) and (names[0], names[-1]) == ("a_b-00000.png", "c-24999.png")
+    unlabelled = SampleFolder(labels=None, num=101, **request | {"class_names": None}).names
+    assert unlabelled == sorted(unlabelled) and unlabelled[-1] == "sample-100.png"
+    assert SampleFolder(labels=[1, 0, 1], num=1, **request).names == ["c-0.png", "a_b-0.png", "c-1.png"]
+
+
+def test_reconstructions_of_equal_names_get_short_names_of_their_own():
+    paths = [Path(f"{folder}/image.jpg") for folder in range(2000)] + [Path("image_2.png"), Path("grid.png"), Path("a.b.png")]
+    names = names_of_copies(paths)
+    assert len(set(names)) == len(names) and names[:3] == ["image.png", "image_.png", "image_2.png"] and max(map(len, names)) <= len("image_2000.png")
+    assert names[-2:] == ["grid_.png", "a.b.png"]
+
+
+# --- reconstruct -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[Path]:
+    paths = []
+    for number in range(150):
+        paths.append(tmp_path / "photos" / f"{number:03d}.png")
+        paths[0].parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(paths[-1])
+    return paths
+
+
+def reconstruct(run: Path, paths: list[Path], out: Path) -> int:
+    return guarded(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
+
+
+def test_reconstructions_go_on_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
+    assert reconstruct(tiny_run, photos, tmp_path / "whole") == 0
+    out = tmp_path / "out"
+    after_files(3, interrupt)
+    assert reconstruct(tiny_run, photos, out) == 143
+    assert f"64 of 150 reconstructions are written to {out}. The same command goes on from there." in capsys.readouterr().err
+    after_files(9, kill)
+    with pytest.raises(Killed):
+        reconstruct(tiny_run, photos, out)
+    after_files(None, None)
+    assert reconstruct(tiny_run, photos, out) == 0
+    assert after_files.written == 150 - 64 - 9 + 1 and pictures(out) == pictures(tmp_path / "whole")
+
+
+def test_reconstructions_of_other_images_replace_those_of_equal_names(tiny_run, photos, tmp_path):
+    out = tmp_path / "out"
+    assert reconstruct(tiny_run, photos[:3], out) == 0
+    before = pictures(out)
+    Image.new("L", (16, 16), 255).save(photos[0])
+    assert reconstruct(tiny_run, photos[:2], out) == 0
+    after = pictures(out)
+    assert after["000.png"] != before["000.png"] and after["001.png"] == before["001.png"] and after["002.png"] == before["002.png"]
+
+
+def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_run, photos, tmp_path, capsys):
+    before = pictures(photos[0].parent)
+    assert reconstruct(tiny_run, photos[:2], photos[0].parent) == 2
+    assert "would replace the image" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "001.png").write_text("mine")
+    assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2
+    assert "001.png that would be replaced, and no reconstructions.json" in capsys.readouterr().err
+    assert pictures(photos[0].parent) == before and (tmp_path / "out" / "001.png").read_text() == "mine"
+
+
+def test_an_image_with_broken_pixels_is_named(tiny_run, photos, tmp_path):
+    photos[70].write_bytes(photos[70].read_bytes()[:60])
+    with pytest.raises(InputError, match=r"070.png' cannot be read"):
+        dispatch(["reconstruct", str(tiny_run), *map(str, photos), "--out", str(tmp_path / "out")])
+    assert len(pictures(tmp_path / "out")) == 64
+
+
+# --- the pipeline's own methods ----------------------------------------------------------------------------------------------
+
+
+def test_the_pipeline_takes_and_gives_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
+    images = []
+    for path in photos[:10]:
+        with Image.open(path) as image:
+            images.append(image.copy())
+    ids_Bhw, restored = pipe.encode(images), [image.tobytes() for image in pipe.reconstruct(images)]
+    sizes = []
+    for name in ("encode", "decode", "reconstruct"):
+        method = getattr(ImageTokenizer, name)
+        monkeypatch.setattr(ImageTokenizer, name, lambda self, batch, method=method: sizes.append(len(batch)) or method(self, batch))
+    monkeypatch.setattr("pipelines.generate.PIXELS_TOGETHER", 3 * 16**2)
+    assert torch.equal(pipe.encode(images), ids_Bhw)
+    assert [image.tobytes() for image in pipe.reconstruct(images)] == restored == [image.tobytes() for image in pipe.decode(ids_Bhw)]
+    assert len(pipe(3, 7, seed=1).images) == 7
+    assert max(sizes) == 3
+    with pytest.raises(InputError, match="image 4 of images cannot be read"):
+        pipe.encode([*images[:4], Image.new("F", (16, 16), 5.0)])

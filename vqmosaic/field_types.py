@@ -1,0 +1,69 @@
+"""Arguments and fields of the right type: numbers of any library become Python's own, and text where a number belongs is an error in words."""
+
+import dataclasses
+import operator
+import types
+import typing
+from typing import Any
+
+from vqmosaic.errors import InputError
+
+TYPES = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def as_integer(name: str, given: Any) -> int:
+    """The argument as an int; integers of numpy and torch are taken too. Raises InputError for text, true and false, fractions and anything else."""
+    try:
+        if not is_boolean(given):
+            return operator.index(given)
+    except (TypeError, RuntimeError):  # torch says with the second that a tensor holds several
+        pass
+    raise InputError(f"{name} is {given!r}; it must be an integer.")
+
+
+def as_number(name: str, given: Any) -> int | float:
+    """The argument as an int or a float; numbers of numpy and torch are taken too. Raises InputError for text, true and false and anything else."""
+    if type(given) in (int, float):
+        return given
+    try:
+        if not is_boolean(given) and not isinstance(given, (str, bytes, bytearray)):
+            return float(given)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise InputError(f"{name} is {given!r}; it must be a number.")
+
+
+def as_boolean(name: str, given: Any) -> bool:
+    """The argument as a bool. Raises InputError for anything else: the text "false" would count as true."""
+    if not is_boolean(given):
+        raise InputError(f"{name} is {given!r}; it must be true or false.")
+    return bool(given)
+
+
+def is_boolean(given: Any) -> bool:
+    """Whether a value is true or false, of Python or of numpy."""
+    return type(given).__module__.partition(".")[0] in ("builtins", "numpy") and type(given).__name__ in ("bool", "bool_")
+
+
+CONVERSIONS = {int: as_integer, float: as_number, bool: as_boolean}
+
+
+def check_types(section: Any, name: str) -> None:
+    """Convert the numbers, booleans and lists of numbers among a dataclass's fields as above; the errors name the section and the field.
+
+    Fields of other types are left alone.
+    """
+    for field in dataclasses.fields(section):
+        given, type_ = getattr(section, field.name), field.type
+        if isinstance(type_, types.UnionType):
+            if given is None and types.NoneType in typing.get_args(type_):
+                continue
+            type_ = typing.get_args(type_)[0]
+        full_name = f"{name}.{field.name}" if name else field.name
+        if type_ in CONVERSIONS:
+            setattr(section, field.name, CONVERSIONS[type_](full_name, given))
+        elif typing.get_origin(type_) is list and typing.get_args(type_)[0] in CONVERSIONS:
+            kind = typing.get_args(type_)[0]
+            if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
+                raise InputError(f"{full_name} is {given!r}; it must be a list, and each entry {TYPES[kind]}.")
+            setattr(section, field.name, [CONVERSIONS[kind](f"{full_name}: an entry", entry) for entry in given])
