@@ -157,13 +157,13 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs")
+    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples, or samples-2 and so on where that holds other images")
     add_device_options(parser)
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_sampling_fits, classes_from_text, find_pipeline, read_bundle, usable_device
-    from pipelines.sample_folder import SampleFolder
+    from pipelines.sample_folder import SampleFolder, first_fitting_folder
     from pipelines.stage_checks import check_can_write
     from pipelines.stage_inputs import read_vocabulary
     from vqmosaic.recipe_sections import SamplingConfig
@@ -173,10 +173,11 @@ def generate(command: str, arguments: list[str]) -> int:
     check_range("--num", options.num, at_least=1)
     sampling = SamplingConfig(**{**content["sampling"], **given_sampling(options)})
     check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
-    check_can_write("--out", options.out)
+    check_can_write("--out", options.out or Path("samples"))
     names = content["class_names"]
-    samples = SampleFolder(out=options.out, pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes), num=options.num,
-                           seed=options.seed, sampling=sampling, dtype=options.dtype)
+    samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes),
+                           num=options.num, seed=options.seed, sampling=sampling, dtype=options.dtype)
+    samples = samples if options.out else first_fitting_folder(samples)
     if samples.is_finished():
         return 0
     usable_device(options.device)

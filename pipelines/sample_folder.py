@@ -4,6 +4,7 @@ An interrupted command goes on with the images that are missing, and images of t
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -100,6 +101,17 @@ class SampleFolder:
         make_folder(self.out)
         if not (self.out / RECORD_NAME).exists():
             write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+
+
+def first_fitting_folder(samples: SampleFolder) -> SampleFolder:
+    """The same request in the first of out, out-2, out-3 and so on that is free for it or holds images of this very request."""
+    for number in itertools.count(1):
+        candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
+        try:
+            candidate.found()
+            return candidate
+        except InputError:
+            continue
 
 
 def files_in(out: Path) -> set[str]:

@@ -168,6 +168,15 @@ def test_another_request_is_refused(changed, words, tiny_run, tmp_path, after_fi
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_without_out_each_request_gets_a_folder_of_its_own(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--seed", "1"], ["--temperature", "0.5"], [], ["--seed", "1"]):
+        assert guarded(lambda arguments=arguments: dispatch(["generate", str(tiny_run), "--num", "1", *arguments])) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples-2", "samples-3"]
+    assert [json.loads((tmp_path / name / "samples.json").read_text())["request"]["seed"] for name in ("samples", "samples-2")] == [0, 1]
+    assert capsys.readouterr().out.count("nothing to do: samples") == 2
+
+
 def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, tmp_path, capsys):
     assert generate(tiny_copy, tmp_path / "out") == 0
     content = json.loads((tiny_copy / "pipeline" / "pipeline.json").read_text())
