@@ -19,7 +19,13 @@ import torch.nn.functional as F
 
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
-from stage2_prior.token_batches import TokenBatches, validation_batches
+from stage2_prior.token_batches import (
+    VALIDATION_CHOICE,
+    TokenBatches,
+    describe_validation,
+    validation_batches,
+    warn_of_sorted_shards,
+)
 from stage2_prior.training_start import check_first_loss, describe_attention, describe_embeddings, prepare_prior, time_and_loss_of_one_step
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
@@ -84,7 +90,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     validated = min(len(held_out), training.validation_images)
     run.print_plan({
         "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
-                  f"{validated:,} of {len(held_out):,} to validate on",
+                  f"{describe_validation(held_out, validated)}",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
         "model": f"{recipe.prior.architecture}, {recipe.prior.sizes.layers} layers, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
@@ -92,6 +98,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         **start,
         "epochs": epochs(training, len(reader)),
     }, seconds_per_step)
+    if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
+        run.report(warning)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
         write_record(run.folder, recipe, "prior", inputs, finished=False)
@@ -151,7 +159,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 @torch.no_grad()  # not inference mode: without a weight average it is the model in training, which may keep what it computes here
 def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator,
              stop: StopFlag | None = None) -> dict[str, float] | None:
-    """nll in nats per token, bits_per_image and next-token accuracy over the first `limit` validation images, the same on all ranks.
+    """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images, the same on all ranks.
 
     Where the null class was learnt (label_drop), also nll_without_class and so on: each image after the null class instead of its own.
     None where a signal to any rank's `stop` cut it short.
@@ -191,7 +199,10 @@ def validate_and_report(reader: TokenShardReader, run: TrainingRun, best_weights
         return
     prior: TokenPrior | None = run.whole_model()
     run.state.validated_step = run.state.step
-    is_best = numbers["nll"] < run.state.best_validation
+    # version 0.1.0 measured the best NLL so far on the first images, which are of other classes
+    same_images = run.state.validation_choice == VALIDATION_CHOICE or run.training.validation_images >= len(reader)
+    run.state.validation_choice = VALIDATION_CHOICE
+    is_best = not same_images or numbers["nll"] < run.state.best_validation
     if is_best:
         run.state.best_validation, run.state.best_step = numbers["nll"], run.state.step
         if run.is_main:
