@@ -39,8 +39,8 @@ class EpochOrder:
     The stream is the concatenation of epochs of N samples: position p is the place p % N of epoch p // N. In epoch e the
     shards are permuted by f(seed, e) and cut into windows of at most `window_shards` shards, as even as can be; inside window
     w the samples are permuted by f(seed, e, w). So each epoch is a permutation, a reader has one window of shards (two where
-    windows meet) in use at a time, and seeking costs the permutation of the windows it lands in. Samples of different windows
-    never share a batch, so classes mix only if each shard holds a random part of the data set: `ShardSetHeader.order_seed`.
+    windows meet) in use at a time, and seeking costs the permutation of the windows it lands in. Only samples of
+    one window are shuffled together, so classes mix only where each shard holds a random part of the data set (`ShardSetHeader.order_seed`).
     """
 
     def __init__(self, counts_per_shard: Sequence[int], seed: int, window_shards: int):
