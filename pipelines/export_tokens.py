@@ -4,10 +4,13 @@
     vqmosaic export-tokens runs/cifar10/tokens/train --out tokens.jsonl --one_view_a_line      # what 1d-tokenizer reads
 
 A line is {"class_id": 3, "tokens": [17, 4, ...]}; of several views tokens is a list of lists, unless each has a line of its own.
+The lines are in the order of the data set, whatever order the shards are in.
 """
 
 import json
 from pathlib import Path
+
+import numpy as np
 
 from token_shards.reader import TokenShardReader
 from vqmosaic.durable_files import publish, temporary_sibling
@@ -16,6 +19,8 @@ from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.tracking import progress_bar
 
 SAMPLES_AT_A_TIME = 256
+ALL_SHARDS = 1_000_000
+"""As many as the names of shards have room for: what the reader knows of a shard is kept to the end, about 24 bytes a sample."""
 
 
 def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int:
@@ -24,19 +29,19 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
         raise InputError(f"--out is {str(out)!r}, which exists; give another name, or remove it.")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out is {str(out)!r}, and there is no folder {out.absolute().parent}.")
-    reader = TokenShardReader(folder)
+    reader = TokenShardReader(folder, window_shards=ALL_SHARDS)  # neighbours in the data set lie in different shards
     grids = reader.manifest.grids
     if len(grids) != 1:
         raise InputError(f"{folder} has the grids {', '.join(grid.name for grid in grids)}; the layout of JSON lines has room for one.")
     partial = temporary_sibling(out)
-    lines = 0
+    order, lines = np.argsort(reader.indices_N), 0
     try:
         with open(partial, "w", encoding="ascii") as file, StopFlag() as stop, progress_bar(len(reader), 0, "export", "image") as bar:
             for start in range(0, len(reader), SAMPLES_AT_A_TIME):
                 if stop.signal:
                     raise Interrupted(stop.signal, f"{out} is not written")
                 stop_at = min(start + SAMPLES_AT_A_TIME, len(reader))
-                for record in records(reader, start, stop_at, one_view_a_line):
+                for record in records(reader, order[start:stop_at], one_view_a_line):
                     file.write(json.dumps(record) + "\n")
                     lines += 1
                 bar.update(stop_at - start)
@@ -48,9 +53,9 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
     return 0
 
 
-def records(reader: TokenShardReader, start: int, stop: int, one_view_a_line: bool) -> list[dict]:
-    """What the lines of the samples start .. stop - 1 say, in stored order."""
-    views = [reader.sequential(start, stop, view) for view in range(len(reader.manifest.views))]
+def records(reader: TokenShardReader, samples: np.ndarray, one_view_a_line: bool) -> list[dict]:
+    """What the lines of these samples say."""
+    views = [reader.samples(samples, view) for view in range(len(reader.manifest.views))]
     classes = [None if label < 0 else label for label in views[0].labels_B.tolist()]
     ids_VBT = [view.ids_BT.tolist() for view in views]
     if one_view_a_line or len(views) == 1:

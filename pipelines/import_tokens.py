@@ -7,6 +7,8 @@
 
 Everything is read twice: once to check it, before anything is written, and once to write it; leave the source alone meanwhile. A call that was
 killed goes on, when it is made again, with the shards that are missing, unless the source has another digest by then.
+The rows are permuted by a recorded seed before they are cut into shards, since they often come class by class: the second reading jumps
+through the source, a shard at a time and forwards within it.
 
 1d-tokenizer writes the mirrored view of an image as a line of its own, far from the other, and each line becomes an image: a share of such
 lines is no set to validate on, since most of its images are trained on mirrored. Give such tokens a --validation of their own.
@@ -26,9 +28,9 @@ import numpy as np
 from pipelines.foreign_tokens import ForeignTokens, open_foreign_tokens
 from pipelines.stage_checks import check_can_write
 from pipelines.stage_inputs import token_fingerprint_of_tokenizer
-from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardSetHeader, TokenShardManifest
+from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest
 from token_shards.sidecar import ShardSidecar
-from token_shards.writer import TokenShardWriter, default_key
+from token_shards.writer import TokenShardWriter, default_key, headers_as_written
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.seeding import derive_seed
@@ -95,6 +97,9 @@ def import_tokens(options: argparse.Namespace) -> int:
         facts = [examine(source, codebook_size, None if names is None else len(names), stop) for source in sources]
         grid = grid_of(facts[0], codebook_size, grid_shape, options)
         parts = make_headers(options, sources, facts, grid, names)
+        # an import that version 0.1.0 began goes on in the order of its rows
+        headers = headers_as_written({options.out / header.split: header for header, _, _ in parts})
+        parts = [(headers[options.out / header.split], source, rows) for header, source, rows in parts]
         for header, _, _ in parts:
             check_free(options.out / header.split, header)
         print_plan(report, parts, facts)
@@ -248,7 +253,8 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
         identity = {"imported": source.layout, "name": source.path.name, "rows": len(source), "sha256": each.digest, "validation_fraction": fraction}
         views = [{"name": "original" if each.views == 1 else f"imported {view}"} for view in range(each.views)]
         header = ShardSetHeader(split=split, token_fingerprint=fingerprint, grids=[grid], views=views, class_names=names, dataset=identity,
-                                encoding={"imported": source.layout}, images_per_shard=options.images_per_shard, num_sources=len(rows))
+                                encoding={"imported": source.layout}, images_per_shard=options.images_per_shard, num_sources=len(rows),
+                                order_seed=ORDER_SEED)
         parts.append((header, source, rows))
     return parts
 
@@ -288,7 +294,7 @@ def write_split(writer: TokenShardWriter, source: ForeignTokens, rows: np.ndarra
     with progress_bar(sum(len(header.source_range(shard)) for shard in missing), 0, header.split, "image") as bar:
         for number in missing:
             with writer.shard(number) as shard:
-                for index in header.source_range(number):
+                for index in header.source_indices(number):
                     if stop.signal:
                         raise Interrupted(stop.signal, f"finished shards are kept in {writer.folder}")
                     row = int(rows[index])

@@ -3,7 +3,8 @@
     vqmosaic preprocess digits
     vqmosaic preprocess cifar10 --processes 8
 
-Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. Shard s holds the sources [s*n, (s+1)*n) whoever writes it, so
+Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. The images are permuted by a recorded seed before they are cut into
+shards, since data sets are often stored class by class. Shard s holds the images at the places [s*n, (s+1)*n) whoever writes it, so
 any number of processes gives the same bytes, and a run that was killed goes on with the shards that are missing.
 """
 
@@ -11,7 +12,7 @@ import dataclasses
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.image_sources import ImageSource, ImageSplits, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from token_shards.manifest import Grid, ShardSetHeader, shard_name
+from token_shards.manifest import ORDER_SEED, Grid, ShardSetHeader, shard_name
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
@@ -40,6 +41,8 @@ from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tracking import Reporter, progress_bar
 
 GRID_NAME = "image"
+SOURCE_ORDER = "order of the sources"
+"""Names the permutation in the stage record; records of version 0.1.0, which did not permute, lack it."""
 
 
 def preprocess(recipe: Recipe) -> None:
@@ -70,7 +73,15 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
-    state.wait_for_everyone()
+    order_seed = ORDER_SEED
+    record = load_record(run, "tokens")
+    if record is not None and SOURCE_ORDER not in record.inputs:  # version 0.1.0 began these shards
+        order_seed = None
+        report("these shards were begun in the order of the data set and are finished in it; `--redo tokens` writes them in a permuted order, "
+               "which mixes the classes of training batches")
+    else:
+        inputs[SOURCE_ORDER] = f"seed {order_seed}"
+    state.wait_for_everyone()  # all have read the record before it is written anew
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
@@ -81,7 +92,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
     })
     writers = []
-    for split in split_plans(recipe, tokenizer, splits, state.device):
+    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
@@ -115,7 +126,8 @@ class SplitPlan:
     views: list[View]
 
 
-def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device) -> list[SplitPlan]:
+def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device,
+                order_seed: int | None = ORDER_SEED) -> list[SplitPlan]:
     """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image."""
     grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
                 depth=tokenizer.config.depth)
@@ -124,7 +136,8 @@ def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, 
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [IDENTITY])):
         header = ShardSetHeader(
             split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity, grids=[grid],
-            views=[view.to_dict() for view in views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), encoding=encoding)
+            views=[view.to_dict() for view in views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
+            order_seed=order_seed, encoding=encoding)
         plans.append(SplitPlan(header, source, views))
     return plans
 
@@ -149,7 +162,7 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
                skipped: dict[str, str]) -> Iterator[int]:
     """Encode the sources of one shard into it, giving the index of each when it is stored or skipped; `skipped` takes source -> reason."""
     source = split.source
-    for index, ids_VT in encoded(source, split.header.source_range(number), split.views, tokenizer, recipe, stop):
+    for index, ids_VT in encoded(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
         if isinstance(ids_VT, UnreadableImage):
             shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
             skipped[source.source_name(index)] = str(ids_VT)
@@ -165,7 +178,7 @@ def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:
     return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
 
 
-def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
+def encoded(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
             stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
     """(index, ids (V, T)) for each source in order, or (index, why it cannot be read)."""
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
@@ -180,8 +193,8 @@ def encoded(source: ImageSource, indices: range, views: list[View], tokenizer: I
         yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
 
 
-def decoded(source: ImageSource, batches: list[range], views: list[View], tokenizer: ImageTokenizer, threads: int,
-            ahead: int) -> Iterator[tuple[range, torch.Tensor, list[UnreadableImage | None]]]:
+def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: ImageTokenizer, threads: int,
+            ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
     """For each batch its indices, its rows (N, V, C, H, W) float32, zeros where an image is unreadable, and for each image None or why it is.
 
     Each thread decodes a part: a task for each image would spend much of what one of 32 pixels takes on the way from thread to thread. They
@@ -189,7 +202,7 @@ def decoded(source: ImageSource, batches: list[range], views: list[View], tokeni
     """
     size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
-    def decode(part: range, rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
+    def decode(part: Sequence[int], rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
         reasons, pixels = [], {}
         for slot, index in enumerate(part):
             reasons.append(None)
@@ -201,7 +214,7 @@ def decoded(source: ImageSource, batches: list[range], views: list[View], tokeni
             rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()  # in numpy, as in to_tensor
         return reasons
 
-    coming: deque[tuple[range, torch.Tensor, list[Future]]] = deque()
+    coming: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
             rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)

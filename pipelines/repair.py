@@ -8,7 +8,7 @@ only if its digest is one that manifest or sidecar remember.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.audit import audit_folder, audit_shard
 from token_shards.manifest import SPLITS, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path
-from token_shards.writer import TokenShardWriter
+from token_shards.writer import TokenShardWriter, headers_as_written
 from vqmosaic.device_choice import default_device
 from vqmosaic.devices import set_threads
 from vqmosaic.durable_files import sha256_of_file
@@ -49,7 +49,7 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_has_ids(recipe, source)
         tokenizer = ImageTokenizer.from_pretrained(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
-        plans = {plan.header.split: plan for plan in split_plans(recipe, tokenizer, open_splits(recipe.data), device)}
+        plans = plans_as_written(folders, split_plans(recipe, tokenizer, open_splits(recipe.data), device))
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
 
@@ -90,6 +90,13 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
         return ShardSidecar.load(folder, name)
     except InputError:
         return None
+
+
+def plans_as_written(folders: dict[str, Path], plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:
+    """Split -> its plan, with the order of sources that the shards in these folders were written in."""
+    of_split = {plan.header.split: plan for plan in plans}
+    headers = headers_as_written({path: of_split[split].header for split, path in folders.items()})
+    return {split: dataclasses.replace(of_split[split], header=headers[path]) for split, path in folders.items()}
 
 
 def check_same_origin(folders: dict[str, Path], plans: dict[str, SplitPlan]) -> None:

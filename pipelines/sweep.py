@@ -238,7 +238,8 @@ def open_folder_whole(folder: Path, transform: ImageTransform, class_names: list
 def class_counts(class_names: list[str] | None, labelled: ImageSource | None, images: int) -> tuple[list[int] | None, str]:
     """How many of the generated images each class gets, None for a prior without classes; and a clause that says so.
 
-    The proportions are those of the labels, rounded by largest remainders (of equal ones the lower class index first).
+    The proportions are those of the labels, rounded by largest remainders. Of equal remainders the lower class index comes first, or, where there
+    are fewer images than classes, the lower hash: the real images are of all classes, not of the first ones.
     """
     if class_names is None:
         return None, "without classes"
@@ -248,7 +249,8 @@ def class_counts(class_names: list[str] | None, labelled: ImageSource | None, im
     if not sum(weights):
         weights, clause = [1] * len(class_names), f"{len(class_names)} classes in equal parts, since the real images have no labels of these classes"
     counts = [weight * images // sum(weights) for weight in weights]
-    by_remainder = sorted(range(len(weights)), key=lambda index: (-(weights[index] * images % sum(weights)), index))
+    rank = (lambda index: derive_seed("images of class", index)) if images < len(weights) else (lambda index: index)
+    by_remainder = sorted(range(len(weights)), key=lambda index: (-(weights[index] * images % sum(weights)), rank(index)))
     for index in by_remainder[:images - sum(counts)]:
         counts[index] += 1
     return counts, clause

@@ -32,11 +32,11 @@ MAX_STEPS, MAX_MINUTES = 2000, 1.0
 
 
 def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> int:
-    """Exit code of the proof on the first `images` training images: 0 when the NLL falls below the threshold in time, else 1.
+    """Exit code of the proof on the first `images` images of the training stream: 0 when the NLL falls below the threshold in time, else 1.
 
     Raises InputError for more images than there are and for tokens that cannot be read; 143 or 130 come back after a signal.
     """
-    reader = TokenShardReader(recipe.tokens_folder / "train")
+    reader = TokenShardReader(recipe.tokens_folder / "train", recipe.seed, recipe.prior_training.window_shards)
     check_range("--overfit", images, at_least=1, at_most=len(reader))
     with StopFlag() as stop, tempfile.TemporaryDirectory(prefix="vqmosaic-overfit-") as scratch:
         by_heart = recipe_by_heart(recipe, images, scratch, max_minutes)
@@ -66,7 +66,7 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
     model = prepare_prior(prior, training, run)
-    tokens = reader.sequential(0, images)
+    tokens = reader.read(range(images))  # shuffled: the first ones in stored order can all be of one class
     unknowable = entropy_of_choice(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
     goal = unknowable + THRESHOLD
     run.report.table("learning by heart", {

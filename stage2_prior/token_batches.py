@@ -8,8 +8,14 @@ import torch
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.reader import TokenBatch, TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
-from vqmosaic.seeding import derive_seed
+from vqmosaic.seeding import derive_seed, hashes
 
+VALIDATION_CHOICE = 1
+"""The rule of `validation_samples`. A best NLL that was measured on images chosen by another rule is not compared with later ones."""
+MEASURED_BATCHES = 20
+"""Training batches whose classes are counted before a training starts."""
+ENOUGH_CLASSES = 0.9
+"""Share of the classes that independent draws would give, below which a user is warned; permuted shards reach 0.95 and more."""
 LEVELS = 2**53
 """Equally far numbers in [0, 1), as many as float64 tells apart: a hash is made one of them."""
 
@@ -50,19 +56,80 @@ class TokenBatches:
         return dropped_B
 
 
+def expected_classes(labels_N: np.ndarray, draws: int) -> float:
+    """How many classes `draws` independent draws from these labels hold on average; samples without a class count as one more."""
+    _, counts = np.unique(labels_N, return_counts=True)
+    return float((1 - (1 - counts / len(labels_N)) ** draws).sum())
+
+
+def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int = MEASURED_BATCHES) -> float:
+    """How many classes a training batch holds on average, over `batches` of them spread evenly over the first epoch; reads labels, no ids."""
+    first_N = np.linspace(0, max(0, len(reader) - batch_size), batches).astype(np.int64)
+    labels_N, starts_S = reader.labels_N, np.cumsum(reader.order.counts_S) - reader.order.counts_S
+    found = []
+    for first in first_N.tolist():
+        shards_B, rows_B = reader.order.sample_at(np.arange(first, first + batch_size))
+        found.append(len(np.unique(labels_N[starts_S[shards_B] + rows_B])))
+    return float(np.mean(found))
+
+
+def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | None:
+    """A warning where the shards are stored by class and shuffling reaches too few of them to mix the classes; None where it does mix them."""
+    manifest = reader.manifest
+    if manifest.order_seed is not None or manifest.class_names is None or len(manifest.shards) <= reader.window_shards:
+        return None  # permuted, nothing to mix, or all shards are shuffled together
+    found, expected = classes_in_batches(reader, batch_size), expected_classes(reader.labels_N, batch_size)
+    if found >= ENOUGH_CLASSES * expected:
+        return None
+    return (f"warning: a batch of {batch_size} holds {found:.0f} of {len(manifest.class_names):,} classes on average; independent draws would give "
+            f"{expected:.0f}. The tokens in {reader.folder} are stored by class, and prior_training.window_shards shuffles "
+            f"{reader.window_shards} of {len(manifest.shards)} shards at a time. Write them anew in a permuted order (`vqmosaic preprocess` with "
+            f"--redo tokens, or `vqmosaic import-tokens` into a new folder), or set prior_training.window_shards {len(manifest.shards)}, which "
+            "takes more memory.")
+
+
+def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np.ndarray:
+    """The numbers (N,) of at most `limit` samples, rising: the same images at every validation, with every class in proportion.
+
+    A class of n samples gives a share limit / n_total of them, rounded up or down, chosen by a hash of their index in the data set. So the
+    order in which they are stored makes no difference, and a larger limit adds images to those of a smaller one.
+    """
+    total = len(reader)
+    if limit is None or limit >= total:
+        return np.arange(total)
+    labels_N, hashed_N = reader.labels_N, hashes(reader.indices_N, "validation samples")
+    by_class_N = np.lexsort((hashed_N, labels_N))  # class by class, in the order of the hashes within each
+    classes, starts, counts = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
+    # the k-th of the n samples of a class is due at (k + u) / n: at the same pace in all classes, each with an offset u in [0, 1) of its own
+    offsets = hashes(classes, "validation classes") / 2.0**64
+    ranks_N = np.arange(total) - np.repeat(starts, counts)
+    due_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
+    return np.sort(by_class_N[np.argsort(due_N, kind="stable")[:limit]])
+
+
+def describe_validation(reader: TokenShardReader, limit: int) -> str:
+    """How many images and classes are validated on, for the plan."""
+    samples, names = validation_samples(reader, limit), reader.manifest.class_names
+    words = f"{len(samples):,} of {len(reader):,} to validate on"
+    if names is None:
+        return words
+    labels = reader.labels_N[samples]
+    return f"{words}, {len(np.unique(labels[labels >= 0])):,} of {len(names):,} classes"
+
+
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,
                        limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids (B, T) and class indices (B) of the first `limit` samples in stored order, none dropped, each on exactly one rank.
+    """Ids (B, T) and class indices (B) of the `validation_samples`, none dropped, each on exactly one rank.
 
     Every rank gets the same number of batches, at most batch_size samples over all ranks, even ones as far as can be: with at least
     as many samples as ranks no rank's batch is empty. Sum what you measure, and count the samples; their numbers differ by one.
     """
     check_range("batch_size", batch_size, at_least=world_size)
-    total = len(reader) if limit is None else min(limit, len(reader))
-    batches = -(-total // batch_size)
+    samples = validation_samples(reader, limit)
+    batches = -(-len(samples) // batch_size)
     for number in range(batches):
-        start, stop = rank_slice(0, total, number, batches)
-        yield _to_torch(reader.sequential(*rank_slice(start, stop, rank, world_size)))
+        start, stop = rank_slice(*rank_slice(0, len(samples), number, batches), rank, world_size)
+        yield _to_torch(reader.samples(samples[start:stop]))
 
 
 def _to_torch(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,13 @@ import torch.nn.functional as F
 
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
-from stage2_prior.token_batches import TokenBatches, validation_batches
+from stage2_prior.token_batches import (
+    VALIDATION_CHOICE,
+    TokenBatches,
+    describe_validation,
+    validation_batches,
+    warn_of_sorted_shards,
+)
 from stage2_prior.training_start import (
     check_first_loss,
     describe_attention,
@@ -92,7 +98,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     run.print_plan({
         "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
-                  f"{validated:,} of {len(held_out):,} to validate on",
+                  f"{describe_validation(held_out, validated)}",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
         "model": f"{recipe.prior.architecture}, {recipe.prior.sizes.layers} layers, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
@@ -100,6 +106,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         **start,
         "epochs": epochs(training, len(reader)),
     }, seconds_per_step)
+    if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
+        run.report(warning)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
         write_record(run.folder, recipe, "prior", inputs, finished=False)
@@ -202,7 +210,10 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
         return
     prior: TokenPrior | None = run.whole_model()
     run.validations.record()
-    is_best = numbers["nll"] < run.state.best_validation
+    # version 0.1.0 measured the best NLL so far on the first images, which are of other classes
+    same_images = run.state.validation_choice == VALIDATION_CHOICE or images >= len(reader)
+    run.state.validation_choice = VALIDATION_CHOICE
+    is_best = numbers["nll"] < (run.state.best_validation if same_images else math.inf)
     if is_best:
         run.state.best_validation, run.state.best_step = numbers["nll"], run.state.step
         if run.is_main:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import make_bundle
+from pipelines import import_tokens, make_bundle
 from pipelines.command_line import dispatch
 from pipelines.foreign_tokens import TokenLines, open_foreign_tokens
 from stage2_prior.prior import TokenPrior
@@ -142,7 +142,7 @@ def test_validation_of_its_own_class_names_and_images_without_a_class(tmp_path):
     assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--validation", held_out, "--class_names", names, "--out", tmp_path / "tokens") == 0
     train_reader, held_out_reader = TokenShardReader(tmp_path / "tokens/train"), TokenShardReader(tmp_path / "tokens/validation")
     assert (len(train_reader), len(held_out_reader)) == (ROWS, 9)
-    np.testing.assert_array_equal(held_out_reader.sequential(0, 9).ids_BT, IDS_NVT[:9, 0])
+    np.testing.assert_array_equal(held_out_reader.sequential(0, 9).ids_BT, IDS_NVT[:9, 0])  # the order within a shard is that of the rows
     assert held_out_reader.labels_N.tolist() == [*LABELS[:8], -1]
     assert train_reader.manifest.class_names == held_out_reader.manifest.class_names == [f"class {number}" for number in range(7)]
     assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--unlabelled", "--out", tmp_path / "plain") == 0
@@ -294,6 +294,24 @@ def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
     assert shards_of(killed) == shards_of(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("pattern", ["train/manifest.json", "train/*", "*/shard-00000[13].*", "nothing"])
+def test_an_import_of_version_0_1_0_goes_on_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
+    """It did not permute."""
+    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(import_tokens, "ORDER_SEED", None)
+        run(*call, tmp_path / "old")
+    before = shards_of(tmp_path / "old")
+    assert b"order_seed" not in before["train/manifest.json"]
+    for path in (tmp_path / "old").glob(pattern):
+        path.unlink()
+    assert run(*call, tmp_path / "old") == 0
+    assert shards_of(tmp_path / "old") == before
+    run(*call, tmp_path / "new")
+    assert TokenShardManifest.load(tmp_path / "new/train").order_seed == import_tokens.ORDER_SEED
+    assert shards_of(tmp_path / "new")["train/shard-000000.tar"] != before["train/shard-000000.tar"]
+
+
 def test_a_signal_ends_an_import_between_two_images(tmp_path, monkeypatch):
     lines_read, calls = TokenLines.read, []
 
@@ -335,7 +353,7 @@ def test_what_is_exported_and_imported_again_is_the_same(tmp_path, views):
     source = write_lines(tmp_path / "tokens.jsonl", records_of(IDS_NVT[:, :views], labels))
     run("import-tokens", source, *NAMED, "--validation", source, "--images_per_shard", 13, "--out", tmp_path / "tokens")
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "back.jsonl") == 0
-    assert (tmp_path / "back.jsonl").read_text() == source.read_text()
+    assert (tmp_path / "back.jsonl").read_text() == source.read_text(), "in the order of the rows, which the shards are not in"
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "flat.jsonl", "--one_view_a_line") == 0
     lines = [json.loads(line) for line in (tmp_path / "flat.jsonl").read_text().splitlines()]
     np.testing.assert_array_equal([line["tokens"] for line in lines], IDS_NVT[:, :views].reshape(-1, TOKENS))
@@ -376,8 +394,9 @@ def test_tokens_that_come_back_with_their_tokenizer_make_a_pipeline(tmp_path, ti
     original, imported = (TokenShardReader(folder / "train") for folder in (tiny_run / "tokens", tmp_path / "tokens"))
     assert imported.manifest.token_fingerprint == original.manifest.token_fingerprint
     assert imported.manifest.grids == original.manifest.grids
-    np.testing.assert_array_equal(imported.sequential(0, len(imported)).ids_BT, original.sequential(0, len(original)).ids_BT)
-    np.testing.assert_array_equal(imported.labels_N, original.labels_N)
+    of_imported, of_original = (reader.samples(np.argsort(reader.indices_N)) for reader in (imported, original))
+    np.testing.assert_array_equal(of_imported.ids_BT, of_original.ids_BT)
+    np.testing.assert_array_equal(of_imported.labels_B, of_original.labels_B)
     train(tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens"))
     assert make_bundle(tiny_run / "tokenizer", tmp_path / "run/prior", tmp_path / "pipeline", SamplingConfig()).is_dir()
     for option, words in (("--codebook_size", "has 32; leave it out"), ("--height", "give both")):

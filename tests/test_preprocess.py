@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +25,13 @@ from tests.test_resume import die_at
 from tests.test_two_processes import processes_with
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
 from token_shards import TokenShardManifest, TokenShardReader
+from token_shards.manifest import ORDER_SEED
+from token_shards.order import permuted_sources
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted
 from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import redo
 
 COUNT, PER_SHARD = 34, 6
 CLASSES = ["ant", "bee"]
@@ -60,13 +64,19 @@ def assert_same_files(first: Path, second: Path) -> None:
     assert [name for name in expected if expected[name] != found[name]] == []
 
 
+def training_source(photos: Path):
+    return open_splits(tiny_recipe("unused", data__source="folder", data__path=photos, data__validation_fraction=0.2).data).train
+
+
+def index_in(photos: Path, shard: int, place: int) -> int:
+    """The source index of the n-th training image of a shard."""
+    return int(sorted(permuted_sources(len(training_source(photos)), ORDER_SEED)[shard * PER_SHARD:(shard + 1) * PER_SHARD])[place])
+
+
 def corrupt(photos: Path, *places: tuple[int, int]) -> list[str]:
     """Cut the n-th training image of these shards short; returns their names."""
-    names = []
-    recipe = tiny_recipe("unused", data__source="folder", data__path=photos, data__validation_fraction=0.2)
-    source = open_splits(recipe.data).train
-    for shard, place in places:
-        names.append(source.source_name(shard * PER_SHARD + place))
+    source = training_source(photos)
+    names = [source.source_name(index_in(photos, *place)) for place in places]
     for name in names:
         path = photos / name
         path.write_bytes(path.read_bytes()[:60])
@@ -93,9 +103,12 @@ def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_r
         assert manifest.num_samples == len(source) and manifest.dataset == source.identity and not manifest.skipped
         assert [(grid.codebook_size, grid.height, grid.width, grid.depth) for grid in manifest.grids] == [(32, 4, 4, 1)]
         assert len(manifest.shards) == -(-len(source) // PER_SHARD)
-        assert reader.labels_N.tolist() == [source.label(index) for index in range(len(source))]
+        order = reader.indices_N.tolist()
+        assert sorted(order) == list(range(len(source)))
+        assert (order != sorted(order)) == (len(manifest.shards) > 1), "permuted over the shards, and rising inside each"
+        assert reader.labels_N.tolist() == [source.label(index) for index in order]
         for number, view in enumerate(expected_views[split]):
-            images_BCHW = torch.stack([tokenizer.transform(source.read(index), view) for index in range(len(source))])
+            images_BCHW = torch.stack([tokenizer.transform(source.read(index), view) for index in order])
             stored_BT = torch.from_numpy(reader.sequential(0, len(reader), number).ids_BT)
             same = stored_BT == tokenizer.encode(images_BCHW).flatten(1)
             assert same.float().mean() > 0.998, "beyond rounding at a near tie, in a batch of another shape"
@@ -117,9 +130,9 @@ def test_any_number_of_threads_decodes_the_same_rows_in_the_same_order(threads, 
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     source, views = open_splits(recipe.data).train, training_views(recipe.tokens)[:2]
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
-    batches = [range(4), range(4, 8), range(8, 9)]
+    batches = [[index_in(photos, shard, place) for place in places] for shard, places in ((0, range(4)), (1, range(4)), (2, range(1)))]
 
-    def results(threads: int, ahead: int) -> list[tuple[range, list[float], list[str | None]]]:
+    def results(threads: int, ahead: int) -> list[tuple[list[int], list[float], list[str | None]]]:
         return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
                 for batch, rows_NVCHW, reasons in module.decoded(source, batches, views, tokenizer, threads, ahead)]
 
@@ -135,6 +148,45 @@ def test_a_second_call_does_nothing_but_say_so(tiny_run, photos, tmp_path, capsy
     preprocess(recipe)
     assert "finished already" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "run/tokens").rglob("*")}
+
+
+# --- shards of version 0.1.0, which did not permute ------------------------------------------------------------------------------------
+
+
+def as_version_0_1_0_left_it(run_dir: Path) -> None:
+    """Its stage record says nothing of an order."""
+    path = RunFolder(run_dir).record("tokens")
+    record = json.loads(path.read_text())
+    del record["inputs"][module.SOURCE_ORDER]
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("lost", ["nothing", "shards", "all tokens"])
+def test_shards_that_version_0_1_0_wrote_or_began_keep_their_order(lost, tiny_run, photos, tmp_path, monkeypatch, capsys):
+    recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "ORDER_SEED", None)
+        preprocess(recipe)
+    as_version_0_1_0_left_it(tmp_path / "run")
+    before = files(tmp_path / "run")
+    assert TokenShardManifest.load(tmp_path / "run/tokens/train").order_seed is None
+    train = tmp_path / "run/tokens/train"
+    if lost == "shards":  # killed in the middle
+        path = RunFolder(tmp_path / "run").record("tokens")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+        for path in [*train.glob("manifest.json"), *train.glob("shard-00000[2-9].*"), *(tmp_path / "run/tokens/validation").iterdir()]:
+            path.unlink()
+    elif lost == "all tokens":
+        shutil.rmtree(tmp_path / "run/tokens")
+    capsys.readouterr()
+    for _ in range(2):
+        preprocess(recipe)
+        assert files(tmp_path / "run") == before
+    words = capsys.readouterr().out
+    assert words.count("begun in the order of the data set") == (lost != "nothing") and words.count("finished already") == 1 + (lost == "nothing")
+    redo(RunFolder(tmp_path / "run"), "tokens")
+    preprocess(recipe)
+    assert TokenShardManifest.load(train).order_seed == ORDER_SEED
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------------------------
@@ -169,7 +221,7 @@ def test_a_corrupt_image_is_listed_as_skipped_with_the_reason(tiny_run, photos, 
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)  # one of 28, more than data.max_unreadable = 1 %: but a single one stops nothing
     manifest = TokenShardManifest.load(tmp_path / "run/tokens/train")
-    assert [(entry["index"], entry["source"]) for entry in manifest.skipped] == [(PER_SHARD + 2, name)]
+    assert [(entry["index"], entry["source"]) for entry in manifest.skipped] == [(index_in(photos, 1, 2), name)]
     assert "truncated" in manifest.skipped[0]["reason"] or "corrupt" in manifest.skipped[0]["reason"]
     assert manifest.num_samples == manifest.num_sources - 1
     assert f"skipped {name}" in capsys.readouterr().out

@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -13,11 +15,13 @@ from safetensors.torch import load_file
 
 from pipelines.command_line import dispatch
 from stage2_prior import losses, training_start
+from stage2_prior import overfit as overfitting
 from stage2_prior import train as train_prior
 from stage2_prior.grid_attention import LONGEST, compiled_passes
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.overfit import entropy_of_choice, overfit, recipe_by_heart
 from stage2_prior.prior import TokenPrior
+from stage2_prior.token_batches import VALIDATION_CHOICE, validation_samples
 from stage2_prior.train import validate
 from stage2_prior.training_start import (
     check_first_loss,
@@ -29,8 +33,10 @@ from stage2_prior.training_start import (
 )
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import ROOT, tiny_recipe
-from token_shards import Grid, TokenShardReader
+from token_shards import Grid, TokenShardReader, TokenShardWriter, default_key
+from vqmosaic.checkpoints import read_state
 from vqmosaic.devices import make_accelerator
+from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.launch import find_accelerate_config, processes_to_start
 from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
@@ -297,7 +303,7 @@ def test_validation_with_and_without_the_class_by_hand(tiny_run, capsys):
     accelerator = make_accelerator(tiny_recipe(tiny_run).prior_training, "")
     numbers = validate(prior, reader, 16, 50, accelerator)
     accelerator.end_training()
-    tokens = reader.sequential(0, 50)
+    tokens = reader.samples(validation_samples(reader, 50))
     ids_BT, classes_B = torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
     for name, given_B in (("", classes_B), ("_without_class", None)):
         with torch.no_grad():
@@ -319,6 +325,49 @@ def test_both_validations_are_logged_and_reported_where_the_null_class_was_learn
     assert "without class" not in capsys.readouterr().out
     (record,) = records(tmp_path / "conditional", "validation")
     assert "nll" in record and not [name for name in record if "without_class" in name]
+
+
+def test_the_plan_says_how_many_classes_are_validated_on(run_dir, capsys):
+    train(run_dir, max_steps=1, validation_images=30)
+    assert "; 30 of 379 to validate on, 10 of 10 classes\n" in capsys.readouterr().out
+
+
+def write_by_class(tokens: Path) -> None:
+    """The run's training tokens in small shards, class by class and not permuted, as version 0.1.0 stored a folder of classes."""
+    reader = TokenShardReader(tokens / "train")
+    of_all = reader.samples(np.argsort(reader.labels_N, kind="stable"))
+    header = dataclasses.replace(reader.manifest.header, order_seed=None, images_per_shard=40, num_sources=len(reader))
+    shutil.rmtree(tokens / "train")
+    writer = TokenShardWriter(tokens / "train", header)
+    for number in range(writer.num_shards):
+        with writer.shard(number) as shard:
+            for index in header.source_indices(number):
+                shard.add(index=index, key=default_key(index), source=str(index), label=int(of_all.labels_B[index]),
+                          ids={"image": of_all.ids_BT[index:index + 1]})
+    writer.finish()
+
+
+def test_training_on_shards_that_are_stored_by_class_warns(run_dir, capsys):
+    train(run_dir, max_steps=1)
+    assert "warning" not in capsys.readouterr().out
+    write_by_class(run_dir / "tokens")
+    train(run_dir.with_name("other"), max_steps=1, tokens=run_dir / "tokens", window_shards=3)
+    assert "warning: a batch of 16 holds " in capsys.readouterr().out
+
+
+def test_the_best_of_other_validation_images_is_not_compared_with(run_dir, capsys):
+    """Version 0.1.0 validated on the first images, whose NLL says nothing of the NLL of the chosen ones."""
+    checkpoint = train(run_dir, max_steps=3)
+    state = read_state(checkpoint) | {"best_validation": 0.5, "best_step": 1}
+    assert state.pop("validation_choice") == VALIDATION_CHOICE
+    write_json(checkpoint / "trainer_state.json", state)
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
+    path = checkpoint / "trainer_state.json"
+    write_json(checkpoint / "checksums.json", checksums | {path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)}})
+    capsys.readouterr()
+    train(run_dir)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "step 6: NLL" in line)
+    assert line.endswith("the best so far")
 
 
 # --- learning by heart ---------------------------------------------------------------------------------------------------------------
@@ -354,6 +403,15 @@ def test_overfit_proves_a_set_up_and_touches_nothing_of_the_run(tiny_run, capsys
     assert losses[0] == pytest.approx(math.log(32), abs=0.1) and losses[-1] < 0.3 and losses == sorted(losses, reverse=True)
     assert "learnt by heart after" in words
     assert contents(tiny_run) == before
+
+
+def test_overfit_takes_images_of_several_classes_from_shards_that_are_stored_by_class(tiny_run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(tiny_run / "tokens", tmp_path / "tokens")
+    write_by_class(tmp_path / "tokens")
+    seen = []
+    monkeypatch.setattr(overfitting, "entropy_of_choice", lambda ids, classes: seen.append(set(classes)) or 0.0)
+    overfit(tiny_recipe(tiny_run, prior_training__tokens=tmp_path / "tokens"), 16, max_minutes=1e-3)
+    assert len(seen[0]) >= 5, "of ten"
 
 
 @pytest.mark.parametrize("changes", [{"prior_training__learning_rate": 1e-9}, {"prior_training__z_loss": 1e4}], ids=["rate", "z-loss"])

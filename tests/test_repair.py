@@ -14,6 +14,7 @@ from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.image_sources import open_splits
 from tests.tiny import command, tiny_recipe
+from token_shards import TokenShardManifest
 from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
@@ -58,12 +59,12 @@ def written_at(run: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture
-def encoded_sources(monkeypatch) -> list[range]:
-    """The ranges of sources that are encoded while the test runs."""
+def encoded_sources(monkeypatch) -> list[list[int]]:
+    """The sources of each shard that is encoded while the test runs."""
     original, seen = module.encoded, []
 
     def encoded(source, indices, *others):
-        seen.append(indices)
+        seen.append(list(indices))
         return original(source, indices, *others)
 
     monkeypatch.setattr(module, "encoded", encoded)
@@ -122,8 +123,8 @@ def test_one_damage_is_repaired_and_nothing_else_is_written(damage, run, written
     before = {name: place for name, place in before.items() if written_at(run).get(name) == place}
     assert audit_run(run) == 1
     assert audit_run(run, repair=True) == 0
-    assert shards == 7 and encoded_sources == [range(index * PER_SHARD, (index + 1) * PER_SHARD) if index < 6 else encoded_sources[-1]
-                                               for index in broken]
+    header = TokenShardManifest.load(run / "tokens/train").header
+    assert shards == 7 and encoded_sources == [header.source_indices(index) for index in broken]
     assert_repaired(run, written[0], {f"train/shard-{index:06d}" for index in broken}, before)
     assert f"repaired: {len(broken)} shards" in capsys.readouterr().out
 
@@ -149,7 +150,7 @@ def test_one_split_can_be_repaired_alone_and_a_whole_one_is_left_alone(run, writ
     flip_byte(run / "tokens/validation/shard-000000.tar")
     flip_byte(run / "tokens/train/shard-000000.tar")
     assert audit_run(run / "tokens/validation", repair=True) == 0
-    assert encoded_sources == [range(PER_SHARD)]
+    assert encoded_sources == [TokenShardManifest.load(run / "tokens/validation").source_indices(0)]
     assert audit_run(run) == 1, "the other split was not asked for"
 
 
@@ -157,6 +158,33 @@ def test_what_is_still_wrong_after_the_repair_decides_the_exit_code(run, capsys)
     (run / "tokens/train/shard-000099.tar").mkdir()  # a folder, which a repair does not delete
     assert audit_run(run, repair=True) == 1
     assert "shard-000099.tar: lies in the folder" in capsys.readouterr().out
+
+
+def lose_a_shard(tokens: Path) -> None:
+    (tokens / "train/shard-000002.tar").unlink()
+
+
+def lose_a_manifest_and_a_shard(tokens: Path) -> None:
+    (tokens / "train/manifest.json").unlink()
+    (tokens / "train/shard-000002.json").unlink()
+
+
+def lose_sidecars(tokens: Path) -> None:
+    for path in (tokens / "train").glob("shard-*.json"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("lose", [lose_a_shard, lose_a_manifest_and_a_shard, lose_sidecars, lambda tokens: shutil.rmtree(tokens / "train")],
+                         ids=["shard", "manifest and shard", "sidecars", "split"])
+def test_shards_of_version_0_1_0_are_repaired_in_their_own_order(lose, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "ORDER_SEED", None)
+        preprocess(recipe_in(run, f"--run_dir={tmp_path / 'old'}"))
+    before = content(tmp_path / "old")
+    assert b"order_seed" not in before["tokens/train/manifest.json"]
+    lose(tmp_path / "old/tokens")
+    assert audit_run(tmp_path / "old", recipe_in(run), repair=True) == 0
+    assert content(tmp_path / "old") == before
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------------------------
@@ -215,7 +243,8 @@ def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, 
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     recipe = recipe_in(run, f"--data.path={photos}", f"--run_dir={tmp_path / 'own'}")
     preprocess(recipe)
-    changed = photos / open_splits(recipe.data).train.source_name(PER_SHARD)
+    second_shard = TokenShardManifest.load(tmp_path / "own/tokens/train").source_indices(1)
+    changed = photos / open_splits(recipe.data).train.source_name(second_shard[0])
     size = changed.stat().st_size
     Image.new("L", (24, 20), 255).save(changed)
     changed.write_bytes(changed.read_bytes().ljust(size, b"\0"))

@@ -316,6 +316,8 @@ def test_classes_come_in_the_proportions_of_the_data():
     assert class_counts(None, None, 7) == (None, "without classes")
     for images in range(2, 60):
         assert sum(class_counts(names, Labelled([0] * 7 + [1] * 5 + [2] * 3), images)[0]) == images
+    few, _ = class_counts([str(number) for number in range(1000)], None, 100)
+    assert sum(few) == 100 and max(few) == 1 and 25 < sum(few[:500]) < 75, "fewer images than classes: not those of the first classes"
 
 
 # --- going on ----------------------------------------------------------------------------------------------------------------

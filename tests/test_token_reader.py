@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     writer = TokenShardWriter(folder, HEADER)
     for number in range(writer.num_shards):
         with writer.shard(number) as shard:
-            for index in HEADER.source_range(number):
+            for index in HEADER.source_indices(number):
                 shard.add(index=index, key=default_key(index), source=f"{index}.png", label=index % 3, ids=ids_of(index, HEADER))
     writer.finish()
     return folder

@@ -58,7 +58,7 @@ def ids_of(index, header):
 
 def write_shard(writer, shard_index, stop_before=None):
     with writer.shard(shard_index) as shard:
-        for index in writer.header.source_range(shard_index):
+        for index in writer.header.source_indices(shard_index):
             if index == stop_before:
                 raise RuntimeError("interrupted")
             if index in UNREADABLE:
@@ -221,7 +221,7 @@ def test_finish_removes_shards_of_an_earlier_longer_set(damaged):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"index": 10}, "outside its range 0..9"),
+    ({"index": 10}, "source index 10 belongs to another shard"),
     ({"index": 1}, "exactly once"),
     ({"key": "a.b"}, "no dots"),
     ({"key": "__a__"}, "letter or digit first"),

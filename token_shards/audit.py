@@ -149,9 +149,8 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
     problems += _listed(broken)
     if len(samples) != entry.count:
         problems.append(f"{name}: {len(samples)} samples can be read, the manifest says {entry.count}.")
-    sources = header.source_range(shard_index)
-    problems += _listed([f"{sample}: source index {sample.index} belongs to another shard; "
-                         f"this one holds {sources.start} to {sources.stop - 1}." for sample in samples if sample.index not in sources])
+    sources = frozenset(header.source_indices(shard_index))
+    problems += _listed([f"{sample}: source index {sample.index} belongs to another shard." for sample in samples if sample.index not in sources])
     if sidecar is not None:
         of_shard = [record for record in skipped if record["index"] in sources]
         problems += _listed(_sidecar_problems(folder, entry, sidecar, samples, of_shard, header_fingerprint)) + _listed(offsets)
@@ -242,11 +241,11 @@ def _audit_sources(manifest: TokenShardManifest, samples: list[_Sample]) -> list
     if len(skipped) < len(manifest.skipped):
         problems.append(f"{MANIFEST_NAME} names {len(manifest.skipped) - len(skipped)} skipped sources twice.")
     for shard_index in range(manifest.num_shards):
-        absent = [index for index in manifest.source_range(shard_index) if index not in by_index and index not in skipped]
+        absent = [index for index in manifest.source_indices(shard_index) if index not in by_index and index not in skipped]
         problems += _listed([f"{shard_name(shard_index)}: source index {index} is neither stored nor named as skipped."
                              for index in absent])
     digest = hashlib.sha256()
-    for sample in sorted(samples, key=lambda sample: sample.index):
+    for sample in samples:  # in stored order
         digest.update(source_line(sample.index, sample.key, sample.source, sample.label))
     if digest.hexdigest() != manifest.sources_sha256:
         problems.append(f"{MANIFEST_NAME}: sources_sha256 is {manifest.sources_sha256}, the stored samples give {digest.hexdigest()}: "

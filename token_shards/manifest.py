@@ -4,18 +4,22 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from token_shards.order import permuted_sources
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name, check_range
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+ORDER_SEED = 0
+"""The order_seed of every set of shards that this program writes. The training stream has a seed of its own."""
 
 
 def shard_name(shard_index: int) -> str:
@@ -92,9 +96,12 @@ class ShardSetHeader:
     encoding: dict
     """What else the bytes depend on, such as {"threads": 2, "batch_size": 64}."""
     images_per_shard: int
-    """Source images in one shard, n: shard s holds the sources [s*n, (s+1)*n)."""
+    """Source images in one shard, n: shard s holds those at the places [s*n, (s+1)*n) of the order that order_seed gives."""
     num_sources: int
     """Source images of the split, readable or not."""
+    order_seed: int | None = None
+    """Seed of the permutation of the sources before they are cut into shards, so that each shard holds a random part of the data set.
+    None: not permuted, as in sets that version 0.1.0 wrote."""
     schema_version: int = SCHEMA_VERSION
     """Version of this record and of the shards' layout."""
 
@@ -102,6 +109,8 @@ class ShardSetHeader:
         check_name("split", self.split, SPLITS)
         check_range("images_per_shard", self.images_per_shard, at_least=1)
         check_range("num_sources", self.num_sources, at_least=1)
+        if self.order_seed is not None:
+            check_range("order_seed", self.order_seed, at_least=0)
         names = [grid.name for grid in self.grids]
         if not names or len(set(names)) < len(names):
             raise InputError(f"The grids are named {names}; there must be at least one, and no two of the same name.")
@@ -119,14 +128,28 @@ class ShardSetHeader:
         return -(-self.num_sources // self.images_per_shard)
 
     def source_range(self, shard_index: int) -> range:
-        """The source indices of a shard."""
+        """The places of a shard's sources in the order that order_seed gives; without one they are the source indices themselves."""
         first = shard_index * self.images_per_shard
         return range(first, min(first + self.images_per_shard, self.num_sources))
+
+    def source_indices(self, shard_index: int) -> Sequence[int]:
+        """The source indices of a shard, in rising order: it stores its sources so, and a data set that lies in order is read forwards."""
+        places = self.source_range(shard_index)
+        if self.order_seed is None:
+            return places
+        return np.sort(permuted_sources(self.num_sources, self.order_seed)[places.start:places.stop]).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON content. An order_seed of None is left out: older versions wrote no such field."""
+        content = dataclasses.asdict(self)
+        if self.order_seed is None:
+            del content["order_seed"]
+        return content
 
     @property
     def fingerprint(self) -> str:
         """Hex sha256 of the record's canonical JSON."""
-        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -139,7 +162,7 @@ class TokenShardManifest(ShardSetHeader):
     skipped: list[dict]
     """The others: {"index", "source", "reason"}, in index order."""
     sources_sha256: str
-    """Digest over one line `index\\tkey\\tsource\\tlabel` for each stored sample, in index order."""
+    """Digest over one line `index\\tkey\\tsource\\tlabel` for each stored sample, in stored order."""
     shards: list[ShardEntry]
     """The shards, in order."""
 
@@ -166,7 +189,7 @@ class TokenShardManifest(ShardSetHeader):
     def save(self, folder: str | Path) -> None:
         """Write manifest.json, which makes the folder complete; every shard must be in place already."""
         # ASCII escapes, because a file name that is not valid UTF-8 is a text that cannot be encoded as it is
-        text = json.dumps(dataclasses.asdict(self), indent=2)
+        text = json.dumps(self.to_dict(), indent=2)
         write_bytes(Path(folder) / MANIFEST_NAME, (text + "\n").encode())
 
     @classmethod
@@ -198,7 +221,7 @@ class TokenShardManifest(ShardSetHeader):
             raise InputError(f"{path} has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}. "
                              "Update vqmosaic or run its `vqmosaic preprocess` again.")
         known = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys())
+        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys() - {"order_seed"})
         if unknown or missing:
             raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: unknown fields: {', '.join(unknown) or 'none'}; "
                              f"missing fields: {', '.join(missing) or 'none'}.")

@@ -1,5 +1,6 @@
 """The order of the training stream, as arithmetic: any position can be asked for, so a resumed run needs nothing but its step."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -7,10 +8,19 @@ from typing import Any
 import numpy as np
 
 from vqmosaic.errors import check_range
-from vqmosaic.seeding import permutation
+from vqmosaic.seeding import hashes, permutation
 
 KEPT_EPOCHS = 2
 KEPT_WINDOWS = 4
+
+
+@functools.lru_cache(maxsize=2)
+def permuted_sources(num_sources: int, order_seed: int) -> np.ndarray:
+    """The source index (N,) at each place of the order in which sources are cut into shards, int64.
+
+    Shards on disk rely on it, so it must be the same in every version of this package and of numpy.
+    """
+    return np.argsort(hashes(np.arange(num_sources), "source order", order_seed), kind="stable")
 
 
 def recall(kept: OrderedDict, key: Hashable, limit: int, make: Callable[[], Any]) -> Any:
@@ -29,7 +39,8 @@ class EpochOrder:
     The stream is the concatenation of epochs of N samples: position p is the place p % N of epoch p // N. In epoch e the
     shards are permuted by f(seed, e) and cut into windows of at most `window_shards` shards, as even as can be; inside window
     w the samples are permuted by f(seed, e, w). So each epoch is a permutation, a reader has one window of shards (two where
-    windows meet) in use at a time, and seeking costs the permutation of the windows it lands in.
+    windows meet) in use at a time, and seeking costs the permutation of the windows it lands in. Only samples of
+    one window are shuffled together, so classes mix only where each shard holds a random part of the data set (`ShardSetHeader.order_seed`).
     """
 
     def __init__(self, counts_per_shard: Sequence[int], seed: int, window_shards: int):

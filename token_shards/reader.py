@@ -1,4 +1,4 @@
-"""Reading token shards: any position of the training stream, or stored order for validation, straight from mapped tar files."""
+"""Reading token shards: any position of the training stream, or samples by number for validation, straight from mapped tar files."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, TokenShardMan
 from token_shards.order import EpochOrder, recall
 from token_shards.sidecar import ShardSidecar, sidecar_path
 from vqmosaic.errors import InputError, check_range
-from vqmosaic.seeding import derive_seed
+from vqmosaic.seeding import hashes
 
 MOST_OPEN_MAPS = 256  # each holds a file descriptor, of which a process has 1,024 by default
 REMEDY = "`vqmosaic audit --repair` rewrites what is damaged; tokens that were imported are imported again."
@@ -27,6 +27,8 @@ class ShardIndex:
 
     labels_n: np.ndarray
     """int64; -1 where there is none."""
+    indices_n: np.ndarray
+    """int64; the source index of each sample."""
     first_ids_n: list[np.ndarray]
     """For each grid, int64: where the ids of each sample begin in the tar, counted in ids of the grid's dtype."""
 
@@ -40,7 +42,7 @@ class TokenBatch:
     labels_B: np.ndarray
     """int64; -1 where there is none."""
     epochs_B: np.ndarray
-    """int64; the epoch of each position (0 for `sequential`)."""
+    """int64; the epoch of each position (0 for `samples` and `sequential`)."""
     samples_B: np.ndarray
     """int64; the number of the sample in the split's stored order, the same in every epoch."""
     views_B: np.ndarray
@@ -58,12 +60,7 @@ def stored_views(seed: int, epochs_B: np.ndarray, samples_B: np.ndarray, num_vie
     rounds_B = epochs_B // num_views
     for number in np.unique(rounds_B).tolist():
         chosen = rounds_B == number
-        # the finalizer of splitmix64 (Steele et al. 2014): a hash of the sample number for a whole batch at once
-        hashed = samples_B[chosen].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive_seed("view", seed, number))
-        hashed = (hashed ^ (hashed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        hashed ^= hashed >> np.uint64(31)
-        views_B[chosen] = (hashed % np.uint64(num_views)).astype(np.int64)
+        views_B[chosen] = (hashes(samples_B[chosen], "view", seed, number) % np.uint64(num_views)).astype(np.int64)
     return (views_B + epochs_B) % num_views
 
 
@@ -91,6 +88,7 @@ class TokenShardReader:
         if self.manifest.num_samples == 0:
             raise InputError(f"{self.folder} holds no samples: all {self.manifest.num_sources} sources were skipped; "
                              f"{MANIFEST_NAME} says why.")
+        self.window_shards = window_shards
         self.order = EpochOrder([shard.count for shard in self.manifest.shards], self.seed, window_shards)
         self._starts_S = np.cumsum(self.order.counts_S) - self.order.counts_S
         self._steps_T = [np.arange(grid.num_tokens) for grid in self.manifest.grids]
@@ -114,10 +112,21 @@ class TokenShardReader:
         """Ids of one sample, T."""
         return self.manifest.num_tokens
 
-    @functools.cached_property
+    @property
     def labels_N(self) -> np.ndarray:
         """The label (N,) of every sample in stored order, int64, -1 where there is none; reads every sidecar once."""
-        return np.concatenate([self._read_index(shard).labels_n for shard in range(len(self.manifest.shards))])
+        return self._labels_and_indices[0]
+
+    @property
+    def indices_N(self) -> np.ndarray:
+        """The source index (N,) of every sample in stored order, int64; reads every sidecar once."""
+        return self._labels_and_indices[1]
+
+    @functools.cached_property
+    def _labels_and_indices(self) -> tuple[np.ndarray, np.ndarray]:
+        read = [(index.labels_n, index.indices_n) for index in map(self._read_index, range(len(self.manifest.shards)))]
+        labels, indices = zip(*read, strict=True)
+        return np.concatenate(labels), np.concatenate(indices)
 
     def read(self, positions: Sequence[int] | np.ndarray) -> TokenBatch:
         """The samples at these positions of the training stream, each in the view of its epoch.
@@ -133,8 +142,15 @@ class TokenShardReader:
         """The samples start .. stop - 1 in stored order, all in the same view. Raises ValueError for numbers out of range."""
         check_range("start", start, at_least=0, at_most=len(self))
         check_range("stop", stop, at_least=start, at_most=len(self))
+        return self.samples(np.arange(start, stop, dtype=np.int64), view)
+
+    def samples(self, numbers: Sequence[int] | np.ndarray, view: int = 0) -> TokenBatch:
+        """The samples with these numbers in stored order, all in the same view. Raises ValueError for numbers out of range."""
         check_range("view", view, at_least=0, below=len(self.manifest.views))
-        samples_B = np.arange(start, stop, dtype=np.int64)
+        samples_B = np.asarray(numbers, dtype=np.int64)
+        if len(samples_B):
+            check_range("the smallest sample number", int(samples_B.min()), at_least=0)
+            check_range("the largest sample number", int(samples_B.max()), below=len(self))
         shards_B = np.searchsorted(self._starts_S, samples_B, side="right") - 1
         return self._gather(shards_B, samples_B, np.zeros_like(samples_B), np.full_like(samples_B, view))
 
@@ -212,7 +228,8 @@ class TokenShardReader:
             if len(offsets_n) != entry.count or ((offsets_n < 0) | (offsets_n > last) | (offsets_n % grid.dtype.itemsize > 0)).any():
                 raise InputError(f"{path}: its offsets of grid {grid.name!r} do not fit into {entry.name}. {REMEDY}")
             first_ids_n.append(offsets_n // grid.dtype.itemsize)
-        return ShardIndex(np.array([-1 if label is None else label for label in sidecar.labels], dtype=np.int64), first_ids_n)
+        labels_n = np.array([-1 if label is None else label for label in sidecar.labels], dtype=np.int64)
+        return ShardIndex(labels_n, np.array(sidecar.indices, dtype=np.int64), first_ids_n)
 
     def _refuse_ids(self, shard: int, sample: int, grid: Grid, ids_T: np.ndarray) -> None:
         name = self.manifest.shards[shard].name

@@ -35,7 +35,7 @@ class ShardSidecar:
     header_fingerprint: str
     """Of the header it was written for; with another header the shard is written again."""
     skipped: list[dict]
-    """Sources of its range that are not stored: {"index", "source", "reason"}, in index order."""
+    """Sources of the shard that are not stored: {"index", "source", "reason"}, in index order."""
     keys: list[str]
     """Key of each sample."""
     indices: list[int]

@@ -1,5 +1,6 @@
 """Writing token shards: each shard whole or absent, the same bytes whoever writes it, the manifest last."""
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -7,8 +8,8 @@ import json
 import operator
 import re
 import tarfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ def default_key(index: int) -> str:
 
 
 class ShardInProgress:
-    """One shard while it is written; add or skip each source of its range, those added in index order."""
+    """One shard while it is written; add or skip each of its sources, those added in index order."""
 
-    def __init__(self, tar: tarfile.TarFile, header: ShardSetHeader, name: str, sources: range):
-        self._tar, self._header, self.name, self._range = tar, header, name, sources
+    def __init__(self, tar: tarfile.TarFile, header: ShardSetHeader, name: str, sources: Sequence[int]):
+        self._tar, self._header, self.name, self._indices = tar, header, name, frozenset(sources)
         self.keys: list[str] = []
         self.indices: list[int] = []
         self.labels: list[int | None] = []
@@ -75,16 +76,16 @@ class ShardInProgress:
         return [self._skipped[index] for index in sorted(self._skipped)]
 
     def check_complete(self) -> None:
-        """Raise ValueError unless each source of the range was added or skipped."""
-        open_indices = sorted(set(self._range).difference(self.indices, self._skipped))
+        """Raise ValueError unless each source of the shard was added or skipped."""
+        open_indices = sorted(self._indices.difference(self.indices, self._skipped))
         if open_indices:
-            raise ValueError(f"{self.name}: {len(open_indices)} of the {len(self._range)} source indices were neither added nor skipped, "
+            raise ValueError(f"{self.name}: {len(open_indices)} of the {len(self._indices)} source indices were neither added nor skipped, "
                              f"the first is {open_indices[0]}.")
 
     def _check_index(self, index: int) -> int:
         index = operator.index(index)
-        if index not in self._range:
-            raise ValueError(f"{self.name}: source index {index} is outside its range {self._range.start}..{self._range.stop - 1}.")
+        if index not in self._indices:
+            raise ValueError(f"{self.name}: source index {index} belongs to another shard; `ShardSetHeader.source_indices` gives those of this one.")
         if index in self._skipped or (self.indices and index <= self.indices[-1] and index in self.indices):
             raise ValueError(f"{self.name}: source index {index} was added or skipped before; each must come exactly once.")
         return index
@@ -155,6 +156,26 @@ def _tar_header_parts(size: int) -> tuple[int, bytes, bytes]:
     return int(header[148:154], 8), header[100:148], header[154:]
 
 
+def headers_as_written(headers: Mapping[Path, ShardSetHeader]) -> dict[Path, ShardSetHeader]:
+    """The headers (by folder) with the order of sources in which shards of theirs were written that lie there already.
+
+    Sets of version 0.1.0 are not permuted: what is missing or broken in them has to be written in their own order. The splits of a data
+    set have one order, so one split can tell it for the other. Where nothing tells, the headers come back as they are.
+    """
+    permuted = unpermuted = 0
+    for folder, header in headers.items():
+        by_index = dataclasses.replace(header, order_seed=None)
+        fingerprints = (header.fingerprint, by_index.fingerprint)
+        for name in map(shard_name, range(header.num_shards)):
+            with suppress(InputError):
+                found = ShardSidecar.load(folder, name).header_fingerprint
+                permuted, unpermuted = permuted + (found == fingerprints[0]), unpermuted + (found == fingerprints[1])
+        with suppress(InputError):
+            seed = TokenShardManifest.load(folder).order_seed
+            permuted, unpermuted = permuted + (seed == header.order_seed), unpermuted + (seed is None)
+    return {folder: dataclasses.replace(header, order_seed=None) if unpermuted > permuted else header for folder, header in headers.items()}
+
+
 class TokenShardWriter:
     """Writes the shards of one folder. Any number of processes may write different shards of it at the same time.
 
@@ -162,7 +183,7 @@ class TokenShardWriter:
         for s in range(rank, writer.num_shards, ranks):
             if not writer.is_complete(s):
                 with writer.shard(s) as shard:
-                    for index in header.source_range(s): shard.add(...) or shard.skip(...)
+                    for index in header.source_indices(s): shard.add(...) or shard.skip(...)
         wait for all ranks, then one of them: manifest = writer.finish()
     """
 
@@ -202,7 +223,7 @@ class TokenShardWriter:
         """A shard to add to; it is published when the block ends, and not at all when the block raises or the process dies.
 
         The manifest goes, since it no longer says what lies in the folder; with `keep_manifest` it stays, for the repair of what it speaks of.
-        Raises ValueError when a source of its range was neither added nor skipped, and InputError when `allowed_sha256` is given and the
+        Raises ValueError when one of its sources was neither added nor skipped, and InputError when `allowed_sha256` is given and the
         tar has none of these digests.
         """
         if not 0 <= shard_index < self.num_shards:
@@ -211,7 +232,7 @@ class TokenShardWriter:
         partial = temporary_sibling(path)
         try:
             with open(partial, "wb", buffering=WRITE_BUFFER) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                shard = ShardInProgress(tar, self.header, path.name, self.header.source_range(shard_index))
+                shard = ShardInProgress(tar, self.header, path.name, self.header.source_indices(shard_index))
                 yield shard
                 shard.check_complete()
             digest = sha256_of_file(partial)
@@ -252,6 +273,7 @@ class TokenShardWriter:
             skipped += sidecar.skipped
             entries.append(ShardEntry(name=sidecar.shard, count=sidecar.count, size=sidecar.size, sha256=sidecar.sha256,
                                       sidecar_sha256=sha256_of_file(sidecar_path(self.folder, sidecar.shard))))
+        skipped.sort(key=lambda record: record["index"])
         known = {name: getattr(self.header, name) for name in self.header.__dataclass_fields__}
         manifest = TokenShardManifest(**known, num_samples=len(keys), skipped=skipped, sources_sha256=digest.hexdigest(), shards=entries)
         manifest.save(self.folder)

@@ -25,6 +25,17 @@ def permutation(size: int, *parts: int | str) -> np.ndarray:
     return generator(*parts).permutation(size)
 
 
+def hashes(numbers_N: np.ndarray, *parts: int | str) -> np.ndarray:
+    """A uint64 hash (N,) of each number, for exactly these parts: different numbers have different hashes.
+
+    The finalizer of splitmix64 (Steele et al. 2014) over a whole array at once. Unlike numpy's generators it never changes with a version.
+    """
+    hashed_N = numbers_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive_seed(*parts))
+    hashed_N = (hashed_N ^ (hashed_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashed_N = (hashed_N ^ (hashed_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashed_N ^ (hashed_N >> np.uint64(31))
+
+
 def image_seeds(seed: int, count: int) -> list[int]:
     """seeds[i] = f(seed, i): the seed of the i-th image of a request, whatever the batch size or the number of ranks.
 

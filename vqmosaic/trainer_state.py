@@ -21,6 +21,8 @@ class TrainerState:
     """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
     best_step: int = 0
     best_validation: float = float("inf")
+    validation_choice: int = 0
+    """Which rule chose the images that best_validation was measured on; 0 is that of version 0.1.0 (the prior's: stage2_prior/token_batches.py)."""
     guard: dict[str, float] = field(default_factory=dict)
     """What the guard over an adversarial training has counted (stage1_tokenizer/guard.py)."""
     processes: int = 1
