@@ -1,5 +1,6 @@
 """The transformers causal language model inside a prior, stock or our own: made from a recipe, or loaded strictly from a folder."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -20,6 +21,8 @@ from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
 from stage2_prior.grid_transformer import GridTransformer, embeddings_and_feed_forward
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.exported_weights import exportable_weights, unwrapped
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import PriorConfig
 from vqmosaic.seeding import derive_seed
 
@@ -170,8 +173,35 @@ def generation_config(vocabulary: Vocabulary) -> GenerationConfig:
                             suppress_tokens=vocabulary.suppressed_ids, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
+def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The model to be saved: one that is made from the configuration, as loading will make it, with the weights of `model` in float32 on the CPU.
+
+    Raises InputError for a model that its configuration does not give back: see `exportable_weights`.
+    """
+    model, what = unwrapped(model), "this prior"
+    config = copy.deepcopy(getattr(model, "config", None))
+    if not isinstance(config, PreTrainedConfig) or getattr(config, "quantization_config", None) is not None:
+        reason = "it is quantized" if isinstance(config, PreTrainedConfig) else f"a {type(model).__name__} has no configuration of transformers"
+        raise InputError(f"{what} cannot be saved, since the file could not be loaded again: {reason}. Save the float32 model that it was made from.")
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = exportable_weights(model, fresh, what)
+    if not isinstance(model, type(fresh)):
+        raise InputError(f"{what} cannot be saved: its model is a {type(model).__name__}, and its configuration would be loaded as a "
+                         f"{type(fresh).__name__}.")
+    weights = {name: tensor.float().cpu().contiguous() if tensor.is_floating_point() else tensor.cpu() for name, tensor in weights.items()}
+    fresh.load_state_dict(weights, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = generation_config(vocabulary)
+    return fresh
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder in evaluation mode. Raises InputError unless its weights are exactly those of its configuration."""
+    check_readable(folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would load it without a word, where peft is installed
+        raise InputError(f"{folder} holds an adapter (adapter_config.json), which is no part of a prior. Merge it (peft: merge_and_unload) and save "
+                         "the prior again, or remove the file.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder / 'config.json'} is missing; {folder} is not the complete folder of a prior.")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
