@@ -10,6 +10,7 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
+from vqmosaic.permissions import check_readable
 from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
@@ -162,15 +163,13 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import check_sampling_fits, class_indices, find_pipeline, labels_from_text, read_bundle, usable_device
+    from pipelines.bundle import check_given_sampling, class_indices, find_pipeline, labels_from_text, read_bundle, usable_device
     from pipelines.stage_checks import check_can_write
-    from pipelines.stage_inputs import read_vocabulary
-    from vqmosaic.recipe_sections import SamplingConfig
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
-    check_sampling_fits(SamplingConfig(**{**content["sampling"], **given_sampling(options)}), read_vocabulary(folder / "prior"), folder / "prior")
+    check_given_sampling(folder, content, given_sampling(options))
     check_can_write("--out", options.out)
     names = content["class_names"]
     labels = None
@@ -229,6 +228,7 @@ def check_image(path: Path) -> None:
     """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
     from PIL import Image
 
+    check_readable(path)
     if not path.is_file():
         what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
         nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, usable_device
+from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from stage1_tokenizer.images import as_batch, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.precision import largest_logit_difference
@@ -69,7 +69,7 @@ class ImageGenerationPipeline:
         tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
         prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
         check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
-        return cls(tokenizer, prior, SamplingConfig(**content["sampling"]), folder)
+        return cls(tokenizer, prior, recommended_sampling(folder, content), folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline as it was loaded to another folder, with the recommended settings as they are now."""

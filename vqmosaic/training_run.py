@@ -147,7 +147,7 @@ class TrainingRun:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
         if checkpoint is None:
             return
-        saved = TrainerState(**read_state(checkpoint))
+        saved = read_state(checkpoint, TrainerState)
         if saved.processes != self.world_size:
             raise InputError(f"{checkpoint} was written by {saved.processes} processes, now there are {self.world_size}; "
                              f"go on with --processes {saved.processes}.")
