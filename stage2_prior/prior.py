@@ -77,8 +77,9 @@ class TokenPrior(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, generation_config.json, model.safetensors (float32), digests.json and vocabulary.json.
 
-        The last file completes the folder. Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper. Raises InputError, before anything is written,
-        where the weights are not those of the configuration (adapters, quantized or offloaded parts), so that the folder could not be loaded again.
+        The last file completes the folder. Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper.
+        Raises InputError, before anything is written, where the weights are not those of the configuration (adapters, quantized or offloaded
+        parts), so that the folder could not be loaded again.
         """
         folder, model = Path(folder), exportable_causal_lm(self.model, self.vocabulary)
         folder.mkdir(parents=True, exist_ok=True)
