@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = "vqmosaic.pipeline"
 FORMAT_VERSION = 1
-FIELDS = ("format", "format_version", VERSION_FIELD, "class_names", "token_fingerprint", "sampling")
+FIELDS = ("format", "format_version", "class_names", "token_fingerprint", "sampling")
 
 
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
@@ -170,7 +170,7 @@ def read_bundle(folder: Path) -> dict:
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}; "
                          f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
-    check_fields(content, (*FIELDS, "sweep"), str(path), written_by(content), FIELDS)
+    check_fields(content, (*FIELDS, VERSION_FIELD, "sweep"), str(path), written_by(content), FIELDS)
     vocabulary = read_vocabulary(folder / "prior")
     for name in ("class_names", "token_fingerprint"):
         if content[name] != vocabulary.get(name):

@@ -16,7 +16,7 @@ from vqmosaic.permissions import check_readable
 DIGESTS_NAME = "digests.json"
 FORMAT = "vqmosaic.prior_digests"
 FORMAT_VERSION = 1
-FIELDS = ("format", "format_version", VERSION_FIELD, "files")
+FIELDS = ("format", "format_version", "files")
 COVERED = ("config.json", "generation_config.json", "vocabulary.json", "*.safetensors", "*.safetensors.index.json")
 """What decides what a prior draws: its configuration, the meaning of its ids, and its weights in one file or in several."""
 
@@ -45,7 +45,7 @@ def check_digests(folder: Path) -> None:
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}; this vqmosaic reads "
                          f"{FORMAT!r} version {FORMAT_VERSION}.{version_hint(version)}")
-    check_fields(content, FIELDS, str(path), version, FIELDS)
+    check_fields(content, (*FIELDS, VERSION_FIELD), str(path), version, FIELDS)
     recorded, found = content["files"], digests_of(folder)
     faults = {"changed": [name for name in recorded if found.get(name, recorded[name]) != recorded[name]],
               "missing": sorted(recorded.keys() - found.keys()), "added": sorted(found.keys() - recorded.keys())}

@@ -82,6 +82,8 @@ class TokenPrior(nn.Module):
         parts), so that the folder could not be loaded again.
         """
         folder, model = Path(folder), exportable_causal_lm(self.model, self.vocabulary)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give the path of a folder for the prior.")
         folder.mkdir(parents=True, exist_ok=True)
         partial = temporary_sibling(folder / "checkpoint")
         shutil.rmtree(partial, ignore_errors=True)

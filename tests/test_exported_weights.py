@@ -234,6 +234,20 @@ def test_a_pipeline_is_saved_without_wrappers_or_not_at_all(tmp_path, tiny_run):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_that_was_trained_further_is_saved_with_its_new_weights(tmp_path, tiny_run, dtype):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=dtype)
+    pipe.save_pretrained(tmp_path / "unchanged")
+    for part in ("prior", "tokenizer"):
+        path = f"pipeline/{part}/model.safetensors"
+        assert (tmp_path / "unchanged" / part / "model.safetensors").read_bytes() == (tiny_run / path).read_bytes(), "in float32, as exported"
+    with torch.no_grad():
+        pipe.prior.model.get_input_embeddings().weight.mul_(2)
+    pipe.save_pretrained(tmp_path / "changed")
+    again = ImageGenerationPipeline.from_pretrained(tmp_path / "changed", device="cpu", dtype=dtype)
+    assert torch.equal(again.prior.model.get_input_embeddings().weight, pipe.prior.model.get_input_embeddings().weight)
+
+
 def test_an_adapter_beside_a_prior_is_not_loaded_in_silence(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

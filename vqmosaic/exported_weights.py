@@ -40,6 +40,13 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return plain
 
 
+def same_weights(model: nn.Module, reference: nn.Module) -> bool:
+    """Whether a model has the weights of a reference, perhaps wrapped, on another device or in another number format."""
+    found, expected = plain_state(model), plain_state(reference)
+    return found.keys() == expected.keys() and all(
+        found[name].shape == tensor.shape and torch.equal(found[name].to(tensor.device), tensor.to(found[name].dtype)) for name, tensor in expected.items())
+
+
 def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[str, torch.Tensor]:
     """The tensors of a model by plain names; they share memory with the model.
 
