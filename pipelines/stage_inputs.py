@@ -57,7 +57,7 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
 
 
 def _read(path: Path, what: str, command: str) -> dict:
-    check_readable(path.parent)
+    check_readable(path, path.parent / "model.safetensors")
     for name in (path.name, "model.safetensors"):
         in_parts = name == "model.safetensors" and what == "prior" and (path.parent / f"{name}.index.json").is_file()
         if not (path.parent / name).is_file() and not in_parts:

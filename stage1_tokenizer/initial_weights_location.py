@@ -50,7 +50,7 @@ def locate_initial_weights(path: str) -> InitialWeights:
         hint = f" Did you mean {nearest!r}?" if nearest and not given.exists() else ""
         raise InputError(f"{FIELD} is {path!r}, which {'is a file' if given.exists() else 'does not exist'}; give {ALLOWED}.{hint}")
     for folder in (given, given / "tokenizer"):
-        check_readable(folder)
+        check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
         if (config := _read_json(folder / "config.json")).get("format") == TOKENIZER_FORMAT and (folder / "model.safetensors").is_file():
             return InitialWeights(folder, folder / "model.safetensors", True, config)
     for name in ("weights_ema.safetensors", "model.safetensors"):  # what a training exports is the average, where there is one

@@ -243,7 +243,7 @@ class ImageTokenizer(nn.Module):
 
 def is_tokenizer(folder: Path) -> bool:
     """Whether a folder has the config.json of a tokenizer of any version."""
-    check_readable(folder)
+    check_readable(folder / "config.json")
     try:
         return read_object(folder / "config.json", "").get("format") == FORMAT
     except (OSError, InputError):
@@ -252,8 +252,8 @@ def is_tokenizer(folder: Path) -> bool:
 
 def read_config(folder: Path) -> dict:
     """config.json of a tokenizer folder, checked for format, version and fields."""
-    check_readable(folder)
     path = folder / "config.json"
+    check_readable(path, folder / "model.safetensors")
     if not path.is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} is no tokenizer: it needs config.json and model.safetensors; "
                          "`vqmosaic train-tokenizer` writes them to <run_dir>/tokenizer.")

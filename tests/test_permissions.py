@@ -195,6 +195,7 @@ READERS = {
     "initial config": ("run/tokenizer/config.json", lambda place: locate_initial_weights(str(place / "run/tokenizer"))),
     "image folder": ("images/cat", lambda place: open_splits(DataConfig(source="folder", path=str(place / "images")))),
     "image folder's names": ("images/cat", lambda place: check_data_path(DataConfig(source="folder", path=str(place / "images")))),
+    "table of a data set": ("tables/data.parquet", lambda place: open_splits(DataConfig(path=str(place / "tables")))),
     "features": ("features.pt", lambda place: resolve_feature_file(place / "features.pt", None)),
     "perceptual weights": ("weights.safetensors", lambda place: perceptual._read(place / "weights.safetensors", {"a": (1,)})),
     "npy file": ("codes.npy", lambda place: open_foreign_tokens(place / "codes.npy", None, True)),
@@ -210,9 +211,11 @@ def test_what_may_not_be_read_is_called_so(place, tiny_run, name, read):
     save_file({"a": torch.zeros(1)}, place / "weights.safetensors")
     (place / "weights.safetensors").chmod(0o644)
     (place / "features.pt").write_bytes(b"code")
+    (place / "tables").mkdir()
+    (place / "tables/data.parquet").write_bytes(b"table")
     np.save(place / "codes.npy", np.zeros((2, 4), dtype=np.int64))
     (place / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
-    if name.endswith(("json", "safetensors", "tar", "yaml")):  # a library that is loaded late lies where only root may read
+    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is loaded late lies where only root may read
         read_before(read, place)
     path = deny(place / name)
     with as_nobody(), pytest.raises(PermissionDenied) as caught:

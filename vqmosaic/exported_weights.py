@@ -43,8 +43,9 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def same_weights(model: nn.Module, reference: nn.Module) -> bool:
     """Whether a model has the weights of a reference, perhaps wrapped, on another device or in another number format."""
     found, expected = plain_state(model), plain_state(reference)
-    return found.keys() == expected.keys() and all(
-        found[name].shape == tensor.shape and torch.equal(found[name].to(tensor.device), tensor.to(found[name].dtype)) for name, tensor in expected.items())
+    if misfits(found, expected):
+        return False
+    return all(torch.equal(tensor.cpu(), expected[name].to("cpu", tensor.dtype)) for name, tensor in found.items())
 
 
 def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[str, torch.Tensor]:

@@ -54,16 +54,17 @@ def naming_denied_permissions() -> Iterator[None]:
         raise permission_denied(path) from error
 
 
-def check_readable(path: Path) -> None:
+def check_readable(*paths: Path) -> None:
     """Raise PermissionDenied where this user may not read a file, or may not list a folder or read one of the files directly in it.
 
-    Nothing happens where there is no such path. Called first where the library that reads the file would say that it is missing or damaged.
+    Paths that do not exist pass, and so do hidden files in a folder. Called before a library that would call the file missing or damaged.
     """
-    with naming_denied_permissions(), suppress(FileNotFoundError, NotADirectoryError):
-        files = sorted(path.iterdir()) if stat.S_ISDIR(path.stat().st_mode) else [path]
-        for file in files:
-            if file.is_file():
-                open(file, "rb").close()
+    for path in paths:
+        with naming_denied_permissions(), suppress(FileNotFoundError, NotADirectoryError):
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+            for file in (found for found in sorted(path.iterdir()) if not found.name.startswith(".")) if is_folder else [path]:
+                if file.is_file():
+                    open(file, "rb").close()
 
 
 def permission_denied(path: str | bytes | os.PathLike) -> PermissionDenied:
