@@ -17,7 +17,7 @@ from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.sidecar import ShardSidecar
 from vqmosaic import __version__
-from vqmosaic.checkpoints import read_state
+from vqmosaic.checkpoints import restore_state
 from vqmosaic.durable_files import copy_folder
 from vqmosaic.errors import InputError
 from vqmosaic.json_files import from_fields, is_later, version_hint
@@ -70,7 +70,7 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
     "shard of the manifest": ("tokens/train/manifest.json", ("shards", 1), lambda run: TokenShardManifest.load(run / "tokens/train")),
     "sidecar": ("tokens/train/shard-000000.json", (), lambda run: ShardSidecar.load(run / "tokens/train", "shard-000000.tar")),
     "stage record": ("stages/prior.json", (), lambda run: load_record(RunFolder(run), "prior")),
-    "checkpoint": (f"{CHECKPOINT}/trainer_state.json", (), lambda run: read_state(run / CHECKPOINT, TrainerState)),
+    "checkpoint": (f"{CHECKPOINT}/trainer_state.json", (), lambda run: restore_state(run / CHECKPOINT, TrainerState)),
     "sweep": ("sweep.json", (), lambda run: read_sweep(run / "sweep.json")),
     "result of a sweep": ("sweep.json", ("results", 0), lambda run: read_sweep(run / "sweep.json")),
     "settings of a sweep": ("sweep.json", ("results", 0, "settings"), lambda run: sweep_results(run / "sweep.json")),
@@ -141,7 +141,7 @@ def test_fields_that_came_later_have_their_defaults_in_older_files(run):
     assert recommended_sampling(run / "pipeline", read_bundle(run / "pipeline")) == SamplingConfig(temperature=0.5)
     state = run / CHECKPOINT / "trainer_state.json"
     state.write_text(json.dumps({"step": 6, "elapsed_seconds": 1.5}))
-    assert read_state(run / CHECKPOINT, TrainerState) == TrainerState(step=6, elapsed_seconds=1.5)
+    assert restore_state(run / CHECKPOINT, TrainerState) == TrainerState(step=6, elapsed_seconds=1.5)
 
 
 def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):

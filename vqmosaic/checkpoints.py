@@ -108,10 +108,18 @@ class CheckpointFolder:
         return final
 
 
-def read_state(checkpoint: Path, cls: type[T]) -> T:
-    """The named numbers of a checkpoint, as an object of the dataclass that they were written from; those that came later at their defaults."""
-    path = checkpoint / "trainer_state.json"
-    content = read_object(path, "give another checkpoint")
-    version = written_by(content)
-    content.pop(VERSION_FIELD, None)
-    return from_fields(cls, content, str(path), version)
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The named numbers of a checkpoint."""
+    return _read_state(checkpoint)[0]
+
+
+def restore_state(checkpoint: Path, cls: type[T]) -> T:
+    """The named numbers of a checkpoint as an object of the dataclass that they were written from; those that came later at their defaults."""
+    state, version = _read_state(checkpoint)
+    return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
+    """The named numbers, and the version that wrote them."""
+    content = read_object(checkpoint / "trainer_state.json", "give another checkpoint")
+    return {name: value for name, value in content.items() if name != VERSION_FIELD}, written_by(content)
