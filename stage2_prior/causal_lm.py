@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stage2_prior.digests import version_of
 from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
 from stage2_prior.grid_transformer import GridTransformer, embeddings_and_feed_forward
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.exported_weights import exportable_weights, unwrapped
+from vqmosaic.json_files import check_fields, is_later, read_object
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import PriorConfig
 from vqmosaic.seeding import derive_seed
@@ -199,13 +201,14 @@ def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrained
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder in evaluation mode. Raises InputError unless its weights are exactly those of its configuration."""
     check_readable(folder)
-    if (folder / "adapter_config.json").is_file():  # transformers would load it without a word, where peft is installed
+    if (folder / "adapter_config.json").is_file():  # transformers would load it silently where peft is installed
         raise InputError(f"{folder} holds an adapter (adapter_config.json), which is no part of a prior. Merge it (peft: merge_and_unload) and save "
                          "the prior again, or remove the file.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder / 'config.json'} is missing; {folder} is not the complete folder of a prior.")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise InputError(f"{folder / 'model.safetensors'} is missing; weights are read from safetensors only.")
+    check_no_later_options(folder)
     with quiet_transformers():
         try:  # sizes that do not fit are let through here to be listed with the rest below
             model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
@@ -224,6 +227,15 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"The weights in {folder} do not fit its config.json: {listed}.")
     return model
+
+
+def check_no_later_options(folder: Path) -> None:
+    """Raise InputError where a later version wrote the config.json of a grid_transformer with options that this one would ignore."""
+    path, version = folder / "config.json", version_of(folder)
+    content = read_object(path, f"{folder} cannot be read as a transformers checkpoint")
+    if content.get("model_type") == GRID_TRANSFORMER and is_later(version):  # of other versions, an unknown field can be transformers' own
+        known = GridTransformer.config_class().to_dict()
+        check_fields(content, [*known, *(field.name for field in dataclasses.fields(GridTransformer.config_class))], str(path), version)
 
 
 @contextmanager

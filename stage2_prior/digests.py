@@ -56,6 +56,12 @@ def check_digests(folder: Path) -> None:
                          ".save_pretrained(folder), which records the new files.")
 
 
+def version_of(folder: Path) -> str | None:
+    """The version of vqmosaic that saved a prior, where its digests.json says so."""
+    path = folder / DIGESTS_NAME
+    return written_by(read_object(path, "copy the prior again from where it was trained")) if path.is_file() else None
+
+
 def fingerprint_of_weights(folder: Path) -> str:
     """The sha256 of a prior's model.safetensors; where the weights lie in several files, the sha256 over the names and digests of all of them."""
     whole = folder / "model.safetensors"

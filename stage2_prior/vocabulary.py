@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stage2_prior.digests import DIGESTS_NAME
+from stage2_prior.digests import version_of
 from token_shards.manifest import Grid
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError, check_range
@@ -143,9 +143,7 @@ class Vocabulary:
         check_readable(path)
         if not path.is_file():
             raise InputError(f"{path} is missing; it is written last, so this is not the complete folder of a prior.")
-        digests = path.with_name(DIGESTS_NAME)  # which says what version wrote them both
-        version = written_by(read_object(digests, "copy the prior again from where it was trained")) if digests.is_file() else None
-        return cls.from_dict(read_object(path, "export the prior again"), path, version)
+        return cls.from_dict(read_object(path, "export the prior again"), path, version_of(Path(folder)))
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: str | Path = VOCABULARY_NAME, version: str | None = None) -> "Vocabulary":

@@ -11,8 +11,10 @@ import pytest
 from pipelines.bundle import read_bundle, recommended_sampling
 from pipelines.sweep_record import SweepRecord, read_sweep
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.digests import digests_of
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
+from tests.test_prior import tiny_prior
 from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.sidecar import ShardSidecar
@@ -164,6 +166,23 @@ def test_a_recipe_of_a_later_version_names_it(run):
         load_recipe(str(run))
     path.write_text(text.partition("\n")[2])  # as 0.1.0 wrote it
     assert load_recipe(str(run)).run_dir == str(run)
+
+
+def test_an_option_of_a_later_grid_transformer_is_not_ignored(tmp_path):
+    tiny_prior("grid_transformer").save_pretrained(tmp_path)
+
+    def save_as(version: str, **changes) -> None:
+        config, digests = tmp_path / "config.json", tmp_path / "digests.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        digests.write_text(json.dumps(json.loads(digests.read_text()) | {"vqmosaic": version, "files": digests_of(tmp_path)}))
+
+    save_as(LATER)
+    TokenPrior.from_pretrained(tmp_path)
+    save_as(__version__, of_later=True)  # a field that transformers added
+    TokenPrior.from_pretrained(tmp_path)
+    save_as(LATER)
+    with pytest.raises(InputError, match=rf"config\.json has unknown fields: of_later.*vqmosaic {LATER}"):
+        TokenPrior.from_pretrained(tmp_path)
 
 
 def test_a_value_that_only_a_later_version_knows_names_it_too(run):
