@@ -9,18 +9,25 @@ pipeline/
 """
 
 import dataclasses
-import json
 import operator
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stage_inputs import read_vocabulary, token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from pipelines.stage_inputs import (
+    full_fingerprint_of_tokenizer,
+    read_vocabulary,
+    token_fingerprint_of_prior,
+    token_fingerprint_of_tokenizer,
+)
+from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
 from vqmosaic import __version__
-from vqmosaic.durable_files import publish, sha256_of_file, temporary_sibling, write_json
+from vqmosaic.durable_files import copy_folder, publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.fingerprints import check_same_tokens
+from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import SamplingConfig
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = "vqmosaic.pipeline"
 FORMAT_VERSION = 1
+FIELDS = ("format", "format_version", "class_names", "token_fingerprint", "sampling")
 
 
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
@@ -44,6 +52,7 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     check_same_tokens(token_fingerprint, tokenizer, token_fingerprint_of_prior(prior), prior)
     vocabulary = read_vocabulary(prior)
     check_sampling_fits(sampling, vocabulary, prior)
+    check_digests(prior)
     record = record_that_fits([tokenizer.parent, out], sampling, tokenizer, prior)
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,19 +60,25 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
         partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made: {error.strerror}. Give another folder for the pipeline.") from None
-    shutil.copytree(tokenizer, partial / "tokenizer")
-    shutil.copytree(prior, partial / "prior")
-    write_json(partial / "pipeline.json", {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "class_names": vocabulary["class_names"],
-        "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
-    publish(partial, out)
+    try:
+        copy_folder(tokenizer, partial / "tokenizer")
+        copy_folder(prior, partial / "prior")
+        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior of 0.1.0: what happens to its copy is noticed from now on
+            write_digests(partial / "prior")
+        write_json(partial / "pipeline.json", {
+            "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary["class_names"],
+            "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
+        publish(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return out
 
 
 def part_fingerprints(tokenizer: Path, prior: Path) -> dict[str, str]:
     """What decides the images of a pipeline: the tokens' fingerprint, that of the whole tokenizer, and the digest of the prior's weights."""
-    return {"tokens": token_fingerprint_of_tokenizer(tokenizer), "tokenizer": json.loads((tokenizer / "config.json").read_text())["full_fingerprint"],
-            "prior": sha256_of_file(prior / "model.safetensors")}
+    return {"tokens": token_fingerprint_of_tokenizer(tokenizer), "tokenizer": full_fingerprint_of_tokenizer(tokenizer),
+            "prior": fingerprint_of_weights(prior)}
 
 
 def record_that_fits(folders: Sequence[Path], sampling: SamplingConfig, tokenizer: Path, prior: Path) -> dict[str, Any] | None:
@@ -74,9 +89,9 @@ def record_that_fits(folders: Sequence[Path], sampling: SamplingConfig, tokenize
         try:
             content = read_bundle(folder)
             record = content.get("sweep")
-            if record and SamplingConfig(**content["sampling"]) == sampling and record["setup"]["pipeline"] == part_fingerprints(tokenizer, prior):
+            if record and recommended_sampling(folder, content) == sampling and record["setup"]["pipeline"] == part_fingerprints(tokenizer, prior):
                 return record
-        except (InputError, TypeError, KeyError):  # what is replaced may be of another version, or damaged
+        except (InputError, TypeError, KeyError):  # the pipeline that is replaced may be of another version, or damaged
             continue
     return None
 
@@ -112,10 +127,18 @@ def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], pr
         raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} knows {codes} codes; allowed: 0 (off) to {codes}.")
 
 
+def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
+    """A pipeline's recommended settings with the given ones in their places; InputError where they cannot be, or not with its prior."""
+    sampling = dataclasses.replace(recommended_sampling(folder, content), **given)
+    check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
+    return sampling
+
+
 def find_pipeline(path: str | Path) -> Path:
     """The pipeline folder for a path that is one, or is a run folder with one; InputError otherwise."""
     path = Path(path)
     for folder in (path, path / "pipeline"):
+        check_readable(folder / "pipeline.json")
         if (folder / "pipeline.json").is_file():
             return folder
     known = sorted(str(found.parent.parent) for found in Path("runs").glob("*/pipeline/pipeline.json"))
@@ -127,8 +150,10 @@ def find_pipeline(path: str | Path) -> Path:
 def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer folder for a path that is one, or is a pipeline or a run folder with one; InputError otherwise."""
     path = Path(path)
+    check_readable(path / "pipeline.json")
     inside = [path / "tokenizer", path] if (path / "pipeline.json").is_file() else [path / "pipeline" / "tokenizer", path / "tokenizer", path]
     for folder in inside:
+        check_readable(folder / "config.json")
         if (folder / "config.json").is_file():
             return folder
     what = "has no finished pipeline and no tokenizer" if path.is_dir() else "does not exist"
@@ -137,15 +162,27 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def read_bundle(folder: Path) -> dict:
-    """pipeline.json, checked for format and version; its sampling settings are checked by SamplingConfig."""
-    try:
-        content = json.loads((folder / "pipeline.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{folder}/pipeline.json is not JSON ({error}); `vqmosaic bundle` writes it anew.") from None
+    """pipeline.json, checked for format, version and fields, and for the classes and tokens of the prior beside it.
+
+    `recommended_sampling` reads its sampling settings, which a user may edit.
+    """
+    path = folder / "pipeline.json"
+    content = read_object(path, "`vqmosaic bundle` writes it anew")
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}; "
-                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.")
+                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
+    check_fields(content, (*FIELDS, VERSION_FIELD, "sweep"), str(path), written_by(content), FIELDS)
+    vocabulary = read_vocabulary(folder / "prior")
+    for name in ("class_names", "token_fingerprint"):
+        if content[name] != vocabulary.get(name):
+            raise InputError(f"{path} says another {name} than {folder / 'prior' / 'vocabulary.json'}; one of them was edited or exchanged. Copy the "
+                             "pipeline again, or make it anew with `vqmosaic bundle`.")
     return content
+
+
+def recommended_sampling(folder: Path, content: dict) -> SamplingConfig:
+    """The sampling settings in the content of a folder's pipeline.json; settings that came after it was written are at their defaults."""
+    return from_fields(SamplingConfig, content["sampling"], f"{folder / 'pipeline.json'}: sampling", written_by(content))
 
 
 def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[int]:

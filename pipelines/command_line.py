@@ -10,6 +10,7 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
+from vqmosaic.permissions import check_readable
 from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
@@ -162,17 +163,14 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import check_sampling_fits, classes_from_text, find_pipeline, read_bundle, usable_device
+    from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
     from pipelines.sample_folder import SampleFolder, first_fitting_folder
     from pipelines.stage_checks import check_can_write
-    from pipelines.stage_inputs import read_vocabulary
-    from vqmosaic.recipe_sections import SamplingConfig
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
-    sampling = SamplingConfig(**{**content["sampling"], **given_sampling(options)})
-    check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
+    sampling = check_given_sampling(folder, content, given_sampling(options))
     check_can_write("--out", options.out or Path("samples"))
     names = content["class_names"]
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes),
@@ -231,6 +229,7 @@ def check_image(path: Path) -> None:
     """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
     from PIL import Image
 
+    check_readable(path)
     if not path.is_file():
         what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
         nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import naming_denied_permissions
 
 STATE_DICT_SUFFIXES = (".safetensors",)
 """Suffixes of files that cannot be TorchScript."""
@@ -32,6 +33,7 @@ class FeatureFile:
         return {"kind": self.kind, "file": self.path.name, "model": self.model, "sha256": self.sha256}
 
 
+@naming_denied_permissions()
 def resolve_feature_file(path: Path, model: str | None) -> FeatureFile:
     """The file, with its digest. Its content is read by feature_extractors.py.
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import check_readable, naming_denied_permissions
 
 CHUNK_BYTES = 1 << 24
 LABELLED = "give the labels, or --unlabelled to do without classes"
@@ -40,6 +41,7 @@ class ForeignTokens(Protocol):
         """What the stored sample says it was made from; the same on every machine."""
 
 
+@naming_denied_permissions()
 def open_foreign_tokens(path: Path, labels: Path | None, unlabelled: bool, option: str = "SOURCE") -> ForeignTokens:
     """The rows that lie at `path`; `option` is what the user calls it.
 
@@ -225,6 +227,7 @@ def _open_folder(path: Path, labels: Path | None, unlabelled: bool, option: str)
 
 def _load(path: Path, mapped: bool = False) -> np.ndarray:
     """The array in a npy file; one that would need unpickling is refused."""
+    check_readable(path)
     try:
         with open(path, "rb") as file:
             if file.read(6) != b"\x93NUMPY":

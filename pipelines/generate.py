@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, usable_device
+from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from stage1_tokenizer.images import as_batches, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.precision import largest_logit_difference
@@ -31,6 +31,7 @@ from stage2_prior.sampling import SamplingStopped
 from stage2_prior.vocabulary import NO_CLASS
 from vqmosaic.device_choice import as_dtype
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.exported_weights import same_weights
 from vqmosaic.field_types import as_boolean, as_integer
 from vqmosaic.fingerprints import check_same_tokens
 from vqmosaic.recipe_sections import SamplingConfig
@@ -95,12 +96,15 @@ class ImageGenerationPipeline:
         tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
         prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
         check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
-        return cls(tokenizer, prior, SamplingConfig(**content["sampling"]), folder)
+        return cls(tokenizer, prior, recommended_sampling(folder, content), folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pipeline as it was loaded to another folder, with the recommended settings as they are now."""
+        """Write the pipeline to another folder, with the recommended settings as they are now.
+
+        The files that it was loaded from are copied where its weights are still those, in whatever number format; else the weights are saved.
+        """
         folder = Path(folder)
-        if self._source is None:
+        if self._source is None or not self._is_as_loaded(self._source):
             check_replaceable(folder)
             parts = folder.with_name(f".parts-{folder.name}")
             try:
@@ -109,8 +113,13 @@ class ImageGenerationPipeline:
                 make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
             finally:
                 shutil.rmtree(parts, ignore_errors=True)
-        else:  # the files as exported: weights in memory may be cast
+        else:  # weights in memory may be cast, those in the files are not
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
+
+    def _is_as_loaded(self, source: Path) -> bool:
+        """Whether tokenizer and prior are those in a folder, and not trained further or exchanged since they were loaded from it."""
+        return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
+                and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
 
     @property
     def class_names(self) -> list[str] | None:

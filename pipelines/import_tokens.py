@@ -17,7 +17,6 @@ lines is no set to validate on, since most of its images are trained on mirrored
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -33,6 +32,8 @@ from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter, default_key, headers_as_written
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.json_files import from_fields, read_object, written_by
+from vqmosaic.permissions import permission_denied
 from vqmosaic.seeding import derive_seed
 from vqmosaic.tokenizer_sections import CONTINUOUS, TokenizerConfig
 from vqmosaic.tracking import Reporter, progress_bar
@@ -156,8 +157,9 @@ def size_and_grid(options: argparse.Namespace) -> tuple[int, tuple[int, int, int
     if options.tokenizer is None:
         return options.codebook_size, given
     token_fingerprint_of_tokenizer(options.tokenizer)  # checks that there is one
-    content = json.loads((options.tokenizer / "config.json").read_text())
-    config = TokenizerConfig(**content["network"])
+    where = options.tokenizer / "config.json"
+    content = read_object(where, "copy the tokenizer again from where it was trained")
+    config = from_fields(TokenizerConfig, content.get("network"), f"{where}: network", written_by(content))
     if config.quantizer in CONTINUOUS:
         raise InputError(f"--tokenizer {options.tokenizer} is of the kind {config.quantizer!r}, which gives no ids.")
     side = content["transform"]["image_size"] // config.downsampling
@@ -174,6 +176,8 @@ def given_class_names(text: str | None) -> list[str] | None:
     path = Path(text)
     try:
         names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    except PermissionError as error:
+        raise permission_denied(path) from error
     except (OSError, ValueError) as error:
         raise InputError(f"--class_names {text} cannot be read as text: {error}.") from None
     names = [name.strip() for name in names]

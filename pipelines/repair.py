@@ -29,6 +29,7 @@ from vqmosaic.devices import set_threads
 from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import StopFlag
+from vqmosaic.permissions import PermissionDenied
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import progress_bar
@@ -80,6 +81,8 @@ def load_manifest(folder: Path) -> TokenShardManifest | None:
     """The manifest of a split's folder, or None where it is missing or cannot be understood."""
     try:
         return TokenShardManifest.load(folder)
+    except PermissionDenied:
+        raise
     except InputError:
         return None
 
@@ -88,6 +91,8 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
     """The sidecar of a shard, or None where it is missing or cannot be understood."""
     try:
         return ShardSidecar.load(folder, name)
+    except PermissionDenied:
+        raise
     except InputError:
         return None
 

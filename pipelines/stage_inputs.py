@@ -1,11 +1,12 @@
 """What each stage of a run starts from, looked up without torch: where it lies, and its fingerprint."""
 
-import json
 from pathlib import Path
 
+from stage2_prior.digests import fingerprint_of_weights
 from token_shards.manifest import TokenShardManifest
-from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
+from vqmosaic.json_files import read_object
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe import Recipe
 from vqmosaic.tokenizer_sections import CONTINUOUS, QUANTIZER_NAMES
 
@@ -20,6 +21,14 @@ def tokenizer_folder(recipe: Recipe) -> Path:
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
     """The token fingerprint in a tokenizer's config.json; InputError where there is no tokenizer."""
     return _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")["token_fingerprint"]
+
+
+def full_fingerprint_of_tokenizer(folder: Path) -> str:
+    """The full fingerprint in a tokenizer's config.json; InputError where there is no tokenizer."""
+    content = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
+    if "full_fingerprint" not in content:
+        raise InputError(f"{folder / 'config.json'} has no full_fingerprint; copy the tokenizer again from where it was made.")
+    return content["full_fingerprint"]
 
 
 def token_fingerprint_of_prior(folder: Path) -> str:
@@ -48,14 +57,13 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
 
 
 def _read(path: Path, what: str, command: str) -> dict:
+    check_readable(path, path.parent / "model.safetensors")
     for name in (path.name, "model.safetensors"):
-        if not (path.parent / name).is_file():
+        in_parts = name == "model.safetensors" and what == "prior" and (path.parent / f"{name}.index.json").is_file()
+        if not (path.parent / name).is_file() and not in_parts:
             raise InputError(f"{path.parent} is no {what}: {name} is missing. `{command}` makes one.")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); copy the {what} again from where it was made.") from None
-    if not isinstance(content, dict) or "token_fingerprint" not in content:
+    content = read_object(path, f"copy the {what} again from where it was made")
+    if "token_fingerprint" not in content:
         raise InputError(f"{path.parent} is no {what}: {path.name} has no token_fingerprint. `{command}` makes one.")
     return content
 
@@ -71,6 +79,6 @@ def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
         token_fingerprint_of_prior(prior)
-        return {"tokenizer": _read(tokenizer / "config.json", "tokenizer", "vqmosaic train-tokenizer")["full_fingerprint"],
-                "prior": sha256_of_file(prior / "model.safetensors")}
+        return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer),
+                "prior": fingerprint_of_weights(prior)}
     return {}

@@ -190,7 +190,7 @@ def conclude(request: SweepRequest, record: SweepRecord) -> None:
     by_kernel = min(ranked, key=lambda result: result["kernel_distance"])
     if by_kernel is not ranked[0]:
         print(f"the kernel distance puts another first: {settings_in_words(by_kernel['settings'], varied(ranked))}")
-    best = SamplingConfig(**ranked[0]["settings"])
+    best = record.settings_of(ranked[0])
     words = settings_in_words(vars(best), list(vars(best)))
     if request.keep:
         print(f"best: {words}\n--keep: {request.folder / 'pipeline.json'} recommends what it did before")

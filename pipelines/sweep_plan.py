@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.bundle import check_sampling_fits, find_pipeline, read_bundle
+from pipelines.bundle import check_sampling_fits, find_pipeline, read_bundle, recommended_sampling
 from pipelines.feature_file import FeatureFile, resolve_feature_file
 from pipelines.stage_checks import check_can_write
 from pipelines.stage_inputs import read_vocabulary
@@ -102,7 +102,7 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     vocabulary = read_vocabulary(folder / "prior")
     can_be_guided = vocabulary["class_names"] is not None and vocabulary["label_drop"] > 0
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
-    base = SamplingConfig(**read_bundle(folder)["sampling"])
+    base = recommended_sampling(folder, read_bundle(folder))
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power means nothing under this pipeline's sampling.guidance_schedule, {base.guidance_schedule!r}: every value "
                          "would give the same images. Only power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")

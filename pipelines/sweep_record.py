@@ -14,10 +14,15 @@ from typing import Any
 
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
+from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import SamplingConfig
 
 FORMAT = "vqmosaic.sweep"
 FORMAT_VERSION = 1
+FIELDS = ("format", "format_version", "setup", "reference", "results")
+RESULT_FIELDS = ("settings", "frechet_distance", "kernel_distance", "kernel_deviation", "images", "seconds", "device", "versions")
+"""Fields of one result, those first that a ranking needs."""
 
 
 class SweepRecord:
@@ -44,7 +49,11 @@ class SweepRecord:
 
     def result_of(self, sampling: SamplingConfig) -> dict[str, Any] | None:
         """The result of a combination that was measured."""
-        return next((result for result in self.content["results"] if SamplingConfig(**result["settings"]) == sampling), None)
+        return next((result for result in self.content["results"] if self.settings_of(result) == sampling), None)
+
+    def settings_of(self, result: Mapping[str, Any]) -> SamplingConfig:
+        """The settings of a result; those that came after it was measured are at their defaults."""
+        return from_fields(SamplingConfig, result["settings"], f"{self.path}: settings", result.get("versions", {}).get("vqmosaic"))
 
     def add(self, sampling: SamplingConfig, **numbers: Any) -> None:
         """Add the result of a combination and write the file."""
@@ -58,15 +67,15 @@ class SweepRecord:
 
 def read_sweep(path: Path) -> dict[str, Any] | None:
     """What is in the record of a sweep, None where there is no file; InputError for a file that is something else."""
+    check_readable(path)
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); give another --out, or delete it to start anew.") from None
-    found = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else None
-    if found != (FORMAT, FORMAT_VERSION):
+    content = read_object(path, "give another --out, or delete it to start anew")
+    if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):
         raise InputError(f"{path} is no record of a sweep that this vqmosaic reads; give another --out.")
+    check_fields(content, (*FIELDS, VERSION_FIELD), str(path), written_by(content), FIELDS)
+    for number, result in enumerate(content["results"]):
+        check_fields(result, RESULT_FIELDS, f"{path}: results[{number}]", written_by(result.get("versions")), RESULT_FIELDS[:4])
     return content
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe_sections import DataConfig
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -39,6 +40,7 @@ def resolve_source(data: DataConfig) -> str:
     raise _missing(data)
 
 
+@naming_denied_permissions()
 def check_data_path(data: DataConfig) -> str:
     """The resolved source, after looking whether images can be there and the library that reads them is installed.
 

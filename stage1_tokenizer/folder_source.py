@@ -15,6 +15,7 @@ from stage1_tokenizer.data_location import VALIDATION_SPLITS, image_files, local
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import read_image
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.permissions import permission_denied
 from vqmosaic.recipe_sections import DataConfig
 
 
@@ -55,6 +56,8 @@ def open_folder(data: DataConfig) -> ImageSplits:
     """The images of a folder. Raises InputError for a layout that leaves splits or classes in doubt."""
     try:
         names = sorted(image_files(local_path(data)))
+    except PermissionError as error:
+        raise permission_denied(error.filename) from error
     except OSError as error:
         raise InputError(f"data.path is {data.path!r}, which cannot be listed: {error.strerror} ({error.filename}).") from error
     if not names:

@@ -19,10 +19,11 @@ import pyarrow
 import pyarrow.compute
 from PIL import Image
 
-from stage1_tokenizer.data_location import VALIDATION_SPLITS, local_path, nearest_sibling
+from stage1_tokenizer.data_location import TABLE_SUFFIXES, VALIDATION_SPLITS, local_path, nearest_sibling
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import DataConfig
 
 _LABEL_NAMES = ("label", "labels", "class")
@@ -145,6 +146,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
     """The splits by name."""
     path = local_path(data)
+    check_readable(path, *(found for suffix in TABLE_SUFFIXES for found in path.rglob(f"*{suffix}")))
     local = path.exists()
     bars = datasets.utils.is_progress_bar_enabled()
     if not sys.stderr.isatty():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.field_types import as_integer
+from vqmosaic.permissions import permission_denied
 from vqmosaic.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.view_lists import POSITIONS, VIEW_SETS
 
@@ -29,6 +30,10 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "J
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
+"""What ImageTransform.to_dict writes."""
 
 
 class UnreadableImage(ValueError):
@@ -62,6 +67,8 @@ def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int =
         raise
     except UnidentifiedImageError:
         raise UnreadableImage("not an image of a known format, or its header is corrupt") from None
+    except PermissionError:
+        raise UnreadableImage(str(permission_denied(file))) from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"too many pixels for Pillow: {error}") from None
     except Exception as error:  # decoders meet corrupt bytes with errors of any type; none of them may end a run
@@ -255,7 +262,7 @@ class ImageTransform:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageTransform":
         """The transform that to_dict described; raises InputError for anything it does not know."""
-        if set(config) != {"image_size", "channels", "resampling"} or config["resampling"] != "bicubic":
+        if set(config) != {*TRANSFORM_FIELDS} or config["resampling"] != "bicubic":
             raise InputError(f"transform is {config}; allowed: image_size, channels and resampling = 'bicubic'.")
         return cls(config["image_size"], config["channels"])
 

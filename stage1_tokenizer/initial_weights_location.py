@@ -9,6 +9,7 @@ from typing import Any
 
 from stage1_tokenizer.data_location import nearest_sibling
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import check_readable, naming_denied_permissions
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.stage_records import load_record
@@ -36,6 +37,7 @@ class InitialWeights:
     """config.json of a tokenizer folder; of a checkpoint in its run folder {"network": ..., "transform": ...} as its run recorded it; else empty."""
 
 
+@naming_denied_permissions()
 def locate_initial_weights(path: str) -> InitialWeights:
     """The weights that a path leads to. Looks at names and small files only.
 
@@ -48,6 +50,7 @@ def locate_initial_weights(path: str) -> InitialWeights:
         hint = f" Did you mean {nearest!r}?" if nearest and not given.exists() else ""
         raise InputError(f"{FIELD} is {path!r}, which {'is a file' if given.exists() else 'does not exist'}; give {ALLOWED}.{hint}")
     for folder in (given, given / "tokenizer"):
+        check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
         if (config := _read_json(folder / "config.json")).get("format") == TOKENIZER_FORMAT and (folder / "model.safetensors").is_file():
             return InitialWeights(folder, folder / "model.safetensors", True, config)
     for name in ("weights_ema.safetensors", "model.safetensors"):  # what a training exports is the average, where there is one

@@ -11,6 +11,7 @@ from torch import nn
 
 from stage1_tokenizer.perceptual_weights import FIELD, PerceptualWeights, resolve_perceptual_weights
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import check_readable
 
 __all__ = ["LPIPS", "feature_matching_loss", "resolve_perceptual_weights"]
 
@@ -96,6 +97,7 @@ def _unit(features_BCHW: torch.Tensor) -> torch.Tensor:
 
 def _read(file: Path, shapes: dict[str, tuple[int, ...]], ignored: set[str] = frozenset()) -> dict[str, torch.Tensor]:
     """Float32 tensors of exactly these names and shapes from a file, never an object's own code."""
+    check_readable(file)
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:

@@ -5,7 +5,7 @@ fingerprints: the token fingerprint over all that decides ids (encoder, quantize
 """
 
 import dataclasses
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.images import TRANSFORM_FIELDS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.nearest_code import full_precision
@@ -22,13 +22,20 @@ from vqmosaic import __version__
 from vqmosaic.device_choice import as_device, as_dtype
 from vqmosaic.durable_files import publish, temporary_sibling, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.exported_weights import exportable_weights
 from vqmosaic.field_types import as_integer
 from vqmosaic.fingerprints import fingerprint
+from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.permissions import check_readable, naming_denied_permissions
 from vqmosaic.seeding import derive_seed
 from vqmosaic.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
+from vqmosaic.weights_fit import misfits
 
 FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1
+CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint",
+                 VERSION_FIELD, "config_digest")
+"""Fields of config.json. The last two may be missing: the digest is of all others, and came after 0.1.0."""
 DECIDES_IDS = ("encoder.", "quant_conv.", "quantizer.")
 # Fields that every fingerprint holds. Those that came later enter only where they differ from their default, so that the fingerprints of
 # tokenizers from before them stay what they are; a new field needs nothing but a default that means what was done before.
@@ -149,8 +156,11 @@ class ImageTokenizer(nn.Module):
         return {f"quantizer.{name}" for name in self.quantizer.training_only_names()}
 
     def _export_weights(self) -> dict[str, torch.Tensor]:
-        left_out = self.training_only_names()
-        return {name: tensor.detach().float().cpu().contiguous() for name, tensor in self.state_dict().items() if name not in left_out}
+        with torch.device("meta"):
+            fresh = ImageTokenizer(self.config, self.transform)
+        weights, left_out = exportable_weights(self, fresh, "this tokenizer"), fresh.training_only_names()
+        return {name: tensor.float().cpu().clone(memory_format=torch.contiguous_format)  # cloned: safetensors takes no tied tensors
+                for name, tensor in weights.items() if name not in left_out}
 
     def _fingerprints(self, weights: dict[str, torch.Tensor]) -> tuple[str, str]:
         arrays = {name: tensor.numpy() for name, tensor in weights.items()}
@@ -166,28 +176,39 @@ class ImageTokenizer(nn.Module):
         """The token fingerprint of the weights as they are now, in float32."""
         return self._fingerprints(self._export_weights())[0]
 
+    @naming_denied_permissions()
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent.
 
+        Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper.
+
         Raises:
-            ValueError: the folder exists and holds something other than a tokenizer, which would be lost.
+            ValueError: the folder exists and holds something other than a tokenizer, which would be lost; or its weights are not those of the
+                configuration (adapters, quantized or offloaded parts), so that the folder could not be loaded again.
         """
         folder = Path(folder)
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if not is_free and read_json(folder / "config.json").get("format") != FORMAT:
+        if not is_free and not is_tokenizer(folder):
             raise InputError(f"{folder} exists and is no tokenizer; what is in it would be lost. Give the path of a new folder.")
         weights = self._export_weights()
-        self.token_fingerprint, self.full_fingerprint = self._fingerprints(weights)
+        token_fingerprint, full_fingerprint = self._fingerprints(weights)
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "network": dataclasses.asdict(self.config),
+                   "transform": self.transform.to_dict(), "class_names": self.class_names,
+                   "token_fingerprint": token_fingerprint, "full_fingerprint": full_fingerprint}
         partial = temporary_sibling(folder)
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        write_json(partial / "config.json", {
-            "format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "network": dataclasses.asdict(self.config),
-            "transform": self.transform.to_dict(), "class_names": self.class_names,
-            "token_fingerprint": self.token_fingerprint, "full_fingerprint": self.full_fingerprint})
-        publish(partial, folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            write_json(partial / "config.json", content | {"config_digest": fingerprint(content)})
+            publish(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.token_fingerprint, self.full_fingerprint = token_fingerprint, full_fingerprint
 
     @classmethod
+    @naming_denied_permissions()
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype | str | None = torch.float32) -> "ImageTokenizer":
         """The tokenizer of a folder, in eval mode; dtype (a torch.dtype or its name) is the decoder's, encoder and quantizer stay float32.
@@ -198,20 +219,26 @@ class ImageTokenizer(nn.Module):
         """
         folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
         content = read_config(folder)
-        config = TokenizerConfig(**content["network"])
+        where, version = folder / "config.json", written_by(content)
+        config = from_fields(TokenizerConfig, content["network"], f"{where}: network", version)
+        check_fields(content["transform"], TRANSFORM_FIELDS, f"{where}: transform", version, TRANSFORM_FIELDS)
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
         try:
             weights = load_file(folder / "model.safetensors")
         except SafetensorError as error:
             raise InputError(f"{folder}/model.safetensors is cut short or no weight file ({error}); copy the folder again.") from error
         own, left_out = tokenizer.state_dict(), tokenizer.training_only_names()
-        check_exact_names(folder, {name: tensor for name, tensor in own.items() if name not in left_out}, weights)
+        if problems := misfits(weights, {name: tensor for name, tensor in own.items() if name not in left_out}):
+            raise InputError(f"{folder}/model.safetensors does not fit {folder}/config.json: {problems}.")
         tokenizer.load_state_dict(weights | {name: own[name] for name in left_out})
         tokenizer.quantizer.restart_averages()
         found = tokenizer._fingerprints(weights)
         if found != (content["token_fingerprint"], content["full_fingerprint"]):
             raise InputError(f"{folder}/model.safetensors has changed since it was exported: its fingerprint is {found[1][:16]}..., config.json "
                              f"says {content['full_fingerprint'][:16]}...; copy the folder again from where it was trained.")
+        if content.get("config_digest") not in (None, fingerprint({name: value for name, value in content.items() if name != "config_digest"})):
+            raise InputError(f"{where} has changed since it was exported (its class_names, or something else that the fingerprints do not cover); "
+                             "copy the folder again from where it was trained.")
         tokenizer.token_fingerprint, tokenizer.full_fingerprint = found
         tokenizer.to(device)
         tokenizer.post_quant_conv.to(dtype)
@@ -219,33 +246,25 @@ class ImageTokenizer(nn.Module):
         return tokenizer.eval().requires_grad_(False)
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the config.json of a tokenizer of any version."""
+    check_readable(folder / "config.json")
+    try:
+        return read_object(folder / "config.json", "").get("format") == FORMAT
+    except (OSError, InputError):
+        return False
+
+
 def read_config(folder: Path) -> dict:
-    """config.json of a tokenizer folder, checked for format and version."""
+    """config.json of a tokenizer folder, checked for format, version and fields."""
     path = folder / "config.json"
+    check_readable(path, folder / "model.safetensors")
     if not path.is_file() or not (folder / "model.safetensors").is_file():
         raise InputError(f"{folder} is no tokenizer: it needs config.json and model.safetensors; "
                          "`vqmosaic train-tokenizer` writes them to <run_dir>/tokenizer.")
-    content = read_json(path)
+    content = read_object(path, "copy the tokenizer again from where it was trained")
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}; "
-                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.")
+                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
+    check_fields(content, CONFIG_FIELDS, str(path), written_by(content), CONFIG_FIELDS[:-2])
     return content
-
-
-def read_json(path: Path) -> dict:
-    """The mapping in a JSON file; an empty one where there is no file, or something else in it."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def check_exact_names(folder: Path, expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> None:
-    """Raise InputError that lists missing, unexpected and wrongly shaped weights, if there are any."""
-    problems = [f"missing {name}" for name in expected.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys()]
-    problems += [f"{name} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
-                 for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
-    if problems:
-        raise InputError(f"{folder}/model.safetensors does not fit {folder}/config.json: {'; '.join(sorted(problems))}.")

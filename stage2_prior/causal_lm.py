@@ -1,5 +1,6 @@
 """The transformers causal language model inside a prior, stock or our own: made from a recipe, or loaded strictly from a folder."""
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -16,10 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stage2_prior.digests import version_of
 from stage2_prior.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
 from stage2_prior.grid_transformer import GridTransformer, embeddings_and_feed_forward
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.exported_weights import exportable_weights, unwrapped
+from vqmosaic.json_files import check_fields, is_later, read_object
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import PriorConfig
 from vqmosaic.seeding import derive_seed
 
@@ -170,12 +175,40 @@ def generation_config(vocabulary: Vocabulary) -> GenerationConfig:
                             suppress_tokens=vocabulary.suppressed_ids, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
+def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrainedModel:
+    """The model to be saved: one that is made from the configuration, as loading will make it, with the weights of `model` in float32 on the CPU.
+
+    Raises InputError for a model that its configuration does not give back: see `exportable_weights`.
+    """
+    model, what = unwrapped(model), "this prior"
+    config = copy.deepcopy(getattr(model, "config", None))
+    if not isinstance(config, PreTrainedConfig) or getattr(config, "quantization_config", None) is not None:
+        reason = "it is quantized" if isinstance(config, PreTrainedConfig) else f"a {type(model).__name__} has no configuration of transformers"
+        raise InputError(f"{what} cannot be saved, since the file could not be loaded again: {reason}. Save the float32 model that it was made from.")
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    weights = exportable_weights(model, fresh, what)
+    if not isinstance(model, type(fresh)):
+        raise InputError(f"{what} cannot be saved: its model is a {type(model).__name__}, and its configuration would be loaded as a "
+                         f"{type(fresh).__name__}.")
+    weights = {name: tensor.float().cpu().contiguous() if tensor.is_floating_point() else tensor.cpu() for name, tensor in weights.items()}
+    fresh.load_state_dict(weights, assign=True)
+    fresh.tie_weights()
+    fresh.generation_config = generation_config(vocabulary)
+    return fresh
+
+
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder in evaluation mode. Raises InputError unless its weights are exactly those of its configuration."""
+    check_readable(folder)
+    if (folder / "adapter_config.json").is_file():  # transformers would load it silently where peft is installed
+        raise InputError(f"{folder} holds an adapter (adapter_config.json), which is no part of a prior. Merge it (peft: merge_and_unload) and save "
+                         "the prior again, or remove the file.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder / 'config.json'} is missing; {folder} is not the complete folder of a prior.")
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         raise InputError(f"{folder / 'model.safetensors'} is missing; weights are read from safetensors only.")
+    check_no_later_options(folder)
     with quiet_transformers():
         try:  # sizes that do not fit are let through here to be listed with the rest below
             model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
@@ -194,6 +227,15 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"The weights in {folder} do not fit its config.json: {listed}.")
     return model
+
+
+def check_no_later_options(folder: Path) -> None:
+    """Raise InputError where a later version wrote the config.json of a grid_transformer with options that this one would ignore."""
+    path, version = folder / "config.json", version_of(folder)
+    content = read_object(path, f"{folder} cannot be read as a transformers checkpoint")
+    if content.get("model_type") == GRID_TRANSFORMER and is_later(version):  # of other versions, an unknown field can be transformers' own
+        known = GridTransformer.config_class().to_dict()
+        check_fields(content, [*known, *(field.name for field in dataclasses.fields(GridTransformer.config_class))], str(path), version)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The token prior: a transformers causal language model that continues a class token with the T tokens of an image."""
 
-import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stage2_prior.causal_lm import generation_config, load_causal_lm, make_causal_lm, quiet_transformers
+from stage2_prior.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
+from stage2_prior.digests import check_digests, write_digests
 from stage2_prior.sampling import sample_tokens
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
@@ -18,6 +18,7 @@ from vqmosaic.device_choice import as_device, as_dtype
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
 from vqmosaic.field_types import as_integer
+from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 
 
@@ -62,32 +63,45 @@ class TokenPrior(nn.Module):
         return cls.from_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary, seed)
 
     @classmethod
+    @naming_denied_permissions()
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
                         dtype: torch.dtype | str | None = None) -> "TokenPrior":
         """The prior of a folder, in evaluation mode, float32 unless another dtype (a torch.dtype or its name) is given.
 
-        Raises InputError for an incomplete folder and for weights that are missing, unexpected or of another shape, which it lists.
+        Raises InputError for an incomplete folder, for files that are not as they were saved (by digests.json; a folder without it loads with a
+        warning), and for weights that are missing, unexpected or of another shape, which it lists.
         Dropout that was added from outside (see causal_lm.add_dropout) is not part of the folder, as it has no part in sampling.
         """
         device, dtype = None if device is None else as_device(device), as_dtype(dtype)
         vocabulary = Vocabulary.load(folder)
+        check_digests(Path(folder))
         prior = cls(load_causal_lm(Path(folder), dtype), vocabulary).eval()
         return prior if device is None else prior.to(device)
 
+    @naming_denied_permissions()
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, generation_config.json, model.safetensors (float32) and, last, vocabulary.json, which completes the folder."""
-        folder = Path(folder)
+        """Write config.json, generation_config.json, model.safetensors (float32), digests.json and vocabulary.json.
+
+        The last file completes the folder. Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper.
+        Raises InputError, before anything is written, where the weights are not those of the configuration (adapters, quantized or offloaded
+        parts), so that the folder could not be loaded again.
+        """
+        folder, model = Path(folder), exportable_causal_lm(self.model, self.vocabulary)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; give the path of a folder for the prior.")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / VOCABULARY_NAME).unlink(missing_ok=True)
-        model = self.model if self.model.dtype == torch.float32 else copy.deepcopy(self.model).float()
         partial = temporary_sibling(folder / "checkpoint")
         shutil.rmtree(partial, ignore_errors=True)
-        with quiet_transformers():
-            model.save_pretrained(partial, max_shard_size="1000GB")
-        for path in sorted(partial.iterdir()):
-            publish(path, folder / path.name)
-        partial.rmdir()
-        self.vocabulary.save(folder)
+        try:
+            with quiet_transformers():
+                model.save_pretrained(partial, max_shard_size="1000GB")
+            self.vocabulary.save(partial)
+            write_digests(partial)
+            (folder / VOCABULARY_NAME).unlink(missing_ok=True)  # until the new one is there, the folder counts as incomplete
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == VOCABULARY_NAME):
+                publish(path, folder / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def output_matrices(self) -> list[nn.Parameter]:
         """What turns the residual stream into logits, which Muon leaves to AdamW."""

@@ -8,7 +8,6 @@ No other file does arithmetic on ids.
 """
 
 import dataclasses
-import json
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from stage2_prior.digests import version_of
 from token_shards.manifest import Grid
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.permissions import check_readable
 
 SCHEMA_VERSION = 1
 VOCABULARY_NAME = "vocabulary.json"
@@ -138,34 +140,29 @@ class Vocabulary:
     def load(cls, folder: str | Path) -> "Vocabulary":
         """The vocabulary in a folder. Raises InputError for a missing file, another schema, unknown or missing fields."""
         path = Path(folder) / VOCABULARY_NAME
+        check_readable(path)
         if not path.is_file():
             raise InputError(f"{path} is missing; it is written last, so this is not the complete folder of a prior.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); export the prior again.") from None
-        return cls.from_dict(content, path)
+        return cls.from_dict(read_object(path, "export the prior again"), path, version_of(Path(folder)))
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any], path: str | Path = VOCABULARY_NAME) -> "Vocabulary":
-        """The vocabulary for its JSON content; `path` is for the words of an InputError."""
+    def from_dict(cls, content: dict[str, Any], path: str | Path = VOCABULARY_NAME, version: str | None = None) -> "Vocabulary":
+        """The vocabulary for its JSON content; `path` and the `version` of vqmosaic that wrote it are for the words of an InputError."""
+        version = written_by(content) or version
         if not isinstance(content, dict) or "schema_version" not in content:
             raise InputError(f"{path} is not a vocabulary: it has no schema_version.")
         if content["schema_version"] != SCHEMA_VERSION:
-            raise InputError(f"{path} has schema_version {content['schema_version']}; this version of vqmosaic reads {SCHEMA_VERSION}.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys())
-        if unknown or missing:
-            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: unknown fields: {', '.join(unknown) or 'none'}; "
-                             f"missing fields: {', '.join(missing) or 'none'}.")
+            raise InputError(f"{path} has schema_version {content['schema_version']}; this version of vqmosaic reads {SCHEMA_VERSION}."
+                             f"{version_hint(version)}")
+        content = {name: value for name, value in content.items() if name != VERSION_FIELD}
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_fields(content, known, str(path), version, known)
         names = content["class_names"]
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise InputError(f"{path}: class_names is {names!r}; it must be a list of texts, or null.")
         if not isinstance(content["token_fingerprint"], str):
             raise InputError(f"{path}: token_fingerprint is {content['token_fingerprint']!r}; it must be a text.")
-        try:
-            return cls(**(content | {"grids": [Grid(**grid) for grid in content["grids"]]}))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except TypeError as error:
-            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: {error}.") from None
+        if not isinstance(content["grids"], list):
+            raise InputError(f"{path}: grids is {content['grids']!r}; it must be a list.")
+        grids = [from_fields(Grid, grid, f"{path}: grids[{number}]", version) for number, grid in enumerate(content["grids"])]
+        return from_fields(cls, content | {"grids": grids}, str(path), version)

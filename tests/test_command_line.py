@@ -210,7 +210,7 @@ def test_damaged_files_are_told_in_words(tiny_copy, tiny_run):
     (tiny_copy / "pipeline" / "pipeline.json").write_text("{")
     assert "pipeline.json is not JSON" in refused("generate", tiny_copy)
     (tiny_copy / "tokenizer" / "config.json").write_text("[]")
-    assert "is no tokenizer" in refused("preprocess", tiny_copy, "--redo", "tokens")
+    assert "holds no JSON object" in refused("preprocess", tiny_copy, "--redo", "tokens")
     (tiny_copy / "prior" / "model.safetensors").unlink()
     parts = ("--tokenizer", tiny_run / "tokenizer", "--prior", tiny_copy / "prior")
     assert "model.safetensors is missing" in refused("bundle", *parts, "--out", tiny_copy / "joined")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from stage2_prior.digests import write_digests
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
@@ -201,7 +202,7 @@ def test_saved_and_loaded_it_gives_equal_logits(tmp_path, architecture):
     loaded = TokenPrior.from_pretrained(tmp_path / "prior")
     assert not loaded.training and loaded.vocabulary == VOCABULARY and loaded.num_parameters == prior.num_parameters
     assert torch.equal(loaded(*batch), prior(*batch))
-    files = {"config.json", "generation_config.json", "model.safetensors", "vocabulary.json"}
+    files = {"config.json", "digests.json", "generation_config.json", "model.safetensors", "vocabulary.json"}
     assert {path.name for path in (tmp_path / "prior").iterdir()} == files
     loaded.save_pretrained(tmp_path / "prior")  # over itself
     assert {path.name for path in (tmp_path / "prior").iterdir()} == files
@@ -254,6 +255,7 @@ def change_weights(folder, change):
 def test_weights_that_do_not_fit_are_listed_and_refused(tmp_path, capfd, change, words):
     tiny_prior().save_pretrained(tmp_path)
     change_weights(tmp_path, change)
+    write_digests(tmp_path)
     with pytest.raises(InputError, match=words):
         TokenPrior.from_pretrained(tmp_path)
     assert capfd.readouterr() == ("", "")
@@ -272,9 +274,11 @@ def test_damaged_files_are_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     content = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[:-100])
+    write_digests(tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         TokenPrior.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing known"}))
+    write_digests(tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         TokenPrior.from_pretrained(tmp_path)
 
@@ -282,6 +286,7 @@ def test_damaged_files_are_refused(tmp_path):
 def test_a_foreign_vocabulary_is_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     TWO_GRIDS.save(tmp_path)
+    write_digests(tmp_path)
     with pytest.raises(InputError, match="52 ids and the vocabulary 41"):
         TokenPrior.from_pretrained(tmp_path)
 

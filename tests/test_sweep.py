@@ -384,7 +384,7 @@ def test_another_setup_is_refused(known, features, tmp_path):
     with pytest.raises(InputError, match=r"features\.sha256 was"):
         sweep(*common, "--images", 20, "--features", other)
     assert record.read_bytes() == content
-    for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "no record of a sweep")):
+    for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "holds no JSON object")):
         record.write_text(text)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=words):
             patch.setattr("pipelines.sweep.run_sweep", None)  # refused before that

@@ -77,7 +77,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, fields):
     ({"token_fingerprint": 3}, "must be a text"),
     ({"grids": []}, "no grids"),
     ({"grids": [{"name": "image", "codes": 3}]}, "codes"),
-    ({"grids": None}, "does not fit"),
+    ({"grids": None}, "must be a list"),
 ])
 def test_a_file_that_is_not_understood_is_refused(tmp_path, change, words):
     Vocabulary(**ONE).save(tmp_path)

@@ -19,6 +19,7 @@ from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, Shard
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, sha256_of_file
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import check_readable
 
 LISTED_AT_MOST = 10  # of one sort in one shard; a data set out of step would otherwise give a line for every image
 
@@ -120,6 +121,7 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
                 skipped: list[dict]) -> tuple[list[str], list[_Sample]]:
     """The problems of one shard, and its samples as webdataset reads them; `skipped` are the records of the sources that are not stored."""
     name, path = entry.name, folder / entry.name
+    check_readable(path)
     if not path.is_file():
         return [f"{name}: the file is missing."], []
     problems = []

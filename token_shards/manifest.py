@@ -14,6 +14,8 @@ import numpy as np
 from token_shards.order import permuted_sources
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
+from vqmosaic.permissions import check_readable
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -197,6 +199,7 @@ class TokenShardManifest(ShardSetHeader):
         """The manifest of a complete folder. Raises InputError where there is none or where it cannot be understood."""
         folder = Path(folder)
         path = folder / MANIFEST_NAME
+        check_readable(path)
         if not folder.is_dir():
             raise InputError(f"There is no folder of token shards {folder}; `vqmosaic preprocess` writes it.")
         if not path.is_file():
@@ -206,11 +209,7 @@ class TokenShardManifest(ShardSetHeader):
             finished = len(list(folder.glob("shard-*.json")))
             raise InputError(f"{folder} is not complete: {MANIFEST_NAME}, which is written last, is missing "
                              f"({finished} shards are finished). Run `vqmosaic preprocess` again; it goes on with what is missing.")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is not JSON ({error}); run `vqmosaic preprocess` again.") from None
-        return cls.from_dict(content, path)
+        return cls.from_dict(read_object(path, "run `vqmosaic preprocess` again"), path)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: str | Path = MANIFEST_NAME) -> "TokenShardManifest":
@@ -220,19 +219,15 @@ class TokenShardManifest(ShardSetHeader):
         if content["schema_version"] != SCHEMA_VERSION:
             raise InputError(f"{path} has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}. "
                              "Update vqmosaic or run its `vqmosaic preprocess` again.")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown, missing = sorted(content.keys() - known), sorted(known - content.keys() - {"order_seed"})
-        if unknown or missing:
-            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: unknown fields: {', '.join(unknown) or 'none'}; "
-                             f"missing fields: {', '.join(missing) or 'none'}.")
-        try:
-            grids = [Grid(**grid) for grid in content["grids"]]
-            shards = [ShardEntry(**shard) for shard in content["shards"]]
-            return cls(**(content | {"grids": grids, "shards": shards}))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"{path} does not fit schema_version {SCHEMA_VERSION}: {error}.") from None
+        version = written_by(content)
+        content = {name: value for name, value in content.items() if name != VERSION_FIELD}
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_fields(content, known, str(path), version, required=[name for name in known if name != "order_seed"])  # which version 0.1.0 lacks
+        for name, part in (("grids", Grid), ("shards", ShardEntry)):
+            if not isinstance(content[name], list):
+                raise InputError(f"{path}: {name} does not fit: it is {str(content[name])[:100]!r}, not a list.")
+            content[name] = [from_fields(part, entry, f"{path}: {name}[{number}]", version) for number, entry in enumerate(content[name])]
+        return from_fields(cls, content, str(path), version)
 
     def check_token_fingerprint(self, expected: str, expected_path: str | Path, own_path: str | Path) -> None:
         """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`; paths name the two artefacts."""

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import mmap
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, TokenShardMan
 from token_shards.order import EpochOrder, recall
 from token_shards.sidecar import ShardSidecar, sidecar_path
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.permissions import permission_denied
 from vqmosaic.seeding import hashes
 
 MOST_OPEN_MAPS = 256  # each holds a file descriptor, of which a process has 1,024 by default
@@ -185,13 +187,18 @@ class TokenShardReader:
         """Raise InputError unless a shard's tar has its size and its sidecar the bytes that the manifest was written with."""
         path, sidecar_file = self.folder / entry.name, sidecar_path(self.folder, entry.name)
         try:
-            size = path.stat().st_size
+            with open(path, "rb") as file:  # not stat, which a file that may not be read allows
+                size = os.fstat(file.fileno()).st_size
+        except PermissionError as error:
+            raise permission_denied(path) from error
         except OSError:
             raise InputError(f"{path} is missing. {REMEDY}") from None
         if size != entry.size:
             raise InputError(f"{path} has {size} bytes; the manifest says {entry.size}. {REMEDY}")
         try:
             content = sidecar_file.read_bytes()
+        except PermissionError as error:
+            raise permission_denied(sidecar_file) from error
         except OSError:
             raise InputError(f"{sidecar_file} is missing. {REMEDY}") from None
         if hashlib.sha256(content).hexdigest() != entry.sidecar_sha256:
@@ -218,6 +225,8 @@ class TokenShardReader:
         path = sidecar_path(self.folder, entry.name)
         try:
             content = path.read_bytes()
+        except PermissionError as error:
+            raise permission_denied(path) from error
         except OSError:
             raise InputError(f"{path} is missing. {REMEDY}") from None
         sidecar = self._checked_sidecar(entry, content)

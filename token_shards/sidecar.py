@@ -7,6 +7,8 @@ from pathlib import Path
 
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError
+from vqmosaic.json_files import VERSION_FIELD, from_fields, written_by
+from vqmosaic.permissions import permission_denied
 
 
 def sidecar_path(folder: Path, name: str) -> Path:
@@ -63,13 +65,19 @@ class ShardSidecar:
             content = path.read_bytes()
         except FileNotFoundError:
             raise InputError(f"{path} is missing; it is the sidecar of {name}.") from None
+        except PermissionError as error:
+            raise permission_denied(path) from error
         return cls.from_bytes(content, path)
 
     @classmethod
     def from_bytes(cls, content: bytes, path: Path) -> "ShardSidecar":
         """The sidecar for its file's bytes; `path` is for the words of an InputError."""
         try:
-            sidecar = cls(**json.loads(content))
+            fields = json.loads(content)
+            version = written_by(fields)
+            if version is not None:
+                del fields[VERSION_FIELD]
+            sidecar = from_fields(cls, fields, f"{path} is not the sidecar of a shard that this version reads: it", version)
             lists = [sidecar.keys, sidecar.indices, sidecar.labels, sidecar.sources, *sidecar.offsets.values()]
             lengths = {len(entries) for entries in lists} | {sidecar.count}
         except (ValueError, TypeError, AttributeError) as error:

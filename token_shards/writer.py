@@ -18,6 +18,7 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeade
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
 from vqmosaic.errors import InputError
+from vqmosaic.permissions import PermissionDenied
 
 WRITE_BUFFER = 2**20  # each write to the system hands Python's lock to the threads that decode, and waits to get it back
 
@@ -208,6 +209,8 @@ class TokenShardWriter:
         path = self.folder / name
         try:
             sidecar = ShardSidecar.load(self.folder, name)
+        except PermissionDenied:  # it may well be whole
+            raise
         except InputError as error:
             return str(error)
         if sidecar.header_fingerprint != self._header_fingerprint:

@@ -12,18 +12,26 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from vqmosaic import __version__
 from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.json_files import VERSION_FIELD, from_fields, read_object, written_by
+from vqmosaic.permissions import check_readable
+
+T = TypeVar("T")
 
 
 def broken_files(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, in words; empty when it is whole."""
+    """What is wrong with a checkpoint folder, in words; empty when it is whole. Raises PermissionDenied where it cannot be read."""
+    check_readable(checkpoint)
     try:
         checksums = json.loads((checkpoint / "checksums.json").read_text())
     except (OSError, ValueError):
         return ["checksums.json is missing or unreadable"]
+    if not isinstance(checksums, dict) or any(not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys() for entry in checksums.values()):
+        return ["checksums.json holds something else than sizes and digests"]
     problems = []
     for name, entry in checksums.items():
         path = checkpoint / name
@@ -42,7 +50,8 @@ class CheckpointFolder:
     keep: int = 2
 
     def all(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
+        """Checkpoint folders, oldest first. Raises PermissionDenied where they cannot be listed: a training would start anew."""
+        check_readable(self.root)
         return sorted(path for path in self.root.glob("step-*") if path.is_dir())
 
     def choose(self, resume: str, report: Callable[[str], None] = print) -> Path | None:
@@ -85,7 +94,7 @@ class CheckpointFolder:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_more(partial)
-            write_json(partial / "trainer_state.json", state)
+            write_json(partial / "trainer_state.json", {VERSION_FIELD: __version__, **state})
             files = sorted(path for path in partial.rglob("*") if path.is_file())
             write_json(partial / "checksums.json",
                        {str(path.relative_to(partial)): {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files})
@@ -101,4 +110,16 @@ class CheckpointFolder:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The named numbers of a checkpoint."""
-    return json.loads((checkpoint / "trainer_state.json").read_text())
+    return _read_state(checkpoint)[0]
+
+
+def restore_state(checkpoint: Path, cls: type[T]) -> T:
+    """The named numbers of a checkpoint as an object of the dataclass that they were written from; those that came later at their defaults."""
+    state, version = _read_state(checkpoint)
+    return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)
+
+
+def _read_state(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
+    """The named numbers, and the version that wrote them."""
+    content = read_object(checkpoint / "trainer_state.json", "give another checkpoint")
+    return {name: value for name, value in content.items() if name != VERSION_FIELD}, written_by(content)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vqmosaic.permissions import give_usual_permissions, naming_denied_permissions
+
 TEMPORARY_PREFIX = ".partial-"
 
 
@@ -24,6 +26,7 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+@naming_denied_permissions()
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +40,10 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+@naming_denied_permissions()
 def publish(partial: Path, path: Path) -> None:
-    """Flush a finished temporary file or folder and give it its real name, replacing an older folder or file."""
+    """Flush a finished temporary file or folder and give it its real name and the usual permissions, replacing an older folder or file."""
+    give_usual_permissions(partial)
     if partial.is_dir():
         for inner in sorted(partial.rglob("*")):
             flush_to_disk(inner)
@@ -56,6 +61,18 @@ def publish(partial: Path, path: Path) -> None:
     flush_to_disk(path.parent)
 
 
+@naming_denied_permissions()
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder and everything in it. The copies are new files: they have the usual permissions, whatever the source has."""
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+@naming_denied_permissions()
 def sha256_of_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(path, "rb") as file:

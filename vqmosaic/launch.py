@@ -23,6 +23,7 @@ import yaml
 
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.interruption import EXIT_CODES, Interrupted, die_with_parent
+from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.process_settings import set_up_process
 
 PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
@@ -246,7 +247,8 @@ def guarded(run: Callable[[], None], words: Path | None = None) -> int:
             words.write_text(text)
 
     try:
-        run()
+        with naming_denied_permissions():
+            run()
         return 0
     except InputError as error:
         say(f"error: {error}")

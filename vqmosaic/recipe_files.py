@@ -10,12 +10,16 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from vqmosaic import __version__
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.json_files import is_later, version_hint
+from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe import Recipe, recipe_fields
 
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list in brackets",
                   "dict": "a mapping", "NoneType": "null"}
+WRITTEN_BY = "# written by vqmosaic "
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -57,6 +61,7 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_class_arguments(Recipe, as_group=False)
 
 
+@naming_denied_permissions()
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = ()) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder (whose run_dir it is), with overrides such as ["--data.path", "photos"].
 
@@ -96,14 +101,15 @@ def recipe_help(recipe: Recipe | None = None) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML that load_recipe reads back to an equal one."""
-    write_bytes(path, yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False).encode())
+    """Write a recipe as YAML that load_recipe reads back to an equal one; the comment at its top says which version wrote it."""
+    write_bytes(path, f"{WRITTEN_BY}{__version__}\n{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
 
 
 def check_keys_of_file(path: Path) -> None:
     """Raise InputError for YAML that does not parse or names a field that does not exist."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -112,8 +118,12 @@ def check_keys_of_file(path: Path) -> None:
     for section in section_names():
         if section in content and not isinstance(content[section], dict):
             raise InputError(f"{path} sets {section} to {content[section]!r}; it is a section: a mapping of its fields, or left out.")
+    version = text.partition("\n")[0].removeprefix(WRITTEN_BY) if text.startswith(WRITTEN_BY) else None
     for key in flattened(content, known):
-        check_known(key, known, f"{path} sets {key}")
+        try:
+            check_known(key, known, f"{path} sets {key}")
+        except InputError as error:
+            raise InputError(f"{error}{version_hint(version) if is_later(version) else ''}") from None
 
 
 def check_names_of_options(options: list[str], other_options: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ Loads no torch: the command line judges all stages before anything slow starts.
 """
 
 import dataclasses
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
+from vqmosaic.json_files import VERSION_FIELD, from_fields, is_later, read_object, version_hint, written_by
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe import Recipe, RecipeField, recipe_fields
 from vqmosaic.recipe_files import save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
@@ -49,11 +50,15 @@ def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
 def load_record(run: RunFolder, stage: str) -> StageRecord | None:
     """The record of a stage's last run, or None where it never ran."""
     path = run.record(stage)
+    check_readable(path)
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    return StageRecord(content["stage"], content["finished"], content["fields"], content["inputs"], content["seconds"],
-                       content.get("exported_step"))
+    content = read_object(path, f"make the stage anew with --redo {stage}")
+    version = written_by(content)
+    unknown = sorted(content["fields"].keys() - {field.name for field in recipe_fields(Recipe())}) if isinstance(content.get("fields"), dict) else []
+    if unknown and is_later(version):  # a field of an earlier version that is gone no longer has an effect; one of a later version has
+        raise InputError(f"{path}: stage {stage} was run with the unknown fields {', '.join(unknown)}.{version_hint(version)}")
+    return from_fields(StageRecord, {name: value for name, value in content.items() if name not in (VERSION_FIELD, "written")}, str(path), version)
 
 
 def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str], *, finished: bool, seconds: float = 0.0,
@@ -61,7 +66,7 @@ def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, s
     """Record that a stage starts or has finished with this recipe and these inputs."""
     save_recipe(recipe, run.recipe)  # a stage under a launcher of the user's own leaves what the others need to know, too
     fields = {name: field.value for name, field in fields_read(recipe, stage).items()}
-    write_json(run.record(stage), {"stage": stage, "finished": finished, "vqmosaic": __version__, "fields": fields, "inputs": inputs,
+    write_json(run.record(stage), {"stage": stage, "finished": finished, VERSION_FIELD: __version__, "fields": fields, "inputs": inputs,
                                    "seconds": round(seconds, 2), "exported_step": exported_step,
                                    "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
 

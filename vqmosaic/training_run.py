@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqmosaic.budget import Budget, Pace, duration, expected_time, learning_rate_share
-from vqmosaic.checkpoints import CheckpointFolder, read_state
+from vqmosaic.checkpoints import CheckpointFolder, restore_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
@@ -138,7 +138,7 @@ class TrainingRun:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
         if checkpoint is None:
             return
-        saved = TrainerState(**read_state(checkpoint))
+        saved = restore_state(checkpoint, TrainerState)
         if saved.processes != self.world_size:
             raise InputError(f"{checkpoint} was written by {saved.processes} processes, now there are {self.world_size}; "
                              f"go on with --processes {saved.processes}.")

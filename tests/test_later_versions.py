@@ -1,0 +1,206 @@
+"""A file with a field of a later version is refused with file, field and version; fields that came later have defaults in older files."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.bundle import read_bundle, recommended_sampling
+from pipelines.sweep_record import SweepRecord, read_sweep
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.digests import digests_of
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from tests.test_prior import tiny_prior
+from tests.tiny import tiny_recipe
+from token_shards import TokenShardManifest
+from token_shards.sidecar import ShardSidecar
+from vqmosaic import __version__
+from vqmosaic.checkpoints import restore_state
+from vqmosaic.durable_files import copy_folder
+from vqmosaic.errors import InputError
+from vqmosaic.json_files import from_fields, is_later, version_hint
+from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import judge, load_record
+from vqmosaic.trainer_state import TrainerState
+
+LATER = "9.8.7"
+CHECKPOINT = "checkpoints/prior/step-00000006"
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path) -> Path:
+    copy_folder(tiny_run, tmp_path / "run")
+    sampling = dataclasses.asdict(SamplingConfig())
+    result = {"settings": sampling, "frechet_distance": 1.0, "kernel_distance": 0.0, "kernel_deviation": 0.0, "images": 20, "seconds": 1.0,
+              "device": "cpu", "versions": {"vqmosaic": __version__}}
+    record = SweepRecord.open(tmp_path / "run/sweep.json", {})
+    record.content["results"].append(result)
+    (tmp_path / "run/sweep.json").write_text(json.dumps(record.content))
+    return tmp_path / "run"
+
+
+def at(content: Any, *keys: str | int) -> Any:
+    for key in keys:
+        content = content[key]
+    return content
+
+
+def sweep_results(path: Path) -> list:
+    record = SweepRecord.open(path, {})
+    return [record.settings_of(result) for result in record.content["results"]]
+
+
+# file, where in it a field is added, how it is read, whether the file itself says which version wrote it
+FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
+    "tokenizer": ("tokenizer/config.json", (), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
+    "network": ("tokenizer/config.json", ("network",), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
+    "transform": ("tokenizer/config.json", ("transform",), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
+    "vocabulary": ("prior/vocabulary.json", (), lambda run: Vocabulary.load(run / "prior")),
+    "grid": ("prior/vocabulary.json", ("grids", 0), lambda run: Vocabulary.load(run / "prior")),
+    "digests": ("prior/digests.json", (), lambda run: TokenPrior.from_pretrained(run / "prior")),
+    "pipeline": ("pipeline/pipeline.json", (), lambda run: read_bundle(run / "pipeline")),
+    "sampling": ("pipeline/pipeline.json", ("sampling",),
+                 lambda run: recommended_sampling(run / "pipeline", read_bundle(run / "pipeline"))),
+    "manifest": ("tokens/train/manifest.json", (), lambda run: TokenShardManifest.load(run / "tokens/train")),
+    "grid of the manifest": ("tokens/train/manifest.json", ("grids", 0), lambda run: TokenShardManifest.load(run / "tokens/train")),
+    "shard of the manifest": ("tokens/train/manifest.json", ("shards", 1), lambda run: TokenShardManifest.load(run / "tokens/train")),
+    "sidecar": ("tokens/train/shard-000000.json", (), lambda run: ShardSidecar.load(run / "tokens/train", "shard-000000.tar")),
+    "stage record": ("stages/prior.json", (), lambda run: load_record(RunFolder(run), "prior")),
+    "checkpoint": (f"{CHECKPOINT}/trainer_state.json", (), lambda run: restore_state(run / CHECKPOINT, TrainerState)),
+    "sweep": ("sweep.json", (), lambda run: read_sweep(run / "sweep.json")),
+    "result of a sweep": ("sweep.json", ("results", 0), lambda run: read_sweep(run / "sweep.json")),
+    "settings of a sweep": ("sweep.json", ("results", 0, "settings"), lambda run: sweep_results(run / "sweep.json")),
+}
+
+
+@pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
+def test_an_unknown_field_is_named_with_the_version_that_wrote_it(run, name, keys, read):
+    read(run)
+    path = run / name
+    content = json.loads(path.read_text())
+    at(content, *keys)["of_later"] = 3
+    at(content, *keys[:2] if keys[:1] == ("results",) else ()).update({"versions": {"vqmosaic": LATER}} if "results" in keys else {"vqmosaic": LATER})
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        read(run)
+    words = str(caught.value)
+    assert str(path) in words and "unknown fields: of_later" in words, words
+    assert f"written by vqmosaic {LATER}, this is {__version__}: update vqmosaic" in words, words
+
+
+@pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
+def test_a_file_that_does_not_say_its_version_is_refused_in_words_too(run, name, keys, read):
+    path = run / name
+    content = json.loads(path.read_text())
+    at(content, *keys)["of_later"] = 3
+    content.pop("vqmosaic", None)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"unknown fields: of_later"):
+        read(run)
+
+
+@pytest.mark.parametrize(("name", "keys", "field", "read"), [
+    ("tokenizer/config.json", (), "network", FILES["tokenizer"][2]),
+    ("tokenizer/config.json", ("transform",), "channels", FILES["transform"][2]),
+    ("prior/vocabulary.json", ("grids", 0), "height", FILES["grid"][2]),
+    ("prior/digests.json", (), "files", FILES["digests"][2]),
+    ("pipeline/pipeline.json", (), "sampling", FILES["pipeline"][2]),
+    ("tokens/train/manifest.json", ("shards", 1), "sha256", FILES["manifest"][2]),
+    ("tokens/train/shard-000000.json", (), "labels", FILES["sidecar"][2]),
+    ("stages/prior.json", (), "inputs", FILES["stage record"][2]),
+    ("sweep.json", ("results", 0), "settings", FILES["sweep"][2]),
+])
+def test_a_missing_field_is_named(run, name, keys, field, read):
+    path = run / name
+    content = json.loads(path.read_text())
+    del at(content, *keys)[field]
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"missing fields: {field}") as caught:
+        read(run)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+@pytest.mark.parametrize(("name", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
+def test_something_else_in_a_file_is_told_in_words(run, name, keys, read, text):
+    (run / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        read(run)
+    assert str(run / name) in str(caught.value)
+
+
+def test_fields_that_came_later_have_their_defaults_in_older_files(run):
+    path = run / "pipeline/pipeline.json"
+    content = json.loads(path.read_text())
+    content["sampling"] = {"temperature": 0.5}
+    path.write_text(json.dumps(content))
+    assert recommended_sampling(run / "pipeline", read_bundle(run / "pipeline")) == SamplingConfig(temperature=0.5)
+    state = run / CHECKPOINT / "trainer_state.json"
+    state.write_text(json.dumps({"step": 6, "elapsed_seconds": 1.5}))
+    assert restore_state(run / CHECKPOINT, TrainerState) == TrainerState(step=6, elapsed_seconds=1.5)
+
+
+def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):
+    record = RunFolder(run).record("prior")
+    content = json.loads(record.read_text())
+    content["fields"]["prior.of_later"] = 3
+    record.write_text(json.dumps(content | {"vqmosaic": LATER}))
+    with pytest.raises(InputError, match=f"unknown fields prior.of_later.*vqmosaic {LATER}"):
+        judge(RunFolder(run), tiny_recipe(run), "prior", None)
+    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # one that is gone had no effect that lasts
+    assert judge(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
+
+
+def test_a_recipe_of_a_later_version_names_it(run):
+    path = run / "recipe.yaml"
+    text = path.read_text()
+    assert text.startswith(f"# written by vqmosaic {__version__}\n")
+    path.write_text(text.replace(__version__, LATER, 1).replace("prior:\n", "prior:\n  of_later: 3\n"))
+    with pytest.raises(InputError, match=rf"no field 'prior.of_later'.*written by vqmosaic {LATER}"):
+        load_recipe(str(run))
+    path.write_text(text.partition("\n")[2])  # as 0.1.0 wrote it
+    assert load_recipe(str(run)).run_dir == str(run)
+
+
+def test_an_option_of_a_later_grid_transformer_is_not_ignored(tmp_path):
+    tiny_prior("grid_transformer").save_pretrained(tmp_path)
+
+    def save_as(version: str, **changes) -> None:
+        config, digests = tmp_path / "config.json", tmp_path / "digests.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        digests.write_text(json.dumps(json.loads(digests.read_text()) | {"vqmosaic": version, "files": digests_of(tmp_path)}))
+
+    save_as(LATER)
+    TokenPrior.from_pretrained(tmp_path)
+    save_as(__version__, of_later=True)  # a field that transformers added
+    TokenPrior.from_pretrained(tmp_path)
+    save_as(LATER)
+    with pytest.raises(InputError, match=rf"config\.json has unknown fields: of_later.*vqmosaic {LATER}"):
+        TokenPrior.from_pretrained(tmp_path)
+
+
+def test_a_value_that_only_a_later_version_knows_names_it_too(run):
+    path = run / "tokenizer/config.json"
+    content = json.loads(path.read_text())
+    content["network"]["quantizer"] = "of_later"
+    path.write_text(json.dumps(content | {"vqmosaic": LATER}))
+    with pytest.raises(InputError, match=f"quantizer is 'of_later'.*written by vqmosaic {LATER}"):
+        ImageTokenizer.from_pretrained(run / "tokenizer")
+
+
+def test_values_of_another_type_are_no_type_error():
+    for content in (None, 3, [1], {"temperature": "warm"}, {"guidance_interval": 3}):
+        with pytest.raises(InputError, match=r"here\.json"):
+            from_fields(SamplingConfig, content, "here.json")
+
+
+def test_versions_are_compared_by_their_numbers():
+    assert is_later("0.10.0") and is_later("1.0") and is_later(LATER)
+    assert not is_later(__version__) and not is_later("0.0.9") and not is_later(None)
+    assert version_hint(__version__) == "" and "another version" in version_hint(None)

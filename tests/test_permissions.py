@@ -1,0 +1,275 @@
+"""New files can be read by whom the umask allows, and a denied permission is reported as such, with the file and the user."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pipelines import ImageGenerationPipeline, make_bundle
+from pipelines.bundle import find_pipeline, find_tokenizer
+from pipelines.feature_file import resolve_feature_file
+from pipelines.foreign_tokens import open_foreign_tokens
+from pipelines.repair import load_sidecar
+from pipelines.stage_inputs import token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from stage1_tokenizer import perceptual
+from stage1_tokenizer.data_location import check_data_path
+from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.images import UnreadableImage, read_image
+from stage1_tokenizer.initial_weights_location import locate_initial_weights
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from tests.tiny import ROOT, command
+from token_shards import TokenShardManifest, TokenShardReader
+from token_shards.audit import audit_folder
+from token_shards.sidecar import ShardSidecar
+from token_shards.writer import TokenShardWriter
+from vqmosaic.checkpoints import CheckpointFolder, broken_files
+from vqmosaic.durable_files import copy_folder, publish, write_json
+from vqmosaic.launch import guarded
+from vqmosaic.permissions import PermissionDenied, current_umask
+from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipe_sections import DataConfig, SamplingConfig
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import load_record
+
+NOBODY = 65534
+
+
+@contextmanager
+def umask(mask: int):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
+def check_modes(folder: Path, mask: int) -> None:
+    for name, mode in modes(folder).items():
+        assert mode == (0o777 if (folder / name).is_dir() else 0o666) & ~mask, f"{name} has mode {mode:04o}"
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path, mask):
+    """Exports of three stages, shards, checkpoints, logs, pictures, records, the pipeline and what is generated from it."""
+    run = tmp_path / "run"
+    code = (f"import os; os.umask({mask})\nfrom tests.tiny import make_tiny_run\nmake_tiny_run({str(run)!r})\n"
+            "from pathlib import Path\nfrom pipelines.write_images import write_generated, write_reconstructions\n"
+            f"run = Path({str(run)!r})\nwrite_generated(run / 'pipeline', None, 2, 0, run / 'samples', 'cpu', 'float32', {{}})\n"
+            "write_reconstructions(run / 'tokenizer', [run / 'samples/grid.png'], run / 'reconstructions', 'cpu', 'float32')")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    names = modes(run)
+    assert {"checkpoints/tokenizer/step-00000006/weights_ema.safetensors", "prior/model.safetensors", "samples/grid.png",
+            "tokens/train/manifest.json", "stages/prior.json", "logs/prior/metrics.jsonl", "summary.json"} <= names.keys()
+    check_modes(run, mask)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_saved_parts_have_the_permissions_of_new_files_whatever_the_source_had(tmp_path, tiny_run, mask):
+    for path in (copy := shutil.copytree(tiny_run / "pipeline", tmp_path / "source")).rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    with umask(mask):
+        out = tmp_path / "out"
+        make_bundle(copy / "tokenizer", copy / "prior", out / "bundle", SamplingConfig())
+        pipe = ImageGenerationPipeline.from_pretrained(copy, device="cpu")
+        pipe.save_pretrained(out / "copied")
+        ImageGenerationPipeline(pipe.tokenizer, pipe.prior).save_pretrained(out / "saved")
+        pipe.prior.save_pretrained(out / "prior")
+    check_modes(out, mask)
+
+
+def test_a_folder_that_is_read_only_can_be_bundled(tmp_path, tiny_run):
+    copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer").chmod(0o555)
+    for _ in range(2):  # the second one replaces the first
+        make_bundle(tmp_path / "tokenizer", tiny_run / "prior", tmp_path / "out", SamplingConfig())
+    check_modes(tmp_path / "out", current_umask())
+
+
+def test_publishing_adds_permissions_and_takes_none_away(tmp_path):
+    folder = tmp_path / ".partial-folder"
+    folder.mkdir(mode=0o700)
+    for name, mode in (("private", 0o600), ("program", 0o755), ("shared", 0o664)):
+        (folder / name).write_text(name)
+        (folder / name).chmod(mode)
+    folder.chmod(0o2700)
+    (tmp_path / "outside").write_text("of somebody else")
+    (tmp_path / "outside").chmod(0o600)
+    (folder / "link").symlink_to(tmp_path / "outside")
+    with umask(0o022):
+        publish(folder, tmp_path / "folder")
+    found = modes(tmp_path)
+    assert found["outside"] == 0o600 and found["folder"] == 0o2755, "links are not followed, the group of a shared folder stays"
+    assert [found[f"folder/{name}"] for name in ("private", "program", "shared")] == [0o644, 0o755, 0o664]
+
+
+def test_the_umask_is_read_without_changing_it():
+    for mask in (0o022, 0o002, 0o077):
+        with umask(mask):
+            assert current_umask() == mask and os.umask(mask) == mask
+
+
+# --- what may not be read or written -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_nobody():
+    """Run a block as another user, if this one is root, who may read everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+@pytest.fixture
+def place():
+    """A folder that other users may enter, which tmp_path is not."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def deny(path: Path) -> Path:
+    path.chmod(0)
+    return path
+
+
+READERS = {
+    "tokenizer config": ("run/tokenizer/config.json", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
+    "tokenizer weights": ("run/tokenizer/model.safetensors", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
+    "tokenizer folder": ("run/tokenizer", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
+    "tokenizer fingerprint": ("run/tokenizer/config.json", lambda place: token_fingerprint_of_tokenizer(place / "run/tokenizer")),
+    "prior config": ("run/prior/config.json", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
+    "prior weights": ("run/prior/model.safetensors", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
+    "prior digests": ("run/prior/digests.json", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
+    "prior folder": ("run/prior", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
+    "prior fingerprint": ("run/prior/model.safetensors", lambda place: token_fingerprint_of_prior(place / "run/prior")),
+    "vocabulary": ("run/prior/vocabulary.json", lambda place: Vocabulary.load(place / "run/prior")),
+    "pipeline": ("run/pipeline/pipeline.json", lambda place: ImageGenerationPipeline.from_pretrained(place / "run", device="cpu")),
+    "pipeline folder": ("run/pipeline", lambda place: find_pipeline(place / "run")),
+    "run folder": ("run", lambda place: find_pipeline(place / "run")),
+    "tokenizer of a run": ("run/pipeline/tokenizer", lambda place: find_tokenizer(place / "run")),
+    "manifest": ("run/tokens/train/manifest.json", lambda place: TokenShardManifest.load(place / "run/tokens/train")),
+    "sidecar": ("run/tokens/train/shard-000000.json", lambda place: ShardSidecar.load(place / "run/tokens/train", "shard-000000.tar")),
+    "sidecar for the reader": ("run/tokens/train/shard-000001.json", lambda place: TokenShardReader(place / "run/tokens/train")),
+    "shard for the reader": ("run/tokens/train/shard-000001.tar", lambda place: TokenShardReader(place / "run/tokens/train")),
+    "shard for the audit": ("run/tokens/train/shard-000001.tar", lambda place: audit_folder(place / "run/tokens/train")),
+    "sidecar for a repair": ("run/tokens/train/shard-000001.json", lambda place: load_sidecar(place / "run/tokens/train", "shard-000001.tar")),
+    "sidecar for the writer": ("run/tokens/train/shard-000001.json", lambda place: TokenShardWriter(
+        place / "run/tokens/train", TokenShardManifest.load(place / "run/tokens/train").header).is_complete(1)),
+    "checkpoint": ("run/checkpoints/prior/step-00000006/model.safetensors",
+                   lambda place: broken_files(place / "run/checkpoints/prior/step-00000006")),
+    "newest checkpoint": ("run/checkpoints/prior/step-00000006/checksums.json",
+                          lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
+    "checkpoints": ("run/checkpoints/prior", lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
+    "stage record": ("run/stages/prior.json", lambda place: load_record(RunFolder(place / "run"), "prior")),
+    "recipe": ("run/recipe.yaml", lambda place: load_recipe(str(place / "run"))),
+    "initial weights": ("run/tokenizer/model.safetensors", lambda place: locate_initial_weights(str(place / "run"))),
+    "initial config": ("run/tokenizer/config.json", lambda place: locate_initial_weights(str(place / "run/tokenizer"))),
+    "image folder": ("images/cat", lambda place: open_splits(DataConfig(source="folder", path=str(place / "images")))),
+    "image folder's names": ("images/cat", lambda place: check_data_path(DataConfig(source="folder", path=str(place / "images")))),
+    "table of a data set": ("tables/data.parquet", lambda place: open_splits(DataConfig(path=str(place / "tables")))),
+    "features": ("features.pt", lambda place: resolve_feature_file(place / "features.pt", None)),
+    "perceptual weights": ("weights.safetensors", lambda place: perceptual._read(place / "weights.safetensors", {"a": (1,)})),
+    "npy file": ("codes.npy", lambda place: open_foreign_tokens(place / "codes.npy", None, True)),
+    "JSON lines": ("codes.jsonl", lambda place: open_foreign_tokens(place / "codes.jsonl", None, True)),
+}
+
+
+@pytest.mark.parametrize(("name", "read"), READERS.values(), ids=list(READERS))
+def test_what_may_not_be_read_is_called_so(place, tiny_run, name, read):
+    copy_folder(tiny_run, place / "run")
+    (place / "images/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(place / "images/cat/0.png")
+    save_file({"a": torch.zeros(1)}, place / "weights.safetensors")
+    (place / "weights.safetensors").chmod(0o644)
+    (place / "features.pt").write_bytes(b"code")
+    (place / "tables").mkdir()
+    (place / "tables/data.parquet").write_bytes(b"table")
+    np.save(place / "codes.npy", np.zeros((2, 4), dtype=np.int64))
+    (place / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
+    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is loaded late lies where only root may read
+        read_before(read, place)
+    path = deny(place / name)
+    with as_nobody(), pytest.raises(PermissionDenied) as caught:
+        read(place)
+    words = str(caught.value)
+    user = "nobody" if os.geteuid() == 0 else ""
+    assert "permission denied" in words and user in words and str(path) in words and "mode 0000" in words
+    path.chmod(0o755)
+
+
+def read_before(read, place: Path) -> None:
+    with suppress(ValueError):
+        read(place)
+
+
+def test_an_image_that_may_not_be_read_is_not_called_corrupt(place):
+    Image.new("RGB", (8, 8)).save(place / "image.png")
+    read_image(place / "image.png")
+    deny(place / "image.png")
+    with as_nobody(), pytest.raises(UnreadableImage, match=r"^permission denied: the user .* may not read .*image\.png") as caught:
+        read_image(place / "image.png")
+    assert "corrupt" not in str(caught.value)
+
+
+def test_a_folder_that_may_not_be_written_is_named(place, tiny_run):
+    tokenizer, prior = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), TokenPrior.from_pretrained(tiny_run / "prior")
+    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once where it may: what is loaded late is loaded now
+        tokenizer.save_pretrained(Path(elsewhere) / "tokenizer")
+        prior.save_pretrained(Path(elsewhere) / "prior")
+    place.chmod(0o555)
+    for save in (lambda: tokenizer.save_pretrained(place / "new"), lambda: prior.save_pretrained(place / "new"),
+                 lambda: write_json(place / "new.json", {})):
+        with as_nobody(), pytest.raises(PermissionDenied) as caught:
+            save()
+        assert f"may not write into the folder {place} (owner" in str(caught.value)
+    assert not list(place.iterdir())
+    place.chmod(0o755)
+
+
+def test_the_command_ends_with_words_and_no_traceback(place, capsys):
+    (place / "file").write_text("x")
+    deny(place / "file")
+    with as_nobody():
+        code = guarded(lambda: (place / "file").read_text())
+    assert code == 2
+    words = capsys.readouterr().err
+    assert words.startswith("error: permission denied: the user") and f"may not read {place / 'file'}" in words and "Traceback" not in words
+
+
+def test_an_unreadable_image_on_the_command_line(tmp_path, tiny_run):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything, and another user cannot start Python from root's home")
+    deny(tmp_path / "image.png")
+    result = command("reconstruct", tiny_run, tmp_path / "image.png", "--out", tmp_path / "out")
+    assert result.returncode == 2 and "permission denied" in result.stderr and "known format" not in result.stderr
+
+
