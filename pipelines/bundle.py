@@ -185,6 +185,12 @@ def recommended_sampling(folder: Path, content: dict) -> SamplingConfig:
     return from_fields(SamplingConfig, content["sampling"], f"{folder / 'pipeline.json'}: sampling", written_by(content))
 
 
+def evenly_spread(classes: int, samples: int) -> list[int]:
+    """At most `samples` of the class indices 0 to classes - 1, from the first to the last class where there are more."""
+    count = min(classes, samples)
+    return [index * classes // count for index in range(count)]
+
+
 def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[int]:
     """Class indices of names (strings) and indices (integers of any kind); InputError lists what there is."""
     if names is None:

@@ -48,6 +48,12 @@ def images_together(image_size: int) -> int:
     return max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // image_size**2))
 
 
+def decoded_in_parts(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Images (B, C, H, W) of ids, a few at a time, on the tokenizer's device."""
+    for part_Bhw in ids_Bhw.split(images_together(tokenizer.transform.image_size)):
+        yield tokenizer.decode(part_Bhw.to(tokenizer.device))
+
+
 class Request(NamedTuple):
     """What is asked of a pipeline, checked: the settings, the class index of each image (None: no classes) and its seed."""
 
@@ -118,8 +124,11 @@ class ImageGenerationPipeline:
 
     def _is_as_loaded(self, source: Path) -> bool:
         """Whether tokenizer and prior are those in a folder, and not trained further or exchanged since they were loaded from it."""
-        return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
-                and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
+        try:
+            return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
+                    and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
+        except InputError:  # the folder is gone, or something else is there now
+            return False
 
     @property
     def class_names(self) -> list[str] | None:
@@ -220,15 +229,10 @@ class ImageGenerationPipeline:
                 classes, seeds = request.classes and request.classes[part], request.seeds[part]
                 ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile)
                 ids_Bhw = ids_BT.view(len(places), *self.tokenizer.grid_shape)
-                images = joined(as_output_type(images_BCHW, output_type) for images_BCHW in self._decoded(ids_Bhw))
+                images = joined(as_output_type(images_BCHW, output_type) for images_BCHW in decoded_in_parts(self.tokenizer, ids_Bhw))
                 yield GenerationOutput(images, ids_Bhw.cpu(), seeds, classes, places=places)
 
         return sampled()
-
-    def _decoded(self, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Images (B, C, H, W) of ids, a few at a time."""
-        for part_Bhw in ids_Bhw.split(images_together(self.tokenizer.transform.image_size)):
-            yield self.tokenizer.decode(part_Bhw.to(self.device))
 
     def _prepared(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
         """The images a user gave, a few at a time, on the pipeline's device."""
@@ -253,7 +257,8 @@ class ImageGenerationPipeline:
 
     def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
         """PIL images of ids (B, h, w), or (B, h, w, depth) where the tokenizer has several for each position."""
-        return [image for images_BCHW in self._decoded(torch.atleast_1d(torch.as_tensor(token_ids))) for image in to_pil(images_BCHW)]
+        parts = decoded_in_parts(self.tokenizer, torch.atleast_1d(torch.as_tensor(token_ids)))
+        return [image for images_BCHW in parts for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
         """The images after the way through the tokens and back."""

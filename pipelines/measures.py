@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from pipelines.bundle import evenly_spread
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.digits_source import load_scans
 from token_shards import TokenShardReader
@@ -59,12 +60,6 @@ class DigitsJudge:
 def within_class_spread(pixels_BP: np.ndarray, classes_B: np.ndarray) -> float:
     """Standard deviation of each pixel within each class, averaged over pixels and classes."""
     return float(np.mean([pixels_BP[classes_B == label].std(axis=0).mean() for label in np.unique(classes_B)]))
-
-
-def evenly_spread(classes: int, samples: int) -> list[int]:
-    """At most `samples` of the class indices 0 to classes - 1, from the first to the last class where there are more."""
-    count = min(classes, samples)
-    return [index * classes // count for index in range(count)]
 
 
 def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int, judge: DigitsJudge | None) -> dict[str, dict[str, float]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pipelines.generate import ImageGenerationPipeline
+from pipelines.bundle import evenly_spread
+from pipelines.generate import ImageGenerationPipeline, images_together
 from pipelines.measures import DigitsJudge, measure_generation
 from stage1_tokenizer.data_location import resolve_source
 from stage1_tokenizer.image_batches import ValidationImages
@@ -18,6 +19,7 @@ from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.image_sources import open_splits
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
+from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.stage_records import load_record
@@ -35,7 +37,8 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     save_samples(pipe, recipe, run.root / "samples.png")
     validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
     images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
-    restored_BCHW = pipe.tokenizer.reconstruct(images_BCHW.to(pipe.device)).cpu()
+    together = images_together(pipe.tokenizer.transform.image_size)
+    restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(part.to(pipe.device)).cpu() for part in images_BCHW.split(together)])
     save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
 
     reader = TokenShardReader(run.export("tokens") / "train")
@@ -68,10 +71,13 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
     """
     validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
     step = load_record(run, stage).exported_step
+    if not validations:
+        raise InputError(f"{run.logs(stage) / 'metrics.jsonl'} has no validations, so the numbers of stage {stage} are not known; put the file back, "
+                         f"or make the stage anew with --redo {stage}.")
     if step is None:
         finite = [record for record in validations if math.isfinite(record[error])]
         step = min(finite, key=lambda record: record[error])["step"] if finite and export == "best" else validations[-1]["step"]
-    record = next(record for record in validations if record["step"] == step)
+    record = next((record for record in validations if record["step"] == step), validations[-1])
     return {name: value for name, value in record.items() if name != "kind"}
 
 
@@ -87,14 +93,13 @@ def processor_name() -> str:
 
 
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
-    """A picture of samples: a row for each of the first ten classes, or just rows."""
+    """A picture of samples: a row for each of ten classes, evenly spread over all of them, or just rows."""
     names = pipe.class_names
-    rows = min(ROWS, len(names)) if names else ROWS
-    out = pipe(list(range(rows)) if names else None, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
+    labels = evenly_spread(len(names), ROWS) if names else None
+    rows = len(labels) if names else ROWS
+    out = pipe(labels, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
     picture = image_grid([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
     save_picture(picture, path)
-
-
 
 
 def summary_table(summary: dict[str, Any]) -> str:
@@ -102,9 +107,11 @@ def summary_table(summary: dict[str, Any]) -> str:
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
     rows = [
         ("tokens of an image", f"{tokens['count']} of {tokens['codebook_size']} codes, {tokens['bits_per_image']:.0f} bits"),
-        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,})"),
+        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
+                                       f"{images_of(tokenizer)})"),
         ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
-        ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,})"),
+        ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,}"
+                              f"{images_of(prior)})"),
     ]
     for name, numbers in summary["generation"].items():
         words = [f"{numbers['copies']:.1%} copies", f"{numbers['distinct']:.1%} distinct"]
@@ -113,6 +120,11 @@ def summary_table(summary: dict[str, Any]) -> str:
         rows.append((f"{numbers['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def images_of(numbers: dict[str, Any]) -> str:
+    """On how many images a validation was measured, in words that follow its step; nothing for one of version 0.1.0, which did not record it."""
+    return f", {numbers['images']:,} images" if "images" in numbers else ""
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from pipelines.bundle import part_fingerprints, recommend, usable_device
 from pipelines.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor
-from pipelines.generate import ImageGenerationPipeline
+from pipelines.generate import ImageGenerationPipeline, decoded_in_parts
 from pipelines.random_subset import RandomSubset
 from pipelines.sweep_plan import SweepRequest, surroundings
 from pipelines.sweep_record import SweepRecord, ranking_table, settings_in_words, varied
@@ -169,7 +169,7 @@ def generated(pipe: ImageGenerationPipeline, sampling: SamplingConfig, classes: 
                                        callback=lambda done, total: not stop.signal)
         except SamplingStopped:
             return
-        yield pipe.tokenizer.decode(ids_BT.view(len(ids_BT), *pipe.tokenizer.grid_shape))
+        yield from decoded_in_parts(pipe.tokenizer, ids_BT.view(len(ids_BT), *pipe.tokenizer.grid_shape))
 
 
 def stoppable(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:

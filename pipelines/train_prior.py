@@ -10,8 +10,11 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from pipelines.bundle import evenly_spread
+from pipelines.generate import decoded_in_parts
 from pipelines.stage_inputs import tokenizer_folder
 from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.images import to_uint8
@@ -19,6 +22,7 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.sampling import SamplingStopped
 from stage2_prior.train import OnValidation, train
+from stage2_prior.vocabulary import NO_CLASS
 from vqmosaic.devices import default_device
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
@@ -35,6 +39,8 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
         return None
     tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
+    training, world_size = recipe.prior_training, int(os.environ.get("WORLD_SIZE", "1"))
+    together = max(1, training.batch_size // training.accumulation_steps // world_size // 2)  # with guidance an image is two rows of a batch
 
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
@@ -43,13 +49,16 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
         sampling = recipe.sampling
         if not num_classes or prior.vocabulary.label_drop == 0:  # no null class was learnt that guidance could compare with
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        rows = min(ROWS, num_classes) or 4
-        classes = [row for row in range(rows) for _ in range(COLUMNS)] if num_classes else None
-        try:
-            ids_BT = prior.sample(classes, sampling, image_seeds(recipe.seed, rows * COLUMNS), lambda done, total: not stop.signal)
-        except SamplingStopped:
-            return
-        pixels = to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)).cpu())
+        labels = evenly_spread(num_classes, ROWS) or [NO_CLASS] * 4
+        classes, seeds, pixels = [label for label in labels for _ in range(COLUMNS)], image_seeds(recipe.seed, len(labels) * COLUMNS), []
+        for start in range(0, len(seeds), together):
+            part = slice(start, start + together)
+            try:
+                ids_BT = prior.sample(classes[part] if num_classes else None, sampling, seeds[part], lambda done, total: not stop.signal)
+            except SamplingStopped:
+                return
+            pixels += [to_uint8(images.cpu()) for images in decoded_in_parts(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
+        pixels = np.concatenate(pixels)
         picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
 

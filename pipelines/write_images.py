@@ -139,19 +139,19 @@ def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[
     """Remove the files that reconstructions will replace, unless the record says that they were made by the same request; then record this one.
 
     Raises:
-        ValueError: there are such files and no record, so they may be anything.
+        ValueError: there are such files that no record names, so they may be anything.
     """
-    record = out / RECONSTRUCTIONS_RECORD
-    if not record.exists():
-        refuse_files_in_the_way(out, files_in(out) & {*names, GRID_NAME}, RECONSTRUCTIONS_RECORD)
+    record, written = out / RECONSTRUCTIONS_RECORD, {*names, GRID_NAME}
     try:
-        is_same = json.loads(record.read_text()) == request
-    except (OSError, ValueError):
-        is_same = False
+        content = json.loads(record.read_text())
+        earlier, is_same = set(content["files"]), content["request"] == request
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier, is_same = set(), False
+    refuse_files_in_the_way(out, (files_in(out) & written) - earlier, RECONSTRUCTIONS_RECORD)
     if not is_same:
         for name in names:
             (out / name).unlink(missing_ok=True)
-        write_json(record, request)
+        write_json(record, {"request": request, "files": sorted(earlier | written)})
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:

@@ -11,8 +11,11 @@ if it had never stopped. The calendar of a run with start 0.3, warmup 0.05 and r
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from vqmosaic.budget import duration
+from vqmosaic.checkpoints import version_of
+from vqmosaic.json_files import from_fields
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.tokenizer_sections import AdversarialConfig
 
@@ -37,9 +40,21 @@ class AdversarialGuard:
     pause: int = 0
     """Validations for which no further halving is made: what is validated is an average, which follows slowly."""
 
+    @classmethod
+    def restored(cls, numbers: dict[str, float | None], checkpoint: Path | None) -> "AdversarialGuard":
+        """The guard with the numbers of a checkpoint, or a new one without any. Raises InputError for numbers of a later version."""
+        if checkpoint is None:
+            return cls()
+        return from_fields(cls, numbers, f"{checkpoint / 'trainer_state.json'}: guard", version_of(checkpoint))
+
     def to_dict(self) -> dict[str, float | None]:
         """The numbers for the trainer state."""
         return dataclasses.asdict(self)
+
+    def forget_errors(self) -> None:
+        """Start anew with the errors of validations: those that follow are measured on other images."""
+        self.reference_error = self.previous_error = math.inf
+        self.stalled = 0
 
     def joins(self, config: AdversarialConfig, progress: float) -> bool:
         """Whether the discriminator takes part at this progress; notes when it does so for the first time."""

@@ -6,6 +6,7 @@ alone, whatever the number of workers, and a resumed run sees what an uninterrup
 """
 
 import atexit
+import copy
 import functools
 import signal
 from collections.abc import Iterator
@@ -182,6 +183,12 @@ class ValidationImages:
         """Unreadable images met so far: source name -> reason."""
         keeps = megabytes(len(self.indices), transform) <= cache_megabytes
         self._kept = ResizedImages(source, transform) if keeps else None
+
+    def first(self, count: int) -> "ValidationImages":
+        """The first `count` of these images; they share what is kept in memory."""
+        fewer = copy.copy(self)
+        fewer.indices, fewer.unreadable = self.indices[:count], {}
+        return fewer
 
     def __len__(self) -> int:
         return len(self.indices)

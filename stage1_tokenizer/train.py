@@ -91,11 +91,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         if training.train_parts == "decoder":
             check_tokens_stay(tokenizer, starts_from)
     perceptual = load_perceptual_loss(recipe, accelerator.device)
-    accelerator.wait_for_everyone()  # all have judged the record before it is written anew
-    if run.is_main:
-        before = load_record(run.folder, "tokenizer")
-        inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
-        write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
     if training.train_parts == "decoder":
         for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
             part.requires_grad_(False)
@@ -103,7 +98,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         tokenizer.to(memory_format=torch.channels_last)
     discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None
     model = run.prepare(tokenizer, discriminator, adversarial.learning_rate)
-    guard = AdversarialGuard(**run.state.guard)
+    guard = AdversarialGuard.restored(run.state.guard, run.resumed_from)
     adversary = discriminator and Adversary(adversarial, discriminator, run.rival, tokenizer.decoder.last_layer, accelerator.autocast)
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
@@ -119,9 +114,11 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
     first_batch = next(train_images.batches(0, training.batch_size, run.rank, run.world_size))
     seconds_per_step = time_of_one_step(model, adversary, perceptual, first_batch, run)
-    validated = run.validations.choose_images(len(splits.validation), lambda count: validate(
-        run.validated_model, ValidationImages(splits.validation, transform, count), run.micro_batch, accelerator))
-    validation_images = ValidationImages(splits.validation, transform, validated)
+    validation_images = ValidationImages(splits.validation, transform, training.validation_images)
+    validation_images = validation_images.first(run.validations.choose_images(
+        len(splits.validation), lambda count: validate(run.validated_model, validation_images.first(count), run.micro_batch, accelerator)))
+    if run.validations.has_other_images:
+        guard.forget_errors()
     classes = splits.train.class_names
     run.print_plan({
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
@@ -135,6 +132,11 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     }, seconds_per_step)
 
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
+    accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
+    if run.is_main:
+        before = load_record(run.folder, "tokenizer")
+        inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
+        write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
     means = RunningMeans()
@@ -143,7 +145,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         signal_number, progress = run.sync()
         finished = progress >= 1
         if not signal_number and run.validations.due(finished):
-            validate_and_report(validation_images, run, guard, progress, best_weights)
+            with run.validations.clock():
+                validate_and_report(validation_images, run, guard, progress, best_weights)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
             check_replicas_agree(tokenizer, run)
@@ -223,8 +226,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     where few codes are in use; nothing where a signal comes."""
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
-    with run.validations.clock():
-        numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
+    numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
         run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
@@ -237,14 +239,14 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
         run.state.best_validation, run.state.best_step = error, run.state.step
         if run.is_main:
             save_weights(run.validated_model, best_weights)
-    run.metrics.write(run.state.step, "validation", **numbers)
+    run.metrics.write(run.state.step, "validation", images=len(images), **numbers)
     use = f", {numbers['codebook_usage']:.1%} of the codebook used, perplexity {numbers['perplexity']:.0f}" if "perplexity" in numbers else ""
     run.report(f"step {run.state.step:,}: PSNR {numbers['psnr']:.2f} dB, SSIM {numbers['ssim']:.3f}{use}")
     judgement = guard.judge_validation(run.recipe.adversarial, error, progress)
     if judgement:
         run.report(f"step {run.state.step:,}: {judgement}")
     tokens = len(images) * run.unwrapped.grid_size ** 2
-    possible = min(1.0, tokens / run.unwrapped.config.codebook_size)  # few validation images cannot use many codes
+    possible = 1 - math.exp(-tokens / run.unwrapped.config.codebook_size)  # share of equally likely codes that so many tokens hit
     if numbers.get("codebook_usage", 1.0) < run.training.usage_alarm * possible:
         kind = run.recipe.tokenizer.quantizer
         more = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",
@@ -270,8 +272,8 @@ def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
 def warn_if_nothing_was_learned(run: TrainingRun, exported_step: int) -> None:
     """Warn where what was exported restores images no better than one grey for all pixels would."""
     records = read_metrics(run.folder.logs("tokenizer") / "metrics.jsonl", "validation")
-    numbers = next((record for record in records if record["step"] == exported_step), None)
-    if numbers is not None and not numbers["reconstruction_l2"] < numbers.get("variance", math.inf):  # NaN too
+    numbers = next((record for record in records if record["step"] == exported_step), {})  # the file may have been deleted
+    if "variance" in numbers and not numbers["reconstruction_l2"] < numbers["variance"]:  # NaN too
         run.report(f"warning: the squared error of the exported tokenizer is {numbers['reconstruction_l2']:.4g}. A picture of one grey has "
                    f"{numbers['variance']:.4g}, so this tokenizer has learned nothing. Lower tokenizer_training.learning_rate, which is "
                    f"{run.training.learning_rate:g}, or train longer.")

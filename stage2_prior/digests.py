@@ -31,6 +31,14 @@ def write_digests(folder: Path) -> None:
     write_json(folder / DIGESTS_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "files": digests_of(folder)})
 
 
+def remove_stale_files(folder: Path, kept: set[str]) -> None:
+    """Remove what an earlier model left in a prior's folder and what would be loaded or refused with the new files: weights in parts, adapters."""
+    for pattern in (*COVERED, "adapter_config.json", "adapter_model.*"):
+        for path in folder.glob(pattern):
+            if path.name not in kept:
+                path.unlink()
+
+
 def check_digests(folder: Path) -> None:
     """Raise InputError that names the files of a prior that are not as they were when it was saved; warn where nothing is recorded."""
     check_readable(folder)

@@ -98,8 +98,7 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
         if progress >= 1:
             break
         run.optimizer_step(loss.detach(), progress)
-        run.state.step += 1
-        run.bar.update()
+        run.end_step()
     run.report(f"NOT learnt by heart after {run.state.step:,} steps: NLL {nll:.4f}, it should be at most {goal:.3f}; knowing nothing is "
                f"{loss_of_ignorance(vocabulary):.3f}. Look at prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
                "and the size and options of prior before training on more.")

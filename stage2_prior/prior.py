@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stage2_prior.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
-from stage2_prior.digests import check_digests, write_digests
+from stage2_prior.digests import check_digests, remove_stale_files, write_digests
 from stage2_prior.sampling import sample_tokens
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
@@ -98,6 +98,7 @@ class TokenPrior(nn.Module):
             self.vocabulary.save(partial)
             write_digests(partial)
             (folder / VOCABULARY_NAME).unlink(missing_ok=True)  # until the new one is there, the folder counts as incomplete
+            remove_stale_files(folder, {path.name for path in partial.iterdir()})
             for path in sorted(partial.iterdir(), key=lambda path: path.name == VOCABULARY_NAME):
                 publish(path, folder / path.name)
         finally:

@@ -10,8 +10,8 @@ from token_shards.reader import TokenBatch, TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.seeding import derive_seed, hashes
 
-VALIDATION_CHOICE = 1
-"""The rule of `validation_samples`. A best NLL that was measured on images chosen by another rule is not compared with later ones."""
+VALIDATION_RULE = 1
+"""Number of the rule in `validation_samples`. Version 0.1.0 had another one: the first images."""
 MEASURED_BATCHES = 20
 """Training batches whose classes are counted before a training starts."""
 ENOUGH_CLASSES = 0.9

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import (
-    VALIDATION_CHOICE,
+    VALIDATION_RULE,
     TokenBatches,
     describe_validation,
     validation_batches,
@@ -94,7 +94,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
     seconds_per_step, first_loss = time_and_loss_of_one_step(model, first_batch, run)
     validated = run.validations.choose_images(
-        len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator))
+        len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     run.print_plan({
         "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
@@ -118,7 +118,10 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         signal_number, progress = run.sync()
         finished = progress >= 1
         if not signal_number and run.validations.due(finished):
-            validate_and_report(held_out, validated, run, best_weights, on_validation)
+            with run.validations.clock():
+                exportable = validate_and_report(held_out, validated, run, best_weights)
+            if exportable is not None and on_validation is not None:
+                make_pictures(exportable, run, on_validation)
             signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
         if run.due(training.checkpoint_every, finished) or signal_number:
             run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
@@ -202,23 +205,19 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     return numbers
 
 
-def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path, on_validation: OnValidation | None) -> None:
-    """Validate what would be exported now, keep it if it is the best so far, let the caller make pictures of it; nothing where a signal comes."""
-    with run.validations.clock():
-        numbers = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
+def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path) -> TokenPrior | None:
+    """Validate what would be exported now, keep it if it is the best so far, and return it on the main process; None where a signal comes."""
+    numbers = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
     if numbers is None:
-        return
+        return None
     prior: TokenPrior | None = run.whole_model()
     run.validations.record()
-    # version 0.1.0 measured the best NLL so far on the first images, which are of other classes
-    same_images = run.state.validation_choice == VALIDATION_CHOICE or images >= len(reader)
-    run.state.validation_choice = VALIDATION_CHOICE
-    is_best = numbers["nll"] < (run.state.best_validation if same_images else math.inf)
+    is_best = numbers["nll"] < run.state.best_validation
     if is_best:
         run.state.best_validation, run.state.best_step = numbers["nll"], run.state.step
         if run.is_main:
             save_weights(prior, best_weights)
-    run.metrics.write(run.state.step, "validation", **numbers)
+    run.metrics.write(run.state.step, "validation", images=images, **numbers)
 
     def also(name: str, form: str) -> str:
         return f" (without class {numbers[name]:{form}})" if name in numbers else ""
@@ -226,10 +225,14 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
     run.report(f"step {run.state.step:,}: NLL {numbers['nll']:.4f}{also('nll_without_class', '.4f')} nats per token, "
                f"{numbers['bits_per_image']:.1f}{also('bits_per_image_without_class', '.1f')} bits per image, "
                f"accuracy {numbers['accuracy']:.1%}{also('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
-    if on_validation is not None and run.is_main:
-        run.validations.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
-        if run.is_sharded:
-            prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
+    return prior if run.is_main else None
+
+
+def make_pictures(prior: TokenPrior, run: TrainingRun, on_validation: OnValidation) -> None:
+    """Let the caller make pictures of the prior that was validated, if a time budget leaves time for them."""
+    run.validations.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
+    if run.is_sharded:
+        prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
 
 
 def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> None:

@@ -248,6 +248,15 @@ def test_a_pipeline_that_was_trained_further_is_saved_with_its_new_weights(tmp_p
     assert torch.equal(again.prior.model.get_input_embeddings().weight, pipe.prior.model.get_input_embeddings().weight)
 
 
+def test_a_pipeline_can_be_saved_when_the_folder_it_came_from_is_gone(tiny_copy, tmp_path):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_copy, device="cpu")
+    images = pipe(class_labels="3", seed=1, output_type="np").images
+    (tiny_copy / "pipeline").rename(tmp_path / "elsewhere")
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ImageGenerationPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert (again(class_labels="3", seed=1, output_type="np").images == images).all()
+
+
 def test_an_adapter_beside_a_prior_is_not_loaded_in_silence(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.bundle import read_bundle, recommended_sampling
 from pipelines.sweep_record import SweepRecord, read_sweep
+from stage1_tokenizer.guard import AdversarialGuard
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import digests_of
 from stage2_prior.prior import TokenPrior
@@ -19,7 +20,7 @@ from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.sidecar import ShardSidecar
 from vqmosaic import __version__
-from vqmosaic.checkpoints import restore_state
+from vqmosaic.checkpoints import read_state, restore_state
 from vqmosaic.durable_files import copy_folder
 from vqmosaic.errors import InputError
 from vqmosaic.json_files import from_fields, is_later, version_hint
@@ -73,6 +74,8 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
     "sidecar": ("tokens/train/shard-000000.json", (), lambda run: ShardSidecar.load(run / "tokens/train", "shard-000000.tar")),
     "stage record": ("stages/prior.json", (), lambda run: load_record(RunFolder(run), "prior")),
     "checkpoint": (f"{CHECKPOINT}/trainer_state.json", (), lambda run: restore_state(run / CHECKPOINT, TrainerState)),
+    "guard": (f"{CHECKPOINT}/trainer_state.json", ("guard",),
+              lambda run: AdversarialGuard.restored(read_state(run / CHECKPOINT)["guard"], run / CHECKPOINT)),
     "sweep": ("sweep.json", (), lambda run: read_sweep(run / "sweep.json")),
     "result of a sweep": ("sweep.json", ("results", 0), lambda run: read_sweep(run / "sweep.json")),
     "settings of a sweep": ("sweep.json", ("results", 0, "settings"), lambda run: sweep_results(run / "sweep.json")),

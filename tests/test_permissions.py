@@ -73,9 +73,9 @@ def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path,
     """Exports of three stages, shards, checkpoints, logs, pictures, records, the pipeline and what is generated from it."""
     run = tmp_path / "run"
     code = (f"import os; os.umask({mask})\nfrom tests.tiny import make_tiny_run\nmake_tiny_run({str(run)!r})\n"
-            "from pathlib import Path\nfrom pipelines.write_images import write_generated, write_reconstructions\n"
-            f"run = Path({str(run)!r})\nwrite_generated(run / 'pipeline', None, 2, 0, run / 'samples', 'cpu', 'float32', {{}})\n"
-            "write_reconstructions(run / 'tokenizer', [run / 'samples/grid.png'], run / 'reconstructions', 'cpu', 'float32')")
+            f"from pipelines.command_line import dispatch\nrun = {str(run)!r}\n"
+            "assert dispatch(['generate', run, '--num', '2', '--out', run + '/samples', '--device', 'cpu']) == 0\n"
+            "assert dispatch(['reconstruct', run, run + '/samples/grid.png', '--out', run + '/reconstructions', '--device', 'cpu']) == 0")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
                             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr

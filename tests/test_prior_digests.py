@@ -185,3 +185,15 @@ def test_the_sampling_settings_of_a_pipeline_may_be_edited(tiny_run, tmp_path):
     path = tmp_path / "pipeline/pipeline.json"
     edit(path, sampling=json.loads(path.read_text())["sampling"] | {"temperature": 0.7})
     assert ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu").sampling.temperature == 0.7
+
+
+def test_saving_removes_the_files_of_an_earlier_model(folder):
+    """Such as weights in parts, which transformers wrote, and adapters: with the new files they could not be loaded."""
+    model, vocabulary = TokenPrior.from_pretrained(folder).model, Vocabulary.load(folder)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "notes.txt").write_text("kept")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    TokenPrior(model, vocabulary).save_pretrained(folder)
+    TokenPrior.from_pretrained(folder)
+    assert (folder / "notes.txt").exists() and not list(folder.glob("model-*"))

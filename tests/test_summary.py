@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pipelines.bundle import evenly_spread
 from pipelines.chain import run_chain
-from pipelines.measures import evenly_spread
 from pipelines.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
 from stage2_prior import train as train_prior
@@ -50,7 +50,7 @@ def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors
         assert summary[stage] == validation_of(run.root, stage, step) and summary[f"{stage}_export"] == export
         exported, left = (load_file(folder / "model.safetensors") for folder in (run.export(stage), run.checkpoints(stage) / other))
         assert any(not tensor.equal(left[name]) for name, tensor in exported.items()), "best and last are different weights"
-    assert lines["reconstruction, validation"].endswith("(step 6)") and lines["prior, validation"].endswith("(step 8)")
+    assert lines["reconstruction, validation"].endswith("(step 6, 64 images)") and lines["prior, validation"].endswith("(step 8, 64 images)")
 
 
 def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scripted_errors):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from pipelines.train_prior import sample_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.image_batches import ValidationImages
 from stage1_tokenizer.image_sources import open_splits
@@ -20,11 +21,13 @@ from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior import train as train_prior
 from stage2_prior.prior import TokenPrior
-from tests.tiny import tiny_recipe
+from tests.tiny import command, tiny_overrides, tiny_recipe
 from vqmosaic import budget as budget_module
 from vqmosaic import tracking, training_run, validation_schedule
 from vqmosaic.budget import Budget, Pace
 from vqmosaic.checkpoints import CheckpointFolder, read_state
+from vqmosaic.durable_files import sha256_of_file, write_json
+from vqmosaic.interruption import StopFlag
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import ProgressLines, read_metrics
 from vqmosaic.trainer_state import TrainerState
@@ -109,6 +112,7 @@ def test_validations_come_every_20th_of_a_time_budget_and_take_a_tenth_of_the_ti
     """One step a second for 1,000 s; a validation takes `one` second, as choose_images plans, or far more."""
     began, validations = clock[0], schedule(1000, validate_every=every)
     state, budget, starts = validations.state, validations.budget, [0.0]
+    state.seconds_per_validation = 3.0
     budget.start()
     while True:
         state.elapsed_seconds = budget.elapsed_seconds
@@ -117,7 +121,7 @@ def test_validations_come_every_20th_of_a_time_budget_and_take_a_tenth_of_the_ti
             starts.append(state.elapsed_seconds)
             with validations.clock():
                 clock[0] += one
-            validations.record()
+                validations.record()
         if finished:
             break
         state.step += 1
@@ -130,6 +134,56 @@ def test_validations_come_every_20th_of_a_time_budget_and_take_a_tenth_of_the_ti
     else:
         assert in_validation - one <= TIME_SHARE * 1000, "the last one always takes place"
     assert len(starts) > 20 if one == 3.0 else len(starts) == 3
+
+
+def test_where_the_steps_end_first_validations_are_those_of_validate_every(clock):
+    validations = schedule(1200, max_steps=60, validate_every=20)
+    state = validations.state
+    state.seconds_per_validation = 5.0
+    validations.budget.start()
+    due = []
+    for state.step in range(1, 61):
+        clock[0] += 0.1
+        state.elapsed_seconds = validations.budget.elapsed_seconds
+        if validations.due(finished=state.step == 60):
+            due.append(state.step)
+            validations.record()
+    assert due == [20, 40, 60]
+
+
+def test_a_validation_that_a_signal_cut_short_is_due_again(clock):
+    validations = schedule(1000)
+    state = validations.state
+    state.step, state.elapsed_seconds, state.seconds_per_validation = 7, 41.0, 3.0
+    assert validations.due(finished=False)
+    with validations.clock():
+        clock[0] += 2
+    assert state.validations == state.validation_seconds == 0 and validations.due(finished=False)
+
+
+def test_the_best_validation_is_forgotten_where_the_images_are_others(clock):
+    def validate(count: int) -> None:
+        clock[0] += count * 0.5
+
+    def resumed(state: TrainerState, seconds: float | None, limit: int = 1000) -> ValidationSchedule:
+        later = schedule(seconds, 100, validation_images=limit)
+        later.state = state
+        return later
+
+    first = schedule(3600)
+    first.choose_images(3000, validate)
+    state = first.state
+    assert not first.has_other_images
+    state.best_validation = state.validated_step = 5
+    again = resumed(state, 7200)
+    assert again.choose_images(3000, validate) == 21 and not again.has_other_images and state.best_validation == 5
+    without_minutes = resumed(state, None)
+    assert without_minutes.choose_images(3000, validate) == 1000 and without_minutes.has_other_images and state.best_validation == math.inf
+
+    for rule, available, forgotten in ((1, 3000, True), (1, 800, False), (0, 3000, False)):  # what version 0.1.0 left has no `validated_on`
+        old = resumed(TrainerState(validated_step=5, best_validation=5.0), None)
+        old.choose_images(available, validate, rule)
+        assert old.has_other_images == forgotten == (old.state.best_validation == math.inf)
 
 
 def test_a_time_budget_decides_how_many_images_are_validated(clock):
@@ -160,20 +214,88 @@ def test_pictures_that_take_long_are_left_out_until_the_end(clock):
     assert made == [40, 630, 900, 1010], "the first, then while they take a tenth of the time at most, and the last"
 
 
-def test_a_resumed_training_keeps_its_number_of_validation_images(run_dir, capsys):
-    train("prior", run_dir, max_steps=4, max_minutes=10)
-    state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints("prior")).all()[-1])
-    assert state["validation_images"] == 64 and state["validation_seconds"] > 0
+@both_stages
+def test_a_resumed_training_keeps_its_number_of_validation_images(stage, run_dir, monkeypatch, capsys):
+    def time_a_few(self, limit, validate) -> None:
+        self.state.validation_images, self.state.seconds_per_validation = 20, 0.01
+
+    monkeypatch.setattr(ValidationSchedule, "_time_a_few", time_a_few)
+    train(stage, run_dir, max_steps=4, max_minutes=10)
     out = capsys.readouterr().out
-    assert "64 of 379 to validate on" in out and "every 4% of the time budget, on 64 images, so that it takes less than 10% of the time" in out
+    assert "every 4% of the time budget, and every 3 steps where there is time; 20 images, less than 10% of the time" in out
+    monkeypatch.setattr(ValidationSchedule, "_time_a_few", lambda *_: pytest.fail("the number is known"))
+    records = train(stage, run_dir, max_steps=6, max_minutes=20)
+    assert [record["images"] for record in records if record["kind"] == "validation"] == [20, 20, 20]
+    state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
+    assert state["validation_images"] == 20 and state["validations"] == 3 and state["validation_seconds"] > 0
+
+
+@both_stages
+def test_saving_the_best_weights_counts_as_time_of_validations(stage, run_dir, monkeypatch):
+    original = STAGES[stage].save_weights
+    monkeypatch.setattr(STAGES[stage], "save_weights", lambda *arguments: time.sleep(0.3) or original(*arguments))
+    train(stage, run_dir, max_steps=3, max_minutes=10)
+    assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])["validation_seconds"] > 0.3
+
+
+@both_stages
+@pytest.mark.slow
+def test_two_processes_keep_to_a_time_budget(stage, run_dir):
+    name = {"tokenizer": "train-tokenizer", "prior": "train-prior"}[stage]
+    result = command(name, "digits", *tiny_overrides(run_dir, **{f"{stage}_training__max_steps": "null", f"{stage}_training__max_minutes": 0.1}),
+                     "--processes", "2")
+    assert result.returncode == 0, result.stderr
+    state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
+    assert state["validations"] > 2 and state["validated_step"] == state["step"] and 6 <= state["elapsed_seconds"] < 20
+
+
+def test_a_start_that_version_010_counted_uses_no_budget(run_dir):
+    """Stopped before the first step, its checkpoint has the time of the start-up, which may be all that there is."""
+    checkpoint = RunFolder(run_dir).checkpoints("prior")
+    train("prior", run_dir, max_steps=1, max_minutes=5)
+    (path,) = CheckpointFolder(checkpoint).all()
+    write_json(path / "trainer_state.json", read_state(path) | {"step": 0, "elapsed_seconds": 1e6, "validated_step": 0})
+    checksums = json.loads((path / "checksums.json").read_text())
+    state = path / "trainer_state.json"
+    write_json(path / "checksums.json", checksums | {state.name: {"size": state.stat().st_size, "sha256": sha256_of_file(state)}})
+    records = train("prior", run_dir, max_steps=2, max_minutes=5)
+    assert records[-1]["step"] == 2
+
+
+def test_a_finished_tokenizer_whose_logs_are_gone_is_exported_again(tmp_path):
+    train("tokenizer", tmp_path)
+    shutil.rmtree(tmp_path / "logs")
+    shutil.rmtree(tmp_path / "tokenizer")
+    train_tokenizer.train(tiny_recipe(tmp_path))
+    assert (tmp_path / "tokenizer/config.json").is_file()
+
+
+def test_few_validation_images_raise_no_false_alarm_about_the_codebook(tmp_path, capsys):
+    train("tokenizer", tmp_path, max_steps=40, learning_rate=0.003, validation_images=2, usage_alarm=0.6)
+    assert "of the codebook is in use" not in capsys.readouterr().out
+
+
+def test_sample_pictures_work_on_no_more_images_than_a_training_step(tiny_run, tmp_path, monkeypatch):
+    rows, decoded = [], []
+    recipe = tiny_recipe(tiny_run, prior_training__batch_size=64, prior_training__accumulation_steps=16)
+    save, prior = sample_pictures(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
+    sample, decode = prior.sample, ImageTokenizer.decode
+    monkeypatch.setattr(prior, "sample", lambda classes, sampling, seeds, callback: rows.append(2 * len(seeds)) or sample(classes, sampling, seeds,
+                                                                                                                         callback))
+    monkeypatch.setattr(ImageTokenizer, "decode", lambda self, ids: decoded.append(len(ids)) or decode(self, ids))
+    with StopFlag() as stop:
+        save(prior, 1, tmp_path, stop)
+    assert max(rows) <= 4 and max(decoded) <= 4 and sum(decoded) == 80
 
 
 def test_the_pace_leaves_the_first_steps_out(clock):
-    pace = Pace()
+    pace, averages = Pace(), []
+    pace.start()
     for seconds in (9.0, 5.0, 3.0, 2.0, 2.0, 0.5, 0.7):
         clock[0] += seconds
         pace.step()
-    assert pace.seconds_per_step == pytest.approx(0.6)
+        averages.append(pace.seconds_per_step)
+    assert averages == pytest.approx([9, 7, 17 / 3, 19 / 4, 21 / 5, 0.5, 0.6])
 
 
 @both_stages
@@ -182,10 +304,10 @@ def test_progress_is_printed_where_the_output_is_no_terminal(stage, run_dir, mon
     monkeypatch.setattr(training_run, "LINE_SECONDS", 0.0)
     records = train(stage, run_dir, max_steps=8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "per step overall" in line]
-    assert len(lines) == 3, "every step after the five that warm up"
+    assert len(lines) == 8, "every step"
     loss = {"tokenizer": "reconstruction_loss", "prior": "nll"}[stage]
     logged = {record["step"]: record[loss] for record in records if record["kind"] == "train"}
-    assert f"step 7 of 8, {loss} {logged[6]:.4g}, " in lines[1] and lines[1].endswith("s left")
+    assert f"step 7 of 8, {loss} {logged[6]:.4g}, " in lines[6] and lines[6].endswith("s left")
 
 
 def test_lines_of_progress_stand_in_for_a_bar(clock, monkeypatch):

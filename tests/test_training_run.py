@@ -459,8 +459,9 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     assert seen == [0, 1], "four batches were there"
     state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
     assert state | {"elapsed_seconds": 0, "validation_seconds": 0, "guard": {}} == {
-        "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "validated_seconds": 0.0, "validation_seconds": 0, "validations": 1,
-        "validation_images": 0, "validation_choice": 0, "best_step": 0, "best_validation": math.inf,
+        "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "validated_seconds": 0.0, "validation_seconds": 0, "validations": 0,
+        "validation_images": 0, "seconds_per_validation": 0.0, "best_step": 0,
+        "validated_on": "64, rule 1" if stage == "prior" else "64, rule 0", "best_validation": math.inf,
         "guard": {}, "processes": 1, "threads": 1}
     monkeypatch.undo()
     train(stage, run_dir)

@@ -336,6 +336,9 @@ def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_
     assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2
     assert "001.png that would be replaced, and no reconstructions.json" in capsys.readouterr().err
     assert pictures(photos[0].parent) == before and (tmp_path / "out" / "001.png").read_text() == "mine"
+    assert reconstruct(tiny_run, photos[2:4], tmp_path / "out") == 0
+    assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2, "a record of other images does not name it"
+    assert (tmp_path / "out" / "001.png").read_text() == "mine"
 
 
 def test_an_image_with_broken_pixels_is_named(tiny_run, photos, tmp_path):

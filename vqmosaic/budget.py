@@ -31,6 +31,10 @@ class Budget:
         """Seconds of training so far, validations included, over all resumed parts."""
         return self._elapsed_before + self.session_seconds
 
+    def ends_by_clock(self, step: int, elapsed_seconds: float) -> bool:
+        """Whether, at the pace so far, the time will be over before the steps are."""
+        return self.max_seconds is not None and (not self.max_steps or elapsed_seconds / self.max_seconds >= step / self.max_steps)
+
     def progress(self, step: int, elapsed_seconds: float) -> float:
         """Share of the budget that is used; `elapsed_seconds` is rank 0's, the same on all ranks."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
@@ -48,12 +52,20 @@ def learning_rate_share(progress: float, warmup_fraction: float, final_share: fl
 
 
 class Pace:
-    """Seconds per step, averaged over all steps since the first few, which are slower than the rest. Validations and checkpoints count."""
+    """Seconds per step, averaged over all steps but the first few, which are slower. Validations and checkpoints count.
+
+    Until there are others, the average is over the first few.
+    """
 
     WARM_UP_STEPS = 5
 
     def __init__(self):
-        self._steps, self._warm_since = 0, None
+        self._steps, self._started, self._warm_since = 0, None, None
+
+    def start(self) -> None:
+        """Note that the first step begins."""
+        if self._started is None:
+            self._started = time.monotonic()
 
     def step(self) -> None:
         """Note that a step has ended."""
@@ -62,10 +74,12 @@ class Pace:
             self._warm_since = time.monotonic()
 
     @property
-    def seconds_per_step(self) -> float | None:
-        """None before the first warm step has ended."""
+    def seconds_per_step(self) -> float:
+        """The average so far, after at least one step."""
         warm_steps = self._steps - self.WARM_UP_STEPS
-        return (time.monotonic() - self._warm_since) / warm_steps if warm_steps > 0 else None
+        if warm_steps > 0:
+            return (time.monotonic() - self._warm_since) / warm_steps
+        return (time.monotonic() - self._started) / self._steps
 
 
 def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:

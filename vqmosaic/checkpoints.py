@@ -119,6 +119,11 @@ def restore_state(checkpoint: Path, cls: type[T]) -> T:
     return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)
 
 
+def version_of(checkpoint: Path) -> str | None:
+    """The version of vqmosaic that wrote a checkpoint, where it says so."""
+    return _read_state(checkpoint)[1]
+
+
 def _read_state(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
     """The named numbers, and the version that wrote them."""
     content = read_object(checkpoint / "trainer_state.json", "give another checkpoint")

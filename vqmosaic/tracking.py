@@ -67,8 +67,9 @@ def cut_back(path: Path, step: int, validated_step: int) -> None:
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind in metrics.jsonl, oldest first."""
-    return [record for line in path.read_text().splitlines() if (record := json.loads(line))["kind"] == kind]
+    """The records of one kind in metrics.jsonl, oldest first; none where there is no file."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
 
 
 LINE_SECONDS = 30.0

@@ -19,10 +19,12 @@ class TrainerState:
     """How many those were."""
     validation_images: int = 0
     """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
+    seconds_per_validation: float = 0.0
+    """What a trial before the first step took, under a time budget."""
+    validated_on: str = ""
+    """Which images best_validation was measured on; version 0.1.0 did not record it."""
     best_step: int = 0
     best_validation: float = float("inf")
-    validation_choice: int = 0
-    """Which rule chose the images that best_validation was measured on; 0 is that of version 0.1.0 (the prior's: stage2_prior/token_batches.py)."""
     guard: dict[str, float] = field(default_factory=dict)
     """What the guard over an adversarial training has counted (stage1_tokenizer/guard.py)."""
     processes: int = 1

@@ -153,7 +153,10 @@ class TrainingRun:
                              f"Delete it to go on from the one before it, or start anew with --redo {self.stage}.") from error
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"{checkpoint} does not fit this recipe: {' '.join(str(error).split())[:500]}. Give {self.training.SECTION}.resume "
-                             f"the path of a checkpoint of this very stage and recipe, or start anew with --redo {self.stage}.") from error
+                             f"the path of a checkpoint of this very stage and recipe, or start anew with --redo {self.stage}, also "
+                             "if an earlier version of vqmosaic wrote it.") from error
+        if saved.step == 0:  # version 0.1.0 counted the start-up, which may have used up the whole budget
+            saved.elapsed_seconds = 0.0
         self.state = saved
         self.state.threads = set_threads(saved.threads)
         self.saved_step, self.resumed_from = saved.step, checkpoint
@@ -197,6 +200,7 @@ class TrainingRun:
         """
         clocks = [self.budget.elapsed_seconds, self.state.validation_seconds] if self.is_main else [0.0, 0.0]
         self.budget.start()
+        self.pace.start()
         facts = torch.tensor([float(self.stop.signal), *clocks], dtype=torch.float64)
         if self.world_size > 1:
             facts = self.accelerator.gather(facts[None].float().to(self.accelerator.device)).amax(0)
@@ -212,14 +216,17 @@ class TrainingRun:
         self.state.step += 1
         self.bar.update()
         self.pace.step()
-        if not self.is_main or self.budget.session_seconds < self._next_line or self.pace.seconds_per_step is None:
+        if not self.is_main or self.budget.session_seconds < self._next_line:
             return
-        self._next_line = float("inf") if not self.bar.disable else self.budget.session_seconds + LINE_SECONDS
+        self._next_line = self.budget.session_seconds + LINE_SECONDS
+        pace = self.pace.seconds_per_step
+        left = f"{pace * 1000:.0f} ms per step overall, about {duration(expected_time(pace, self.budget, self.state.step))} left"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(left)
+            return
         of_steps = f" of {self.training.max_steps:,}" if self.training.max_steps else ""
         loss = "".join(f", {name} {value:.4g}" for name, value in list(self.metrics.newest.get("train", {}).items())[:1])
-        pace = self.pace.seconds_per_step
-        self.report(f"step {self.state.step:,}{of_steps}{loss}, {pace * 1000:.0f} ms per step overall, "
-                    f"about {duration(expected_time(pace, self.budget, self.state.step))} left")
+        self.report(f"step {self.state.step:,}{of_steps}{loss}, {left}")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
                        rival_learns: bool = False) -> tuple[bool, float, float]:

@@ -1,5 +1,6 @@
 """When a training validates, and on how many images: every so many steps, and under a time budget often enough for a bounded share of the time."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,41 +29,59 @@ class ValidationSchedule:
 
     def __init__(self, training: TrainingConfig, state: TrainerState, budget: Budget, accelerator: Accelerator, micro_batch: int):
         self.training, self.state, self.budget, self.accelerator, self.micro_batch = training, state, budget, accelerator, micro_batch
+        self.has_other_images = False
+        """Whether this part of a resumed training validates on other images than the part before."""
         self._picture_seconds: list[float] = []
 
-    def choose_images(self, available: int, validate: Callable[[int], Any]) -> int:
+    def choose_images(self, available: int, validate: Callable[[int], Any], rule: int = 0) -> int:
         """How many of the `available` images each validation looks at: validation_images, or fewer where a time budget is too short for them.
 
-        `validate(count)` validates on `count` images. All processes call it together, to time it on a few. A resumed training keeps its number.
+        A resumed training keeps its number. If it changes all the same, since the budget has no minutes any more, the best validation so far is
+        forgotten: validations on other images cannot be compared with it.
+
+        Args:
+            validate: validate(count) validates on `count` images. All processes call it together, to time it on a few.
+            rule: which rule chooses the images among those that are available; version 0.1.0 had rule 0.
         """
-        limit = min(self.training.validation_images, available)
-        if self.budget.max_seconds is None:
-            return limit
-        if not self.state.validation_images:
-            trial = min(limit, 2 * self.micro_batch * self.accelerator.num_processes)
-            for _ in range(2):  # the first one warms up
-                started = time.monotonic()
-                validate(trial)
-                seconds = time.monotonic() - started
-            fitting = self._planned_seconds * trial / seconds
-            chosen = max(int(fitting), FEWEST_IMAGES, self.accelerator.num_processes)
-            chosen = int(broadcast(torch.tensor([chosen], device=self.accelerator.device), from_process=0))
-            self.state.validation_images = min(limit, chosen)
-        return min(limit, self.state.validation_images)
+        limit = chosen = min(self.training.validation_images, available)
+        if self.budget.max_seconds is not None:
+            if not self.state.validation_images:
+                self._time_a_few(limit, validate)
+            chosen = min(limit, self.state.validation_images)
+        images = "all" if chosen == available else f"{chosen}, rule {rule}"
+        before = self.state.validated_on or ("all" if limit == available else f"{limit}, rule 0")  # version 0.1.0 did not record it
+        self.has_other_images = images != before and self.state.validated_step > 0
+        if self.has_other_images:
+            self.state.best_validation = math.inf
+        self.state.validated_on = images
+        return chosen
+
+    def _time_a_few(self, limit: int, validate: Callable[[int], Any]) -> None:
+        """Choose the number of images that a time budget leaves time for, from a trial on a few of them."""
+        trial = min(limit, 2 * self.micro_batch * self.accelerator.num_processes)
+        for _ in range(2):  # the first one warms up
+            started = time.monotonic()
+            validate(trial)
+            seconds = time.monotonic() - started
+        planned = PLANNED_TIME_SHARE * INTERVAL * self.budget.max_seconds
+        chosen = min(limit, max(int(planned * trial / seconds), FEWEST_IMAGES, self.accelerator.num_processes))
+        measured = broadcast(torch.tensor([chosen, seconds / trial * chosen], device=self.accelerator.device), from_process=0)
+        self.state.validation_images, self.state.seconds_per_validation = int(measured[0]), float(measured[1])
 
     def describe(self) -> str:
         """When validations take place and on how many images, for the plan."""
         every = f"every {self.training.validate_every:,} steps"
         if self.budget.max_seconds is None:
             return every
-        return (f"{every} and every {INTERVAL:.0%} of the time budget, on {self.state.validation_images:,} images, so that it takes less than "
-                f"{TIME_SHARE:.0%} of the time")
+        return (f"every {INTERVAL:.0%} of the time budget, and {every} where there is time; {self.state.validation_images:,} images, "
+                f"less than {TIME_SHARE:.0%} of the time")
 
     def due(self, finished: bool) -> bool:
         """Whether to validate now: every `validate_every` steps and at the last one.
 
-        A time budget may end long before that many steps, so under one a validation is also due every INTERVAL of it. None begins that
-        would bring validations above TIME_SHARE of the time, except the last one. Those of `validate_every` leave time for that one too.
+        A time budget may end long before that many steps, so under one a validation is also due every INTERVAL of it. Where the budget will end by
+        the clock, none begins that would bring validations above TIME_SHARE of the time, except the last one. Validations of `validate_every`
+        leave time for that one too.
         """
         state = self.state
         if state.validated_step >= state.step:
@@ -70,23 +89,21 @@ class ValidationSchedule:
         by_steps = finished or state.step % self.training.validate_every == 0
         if self.budget.max_seconds is None or finished:
             return by_steps
-        one = state.validation_seconds / state.validations if state.validations else self._planned_seconds
-        available = TIME_SHARE * (state.elapsed_seconds + one) - state.validation_seconds
         by_time = state.elapsed_seconds - state.validated_seconds >= INTERVAL * self.budget.max_seconds
+        if not self.budget.ends_by_clock(state.step, state.elapsed_seconds):
+            return by_steps or by_time
+        one = state.validation_seconds / state.validations if state.validations else state.seconds_per_validation
+        available = TIME_SHARE * (state.elapsed_seconds + one) - state.validation_seconds
         return (by_time and one <= available) or (by_steps and 2 * one <= available)
-
-    @property
-    def _planned_seconds(self) -> float:
-        """Seconds that one validation is planned to take under a time budget."""
-        return PLANNED_TIME_SHARE * INTERVAL * self.budget.max_seconds
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Count the time of the block as that of a validation."""
+        """Count the time of the block as that of a validation, if the block records one."""
         started = time.monotonic()
         yield
-        self.state.validation_seconds += time.monotonic() - started
-        self.state.validations += 1
+        if self.state.validated_step == self.state.step:
+            self.state.validation_seconds += time.monotonic() - started
+            self.state.validations += 1
 
     def record(self) -> None:
         """Note that the current step was validated."""
