@@ -152,7 +152,7 @@ REFUSED_TOKENIZERS = {
     "no layer": (lambda tokenizer: setattr(tokenizer, "quant_conv", nn.Identity()), "missing quant_conv.bias"),
     "more": (lambda tokenizer: tokenizer.register_buffer("scale", torch.ones(1)), "unexpected scale"),
     "int8": (lambda tokenizer: in_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight holds int8, not float32"),
-    "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values here"),
+    "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values"),
 }
 
 
@@ -198,7 +198,7 @@ REFUSED_PRIORS = {
     "wrapped by an adapter": (lambda prior: setattr(prior, "model", Renamed(prior.model)), {}, "missing lm_head.weight.*and 34 more"),
     "parametrized": (lambda prior: parametrizations.orthogonal(prior.model.lm_head), {}, "unexpected lm_head.parametrizations"),
     "int8": (lambda prior: in_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight holds int8, not float32"),
-    "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values here"),
+    "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values"),
     "more ids": (lambda prior: setattr(prior.model, "lm_head", nn.Linear(32, 99, bias=False)), {}, r"lm_head.weight has shape \(99, 32\)"),
     "quantized": (lambda prior: setattr(prior.model.config, "quantization_config", {"quant_method": "any"}), {}, "it is quantized"),
     "untied": (untied, {"options": {"tie_word_embeddings": True}}, "lm_head.weight differs from model.embed_tokens.weight"),

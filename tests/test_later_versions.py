@@ -91,7 +91,7 @@ def test_an_unknown_field_is_named_with_the_version_that_wrote_it(run, name, key
         read(run)
     words = str(caught.value)
     assert str(path) in words and "unknown fields: of_later" in words, words
-    assert f"written by vqmosaic {LATER}, this is {__version__}: update vqmosaic" in words, words
+    assert f"written by vqmosaic {LATER}; this is {__version__}. Update vqmosaic" in words, words
 
 
 @pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))

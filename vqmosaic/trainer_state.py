@@ -1,28 +1,28 @@
-"""The numbers that a checkpoint holds beside weights and optimizer."""
+"""The numbers in a checkpoint besides the weights and the optimizer state."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class TrainerState:
-    """All that a resumed training needs beside weights and optimizer."""
+    """All numbers that a resumed training needs besides the weights and the optimizer state."""
 
     step: int = 0
     elapsed_seconds: float = 0.0
     refused_steps: int = 0
     validated_step: int = 0
     validated_seconds: float = 0.0
-    """What elapsed_seconds was when the last validation began."""
+    """The value of elapsed_seconds when the last validation began."""
     validation_seconds: float = 0.0
     """Seconds that all validations have taken so far."""
     validations: int = 0
-    """How many those were."""
+    """Number of validations so far."""
     validation_images: int = 0
-    """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
+    """Number of images in each validation under a time budget; 0 until it is chosen, and without a time budget."""
     best_step: int = 0
     best_validation: float = float("inf")
     validation_choice: int = 0
-    """Which rule chose the images that best_validation was measured on; 0 is that of version 0.1.0 (the prior's: stage2_prior/token_batches.py)."""
+    """The rule that chose the images for best_validation, of the prior only (stage2_prior/token_batches.py); 0 is the rule of version 0.1.0."""
     guard: dict[str, float] = field(default_factory=dict)
     """What the guard over an adversarial training has counted (stage1_tokenizer/guard.py)."""
     processes: int = 1

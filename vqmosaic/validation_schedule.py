@@ -1,4 +1,4 @@
-"""When a training validates, and on how many images: every so many steps, and under a time budget often enough for a bounded share of the time."""
+"""When to validate, and on how many images. Under a time budget, validations come often enough and take a bounded share of the time."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -14,26 +14,26 @@ from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.trainer_state import TrainerState
 
 INTERVAL = 0.04
-"""Share of a time budget after which the next validation is due. With the step in progress, at most 5 % pass between two."""
+"""Share of a time budget after which the next validation is due. If a step takes at most 1 % of the budget, at most 5 % pass between two."""
 TIME_SHARE = 0.1
-"""Largest share of the time that validations take under a time budget."""
+"""Largest share of the time that validations may take under a time budget."""
 PLANNED_TIME_SHARE = 0.075
-"""The share that is planned for, from a trial before the first step. The rest is for validations that take longer than the trial."""
+"""Share of the time that is planned for validations, from a trial before the first step. The rest is a margin for validations that take longer."""
 FEWEST_IMAGES = 16
-"""A validation looks at no fewer images than this (or at all that there are), however short the budget is."""
+"""Smallest number of images in a validation, however short the budget is. If there are fewer, a validation looks at all of them."""
 
 
 class ValidationSchedule:
-    """Decides when to validate and on how many images, from the trainer state, so that all processes and a resumed training decide the same."""
+    """Decides when to validate and on how many images. It decides from the trainer state, so all processes and a resumed training agree."""
 
     def __init__(self, training: TrainingConfig, state: TrainerState, budget: Budget, accelerator: Accelerator, micro_batch: int):
         self.training, self.state, self.budget, self.accelerator, self.micro_batch = training, state, budget, accelerator, micro_batch
         self._picture_seconds: list[float] = []
 
     def choose_images(self, available: int, validate: Callable[[int], Any]) -> int:
-        """How many of the `available` images each validation looks at: validation_images, or fewer where a time budget is too short for them.
+        """The number of the `available` images in each validation: validation_images, or fewer if a time budget is too short for them.
 
-        `validate(count)` validates on `count` images. All processes call it together, to time it on a few. A resumed training keeps its number.
+        `validate(count)` validates on `count` images. All processes call it together to time it on a few images. A resumed training keeps its number.
         """
         limit = min(self.training.validation_images, available)
         if self.budget.max_seconds is None:
@@ -51,18 +51,19 @@ class ValidationSchedule:
         return min(limit, self.state.validation_images)
 
     def describe(self) -> str:
-        """When validations take place and on how many images, for the plan."""
+        """When to validate and on how many images, in words for the plan."""
         every = f"every {self.training.validate_every:,} steps"
         if self.budget.max_seconds is None:
             return every
-        return (f"{every} and every {INTERVAL:.0%} of the time budget, on {self.state.validation_images:,} images, so that it takes less than "
-                f"{TIME_SHARE:.0%} of the time")
+        return (f"{every} and every {INTERVAL:.0%} of the time budget, on {self.state.validation_images:,} images, so that validation takes "
+                f"less than {TIME_SHARE:.0%} of the time")
 
     def due(self, finished: bool) -> bool:
-        """Whether to validate now: every `validate_every` steps and at the last one.
+        """Whether to validate now: every `validate_every` steps and at the last step.
 
-        A time budget may end long before that many steps, so under one a validation is also due every INTERVAL of it. None begins that
-        would bring validations above TIME_SHARE of the time, except the last one. Those of `validate_every` leave time for that one too.
+        A time budget may end long before `validate_every` steps, so a validation is also due every INTERVAL of the budget. Except for the last
+        one, a validation is skipped if it would bring validations above TIME_SHARE of the time. One that is due by steps alone must leave time
+        for another one.
         """
         state = self.state
         if state.validated_step >= state.step:
@@ -82,18 +83,18 @@ class ValidationSchedule:
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Count the time of the block as that of a validation."""
+        """Count the time of the block as one validation."""
         started = time.monotonic()
         yield
         self.state.validation_seconds += time.monotonic() - started
         self.state.validations += 1
 
     def record(self) -> None:
-        """Note that the current step was validated."""
+        """Record that the current step was validated."""
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
 
     def make_pictures(self, make: Callable[[], None]) -> None:
-        """Call `make`. Under a time budget, only while validations and pictures stay below TIME_SHARE of the time, and at the end."""
+        """Call `make`. Under a time budget, skip it if validations and pictures would take more than TIME_SHARE of the time, except at the end."""
         elapsed = self.budget.elapsed_seconds
         finished = self.budget.progress(self.state.step, elapsed) >= 1
         newest = self._picture_seconds[-1] if self._picture_seconds else 0.0
