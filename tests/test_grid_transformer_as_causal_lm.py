@@ -142,8 +142,8 @@ def test_caches_that_cannot_hold_the_sequence_are_refused(plain_model):
     filled = plain_model(ids_BS, use_cache=True).past_key_values
     for cache, ids, words in [
         (Cache(layers=[DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)]), ids_BS, "sliding window.*without a window"),
-        (StaticCache(config=plain_model.config, max_cache_len=5), ids_BS, "room for 5 ids, and 13 are given; use max_cache_len 13"),
-        (filled, ids_BS[:, :1], "14 ids with those in the cache; allowed: 13"),
+        (StaticCache(config=plain_model.config, max_cache_len=5), ids_BS, "room for 5 ids, but needs room for 13; use max_cache_len 13"),
+        (filled, ids_BS[:, :1], "14 ids, including those in the cache; allowed: 13"),
         (None, ids_BS.repeat(1, 2), "26 ids.*allowed: 13"),
         (EncoderDecoderCache(DynamicCache(), DynamicCache()), ids_BS, "is a EncoderDecoderCache; allowed"),
         (((ids_BS, ids_BS),), ids_BS, "is a tuple; allowed"),
@@ -283,9 +283,9 @@ def test_a_tuple_and_chosen_positions_can_be_asked_for(plain_model):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"inputs_embeds": torch.zeros(3, 13, 32)}, "inputs_embeds: .*needs input_ids"),
     ({"position_ids": torch.arange(13)[None]}, "position_ids: positions follow"),
-    ({"output_attentions": True}, "output_attentions: .*never computed"),
-    ({"temperature": 2}, "temperature: it is not known"),
-    ({"is_causal": False, "cache_position": torch.arange(13)}, "cache_position: it is not known"),
+    ({"output_attentions": True}, "output_attentions: .*never materialized"),
+    ({"temperature": 2}, "temperature: it is unknown"),
+    ({"is_causal": False, "cache_position": torch.arange(13)}, "cache_position: it is unknown"),
 ])
 def test_what_is_not_supported_is_refused_by_name(plain_model, arguments, words):
     ids_BS = sequences(plain_model)

@@ -55,7 +55,7 @@ SPOILS = {
 def test_a_file_that_changed_is_named(folder, name, spoil):
     TokenPrior.from_pretrained(folder)
     spoil(folder / name)
-    with pytest.raises(InputError, match=f"is not as it was saved: changed: {name}\\. If its files are damaged"):
+    with pytest.raises(InputError, match=f"has changed since it was saved \\(changed: {name}\\)\\. If its files are damaged"):
         TokenPrior.from_pretrained(folder)
 
 

@@ -207,7 +207,7 @@ def test_no_setting_draws_an_id_that_cannot_be(temperature, others):
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e300])
 def test_logits_from_which_nothing_can_be_drawn_are_an_error(row, temperature):
     logits_BK = torch.tensor([[0.0, 1.0, 2.0], row])
-    with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with nothing but -inf"):
+    with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with -inf only"):
         draw_ids(logits_BK, torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingConfig(temperature=temperature))
 
 
@@ -284,7 +284,7 @@ def test_guidance_one_is_off_bit_for_bit():
 @pytest.mark.parametrize("scale", [0.0, 1.5])
 def test_guidance_without_any_class_is_refused_since_it_would_do_nothing(classes, scale):
     prior = tiny_prior()
-    with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, and no image has a class, so there is nothing to guide to"):
+    with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, but no image has a class, so guidance has no effect"):
         prior.sample(classes, SamplingConfig(guidance_scale=scale), [5, 6])
     assert prior.sample(classes, SamplingConfig(), [5, 6]).shape == (2, 9)
 

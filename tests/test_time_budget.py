@@ -213,7 +213,7 @@ def test_a_tokenizer_that_learned_nothing_is_exported_with_a_warning(learning_ra
     records = train("tokenizer", tmp_path, max_steps=6, learning_rate=learning_rate, warmup_fraction=0, weight_ema_decay=0)
     last = records[-1]
     assert not last["reconstruction_l2"] < last["variance"] and math.isfinite(last["reconstruction_l2"]) == (learning_rate < 1)
-    assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A picture of one grey has" in capsys.readouterr().out
+    assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A flat grey image has" in capsys.readouterr().out
 
 
 def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path, capsys):
