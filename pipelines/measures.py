@@ -62,7 +62,7 @@ def within_class_spread(pixels_BP: np.ndarray, classes_B: np.ndarray) -> float:
 
 
 def evenly_spread(classes: int, samples: int) -> list[int]:
-    """At most `samples` of the class indices 0 to classes - 1, from the first to the last class where there are more."""
+    """At most `samples` of the class indices 0 to classes - 1, spread evenly over all classes."""
     count = min(classes, samples)
     return [index * classes // count for index in range(count)]
 

@@ -51,9 +51,9 @@ def check_digests(folder: Path) -> None:
               "missing": sorted(recorded.keys() - found.keys()), "added": sorted(found.keys() - recorded.keys())}
     if any(faults.values()):
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
-        raise InputError(f"The prior in {folder} has changed since it was saved ({listed}). If its files are damaged, copy the folder again from where "
-                         "it was trained. If you trained it further with transformers, save the model with TokenPrior(model, Vocabulary.load(folder))"
-                         ".save_pretrained(folder), which records the new files.")
+        raise InputError(f"The prior in {folder} has changed since it was saved ({listed}). If its files are damaged, copy the folder again from "
+                         "where it was trained. If you trained it further with transformers, save the model with TokenPrior(model, Vocabulary."
+                         "load(folder)).save_pretrained(folder), which records the new files.")
 
 
 def version_of(folder: Path) -> str | None:

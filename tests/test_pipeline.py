@@ -175,7 +175,7 @@ def test_numbers_of_other_libraries_are_numbers(pipe):
 ], ids=str)
 def test_guidance_without_classes_is_refused_since_it_would_do_nothing(pipe, guidance, words):
     for call in (pipe, pipe.batches):
-        with pytest.raises(InputError, match=rf"{words}.* nothing to guide to; give class_labels, or leave it out"):
+        with pytest.raises(InputError, match=rf"{words}.* guidance has no effect; give class_labels, or leave it out"):
             call(num_images_per_label=2, seed=1, **guidance)
     assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out in silence"
     off = pipe(num_images_per_label=2, seed=1, guidance_scale=1.0)

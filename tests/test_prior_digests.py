@@ -176,7 +176,7 @@ def test_a_tokenizer_of_an_earlier_version_has_no_digest_of_its_configuration(ti
 def test_a_pipeline_that_speaks_of_another_prior_is_refused(tiny_run, tmp_path, name, value):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
     edit(tmp_path / "pipeline/pipeline.json", **{name: value})
-    with pytest.raises(InputError, match=f"says another {name} than"):
+    with pytest.raises(InputError, match=f"has another {name} than"):
         read_bundle(tmp_path / "pipeline")
 
 

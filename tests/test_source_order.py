@@ -176,7 +176,7 @@ def test_shards_that_are_stored_by_class_are_warned_of(tmp_path):
     by_class = write_classes(tmp_path / "by class", labels, 10, order_seed=None)
     words = warn_of_sorted_shards(TokenShardReader(by_class, window_shards=4), 64)
     assert words.startswith("warning: a batch of 64 holds ") and "independent draws would give 40" in words
-    assert "prior_training.window_shards 120" in words and "--redo tokens" in words
+    assert "prior_training.window_shards to 120" in words and "--redo tokens" in words
     assert int(words.split()[6]) < 15
     assert warn_of_sorted_shards(TokenShardReader(by_class, window_shards=120), 64) is None, "all are shuffled together"
     mixed = write_classes(tmp_path / "mixed", np.random.default_rng(0).permutation(labels).tolist(), 10, order_seed=None)

@@ -94,8 +94,8 @@ def test_a_request_that_was_stopped_twice_ends_with_the_same_bytes(tiny_run, tmp
     capsys.readouterr()
     assert generate(tiny_run, out) == 0
     said = capsys.readouterr().out
-    assert f"going on: 71 of {TOTAL} images are in {out} already" in said
-    assert f"wrote 59 images and grid.png to {out}, which holds all 130 now" in said
+    assert f"continuing: 71 of {TOTAL} images are already in {out}" in said
+    assert f"wrote 59 images and grid.png to {out}, which now holds all 130" in said
     assert pictures(out) == whole
 
 
