@@ -53,15 +53,15 @@ def one_device(device: torch.device) -> Iterator[None]:
     """
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
 
-    def autocast_but_on_meta(device_type, *args, **kwargs):
+    def autocast_except_on_meta(device_type, *args, **kwargs):
         return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
 
-    def is_enabled_but_on_meta(*device_type):
+    def is_enabled_except_on_meta(*device_type):
         return device_type != ("meta",) and is_autocast_enabled(*device_type)
 
     if device.type != "meta":
         yield
         return
-    with (patch("torch.autocast", autocast_but_on_meta), patch("torch.is_autocast_enabled", is_enabled_but_on_meta),
+    with (patch("torch.autocast", autocast_except_on_meta), patch("torch.is_autocast_enabled", is_enabled_except_on_meta),
           patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None), OneDevice()):
         yield

@@ -29,7 +29,7 @@ def test_fp16_on_a_cpu_is_refused_in_words():
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "cuda"), ("False", "cuda"), ("True", "cpu"), ("1", "cpu")])
-def test_the_default_device_is_the_one_that_accelerate_trains_on(monkeypatch, value, expected):
+def test_the_default_device_follows_accelerates_use_cpu(monkeypatch, value, expected):
     """Its launcher says use_cpu by this variable, which the configuration two_cpu_processes sets, on machines with a GPU too."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))

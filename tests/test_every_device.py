@@ -274,7 +274,7 @@ STATIC = [*PRIORS, {"architecture": "llama", "num_key_value_heads": 2}]
 
 @case(*STATIC, *(prior | {"is_recorded": True} for prior in STATIC), *(prior | {"dtype": torch.bfloat16} for prior in STATIC[:2]),
       *(prior | {"grids": 2} for prior in PRIORS[:2]))
-def sampling_steps_with_the_own_decoder(device, architecture, is_recorded=False, dtype=torch.float32, grids=1, **options):
+def sampling_steps_with_static_decoder(device, architecture, is_recorded=False, dtype=torch.float32, grids=1, **options):
     """`is_recorded`: with the position on the device, as for CUDA graphs."""
     prior = make_prior(architecture, TWO_GRIDS if grids == 2 else GRIDS, **options).to(device, dtype)
     with torch.inference_mode():
@@ -408,12 +408,12 @@ def test_everything_stays_on_one_device(name, device):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_what_needs_data_stays_on_one_device(name, device):
+def test_data_dependent_cases_stay_on_one_device(name, device):
     run_on(DATA_DEPENDENT[name][0], device)
 
 
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_what_is_said_to_need_data_needs_it(name):
+def test_data_dependent_cases_fail_on_meta(name):
     """Otherwise it belongs to CASES."""
     with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"(?i)meta|supported devices") as error:
         run_on(DATA_DEPENDENT[name][0], "meta")
@@ -439,7 +439,7 @@ FACTORIES = [
 
 
 @pytest.mark.parametrize(("factory", "name"), FACTORIES)
-def test_a_tensor_that_is_made_without_its_device_is_noticed(factory, name):
+def test_a_tensor_created_without_its_device_is_detected(factory, name):
     """As if the project's sources forgot the argument `device`."""
     made = getattr(torch, factory)
 
@@ -451,7 +451,7 @@ def test_a_tensor_that_is_made_without_its_device_is_noticed(factory, name):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_weights_that_stay_behind_are_noticed(architecture):
+def test_weights_left_on_another_device_are_detected(architecture):
     def left_behind(device: torch.device) -> torch.Tensor:
         prior = make_prior(architecture).to(device)
         model = prior.model if architecture == "grid_transformer" else prior.model.model
@@ -463,10 +463,10 @@ def test_weights_that_stay_behind_are_noticed(architecture):
         run_on(left_behind, "meta")
 
 
-def test_tables_that_are_kept_for_another_device_are_noticed():
+def test_cached_tables_on_another_device_are_detected():
     rotations = GridTransformer.rotations
     with patch.object(GridTransformer, "rotations", lambda self, device: rotations(self, torch.device("cpu"))):
-        for name in ("prior_training_step(architecture=grid_transformer)", "sampling_steps_with_the_own_decoder(architecture=grid_transformer)"):
+        for name in ("prior_training_step(architecture=grid_transformer)", "sampling_steps_with_static_decoder(architecture=grid_transformer)"):
             with pytest.raises(WrongDevice, match="cpu and meta"):
                 run_on(CASES[name], "meta")
 
@@ -500,7 +500,7 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_each_mixture_of_devices_is_an_error(name):
+def test_mixed_devices_are_an_error(name):
     with one_device(torch.device("meta")), pytest.raises(WrongDevice, match="cpu and meta"):
         MIXTURES[name](lambda *shape: torch.ones(shape, device="meta"), lambda *shape: torch.ones(shape))
 

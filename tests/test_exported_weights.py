@@ -80,7 +80,7 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=list(WRAPPINGS))
-def test_a_tokenizer_that_was_wrapped_or_cast_without_loss_is_saved_as_it_was(tmp_path, wrap):
+def test_wrappers_and_lossless_casts_do_not_change_a_saved_tokenizer(tmp_path, wrap):
     reference, tokenizer = tiny_tokenizer(), tiny_tokenizer()
     wrap(tokenizer)
     assert same_tokenizer(tokenizer, reference, tmp_path / "tokenizer")
@@ -97,7 +97,7 @@ def test_a_tokenizer_cast_to_bf16_is_saved_in_float32(tmp_path):
     assert same_tokenizer(tokenizer, copy.deepcopy(tokenizer).float(), tmp_path / "tokenizer")
 
 
-def test_tied_weights_of_a_tokenizer_are_saved_each(tmp_path):
+def test_tied_weights_of_a_tokenizer_are_saved_separately(tmp_path):
     tokenizer = tiny_tokenizer()
     first, second = [name for name, parameter in tokenizer.named_parameters() if parameter.shape == (32,) and name.endswith("norm1.weight")][:2]
     tokenizer.get_submodule(second.rpartition(".")[0]).weight = tokenizer.get_parameter(first)
@@ -120,7 +120,7 @@ PRIOR_WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", PRIOR_WRAPPINGS.values(), ids=list(PRIOR_WRAPPINGS))
-def test_a_prior_that_was_wrapped_or_cast_without_loss_is_saved_as_it_was(tmp_path, wrap):
+def test_wrappers_and_lossless_casts_do_not_change_a_saved_prior(tmp_path, wrap):
     reference, prior = tiny_prior().eval(), tiny_prior().eval()
     wrap(prior)
     prior.save_pretrained(tmp_path / "prior")
@@ -219,7 +219,7 @@ def test_a_prior_that_could_not_be_loaded_again_is_not_saved(tmp_path, change, f
     assert {path: path.read_bytes() for path in folder.rglob("*")} == before and folder.exists() == exists
 
 
-def test_a_pipeline_is_saved_without_wrappers_or_not_at_all(tmp_path, tiny_run):
+def test_a_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
     loaded = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     loaded.tokenizer.decoder = torch.compile(loaded.tokenizer.decoder)
     loaded.prior.model = torch.compile(loaded.prior.model)
@@ -248,7 +248,7 @@ def test_a_pipeline_that_was_trained_further_is_saved_with_its_new_weights(tmp_p
     assert torch.equal(again.prior.model.get_input_embeddings().weight, pipe.prior.model.get_input_embeddings().weight)
 
 
-def test_an_adapter_beside_a_prior_is_not_loaded_in_silence(tmp_path):
+def test_an_adapter_beside_a_prior_is_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds an adapter \(adapter_config.json\)"):

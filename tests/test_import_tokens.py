@@ -295,7 +295,7 @@ def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
 
 
 @pytest.mark.parametrize("pattern", ["train/manifest.json", "train/*", "*/shard-00000[13].*", "nothing"])
-def test_an_import_of_version_0_1_0_goes_on_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
+def test_an_import_of_version_0_1_0_continues_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
     """It did not permute."""
     call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
     with monkeypatch.context() as patch:

@@ -95,7 +95,7 @@ def test_an_unknown_field_is_named_with_the_version_that_wrote_it(run, name, key
 
 
 @pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_a_file_that_does_not_say_its_version_is_refused_in_words_too(run, name, keys, read):
+def test_unknown_fields_in_a_file_without_a_version_are_named(run, name, keys, read):
     path = run / name
     content = json.loads(path.read_text())
     at(content, *keys)["of_later"] = 3
@@ -128,14 +128,14 @@ def test_a_missing_field_is_named(run, name, keys, field, read):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 @pytest.mark.parametrize(("name", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
-def test_something_else_in_a_file_is_told_in_words(run, name, keys, read, text):
+def test_unexpected_content_of_a_file_is_an_input_error(run, name, keys, read, text):
     (run / name).write_text(text)
     with pytest.raises(InputError) as caught:
         read(run)
     assert str(run / name) in str(caught.value)
 
 
-def test_fields_that_came_later_have_their_defaults_in_older_files(run):
+def test_missing_newer_fields_of_older_files_keep_their_defaults(run):
     path = run / "pipeline/pipeline.json"
     content = json.loads(path.read_text())
     content["sampling"] = {"temperature": 0.5}
@@ -194,7 +194,7 @@ def test_a_value_that_only_a_later_version_knows_names_it_too(run):
         ImageTokenizer.from_pretrained(run / "tokenizer")
 
 
-def test_values_of_another_type_are_no_type_error():
+def test_values_of_another_type_are_an_input_error():
     for content in (None, 3, [1], {"temperature": "warm"}, {"guidance_interval": 3}):
         with pytest.raises(InputError, match=r"here\.json"):
             from_fields(SamplingConfig, content, "here.json")

@@ -102,7 +102,7 @@ def test_each_of_many_is_stepped_as_if_it_were_alone(largest, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_a_stack_is_stepped_as_the_matrices_that_it_holds():
+def test_a_stack_is_updated_like_its_matrices():
     """Also where one of them has had no gradient so far, as an expert that no token chose."""
     start_ERC = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(6))
     stack, matrices = nn.Parameter(start_ERC.clone()), [nn.Parameter(matrix.clone()) for matrix in start_ERC]
@@ -213,7 +213,7 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     ("llama", {"embed_tokens", "lm_head"}), ("gpt2", {"wte", "wpe", "lm_head"}), ("gpt_neox", {"embed_in", "lm_head"}),
     ("opt", {"embed_tokens", "embed_positions", "lm_head"}), ("mixtral", {"embed_tokens", "lm_head"})])
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_and_heads_are_found_by_what_they_are(architecture, left, tied, tmp_path):
+def test_embeddings_and_heads_are_found_by_type(architecture, left, tied, tmp_path):
     """Whatever they are called, and where one matrix is both."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     options = {"tie_word_embeddings": tied} | EXPERTS.get(architecture, {})
@@ -238,7 +238,7 @@ class Experts(nn.Module):
         return [self.up_proj]
 
 
-def test_tables_tokens_and_biases_of_several_dimensions_are_left_to_adamw():
+def test_tables_tokens_and_biases_are_left_to_adamw():
     """No matrix product goes through them, so that there is nothing to make orthogonal."""
     model = Experts()
     assert names_of(model, inner_matrices(model, matrices_of(model))) == {"up_proj", "linear.weight", "convolution.weight"}
@@ -252,7 +252,7 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize("architecture", [*EXPERTS, "gpt2", "llama"])
-def test_each_matrix_of_a_prior_of_transformers_is_made_orthogonal_by_itself(architecture, tmp_path):
+def test_each_matrix_of_a_transformers_prior_is_orthogonalized_by_itself(architecture, tmp_path):
     """Experts are stored as stacks (E, R, C), the linear layers of GPT-2 transposed. Experts differ in how large their gradients are."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(EXPERTS.get(architecture, {})),

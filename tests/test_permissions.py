@@ -86,7 +86,7 @@ def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path,
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
-def test_saved_parts_have_the_permissions_of_new_files_whatever_the_source_had(tmp_path, tiny_run, mask):
+def test_saved_parts_have_the_permissions_of_new_files(tmp_path, tiny_run, mask):
     for path in (copy := shutil.copytree(tiny_run / "pipeline", tmp_path / "source")).rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     with umask(mask):
@@ -99,7 +99,7 @@ def test_saved_parts_have_the_permissions_of_new_files_whatever_the_source_had(t
     check_modes(out, mask)
 
 
-def test_a_folder_that_is_read_only_can_be_bundled(tmp_path, tiny_run):
+def test_a_read_only_folder_can_be_bundled(tmp_path, tiny_run):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer").chmod(0o555)
     for _ in range(2):  # the second one replaces the first
@@ -204,7 +204,7 @@ READERS = {
 
 
 @pytest.mark.parametrize(("name", "read"), READERS.values(), ids=list(READERS))
-def test_what_may_not_be_read_is_called_so(place, tiny_run, name, read):
+def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, name, read):
     copy_folder(tiny_run, place / "run")
     (place / "images/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(place / "images/cat/0.png")
@@ -231,7 +231,7 @@ def read_before(read, place: Path) -> None:
         read(place)
 
 
-def test_an_image_that_may_not_be_read_is_not_called_corrupt(place):
+def test_an_unreadable_image_is_not_reported_as_corrupt(place):
     Image.new("RGB", (8, 8)).save(place / "image.png")
     read_image(place / "image.png")
     deny(place / "image.png")
@@ -240,7 +240,7 @@ def test_an_image_that_may_not_be_read_is_not_called_corrupt(place):
     assert "corrupt" not in str(caught.value)
 
 
-def test_a_folder_that_may_not_be_written_is_named(place, tiny_run):
+def test_a_folder_without_write_permission_is_named(place, tiny_run):
     tokenizer, prior = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), TokenPrior.from_pretrained(tiny_run / "prior")
     with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once where it may: what is loaded late is loaded now
         tokenizer.save_pretrained(Path(elsewhere) / "tokenizer")
@@ -255,7 +255,7 @@ def test_a_folder_that_may_not_be_written_is_named(place, tiny_run):
     place.chmod(0o755)
 
 
-def test_the_command_ends_with_words_and_no_traceback(place, capsys):
+def test_the_command_ends_without_a_traceback(place, capsys):
     (place / "file").write_text("x")
     deny(place / "file")
     with as_nobody():

@@ -48,7 +48,7 @@ def test_every_kind_is_listed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantizer_says_which_of_its_parameters_are_codes(kind, tmp_path):
+def test_a_quantizer_lists_its_codes(kind, tmp_path):
     tokenizer = tokenizer_of(recipe_of(kind, tmp_path))
     chosen = {id(parameter) for parameter in tokenizer.codebook_parameters()}
     names = dict(tokenizer.quantizer.named_parameters())
@@ -58,7 +58,7 @@ def test_a_quantizer_says_which_of_its_parameters_are_codes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
+def test_the_weight_average_averages_layers_and_copies_codes(kind, tmp_path):
     decay, steps = 0.15, 3
     train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=steps, checkpoint_every=1, keep_checkpoints=steps, weight_ema_decay=decay,
                                     max_minutes="null", warmup_fraction=0, learning_rate=0.01))
@@ -80,7 +80,7 @@ def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", LEARNING)
-def test_weight_decay_shrinks_the_matrices_of_layers_alone(kind, optimizer, tmp_path):
+def test_weight_decay_shrinks_matrices_of_layers_only(kind, optimizer, tmp_path):
     """A step without gradients moves by decay alone."""
     recipe = recipe_of(kind, tmp_path, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, warmup_fraction=0, gradient_clip=1)
     tokenizer = tokenizer_of(recipe)
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, t
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=3, optimizer=optimizer))
 
 
-def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
+def test_quantizers_without_layers_keep_their_checkpoints(tmp_path, monkeypatch):
     for kind in ("gradient", "simvq"):
         with monkeypatch.context() as patched:
             patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
@@ -129,7 +129,7 @@ def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_codes_of_several_processes_have_to_be_equal_and_layers_may_round(kind, tmp_path):
+def test_codes_must_be_equal_on_all_processes_and_layers_may_round(kind, tmp_path):
     tokenizer, seen = tokenizer_of(recipe_of(kind, tmp_path)), []
 
     def check() -> None:

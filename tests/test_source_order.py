@@ -85,7 +85,7 @@ def test_sets_of_version_0_1_0_keep_their_fingerprints_and_bytes(tmp_path):
     assert TokenShardManifest.load(tmp_path) == manifest and audit_folder(tmp_path, expected_sources()).passed
 
 
-def test_a_permuted_set_holds_each_source_once_whoever_writes_it(tmp_path):
+def test_a_permuted_set_holds_each_source_once(tmp_path):
     manifest = write_folder(tmp_path / "one", PERMUTED)
     assert manifest.fingerprint != write_folder(tmp_path / "other", dataclasses.replace(PERMUTED, order_seed=1)).fingerprint
     assert TokenShardManifest.load(tmp_path / "one") == manifest and manifest.order_seed == ORDER_SEED
@@ -105,7 +105,7 @@ def test_a_permuted_set_holds_each_source_once_whoever_writes_it(tmp_path):
     assert report.passed and (report.samples, report.skipped) == (NUM_SOURCES - len(UNREADABLE), len(UNREADABLE)), report.problems
 
 
-def test_audit_finds_a_permuted_set_that_is_said_to_be_another(tmp_path):
+def test_audit_finds_a_wrong_order_seed(tmp_path):
     write_folder(tmp_path, PERMUTED)
     path = tmp_path / "manifest.json"
     for order_seed in (None, 1):
@@ -154,7 +154,7 @@ def imported(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("batch_size", [64, 256])
 @pytest.mark.parametrize("tokens", ["sixty", "thousand", "imported"])
-def test_training_batches_hold_the_classes_of_independent_draws(tokens, batch_size, request):
+def test_training_batches_hold_as_many_classes_as_independent_draws(tokens, batch_size, request):
     """With 4 of more than 100 shards in the window."""
     reader = TokenShardReader(request.getfixturevalue(tokens), seed=3, window_shards=4)
     assert len(reader.manifest.shards) > 100
@@ -171,7 +171,7 @@ def test_expected_classes_by_hand():
     assert expected_classes(np.repeat(np.arange(60), 7), 64) == pytest.approx(60 * (1 - (59 / 60) ** 64))
 
 
-def test_shards_that_are_stored_by_class_are_warned_of(tmp_path):
+def test_shards_stored_by_class_give_a_warning(tmp_path):
     labels = class_by_class(60, 20)
     by_class = write_classes(tmp_path / "by class", labels, 10, order_seed=None)
     words = warn_of_sorted_shards(TokenShardReader(by_class, window_shards=4), 64)

@@ -39,7 +39,7 @@ def validation_of(run_dir: Path, stage: str, step: int) -> dict:
     return {name: value for name, value in record.items() if name != "kind"}
 
 
-def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors, capsys):
+def test_the_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsys):
     exports, run = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}, RunFolder(tmp_path / "run")
     changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
                for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
@@ -69,7 +69,7 @@ def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scri
     assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two that are equal as far as the log tells"
 
 
-def test_samples_without_a_judge_are_of_classes_from_the_first_to_the_last():
+def test_samples_without_a_judge_are_spread_over_all_classes():
     assert evenly_spread(3, 100) == [0, 1, 2] and evenly_spread(100, 100) == list(range(100))
     chosen = evenly_spread(1000, 100)
     assert chosen == list(range(0, 1000, 10))

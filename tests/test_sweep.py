@@ -222,7 +222,7 @@ def distances_in_order(real_order: list[int], fake_order: list[int], batch_size:
 
 
 @pytest.mark.parametrize("real, fake", [(1, 4), (4, 1), (4, 4)])
-def test_equal_distributions_have_no_kernel_distance_however_many_and_in_whatever_order(real, fake, monkeypatch):
+def test_equal_distributions_have_no_kernel_distance_in_any_number_or_order(real, fake, monkeypatch):
     """Images come class by class, so features of the first ones alone are those of the first classes."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 2000)
     real_order, fake_order = (sorted(list(range(10)) * 200 * times) for times in (real, fake))
@@ -232,7 +232,7 @@ def test_equal_distributions_have_no_kernel_distance_however_many_and_in_whateve
     assert distances_in_order(real_order, fake_order, batch_size=77) == pytest.approx(result, rel=1e-9), "batches do not matter"
 
 
-def test_the_next_combination_is_measured_as_if_it_were_the_first(monkeypatch):
+def test_each_combination_is_measured_independently(monkeypatch):
     """A sweep that goes on from its record measures fewer combinations in one process, and must find the same numbers."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 100)
     real_BCHW, fake_BCHW = class_images(list(range(10)) * 15, 0), class_images(list(range(10)) * 30, 1)
@@ -266,7 +266,7 @@ def test_a_random_subset_takes_every_position_equally_often():
     assert (drawn - 200).abs().max() < 51
 
 
-def test_a_record_of_the_first_images_alone_is_not_continued(known_copy, features, monkeypatch):
+def test_a_record_of_the_first_images_only_is_refused(known_copy, features, monkeypatch):
     """Its kernel distances of more images than are kept cannot be compared with new ones."""
     pipeline, real = known_copy
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 50)

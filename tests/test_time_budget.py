@@ -90,7 +90,7 @@ def test_validation_and_k_means_work_on_no_more_images_than_a_training_step(stag
 
 
 @both_stages
-def test_a_time_budget_is_validated_although_validate_every_never_comes(stage, run_dir, capsys):
+def test_a_short_time_budget_validates_before_validate_every(stage, run_dir, capsys):
     records = train(stage, run_dir, max_steps="null", max_minutes=0.05, validate_every=10**6, validation_images=32)
     validated = [record["step"] for record in records if record["kind"] == "validation"]
     assert len(validated) > 2
@@ -105,7 +105,7 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
 
 
 @pytest.mark.parametrize(("one", "every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])
-def test_validations_come_every_20th_of_a_time_budget_and_take_a_tenth_of_the_time(one, every, clock):
+def test_validations_under_a_time_budget_are_frequent_and_bounded(one, every, clock):
     """One step a second for 1,000 s; a validation takes `one` second, as choose_images plans, or far more."""
     began, validations = clock[0], schedule(1000, validate_every=every)
     state, budget, starts = validations.state, validations.budget, [0.0]
@@ -169,7 +169,7 @@ def test_a_resumed_training_keeps_its_number_of_validation_images(run_dir, capsy
     assert "every 4% of the time budget, on 64 images, so that validation takes less than 10% of the time" in out
 
 
-def test_the_pace_leaves_the_first_steps_out(clock):
+def test_the_pace_excludes_the_first_steps(clock):
     pace = Pace()
     for seconds in (9.0, 5.0, 3.0, 2.0, 2.0, 0.5, 0.7):
         clock[0] += seconds
@@ -178,7 +178,7 @@ def test_the_pace_leaves_the_first_steps_out(clock):
 
 
 @both_stages
-def test_progress_is_printed_where_the_output_is_no_terminal(stage, run_dir, monkeypatch, capsys):
+def test_progress_is_printed_if_the_output_is_not_a_terminal(stage, run_dir, monkeypatch, capsys):
     monkeypatch.setattr(training_run, "FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr(training_run, "LINE_SECONDS", 0.0)
     records = train(stage, run_dir, max_steps=8)
@@ -189,7 +189,7 @@ def test_progress_is_printed_where_the_output_is_no_terminal(stage, run_dir, mon
     assert f"step 7 of 8, {loss} {logged[6]:.4g}, " in lines[1] and lines[1].endswith("s left")
 
 
-def test_lines_of_progress_stand_in_for_a_bar(clock, monkeypatch):
+def test_progress_lines_replace_a_bar(clock, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(tracking.sys, "stderr", out)
     lines = tracking.progress_bar(5000, 1000, "train", "image")
@@ -225,7 +225,7 @@ def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path,
     assert numbers["reconstruction_l2"] < numbers["variance"] and "warning" not in capsys.readouterr().out
 
 
-def test_a_prior_that_learned_something_is_exported_without_a_warning(run_dir, capsys):
+def test_a_prior_that_learned_is_exported_without_a_warning(run_dir, capsys):
     train("prior", run_dir, max_steps=30, learning_rate=0.01, weight_ema_decay=0)
     assert "warning" not in capsys.readouterr().out
 

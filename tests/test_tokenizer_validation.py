@@ -70,7 +70,7 @@ def test_ssim_of_two_flat_greys_is_their_luminance_term(measured):
 
 @pytest.mark.parametrize("channels, size", [(1, 16), (3, 16), (1, 64), (3, 64)])
 @pytest.mark.parametrize("change", ["noise", "brighter", "blurred"])
-def test_ssim_and_psnr_are_those_of_the_formulas(channels, size, change, measured):
+def test_ssim_and_psnr_follow_the_formulas(channels, size, change, measured):
     images_BCHW = photographs(channels, size)
     noise_BCHW = 0.1 * torch.randn(images_BCHW.shape, generator=torch.Generator().manual_seed(0))
     restored_BCHW = {"noise": images_BCHW + noise_BCHW, "brighter": images_BCHW + 0.1,

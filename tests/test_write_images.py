@@ -78,7 +78,7 @@ def kill() -> None:
 # --- generate: interruptions -------------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_was_stopped_twice_ends_with_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
+def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
     out = tmp_path / "out"
     after_files(5, interrupt)
     assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
@@ -116,7 +116,7 @@ def test_a_signal_between_tokens_stops_without_waiting_for_the_batch(number, tin
     assert f"64 of {TOTAL} images are written" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
+def test_existing_images_are_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
     out = tmp_path / "out"
     assert generate(tiny_run, out) == 0
     sample, asked = TokenPrior.sample, []
@@ -128,7 +128,7 @@ def test_what_is_there_is_not_sampled_again(tiny_run, tmp_path, whole, monkeypat
     assert {path: path.stat().st_mtime_ns for path in times} == times, "the other files of its batch are kept"
 
 
-def test_only_the_grid_is_missing(tiny_run, tmp_path, whole, monkeypatch):
+def test_a_missing_grid_is_written_without_sampling(tiny_run, tmp_path, whole, monkeypatch):
     assert generate(tiny_run, tmp_path / "out") == 0
     (tmp_path / "out" / "grid.png").unlink()
     monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
@@ -192,7 +192,7 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
-def test_a_record_that_is_none_is_refused(content, tiny_run, tmp_path, capsys):
+def test_an_invalid_record_is_refused(content, tiny_run, tmp_path, capsys):
     (tmp_path / "samples.json").write_text(content)
     assert generate(tiny_run, tmp_path) == 2
     assert "samples.json is no record of generated images" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_names_sort_in_the_order_of_the_request():
     assert SampleFolder(labels=[1, 0, 1], num=1, **request).names == ["c-0.png", "a_b-0.png", "c-1.png"]
 
 
-def test_reconstructions_of_equal_names_get_short_names_of_their_own():
+def test_reconstructions_of_equal_names_get_distinct_short_names():
     paths = [Path(f"{folder}/image.jpg") for folder in range(2000)] + [Path("image_2.png"), Path("grid.png"), Path("a.b.png")]
     names = names_of_copies(paths)
     assert len(set(names)) == len(names) and names[:3] == ["image.png", "image_.png", "image_2.png"] and max(map(len, names)) <= len("image_2000.png")
@@ -303,7 +303,7 @@ def reconstruct(run: Path, paths: list[Path], out: Path) -> int:
     return guarded(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
 
 
-def test_reconstructions_go_on_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
+def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
     assert reconstruct(tiny_run, photos, tmp_path / "whole") == 0
     out = tmp_path / "out"
     after_files(3, interrupt)
@@ -348,7 +348,7 @@ def test_an_image_with_broken_pixels_is_named(tiny_run, photos, tmp_path):
 # --- the pipeline's own methods ----------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline_takes_and_gives_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
+def test_the_pipeline_processes_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     images = []
     for path in photos[:10]:
