@@ -1,4 +1,4 @@
-"""What save_pretrained writes can be loaded again, or saving fails with an error that names the weights, and leaves nothing behind."""
+"""What save_pretrained writes can be loaded again. Otherwise saving fails with an error that names the weights, and leaves nothing behind."""
 
 import copy
 from pathlib import Path
@@ -39,7 +39,7 @@ def same_tokenizer(saved: ImageTokenizer, reference: ImageTokenizer, folder: Pat
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank addition, as peft puts it in a layer's place."""
+    """A layer with a low-rank addition that replaces the original layer, as in peft."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -56,13 +56,13 @@ def with_adapter(prior: TokenPrior) -> TokenPrior:
 
 
 def in_int8(module: nn.Module, name: str) -> None:
-    """Put int8 codes and their scale in a weight's place, as quantizing libraries do."""
+    """Replace a weight by int8 codes and their scale, as quantization libraries do."""
     weight = getattr(module, name)
     delattr(module, name)
     module.register_buffer(name, (weight.detach() * 127).to(torch.int8))
 
 
-# --- what is harmless is undone ----------------------------------------------------------------------------------------------
+# --- harmless changes are undone ----------------------------------------------------------------------------------------------
 
 
 WRAPPINGS = {
@@ -143,7 +143,7 @@ def test_one_part_cast_to_half_is_saved_in_float32(tmp_path):
     assert {parameter.dtype for parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "prior").parameters()} == {torch.float32}
 
 
-# --- what could not be loaded again is refused -------------------------------------------------------------------------------
+# --- weights that could not be loaded again are refused -------------------------------------------------------------------------------
 
 
 REFUSED_TOKENIZERS = {
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_could_not_be_loaded_again_is_not_saved(tmp_path, chang
 
 
 class Renamed(nn.Module):
-    """A model inside another one, as peft's: everything is passed on, and weights have longer names."""
+    """A model inside another one, as in peft. Attributes are passed on, and weights have longer names."""
 
     def __init__(self, model):
         super().__init__()
@@ -227,7 +227,7 @@ def test_a_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
     pipe.save_pretrained(tmp_path / "pipeline")
     again = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
     assert torch.equal(again("3", 2, seed=1).token_ids, ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")("3", 2, seed=1).token_ids)
-    loaded.prior.register_buffer("stray", torch.ones(1))  # outside of the model: no part of a prior's folder
+    loaded.prior.register_buffer("stray", torch.ones(1))  # outside the model, so it is not part of a prior's folder
     loaded.prior.model = nn.Sequential()
     with pytest.raises(InputError, match="this prior cannot be saved"):
         pipe.save_pretrained(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""A GridTransformer keeps the conventions of transformers' causal language models: caches, labels, outputs, the Trainer; the rest it refuses."""
+"""A GridTransformer follows the conventions of transformers for caches, labels, outputs and the Trainer, and refuses everything else."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, t
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
-LENGTH = 13  # of sequences for config_of's grid
+LENGTH = 13  # ids in a sequence of config_of's grid
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids"])
@@ -51,7 +51,7 @@ def test_a_static_cache_gives_the_logits_of_the_whole_sequence(model, cuts, room
     ids_BS = sequences(model)
     whole = model(ids_BS, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=room)
-    for _ in range(2):  # the second time over what the first one left in the cache
+    for _ in range(2):  # the second pass overwrites what the first one left in the cache
         parts = [model(part, past_key_values=cache).logits for part in torch.tensor_split(ids_BS, cuts, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
         cache.reset()
@@ -107,7 +107,7 @@ def test_scores_of_generate_are_those_of_the_logits(generating_model, how):
 
 @pytest.mark.slow
 def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
-    """As it does by itself on a GPU."""
+    """On a GPU, generate does this by default."""
     config = CompileConfig(mode="default", fullgraph=True)
     config._compile_all_devices = True
     ids_B1 = sequences(generating_model)[:, :1]
@@ -291,7 +291,7 @@ def test_unsupported_arguments_are_refused_by_name(plain_model, arguments, words
     ids_BS = sequences(plain_model)
     with pytest.raises(InputError, match=f"does not support the argument {words}"):
         plain_model(ids_BS, **arguments)
-    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None is as if it were not given"
+    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None counts as not given"
 
 
 def test_a_configuration_that_asks_for_attention_weights_is_refused():

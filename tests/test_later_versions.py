@@ -1,4 +1,4 @@
-"""A file with a field of a later version is refused with file, field and version; fields that came later have defaults in older files."""
+"""A field of a later version is refused, with file, field and version. Fields that an older file does not have keep their defaults."""
 
 import dataclasses
 import json
@@ -153,7 +153,7 @@ def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):
     record.write_text(json.dumps(content | {"vqmosaic": LATER}))
     with pytest.raises(InputError, match=f"unknown fields prior.of_later.*vqmosaic {LATER}"):
         judge(RunFolder(run), tiny_recipe(run), "prior", None)
-    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # one that is gone had no effect that lasts
+    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # a field that was removed since has no effect
     assert judge(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
 
 

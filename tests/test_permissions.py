@@ -1,4 +1,4 @@
-"""New files can be read by whom the umask allows, and a denied permission is reported as such, with the file and the user."""
+"""New files have the permissions that the umask allows. A denied permission is reported as such, with the file and the user."""
 
 import os
 import shutil
@@ -64,7 +64,7 @@ def check_modes(folder: Path, mask: int) -> None:
         assert mode == (0o777 if (folder / name).is_dir() else 0o666) & ~mask, f"{name} has mode {mode:04o}"
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------------
+# --- new files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -130,12 +130,12 @@ def test_the_umask_is_read_without_changing_it():
             assert current_umask() == mask and os.umask(mask) == mask
 
 
-# --- what may not be read or written -----------------------------------------------------------------------------------------
+# --- denied permissions -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def as_nobody():
-    """Run a block as another user, if this one is root, who may read everything."""
+    """Run a block as another user if the current user is root, who may read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -150,7 +150,7 @@ def as_nobody():
 
 @pytest.fixture
 def place():
-    """A folder that other users may enter, which tmp_path is not."""
+    """A folder that other users may enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -215,7 +215,7 @@ def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, na
     (place / "tables/data.parquet").write_bytes(b"table")
     np.save(place / "codes.npy", np.zeros((2, 4), dtype=np.int64))
     (place / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
-    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is loaded late lies where only root may read
+    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is imported late lies where only root may read
         read_before(read, place)
     path = deny(place / name)
     with as_nobody(), pytest.raises(PermissionDenied) as caught:
@@ -242,7 +242,7 @@ def test_an_unreadable_image_is_not_reported_as_corrupt(place):
 
 def test_a_folder_without_write_permission_is_named(place, tiny_run):
     tokenizer, prior = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), TokenPrior.from_pretrained(tiny_run / "prior")
-    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once where it may: what is loaded late is loaded now
+    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once with permission, so that late imports happen now
         tokenizer.save_pretrained(Path(elsewhere) / "tokenizer")
         prior.save_pretrained(Path(elsewhere) / "prior")
     place.chmod(0o555)

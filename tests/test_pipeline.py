@@ -177,7 +177,7 @@ def test_guidance_without_classes_is_refused(pipe, guidance, words):
     for call in (pipe, pipe.batches):
         with pytest.raises(InputError, match=rf"{words}.* guidance has no effect; give class_labels, or leave it out"):
             call(num_images_per_label=2, seed=1, **guidance)
-    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out in silence"
+    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out silently"
     off = pipe(num_images_per_label=2, seed=1, guidance_scale=1.0)
     assert torch.equal(off.token_ids, pipe(num_images_per_label=2, seed=1).token_ids)
 
@@ -201,10 +201,10 @@ def test_batches_can_be_skipped_and_stopped_by_the_callback(pipe):
     whole, calls = list(pipe.batches([3, 7], 5, 11, batch_size=4)), []
     last = list(pipe.batches([3, 7], 5, 11, batch_size=4, skip=lambda places: places.start < 8, callback=lambda *now: calls.append(now)))
     assert len(last) == 1 and last[0].places == range(8, 10) and torch.equal(last[0].token_ids, whole[2].token_ids)
-    assert calls == [(done, 16) for done in range(1, 17)], "what is left out does not count"
+    assert calls == [(done, 16) for done in range(1, 17)], "batches that are left out do not count"
     assert list(pipe.batches([3, 7], 5, 11, skip=lambda places: True)) == []
     stopped = pipe.batches([3, 7], 5, 11, batch_size=4, callback=lambda done, total: done < 20)
-    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "what is finished was given"
+    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "finished batches were yielded"
     with pytest.raises(SamplingStopped):
         next(stopped)
 

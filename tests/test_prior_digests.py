@@ -1,4 +1,4 @@
-"""A prior's files are as they were saved: what is damaged, edited or exchanged is named when it is loaded or bundled."""
+"""Damaged, edited or replaced files of a prior are named when it is loaded or bundled."""
 
 import json
 import warnings
@@ -34,7 +34,7 @@ def edit(path: Path, **changes) -> None:
 
 
 def zeros_inside(path: Path) -> None:
-    """Zeros in place of 4 KiB in the middle of a file, as a lost block leaves them."""
+    """Write 4 KiB of zeros into the middle of a file, like a lost block."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle:middle + 4096] = bytes(4096)

@@ -356,7 +356,7 @@ def test_training_on_shards_stored_by_class_warns(run_dir, capsys):
 
 
 def test_the_best_nll_of_other_validation_images_is_not_compared(run_dir, capsys):
-    """Version 0.1.0 validated on the first images, whose NLL says nothing of the NLL of the chosen ones."""
+    """Version 0.1.0 validated on the first images. Their NLL cannot be compared with the NLL of the images chosen now."""
     checkpoint = train(run_dir, max_steps=3)
     state = read_state(checkpoint) | {"best_validation": 0.5, "best_step": 1}
     assert state.pop("validation_choice") == VALIDATION_CHOICE

@@ -193,7 +193,7 @@ def test_a_tiny_temperature_is_greedy(temperature, others):
 @pytest.mark.parametrize("temperature", [1e-6, 1e30, 1e38, 1e39, 1e300, 1.7e308])
 @pytest.mark.parametrize("others", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 5e-324}, {"top_p": 1e-12}, {"min_p": 1.0}, {"min_p": 5e-324}])
 def test_no_setting_draws_an_impossible_id(temperature, others):
-    """Logits of -inf are never drawn, and a temperature however high makes the others equally likely."""
+    """Ids with logits of -inf are never drawn, and a very high temperature makes all others equally likely."""
     logits_BK = torch.tensor([[-INF, 3e38, -3e38, 0.0, -INF], [-INF, 1.0, 1.0, 1.0, -INF]])
     edges_B = torch.tensor([0.0, 5e-324, 0.3, 0.99, 1 - 2**-53], dtype=torch.float64)
     sampling = SamplingConfig(temperature=temperature, **others)
@@ -212,7 +212,7 @@ def test_logits_from_which_nothing_can_be_drawn_are_an_error(row, temperature):
 
 
 def test_nan_probabilities_give_no_id_outside_the_codebook():
-    """Where sample_tokens reads the check of the logits only at its end, what it draws until then must still be an id."""
+    """If sample_tokens reads the check of the logits only at the end, everything drawn before must still be a valid id."""
     ids_B = invert_cumulative(torch.full((3, 5), math.nan), torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
     assert int(ids_B.min()) >= 0 and int(ids_B.max()) < 5
 

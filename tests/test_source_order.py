@@ -44,7 +44,7 @@ PERMUTED = make_header(order_seed=ORDER_SEED)
 
 
 def write_classes(folder: Path, labels: list[int], per_shard: int, order_seed: int | None = ORDER_SEED, split: str = "train") -> Path:
-    """Shards of a data set with these labels in its own order; the ids of source i are made from i."""
+    """Write shards of a data set with these labels, in the order of the data set. The ids of source i are computed from i."""
     header = ShardSetHeader(
         split=split, token_fingerprint="f" * 64, grids=[Grid("image", 60_000, 1, 2)], views=[{"name": "original"}],
         class_names=[f"class {label}" for label in range(max(labels) + 1)], dataset={}, encoding={}, images_per_shard=per_shard,
@@ -67,7 +67,7 @@ def class_by_class(classes: int, images: int) -> list[int]:
 
 
 def test_the_permutation_is_the_same_in_every_version():
-    """Shards that are repaired or completed later rely on it."""
+    """Shards that are repaired or completed later depend on it."""
     assert permuted_sources(12, 0).tolist() == [2, 9, 3, 11, 8, 5, 4, 0, 1, 7, 6, 10]
     assert permuted_sources(12, 7).tolist() == [11, 2, 8, 5, 3, 10, 1, 6, 7, 4, 9, 0]
     digest = hashlib.sha256(permuted_sources(100_000, 0).astype("<i8").tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Training under a time budget: when the clock starts, how often validations come, what is printed meanwhile, and memory kept to the micro-batch."""
+"""Training under a time budget: the start of the clock, the frequency of validations, printed progress, and memory of one micro-batch."""
 
 import io
 import json
@@ -36,7 +36,7 @@ both_stages = pytest.mark.parametrize("stage", STAGES)
 
 @pytest.fixture
 def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens, in which nothing was trained."""
+    """A run folder with finished tokens and no training."""
     shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
     return tmp_path / "run"
 
@@ -49,7 +49,7 @@ def train(stage: str, run_dir: Path, **changes) -> list[dict]:
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The time that everything with a clock sees; a test moves it."""
+    """The time that all clocks show. A test changes it."""
     now = [1000.0]
     for module in (budget_module, tracking, validation_schedule):
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -106,7 +106,7 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
 
 @pytest.mark.parametrize(("one", "every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])
 def test_validations_under_a_time_budget_are_frequent_and_bounded(one, every, clock):
-    """One step a second for 1,000 s; a validation takes `one` second, as choose_images plans, or far more."""
+    """One step per second for 1,000 s. A validation takes `one` seconds: as long as choose_images plans, or far more."""
     began, validations = clock[0], schedule(1000, validate_every=every)
     state, budget, starts = validations.state, validations.budget, [0.0]
     budget.start()
@@ -139,7 +139,7 @@ def test_a_time_budget_decides_how_many_images_are_validated(clock):
     hour = schedule(3600, validation_images=5000)
     assert hour.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL * 3600 / 0.5) == 21
     hour.budget = Budget(None, 600)
-    assert hour.choose_images(3000, validate) == 21, "a longer budget keeps the images, by which the best weights are chosen"
+    assert hour.choose_images(3000, validate) == 21, "a longer budget keeps the number of images, because the best weights are chosen by them"
     assert hour.choose_images(7, validate) == 7
     assert schedule(60).choose_images(3000, validate) == FEWEST_IMAGES
     assert schedule(10**6, validation_images=40).choose_images(3000, validate) == 40
@@ -157,7 +157,7 @@ def test_pictures_that_take_long_are_left_out_until_the_end(clock):
     while validations.budget.elapsed_seconds < 1000:
         clock[0] += 40
         validations.make_pictures(make)
-    assert made == [40, 630, 900, 1010], "the first, then while they take a tenth of the time at most, and the last"
+    assert made == [40, 630, 900, 1010], "the first, then as long as they take at most a tenth of the time, and the last"
 
 
 def test_a_resumed_training_keeps_its_number_of_validation_images(run_dir, capsys):

@@ -1,4 +1,4 @@
-"""What `generate` and `reconstruct` write: bounded memory, names that sort, interruptions that lose nothing, requests that do not mix."""
+"""The output of `generate` and `reconstruct`: bounded memory, sortable names, safe interruptions, and requests that do not mix."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def interrupt() -> None:
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
+    """Simulates a SIGKILL: nothing catches it."""
 
 
 def kill() -> None:
@@ -184,7 +184,7 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
     (tiny_copy / "pipeline" / "pipeline.json").write_text(json.dumps(content))
     assert generate(tiny_copy, tmp_path / "out") == 2
     assert "sampling.top_p was 1.0, now 0.5" in capsys.readouterr().err
-    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "the settings count, not where they come from"
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "only the values of the settings count"
     weights = tiny_copy / "pipeline" / "prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 2
