@@ -101,7 +101,7 @@ class ImageGenerationPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline to another folder, with the recommended settings as they are now.
 
-        If the weights are still those of the files it was loaded from, in any number format, the files are copied. Otherwise the weights are saved.
+        If the weights have not changed since loading, except by a cast, the original files are copied. Otherwise the weights are saved.
         """
         folder = Path(folder)
         if self._source is None or not self._is_as_loaded(self._source):
@@ -117,7 +117,7 @@ class ImageGenerationPipeline:
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
 
     def _is_as_loaded(self, source: Path) -> bool:
-        """Whether tokenizer and prior still have the weights in the folder, and were not trained further or replaced since they were loaded."""
+        """Whether tokenizer and prior still have the weights in the folder. They do not if they were trained further or replaced."""
         return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
                 and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
 

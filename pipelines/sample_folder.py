@@ -72,7 +72,7 @@ class SampleFolder:
             ValueError: the folder holds images of another request, or files without a record that would be replaced.
         """
         wanted, there = {*self.names, GRID_NAME}, files_in(self.out)
-        remedy = f"Give another --out, or remove these images and {RECORD_NAME} to start anew."
+        remedy = f"Give another --out, or remove these images and {RECORD_NAME} to start over."
         if RECORD_NAME not in there:
             refuse_files_in_the_way(self.out, wanted & there, RECORD_NAME)
             return set()

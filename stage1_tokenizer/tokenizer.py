@@ -214,7 +214,7 @@ class ImageTokenizer(nn.Module):
         """The tokenizer of a folder, in eval mode. dtype (a torch.dtype or its name) is for the decoder; encoder and quantizer stay float32.
 
         Raises:
-            ValueError: the folder is not a tokenizer, its weights are not exactly the configuration's, or they have changed since export;
+            ValueError: the folder is not a tokenizer, its weights do not match the configuration exactly, or they have changed since export;
                 the name of the device or dtype is unknown.
         """
         folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)

@@ -257,7 +257,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
 def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
     """Stop if the codes or buffers of the quantizers differ between ranks, which must never happen.
 
-    Layers inside a quantizer are not compared, like those of encoder and decoder: matrix products may round differently on each rank.
+    Layers inside a quantizer, encoder or decoder are not compared, because matrix products may round differently on each rank.
     """
     if run.world_size == 1:
         return

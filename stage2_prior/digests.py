@@ -1,6 +1,6 @@
 """Digests of a prior's files in its digests.json, which detect damaged, edited and replaced files. Loads no torch.
 
-Computing the digest of the weights takes about one second per gigabyte, when a prior is saved and each time it is loaded.
+Computing the digest of the weights takes up to a few seconds per gigabyte, when a prior is saved and each time it is loaded.
 """
 
 import hashlib
