@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from stage2_prior.digests import write_digests
 from stage2_prior.prior import TokenPrior
-from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches
+from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches, validation_samples
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
@@ -367,7 +367,8 @@ def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(make_
     assert len({len(batches) for batches in per_rank}) == 1
     assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _ in batches)
     in_order = [sample for step in zip(*per_rank, strict=True) for ids_BT, _ in step for sample in ids_BT[:, 0].tolist()]
-    assert in_order == [sample % 48 for sample in range(expected)]
+    samples = validation_samples(make_reader(), limit)
+    assert len(samples) == expected and in_order == [sample % 48 for sample in samples]
     assert all(NO_CLASS not in classes_B for batches in per_rank for _, classes_B in batches)
 
 

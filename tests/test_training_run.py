@@ -460,7 +460,7 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
     assert state | {"elapsed_seconds": 0, "validation_seconds": 0, "guard": {}} == {
         "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "validated_seconds": 0.0, "validation_seconds": 0, "validations": 1,
-        "validation_images": 0, "best_step": 0, "best_validation": math.inf,
+        "validation_images": 0, "validation_choice": 0, "best_step": 0, "best_validation": math.inf,
         "guard": {}, "processes": 1, "threads": 1}
     monkeypatch.undo()
     train(stage, run_dir)
