@@ -63,7 +63,7 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     try:
         copy_folder(tokenizer, partial / "tokenizer")
         copy_folder(prior, partial / "prior")
-        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior of 0.1.0: what happens to its copy is noticed from now on
+        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: changes of its copy are detected from now on
             write_digests(partial / "prior")
         write_json(partial / "pipeline.json", {
             "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary["class_names"],
@@ -128,7 +128,7 @@ def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], pr
 
 
 def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
-    """A pipeline's recommended settings with the given ones in their places; InputError where they cannot be, or not with its prior."""
+    """A pipeline's recommended settings, overridden by the given ones. Raises InputError if they are invalid or do not fit its prior."""
     sampling = dataclasses.replace(recommended_sampling(folder, content), **given)
     check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
     return sampling
@@ -162,12 +162,12 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def read_bundle(folder: Path) -> dict:
-    """pipeline.json, checked for format, version and fields, and for the classes and tokens of the prior beside it.
+    """The content of pipeline.json. Its format, version and fields are checked; its classes and tokens must be those of the prior.
 
-    `recommended_sampling` reads its sampling settings, which a user may edit.
+    Read the sampling settings, which a user may edit, with `recommended_sampling`.
     """
     path = folder / "pipeline.json"
-    content = read_object(path, "`vqmosaic bundle` writes it anew")
+    content = read_object(path, "`vqmosaic bundle` writes it again")
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
         raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}; "
                          f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
@@ -175,18 +175,18 @@ def read_bundle(folder: Path) -> dict:
     vocabulary = read_vocabulary(folder / "prior")
     for name in ("class_names", "token_fingerprint"):
         if content[name] != vocabulary.get(name):
-            raise InputError(f"{path} says another {name} than {folder / 'prior' / 'vocabulary.json'}; one of them was edited or exchanged. Copy the "
-                             "pipeline again, or make it anew with `vqmosaic bundle`.")
+            raise InputError(f"{path} has another {name} than {folder / 'prior' / 'vocabulary.json'}; one of them was edited or replaced. Copy the "
+                             "pipeline again, or make it again with `vqmosaic bundle`.")
     return content
 
 
 def recommended_sampling(folder: Path, content: dict) -> SamplingConfig:
-    """The sampling settings in the content of a folder's pipeline.json; settings that came after it was written are at their defaults."""
+    """The sampling settings in the content of a folder's pipeline.json. Settings that the file does not have keep their defaults."""
     return from_fields(SamplingConfig, content["sampling"], f"{folder / 'pipeline.json'}: sampling", written_by(content))
 
 
 def evenly_spread(classes: int, samples: int) -> list[int]:
-    """At most `samples` of the class indices 0 to classes - 1, from the first to the last class where there are more."""
+    """At most `samples` of the class indices 0 to classes - 1, spread evenly over all classes."""
     count = min(classes, samples)
     return [index * classes // count for index in range(count)]
 
@@ -226,7 +226,7 @@ def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
 
 
 def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | None:
-    """The class indices that a user typed; without text those of every class, None where there are no classes. InputError as class_indices."""
+    """The indices of the classes that a user typed. Without text, all classes, or None if there are no classes. Raises as class_indices does."""
     if text is not None:
         return class_indices(names, labels_from_text(names, text))
     return None if names is None else list(range(len(names)))

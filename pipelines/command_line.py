@@ -153,12 +153,12 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 def generate(command: str, arguments: list[str]) -> int:
     """generate: images from a run or a pipeline, one PNG each plus a grid."""
-    parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption the same command goes on.")
+    parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption, the same command continues.")
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples, or samples-2 and so on where that holds other images")
+    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples, or samples-2 and so on if that holds other images")
     add_device_options(parser)
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)

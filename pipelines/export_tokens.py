@@ -4,7 +4,7 @@
     vqmosaic export-tokens runs/cifar10/tokens/train --out tokens.jsonl --one_view_a_line      # what 1d-tokenizer reads
 
 A line is {"class_id": 3, "tokens": [17, 4, ...]}; of several views tokens is a list of lists, unless each has a line of its own.
-The lines are in the order of the data set, whatever order the shards are in.
+The lines are in the order of the data set, not in the order of the shards.
 """
 
 import json
@@ -20,7 +20,7 @@ from vqmosaic.tracking import progress_bar
 
 SAMPLES_AT_A_TIME = 256
 ALL_SHARDS = 1_000_000
-"""As many as the names of shards have room for: what the reader knows of a shard is kept to the end, about 24 bytes a sample."""
+"""As many shards as their names allow. The reader then keeps the index of every shard, about 24 bytes per sample."""
 
 
 def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int:
@@ -54,7 +54,7 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
 
 
 def records(reader: TokenShardReader, samples: np.ndarray, one_view_a_line: bool) -> list[dict]:
-    """What the lines of these samples say."""
+    """The content of the lines of these samples."""
     views = [reader.samples(samples, view) for view in range(len(reader.manifest.views))]
     classes = [None if label < 0 else label for label in views[0].labels_B.tolist()]
     ids_VBT = [view.ids_BT.tolist() for view in views]

@@ -5,7 +5,7 @@
     out = pipe(class_labels=["3", 7], num_images_per_label=4, seed=1)
     out.images[0].save("three.png")
 
-    for out in pipe.batches(num_images_per_label=50_000, class_labels=3, seed=1):      # many images: in memory a batch at a time
+    for out in pipe.batches(num_images_per_label=50_000, class_labels=3, seed=1):      # many images, one batch in memory at a time
         ...
 """
 
@@ -40,11 +40,11 @@ from vqmosaic.seeding import image_seeds
 OUTPUT_TYPES = ("pil", "np", "pt")
 GUIDANCE_SETTINGS = ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval")
 PIXELS_TOGETHER, MOST_TOGETHER = 8 * 256**2, 64
-"""Encoder and decoder take at most so many pixels, and so many images, at a time: their feature maps are far larger than the images."""
+"""Encoder and decoder process at most this many pixels and images at a time, because their feature maps are far larger than the images."""
 
 
 def images_together(image_size: int) -> int:
-    """How many images of a size the encoder or the decoder takes at a time."""
+    """The number of images of this size that the encoder or the decoder processes at a time."""
     return max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // image_size**2))
 
 
@@ -55,7 +55,7 @@ def decoded_in_parts(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterat
 
 
 class Request(NamedTuple):
-    """What is asked of a pipeline, checked: the settings, the class index of each image (None: no classes) and its seed."""
+    """A checked request to a pipeline: the settings, the class index of each image (None: no classes) and its seed."""
 
     sampling: SamplingConfig
     classes: list[int] | None
@@ -66,7 +66,7 @@ class Request(NamedTuple):
 class GenerationOutput:
     """images as asked for; token_ids (B, h, w), or (B, h, w, depth), int64 on the CPU; seeds and class_indices of each image; stopped or not.
 
-    places are those of the images in the request, from 0 on: of all of them, or of one batch.
+    places are the positions of these images in the request, counted from 0.
     """
 
     images: list[Image.Image] | Any = field(default_factory=list)
@@ -91,10 +91,10 @@ class ImageGenerationPipeline:
                         dtype: torch.dtype | str = torch.float32) -> "ImageGenerationPipeline":
         """The pipeline of a pipeline folder or a run folder, on the device given (by default the best there is).
 
-        dtype, a torch.dtype or its name such as "bfloat16", is that of the prior and the decoder; encoder and quantizer stay float32.
+        dtype, a torch.dtype or its name such as "bfloat16", is for the prior and the decoder; encoder and quantizer stay float32.
 
         Raises:
-            ValueError: there is no pipeline, its parts do not belong together, this machine has no such device, or there is no such dtype.
+            ValueError: there is no pipeline, its parts do not belong together, this machine does not have the device, or the dtype is unknown.
         """
         folder, dtype = find_pipeline(path), as_dtype(dtype)
         content = read_bundle(folder)
@@ -107,7 +107,7 @@ class ImageGenerationPipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline to another folder, with the recommended settings as they are now.
 
-        The files that it was loaded from are copied where its weights are still those, in whatever number format; else the weights are saved.
+        If the weights have not changed since loading, except by a cast, the original files are copied. Otherwise the weights are saved.
         """
         folder = Path(folder)
         if self._source is None or not self._is_as_loaded(self._source):
@@ -119,15 +119,15 @@ class ImageGenerationPipeline:
                 make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
             finally:
                 shutil.rmtree(parts, ignore_errors=True)
-        else:  # weights in memory may be cast, those in the files are not
+        else:  # weights in memory may have been cast, those in the files have not
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
 
     def _is_as_loaded(self, source: Path) -> bool:
-        """Whether tokenizer and prior are those in a folder, and not trained further or exchanged since they were loaded from it."""
+        """Whether tokenizer and prior still have the weights in the folder. They do not if they were trained further or replaced."""
         try:
             return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
                     and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
-        except InputError:  # the folder is gone, or something else is there now
+        except InputError:  # the folder is gone or holds something else now
             return False
 
     @property
@@ -147,14 +147,14 @@ class ImageGenerationPipeline:
                  guidance_interval: Sequence[float] | None = None, compile: bool = False) -> GenerationOutput:
         """Generated images, label by label; image i depends on seed, i and its class, not on its neighbours.
 
-        All of them are returned at once; `batches` gives many images a batch at a time.
+        All images are returned at once; use `batches` to get many images one batch at a time.
 
         Args:
             class_labels: class names (strings) or indices (integers); None for a pipeline without classes, or for images of any class.
             num_images_per_label: images for each label.
             seed: a number that fixes the result; None draws one (out.seeds tells the seed of each image).
-            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off. For images of
-                any class the recommended guidance is left out, since there is nothing to guide to.
+            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off. Images of
+                any class are sampled without the recommended guidance, which would have no effect.
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
             callback: called as callback(done, total) after each token; returning False stops, then out.stopped is True and out.images is empty.
             batch_size: images that are sampled together.
@@ -162,7 +162,7 @@ class ImageGenerationPipeline:
             compile: record the step of the prior as a CUDA graph, which pays where few images are sampled together; elsewhere it changes nothing.
 
         Raises:
-            ValueError: a class that does not exist, a setting out of its range or of another type, or guidance without class_labels.
+            ValueError: a class that does not exist, a setting out of range or of the wrong type, or guidance without class_labels.
         """
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
                     "guidance_schedule": guidance_schedule, "guidance_power": guidance_power, "guidance_interval": guidance_interval}
@@ -177,15 +177,15 @@ class ImageGenerationPipeline:
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
-        """The same images as a call with these arguments, a batch at a time: memory does not grow with their number.
+        """Yields the same images as a call with these arguments, one batch at a time, so memory does not grow with their number.
 
         Args:
-            skip: called with the places of each batch in the request before the first is sampled; those for which it is true are left out.
+            skip: called with the places of each batch before sampling starts. Batches for which it returns True are left out.
             settings: guidance_scale, temperature and the other settings that a call takes.
-            others: as in a call; where the callback returns False, the iterator raises stage2_prior.sampling.SamplingStopped.
+            others: as in a call. If the callback returns False, the iterator raises stage2_prior.sampling.SamplingStopped.
 
         Raises:
-            ValueError: as a call.
+            ValueError: as in a call.
         """
         for name in settings:
             check_name("a setting", name, [field.name for field in dataclasses.fields(SamplingConfig)])
@@ -193,7 +193,7 @@ class ImageGenerationPipeline:
 
     def _request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
                  settings: dict[str, Any]) -> Request:
-        """What is asked for, checked."""
+        """The checked request."""
         count = as_integer("num_images_per_label", num_images_per_label)
         check_range("num_images_per_label", count, at_least=1)
         given = {name: value for name, value in settings.items() if value is not None}
@@ -206,13 +206,13 @@ class ImageGenerationPipeline:
             if guided and guided.get("guidance_scale") != 1:
                 remedy = "leave it out" if self.class_names is None else "give class_labels, or leave it out"
                 words = " and ".join(f"{name} is {value}" for name, value in guided.items())
-                raise InputError(f"{words}, but no class_labels are given, so there is nothing to guide to; {remedy}.")
+                raise InputError(f"{words}, but no class_labels are given, so guidance has no effect; {remedy}.")
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the recommended guidance is for classes
         return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, count if classes is None else len(classes)))
 
     def _batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int, compile: bool,
                  skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
-        """The images of a request, a batch at a time. The checks are made at once, all else as the batches are asked for."""
+        """The images of a request, one batch at a time. Arguments are checked at once; each batch is sampled when it is requested."""
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
         compile, total = as_boolean("compile", compile), len(request.seeds)
@@ -235,7 +235,7 @@ class ImageGenerationPipeline:
         return sampled()
 
     def _prepared(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
-        """The images a user gave, a few at a time, on the pipeline's device."""
+        """The given images, a few at a time, on the pipeline's device."""
         transform = self.tokenizer.transform
         return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, images_together(transform.image_size)))
 

@@ -7,8 +7,8 @@
 
 Everything is read twice: once to check it, before anything is written, and once to write it; leave the source alone meanwhile. A call that was
 killed goes on, when it is made again, with the shards that are missing, unless the source has another digest by then.
-The rows are permuted by a recorded seed before they are cut into shards, since they often come class by class: the second reading jumps
-through the source, a shard at a time and forwards within it.
+The rows are permuted by a recorded seed before they are cut into shards, because they are often sorted by class. The second reading
+therefore jumps through the source: one shard after another, and forwards within each shard.
 
 1d-tokenizer writes the mirrored view of an image as a line of its own, far from the other, and each line becomes an image: a share of such
 lines is no set to validate on, since most of its images are trained on mirrored. Give such tokens a --validation of their own.
@@ -98,7 +98,7 @@ def import_tokens(options: argparse.Namespace) -> int:
         facts = [examine(source, codebook_size, None if names is None else len(names), stop) for source in sources]
         grid = grid_of(facts[0], codebook_size, grid_shape, options)
         parts = make_headers(options, sources, facts, grid, names)
-        # an import that version 0.1.0 began goes on in the order of its rows
+        # an import that version 0.1.0 began continues in the order of the rows
         headers = headers_as_written({options.out / header.split: header for header, _, _ in parts})
         parts = [(headers[options.out / header.split], source, rows) for header, source, rows in parts]
         for header, _, _ in parts:

@@ -4,7 +4,7 @@
     vqmosaic preprocess cifar10 --processes 8
 
 Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. The images are permuted by a recorded seed before they are cut into
-shards, since data sets are often stored class by class. Shard s holds the images at the places [s*n, (s+1)*n) whoever writes it, so
+shards, because data sets are often stored class by class. Shard s holds the images at positions [s*n, (s+1)*n), whoever writes it, so
 any number of processes gives the same bytes, and a run that was killed goes on with the shards that are missing.
 """
 
@@ -42,7 +42,7 @@ from vqmosaic.tracking import Reporter, progress_bar
 
 GRID_NAME = "image"
 SOURCE_ORDER = "order of the sources"
-"""Names the permutation in the stage record; records of version 0.1.0, which did not permute, lack it."""
+"""The name of the permutation in the stage record. Records of version 0.1.0, which did not permute, do not have it."""
 
 
 def preprocess(recipe: Recipe) -> None:
@@ -77,11 +77,11 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     record = load_record(run, "tokens")
     if record is not None and SOURCE_ORDER not in record.inputs:  # version 0.1.0 began these shards
         order_seed = None
-        report("these shards were begun in the order of the data set and are finished in it; `--redo tokens` writes them in a permuted order, "
-               "which mixes the classes of training batches")
+        report("these shards were begun in the order of the data set and are finished in the same order; `--redo tokens` writes them in a "
+               "permuted order, which mixes the classes of training batches")
     else:
         inputs[SOURCE_ORDER] = f"seed {order_seed}"
-    state.wait_for_everyone()  # all have read the record before it is written anew
+    state.wait_for_everyone()  # all processes have read the record before it is written again
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 

@@ -7,7 +7,7 @@ from vqmosaic.seeding import generator
 
 
 class RandomSubset:
-    """At most `size` rows of a stream, every subset of them equally likely (reservoir sampling: Vitter 1985, algorithm R).
+    """A random subset of `size` rows of a stream, all subsets equally likely (reservoir sampling: Vitter 1985, algorithm R).
 
     Which rows are kept depends on their positions in the stream and on `seed_parts`, not on how they are split into batches. A stream of at most
     `size` rows is kept whole and in order.
@@ -19,9 +19,9 @@ class RandomSubset:
         self._generator = generator("random subset", *seed_parts)
 
     def update(self, rows_BF: torch.Tensor) -> None:
-        """Take in the next rows (B, F) of the stream."""
+        """Add the next rows (B, F) of the stream."""
         positions_B = np.arange(self.count, self.count + len(rows_BF))
-        # row n goes to a random one of the slots 0 to n; where there is no such slot it is left out
+        # row n goes to a random slot from 0 to n, and is left out if that is not one of the `size` slots
         slots_B = np.where(positions_B < self.size, positions_B, (self._generator.random(len(rows_BF)) * (positions_B + 1)).astype(np.int64))
         for row_F, slot in zip(rows_BF, slots_B.tolist(), strict=True):
             if slot < self.size:

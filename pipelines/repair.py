@@ -98,7 +98,7 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
 
 
 def plans_as_written(folders: dict[str, Path], plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:
-    """Split -> its plan, with the order of sources that the shards in these folders were written in."""
+    """The plan of each split, with the order of sources in which the shards in these folders were written."""
     of_split = {plan.header.split: plan for plan in plans}
     headers = headers_as_written({path: of_split[split].header for split, path in folders.items()})
     return {split: dataclasses.replace(of_split[split], header=headers[path]) for split, path in folders.items()}

@@ -1,6 +1,6 @@
-"""The folder that `vqmosaic generate` fills: one PNG an image, grid.png, and samples.json, which says what was asked for. Loads no torch.
+"""The folder that `vqmosaic generate` fills: one PNG per image, grid.png, and samples.json, which records the request. Loads no torch.
 
-An interrupted command goes on with the images that are missing, and images of two requests never mix.
+An interrupted command continues with the missing images. Images of two requests never mix.
 """
 
 import dataclasses
@@ -25,33 +25,33 @@ FORMAT = "vqmosaic.samples"
 FORMAT_VERSION = 1
 RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
 LONGEST_VALUE = 60
-"""Characters of a value that an error shows."""
+"""Number of characters that an error shows of a value."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleFolder:
-    """A folder and the request whose images it gets."""
+    """An output folder and the request whose images it holds."""
 
     out: Path
     """The folder."""
     pipeline: Path
     """The pipeline folder that the images come from."""
     class_names: list[str] | None
-    """Of the pipeline."""
+    """Class names of the pipeline."""
     labels: list[int] | None
-    """The class indices that are asked for, or None for a pipeline without classes."""
+    """The requested class indices, or None for a pipeline without classes."""
     num: int
     """Images for each label."""
     seed: int
-    """Of the request."""
+    """Seed of the request."""
     sampling: SamplingConfig
-    """The settings, the recommended ones included."""
+    """All sampling settings, including the recommended ones."""
     dtype: str
     """Number format of prior and decoder."""
 
     @cached_property
     def names(self) -> list[str]:
-        """The file of each image, in the order of the request: the class, then a number with as many digits as the last one needs."""
+        """The file name of each image, in the order of the request: the class and a number, padded with zeros to the width of the last number."""
         words = ["sample"] if self.labels is None else [file_name(self.class_names[index]) for index in self.labels]
         width, counts, names = len(str(max(Counter(words).values()) * self.num - 1)), Counter(), []
         for word in words:
@@ -61,18 +61,18 @@ class SampleFolder:
 
     @cached_property
     def request(self) -> dict[str, Any]:
-        """What decides the images, ready for JSON. Reads the prior's weights, to tell them from others."""
+        """Everything that decides the images, as JSON content. Reads the prior's weights to compute their digest."""
         return {"pipeline": part_fingerprints(self.pipeline / "tokenizer", self.pipeline / "prior"), "classes": self.labels,
                 "num": self.num, "seed": self.seed, "sampling": dataclasses.asdict(self.sampling), "dtype": self.dtype}
 
     def found(self) -> set[str]:
-        """The files of this request that are there already, images and grid.
+        """The files of this request that already exist, images and grid.
 
         Raises:
-            ValueError: the folder holds images of another request, or files in the way that no record tells about.
+            ValueError: the folder holds images of another request, or files without a record that would be replaced.
         """
         wanted, there = {*self.names, GRID_NAME}, files_in(self.out)
-        remedy = f"Give another --out, or remove these images and {RECORD_NAME} to start anew."
+        remedy = f"Give another --out, or remove these images and {RECORD_NAME} to start over."
         if RECORD_NAME not in there:
             refuse_files_in_the_way(self.out, wanted & there, RECORD_NAME)
             return set()
@@ -90,21 +90,21 @@ class SampleFolder:
         return wanted & there
 
     def is_finished(self) -> bool:
-        """Whether images and grid are all there, which it then prints. Raises InputError as `found` does."""
+        """Whether all images and the grid exist; if so, prints a line that says so. Raises InputError as `found` does."""
         if len(self.found()) < len(self.names) + 1:
             return False
         print(f"nothing to do: {self.out} holds all {len(self.names)} images of this request already")
         return True
 
     def begin(self) -> None:
-        """Make the folder and write what was asked for, before the first image."""
+        """Create the folder and record the request, before the first image is written."""
         make_folder(self.out)
         if not (self.out / RECORD_NAME).exists():
             write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
 
 
 def first_fitting_folder(samples: SampleFolder) -> SampleFolder:
-    """The same request in the first of out, out-2, out-3 and so on that is free for it or holds images of this very request."""
+    """The same request with the first folder of out, out-2, out-3 and so on that is free or already holds images of this request."""
     for number in itertools.count(1):
         candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
         try:
@@ -115,20 +115,20 @@ def first_fitting_folder(samples: SampleFolder) -> SampleFolder:
 
 
 def files_in(out: Path) -> set[str]:
-    """Names of what is in a folder, of nothing where there is none."""
+    """Names of all entries of a folder; empty if there is no such folder."""
     return set(os.listdir(out)) if out.is_dir() else set()
 
 
 def refuse_files_in_the_way(out: Path, names: set[str], record: str) -> None:
-    """Raise InputError if there are files that would be replaced though no record says that an earlier call wrote them."""
+    """Raise InputError if existing files would be replaced and no record says that an earlier call wrote them."""
     if names:
         others = f" and {len(names) - 1} more files" if len(names) > 1 else ""
-        raise InputError(f"--out {out} holds {min(names)}{others} that would be replaced, and no {record} that tells where they come from. "
+        raise InputError(f"--out {out} holds {min(names)}{others} that would be replaced, and no {record} that says where they come from. "
                          "Give another --out, or remove them.")
 
 
 def make_folder(out: Path) -> None:
-    """Make the output folder; InputError where that is not possible."""
+    """Create the output folder. Raises InputError if that is not possible."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,7 +141,7 @@ def file_name(class_name: str) -> str:
 
 
 def names_of_copies(paths: Sequence[Path]) -> list[str]:
-    """A PNG name for what is made of each file: its own name, with _, _2, _3 and so on where that is taken or is the grid's."""
+    """A PNG name for the reconstruction of each file: its own name, with _, _2, _3 and so on if that is taken or is the name of the grid."""
     taken, copies, names = {Path(GRID_NAME).stem}, Counter(), []
     for path in paths:
         name = path.stem
@@ -154,6 +154,6 @@ def names_of_copies(paths: Sequence[Path]) -> list[str]:
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it."""
+    """A value as an error shows it, cut to LONGEST_VALUE characters."""
     text = repr(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

@@ -24,7 +24,7 @@ def token_fingerprint_of_tokenizer(folder: Path) -> str:
 
 
 def full_fingerprint_of_tokenizer(folder: Path) -> str:
-    """The full fingerprint in a tokenizer's config.json; InputError where there is no tokenizer."""
+    """The full fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
     content = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
     if "full_fingerprint" not in content:
         raise InputError(f"{folder / 'config.json'} has no full_fingerprint; copy the tokenizer again from where it was made.")

@@ -63,11 +63,11 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
 
 
 def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> dict[str, Any]:
-    """The step whose weights a stage exported, and what their validation measured.
+    """The validation record of the weights that a stage exported, including their step.
 
     Args:
         export: which weights the recipe exports, "best" or "last".
-        error: the measure that decides which are best; used where the stage was trained before its record named the exported step.
+        error: the measure that decides which weights are best. Used only if the stage record does not name the exported step, as in older versions.
     """
     validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
     step = load_record(run, stage).exported_step

@@ -48,7 +48,8 @@ from vqmosaic.tracking import progress_bar
 ENOUGH_IMAGES = 10_000
 """Below this the Frechet distance is plainly too large, by an amount that depends on the number of images."""
 KERNEL_IMAGES, KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10_000, 20, 1000
-"""The kernel distance keeps the features of at most so many images, chosen at random: the mean over so many random subsets of so many of them."""
+"""The kernel distance keeps the features of at most KERNEL_IMAGES images, chosen at random. It is the mean over KERNEL_SUBSETS random subsets
+of KERNEL_SUBSET_SIZE images each."""
 LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
 
 
@@ -76,7 +77,7 @@ class Distances:
             raise InputError(f"--features {self.extractor.file.path} gives features that are not finite for "
                              f"{'real' if real else 'generated'} images.")
         self.frechet.update(features_BF, real=real)
-        self.kept[real].update(features_BF)  # at random, since images come class by class
+        self.kept[real].update(features_BF)  # a random subset, because images come class by class
 
     def result(self, seed: int) -> dict[str, float]:
         """The distances; the generated images are forgotten."""
@@ -116,7 +117,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
              "real": {**source.identity, "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
-                        # earlier records took the first ones; they are refused where that makes a difference
+                        # older records used the first images; they are refused if that makes a difference
                         **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
     record = SweepRecord.open(request.record, setup)
     missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]
@@ -238,8 +239,8 @@ def open_folder_whole(folder: Path, transform: ImageTransform, class_names: list
 def class_counts(class_names: list[str] | None, labelled: ImageSource | None, images: int) -> tuple[list[int] | None, str]:
     """How many of the generated images each class gets, None for a prior without classes; and a clause that says so.
 
-    The proportions are those of the labels, rounded by largest remainders. Of equal remainders the lower class index comes first, or, where there
-    are fewer images than classes, the lower hash: the real images are of all classes, not of the first ones.
+    The proportions are those of the labels, rounded by largest remainders. Equal remainders are ordered by class index or, if there are fewer
+    images than classes, by a hash, because the real images are of all classes and not only of the first ones.
     """
     if class_names is None:
         return None, "without classes"

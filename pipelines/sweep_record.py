@@ -22,7 +22,7 @@ FORMAT = "vqmosaic.sweep"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "setup", "reference", "results")
 RESULT_FIELDS = ("settings", "frechet_distance", "kernel_distance", "kernel_deviation", "images", "seconds", "device", "versions")
-"""Fields of one result, those first that a ranking needs."""
+"""Fields of one result. The first four are needed for a ranking."""
 
 
 class SweepRecord:
@@ -52,7 +52,7 @@ class SweepRecord:
         return next((result for result in self.content["results"] if self.settings_of(result) == sampling), None)
 
     def settings_of(self, result: Mapping[str, Any]) -> SamplingConfig:
-        """The settings of a result; those that came after it was measured are at their defaults."""
+        """The settings of a result. Settings that the record does not have keep their defaults."""
         return from_fields(SamplingConfig, result["settings"], f"{self.path}: settings", result.get("versions", {}).get("vqmosaic"))
 
     def add(self, sampling: SamplingConfig, **numbers: Any) -> None:

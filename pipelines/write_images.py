@@ -1,6 +1,6 @@
-"""What `generate` and `reconstruct` write: one PNG an image, batch by batch, plus a grid of the first ones.
+"""The output of `generate` and `reconstruct`: one PNG per image, written batch by batch, and a grid of the first images.
 
-Neither holds more than a batch in memory, and both go on where an earlier call with the same request was interrupted.
+Both hold at most one batch in memory and continue where an earlier call with the same request was interrupted.
 """
 
 import hashlib
@@ -25,26 +25,26 @@ from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.tracking import progress_bar
 
 GRID_COLUMNS = 8
-"""Images in a row where no class says how many belong together."""
+"""Images in a row of the grid, unless each row is a class."""
 GRID_SIDE, GRID_PIXELS = 16, 16 * 256
-"""A grid has at most so many images along a side, and at most so many pixels of images."""
+"""Largest number of images along a side of a grid, and largest number of their pixels along that side."""
 COMPARED_IMAGES = 8
 """Images whose logits are compared with those in float32, where another number format is asked for."""
 RECONSTRUCTIONS_RECORD = "reconstructions.json"
 
 
 def write_generated(samples: SampleFolder, device: str | None) -> int:
-    """Exit code 0 after writing what is missing of a request's images to its folder, named by class and number.
+    """Exit code 0 after writing the missing images of a request to its folder, named by class and number.
 
     Raises:
         ValueError: the folder holds images of another request.
-        Interrupted: a signal stopped it; what is written stays, and the same request goes on from there.
+        Interrupted: a signal stopped it. Written images are kept, and the same request continues from there.
     """
     there, total = samples.found(), len(samples.names)
     kept = len(there - {GRID_NAME})
     samples.begin()
     if kept:
-        print(f"going on: {kept} of {total} images are in {samples.out} already", flush=True)
+        print(f"continuing: {kept} of {total} images are already in {samples.out}", flush=True)
     written, compared = 0, None
     with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
         def show(done: int, tokens: int) -> bool:
@@ -55,7 +55,7 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
         if kept < total:
             pipe = ImageGenerationPipeline.from_pretrained(samples.pipeline, device, samples.dtype)
             pipe.sampling = samples.sampling
-            # whole batches are left out or sampled again, so that each image is computed beside the same others as without an interruption
+            # batches are skipped or sampled again as a whole, so that each image is computed in the same batch as without an interruption
             batches = pipe.batches(samples.labels, samples.num, samples.seed, output_type="np", callback=show,
                                    skip=lambda places: there.issuperset(samples.names[place] for place in places))
             try:
@@ -76,25 +76,25 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
     shown = sum(map(len, rows))
     save_grid([[samples.out / samples.names[place] for place in row] for row in rows], samples.out / GRID_NAME)
     print(f"wrote {written} images and {GRID_NAME}{f' ({shown} of the images)' if shown < total else ''} to {samples.out}"
-          + (f", which holds all {total} now" if kept else ""))
+          + (f", which now holds all {total}" if kept else ""))
     if samples.dtype != "float32" and compared is not None:
         first = min(len(compared.images), COMPARED_IMAGES)
         try:
             difference = pipe.logit_difference(compared.token_ids[:first], compared.class_indices and compared.class_indices[:first])
             print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (of {first} of the images)")
         except torch.OutOfMemoryError:
-            print(f"how far logits in {samples.dtype} are from those in float32 was not measured: there is no room for both priors")
+            print(f"the difference of the logits in {samples.dtype} and float32 was not measured: both priors together do not fit in memory")
     return 0
 
 
 def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
     """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png.
 
-    Files of these names that are there already are kept where the record says that they are of these images by this tokenizer, else replaced.
+    Existing files of these names are kept if the record says that this tokenizer made them from these images. Otherwise they are replaced.
 
     Raises:
-        ValueError: an image cannot be read, or would be replaced by its reconstruction.
-        Interrupted: a signal stopped it; what is written stays, and the same call goes on from there.
+        ValueError: an image cannot be read or would be replaced by its reconstruction, or there are files of these names but no record.
+        Interrupted: a signal stopped it. Written images are kept, and the same call continues from there.
     """
     names = names_of_copies(paths)
     originals = {path.resolve() for path in paths}
@@ -123,12 +123,12 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
                                                 [out / names[place] for place in places])]
     save_grid(pairs, out / GRID_NAME)
     print(f"wrote {len(missing)} reconstructions and {GRID_NAME} (originals over reconstructions) to {out}"
-          + (f", which holds all {len(names)} now" if kept else ""))
+          + (f", which now holds all {len(names)}" if kept else ""))
     return 0
 
 
 def read(path: Path, transform: ImageTransform) -> torch.Tensor:
-    """An image file as float32 (C, H, W) in [-1, 1]; InputError that names it where it cannot be read."""
+    """An image file as float32 (C, H, W) in [-1, 1]. Raises InputError, which names the file, if it cannot be read."""
     try:
         return transform(read_image(path, channels=transform.channels))
     except UnreadableImage as error:
@@ -136,10 +136,10 @@ def read(path: Path, transform: ImageTransform) -> torch.Tensor:
 
 
 def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[str, str | int]) -> None:
-    """Remove the files that reconstructions will replace, unless the record says that they were made by the same request; then record this one.
+    """Remove files that reconstructions will replace, unless the record says that the same request made them. Then record this request.
 
     Raises:
-        ValueError: there are such files that no record names, so they may be anything.
+        ValueError: the record does not name such a file, so its origin is unknown.
     """
     record, written = out / RECONSTRUCTIONS_RECORD, {*names, GRID_NAME}
     try:
@@ -155,7 +155,7 @@ def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
-    """Hex sha256 over path, size and time of change of files: it tells whether they are the same as before without reading them."""
+    """Hex sha256 over path, size and modification time of files. It shows whether they have changed without reading them."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat()
@@ -164,9 +164,9 @@ def digest_of_files(paths: Sequence[Path]) -> str:
 
 
 def grid_rows(count: int, columns: int, size: int, rows_each: int = 1) -> list[range]:
-    """The places of the images in each row of a grid of `count` images, `columns` of which belong together; a bounded number, the first ones of each.
+    """The places of the images in each row of a grid of `count` images, with `columns` images in a row.
 
-    A place takes `rows_each` rows in the picture.
+    A large grid is cut to its first rows, and each row to its first images. Each row takes `rows_each` rows in the picture.
     """
     side = max(1, min(GRID_SIDE, GRID_PIXELS // size))
     starts = range(0, count, columns)[:max(1, side // rows_each)]
@@ -174,7 +174,7 @@ def grid_rows(count: int, columns: int, size: int, rows_each: int = 1) -> list[r
 
 
 def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
-    """Write one picture of rows of images, each an array (H, W, C) or a file."""
+    """Write a picture with rows of images. An image is an array (H, W, C) or a file."""
     def pixels(image: Path | np.ndarray) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return image

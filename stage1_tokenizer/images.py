@@ -33,7 +33,7 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
 
 
 TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
-"""What ImageTransform.to_dict writes."""
+"""Fields that ImageTransform.to_dict writes."""
 
 
 class UnreadableImage(ValueError):
@@ -288,10 +288,10 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
 
 
 def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform, size: int) -> Iterator[Tensor]:
-    """The images a user gave, as float32 (B, C, H, W) in [-1, 1] of the transform's size, at most `size` of them at a time.
+    """Yields the given images as float32 (B, C, H, W) in [-1, 1] at the transform's size, at most `size` of them at a time.
 
-    `images` is one PIL image, a list of them, or a floating-point tensor (B, C, H, W) that has the size and range already. PIL images are
-    converted when it is their turn. Raises InputError for anything else.
+    `images` is one PIL image, a list of them, or a floating-point tensor (B, C, H, W) that already has this size and range. PIL images are
+    converted one batch at a time. Raises InputError for anything else.
     """
     shape = (transform.channels, transform.image_size, transform.image_size)
     allowed = f"allowed: a PIL image, a list of PIL images, or a floating-point tensor (B, {shape[0]}, {shape[1]}, {shape[2]}) in [-1, 1]"

@@ -35,7 +35,7 @@ FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1
 CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint",
                  VERSION_FIELD, "config_digest")
-"""Fields of config.json. The last two may be missing: the digest is of all others, and came after 0.1.0."""
+"""Fields of config.json. The last two are optional. config_digest covers all other fields; version 0.1.0 did not write it."""
 DECIDES_IDS = ("encoder.", "quant_conv.", "quantizer.")
 # Fields that every fingerprint holds. Those that came later enter only where they differ from their default, so that the fingerprints of
 # tokenizers from before them stay what they are; a new field needs nothing but a default that means what was done before.
@@ -159,7 +159,7 @@ class ImageTokenizer(nn.Module):
         with torch.device("meta"):
             fresh = ImageTokenizer(self.config, self.transform)
         weights, left_out = exportable_weights(self, fresh, "this tokenizer"), fresh.training_only_names()
-        return {name: tensor.float().cpu().clone(memory_format=torch.contiguous_format)  # cloned: safetensors takes no tied tensors
+        return {name: tensor.float().cpu().clone(memory_format=torch.contiguous_format)  # cloned: safetensors refuses tied tensors
                 for name, tensor in weights.items() if name not in left_out}
 
     def _fingerprints(self, weights: dict[str, torch.Tensor]) -> tuple[str, str]:
@@ -180,11 +180,11 @@ class ImageTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32, inference weights only) so that the folder is whole or absent.
 
-        Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper.
+        Parts wrapped by torch.compile or DistributedDataParallel are saved without the wrapper.
 
         Raises:
-            ValueError: the folder exists and holds something other than a tokenizer, which would be lost; or its weights are not those of the
-                configuration (adapters, quantized or offloaded parts), so that the folder could not be loaded again.
+            ValueError: the folder exists and holds something other than a tokenizer, which would be lost; or the weights do not match
+                the configuration (adapters, quantized or offloaded parts), so the folder could not be loaded again.
         """
         folder = Path(folder)
         is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
@@ -211,11 +211,11 @@ class ImageTokenizer(nn.Module):
     @naming_denied_permissions()
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype | str | None = torch.float32) -> "ImageTokenizer":
-        """The tokenizer of a folder, in eval mode; dtype (a torch.dtype or its name) is the decoder's, encoder and quantizer stay float32.
+        """The tokenizer of a folder, in eval mode. dtype (a torch.dtype or its name) is for the decoder; encoder and quantizer stay float32.
 
         Raises:
-            ValueError: the folder is not a tokenizer, its weights are not exactly the configuration's, or they have changed since export;
-                there is no such device or dtype.
+            ValueError: the folder is not a tokenizer, its weights do not match the configuration exactly, or they have changed since export;
+                the name of the device or dtype is unknown.
         """
         folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
         content = read_config(folder)
@@ -237,7 +237,7 @@ class ImageTokenizer(nn.Module):
             raise InputError(f"{folder}/model.safetensors has changed since it was exported: its fingerprint is {found[1][:16]}..., config.json "
                              f"says {content['full_fingerprint'][:16]}...; copy the folder again from where it was trained.")
         if content.get("config_digest") not in (None, fingerprint({name: value for name, value in content.items() if name != "config_digest"})):
-            raise InputError(f"{where} has changed since it was exported (its class_names, or something else that the fingerprints do not cover); "
+            raise InputError(f"{where} has changed since it was exported (its class_names, or another field that the fingerprints do not cover); "
                              "copy the folder again from where it was trained.")
         tokenizer.token_fingerprint, tokenizer.full_fingerprint = found
         tokenizer.to(device)

@@ -257,9 +257,9 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
 
 
 def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
-    """Stop where the codes of the ranks, or what moves them, have drifted apart, which must never happen.
+    """Stop if the codes or buffers of the quantizers differ between ranks, which must never happen.
 
-    Layers inside a quantizer are not compared, like those of encoder and decoder: a product may round differently on each rank.
+    Layers inside a quantizer, encoder or decoder are not compared, because matrix products may round differently on each rank.
     """
     if run.world_size == 1:
         return
@@ -270,11 +270,11 @@ def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
 
 
 def warn_if_nothing_was_learned(run: TrainingRun, exported_step: int) -> None:
-    """Warn where what was exported restores images no better than one grey for all pixels would."""
+    """Warn if the exported tokenizer reconstructs images no better than a flat grey image would."""
     records = read_metrics(run.folder.logs("tokenizer") / "metrics.jsonl", "validation")
     numbers = next((record for record in records if record["step"] == exported_step), {})  # the file may have been deleted
     if "variance" in numbers and not numbers["reconstruction_l2"] < numbers["variance"]:  # NaN too
-        run.report(f"warning: the squared error of the exported tokenizer is {numbers['reconstruction_l2']:.4g}. A picture of one grey has "
+        run.report(f"warning: the squared error of the exported tokenizer is {numbers['reconstruction_l2']:.4g}. A flat grey image has "
                    f"{numbers['variance']:.4g}, so this tokenizer has learned nothing. Lower tokenizer_training.learning_rate, which is "
                    f"{run.training.learning_rate:g}, or train longer.")
 

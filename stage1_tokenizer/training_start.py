@@ -74,11 +74,11 @@ def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[s
 
 
 def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:
-    """Warn where there are more codes than the training images have vectors, so that most codes can never be used."""
+    """Warn if there are more codes than the training images have vectors, so that not all codes can be used."""
     codes, vectors = tokenizer.config.codebook_size, images * tokenizer.grid_size ** 2
     if tokenizer.quantizer.has_ids and codes > vectors:
         run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have {vectors:,} vectors "
-                   f"({tokenizer.grid_size} x {tokenizer.grid_size} each), so most codes cannot be used. Lower tokenizer.codebook_size, or train on "
+                   f"({tokenizer.grid_size} x {tokenizer.grid_size} each), so not all codes can be used. Lower tokenizer.codebook_size, or train on "
                    "more images.")
 
 

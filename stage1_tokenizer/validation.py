@@ -24,8 +24,8 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
 
     Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
 
-    psnr in dB over all pixels and ssim, both of images in [0, 1]; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of
-    the images' pixels, which is the reconstruction_l2 of one grey for all of them; and where the quantizer has ids,
+    psnr in dB over all pixels and ssim, both for images in [0, 1]; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of
+    the images' pixels, which is the reconstruction_l2 of the best flat grey image; and where the quantizer has ids,
     codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their
     frequencies. With several ids a position, each level's codes are counted by themselves, and the perplexity is that of one level.
     """
@@ -35,7 +35,7 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
     counts_K = torch.zeros(codes * depth, device=device)  # the codes of each level are counted by themselves
     first_of_level = codes * torch.arange(depth, device=device)
-    # of absolute errors, of squared errors, of pixels, of their squares, of elements, of ranks that were stopped
+    # sums of absolute errors, squared errors, pixels, squared pixels, elements, and ranks that were stopped
     sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     tokenizer.eval()
     shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions, for the picture
@@ -46,10 +46,10 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
         images_BCHW = images_BCHW.to(device)
         output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
-        # SSIM divides by the square of the mean brightness, so it is defined for values from 0 on (Wang et al. 2004, equation 6)
+        # the luminance term of SSIM compares mean values, so it is only defined for values >= 0 (Wang et al. 2004, equation 6)
         restored_01, images_01 = (restored_BCHW + 1) / 2, (images_BCHW + 1) / 2
         psnr.update(restored_01, images_01)
-        with full_precision(device):  # it subtracts squares of means from means of squares, which TF32 cannot resolve
+        with full_precision(device):  # a variance is a small difference of large means, and TF32 is too coarse for it
             ssim.update(restored_01, images_01)
         if output.quantizer.ids is not None:
             ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]

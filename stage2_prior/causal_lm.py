@@ -176,15 +176,15 @@ def generation_config(vocabulary: Vocabulary) -> GenerationConfig:
 
 
 def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrainedModel:
-    """The model to be saved: one that is made from the configuration, as loading will make it, with the weights of `model` in float32 on the CPU.
+    """The model to save: created from the configuration, as loading will do, with the weights of `model` in float32 on the CPU.
 
-    Raises InputError for a model that its configuration does not give back: see `exportable_weights`.
+    Raises InputError if the model could not be loaded from its configuration; see `exportable_weights`.
     """
     model, what = unwrapped(model), "this prior"
     config = copy.deepcopy(getattr(model, "config", None))
     if not isinstance(config, PreTrainedConfig) or getattr(config, "quantization_config", None) is not None:
-        reason = "it is quantized" if isinstance(config, PreTrainedConfig) else f"a {type(model).__name__} has no configuration of transformers"
-        raise InputError(f"{what} cannot be saved, since the file could not be loaded again: {reason}. Save the float32 model that it was made from.")
+        reason = "it is quantized" if isinstance(config, PreTrainedConfig) else f"a {type(model).__name__} has no transformers configuration"
+        raise InputError(f"{what} cannot be saved, because the file could not be loaded again: {reason}. Save the original float32 model instead.")
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = exportable_weights(model, fresh, what)
@@ -201,8 +201,8 @@ def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrained
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a checkpoint folder in evaluation mode. Raises InputError unless its weights are exactly those of its configuration."""
     check_readable(folder)
-    if (folder / "adapter_config.json").is_file():  # transformers would load it silently where peft is installed
-        raise InputError(f"{folder} holds an adapter (adapter_config.json), which is no part of a prior. Merge it (peft: merge_and_unload) and save "
+    if (folder / "adapter_config.json").is_file():  # transformers would load it silently if peft is installed
+        raise InputError(f"{folder} holds an adapter (adapter_config.json), which is not part of a prior. Merge it (peft: merge_and_unload) and save "
                          "the prior again, or remove the file.")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder / 'config.json'} is missing; {folder} is not the complete folder of a prior.")
@@ -230,10 +230,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def check_no_later_options(folder: Path) -> None:
-    """Raise InputError where a later version wrote the config.json of a grid_transformer with options that this one would ignore."""
+    """Raise InputError if a later version wrote the config.json of a grid_transformer with options that this version would ignore."""
     path, version = folder / "config.json", version_of(folder)
     content = read_object(path, f"{folder} cannot be read as a transformers checkpoint")
-    if content.get("model_type") == GRID_TRANSFORMER and is_later(version):  # of other versions, an unknown field can be transformers' own
+    if content.get("model_type") == GRID_TRANSFORMER and is_later(version):  # otherwise an unknown field can come from transformers
         known = GridTransformer.config_class().to_dict()
         check_fields(content, [*known, *(field.name for field in dataclasses.fields(GridTransformer.config_class))], str(path), version)
 

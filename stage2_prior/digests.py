@@ -1,6 +1,6 @@
-"""Digests of the files of a prior, in its digests.json, so that a damaged, edited or replaced file is noticed and named. Loads no torch.
+"""Digests of a prior's files in its digests.json, which detect damaged, edited and replaced files. Loads no torch.
 
-The digest of the weights takes about a second for each gigabyte, when a prior is saved and each time that it is loaded.
+Computing the digest of the weights takes up to a few seconds per gigabyte, when a prior is saved and each time it is loaded.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ FORMAT = "vqmosaic.prior_digests"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "files")
 COVERED = ("config.json", "generation_config.json", "vocabulary.json", "*.safetensors", "*.safetensors.index.json")
-"""What decides what a prior draws: its configuration, the meaning of its ids, and its weights in one file or in several."""
+"""The files that decide what a prior samples: its configuration, the meaning of its ids, and its weights in one or several files."""
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """The name and sha256 of each file of a prior's folder that decides what it draws."""
+    """The sha256 of each file in a prior's folder that decides what it samples, by name."""
     return {path.name: sha256_of_file(path) for pattern in COVERED for path in sorted(folder.glob(pattern))}
 
 
@@ -40,12 +40,12 @@ def remove_stale_files(folder: Path, kept: set[str]) -> None:
 
 
 def check_digests(folder: Path) -> None:
-    """Raise InputError that names the files of a prior that are not as they were when it was saved; warn where nothing is recorded."""
+    """Raise InputError, which names the files, if files of a prior have changed since it was saved. Warn if no digests are recorded."""
     check_readable(folder)
     path = folder / DIGESTS_NAME
     if not path.is_file():
-        warnings.warn(f"{folder} has no {DIGESTS_NAME}: it was saved by vqmosaic 0.1.0 or copied without it, so nobody can tell whether its files "
-                      "are damaged or edited. To record them as they are, bundle it again (`vqmosaic bundle`), or call "
+        warnings.warn(f"{folder} has no {DIGESTS_NAME}: it was saved by vqmosaic 0.1.0 or copied without it, so damaged or edited files cannot "
+                      "be detected. To record the files as they are, bundle the prior again (`vqmosaic bundle`), or call "
                       f"TokenPrior.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}).", stacklevel=2)
         return
     content = read_object(path, "copy the prior again from where it was trained")
@@ -59,19 +59,19 @@ def check_digests(folder: Path) -> None:
               "missing": sorted(recorded.keys() - found.keys()), "added": sorted(found.keys() - recorded.keys())}
     if any(faults.values()):
         listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
-        raise InputError(f"The prior in {folder} is not as it was saved: {listed}. If its files are damaged, copy the folder again from where it "
-                         "was trained. If you trained it further with transformers, save the model by TokenPrior(model, Vocabulary.load(folder))"
-                         ".save_pretrained(folder), which records the new files.")
+        raise InputError(f"The prior in {folder} has changed since it was saved ({listed}). If its files are damaged, copy the folder again from "
+                         "where it was trained. If you trained it further with transformers, save the model with TokenPrior(model, Vocabulary."
+                         "load(folder)).save_pretrained(folder), which records the new files.")
 
 
 def version_of(folder: Path) -> str | None:
-    """The version of vqmosaic that saved a prior, where its digests.json says so."""
+    """The version of vqmosaic that saved a prior, from its digests.json; None if it does not say."""
     path = folder / DIGESTS_NAME
     return written_by(read_object(path, "copy the prior again from where it was trained")) if path.is_file() else None
 
 
 def fingerprint_of_weights(folder: Path) -> str:
-    """The sha256 of a prior's model.safetensors; where the weights lie in several files, the sha256 over the names and digests of all of them."""
+    """The sha256 of a prior's model.safetensors; for weights in several files, the sha256 over the names and digests of these files."""
     whole = folder / "model.safetensors"
     if whole.is_file():
         return sha256_of_file(whole)

@@ -1,4 +1,4 @@
-"""What a GridTransformer's forward accepts of the arguments that transformers' models have: everything else is an error, nothing is ignored.
+"""Checks of the arguments of GridTransformer.forward: an unsupported argument is an error, and no argument is ignored.
 
 In comments: B batch, S sequence (class token and tokens), K codes.
 """
@@ -11,26 +11,26 @@ from transformers import Cache, EncoderDecoderCache
 from vqmosaic.errors import InputError
 
 REASONS = {
-    "inputs_embeds": "blocks look up embeddings of their own by id, so it needs input_ids",
+    "inputs_embeds": "each block looks up its own embeddings by id, so the model needs input_ids",
     "position_ids": "positions follow from the order of the ids and from the cache; leave it out",
-    "output_attentions": "attention weights are never computed as such; use output_hidden_states, or leave it out",
+    "output_attentions": "attention weights are never materialized; use output_hidden_states, or leave it out",
 }
 IGNORED_LABEL = -100
-"""The label of positions that the loss leaves out, as everywhere in transformers."""
+"""The label of positions that the loss ignores, as in transformers."""
 
 
 def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, output_hidden_states: bool,
                     others: dict[str, Any]) -> None:
-    """Raise InputError unless there are ids, the mask is all ones, and no argument is left over; None and False count as not given."""
+    """Raise InputError unless there are ids, the mask is all ones, and `others` is empty. Arguments that are None or False count as not given."""
     for name in [name for name, value in others.items() if value is not None and value is not False]:
-        raise InputError(f"A grid_transformer does not support the argument {name}: {REASONS.get(name, 'it is not known; leave it out')}.")
+        raise InputError(f"A grid_transformer does not support the argument {name}: {REASONS.get(name, 'it is unknown; leave it out')}.")
     if not isinstance(output_hidden_states, bool):
-        raise InputError(f"output_hidden_states is {output_hidden_states!r}; allowed: True, which gives those of all blocks, and False.")
+        raise InputError(f"output_hidden_states is {output_hidden_states!r}; allowed: True, which returns those of all blocks, and False.")
     if input_ids is None or input_ids.dim() != 2:
         raise InputError(f"input_ids is {'missing' if input_ids is None else f'of shape {tuple(input_ids.shape)}'}; a grid_transformer needs ids of "
                          "shape (batch, sequence).")
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise InputError(f"attention_mask has {attention_mask.dim()} dimensions; a grid_transformer makes its causal mask itself, so only a mask of "
+        raise InputError(f"attention_mask has {attention_mask.dim()} dimensions; a grid_transformer builds its own causal mask, so only a mask of "
                          "shape (batch, sequence) that is all ones is allowed. Leave it out.")
     if attention_mask is not None and not attention_mask.is_meta and not bool(attention_mask.all()):
         raise InputError("attention_mask has zeros; a grid_transformer has no padding, since all sequences of a grid have the same length. Give "
@@ -38,7 +38,7 @@ def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor
 
 
 def check_length(cache: Cache | None, length: int, longest: int) -> None:
-    """Raise InputError for a cache that forgets or that has too little room for `length` more ids, and for more than `longest` ids in all.
+    """Raise InputError for a cache with a sliding window or without room for `length` more ids, and for more than `longest` ids in all.
 
     Only the device knows how many ids a static cache holds. If there are too many, torch raises an IndexError.
     """
@@ -53,15 +53,16 @@ def check_length(cache: Cache | None, length: int, longest: int) -> None:
         seen, room = cache.get_seq_length(), cache.get_max_length(0)
         seen = 0 if isinstance(seen, torch.Tensor) else seen
     if seen + length > longest:
-        raise InputError(f"The sequence has {seen + length} ids with those in the cache; allowed: {longest}, the class and the tokens of all grids.")
+        raise InputError(f"The sequence has {seen + length} ids, including those in the cache; allowed: {longest}, the class and the tokens of all "
+                         "grids.")
     if 0 <= room < seen + length:
-        raise InputError(f"past_key_values has room for {room} ids, and {seen + length} are given; use max_cache_len {longest}.")
+        raise InputError(f"past_key_values has room for {room} ids, but needs room for {seen + length}; use max_cache_len {longest}.")
 
 
 def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor, num_codes: int) -> None:
-    """Raise InputError unless labels (B, S) are like the ids, and, apart from the first of each row, codes or IGNORED_LABEL.
+    """Raise InputError unless labels have the shape (B, S) of the ids and, apart from the first of each row, are codes or IGNORED_LABEL.
 
-    Their values are not looked at while torch.compile records, nor without data (device meta); the loss itself refuses them then.
+    Values are not checked while torch.compile traces the model, and on the device `meta`.
     """
     if labels.shape != input_ids.shape:
         raise InputError(f"labels have the shape {tuple(labels.shape)} and input_ids {tuple(input_ids.shape)}; give labels of the same shape. They "

@@ -199,7 +199,7 @@ class GridBlock(GradientCheckpointingLayer):
                 past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
 
-        `is_start`: a bool scalar that says whether `classes_B` stand in front of the sequence, where only the device knows (static caches).
+        `is_start`, for static caches: a bool scalar on the device that says whether the sequence starts with `classes_B`.
         The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
         """
         batch, length, width = x_BSD.shape
@@ -227,7 +227,7 @@ def added(x_BSD: torch.Tensor, new_BSD: torch.Tensor) -> torch.Tensor:
 
 
 class WidenToVocabulary(LogitsProcessor):
-    """Gives the ids without logits, which are the classes, a score of -inf."""
+    """Gives the ids that have no logits, the class ids, a score of -inf."""
 
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
@@ -240,7 +240,7 @@ class WidenToVocabulary(LogitsProcessor):
 class GridTransformer(PreTrainedModel, GenerationMixin):
     """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
 
-    Used through TokenPrior, or as any model of transformers.
+    Use it through TokenPrior, or like any transformers model.
     """
 
     config_class = GridTransformerConfig
@@ -251,7 +251,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GridTransformerConfig):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # transformers guesses it from names like LlamaForCausalLM; the Trainer counts shifted labels by it
+        self.loss_type = "ForCausalLM"  # transformers infers it from class names like LlamaForCausalLM; the Trainer needs it to count shifted labels
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
@@ -294,17 +294,17 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return self._rotations[device]
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' `generate`; scores are as wide as the vocabulary, which beam search and `compute_transition_scores` expect."""
-        self.rotations(self.device)  # kept from here on; what a compiled first call computes may lie in a CUDA graph, whose next run overwrites it
+        """transformers' `generate`. Scores cover the whole vocabulary, as beam search and `compute_transition_scores` expect."""
+        self.rotations(self.device)  # cached before any compiled call: the next run of a CUDA graph would overwrite them
         processors = [*(logits_processor or []), WidenToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **unused) -> torch.Tensor | None:
-        """The attention mask as it is: `forward` masks by position itself, so `generate` need not build a mask for static caches."""
+        """The attention mask, unchanged. `forward` masks by position, so `generate` does not have to build a mask for static caches."""
         return attention_mask
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Raises InputError. `generate` with cache_implementation "paged" comes here, and would log an error of forward and return nothing."""
+        """Raises InputError. `generate` with cache_implementation "paged" calls this; otherwise it would log an error and return nothing."""
         raise InputError("A grid_transformer does not support continuous batching (cache_implementation 'paged'): all sequences have the same length "
                          "and start together. Use 'static' or 'dynamic'.")
 
@@ -313,15 +313,15 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
                 labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
                 output_hidden_states: bool | None = None, num_items_in_batch: torch.Tensor | int | None = None,
                 **others) -> CausalLMOutputWithPast:
-        """Logits (B, S, K) of ids (B, S), or of the last `logits_to_keep` positions (a tensor: of the positions that it lists).
+        """Logits (B, S, K) for ids (B, S), or for the last `logits_to_keep` positions (if it is a tensor, for the positions in it).
 
-        `labels` (B, S), usually the ids themselves, add the loss: the mean cross-entropy of predicting labels[:, s + 1] at position s, in float32;
-        -100 is ignored. The first label, which is the class, is not predicted. With `num_items_in_batch` the loss is the sum over that number.
-        With labels no cache is returned by default.
+        `labels` (B, S), usually the ids themselves, add the loss: the mean cross-entropy, in float32, of predicting labels[:, s + 1] at position s.
+        Labels of -100 are ignored. The first label, which is the class, is not predicted. With `num_items_in_batch`, the loss is the sum divided by
+        that number. With labels, no cache is returned by default.
 
-        `past_key_values` may be any cache of transformers without a sliding window. `output_hidden_states` returns the embedded ids and what each
-        block gives, the last after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones: all sequences have
-        the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
+        `past_key_values` may be any cache of transformers without a sliding window. `output_hidden_states` returns the embedded ids and the output
+        of each block, the last one after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones, because all
+        sequences have the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -336,11 +336,11 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             raise InputError("Training with gradient checkpointing cannot use a cache. Set use_cache False, or call eval() first.")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        seen, length, keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, and the keys that attention will get, filled or not
+        seen, length, keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, and all keys of attention, filled or not
         check_length(past_key_values, length, self.config.max_position_embeddings)
         if past_key_values is not None:
             seen, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
-        is_static = isinstance(seen, torch.Tensor)  # only the device knows it then, and the first block changes it
+        is_static = isinstance(seen, torch.Tensor)  # `seen` is then a tensor on the device, and the first block changes it
         positions_S = torch.arange(length, device=input_ids.device) + seen if is_static else \
             torch.arange(seen, seen + length, device=input_ids.device)
         occurrences = None
@@ -374,4 +374,4 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)
 AutoModelForCausalLM.register(GridTransformerConfig, GridTransformer)
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = GridTransformer.__name__  # else the Trainer's label smoothing does not shift the labels
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = GridTransformer.__name__  # otherwise the Trainer's label smoothing does not shift labels

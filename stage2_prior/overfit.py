@@ -32,7 +32,7 @@ MAX_STEPS, MAX_MINUTES = 2000, 1.0
 
 
 def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> int:
-    """Exit code of the proof on the first `images` images of the training stream: 0 when the NLL falls below the threshold in time, else 1.
+    """Exit code of the overfit test on the first `images` images of the training stream: 0 if the NLL falls below the threshold in time, else 1.
 
     Raises InputError for more images than there are and for tokens that cannot be read; 143 or 130 come back after a signal.
     """

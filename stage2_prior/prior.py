@@ -66,10 +66,10 @@ class TokenPrior(nn.Module):
     @naming_denied_permissions()
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
                         dtype: torch.dtype | str | None = None) -> "TokenPrior":
-        """The prior of a folder, in evaluation mode, float32 unless another dtype (a torch.dtype or its name) is given.
+        """The prior of a folder, in evaluation mode and in float32, or in another `dtype` (a torch.dtype or its name).
 
-        Raises InputError for an incomplete folder, for files that are not as they were saved (by digests.json; a folder without it loads with a
-        warning), and for weights that are missing, unexpected or of another shape, which it lists.
+        Raises InputError for an incomplete folder, for files that have changed since they were saved (digests.json tells; a folder without it loads
+        with a warning), and for weights that are missing, unexpected or of another shape, which it lists.
         Dropout that was added from outside (see causal_lm.add_dropout) is not part of the folder, as it has no part in sampling.
         """
         device, dtype = None if device is None else as_device(device), as_dtype(dtype)
@@ -82,9 +82,9 @@ class TokenPrior(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, generation_config.json, model.safetensors (float32), digests.json and vocabulary.json.
 
-        The last file completes the folder. Parts that torch.compile or DistributedDataParallel wrapped are saved without the wrapper.
-        Raises InputError, before anything is written, where the weights are not those of the configuration (adapters, quantized or offloaded
-        parts), so that the folder could not be loaded again.
+        The last file completes the folder. Parts wrapped by torch.compile or DistributedDataParallel are saved without the wrapper.
+        Raises InputError, before anything is written, if the weights do not match the configuration (adapters, quantized or offloaded parts),
+        so that the folder could not be loaded again.
         """
         folder, model = Path(folder), exportable_causal_lm(self.model, self.vocabulary)
         if folder.exists() and not folder.is_dir():
@@ -110,9 +110,9 @@ class TokenPrior(nn.Module):
         return [] if head is None else [head.weight]
 
     def matrix_stacks(self) -> list[nn.Parameter]:
-        """Parameters (E, R, C) with the matrices of E experts, each of which Muon makes orthogonal by itself.
+        """Parameters (E, R, C) with the matrices of E experts. Muon orthogonalizes each matrix by itself.
 
-        transformers has no common type for experts; all of their classes are named so.
+        transformers has no common type for experts, but the names of their classes contain "Experts".
         """
         return [parameter for module in self.model.modules() if "Experts" in type(module).__name__
                 for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
@@ -154,7 +154,7 @@ class TokenPrior(nn.Module):
         """Ids (B, T) of the grids (int64, on the prior's device), image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
 
         `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. `compile` records the step as a CUDA
-        graph where there is one; elsewhere it changes nothing. Raises InputError for a class that there is not, unequal lengths, guidance
-        where the null class was never learnt or no image has a class, and arguments of another type.
+        graph where there is one; elsewhere it changes nothing. Raises InputError for an unknown class, unequal lengths, arguments of the wrong
+        type, and guidance if the null class was never trained or no image has a class.
         """
         return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)

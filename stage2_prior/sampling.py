@@ -20,9 +20,9 @@ from vqmosaic.recipe_sections import SamplingConfig
 from vqmosaic.seeding import uniforms
 
 GREEDY_BELOW = 1e-6
-"""A temperature below this takes the likeliest id, as 0 does; dividing float32 logits by a much smaller one would not give numbers."""
+"""A temperature below this takes the likeliest id, like 0. Dividing float32 logits by a much smaller temperature would give NaN."""
 MAX_TEMPERATURE = torch.finfo(torch.float32).max
-"""A larger temperature would become infinite in float32; at this one all ids are equally likely."""
+"""A larger temperature would be infinite in float32. At this temperature, all ids are equally likely."""
 
 
 class SamplingStopped(Exception):
@@ -88,7 +88,7 @@ def keep_min_p(logits_BK: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) -> torch.Tensor:
-    """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0, and never one outside of [0, K).
+    """The ids (B,) at which the cumulative distribution passes uniforms in [0, 1); never an id of probability 0 or outside [0, K).
 
     The probabilities need not sum to 1. Sums are float64: in float32 those of thousands of codes are off by more than rare codes weigh.
     """
@@ -97,17 +97,17 @@ def invert_cumulative(probabilities_BK: torch.Tensor, uniforms_B: torch.Tensor) 
     # u * total can round up to total, past the last id; the number just below it still ends at the last id that adds to the sum
     target_B = torch.minimum(uniforms_B * total_B, total_B.nextafter(torch.zeros_like(total_B)))
     ids_B = torch.searchsorted(cumulative_BK, target_B[:, None], right=True)[:, 0]
-    return ids_B.clamp_max(probabilities_BK.shape[-1] - 1)  # K is found only where probabilities are no numbers
+    return ids_B.clamp_max(probabilities_BK.shape[-1] - 1)  # the search gives K only if probabilities are NaN
 
 
 def draw_ids(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
     """One id (B,) in [0, K) for each row of float32 logits, by temperature, then top-k, then top-p, then min-p.
 
-    Logits of -inf are never drawn. On a CPU, raises InputError for a row whose largest logit is not a finite number; elsewhere that check would
-    wait for the device at every token, and sample_tokens makes it once at the end.
+    Ids with a logit of -inf are never drawn. On a CPU, raises InputError for a row whose largest logit is not finite. On other devices this
+    check would wait for the device at every token, so sample_tokens checks after the first and the last token.
     """
     if logits_BK.device.type == "cpu" and not logits_BK.amax(dim=-1).isfinite().all():
-        raise InputError("The logits have a row with NaN, with +inf, or with nothing but -inf; no id can be drawn from it.")
+        raise InputError("The logits have a row with NaN, with +inf, or with -inf only; no id can be drawn from it.")
     if sampling.temperature < GREEDY_BELOW:
         return logits_BK.argmax(dim=-1)
     logits_BK = apply_temperature(logits_BK, sampling.temperature)
@@ -116,7 +116,7 @@ def draw_ids(logits_BK: torch.Tensor, uniforms_B: torch.Tensor, sampling: Sampli
 
 
 def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: SamplingConfig, seeds: Any) -> tuple[list[int], list[int]]:
-    """The class index of each image (B), NO_CLASS where there is none, and its seed. Raises InputError for a request that the prior cannot serve."""
+    """The class index (NO_CLASS if it has none) and the seed of each image. Raises InputError for a request that the prior cannot serve."""
     if not isinstance(sampling, SamplingConfig):
         raise InputError(f"sampling is {sampling!r}; give a SamplingConfig, such as SamplingConfig(temperature=0.9).")
     seeds = integers("seeds", seeds)
@@ -139,13 +139,13 @@ def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: Sampling
         raise InputError("An image without a class is asked for, and the prior was trained with label_drop 0, so its null class was never "
                          "learnt; give every image a class, or train with prior_training.label_drop 0.1.")
     if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS}:
-        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, and no image has a class, so there is nothing to guide to; "
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but no image has a class, so guidance has no effect; "
                          "give class indices, or set guidance_scale to 1.")
     return class_indices, seeds
 
 
 def integers(name: str, given: Any) -> list[int]:
-    """A sequence, an array or a tensor of integers as a list of int; InputError that names the argument for anything else."""
+    """A sequence, an array or a tensor of integers as a list of int. Raises InputError, which names the argument, for anything else."""
     if hasattr(given, "tolist"):
         given = given.tolist()
     if isinstance(given, str) or not hasattr(given, "__iter__"):
@@ -165,9 +165,9 @@ def evaluation_mode(model: nn.Module):
 
 
 def check_finite(is_finite: torch.Tensor, is_finite_guided: torch.Tensor, model: nn.Module, sampling: SamplingConfig) -> None:
-    """Raise InputError unless all logits so far were finite, those of the model and those after guidance."""
+    """Raise InputError unless all logits so far were finite, both those of the model and those after guidance."""
     if not is_finite:
-        raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or that is too narrow.")
+        raise InputError(f"The prior's logits are not finite in {model.dtype}: its weights are damaged, or the range of this dtype is too small.")
     if not is_finite_guided:
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, which makes logits infinite; lower it.")
 
@@ -200,7 +200,7 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
             if scale != 1:
                 logits_BK = apply_guidance(*logits_NK.chunk(2), scale)
                 is_finite_guided &= logits_BK.isfinite().all()
-            if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags waits for a GPU, so there only at both ends
+            if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags waits for a GPU, so it is done only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)
             ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
             columns.append(ids_B)

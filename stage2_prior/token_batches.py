@@ -15,7 +15,7 @@ VALIDATION_RULE = 1
 MEASURED_BATCHES = 20
 """Training batches whose classes are counted before a training starts."""
 ENOUGH_CLASSES = 0.9
-"""Share of the classes that independent draws would give, below which a user is warned; permuted shards reach 0.95 and more."""
+"""The user is warned below this share of the classes that independent draws would give. Permuted shards reach 0.95 and more."""
 LEVELS = 2**53
 """Equally far numbers in [0, 1), as many as float64 tells apart: a hash is made one of them."""
 
@@ -57,13 +57,13 @@ class TokenBatches:
 
 
 def expected_classes(labels_N: np.ndarray, draws: int) -> float:
-    """How many classes `draws` independent draws from these labels hold on average; samples without a class count as one more."""
+    """The expected number of classes in `draws` independent draws from these labels. Samples without a class count as one more class."""
     _, counts = np.unique(labels_N, return_counts=True)
     return float((1 - (1 - counts / len(labels_N)) ** draws).sum())
 
 
 def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int = MEASURED_BATCHES) -> float:
-    """How many classes a training batch holds on average, over `batches` of them spread evenly over the first epoch; reads labels, no ids."""
+    """The average number of classes in a training batch, over `batches` batches spread evenly over the first epoch. Reads labels, no ids."""
     first_N = np.linspace(0, max(0, len(reader) - batch_size), batches).astype(np.int64)
     labels_N, starts_S = reader.labels_N, np.cumsum(reader.order.counts_S) - reader.order.counts_S
     found = []
@@ -74,7 +74,7 @@ def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int =
 
 
 def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | None:
-    """A warning where the shards are stored by class and shuffling reaches too few of them to mix the classes; None where it does mix them."""
+    """A warning if the shards are stored by class and shuffling covers too few of them to mix the classes; None if the classes are mixed."""
     manifest = reader.manifest
     if manifest.order_seed is not None or manifest.class_names is None or len(manifest.shards) <= reader.window_shards:
         return None  # permuted, nothing to mix, or all shards are shuffled together
@@ -83,16 +83,16 @@ def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | No
         return None
     return (f"warning: a batch of {batch_size} holds {found:.0f} of {len(manifest.class_names):,} classes on average; independent draws would give "
             f"{expected:.0f}. The tokens in {reader.folder} are stored by class, and prior_training.window_shards shuffles "
-            f"{reader.window_shards} of {len(manifest.shards)} shards at a time. Write them anew in a permuted order (`vqmosaic preprocess` with "
-            f"--redo tokens, or `vqmosaic import-tokens` into a new folder), or set prior_training.window_shards {len(manifest.shards)}, which "
+            f"{reader.window_shards} of {len(manifest.shards)} shards at a time. Write them again in a permuted order (`vqmosaic preprocess` with "
+            f"--redo tokens, or `vqmosaic import-tokens` into a new folder), or set prior_training.window_shards to {len(manifest.shards)}, which "
             "takes more memory.")
 
 
 def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np.ndarray:
-    """The numbers (N,) of at most `limit` samples, rising: the same images at every validation, with every class in proportion.
+    """The numbers (N,) of at most `limit` samples, ascending: the same images at every validation, with all classes in proportion.
 
-    A class of n samples gives a share limit / n_total of them, rounded up or down, chosen by a hash of their index in the data set. So the
-    order in which they are stored makes no difference, and a larger limit adds images to those of a smaller one.
+    Each class contributes the share limit / len(reader) of its samples, rounded up or down, chosen by a hash of their index in the data set.
+    So the order in which samples are stored makes no difference, and a larger limit adds images to those of a smaller one.
     """
     total = len(reader)
     if limit is None or limit >= total:
@@ -100,7 +100,7 @@ def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np
     labels_N, hashed_N = reader.labels_N, hashes(reader.indices_N, "validation samples")
     by_class_N = np.lexsort((hashed_N, labels_N))  # class by class, in the order of the hashes within each
     classes, starts, counts = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
-    # the k-th of the n samples of a class is due at (k + u) / n: at the same pace in all classes, each with an offset u in [0, 1) of its own
+    # the k-th of the n samples of a class is due at (k + u) / n: all classes have the same pace, and each has its own offset u in [0, 1)
     offsets = hashes(classes, "validation classes") / 2.0**64
     ranks_N = np.arange(total) - np.repeat(starts, counts)
     due_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
@@ -108,7 +108,7 @@ def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np
 
 
 def describe_validation(reader: TokenShardReader, limit: int) -> str:
-    """How many images and classes are validated on, for the plan."""
+    """The numbers of images and classes to validate on, in words for the plan."""
     samples, names = validation_samples(reader, limit), reader.manifest.class_names
     words = f"{len(samples):,} of {len(reader):,} to validate on"
     if names is None:

@@ -236,11 +236,11 @@ def make_pictures(prior: TokenPrior, run: TrainingRun, on_validation: OnValidati
 
 
 def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> None:
-    """Warn where no validation had a lower loss than a prior that finds all codes equally likely."""
+    """Warn if no validation had a lower loss than a uniform distribution over the codes."""
     uniform = loss_of_ignorance(vocabulary)
     if uniform <= run.state.best_validation < math.inf:
-        run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A prior that finds all codes "
-                   f"equally likely has {uniform:.3f} (ln K), so this one has learned nothing and its images are noise. Lower "
+        run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A uniform distribution over "
+                   f"all codes has {uniform:.3f} (ln K), so this prior has learned nothing and its images are noise. Lower "
                    f"prior_training.learning_rate, which is {run.training.learning_rate:g}, or train longer.")
 
 

@@ -147,7 +147,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: str | Path = VOCABULARY_NAME, version: str | None = None) -> "Vocabulary":
-        """The vocabulary for its JSON content; `path` and the `version` of vqmosaic that wrote it are for the words of an InputError."""
+        """The vocabulary for its JSON content. Errors name `path` and `version`, the version of vqmosaic that wrote it."""
         version = written_by(content) or version
         if not isinstance(content, dict) or "schema_version" not in content:
             raise InputError(f"{path} is not a vocabulary: it has no schema_version.")

@@ -4,8 +4,8 @@
         model.to("meta")(images.to("meta"))
 
 Tensors on the device `meta` have shapes, dtypes and gradients, but no data. torch's kernels for them accept many mixtures of devices that CUDA
-refuses, so a mode checks the tensors of each operator, in the backward pass too. It also refuses the few mixtures that CUDA accepts, such as
-indices on the CPU: there they wait for a copy, and they are nearly always a mistake. On other devices torch checks by itself.
+refuses, so a dispatch mode checks the tensors of each operator, also in the backward pass. It also refuses the few mixtures that CUDA accepts,
+such as indices on the CPU: they wait for a copy and are nearly always a mistake. On other devices, torch checks this itself.
 
 FakeTensorMode with the device `cuda` would also take the branches for CUDA. It needs a torch built for CUDA: in a build for CPUs, modules cannot be
 moved to `cuda` and the backward pass ends the process.
@@ -49,19 +49,19 @@ class OneDevice(TorchDispatchMode):
 def one_device(device: torch.device) -> Iterator[None]:
     """A context in which tensors on several devices are an error.
 
-    On `meta` autocast does nothing, since torch has none, and transformers does not ask whether sequences are packed, which needs data.
+    On `meta`, autocast does nothing, because torch has none there. transformers does not check for packed sequences, which needs data.
     """
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
 
-    def autocast_but_on_meta(device_type, *args, **kwargs):
+    def autocast_except_on_meta(device_type, *args, **kwargs):
         return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
 
-    def is_enabled_but_on_meta(*device_type):
+    def is_enabled_except_on_meta(*device_type):
         return device_type != ("meta",) and is_autocast_enabled(*device_type)
 
     if device.type != "meta":
         yield
         return
-    with (patch("torch.autocast", autocast_but_on_meta), patch("torch.is_autocast_enabled", is_enabled_but_on_meta),
+    with (patch("torch.autocast", autocast_except_on_meta), patch("torch.is_autocast_enabled", is_enabled_except_on_meta),
           patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None), OneDevice()):
         yield

@@ -214,8 +214,8 @@ def test_guidance_that_cannot_work_is_off_with_the_reason(class_names, label_dro
     assert grid.width == (8 if class_names is None else 9) * 18 * 4 + 2 * 4
 
 
-def test_guidance_of_a_page_without_classes_is_refused_where_a_client_asks_for_it():
-    with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but no class_labels are given, so there is nothing to guide to; leave it out"):
+def test_guidance_is_refused_for_a_page_without_classes():
+    with pytest.raises(InputError, match=r"guidance_scale is 2\.0, but no class_labels are given, so guidance has no effect; leave it out"):
         demo.generate(tiny_pipeline(None), None, threading.Event(), lambda *_, **__: None, [], 1, 0, {"guidance_scale": 2.0})
 
 

@@ -29,8 +29,8 @@ def test_fp16_on_a_cpu_is_refused_in_words():
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, "cuda"), ("False", "cuda"), ("True", "cpu"), ("1", "cpu")])
-def test_the_default_device_is_the_one_that_accelerate_trains_on(monkeypatch, value, expected):
-    """Its launcher says use_cpu by this variable, which the configuration two_cpu_processes sets, on machines with a GPU too."""
+def test_the_default_device_follows_accelerates_use_cpu(monkeypatch, value, expected):
+    """The launcher passes use_cpu in this variable. The configuration two_cpu_processes sets it, also on machines with a GPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("cuda"))
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
@@ -41,6 +41,6 @@ def test_the_default_device_is_the_one_that_accelerate_trains_on(monkeypatch, va
 
 @pytest.mark.parametrize(("in_hardware", "expected"), [(True, "bf16"), (False, "no")])
 def test_automatic_precision_takes_bf16_only_from_hardware(monkeypatch, in_hardware, expected):
-    """torch emulates bf16 on GPUs before Ampere, and says that they support it."""
+    """torch emulates bf16 on GPUs older than Ampere and reports that they support it."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: in_hardware or including_emulation)
     assert resolve_precision("auto", torch.device("cuda")) == expected

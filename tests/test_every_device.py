@@ -1,7 +1,7 @@
-"""Training steps, sampling steps and decoding keep all tensors on one device. Without a GPU that is shown on the device `meta`, which has no data.
+"""Training steps, sampling steps and decoding keep all tensors on one device. Without a GPU, this is tested on the `meta` device, which has no data.
 
-Each case runs on three devices: on `meta`, on the CPU, where it shows that the case itself is sound, and on CUDA (`make test-gpu`). DATA_DEPENDENT
-lists what cannot run on `meta`, with the reason; it runs on the CPU and on CUDA. Branches that ask for `device.type == "cuda"` run on CUDA alone.
+Each case runs on three devices: on `meta`, on the CPU, which shows that the case itself works, and on CUDA (`make test-gpu`). DATA_DEPENDENT
+lists what cannot run on `meta`, with the reason; it runs on the CPU and on CUDA. Branches for `device.type == "cuda"` run on CUDA only.
 """
 
 import functools
@@ -54,7 +54,7 @@ DATA_DEPENDENT: dict[str, tuple[Callable[[torch.device], object], str]] = {}
 
 
 def case(*variants: dict, reason: str | None = None):
-    """Registers a function of a device, once for each of its variants (keyword arguments); with a reason, as data-dependent."""
+    """Registers a function of a device, once for each variant (keyword arguments). With a reason, it is registered as data-dependent."""
     def register(function):
         for variant in variants or ({},):
             words = ",".join(f"{key}={value}" for key, value in variant.items())
@@ -86,7 +86,7 @@ def autocast_on(device: torch.device, wanted: bool):
 
 
 def clip(model: nn.Module) -> torch.Tensor:
-    """The gradients' norm, before they are scaled down to half of it; TrainingRun._clip without its question."""
+    """The norm of the gradients before they are clipped to a norm of 0.5. Like TrainingRun._clip, but without the check that needs data."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     torch.nn.utils.clip_grads_with_norm_(parameters, 0.5, norm)
@@ -172,7 +172,7 @@ def start_of_the_codebook(device, **fields):
 
 @case(*({"quantizer": kind} for kind in ("ema", "gradient", "ibq", "residual")), {"quantizer": "residual", "residual_shared": False})
 def commit_with_its_counter_on_the_cpu(device, **fields):
-    """Counting and revival after a step, but for the one question that needs data."""
+    """Counting and revival after a step, without the one check that needs data."""
     tokenizer = tokenizer_on(device, **fields).train()
     for module in tokenizer.quantizer.modules():
         if hasattr(module, "commits"):
@@ -195,7 +195,7 @@ def images_through_latents(device):
 
 @case(*WITH_IDS)
 def ids_to_images(device, **fields):
-    """ImageTokenizer.decode without its question."""
+    """ImageTokenizer.decode without the check that needs data."""
     tokenizer = tokenizer_on(device, **fields)
     with torch.inference_mode():
         return tokenizer._decoded(tokenizer.quantizer.ids_to_latents(torch.zeros(ROWS, *tokenizer.grid_shape, dtype=torch.int64).to(device)))
@@ -244,7 +244,7 @@ CUTS = [(1, 2, 3), (4, 7)]
 
 
 @case(*({**prior, "cuts": cuts} for prior in PRIORS[1:] for cuts in CUTS))
-@case(*({**PRIORS[0], "cuts": cuts} for cuts in CUTS), reason="In transformers, Llama asks whether a static cache is empty.")
+@case(*({**PRIORS[0], "cuts": cuts} for cuts in CUTS), reason="In transformers, Llama checks whether a static cache is empty.")
 def steps_with_the_static_cache_of_transformers(device, architecture, cuts, **options):
     prior = make_prior(architecture, **options).to(device)
     cache = StaticCache(config=prior.model.config, max_cache_len=10)
@@ -254,7 +254,7 @@ def steps_with_the_static_cache_of_transformers(device, architecture, cuts, **op
 
 
 def sampling_steps(device: torch.device, prior: TokenPrior, decoder: StockDecoder | StaticDecoder, is_recorded: bool = False) -> list[torch.Tensor]:
-    """Guided images, half of the rows with their class and half without; sample_tokens without its question."""
+    """Guided images, half of the rows with their class and half without. Like sample_tokens, but without the check that needs data."""
     vocabulary, drawn = prior.vocabulary, []
     sampling = SamplingConfig(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01)
     ids_N = vocabulary.condition_ids(torch.tensor([0, 1, -1, -1]).to(device))
@@ -274,7 +274,7 @@ STATIC = [*PRIORS, {"architecture": "llama", "num_key_value_heads": 2}]
 
 @case(*STATIC, *(prior | {"is_recorded": True} for prior in STATIC), *(prior | {"dtype": torch.bfloat16} for prior in STATIC[:2]),
       *(prior | {"grids": 2} for prior in PRIORS[:2]))
-def sampling_steps_with_the_own_decoder(device, architecture, is_recorded=False, dtype=torch.float32, grids=1, **options):
+def sampling_steps_with_static_decoder(device, architecture, is_recorded=False, dtype=torch.float32, grids=1, **options):
     """`is_recorded`: with the position on the device, as for CUDA graphs."""
     prior = make_prior(architecture, TWO_GRIDS if grids == 2 else GRIDS, **options).to(device, dtype)
     with torch.inference_mode():
@@ -314,14 +314,14 @@ def decode(device, **fields):
     return tokenizer.decode(tokenizer.encode(images_on(device)))
 
 
-@case(*PRIORS, reason="The first and the last logits are looked at: are they finite?")
+@case(*PRIORS, reason="The first and the last logits are checked for non-finite values.")
 def sample(device, architecture, **options):
     sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.0, 0.5], temperature=0.9, top_p=0.9)
     return make_prior(architecture, **options).to(device).sample([0, 1], sampling, seeds=[1, 2], compile=True)
 
 
 @case(*({**prior, "cache": cache} for prior in PRIORS for cache in ("dynamic", "static")),
-      reason="transformers asks after each token whether all sequences have ended.")
+      reason="transformers checks after each token whether all sequences have ended.")
 def generate(device, architecture, cache, **options):
     prior = make_prior(architecture, **options).to(device)
     return prior.model.generate(vocabulary_ids(device, prior)[:, :1], cache_implementation=cache, disable_compile=True)
@@ -357,7 +357,7 @@ def clipping(device):
     return tokenizer, TrainingRun._clip(run, optimizer)
 
 
-@case({}, reason="torch asks whether this is the first update.")
+@case({}, reason="torch checks whether this is the first update.")
 def weight_average(device):
     tokenizer = tokenizer_on(device)
     average = averaged(tokenizer, 0.99)
@@ -408,13 +408,13 @@ def test_everything_stays_on_one_device(name, device):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_what_needs_data_stays_on_one_device(name, device):
+def test_data_dependent_cases_stay_on_one_device(name, device):
     run_on(DATA_DEPENDENT[name][0], device)
 
 
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_what_is_said_to_need_data_needs_it(name):
-    """Otherwise it belongs to CASES."""
+def test_data_dependent_cases_fail_on_meta(name):
+    """A case that works on `meta` belongs to CASES."""
     with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"(?i)meta|supported devices") as error:
         run_on(DATA_DEPENDENT[name][0], "meta")
     assert not isinstance(error.value, WrongDevice)
@@ -423,7 +423,7 @@ def test_what_is_said_to_need_data_needs_it(name):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_a_whole_run_on_a_gpu(tmp_path):
-    """With validation, checkpoints and pictures, which the cases leave out."""
+    """Includes validation, checkpoints and pictures, which the cases leave out."""
     assert default_device().type == "cuda"
     make_tiny_run(tmp_path)
 
@@ -439,7 +439,7 @@ FACTORIES = [
 
 
 @pytest.mark.parametrize(("factory", "name"), FACTORIES)
-def test_a_tensor_that_is_made_without_its_device_is_noticed(factory, name):
+def test_a_tensor_created_without_its_device_is_detected(factory, name):
     """As if the project's sources forgot the argument `device`."""
     made = getattr(torch, factory)
 
@@ -451,7 +451,7 @@ def test_a_tensor_that_is_made_without_its_device_is_noticed(factory, name):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_weights_that_stay_behind_are_noticed(architecture):
+def test_weights_left_on_another_device_are_detected(architecture):
     def left_behind(device: torch.device) -> torch.Tensor:
         prior = make_prior(architecture).to(device)
         model = prior.model if architecture == "grid_transformer" else prior.model.model
@@ -463,10 +463,10 @@ def test_weights_that_stay_behind_are_noticed(architecture):
         run_on(left_behind, "meta")
 
 
-def test_tables_that_are_kept_for_another_device_are_noticed():
+def test_cached_tables_on_another_device_are_detected():
     rotations = GridTransformer.rotations
     with patch.object(GridTransformer, "rotations", lambda self, device: rotations(self, torch.device("cpu"))):
-        for name in ("prior_training_step(architecture=grid_transformer)", "sampling_steps_with_the_own_decoder(architecture=grid_transformer)"):
+        for name in ("prior_training_step(architecture=grid_transformer)", "sampling_steps_with_static_decoder(architecture=grid_transformer)"):
             with pytest.raises(WrongDevice, match="cpu and meta"):
                 run_on(CASES[name], "meta")
 
@@ -500,7 +500,7 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_each_mixture_of_devices_is_an_error(name):
+def test_mixed_devices_are_an_error(name):
     with one_device(torch.device("meta")), pytest.raises(WrongDevice, match="cpu and meta"):
         MIXTURES[name](lambda *shape: torch.ones(shape, device="meta"), lambda *shape: torch.ones(shape))
 

@@ -1,4 +1,4 @@
-"""What save_pretrained writes can be loaded again, or saving fails with an error that names the weights, and leaves nothing behind."""
+"""What save_pretrained writes can be loaded again. Otherwise saving fails with an error that names the weights, and leaves nothing behind."""
 
 import copy
 from pathlib import Path
@@ -39,7 +39,7 @@ def same_tokenizer(saved: ImageTokenizer, reference: ImageTokenizer, folder: Pat
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank addition, as peft puts it in a layer's place."""
+    """A layer with a low-rank addition that replaces the original layer, as in peft."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -56,13 +56,13 @@ def with_adapter(prior: TokenPrior) -> TokenPrior:
 
 
 def in_int8(module: nn.Module, name: str) -> None:
-    """Put int8 codes and their scale in a weight's place, as quantizing libraries do."""
+    """Replace a weight by int8 codes and their scale, as quantization libraries do."""
     weight = getattr(module, name)
     delattr(module, name)
     module.register_buffer(name, (weight.detach() * 127).to(torch.int8))
 
 
-# --- what is harmless is undone ----------------------------------------------------------------------------------------------
+# --- harmless changes are undone ----------------------------------------------------------------------------------------------
 
 
 WRAPPINGS = {
@@ -80,7 +80,7 @@ WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=list(WRAPPINGS))
-def test_a_tokenizer_that_was_wrapped_or_cast_without_loss_is_saved_as_it_was(tmp_path, wrap):
+def test_wrappers_and_lossless_casts_do_not_change_a_saved_tokenizer(tmp_path, wrap):
     reference, tokenizer = tiny_tokenizer(), tiny_tokenizer()
     wrap(tokenizer)
     assert same_tokenizer(tokenizer, reference, tmp_path / "tokenizer")
@@ -97,7 +97,7 @@ def test_a_tokenizer_cast_to_bf16_is_saved_in_float32(tmp_path):
     assert same_tokenizer(tokenizer, copy.deepcopy(tokenizer).float(), tmp_path / "tokenizer")
 
 
-def test_tied_weights_of_a_tokenizer_are_saved_each(tmp_path):
+def test_tied_weights_of_a_tokenizer_are_saved_separately(tmp_path):
     tokenizer = tiny_tokenizer()
     first, second = [name for name, parameter in tokenizer.named_parameters() if parameter.shape == (32,) and name.endswith("norm1.weight")][:2]
     tokenizer.get_submodule(second.rpartition(".")[0]).weight = tokenizer.get_parameter(first)
@@ -120,7 +120,7 @@ PRIOR_WRAPPINGS = {
 
 
 @pytest.mark.parametrize("wrap", PRIOR_WRAPPINGS.values(), ids=list(PRIOR_WRAPPINGS))
-def test_a_prior_that_was_wrapped_or_cast_without_loss_is_saved_as_it_was(tmp_path, wrap):
+def test_wrappers_and_lossless_casts_do_not_change_a_saved_prior(tmp_path, wrap):
     reference, prior = tiny_prior().eval(), tiny_prior().eval()
     wrap(prior)
     prior.save_pretrained(tmp_path / "prior")
@@ -143,7 +143,7 @@ def test_one_part_cast_to_half_is_saved_in_float32(tmp_path):
     assert {parameter.dtype for parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "prior").parameters()} == {torch.float32}
 
 
-# --- what could not be loaded again is refused -------------------------------------------------------------------------------
+# --- weights that could not be loaded again are refused -------------------------------------------------------------------------------
 
 
 REFUSED_TOKENIZERS = {
@@ -152,7 +152,7 @@ REFUSED_TOKENIZERS = {
     "no layer": (lambda tokenizer: setattr(tokenizer, "quant_conv", nn.Identity()), "missing quant_conv.bias"),
     "more": (lambda tokenizer: tokenizer.register_buffer("scale", torch.ones(1)), "unexpected scale"),
     "int8": (lambda tokenizer: in_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight holds int8, not float32"),
-    "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values here"),
+    "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values"),
 }
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_could_not_be_loaded_again_is_not_saved(tmp_path, chang
 
 
 class Renamed(nn.Module):
-    """A model inside another one, as peft's: everything is passed on, and weights have longer names."""
+    """A model inside another one, as in peft. Attributes are passed on, and weights have longer names."""
 
     def __init__(self, model):
         super().__init__()
@@ -198,7 +198,7 @@ REFUSED_PRIORS = {
     "wrapped by an adapter": (lambda prior: setattr(prior, "model", Renamed(prior.model)), {}, "missing lm_head.weight.*and 34 more"),
     "parametrized": (lambda prior: parametrizations.orthogonal(prior.model.lm_head), {}, "unexpected lm_head.parametrizations"),
     "int8": (lambda prior: in_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight holds int8, not float32"),
-    "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values here"),
+    "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values"),
     "more ids": (lambda prior: setattr(prior.model, "lm_head", nn.Linear(32, 99, bias=False)), {}, r"lm_head.weight has shape \(99, 32\)"),
     "quantized": (lambda prior: setattr(prior.model.config, "quantization_config", {"quant_method": "any"}), {}, "it is quantized"),
     "untied": (untied, {"options": {"tie_word_embeddings": True}}, "lm_head.weight differs from model.embed_tokens.weight"),
@@ -219,7 +219,7 @@ def test_a_prior_that_could_not_be_loaded_again_is_not_saved(tmp_path, change, f
     assert {path: path.read_bytes() for path in folder.rglob("*")} == before and folder.exists() == exists
 
 
-def test_a_pipeline_is_saved_without_wrappers_or_not_at_all(tmp_path, tiny_run):
+def test_a_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
     loaded = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     loaded.tokenizer.decoder = torch.compile(loaded.tokenizer.decoder)
     loaded.prior.model = torch.compile(loaded.prior.model)
@@ -227,7 +227,7 @@ def test_a_pipeline_is_saved_without_wrappers_or_not_at_all(tmp_path, tiny_run):
     pipe.save_pretrained(tmp_path / "pipeline")
     again = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
     assert torch.equal(again("3", 2, seed=1).token_ids, ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")("3", 2, seed=1).token_ids)
-    loaded.prior.register_buffer("stray", torch.ones(1))  # outside of the model: no part of a prior's folder
+    loaded.prior.register_buffer("stray", torch.ones(1))  # outside the model, so it is not part of a prior's folder
     loaded.prior.model = nn.Sequential()
     with pytest.raises(InputError, match="this prior cannot be saved"):
         pipe.save_pretrained(tmp_path / "other")
@@ -257,7 +257,7 @@ def test_a_pipeline_can_be_saved_when_the_folder_it_came_from_is_gone(tiny_copy,
     assert (again(class_labels="3", seed=1, output_type="np").images == images).all()
 
 
-def test_an_adapter_beside_a_prior_is_not_loaded_in_silence(tmp_path):
+def test_an_adapter_beside_a_prior_is_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds an adapter \(adapter_config.json\)"):

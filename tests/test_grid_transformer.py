@@ -440,6 +440,6 @@ def test_a_folder_from_before_the_embeddings_says_what_to_do(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["blocks.0.query_key_value.weight"] = weights.pop("blocks.0.attention_in.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "digests.json").unlink()  # which came later
+    (tmp_path / "digests.json").unlink()  # older folders have none
     with pytest.warns(UserWarning, match="has no digests.json"), pytest.raises(InputError, match=r"before its blocks had embeddings.* --redo prior"):
         TokenPrior.from_pretrained(tmp_path)

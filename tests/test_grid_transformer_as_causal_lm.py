@@ -1,4 +1,4 @@
-"""A GridTransformer keeps the conventions of transformers' causal language models: caches, labels, outputs, the Trainer; the rest it refuses."""
+"""A GridTransformer follows the conventions of transformers for caches, labels, outputs and the Trainer, and refuses everything else."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, t
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
-LENGTH = 13  # of sequences for config_of's grid
+LENGTH = 13  # ids in a sequence of config_of's grid
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids"])
@@ -47,11 +47,11 @@ def generating_model() -> GridTransformer:
 
 @pytest.mark.parametrize("room", [LENGTH, LENGTH + 20])
 @pytest.mark.parametrize("cuts", [[*range(1, LENGTH)], [5], [1, 9], [LENGTH - 1]], ids=str)
-def test_a_static_cache_gives_what_the_whole_sequence_gives(model, cuts, room):
+def test_a_static_cache_gives_the_logits_of_the_whole_sequence(model, cuts, room):
     ids_BS = sequences(model)
     whole = model(ids_BS, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=room)
-    for _ in range(2):  # the second time over what the first one left in the cache
+    for _ in range(2):  # the second pass overwrites what the first one left in the cache
         parts = [model(part, past_key_values=cache).logits for part in torch.tensor_split(ids_BS, cuts, dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
         cache.reset()
@@ -107,7 +107,7 @@ def test_scores_of_generate_are_those_of_the_logits(generating_model, how):
 
 @pytest.mark.slow
 def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
-    """As it does by itself on a GPU."""
+    """On a GPU, generate does this by default."""
     config = CompileConfig(mode="default", fullgraph=True)
     config._compile_all_devices = True
     ids_B1 = sequences(generating_model)[:, :1]
@@ -142,8 +142,8 @@ def test_caches_that_cannot_hold_the_sequence_are_refused(plain_model):
     filled = plain_model(ids_BS, use_cache=True).past_key_values
     for cache, ids, words in [
         (Cache(layers=[DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)]), ids_BS, "sliding window.*without a window"),
-        (StaticCache(config=plain_model.config, max_cache_len=5), ids_BS, "room for 5 ids, and 13 are given; use max_cache_len 13"),
-        (filled, ids_BS[:, :1], "14 ids with those in the cache; allowed: 13"),
+        (StaticCache(config=plain_model.config, max_cache_len=5), ids_BS, "room for 5 ids, but needs room for 13; use max_cache_len 13"),
+        (filled, ids_BS[:, :1], "14 ids, including those in the cache; allowed: 13"),
         (None, ids_BS.repeat(1, 2), "26 ids.*allowed: 13"),
         (EncoderDecoderCache(DynamicCache(), DynamicCache()), ids_BS, "is a EncoderDecoderCache; allowed"),
         (((ids_BS, ids_BS),), ids_BS, "is a tuple; allowed"),
@@ -152,7 +152,7 @@ def test_caches_that_cannot_hold_the_sequence_are_refused(plain_model):
             plain_model(ids, past_key_values=cache)
 
 
-def test_a_cache_comes_only_where_it_is_of_use(plain_model):
+def test_a_cache_is_returned_only_if_it_is_useful(plain_model):
     ids_BS = sequences(plain_model)
     assert isinstance(plain_model(ids_BS).past_key_values, DynamicCache)
     assert plain_model(ids_BS, labels=ids_BS).past_key_values is None
@@ -187,7 +187,7 @@ def test_labels_give_the_loss_of_the_next_code(plain_model):
     torch.testing.assert_close(plain_model(ids_BS, labels=ids_BS, num_items_in_batch=7).loss, expected * 3 * (LENGTH - 1) / 7)
 
 
-def test_the_loss_is_that_of_the_prior():
+def test_the_loss_equals_the_loss_of_the_prior():
     prior = prior_of([Grid("image", CODES, 3, 4)])
     trained_looking(prior.model)
     ids_BS = sequences(prior.model)
@@ -208,7 +208,7 @@ def test_ignored_labels_and_the_first_label_do_not_count(plain_model):
 
 
 @pytest.mark.parametrize(("value", "words"), [(CODES, "labels hold 11 after the first.*codes from 0 to 10, and -100"), (-1, "labels hold -1 ")])
-def test_labels_that_are_no_codes_are_refused(plain_model, value, words):
+def test_labels_that_are_not_codes_are_refused(plain_model, value, words):
     ids_BS = sequences(plain_model)
     labels_BS = ids_BS.clone()
     labels_BS[1, 3] = value
@@ -216,7 +216,7 @@ def test_labels_that_are_no_codes_are_refused(plain_model, value, words):
         plain_model(ids_BS, labels=labels_BS)
 
 
-def test_labels_of_another_shape_or_of_a_part_of_the_logits_are_refused(plain_model):
+def test_labels_of_another_shape_or_with_logits_to_keep_are_refused(plain_model):
     ids_BS = sequences(plain_model)
     with pytest.raises(InputError, match=r"labels have the shape \(3, 12\) and input_ids \(3, 13\)"):
         plain_model(ids_BS, labels=ids_BS[:, 1:])
@@ -256,7 +256,7 @@ def test_a_mask_of_ones_changes_nothing_and_one_with_zeros_is_refused(plain_mode
             plain_model.generate(ids_BS[:, :4], attention_mask=zeros[:, :4], max_new_tokens=4, **settings)
 
 
-def test_hidden_states_are_what_the_logits_are_made_of(plain_model):
+def test_the_last_hidden_state_gives_the_logits(plain_model):
     ids_BS = sequences(plain_model)
     output = plain_model(ids_BS, output_hidden_states=True)
     assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * 3
@@ -272,7 +272,7 @@ def test_hidden_states_are_what_the_logits_are_made_of(plain_model):
     assert [len(states) for states in drawn.hidden_states] == [3, 3]
 
 
-def test_a_tuple_and_chosen_positions_can_be_asked_for(plain_model):
+def test_return_dict_and_logits_to_keep(plain_model):
     ids_BS = sequences(plain_model)
     loss, logits = plain_model(ids_BS, labels=ids_BS, return_dict=False)
     expected = plain_model(ids_BS, labels=ids_BS)
@@ -283,15 +283,15 @@ def test_a_tuple_and_chosen_positions_can_be_asked_for(plain_model):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"inputs_embeds": torch.zeros(3, 13, 32)}, "inputs_embeds: .*needs input_ids"),
     ({"position_ids": torch.arange(13)[None]}, "position_ids: positions follow"),
-    ({"output_attentions": True}, "output_attentions: .*never computed"),
-    ({"temperature": 2}, "temperature: it is not known"),
-    ({"is_causal": False, "cache_position": torch.arange(13)}, "cache_position: it is not known"),
+    ({"output_attentions": True}, "output_attentions: .*never materialized"),
+    ({"temperature": 2}, "temperature: it is unknown"),
+    ({"is_causal": False, "cache_position": torch.arange(13)}, "cache_position: it is unknown"),
 ])
-def test_what_is_not_supported_is_refused_by_name(plain_model, arguments, words):
+def test_unsupported_arguments_are_refused_by_name(plain_model, arguments, words):
     ids_BS = sequences(plain_model)
     with pytest.raises(InputError, match=f"does not support the argument {words}"):
         plain_model(ids_BS, **arguments)
-    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None is as if it were not given"
+    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None counts as not given"
 
 
 def test_a_configuration_that_asks_for_attention_weights_is_refused():
@@ -301,12 +301,12 @@ def test_a_configuration_that_asks_for_attention_weights_is_refused():
     assert model(sequences(model), output_attentions=False).attentions is None
 
 
-def test_some_hidden_states_cannot_be_chosen(plain_model):
+def test_a_choice_of_hidden_states_is_refused(plain_model):
     with pytest.raises(InputError, match=r"output_hidden_states is \[1\]; allowed: True, .* and False"):
         plain_model(sequences(plain_model), output_hidden_states=[1])
 
 
-def test_ids_have_to_be_given(plain_model):
+def test_input_ids_are_required(plain_model):
     with pytest.raises(InputError, match="input_ids is missing"):
         plain_model(labels=sequences(plain_model))
     with pytest.raises(InputError, match=r"input_ids is of shape \(13,\)"):

@@ -295,8 +295,8 @@ def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
 
 
 @pytest.mark.parametrize("pattern", ["train/manifest.json", "train/*", "*/shard-00000[13].*", "nothing"])
-def test_an_import_of_version_0_1_0_goes_on_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
-    """It did not permute."""
+def test_an_import_of_version_0_1_0_continues_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
+    """Version 0.1.0 did not permute rows."""
     call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
     with monkeypatch.context() as patch:
         patch.setattr(import_tokens, "ORDER_SEED", None)
@@ -353,7 +353,7 @@ def test_what_is_exported_and_imported_again_is_the_same(tmp_path, views):
     source = write_lines(tmp_path / "tokens.jsonl", records_of(IDS_NVT[:, :views], labels))
     run("import-tokens", source, *NAMED, "--validation", source, "--images_per_shard", 13, "--out", tmp_path / "tokens")
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "back.jsonl") == 0
-    assert (tmp_path / "back.jsonl").read_text() == source.read_text(), "in the order of the rows, which the shards are not in"
+    assert (tmp_path / "back.jsonl").read_text() == source.read_text(), "in the order of the rows, not in the order of the shards"
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "flat.jsonl", "--one_view_a_line") == 0
     lines = [json.loads(line) for line in (tmp_path / "flat.jsonl").read_text().splitlines()]
     np.testing.assert_array_equal([line["tokens"] for line in lines], IDS_NVT[:, :views].reshape(-1, TOKENS))

@@ -1,4 +1,4 @@
-"""A file with a field of a later version is refused with file, field and version; fields that came later have defaults in older files."""
+"""A field of a later version is refused, with file, field and version. Fields that an older file does not have keep their defaults."""
 
 import dataclasses
 import json
@@ -94,11 +94,11 @@ def test_an_unknown_field_is_named_with_the_version_that_wrote_it(run, name, key
         read(run)
     words = str(caught.value)
     assert str(path) in words and "unknown fields: of_later" in words, words
-    assert f"written by vqmosaic {LATER}, this is {__version__}: update vqmosaic" in words, words
+    assert f"written by vqmosaic {LATER}; this is {__version__}. Update vqmosaic" in words, words
 
 
 @pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_a_file_that_does_not_say_its_version_is_refused_in_words_too(run, name, keys, read):
+def test_unknown_fields_in_a_file_without_a_version_are_named(run, name, keys, read):
     path = run / name
     content = json.loads(path.read_text())
     at(content, *keys)["of_later"] = 3
@@ -131,14 +131,14 @@ def test_a_missing_field_is_named(run, name, keys, field, read):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 @pytest.mark.parametrize(("name", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
-def test_something_else_in_a_file_is_told_in_words(run, name, keys, read, text):
+def test_unexpected_content_of_a_file_is_an_input_error(run, name, keys, read, text):
     (run / name).write_text(text)
     with pytest.raises(InputError) as caught:
         read(run)
     assert str(run / name) in str(caught.value)
 
 
-def test_fields_that_came_later_have_their_defaults_in_older_files(run):
+def test_missing_newer_fields_of_older_files_keep_their_defaults(run):
     path = run / "pipeline/pipeline.json"
     content = json.loads(path.read_text())
     content["sampling"] = {"temperature": 0.5}
@@ -156,7 +156,7 @@ def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):
     record.write_text(json.dumps(content | {"vqmosaic": LATER}))
     with pytest.raises(InputError, match=f"unknown fields prior.of_later.*vqmosaic {LATER}"):
         judge(RunFolder(run), tiny_recipe(run), "prior", None)
-    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # one that is gone had no effect that lasts
+    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # a field that was removed since has no effect
     assert judge(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
 
 
@@ -197,7 +197,7 @@ def test_a_value_that_only_a_later_version_knows_names_it_too(run):
         ImageTokenizer.from_pretrained(run / "tokenizer")
 
 
-def test_values_of_another_type_are_no_type_error():
+def test_values_of_another_type_are_an_input_error():
     for content in (None, 3, [1], {"temperature": "warm"}, {"guidance_interval": 3}):
         with pytest.raises(InputError, match=r"here\.json"):
             from_fields(SamplingConfig, content, "here.json")

@@ -102,8 +102,8 @@ def test_each_of_many_is_stepped_as_if_it_were_alone(largest, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_a_stack_is_stepped_as_the_matrices_that_it_holds():
-    """Also where one of them has had no gradient so far, as an expert that no token chose."""
+def test_a_stack_is_updated_like_its_matrices():
+    """Also if one of them has had no gradient so far, like an expert that no token chose."""
     start_ERC = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(6))
     stack, matrices = nn.Parameter(start_ERC.clone()), [nn.Parameter(matrix.clone()) for matrix in start_ERC]
     optimizers = [Muon([stack], [], stacks=[stack], lr=0.1, weight_decay=0.1), Muon(matrices, [], lr=0.1, weight_decay=0.1)]
@@ -131,10 +131,10 @@ def test_kernels_of_all_convolutions_are_one_matrix_each(dimensions):
 
 
 def check_first_step(update_RC: torch.Tensor, gradient_RC: torch.Tensor, learning_rate: float) -> None:
-    """Muon's first step moves a matrix along the singular vectors of its gradient, by nearly equal values of the size that AdamW's updates have."""
+    """Muon's first step moves a matrix along the singular vectors of its gradient, by nearly equal values of the size of AdamW's updates."""
     u, values, vh = torch.linalg.svd(gradient_RC, full_matrices=False)
     inside = u.mT @ update_RC @ vh.mT / (learning_rate * muon.RMS_OF_ADAMW * max(update_RC.shape) ** 0.5)
-    moved = inside.diagonal()[values > 0.015 * values.norm()]  # smaller ones grow as far as three iterations lead
+    moved = inside.diagonal()[values > 0.015 * values.norm()]  # three iterations are too few for smaller ones
     assert len(moved) > 0.8 * len(values) and moved.min() > 0.6 and moved.max() < 1.35
     assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
 
@@ -213,8 +213,8 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     ("llama", {"embed_tokens", "lm_head"}), ("gpt2", {"wte", "wpe", "lm_head"}), ("gpt_neox", {"embed_in", "lm_head"}),
     ("opt", {"embed_tokens", "embed_positions", "lm_head"}), ("mixtral", {"embed_tokens", "lm_head"})])
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_and_heads_are_found_by_what_they_are(architecture, left, tied, tmp_path):
-    """Whatever they are called, and where one matrix is both."""
+def test_embeddings_and_heads_are_found_by_type(architecture, left, tied, tmp_path):
+    """Whatever their names are, and also if one matrix is both."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     options = {"tie_word_embeddings": tied} | EXPERTS.get(architecture, {})
     recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(options), prior__dropout=0)
@@ -225,7 +225,7 @@ def test_embeddings_and_heads_are_found_by_what_they_are(architecture, left, tie
 
 
 class Experts(nn.Module):
-    """Parameters as models outside of this project have them, one of each kind."""
+    """One parameter of each kind that models outside of this project have."""
 
     def __init__(self):
         super().__init__()
@@ -238,8 +238,8 @@ class Experts(nn.Module):
         return [self.up_proj]
 
 
-def test_tables_tokens_and_biases_of_several_dimensions_are_left_to_adamw():
-    """No matrix product goes through them, so that there is nothing to make orthogonal."""
+def test_tables_tokens_and_biases_are_left_to_adamw():
+    """They are not factors of a matrix product, so there is nothing to orthogonalize."""
     model = Experts()
     assert names_of(model, inner_matrices(model, matrices_of(model))) == {"up_proj", "linear.weight", "convolution.weight"}
 
@@ -252,8 +252,8 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize("architecture", [*EXPERTS, "gpt2", "llama"])
-def test_each_matrix_of_a_prior_of_transformers_is_made_orthogonal_by_itself(architecture, tmp_path):
-    """Experts are stored as stacks (E, R, C), the linear layers of GPT-2 transposed. Experts differ in how large their gradients are."""
+def test_each_matrix_of_a_transformers_prior_is_orthogonalized_by_itself(architecture, tmp_path):
+    """Experts are stored as stacks (E, R, C), and the linear layers of GPT-2 are stored transposed. Gradients of experts differ in size."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(EXPERTS.get(architecture, {})),
                          prior__dropout=0, prior_training__optimizer="muon", prior_training__weight_decay=0, prior_training__learning_rate=0.01,

@@ -1,4 +1,4 @@
-"""New files can be read by whom the umask allows, and a denied permission is reported as such, with the file and the user."""
+"""New files have the permissions that the umask allows. A denied permission is reported as such, with the file and the user."""
 
 import os
 import shutil
@@ -64,7 +64,7 @@ def check_modes(folder: Path, mask: int) -> None:
         assert mode == (0o777 if (folder / name).is_dir() else 0o666) & ~mask, f"{name} has mode {mode:04o}"
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------------
+# --- new files ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path,
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
-def test_saved_parts_have_the_permissions_of_new_files_whatever_the_source_had(tmp_path, tiny_run, mask):
+def test_saved_parts_have_the_permissions_of_new_files(tmp_path, tiny_run, mask):
     for path in (copy := shutil.copytree(tiny_run / "pipeline", tmp_path / "source")).rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     with umask(mask):
@@ -99,7 +99,7 @@ def test_saved_parts_have_the_permissions_of_new_files_whatever_the_source_had(t
     check_modes(out, mask)
 
 
-def test_a_folder_that_is_read_only_can_be_bundled(tmp_path, tiny_run):
+def test_a_read_only_folder_can_be_bundled(tmp_path, tiny_run):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer").chmod(0o555)
     for _ in range(2):  # the second one replaces the first
@@ -130,12 +130,12 @@ def test_the_umask_is_read_without_changing_it():
             assert current_umask() == mask and os.umask(mask) == mask
 
 
-# --- what may not be read or written -----------------------------------------------------------------------------------------
+# --- denied permissions -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def as_nobody():
-    """Run a block as another user, if this one is root, who may read everything."""
+    """Run a block as another user if the current user is root, who may read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -150,7 +150,7 @@ def as_nobody():
 
 @pytest.fixture
 def place():
-    """A folder that other users may enter, which tmp_path is not."""
+    """A folder that other users may enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -204,7 +204,7 @@ READERS = {
 
 
 @pytest.mark.parametrize(("name", "read"), READERS.values(), ids=list(READERS))
-def test_what_may_not_be_read_is_called_so(place, tiny_run, name, read):
+def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, name, read):
     copy_folder(tiny_run, place / "run")
     (place / "images/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(place / "images/cat/0.png")
@@ -215,7 +215,7 @@ def test_what_may_not_be_read_is_called_so(place, tiny_run, name, read):
     (place / "tables/data.parquet").write_bytes(b"table")
     np.save(place / "codes.npy", np.zeros((2, 4), dtype=np.int64))
     (place / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
-    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is loaded late lies where only root may read
+    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is imported late lies where only root may read
         read_before(read, place)
     path = deny(place / name)
     with as_nobody(), pytest.raises(PermissionDenied) as caught:
@@ -231,7 +231,7 @@ def read_before(read, place: Path) -> None:
         read(place)
 
 
-def test_an_image_that_may_not_be_read_is_not_called_corrupt(place):
+def test_an_unreadable_image_is_not_reported_as_corrupt(place):
     Image.new("RGB", (8, 8)).save(place / "image.png")
     read_image(place / "image.png")
     deny(place / "image.png")
@@ -240,9 +240,9 @@ def test_an_image_that_may_not_be_read_is_not_called_corrupt(place):
     assert "corrupt" not in str(caught.value)
 
 
-def test_a_folder_that_may_not_be_written_is_named(place, tiny_run):
+def test_a_folder_without_write_permission_is_named(place, tiny_run):
     tokenizer, prior = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), TokenPrior.from_pretrained(tiny_run / "prior")
-    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once where it may: what is loaded late is loaded now
+    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once with permission, so that late imports happen now
         tokenizer.save_pretrained(Path(elsewhere) / "tokenizer")
         prior.save_pretrained(Path(elsewhere) / "prior")
     place.chmod(0o555)
@@ -255,7 +255,7 @@ def test_a_folder_that_may_not_be_written_is_named(place, tiny_run):
     place.chmod(0o755)
 
 
-def test_the_command_ends_with_words_and_no_traceback(place, capsys):
+def test_the_command_ends_without_a_traceback(place, capsys):
     (place / "file").write_text("x")
     deny(place / "file")
     with as_nobody():

@@ -158,7 +158,7 @@ def test_what_cannot_be_is_refused_in_words(pipe, arguments, words):
         pipe(**arguments)
 
 
-def test_numbers_of_other_libraries_are_numbers(pipe):
+def test_numbers_of_other_libraries_are_accepted(pipe):
     expected = pipe([3, 4], 2, seed=7, temperature=0.5, top_k=9, guidance_scale=2.0, guidance_interval=[0.25, 0.75])
     same = pipe(np.array([3, 4]), np.int64(2), seed=np.uint32(7), temperature=np.float32(0.5), top_k=torch.tensor(9), guidance_scale=np.float64(2),
                 guidance_interval=np.array([0.25, 0.75]), batch_size=np.int64(64), compile=np.bool_(False))
@@ -173,11 +173,11 @@ def test_numbers_of_other_libraries_are_numbers(pipe):
     ({"guidance_schedule": "linear"}, "guidance_schedule is linear, but no class_labels are given"),
     ({"guidance_scale": 2.0, "guidance_interval": [0.1, 0.5]}, r"guidance_scale is 2.0 and guidance_interval is \[0.1, 0.5\], but no class_labels"),
 ], ids=str)
-def test_guidance_without_classes_is_refused_since_it_would_do_nothing(pipe, guidance, words):
+def test_guidance_without_classes_is_refused(pipe, guidance, words):
     for call in (pipe, pipe.batches):
-        with pytest.raises(InputError, match=rf"{words}.* nothing to guide to; give class_labels, or leave it out"):
+        with pytest.raises(InputError, match=rf"{words}.* guidance has no effect; give class_labels, or leave it out"):
             call(num_images_per_label=2, seed=1, **guidance)
-    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out in silence"
+    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out silently"
     off = pipe(num_images_per_label=2, seed=1, guidance_scale=1.0)
     assert torch.equal(off.token_ids, pipe(num_images_per_label=2, seed=1).token_ids)
 
@@ -186,7 +186,7 @@ def test_guidance_without_classes_is_refused_since_it_would_do_nothing(pipe, gui
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_batches_are_the_images_of_a_call(pipe, kind):
+def test_batches_give_the_images_of_a_call(pipe, kind):
     whole = pipe([3, 7], 5, seed=11, output_type=kind, batch_size=4, temperature=0.8)
     parts = list(pipe.batches([3, 7], 5, 11, output_type=kind, batch_size=4, temperature=0.8))
     assert [part.places for part in parts] == [range(4), range(4, 8), range(8, 10)] and whole.places == range(10)
@@ -197,19 +197,19 @@ def test_batches_are_the_images_of_a_call(pipe, kind):
         assert np.array_equal(np.asarray(image), np.asarray(whole.images[place]))
 
 
-def test_batches_may_be_left_out_and_stop_where_the_callback_says_so(pipe):
+def test_batches_can_be_skipped_and_stopped_by_the_callback(pipe):
     whole, calls = list(pipe.batches([3, 7], 5, 11, batch_size=4)), []
     last = list(pipe.batches([3, 7], 5, 11, batch_size=4, skip=lambda places: places.start < 8, callback=lambda *now: calls.append(now)))
     assert len(last) == 1 and last[0].places == range(8, 10) and torch.equal(last[0].token_ids, whole[2].token_ids)
-    assert calls == [(done, 16) for done in range(1, 17)], "what is left out does not count"
+    assert calls == [(done, 16) for done in range(1, 17)], "batches that are left out do not count"
     assert list(pipe.batches([3, 7], 5, 11, skip=lambda places: True)) == []
     stopped = pipe.batches([3, 7], 5, 11, batch_size=4, callback=lambda done, total: done < 20)
-    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "what is finished was given"
+    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "finished batches were yielded"
     with pytest.raises(SamplingStopped):
         next(stopped)
 
 
-def test_batches_check_at_once(pipe):
+def test_batches_checks_arguments_at_once(pipe):
     for arguments, words in (({"class_labels": "cat"}, "no class 'cat'"), ({"class_labels": 3, "temperatur": 0.9}, "Did you mean 'temperature'"),
                              ({"class_labels": 3, "batch_size": 0}, "batch_size is 0"), ({"class_labels": 3, "output_type": "png"}, "output_type")):
         with pytest.raises(InputError, match=words):
@@ -265,7 +265,7 @@ def test_with_bf16_the_encoder_stays_exact(tiny_run, pipe, scans, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
-def test_a_number_format_may_be_given_by_name(tiny_run, name):
+def test_dtype_can_be_given_by_name(tiny_run, name):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=name)
     assert {parameter.dtype for parameter in (*pipe.prior.parameters(), *pipe.tokenizer.decoder.parameters())} == {torch.bfloat16}
     assert 0 < pipe.logit_difference(pipe([3, 4], 40, seed=1).token_ids, [3] * 40 + [4] * 40) < 1
@@ -279,14 +279,14 @@ def test_a_number_format_may_be_given_by_name(tiny_run, name):
     ({"dtype": 16}, r"dtype is 16; allowed"),
     ({"device": "gpu"}, "device is 'gpu'"), ({"device": 1.5}, r"device is '?1.5"), ({"device": ["cpu"]}, "device is"),
 ], ids=str)
-def test_a_number_format_or_device_that_there_is_not(tiny_run, arguments, words):
+def test_an_unknown_dtype_or_device_is_refused(tiny_run, arguments, words):
     for load, folder in ((ImageGenerationPipeline.from_pretrained, tiny_run), (TokenPrior.from_pretrained, tiny_run / "prior"),
                          (ImageTokenizer.from_pretrained, tiny_run / "tokenizer")):
         with pytest.raises(InputError, match=words):
             load(folder, **arguments)
 
 
-def test_seeds_and_sizes_as_text_are_refused_where_models_are_made(pipe):
+def test_seeds_and_sizes_as_text_are_refused_by_constructors(pipe):
     config, transform = pipe.tokenizer.config, pipe.tokenizer.transform
     with pytest.raises(InputError, match="seed is '1'; it must be an integer"):
         ImageTokenizer(config, transform, seed="1")

@@ -105,7 +105,7 @@ def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_r
         assert len(manifest.shards) == -(-len(source) // PER_SHARD)
         order = reader.indices_N.tolist()
         assert sorted(order) == list(range(len(source)))
-        assert (order != sorted(order)) == (len(manifest.shards) > 1), "permuted over the shards, and rising inside each"
+        assert (order != sorted(order)) == (len(manifest.shards) > 1), "permuted over the shards, and ascending inside each shard"
         assert reader.labels_N.tolist() == [source.label(index) for index in order]
         for number, view in enumerate(expected_views[split]):
             images_BCHW = torch.stack([tokenizer.transform(source.read(index), view) for index in order])
@@ -154,7 +154,7 @@ def test_a_second_call_does_nothing_but_say_so(tiny_run, photos, tmp_path, capsy
 
 
 def as_version_0_1_0_left_it(run_dir: Path) -> None:
-    """Its stage record says nothing of an order."""
+    """Its stage record does not mention an order."""
     path = RunFolder(run_dir).record("tokens")
     record = json.loads(path.read_text())
     del record["inputs"][module.SOURCE_ORDER]

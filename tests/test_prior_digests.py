@@ -1,4 +1,4 @@
-"""A prior's files are as they were saved: what is damaged, edited or exchanged is named when it is loaded or bundled."""
+"""Damaged, edited or replaced files of a prior are named when it is loaded or bundled."""
 
 import json
 import warnings
@@ -34,7 +34,7 @@ def edit(path: Path, **changes) -> None:
 
 
 def zeros_inside(path: Path) -> None:
-    """Zeros in place of 4 KiB in the middle of a file, as a lost block leaves them."""
+    """Write 4 KiB of zeros into the middle of a file, like a lost block."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle:middle + 4096] = bytes(4096)
@@ -55,7 +55,7 @@ SPOILS = {
 def test_a_file_that_changed_is_named(folder, name, spoil):
     TokenPrior.from_pretrained(folder)
     spoil(folder / name)
-    with pytest.raises(InputError, match=f"is not as it was saved: changed: {name}\\. If its files are damaged"):
+    with pytest.raises(InputError, match=f"has changed since it was saved \\(changed: {name}\\)\\. If its files are damaged"):
         TokenPrior.from_pretrained(folder)
 
 
@@ -66,13 +66,13 @@ def test_files_that_are_missing_or_new_are_named(folder):
         TokenPrior.from_pretrained(folder)
 
 
-def test_what_does_not_decide_anything_may_lie_beside(folder):
+def test_files_without_effect_may_lie_beside_the_prior(folder):
     (folder / "README.md").write_text("about this prior")
     TokenPrior.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_a_prior_trained_further_by_transformers_is_told_what_to_do(tmp_path, architecture):
+def test_the_error_for_a_prior_trained_further_says_what_to_do(tmp_path, architecture):
     folder = tmp_path / "prior"
     tiny_prior(architecture).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -121,7 +121,7 @@ def test_a_prior_of_an_earlier_version_loads_with_one_warning(folder, tmp_path):
         TokenPrior.from_pretrained(folder)
 
 
-def test_the_digest_is_that_of_the_weights_so_records_of_sweeps_and_stages_stay(tiny_run):
+def test_the_fingerprint_of_a_prior_is_the_digest_of_its_weights(tiny_run):
     expected = sha256_of_file(tiny_run / "prior/model.safetensors")
     assert part_fingerprints(tiny_run / "tokenizer", tiny_run / "prior")["prior"] == expected
     assert inputs_of(load_recipe(str(tiny_run)), "pipeline")["prior"] == expected
@@ -135,7 +135,7 @@ def test_a_damaged_prior_is_not_bundled(tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_copy_of_an_earlier_versions_prior_in_a_bundle_gets_digests(tiny_run, tmp_path):
+def test_a_bundle_adds_digests_to_a_prior_of_an_earlier_version(tiny_run, tmp_path):
     copy_folder(tiny_run / "prior", tmp_path / "prior")
     (tmp_path / "prior" / DIGESTS_NAME).unlink()
     with pytest.warns(UserWarning, match="has no digests.json"):
@@ -173,10 +173,10 @@ def test_a_tokenizer_of_an_earlier_version_has_no_digest_of_its_configuration(ti
 
 
 @pytest.mark.parametrize(("name", "value"), [("class_names", ["3", "7"]), ("token_fingerprint", "0" * 64)])
-def test_a_pipeline_that_speaks_of_another_prior_is_refused(tiny_run, tmp_path, name, value):
+def test_a_pipeline_that_names_another_prior_is_refused(tiny_run, tmp_path, name, value):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
     edit(tmp_path / "pipeline/pipeline.json", **{name: value})
-    with pytest.raises(InputError, match=f"says another {name} than"):
+    with pytest.raises(InputError, match=f"has another {name} than"):
         read_bundle(tmp_path / "pipeline")
 
 

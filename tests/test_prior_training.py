@@ -347,7 +347,7 @@ def write_by_class(tokens: Path) -> None:
     writer.finish()
 
 
-def test_training_on_shards_that_are_stored_by_class_warns(run_dir, capsys):
+def test_training_on_shards_stored_by_class_warns(run_dir, capsys):
     train(run_dir, max_steps=1)
     assert "stored by class" not in capsys.readouterr().out
     write_by_class(run_dir / "tokens")
@@ -355,8 +355,8 @@ def test_training_on_shards_that_are_stored_by_class_warns(run_dir, capsys):
     assert "warning: a batch of 16 holds " in capsys.readouterr().out
 
 
-def test_the_best_of_other_validation_images_is_not_compared_with(run_dir, capsys):
-    """Version 0.1.0 validated on the first images, whose NLL says nothing of the NLL of the chosen ones."""
+def test_the_best_nll_of_other_validation_images_is_not_compared(run_dir, capsys):
+    """Version 0.1.0 validated on the first images. Their NLL cannot be compared with the NLL of the images chosen now."""
     checkpoint = train(run_dir, max_steps=3)
     state = read_state(checkpoint) | {"best_validation": 0.5, "best_step": 1}
     assert state.pop("validated_on") == "64, rule 1"
@@ -405,7 +405,7 @@ def test_overfit_proves_a_set_up_and_touches_nothing_of_the_run(tiny_run, capsys
     assert contents(tiny_run) == before
 
 
-def test_overfit_takes_images_of_several_classes_from_shards_that_are_stored_by_class(tiny_run, tmp_path, capsys, monkeypatch):
+def test_overfit_takes_images_of_several_classes_from_shards_stored_by_class(tiny_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(tiny_run / "tokens", tmp_path / "tokens")
     write_by_class(tmp_path / "tokens")
     seen = []

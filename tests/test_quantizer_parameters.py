@@ -1,4 +1,4 @@
-"""Which parameters of a quantizer are codes: they are neither averaged nor decayed. Its other layers are weights of the network and are both."""
+"""Codes of a quantizer are neither averaged nor decayed. Its other parameters are network weights, which are averaged and decayed."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_every_kind_is_listed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantizer_says_which_of_its_parameters_are_codes(kind, tmp_path):
+def test_a_quantizer_lists_its_codes(kind, tmp_path):
     tokenizer = tokenizer_of(recipe_of(kind, tmp_path))
     chosen = {id(parameter) for parameter in tokenizer.codebook_parameters()}
     names = dict(tokenizer.quantizer.named_parameters())
@@ -58,7 +58,7 @@ def test_a_quantizer_says_which_of_its_parameters_are_codes(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
+def test_the_weight_average_averages_layers_and_copies_codes(kind, tmp_path):
     decay, steps = 0.15, 3
     train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=steps, checkpoint_every=1, keep_checkpoints=steps, weight_ema_decay=decay,
                                     max_minutes="null", warmup_fraction=0, learning_rate=0.01))
@@ -67,7 +67,7 @@ def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
     for step in range(1, steps + 1):
         checkpoint = RunFolder(tmp_path).checkpoints("tokenizer") / f"step-{step:08d}"
         live, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "weights_ema"))
-        warmed = min(decay, step / (9 + step))  # (1 + n) / (10 + n) at the n-th update, n = 0 being the first; that one copies
+        warmed = min(decay, step / (9 + step))  # (1 + n) / (10 + n) at update n, counted from 0; update 0 copies
         for name in (f"quantizer.{name}" for name in codes | layers):
             is_copied = step == 1 or name.removeprefix("quantizer.") in codes
             expected[name] = live[name] if is_copied else torch.lerp(expected[name], live[name], 1 - warmed)
@@ -80,8 +80,8 @@ def test_the_average_follows_layers_and_copies_codes(kind, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", LEARNING)
-def test_weight_decay_shrinks_the_matrices_of_layers_alone(kind, optimizer, tmp_path):
-    """A step without gradients moves by decay alone."""
+def test_weight_decay_shrinks_matrices_of_layers_only(kind, optimizer, tmp_path):
+    """A step with zero gradients changes weights by decay only."""
     recipe = recipe_of(kind, tmp_path, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, warmup_fraction=0, gradient_clip=1)
     tokenizer = tokenizer_of(recipe)
     run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
@@ -112,7 +112,7 @@ def test_muon_updates_the_layers_of_a_quantizer_and_not_its_codes(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", WITH_LAYERS)
 def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, tmp_path, monkeypatch):
-    """Its optimizer state has other groups, which must not be mixed up."""
+    """The groups of its optimizer state are different and must not be mixed up."""
     with monkeypatch.context() as patched:
         patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=2, optimizer=optimizer))
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, t
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=3, optimizer=optimizer))
 
 
-def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
+def test_quantizers_without_layers_keep_their_checkpoints(tmp_path, monkeypatch):
     for kind in ("gradient", "simvq"):
         with monkeypatch.context() as patched:
             patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
@@ -129,11 +129,11 @@ def test_codes_alone_keep_their_checkpoints(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_codes_of_several_processes_have_to_be_equal_and_layers_may_round(kind, tmp_path):
+def test_codes_must_be_equal_on_all_processes_and_layers_may_round(kind, tmp_path):
     tokenizer, seen = tokenizer_of(recipe_of(kind, tmp_path)), []
 
     def check() -> None:
-        """Compare this rank with what the calls before have shown of others."""
+        """Compare this rank with the values that earlier calls recorded for other ranks."""
         gather = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: seen.append(own) or torch.cat(seen))
         train_tokenizer.check_replicas_agree(tokenizer, SimpleNamespace(world_size=2, accelerator=gather, state=SimpleNamespace(step=0)))
 
@@ -152,7 +152,7 @@ def test_codes_of_several_processes_have_to_be_equal_and_layers_may_round(kind, 
 
 
 def test_layers_inside_a_quantizer_are_linear(tmp_path):
-    """A new kind whose parameters are codes has to say so: nothing but linear layers counts as weights of the network."""
+    """A new kind must list its codes: only linear layers may count as network weights."""
     for kind in KINDS:
         quantizer = tokenizer_of(recipe_of(kind, tmp_path)).quantizer
         codes = {id(parameter) for parameter in quantizer.codebook_parameters()}

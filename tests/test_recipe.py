@@ -379,7 +379,7 @@ def test_text_and_wrong_types_are_refused_by_name(section, type_, field):
             type_(**{field.name: value})
 
 
-def test_numbers_of_numpy_become_pythons_own():
+def test_numpy_numbers_become_python_numbers():
     import numpy as np
 
     prior, training = PriorConfig(width=np.int64(64), dropout=np.float32(0.25)), PriorTrainingConfig(adam_betas=(np.float64(0.9), 0.95))
@@ -391,6 +391,6 @@ def test_numbers_of_numpy_become_pythons_own():
 
 
 @pytest.mark.parametrize("given", ["4", None, True, [4]])
-def test_a_range_is_for_numbers(given):
+def test_check_range_refuses_values_that_are_not_numbers(given):
     with pytest.raises(InputError, match=r"count is .*; it must be a number, at least 1"):
         check_range("count", given, at_least=1)

@@ -108,7 +108,7 @@ def test_settings_that_cannot_be_are_refused(settings, words):
         SamplingConfig(**settings)
 
 
-def test_numbers_of_other_libraries_become_numbers_that_can_be_written():
+def test_numbers_of_other_libraries_become_python_numbers():
     sampling = SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), top_p=torch.tensor(0.5), guidance_interval=np.array([0.25, 0.5]))
     assert sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.5, guidance_interval=[0.25, 0.5])
     json.dumps(dataclasses.asdict(sampling))
@@ -183,7 +183,7 @@ def test_temperature_zero_takes_the_likeliest():
 
 @pytest.mark.parametrize("temperature", [0, 1e-7, 1e-20, 1e-38, 1e-45, 1e-46, 1e-300, 5e-324])
 @pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"min_p": 1.0}])
-def test_a_tiny_temperature_takes_the_likeliest(temperature, others):
+def test_a_tiny_temperature_is_greedy(temperature, others):
     logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [9.0, 0.0, 7.0, -INF, 8.999]])
     for uniform in (0.0, 0.5, 1 - 2**-53):
         uniforms_B = torch.full((2,), uniform, dtype=torch.float64)
@@ -192,8 +192,8 @@ def test_a_tiny_temperature_takes_the_likeliest(temperature, others):
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e30, 1e38, 1e39, 1e300, 1.7e308])
 @pytest.mark.parametrize("others", [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 5e-324}, {"top_p": 1e-12}, {"min_p": 1.0}, {"min_p": 5e-324}])
-def test_no_setting_draws_an_id_that_cannot_be(temperature, others):
-    """Logits of -inf are never drawn, and a temperature however high makes the others equally likely."""
+def test_no_setting_draws_an_impossible_id(temperature, others):
+    """Ids with logits of -inf are never drawn, and a very high temperature makes all others equally likely."""
     logits_BK = torch.tensor([[-INF, 3e38, -3e38, 0.0, -INF], [-INF, 1.0, 1.0, 1.0, -INF]])
     edges_B = torch.tensor([0.0, 5e-324, 0.3, 0.99, 1 - 2**-53], dtype=torch.float64)
     sampling = SamplingConfig(temperature=temperature, **others)
@@ -207,12 +207,12 @@ def test_no_setting_draws_an_id_that_cannot_be(temperature, others):
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e300])
 def test_logits_from_which_nothing_can_be_drawn_are_an_error(row, temperature):
     logits_BK = torch.tensor([[0.0, 1.0, 2.0], row])
-    with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with nothing but -inf"):
+    with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with -inf only"):
         draw_ids(logits_BK, torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingConfig(temperature=temperature))
 
 
-def test_probabilities_that_are_no_numbers_give_no_id_outside_the_codebook():
-    """Where sample_tokens reads the check of the logits only at its end, what it draws until then must still be an id."""
+def test_nan_probabilities_give_no_id_outside_the_codebook():
+    """If sample_tokens reads the check of the logits only at the end, everything drawn before must still be a valid id."""
     ids_B = invert_cumulative(torch.full((3, 5), math.nan), torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
     assert int(ids_B.min()) >= 0 and int(ids_B.max()) < 5
 
@@ -282,9 +282,9 @@ def test_guidance_one_is_off_bit_for_bit():
 
 @pytest.mark.parametrize("classes", [None, [NO_CLASS, NO_CLASS], torch.tensor([NO_CLASS, NO_CLASS])])
 @pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_guidance_without_any_class_is_refused_since_it_would_do_nothing(classes, scale):
+def test_guidance_without_any_class_is_refused(classes, scale):
     prior = tiny_prior()
-    with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, and no image has a class, so there is nothing to guide to"):
+    with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, but no image has a class, so guidance has no effect"):
         prior.sample(classes, SamplingConfig(guidance_scale=scale), [5, 6])
     assert prior.sample(classes, SamplingConfig(), [5, 6]).shape == (2, 9)
 
@@ -350,7 +350,7 @@ def test_weights_that_are_not_numbers_are_loud(sampling):
         prior.sample([0], sampling, [1])
 
 
-def test_logits_that_are_not_finite_at_one_position_only_are_loud(monkeypatch):
+def test_non_finite_logits_at_a_single_position_are_an_error(monkeypatch):
     """An overflow of the last layer alone leaves nothing in the cache, so later positions do not show it."""
     prior = tiny_prior()
     calls = itertools.count()
@@ -361,7 +361,7 @@ def test_logits_that_are_not_finite_at_one_position_only_are_loud(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e38, 1e39, 1e300])
-def test_guidance_that_overflows_is_told_by_its_name(scale):
+def test_guidance_that_overflows_is_named(scale):
     with pytest.raises(InputError, match=r"guidance_scale is 1e\+\d+, which makes logits infinite; lower it"):
         tiny_prior().sample([0], SamplingConfig(guidance_scale=scale), [1])
 
@@ -386,7 +386,7 @@ def test_requests_that_cannot_be_served_are_refused(classes, sampling, seeds, wo
         tiny_prior().sample(classes, sampling, seeds)
 
 
-def test_integers_of_other_libraries_are_integers():
+def test_integers_of_other_libraries_are_accepted():
     prior = tiny_prior()
     expected = prior.sample([0, 2], SamplingConfig(), [5, 6])
     for classes, seeds in ((np.array([0, 2]), np.array([5, 6])), ((np.int64(0), np.int64(2)), (np.uint8(5), 6)), (torch.tensor([0, 2]), range(5, 7))):

@@ -44,7 +44,7 @@ PERMUTED = make_header(order_seed=ORDER_SEED)
 
 
 def write_classes(folder: Path, labels: list[int], per_shard: int, order_seed: int | None = ORDER_SEED, split: str = "train") -> Path:
-    """Shards of a data set with these labels in its own order; the ids of source i are made from i."""
+    """Write shards of a data set with these labels, in the order of the data set. The ids of source i are computed from i."""
     header = ShardSetHeader(
         split=split, token_fingerprint="f" * 64, grids=[Grid("image", 60_000, 1, 2)], views=[{"name": "original"}],
         class_names=[f"class {label}" for label in range(max(labels) + 1)], dataset={}, encoding={}, images_per_shard=per_shard,
@@ -67,7 +67,7 @@ def class_by_class(classes: int, images: int) -> list[int]:
 
 
 def test_the_permutation_is_the_same_in_every_version():
-    """Shards that are repaired or completed later rely on it."""
+    """Shards that are repaired or completed later depend on it."""
     assert permuted_sources(12, 0).tolist() == [2, 9, 3, 11, 8, 5, 4, 0, 1, 7, 6, 10]
     assert permuted_sources(12, 7).tolist() == [11, 2, 8, 5, 3, 10, 1, 6, 7, 4, 9, 0]
     digest = hashlib.sha256(permuted_sources(100_000, 0).astype("<i8").tobytes()).hexdigest()
@@ -85,7 +85,7 @@ def test_sets_of_version_0_1_0_keep_their_fingerprints_and_bytes(tmp_path):
     assert TokenShardManifest.load(tmp_path) == manifest and audit_folder(tmp_path, expected_sources()).passed
 
 
-def test_a_permuted_set_holds_each_source_once_whoever_writes_it(tmp_path):
+def test_a_permuted_set_holds_each_source_once(tmp_path):
     manifest = write_folder(tmp_path / "one", PERMUTED)
     assert manifest.fingerprint != write_folder(tmp_path / "other", dataclasses.replace(PERMUTED, order_seed=1)).fingerprint
     assert TokenShardManifest.load(tmp_path / "one") == manifest and manifest.order_seed == ORDER_SEED
@@ -105,7 +105,7 @@ def test_a_permuted_set_holds_each_source_once_whoever_writes_it(tmp_path):
     assert report.passed and (report.samples, report.skipped) == (NUM_SOURCES - len(UNREADABLE), len(UNREADABLE)), report.problems
 
 
-def test_audit_finds_a_permuted_set_that_is_said_to_be_another(tmp_path):
+def test_audit_finds_a_wrong_order_seed(tmp_path):
     write_folder(tmp_path, PERMUTED)
     path = tmp_path / "manifest.json"
     for order_seed in (None, 1):
@@ -154,7 +154,7 @@ def imported(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("batch_size", [64, 256])
 @pytest.mark.parametrize("tokens", ["sixty", "thousand", "imported"])
-def test_training_batches_hold_the_classes_of_independent_draws(tokens, batch_size, request):
+def test_training_batches_hold_as_many_classes_as_independent_draws(tokens, batch_size, request):
     """With 4 of more than 100 shards in the window."""
     reader = TokenShardReader(request.getfixturevalue(tokens), seed=3, window_shards=4)
     assert len(reader.manifest.shards) > 100
@@ -171,12 +171,12 @@ def test_expected_classes_by_hand():
     assert expected_classes(np.repeat(np.arange(60), 7), 64) == pytest.approx(60 * (1 - (59 / 60) ** 64))
 
 
-def test_shards_that_are_stored_by_class_are_warned_of(tmp_path):
+def test_shards_stored_by_class_give_a_warning(tmp_path):
     labels = class_by_class(60, 20)
     by_class = write_classes(tmp_path / "by class", labels, 10, order_seed=None)
     words = warn_of_sorted_shards(TokenShardReader(by_class, window_shards=4), 64)
     assert words.startswith("warning: a batch of 64 holds ") and "independent draws would give 40" in words
-    assert "prior_training.window_shards 120" in words and "--redo tokens" in words
+    assert "prior_training.window_shards to 120" in words and "--redo tokens" in words
     assert int(words.split()[6]) < 15
     assert warn_of_sorted_shards(TokenShardReader(by_class, window_shards=120), 64) is None, "all are shuffled together"
     mixed = write_classes(tmp_path / "mixed", np.random.default_rng(0).permutation(labels).tolist(), 10, order_seed=None)

@@ -1,4 +1,4 @@
-"""summary.json and the closing table describe the weights that were exported, whichever validation those come from."""
+"""summary.json and the closing table describe the exported weights, whichever validation they come from."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import read_metrics
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
-"""What the validation of each step finds; those of steps 4 and 6 are equal as metrics.jsonl rounds them."""
+"""The result of the validation at each step. Steps 4 and 6 are equal after the rounding of metrics.jsonl."""
 
 
 BEST = {"tokenizer_training__validate_every": 2, "tokenizer_training__export": "best"}
@@ -24,7 +24,7 @@ BEST = {"tokenizer_training__validate_every": 2, "tokenizer_training__export": "
 
 @pytest.fixture
 def scripted_errors(monkeypatch):
-    """Both stages' validations find ERRORS, so that the best step is neither the first nor the last one. All else is measured."""
+    """The validations of both stages return ERRORS, so the best step is neither the first nor the last. Everything else is measured."""
     def scripted(validate, measure: str):
         errors = iter(ERRORS.values())
         return lambda *arguments: validate(*arguments) | {measure: next(errors)}
@@ -39,7 +39,7 @@ def validation_of(run_dir: Path, stage: str, step: int) -> dict:
     return {name: value for name, value in record.items() if name != "kind"}
 
 
-def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors, capsys):
+def test_the_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsys):
     exports, run = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}, RunFolder(tmp_path / "run")
     changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
                for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_the_exported_weights(tmp_path, scripted_errors
 
 
 def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scripted_errors):
-    """The newest export counts after more steps. Where a record does not name the exported step, it follows from the log."""
+    """After more steps, the newest export counts. If a record does not name the exported step, the log is used."""
     run = RunFolder(tmp_path / "run")
     for max_steps, best in ((4, 4), (8, 6), (10, 10)):
         train_tokenizer.train(tiny_recipe(run.root, tokenizer_training__max_steps=max_steps, **BEST))
@@ -66,10 +66,10 @@ def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scri
         assert exported_validation(run, "tokenizer", export, "reconstruction_l2")["step"] == step
     path = run.logs("tokenizer") / "metrics.jsonl"
     path.write_text(path.read_text().replace('"reconstruction_l2": 0.2', '"reconstruction_l2": NaN'))
-    assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two that are equal as far as the log tells"
+    assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two steps that are equal in the log"
 
 
-def test_samples_without_a_judge_are_of_classes_from_the_first_to_the_last():
+def test_samples_without_a_judge_are_spread_over_all_classes():
     assert evenly_spread(3, 100) == [0, 1, 2] and evenly_spread(100, 100) == list(range(100))
     chosen = evenly_spread(1000, 100)
     assert chosen == list(range(0, 1000, 10))

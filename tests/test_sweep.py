@@ -208,7 +208,7 @@ class FirstPixels(nn.Module):
 
 
 def class_images(classes: list[int], seed: int) -> torch.Tensor:
-    """Images (N, 1, 2, 2) whose brightness tells their class of ten."""
+    """Images (N, 1, 2, 2) of ten classes that differ in brightness."""
     noise = torch.randn(len(classes), 1, 2, 2, generator=torch.Generator().manual_seed(seed))
     return (torch.tensor(classes)[:, None, None, None] / 6.25 - 0.8 + 0.05 * noise).clamp(-1, 1)
 
@@ -222,8 +222,8 @@ def distances_in_order(real_order: list[int], fake_order: list[int], batch_size:
 
 
 @pytest.mark.parametrize("real, fake", [(1, 4), (4, 1), (4, 4)])
-def test_equal_distributions_have_no_kernel_distance_however_many_and_in_whatever_order(real, fake, monkeypatch):
-    """Images come class by class, so features of the first ones alone are those of the first classes."""
+def test_equal_distributions_have_no_kernel_distance_in_any_number_or_order(real, fake, monkeypatch):
+    """Images come class by class, so the first images belong to the first classes."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 2000)
     real_order, fake_order = (sorted(list(range(10)) * 200 * times) for times in (real, fake))
     result = distances_in_order(real_order, fake_order)
@@ -232,8 +232,8 @@ def test_equal_distributions_have_no_kernel_distance_however_many_and_in_whateve
     assert distances_in_order(real_order, fake_order, batch_size=77) == pytest.approx(result, rel=1e-9), "batches do not matter"
 
 
-def test_the_next_combination_is_measured_as_if_it_were_the_first(monkeypatch):
-    """A sweep that goes on from its record measures fewer combinations in one process, and must find the same numbers."""
+def test_each_combination_is_measured_independently(monkeypatch):
+    """A sweep that continues from its record measures fewer combinations in one process and must find the same numbers."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 100)
     real_BCHW, fake_BCHW = class_images(list(range(10)) * 15, 0), class_images(list(range(10)) * 30, 1)
     distances = Distances(FirstPixels())
@@ -254,7 +254,7 @@ def test_a_random_subset_of_few_rows_is_all_of_them_in_order(count):
 
 
 def test_a_random_subset_takes_every_position_equally_often():
-    """1,000 draws of 20 rows out of 100: each is drawn 200 times, up to four deviations of 12.6."""
+    """1,000 draws of 20 rows out of 100: each is drawn 200 times, within four standard deviations of 12.6."""
     drawn = torch.zeros(100)
     for seed in range(1000):
         subset = RandomSubset(20, seed)
@@ -266,8 +266,8 @@ def test_a_random_subset_takes_every_position_equally_often():
     assert (drawn - 200).abs().max() < 51
 
 
-def test_a_record_of_the_first_images_alone_is_not_continued(known_copy, features, monkeypatch):
-    """Its kernel distances of more images than are kept cannot be compared with new ones."""
+def test_a_record_of_the_first_images_only_is_refused(known_copy, features, monkeypatch):
+    """Its kernel distances cannot be compared with new ones if there are more images than are kept."""
     pipeline, real = known_copy
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 50)
     common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--device", "cpu")

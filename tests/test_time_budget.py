@@ -1,4 +1,4 @@
-"""Training under a time budget: when the clock starts, how often validations come, what is printed meanwhile, and memory kept to the micro-batch."""
+"""Training under a time budget: the start of the clock, the frequency of validations, printed progress, and memory of one micro-batch."""
 
 import io
 import json
@@ -39,7 +39,7 @@ both_stages = pytest.mark.parametrize("stage", STAGES)
 
 @pytest.fixture
 def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens, in which nothing was trained."""
+    """A run folder with finished tokens and no training."""
     shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
     return tmp_path / "run"
 
@@ -52,7 +52,7 @@ def train(stage: str, run_dir: Path, **changes) -> list[dict]:
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The time that everything with a clock sees; a test moves it."""
+    """The time that all clocks show. A test changes it."""
     now = [1000.0]
     for module in (budget_module, tracking, validation_schedule):
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -93,7 +93,7 @@ def test_validation_and_k_means_work_on_no_more_images_than_a_training_step(stag
 
 
 @both_stages
-def test_a_time_budget_is_validated_although_validate_every_never_comes(stage, run_dir, capsys):
+def test_a_short_time_budget_validates_before_validate_every(stage, run_dir, capsys):
     records = train(stage, run_dir, max_steps="null", max_minutes=0.05, validate_every=10**6, validation_images=32)
     validated = [record["step"] for record in records if record["kind"] == "validation"]
     assert len(validated) > 2
@@ -108,8 +108,8 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
 
 
 @pytest.mark.parametrize(("one", "every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])
-def test_validations_come_every_20th_of_a_time_budget_and_take_a_tenth_of_the_time(one, every, clock):
-    """One step a second for 1,000 s; a validation takes `one` second, as choose_images plans, or far more."""
+def test_validations_under_a_time_budget_are_frequent_and_bounded(one, every, clock):
+    """One step per second for 1,000 s. A validation takes `one` seconds: as long as choose_images plans, or far more."""
     began, validations = clock[0], schedule(1000, validate_every=every)
     state, budget, starts = validations.state, validations.budget, [0.0]
     state.seconds_per_validation = 3.0
@@ -193,7 +193,7 @@ def test_a_time_budget_decides_how_many_images_are_validated(clock):
     hour = schedule(3600, validation_images=5000)
     assert hour.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL * 3600 / 0.5) == 21
     hour.budget = Budget(None, 600)
-    assert hour.choose_images(3000, validate) == 21, "a longer budget keeps the images, by which the best weights are chosen"
+    assert hour.choose_images(3000, validate) == 21, "a longer budget keeps the number of images, because the best weights are chosen by them"
     assert hour.choose_images(7, validate) == 7
     assert schedule(60).choose_images(3000, validate) == FEWEST_IMAGES
     assert schedule(10**6, validation_images=40).choose_images(3000, validate) == 40
@@ -211,7 +211,7 @@ def test_pictures_that_take_long_are_left_out_until_the_end(clock):
     while validations.budget.elapsed_seconds < 1000:
         clock[0] += 40
         validations.make_pictures(make)
-    assert made == [40, 630, 900, 1010], "the first, then while they take a tenth of the time at most, and the last"
+    assert made == [40, 630, 900, 1010], "the first, then as long as they take at most a tenth of the time, and the last"
 
 
 @both_stages
@@ -299,7 +299,7 @@ def test_the_pace_leaves_the_first_steps_out(clock):
 
 
 @both_stages
-def test_progress_is_printed_where_the_output_is_no_terminal(stage, run_dir, monkeypatch, capsys):
+def test_progress_is_printed_if_the_output_is_not_a_terminal(stage, run_dir, monkeypatch, capsys):
     monkeypatch.setattr(training_run, "FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr(training_run, "LINE_SECONDS", 0.0)
     records = train(stage, run_dir, max_steps=8)
@@ -310,7 +310,7 @@ def test_progress_is_printed_where_the_output_is_no_terminal(stage, run_dir, mon
     assert f"step 7 of 8, {loss} {logged[6]:.4g}, " in lines[6] and lines[6].endswith("s left")
 
 
-def test_lines_of_progress_stand_in_for_a_bar(clock, monkeypatch):
+def test_progress_lines_replace_a_bar(clock, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(tracking.sys, "stderr", out)
     lines = tracking.progress_bar(5000, 1000, "train", "image")
@@ -334,7 +334,7 @@ def test_a_tokenizer_that_learned_nothing_is_exported_with_a_warning(learning_ra
     records = train("tokenizer", tmp_path, max_steps=6, learning_rate=learning_rate, warmup_fraction=0, weight_ema_decay=0)
     last = records[-1]
     assert not last["reconstruction_l2"] < last["variance"] and math.isfinite(last["reconstruction_l2"]) == (learning_rate < 1)
-    assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A picture of one grey has" in capsys.readouterr().out
+    assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A flat grey image has" in capsys.readouterr().out
 
 
 def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path, capsys):
@@ -346,7 +346,7 @@ def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path,
     assert numbers["reconstruction_l2"] < numbers["variance"] and "warning" not in capsys.readouterr().out
 
 
-def test_a_prior_that_learned_something_is_exported_without_a_warning(run_dir, capsys):
+def test_a_prior_that_learned_is_exported_without_a_warning(run_dir, capsys):
     train("prior", run_dir, max_steps=30, learning_rate=0.01, weight_ema_decay=0)
     assert "warning" not in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The tokenizer's validation metrics are the published ones: PSNR and SSIM of images in [0, 1], whatever range the network works in."""
+"""The tokenizer's validation metrics are the published ones: PSNR and SSIM of images in [0, 1], whatever the range of the network."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def ssim_by_scipy(first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> float:
 
 
 def test_ssim_of_two_flat_greys_is_their_luminance_term(measured):
-    """Known in closed form: 0.9968. It is negative where images in [-1, 1] are compared, since one grey lies on each side of 0."""
+    """The closed form is 0.9968. For images in [-1, 1] it would be negative, because the two greys lie on different sides of 0."""
     grey = torch.full((2, 1, 32, 32), 0.5)
     expected = (2 * 0.48 * 0.52 + 0.01**2) / (0.48**2 + 0.52**2 + 0.01**2)
     assert measured(grey - 0.02, grey + 0.02)["ssim"] == pytest.approx(expected, abs=5e-4)
@@ -70,7 +70,7 @@ def test_ssim_of_two_flat_greys_is_their_luminance_term(measured):
 
 @pytest.mark.parametrize("channels, size", [(1, 16), (3, 16), (1, 64), (3, 64)])
 @pytest.mark.parametrize("change", ["noise", "brighter", "blurred"])
-def test_ssim_and_psnr_are_those_of_the_formulas(channels, size, change, measured):
+def test_ssim_and_psnr_follow_the_formulas(channels, size, change, measured):
     images_BCHW = photographs(channels, size)
     noise_BCHW = 0.1 * torch.randn(images_BCHW.shape, generator=torch.Generator().manual_seed(0))
     restored_BCHW = {"noise": images_BCHW + noise_BCHW, "brighter": images_BCHW + 0.1,

@@ -1,4 +1,4 @@
-"""What `generate` and `reconstruct` write: bounded memory, names that sort, interruptions that lose nothing, requests that do not mix."""
+"""The output of `generate` and `reconstruct`: bounded memory, sortable names, safe interruptions, and requests that do not mix."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def interrupt() -> None:
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
+    """Simulates a SIGKILL: nothing catches it."""
 
 
 def kill() -> None:
@@ -78,7 +78,7 @@ def kill() -> None:
 # --- generate: interruptions -------------------------------------------------------------------------------------------------
 
 
-def test_a_request_that_was_stopped_twice_ends_with_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
+def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
     out = tmp_path / "out"
     after_files(5, interrupt)
     assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
@@ -94,8 +94,8 @@ def test_a_request_that_was_stopped_twice_ends_with_the_same_bytes(tiny_run, tmp
     capsys.readouterr()
     assert generate(tiny_run, out) == 0
     said = capsys.readouterr().out
-    assert f"going on: 71 of {TOTAL} images are in {out} already" in said
-    assert f"wrote 59 images and grid.png to {out}, which holds all 130 now" in said
+    assert f"continuing: 71 of {TOTAL} images are already in {out}" in said
+    assert f"wrote 59 images and grid.png to {out}, which now holds all 130" in said
     assert pictures(out) == whole
 
 
@@ -116,7 +116,7 @@ def test_a_signal_between_tokens_stops_without_waiting_for_the_batch(number, tin
     assert f"64 of {TOTAL} images are written" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
+def test_existing_images_are_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
     out = tmp_path / "out"
     assert generate(tiny_run, out) == 0
     sample, asked = TokenPrior.sample, []
@@ -128,7 +128,7 @@ def test_what_is_there_is_not_sampled_again(tiny_run, tmp_path, whole, monkeypat
     assert {path: path.stat().st_mtime_ns for path in times} == times, "the other files of its batch are kept"
 
 
-def test_only_the_grid_is_missing(tiny_run, tmp_path, whole, monkeypatch):
+def test_a_missing_grid_is_written_without_sampling(tiny_run, tmp_path, whole, monkeypatch):
     assert generate(tiny_run, tmp_path / "out") == 0
     (tmp_path / "out" / "grid.png").unlink()
     monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
@@ -184,7 +184,7 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
     (tiny_copy / "pipeline" / "pipeline.json").write_text(json.dumps(content))
     assert generate(tiny_copy, tmp_path / "out") == 2
     assert "sampling.top_p was 1.0, now 0.5" in capsys.readouterr().err
-    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "the settings count, not where they come from"
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "only the values of the settings count"
     weights = tiny_copy / "pipeline" / "prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 2
@@ -192,7 +192,7 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
-def test_a_record_that_is_none_is_refused(content, tiny_run, tmp_path, capsys):
+def test_an_invalid_record_is_refused(content, tiny_run, tmp_path, capsys):
     (tmp_path / "samples.json").write_text(content)
     assert generate(tiny_run, tmp_path) == 2
     assert "samples.json is no record of generated images" in capsys.readouterr().err
@@ -278,7 +278,7 @@ def test_names_sort_in_the_order_of_the_request():
     assert SampleFolder(labels=[1, 0, 1], num=1, **request).names == ["c-0.png", "a_b-0.png", "c-1.png"]
 
 
-def test_reconstructions_of_equal_names_get_short_names_of_their_own():
+def test_reconstructions_of_equal_names_get_distinct_short_names():
     paths = [Path(f"{folder}/image.jpg") for folder in range(2000)] + [Path("image_2.png"), Path("grid.png"), Path("a.b.png")]
     names = names_of_copies(paths)
     assert len(set(names)) == len(names) and names[:3] == ["image.png", "image_.png", "image_2.png"] and max(map(len, names)) <= len("image_2000.png")
@@ -303,7 +303,7 @@ def reconstruct(run: Path, paths: list[Path], out: Path) -> int:
     return guarded(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
 
 
-def test_reconstructions_go_on_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
+def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
     assert reconstruct(tiny_run, photos, tmp_path / "whole") == 0
     out = tmp_path / "out"
     after_files(3, interrupt)
@@ -351,7 +351,7 @@ def test_an_image_with_broken_pixels_is_named(tiny_run, photos, tmp_path):
 # --- the pipeline's own methods ----------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline_takes_and_gives_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
+def test_the_pipeline_processes_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     images = []
     for path in photos[:10]:

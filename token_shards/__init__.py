@@ -3,7 +3,7 @@
 A complete folder, one for each split (`tokens/train`, `tokens/validation`):
 
     manifest.json        what the ids mean (grids, views, token fingerprint, class names) and which shards there are; written last
-    shard-000000.tar     the first images_per_shard sources of a permutation by the manifest's order_seed, whoever wrote them
+    shard-000000.tar     the first images_per_shard sources in the order given by order_seed, whichever process wrote them
         000000012.image.npy   ids (V, T): every stored view of one image, one file for each grid; uint16, or int32 above 65,536 codes
         000000012.json        {"index": 12, "label": 3, "source": "cat/0013.jpg", "views": 2}; label is null without classes
         000000457.image.npy   ...
@@ -17,9 +17,9 @@ Any WebDataset code reads the shards without this package (none of the files hol
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
         ids_VT, label = sample["image.npy"], sample["json"]["label"]
 
-The permutation puts images of all classes into each shard, since shuffling reaches a few shards at a time. Inside a shard the images lie
-by their index in the data set, so a shuffle buffer of other readers should hold at least one shard. Sets of version 0.1.0 are not
-permuted, and their manifest has no order_seed.
+Shuffling mixes only a few shards at a time, so the sources are permuted by order_seed: each shard holds a random part of the data set.
+Inside a shard, images are sorted by their index in the data set, so the shuffle buffer of another reader should hold at least one shard.
+Sets written by version 0.1.0 are not permuted, and their manifest has no order_seed.
 
 With this package: TokenShardWriter writes, TokenShardReader trains from them in an order that can be resumed anywhere,
 audit_folder proves them whole. Importing the package loads nothing; nothing in it needs torch (the audit loads webdataset).

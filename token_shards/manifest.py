@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
 ORDER_SEED = 0
-"""The order_seed of every set of shards that this program writes. The training stream has a seed of its own."""
+"""The order_seed of all new sets of shards. The training stream has its own seed."""
 
 
 def shard_name(shard_index: int) -> str:
@@ -98,12 +98,12 @@ class ShardSetHeader:
     encoding: dict
     """What else the bytes depend on, such as {"threads": 2, "batch_size": 64}."""
     images_per_shard: int
-    """Source images in one shard, n: shard s holds those at the places [s*n, (s+1)*n) of the order that order_seed gives."""
+    """Source images in one shard, n: shard s holds the positions [s*n, (s+1)*n) of the order given by order_seed."""
     num_sources: int
     """Source images of the split, readable or not."""
     order_seed: int | None = None
-    """Seed of the permutation of the sources before they are cut into shards, so that each shard holds a random part of the data set.
-    None: not permuted, as in sets that version 0.1.0 wrote."""
+    """Seed that permutes the sources before they are cut into shards, so that each shard holds a random part of the data set.
+    None means not permuted, as in sets written by version 0.1.0."""
     schema_version: int = SCHEMA_VERSION
     """Version of this record and of the shards' layout."""
 
@@ -130,19 +130,19 @@ class ShardSetHeader:
         return -(-self.num_sources // self.images_per_shard)
 
     def source_range(self, shard_index: int) -> range:
-        """The places of a shard's sources in the order that order_seed gives; without one they are the source indices themselves."""
+        """The positions of a shard's sources in the order given by order_seed; without order_seed, these are the source indices."""
         first = shard_index * self.images_per_shard
         return range(first, min(first + self.images_per_shard, self.num_sources))
 
     def source_indices(self, shard_index: int) -> Sequence[int]:
-        """The source indices of a shard, in rising order: it stores its sources so, and a data set that lies in order is read forwards."""
+        """The source indices of a shard in ascending order. Shards are stored in this order, so that the data set is read forwards."""
         places = self.source_range(shard_index)
         if self.order_seed is None:
             return places
         return np.sort(permuted_sources(self.num_sources, self.order_seed)[places.start:places.stop]).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON content. An order_seed of None is left out: older versions wrote no such field."""
+        """The record as JSON content. An order_seed of None is left out, because older versions did not write the field."""
         content = dataclasses.asdict(self)
         if self.order_seed is None:
             del content["order_seed"]
@@ -222,10 +222,10 @@ class TokenShardManifest(ShardSetHeader):
         version = written_by(content)
         content = {name: value for name, value in content.items() if name != VERSION_FIELD}
         known = [field.name for field in dataclasses.fields(cls)]
-        check_fields(content, known, str(path), version, required=[name for name in known if name != "order_seed"])  # which version 0.1.0 lacks
+        check_fields(content, known, str(path), version, required=[name for name in known if name != "order_seed"])  # 0.1.0 did not write it
         for name, part in (("grids", Grid), ("shards", ShardEntry)):
             if not isinstance(content[name], list):
-                raise InputError(f"{path}: {name} does not fit: it is {str(content[name])[:100]!r}, not a list.")
+                raise InputError(f"{path}: {name} is {str(content[name])[:100]!r}; it must be a list.")
             content[name] = [from_fields(part, entry, f"{path}: {name}[{number}]", version) for number, entry in enumerate(content[name])]
         return from_fields(cls, content, str(path), version)
 

@@ -16,9 +16,9 @@ KEPT_WINDOWS = 4
 
 @functools.lru_cache(maxsize=2)
 def permuted_sources(num_sources: int, order_seed: int) -> np.ndarray:
-    """The source index (N,) at each place of the order in which sources are cut into shards, int64.
+    """The source indices (N,), int64, in the order in which they are cut into shards.
 
-    Shards on disk rely on it, so it must be the same in every version of this package and of numpy.
+    Shards on disk depend on this order, so it must be the same in every version of this package and of numpy.
     """
     return np.argsort(hashes(np.arange(num_sources), "source order", order_seed), kind="stable")
 
@@ -40,7 +40,7 @@ class EpochOrder:
     shards are permuted by f(seed, e) and cut into windows of at most `window_shards` shards, as even as can be; inside window
     w the samples are permuted by f(seed, e, w). So each epoch is a permutation, a reader has one window of shards (two where
     windows meet) in use at a time, and seeking costs the permutation of the windows it lands in. Only samples of
-    one window are shuffled together, so classes mix only where each shard holds a random part of the data set (`ShardSetHeader.order_seed`).
+    the same window are shuffled together, so classes mix only if each shard holds a random part of the data set (`ShardSetHeader.order_seed`).
     """
 
     def __init__(self, counts_per_shard: Sequence[int], seed: int, window_shards: int):

@@ -1,4 +1,4 @@
-"""Reading token shards: any position of the training stream, or samples by number for validation, straight from mapped tar files."""
+"""Reading token shards: any position of the training stream, or samples by number for validation, read from memory-mapped tar files."""
 
 import functools
 import hashlib
@@ -187,7 +187,7 @@ class TokenShardReader:
         """Raise InputError unless a shard's tar has its size and its sidecar the bytes that the manifest was written with."""
         path, sidecar_file = self.folder / entry.name, sidecar_path(self.folder, entry.name)
         try:
-            with open(path, "rb") as file:  # not stat, which a file that may not be read allows
+            with open(path, "rb") as file:  # not path.stat, which works even if the file may not be read
                 size = os.fstat(file.fileno()).st_size
         except PermissionError as error:
             raise permission_denied(path) from error

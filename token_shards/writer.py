@@ -29,7 +29,7 @@ def default_key(index: int) -> str:
 
 
 class ShardInProgress:
-    """One shard while it is written; add or skip each of its sources, those added in index order."""
+    """A shard that is being written. Add or skip each of its sources; add them in index order."""
 
     def __init__(self, tar: tarfile.TarFile, header: ShardSetHeader, name: str, sources: Sequence[int]):
         self._tar, self._header, self.name, self._indices = tar, header, name, frozenset(sources)
@@ -86,7 +86,7 @@ class ShardInProgress:
     def _check_index(self, index: int) -> int:
         index = operator.index(index)
         if index not in self._indices:
-            raise ValueError(f"{self.name}: source index {index} belongs to another shard; `ShardSetHeader.source_indices` gives those of this one.")
+            raise ValueError(f"{self.name}: source index {index} belongs to another shard; see `ShardSetHeader.source_indices`.")
         if index in self._skipped or (self.indices and index <= self.indices[-1] and index in self.indices):
             raise ValueError(f"{self.name}: source index {index} was added or skipped before; each must come exactly once.")
         return index
@@ -158,10 +158,10 @@ def _tar_header_parts(size: int) -> tuple[int, bytes, bytes]:
 
 
 def headers_as_written(headers: Mapping[Path, ShardSetHeader]) -> dict[Path, ShardSetHeader]:
-    """The headers (by folder) with the order of sources in which shards of theirs were written that lie there already.
+    """The headers (by folder), with the order of sources of the shards that are already in the folders.
 
-    Sets of version 0.1.0 are not permuted: what is missing or broken in them has to be written in their own order. The splits of a data
-    set have one order, so one split can tell it for the other. Where nothing tells, the headers come back as they are.
+    Sets written by version 0.1.0 are not permuted, so their missing or broken shards must be written in the same order. All splits of a
+    data set have the same order, so one split shows the order of the others. The headers are unchanged if there are no shards yet.
     """
     permuted = unpermuted = 0
     for folder, header in headers.items():
@@ -209,7 +209,7 @@ class TokenShardWriter:
         path = self.folder / name
         try:
             sidecar = ShardSidecar.load(self.folder, name)
-        except PermissionDenied:  # it may well be whole
+        except PermissionDenied:  # the shard may be whole
             raise
         except InputError as error:
             return str(error)

@@ -41,7 +41,7 @@ def restore_best(resumed_from: Path | None, best_weights: Path) -> None:
 def export_best_and_last(run: TrainingRun, best_weights: Path, measure: str) -> int:
     """Write the stage's export with the weights that its `export` field asks for, best or last, and the other ones beside the checkpoints.
 
-    Returns the step of the exported weights. `measure` is what best means, for the warning where no validation had a finite one.
+    Returns the step of the exported weights. `measure` names the number that best refers to, for the warning if no validation had a finite one.
     """
     model = run.validated_model
     targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}

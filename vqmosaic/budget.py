@@ -17,13 +17,13 @@ class Budget:
         self._elapsed_before, self._started = elapsed_seconds, None
 
     def start(self) -> None:
-        """Start the clock, unless it runs already."""
+        """Start the clock if it is not running yet."""
         if self._started is None:
             self._started = time.monotonic()
 
     @property
     def session_seconds(self) -> float:
-        """Seconds since the clock was started."""
+        """Seconds since the clock started; 0 before that."""
         return 0.0 if self._started is None else time.monotonic() - self._started
 
     @property
@@ -52,10 +52,7 @@ def learning_rate_share(progress: float, warmup_fraction: float, final_share: fl
 
 
 class Pace:
-    """Seconds per step, averaged over all steps but the first few, which are slower. Validations and checkpoints count.
-
-    Until there are others, the average is over the first few.
-    """
+    """Average seconds per step. The first few steps are left out because they are slower; validations and checkpoints are included."""
 
     WARM_UP_STEPS = 5
 
@@ -68,14 +65,14 @@ class Pace:
             self._started = time.monotonic()
 
     def step(self) -> None:
-        """Note that a step has ended."""
+        """Count a finished step."""
         self._steps += 1
         if self._steps == self.WARM_UP_STEPS:
             self._warm_since = time.monotonic()
 
     @property
     def seconds_per_step(self) -> float:
-        """The average so far, after at least one step."""
+        """Average over the steps after the first WARM_UP_STEPS; if there is none yet, over all steps. There must be at least one step."""
         warm_steps = self._steps - self.WARM_UP_STEPS
         if warm_steps > 0:
             return (time.monotonic() - self._warm_since) / warm_steps
@@ -83,7 +80,7 @@ class Pace:
 
 
 def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:
-    """Seconds that the rest of the training will take at this pace."""
+    """Seconds that the rest of training will take at this pace."""
     bounds = []
     if budget.max_steps is not None:
         bounds.append((budget.max_steps - step) * seconds_per_step)

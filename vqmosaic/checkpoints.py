@@ -24,14 +24,14 @@ T = TypeVar("T")
 
 
 def broken_files(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint folder, in words; empty when it is whole. Raises PermissionDenied where it cannot be read."""
+    """The problems of a checkpoint folder in words; empty if it is whole. Raises PermissionDenied if it cannot be read."""
     check_readable(checkpoint)
     try:
         checksums = json.loads((checkpoint / "checksums.json").read_text())
     except (OSError, ValueError):
         return ["checksums.json is missing or unreadable"]
     if not isinstance(checksums, dict) or any(not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys() for entry in checksums.values()):
-        return ["checksums.json holds something else than sizes and digests"]
+        return ["checksums.json holds something other than sizes and digests"]
     problems = []
     for name, entry in checksums.items():
         path = checkpoint / name
@@ -50,7 +50,7 @@ class CheckpointFolder:
     keep: int = 2
 
     def all(self) -> list[Path]:
-        """Checkpoint folders, oldest first. Raises PermissionDenied where they cannot be listed: a training would start anew."""
+        """Checkpoint folders, oldest first. Raises PermissionDenied if they cannot be listed, because training would otherwise start anew."""
         check_readable(self.root)
         return sorted(path for path in self.root.glob("step-*") if path.is_dir())
 
@@ -114,7 +114,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def restore_state(checkpoint: Path, cls: type[T]) -> T:
-    """The named numbers of a checkpoint as an object of the dataclass that they were written from; those that came later at their defaults."""
+    """The named numbers of a checkpoint as an object of the dataclass `cls`. Fields that the checkpoint does not have keep their defaults."""
     state, version = _read_state(checkpoint)
     return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)
 
@@ -125,6 +125,6 @@ def version_of(checkpoint: Path) -> str | None:
 
 
 def _read_state(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-    """The named numbers, and the version that wrote them."""
+    """The named numbers, and the version of vqmosaic that wrote them (None if unknown)."""
     content = read_object(checkpoint / "trainer_state.json", "give another checkpoint")
     return {name: value for name, value in content.items() if name != VERSION_FIELD}, written_by(content)

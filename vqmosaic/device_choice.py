@@ -1,5 +1,7 @@
-"""Which device a machine offers, how many cores, and devices and number formats by name; apart from devices.py so that generating loads nothing
-that only training needs."""
+"""The default device, the number of cores, and devices and number formats by name.
+
+Separate from devices.py, so that generation loads no training code.
+"""
 
 import os
 
@@ -11,21 +13,21 @@ NUMBER_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """The number format for its torch.dtype or its name, such as "bfloat16" or "torch.bfloat16"; None is float32. InputError for others."""
+    """The torch.dtype for a dtype or its name, such as "bfloat16" or "torch.bfloat16"; None gives float32. Raises InputError for other values."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if isinstance(dtype, (torch.dtype, str, type(None))) and name in NUMBER_FORMATS:
         return NUMBER_FORMATS[name]
     nearest = nearest_name(name, NUMBER_FORMATS)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(NUMBER_FORMATS)}, as text or as torch.dtype.{hint}")
+    raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(NUMBER_FORMATS)}, as a string or a torch.dtype.{hint}")
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """The device for its torch.device or its name, whether or not this machine has it; InputError for a name that torch does not know."""
+    """The torch.device for a device or its name, even if this machine does not have it. Raises InputError for a name that torch does not know."""
     try:
         return torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"device is {device!r}; allowed: cpu, cuda, cuda:1 and so on, as text or as torch.device.") from None
+        raise InputError(f"device is {device!r}; allowed: cpu, cuda, cuda:1 and so on, as a string or a torch.device.") from None
 
 
 def available_cores() -> int:
@@ -37,7 +39,7 @@ def available_cores() -> int:
 def default_device() -> torch.device:
     """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
 
-    The CPU also under accelerate's launcher if its configuration sets `use_cpu`: accelerate then trains there, and everything else has to follow.
+    Also the CPU if accelerate's launcher was configured with `use_cpu`: accelerate then trains on the CPU, and everything else must use it too.
     Apple's mps is left aside: it has no float64, in which probabilities are summed up.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):

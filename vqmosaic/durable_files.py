@@ -42,7 +42,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @naming_denied_permissions()
 def publish(partial: Path, path: Path) -> None:
-    """Flush a finished temporary file or folder and give it its real name and the usual permissions, replacing an older folder or file."""
+    """Give a finished temporary file or folder the usual permissions, flush it and rename it to its real name, replacing an older one."""
     give_usual_permissions(partial)
     if partial.is_dir():
         for inner in sorted(partial.rglob("*")):
@@ -63,7 +63,7 @@ def publish(partial: Path, path: Path) -> None:
 
 @naming_denied_permissions()
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder and everything in it. The copies are new files: they have the usual permissions, whatever the source has."""
+    """Copy a folder and everything in it. The copies get the usual permissions of new files, whatever permissions the source has."""
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
         if path.is_dir():

@@ -27,7 +27,7 @@ def check_name(field: str, given: str, allowed: Iterable[str]) -> None:
 
 def check_range(field: str, given: float, *, at_least: float | None = None, above: float | None = None,
                 at_most: float | None = None, below: float | None = None) -> None:
-    """Raise InputError unless what is given is a number (true, false and text are none), lies within the bounds and is finite."""
+    """Raise InputError unless the given value is a finite number within the bounds. Booleans and text are not numbers."""
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None) or "a finite number"
     if isinstance(given, bool) or not hasattr(given, "__abs__"):

@@ -1,4 +1,4 @@
-"""The weights of a model by the names that an export has, checked before anything is written: what could not be loaded again is refused."""
+"""The weights of a model under the names in an export. Weights that could not be loaded again are refused before anything is written."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from vqmosaic.weights_fit import LISTED, misfits
 
 
 def wrapped_name(module: nn.Module) -> str | None:
-    """The name under which a wrapper of torch's (compiled, several processes, weight average) holds the module in it; None for other modules."""
-    if "_orig_mod" in module._modules:  # torch.compile; its class is not imported, since that loads the whole compiler
+    """The attribute in which a torch wrapper (torch.compile, data parallelism, weight average) holds the inner module; None for other modules."""
+    if "_orig_mod" in module._modules:  # torch.compile; importing its class would load the whole compiler
         return "_orig_mod"
     return "module" if isinstance(module, DistributedDataParallel | DataParallel | AveragedModel) else None
 
@@ -24,7 +24,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model by the names that it has without torch's wrappers, around it or around any part; what only they hold is left out."""
+    """The state dict of a model under the names that it has without torch's wrappers, around the model or any part of it.
+
+    State that only a wrapper holds is left out.
+    """
     wrappers = {path: name for path, module in model.named_modules(remove_duplicate=False) if (name := wrapped_name(module)) is not None}
     plain = {}
     for name, tensor in model.state_dict().items():
@@ -41,7 +44,7 @@ def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def same_weights(model: nn.Module, reference: nn.Module) -> bool:
-    """Whether a model has the weights of a reference, perhaps wrapped, on another device or in another number format."""
+    """Whether a model has the weights of a reference. Wrappers, devices and number formats may differ."""
     found, expected = plain_state(model), plain_state(reference)
     if misfits(found, expected):
         return False
@@ -49,14 +52,14 @@ def same_weights(model: nn.Module, reference: nn.Module) -> bool:
 
 
 def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[str, torch.Tensor]:
-    """The tensors of a model by plain names; they share memory with the model.
+    """The tensors of a model under plain names. They share memory with the model.
 
     Args:
-        fresh: a model of the same configuration, on the meta device: what will be made to load the weights into.
-        what: the model in words, for the error.
+        fresh: a model of the same configuration on the meta device, like the one that loading will create.
+        what: what the error message calls the model.
 
     Raises:
-        InputError: a name, a shape, a kind of number or a tie between weights is not that of the configuration, or a tensor has no values here.
+        InputError: a name, a shape, a kind of number or a weight tie differs from the configuration, or a tensor has no values.
     """
     found, expected = plain_state(model), fresh.state_dict(keep_vars=True)
     problems = misfits(found, expected)
@@ -65,25 +68,25 @@ def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[st
     if not problems:
         problems = _listed(_broken_ties(found, expected))
     if problems:
-        raise InputError(f"{what} cannot be saved: the file could not be loaded again, because its weights are not those of its configuration: "
-                         f"{problems}. Undo what was changed first: merge adapters (peft: merge_and_unload), remove parametrizations, load "
+        raise InputError(f"{what} cannot be saved: its weights do not match its configuration, so the file could not be loaded again: "
+                         f"{problems}. Undo the changes first: merge adapters (peft: merge_and_unload), remove parametrizations, or load "
                          "without quantization or offloading.")
     return found
 
 
 def _fault(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Why a tensor's values cannot be written, in words that follow its name."""
+    """Why a tensor cannot be written, in words that follow its name; None if it can."""
     if type(tensor) is not torch.Tensor:
         return f"is a {type(tensor).__name__}, not a plain tensor"
     if tensor.is_meta:
-        return "has no values here (it is on the meta device)"
+        return "has no values (it is on the meta device)"
     if tensor.is_floating_point() != expected.is_floating_point() or tensor.is_complex() != expected.is_complex():
         return f"holds {str(tensor.dtype).removeprefix('torch.')}, not {str(expected.dtype).removeprefix('torch.')}"
     return None
 
 
 def _broken_ties(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Weights that are one in the configuration, of which an export holds one, and are not equal here."""
+    """Weights that the configuration ties but that differ in this model. An export would keep only one of them."""
     first: dict[int, str] = {}
     problems = []
     for name, tensor in expected.items():

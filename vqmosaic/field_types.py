@@ -1,4 +1,4 @@
-"""Arguments and fields of the right type: numbers of any library become Python's own, and text where a number belongs is an error in words."""
+"""Type checks for arguments and fields. Numbers of other libraries become Python numbers; text in place of a number raises InputError."""
 
 import dataclasses
 import operator
@@ -12,17 +12,17 @@ TYPES = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def as_integer(name: str, given: Any) -> int:
-    """The argument as an int; integers of numpy and torch are taken too. Raises InputError for text, true and false, fractions and anything else."""
+    """The argument as an int; numpy and torch integers are accepted. Raises InputError for text, booleans, fractions and anything else."""
     try:
         if not is_boolean(given):
             return operator.index(given)
-    except (TypeError, RuntimeError):  # torch says with the second that a tensor holds several
+    except (TypeError, RuntimeError):  # RuntimeError: a tensor on the meta device
         pass
     raise InputError(f"{name} is {given!r}; it must be an integer.")
 
 
 def as_number(name: str, given: Any) -> int | float:
-    """The argument as an int or a float; numbers of numpy and torch are taken too. Raises InputError for text, true and false and anything else."""
+    """The argument as an int or a float; numpy and torch numbers are accepted. Raises InputError for text, booleans and anything else."""
     if type(given) in (int, float):
         return given
     try:
@@ -34,14 +34,14 @@ def as_number(name: str, given: Any) -> int | float:
 
 
 def as_boolean(name: str, given: Any) -> bool:
-    """The argument as a bool. Raises InputError for anything else: the text "false" would count as true."""
+    """The argument as a bool. Raises InputError for anything else, because the text "false" would count as true."""
     if not is_boolean(given):
         raise InputError(f"{name} is {given!r}; it must be true or false.")
     return bool(given)
 
 
 def is_boolean(given: Any) -> bool:
-    """Whether a value is true or false, of Python or of numpy."""
+    """Whether a value is a Python or numpy bool."""
     return type(given).__module__.partition(".")[0] in ("builtins", "numpy") and type(given).__name__ in ("bool", "bool_")
 
 
@@ -49,7 +49,7 @@ CONVERSIONS = {int: as_integer, float: as_number, bool: as_boolean}
 
 
 def check_types(section: Any, name: str) -> None:
-    """Convert the numbers, booleans and lists of numbers among a dataclass's fields as above; the errors name the section and the field.
+    """Convert the fields of a dataclass that are numbers, booleans or lists of these. Errors name the section and the field.
 
     Fields of other types are left alone.
     """

@@ -1,4 +1,4 @@
-"""JSON files that are read strictly: what a later version wrote is refused with its version and the field, never half understood."""
+"""Strict reading of JSON files: a file with unknown fields is refused, with the fields and the version that wrote it."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ VERSION_FIELD = "vqmosaic"
 
 @naming_denied_permissions()
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises InputError, which ends with the remedy, for anything else in it; FileNotFoundError passes."""
+    """The mapping in a JSON file. Raises InputError, which ends with the remedy, if the file holds anything else, and FileNotFoundError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -29,21 +29,21 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def written_by(content: Any) -> str | None:
-    """The version of vqmosaic that wrote a file, where its content says so."""
+    """The version of vqmosaic that wrote a file; None if its content does not say."""
     version = content.get(VERSION_FIELD) if isinstance(content, Mapping) else None
     return version if isinstance(version, str) else None
 
 
 def version_hint(version: str | None) -> str:
-    """A sentence about the version that wrote a file, for the end of an error; empty where it is this very version."""
+    """A sentence for the end of an error about the version that wrote a file; empty if it is this version."""
     if version == __version__:
         return ""
     author = "another version of vqmosaic" if version is None else f"vqmosaic {version}"
-    return f" The file was written by {author}, this is {__version__}: update vqmosaic, or write the file again with this version."
+    return f" The file was written by {author}; this is {__version__}. Update vqmosaic, or write the file again with this version."
 
 
 def is_later(version: str | None) -> bool:
-    """Whether a version of vqmosaic, such as 0.2.0, came after this one."""
+    """Whether a version of vqmosaic, such as 0.2.0, is later than this one."""
     def numbers(text: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", text)[:3]]
 
@@ -54,8 +54,8 @@ def check_fields(content: Any, known: Iterable[str], where: str, version: str | 
     """Raise InputError unless `content` is a mapping without unknown fields that has the required ones.
 
     Args:
-        where: the file, and the part of it, for the words of the error.
-        version: the version of vqmosaic that wrote the file, where that is known.
+        where: the file and the part of it, for the error message.
+        version: the version of vqmosaic that wrote the file, if known.
     """
     if not isinstance(content, Mapping):
         raise InputError(f"{where} is {str(content)[:100]!r}; expected a mapping of fields.{version_hint(version)}")
@@ -66,13 +66,14 @@ def check_fields(content: Any, known: Iterable[str], where: str, version: str | 
 
 
 def from_fields(cls: type[T], content: Any, where: str, version: str | None = None, required: Collection[str] | None = None) -> T:
-    """An object of a dataclass from the fields in a file, those that the file lacks at their default.
+    """An object of a dataclass from the fields in a file. Fields that the file does not have keep their defaults.
 
     Args:
         required: fields that the file must have; by default those without a default value.
 
     Raises:
-        InputError: unknown or missing fields, or values that the class refuses; names the file, the fields and the version that wrote it.
+        InputError: the file has unknown or missing fields, or values that the class refuses. The message names the file and the fields, and the
+            version that wrote it.
     """
     fields = dataclasses.fields(cls)
     if required is None:
@@ -83,5 +84,5 @@ def from_fields(cls: type[T], content: Any, where: str, version: str | None = No
     except InputError as error:
         hint = version_hint(version) if version is not None else ""
         raise InputError(f"{where}: {error}{hint}") from None
-    except (TypeError, AttributeError) as error:  # a number where a text belongs
+    except (TypeError, AttributeError) as error:  # such as a number in place of text
         raise InputError(f"{where} does not fit: {error}.{version_hint(version)}") from None

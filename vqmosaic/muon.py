@@ -76,19 +76,19 @@ class Muon(torch.optim.AdamW):
     """AdamW, but for `matrices`, whose updates are orthogonalized Nesterov momentum (Jordan et al. 2024).
 
     One learning rate serves both: updates of matrices are scaled to the size that AdamW's have. A kernel (O, I, h, w) counts as a matrix
-    (O, I h w), a stack (E, R, C) as E matrices (R, C). `step` consumes the gradients of matrices: `grad` is None afterwards.
+    (O, I h w); a stack (E, R, C) counts as E matrices (R, C). `step` consumes the gradients of matrices: `grad` is None afterwards.
     """
 
     def __init__(self, matrices: Iterable[nn.Parameter], groups: list[dict], *, lr: float, stacks: Iterable[nn.Parameter] = (),
                  betas: tuple[float, float] = (0.9, 0.99), momentum: float = 0.95, weight_decay: float = 0.0, dtype: torch.dtype = torch.float32):
-        """Make the optimizer of matrices and of everything else.
+        """Create the optimizer for the matrices and all other parameters.
 
         Args:
-            matrices: what is updated by orthogonalized momentum, stacks included.
+            matrices: parameters that are updated with orthogonalized momentum, including stacks.
             groups: AdamW's parameter groups.
-            stacks: those of the matrices that hold several, (E, R, C). All others of three or more dimensions are kernels.
-            weight_decay: that of the matrices.
-            dtype: what their iterations are computed in.
+            stacks: those of `matrices` that are stacks (E, R, C) of E matrices. All others with three or more dimensions are kernels.
+            weight_decay: weight decay of the matrices.
+            dtype: number format of the orthogonalization.
         """
         matrices = list(matrices)
         super().__init__([{"params": matrices, "weight_decay": weight_decay, "momentum": momentum}, *groups], lr=lr, betas=betas, fused=True)
@@ -133,7 +133,7 @@ class Muon(torch.optim.AdamW):
             parameter.grad = None
 
     def _pairs(self, parameter: nn.Parameter, gradient: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The matrices of a parameter with the directions they are to go."""
+        """The matrices of a parameter, each with its update direction."""
         if id(parameter) in self.stacks:
             return list(zip(parameter.unbind(), gradient.unbind(), strict=True))
         return [(as_matrix(parameter, parameter), as_matrix(gradient, parameter))]

@@ -1,4 +1,4 @@
-"""Permissions of files: new files get the usual ones, and a denied one is reported as what it is. Loads no torch."""
+"""File permissions: new files get the usual permissions, and a denied permission is reported as such. Loads no torch."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from vqmosaic.errors import InputError
 
 
 class PermissionDenied(InputError):
-    """This user may not read or write a file. It is not the same as a missing or damaged file, which some callers replace."""
+    """The user may not read or write a file. It has a class of its own because some callers replace missing or damaged files."""
 
 
 def current_umask() -> int:
@@ -20,7 +20,7 @@ def current_umask() -> int:
     with suppress(OSError):
         if match := re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE):
             return int(match[1], 8)
-    umask = os.umask(0o077)  # other systems tell it only to who sets it; a file that another thread makes in between is private
+    umask = os.umask(0o077)  # other systems only return it when it is set; a file that another thread creates in between is private
     os.umask(umask)
     return umask
 
@@ -44,20 +44,20 @@ def give_usual_permissions(path: Path) -> None:
 
 @contextmanager
 def naming_denied_permissions() -> Iterator[None]:
-    """Turn a PermissionError about a file into PermissionDenied, which says who may not do what with which file. Also a decorator."""
+    """Turn a PermissionError about a file into PermissionDenied, which names the user, the action and the file. Also works as a decorator."""
     try:
         yield
     except PermissionError as error:
         path = error.filename2 or error.filename
-        if not isinstance(path, str | bytes | os.PathLike):  # of a signal, a socket or an open file
+        if not isinstance(path, str | bytes | os.PathLike):  # the error is about a signal, a socket or an open file
             raise
         raise permission_denied(path) from error
 
 
 def check_readable(*paths: Path) -> None:
-    """Raise PermissionDenied where this user may not read a file, or may not list a folder or read one of the files directly in it.
+    """Raise PermissionDenied if the user may not read a file, list a folder, or read a file directly inside that folder.
 
-    Paths that do not exist pass, and so do hidden files in a folder. Called before a library that would call the file missing or damaged.
+    Paths that do not exist and hidden files in a folder are skipped. Call this before a library that would report the file as missing or damaged.
     """
     for path in paths:
         with naming_denied_permissions(), suppress(FileNotFoundError, NotADirectoryError):
@@ -68,11 +68,11 @@ def check_readable(*paths: Path) -> None:
 
 
 def permission_denied(path: str | bytes | os.PathLike) -> PermissionDenied:
-    """The error for a path that this user may not read or write; it names the file or folder that stands in the way, its owner and its mode."""
+    """The error for a path that the user may not read or write. It names the file or folder that denies access, its owner and its mode."""
     path = Path(os.fsdecode(path)).absolute()
     closed = next((folder for folder in reversed(path.parents) if not _may(folder, os.X_OK)), None)
     if closed is not None:
-        blocking, verb = closed, "look into the folder"
+        blocking, verb = closed, "enter the folder"
     elif not path.exists():
         blocking, verb = path.parent, "write into the folder"
     elif path.is_dir():
@@ -83,7 +83,7 @@ def permission_denied(path: str | bytes | os.PathLike) -> PermissionDenied:
     status = blocking.stat()
     return PermissionDenied(f"permission denied{about}: the user {_user_name(os.geteuid())} may not {verb} {blocking} (owner "
                             f"{_user_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o}). Ask the owner to change the mode with chmod, "
-                            "or run as a user who may.")
+                            "or run as a user with access.")
 
 
 def _may(path: Path, access: int) -> bool:
@@ -93,5 +93,5 @@ def _may(path: Path, access: int) -> bool:
 def _user_name(user: int) -> str:
     try:
         return pwd.getpwuid(user).pw_name
-    except KeyError:  # a container need not know the users of the machine
+    except KeyError:  # a container may not know the users of the machine
         return str(user)

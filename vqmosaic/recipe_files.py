@@ -101,7 +101,7 @@ def recipe_help(recipe: Recipe | None = None) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML that load_recipe reads back to an equal one; the comment at its top says which version wrote it."""
+    """Write a recipe as YAML, which load_recipe reads back as an equal recipe. A comment at the top names the version that wrote it."""
     write_bytes(path, f"{WRITTEN_BY}{__version__}\n{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
 
 

@@ -96,7 +96,7 @@ class TrainingConfig:
     max_steps: int | None = budget(10_000)
     """Optimizer steps to train for; none trains by max_minutes alone."""
     max_minutes: float | None = budget(None)
-    """Wall-clock budget in minutes from the first step on, start-up aside; validation counts, and a resumed run goes on with what was left."""
+    """Wall-clock budget in minutes. It begins with the first step and includes validation; a resumed run continues with the time left."""
     batch_size: int = 128
     """Images in one optimizer step, over all processes and accumulation steps together."""
     accumulation_steps: int = 1
@@ -124,9 +124,9 @@ class TrainingConfig:
     mixed_precision: str = "auto"
     """auto (bf16 where the device has it, else no), no, bf16 or fp16."""
     validate_every: int = 500
-    """Steps between validations; the last step is always validated. Under a time budget (max_minutes), also at least every 5 % of it."""
+    """Steps between validations; the last step is always validated. Under a time budget, one is also due every 4 % of it."""
     validation_images: int = 1000
-    """Images of the validation split that each validation looks at; fewer where a time budget is too short for them."""
+    """Images of the validation split that each validation looks at; fewer if a time budget is too short for them."""
     max_refused_steps: int = unrecorded(20)
     """Steps with a non-finite loss or gradient, which change nothing, after which the run stops."""
     checkpoint_every: int = unrecorded(500)
@@ -299,7 +299,7 @@ class SamplingConfig:
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     """[start, stop] as shares of the T tokens outside of which guidance is off (Kynkaanniemi et al. 2024); after stop, a token costs half as much."""
     temperature: float = 1.0
-    """Divides the logits; 0, like anything below 1e-6, takes the likeliest token."""
+    """Divides the logits; 0, or any value below 1e-6, takes the likeliest token."""
     top_k: int = 0
     """Only the k likeliest tokens are drawn from; 0 is off."""
     top_p: float = 1.0

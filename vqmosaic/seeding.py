@@ -26,9 +26,9 @@ def permutation(size: int, *parts: int | str) -> np.ndarray:
 
 
 def hashes(numbers_N: np.ndarray, *parts: int | str) -> np.ndarray:
-    """A uint64 hash (N,) of each number, for exactly these parts: different numbers have different hashes.
+    """The uint64 hash (N,) of each number for exactly these parts. Different numbers have different hashes.
 
-    The finalizer of splitmix64 (Steele et al. 2014) over a whole array at once. Unlike numpy's generators it never changes with a version.
+    Applies the finalizer of splitmix64 (Steele et al. 2014) to the whole array. Unlike numpy's generators, it never changes with a version.
     """
     hashed_N = numbers_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive_seed(*parts))
     hashed_N = (hashed_N ^ (hashed_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -39,7 +39,7 @@ def hashes(numbers_N: np.ndarray, *parts: int | str) -> np.ndarray:
 def image_seeds(seed: int, count: int) -> list[int]:
     """seeds[i] = f(seed, i): the seed of the i-th image of a request, whatever the batch size or the number of ranks.
 
-    Raises InputError for a seed that is no integer: text would be another seed than the number it shows.
+    Raises InputError for a seed that is not an integer: the text "7" would give other seeds than the number 7.
     """
     seed = as_integer("seed", seed)
     return [derive_seed("image", seed, index) for index in range(count)]

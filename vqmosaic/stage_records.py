@@ -38,7 +38,7 @@ class StageRecord:
     inputs: dict[str, str]
     seconds: float = 0.0
     exported_step: int | None = None
-    """The step whose weights a finished training exported; None for other stages, and in records from before this field."""
+    """The step whose weights a finished training exported; None for other stages and in records of older versions."""
 
 
 def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
@@ -56,7 +56,7 @@ def load_record(run: RunFolder, stage: str) -> StageRecord | None:
     content = read_object(path, f"make the stage anew with --redo {stage}")
     version = written_by(content)
     unknown = sorted(content["fields"].keys() - {field.name for field in recipe_fields(Recipe())}) if isinstance(content.get("fields"), dict) else []
-    if unknown and is_later(version):  # a field of an earlier version that is gone no longer has an effect; one of a later version has
+    if unknown and is_later(version):  # a field that an older version recorded may have been removed
         raise InputError(f"{path}: stage {stage} was run with the unknown fields {', '.join(unknown)}.{version_hint(version)}")
     return from_fields(StageRecord, {name: value for name, value in content.items() if name not in (VERSION_FIELD, "written")}, str(path), version)
 

@@ -32,7 +32,7 @@ class MetricsLog:
     def __init__(self, accelerator, folder: Path, first_step: int, validated_step: int, config: dict[str, Any]):
         self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
         self.newest: dict[str, dict[str, float | int]] = {}
-        """The numbers written last, of each kind."""
+        """The last numbers written, by kind."""
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             cut_back(self.path, first_step, validated_step)
@@ -73,7 +73,7 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 LINE_SECONDS = 30.0
-"""Seconds between lines about the progress where the output is not a terminal."""
+"""Seconds between progress lines if the output is not a terminal."""
 
 
 def terminal_bar(total: int | None, initial: int, title: str, unit: str, enabled: bool = True) -> tqdm:
@@ -82,21 +82,21 @@ def terminal_bar(total: int | None, initial: int, title: str, unit: str, enabled
 
 
 def progress_bar(total: int | None, initial: int, title: str, unit: str, enabled: bool = True) -> "tqdm | ProgressLines":
-    """A bar with rate and ETA on a terminal; a line every LINE_SECONDS where the output is a file or a pipe."""
+    """A bar with rate and ETA on a terminal; a line every LINE_SECONDS if the output is a file or a pipe."""
     if sys.stderr.isatty() or not enabled:
         return terminal_bar(total, initial, title, unit, enabled)
     return ProgressLines(total, initial, title, unit)
 
 
 class ProgressLines:
-    """Stands in for a tqdm bar where the output is not a terminal: prints a line every LINE_SECONDS."""
+    """Replaces a tqdm bar if the output is not a terminal: prints a line every LINE_SECONDS."""
 
     def __init__(self, total: int | None, initial: int, title: str, unit: str):
         self.total, self.n, self._initial, self._title, self._unit = total, initial, initial, title, unit
         self._started = self._last_line = time.monotonic()
 
     def update(self, count: int = 1) -> None:
-        """Note `count` more units, and print a line if one is due."""
+        """Add `count` units and print a line if one is due."""
         self.n += count
         now = time.monotonic()
         if now - self._last_line < LINE_SECONDS:
@@ -110,7 +110,7 @@ class ProgressLines:
         print(f"{self._title}: {self.n:,}{of_total} {self._unit}s{left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Nothing to close; tqdm has this method."""
+        """Do nothing. The method exists because a tqdm bar has it."""
 
     def __enter__(self) -> "ProgressLines":
         return self

@@ -1,28 +1,28 @@
-"""The numbers that a checkpoint holds beside weights and optimizer."""
+"""The numbers in a checkpoint besides the weights and the optimizer state."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class TrainerState:
-    """All that a resumed training needs beside weights and optimizer."""
+    """All numbers that a resumed training needs besides the weights and the optimizer state."""
 
     step: int = 0
     elapsed_seconds: float = 0.0
     refused_steps: int = 0
     validated_step: int = 0
     validated_seconds: float = 0.0
-    """What elapsed_seconds was when the last validation began."""
+    """The value of elapsed_seconds when the last validation began."""
     validation_seconds: float = 0.0
     """Seconds that all validations have taken so far."""
     validations: int = 0
-    """How many those were."""
+    """Number of validations so far."""
     validation_images: int = 0
-    """How many images each validation looks at under a time budget; 0 before that is known, and without one."""
+    """Number of images in each validation under a time budget; 0 until it is chosen, and without a time budget."""
     seconds_per_validation: float = 0.0
-    """What a trial before the first step took, under a time budget."""
+    """Expected seconds of one validation under a time budget, from a trial before the first step."""
     validated_on: str = ""
-    """Which images best_validation was measured on; version 0.1.0 did not record it."""
+    """The images that best_validation was measured on, in words; empty in checkpoints of version 0.1.0."""
     best_step: int = 0
     best_validation: float = float("inf")
     guard: dict[str, float] = field(default_factory=dict)

@@ -164,7 +164,7 @@ class TrainingRun:
 
     @property
     def micro_batch(self) -> int:
-        """Images that one process works on at a time in training. Whatever runs the model beside the training keeps to it, and to its memory."""
+        """Images that one process trains on at a time. Validation and k-means use the same number, so that they need no more memory."""
         return self.training.batch_size // self.world_size // self.training.accumulation_steps
 
     def print_plan(self, facts: dict[str, Any], seconds_per_step: float) -> None:
@@ -212,7 +212,7 @@ class TrainingRun:
         return self.state.step > 0 and (finished or self.state.step % every == 0)
 
     def end_step(self) -> None:
-        """Count a step, refused or not, and report the progress: by the bar on a terminal, by a line every LINE_SECONDS elsewhere."""
+        """Count a step, refused or not, and report progress: with a bar on a terminal, with a line every LINE_SECONDS elsewhere."""
         self.state.step += 1
         self.bar.update()
         self.pace.step()
@@ -335,10 +335,10 @@ def learning_rate_rule(training: TrainingConfig) -> str:
 
 
 def inner_matrices(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Those of the parameters that Muon updates: weights of linear layers, kernels of convolutions, and stacks of matrices.
+    """The parameters that Muon updates: weights of linear layers, convolution kernels, and stacks of matrices.
 
-    Neither embeddings nor what a model says turns into logits, and no other parameter: tables of positions, class tokens and biases can have two or
-    three dimensions too, but no matrix product goes through them.
+    Embeddings and output matrices are left out. So are all other parameters: position tables, class tokens and biases can have two or three
+    dimensions too, but they are not factors of a matrix product.
     """
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)] + getattr(model, "output_matrices", list)()
     outer = {id(parameter) for parameter in tables}
@@ -349,7 +349,7 @@ def inner_matrices(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.
 
 
 def matrix_stacks(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters (E, R, C) that a model says are E matrices each."""
+    """Parameters (E, R, C) that the model declares to be stacks of E matrices."""
     return getattr(model, "matrix_stacks", list)()
 
 

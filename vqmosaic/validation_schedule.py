@@ -1,4 +1,4 @@
-"""When a training validates, and on how many images: every so many steps, and under a time budget often enough for a bounded share of the time."""
+"""When to validate, and on how many images. Under a time budget, validations come often enough and take a bounded share of the time."""
 
 import math
 import time
@@ -15,33 +15,33 @@ from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.trainer_state import TrainerState
 
 INTERVAL = 0.04
-"""Share of a time budget after which the next validation is due. With the step in progress, at most 5 % pass between two."""
+"""Share of a time budget after which the next validation is due. If a step takes at most 1 % of the budget, at most 5 % pass between two."""
 TIME_SHARE = 0.1
-"""Largest share of the time that validations take under a time budget."""
+"""Largest share of the time that validations may take under a time budget."""
 PLANNED_TIME_SHARE = 0.075
-"""The share that is planned for, from a trial before the first step. The rest is for validations that take longer than the trial."""
+"""Share of the time that is planned for validations, from a trial before the first step. The rest is a margin for validations that take longer."""
 FEWEST_IMAGES = 16
-"""A validation looks at no fewer images than this (or at all that there are), however short the budget is."""
+"""Smallest number of images in a validation, however short the budget is. If there are fewer, a validation looks at all of them."""
 
 
 class ValidationSchedule:
-    """Decides when to validate and on how many images, from the trainer state, so that all processes and a resumed training decide the same."""
+    """Decides when to validate and on how many images. It decides from the trainer state, so all processes and a resumed training agree."""
 
     def __init__(self, training: TrainingConfig, state: TrainerState, budget: Budget, accelerator: Accelerator, micro_batch: int):
         self.training, self.state, self.budget, self.accelerator, self.micro_batch = training, state, budget, accelerator, micro_batch
         self.has_other_images = False
-        """Whether this part of a resumed training validates on other images than the part before."""
+        """Whether a resumed training validates on other images than before."""
         self._picture_seconds: list[float] = []
 
     def choose_images(self, available: int, validate: Callable[[int], Any], rule: int = 0) -> int:
-        """How many of the `available` images each validation looks at: validation_images, or fewer where a time budget is too short for them.
+        """The number of the `available` images in each validation: validation_images, or fewer if a time budget is too short for them.
 
-        A resumed training keeps its number. If it changes all the same, since the budget has no minutes any more, the best validation so far is
-        forgotten: validations on other images cannot be compared with it.
+        A resumed training keeps its number. If the images change nevertheless (the new budget has no minutes), the best validation so far is
+        dropped, because validations on other images cannot be compared with it.
 
         Args:
-            validate: validate(count) validates on `count` images. All processes call it together, to time it on a few.
-            rule: which rule chooses the images among those that are available; version 0.1.0 had rule 0.
+            validate: validate(count) validates on `count` images. All processes call it together to time it on a few images.
+            rule: the number of the rule that chooses the images. Rule 0 is that of version 0.1.0.
         """
         limit = chosen = min(self.training.validation_images, available)
         if self.budget.max_seconds is not None:
@@ -57,7 +57,7 @@ class ValidationSchedule:
         return chosen
 
     def _time_a_few(self, limit: int, validate: Callable[[int], Any]) -> None:
-        """Choose the number of images that a time budget leaves time for, from a trial on a few of them."""
+        """Choose the number of images that the time budget has time for, from a trial on a few of them."""
         trial = min(limit, 2 * self.micro_batch * self.accelerator.num_processes)
         for _ in range(2):  # the first one warms up
             started = time.monotonic()
@@ -69,7 +69,7 @@ class ValidationSchedule:
         self.state.validation_images, self.state.seconds_per_validation = int(measured[0]), float(measured[1])
 
     def describe(self) -> str:
-        """When validations take place and on how many images, for the plan."""
+        """When to validate and on how many images, in words for the plan."""
         every = f"every {self.training.validate_every:,} steps"
         if self.budget.max_seconds is None:
             return every
@@ -77,11 +77,11 @@ class ValidationSchedule:
                 f"less than {TIME_SHARE:.0%} of the time")
 
     def due(self, finished: bool) -> bool:
-        """Whether to validate now: every `validate_every` steps and at the last one.
+        """Whether to validate now: every `validate_every` steps and at the last step.
 
-        A time budget may end long before that many steps, so under one a validation is also due every INTERVAL of it. Where the budget will end by
-        the clock, none begins that would bring validations above TIME_SHARE of the time, except the last one. Validations of `validate_every`
-        leave time for that one too.
+        A time budget may end long before `validate_every` steps, so a validation is also due every INTERVAL of the budget. If the time will be over
+        before the steps, a validation is skipped if it would bring validations above TIME_SHARE of the time, except the last one. One that is due
+        by steps alone must leave time for another one.
         """
         state = self.state
         if state.validated_step >= state.step:
@@ -98,7 +98,7 @@ class ValidationSchedule:
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Count the time of the block as that of a validation, if the block records one."""
+        """Count the time of the block as one validation, if the block records one."""
         started = time.monotonic()
         yield
         if self.state.validated_step == self.state.step:
@@ -106,11 +106,11 @@ class ValidationSchedule:
             self.state.validations += 1
 
     def record(self) -> None:
-        """Note that the current step was validated."""
+        """Record that the current step was validated."""
         self.state.validated_step, self.state.validated_seconds = self.state.step, self.state.elapsed_seconds
 
     def make_pictures(self, make: Callable[[], None]) -> None:
-        """Call `make`. Under a time budget, only while validations and pictures stay below TIME_SHARE of the time, and at the end."""
+        """Call `make`. Under a time budget, skip it if validations and pictures would take more than TIME_SHARE of the time, except at the end."""
         elapsed = self.budget.elapsed_seconds
         finished = self.budget.progress(self.state.step, elapsed) >= 1
         newest = self._picture_seconds[-1] if self._picture_seconds else 0.0

@@ -33,7 +33,7 @@ class Quantizer(nn.Module, ABC):
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = ()
     """Names of buffers that only training needs; an export leaves them out."""
     CODES: ClassVar[tuple[str, ...]] = ()
-    """Names of parameters that are codes. All other parameters are weights of the network, as those of encoder and decoder are."""
+    """Names of the parameters that are codes. All other parameters are network weights, like those of encoder and decoder."""
     has_ids: ClassVar[bool] = True
     depth: int = 1
     codebook_size: int
@@ -64,7 +64,7 @@ class Quantizer(nn.Module, ABC):
         """Latents (B, D, h, w) float32 of ids (B, h, w), or (B, h, w, depth)."""
 
     def codebook_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are codes, in the quantizers inside this one too."""
+        """Parameters that are codes, including those of inner quantizers."""
         return [getattr(module, name) for module in self.modules() if isinstance(module, Quantizer) for name in module.CODES]
 
     def training_only_names(self) -> set[str]:

@@ -21,7 +21,7 @@ class SimVQQuantizer(NearestCodeQuantizer):
     pseudo-inverse of W; the others do not move.
     """
 
-    # All codes are linear in W: decay would shrink them, and codes revived by the inverse of W would lie elsewhere under an average of W.
+    # All codes are linear in W: decay would shrink them, and an average of W would move the codes that were revived by its pseudo-inverse.
     CODES = ("projection",)
 
     def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
