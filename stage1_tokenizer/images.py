@@ -8,7 +8,7 @@
 import functools
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,12 +34,14 @@ class UnreadableImage(ValueError):
     """An image that cannot be used; the message is the reason in words, without the name of the file."""
 
 
-def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
+               before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
     converted; of an animation the first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
+    before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
 
     Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
     """
@@ -56,6 +58,8 @@ def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int =
         elif os.path.getsize(file) == 0:
             raise UnreadableImage("the file is empty")
         with Image.open(file, formats=_formats()) as image:
+            if before_decoding:
+                before_decoding(image)
             return _plain(image, mode, max_pixels)
     except UnreadableImage:
         raise
