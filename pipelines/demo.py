@@ -96,6 +96,7 @@ class Worker:
 @contextlib.contextmanager
 def errors_in_words(endpoint: str) -> Iterator[None]:
     """Errors inside become a message on the page, escaped because the page takes it for HTML, and one line on the terminal."""
+    line = ""
     try:
         yield
         return
@@ -106,9 +107,8 @@ def errors_in_words(endpoint: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         words = "The device has too little memory for this many images at a time; ask for fewer."
     except Exception as error:
-        words = "The server met an unexpected error; its terminal says more."
-        report("error", endpoint, in_one_line(error))
-    report("refused", endpoint, words)
+        words, line = "The server met an unexpected error; its terminal says more.", in_one_line(error)
+    report("error" if line else "refused", endpoint, line or words)
     raise gr.Error(html.escape(words, quote=False), duration=20, print_exception=False)
 
 

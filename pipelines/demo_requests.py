@@ -37,6 +37,8 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
                 "top_k": checked_number("Top-k", top_k, 0, pipe.tokenizer.config.codebook_size, is_whole=True),
                 "top_p": checked_number("Top-p", top_p, 0.01, 1),
                 "guidance_scale": checked_number("Guidance scale", guidance, 0, largest_guidance(pipe))}
+    if sampling["guidance_scale"] != 1 and not (names and pipe.prior.vocabulary.label_drop):
+        raise InputError(f"Guidance scale is {guidance}; this prior cannot be guided, so it must be 1.")
     count = checked_number(number_label(pipe), number, 1, image_limit(pipe), is_whole=True)
     seed = secrets.randbelow(2**31) if seed is None else checked_number("Seed", seed, 0, MAX_SEED, is_whole=True)
     return classes or [], count, seed, sampling

@@ -253,13 +253,6 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client, tmp_path):
         client.predict(handle_file(tmp_path / "bomb.png"), api_name="/reconstruct")
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/image.png", "https://example.com/image.png"])
-def test_neither_files_of_the_server_nor_addresses_are_read(client, path):
-    with pytest.raises(AppError) as error:
-        client.predict({"path": path, "meta": {"_type": "gradio.FileData"}}, api_name="/reconstruct")
-    assert "://" not in path or "Only uploaded files" in str(error.value)
-
-
 # --- stopping, and one at a time ---------------------------------------------------------------------------------------------
 
 
