@@ -28,7 +28,16 @@ from starlette.applications import Starlette
 
 from pipelines.demo_guard import Endpoint, Guard
 from pipelines.demo_http import close_idle_connections, in_one_line, report
-from pipelines.demo_requests import MAX_SEED, bound_size, checked_request, image_limit, largest_guidance, largest_temperature, number_label
+from pipelines.demo_requests import (
+    MAX_SEED,
+    StoppableFile,
+    bound_size,
+    checked_request,
+    image_limit,
+    largest_guidance,
+    largest_temperature,
+    number_label,
+)
 from pipelines.demo_uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_grid import image_grid, to_picture, viewing_scale
@@ -156,7 +165,12 @@ def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str)
     """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
     stopped = *[gr.skip()] * 3, "Stopped."
-    image = read_image(path, channels=transform.channels, before_decoding=lambda header: bound_size(header, transform.image_size))
+    with StoppableFile(path, stop) as file:
+        try:
+            image = read_image(file, channels=transform.channels, before_decoding=lambda header: bound_size(header, transform.image_size))
+        except UnreadableImage:
+            if not stop.is_set():
+                raise
     if stop.is_set():
         return stopped
     seen_HWC = transform.resize(image)

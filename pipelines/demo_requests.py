@@ -1,6 +1,10 @@
 """What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
 
+import io
+import os
 import secrets
+import threading
+import time
 
 from PIL import Image
 
@@ -13,6 +17,8 @@ MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
 MAX_SEED = 2**53 - 1  # the largest whole number that a page counts exactly
 MAX_UPLOAD_PIXELS = 16_000_000  # decoded: 16-bit ones take 24 bytes each on the way to 8 bits
 MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXELS are decoded at a fraction of their size
+MAX_JPEG2000_PIXELS = 4_000_000  # its decoder takes about a second for each million, and nothing can stop it
+DECODING_SECONDS = 20.0
 
 
 def image_limit(pipe: ImageGenerationPipeline) -> int:
@@ -77,8 +83,28 @@ def shown_value(given: object) -> str:
 def bound_size(image: Image.Image, side: int) -> None:
     """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large."""
     width, height = image.size
-    if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
+    limit = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_UPLOAD_PIXELS
+    if limit < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
-    if image.width * image.height > MAX_UPLOAD_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels, more than the {MAX_UPLOAD_PIXELS // 10**6} million that this page takes "
+    if image.width * image.height > limit:
+        raise UnreadableImage(f"{width} x {height} pixels, more than the {limit // 10**6} million that this page takes "
                               f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); save it smaller")
+
+
+class StoppableFile(io.BufferedReader):
+    """A file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
+
+    That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
+    """
+
+    def __init__(self, path: str | os.PathLike, stop: threading.Event):
+        super().__init__(io.FileIO(path))
+        self._stop, self._end = stop, time.monotonic() + DECODING_SECONDS
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes; raises UnreadableImage when there is no more time for them."""
+        if self._stop.is_set():
+            raise UnreadableImage("stopped")
+        if time.monotonic() > self._end:
+            raise UnreadableImage(f"it takes longer than {DECODING_SECONDS:g} s to decode")
+        return super().read(size)

@@ -34,7 +34,7 @@ class UnreadableImage(ValueError):
     """An image that cannot be used; the message is the reason in words, without the name of the file."""
 
 
-def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
+def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
                before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
@@ -55,7 +55,7 @@ def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int =
             if not len(file):
                 raise UnreadableImage("the file is empty")
             file = io.BytesIO(file)
-        elif os.path.getsize(file) == 0:
+        elif not isinstance(file, io.IOBase) and os.path.getsize(file) == 0:
             raise UnreadableImage("the file is empty")
         with Image.open(file, formats=_formats()) as image:
             if before_decoding:

@@ -388,6 +388,23 @@ def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, mon
     assert 0 < np.abs(exact - drafted).max() <= 6
 
 
+@pytest.mark.parametrize("ending", ["stop", "time"])
+def test_a_slow_decoder_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+    (tmp_path / "slow.ppm").write_bytes(b"P3\n3000 3000\n255\n" + b"1 " * 27_000_000)  # Pillow decodes it in Python
+    stop = threading.Event()
+    monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
+    timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
+    timer.start()
+    started = time.monotonic()
+    if ending == "stop":
+        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.ppm")[3] == "Stopped."
+    else:
+        with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
+            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.ppm")
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
 @pytest.mark.parametrize("stage", ["read_image", "encode", "decode"])
 def test_stop_is_heard_between_the_stages_of_a_reconstruction(tmp_path, monkeypatch, stage):
     Image.new("L", (30, 30)).save(tmp_path / "image.png")
