@@ -105,19 +105,21 @@ class Worker:
 @contextlib.contextmanager
 def errors_in_words(endpoint: str) -> Iterator[None]:
     """Errors inside become a message on the page, escaped because the page takes it for HTML, and one line on the terminal."""
-    line = ""
+    log = ""
+    kind = "refused"
     try:
         yield
         return
     except UnreadableImage as error:
-        words = f"This file cannot be read as an image: {error}."
+        log = str(error)
+        words = f"This file cannot be read as an image: {log.partition(': ')[0]}."  # what follows are words of the decoder
     except InputError as error:
         words = str(error)
     except torch.OutOfMemoryError:
         words = "The device has too little memory for this many images at a time; ask for fewer."
     except Exception as error:
-        words, line = "The server met an unexpected error; its terminal says more.", in_one_line(error)
-    report("error" if line else "refused", endpoint, line or words)
+        kind, words, log = "error", "The server met an unexpected error; its terminal says more.", in_one_line(error)
+    report(kind, endpoint, log or words)
     raise gr.Error(html.escape(words, quote=False), duration=20, print_exception=False)
 
 

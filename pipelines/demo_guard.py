@@ -27,7 +27,8 @@ from pipelines.demo_uploads import Uploads
 HOSTS = ("127.0.0.1", "localhost")
 MAX_JSON_BYTES = 2**18
 MAX_TEXT = 1000  # characters of a text, items of a list
-MAX_SESSIONS = 2000
+MAX_SESSIONS = 20_000
+MAX_OPEN_REQUESTS = 400  # each page keeps up to two streams open
 
 _SESSION = r"[A-Za-z0-9_-]{1,64}"
 _NAME = r"[A-Za-z0-9_-]{1,64}"
@@ -55,7 +56,7 @@ class Guard:
     """ASGI app in front of `app`, for calls of `endpoints` and the files of `uploads`."""
 
     def __init__(self, app: Callable, uploads: Uploads, endpoints: Iterable[Endpoint]):
-        self._app, self._uploads = app, uploads
+        self._app, self._uploads, self._open_requests = app, uploads, 0
         endpoints = list(endpoints)
         self._by_name = {endpoint.name: endpoint for endpoint in endpoints}
         self._by_number = {endpoint.number: endpoint for endpoint in endpoints}
@@ -68,7 +69,10 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         answer, where = Answer(send), f"{scope['method']} {scope['path']}"
+        self._open_requests += 1
         try:
+            if self._open_requests > MAX_OPEN_REQUESTS:
+                raise Refusal(503, "Too many requests are open; close some pages, or try again in a while.")
             await self._answer(scope, receive, answer)
         except Refusal as refusal:
             report("refused", where, refusal)
@@ -82,6 +86,8 @@ class Guard:
             if answer.error:
                 report("refused", where, f"status {answer.error}")
                 await answer.refuse(answer.error, _MESSAGES.get(answer.error, "The server cannot answer this request."))
+        finally:
+            self._open_requests -= 1
 
     async def _answer(self, scope: dict, receive: Callable, answer: Answer) -> None:
         path, headers = scope["path"], Headers(scope=scope)
@@ -157,12 +163,10 @@ class Guard:
         return self._call(body, endpoint)
 
     def _call(self, body: dict, endpoint: Endpoint, needs_session: bool = False) -> dict:
-        data, trigger = body.get("data"), body.get("trigger_id")
+        data = body.get("data")
         if not isinstance(data, list) or len(data) != endpoint.arguments:
             raise Refusal(400, f"The body must hold a list `data` of the {endpoint.arguments} arguments of {endpoint.name}.")
         checked = {"data": [self._upload(value) if endpoint.takes_upload else _plain(value) for value in data], "fn_index": endpoint.number}
-        if type(trigger) is int:
-            checked["trigger_id"] = trigger
         if needs_session or body.get("session_hash") is not None:
             checked["session_hash"] = _session(body)
         return checked

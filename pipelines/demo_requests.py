@@ -1,15 +1,17 @@
 """What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
 
 import io
+import math
 import os
 import secrets
 import threading
 import time
+from pathlib import Path
 
 from PIL import Image
 
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.images import UnreadableImage, stored_size
 from vqmosaic.errors import InputError, check_range, nearest_name
 
 MAX_IMAGES = 64
@@ -82,23 +84,23 @@ def shown_value(given: object) -> str:
 
 def bound_size(image: Image.Image, side: int) -> None:
     """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large."""
-    width, height = image.size
+    width, height = stored_size(image)
     limit = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_UPLOAD_PIXELS
     if limit < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
-    if image.width * image.height > limit:
+    if math.prod(stored_size(image)) > limit:
         raise UnreadableImage(f"{width} x {height} pixels, more than the {limit // 10**6} million that this page takes "
                               f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); save it smaller")
 
 
-class StoppableFile(io.BufferedReader):
-    """A file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
+class StoppableFile(io.BytesIO):
+    """The content of a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
 
     That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
     """
 
     def __init__(self, path: str | os.PathLike, stop: threading.Event):
-        super().__init__(io.FileIO(path))
+        super().__init__(Path(path).read_bytes())
         self._stop, self._end = stop, time.monotonic() + DECODING_SECONDS
 
     def read(self, size: int | None = -1) -> bytes:

@@ -26,6 +26,7 @@ MAX_PIXELS = DataConfig.max_pixels
 # Formats that Pillow decodes by itself. Others stay shut: EPS, for one, would start an interpreter on what may be a hostile file.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 _ORIENTATION_TAG = 0x0112
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -78,7 +79,7 @@ def _is_plain(image: Any, mode: str) -> bool:
 
 
 def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
-    width, height = image.size
+    width, height = stored_size(image)
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
@@ -90,6 +91,13 @@ def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # it holds the EXIF of the original, by which a second reader would turn the image again
     return image
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that the decoder of an opened file works with: those of the image, or of a TIFF's tile where that is larger."""
+    tags = getattr(image, "tag_v2", {})
+    sizes = zip(image.size, (tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)), strict=True)
+    return tuple(max(side, tile if isinstance(tile, int) and image.width * image.height else 0) for side, tile in sizes)
 
 
 def _orientation(image: Image.Image) -> int:

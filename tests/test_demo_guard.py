@@ -18,9 +18,9 @@ from PIL import Image, ImageFile
 
 pytest.importorskip("gradio")
 
-from pipelines import demo, demo_http, demo_requests, demo_uploads
+from pipelines import demo, demo_guard, demo_http, demo_requests, demo_uploads
 from pipelines.demo_http import Refusal, strict_json
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.images import UnreadableImage, read_image
 from tests.test_demo import SlowPipeline, tiny_pipeline, wait_until
 
 GENERATE = [["ant"], 1, 0, False, 1, 0, 1, 1]
@@ -322,6 +322,16 @@ def test_requests_that_stay_incomplete_are_closed(server, monkeypatch):
     assert server.upload(picture()).status_code == 200
 
 
+def test_requests_that_stay_open_are_limited(server, monkeypatch):
+    monkeypatch.setattr(demo_guard, "MAX_OPEN_REQUESTS", 5)
+    opened = [server.connect(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: HOST\r\n\r\n") for _ in range(8)]
+    statuses = sorted(connection.recv(1000).split()[1] for connection in opened)
+    for connection in opened:
+        connection.close()
+    assert statuses == [b"200"] * 5 + [b"503"] * 3
+    wait_until(lambda: server.http.get("/config").status_code == 200)
+
+
 def test_a_body_that_trickles_in_is_ended(server, monkeypatch):
     monkeypatch.setattr(demo_http, "BODY_SECONDS", 0.5)
     with server.connect(b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\n"
@@ -358,6 +368,26 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(server, monkeypatc
     event, answer = server.result("reconstruct", [{"path": upload}])
     assert event == "error" and "10000 x 9999 pixels, more than the 16 million" in answer["error"]
     assert "data." not in answer["error"] and "_" not in answer["error"]
+
+
+def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    strip = zlib.compress(bytes(100))
+    entries = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: len(strip)}
+    body = b"".join(tag.to_bytes(2, "little") + (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
+                    for tag, value in entries.items())
+    content = b"II*\0" + (8 + len(strip)).to_bytes(4, "little") + strip + len(entries).to_bytes(2, "little") + body + bytes(4)
+    with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
+        read_image(content)
+    event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
+    assert event == "error" and "30000 x 30000 pixels, more than the 16 million" in answer["error"]
+
+
+def test_words_of_a_decoder_stay_on_the_terminal(server, capsys):
+    event, answer = server.result("reconstruct", [{"path": server.upload(picture()[:200]).json()[0]}])
+    assert event == "error" and answer["error"] == "This file cannot be read as an image: truncated, corrupt or not accessible."
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and re.search(r"not accessible: \w", err)
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
