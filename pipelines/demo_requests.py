@@ -1,7 +1,6 @@
 """What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
 
 import io
-import math
 import os
 import secrets
 import threading
@@ -11,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.images import UnreadableImage, stored_size
+from stage1_tokenizer.images import UnreadableImage
 from vqmosaic.errors import InputError, check_range, nearest_name
 
 MAX_IMAGES = 64
@@ -19,7 +18,7 @@ MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
 MAX_SEED = 2**53 - 1  # the largest whole number that a page counts exactly
 MAX_UPLOAD_PIXELS = 16_000_000  # decoded: 16-bit ones take 24 bytes each on the way to 8 bits
 MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXELS are decoded at a fraction of their size
-MAX_JPEG2000_PIXELS = 4_000_000  # its decoder takes about a second for each million, and nothing can stop it
+FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "AVIF": "AVIF"}  # what browsers show, too
 DECODING_SECONDS = 20.0
 
 
@@ -83,13 +82,17 @@ def shown_value(given: object) -> str:
 
 
 def bound_size(image: Image.Image, side: int) -> None:
-    """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large."""
-    width, height = stored_size(image)
-    limit = MAX_JPEG2000_PIXELS if image.format == "JPEG2000" else MAX_UPLOAD_PIXELS
-    if limit < width * height <= MAX_JPEG_PIXELS:
+    """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large.
+
+    Formats that browsers do not show are refused as well. The decoders of some take minutes, or memory that the image size does not tell.
+    """
+    if image.format not in FORMATS:
+        raise UnreadableImage(f"it is {image.format}, and this page takes {', '.join(sorted(set(FORMATS.values())))}")
+    width, height = image.size
+    if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
-    if math.prod(stored_size(image)) > limit:
-        raise UnreadableImage(f"{width} x {height} pixels, more than the {limit // 10**6} million that this page takes "
+    if image.width * image.height > MAX_UPLOAD_PIXELS:
+        raise UnreadableImage(f"{width} x {height} pixels, more than the {MAX_UPLOAD_PIXELS // 10**6} million that this page takes "
                               f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); save it smaller")
 
 

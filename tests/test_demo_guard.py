@@ -5,6 +5,7 @@ import json
 import os
 import re
 import socket
+import struct
 import sys
 import threading
 import time
@@ -380,7 +381,20 @@ def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded
     with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
         read_image(content)
     event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
-    assert event == "error" and "30000 x 30000 pixels, more than the 16 million" in answer["error"]
+    assert event == "error" and "it is TIFF, and this page takes AVIF, BMP, GIF, JPEG, PNG, WebP" in answer["error"]
+
+
+@pytest.mark.parametrize("kind", sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP"} & set(demo_requests.FORMATS)))
+def test_formats_that_browsers_show_are_taken(tmp_path, kind):
+    Image.new("L", (30, 20), 80).save(tmp_path / "image", kind)
+    assert "PSNR" in demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")[3]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "TGA", "JPEG2000"])
+def test_formats_that_browsers_do_not_show_are_refused(tmp_path, kind):
+    Image.new("L", (30, 20)).save(tmp_path / "image", kind)
+    with pytest.raises(UnreadableImage, match=f"it is {kind}, and this page takes"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
 
 
 def test_words_of_a_decoder_stay_on_the_terminal(server, capsys):
@@ -420,17 +434,18 @@ def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, mon
 
 @pytest.mark.parametrize("ending", ["stop", "time"])
 def test_a_slow_decoder_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
-    (tmp_path / "slow.ppm").write_bytes(b"P3\n3000 3000\n255\n" + b"1 " * 27_000_000)  # Pillow decodes it in Python
+    header = b"BM" + bytes(8) + (1078).to_bytes(4, "little") + struct.pack("<IiiHHIIiiII", 40, 4000, 3999, 1, 8, 1, 0, 0, 0, 256, 0)
+    (tmp_path / "slow.bmp").write_bytes(header + bytes(1024) + b"\x01\x05" * 15_990_000)  # Pillow decodes run lengths in Python
     stop = threading.Event()
     monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
     timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
     timer.start()
     started = time.monotonic()
     if ending == "stop":
-        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.ppm")[3] == "Stopped."
+        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.bmp")[3] == "Stopped."
     else:
         with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
-            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.ppm")
+            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.bmp")
     assert time.monotonic() - started < 2
     timer.join()
 
