@@ -107,12 +107,9 @@ class Guard:
             raise Refusal(415, "The body must be JSON, with Content-Type: application/json.")
         chunks = [chunk async for chunk in body_of(headers, receive, MAX_JSON_BYTES)]
         body = check(strict_json(b"".join(chunks)))
-        answer.collects = True
+        self._remember(body.get("session_hash"))
+        answer.before_body = self._remember_event
         await self._app(self._cleaned(scope, {}), replayed(json.dumps(body).encode(), receive), answer.pass_on)
-        if not answer.error:
-            self._remember(body.get("session_hash"))
-            with contextlib.suppress(ValueError, AttributeError):
-                self._remember(json.loads(answer.body).get("event_id"))
 
     def _checked_query(self, path: str, query: bytes) -> dict[str, str]:
         """The query of a GET request as gradio may see it; raises Refusal for addresses that the page does not use."""
@@ -185,6 +182,10 @@ class Guard:
             self._sessions.move_to_end(session)
             while len(self._sessions) > MAX_SESSIONS:
                 self._sessions.popitem(last=False)
+
+    def _remember_event(self, answer: bytes) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            self._remember(json.loads(answer).get("event_id"))
 
     @staticmethod
     def _cleaned(scope: dict, query: dict[str, str]) -> dict:

@@ -50,7 +50,8 @@ class Answer:
 
     def __init__(self, send: Callable):
         self._send, self._has_started, self._is_complete = send, False, False
-        self.error, self.collects, self.body = 0, False, b""
+        self.error = 0
+        self.before_body: Callable[[bytes], None] | None = None
 
     async def pass_on(self, message: dict) -> None:
         """Send a part of gradio's answer, or keep an error of it back."""
@@ -64,8 +65,8 @@ class Answer:
             return
         elif message["type"] == "http.response.body":
             self._is_complete = not message.get("more_body")
-            if self.collects:
-                self.body += message.get("body", b"")
+            if self.before_body:  # before the sender can ask for what the answer names
+                self.before_body(message.get("body", b""))
         await self._send(message)
 
     async def send_all(self, status: int, content_type: bytes, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
