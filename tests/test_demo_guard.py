@@ -345,7 +345,7 @@ def test_a_body_that_trickles_in_is_ended(server, monkeypatch):
                 answer = opened.recv(1000)
             except TimeoutError:
                 continue
-    assert answer.startswith(b"HTTP/1.1 408") and b"did not come in time" in answer
+    assert answer.startswith(b"HTTP/1.1 408")
 
 
 # --- images that are larger than their file ------------------------------------------------------------------------------------
