@@ -2,30 +2,43 @@
 
     vqmosaic demo runs/quickstart
 
-It answers this machine only, calls nowhere outside, reads no files but uploads, and does one thing at a time. Nothing else imports gradio.
+It answers this machine only, calls nowhere outside, reads no files but uploads, and does one thing at a time: `demo_guard` checks each
+request before gradio sees it. Nothing else imports gradio.
 """
 
 import asyncio
+import contextlib
 import contextvars
+import functools
 import html
 import math
 import os
-import re
-import secrets
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
 import torch
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
+from starlette.applications import Starlette
 
+from pipelines.demo_guard import Endpoint, Guard
+from pipelines.demo_http import close_idle_connections, in_one_line, report
+from pipelines.demo_requests import (
+    MAX_SEED,
+    StoppableFile,
+    bound_size,
+    checked_request,
+    image_limit,
+    largest_guidance,
+    largest_temperature,
+    number_label,
+)
+from pipelines.demo_uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_grid import image_grid, to_picture, viewing_scale
 from stage1_tokenizer.images import UnreadableImage, read_image, to_tensor
@@ -33,10 +46,8 @@ from vqmosaic.errors import InputError, check_range
 from vqmosaic.interruption import StopFlag
 
 HOST = "127.0.0.1"
-MAX_IMAGES = 64
-MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
 MAX_WAITING = 8
-MAX_UPLOAD = "64mb"
+MAX_OPEN_PAGES = 500  # whose state gradio keeps
 UPDATE_SECONDS = 0.2  # a progress bar that moves with every token would slow the work
 GOLDEN_ANGLE = 137.508  # steps of it around the colour wheel keep ids apart
 CSS = """
@@ -91,22 +102,25 @@ class Worker:
                 stop.set()
 
 
-async def in_words(result: Awaitable[tuple | None]) -> tuple | None:
-    """What is awaited; an error that the user can mend becomes a message on the page, escaped because the page takes it for HTML."""
+@contextlib.contextmanager
+def errors_in_words(endpoint: str) -> Iterator[None]:
+    """Errors inside become a message on the page, escaped because the page takes it for HTML, and one line on the terminal."""
+    log = ""
+    kind = "refused"
     try:
-        return await result
+        yield
+        return
     except UnreadableImage as error:
-        words = f"This file cannot be read as an image: {error}."
+        log = str(error)
+        words = f"This file cannot be read as an image: {log.partition(': ')[0]}."  # what follows are words of the decoder
     except InputError as error:
         words = str(error)
     except torch.OutOfMemoryError:
         words = "The device has too little memory for this many images at a time; ask for fewer."
+    except Exception as error:
+        kind, words, log = "error", "The server met an unexpected error; its terminal says more.", in_one_line(error)
+    report(kind, endpoint, log or words)
     raise gr.Error(html.escape(words, quote=False), duration=20, print_exception=False)
-
-
-def image_limit(pipe: ImageGenerationPipeline) -> int:
-    """Images that one request may ask for: 64, fewer where they are large."""
-    return max(1, min(MAX_IMAGES, MAX_PIXELS // pipe.tokenizer.transform.image_size**2))
 
 
 def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading.Event, progress: Callable, classes: list[str],
@@ -149,11 +163,24 @@ def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dic
             f'out = pipe({", ".join(f"{name}={value!r}" for name, value in request.items())})\nout.images[0].save("image.png")')
 
 
-def reconstruct(pipe: ImageGenerationPipeline, path: str) -> tuple:
+def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str) -> tuple:
     """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
-    seen_HWC = transform.resize(read_image(path, channels=transform.channels))
+    stopped = *[gr.skip()] * 3, "Stopped."
+    with StoppableFile(path, stop) as file:
+        try:
+            image = read_image(file, channels=transform.channels, before_decoding=lambda header: bound_size(header, transform.image_size))
+        except UnreadableImage:
+            if not stop.is_set():
+                raise
+    if stop.is_set():
+        return stopped
+    seen_HWC = transform.resize(image)
+    if stop.is_set():
+        return stopped
     ids = pipe.encode(to_tensor(seen_HWC)[None])[0]
+    if stop.is_set():
+        return stopped
     restored = pipe.decode(ids[None])[0]
     difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
     psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
@@ -201,14 +228,14 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                 classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
                     "None chosen: every class." if len(names or []) <= limit else f"None chosen: the first {limit} of {len(names)}."))
                 number = gr.Slider(1, limit, value=max(1, min(4, limit // len(names or [None]))), step=1,
-                                   label="Images of each class" if names else "Images", info=f"At most {limit} images in all.")
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1)
+                                   label=number_label(pipe), info=f"At most {limit} images in all.")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                 new_seed = gr.Checkbox(True, label="A new seed each time")
-                temperature = gr.Slider(0, max(2, settings.temperature), value=settings.temperature, step=0.01, label="Temperature",
+                temperature = gr.Slider(0, largest_temperature(pipe), value=settings.temperature, step=0.01, label="Temperature",
                                         info="0 takes the likeliest token.")
                 top_k = gr.Slider(0, codes, value=settings.top_k, step=1, label="Top-k", info="0 is off.")
                 top_p = gr.Slider(0.01, 1, value=settings.top_p, step=0.01, label="Top-p", info="1 is off.")
-                guidance = gr.Slider(0, max(10, settings.guidance_scale), value=1 if unguided else settings.guidance_scale, step=0.1,
+                guidance = gr.Slider(0, largest_guidance(pipe), value=1 if unguided else settings.guidance_scale, step=0.1,
                                      label="Guidance scale", info=unguided or "1 is off.", interactive=not unguided)
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
@@ -230,63 +257,63 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
             again = gr.Button("Reconstruct", variant="primary")
             measures = gr.Markdown()
 
-        def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> Awaitable[tuple | None]:
-            return in_words(worker.run(request.session_hash, work, lambda before: progress(0, desc=f"waiting for {before} before this")))
+        async def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> tuple | None:
+            return await worker.run(request.session_hash, work, lambda before: progress(0, desc=f"waiting for {before} before this"))
 
         async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
                               progress=gr.Progress()):  # noqa: B008 (gradio looks for it among the defaults)
-            seed = secrets.randbelow(2**31) if new_seed or seed is None else int(seed)
-            sampling = {"temperature": temperature, "top_k": int(top_k), "top_p": top_p, "guidance_scale": guidance}
-            shown = await run(request, progress, lambda stop: generate(
-                pipe, folder, stop, progress, classes, int(number), seed, sampling))
-            return shown or (*[gr.skip()] * 3, "Stopped before it began.", gr.skip())
+            with errors_in_words("generate"):
+                checked = checked_request(pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p, guidance)
+                shown = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
+                return shown or (*[gr.skip()] * 3, "Stopped before it began.", gr.skip())
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
-            if not upload or not upload.get("path"):
-                raise gr.Error("Upload an image first.", print_exception=False)
-            shown = await run(request, progress, lambda stop: reconstruct(pipe, upload["path"]))
-            return shown or (*[gr.skip()] * 3, "Stopped before it began.")
+            with errors_in_words("reconstruct"):
+                if not upload or not os.path.exists(upload["path"]):
+                    raise InputError("Upload an image first.")
+                shown = await run(request, progress, lambda stop: reconstruct(pipe, stop, upload["path"]))
+                return shown or (*[gr.skip()] * 3, "Stopped before it began.")
 
         def on_stop(request: gr.Request):
             worker.stop(request.session_hash)
 
         go.click(on_generate, [classes, number, seed, new_seed, temperature, top_k, top_p, guidance], [gallery, grid, seed, report, code],
+                 preprocess=False,  # its messages name no field, and a traceback comes with them
                  api_name="generate", concurrency_limit=None, show_progress_on=gallery)
         halt.click(on_stop, api_name="stop", queue=False)
         page.unload(on_stop)  # the page was closed
         results = [seen, tokens, restored, measures]
         gr.on([upload.upload, again.click], on_upload, upload, results, api_name="reconstruct", concurrency_limit=None,
               preprocess=False,  # it would open the file before read_image does
-              show_progress_on=restored).failure(lambda: [None] * 4, None, results, queue=False, api_visibility="private")
+              show_progress_on=restored).failure(lambda: [None] * 4, None, results, queue=False, api_name="clear",
+                                                    api_visibility="private")
     upload.async_move_resource_to_block_cache = uploaded_file
     page.worker = worker
     return page.queue(max_size=2 * MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-async def uploaded_file(path: object) -> str:
-    """The path of an upload; stands in for gradio's own method, which also downloads what an address names."""
-    if "://" in str(path):
-        raise gr.Error("Only uploaded files are read, not addresses.", print_exception=False)
-    return str(path)
+async def uploaded_file(path: str) -> str:
+    """The path of an upload; stands in for gradio's own method, which copies the file and downloads what an address names."""
+    return path
 
 
-class LoopbackOnly:
-    """Middleware that refuses foreign host names, and files from elsewhere, which gradio's /file= would fetch.
+@contextlib.asynccontextmanager
+async def guarded(page: gr.Blocks, app: Starlette) -> AsyncIterator[None]:
+    """What runs while a page is served: the guard goes in front of all of gradio's own middleware before the first request comes."""
+    uploads = Uploads(Path(app.uploaded_file_dir), page.upload_file_set)
+    app.middleware_stack = Guard(app.middleware_stack, uploads, [
+        Endpoint(function.api_name, number, len(function.inputs), function.queue, any(isinstance(field, gr.Image) for field in function.inputs))
+        for number, function in page.fns.items() if "unload" not in dict(function.targets).values()])
 
-    To listen on 127.0.0.1 is not enough: a foreign site whose name resolves to that (DNS rebinding) comes in by the user's browser.
-    """
+    def connections() -> Iterable:
+        return page.server.server_state.connections if getattr(page, "server", None) else ()
 
-    def __init__(self, app: Callable):
-        self._app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        host = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1").rsplit(":", 1)[0]
-        app = self._app
-        if scope["type"] == "http" and host not in (HOST, "localhost"):
-            app = PlainTextResponse(f"This page is served as {HOST} and as localhost only.", 403)
-        elif scope["type"] == "http" and re.search(r"(file|proxy)[=/]\w\w+:", scope["path"]):
-            app = PlainTextResponse("Files from elsewhere are not served.", 403)
-        await app(scope, receive, send)
+    tasks = [asyncio.create_task(uploads.keep_room()), asyncio.create_task(close_idle_connections(connections))]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def check_port(port: int) -> None:
@@ -303,11 +330,16 @@ def check_port(port: int) -> None:
 def start(page: gr.Blocks, port: int | None = None) -> str:
     """The address of a page, served from now on in the background; page.close() ends that."""
     os.environ |= {"GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": ""}  # the second would win over an empty argument
-    return page.launch(
+    address = page.launch(
         server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, mcp_server=False,
-        allowed_paths=[], max_file_size=MAX_UPLOAD, footer_links=[], css=CSS,
+        enable_monitoring=False, state_session_capacity=MAX_OPEN_PAGES,
+        allowed_paths=[], max_file_size=MAX_UPLOAD_BYTES, footer_links=[], css=CSS,
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        app_kwargs={"middleware": [Middleware(LoopbackOnly)]})[1]
+        app_kwargs={"lifespan": functools.partial(guarded, page)})[1]
+    if not isinstance(page.app.middleware_stack, Guard):
+        page.close(verbose=False)
+        raise RuntimeError("This version of gradio does not run the lifespan of an app, so the demo cannot be served safely.")
+    return address
 
 
 def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> None:

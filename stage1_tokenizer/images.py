@@ -8,7 +8,7 @@
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ MAX_PIXELS = DataConfig.max_pixels
 # Formats that Pillow decodes by itself. Others stay shut: EPS, for one, would start an interpreter on what may be a hostile file.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 _ORIENTATION_TAG = 0x0112
+_TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -40,12 +41,14 @@ class UnreadableImage(ValueError):
     """An image that cannot be used; the message is the reason in words, without the name of the file."""
 
 
-def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
+               before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
     converted; of an animation the first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
+    before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
 
     Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
     """
@@ -59,9 +62,11 @@ def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int =
             if not len(file):
                 raise UnreadableImage("the file is empty")
             file = io.BytesIO(file)
-        elif os.path.getsize(file) == 0:
+        elif not isinstance(file, io.IOBase) and os.path.getsize(file) == 0:
             raise UnreadableImage("the file is empty")
         with Image.open(file, formats=_formats()) as image:
+            if before_decoding:
+                before_decoding(image)
             return _plain(image, mode, max_pixels)
     except UnreadableImage:
         raise
@@ -82,7 +87,7 @@ def _is_plain(image: Any, mode: str) -> bool:
 
 
 def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
-    width, height = image.size
+    width, height = stored_size(image)
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
@@ -94,6 +99,13 @@ def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # it holds the EXIF of the original, by which a second reader would turn the image again
     return image
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height that the decoder of an opened file works with: those of the image, or of a TIFF's tile where that is larger."""
+    tags = getattr(image, "tag_v2", {})
+    sizes = zip(image.size, (tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)), strict=True)
+    return tuple(max(side, tile if isinstance(tile, int) and image.width * image.height else 0) for side, tile in sizes)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -161,11 +161,11 @@ def test_no_chosen_class_is_every_class_and_a_new_seed_gives_new_images(client):
 
 @pytest.mark.parametrize(("request_", "words"), [
     ({"classes": ["ant", "bee"], "number": 64}, r"128 images are too many at a time \(64 of each of 2 classes\); at most 64"),
-    ({"number": 1000}, "1000 is greater than maximum value 64"),
-    ({"number": 0}, "0 is less than minimum value 1"),
-    ({"classes": ["dog"]}, "'dog'.* not in the list of choices"),
-    ({"top_p": 0}, "less than minimum value 0.01"),
-    ({"seed": -1, "new_seed": False}, "less than minimum value 0"),
+    ({"number": 1000}, "Images of each class is 1000; it must be at least 1 and at most 64"),
+    ({"number": 0}, "Images of each class is 0; it must be at least 1"),
+    ({"classes": ["dog"]}, "There is no class 'dog'"),
+    ({"top_p": 0}, "Top-p is 0; it must be at least 0.01"),
+    ({"seed": -1, "new_seed": False}, "Seed is -1; it must be at least 0"),
 ])
 def test_a_wrong_request_is_refused_in_words(client, pipe, request_, words):
     with pytest.raises(AppError, match=words):
@@ -256,13 +256,6 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(client, tmp_path):
     Image.new("1", (11_000, 11_000)).save(tmp_path / "bomb.png")
     with pytest.raises(AppError, match="11000 x 11000 pixels, more than"):
         client.predict(handle_file(tmp_path / "bomb.png"), api_name="/reconstruct")
-
-
-@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/image.png", "https://example.com/image.png"])
-def test_neither_files_of_the_server_nor_addresses_are_read(client, path):
-    with pytest.raises(AppError) as error:
-        client.predict({"path": path, "meta": {"_type": "gradio.FileData"}}, api_name="/reconstruct")
-    assert "://" not in path or "Only uploaded files" in str(error.value)
 
 
 # --- stopping, and one at a time ---------------------------------------------------------------------------------------------

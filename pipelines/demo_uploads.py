@@ -1,0 +1,110 @@
+"""The files that the demo's server keeps: uploads under names that nobody can guess, results of gradio beside them, all within a limit."""
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartParser
+
+from pipelines.demo_http import IDLE_SECONDS, Gone, Refusal, body_of
+
+MAX_UPLOAD_BYTES = 2**26
+MAX_STORED_BYTES = 2**30  # uploads and results together; the oldest ones make room
+BYTES_PER_FILE = 2**13  # what the smallest file and its folder take on a disk
+MAX_UPLOADS_AT_ONCE = 8
+SWEEP_SECONDS = 60.0  # between two looks at the stored files
+_FOLDER = re.compile(r"[0-9a-f]{64}")
+
+
+class Uploads:
+    """The files in `folder`; `paths` are those that were uploaded, which gradio deletes after a day."""
+
+    def __init__(self, folder: Path, paths: set[str]):
+        self._folder, self._paths = folder, paths
+        self._slots = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
+
+    def __contains__(self, path: object) -> bool:
+        return isinstance(path, str) and path in self._paths
+
+    def is_served(self, path: str) -> bool:
+        """Whether the path is that of an upload or of a result."""
+        name = Path(path)
+        return (name.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(name.parent.name)) and str(name) == path
+                and name.is_file() and not name.is_symlink())
+
+    async def store(self, headers: Headers, receive: Callable) -> str:
+        """The path of a file that a form brings, stored under a name that nobody can guess."""
+        if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise Refusal(415, "An upload must be a form with one file, with Content-Type: multipart/form-data.")
+        try:
+            await asyncio.wait_for(self._slots.acquire(), IDLE_SECONDS)
+        except TimeoutError:
+            raise Refusal(503, "Too many uploads are under way; try again in a while.") from None
+        try:
+            chunks = body_of(headers, receive, MAX_UPLOAD_BYTES)
+            form = await MultiPartParser(headers, chunks, max_files=1, max_fields=4, max_part_size=1000).parse()
+            files = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
+            if not files:
+                raise Refusal(400, "The form holds no file named `files`.")
+            path = self._folder / secrets.token_hex(32) / safe_name(files[0].filename or "")
+            await asyncio.to_thread(self._write, files[0].file, path)
+            await form.close()
+        except (Refusal, Gone):
+            raise
+        except OSError as error:
+            raise Refusal(507, f"The upload cannot be stored: {error.strerror}.") from None
+        except Exception:  # the parser meets what is no form with errors of any type
+            raise Refusal(400, "An upload must be a form with one file.") from None
+        finally:
+            self._slots.release()
+        self._paths.add(str(path))
+        return str(path)
+
+    def _write(self, file: BinaryIO, path: Path) -> None:
+        self._make_room()
+        path.parent.mkdir(parents=True)
+        with open(path, "xb") as stored:
+            shutil.copyfileobj(file, stored)
+
+    def _make_room(self) -> None:
+        for removed in make_room(self._folder, MAX_STORED_BYTES - MAX_UPLOAD_BYTES):
+            self._paths.discard(str(removed))
+
+    async def keep_room(self) -> None:
+        """Keep the stored files within their limit; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.to_thread(self._make_room)
+
+
+def safe_name(name: str) -> str:
+    """A file name that a browser chose, reduced to letters, digits, dots, - and _, at most 80 of them."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", os.path.basename(name.replace("\\", "/")))[-80:].lstrip(".")
+    return name or "image"
+
+
+def make_room(folder: Path, limit: int) -> list[Path]:
+    """Delete the oldest uploads and results until those in the folder are no larger than `limit` bytes; returns what was deleted."""
+    files = []
+    for path in folder.glob("*/*"):
+        if _FOLDER.fullmatch(path.parent.name):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.lstat()
+                files.append((status.st_mtime, path, status.st_size + BYTES_PER_FILE))
+    total, removed = sum(size for *_, size in files), []
+    for _, path, size in sorted(files):
+        if total <= limit:
+            break
+        with contextlib.suppress(OSError):  # another request may have deleted it, or stored a second file beside it
+            path.unlink()
+            path.parent.rmdir()
+        removed.append(path)
+        total -= size
+    return removed

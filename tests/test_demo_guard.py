@@ -1,0 +1,555 @@
+"""The demo's server attacked over HTTP: what it reads, where it connects, whom it answers, what it stores, how long it waits, what it says."""
+
+import io
+import json
+import os
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+pytest.importorskip("gradio")
+
+from pipelines import demo, demo_guard, demo_http, demo_requests, demo_uploads
+from pipelines.demo_http import Refusal, strict_json
+from stage1_tokenizer.images import UnreadableImage, read_image
+from tests.test_demo import SlowPipeline, tiny_pipeline, wait_until
+
+GENERATE = [["ant"], 1, 0, False, 1, 0, 1, 1]
+META = {"_type": "gradio.FileData"}
+JSON = {"Content-Type": "application/json"}
+FORM = {"Content-Type": "multipart/form-data; boundary=b"}
+SEEN: list[tuple] | None = None  # audit events while a test watches
+
+
+def remember(event: str, arguments: tuple) -> None:
+    """Audit hook: opened files and connections of this process, which is also that of the server. It cannot be removed again."""
+    if SEEN is not None and event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        SEEN.append((event, *map(str, arguments[-1:] if event == "socket.connect" else arguments[:2])))
+
+
+sys.addaudithook(remember)
+
+
+class Server:
+    """A served pipeline, and ways to ask it."""
+
+    def __init__(self, folder: Path):
+        self.pipe = SlowPipeline.from_pretrained(folder, "cpu")
+        self.page = demo.build(self.pipe, folder)
+        self.address = demo.start(self.page).rstrip("/")
+        self.port, self.files = self.page.server_port, Path(self.page.app.uploaded_file_dir)
+        self.http = httpx.Client(base_url=self.address, timeout=30)
+
+    def upload(self, content: bytes, name: str = "image.png", **headers: str) -> httpx.Response:
+        return self.http.post("/gradio_api/upload", files={"files": (name, content)}, headers=headers)
+
+    def call(self, name: str, data: list) -> httpx.Response:
+        return self.http.post(f"/gradio_api/call/{name}", json={"data": data})
+
+    def result(self, name: str, data: list) -> tuple[str, object]:
+        """Event and data that a call ends with."""
+        text = self.http.get(f"/gradio_api/call/{name}/{self.call(name, data).json()['event_id']}").text
+        event, line = re.findall(r"event: (\w+)\ndata: (.*)\n", text)[-1]
+        return event, json.loads(line)
+
+    def connect(self, sent: bytes) -> socket.socket:
+        opened = socket.create_connection(("127.0.0.1", self.port))
+        opened.sendall(sent.replace(b"HOST", f"127.0.0.1:{self.port}".encode()))
+        return opened
+
+    def stored(self) -> list[Path]:
+        return [path for path in self.files.rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("guard")
+    tiny_pipeline(folder=root).save_pretrained(root / "pipeline")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        served = Server(root / "pipeline")
+        yield served
+        served.http.close()
+        served.page.close(verbose=False)
+
+
+def picture(width: int = 20, height: int = 20, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def all_routes(routes) -> list[tuple[str, str]]:
+    """Method and path of each route of an app, also of included routers."""
+    found = []
+    for route in routes:
+        if hasattr(route, "original_router"):
+            found += all_routes(route.original_router.routes)
+        else:
+            found += [(method, route.path) for method in sorted(getattr(route, "methods", None) or ["GET", "POST"])]
+    return found
+
+
+# --- what it reads and where it connects ---------------------------------------------------------------------------------------
+
+
+def forged_files(target: str, upload: str) -> list:
+    """A file outside of the uploads, or an address, in the shapes in which gradio takes files, and in broken ones."""
+    return [
+        {"path": target}, {"path": target, "meta": META}, {"path": target, "url": target, "meta": META}, {"url": target, "meta": META},
+        {"path": upload, "url": target, "meta": META}, {"path": target, "meta": META, "is_stream": True}, {"path": target, "meta": {}},
+        {"path": f"{upload}/../../{target}", "meta": META}, {"path": f"{Path(upload).parent}/../{target}"}, {"path": f"file://{target}"},
+        {"path": [target], "meta": META}, {"path": {"path": target, "meta": META}, "meta": META}, {"path": target, "_type": "gradio.FileData"},
+        {"value": {"path": target, "meta": META}}, {"image": {"path": target, "meta": META}, "points": []}, [{"path": target, "meta": META}],
+        [[{"path": target, "meta": META}]], [{"image": {"path": target, "meta": META}, "caption": None}],
+        {"background": {"path": target, "meta": META}, "layers": [], "composite": None}, target, [target], {"name": target, "is_file": True},
+        {"name": target, "data": None, "is_file": True}, {"path": os.path.relpath(target) if target.startswith("/") else f"//{target}"},
+        {"PATH": target, "Meta": META}, {"path": f"{target}\x00.png", "meta": META}, 5, True, {}, [], "",
+    ]
+
+
+class Chunked:
+    """A body that httpx sends in chunks, without Content-Length."""
+
+    def __init__(self, body: bytes):
+        self._body = body
+
+    def __iter__(self):
+        yield from (self._body[start:start + 50] for start in range(0, len(self._body), 50))
+
+
+@pytest.fixture
+def watched(server, tmp_path):
+    """Targets that nobody may touch: a readable image, and an address that listens. The test fails when one of them was touched."""
+    global SEEN
+    canary = tmp_path / "canary-7f3a.png"
+    canary.write_bytes(picture())
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        SEEN = []
+        yield [str(canary), f"http://127.0.0.1:{listener.getsockname()[1]}/a.png", "http://outside.invalid/a.png"]
+        wait_until(lambda: not server.page.worker._jobs)
+        time.sleep(0.2)
+        events, SEEN = SEEN, None
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    own = f"('127.0.0.1', {server.port})"
+    assert not [event for event in events if "canary" in str(event) or "outside" in str(event)]
+    assert not [event for event in events if event[0] in ("socket.connect", "socket.sendto") and event[-1] != own]
+
+
+def test_no_argument_of_a_call_makes_it_read_a_file_or_call_an_address(server, watched):
+    upload = server.upload(picture()).json()[0]
+    numbers = {function.api_name: number for number, function in server.page.fns.items()}
+    for target in watched:
+        for forged in forged_files(target, upload):
+            for name, arguments in (("reconstruct", [None]), ("generate", GENERATE), ("stop", [])):
+                for position in sorted({0, min(2, len(arguments)), len(arguments)}):
+                    data = arguments[:position] + [forged] + arguments[position + 1:]
+                    body = {"data": data, "fn_index": numbers[name], "session_hash": "attack"}
+                    for path, sent in ((f"call/{name}", {"data": data}), ("queue/join", body), (f"run/{name}", body)):
+                        answer = server.http.post(f"/gradio_api/{path}", json=sent)
+                        assert answer.status_code < 500 and (answer.status_code == 200 or answer.json()["error"])
+        wait_until(lambda: not server.page.worker._jobs)
+
+
+def test_no_endpoint_reads_a_file_or_calls_an_address(server, watched):
+    upload = server.upload(picture()).json()[0]
+    routes = all_routes(server.page.app.routes)
+    assert ("POST", "/gradio_api/queue/join") in routes and len(routes) > 60
+    for target in watched:
+        forged = {"path": target, "url": target, "meta": META}
+        body = {"data": [forged], "fn_index": 3, "trigger_id": 26, "session_hash": "attack", "event_data": forged, "event_id": "x", "batched": True,
+                "simple_format": True, "path": target, "url": target, "fn_name": "read", "component_id": 26, "upload": forged, "hash": target}
+        bodies = [
+            {"json": body}, {"json": [body]}, {"json": {**body, "data": {"upload": forged}}}, {"json": {**body, "data": [[forged]], "fn_index": 0}},
+            {"content": json.dumps({"data": [None]})[:-1] + ', "data": [' + json.dumps(forged) + "]}", "headers": JSON},
+            {"content": json.dumps(body).replace("path", "\\u0070ath"), "headers": JSON},
+            {"content": json.dumps(body).encode("utf-16"), "headers": JSON},
+            {"content": Chunked(json.dumps(body).encode()), "headers": JSON},
+            {"content": json.dumps(body), "headers": {"Content-Type": "text/plain"}}, {"data": {"data": json.dumps([forged]), "path": target}},
+            {"files": {"data": ("x", json.dumps([forged])), "files": ("y", b"z"), "video": ("y.mp4", b"z")}, "data": {"path": target}},
+        ]
+        for method, path in routes:
+            for name in ("reconstruct", "generate") if "{api_name}" in path else ("x",):
+                filled = re.sub(r"\{[^}]*:path\}", target, path.replace("{api_name}", name))
+                filled = re.sub(r"\{[^}]+\}", "x", filled)
+                if filled.startswith(("/gradio_api/heartbeat", "/gradio_api/startup")) or filled.endswith("/reload"):
+                    continue  # streams without an end
+                for sent in bodies if method == "POST" else [{}]:
+                    query = {"url": target, "path": target, "data": json.dumps([forged]), "deep_link": target, "session_hash": "nobody"}
+                    answer = server.http.request(method, filled, params=query, **sent)
+                    assert answer.status_code < 500, (method, filled)
+    assert Path(upload).exists()
+
+
+def test_an_answer_does_not_tell_whether_a_file_exists(server, watched):
+    for path in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):
+        here, nowhere = (server.http.get(path + target) for target in (watched[0], watched[0] + "x"))
+        assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text) and here.status_code in (403, 404)
+    here, nowhere = (server.call("reconstruct", [{"path": target, "meta": META}]) for target in (watched[0], watched[0] + "x"))
+    assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text)
+    assert here.status_code == 400 and "Only images that were uploaded" in here.json()["error"]
+
+
+def test_only_uploads_and_results_are_served(server):
+    (server.files / "tmp1234").write_text("a half upload")
+    (server.files / "notes").mkdir(exist_ok=True)
+    (server.files / "notes" / "a.png").write_bytes(picture())
+    upload = Path(server.upload(picture()).json()[0])
+    assert server.http.get(f"/gradio_api/file={upload}").content == picture()
+    event, (gallery, *_) = server.result("generate", GENERATE)
+    assert event == "complete" and server.http.get(f"/gradio_api/file={gallery[0]['image']['path']}").status_code == 200
+    (upload.parent / "link.png").symlink_to(server.files / "notes" / "a.png")
+    for path in (server.files / "tmp1234", server.files / "notes" / "a.png", upload.parent, f"{upload.parent}/../notes/a.png",
+                 upload.parent / "link.png", f"{upload.parent}//{upload.name}", f"./{upload}", upload.name):
+        assert server.http.get(f"/gradio_api/file={path}").status_code == 403, path
+    (server.files / "tmp1234").unlink()
+
+
+def test_an_upload_has_a_name_that_nobody_can_guess(server):
+    one, two = (server.upload(picture(), "../../../etc/pass wd\n.png").json()[0] for _ in range(2))
+    assert one != two and re.fullmatch(rf"{re.escape(str(server.files))}/[0-9a-f]{{64}}/pass_wd_(0A)?\.png", one)
+    assert Path(server.upload(b"", "..").json()[0]).name == "image"
+    assert len(Path(server.upload(b"", "a" * 300).json()[0]).name) <= 80
+
+
+# --- whom it answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headers", [
+    {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": "http://localhost:1"}, {"Origin": "http://127.0.0.1"}, {"Origin": "http://["},
+    {"Origin": ""}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example"},
+    {"Host": "localhost@evil.example"}, {"Host": ""},
+], ids=str)
+def test_pages_of_other_origins_are_refused(server, headers):
+    before = server.stored()
+    assert server.upload(picture(), **headers).status_code in (400, 403)
+    assert server.stored() == before
+    for answer in (server.http.post("/gradio_api/call/generate", json={"data": GENERATE}, headers=headers),
+                   server.http.get("/config", headers=headers), server.http.get("/gradio_api/heartbeat/x", headers=headers)):
+        assert answer.status_code == 403 and answer.json()["error"]
+
+
+def test_two_hosts_are_refused(server):
+    with server.connect(b"GET / HTTP/1.1\r\nHost: HOST\r\nHost: evil.example\r\n\r\n") as opened:
+        assert opened.recv(100).split()[1] in (b"400", b"403")
+
+
+def test_the_own_page_and_links_to_it_are_answered(server):
+    own = {"Origin": server.address, "Sec-Fetch-Site": "same-origin"}
+    assert server.upload(picture(), **own).status_code == 200
+    assert server.http.get("/config", headers=own).status_code == 200
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert server.http.get("/", headers=link).status_code == 200
+    assert server.http.get("/", headers={**link, "Sec-Fetch-Dest": "iframe"}).status_code == 403
+    assert server.http.get("/config", headers=link).status_code == 403
+    forwarded = {"Host": "localhost:9000", "Origin": "http://localhost:9000"}  # a tunnel with another port
+    assert server.http.get("/config", headers=forwarded).status_code == 200
+
+
+def test_no_page_can_show_it_in_a_frame(server):
+    for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
+        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"] and answer.headers["X-Frame-Options"] == "DENY"
+
+
+def test_a_websocket_is_refused(server):
+    with server.connect(b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n") as opened:
+        assert opened.recv(100).split()[1] in (b"403", b"404")
+
+
+# --- what it stores and how long it waits ----------------------------------------------------------------------------------------
+
+
+def test_uploads_and_results_together_stay_within_a_limit(server, monkeypatch):
+    monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 300_000)
+    monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 60_000)
+    paths = [server.upload(os.urandom(50_000)).json()[0] for _ in range(12)]
+    assert sum(path.stat().st_size for path in server.files.glob("*/*")) <= 300_000
+    assert not Path(paths[0]).exists() and not Path(paths[0]).parent.exists() and Path(paths[-1]).exists()
+    assert server.call("reconstruct", [{"path": paths[0]}]).status_code == 400
+    assert server.http.get(f"/gradio_api/file={paths[0]}").status_code == 403
+    start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+    for content in (bytes(61_000), Chunked(start + bytes(61_000))):
+        answer = server.http.post("/gradio_api/upload", content=content, headers=FORM)
+        assert answer.status_code == 413 and answer.json()["error"]
+    assert not list(server.files.glob("tmp*")), "parts of refused uploads are left"
+
+
+def test_forms_that_are_no_upload_are_refused_and_leave_nothing(server):
+    before = server.stored()
+    for sent in ({"files": {"other": ("a.png", picture())}}, {"data": {"files": "a.png"}},
+                 {"files": [("files", ("a", b"a")), ("files", ("b", b"b"))]},
+                 {"json": {}}, {"content": b"x", "headers": FORM}, {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
+                 {"data": {f"field{number}": "x" for number in range(9)}}):
+        answer = server.http.post("/gradio_api/upload", **sent)
+        assert answer.status_code in (400, 415) and answer.json()["error"], sent
+    assert server.stored() == before
+
+
+def test_requests_that_stay_incomplete_are_closed(server, monkeypatch):
+    monkeypatch.setattr(demo_http, "IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(demo_http, "CHECK_SECONDS", 0.1)
+    head = b"POST /gradio_api/%s HTTP/1.1\r\nHost: HOST\r\nContent-Type: %s\r\nContent-Length: 1000\r\n\r\n"
+    half_file = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nxyz'
+    sent = [head % (b"upload", b"multipart/form-data; boundary=b") + half_file] * 20
+    sent += [head % (b"queue/join", b"application/json") + b'{"data": '] * 10 + [head % (b"unknown", b"text/plain")]
+    sent += [b"", b"POST /gra", b"GET / HTTP/1.1\r\nHost: HOST\r\n", b"GET /config HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\nx"]
+    opened, before = [server.connect(text) for text in sent], server.stored()
+    try:
+        for connection in opened:
+            connection.settimeout(8)
+            while connection.recv(100_000):
+                pass
+    finally:
+        for connection in opened:
+            connection.close()
+    assert server.stored() == before
+    monkeypatch.undo()
+    assert server.upload(picture()).status_code == 200
+
+
+def test_requests_that_stay_open_are_limited(server, monkeypatch):
+    monkeypatch.setattr(demo_guard, "MAX_OPEN_REQUESTS", 5)
+    opened = [server.connect(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: HOST\r\n\r\n") for _ in range(8)]
+    statuses = sorted(connection.recv(1000).split()[1] for connection in opened)
+    for connection in opened:
+        connection.close()
+    assert statuses == [b"200"] * 5 + [b"503"] * 3
+    wait_until(lambda: server.http.get("/config").status_code == 200)
+
+
+def test_a_body_that_trickles_in_is_ended(server, monkeypatch):
+    monkeypatch.setattr(demo_http, "BODY_SECONDS", 0.5)
+    with server.connect(b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+                        b"Content-Length: 1000\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"files\"; filename=\"a\"\r\n\r\n") as opened:
+        opened.settimeout(0.05)
+        answer, end = b"", time.monotonic() + 8
+        while not answer and time.monotonic() < end:
+            opened.sendall(b"x")
+            try:
+                answer = opened.recv(1000)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+# --- images that are larger than their file ------------------------------------------------------------------------------------
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A 16-bit grey PNG of zeros, a few hundred kilobytes for 100 million pixels."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+    packer, row = zlib.compressobj(9), bytes(1 + 2 * width)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(server, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    upload = server.upload(bomb(10_000, 9_999)).json()[0]
+    event, answer = server.result("reconstruct", [{"path": upload}])
+    assert event == "error" and "10000 x 9999 pixels, more than the 16 million" in answer["error"]
+    assert "data." not in answer["error"] and "_" not in answer["error"]
+
+
+def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
+    strip = zlib.compress(bytes(100))
+    entries = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: len(strip)}
+    body = b"".join(tag.to_bytes(2, "little") + (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
+                    for tag, value in entries.items())
+    content = b"II*\0" + (8 + len(strip)).to_bytes(4, "little") + strip + len(entries).to_bytes(2, "little") + body + bytes(4)
+    with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
+        read_image(content)
+    event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
+    assert event == "error" and "it is TIFF, and this page takes AVIF, BMP, GIF, JPEG, PNG, WebP" in answer["error"]
+
+
+@pytest.mark.parametrize("kind", sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP"} & set(demo_requests.FORMATS)))
+def test_formats_that_browsers_show_are_taken(tmp_path, kind):
+    Image.new("L", (30, 20), 80).save(tmp_path / "image", kind)
+    assert "PSNR" in demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")[3]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "TGA", "JPEG2000"])
+def test_formats_that_browsers_do_not_show_are_refused(tmp_path, kind):
+    Image.new("L", (30, 20)).save(tmp_path / "image", kind)
+    with pytest.raises(UnreadableImage, match=f"it is {kind}, and this page takes"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
+
+
+def test_words_of_a_decoder_stay_on_the_terminal(server, capsys):
+    event, answer = server.result("reconstruct", [{"path": server.upload(picture()[:200]).json()[0]}])
+    assert event == "error" and answer["error"] == "This file cannot be read as an image: truncated, corrupt or not accessible."
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and re.search(r"not accessible: \w", err)
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
+    decoded = []
+    for kind, width in (("JPEG", 4500), ("JPEG", 9000), ("PNG", 4500)):
+        Image.new("L", (width, 4000)).save(tmp_path / "large", kind)
+        with Image.open(tmp_path / "large") as image:
+            try:
+                demo_requests.bound_size(image, 16)
+                decoded.append(image.size)
+            except UnreadableImage as error:
+                decoded.append(str(error))
+    assert decoded[0] == (563, 500) and decoded[1] == (1125, 500)
+    assert decoded[2].startswith("4500 x 4000 pixels, more than the 16 million")
+    Image.new("L", (65_000, 300)).save(tmp_path / "strip", "JPEG")
+    with Image.open(tmp_path / "strip") as image, pytest.raises(UnreadableImage):
+        demo_requests.bound_size(image, 256)  # an eighth of it would be smaller than what the tokenizer sees
+
+
+def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, monkeypatch):
+    rows, columns = np.mgrid[0:600, 0:800]
+    smooth = (127 + 60 * np.sin(rows / 90)[..., None] + 60 * np.cos(columns / 70)[..., None] * np.ones(3)).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "image.jpg", quality=95)
+    pipe, stop = tiny_pipeline(), threading.Event()
+    exact = np.asarray(demo.reconstruct(pipe, stop, tmp_path / "image.jpg")[0], dtype=float)
+    monkeypatch.setattr(demo_requests, "MAX_UPLOAD_PIXELS", 200_000)
+    drafted = np.asarray(demo.reconstruct(pipe, stop, tmp_path / "image.jpg")[0], dtype=float)
+    assert 0 < np.abs(exact - drafted).max() <= 6
+
+
+@pytest.mark.parametrize("ending", ["stop", "time"])
+def test_a_slow_decoder_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+    header = b"BM" + bytes(8) + (1078).to_bytes(4, "little") + struct.pack("<IiiHHIIiiII", 40, 4000, 3999, 1, 8, 1, 0, 0, 0, 256, 0)
+    (tmp_path / "slow.bmp").write_bytes(header + bytes(1024) + b"\x01\x05" * 15_990_000)  # Pillow decodes run lengths in Python
+    stop = threading.Event()
+    monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
+    timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
+    timer.start()
+    started = time.monotonic()
+    if ending == "stop":
+        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.bmp")[3] == "Stopped."
+    else:
+        with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
+            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "slow.bmp")
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
+@pytest.mark.parametrize("stage", ["read_image", "encode", "decode"])
+def test_stop_is_heard_between_the_stages_of_a_reconstruction(tmp_path, monkeypatch, stage):
+    Image.new("L", (30, 30)).save(tmp_path / "image.png")
+    pipe, stop, begun = tiny_pipeline(), threading.Event(), []
+
+    def stopping(name, function):
+        def call(*arguments, **options):
+            begun.append(name)
+            if name == stage:
+                stop.set()
+            return function(*arguments, **options)
+        return call
+
+    monkeypatch.setattr(demo, "read_image", stopping("read_image", demo.read_image))
+    monkeypatch.setattr(pipe, "encode", stopping("encode", pipe.encode))
+    monkeypatch.setattr(pipe, "decode", stopping("decode", pipe.decode))
+    report = demo.reconstruct(pipe, stop, tmp_path / "image.png")[3]
+    assert begun[-1] == stage and (report == "Stopped.") == (stage != "decode")
+
+
+# --- what it says ---------------------------------------------------------------------------------------------------------------
+
+
+def wrong_requests() -> list[tuple[str, str, dict]]:
+    """Method, path and body of requests that are refused."""
+    join = "/gradio_api/queue/join"
+    bodies = [{}, {"data": None}, {"data": {}}, {"data": "x"}, {"data": []}, {"data": GENERATE[:-1]}, {"data": [*GENERATE, 1]}, {"data": [GENERATE]}]
+    posts = [(f"/gradio_api/call/{name}", body) for name in ("generate", "reconstruct") for body in bodies]
+    posts += [(join, {"data": GENERATE, "fn_index": number, "session_hash": "x"}) for number in (None, -1, 99, "0", 0.5, True, [0], {})]
+    sessions = (None, "", 5, "a b", "../x", "x" * 65, ["x"], {"a": 1})
+    posts += [(join, {"data": GENERATE, "fn_index": 0, "session_hash": session}) for session in sessions]
+    posts += [("/gradio_api/call/nothing", {"data": []}), ("/gradio_api/run/nothing", {"data": []}), ("/gradio_api/api/generate", {"data": GENERATE}),
+              ("/gradio_api/call/v2/generate", {"classes": ["ant"]}), ("/gradio_api/run/generate", {"data": GENERATE}), ("/login", {}),
+              ("/gradio_api/cancel", {}), ("/gradio_api/cancel", {"session_hash": "x", "fn_index": 0, "event_id": []}), ("/gradio_api/reset", {}),
+              ("/gradio_api/component_server", {}), ("/gradio_api/vibe-code", {"code": "x"}), ("/gradio_api/stream/x", {"data": []}), ("/", {})]
+    gets = ["/monitoring", "/monitoring/summary", "/monitoring/x", "/nothing", "/gradio_api/call/generate/x", "/gradio_api/call/nothing/x",
+            "/gradio_api/queue/data", "/gradio_api/queue/data?session_hash=nobody", "/gradio_api/file=", "/gradio_api/file=x", "/assets/nothing.js",
+            "/static/../../x", "/gradio_api/dev/reload", "/gradio_api/app_id", "/gradio_api/token", "/pwa_icon/99999", "/openapi.json", "/logout"]
+    others = [(method, path, {}) for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE") for path in ("/", join)]
+    return [("POST", path, {"json": body}) for path, body in posts] + [("GET", path, {}) for path in gets] + others
+
+
+def test_each_refusal_carries_a_message_and_one_line_of_the_log(server, capsys):
+    for method, path, body in wrong_requests():
+        capsys.readouterr()
+        answer = server.http.request(method, path, **body)
+        assert 400 <= answer.status_code < 500, (method, path, body)
+        words = answer.json()["error"]
+        assert isinstance(words, str) and len(words) > 10 and answer.json()["detail"] == words
+        out, err = capsys.readouterr()
+        assert not out and len(err.splitlines()) == 1 and err.startswith("refused: "), (method, path, err)
+
+
+@pytest.mark.parametrize(("position", "value", "words"), [
+    (0, ["dog"], "There is no class 'dog'"), (0, ["an"], "Did you mean 'ant'"), (0, [3], "must be a list of class names"),
+    (0, "ant", "must be a list of class names"), (1, None, "Images of each class is None; it must be a number"), (1, 1.5, "must be a whole number"),
+    (1, 65, "at most 64"), (2, -5, "Seed is -5; it must be at least 0"), (2, "7", "Seed is '7'; it must be a number"), (2, 2**60, "Seed is"),
+    (2, [], "Seed is \\[\\]"), (4, True, "Temperature is True; it must be a number"), (4, -1, "Temperature"), (5, 99, "Top-k"), (6, 0, "Top-p"),
+    (7, 11, "Guidance scale"), (7, "x" * 500, "Guidance scale is 'x{56}\\.\\.\\.; it"),
+])
+def test_a_wrong_field_is_refused_in_the_words_of_the_page(server, capsys, position, value, words):
+    calls = server.pipe.calls
+    event, answer = server.result("generate", GENERATE[:position] + [value] + GENERATE[position + 1:])
+    assert event == "error" and re.search(words, answer["error"]) and server.pipe.calls == calls
+    assert not re.search(r"_|[a-z]\.[a-z]", answer["error"]), "the name of an internal field"
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and err.startswith("refused: generate: ")
+
+
+@pytest.mark.parametrize(("class_names", "label_drop"), [(None, 0.1), (["ant"], 0.0)])
+def test_guidance_is_refused_where_it_cannot_work(class_names, label_drop):
+    pipe = tiny_pipeline(class_names, label_drop)
+    with pytest.raises(demo.InputError, match=r"^Guidance scale is 2; this prior cannot be guided"):
+        demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 2)
+    assert demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 1)[2] == 0
+
+
+def test_an_unexpected_error_is_one_line_of_the_log_and_a_message_without_details(server, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("/secret/path\nerror: forged line")
+
+    monkeypatch.setattr(SlowPipeline, "__call__", fail)
+    event, answer = server.result("generate", GENERATE)
+    assert event == "error" and "unexpected error" in answer["error"] and "secret" not in str(answer)
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and "RuntimeError: /secret/path" in err and "test_demo_guard.py, line" in err
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"[]", b"1", b"null", b'{"a": 1, "a": 1}', b'{"a": {"b": 1, "\\u0062": 2}}', b'{"a": NaN}', b'{"a": -Infinity}',
+    b"[" * 100_000, b'{"a":' * 100_000,
+    b'{"a": ' + b"9" * 5000 + b"}", b'{"a": "\xff"}', '{"a": 1}'.encode("utf-16"), b'{"a": 1} x', b"\xef\xbb\xbf{}",
+])
+def test_json_that_parsers_read_in_different_ways_is_refused(body):
+    with pytest.raises(Refusal):
+        strict_json(body)
+
+
+@pytest.mark.parametrize("value", [2**63, -2**70, "\ud800", "x" * 1001, [0] * 1001, [[0]], {"a": 0}], ids=repr)
+def test_arguments_that_no_field_holds_are_refused(server, value):
+    body = json.dumps({"data": [*GENERATE[:2], value, *GENERATE[3:]]})
+    answer = server.http.post("/gradio_api/call/generate", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"].startswith("The arguments must be numbers, texts")
