@@ -39,7 +39,8 @@ class MetricsLog:
             cut_back(self.path, first_step, validated_step)
         if accelerator.log_with:
             flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
-            accelerator.init_trackers("vqmosaic", config=flat, init_kwargs=resumed_trackers(folder, first_step))
+            accelerator.init_trackers("vqmosaic", config=flat,
+                                      init_kwargs=resumed_trackers(folder, first_step) if accelerator.is_main_process else {})
 
     def write(self, step: int, kind: str, **numbers: float | int) -> None:
         """Append one record; `kind` is train or validation."""
