@@ -60,7 +60,8 @@ def check_tokens_stay(tokenizer: ImageTokenizer, path: str) -> None:
     if not found.is_export:
         return
     found_fingerprint, own = found.config["token_fingerprint"], tokenizer.fingerprint_of_tokens()
-    assert own == found_fingerprint, f"the token fingerprint became {own} instead of {found_fingerprint}"
+    if own != found_fingerprint:
+        raise RuntimeError(f"the token fingerprint became {own} instead of {found_fingerprint}")
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import cut_back, read_metrics
+from vqmosaic.tracking import cut_back, read_metrics, resumed_trackers
 from vqmosaic.training_run import TrainingRun
 from vqmosaic.weight_averaging import averaged
 
@@ -574,3 +574,12 @@ def test_bf16_trains_on_a_cpu_and_what_is_validated_is_float32(stage, run_dir, m
     if stage == "tokenizer":
         assert {dtype for training, dtype in dtypes if training} == {torch.bfloat16}
         assert {dtype for training, dtype in dtypes if not training} == {torch.float32}
+
+
+def test_trackers_go_on_where_a_resumed_training_does(tmp_path):
+    """TensorBoard is told to hide what comes again, wandb gets the identifier of the run that it knows; a new training is another run."""
+    first = resumed_trackers(tmp_path, 0)
+    resumed = resumed_trackers(tmp_path, 40)
+    assert first["tensorboard"] == {} and resumed["tensorboard"] == {"purge_step": 41}
+    assert resumed["wandb"] == first["wandb"] == {"id": first["wandb"]["id"], "resume": "allow"}
+    assert resumed_trackers(tmp_path, 0)["wandb"]["id"] != first["wandb"]["id"]

@@ -3,6 +3,7 @@
 Run as a module this file is a stage of its own, whose workers end in ways that no real stage can be made to end at will.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from tests.tiny import ROOT, tiny_overrides
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted
+from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.launch import run_stage, run_worker
 
 pytestmark = pytest.mark.slow
@@ -313,6 +314,13 @@ def worker(arguments: list[str]) -> None:
         if rank == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)
+    if how == "stuck":
+        libc, lock = ctypes.CDLL(None), (ctypes.c_char * 64)()
+        libc.pthread_mutex_init(lock, None)
+        libc.pthread_mutex_lock(lock)
+        with StopFlag():
+            (Path(folder) / f"{rank}.ready").write_text(str(os.getpid()))
+            libc.pthread_mutex_lock(lock)  # waits for ever inside a library
     if how == "wait":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _frame: (_ for _ in ()).throw(Interrupted(number, "saved nothing")))
@@ -332,7 +340,8 @@ def test_processes_goes_before_what_an_accelerate_configuration_says(tmp_path, m
 
 @pytest.mark.parametrize(("how", "code", "words"), [
     ("all is well", 0, ""), ("part with models right after collectives", 0, ""), ("refuse on both", 2, "error: neither of us can use that."),
-    ("refuse on rank 1", 2, "error: rank 1 has seen something that rank 0 has not."), ("killed", 1, "error: a worker process ended without a word")])
+    ("refuse on rank 1", 2, "error: rank 1 has seen something that rank 0 has not."),
+    ("killed", 1, "error: a worker process was killed (often: out of memory)")])
 def test_exit_codes_and_words_come_back_once(how, code, words, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert run_own_stage(how, tmp_path) == code

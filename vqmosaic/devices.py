@@ -58,9 +58,20 @@ def check_compiler(field: str, device: torch.device) -> None:
 def set_threads(threads: int | None = None) -> int:
     """Fix and return the number of CPU threads; results are bitwise the same only at the same number."""
     if threads is None:
-        threads = int(os.environ.get("OMP_NUM_THREADS") or THREADS_AT_START)
+        threads = threads_of_environment() or THREADS_AT_START
     torch.set_num_threads(threads)
     return threads
+
+
+def threads_of_environment() -> int | None:
+    """OMP_NUM_THREADS, of a list for nested levels such as 4,2 the first one; None where it is not set. Raises InputError for anything else."""
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    first = text.partition(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise InputError(f"OMP_NUM_THREADS is {text!r} in the environment; allowed: a number of threads, or several with commas between.")
+    return int(first)
 
 
 def make_accelerator(training: TrainingConfig, log_folder: str) -> Accelerator:

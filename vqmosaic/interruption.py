@@ -1,10 +1,14 @@
-"""SIGTERM and SIGINT ask a stage to save and stop; a flag is polled in every loop. A second signal ends it at once."""
+"""SIGTERM, SIGINT and SIGHUP ask a stage to save and stop; a flag is polled in every loop. A second signal ends it at once."""
 
 import ctypes
 import os
 import signal
+import threading
+import time
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+GRACE_SECONDS = 3.0
+"""Seconds after a second signal at which a process ends that could not react to the first one."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -16,22 +20,56 @@ class Interrupted(Exception):
         self.exit_code = EXIT_CODES[signal_number]
 
 
+def heeded_signals() -> list[int]:
+    """The signals that stop a stage: all of EXIT_CODES, but not SIGHUP where it is ignored, as under nohup."""
+    return [number for number in EXIT_CODES if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+
+
 class StopFlag:
-    """A context in which SIGTERM and SIGINT set `.signal` instead of ending the process."""
+    """A context in which SIGTERM, SIGINT and SIGHUP set `.signal` instead of ending the process.
+
+    Python runs signal handlers between two instructions of the main thread, which never come where that thread waits inside a library, for example
+    for another process. So a thread of its own counts signals too, and ends the process GRACE_SECONDS after the second one.
+
+    Outside the main thread no signal can be heeded: `.signal` stays 0 there.
+    """
 
     def __enter__(self) -> "StopFlag":
         self.signal = 0
-        self._before = {number: signal.signal(number, self._remember) for number in EXIT_CODES}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in heeded_signals()}
+            self._reading_end, self._writing_end = os.pipe()
+            os.set_blocking(self._writing_end, False)
+            self._wakeup_before = signal.set_wakeup_fd(self._writing_end, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True, name="signals").start()
         return self
 
     def _remember(self, number, _frame) -> None:
         self.signal = number
-        for each in EXIT_CODES:
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
 
+    def _watch(self) -> None:
+        """Read the numbers of signals, which the interpreter writes as they come, until a 0 or the second one."""
+        received = 0
+        while received < 2:
+            number = os.read(self._reading_end, 1)[0]
+            if number == 0:
+                os.close(self._reading_end)
+                return
+            received += number in EXIT_CODES
+        time.sleep(GRACE_SECONDS)
+        os._exit(EXIT_CODES[number])
+
     def __exit__(self, *_) -> None:
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
+        os.write(self._writing_end, b"\0")
+        os.close(self._writing_end)
 
 
 def die_with_parent(ancestor: int) -> None:

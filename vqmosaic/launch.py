@@ -22,7 +22,7 @@ from typing import NamedTuple
 import yaml
 
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.interruption import EXIT_CODES, Interrupted, die_with_parent
+from vqmosaic.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, heeded_signals
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.process_settings import set_up_process
 
@@ -31,6 +31,12 @@ WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
 LAUNCHER_NAME = "launcher"
 LAST_SECONDS = 20.0
 """For which a launcher may tidy up after its workers."""
+KILL_SECONDS = GRACE_SECONDS + 1.0
+"""Seconds after a second signal at which workers that are still there are killed."""
+INHERITED_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
+                   "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE",
+                   "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""Variables by which launchers tell a process its place in a group. torch and Accelerate would wait for the others."""
 SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "accelerate"
 
 
@@ -40,6 +46,7 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
     `processes` counts those of all machines; None leaves it to the accelerate configuration, and without one is 1.
     """
     processes = processes_to_start(processes, accelerate_config)
+    drop_inherited_ranks()
     if processes == 1 and accelerate_config is None:
         return guarded(lambda: importlib.import_module(module).main(arguments))
     command = [sys.executable, "-c", "from vqmosaic.launch import launch_quietly; launch_quietly()"]
@@ -52,10 +59,28 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
     environment[PROCESSES_ASKED_FOR] = str(processes)
+    protect_imports(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * machines // processes)))
     with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
         environment[WORKER_FOLDER] = folder
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
+
+
+def drop_inherited_ranks() -> None:
+    """Take variables of another launcher's group out of the environment, and say so: this command starts its own processes."""
+    inherited = {name: os.environ.pop(name) for name in INHERITED_RANKS if name in os.environ}
+    if inherited:
+        words = ", ".join(f"{name}={value}" for name, value in inherited.items())
+        print(f"note: {words} in the environment ignored: `vqmosaic` starts its own processes (--processes). Under a launcher of your own, start "
+              "the stage's module instead, such as `accelerate launch -m stage2_prior.train RECIPE`.", file=sys.stderr)
+
+
+def protect_imports(environment: dict[str, str]) -> None:
+    """Keep modules of the working directory, such as a user's own pipelines/ or accelerate.py, from being imported in the place of the real ones."""
+    environment["PYTHONSAFEPATH"] = "1"
+    root = str(Path(__file__).resolve().parent.parent)
+    if os.path.samefile(root, os.getcwd()):  # a checkout that is not installed is found by the working directory alone
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
 
 
 def find_accelerate_config(name: str) -> Path:
@@ -146,12 +171,12 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
         to_pass_on.append(number)
         pass_on()
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, take) for number in heeded_signals()}
     try:
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
         (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
         pass_on()  # what came while there was nobody to tell
-        wait_for_launcher(launcher, folder, count)
+        wait_for_launcher(launcher, folder, count, asked_to_stop)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -170,19 +195,29 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
         return EXIT_CODES[asked_to_stop[0]]
     failures = [code for code in failures if code not in EXIT_CODES.values()]  # nobody asked: the launcher ended the others after one died
     if launcher.returncode and not failures:
-        print("error: a worker process ended without a word; it was killed from outside, for example for want of memory.", file=sys.stderr)
+        if any(folder.glob("*.pid")):
+            print("error: a worker process was killed (often: out of memory).", file=sys.stderr)
+        else:
+            print("error: the worker processes did not start; what is printed above says why.", file=sys.stderr)
     return failures[0] if failures else (launcher.returncode and 1)
 
 
-def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int) -> None:
+def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, asked_to_stop: list[int]) -> None:
     """Wait until the launcher has ended; once all of its workers have said how they ended, for LAST_SECONDS at most.
 
-    Launchers of several machines wait for each other at the end, for five minutes where one is gone already.
+    Launchers of several machines wait for each other at the end, for five minutes where one is gone already. After a second signal
+    (`asked_to_stop` grows as they come), workers and launcher are killed within KILL_SECONDS.
     """
-    deadline = None
+    deadline = kill_at = None
     while True:
+        if kill_at is None and len(asked_to_stop) > 1:
+            kill_at = time.monotonic() + KILL_SECONDS
+        if kill_at is not None and time.monotonic() > kill_at:
+            for process in [*(int(text) for path in folder.glob("*.pid") if (text := path.read_text())), launcher.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         try:
-            launcher.wait(timeout=0.5)
+            launcher.wait(timeout=0.2)
             return
         except subprocess.TimeoutExpired:
             if deadline is None and len(exit_codes(folder)) == count:
@@ -258,7 +293,9 @@ def guarded(run: Callable[[], None], words: Path | None = None) -> int:
         return stop.exit_code
     except KeyboardInterrupt:  # before the stage could take note of signals
         return EXIT_CODES[signal.SIGINT]
-    except BrokenPipeError:
+    except BrokenPipeError:  # such as `vqmosaic run digits | head`
+        with contextlib.suppress(OSError):
+            say("error: the output was closed by the program that read it, so the command stopped.")
         return 1
     except Exception:
         report = traceback.format_exc()

@@ -17,6 +17,9 @@ def set_up_process() -> None:
 
     The buffers of a training step come and go; given back to the system in between, each of their pages is cleared again, a tenth of a step.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before the program began, as by `vqmosaic ... >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open to the end of the process
     if sys.platform != "linux":  # other systems have other libraries, which know no such number
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     elif "OMP_WAIT_POLICY" not in os.environ:

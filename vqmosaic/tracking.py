@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,8 @@ class MetricsLog:
             cut_back(self.path, first_step, validated_step)
         if accelerator.log_with:
             flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
-            accelerator.init_trackers("vqmosaic", config=flat)
+            accelerator.init_trackers("vqmosaic", config=flat,
+                                      init_kwargs=resumed_trackers(folder, first_step) if accelerator.is_main_process else {})
 
     def write(self, step: int, kind: str, **numbers: float | int) -> None:
         """Append one record; `kind` is train or validation."""
@@ -49,6 +51,14 @@ class MetricsLog:
                 file.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")
         if self.accelerator.log_with:
             self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
+
+
+def resumed_trackers(folder: Path, first_step: int) -> dict[str, dict[str, Any]]:
+    """Arguments by which trackers go on where a resumed training does: TensorBoard hides what will be written again, wandb keeps its run."""
+    identifier = folder / "tracker_run_id.txt"
+    if first_step == 0 or not identifier.exists():
+        write_bytes(identifier, secrets.token_hex(8).encode())
+    return {"tensorboard": {"purge_step": first_step + 1} if first_step else {}, "wandb": {"id": identifier.read_text(), "resume": "allow"}}
 
 
 def cut_back(path: Path, step: int, validated_step: int) -> None:
