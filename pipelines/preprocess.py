@@ -30,7 +30,6 @@ from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
 from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
 from vqmosaic.errors import InputError
-from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
@@ -64,9 +63,10 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     splits = open_splits(recipe.data)
-    inputs = {"tokenizer": tokenizer.token_fingerprint,
-              "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
-    check_same_data(run, recipe, inputs["data set"])
+    before = load_record(run, "tokens")
+    data_set = splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
+    check_same_data(run, recipe, splits)
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
@@ -81,7 +81,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
     })
     writers = []
-    for split in split_plans(recipe, tokenizer, splits, state.device):
+    former = data_set != splits.fingerprint  # what vqmosaic 0.1.0 has begun goes on with the identities that it recorded
+    for split in split_plans(recipe, tokenizer, splits, state.device, former):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
@@ -98,10 +99,11 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
-def check_same_data(run: RunFolder, recipe: Recipe, data_set: str) -> None:
+def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
     """Raise InputError where this run's own tokenizer was trained on other images than those that are here now."""
     record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
-    if record is not None and record.inputs.get("data set", data_set) != data_set:
+    recorded = record.inputs.get("data set") if record is not None else None
+    if recorded not in (None, splits.fingerprint_like(recorded)):
         raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Put it back, train anew with "
                          f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
 
@@ -115,16 +117,20 @@ class SplitPlan:
     views: list[View]
 
 
-def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device) -> list[SplitPlan]:
-    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image."""
+def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device, former: bool = False) -> list[SplitPlan]:
+    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image.
+
+    `former` makes them with the identities of the data set that vqmosaic 0.1.0 recorded.
+    """
     grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
                 depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
     plans = []
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [IDENTITY])):
         header = ShardSetHeader(
-            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity, grids=[grid],
-            views=[view.to_dict() for view in views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), encoding=encoding)
+            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names,
+            dataset=source.former_identity if former else source.identity, grids=[grid], views=[view.to_dict() for view in views],
+            images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), encoding=encoding)
         plans.append(SplitPlan(header, source, views))
     return plans
 

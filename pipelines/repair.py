@@ -49,7 +49,10 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_has_ids(recipe, source)
         tokenizer = ImageTokenizer.from_pretrained(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
-        plans = {plan.header.split: plan for plan in split_plans(recipe, tokenizer, open_splits(recipe.data), device)}
+        splits = open_splits(recipe.data)
+        plans, former = ({plan.header.split: plan for plan in split_plans(recipe, tokenizer, splits, device, former)} for former in (False, True))
+        if any(recorded_formerly(path, former[split].header) for split, path in folders.items()):
+            plans = former
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
 
@@ -90,6 +93,15 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
         return ShardSidecar.load(folder, name)
     except InputError:
         return None
+
+
+def recorded_formerly(folder: Path, former: ShardSetHeader) -> bool:
+    """Whether what is left in a split's folder has the data set's identity in the form of vqmosaic 0.1.0."""
+    manifest = load_manifest(folder)
+    if manifest is not None and "version" not in manifest.dataset:
+        return True
+    sidecars, fingerprint = (load_sidecar(folder, shard_name(index)) for index in range(former.num_shards)), former.fingerprint
+    return any(sidecar is not None and sidecar.header_fingerprint == fingerprint for sidecar in sidecars)
 
 
 def check_same_origin(folders: dict[str, Path], plans: dict[str, SplitPlan]) -> None:

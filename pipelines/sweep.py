@@ -27,11 +27,11 @@ from pipelines.bundle import part_fingerprints, recommend, usable_device
 from pipelines.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.sweep_plan import SweepRequest, surroundings
-from pipelines.sweep_record import SweepRecord, ranking_table, settings_in_words, varied
+from pipelines.sweep_record import SweepRecord, ranking_table, read_sweep, settings_in_words, varied
 from stage1_tokenizer.data_location import image_files
 from stage1_tokenizer.folder_source import FolderSource
 from stage1_tokenizer.image_batches import ValidationImages
-from stage1_tokenizer.image_sources import ImageSource, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_sources import ImageSource, identity_like, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import read_config
 from stage2_prior.sampling import SamplingStopped
@@ -110,9 +110,10 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
     source, labelled, how = open_reference(request, transform, pipe.class_names)
     real = ValidationImages(source, transform, cache_megabytes=0)
     counts, proportions = class_counts(pipe.class_names, labelled, request.images)
+    real_before = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
     setup = {"pipeline": part_fingerprints(request.folder / "tokenizer", request.folder / "prior"),
              "features": {**request.features.to_dict(), "count": extractor.num_features},
-             "real": {**source.identity, "transform": transform.to_dict()},
+             "real": {**identity_like(source, real_before), "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE}}
     record = SweepRecord.open(request.record, setup)

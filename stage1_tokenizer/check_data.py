@@ -39,7 +39,7 @@ def _check_split(source: ImageSource, report: Callable[[str], None]) -> list[tup
         except UnreadableImage as error:
             return str(error)
 
-    split = source.identity["split"]
+    split = source.split
     results = list(map_in_threads(read, range(len(source)), bar=f"reading {split}"))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {len(source)} images, {_size_range(sizes)}")

@@ -11,9 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from stage1_tokenizer.content_digest import file_digest
 from stage1_tokenizer.data_location import VALIDATION_SPLITS, image_files, local_path, no_images
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import read_image
+from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.recipe_sections import DataConfig
 
@@ -31,6 +33,14 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        found = map_in_threads(lambda name: file_digest(self._root / name), self._names, bar=f"looking at {self.split}")
+        for index, (size, content) in enumerate(found):
+            digest.update(json.dumps([self._names[index], self.label(index), size, content and content.hex()]).encode())
+        return {"kind": "folder", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    @cached_property
+    def former_identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for index, name in enumerate(self._names):
             path = self._root / name

@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +20,11 @@ import pyarrow
 import pyarrow.compute
 from PIL import Image
 
+from stage1_tokenizer.content_digest import content_digest, file_digest
 from stage1_tokenizer.data_location import VALIDATION_SPLITS, local_path, nearest_sibling
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import UnreadableImage, read_image
+from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import DataConfig
 
@@ -39,13 +42,25 @@ class HuggingFaceSource:
         self.class_names = class_names
         self._rows = rows.with_format("arrow")  # one column, the stored images
         self._picked, self._labels = picked, labels
-        self._name = str(local_path(data).resolve()) if local_path(data).exists() else data.path
+        path = local_path(data)
+        self._folder = path if path.is_dir() else path.parent if path.is_file() else None
+        self._name = str(path.resolve()) if path.exists() else data.path
         self._channels, self._max_pixels = data.channels, data.max_pixels
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        # The library's own fingerprint depends on paths and times. This digest is the same on every machine, and reads little:
-        # all labels, the stored size of every image, and the bytes of a few hundred images.
+        # The library's own fingerprint depends on paths and times. This digest is the same on every machine.
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self._picked.astype("<i8").tobytes())
+        if self._labels is not None:
+            digest.update(self._labels[self._picked].astype("<i8").tobytes())
+        for size, content in map_in_threads(self._digest, range(len(self)), bar=f"looking at {self.split}"):
+            digest.update(json.dumps([size, content and content.hex()]).encode())
+        return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    @cached_property
+    def former_identity(self) -> dict[str, Any]:
+        # of all images the labels and the stored sizes, of a few hundred the bytes
         digest = hashlib.sha256(json.dumps([self.class_names, len(self._rows)]).encode())
         digest.update(self._picked.astype("<i8").tobytes())
         if self._labels is not None:
@@ -72,7 +87,13 @@ class HuggingFaceSource:
         stored = self._stored(index)
         if stored is None:
             raise UnreadableImage("the row holds no image")
-        return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+        if not isinstance(stored, str):
+            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+        path = self._path(stored)
+        try:
+            return read_image(path, channels=self._channels, max_pixels=self._max_pixels)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{str(path)!r}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         columns = ("_column", "_bytes")  # pickled, they would hold the images themselves
@@ -87,6 +108,21 @@ class HuggingFaceSource:
     def _bytes(self) -> pyarrow.ChunkedArray:
         # of a column of records by itself, for a row of it takes a quarter of the time of a record
         return pyarrow.compute.struct_field(self._column, "bytes") if pyarrow.types.is_struct(self._column.type) else self._column
+
+    def _path(self, stored: str) -> Path:
+        """The file that a row names: relative to the folder of the tables, or else to the working directory."""
+        path = Path(stored)
+        inside = self._folder / path if self._folder is not None else path  # which is `path` where that is absolute
+        return path if path.exists() and not inside.exists() else inside
+
+    def _digest(self, index: int) -> tuple[int | None, bytes | None]:
+        """(bytes, content_digest) of a row's image, without a copy of those that lie in the table."""
+        stored = self._bytes[int(self._picked[index])]
+        if stored.is_valid and not pyarrow.types.is_string(stored.type):
+            content = stored.as_buffer()
+            return content.size, content_digest(memoryview(content))
+        path = self._stored(index)
+        return (None, None) if path is None else file_digest(self._path(path))
 
     def _stored(self, index: int) -> bytes | str | None:
         row = int(self._picked[index])
@@ -155,7 +191,7 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif local:
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path.resolve()))  # it takes "." for a name
         else:
             loaded = _load_from_hub(data.path)
     except InputError:
@@ -276,4 +312,6 @@ def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
     """Bytes of every row's image as stored (int64, -1 where there are none), from the column's offsets alone."""
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
+    if pyarrow.types.is_null(stored.type):
+        return np.full(len(stored), -1)
     return pyarrow.compute.binary_length(stored).fill_null(-1).to_numpy()

@@ -41,7 +41,6 @@ from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
-from vqmosaic.fingerprints import fingerprint
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -70,7 +69,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- data ---------------------------------------------------------------------------------------------------------------
     splits = open_splits(recipe.data)
-    inputs = {"data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    before = load_record(run.folder, "tokenizer")
+    inputs = {"data set": splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)}
     starts_from = training.init_from
     if starts_from is not None and run.checkpoints.all() and not Path(starts_from).expanduser().exists():
         starts_from = None  # to go on from a checkpoint, it need not be there
@@ -93,7 +93,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     perceptual = load_perceptual_loss(recipe, accelerator.device)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew
     if run.is_main:
-        before = load_record(run.folder, "tokenizer")
+        inputs |= {"data set": splits.fingerprint}  # also where the one before has the former identities, which know less
         inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
     if training.train_parts == "decoder":
