@@ -1,7 +1,11 @@
 """Images from the digits, folders and Hugging Face data: names, labels, splits, and words for what cannot be used."""
 
+import errno
+import hashlib
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +16,12 @@ import pytest
 from PIL import Image
 
 from stage1_tokenizer.check_data import check_data
+from stage1_tokenizer.content_digest import content_digest, file_digest
 from stage1_tokenizer.data_location import check_data_path, resolve_source
-from stage1_tokenizer.image_sources import ImageSource, cut_validation, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import UnreadableImage
 from vqmosaic.errors import InputError
+from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +176,7 @@ def test_folder_with_classes(tmp_path):
     assert every["dog/deeper/UPPER.JPG"][0] == 2 and every["cat/000.png"][0] == 1
     assert every["cat/000.png"][1] == Image.open(folder / "cat" / "000.png").tobytes()
     identity = splits.train.identity
-    assert set(identity) == {"kind", "path", "split", "count", "sha256"} and identity["count"] == len(splits.train)
+    assert set(identity) == {"kind", "version", "split", "count", "sha256"} and identity["count"] == len(splits.train)
     write_image(folder / splits.train.source_name(0), seed=77, size=(20, 20))
     assert open_splits(DataConfig(path=str(folder), validation_fraction=0.2)).train.identity["sha256"] != identity["sha256"]
     assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)  # its own, made here: so DataLoader sends it to workers
@@ -233,6 +239,93 @@ def test_folders_that_leave_doubts(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="without images"):
         open_splits(DataConfig(path=str(tmp_path / "empty")))
+
+
+# --- identity ----------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(path: Path, **fields) -> str:
+    return open_splits(DataConfig(path=str(path), **fields)).fingerprint
+
+
+def test_a_data_set_is_known_again_wherever_it_lies(tmp_path):
+    folder = write_classes(tmp_path / "photos", {"cat": 5, "dog": 5})
+    before = fingerprint_of(folder)
+    folder.rename(tmp_path / "scratch")
+    assert fingerprint_of(tmp_path / "scratch") == before
+    os.symlink(tmp_path / "scratch", folder)
+    assert fingerprint_of(folder) == before
+    shutil.copytree(tmp_path / "scratch", tmp_path / "copy")
+    assert fingerprint_of(tmp_path / "copy") == before
+
+
+@pytest.mark.parametrize("change", ["pixel", "other name", "other class", "size", "gone", "use_labels"])
+def test_another_data_set_is_not_taken_for_the_same(change, tmp_path):
+    for number in range(8):
+        path = tmp_path / "ab"[number % 2] / f"{number}.bmp"
+        write_image(path, number)
+    before, path = fingerprint_of(tmp_path), tmp_path / "a/0.bmp"
+    content = path.read_bytes()
+    if change == "pixel":
+        path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+        assert path.stat().st_size == len(content)
+    elif change == "size":
+        path.write_bytes(content + b"0")
+    elif change == "gone":
+        path.unlink()
+    elif change != "use_labels":
+        path.rename(tmp_path / ("a/9.bmp" if change == "other name" else "b/0.bmp"))
+    assert fingerprint_of(tmp_path, use_labels=change != "use_labels") != before
+
+
+def test_start_middle_and_end_of_long_contents_are_digested(tmp_path):
+    content = bytearray(100_000)
+    path = tmp_path / "a.bin"
+
+    def digest() -> bytes:
+        path.write_bytes(content)
+        size, found = file_digest(path)
+        assert (size, found) == (len(content), content_digest(bytes(content))), "of a file as of bytes"
+        return found
+
+    before = digest()
+    for place, noticed in ((0, True), (4095, True), (50_000, True), (99_999, True), (30_000, False)):
+        content[place] ^= 1
+        assert (digest() != before) == noticed, place
+        content[place] ^= 1
+    assert file_digest(tmp_path / "absent.bin") == (None, None)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert file_digest(tmp_path / "pipe.png") == (0, None), "not waited for"
+
+
+def test_a_failing_file_system_does_not_pass_for_changed_images(tmp_path, monkeypatch):
+    folder = write_classes(tmp_path, {"cat": 4})
+
+    def stale(*arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("stage1_tokenizer.content_digest.os.pread", stale)
+    with pytest.raises(InputError, match=r"cat/00\d.png' cannot be read: Stale file handle. Run the same command again"):
+        fingerprint_of(folder)
+
+
+def test_what_version_0_1_0_recorded_is_compared_in_its_own_form(tmp_path):
+    folder = write_classes(tmp_path / "photos", {"cat": 4, "dog": 4})
+    splits = open_splits(DataConfig(path=str(folder)))
+    recorded = {}
+    for name, source in (("train", splits.train), ("validation", splits.validation)):
+        digest = hashlib.sha256()
+        for index in range(len(source)):
+            path = folder / source.source_name(index)
+            digest.update(json.dumps([source.source_name(index), source.label(index), path.stat().st_size]).encode())
+        recorded[name] = {"kind": "folder", "path": str(folder), "split": name, "count": len(source), "sha256": digest.hexdigest()}
+    assert identity_like(splits.train, recorded["train"]) == recorded["train"] and identity_like(splits.train, {}) == splits.train.identity
+    assert splits.fingerprint_like(fingerprint(recorded)) == fingerprint(recorded) != splits.fingerprint
+    assert splits.fingerprint_like(None) == splits.fingerprint_like("something else") == splits.fingerprint
+    assert splits.fingerprint_like(splits.fingerprint) == splits.fingerprint
+    (folder / "cat/000.png").write_bytes(b"shorter")
+    changed = open_splits(DataConfig(path=str(folder)))
+    assert changed.fingerprint_like(fingerprint(recorded)) == changed.fingerprint
 
 
 # --- check-data --------------------------------------------------------------------------------------------------------------

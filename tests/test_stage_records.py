@@ -125,6 +125,19 @@ def test_a_changed_input_is_refused_with_both_fingerprints(tmp_path):
     assert "tokenizer = 'aaa', now it is 'bbb'" in words and "--redo tokens" in words
 
 
+def test_a_data_set_may_lie_elsewhere_if_it_is_the_same(tmp_path):
+    run = run_with(tmp_path, "tokens", inputs={"data set": "ddd"}, data__source="auto", data__path="here")
+    moved = {"data__source": "auto", "data__path": "there"}
+    recipe = tiny_recipe(tmp_path, **moved)
+    assert judge(run, recipe, "tokens", None) == "compare", "the stage itself has to look at the data set"
+    assert judge(run, recipe, "tokens", {"data set": "ddd"}) == "skip"
+    assert "data set = 'ddd', now it is 'eee'" in refused(run, "tokens", {"data set": "eee"}, **moved)
+    unfinished = run_with(tmp_path / "2", "tokenizer", finished=False, inputs={"data set": "ddd"}, data__source="auto", data__path="here")
+    assert judge(unfinished, recipe, "tokenizer", None) == "resume"
+    unknown = run_with(tmp_path / "3", "tokens", data__source="auto", data__path="here")
+    assert "data.path = 'here', now it is 'there'" in refused(unknown, "tokens", **moved), "nothing was recorded to compare with"
+
+
 def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):
     run = run_with(tmp_path, "prior")
     content = json.loads(run.record("prior").read_text())

@@ -1,7 +1,7 @@
 """The sections of a recipe: keyword-only dataclasses, a sentence for every field, checked at construction, no torch.
 
 Field metadata says how a change of the field is judged when a stage is run again (vqmosaic/stage_records.py):
-a budget may grow, an unrecorded field may change freely, anything else makes it a different run.
+a budget may grow, an unrecorded field may change freely, a place may change where the same data lie there, anything else makes it a different run.
 """
 
 from dataclasses import dataclass, field
@@ -28,13 +28,18 @@ def unrecorded(default: Any) -> Any:
     return field(default=default, metadata={"judged": "unrecorded"})
 
 
+def place(default: Any) -> Any:
+    """A field that says where data lie: it may differ when a stage is run again, if the data are the same."""
+    return field(default=default, metadata={"judged": "place"})
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where the images come from and how they are brought to one size."""
 
     source: str = "auto"
     """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto: by looking at path."""
-    path: str | None = None
+    path: str | None = place(None)
     """A folder of images (class sub-folders or none), a folder of parquet or arrow files, or a Hugging Face data set name."""
     image_column: str | None = None
     """Hugging Face data only: the column with the images; found by its type if not given."""
