@@ -29,7 +29,7 @@ from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
 from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
@@ -94,7 +94,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
             manifest = writer.finish()
             report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
             for entry in manifest.skipped[:10]:
-                report(f"    skipped {entry['source']}: {entry['reason']}")
+                report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
 

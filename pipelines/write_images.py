@@ -1,5 +1,7 @@
 """What `generate` and `reconstruct` write: one PNG an image, plus a grid."""
 
+import hashlib
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,8 @@ from vqmosaic.errors import InputError
 from vqmosaic.tracking import progress_bar
 
 GRID_COLUMNS = 8
+NAME_BYTES = 220
+"""Longest name of an image without number and suffix; file systems allow 255 bytes, some of which the temporary name takes."""
 COMPARED_IMAGES = 8
 """Images whose logits are compared with those in float32, where another number format is asked for."""
 
@@ -67,7 +71,7 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     before, after = to_uint8(images_BCHW), to_uint8(restored_BCHW)
     taken: set[str] = set()
     for path, pixels_HWC in zip(paths, after, strict=True):
-        name = path.stem
+        name = shortened(path.stem)
         while name in taken or name == "grid":
             name += "_"
         taken.add(name)
@@ -88,4 +92,13 @@ def make_folder(out: Path) -> None:
 
 def file_name(class_name: str) -> str:
     """A class name as part of a file name."""
-    return re.sub(r"[^\w-]+", "_", class_name) or "class"
+    return shortened(re.sub(r"[^\w-]+", "_", class_name)) or "class"
+
+
+def shortened(name: str) -> str:
+    """The name, cut where a file system could not take it; a digest of the whole keeps two that were cut apart."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return f"{encoded[:NAME_BYTES - 9].decode(errors='ignore')}~{digest}"

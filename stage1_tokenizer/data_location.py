@@ -9,7 +9,11 @@ from pathlib import Path
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.recipe_sections import DataConfig
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+                            ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".vda", ".vst", ".icb"})
+"""Endings of the names of files that are read as images: those of the formats in images.py."""
+NO_DATA_FOLDERS = frozenset({"@eaDir", "@tmp", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+"""Folders that archives, network storage and operating systems add: thumbnails, resource forks and deleted files, not data."""
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 """Names of splits and sub-folders that are taken for validation, in this order."""
@@ -66,8 +70,18 @@ def local_path(data: DataConfig) -> Path:
     return Path(data.path).expanduser()
 
 
-def image_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """POSIX paths, relative to the folder, of the files that are images by name, at any depth; hidden names are left out.
+def is_image(name: str) -> bool:
+    """Whether a file is read as an image, by its name."""
+    return _suffix(name) in IMAGE_SUFFIXES
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of the files that are images by name, at any depth."""
+    return filter(is_image, data_files(folder))
+
+
+def data_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of its files at any depth, without hidden ones and those in NO_DATA_FOLDERS.
 
     Links to folders are followed, but never back into a folder they lie in. Dead links are listed: reading them tells why.
     """
@@ -75,13 +89,18 @@ def image_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> It
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
         return
-    with os.scandir(folder) as entries:
-        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in visible:
+    for name, is_folder in _visible(folder):
         if is_folder:
-            yield from (f"{name}/{inner}" for inner in image_files(folder / name, (*ancestors, identity)))
-        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            yield from (f"{name}/{inner}" for inner in data_files(folder / name, (*ancestors, identity)))
+        else:
             yield name
+
+
+def _visible(folder: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what lies in a folder, sorted, without what holds no data."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries
+                      if not entry.name.startswith(".") and entry.name not in NO_DATA_FOLDERS)
 
 
 def looks_like_hub_name(path: str) -> bool:
@@ -108,22 +127,22 @@ def no_images(data: DataConfig) -> InputError:
 def _holds_tables(folder: Path) -> bool:
     # A data set may keep its tables in data/ or train/. The first file that is a table or an image decides each folder, so that a
     # large tree of images is not walked.
-    with os.scandir(folder) as entries:
-        listed = [entry for entry in entries if not entry.name.startswith(".")]
-    if any(_suffix(entry) in TABLE_SUFFIXES for entry in listed):
+    listed = _visible(folder)
+    suffixes = {_suffix(name) for name, _ in listed}
+    if suffixes & TABLE_SUFFIXES:
         return True
-    if any(_suffix(entry) in IMAGE_SUFFIXES for entry in listed):
+    if suffixes & IMAGE_SUFFIXES:
         return False
-    for inner in sorted(entry.path for entry in listed if entry.is_dir()):
+    for inner in (folder / name for name, is_folder in listed if is_folder):
         with os.scandir(inner) as entries:
-            kind = next((suffix for suffix in map(_suffix, entries) if suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES), None)
+            kind = next((suffix for entry in entries if (suffix := _suffix(entry.name)) in TABLE_SUFFIXES | IMAGE_SUFFIXES), None)
         if kind:
             return kind in TABLE_SUFFIXES
     return False
 
 
-def _suffix(entry: os.DirEntry) -> str:
-    return os.path.splitext(entry.name)[1].lower()
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _missing(data: DataConfig) -> InputError:

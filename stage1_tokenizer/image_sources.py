@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from stage1_tokenizer.data_location import check_data_path
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
@@ -127,6 +127,6 @@ def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, dat
     allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
     if len(unreadable) <= allowed:
         return
-    examples = "; ".join(f"{name} ({reason})" for name, reason in list(unreadable.items())[:3])
+    examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
                      f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")

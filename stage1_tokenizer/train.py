@@ -41,6 +41,7 @@ from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
+from vqmosaic.errors import printable
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -157,7 +158,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         batch = next(batches)
         for source, reason in batch.unreadable:
             if source not in unreadable:
-                report(f"warning: {source} is unreadable ({reason}); another image takes its place", everywhere=True)
+                report(f"warning: {printable(source)} is unreadable ({reason}); another image takes its place", everywhere=True)
                 unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
         set_training_mode(model, tokenizer, training.train_parts)
@@ -226,7 +227,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     with run.validations.clock():
         numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
-        run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
+        run.report(f"warning: {printable(source)} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
     if numbers is None:
         return
