@@ -70,6 +70,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
+    for note in splits.notes:
+        report(f"note: {note}")
     state.wait_for_everyone()
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)

@@ -29,7 +29,7 @@ from pipelines.generate import ImageGenerationPipeline
 from pipelines.sweep_plan import SweepRequest, surroundings
 from pipelines.sweep_record import SweepRecord, ranking_table, read_sweep, settings_in_words, varied
 from stage1_tokenizer.data_location import image_files
-from stage1_tokenizer.folder_source import FolderSource
+from stage1_tokenizer.folder_source import FolderSource, class_name
 from stage1_tokenizer.image_batches import ValidationImages
 from stage1_tokenizer.image_sources import ImageSource, identity_like, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, to_uint8
@@ -227,7 +227,7 @@ def open_reference(request: SweepRequest, transform: ImageTransform, class_names
 def open_folder_whole(folder: Path, transform: ImageTransform, class_names: list[str] | None) -> FolderSource:
     """All images of a folder as one split; labelled where every one lies in a sub-folder with the name of a class."""
     names = sorted(image_files(folder.expanduser()))
-    folders = [name.partition("/")[0] if "/" in name else None for name in names]
+    folders = [class_name(name.partition("/")[0]) if "/" in name else None for name in names]
     is_labelled = class_names is not None and set(folders) <= set(class_names)
     return FolderSource("all", names, [class_names.index(name) for name in folders] if is_labelled else None, class_names if is_labelled else None,
                         DataConfig(source="folder", path=str(folder), channels=transform.channels))

@@ -20,6 +20,8 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     """
     splits = open_splits(data)
     report(splits.how)
+    for note in splits.notes:
+        report(f"{splits.train.split}: {note}")
     unreadable = []
     for source in (splits.train, splits.validation):
         found = _check_split(source, report)

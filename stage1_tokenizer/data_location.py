@@ -17,6 +17,9 @@ NO_DATA_FOLDERS = frozenset({"@eaDir", "@tmp", "#recycle", "@Recycle", "__MACOSX
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 """Names of splits and sub-folders that are taken for validation, in this order."""
+_SPLIT_WORDS = {"train": "train", "training": "train", "dev": "validation", "eval": "validation", "evaluation": "validation", "testing": "test"}
+_SPLIT_WORDS |= {name: name for name in VALIDATION_SPLITS}
+_NO_SPLIT_WORDS = frozenset({"set", "data", "dataset", "split", "image", "images", "img", "imgs"})
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GIVE_A_PATH = "give --data.path a folder of images, a folder of parquet or arrow files, or the name of a Hugging Face data set"
@@ -101,6 +104,13 @@ def _visible(folder: Path) -> list[tuple[str, bool]]:
     with os.scandir(folder) as entries:
         return sorted((entry.name, entry.is_dir()) for entry in entries
                       if not entry.name.startswith(".") and entry.name not in NO_DATA_FOLDERS)
+
+
+def split_by_name(folder: str) -> str | None:
+    """The split that a folder's name tells, "train" or one of VALIDATION_SPLITS: of Training, test_set, TrainImages or val2017; None for others."""
+    words = [re.sub(r"(?<=.)set$", "", word.lower()) for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)]
+    words = [word for word in words if word not in _NO_SPLIT_WORDS]
+    return _SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
 
 
 def looks_like_hub_name(path: str) -> bool:

@@ -56,6 +56,8 @@ class ImageSplits:
     validation: ImageSource
     how: str
     """A sentence that says where the validation images come from."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was left out and on what may be meant in another way."""
 
     @property
     def class_names(self) -> list[str] | None:

@@ -82,6 +82,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         return
     if training.compile:
         check_compiler("tokenizer_training.compile", accelerator.device)
+    for note in splits.notes:
+        report(f"note: {note}")
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
 
