@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.compute
 from PIL import Image
 
+from stage1_tokenizer.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes
 from stage1_tokenizer.content_digest import content_digest, file_digest
 from stage1_tokenizer.data_location import VALIDATION_SPLITS, local_path, nearest_sibling
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
@@ -28,7 +29,6 @@ from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import DataConfig
 
-_LABEL_NAMES = ("label", "labels", "class")
 _CONNECT_SECONDS = 5
 _FINGERPRINT_ROWS = 256
 
@@ -118,7 +118,7 @@ class HuggingFaceSource:
     def _digest(self, index: int) -> tuple[int | None, bytes | None]:
         """(bytes, content_digest) of a row's image, without a copy of those that lie in the table."""
         stored = self._bytes[int(self._picked[index])]
-        if stored.is_valid and not pyarrow.types.is_string(stored.type):
+        if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
             content = stored.as_buffer()
             return content.size, content_digest(memoryview(content))
         path = self._stored(index)
@@ -148,6 +148,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     image_column = _image_column(train, data)
     label_column = _label_column(train, data)
     class_names, to_index = _classes(train, label_column)
+    notes = (hint,) if class_names is None and data.use_labels and (hint := _hint(train, image_column)) else ()
 
     def images(rows: datasets.Dataset) -> datasets.Dataset:
         rows = rows.select_columns([image_column])
@@ -160,7 +161,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         picked, held_out, how = cut_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
         stored = images(train)
         return ImageSplits(HuggingFaceSource(data.train_split, stored, picked, train_labels, class_names, data),
-                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how)
+                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how, notes)
     validation = splits[validation_split]
     check_name(f"data.image_column (in split {validation_split!r} of data.path {data.path!r})", image_column, validation.column_names)
     for split, rows in ((data.train_split, train), (validation_split, validation)):
@@ -175,7 +176,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     return ImageSplits(
         HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
         HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
-        f"validation: the {len(validation)} images of the split {validation_split!r}")
+        f"validation: the {len(validation)} images of the split {validation_split!r}", notes)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
@@ -238,8 +239,9 @@ def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
     given = f"data.image_column (for data.path {data.path!r})"
     if data.image_column:
         check_name(given, data.image_column, rows.column_names)
-        if not _stores_images(rows.features[data.image_column]):
-            raise InputError(f"{given} is {data.image_column!r}, which holds {rows.features[data.image_column]}, no images.")
+        feature = rows.features[data.image_column]
+        if not _stores_images(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # texts are paths of images
+            raise InputError(f"{given} is {data.image_column!r}, which holds {feature}, no images.")
         return data.image_column
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     found = typed or [name for name, feature in rows.features.items() if _stores_images(feature)]
@@ -265,19 +267,39 @@ def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
         check_name(given, data.label_column, rows.column_names)
         if not _stores_classes(rows.features[data.label_column]):
             raise InputError(f"{given} is {data.label_column!r}, which holds {rows.features[data.label_column]}; "
-                             "allowed: class labels, integers or strings.")
+                             "allowed: class labels, whole numbers, strings, true and false.")
+        if not _holds_classes(rows, data.label_column):
+            raise InputError(f"{given} is {data.label_column!r}, which holds numbers with fractions; "
+                             "allowed: class labels, whole numbers, strings, true and false.")
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) > 1:
         raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; name one, or set --data.use_labels false.")
-    named = (name for name in _LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]))
+    named = (name for name in LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]) and _holds_classes(rows, name))
     return found[0] if found else next(named, None)
 
 
 def _stores_classes(feature: Any) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True
-    return isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
+    return isinstance(feature, datasets.Value) and any(kind in feature.dtype for kind in ("int", "string", "bool", "float"))
+
+
+def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
+    """Whether none of the column's values is a number with a fraction."""
+    if "float" not in rows.features[column].dtype:
+        return True
+    try:
+        return bool(sorted_classes(rows[column][:]))
+    except ValueError:
+        return False
+
+
+def _hint(rows: datasets.Dataset, image_column: str) -> str:
+    """Words that name the columns that look like class labels."""
+    names = [name for name, feature in rows.features.items() if name != image_column and _stores_classes(feature) and _holds_classes(rows, name)]
+    table = rows.select_columns(names).with_format("arrow")[:] if names else None
+    return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
 
 
 def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None]]:
@@ -285,7 +307,7 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
     if column is None:
         return None, lambda rows: None
     feature = train.features[column]
-    values = {value for value in train[column][:] if value is not None}
+    values = set(map(class_of, train[column][:])) - {None}
     if isinstance(feature, datasets.ClassLabel):
         values = range(len(feature.names)) if values - {-1} else ()  # public test splits mark withheld classes by -1
         index_of = {-1: -1} | {value: value for value in values}
@@ -299,6 +321,7 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
 
     def to_index(rows: datasets.Dataset) -> np.ndarray:
         given = rows[column][:] if column in rows.column_names else [None] * len(rows)
+        given = list(map(class_of, given))
         unknown = sorted({value for value in given if value is not None and value not in index_of})
         if unknown:
             raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "

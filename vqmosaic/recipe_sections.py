@@ -44,7 +44,7 @@ class DataConfig:
     image_column: str | None = None
     """Hugging Face data only: the column with the images; found by its type if not given."""
     label_column: str | None = None
-    """Hugging Face data only: the column with the class labels; found by its type if not given."""
+    """The column with the class labels, found by its type or name in Hugging Face data; for folders, a column of metadata.csv beside the images."""
     use_labels: bool = True
     """Read class labels where there are some; false trains an unconditional prior."""
     train_split: str = "train"
