@@ -5,6 +5,7 @@
     to_uint8, to_pil  the way back
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from stage1_tokenizer.stored_values import UnreadableImage, honour_header
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.view_lists import POSITIONS, VIEW_SETS
@@ -30,15 +32,12 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
-class UnreadableImage(ValueError):
-    """An image that cannot be used; the message is the reason in words, without the name of the file."""
-
-
 def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
-    converted; of an animation the first frame is taken. The pixel limit is checked on the header, before anything is decoded.
+    converted; scales, white levels and transparent colours are those that the file states (stored_values.py). Of an animation the
+    first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
 
     Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
@@ -60,12 +59,24 @@ def read_image(file: str | os.PathLike | bytes | Image.Image, *, channels: int =
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a known format, or its header is corrupt") from None
+        raise UnreadableImage(_why_unidentified(file)) from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"too many pixels for Pillow: {error}") from None
     except Exception as error:  # decoders meet corrupt bytes with errors of any type; none of them may end a run
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
+
+
+def _why_unidentified(file: str | os.PathLike | io.BytesIO) -> str:
+    with contextlib.suppress(OSError):
+        with open(file, "rb") if not isinstance(file, io.BytesIO) else contextlib.nullcontext(file) as stream:
+            stream.seek(0)
+            prefix = stream.read(16)
+        for name in _formats():
+            accepts = Image.OPEN[name][1]
+            if accepts is not None and accepts(prefix) is True:
+                return f"a {name} file of a kind that Pillow does not read, or its header is corrupt"
+    return "not an image of a known format, or its header is corrupt"
 
 
 def _is_plain(image: Any, mode: str) -> bool:
@@ -79,9 +90,10 @@ def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
         raise UnreadableImage(f"it has no pixels: {width} x {height}")
+    honour = honour_header(image)
     image.load()
     orientation = _orientation(image)  # read after the pixels: a PNG may carry EXIF at its end, and TIFF is turned by Pillow itself
-    image = _flattened(_eight_bit(image)).convert(mode)
+    image = _flattened(_eight_bit(honour(image))).convert(mode)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # it holds the EXIF of the original, by which a second reader would turn the image again
