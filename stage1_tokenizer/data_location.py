@@ -9,8 +9,9 @@ from pathlib import Path
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.recipe_sections import DataConfig
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".bmp", ".dib", ".tif", ".tiff",
-                            ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".vda", ".vst", ".icb"})
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".vda", ".vst", ".icb"})
 """Endings of the names of files that are read as images: those of the formats in images.py."""
 NO_DATA_FOLDERS = frozenset({"@eaDir", "@tmp", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 """Folders that archives, network storage and operating systems add: thumbnails, resource forks and deleted files, not data."""

@@ -17,9 +17,9 @@ from PIL import Image
 
 from stage1_tokenizer.check_data import check_data
 from stage1_tokenizer.content_digest import content_digest, file_digest
-from stage1_tokenizer.data_location import check_data_path, resolve_source
+from stage1_tokenizer.data_location import IMAGE_SUFFIXES, check_data_path, resolve_source
 from stage1_tokenizer.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
@@ -223,6 +223,123 @@ def test_split_names_are_chosen_and_checked(tmp_path):
         open_splits(DataConfig(path=str(tmp_path), train_split="trian"))
     with pytest.raises(InputError, match="both 'train'"):
         open_splits(DataConfig(path=str(tmp_path), validation_split="train"))
+
+
+@pytest.mark.parametrize(("train", "validation"), [
+    ("Training", "Testing"), ("TRAIN", "Test"), ("train_set", "test_set"), ("TrainImages", "ValImages"), ("train2017", "val2017"),
+    ("training", "Validation"), ("trainset", "testset"), ("train", "Val"), ("train-data", "dev")])
+def test_split_sub_folders_have_any_usual_name(train, validation, tmp_path):
+    write_classes(tmp_path / train, {"cat": 3, "dog": 2})
+    write_classes(tmp_path / validation, {"dog": 2})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    assert splits.class_names == ["cat", "dog"] and (len(splits.train), len(splits.validation)) == (5, 2) and not splits.notes
+    assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted([train, validation])
+
+
+@pytest.mark.parametrize(("folders", "words"), [
+    (["Training", "Testing", "resting"], "some of which look like splits"), (["val", "test"], "some of which look like splits"),
+    (["train2014", "train2017", "val2017"], "some of which look like splits"), (["train", "resting"], "may be a split or a class")])
+def test_sub_folders_that_may_be_splits_or_classes_are_refused(folders, words, tmp_path):
+    write_classes(tmp_path, dict.fromkeys(folders, 2))
+    with pytest.raises(InputError, match=f"{words}.*--data.train_split"):
+        open_splits(DataConfig(path=str(tmp_path)))
+    assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted(folders)
+
+
+@pytest.mark.parametrize("folders", [["resting", "training"], ["contest", "pretest"], ["set", "data"], ["latest", "values", "trains"]])
+def test_classes_with_names_like_splits_stay_classes(folders, tmp_path):
+    write_classes(tmp_path, dict.fromkeys(folders, 2))
+    assert open_splits(DataConfig(path=str(tmp_path))).class_names == sorted(folders)
+
+
+def test_images_outside_of_the_splits_are_named(tmp_path):
+    write_classes(tmp_path, {"train/cat": 2, "val/cat": 2, "test/cat": 3})
+    write_image(tmp_path / "top.png")
+    [note] = open_splits(DataConfig(path=str(tmp_path))).notes
+    assert note == "4 images outside of train and val are not used, such as test/cat/000.png"
+
+
+def test_a_single_folder_around_the_classes_is_named(tmp_path):
+    write_classes(tmp_path / "PetImages", {"cat": 2, "dog": 2})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    [note] = splits.notes
+    assert splits.class_names == ["PetImages"]
+    assert note == f"the only class, 'PetImages', has the sub-folders cat, dog; if these are the classes, give --data.path {tmp_path}/PetImages"
+    assert not open_splits(DataConfig(path=str(tmp_path / "PetImages"))).notes
+
+
+def test_folders_of_thumbnails_and_archives_are_no_classes(tmp_path):
+    write_classes(tmp_path, {"cat": 3, "@eaDir/cat": 2, "cat/@eaDir/000.png": 1, "__MACOSX/cat": 2, "$RECYCLE.BIN": 1, "lost+found": 1})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    assert splits.class_names == ["cat"] and len(splits.train) + len(splits.validation) == 3 and not splits.notes
+
+
+def test_every_suffix_of_the_formats_that_are_read(tmp_path):
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
+    assert known | {".mpo"} == IMAGE_SUFFIXES
+    written = set()
+    for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        kind = Image.registered_extensions().get(suffix, "MPO")
+        mode = {".pfm": "F", ".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+        try:
+            Image.new(mode, (16, 16)).save(tmp_path / f"{number}{suffix.upper()}", kind)
+            written.add(suffix)
+        except OSError:  # a format that this Pillow was built without
+            continue
+    assert {".jfif", ".jpe", ".jp2", ".tga", ".dib", ".pfm"} <= written
+    lines = []
+    assert not check_data(DataConfig(path=str(tmp_path)), lines.append) and lines[-1] == f"{len(written)} of {len(written)} images are readable"
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    write_classes(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/c.heic", "notes.txt", "dog/without", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    lines = []
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    [note] = [line for line in lines if "left out" in line]
+    assert note.startswith("train: 5 files are left out") and "3 .heic" in note and "1 .txt" in note and "1 without a suffix" in note
+    assert note.endswith("such as cat/a.heic")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_classes_of_metadata_beside_the_images(kind, tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+    rows = [{"file_name": f"images/{number}.png", "size": number / 2, "rank": [10, 2][number % 2], "kind": "ab"[number % 2]} for number in range(7)]
+    if kind == "csv":
+        text = "file_name,size,rank,kind\n" + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    folder = {"path": str(tmp_path / "images"), "validation_fraction": 1e-6}
+    assert open_splits(DataConfig(**folder)).class_names is None, "the file lies elsewhere"
+    (tmp_path / f"metadata.{kind}").rename(tmp_path / f"images/metadata.{kind}")
+    (tmp_path / f"images/metadata.{kind}").write_text(text.replace("images/", ""))
+    unread = open_splits(DataConfig(**folder))
+    assert unread.class_names is None and not open_splits(DataConfig(**folder, use_labels=False)).notes
+    [note] = unread.notes
+    assert note == (f"metadata.{kind}: classes are not read; columns that look like labels: 'rank' (2 values), 'kind' (2 values); "
+                    "read one with --data.label_column rank")
+    for column, names_of in (("rank", ["2", "10"]), ("kind", ["a", "b"])):
+        splits = open_splits(DataConfig(**folder, label_column=column))
+        seen = contents(splits.train) | contents(splits.validation)
+        assert splits.class_names == names_of and not splits.notes
+        first = names_of.index("10" if column == "rank" else "a")
+        assert [seen[f"{number}.png"][0] for number in range(8)] == [first, 1 - first] * 3 + [first, None]
+    with pytest.raises(InputError, match=r"data.label_column \(for .*'kinds'.*Did you mean 'kind'"):
+        open_splits(DataConfig(**folder, label_column="kinds"))
+    with pytest.raises(InputError, match="'size', which holds no classes"):
+        open_splits(DataConfig(**folder, label_column="size"))
+
+
+def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
+    write_classes(tmp_path, {".": 4})
+    (tmp_path / "metadata.csv").write_bytes(b"name,b\n\xff,2\n")
+    assert open_splits(DataConfig(path=str(tmp_path))).class_names is None
+    with pytest.raises(InputError, match=r"metadata\.csv cannot be read"):
+        open_splits(DataConfig(path=str(tmp_path), label_column="b"))
 
 
 def test_folders_that_leave_doubts(tmp_path):
