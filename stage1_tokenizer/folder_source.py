@@ -84,7 +84,9 @@ def open_folder(data: DataConfig) -> ImageSplits:
     metadata = _metadata(train_split, validation_split, data)
     train_classes = _classes(train_names, train_split, data, metadata)
     class_values = sorted_classes(train_classes) if train_classes else None
-    notes = [*_left_out(files, data), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
+    notes = [] if metadata or not (data.use_labels and data.label_column) else [
+        f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
+    notes += [*_left_out(files, data), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, how = cut_validation(train_names, train_classes, data)
         validation_names = [train_names[index] for index in validation]

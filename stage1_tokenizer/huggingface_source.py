@@ -5,6 +5,7 @@ Only images.py decodes: the rows give the stored bytes, so the rules for EXIF, a
 
 import hashlib
 import json
+import re
 import socket
 import sys
 import urllib.request
@@ -200,6 +201,8 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
     except Exception as error:  # the library raises many types, and wraps those of others
         if local:
             reason = f"{type(error).__name__}: {error}"
+            if re.search(r"[*?\[\]]", str(path.resolve())):
+                reason += ". The library takes * ? [ ] in a path for patterns: rename the folder, or give the name of a link to it."
             raise InputError(f"data.path {data.path!r} cannot be loaded as a Hugging Face data set: {reason}") from error
         raise InputError(_hub_failure(data, error)) from error
     finally:

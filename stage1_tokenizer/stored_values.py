@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 # PNG files of image editors carry profiles and workflows of several megabytes, which Pillow refuses together with their pixels.
-# The limit is still one: a chunk that would unpack to more is refused.
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**26)
-PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 2**27)
+# There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 
 _PHOTOMETRIC, _BITS, _COMPRESSION, _SAMPLE_FORMAT = 262, 258, 259, 339
 _WHITE_IS_ZERO, _YCBCR, _UNCOMPRESSED, _SIGNED = 0, 6, 1, 2

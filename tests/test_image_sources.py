@@ -277,7 +277,7 @@ def test_folders_of_thumbnails_and_archives_are_no_classes(tmp_path):
 def test_every_suffix_of_the_formats_that_are_read(tmp_path):
     Image.init()
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
-    assert known | {".mpo"} == IMAGE_SUFFIXES
+    assert known | {".mpo", ".avif", ".avifs"} == IMAGE_SUFFIXES, "not every Pillow can read AVIF"
     written = set()
     for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
         kind = Image.registered_extensions().get(suffix, "MPO")
@@ -315,6 +315,8 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
     (tmp_path / f"metadata.{kind}").write_text(text)
     folder = {"path": str(tmp_path / "images"), "validation_fraction": 1e-6}
     assert open_splits(DataConfig(**folder)).class_names is None, "the file lies elsewhere"
+    [note] = open_splits(DataConfig(**folder, label_column="kind")).notes
+    assert note == "data.label_column 'kind' is not used: there is no metadata.csv or metadata.jsonl beside the images"
     (tmp_path / f"metadata.{kind}").rename(tmp_path / f"images/metadata.{kind}")
     (tmp_path / f"images/metadata.{kind}").write_text(text.replace("images/", ""))
     unread = open_splits(DataConfig(**folder))

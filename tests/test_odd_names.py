@@ -98,6 +98,12 @@ def test_the_command_prints_odd_names(encoding, photos):
     assert done.returncode == 0 and not done.stderr and "26 of 26 images are readable" in done.stdout
 
 
+def test_a_path_that_no_recipe_can_keep_is_refused(tmp_path):
+    for field in ("data__path", "run_dir", "tokens__tokenizer"):
+        with pytest.raises(InputError, match=r"is 'caf\\xe9', which is not UTF-8.*a link to it"):
+            tiny_recipe(**{"run_dir": tmp_path, "data__source": "auto", "data__path": "here"} | {field: "caf\udce9"})
+
+
 def test_long_names_are_cut_and_stay_apart():
     assert shortened("a" * NAME_BYTES) == "a" * NAME_BYTES and file_name("two words") == "two_words"
     first, second = (file_name("ü" * 200 + end) for end in "ab")
