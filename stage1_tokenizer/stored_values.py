@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 # There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 
-_PHOTOMETRIC, _BITS, _COMPRESSION, _SAMPLE_FORMAT = 262, 258, 259, 339
+_PHOTOMETRIC, _BITS, _COMPRESSION, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE = 262, 258, 259, 339, 332, 336
 _WHITE_IS_ZERO, _YCBCR, _UNCOMPRESSED, _SIGNED = 0, 6, 1, 2
 _TGA_FOOTER = b"TRUEVISION-XFILE.\0"
 _TGA_NO_ALPHA, _TGA_PREMULTIPLIED = (0, 1, 2), 4
@@ -84,6 +84,8 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         raise UnreadableImage("a TIFF of 32-bit whole numbers; their white level is not known")
     if photometric == _YCBCR and tags.get(_COMPRESSION, _UNCOMPRESSED) == _UNCOMPRESSED and image.mode == "RGB":
         raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow does not convert")
+    if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
+        raise UnreadableImage("a TIFF of other inks than CMYK, or of CMYK with a range of its own (tag InkSet or DotRange)")
     is_inverted = photometric == _WHITE_IS_ZERO
     if image.mode == "F" and is_inverted:
         return lambda loaded: Image.fromarray(1 - np.asarray(loaded))

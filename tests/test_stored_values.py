@@ -20,11 +20,11 @@ def png(depth: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes], width
 
 
 def tiff(width: int, bits: list[int], photometric: int, data: bytes, sample_format: int = 1, extra: int | None = None, order: str = "<",
-         deflate: bool = False) -> bytes:
+         deflate: bool = False, more: dict[int, list[int]] | None = None) -> bytes:
     """A TIFF of one row, written by hand for kinds that Pillow does not write."""
     data = zlib.compress(data) if deflate else data
     tags = {256: [width], 257: [1], 258: bits, 259: [8 if deflate else 1], 262: [photometric], 273: None, 277: [len(bits)], 278: [1],
-            279: [len(data)], 339: [sample_format] * len(bits)} | ({338: [extra]} if extra is not None else {})
+            279: [len(data)], 339: [sample_format] * len(bits)} | ({338: [extra]} if extra is not None else {}) | (more or {})
     start = 8 + len(data) + len(data) % 2
     values_start, entries, values = start + 2 + 12 * len(tags) + 4, b"", b""
     for tag, numbers in sorted(tags.items()):
@@ -134,6 +134,14 @@ def test_extra_samples_say_what_they_are():
     assert colours(tiff(1, [8] * 4, 2, half_red, extra=0)) == [[128, 0, 0]], "a sample of unknown meaning"
     assert colours(tiff(1, [8] * 4, 2, half_red, extra=1)) == [[255, 127, 127]], "alpha that the colours are multiplied by"
     assert colours(tiff(1, [8] * 4, 2, half_red, extra=2)) == [[191, 127, 127]], "alpha that they are not multiplied by"
+
+
+def test_inks():
+    red = bytes([0, 255, 255, 0])
+    for more in (None, {332: [1]}, {336: [0, 255]}):
+        assert colours(tiff(1, [8] * 4, 5, red, more=more)) == [[255, 0, 0]]
+    for more in ({332: [2]}, {336: [255, 0]}):
+        assert "inks" in refusal(tiff(1, [8] * 4, 5, red, more=more))
 
 
 def test_cielab_becomes_rgb():

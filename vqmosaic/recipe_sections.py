@@ -48,7 +48,7 @@ class DataConfig:
     use_labels: bool = True
     """Read class labels where there are some; false trains an unconditional prior."""
     train_split: str = "train"
-    """The split to train on; for folders, a sub-folder of this name is used if there is one."""
+    """The split to train on; for folders, a sub-folder of this or another usual name (Training), if there is one; . is the whole folder."""
     validation_split: str | None = None
     """The split to validate on; if not given and there is none by a usual name, one is cut by a hash of path or row number."""
     validation_fraction: float = 0.05
