@@ -91,7 +91,6 @@ def test_tokens_of_images_with_odd_names(photos, tiny_run, tmp_path):
     assert manifest.class_names == ["plain", r"stra\xdfe"] and not manifest.skipped
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_the_command_prints_odd_names(encoding, photos):
     done = command("check-data", "image_folder", "--data.path", photos, PYTHONIOENCODING=encoding)
