@@ -78,10 +78,8 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
 def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     tags = image.tag_v2
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
-    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
         raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
-    if image.mode == "I" and bits == 32:
-        raise UnreadableImage("a TIFF of 32-bit whole numbers; their white level is not known")
     if photometric == _YCBCR and tags.get(_COMPRESSION, _UNCOMPRESSED) == _UNCOMPRESSED and image.mode == "RGB":
         raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow does not convert")
     if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
