@@ -121,8 +121,9 @@ def test_12_bits_have_their_own_white():
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (tiff(2, [8], 1, bytes(2), 2), "signed"), (tiff(2, [16], 1, bytes(4), 2), "signed"), (tiff(2, [32], 1, struct.pack("<2i", -1, 0), 2), "white level"),
-    (tiff(2, [32], 1, struct.pack("<2I", 65536, 0)), "white level"), (tiff(2, [8, 8, 8], 6, bytes(6)), "YCbCr"),
+    (tiff(2, [8], 1, bytes(2), 2), "signed"), (tiff(2, [16], 1, bytes(4), 2), "signed"),
+    (tiff(2, [32], 1, struct.pack("<2i", -1, 0), 2), "white level"), (tiff(2, [32], 1, struct.pack("<2I", 65536, 0)), "white level"),
+    (tiff(2, [8, 8, 8], 6, bytes(6)), "YCbCr"),
     (tiff(2, [64], 1, bytes(16), 3), "a TIFF file of a kind that Pillow does not read"),
 ])
 def test_numbers_without_known_levels_are_refused(content, words):
