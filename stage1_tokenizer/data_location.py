@@ -3,10 +3,11 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, nearest_name, printable
 from vqmosaic.recipe_sections import DataConfig
 
 IMAGE_SUFFIXES = frozenset({
@@ -131,8 +132,17 @@ def nearest_sibling(path: Path) -> str | None:
 
 def no_images(data: DataConfig) -> InputError:
     """The error for a folder without a single image."""
+    files = list(data_files(local_path(data)))
+    held = f" It holds {suffix_counts(files)}." if files else ""
     return InputError(f"data.path is {data.path!r}, a folder without images; files are taken by their names, which end in "
-                      f"{', '.join(sorted(IMAGE_SUFFIXES))}.")
+                      f"{', '.join(sorted(IMAGE_SUFFIXES))}.{held}")
+
+
+def suffix_counts(names: Iterable[str], most: int = 10) -> str:
+    """How many of the files have which suffix, the most frequent first."""
+    counts = Counter(_suffix(name) or "without a suffix" for name in names)
+    listed = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts.most_common(most))
+    return listed + (" and others" if len(counts) > most else "")
 
 
 def _holds_tables(folder: Path) -> bool:

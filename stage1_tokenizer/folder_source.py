@@ -8,7 +8,6 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from stage1_tokenizer.class_labels import class_of, sorted_classes
 from stage1_tokenizer.content_digest import file_digest
-from stage1_tokenizer.data_location import VALIDATION_SPLITS, data_files, is_image, local_path, no_images, split_by_name
+from stage1_tokenizer.data_location import VALIDATION_SPLITS, data_files, is_image, local_path, no_images, split_by_name, suffix_counts
 from stage1_tokenizer.folder_metadata import METADATA_NAMES, FolderMetadata
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import read_image
@@ -86,7 +85,7 @@ def open_folder(data: DataConfig) -> ImageSplits:
     class_values = sorted_classes(train_classes) if train_classes else None
     notes = [] if metadata or not (data.use_labels and data.label_column) else [
         f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
-    notes += [*_left_out(files, data), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
+    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, how = cut_validation(train_names, train_classes, data)
         validation_names = [train_names[index] for index in validation]
@@ -177,16 +176,13 @@ def _metadata(train_split: str | None, validation_split: str | None, data: DataC
     return metadata if metadata.paths else None
 
 
-def _left_out(files: list[str], data: DataConfig) -> list[str]:
+def _left_out(files: list[str]) -> list[str]:
     """What is said of files that are not read as images."""
     others = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES]
     if not others:
         return []
-    counts = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in others)
-    listed = [f"{count} {printable(suffix)}" for suffix, count in counts.most_common(10)]
-    first = next(name for name in others if (os.path.splitext(name)[1].lower() or "without a suffix") == counts.most_common(1)[0][0])
-    return [f"{len(others)} files are left out, since they do not have the name of an image that can be read: {', '.join(listed)}"
-            f"{' and others' if len(counts) > 10 else ''}; such as {printable(first)}"]
+    return [f"{len(others)} files are left out, since they do not have the name of an image that can be read: {suffix_counts(others)}; "
+            f"such as {printable(others[0])}"]
 
 
 def _unused(names: list[str], train_split: str | None, validation_split: str | None) -> list[str]:

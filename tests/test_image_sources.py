@@ -76,7 +76,7 @@ def test_source_is_told_by_looking(tmp_path, monkeypatch):
 def test_paths_are_checked_before_anything_slow(tmp_path):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("a")
-    with pytest.raises(InputError, match="without images"):
+    with pytest.raises(InputError, match=r"without images.* It holds 1 \.txt\.$"):
         check_data_path(DataConfig(path=str(tmp_path / "words")))
     with pytest.raises(InputError, match="does not exist"):
         check_data_path(DataConfig(path=str(tmp_path / "gone"), source="folder"))
