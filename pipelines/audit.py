@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from token_shards.audit import audit_tokens
 from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
+
+if TYPE_CHECKING:
+    from stage1_tokenizer.image_sources import ImageSource
 
 
 def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) -> int:
@@ -22,16 +26,19 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         folder = folder / "tokens"
     if repair:
         repair_run(folder, recipe)
-    compared, expected = "nothing: no recipe is known for this folder, give --recipe", None
+    compared, splits = "nothing: no recipe is known for this folder, give --recipe", None
     try:
         recipe = recipe or recipe_of(folder)
         if is_imported(folder):
             compared = "nothing: these tokens were imported"
         elif recipe is not None:
-            expected, compared = expected_sources(recipe), f"the data set of {recipe.run_dir}"
+            splits, compared = open_data_set(recipe), f"the data set of {recipe.run_dir}"
     except InputError as error:
         compared = f"nothing: {error}"
-    reports = audit_tokens(folder, expected)
+    reports = audit_tokens(folder, splits and expected_sources(splits))
+    for split, source in splits.items() if splits else ():
+        if split in reports:
+            reports[split].problems.extend(changed_images(folder, split, source))
     print(f"compared with {compared}")
     for split, report in reports.items():
         verdict = "whole" if report.passed else f"{len(report.problems)} problems"
@@ -78,10 +85,32 @@ def run_root(folder: Path) -> Path | None:
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
-def expected_sources(recipe: Recipe) -> dict[str, Iterable[tuple[str, int | None]]]:
-    """(source name, label) of every image of both splits, in order."""
+def open_data_set(recipe: Recipe) -> dict[str, "ImageSource"]:
+    """The images of both splits."""
     from stage1_tokenizer.image_sources import open_splits
 
     splits = open_splits(recipe.data)
-    return {name: [(source.source_name(index), source.label(index)) for index in range(len(source))]
-            for name, source in (("train", splits.train), ("validation", splits.validation))}
+    sources = {"train": splits.train, "validation": splits.validation}
+    for source in sources.values():
+        source.identity  # noqa: B018  (kept by the source; InputError here, where the caller expects one, if an image cannot be read)
+    return sources
+
+
+def expected_sources(splits: dict[str, "ImageSource"]) -> dict[str, Iterable[tuple[str, int | None]]]:
+    """(source name, label) of every image of both splits, in order."""
+    return {name: [(source.source_name(index), source.label(index)) for index in range(len(source))] for name, source in splits.items()}
+
+
+def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]:
+    """What is wrong where the images of a split are others than those that were encoded, whatever their names."""
+    from stage1_tokenizer.image_sources import identity_like
+
+    try:
+        recorded = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder).dataset
+    except InputError:
+        return []  # the audit has said so
+    now = identity_like(source, recorded)
+    if all(recorded.get(key) == value for key, value in now.items() if key != "path"):
+        return []
+    return [f"the images are not those that were encoded: names, labels, sizes or contents differ (sha256 {recorded.get('sha256')} then, "
+            f"{now['sha256']} now)."]

@@ -30,8 +30,7 @@ from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
 from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
-from vqmosaic.errors import InputError
-from vqmosaic.fingerprints import fingerprint
+from vqmosaic.errors import InputError, printable
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
@@ -67,20 +66,22 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     splits = open_splits(recipe.data)
-    inputs = {"tokenizer": tokenizer.token_fingerprint,
-              "data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
-    check_same_data(run, recipe, inputs["data set"])
+    before = load_record(run, "tokens")
+    data_set = splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
+    check_same_data(run, recipe, splits)
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
     order_seed = ORDER_SEED
-    record = load_record(run, "tokens")
-    if record is not None and SOURCE_ORDER not in record.inputs:  # version 0.1.0 began these shards
+    if before is not None and SOURCE_ORDER not in before.inputs:  # version 0.1.0 began these shards
         order_seed = None
         report("these shards were begun in the order of the data set and are finished in the same order; `--redo tokens` writes them in a "
                "permuted order, which mixes the classes of training batches")
     else:
         inputs[SOURCE_ORDER] = f"seed {order_seed}"
+    for note in splits.notes:
+        report(f"note: {note}")
     state.wait_for_everyone()  # all processes have read the record before it is written again
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
@@ -92,7 +93,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
     })
     writers = []
-    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed):
+    former = data_set != splits.fingerprint  # what vqmosaic 0.1.0 has begun goes on with the identities that it recorded
+    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, former):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
@@ -104,15 +106,16 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
             manifest = writer.finish()
             report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
             for entry in manifest.skipped[:10]:
-                report(f"    skipped {entry['source']}: {entry['reason']}")
+                report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
 
 
-def check_same_data(run: RunFolder, recipe: Recipe, data_set: str) -> None:
+def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
     """Raise InputError where this run's own tokenizer was trained on other images than those that are here now."""
     record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
-    if record is not None and record.inputs.get("data set", data_set) != data_set:
+    recorded = record.inputs.get("data set") if record is not None else None
+    if recorded not in (None, splits.fingerprint_like(recorded)):
         raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Put it back, train anew with "
                          f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
 
@@ -127,17 +130,20 @@ class SplitPlan:
 
 
 def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device,
-                order_seed: int | None = ORDER_SEED) -> list[SplitPlan]:
-    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image."""
+                order_seed: int | None = ORDER_SEED, former: bool = False) -> list[SplitPlan]:
+    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image.
+
+    `former` makes them with the identities of the data set that vqmosaic 0.1.0 recorded.
+    """
     grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
                 depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
     plans = []
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [IDENTITY])):
         header = ShardSetHeader(
-            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names, dataset=source.identity, grids=[grid],
-            views=[view.to_dict() for view in views], images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source),
-            order_seed=order_seed, encoding=encoding)
+            split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names,
+            dataset=source.former_identity if former else source.identity, grids=[grid], views=[view.to_dict() for view in views],
+            images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), order_seed=order_seed, encoding=encoding)
         plans.append(SplitPlan(header, source, views))
     return plans
 

@@ -50,7 +50,8 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_has_ids(recipe, source)
         tokenizer = ImageTokenizer.from_pretrained(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
-        plans = plans_as_written(folders, split_plans(recipe, tokenizer, open_splits(recipe.data), device))
+        splits = open_splits(recipe.data)
+        plans = plans_as_written(folders, *(split_plans(recipe, tokenizer, splits, device, former=former) for former in (False, True)))
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
 
@@ -97,11 +98,26 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
         return None
 
 
-def plans_as_written(folders: dict[str, Path], plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:
-    """The plan of each split, with the order of sources in which the shards in these folders were written."""
-    of_split = {plan.header.split: plan for plan in plans}
+def plans_as_written(folders: dict[str, Path], plans: Sequence[SplitPlan], former_plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:
+    """The plan of each split, with the data set's identity and the order of sources that the shards in these folders were written with.
+
+    `former_plans` have the identities of vqmosaic 0.1.0.
+    """
+    of_split, former = ({plan.header.split: plan for plan in made} for made in (plans, former_plans))
+    if any(recorded_formerly(path, former[split].header) for split, path in folders.items()):
+        of_split = former
     headers = headers_as_written({path: of_split[split].header for split, path in folders.items()})
     return {split: dataclasses.replace(of_split[split], header=headers[path]) for split, path in folders.items()}
+
+
+def recorded_formerly(folder: Path, former: ShardSetHeader) -> bool:
+    """Whether the manifest or a sidecar in a split's folder has the data set's identity in the form of vqmosaic 0.1.0."""
+    manifest = load_manifest(folder)
+    if manifest is not None and "version" not in manifest.dataset:
+        return True
+    fingerprints = {former.fingerprint, dataclasses.replace(former, order_seed=None).fingerprint}
+    sidecars = (load_sidecar(folder, shard_name(index)) for index in range(former.num_shards))
+    return any(sidecar is not None and sidecar.header_fingerprint in fingerprints for sidecar in sidecars)
 
 
 def check_same_origin(folders: dict[str, Path], plans: dict[str, SplitPlan]) -> None:

@@ -4,6 +4,7 @@ An interrupted command continues with the missing images. Images of two requests
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -24,6 +25,8 @@ from vqmosaic.recipe_sections import SamplingConfig
 FORMAT = "vqmosaic.samples"
 FORMAT_VERSION = 1
 RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
+NAME_BYTES = 220
+"""Longest name of an image without number and suffix. File systems allow 255 bytes, and the temporary name takes some of them."""
 LONGEST_VALUE = 60
 """Number of characters that an error shows of a value."""
 
@@ -137,17 +140,26 @@ def make_folder(out: Path) -> None:
 
 def file_name(class_name: str) -> str:
     """A class name as part of a file name."""
-    return re.sub(r"[^\w-]+", "_", class_name) or "class"
+    return cut_name(re.sub(r"[^\w-]+", "_", class_name)) or "class"
+
+
+def cut_name(name: str) -> str:
+    """The name, cut to NAME_BYTES if it is longer. A digest of the whole name at its end keeps names apart that begin alike."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:8]
+    return f"{encoded[:NAME_BYTES - 9].decode(errors='ignore')}~{digest}"
 
 
 def names_of_copies(paths: Sequence[Path]) -> list[str]:
-    """A PNG name for the reconstruction of each file: its own name, with _, _2, _3 and so on if that is taken or is the name of the grid."""
+    """A PNG name for the reconstruction of each file: its own name, cut if it is long, with _, _2, _3 and so on if that is taken or is grid."""
     taken, copies, names = {Path(GRID_NAME).stem}, Counter(), []
     for path in paths:
-        name = path.stem
+        name = stem = cut_name(path.stem)
         while name in taken:
-            copies[path.stem] += 1
-            name = f"{path.stem}_{copies[path.stem] if copies[path.stem] > 1 else ''}"
+            copies[stem] += 1
+            name = f"{stem}_{copies[stem] if copies[stem] > 1 else ''}"
         taken.add(name)
         names.append(f"{name}.png")
     return names

@@ -22,7 +22,7 @@ ROTARY_ARCHITECTURES = {"grid_transformer": 4, "llama": 2, "qwen3": 2}  # what t
 
 
 def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True, redo: str | None = None) -> str:
-    """What will happen to a stage ("start", "resume" or "skip"); InputError where it could not start.
+    """What will happen to a stage ("start", "resume", "skip" or "compare", as judge says); InputError where it could not start.
 
     That is so, too, where its recipe differs from what its folder was made with, unless `redo` names it or a stage before it.
     `alone` also looks for what the stage reads from other stages; in a chain those are made first.
@@ -44,7 +44,7 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
         if verdict != "skip" and not is_redone:
             check_resume(recipe, stage, section)
     if stage == "tokenizer" and verdict != "skip":
-        check_init_from(recipe, resumes=verdict == "resume")
+        check_init_from(recipe, resumes=verdict in ("resume", "compare"))
         if recipe.tokenizer_training.perceptual_weight and recipe.tokenizer_training.perceptual_loss == "lpips":
             resolve_perceptual_weights(recipe.tokenizer_training.perceptual_weights)
     if stage == "prior" and verdict != "skip":

@@ -28,11 +28,11 @@ from pipelines.feature_extractors import FeatureExtractor, NamedNetwork, load_fe
 from pipelines.generate import ImageGenerationPipeline, decoded_in_parts
 from pipelines.random_subset import RandomSubset
 from pipelines.sweep_plan import SweepRequest, surroundings
-from pipelines.sweep_record import SweepRecord, ranking_table, settings_in_words, varied
+from pipelines.sweep_record import SweepRecord, ranking_table, read_sweep, settings_in_words, varied
 from stage1_tokenizer.data_location import image_files
-from stage1_tokenizer.folder_source import FolderSource
+from stage1_tokenizer.folder_source import FolderSource, class_name
 from stage1_tokenizer.image_batches import ValidationImages
-from stage1_tokenizer.image_sources import ImageSource, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_sources import ImageSource, identity_like, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import read_config
 from stage2_prior.sampling import SamplingStopped
@@ -112,9 +112,10 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
     source, labelled, how = open_reference(request, transform, pipe.class_names)
     real = ValidationImages(source, transform, cache_megabytes=0)
     counts, proportions = class_counts(pipe.class_names, labelled, request.images)
+    real_before = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
     setup = {"pipeline": part_fingerprints(request.folder / "tokenizer", request.folder / "prior"),
              "features": {**request.features.to_dict(), "count": extractor.num_features},
-             "real": {**source.identity, "transform": transform.to_dict()},
+             "real": {**identity_like(source, real_before), "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
                         # older records used the first images; they are refused if that makes a difference
@@ -230,7 +231,7 @@ def open_reference(request: SweepRequest, transform: ImageTransform, class_names
 def open_folder_whole(folder: Path, transform: ImageTransform, class_names: list[str] | None) -> FolderSource:
     """All images of a folder as one split; labelled where every one lies in a sub-folder with the name of a class."""
     names = sorted(image_files(folder.expanduser()))
-    folders = [name.partition("/")[0] if "/" in name else None for name in names]
+    folders = [class_name(name.partition("/")[0]) if "/" in name else None for name in names]
     is_labelled = class_names is not None and set(folders) <= set(class_names)
     return FolderSource("all", names, [class_names.index(name) for name in folders] if is_labelled else None, class_names if is_labelled else None,
                         DataConfig(source="folder", path=str(folder), channels=transform.channels))

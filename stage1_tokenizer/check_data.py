@@ -6,6 +6,7 @@ from collections.abc import Callable
 from stage1_tokenizer.image_sources import ImageSource, open_splits
 from stage1_tokenizer.images import UnreadableImage
 from stage1_tokenizer.threaded_map import map_in_threads
+from vqmosaic.errors import printable
 from vqmosaic.recipe_sections import DataConfig
 
 _LISTED = 50
@@ -19,13 +20,15 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     """
     splits = open_splits(data)
     report(splits.how)
+    for note in splits.notes:
+        report(f"{splits.train.split}: {note}")
     unreadable = []
     for source in (splits.train, splits.validation):
         found = _check_split(source, report)
         unreadable += found
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_LISTED]:
-        report(f"unreadable: {name}: {reason}")
+        report(f"unreadable: {printable(name)}: {reason}")
     if len(unreadable) > _LISTED:
         report(f"unreadable: and {len(unreadable) - _LISTED} more")
     report(f"{total - len(unreadable)} of {total} images are readable")
@@ -39,13 +42,13 @@ def _check_split(source: ImageSource, report: Callable[[str], None]) -> list[tup
         except UnreadableImage as error:
             return str(error)
 
-    split = source.identity["split"]
+    split = source.split
     results = list(map_in_threads(read, range(len(source)), bar=f"reading {split}"))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {len(source)} images, {_size_range(sizes)}")
     if source.class_names:
         counts = Counter(source.label(index) for index in range(len(source)))
-        listed = [f"{name} {counts[index]}" for index, name in enumerate(source.class_names[:_CLASSES_LISTED])]
+        listed = [f"{printable(name)} {counts[index]}" for index, name in enumerate(source.class_names[:_CLASSES_LISTED])]
         more = f" and {len(source.class_names) - _CLASSES_LISTED} more" if len(source.class_names) > _CLASSES_LISTED else ""
         unlabelled = f"; without a class: {counts[None]}" if counts[None] else ""
         report(f"{split}: {len(source.class_names)} classes: {', '.join(listed)}{more}{unlabelled}")

@@ -3,17 +3,26 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, nearest_name, printable
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe_sections import DataConfig
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".tga", ".vda", ".vst", ".icb"})
+"""Endings of the names of files that are read as images: those of the formats in images.py."""
+NO_DATA_FOLDERS = frozenset({"@eaDir", "@tmp", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+"""Folders that archives, network storage and operating systems add: thumbnails, resource forks and deleted files, not data."""
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 """Names of splits and sub-folders that are taken for validation, in this order."""
+_SPLIT_WORDS = {"train": "train", "training": "train", "dev": "validation", "eval": "validation", "evaluation": "validation", "testing": "test"}
+_SPLIT_WORDS |= {name: name for name in VALIDATION_SPLITS}
+_NO_SPLIT_WORDS = frozenset({"set", "data", "dataset", "split", "image", "images", "img", "imgs"})
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GIVE_A_PATH = "give --data.path a folder of images, a folder of parquet or arrow files, or the name of a Hugging Face data set"
@@ -68,8 +77,18 @@ def local_path(data: DataConfig) -> Path:
     return Path(data.path).expanduser()
 
 
-def image_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
-    """POSIX paths, relative to the folder, of the files that are images by name, at any depth; hidden names are left out.
+def is_image(name: str) -> bool:
+    """Whether a file is read as an image, by its name."""
+    return _suffix(name) in IMAGE_SUFFIXES
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of the files that are images by name, at any depth."""
+    return filter(is_image, data_files(folder))
+
+
+def data_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """POSIX paths, relative to the folder, of its files at any depth, without hidden ones and those in NO_DATA_FOLDERS.
 
     Links to folders are followed, but never back into a folder they lie in. Dead links are listed: reading them tells why.
     """
@@ -77,13 +96,25 @@ def image_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> It
     identity = (status.st_dev, status.st_ino)
     if identity in ancestors:
         return
-    with os.scandir(folder) as entries:
-        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    for name, is_folder in visible:
+    for name, is_folder in _visible(folder):
         if is_folder:
-            yield from (f"{name}/{inner}" for inner in image_files(folder / name, (*ancestors, identity)))
-        elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            yield from (f"{name}/{inner}" for inner in data_files(folder / name, (*ancestors, identity)))
+        else:
             yield name
+
+
+def _visible(folder: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of what lies in a folder, sorted, without what holds no data."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries
+                      if not entry.name.startswith(".") and entry.name not in NO_DATA_FOLDERS)
+
+
+def split_by_name(folder: str) -> str | None:
+    """The split that a folder's name tells, "train" or one of VALIDATION_SPLITS: of Training, test_set, TrainImages or val2017; None for others."""
+    words = [re.sub(r"(?<=.)set$", "", word.lower()) for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)]
+    words = [word for word in words if word not in _NO_SPLIT_WORDS]
+    return _SPLIT_WORDS.get(words[0]) if len(words) == 1 else None
 
 
 def looks_like_hub_name(path: str) -> bool:
@@ -103,29 +134,38 @@ def nearest_sibling(path: Path) -> str | None:
 
 def no_images(data: DataConfig) -> InputError:
     """The error for a folder without a single image."""
+    files = list(data_files(local_path(data)))
+    held = f" It holds {suffix_counts(files)}." if files else ""
     return InputError(f"data.path is {data.path!r}, a folder without images; files are taken by their names, which end in "
-                      f"{', '.join(sorted(IMAGE_SUFFIXES))}.")
+                      f"{', '.join(sorted(IMAGE_SUFFIXES))}.{held}")
+
+
+def suffix_counts(names: Iterable[str], most: int = 10) -> str:
+    """How many of the files have which suffix, the most frequent first."""
+    counts = Counter(_suffix(name) or "without a suffix" for name in names)
+    listed = ", ".join(f"{count} {printable(suffix)}" for suffix, count in counts.most_common(most))
+    return listed + (" and others" if len(counts) > most else "")
 
 
 def _holds_tables(folder: Path) -> bool:
     # A data set may keep its tables in data/ or train/. The first file that is a table or an image decides each folder, so that a
     # large tree of images is not walked.
-    with os.scandir(folder) as entries:
-        listed = [entry for entry in entries if not entry.name.startswith(".")]
-    if any(_suffix(entry) in TABLE_SUFFIXES for entry in listed):
+    listed = _visible(folder)
+    suffixes = {_suffix(name) for name, _ in listed}
+    if suffixes & TABLE_SUFFIXES:
         return True
-    if any(_suffix(entry) in IMAGE_SUFFIXES for entry in listed):
+    if suffixes & IMAGE_SUFFIXES:
         return False
-    for inner in sorted(entry.path for entry in listed if entry.is_dir()):
+    for inner in (folder / name for name, is_folder in listed if is_folder):
         with os.scandir(inner) as entries:
-            kind = next((suffix for suffix in map(_suffix, entries) if suffix in TABLE_SUFFIXES | IMAGE_SUFFIXES), None)
+            kind = next((suffix for entry in entries if (suffix := _suffix(entry.name)) in TABLE_SUFFIXES | IMAGE_SUFFIXES), None)
         if kind:
             return kind in TABLE_SUFFIXES
     return False
 
 
-def _suffix(entry: os.DirEntry) -> str:
-    return os.path.splitext(entry.name)[1].lower()
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _missing(data: DataConfig) -> InputError:

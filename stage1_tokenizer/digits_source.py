@@ -31,6 +31,10 @@ class DigitsSource:
         return {"kind": "digits", "path": "sklearn.datasets.load_digits", "split": self.split, "count": len(self),
                 "sha256": digest.hexdigest()}
 
+    @property
+    def former_identity(self) -> dict[str, Any]:
+        return self.identity  # which always held the pixels, and no path that could change
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -2,27 +2,35 @@
 
     photos/*.jpg                      no labels            photos/cat/*.jpg                  classes by folder
     photos/train/..., photos/val/...  splits, each laid out in one of the two ways
+    photos/metadata.csv               classes in the column that data.label_column names; file_name is relative to the file
 """
 
 import hashlib
 import json
+import os
 from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
-from stage1_tokenizer.data_location import VALIDATION_SPLITS, image_files, local_path, no_images
+from stage1_tokenizer.class_labels import class_of, sorted_classes
+from stage1_tokenizer.content_digest import file_digest
+from stage1_tokenizer.data_location import VALIDATION_SPLITS, data_files, is_image, local_path, no_images, split_by_name, suffix_counts
+from stage1_tokenizer.folder_metadata import METADATA_NAMES, FolderMetadata
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import read_image
-from vqmosaic.errors import InputError, nearest_name
+from stage1_tokenizer.threaded_map import map_in_threads
+from vqmosaic.errors import InputError, nearest_name, printable
 from vqmosaic.permissions import permission_denied
 from vqmosaic.recipe_sections import DataConfig
+
+_Classes = list[str | int | bool | None]
 
 
 class FolderSource:
     """One split of a folder; names are paths relative to data.path."""
 
-    def __init__(self, split: str, names: list[str], labels: list[int] | None, class_names: list[str] | None, data: DataConfig):
+    def __init__(self, split: str, names: list[str], labels: list[int | None] | None, class_names: list[str] | None, data: DataConfig):
         self.split = split
         self.class_names = class_names
         self._root = local_path(data)
@@ -32,6 +40,14 @@ class FolderSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        found = map_in_threads(lambda name: file_digest(self._root / name), self._names, bar=f"looking at {self.split}")
+        for index, (size, content) in enumerate(found):
+            digest.update(json.dumps([self._names[index], self.label(index), size, content and content.hex()]).encode())
+        return {"kind": "folder", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    @cached_property
+    def former_identity(self) -> dict[str, Any]:
         digest = hashlib.sha256()
         for index, name in enumerate(self._names):
             path = self._root / name
@@ -55,19 +71,24 @@ class FolderSource:
 def open_folder(data: DataConfig) -> ImageSplits:
     """The images of a folder. Raises InputError for a layout that leaves splits or classes in doubt."""
     try:
-        names = sorted(image_files(local_path(data)))
+        files = sorted(data_files(local_path(data)))
     except PermissionError as error:
         raise permission_denied(error.filename) from error
     except OSError as error:
         raise InputError(f"data.path is {data.path!r}, which cannot be listed: {error.strerror} ({error.filename}).") from error
+    names = list(filter(is_image, files))
     if not names:
         raise no_images(data)
     folders = sorted({name.split("/", 1)[0] for name in names if "/" in name})
     train_split, validation_split = _split_folders(folders, data)
 
     train_names = _inside(names, train_split)
-    train_classes = _classes(train_names, train_split, data)
-    class_names = sorted(set(train_classes)) if train_classes else None
+    metadata = _metadata(train_split, validation_split, data)
+    train_classes = _classes(train_names, train_split, data, metadata)
+    class_values = sorted_classes(train_classes) if train_classes else None
+    notes = [] if metadata or not (data.use_labels and data.label_column) else [
+        f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
+    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, how = cut_validation(train_names, train_classes, data)
         validation_names = [train_names[index] for index in validation]
@@ -77,19 +98,30 @@ def open_folder(data: DataConfig) -> ImageSplits:
         splits = ("train", "validation")
     else:
         validation_names = _inside(names, validation_split)
-        validation_classes = _classes(validation_names, validation_split, data) if train_classes else None
+        validation_classes = _classes(validation_names, validation_split, data, metadata) if train_classes else None
         how = f"validation: the {len(validation_names)} images of the sub-folder {validation_split!r}"
         splits = (train_split or "train", validation_split)
-    unknown = sorted(set(validation_classes or ()) - set(class_names or ()))
+    class_names = [class_name(value) for value in class_values] if class_values else None
+    unknown = sorted_classes(set(validation_classes or ()) - set(class_values or ()))
     if unknown:
         raise InputError(f"data.path {data.path!r}: class {unknown[0]!r} has images in {validation_split!r} but none in {train_split!r}; "
-                         f"classes to train on: {', '.join(class_names)}.")
-    index_of = {name: index for index, name in enumerate(class_names or ())}
+                         f"classes to train on: {printable(', '.join(class_names))}.")
+    index_of = {None: None} | {value: index for index, value in enumerate(class_values or ())}
 
-    def source(split: str, names: list[str], classes: list[str] | None) -> FolderSource:
-        return FolderSource(split, names, [index_of[name] for name in classes] if classes else None, class_names, data)
+    def source(split: str, names: list[str], classes: _Classes | None) -> FolderSource:
+        return FolderSource(split, names, [index_of[value] for value in classes] if class_names and classes else None, class_names, data)
 
-    return ImageSplits(source(splits[0], train_names, train_classes), source(splits[1], validation_names, validation_classes), how)
+    return ImageSplits(source(splits[0], train_names, train_classes), source(splits[1], validation_names, validation_classes), how, tuple(notes))
+
+
+def class_name(value: str | int | bool) -> str:
+    """The name of a class, for the value in a table or the name of a folder; bytes that are not UTF-8 are written as escapes."""
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return printable(text)
+    return text
 
 
 def _inside(names: list[str], split: str | None) -> list[str]:
@@ -106,25 +138,94 @@ def _split_folders(folders: list[str], data: DataConfig) -> tuple[str | None, st
             raise InputError(f"data.train_split is '.', the whole of {where}, and data.validation_split is {data.validation_split!r}, "
                              "inside it; leave data.validation_split out, and a validation split is cut by a hash.")
         return None, None
-    if data.train_split not in folders:
-        if data.validation_split or data.train_split != DataConfig.train_split:
-            raise _no_such_split("data.train_split", data.train_split, folders, where)
-        return None, None
-    if data.validation_split == data.train_split:
-        raise InputError(f"data.train_split and data.validation_split are both {data.train_split!r}; give two different sub-folders of "
+    train = data.train_split
+    if train not in folders:
+        train = _train_folder_by_name(folders, where) if train == DataConfig.train_split else None
+        if train is None:
+            if data.validation_split or data.train_split != DataConfig.train_split:
+                raise _no_such_split("data.train_split", data.train_split, folders, where)
+            return None, None
+    if data.validation_split == train:
+        raise InputError(f"data.train_split and data.validation_split are both {train!r}; give two different sub-folders of "
                          f"{where}, or leave data.validation_split out to have one cut by a hash.")
-    others = [name for name in folders if name != data.train_split]
-    validation = data.validation_split or next((name for name in VALIDATION_SPLITS if name in others), None)
+    others = [name for name in folders if name != train]
+    by_name = [name for split in VALIDATION_SPLITS for name in others if split_by_name(name) == split]
+    validation = data.validation_split or next((name for name in VALIDATION_SPLITS if name in others), next(iter(by_name), None))
     if validation is None and others:
-        raise InputError(f"{where} has sub-folders with images {', '.join(folders)}: {data.train_split!r} may be a split or a class. Name "
+        raise InputError(f"{where} has sub-folders with images {_listed(folders)}: {train!r} may be a split or a class. Name "
                          "the sub-folder to validate on with --data.validation_split; or, if all are classes, set --data.train_split .")
-    return data.train_split, validation
+    return train, validation
 
 
-def _classes(names: list[str], split: str | None, data: DataConfig) -> list[str] | None:
-    """The class of each image, which is the first sub-folder below the split, or None for images without labels."""
+def _train_folder_by_name(folders: list[str], where: str) -> str | None:
+    """The sub-folder to train on where none has exactly the usual name: Training, TRAIN or train_set; None where all are classes."""
+    split_of = {folder: split_by_name(folder) for folder in folders}
+    train = [folder for folder, split in split_of.items() if split == "train"]
+    validation = [folder for folder, split in split_of.items() if split in VALIDATION_SPLITS]
+    rest = [folder for folder, split in split_of.items() if split is None]
+    if len(train) == 1 and (len(folders) == 1 or (validation and not rest)):
+        return train[0]
+    if (validation and train) or (len(folders) > 1 and not rest):
+        raise InputError(f"{where} has sub-folders with images {_listed(folders)}, some of which look like splits. Name those to train and to "
+                         "validate on with --data.train_split and --data.validation_split; or, if all are classes, set --data.train_split .")
+    return None
+
+
+def _metadata(train_split: str | None, validation_split: str | None, data: DataConfig) -> FolderMetadata | None:
+    """The metadata files, where data.label_column asks for them."""
+    if not (data.use_labels and data.label_column):
+        return None
+    metadata = FolderMetadata(local_path(data), [".", *filter(None, (train_split, validation_split))])
+    return metadata if metadata.paths else None
+
+
+def _left_out(files: list[str]) -> list[str]:
+    """What is said of files that are not read as images."""
+    others = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES]
+    if not others:
+        return []
+    return [f"{len(others)} files are left out, since they do not have the name of an image that can be read: {suffix_counts(others)}; "
+            f"such as {printable(others[0])}"]
+
+
+def _unused(names: list[str], train_split: str | None, validation_split: str | None) -> list[str]:
+    """What is said of images that are in neither split."""
+    splits = tuple(f"{split}/" for split in (train_split, validation_split) if split is not None)
+    unused = [name for name in names if train_split is not None and not name.startswith(splits)]
+    if not unused:
+        return []
+    return [f"{len(unused)} images outside of {' and '.join(split[:-1] for split in splits)} are not used, such as {printable(unused[0])}"]
+
+
+def _doubts(names: list[str], split: str | None, class_values: list | None, data: DataConfig) -> list[str]:
+    """What is said of classes that may be meant in another way: a single one that holds folders, and columns of metadata."""
+    if class_values is None and data.use_labels:
+        try:
+            hint = FolderMetadata(local_path(data), [".", split] if split else ["."]).hint()
+        except InputError:
+            return []  # a file of another kind, that nothing was asked of
+        return [hint] if hint else []
+    if class_values is None or len(class_values) > 1:
+        return []
+    wrapper = "/".join(filter(None, (split, str(class_values[0]))))
+    inner = sorted({name[len(wrapper) + 1:].split("/")[0] for name in names if name.startswith(wrapper + "/") and "/" in name[len(wrapper) + 1:]})
+    if not inner:
+        return []
+    return [f"the only class, {class_values[0]!r}, has the sub-folders {_listed(inner)}; if these are the classes, "
+            f"give --data.path {printable(str(local_path(data) / wrapper))}"]
+
+
+def _listed(folders: list[str], most: int = 10) -> str:
+    return printable(", ".join(folders[:most])) + (f" and {len(folders) - most} more" if len(folders) > most else "")
+
+
+def _classes(names: list[str], split: str | None, data: DataConfig, metadata: FolderMetadata | None) -> _Classes | None:
+    """The class of each image, which is the first sub-folder below the split or stands in the metadata; None for images without labels."""
     if not data.use_labels:
         return None
+    if metadata is not None:
+        values = [class_of(value) for value in metadata.labels(names, data.label_column)]
+        return values if any(value is not None for value in values) else None
     below = len(split) + 1 if split else 0
     parts = [name[below:].split("/", 1) for name in names]
     labelled = sum(len(part) == 2 for part in parts)
@@ -140,4 +241,4 @@ def _classes(names: list[str], split: str | None, data: DataConfig) -> list[str]
 def _no_such_split(field: str, given: str, folders: list[str], where: str) -> InputError:
     nearest = nearest_name(given, folders)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    return InputError(f"{field} is {given!r}; sub-folders of {where} with images: {', '.join(folders) or 'none'}.{hint}")
+    return InputError(f"{field} is {given!r}; sub-folders of {where} with images: {_listed(folders) or 'none'}.{hint}")

@@ -5,11 +5,13 @@ Only images.py decodes: the rows give the stored bytes, so the rules for EXIF, a
 
 import hashlib
 import json
+import re
 import socket
 import sys
 import urllib.request
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,14 +21,16 @@ import pyarrow
 import pyarrow.compute
 from PIL import Image
 
+from stage1_tokenizer.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes
+from stage1_tokenizer.content_digest import content_digest, file_digest
 from stage1_tokenizer.data_location import TABLE_SUFFIXES, VALIDATION_SPLITS, local_path, nearest_sibling
 from stage1_tokenizer.image_sources import ImageSplits, cut_validation
 from stage1_tokenizer.images import UnreadableImage, read_image
+from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import DataConfig
 
-_LABEL_NAMES = ("label", "labels", "class")
 _CONNECT_SECONDS = 5
 _FINGERPRINT_ROWS = 256
 
@@ -40,13 +44,25 @@ class HuggingFaceSource:
         self.class_names = class_names
         self._rows = rows.with_format("arrow")  # one column, the stored images
         self._picked, self._labels = picked, labels
-        self._name = str(local_path(data).resolve()) if local_path(data).exists() else data.path
+        path = local_path(data)
+        self._folder = path if path.is_dir() else path.parent if path.is_file() else None
+        self._name = str(path.resolve()) if path.exists() else data.path
         self._channels, self._max_pixels = data.channels, data.max_pixels
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        # The library's own fingerprint depends on paths and times. This digest is the same on every machine, and reads little:
-        # all labels, the stored size of every image, and the bytes of a few hundred images.
+        # The library's own fingerprint depends on paths and times. This digest is the same on every machine.
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self._picked.astype("<i8").tobytes())
+        if self._labels is not None:
+            digest.update(self._labels[self._picked].astype("<i8").tobytes())
+        for size, content in map_in_threads(self._digest, range(len(self)), bar=f"looking at {self.split}"):
+            digest.update(json.dumps([size, content and content.hex()]).encode())
+        return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    @cached_property
+    def former_identity(self) -> dict[str, Any]:
+        # of all images the labels and the stored sizes, of a few hundred the bytes
         digest = hashlib.sha256(json.dumps([self.class_names, len(self._rows)]).encode())
         digest.update(self._picked.astype("<i8").tobytes())
         if self._labels is not None:
@@ -73,7 +89,13 @@ class HuggingFaceSource:
         stored = self._stored(index)
         if stored is None:
             raise UnreadableImage("the row holds no image")
-        return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+        if not isinstance(stored, str):
+            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+        path = self._path(stored)
+        try:
+            return read_image(path, channels=self._channels, max_pixels=self._max_pixels)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{str(path)!r}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         columns = ("_column", "_bytes")  # pickled, they would hold the images themselves
@@ -88,6 +110,21 @@ class HuggingFaceSource:
     def _bytes(self) -> pyarrow.ChunkedArray:
         # of a column of records by itself, for a row of it takes a quarter of the time of a record
         return pyarrow.compute.struct_field(self._column, "bytes") if pyarrow.types.is_struct(self._column.type) else self._column
+
+    def _path(self, stored: str) -> Path:
+        """The file that a row names: relative to the folder of the tables, or else to the working directory."""
+        path = Path(stored)
+        inside = self._folder / path if self._folder is not None else path  # which is `path` where that is absolute
+        return path if path.exists() and not inside.exists() else inside
+
+    def _digest(self, index: int) -> tuple[int | None, bytes | None]:
+        """(bytes, content_digest) of a row's image, without a copy of those that lie in the table."""
+        stored = self._bytes[int(self._picked[index])]
+        if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
+            content = stored.as_buffer()
+            return content.size, content_digest(memoryview(content))
+        path = self._stored(index)
+        return (None, None) if path is None else file_digest(self._path(path))
 
     def _stored(self, index: int) -> bytes | str | None:
         row = int(self._picked[index])
@@ -113,6 +150,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     image_column = _image_column(train, data)
     label_column = _label_column(train, data)
     class_names, to_index = _classes(train, label_column)
+    notes = (hint,) if class_names is None and data.use_labels and (hint := _hint(train, image_column)) else ()
 
     def images(rows: datasets.Dataset) -> datasets.Dataset:
         rows = rows.select_columns([image_column])
@@ -125,7 +163,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         picked, held_out, how = cut_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
         stored = images(train)
         return ImageSplits(HuggingFaceSource(data.train_split, stored, picked, train_labels, class_names, data),
-                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how)
+                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how, notes)
     validation = splits[validation_split]
     check_name(f"data.image_column (in split {validation_split!r} of data.path {data.path!r})", image_column, validation.column_names)
     for split, rows in ((data.train_split, train), (validation_split, validation)):
@@ -140,7 +178,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     return ImageSplits(
         HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
         HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
-        f"validation: the {len(validation)} images of the split {validation_split!r}")
+        f"validation: the {len(validation)} images of the split {validation_split!r}", notes)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
@@ -157,7 +195,7 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif local:
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path.resolve()))  # it takes "." for a name
         else:
             loaded = _load_from_hub(data.path)
     except InputError:
@@ -165,6 +203,8 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
     except Exception as error:  # the library raises many types, and wraps those of others
         if local:
             reason = f"{type(error).__name__}: {error}"
+            if re.search(r"[*?\[\]]", str(path.resolve())):
+                reason += ". The library takes * ? [ ] in a path for patterns: rename the folder, or give the name of a link to it."
             raise InputError(f"data.path {data.path!r} cannot be loaded as a Hugging Face data set: {reason}") from error
         raise InputError(_hub_failure(data, error)) from error
     finally:
@@ -204,8 +244,9 @@ def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
     given = f"data.image_column (for data.path {data.path!r})"
     if data.image_column:
         check_name(given, data.image_column, rows.column_names)
-        if not _stores_images(rows.features[data.image_column]):
-            raise InputError(f"{given} is {data.image_column!r}, which holds {rows.features[data.image_column]}, no images.")
+        feature = rows.features[data.image_column]
+        if not _stores_images(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # texts are paths of images
+            raise InputError(f"{given} is {data.image_column!r}, which holds {feature}, no images.")
         return data.image_column
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     found = typed or [name for name, feature in rows.features.items() if _stores_images(feature)]
@@ -231,19 +272,39 @@ def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
         check_name(given, data.label_column, rows.column_names)
         if not _stores_classes(rows.features[data.label_column]):
             raise InputError(f"{given} is {data.label_column!r}, which holds {rows.features[data.label_column]}; "
-                             "allowed: class labels, integers or strings.")
+                             "allowed: class labels, whole numbers, strings, true and false.")
+        if not _holds_classes(rows, data.label_column):
+            raise InputError(f"{given} is {data.label_column!r}, which holds numbers with fractions; "
+                             "allowed: class labels, whole numbers, strings, true and false.")
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) > 1:
         raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; name one, or set --data.use_labels false.")
-    named = (name for name in _LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]))
+    named = (name for name in LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]) and _holds_classes(rows, name))
     return found[0] if found else next(named, None)
 
 
 def _stores_classes(feature: Any) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True
-    return isinstance(feature, datasets.Value) and ("int" in feature.dtype or "string" in feature.dtype)
+    return isinstance(feature, datasets.Value) and any(kind in feature.dtype for kind in ("int", "string", "bool", "float"))
+
+
+def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
+    """Whether none of the column's values is a number with a fraction."""
+    if "float" not in rows.features[column].dtype:
+        return True
+    try:
+        return bool(sorted_classes(rows[column][:]))
+    except ValueError:
+        return False
+
+
+def _hint(rows: datasets.Dataset, image_column: str) -> str:
+    """Words that name the columns that look like class labels."""
+    names = [name for name, feature in rows.features.items() if name != image_column and _stores_classes(feature) and _holds_classes(rows, name)]
+    table = rows.select_columns(names).with_format("arrow")[:] if names else None
+    return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
 
 
 def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None]]:
@@ -251,7 +312,7 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
     if column is None:
         return None, lambda rows: None
     feature = train.features[column]
-    values = {value for value in train[column][:] if value is not None}
+    values = set(map(class_of, train[column][:])) - {None}
     if isinstance(feature, datasets.ClassLabel):
         values = range(len(feature.names)) if values - {-1} else ()  # public test splits mark withheld classes by -1
         index_of = {-1: -1} | {value: value for value in values}
@@ -265,6 +326,7 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
 
     def to_index(rows: datasets.Dataset) -> np.ndarray:
         given = rows[column][:] if column in rows.column_names else [None] * len(rows)
+        given = list(map(class_of, given))
         unknown = sorted({value for value in given if value is not None and value not in index_of})
         if unknown:
             raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "
@@ -278,4 +340,6 @@ def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
     """Bytes of every row's image as stored (int64, -1 where there are none), from the column's offsets alone."""
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
+    if pyarrow.types.is_null(stored.type):
+        return np.full(len(stored), -1)
     return pyarrow.compute.binary_length(stored).fill_null(-1).to_numpy()

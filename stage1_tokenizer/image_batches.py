@@ -22,7 +22,7 @@ from stage1_tokenizer.augmentation import augment, is_augmented
 from stage1_tokenizer.image_cache import ResizedImages, megabytes
 from stage1_tokenizer.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, UnreadableImage, to_tensor
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed, generator, permutation
 
@@ -116,7 +116,7 @@ class TrainingImages:
         for pixels_BHWC, unreadable in collated:
             self._note(dict(unreadable))
             if pixels_BHWC is None:
-                raise InputError(f"{_ATTEMPTS} images in a row are unreadable, the last one {unreadable[-1][0]} ({unreadable[-1][1]}); "
+                raise InputError(f"{_ATTEMPTS} images in a row are unreadable, the last one {printable(unreadable[-1][0])} ({unreadable[-1][1]}); "
                                  "`vqmosaic check-data` lists all of them.")
             yield ImageBatch(to_tensor(pixels_BHWC.numpy()), unreadable)
 

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from stage1_tokenizer.data_location import check_data_path
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
+from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
 
@@ -19,12 +20,21 @@ from vqmosaic.seeding import derive_seed
 class ImageSource(Protocol):
     """One split: images by index. Sources are cheap to open, can be sent to worker processes and read from several threads."""
 
+    split: str
+    """The name of the split in the data set."""
     class_names: list[str] | None
     """Names of the classes, or None for images without labels; the same list in every split."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What these images are, as JSON: kind, path, split, count, sha256. Equal dicts mean equal images; moving the path changes it."""
+        """What these images are, wherever they lie, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
+
+        Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed.
+        """
+
+    @property
+    def former_identity(self) -> dict[str, Any]:
+        """The identity in the form of vqmosaic 0.1.0, to compare with what it has recorded."""
 
     def __len__(self) -> int: ...
 
@@ -46,11 +56,30 @@ class ImageSplits:
     validation: ImageSource
     how: str
     """A sentence that says where the validation images come from."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was left out and on what may be meant in another way."""
 
     @property
     def class_names(self) -> list[str] | None:
         """Names of the classes, or None for images without labels."""
         return self.train.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """What a stage records of its data set: the digest of both identities."""
+        return fingerprint({"train": self.train.identity, "validation": self.validation.identity})
+
+    def fingerprint_like(self, recorded: str | None) -> str:
+        """The fingerprint to compare with a recorded one: that of the former identities if those were recorded, else `fingerprint`."""
+        if recorded in (None, self.fingerprint):
+            return self.fingerprint
+        former = fingerprint({"train": self.train.former_identity, "validation": self.validation.former_identity})
+        return former if recorded == former else self.fingerprint
+
+
+def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity to compare with a recorded one: in the form of vqmosaic 0.1.0 if that has recorded it, else in today's."""
+    return source.former_identity if recorded and "version" not in recorded else source.identity
 
 
 def open_splits(data: DataConfig) -> ImageSplits:
@@ -100,6 +129,6 @@ def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, dat
     allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
     if len(unreadable) <= allowed:
         return
-    examples = "; ".join(f"{name} ({reason})" for name, reason in list(unreadable.items())[:3])
+    examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
                      f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")

@@ -5,6 +5,7 @@
     to_uint8, to_pil  the way back
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -17,6 +18,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from stage1_tokenizer.stored_values import UnreadableImage, honour_header
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.field_types import as_integer
 from vqmosaic.permissions import permission_denied
@@ -37,16 +39,13 @@ TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
 """Fields that ImageTransform.to_dict writes."""
 
 
-class UnreadableImage(ValueError):
-    """An image that cannot be used; the message is the reason in words, without the name of the file."""
-
-
 def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
                before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
-    converted; of an animation the first frame is taken. The pixel limit is checked on the header, before anything is decoded.
+    converted; scales, white levels and transparent colours are those that the file states (stored_values.py). Of an animation the
+    first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
 
@@ -71,7 +70,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage("not an image of a known format, or its header is corrupt") from None
+        raise UnreadableImage(_why_unidentified(file)) from None
     except PermissionError:
         raise UnreadableImage(str(permission_denied(file))) from None
     except Image.DecompressionBombError as error:
@@ -79,6 +78,18 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     except Exception as error:  # decoders meet corrupt bytes with errors of any type; none of them may end a run
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
+
+
+def _why_unidentified(file: str | os.PathLike | io.IOBase) -> str:
+    with contextlib.suppress(OSError):
+        with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
+            stream.seek(0)
+            prefix = stream.read(16)
+        for name in _formats():
+            accepts = Image.OPEN[name][1]
+            if accepts is not None and accepts(prefix) is True:
+                return f"a {name} file of a kind that Pillow does not read, or its header is corrupt"
+    return "not an image of a known format, or its header is corrupt"
 
 
 def _is_plain(image: Any, mode: str) -> bool:
@@ -92,9 +103,10 @@ def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
         raise UnreadableImage(f"it has no pixels: {width} x {height}")
+    honour = honour_header(image)
     image.load()
     orientation = _orientation(image)  # read after the pixels: a PNG may carry EXIF at its end, and TIFF is turned by Pillow itself
-    image = _flattened(_eight_bit(image)).convert(mode)
+    image = _flattened(_eight_bit(honour(image))).convert(mode)
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image.info = {}  # it holds the EXIF of the original, by which a second reader would turn the image again

@@ -41,7 +41,7 @@ from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
-from vqmosaic.fingerprints import fingerprint
+from vqmosaic.errors import printable
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -70,7 +70,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- data ---------------------------------------------------------------------------------------------------------------
     splits = open_splits(recipe.data)
-    inputs = {"data set": fingerprint({"train": splits.train.identity, "validation": splits.validation.identity})}
+    before = load_record(run.folder, "tokenizer")
+    inputs = {"data set": splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)}
     starts_from = training.init_from
     if starts_from is not None and run.checkpoints.all() and not Path(starts_from).expanduser().exists():
         starts_from = None  # to go on from a checkpoint, it need not be there
@@ -81,6 +82,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         return
     if training.compile:
         check_compiler("tokenizer_training.compile", accelerator.device)
+    for note in splits.notes:
+        report(f"note: {note}")
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
 
@@ -134,7 +137,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
-        before = load_record(run.folder, "tokenizer")
+        inputs |= {"data set": splits.fingerprint}  # also where the one before has the former identities, which know less
         inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
 
@@ -160,7 +163,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         batch = next(batches)
         for source, reason in batch.unreadable:
             if source not in unreadable:
-                report(f"warning: {source} is unreadable ({reason}); another image takes its place", everywhere=True)
+                report(f"warning: {printable(source)} is unreadable ({reason}); another image takes its place", everywhere=True)
                 unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
         set_training_mode(model, tokenizer, training.train_parts)
@@ -228,7 +231,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     known = set(images.unreadable)
     numbers = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
-        run.report(f"warning: {source} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
+        run.report(f"warning: {printable(source)} is unreadable ({images.unreadable[source]}); validations do without it", everywhere=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
     if numbers is None:
         return

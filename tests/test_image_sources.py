@@ -1,7 +1,11 @@
 """Images from the digits, folders and Hugging Face data: names, labels, splits, and words for what cannot be used."""
 
+import errno
+import hashlib
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +16,12 @@ import pytest
 from PIL import Image
 
 from stage1_tokenizer.check_data import check_data
-from stage1_tokenizer.data_location import check_data_path, resolve_source
-from stage1_tokenizer.image_sources import ImageSource, cut_validation, open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.content_digest import content_digest, file_digest
+from stage1_tokenizer.data_location import IMAGE_SUFFIXES, check_data_path, resolve_source
+from stage1_tokenizer.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
+from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +76,7 @@ def test_source_is_told_by_looking(tmp_path, monkeypatch):
 def test_paths_are_checked_before_anything_slow(tmp_path):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("a")
-    with pytest.raises(InputError, match="without images"):
+    with pytest.raises(InputError, match=r"without images.* It holds 1 \.txt\.$"):
         check_data_path(DataConfig(path=str(tmp_path / "words")))
     with pytest.raises(InputError, match="does not exist"):
         check_data_path(DataConfig(path=str(tmp_path / "gone"), source="folder"))
@@ -170,7 +176,7 @@ def test_folder_with_classes(tmp_path):
     assert every["dog/deeper/UPPER.JPG"][0] == 2 and every["cat/000.png"][0] == 1
     assert every["cat/000.png"][1] == Image.open(folder / "cat" / "000.png").tobytes()
     identity = splits.train.identity
-    assert set(identity) == {"kind", "path", "split", "count", "sha256"} and identity["count"] == len(splits.train)
+    assert set(identity) == {"kind", "version", "split", "count", "sha256"} and identity["count"] == len(splits.train)
     write_image(folder / splits.train.source_name(0), seed=77, size=(20, 20))
     assert open_splits(DataConfig(path=str(folder), validation_fraction=0.2)).train.identity["sha256"] != identity["sha256"]
     assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)  # its own, made here: so DataLoader sends it to workers
@@ -219,6 +225,125 @@ def test_split_names_are_chosen_and_checked(tmp_path):
         open_splits(DataConfig(path=str(tmp_path), validation_split="train"))
 
 
+@pytest.mark.parametrize(("train", "validation"), [
+    ("Training", "Testing"), ("TRAIN", "Test"), ("train_set", "test_set"), ("TrainImages", "ValImages"), ("train2017", "val2017"),
+    ("training", "Validation"), ("trainset", "testset"), ("train", "Val"), ("train-data", "dev")])
+def test_split_sub_folders_have_any_usual_name(train, validation, tmp_path):
+    write_classes(tmp_path / train, {"cat": 3, "dog": 2})
+    write_classes(tmp_path / validation, {"dog": 2})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    assert splits.class_names == ["cat", "dog"] and (len(splits.train), len(splits.validation)) == (5, 2) and not splits.notes
+    assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted([train, validation])
+
+
+@pytest.mark.parametrize(("folders", "words"), [
+    (["Training", "Testing", "resting"], "some of which look like splits"), (["val", "test"], "some of which look like splits"),
+    (["train2014", "train2017", "val2017"], "some of which look like splits"), (["train", "resting"], "may be a split or a class")])
+def test_sub_folders_that_may_be_splits_or_classes_are_refused(folders, words, tmp_path):
+    write_classes(tmp_path, dict.fromkeys(folders, 2))
+    with pytest.raises(InputError, match=f"{words}.*--data.train_split"):
+        open_splits(DataConfig(path=str(tmp_path)))
+    assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted(folders)
+
+
+@pytest.mark.parametrize("folders", [["resting", "training"], ["contest", "pretest"], ["set", "data"], ["latest", "values", "trains"]])
+def test_classes_with_names_like_splits_stay_classes(folders, tmp_path):
+    write_classes(tmp_path, dict.fromkeys(folders, 2))
+    assert open_splits(DataConfig(path=str(tmp_path))).class_names == sorted(folders)
+
+
+def test_images_outside_of_the_splits_are_named(tmp_path):
+    write_classes(tmp_path, {"train/cat": 2, "val/cat": 2, "test/cat": 3})
+    write_image(tmp_path / "top.png")
+    [note] = open_splits(DataConfig(path=str(tmp_path))).notes
+    assert note == "4 images outside of train and val are not used, such as test/cat/000.png"
+
+
+def test_a_single_folder_around_the_classes_is_named(tmp_path):
+    write_classes(tmp_path / "PetImages", {"cat": 2, "dog": 2})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    [note] = splits.notes
+    assert splits.class_names == ["PetImages"]
+    assert note == f"the only class, 'PetImages', has the sub-folders cat, dog; if these are the classes, give --data.path {tmp_path}/PetImages"
+    assert not open_splits(DataConfig(path=str(tmp_path / "PetImages"))).notes
+
+
+def test_folders_of_thumbnails_and_archives_are_no_classes(tmp_path):
+    write_classes(tmp_path, {"cat": 3, "@eaDir/cat": 2, "cat/@eaDir/000.png": 1, "__MACOSX/cat": 2, "$RECYCLE.BIN": 1, "lost+found": 1})
+    splits = open_splits(DataConfig(path=str(tmp_path)))
+    assert splits.class_names == ["cat"] and len(splits.train) + len(splits.validation) == 3 and not splits.notes
+
+
+def test_every_suffix_of_the_formats_that_are_read(tmp_path):
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
+    assert known | {".mpo", ".avif", ".avifs"} == IMAGE_SUFFIXES, "not every Pillow can read AVIF"
+    written = set()
+    for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
+        kind = Image.registered_extensions().get(suffix, "MPO")
+        mode = {".pfm": "F", ".pbm": "1", ".pgm": "L"}.get(suffix, "RGB")
+        try:
+            Image.new(mode, (16, 16)).save(tmp_path / f"{number}{suffix.upper()}", kind)
+            written.add(suffix)
+        except OSError:  # a format that this Pillow was built without
+            continue
+    assert {".jfif", ".jpe", ".jp2", ".tga", ".dib", ".pfm"} <= written
+    lines = []
+    assert not check_data(DataConfig(path=str(tmp_path)), lines.append) and lines[-1] == f"{len(written)} of {len(written)} images are readable"
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    write_classes(tmp_path, {"cat": 2, "dog": 2})
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/c.heic", "notes.txt", "dog/without", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    lines = []
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    [note] = [line for line in lines if "left out" in line]
+    assert note.startswith("train: 5 files are left out") and "3 .heic" in note and "1 .txt" in note and "1 without a suffix" in note
+    assert note.endswith("such as cat/a.heic")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_classes_of_metadata_beside_the_images(kind, tmp_path):
+    for number in range(8):
+        write_image(tmp_path / "images" / f"{number}.png", number)
+    rows = [{"file_name": f"images/{number}.png", "size": number / 2, "rank": [10, 2][number % 2], "kind": "ab"[number % 2]} for number in range(7)]
+    if kind == "csv":
+        text = "file_name,size,rank,kind\n" + "".join(",".join(map(str, row.values())) + "\n" for row in rows)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / f"metadata.{kind}").write_text(text)
+    folder = {"path": str(tmp_path / "images"), "validation_fraction": 1e-6}
+    assert open_splits(DataConfig(**folder)).class_names is None, "the file lies elsewhere"
+    [note] = open_splits(DataConfig(**folder, label_column="kind")).notes
+    assert note == "data.label_column 'kind' is not used: there is no metadata.csv or metadata.jsonl beside the images"
+    (tmp_path / f"metadata.{kind}").rename(tmp_path / f"images/metadata.{kind}")
+    (tmp_path / f"images/metadata.{kind}").write_text(text.replace("images/", ""))
+    unread = open_splits(DataConfig(**folder))
+    assert unread.class_names is None and not open_splits(DataConfig(**folder, use_labels=False)).notes
+    [note] = unread.notes
+    assert note == (f"metadata.{kind}: classes are not read; columns that look like labels: 'rank' (2 values), 'kind' (2 values); "
+                    "read one with --data.label_column rank")
+    for column, names_of in (("rank", ["2", "10"]), ("kind", ["a", "b"])):
+        splits = open_splits(DataConfig(**folder, label_column=column))
+        seen = contents(splits.train) | contents(splits.validation)
+        assert splits.class_names == names_of and not splits.notes
+        first = names_of.index("10" if column == "rank" else "a")
+        assert [seen[f"{number}.png"][0] for number in range(8)] == [first, 1 - first] * 3 + [first, None]
+    with pytest.raises(InputError, match=r"data.label_column \(for .*'kinds'.*Did you mean 'kind'"):
+        open_splits(DataConfig(**folder, label_column="kinds"))
+    with pytest.raises(InputError, match="'size', which holds no classes"):
+        open_splits(DataConfig(**folder, label_column="size"))
+
+
+def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
+    write_classes(tmp_path, {".": 4})
+    (tmp_path / "metadata.csv").write_bytes(b"name,b\n\xff,2\n")
+    assert open_splits(DataConfig(path=str(tmp_path))).class_names is None
+    with pytest.raises(InputError, match=r"metadata\.csv cannot be read"):
+        open_splits(DataConfig(path=str(tmp_path), label_column="b"))
+
+
 def test_folders_that_leave_doubts(tmp_path):
     write_classes(tmp_path / "mixed", {"cat": 2})
     write_image(tmp_path / "mixed" / "top.png")
@@ -233,6 +358,93 @@ def test_folders_that_leave_doubts(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="without images"):
         open_splits(DataConfig(path=str(tmp_path / "empty")))
+
+
+# --- identity ----------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(path: Path, **fields) -> str:
+    return open_splits(DataConfig(path=str(path), **fields)).fingerprint
+
+
+def test_a_data_set_is_known_again_wherever_it_lies(tmp_path):
+    folder = write_classes(tmp_path / "photos", {"cat": 5, "dog": 5})
+    before = fingerprint_of(folder)
+    folder.rename(tmp_path / "scratch")
+    assert fingerprint_of(tmp_path / "scratch") == before
+    os.symlink(tmp_path / "scratch", folder)
+    assert fingerprint_of(folder) == before
+    shutil.copytree(tmp_path / "scratch", tmp_path / "copy")
+    assert fingerprint_of(tmp_path / "copy") == before
+
+
+@pytest.mark.parametrize("change", ["pixel", "other name", "other class", "size", "gone", "use_labels"])
+def test_another_data_set_is_not_taken_for_the_same(change, tmp_path):
+    for number in range(8):
+        path = tmp_path / "ab"[number % 2] / f"{number}.bmp"
+        write_image(path, number)
+    before, path = fingerprint_of(tmp_path), tmp_path / "a/0.bmp"
+    content = path.read_bytes()
+    if change == "pixel":
+        path.write_bytes(content[:-8] + bytes([content[-8] ^ 1]) + content[-7:])
+        assert path.stat().st_size == len(content)
+    elif change == "size":
+        path.write_bytes(content + b"0")
+    elif change == "gone":
+        path.unlink()
+    elif change != "use_labels":
+        path.rename(tmp_path / ("a/9.bmp" if change == "other name" else "b/0.bmp"))
+    assert fingerprint_of(tmp_path, use_labels=change != "use_labels") != before
+
+
+def test_start_middle_and_end_of_long_contents_are_digested(tmp_path):
+    content = bytearray(100_000)
+    path = tmp_path / "a.bin"
+
+    def digest() -> bytes:
+        path.write_bytes(content)
+        size, found = file_digest(path)
+        assert (size, found) == (len(content), content_digest(bytes(content))), "of a file as of bytes"
+        return found
+
+    before = digest()
+    for place, noticed in ((0, True), (4095, True), (50_000, True), (99_999, True), (30_000, False)):
+        content[place] ^= 1
+        assert (digest() != before) == noticed, place
+        content[place] ^= 1
+    assert file_digest(tmp_path / "absent.bin") == (None, None)
+    os.mkfifo(tmp_path / "pipe.png")
+    assert file_digest(tmp_path / "pipe.png") == (0, None), "not waited for"
+
+
+def test_a_failing_file_system_does_not_pass_for_changed_images(tmp_path, monkeypatch):
+    folder = write_classes(tmp_path, {"cat": 4})
+
+    def stale(*arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("stage1_tokenizer.content_digest.os.pread", stale)
+    with pytest.raises(InputError, match=r"cat/00\d.png' cannot be read: Stale file handle. Run the same command again"):
+        fingerprint_of(folder)
+
+
+def test_what_version_0_1_0_recorded_is_compared_in_its_own_form(tmp_path):
+    folder = write_classes(tmp_path / "photos", {"cat": 4, "dog": 4})
+    splits = open_splits(DataConfig(path=str(folder)))
+    recorded = {}
+    for name, source in (("train", splits.train), ("validation", splits.validation)):
+        digest = hashlib.sha256()
+        for index in range(len(source)):
+            path = folder / source.source_name(index)
+            digest.update(json.dumps([source.source_name(index), source.label(index), path.stat().st_size]).encode())
+        recorded[name] = {"kind": "folder", "path": str(folder), "split": name, "count": len(source), "sha256": digest.hexdigest()}
+    assert identity_like(splits.train, recorded["train"]) == recorded["train"] and identity_like(splits.train, {}) == splits.train.identity
+    assert splits.fingerprint_like(fingerprint(recorded)) == fingerprint(recorded) != splits.fingerprint
+    assert splits.fingerprint_like(None) == splits.fingerprint_like("something else") == splits.fingerprint
+    assert splits.fingerprint_like(splits.fingerprint) == splits.fingerprint
+    (folder / "cat/000.png").write_bytes(b"shorter")
+    changed = open_splits(DataConfig(path=str(folder)))
+    assert changed.fingerprint_like(fingerprint(recorded)) == changed.fingerprint
 
 
 # --- check-data --------------------------------------------------------------------------------------------------------------

@@ -312,8 +312,8 @@ def test_how_a_change_of_each_field_is_judged():
         "tokenizer_training.usage_alarm", "tokenizer_training.perceptual_weights",
         *(f"{section}.{name}" for section in training
           for name in ("max_refused_steps", "checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
-    assert set(judged) == {"budget", "unrecorded", "same"}
-    assert {"seed", "data.path", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= judged["same"]
+    assert set(judged) == {"budget", "unrecorded", "place", "same"} and judged["place"] == {"data.path"}
+    assert {"seed", "data.source", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= judged["same"]
 
 
 def unread_fields(sources: list[str]) -> set[str]:

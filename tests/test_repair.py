@@ -12,6 +12,7 @@ from pipelines import preprocess as module
 from pipelines.audit import audit_run
 from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.folder_source import FolderSource
 from stage1_tokenizer.image_sources import open_splits
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest
@@ -238,22 +239,67 @@ def test_another_data_set_is_refused(run, written, tmp_path):
     assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
 
 
+def test_changed_pixels_of_equal_size_are_noticed(run, written, tmp_path, capsys):
+    photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
+    moved = recipe_in(run, f"--data.path={photos}")
+    assert audit_run(run, moved) == 0, "the same images elsewhere"
+    changed = photos / open_splits(moved.data).train.source_name(PER_SHARD)
+    content = changed.read_bytes()
+    Image.new("L", (24, 20), 255).save(changed)
+    changed.write_bytes(changed.read_bytes().ljust(len(content), b"\0"))
+    capsys.readouterr()
+    assert audit_run(run, moved) == 1
+    assert "1 skipped: 1 problems\n    the images are not those that were encoded" in capsys.readouterr().out
+    assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
+
+
 def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, tiny_run, tmp_path):
-    """Its name and size are the same, which is all that the identity of a folder knows."""
+    """Its name, its size and the bytes that the identity of the data set knows are the same."""
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     recipe = recipe_in(run, f"--data.path={photos}", f"--run_dir={tmp_path / 'own'}")
-    preprocess(recipe)
-    second_shard = TokenShardManifest.load(tmp_path / "own/tokens/train").source_indices(1)
+    second_shard = TokenShardManifest.load(run / "tokens/train").source_indices(1)
     changed = photos / open_splits(recipe.data).train.source_name(second_shard[0])
-    size = changed.stat().st_size
-    Image.new("L", (24, 20), 255).save(changed)
-    changed.write_bytes(changed.read_bytes().ljust(size, b"\0"))
+    Image.new("RGB", (100, 100), 255).save(changed, "BMP")
+    content = changed.read_bytes()
+    preprocess(recipe)
+    changed.write_bytes(content[:5000] + bytes(5000) + content[10_000:])
     shard = tmp_path / "own/tokens/train/shard-000001.tar"
     digest = sha256_of_file(shard)
     shard.unlink()
     with pytest.raises(InputError, match=rf"encoded again it is another file .*{digest}.*an image has changed"):
         audit_run(tmp_path / "own", recipe, repair=True)
     assert not shard.exists() and (tmp_path / "own/tokens/train/manifest.json").exists(), "what is left stays as it is"
+
+
+@pytest.mark.parametrize("order_seed", [None, module.ORDER_SEED])
+def test_what_version_0_1_0_wrote_is_finished_and_repaired_in_its_own_form(order_seed, run, written, tmp_path, monkeypatch, capsys):
+    """Also with permuted sources, which came before the identity without a path."""
+    recipe = recipe_in(run, f"--data.path={written[1]}", f"--run_dir={tmp_path / 'old'}")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(FolderSource, "identity", FolderSource.former_identity)
+        earlier.setattr(module, "ORDER_SEED", order_seed)
+        preprocess(recipe)
+    old, before = tmp_path / "old", content(tmp_path / "old")
+    assert json.loads(before["tokens/train/manifest.json"])["dataset"]["path"] == str(written[1])
+    record = old / "stages/tokens.json"
+    recorded = json.loads(record.read_text())
+    if order_seed is None:
+        del recorded["inputs"][module.SOURCE_ORDER]
+        record.write_text(json.dumps(recorded))
+    capsys.readouterr()
+
+    preprocess(recipe)
+    assert "finished already" in capsys.readouterr().out and audit_run(old) == 0
+    for damage in ("deleted", "manifest deleted"):
+        DAMAGES[damage][0](old / "tokens/train")
+        assert audit_run(old, repair=True) == 0 and content(old) == before
+    for name in ("shard-000002.tar", "shard-000002.json", "manifest.json"):  # as if the old version had been interrupted
+        (old / "tokens/train" / name).unlink()
+    record.write_text(json.dumps(recorded | {"finished": False}))
+    capsys.readouterr()
+    preprocess(recipe)
+    assert "6 of 7 shards are complete already" in capsys.readouterr().out and content(old) == before
+    assert json.loads(record.read_text())["inputs"] == recorded["inputs"]
 
 
 def test_a_folder_that_says_nothing_is_refused(run):

@@ -5,11 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.chain import redo_from, run_chain
 from pipelines.stage_checks import check_before_start, check_chain
 from pipelines.stage_inputs import inputs_of
+from stage1_tokenizer.folder_source import FolderSource
+from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.train import train
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.run_folder import STAGES, RunFolder
@@ -123,6 +128,70 @@ def test_a_changed_input_is_refused_with_both_fingerprints(tmp_path):
     assert judge(run, recipe, "tokens", {"tokenizer": "aaa", "data set": "ddd"}) == "skip"
     words = refused(run, "tokens", {"tokenizer": "bbb"})
     assert "tokenizer = 'aaa', now it is 'bbb'" in words and "--redo tokens" in words
+
+
+def test_a_data_set_may_lie_elsewhere_if_it_is_the_same(tmp_path):
+    run = run_with(tmp_path, "tokens", inputs={"data set": "ddd"}, data__source="auto", data__path="here")
+    moved = {"data__source": "auto", "data__path": "there"}
+    recipe = tiny_recipe(tmp_path, **moved)
+    assert judge(run, recipe, "tokens", None) == "compare", "the stage itself has to look at the data set"
+    assert judge(run, recipe, "tokens", {"data set": "ddd"}) == "skip"
+    assert "data set = 'ddd', now it is 'eee'" in refused(run, "tokens", {"data set": "eee"}, **moved)
+    unfinished = run_with(tmp_path / "2", "tokenizer", finished=False, inputs={"data set": "ddd"}, data__source="auto", data__path="here")
+    assert judge(unfinished, recipe, "tokenizer", None) == "resume"
+    unknown = run_with(tmp_path / "3", "tokens", data__source="auto", data__path="here")
+    assert "data.path = 'here', now it is 'there'" in refused(unknown, "tokens", **moved), "nothing was recorded to compare with"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    for number in range(20):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def recorded_data_set(run: Path) -> str:
+    return load_record(RunFolder(run), "tokenizer").inputs["data set"]
+
+
+def test_a_training_goes_on_with_a_data_set_that_was_moved_and_not_with_another(photos, tmp_path, capsys):
+    def recipe(**changes):
+        return tiny_recipe(tmp_path / "run", data__source="folder", **changes)
+
+    train(recipe(data__path=photos, tokenizer_training__max_steps=2))
+    moved = photos.rename(tmp_path / "scratch")
+    assert check_before_start(recipe(data__path=moved, tokenizer_training__max_steps=2), "tokenizer") == "compare"
+    capsys.readouterr()
+    train(recipe(data__path=moved, tokenizer_training__max_steps=2))
+    assert "finished already" in capsys.readouterr().out
+    train(recipe(data__path=moved, tokenizer_training__max_steps=4))
+    assert "resumed at step 2" in capsys.readouterr().out
+    changed = moved / "a/0.bmp"
+    content = changed.read_bytes()
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for steps in (4, 6):
+        with pytest.raises(InputError, match="was run with data set = "):
+            train(recipe(data__path=moved, tokenizer_training__max_steps=steps))
+
+
+def test_a_training_of_version_0_1_0_goes_on_and_records_contents_from_then_on(photos, tmp_path, monkeypatch, capsys):
+    def recipe(steps: int):
+        return tiny_recipe(tmp_path / "run", data__source="folder", data__path=photos, tokenizer_training__max_steps=steps)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(FolderSource, "identity", FolderSource.former_identity)
+        train(recipe(2))
+    before = recorded_data_set(tmp_path / "run")
+    capsys.readouterr()
+    train(recipe(2))
+    assert "finished already" in capsys.readouterr().out and recorded_data_set(tmp_path / "run") == before
+    train(recipe(4))
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert recorded_data_set(tmp_path / "run") == open_splits(recipe(4).data).fingerprint != before
+    train(recipe(4))
+    assert "finished already" in capsys.readouterr().out
 
 
 def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):

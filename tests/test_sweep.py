@@ -27,6 +27,7 @@ from pipelines.random_subset import RandomSubset
 from pipelines.sweep import Distances, class_counts, open_folder_whole, run_sweep
 from pipelines.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
 from pipelines.sweep_record import SweepRecord
+from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.images import ImageTransform, to_uint8
 from stage2_prior.prior import TokenPrior
 from tests.test_feature_extractors import Pooled, feature_file, scripted, small_network
@@ -368,6 +369,25 @@ def test_ctrl_c_leaves_a_whole_record(known_copy, features):
 def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known, features, tmp_path):
+    pipeline, real = known
+    record, elsewhere = tmp_path / "record.json", shutil.copytree(real, tmp_path / "elsewhere")
+    common = ("--features", features, "--temperature", "1", "--keep", "--out", record, "--images", 20)
+    assert sweep(pipeline, "--real", real, *common) == 0
+    assert sweep(pipeline, "--real", elsewhere, *common) == 0 and len(results_of(record)) == 1
+    content = json.loads(record.read_text())
+    transform = content["setup"]["real"]["transform"]
+    names = ImageTokenizer.from_pretrained(pipeline / "tokenizer").class_names
+    former = open_folder_whole(real, ImageTransform.from_dict(transform), names).former_identity
+    content["setup"]["real"] = former | {"transform": transform}
+    record.write_text(json.dumps(content))
+    assert sweep(pipeline, "--real", real, *common) == 0 and len(results_of(record)) == 1
+    content["setup"]["real"]["sha256"] = "0" * 64
+    record.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"real\.sha256 was"):
+        sweep(pipeline, "--real", real, *common)
 
 
 def test_another_setup_is_refused(known, features, tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, sha256_of_file
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.permissions import check_readable
 
 LISTED_AT_MOST = 10  # of one sort in one shard; a data set out of step would otherwise give a line for every image
@@ -234,7 +234,7 @@ def _audit_sources(manifest: TokenShardManifest, samples: list[_Sample]) -> list
         by_index.setdefault(sample.index, []).append(sample)
         by_key.setdefault(sample.key, []).append(sample)
     skipped = {record["index"] for record in manifest.skipped}
-    problems = _listed([f"source index {index} ({found[0].source}) is stored {len(found)} times: {'; '.join(map(str, found))}."
+    problems = _listed([f"source index {index} ({printable(found[0].source)}) is stored {len(found)} times: {'; '.join(map(str, found))}."
                         for index, found in by_index.items() if len(found) > 1])
     problems += _listed([f"key {key} is stored {len(found)} times: {'; '.join(map(str, found))}."
                          for key, found in by_key.items() if len(found) > 1])

@@ -2,11 +2,25 @@
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """Something the user gave cannot be used. The command line prints its words without a traceback and exits with 2."""
+
+
+def printable(name: str) -> str:
+    r"""A file or class name on one line, for a message: control characters, and bytes that are not UTF-8, as escapes such as \n or \xe9."""
+    if name.isprintable():
+        return name
+    return "".join(_escaped(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character for character in name)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    # the system's file names have each byte that is not UTF-8 as one of these surrogates
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else character.encode("unicode_escape").decode()
 
 
 def nearest_name(given: str, allowed: Iterable[str]) -> str | None:

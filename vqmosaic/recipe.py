@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqmosaic.errors import InputError, check_range
+from vqmosaic.errors import InputError, check_range, printable
 from vqmosaic.field_types import check_types
 from vqmosaic.recipe_sections import (
     DataConfig,
@@ -48,6 +48,10 @@ class Recipe:
     def __post_init__(self):
         check_types(self, "")
         check_range("seed", self.seed, at_least=0, below=2**63)
+        for each in recipe_fields(self):
+            if isinstance(each.value, str) and any("\ud800" <= character <= "\udfff" for character in each.value):
+                raise InputError(f"{each.name} is '{printable(each.value)}', which is not UTF-8 and cannot be kept in recipe.yaml; rename it, or "
+                                 "give the name of a link to it.")
         if not self.run_dir:
             raise InputError("run_dir is empty; give the folder for this run, such as runs/my-run.")
         size, step = self.data.image_size, self.tokenizer.downsampling

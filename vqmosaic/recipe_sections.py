@@ -1,7 +1,7 @@
 """The sections of a recipe: keyword-only dataclasses, a sentence for every field, checked at construction, no torch.
 
 Field metadata says how a change of the field is judged when a stage is run again (vqmosaic/stage_records.py):
-a budget may grow, an unrecorded field may change freely, anything else makes it a different run.
+a budget may grow, an unrecorded field may change freely, a place may change where the same data lie there, anything else makes it a different run.
 """
 
 from dataclasses import dataclass, field
@@ -29,22 +29,27 @@ def unrecorded(default: Any) -> Any:
     return field(default=default, metadata={"judged": "unrecorded"})
 
 
+def place(default: Any) -> Any:
+    """A field that says where data lie: it may differ when a stage is run again, if the data are the same."""
+    return field(default=default, metadata={"judged": "place"})
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     """Where the images come from and how they are brought to one size."""
 
     source: str = "auto"
     """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto: by looking at path."""
-    path: str | None = None
+    path: str | None = place(None)
     """A folder of images (class sub-folders or none), a folder of parquet or arrow files, or a Hugging Face data set name."""
     image_column: str | None = None
     """Hugging Face data only: the column with the images; found by its type if not given."""
     label_column: str | None = None
-    """Hugging Face data only: the column with the class labels; found by its type if not given."""
+    """The column with the class labels, found by its type or name in Hugging Face data; for folders, a column of metadata.csv beside the images."""
     use_labels: bool = True
     """Read class labels where there are some; false trains an unconditional prior."""
     train_split: str = "train"
-    """The split to train on; for folders, a sub-folder of this name is used if there is one."""
+    """The split to train on; for folders, a sub-folder of this or another usual name (Training), if there is one; . is the whole folder."""
     validation_split: str | None = None
     """The split to validate on; if not given and there is none by a usual name, one is cut by a hash of path or row number."""
     validation_fraction: float = 0.05

@@ -12,7 +12,8 @@ from vqmosaic.field_types import as_integer
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on every part and on their order, the same on every machine and version."""
     text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    # surrogatepass: a file name that is not valid UTF-8 has surrogates in it
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
 def generator(*parts: int | str) -> np.random.Generator:

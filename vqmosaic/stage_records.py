@@ -72,7 +72,9 @@ def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, s
 
 
 def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | None) -> str:
-    """What to do about a stage: "start", "resume" or "skip". `inputs` None judges the recipe alone.
+    """What to do about a stage: "start", "resume", "skip" or "compare". `inputs` None judges the recipe alone.
+
+    A finished stage is to compare its data set with the recorded one where that lies in another place now and `inputs` does not hold it.
 
     A finished stage whose export is gone is resumed: from its last checkpoint, or its finished shards, the export is written again.
 
@@ -82,7 +84,7 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
     record = load_record(run, stage)
     if record is None:
         return "start"
-    grown = False
+    grown = moved = False
     for name, field in fields_read(recipe, stage).items():
         before = record.fields.get(name, field.default)  # a field that came later has a default that means what was done before
         if before in (field.value, dataclasses.MISSING):
@@ -90,13 +92,16 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
         if field.judged == "budget" and has_grown(before, field.value):
             grown = True
             continue
+        if field.judged == "place" and "data set" in record.inputs:
+            moved = True
+            continue
         raise InputError(refusal(run, stage, name, before, field.value, shrunk=field.judged == "budget"))
     for name, fingerprint in (inputs or {}).items():
         before = record.inputs.get(name)
         if before is not None and before != fingerprint:
             raise InputError(refusal(run, stage, name, before, fingerprint))
     if record.finished and not grown and run.export(stage).exists():
-        return "skip"
+        return "compare" if moved and "data set" not in (inputs or {}) else "skip"
     return "resume"
 
 

@@ -142,6 +142,8 @@ class Reporter:
 
     def __call__(self, text: str, everywhere: bool = False) -> None:
         if self.enabled or everywhere:
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)  # a name may hold what the output cannot show
             tqdm.write(f"[{self.stage} {self.seconds:6.1f} s] {text}", file=sys.stdout)
             sys.stdout.flush()
 

@@ -1,0 +1,118 @@
+"""Names of files and classes that are not UTF-8, hold control characters or are very long: they work, and print on one line."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.audit import audit_run
+from pipelines.preprocess import preprocess
+from pipelines.sample_folder import NAME_BYTES, cut_name, file_name
+from pipelines.write_images import write_reconstructions
+from stage1_tokenizer.check_data import check_data
+from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
+from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.images import ImageTransform
+from tests.tiny import command, tiny_recipe
+from token_shards.reader import TokenShardReader
+from vqmosaic.errors import InputError, printable
+from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.seeding import derive_seed
+from vqmosaic.tracking import Reporter
+
+LATIN, FORGED = b"caf\xe9.png", b"a.png is unreadable\n40 of 40 images are readable.png"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Two classes, the name of one of which is not UTF-8, and images with odd names in both."""
+    rng = np.random.default_rng(0)
+    for folder in (b"plain", b"stra\xdfe"):
+        path = os.fsencode(tmp_path / "photos") + b"/" + folder
+        os.makedirs(path)
+        for name in [LATIN, FORGED, b"emoji \xf0\x9f\x98\x80.png", *(b"%02d.png" % number for number in range(10))]:
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
+            with open(path + b"/" + name, "wb") as file:
+                file.write(buffer.getvalue())
+    return tmp_path / "photos"
+
+
+def test_names_for_messages():
+    assert printable("größe 1/é.png") == "größe 1/é.png"
+    assert printable("caf\udce9\n\x1b[2J\u202e") == r"caf\xe9\n\x1b[2J\u202e"
+
+
+def test_seeds_of_ordinary_names_are_those_of_version_0_1_0():
+    """So that no image moves from one split to the other."""
+    assert [derive_seed("validation", name) for name in ("cat/000.png", "katze/größe.png", 17)] == [
+        1081042154422673631, 4029508031497277362, 5568982810398587030]
+    assert derive_seed("validation order", "a\nb.png") == 2868284908469853193
+    assert derive_seed("validation", "caf\udce9.png") != derive_seed("validation", "caf\udce8.png")
+
+
+def test_a_report_prints_what_the_output_cannot_show(monkeypatch):
+    for encoding in ("utf-8", "ascii"):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+        Reporter("tokens")("skipped caf\udce9 größe", everywhere=True)
+        assert written.getvalue().decode(encoding).endswith("skipped caf\\udce9 größe\n" if encoding == "utf-8" else
+                                                            "skipped caf\\udce9 gr\\xf6\\xdfe\n")
+
+
+def test_images_with_odd_names_are_checked_and_trained_on(photos):
+    data = DataConfig(path=str(photos), image_size=16, workers=0, validation_fraction=0.3)
+    with open(os.fsencode(photos) + b"/plain/" + FORGED, "wb") as file:
+        file.write(b"junk")
+    lines: list[str] = []
+    assert len(check_data(data, lines.append)) == 1
+    assert not any("\n" in line for line in lines) and "\n".join(lines).encode(), "lines that can be printed, none of them forged"
+    assert lines[-1] == "25 of 26 images are readable" and any(r"readable\n40 of 40" in line for line in lines)
+    splits = open_splits(data)
+    assert splits.class_names == ["plain", r"stra\xdfe"]
+    transform = ImageTransform(16)
+    batches = TrainingImages(splits.train, transform, data, 0).batches(0, 26)
+    assert next(batches).images_BCHW.shape == (26, 3, 16, 16)
+    batches.close()
+    assert sum(size for _, size in ValidationImages(splits.validation, transform).batches(4)) >= len(splits.validation) - 1
+    with pytest.raises(InputError, match=r"caf\\xe9\.png \(empty\)"):
+        refuse_if_too_many_unreadable({"caf\udce9.png": "empty"}, 1, DataConfig(path="x", max_unreadable=0.0))
+
+
+def test_tokens_of_images_with_odd_names(photos, tiny_run, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", data__source="folder", data__path=photos, data__validation_fraction=0.3,
+                         tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=8, tokens__batch_size=8)
+    preprocess(recipe)
+    assert audit_run(tmp_path / "run", recipe) == 0
+    manifest = TokenShardReader(tmp_path / "run/tokens/train").manifest
+    assert manifest.class_names == ["plain", r"stra\xdfe"] and not manifest.skipped
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_command_prints_odd_names(encoding, photos):
+    done = command("check-data", "image_folder", "--data.path", photos, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0 and not done.stderr and "26 of 26 images are readable" in done.stdout
+
+
+def test_a_path_that_no_recipe_can_keep_is_refused(tmp_path):
+    for field in ("data__path", "run_dir", "tokens__tokenizer"):
+        with pytest.raises(InputError, match=r"is 'caf\\xe9', which is not UTF-8.*a link to it"):
+            tiny_recipe(**{"run_dir": tmp_path, "data__source": "auto", "data__path": "here"} | {field: "caf\udce9"})
+
+
+def test_long_names_are_cut_and_stay_apart():
+    assert cut_name("a" * NAME_BYTES) == "a" * NAME_BYTES and file_name("two words") == "two_words"
+    first, second = (file_name("ü" * 200 + end) for end in "ab")
+    assert first != second and max(len(os.fsencode(name)) for name in (first, second)) <= NAME_BYTES
+
+
+def test_reconstructions_of_images_with_long_names(tiny_run, tmp_path):
+    paths = [tmp_path / f"{'a' * count}.png" for count in (5, 230, 251)] + [tmp_path / f"{'ü' * 125}.png"]
+    for path in paths:
+        Image.new("L", (16, 16)).save(path)
+    assert write_reconstructions(tiny_run / "tokenizer", paths, tmp_path / "out", "cpu", "float32") == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == len(paths) + 1
