@@ -296,8 +296,8 @@ def _views(ids: np.ndarray, where: str, grid_shape: tuple[int, int, int] | None 
     side = math.isqrt(width)
     if ids.ndim == 2 and side * side == width:
         options.append(f"--height {side} --width {side} for {height} views of a grid of {side} x {side}")
-    raise InputError(f"{where}: the tokens have the shape {ids.shape}, which may be a grid or views of one. Give {'; or '.join(options)}; or --tokenizer "
-                     "with the vqmosaic tokenizer that made the ids.")
+    raise InputError(f"{where}: the tokens have the shape {ids.shape}, which may be a grid or views of one. Give {'; or '.join(options)}; or "
+                     "--tokenizer with the vqmosaic tokenizer that made the ids.")
 
 
 def _shortened(line: bytes) -> str:

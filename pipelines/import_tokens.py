@@ -64,8 +64,8 @@ class Facts:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of import-tokens."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="JSON lines with tokens and class_id, each line an image; a folder of npy "
-                        "codes (labels beside it in *_labels); or one npy array (images, tokens), (images, views, tokens) or (images, height, width). Two "
-                        "equal axes are a square grid; give --height and --width where they are views")
+                        "codes (labels beside it in *_labels); or one npy array (images, tokens), (images, views, tokens) or (images, height, "
+                        "width). Two equal axes are a square grid; give --height and --width where they are views")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write: train/ and validation/ inside")
     parser.add_argument("--labels", type=Path, help="labels of npy codes: a folder, or an array")
     parser.add_argument("--unlabelled", action="store_true", help="do without classes")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vqmosaic import __version__
-from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling, write_json
+from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, removed_on_failure, sha256_of_file, temporary_sibling, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import naming_full_disks, size_of
 from vqmosaic.json_files import VERSION_FIELD, from_fields, read_object, written_by
 from vqmosaic.permissions import check_readable
 
@@ -84,6 +85,18 @@ class CheckpointFolder:
         """
         final = self.root / f"step-{state['step']:08d}"
         partial = temporary_sibling(final)
+        with naming_full_disks(self.root, lambda: self._expected_bytes(accelerator)), removed_on_failure(partial):
+            self._write(accelerator, state, save_more, partial, final)
+        return final
+
+    def _expected_bytes(self, accelerator) -> int:
+        """About how large a checkpoint is: as the newest one, or four numbers for each weight (itself, two moments, the average)."""
+        found = self.all()
+        if found:
+            return size_of(found[-1])
+        return sum(4 * parameter.numel() * parameter.element_size() for model in accelerator._models for parameter in model.parameters())
+
+    def _write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None], partial: Path, final: Path) -> None:
         if accelerator.is_main_process:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(f"{TEMPORARY_PREFIX}*"):
@@ -105,7 +118,6 @@ class CheckpointFolder:
             for old in self.all()[:-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
-        return final
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
