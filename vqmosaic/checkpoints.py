@@ -78,6 +78,20 @@ class CheckpointFolder:
             report(f"warning: {checkpoint} is not whole ({'; '.join(problems)}); taking the one before it")
         return None
 
+    def check_not_lost(self, stage: str, export: Path, finished: bool, look_inside: bool = True) -> None:
+        """Raise InputError where a stage has made its export, or did so once, and no checkpoint is left to continue from.
+
+        A training from step 0 would replace the export with another one. `look_inside` reads the checkpoints; without it any will do.
+        """
+        made = str(export) if export.exists() else f"an export in {export}, which is gone" if finished else None
+        left = self.all()
+        if made is None or (left and not look_inside) or any(not broken_files(checkpoint) for checkpoint in reversed(left)):
+            return
+        what = f"none of the checkpoints in {self.root} is whole" if left else f"{self.root} holds no checkpoint any more"
+        raise InputError(f"stage {stage} has made {made}, and {what}, so the training cannot continue: it would begin at step 0, and "
+                         f"another export would take the place of this one. Put the checkpoints back, or make the stage anew with --redo {stage} "
+                         "(which redoes what follows it too).")
+
     def write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None]) -> Path:
         """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0.
 
