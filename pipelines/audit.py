@@ -70,7 +70,7 @@ def is_imported(folder: Path) -> bool:
 def recipe_of(folder: Path) -> Recipe | None:
     """The recipe of the run that a tokens folder or one of its splits lies in."""
     root = run_root(folder)
-    return None if root is None else load_recipe(str(root / "recipe.yaml"))
+    return None if root is None else load_recipe(str(root))
 
 
 def run_root(folder: Path) -> Path | None:

@@ -270,7 +270,7 @@ def test_check_data_counts_exact_duplicates_inside_and_across_splits(tmp_path):
     lines.clear()
     check_data(DataConfig(path=str(tmp_path)), lines.append)
     said = [line for line in lines if "duplicate" in line]
-    assert said[0].startswith("duplicates: 4 images have exactly the pixels of another one; 2 of the images to validate on are among those to train on")
+    assert said[0].startswith("duplicates: 4 images have exactly the pixels of another one; 2 of the images to validate on are among those")
     assert said[1:] == ["duplicates: train/cat/2.png (train) = val/cat/seen twice.png (validation) = val/cat/seen.png (validation)",
                         "duplicates: train/cat/1.png (train) = train/cat/copy.bmp (train)",
                         "duplicates: val/cat/0.png (validation) = val/cat/again.png (validation)"]
