@@ -15,7 +15,7 @@ from vqmosaic.errors import InputError
 from vqmosaic.json_files import VERSION_FIELD, from_fields, is_later, read_object, version_hint, written_by
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe import Recipe, RecipeField, recipe_fields
-from vqmosaic.recipe_files import save_recipe
+from vqmosaic.recipe_files import PATH_FIELDS, only_became_absolute, save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 
 SECTIONS_READ = {
@@ -85,7 +85,7 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
     grown = False
     for name, field in fields_read(recipe, stage).items():
         before = record.fields.get(name, field.default)  # a field that came later has a default that means what was done before
-        if before in (field.value, dataclasses.MISSING):
+        if before in (field.value, dataclasses.MISSING) or (name in PATH_FIELDS and only_became_absolute(before, field.value)):
             continue
         if field.judged == "budget" and has_grown(before, field.value):
             grown = True
