@@ -19,7 +19,7 @@ from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
 from vqmosaic.errors import InputError
 from vqmosaic.full_disks import naming_full_disks
-from vqmosaic.permissions import PermissionDenied
+from vqmosaic.permissions import PermissionDenied, check_readable
 
 WRITE_BUFFER = 2**20  # each write to the system hands Python's lock to the threads that decode, and waits to get it back
 
@@ -166,6 +166,7 @@ def headers_as_written(headers: Mapping[Path, ShardSetHeader]) -> dict[Path, Sha
     """
     permuted = unpermuted = 0
     for folder, header in headers.items():
+        check_readable(folder)  # a sidecar that may not be read is not one that is missing
         by_index = dataclasses.replace(header, order_seed=None)
         fingerprints = (header.fingerprint, by_index.fingerprint)
         for name in map(shard_name, range(header.num_shards)):
