@@ -1,12 +1,13 @@
 """`vqmosaic audit`: token shards proved whole, and held against the data set they were made from."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from token_shards.audit import audit_tokens
+from token_shards.audit import LISTED_AT_MOST, audit_tokens
 from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) -> int:
     """Exit code 0 when nothing is wrong, 1 when something is; prints every problem.
 
-    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be. With `repair` the broken
-    shards are encoded again first, which needs the recipe, its tokenizer and its data set; InputError says why where that cannot be.
+    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be, and whether images that were
+    skipped can be read now. With `repair` the broken shards, and those that lack such images, are encoded again first. That needs the recipe, its
+    tokenizer and its data set; InputError says why where it cannot be.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give a tokens folder, such as runs/digits/tokens.")
@@ -26,21 +28,20 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         folder = folder / "tokens"
     if repair:
         repair_run(folder, recipe)
-    compared, splits = "nothing: no recipe is known for this folder, give --recipe", None
+    compared, splits = "nothing: no recipe is known for this folder, give --recipe", {}
     try:
         recipe = recipe or recipe_of(folder)
         if is_imported(folder):
             compared = "nothing: these tokens were imported"
         elif recipe is not None:
-            splits, compared = open_data_set(recipe), f"the data set of {recipe.run_dir}"
+            splits, compared = sources_of(recipe), f"the data set of {recipe.run_dir}"
     except InputError as error:
         compared = f"nothing: {error}"
-    reports = audit_tokens(folder, splits and expected_sources(splits))
-    for split, source in splits.items() if splits else ():
-        if split in reports:
-            reports[split].problems.extend(changed_images(folder, split, source))
+    reports = audit_tokens(folder, expected_sources(splits))
     print(f"compared with {compared}")
     for split, report in reports.items():
+        if split in splits:
+            report.problems.extend([*changed_images(folder, split, splits[split]), *skipped_but_readable(folder, split, splits[split])])
         verdict = "whole" if report.passed else f"{len(report.problems)} problems"
         print(f"{split}: {report.samples:,} samples in {report.shards} shards, {report.skipped} skipped: {verdict}")
         for problem in report.problems:
@@ -77,7 +78,7 @@ def is_imported(folder: Path) -> bool:
 def recipe_of(folder: Path) -> Recipe | None:
     """The recipe of the run that a tokens folder or one of its splits lies in."""
     root = run_root(folder)
-    return None if root is None else load_recipe(str(root / "recipe.yaml"))
+    return None if root is None else load_recipe(str(root))
 
 
 def run_root(folder: Path) -> Path | None:
@@ -85,7 +86,7 @@ def run_root(folder: Path) -> Path | None:
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
-def open_data_set(recipe: Recipe) -> dict[str, "ImageSource"]:
+def sources_of(recipe: Recipe) -> dict[str, "ImageSource"]:
     """The images of both splits."""
     from stage1_tokenizer.image_sources import open_splits
 
@@ -96,7 +97,7 @@ def open_data_set(recipe: Recipe) -> dict[str, "ImageSource"]:
     return sources
 
 
-def expected_sources(splits: dict[str, "ImageSource"]) -> dict[str, Iterable[tuple[str, int | None]]]:
+def expected_sources(splits: Mapping[str, "ImageSource"]) -> dict[str, Iterable[tuple[str, int | None]]]:
     """(source name, label) of every image of both splits, in order."""
     return {name: [(source.source_name(index), source.label(index)) for index in range(len(source))] for name, source in splits.items()}
 
@@ -114,3 +115,33 @@ def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]
         return []
     return [f"the images are not those that were encoded: names, labels, sizes or contents differ (sha256 {recorded.get('sha256')} then, "
             f"{now['sha256']} now)."]
+
+
+def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> list[str]:
+    """A text for each image of a split that its shards leave out as unreadable although it can be read now.
+
+    A read error of a network file system may have passed. Without this, such an image would be left out of every training.
+    """
+    folder = folder / split if (folder / split).is_dir() else folder
+    try:
+        manifest = TokenShardManifest.load(folder)
+    except InputError:  # the audit has said so
+        return []
+    found = readable_now(source, manifest.skipped)
+    texts = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), and can be read now; --repair encodes it."
+             for record in found]
+    return texts if len(texts) <= LISTED_AT_MOST else [*texts[:LISTED_AT_MOST], f"... and {len(texts) - LISTED_AT_MOST} more like the last."]
+
+
+def readable_now(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
+    """Those of the records of skipped images (of a manifest or a sidecar) whose image can be read now."""
+    from stage1_tokenizer.images import UnreadableImage
+
+    found = []
+    for record in skipped:
+        if record["index"] >= len(source) or source.source_name(record["index"]) != record["source"]:
+            continue  # of another data set, which the comparison of names reports
+        with suppress(UnreadableImage):
+            source.read(record["index"])
+            found.append(record)
+    return found

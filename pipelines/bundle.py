@@ -23,9 +23,10 @@ from pipelines.stage_inputs import (
 )
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
 from vqmosaic import __version__
-from vqmosaic.durable_files import copy_folder, publish, temporary_sibling, write_json
+from vqmosaic.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.fingerprints import check_same_tokens
+from vqmosaic.full_disks import naming_full_disks, size_of
 from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import SamplingConfig
@@ -57,10 +58,11 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        with naming_full_disks(out.parent):
+            partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{out} cannot be made: {error.strerror}. Give another folder for the pipeline.") from None
-    try:
+    with naming_full_disks(out.parent, lambda: size_of(tokenizer) + size_of(prior)), removed_on_failure(partial):
         copy_folder(tokenizer, partial / "tokenizer")
         copy_folder(prior, partial / "prior")
         if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: changes of its copy are detected from now on
@@ -69,9 +71,6 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
             "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary["class_names"],
             "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
         publish(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return out
 
 

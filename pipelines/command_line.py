@@ -266,7 +266,8 @@ def audit(command: str, arguments: list[str]) -> int:
     parser = Parser(command, "Prove token shards whole: every byte as written, each source exactly once or named as skipped.")
     parser.add_argument("tokens", type=Path, help="a tokens folder, one of its splits, or a run folder")
     parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: that of the run the folder lies in")
-    parser.add_argument("--repair", action="store_true", help="first encode again what is broken, and only that, to the same bytes as before")
+    parser.add_argument("--repair", action="store_true", help="first encode again what is broken, to the same bytes as before, and "
+                        "store images that could not be read then and can be read now")
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.recipe is None:
         raise InputError(f"{overrides[0]!r} was not expected; recipe overrides need --recipe.")

@@ -15,6 +15,7 @@ import numpy as np
 from token_shards.reader import TokenShardReader
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.tracking import progress_bar
 
@@ -36,7 +37,8 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
     partial = temporary_sibling(out)
     order, lines = np.argsort(reader.indices_N), 0
     try:
-        with open(partial, "w", encoding="ascii") as file, StopFlag() as stop, progress_bar(len(reader), 0, "export", "image") as bar:
+        with naming_full_disks(out.absolute().parent), open(partial, "w", encoding="ascii") as file, \
+                StopFlag() as stop, progress_bar(len(reader), 0, "export", "image") as bar:
             for start in range(0, len(reader), SAMPLES_AT_A_TIME):
                 if stop.signal:
                     raise Interrupted(stop.signal, f"{out} is not written")

@@ -41,6 +41,8 @@ from vqmosaic.tracking import Reporter, progress_bar
 GRID_NAME = "image"
 FOREIGN_PREFIX = "imported:"  # no fingerprint of a tokenizer of ours begins so: those are hex digits
 VALIDATION_FRACTION = 0.05
+MAX_UNNAMED_CLASSES = 1_000_000
+"""Labels below this get their number for a name. A larger one is a mistake, or needs --class_names."""
 
 
 @dataclasses.dataclass
@@ -62,7 +64,8 @@ class Facts:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of import-tokens."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="JSON lines with tokens and class_id, each line an image; a folder of npy "
-                        "codes (labels beside it in *_labels); or one npy array (images, tokens) or (images, views, tokens)")
+                        "codes (labels beside it in *_labels); or one npy array (images, tokens), (images, views, tokens) or (images, height, "
+                        "width). Two equal axes are a square grid; give --height and --width where they are views")
     parser.add_argument("--out", required=True, type=Path, help="the folder to write: train/ and validation/ inside")
     parser.add_argument("--labels", type=Path, help="labels of npy codes: a folder, or an array")
     parser.add_argument("--unlabelled", action="store_true", help="do without classes")
@@ -86,9 +89,9 @@ def import_tokens(options: argparse.Namespace) -> int:
     report = Reporter("import")
     codebook_size, grid_shape = size_and_grid(options)
     names = given_class_names(options.class_names)
-    sources = [open_foreign_tokens(options.source, options.labels, options.unlabelled)]
+    sources = [open_foreign_tokens(options.source, options.labels, options.unlabelled, grid_shape=grid_shape)]
     if options.validation is not None:
-        sources.append(open_foreign_tokens(options.validation, options.validation_labels, options.unlabelled, "--validation"))
+        sources.append(open_foreign_tokens(options.validation, options.validation_labels, options.unlabelled, "--validation", grid_shape))
     elif len(sources[0]) < 2:
         raise InputError(f"{options.source} holds {len(sources[0])} rows; at least 2 are needed, one to train and one to validate on.")
     for source in sources:
@@ -175,7 +178,11 @@ def given_class_names(text: str | None) -> list[str] | None:
         return None
     path = Path(text)
     try:
-        names = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+        is_file = path.is_file()
+    except OSError:  # a list of names can be too long for the name of a file
+        is_file = False
+    try:
+        names = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     except PermissionError as error:
         raise permission_denied(path) from error
     except (OSError, ValueError) as error:
@@ -216,8 +223,8 @@ def checked(source: ForeignTokens, row: int, facts: Facts, codebook_size: int, c
     if low < 0 or high >= codebook_size:
         raise InputError(f"{source.where(row)}: ids run from {low} to {high}; allowed: 0 to {codebook_size - 1}, by --codebook_size "
                          f"{codebook_size} or the tokenizer.")
-    if label is not None and (label < 0 or (classes is not None and label >= classes)):
-        allowed = "0 or more" if classes is None else f"0 to {classes - 1}, by --class_names"
+    if label is not None and not 0 <= label < (MAX_UNNAMED_CLASSES if classes is None else classes):
+        allowed = f"0 to {MAX_UNNAMED_CLASSES - 1} without --class_names" if classes is None else f"0 to {classes - 1}, by --class_names"
         raise InputError(f"{source.where(row)}: the label is {label}; allowed: {allowed}.")
     return ids_VT, label
 

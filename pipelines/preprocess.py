@@ -107,6 +107,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
             report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
             for entry in manifest.skipped[:10]:
                 report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
+            if manifest.skipped:
+                report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again, and stores those that can be read by then")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
 
@@ -165,8 +167,9 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
 
 
 def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
-               skipped: dict[str, str]) -> Iterator[int]:
-    """Encode the sources of one shard into it, giving the index of each when it is stored or skipped; `skipped` takes source -> reason."""
+               skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+    """Encode the sources of one shard into it. Gives each index with its ids (V, T) when they are stored, or with the reason when it is skipped;
+    `skipped` takes source -> reason."""
     source = split.source
     for index, ids_VT in encoded(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
         if isinstance(ids_VT, UnreadableImage):
@@ -175,7 +178,7 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
             refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
         else:
             shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index), ids={GRID_NAME: ids_VT})
-        yield index
+        yield index, ids_VT
 
 
 def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:

@@ -5,6 +5,9 @@
 A shard is a function of tokenizer, data set and recipe, so one that is lost can be made again with the same bytes. That these three are what
 the folder was made with is proved before anything is written, by the manifest or by the sidecars that are left; and a shard is put in place
 only if its digest is one that manifest or sidecar remember.
+
+Images that were skipped because they could not be read, and can be read now, are stored then: their shards are encoded again, and put in
+place only if the ids of all other images come out as they were.
 """
 
 import dataclasses
@@ -13,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
+from PIL import Image
 
-from pipelines.audit import run_root
-from pipelines.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, split_plans
+from pipelines.audit import readable_now, run_root
+from pipelines.preprocess import GRID_NAME, SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.image_sources import ImageSource, open_splits
+from stage1_tokenizer.images import UnreadableImage
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.audit import audit_folder, audit_shard
 from token_shards.manifest import SPLITS, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
@@ -27,7 +33,7 @@ from token_shards.writer import TokenShardWriter, headers_as_written
 from vqmosaic.device_choice import default_device
 from vqmosaic.devices import set_threads
 from vqmosaic.durable_files import sha256_of_file
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.interruption import StopFlag
 from vqmosaic.permissions import PermissionDenied
 from vqmosaic.recipe import Recipe
@@ -175,22 +181,111 @@ def repair_split(folder: Path, plan: SplitPlan, tokenizer: ImageTokenizer, recip
     manifest, writer = load_manifest(folder), TokenShardWriter(folder, plan.header)
     if manifest is not None and manifest.header != plan.header:  # then it is the damaged one: the sidecars have spoken for the plan
         manifest = None
-    if manifest is not None and audit_folder(folder).passed:
+    is_whole = manifest is not None and audit_folder(folder).passed
+    encoded = []
+    if not is_whole:
+        encoded = encode_broken(writer, manifest, plan, tokenizer, recipe, stop)
+        manifest = writer.finish()
+    readable = readable_now(plan.source, manifest.skipped)
+    if readable:
+        encoded += take_in(writer, manifest, readable, plan, tokenizer, recipe, stop)
+        writer.finish()
+    elif is_whole:
         print(f"{folder}: nothing to repair")
-        return []
+    return list(dict.fromkeys(encoded))
+
+
+def encode_broken(writer: TokenShardWriter, manifest: TokenShardManifest | None, plan: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe,
+                  stop: StopFlag) -> list[str]:
+    """The names of the broken shards, which are encoded again to the same bytes: images that they left out are left out again."""
     broken = {index: reason for index in range(writer.num_shards) if (reason := what_is_broken(writer, index, manifest))}
-    print(f"{folder}: {len(broken)} of {writer.num_shards} shards to encode again")
+    print(f"{writer.folder}: {len(broken)} of {writer.num_shards} shards to encode again")
     skipped: dict[str, str] = {}
     with progress_bar(sum(len(plan.header.source_range(index)) for index in broken), 0, plan.header.split, "image") as bar:
         for index, reason in broken.items():
             print(f"    {reason}")
+            as_before = without(plan, recorded_skips(writer, index, manifest))
             with writer.shard(index, remembered_digests(writer, index, manifest), keep_manifest=manifest is not None) as shard:
-                for _ in fill_shard(shard, index, plan, tokenizer, recipe, stop, skipped):
+                for _ in fill_shard(shard, index, as_before, tokenizer, recipe, stop, skipped):
                     bar.update()
     for name in writer.strays():
         print(f"    {name} is no part of the set and is removed.")
-    writer.finish()
     return [shard_name(index) for index in broken]
+
+
+def take_in(writer: TokenShardWriter, manifest: TokenShardManifest, readable: Sequence[dict], plan: SplitPlan, tokenizer: ImageTokenizer,
+            recipe: Recipe, stop: StopFlag) -> list[str]:
+    """The names of the shards that left out images which can be read now, encoded again with them.
+
+    Raises InputError where another image of the shard gets other ids than it had, and leaves the shard as it is.
+    """
+    wanted = {record["index"] for record in readable}
+    shards = [index for index in range(writer.num_shards) if wanted.intersection(plan.header.source_indices(index))]
+    print(f"{writer.folder}: {len(readable)} images that were skipped can be read now, in {len(shards)} of {writer.num_shards} shards")
+    skipped: dict[str, str] = {}
+    for record in readable:
+        print(f"    {printable(record['source'])}")
+    with progress_bar(sum(len(plan.header.source_range(index)) for index in shards), 0, plan.header.split, "image") as bar:
+        for number in shards:
+            before = stored_ids(writer, number)
+            still_left_out = {index: reason for index, reason in recorded_skips(writer, number, manifest).items() if index not in wanted}
+            with writer.shard(number, keep_manifest=True) as shard:
+                for index, ids_VT in fill_shard(shard, number, without(plan, still_left_out), tokenizer, recipe, stop, skipped):
+                    if index in before and (isinstance(ids_VT, UnreadableImage) or not np.array_equal(before[index], ids_VT)):
+                        name = printable(plan.source.source_name(index))
+                        raise InputError(f"{writer.folder / shard_name(number)}: encoded again, {name} is not what it was: the image has changed, or "
+                                         "this processor or torch rounds differently. The shard is left as it is. Repair it where it was written, "
+                                         "or write all anew: `vqmosaic preprocess --redo tokens`.")
+                    bar.update()
+    print("    Training on these tokens is now another training: a prior that was trained on them before has to be made anew (--redo prior).")
+    return [shard_name(number) for number in shards]
+
+
+def stored_ids(writer: TokenShardWriter, index: int) -> dict[int, np.ndarray]:
+    """Source index -> ids (V, T) of a whole shard."""
+    header, name = writer.header, shard_name(index)
+    sidecar, content = ShardSidecar.load(writer.folder, name), (writer.folder / name).read_bytes()
+    grid = header.grids[0]
+    shape = (len(header.views), grid.num_tokens)
+    count = shape[0] * shape[1]
+    return {source: np.frombuffer(content, grid.dtype, count, offset).reshape(shape)
+            for source, offset in zip(sidecar.indices, sidecar.offsets[GRID_NAME], strict=True)}
+
+
+def recorded_skips(writer: TokenShardWriter, index: int, manifest: TokenShardManifest | None) -> dict[int, str]:
+    """Source index -> reason of what a shard left out when it was written, as manifest or sidecar remember it; nothing where neither does."""
+    sidecar, sources = load_sidecar(writer.folder, shard_name(index)), frozenset(writer.header.source_indices(index))
+    if manifest is not None:
+        records = manifest.skipped
+    elif sidecar is not None and sidecar.header_fingerprint == writer.header.fingerprint:
+        records = sidecar.skipped
+    else:
+        records = []
+    return {record["index"]: record["reason"] for record in records if record["index"] in sources}
+
+
+def without(plan: SplitPlan, left_out: dict[int, str]) -> SplitPlan:
+    """The plan with a source that does not read some of its images, as when a shard was written."""
+    return dataclasses.replace(plan, source=LeavingOut(plan.source, left_out)) if left_out else plan
+
+
+class LeavingOut:
+    """A source that refuses the images at some indices, each with its reason, whether they can be read or not."""
+
+    def __init__(self, source: ImageSource, left_out: dict[int, str]):
+        self._source, self._left_out = source, left_out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, index: int) -> Image.Image:
+        """The image, or UnreadableImage."""
+        if index in self._left_out:
+            raise UnreadableImage(self._left_out[index])
+        return self._source.read(index)
 
 
 def what_is_broken(writer: TokenShardWriter, index: int, manifest: TokenShardManifest | None) -> str | None:

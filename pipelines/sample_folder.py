@@ -20,6 +20,7 @@ from pipelines.sweep_record import differing
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.recipe_sections import SamplingConfig
 
 FORMAT = "vqmosaic.samples"
@@ -133,7 +134,8 @@ def refuse_files_in_the_way(out: Path, names: set[str], record: str) -> None:
 def make_folder(out: Path) -> None:
     """Create the output folder. Raises InputError if that is not possible."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        with naming_full_disks(out.parent):
+            out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out} cannot be made: {error.strerror}.") from None
 

@@ -96,7 +96,12 @@ def check_resume(recipe: Recipe, stage: str, section: str) -> None:
     checkpoints = CheckpointFolder(RunFolder(Path(recipe.run_dir)).checkpoints(stage))
     if resume == "never":
         checkpoints.choose(resume)
-    elif resume != "auto" and not (Path(resume) / "checksums.json").is_file():
+    elif resume == "auto":
+        run = RunFolder(Path(recipe.run_dir))
+        record = load_record(run, stage)
+        if record is not None:  # whether a checkpoint is whole is found out by the training, since reading them takes time
+            checkpoints.check_not_lost(stage, run.export(stage), record.finished, look_inside=False)
+    elif not (Path(resume) / "checksums.json").is_file():
         nearest = nearest_name(resume, ("auto", "never"))
         hint = f" Did you mean {nearest!r}?" if nearest else ""
         known = ", ".join(map(str, checkpoints.all())) or "none so far"

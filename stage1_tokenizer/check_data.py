@@ -1,7 +1,10 @@
 """Reads every image of a recipe once and says which of them a run would have to do without."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable
+
+from PIL import Image
 
 from stage1_tokenizer.image_sources import ImageSource, open_splits
 from stage1_tokenizer.images import UnreadableImage
@@ -11,10 +14,11 @@ from vqmosaic.recipe_sections import DataConfig
 
 _LISTED = 50
 _CLASSES_LISTED = 20
+_DUPLICATES_LISTED = 5
 
 
 def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[tuple[str, str]]:
-    """(source name, reason) of every unreadable image of both splits; counts, classes and sizes go to `report` line by line.
+    """(source name, reason) of every unreadable image of both splits; counts, classes, sizes and duplicates go to `report` line by line.
 
     Raises InputError where the data cannot be opened at all.
     """
@@ -22,28 +26,59 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     report(splits.how)
     for note in splits.notes:
         report(f"{splits.train.split}: {note}")
-    unreadable = []
-    for source in (splits.train, splits.validation):
-        found = _check_split(source, report)
-        unreadable += found
+    unreadable, names_of = [], {}
+    for split, source in (("train", splits.train), ("validation", splits.validation)):
+        unreadable += _check_split(source, report, split, names_of)
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_LISTED]:
         report(f"unreadable: {printable(name)}: {reason}")
     if len(unreadable) > _LISTED:
         report(f"unreadable: and {len(unreadable) - _LISTED} more")
     report(f"{total - len(unreadable)} of {total} images are readable")
+    _report_duplicates(names_of, report)
     return unreadable
 
 
-def _check_split(source: ImageSource, report: Callable[[str], None]) -> list[tuple[str, str]]:
+def _report_duplicates(names_of: dict[bytes, list[tuple[str, str]]], report: Callable[[str], None]) -> None:
+    """Say how many images have exactly the pixels of another one. `names_of` gives the (split, name) of all images with the same digest."""
+    groups = [group for group in names_of.values() if len(group) > 1]
+    if not groups:
+        report("duplicates: none, no two images have the same pixels")
+        return
+    across = [group for group in groups if len({split for split, _ in group}) > 1]
+    leaked = sum(split == "validation" for group in across for split, _ in group)
+    report(f"duplicates: {sum(len(group) - 1 for group in groups)} images have exactly the pixels of another one; {leaked} of the images to "
+           "validate on are among those to train on" + (", so what is measured on them says nothing about new images" if leaked else ""))
+    for group in sorted(groups, key=lambda group: len({split for split, _ in group}), reverse=True)[:_DUPLICATES_LISTED]:
+        more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+        # the last one too: where a group lies in both splits, the images to validate on come last
+        shown = group if len(group) <= 3 else [*group[:2], group[-1]]
+        report(f"duplicates: {' = '.join(f'{printable(name)} ({split})' for split, name in shown)}{more}")
+    if len(groups) > _DUPLICATES_LISTED:
+        report(f"duplicates: and {len(groups) - _DUPLICATES_LISTED} more groups")
+
+
+def _digest(image: Image.Image) -> bytes:
+    """Of what a run sees of an image: its size and its pixels, whatever file format they come from."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+
+
+def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
+                 names_of: dict[bytes, list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    digests: dict[int, bytes] = {}
+
     def read(index: int) -> tuple[int, int] | str:
         try:
-            return source.read(index).size
+            image = source.read(index)
         except UnreadableImage as error:
             return str(error)
+        digests[index] = _digest(image)
+        return image.size
 
     split = source.split
     results = list(map_in_threads(read, range(len(source)), bar=f"reading {split}"))
+    for index in sorted(digests):
+        names_of.setdefault(digests[index], []).append((name, source.source_name(index)))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {len(source)} images, {_size_range(sizes)}")
     if source.class_names:

@@ -23,11 +23,14 @@ from stage1_tokenizer.image_cache import ResizedImages, megabytes
 from stage1_tokenizer.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, UnreadableImage, to_tensor
 from vqmosaic.errors import InputError, printable
+from vqmosaic.interruption import EXIT_CODES
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed, generator, permutation
 
 _ATTEMPTS = 100
 _PREFETCHED_BATCHES = 4
+LONGEST_WAIT_SECONDS = 600
+"""Seconds after which a training gives up waiting for the processes that decode its images."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class TrainingImages:
             if pixels_BHWC is None:
                 raise InputError(f"{_ATTEMPTS} images in a row are unreadable, the last one {printable(unreadable[-1][0])} ({unreadable[-1][1]}); "
                                  "`vqmosaic check-data` lists all of them.")
-            yield ImageBatch(to_tensor(pixels_BHWC.numpy()), unreadable)
+            yield ImageBatch(to_tensor(pixels_BHWC), unreadable)
 
     def _note(self, unreadable: dict[str, str]) -> None:
         if unreadable.keys() - self.unreadable.keys():
@@ -126,15 +129,19 @@ class TrainingImages:
             refuse_if_too_many_unreadable(self.unreadable, len(self.source), self.data)
 
 
-_Collated = tuple[Tensor | None, list[tuple[str, str]]]
+_Collated = tuple[np.ndarray | None, list[tuple[str, str]]]
 
 
 def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> _Collated:
-    """uint8 (B, H, W, C), a quarter of what float32 would cost on its way between processes, and the unreadable images."""
+    """uint8 (B, H, W, C), a quarter of what float32 would cost on its way between processes, and the unreadable images.
+
+    An array, because it goes through a pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker), the worker's error
+    is lost and the training waits for ever.
+    """
     unreadable = [entry for _, entries in samples for entry in entries]
     if any(pixels is None for pixels, _ in samples):
         return None, unreadable
-    return torch.from_numpy(np.stack([pixels for pixels, _ in samples])), unreadable
+    return np.stack([pixels for pixels, _ in samples]), unreadable
 
 
 def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
@@ -148,16 +155,25 @@ def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> 
 
 
 def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[_Collated]:
-    """The batches in the order wanted; processes make the next few."""
+    """The batches in the order wanted; processes make the next few.
+
+    Raises InputError if they give no batch for LONGEST_WAIT_SECONDS, or if one of them was killed.
+    """
     # DataLoader draws seeds for its workers, which nothing here uses: a generator of its own keeps it off the global one.
     loader = DataLoader(samples, batch_sampler=wanted, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
-                        worker_init_fn=_leave_signals_to_parent, generator=torch.Generator())
+                        worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=LONGEST_WAIT_SECONDS)
     running = [iter(loader)]
     # Workers that ignore SIGTERM would outlast multiprocessing's own clean-up at exit: dropping the iterator ends them in order.
     atexit.register(running.clear)
     try:
         while True:
-            yield next(running[0])
+            try:
+                batch = next(running[0])
+            except RuntimeError as error:
+                raise InputError(f"the {workers} processes that decode images (data.workers) gave no batch: {error}. If the images are on a network "
+                                 "file system, check it; if memory is short, lower data.workers. The same command continues from the last "
+                                 "checkpoint.") from error
+            yield batch
     finally:
         running.clear()
         atexit.unregister(running.clear)
@@ -165,8 +181,8 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
 
 def _leave_signals_to_parent(worker: int) -> None:
     # Ctrl-C and `timeout` signal the whole process group. The parent finishes its step and saves, for which it needs its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class ValidationImages:

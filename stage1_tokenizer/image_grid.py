@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vqmosaic.durable_files import publish, temporary_sibling
+from vqmosaic.durable_files import publish, removed_on_failure, temporary_sibling
+from vqmosaic.full_disks import naming_full_disks
 
 GAP = 2
 
@@ -30,10 +31,11 @@ def to_picture(pixels_HWC: np.ndarray) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_sibling(path)
-    picture.save(partial, format="PNG")
-    publish(partial, path)
+    about = picture.width * picture.height * len(picture.getbands())  # as large as it is without compression
+    with naming_full_disks(path.parent, about), removed_on_failure(temporary_sibling(path)) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(partial, format="PNG")
+        publish(partial, path)
 
 
 def viewing_scale(image_size: int, wanted: int = 64) -> int:

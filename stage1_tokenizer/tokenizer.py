@@ -20,11 +20,12 @@ from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from vqmosaic import __version__
 from vqmosaic.device_choice import as_device, as_dtype
-from vqmosaic.durable_files import publish, temporary_sibling, write_json
+from vqmosaic.durable_files import publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.errors import InputError
 from vqmosaic.exported_weights import exportable_weights
 from vqmosaic.field_types import as_integer
 from vqmosaic.fingerprints import fingerprint
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
 from vqmosaic.permissions import check_readable, naming_denied_permissions
 from vqmosaic.seeding import derive_seed
@@ -197,14 +198,11 @@ class ImageTokenizer(nn.Module):
                    "token_fingerprint": token_fingerprint, "full_fingerprint": full_fingerprint}
         partial = temporary_sibling(folder)
         shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with naming_full_disks(folder.parent, sum(tensor.nbytes for tensor in weights.values())), removed_on_failure(partial):
             partial.mkdir(parents=True)
             save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
             write_json(partial / "config.json", content | {"config_digest": fingerprint(content)})
             publish(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         self.token_fingerprint, self.full_fingerprint = token_fingerprint, full_fingerprint
 
     @classmethod

@@ -80,6 +80,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if judge(run.folder, recipe, "tokenizer", inputs) == "skip":
         report(f"finished already: {run.folder.export('tokenizer')}")
         return
+    run.check_checkpoints()
     if training.compile:
         check_compiler("tokenizer_training.compile", accelerator.device)
     for note in splits.notes:

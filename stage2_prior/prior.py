@@ -18,6 +18,7 @@ from vqmosaic.device_choice import as_device, as_dtype
 from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
 from vqmosaic.field_types import as_integer
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
 
@@ -92,8 +93,9 @@ class TokenPrior(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         partial = temporary_sibling(folder / "checkpoint")
         shutil.rmtree(partial, ignore_errors=True)
+        size = sum(tensor.nbytes for tensor in model.parameters())
         try:
-            with quiet_transformers():
+            with naming_full_disks(folder, size), quiet_transformers():
                 model.save_pretrained(partial, max_shard_size="1000GB")
             self.vocabulary.save(partial)
             write_digests(partial)

@@ -78,6 +78,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     if judge(run.folder, recipe, "prior", inputs) == "skip":
         report(f"finished already: {run.folder.export('prior')}")
         return
+    run.check_checkpoints()
 
     # --- model --------------------------------------------------------------------------------------------------------------
     manifest = reader.manifest

@@ -1,6 +1,11 @@
 """The training stream is arithmetic: whatever the ranks, the workers and the point of resume, each step sees the same images."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stage1_tokenizer import image_batches
 from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
 from stage1_tokenizer.image_sources import open_splits
 from stage1_tokenizer.images import ImageTransform
+from tests.tiny import ROOT
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import DataConfig
 
@@ -153,3 +160,38 @@ def test_validation_images_are_fixed_and_shared_without_duplicates(folder):
             assert torch.equal(torch.cat(alone), torch.cat(shares)) and len(torch.cat(alone)) == len(source) - 1
         assert set(images.unreadable) == {source.source_name(7)}
     assert list(ValidationImages(source, transform, 1).batches(4, 1, 3)) == [], "a rank may have no share"
+
+
+def test_workers_that_give_nothing_end_the_training_with_words(folder, monkeypatch):
+    """As when a network file system hangs. A worker that is killed ends it at once."""
+    monkeypatch.setattr(image_batches, "LONGEST_WAIT_SECONDS", 1)
+    for act in (lambda: time.sleep(3), lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        stream = training(folder, workers=1, cache_megabytes=0)
+        monkeypatch.setattr(stream.source, "read", lambda index, act=act: act())
+        batches = stream.batches(0, 6)
+        with pytest.raises(InputError, match=r"the 1 processes that decode images \(data.workers\) gave no batch"):
+            next(batches)
+        batches.close()
+    assert not multiprocessing.active_children()
+
+
+WITHOUT_SHARED_MEMORY = """
+import sys
+from pathlib import Path
+from tests.test_image_batches import take, training
+if __name__ == "__main__":
+    assert len(take(training(Path(sys.argv[1]), workers=1, cache_megabytes=0), 6, batch_size=1024)) == 6
+"""
+
+
+@pytest.mark.slow
+def test_batches_need_no_shared_memory(folder, tmp_path):
+    """Docker gives /dev/shm 64 MB; a worker that finds it full cannot tell."""
+    (tmp_path / "small.py").write_text(WITHOUT_SHARED_MEMORY)
+    mount = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small /dev/shm")
+    run = f"{mount} && {sys.executable} {tmp_path / 'small.py'} {folder}"
+    result = subprocess.run(["unshare", "-m", "sh", "-c", run], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                            timeout=60)
+    assert result.returncode == 0, result.stderr

@@ -289,7 +289,7 @@ def test_every_suffix_of_the_formats_that_are_read(tmp_path):
             continue
     assert {".jfif", ".jpe", ".jp2", ".tga", ".dib", ".pfm"} <= written
     lines = []
-    assert not check_data(DataConfig(path=str(tmp_path)), lines.append) and lines[-1] == f"{len(written)} of {len(written)} images are readable"
+    assert not check_data(DataConfig(path=str(tmp_path)), lines.append) and f"{len(written)} of {len(written)} images are readable" in lines
 
 
 def test_what_is_left_out_is_counted_and_named(tmp_path):
@@ -461,6 +461,42 @@ def test_check_data_names_what_is_unreadable(tmp_path):
     said = "\n".join(lines)
     for words in ("2 classes: cat", "from 9 x 8 to 50 x 8 pixels", "40 of 42 images are readable", "hash of path"):
         assert words in said
+
+
+def test_check_data_counts_exact_duplicates_inside_and_across_splits(tmp_path):
+    def write(name: str, value: int) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(tmp_path / name)
+
+    for number in range(6):
+        write(f"train/cat/{number}.png", number)
+    for number in range(3):
+        write(f"val/cat/{number}.png", 10 + number)
+    lines = []
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    assert [line for line in lines if "duplicate" in line] == ["duplicates: none, no two images have the same pixels"]
+    write("train/cat/copy.bmp", 1)  # another file with the same pixels
+    write("val/cat/seen.png", 2)
+    write("val/cat/seen twice.png", 2)
+    write("val/cat/again.png", 10)
+    lines.clear()
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    said = [line for line in lines if "duplicate" in line]
+    assert said[0].startswith("duplicates: 4 images have exactly the pixels of another one; 2 of the images to validate on are among those")
+    assert said[1:] == ["duplicates: train/cat/2.png (train) = val/cat/seen twice.png (validation) = val/cat/seen.png (validation)",
+                        "duplicates: train/cat/1.png (train) = train/cat/copy.bmp (train)",
+                        "duplicates: val/cat/0.png (validation) = val/cat/again.png (validation)"]
+
+
+def test_check_data_lists_a_few_duplicates_however_many_there_are(tmp_path):
+    for number in range(40):
+        (tmp_path / "cat").mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4), number // 4, dtype=np.uint8)).save(tmp_path / f"cat/{number}.png")
+    lines = []
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    said = [line for line in lines if "duplicate" in line]
+    assert len(said) == 7 and said[0].startswith("duplicates: 30 images") and all("and 1 more" in line for line in said[1:6])
+    assert said[-1] == "duplicates: and 5 more groups"
 
 
 def test_the_share_of_unreadable_images_has_a_limit():

@@ -136,6 +136,55 @@ def test_lines_may_lack_a_last_line_end_or_have_blank_ones_after_it(tmp_path):
         np.testing.assert_array_equal(rows.read(0)[0], IDS_NVT[0])
 
 
+GRIDS_NVhw = IDS_NVT.reshape(ROWS, VIEWS, GRID_SIZE, GRID_SIZE)
+
+
+@pytest.mark.parametrize(("write", "options"), [
+    (as_array, []), (as_lines, []), (as_files, []),
+    (as_array, ["--height", GRID_SIZE, "--width", GRID_SIZE]),
+], ids=str)
+@pytest.mark.parametrize("views", [1, VIEWS])
+def test_ids_that_keep_the_shape_of_their_grid_are_read_as_the_grid(tmp_path, write, options, views):
+    ids = GRIDS_NVhw if views > 1 else GRIDS_NVhw[:, 0]
+    assert run("import-tokens", *write(tmp_path, ids), *NAMED, *options, "--out", tmp_path / "tokens") == 0
+    found = stored(tmp_path / "tokens")
+    for row in range(ROWS):
+        np.testing.assert_array_equal(found[row + min(found)][0], IDS_NVT[row, :views])  # lines are counted from 1
+    grid = TokenShardManifest.load(tmp_path / "tokens/train").grids[0]
+    assert (grid.height, grid.width) == (GRID_SIZE, GRID_SIZE)
+
+
+def test_as_many_views_as_tokens_are_read_where_the_size_of_the_grid_is_given(tmp_path):
+    ids_NVT = IDS_NVT.reshape(ROWS, VIEWS * 4, 4)[:, :4]
+    assert run("import-tokens", *as_array(tmp_path, ids_NVT), *NAMED, "--height", 2, "--width", 2, "--out", tmp_path / "tokens") == 0
+    manifest = TokenShardManifest.load(tmp_path / "tokens/train")
+    assert len(manifest.views) == 4 and (manifest.grids[0].height, manifest.grids[0].width) == (2, 2)
+    np.testing.assert_array_equal(stored(tmp_path / "tokens")[5][0], ids_NVT[5])
+
+
+def test_a_list_of_class_names_may_be_longer_than_the_name_of_a_file(tmp_path):
+    names = [f"a class with the number {number}" for number in range(40)]
+    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--class_names", ",".join(names), "--out", tmp_path / "tokens") == 0
+    assert TokenShardManifest.load(tmp_path / "tokens/train").class_names == names
+
+
+@pytest.mark.parametrize("name", ["tokens.json", "tokens.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_called_one(tmp_path, name, indent):
+    path = tmp_path / name
+    path.write_text(json.dumps(records_of(), indent=indent))
+    with pytest.raises(InputError, match=f"{name} is a JSON array; expected JSON lines"):
+        run("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("name", ["codes.npz", "codes.npy", "codes"])
+def test_an_npz_file_is_called_one_and_its_arrays_are_named(tmp_path, name):
+    np.savez(tmp_path / "codes.npz", ids=IDS_NVT, labels=LABELS_N)
+    (tmp_path / "codes.npz").rename(tmp_path / name)
+    with pytest.raises(InputError, match=r"such as a npz file\. Save the one array .*NAME is one of 'ids', 'labels'"):
+        run("import-tokens", tmp_path / name, "--unlabelled", *NAMED, "--out", tmp_path / "tokens")
+
+
 def test_validation_of_its_own_class_names_and_images_without_a_class(tmp_path):
     names = write_lines(tmp_path / "names.txt", [f"class {number}" for number in range(7)])
     held_out = write_lines(tmp_path / "held-out.jsonl", records_of(IDS_NVT[:9, :1], [*LABELS[:8], None]))
@@ -173,9 +222,11 @@ GOOD = IDS_NVT[0].tolist()
     ({"tokens": GOOD}, "line 18 has no class_id"),
     ({"class_id": 1.0, "tokens": GOOD}, "line 18: class_id is 1.0; allowed: an integer, or null"),
     ({"class_id": True, "tokens": GOOD}, "line 18: class_id is True"),
-    ({"class_id": -1, "tokens": GOOD}, "line 18: the label is -1; allowed: 0 or more"),
+    ({"class_id": -1, "tokens": GOOD}, "line 18: the label is -1; allowed: 0 to 999999 without --class_names"),
+    ({"class_id": 2**31 - 1, "tokens": GOOD}, "line 18: the label is 2147483647; allowed: 0 to 999999"),
     ('{"class_id": 1, "tokens": [3, 4', "line 18 is not JSON"),
-    ("", "line 18 is not JSON"),
+    ("", "line 18 is blank; each line is an image"),
+    ("[" * 100_000, "line 18 is not JSON"),
     ("17", "line 18: expected an object"),
 ])
 def test_a_wrong_line_is_named_before_anything_is_written(tmp_path, record, words):
@@ -221,6 +272,9 @@ def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array,
     (IDS_NVT, None, "codes.npy comes without labels; give the labels, or --unlabelled"),
     (np.where(np.arange(ROWS)[:, None, None] == 33, CODES, IDS_NVT), LABELS_N, "codes.npy, row 33: ids run from 32 to 32"),
     (IDS_NVT, np.where(np.arange(ROWS) == 33, -2, LABELS_N), "codes.npy, row 33: the label is -2"),
+    (IDS_NVT, np.where(np.arange(ROWS) == 33, 2**31 - 1, LABELS_N), "codes.npy, row 33: the label is 2147483647"),
+    (IDS_NVT.swapaxes(1, 2)[:, :, [0] * 9], LABELS_N,
+     r"row 0: the tokens have the shape \(16, 9\).* --height 16 --width 9 for a grid .*; or --height 3 --width 3 for 16 views"),
     (IDS_NVT[:, :, :15], LABELS_N, "15 tokens a view, which is no square; give --height and --width"),
     (IDS_NVT[:1], LABELS_N[:1], "holds 1 rows; at least 2 are needed"),
 ])

@@ -36,6 +36,7 @@ with StopFlag():
 def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_library(number):
     process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "stuck\n"
+    time.sleep(0.5)  # from the line to the lock
     process.send_signal(number)
     time.sleep(0.3)
     assert process.poll() is None, "the first signal asks"

@@ -71,7 +71,7 @@ def test_images_with_odd_names_are_checked_and_trained_on(photos):
     lines: list[str] = []
     assert len(check_data(data, lines.append)) == 1
     assert not any("\n" in line for line in lines) and "\n".join(lines).encode(), "lines that can be printed, none of them forged"
-    assert lines[-1] == "25 of 26 images are readable" and any(r"readable\n40 of 40" in line for line in lines)
+    assert "25 of 26 images are readable" in lines and any(r"readable\n40 of 40" in line for line in lines)
     splits = open_splits(data)
     assert splits.class_names == ["plain", r"stra\xdfe"]
     transform = ImageTransform(16)

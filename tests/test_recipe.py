@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
-from vqmosaic.recipe_files import load_recipe, recipe_help, save_recipe, section_names, shipped_names
+from vqmosaic.recipe_files import PATH_FIELDS, load_recipe, only_became_absolute, recipe_help, save_recipe, section_names, shipped_names
 from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig
 from vqmosaic.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
@@ -354,6 +354,72 @@ def test_a_run_folder_that_was_moved_is_the_run_dir_of_its_recipe(tmp_path):
     assert recipe.run_dir == str(now) and recipe.seed == 5
     assert load_recipe(str(now), ["--run_dir", "elsewhere"]).run_dir == "elsewhere"
     assert load_recipe(str(now / "recipe.yaml")).run_dir == str(before), "a file is only a recipe"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with data, a tokenizer and a run whose recipe has relative paths; the working directory is another one, which has data of its own."""
+    root = tmp_path / "project"
+    for name in ("project/photos", "project/tokenizer", "project/runs/x", "elsewhere/photos"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(root)
+    recipe = load_recipe("image_folder", ["--data.path=photos", "--tokens.tokenizer=./tokenizer", "--run_dir=runs/x",
+                                          "--tokenizer_training.perceptual_weights=not/there"])
+    save_recipe(recipe, root / "runs/x/recipe.yaml")
+    assert load_recipe("runs/x") == recipe, "where it was recorded, nothing changes"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return root
+
+
+def paths_of(run) -> tuple[str | None, ...]:
+    recipe = load_recipe(str(run))
+    return recipe.data.path, recipe.tokens.tokenizer, recipe.tokenizer_training.perceptual_weights, recipe.tokenizer_training.resume
+
+
+def test_relative_paths_of_a_run_folder_start_where_they_did_when_it_was_recorded(project, tmp_path):
+    expected = (str(project / "photos"), str(project / "tokenizer"), "not/there", "auto")
+    assert paths_of(project / "runs/x") == paths_of("../project/runs/x") == expected
+    (tmp_path / "link").symlink_to(project / "runs/x")
+    assert paths_of(tmp_path / "link") == expected
+    assert load_recipe(str(project / "runs/x"), ["--data.path", "photos"]).data.path == "photos", "what is given now starts from here"
+    assert load_recipe(str(project / "runs/x/recipe.yaml")).data.path == "photos", "a file is only a recipe"
+
+
+def test_relative_paths_follow_a_project_that_was_moved(project, tmp_path):
+    now = project.rename(tmp_path / "moved")
+    assert paths_of(now / "runs/x")[:2] == (str(now / "photos"), str(now / "tokenizer"))
+
+
+def test_relative_paths_stay_where_the_data_is_when_only_the_run_folder_is_moved(project, tmp_path):
+    now = (project / "runs/x").rename(tmp_path / "scratch")
+    assert paths_of(now)[:2] == (str(project / "photos"), str(project / "tokenizer"))
+
+
+def test_relative_paths_of_a_recipe_of_version_0_1_0_start_where_its_run_dir_did(project):
+    path = project / "runs/x/recipe.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#")))
+    assert paths_of(project / "runs/x")[:2] == (str(project / "photos"), str(project / "tokenizer"))
+
+
+def test_the_name_of_a_data_set_in_a_run_folder_stays_a_name(project, monkeypatch):
+    monkeypatch.chdir(project)
+    save_recipe(load_recipe("image_folder", ["--data.path=owner/name", "--run_dir=runs/x"]), project / "runs/x/recipe.yaml")
+    monkeypatch.chdir("/")
+    assert paths_of(project / "runs/x")[0] == "owner/name"
+
+
+def test_the_fields_that_may_hold_a_path_are_texts():
+    texts = {field.name for field in recipe_fields(Recipe()) if field.value is None or isinstance(field.value, str)}
+    assert set(PATH_FIELDS) <= texts
+
+
+@pytest.mark.parametrize(("before", "now", "same"), [
+    ("photos", "/a/photos", True), ("/a/photos", "photos", True), ("./x/../photos", "/a/photos", True), ("../photos", "/a/photos/", True),
+    (".", "/a", True), ("photos", "/a/others", False), ("a/photos", "/b/photos", False), ("photos", "pictures", False), ("/a", "/b", False),
+    ("photos", None, False), (None, "/a", False),
+])
+def test_a_path_that_only_became_absolute_is_no_other_path(before, now, same):
+    assert only_became_absolute(before, now) is same
 
 
 def test_a_folder_that_only_has_the_name_of_a_recipe_is_not_its_run_dir(tmp_path, monkeypatch):

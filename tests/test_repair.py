@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipelines import preprocess as module
 from pipelines.audit import audit_run
@@ -14,6 +14,7 @@ from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.folder_source import FolderSource
 from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.images import UnreadableImage
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.durable_files import sha256_of_file
@@ -186,6 +187,73 @@ def test_shards_of_version_0_1_0_are_repaired_in_their_own_order(lose, run, tmp_
     lose(tmp_path / "old/tokens")
     assert audit_run(tmp_path / "old", recipe_in(run), repair=True) == 0
     assert content(tmp_path / "old") == before
+
+
+# --- read errors that passed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flaky_run(written, tmp_path, monkeypatch) -> tuple[Path, dict[str, list[str]]]:
+    """A run like `written`, in which three images could not be read for a while; and their names by split."""
+    recipe = recipe_in(written[0], f"--run_dir={tmp_path / 'flaky'}", "--data.max_unreadable=0.5")
+    splits = open_splits(recipe.data)
+    names = {"train": [splits.train.source_name(index) for index in (2, 30)], "validation": [splits.validation.source_name(1)]}
+    read = FolderSource.read
+
+    def failing(source, index):
+        if source.source_name(index) in names[source.split]:
+            raise UnreadableImage("truncated, corrupt or not accessible: Input/output error")
+        return read(source, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "read", failing)
+        preprocess(recipe)
+    return tmp_path / "flaky", names
+
+
+def test_an_image_whose_read_error_passed_is_named_by_audit_and_stored_by_repair(flaky_run, written, capsys):
+    run, names = flaky_run
+    capsys.readouterr()
+    assert audit_run(run) == 1
+    said = capsys.readouterr().out
+    for name in (*names["train"], *names["validation"]):
+        assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), and can be read now" in said
+    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problems" in said, "the image that is really broken is no problem"
+    assert audit_run(run, repair=True) == 0
+    assert content(run) == content(written[0]), "byte for byte as if the error had not been"
+    assert "2 images that were skipped can be read now" in capsys.readouterr().out
+    assert audit_run(run / "tokens/train") == 0
+
+
+def test_a_broken_shard_is_repaired_though_what_it_left_out_can_be_read_now(flaky_run, written):
+    run, _ = flaky_run
+    for path in (run / "tokens/train").glob("shard-*.tar"):
+        flip_byte(path)
+    (run / "tokens/validation/manifest.json").unlink()
+    (run / "tokens/validation/shard-000000.tar").unlink()
+    assert audit_run(run, repair=True) == 0
+    assert content(run) == content(written[0])
+
+
+@pytest.mark.parametrize("name", ["publish", "ShardSidecar.save", "TokenShardWriter.finish"])
+def test_taking_images_in_can_be_killed_and_called_again(name, flaky_run, written, monkeypatch):
+    run, _ = flaky_run
+    owner, _, attribute = f"token_shards.writer.{name}".rpartition(".")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{owner}.{attribute}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            audit_run(run, repair=True)
+    assert audit_run(run, repair=True) == 0
+    assert content(run) == content(written[0])
+
+
+def test_images_are_not_taken_in_where_others_come_out_different(flaky_run, monkeypatch):
+    run, _ = flaky_run
+    before, read = content(run), FolderSource.read
+    monkeypatch.setattr(FolderSource, "read", lambda source, index: ImageOps.invert(read(source, index)))
+    with pytest.raises(InputError, match=r"shard-00000\d\.tar: encoded again, .* is not what it was"):
+        audit_run(run, repair=True)
+    assert content(run) == before
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------------------------

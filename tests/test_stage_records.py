@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from pipelines.chain import redo_from, run_chain
+from pipelines.command_line import dispatch
 from pipelines.stage_checks import check_before_start, check_chain
 from pipelines.stage_inputs import inputs_of
 from stage1_tokenizer.folder_source import FolderSource
 from stage1_tokenizer.image_sources import open_splits
 from stage1_tokenizer.train import train
-from tests.tiny import tiny_recipe
+from tests.tiny import tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.stage_records import fields_read, has_grown, judge, load_record, redo, write_record
@@ -56,6 +57,29 @@ def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
     run = run_with(tmp_path, stage)
     run.export(stage).rmdir()
     assert judge(run, tiny_recipe(tmp_path), stage, {}) == "resume"
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "project"])
+def test_a_run_folder_works_from_another_directory(place, tmp_path, monkeypatch, capsys):
+    """Its relative data path is neither looked for there nor taken for a change, by the stage, by audit and by a longer training."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / f"project/photos/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20), dtype=np.uint8)).save(path)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    given = tiny_overrides("runs/x", tokenizer_training__max_steps=2, tokenizer_training__batch_size=4, data__path="photos", data__source="folder")
+    for stage in ("train-tokenizer", "preprocess"):
+        assert dispatch([stage, "digits", *given]) == 0
+    monkeypatch.chdir(tmp_path / place)
+    run = str(tmp_path / "project/runs/x")
+    capsys.readouterr()
+    assert dispatch(["train-tokenizer", run]) == dispatch(["preprocess", run]) == 0
+    assert capsys.readouterr().out.count("finished already") == 2
+    assert dispatch(["audit", run]) == 0 and f"compared with the data set of {run}" in capsys.readouterr().out
+    assert dispatch(["train-tokenizer", run, "--tokenizer_training.max_steps", "3"]) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
 
 
 # --- what changed ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pipelines.stage_checks import check_before_start
 from pipelines.train_prior import COLUMNS, ROWS, sample_pictures
 from pipelines.train_prior import main as train_prior_with_pictures
 from stage1_tokenizer import train as train_tokenizer
@@ -275,6 +276,39 @@ def test_a_damaged_checkpoint_makes_auto_take_the_one_before(stage, damage, run_
     for kind in ("train", "validation"):
         recorded = [step for each, step in metrics(run_dir, stage) if each == kind]
         assert recorded == sorted(set(recorded)), "metrics.jsonl was cut back to the checkpoint"
+
+
+@both_stages
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda checkpoints: [shutil.rmtree(path) for path in checkpoints.glob("step-*")],
+                                  lambda checkpoints: [truncated(path) for path in checkpoints.glob("step-*")]], ids=["all", "steps", "damaged"])
+def test_a_training_whose_checkpoints_are_lost_does_not_replace_its_export(stage, lose, run_dir, tmp_path):
+    checkpoints = train(stage, run_dir, max_steps=4)
+    shutil.copytree(checkpoints, tmp_path / "safe")
+    export = {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
+    record = (run_dir / f"stages/{stage}.json").read_bytes()
+    lose(checkpoints)
+    with pytest.raises(InputError, match=rf"stage {stage} has made .*, and (.*holds no checkpoint|none of .* is whole)") as caught:
+        train(stage, run_dir, max_steps=6)
+    assert f"--redo {stage}" in str(caught.value)
+    assert export == {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
+    assert record == (run_dir / f"stages/{stage}.json").read_bytes(), "the old budget still holds"
+    if not list(checkpoints.glob("step-*")):
+        with pytest.raises(InputError, match="has made"):  # without loading torch
+            check_before_start(tiny_recipe(run_dir, **{f"{stage}_training__max_steps": 6}), stage, alone=False)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.copytree(tmp_path / "safe", checkpoints)
+    train(stage, run_dir, max_steps=6)
+    assert steps(checkpoints) == [4, 6]
+
+
+def test_a_training_that_lost_export_and_checkpoints_asks_before_it_starts_anew(run_dir):
+    checkpoints = train("prior", run_dir, max_steps=2)
+    shutil.rmtree(checkpoints)
+    shutil.rmtree(run_dir / "prior")
+    with pytest.raises(InputError, match=r"an export in .*prior, which is gone, and .*holds no checkpoint any more"):
+        train("prior", run_dir, max_steps=2)
+    train("prior", run_dir, max_steps=2, resume="never")
+    assert (run_dir / "prior/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("keep", [1, 3])

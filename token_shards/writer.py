@@ -18,7 +18,8 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeade
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
 from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
 from vqmosaic.errors import InputError
-from vqmosaic.permissions import PermissionDenied
+from vqmosaic.full_disks import naming_full_disks
+from vqmosaic.permissions import PermissionDenied, check_readable
 
 WRITE_BUFFER = 2**20  # each write to the system hands Python's lock to the threads that decode, and waits to get it back
 
@@ -165,6 +166,7 @@ def headers_as_written(headers: Mapping[Path, ShardSetHeader]) -> dict[Path, Sha
     """
     permuted = unpermuted = 0
     for folder, header in headers.items():
+        check_readable(folder)  # a sidecar that may not be read is not one that is missing
         by_index = dataclasses.replace(header, order_seed=None)
         fingerprints = (header.fingerprint, by_index.fingerprint)
         for name in map(shard_name, range(header.num_shards)):
@@ -234,7 +236,8 @@ class TokenShardWriter:
         path = self.folder / shard_name(shard_index)
         partial = temporary_sibling(path)
         try:
-            with open(partial, "wb", buffering=WRITE_BUFFER) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            with naming_full_disks(self.folder, lambda: self._expected_bytes(shard_index)), \
+                    open(partial, "wb", buffering=WRITE_BUFFER) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 shard = ShardInProgress(tar, self.header, path.name, self.header.source_indices(shard_index))
                 yield shard
                 shard.check_complete()
@@ -253,6 +256,11 @@ class TokenShardWriter:
             partial.unlink(missing_ok=True)
             raise
         sidecar.save(self.folder)
+
+    def _expected_bytes(self, shard_index: int) -> int:
+        """About how large a shard is: for each sample the ids of each grid with two blocks of headers, and two blocks of facts."""
+        ids = sum(len(self.header.views) * grid.num_tokens * grid.dtype.itemsize + 2 * tarfile.BLOCKSIZE for grid in self.header.grids)
+        return len(self.header.source_range(shard_index)) * (ids + 2 * tarfile.BLOCKSIZE) + tarfile.RECORDSIZE
 
     def finish(self) -> TokenShardManifest:
         """The manifest, written after every shard was found complete; call it once, when all ranks are done.

@@ -1,6 +1,6 @@
 """`python -m vqmosaic` is the vqmosaic command."""
 
-import importlib
+from pipelines.command_line import main
 
 if __name__ == "__main__":
-    importlib.import_module("pipelines.command_line").main()  # by name, since this package imports nothing of the others
+    main()

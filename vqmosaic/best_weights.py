@@ -8,17 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.durable_files import publish, temporary_sibling
+from vqmosaic.durable_files import publish, removed_on_failure, temporary_sibling
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.training_run import TrainingRun
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the state of a model as safetensors, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_sibling(path)
     # cloned: safetensors takes neither tied nor channels_last tensors
-    save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}, partial)
-    publish(partial, path)
+    weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+    with naming_full_disks(path.parent, sum(tensor.nbytes for tensor in weights.values())), removed_on_failure(temporary_sibling(path)) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(weights, partial)
+        publish(partial, path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -28,7 +30,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with naming_full_disks(target.parent, source.stat().st_size):
+            shutil.copyfile(source, target)
 
 
 def restore_best(resumed_from: Path | None, best_weights: Path) -> None:

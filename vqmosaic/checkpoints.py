@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vqmosaic import __version__
-from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling, write_json
+from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, removed_on_failure, sha256_of_file, temporary_sibling, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import naming_full_disks, size_of
 from vqmosaic.json_files import VERSION_FIELD, from_fields, read_object, written_by
 from vqmosaic.permissions import check_readable
 
@@ -77,6 +78,20 @@ class CheckpointFolder:
             report(f"warning: {checkpoint} is not whole ({'; '.join(problems)}); taking the one before it")
         return None
 
+    def check_not_lost(self, stage: str, export: Path, finished: bool, look_inside: bool = True) -> None:
+        """Raise InputError where a stage has made its export, or did so once, and no checkpoint is left to continue from.
+
+        A training from step 0 would replace the export with another one. `look_inside` reads the checkpoints; without it any will do.
+        """
+        made = str(export) if export.exists() else f"an export in {export}, which is gone" if finished else None
+        left = self.all()
+        if made is None or (left and not look_inside) or any(not broken_files(checkpoint) for checkpoint in reversed(left)):
+            return
+        what = f"none of the checkpoints in {self.root} is whole" if left else f"{self.root} holds no checkpoint any more"
+        raise InputError(f"stage {stage} has made {made}, and {what}, so the training cannot continue: it would begin at step 0, and "
+                         f"another export would take the place of this one. Put the checkpoints back, or make the stage anew with --redo {stage} "
+                         "(which redoes what follows it too).")
+
     def write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None]) -> Path:
         """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0.
 
@@ -84,6 +99,18 @@ class CheckpointFolder:
         """
         final = self.root / f"step-{state['step']:08d}"
         partial = temporary_sibling(final)
+        with naming_full_disks(self.root, lambda: self._expected_bytes(accelerator)), removed_on_failure(partial):
+            self._write(accelerator, state, save_more, partial, final)
+        return final
+
+    def _expected_bytes(self, accelerator) -> int:
+        """About how large a checkpoint is: as the newest one, or four numbers for each weight (itself, two moments, the average)."""
+        found = self.all()
+        if found:
+            return size_of(found[-1])
+        return sum(4 * parameter.numel() * parameter.element_size() for model in accelerator._models for parameter in model.parameters())
+
+    def _write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None], partial: Path, final: Path) -> None:
         if accelerator.is_main_process:
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob(f"{TEMPORARY_PREFIX}*"):
@@ -105,7 +132,6 @@ class CheckpointFolder:
             for old in self.all()[:-self.keep]:
                 shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
-        return final
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

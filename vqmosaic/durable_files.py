@@ -4,9 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vqmosaic.full_disks import naming_full_disks, size_of
 from vqmosaic.permissions import give_usual_permissions, naming_denied_permissions
 
 TEMPORARY_PREFIX = ".partial-"
@@ -15,6 +18,20 @@ TEMPORARY_PREFIX = ".partial-"
 def temporary_sibling(path: Path) -> Path:
     """The hidden name beside `path` under which it is written before the rename."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+
+
+@contextmanager
+def removed_on_failure(partial: Path) -> Iterator[Path]:
+    """Gives a temporary file or folder, and removes it where the block raises, so that a full disk is not full of what cannot be used."""
+    try:
+        yield partial
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise
 
 
 def flush_to_disk(path: Path) -> None:
@@ -29,10 +46,10 @@ def flush_to_disk(path: Path) -> None:
 @naming_denied_permissions()
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader sees all of it or the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = temporary_sibling(path)
-    partial.write_bytes(content)
-    publish(partial, path)
+    with naming_full_disks(path.parent, len(content)), removed_on_failure(temporary_sibling(path)) as partial:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        publish(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -44,6 +61,11 @@ def write_json(path: Path, content: Any) -> None:
 def publish(partial: Path, path: Path) -> None:
     """Give a finished temporary file or folder the usual permissions, flush it and rename it to its real name, replacing an older one."""
     give_usual_permissions(partial)
+    with naming_full_disks(path.parent):  # some file systems notice only when they flush
+        _publish(partial, path)
+
+
+def _publish(partial: Path, path: Path) -> None:
     if partial.is_dir():
         for inner in sorted(partial.rglob("*")):
             flush_to_disk(inner)
@@ -64,12 +86,13 @@ def publish(partial: Path, path: Path) -> None:
 @naming_denied_permissions()
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder and everything in it. The copies get the usual permissions of new files, whatever permissions the source has."""
-    target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.is_dir():
-            copy_folder(path, target / path.name)
-        else:
-            shutil.copyfile(path, target / path.name)
+    with naming_full_disks(target.parent, lambda: size_of(source)):
+        target.mkdir(parents=True)
+        for path in sorted(source.iterdir()):
+            if path.is_dir():
+                copy_folder(path, target / path.name)
+            else:
+                shutil.copyfile(path, target / path.name)
 
 
 @naming_denied_permissions()

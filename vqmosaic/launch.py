@@ -22,6 +22,7 @@ from typing import NamedTuple
 import yaml
 
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.full_disks import naming_any_full_disk
 from vqmosaic.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, heeded_signals
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.process_settings import set_up_process
@@ -282,7 +283,7 @@ def guarded(run: Callable[[], None], words: Path | None = None) -> int:
             words.write_text(text)
 
     try:
-        with naming_denied_permissions():
+        with naming_denied_permissions(), naming_any_full_disk():
             run()
         return 0
     except InputError as error:

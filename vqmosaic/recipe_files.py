@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,10 @@ from vqmosaic.recipe import Recipe, recipe_fields
 WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list in brackets",
                   "dict": "a mapping", "NoneType": "null"}
 WRITTEN_BY = "# written by vqmosaic "
+PATHS_START_FROM = "# relative paths start from "
+PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
+               "tokenizer_training.resume", "prior_training.tokens", "prior_training.resume")
+"""Fields that may hold a path. data.path may be the name of a data set too, and resume may be auto or never."""
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -65,6 +71,7 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = ()) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder (whose run_dir it is), with overrides such as ["--data.path", "photos"].
 
+    Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
     `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
@@ -77,7 +84,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
     add_recipe_options(parser)
     try:
         # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
-        place = [f"--run_dir={name}"] if path == Path(name) / "recipe.yaml" else []
+        place = [f"--run_dir={name}", *paths_as_recorded(path)] if path == Path(name) / "recipe.yaml" else []
         values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
         sections = parser.instantiate(values)
@@ -101,8 +108,48 @@ def recipe_help(recipe: Recipe | None = None) -> str:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML, which load_recipe reads back as an equal recipe. A comment at the top names the version that wrote it."""
-    write_bytes(path, f"{WRITTEN_BY}{__version__}\n{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
+    """Write a recipe as YAML, which load_recipe reads back as an equal recipe. Comments at the top name the version and the working directory."""
+    comments = f"{WRITTEN_BY}{__version__}\n{PATHS_START_FROM}{json.dumps(os.getcwd())}\n"
+    write_bytes(path, f"{comments}{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
+
+
+def paths_as_recorded(path: Path) -> list[str]:
+    """Overrides for the relative paths in the recipe of a run folder that mean something else from this working directory.
+
+    They start from the folder that the recorded run_dir started from, seen from where the run folder lies now, which follows a project that was
+    moved or copied; else from the working directory that is recorded. Paths that exist in neither are left alone, since they may be names.
+    """
+    text = path.read_text(encoding="utf-8")
+    content, folders = yaml.safe_load(text), []
+    run_dir = Path(os.path.normpath(str(content.get("run_dir") or ".")))
+    if run_dir.parts and not run_dir.is_absolute() and ".." not in run_dir.parts:
+        count = len(run_dir.parts)
+        folders += [Path(*place.parts[:-count]) for place in (path.parent.absolute(), path.parent.resolve()) if place.parts[-count:] == run_dir.parts]
+    recorded = next((line.removeprefix(PATHS_START_FROM) for line in text.splitlines()[:2] if line.startswith(PATHS_START_FROM)), None)
+    if recorded is not None:
+        folders.append(Path(json.loads(recorded)))
+    overrides = []
+    for field in PATH_FIELDS:
+        section, _, name = field.partition(".")
+        value = content.get(section, {}).get(name)
+        if not isinstance(value, str) or not value or value in ("auto", "never") or value.startswith("~") or os.path.isabs(value):
+            continue
+        found = next((place for folder in folders if os.path.exists(place := os.path.normpath(folder / value))), None)
+        if found is not None and found != os.path.abspath(value):
+            overrides.append(f"--{field}={found}")
+    return overrides
+
+
+def only_became_absolute(before: Any, now: Any) -> bool:
+    """Whether one of two paths is the other with folders before it, as where a run folder is used from another directory.
+
+    What lies at both is not compared here: inputs of a stage are, by their fingerprints.
+    """
+    if not isinstance(before, str) or not isinstance(now, str) or os.path.isabs(before) == os.path.isabs(now):
+        return False
+    relative, absolute = sorted((before, now), key=os.path.isabs)
+    parts = [part for part in Path(os.path.normpath(relative)).parts if part != ".."]
+    return not parts or list(Path(os.path.normpath(absolute)).parts[-len(parts):]) == parts
 
 
 def check_keys_of_file(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import FULL, disk_full, is_quota, naming_full_disks
 
 STAGES = ("tokenizer", "tokens", "prior", "pipeline")
 LOCK_WAIT_SECONDS = 10.0
@@ -53,6 +54,8 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             file = open(self.root / ".lock", "a+")  # noqa: SIM115, closed by the block below
         except OSError as error:
+            if error.errno in FULL:
+                raise disk_full(self.root, quota=is_quota(error)) from error
             raise InputError(f"run_dir {self.root} cannot be written: {error.strerror}. Set run_dir to a folder that can.") from None
         with file:
             deadline = time.monotonic() + LOCK_WAIT_SECONDS
@@ -68,5 +71,6 @@ class RunFolder:
                     time.sleep(0.2)
             file.truncate(0)
             file.write(str(os.getpid()))
-            file.flush()
+            with naming_full_disks(self.root):
+                file.flush()
             yield

@@ -15,7 +15,7 @@ from vqmosaic.errors import InputError
 from vqmosaic.json_files import VERSION_FIELD, from_fields, is_later, read_object, version_hint, written_by
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe import Recipe, RecipeField, recipe_fields
-from vqmosaic.recipe_files import save_recipe
+from vqmosaic.recipe_files import PATH_FIELDS, only_became_absolute, save_recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 
 SECTIONS_READ = {
@@ -94,6 +94,8 @@ def judge(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, str] | N
             continue
         if field.judged == "place" and "data set" in record.inputs:
             moved = True
+            continue
+        if name in PATH_FIELDS and only_became_absolute(before, field.value):
             continue
         raise InputError(refusal(run, stage, name, before, field.value, shrunk=field.judged == "budget"))
     for name, fingerprint in (inputs or {}).items():

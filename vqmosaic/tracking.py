@@ -14,6 +14,7 @@ from tqdm import tqdm
 from vqmosaic.budget import duration
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.full_disks import naming_full_disks
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio")
 
@@ -47,8 +48,9 @@ class MetricsLog:
         rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
         self.newest[kind] = rounded
         if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "kind": kind, **rounded}) + "\n")
+            line = json.dumps({"step": step, "kind": kind, **rounded}) + "\n"
+            with naming_full_disks(self.path.parent, len(line)), open(self.path, "a") as file:
+                file.write(line)
         if self.accelerator.log_with:
             self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
 

@@ -33,6 +33,7 @@ from vqmosaic.sharding import (
     whole,
     whole_weights,
 )
+from vqmosaic.stage_records import load_record
 from vqmosaic.tracking import LINE_SECONDS, MetricsLog, Reporter, terminal_bar
 from vqmosaic.trainer_state import TrainerState
 from vqmosaic.validation_schedule import ValidationSchedule
@@ -133,6 +134,12 @@ class TrainingRun:
         """Before the export: `validated_model` becomes the whole model, on the main process. Nothing can be trained after that."""
         if self.is_sharded:
             self.unwrapped, self.average = self.whole_model(), None
+
+    def check_checkpoints(self) -> None:
+        """Raise InputError where the checkpoints of a stage that has made its export are lost. Called before the stage's record is written anew."""
+        record = load_record(self.folder, self.stage)
+        if record is not None and self.training.resume == "auto":
+            self.checkpoints.check_not_lost(self.stage, self.folder.export(self.stage), record.finished)
 
     def _resume(self) -> None:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
