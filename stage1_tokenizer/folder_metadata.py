@@ -7,6 +7,7 @@ from typing import Any
 
 from stage1_tokenizer.class_labels import label_hint, sorted_classes
 from vqmosaic.errors import InputError, check_name
+from vqmosaic.permissions import permission_denied
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
@@ -58,6 +59,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
                 rows = _with_numbers([{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(file)])
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
+    except PermissionError as error:
+        raise permission_denied(path) from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}); it tells the classes of the images beside it. Mend it or take it away.") from None
     if not all(isinstance(row, dict) and row.get(_FILE_NAME) for row in rows):

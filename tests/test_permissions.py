@@ -195,6 +195,7 @@ READERS = {
     "initial config": ("run/tokenizer/config.json", lambda place: locate_initial_weights(str(place / "run/tokenizer"))),
     "image folder": ("images/cat", lambda place: open_splits(DataConfig(source="folder", path=str(place / "images")))),
     "image folder's names": ("images/cat", lambda place: check_data_path(DataConfig(source="folder", path=str(place / "images")))),
+    "metadata of a folder": ("images/metadata.csv", lambda place: open_splits(DataConfig(path=str(place / "images"), label_column="kind"))),
     "table of a data set": ("tables/data.parquet", lambda place: open_splits(DataConfig(path=str(place / "tables")))),
     "features": ("features.pt", lambda place: resolve_feature_file(place / "features.pt", None)),
     "perceptual weights": ("weights.safetensors", lambda place: perceptual._read(place / "weights.safetensors", {"a": (1,)})),
@@ -208,6 +209,7 @@ def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, na
     copy_folder(tiny_run, place / "run")
     (place / "images/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(place / "images/cat/0.png")
+    (place / "images/metadata.csv").write_text("file_name,kind\ncat/0.png,cat\n")
     save_file({"a": torch.zeros(1)}, place / "weights.safetensors")
     (place / "weights.safetensors").chmod(0o644)
     (place / "features.pt").write_bytes(b"code")
