@@ -193,7 +193,7 @@ def evenly_spread(classes: int, samples: int) -> list[int]:
 def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[int]:
     """Class indices of names (strings) and indices (integers of any kind); InputError lists what there is."""
     if names is None:
-        raise InputError(f"class_labels is {list(asked)}, but this pipeline was trained without classes; leave class_labels out.")
+        raise InputError(f"the classes {list(asked)} are given, but this pipeline was trained without classes; leave them out.")
     indices = []
     for label in asked:
         if isinstance(label, str):

@@ -157,7 +157,7 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
     parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples, or samples-2 and so on if that holds other images")
     add_device_options(parser)
     add_sampling_options(parser, "default: as the bundle recommends")
@@ -206,8 +206,8 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     """reconstruct: images through the tokens and back."""
     parser = Parser(command, "Send images through the tokens and back.")
     parser.add_argument("tokenizer", help="a run folder, a pipeline folder or a tokenizer folder")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNGs")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNGs; default: reconstructions")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 

@@ -87,6 +87,8 @@ class SampleFolder:
             is_known = False
         if not is_known:
             raise InputError(f"{self.out / RECORD_NAME} is no record of generated images that this vqmosaic reads. {remedy}")
+        if content["request"] != self.request and not any(name.endswith(".png") for name in there):
+            return set()  # the other request was stopped before its first image
         if content["request"] != self.request:
             differences = "; ".join(f"{name} was {shortened(before)}, now {shortened(now)}"
                                     for name, before, now in differing(content["request"], self.request))
@@ -103,7 +105,7 @@ class SampleFolder:
     def begin(self) -> None:
         """Create the folder and record the request, before the first image is written."""
         make_folder(self.out)
-        if not (self.out / RECORD_NAME).exists():
+        if not self.found():
             write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
 
 

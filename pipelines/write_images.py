@@ -42,19 +42,20 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
     """
     there, total = samples.found(), len(samples.names)
     kept = len(there - {GRID_NAME})
+    pipe, written, compared = None, 0, None
+    if kept < total:  # before the record: a pipeline that cannot be loaded leaves nothing behind
+        pipe = ImageGenerationPipeline.from_pretrained(samples.pipeline, device, samples.dtype)
+        pipe.sampling = samples.sampling
     samples.begin()
     if kept:
         print(f"continuing: {kept} of {total} images are already in {samples.out}", flush=True)
-    written, compared = 0, None
     with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
         def show(done: int, tokens: int) -> bool:
             bar.total = tokens
             bar.update(done - bar.n)
             return not stop.signal
 
-        if kept < total:
-            pipe = ImageGenerationPipeline.from_pretrained(samples.pipeline, device, samples.dtype)
-            pipe.sampling = samples.sampling
+        if pipe is not None:
             # batches are skipped or sampled again as a whole, so that each image is computed in the same batch as without an interruption
             batches = pipe.batches(samples.labels, samples.num, samples.seed, output_type="np", callback=show,
                                    skip=lambda places: there.issuperset(samples.names[place] for place in places))
@@ -107,6 +108,9 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
                                               "sources": digest_of_files(paths)})
     together = images_together(tokenizer.transform.image_size)
     missing = [index for index, name in enumerate(names) if not (out / name).exists()]
+    if not missing and (out / GRID_NAME).exists():
+        print(f"nothing to do: {out} already holds all {len(names)} reconstructions of this request")
+        return 0
     kept = len(names) - len(missing)
     with StopFlag() as stop, progress_bar(len(missing), 0, "reconstructing", "image") as bar:
         for start in range(0, len(missing), together):
@@ -136,7 +140,9 @@ def read(path: Path, transform: ImageTransform) -> torch.Tensor:
 
 
 def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[str, str | int]) -> None:
-    """Remove files that reconstructions will replace, unless the record says that the same request made them. Then record this request.
+    """Remove files of an earlier call, unless it was the same request: those that will be replaced, and all those of another tokenizer.
+
+    Then record this request.
 
     Raises:
         ValueError: the record does not name such a file, so its origin is unknown.
@@ -144,14 +150,16 @@ def forget_other_reconstructions(out: Path, names: Sequence[str], request: dict[
     record, written = out / RECONSTRUCTIONS_RECORD, {*names, GRID_NAME}
     try:
         content = json.loads(record.read_text())
-        earlier, is_same = set(content["files"]), content["request"] == request
+        earlier, before = set(content["files"]), dict(content["request"])
     except (OSError, ValueError, KeyError, TypeError):
-        earlier, is_same = set(), False
+        earlier, before = set(), {}
     refuse_files_in_the_way(out, (files_in(out) & written) - earlier, RECONSTRUCTIONS_RECORD)
-    if not is_same:
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-        write_json(record, {"request": request, "files": sorted(earlier | written)})
+    if before == request:
+        return
+    is_same_tokenizer = all(before.get(name) == request[name] for name in ("tokenizer", "dtype"))
+    for name in written if is_same_tokenizer else earlier | written:
+        (out / name).unlink(missing_ok=True)
+    write_json(record, {"request": request, "files": sorted(written | earlier if is_same_tokenizer else written)})
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:

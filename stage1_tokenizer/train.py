@@ -214,6 +214,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.is_main:
         exported_step = export_best_and_last(run, best_weights, "reconstruction error")
         warn_if_nothing_was_learned(run, exported_step)
+        if run.has_warned_of_codebook and (alarm := codebook_alarm(run)):  # it was said once, perhaps long ago
+            report(alarm)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
@@ -249,15 +251,26 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     judgement = guard.judge_validation(run.recipe.adversarial, error, progress)
     if judgement:
         run.report(f"step {run.state.step:,}: {judgement}")
-    tokens = len(images) * run.unwrapped.grid_size ** 2
-    possible = 1 - math.exp(-tokens / run.unwrapped.config.codebook_size)  # share of equally likely codes that so many tokens hit
-    if numbers.get("codebook_usage", 1.0) < run.training.usage_alarm * possible:
-        kind = run.recipe.tokenizer.quantizer
-        more = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",
-                "ibq": "a lower tokenizer.entropy_weight, a higher tokenizer.revival_threshold, "}
-        run.report(f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use. Remedies: a smaller tokenizer.codebook_size, "
-                   + more.get(kind, "a smaller tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, ")
-                   + "longer training, more data.")
+    alarm = codebook_alarm(run)
+    if alarm is not None and not run.has_warned_of_codebook:
+        run.has_warned_of_codebook = True
+        run.report(alarm)
+
+
+def codebook_alarm(run: TrainingRun) -> str | None:
+    """A warning if the last validation used few of the codes that its number of images can use; None otherwise."""
+    numbers, config = run.metrics.newest["validation"], run.unwrapped.config
+    tokens = numbers["images"] * run.unwrapped.grid_size ** 2
+    possible = 1 - math.exp(-tokens / config.codebook_size)  # share of equally likely codes that so many tokens hit
+    if numbers.get("codebook_usage", 1.0) >= run.training.usage_alarm * possible:
+        return None
+    kind = run.recipe.tokenizer.quantizer
+    more = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",
+            "ibq": "a lower tokenizer.entropy_weight, a higher tokenizer.revival_threshold, "}
+    return (f"warning: only {numbers['codebook_usage']:.1%} of the codebook is in use at step {numbers['step']:,}. Remedies: a smaller "
+            "tokenizer.codebook_size, "
+            + more.get(kind, "a smaller tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, ")
+            + "longer training, more data.")
 
 
 def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:

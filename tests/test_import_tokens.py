@@ -142,7 +142,7 @@ GRIDS_NVhw = IDS_NVT.reshape(ROWS, VIEWS, GRID_SIZE, GRID_SIZE)
 @pytest.mark.parametrize(("write", "options"), [
     (as_array, []), (as_lines, []), (as_files, []),
     (as_array, ["--height", GRID_SIZE, "--width", GRID_SIZE]),
-], ids=str)
+], ids=["array", "lines", "files", "array with its size"])
 @pytest.mark.parametrize("views", [1, VIEWS])
 def test_ids_that_keep_the_shape_of_their_grid_are_read_as_the_grid(tmp_path, write, options, views):
     ids = GRIDS_NVhw if views > 1 else GRIDS_NVhw[:, 0]

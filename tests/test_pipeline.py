@@ -433,7 +433,7 @@ def test_a_pipeline_without_classes(tiny_run, pipe, tmp_path):
     assert unlabelled.class_names is None
     out = unlabelled(num_images_per_label=3, seed=4)
     assert out.class_indices is None and len(out.images) == 3 and out.seeds == image_seeds(4, 3)
-    with pytest.raises(ValueError, match=r"class_labels is \[3\], but this pipeline was trained without classes"):
+    with pytest.raises(ValueError, match=r"the classes \[3\] are given, but this pipeline was trained without classes"):
         unlabelled(3)
     with pytest.raises(ValueError, match="guidance_scale is 2"):
         unlabelled(guidance_scale=2.0)

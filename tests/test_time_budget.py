@@ -307,7 +307,7 @@ def test_progress_is_printed_if_the_output_is_not_a_terminal(stage, run_dir, mon
     assert len(lines) == 8, "every step"
     loss = {"tokenizer": "reconstruction_loss", "prior": "nll"}[stage]
     logged = {record["step"]: record[loss] for record in records if record["kind"] == "train"}
-    assert f"step 7 of 8, {loss} {logged[6]:.4g}, " in lines[6] and lines[6].endswith("s left")
+    assert f"step 7 of 8, training {loss} {logged[6]:.4g} at step 6, " in lines[6] and lines[6].endswith("s left")
 
 
 def test_progress_lines_replace_a_bar(clock, monkeypatch):

@@ -177,6 +177,21 @@ def test_without_out_each_request_gets_a_folder_of_its_own(tiny_run, tmp_path, m
     assert capsys.readouterr().out.count("nothing to do: samples") == 2
 
 
+def test_a_request_without_images_reserves_no_folder(tiny_copy, tmp_path, monkeypatch):
+    """As after a pipeline that could not be loaded, or a stop before the first image."""
+    weights = tiny_copy / "pipeline/prior/model.safetensors"
+    whole_weights = weights.read_bytes()
+    weights.write_bytes(whole_weights[:-1] + bytes([whole_weights[-1] ^ 1]))
+    out = tmp_path / "out"
+    assert generate(tiny_copy, out) == 2 and not (out / "samples.json").exists()
+    weights.write_bytes(whole_weights)
+    monkeypatch.setattr(ImageGenerationPipeline, "batches", lambda *arguments, **rest: os.kill(os.getpid(), signal.SIGTERM) or iter(()))
+    assert generate(tiny_copy, out) == EXIT_CODES[signal.SIGTERM] and (out / "samples.json").exists()
+    monkeypatch.undo()
+    assert generate(tiny_copy, out, "--seed", "5") == 0
+    assert json.loads((out / "samples.json").read_text())["request"]["seed"] == 5
+
+
 def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, tmp_path, capsys):
     assert generate(tiny_copy, tmp_path / "out") == 0
     content = json.loads((tiny_copy / "pipeline" / "pipeline.json").read_text())
@@ -325,6 +340,11 @@ def test_reconstructions_of_other_images_replace_those_of_equal_names(tiny_run, 
     assert reconstruct(tiny_run, photos[:2], out) == 0
     after = pictures(out)
     assert after["000.png"] != before["000.png"] and after["001.png"] == before["001.png"] and after["002.png"] == before["002.png"]
+    tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    tokenizer.post_quant_conv.weight.data *= 0.5
+    tokenizer.save_pretrained(tmp_path / "other")
+    assert reconstruct(tmp_path / "other", photos[:1], out) == 0
+    assert set(pictures(out)) == {"000.png", "grid.png"}, "nothing of another tokenizer is left"
 
 
 def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_run, photos, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 
 from vqmosaic.recipe_sections import TrainingConfig
 
@@ -52,12 +53,14 @@ def learning_rate_share(progress: float, warmup_fraction: float, final_share: fl
 
 
 class Pace:
-    """Average seconds per step. The first few steps are left out because they are slower; validations and checkpoints are included."""
+    """Average seconds per step over the last minute. The first few steps are left out because they are slower; validations are included."""
 
     WARM_UP_STEPS = 5
+    WINDOW_SECONDS = 60.0
 
     def __init__(self):
-        self._steps, self._started, self._warm_since = 0, None, None
+        self._steps, self._started = 0, None
+        self._ends: deque[float] = deque()
 
     def start(self) -> None:
         """Note that the first step begins."""
@@ -66,16 +69,18 @@ class Pace:
 
     def step(self) -> None:
         """Count a finished step."""
+        now = time.monotonic()
         self._steps += 1
-        if self._steps == self.WARM_UP_STEPS:
-            self._warm_since = time.monotonic()
+        if self._steps >= self.WARM_UP_STEPS:
+            self._ends.append(now)
+        while len(self._ends) > 2 and now - self._ends[1] > self.WINDOW_SECONDS:
+            self._ends.popleft()
 
     @property
     def seconds_per_step(self) -> float:
-        """Average over the steps after the first WARM_UP_STEPS; if there is none yet, over all steps. There must be at least one step."""
-        warm_steps = self._steps - self.WARM_UP_STEPS
-        if warm_steps > 0:
-            return (time.monotonic() - self._warm_since) / warm_steps
+        """The average; over all steps as long as there is none after the first WARM_UP_STEPS. There must be at least one step."""
+        if len(self._ends) > 1:
+            return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return (time.monotonic() - self._started) / self._steps
 
 

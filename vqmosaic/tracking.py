@@ -46,7 +46,7 @@ class MetricsLog:
     def write(self, step: int, kind: str, **numbers: float | int) -> None:
         """Append one record; `kind` is train or validation."""
         rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in numbers.items()}
-        self.newest[kind] = rounded
+        self.newest[kind] = {"step": step, **rounded}
         if self.accelerator.is_main_process:
             line = json.dumps({"step": step, "kind": kind, **rounded}) + "\n"
             with naming_full_disks(self.path.parent, len(line)), open(self.path, "a") as file:

@@ -59,7 +59,7 @@ class TrainingRun:
         self.report = Reporter(stage, self.is_main)
         self.checkpoints = CheckpointFolder(self.folder.checkpoints(stage), training.keep_checkpoints)
         self.state = TrainerState(processes=self.world_size, threads=set_threads())
-        self.saved_step = -1
+        self.saved_step, self.has_warned_of_codebook = -1, False
         self.resumed_from: Path | None = None
 
     # --- before step 0 -----------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class TrainingRun:
         count = sum(parameter.numel() for parameter in self.parameters)
         copies = 4 + (self.average is not None)  # weights, gradients, two moments, the average
         parts = self.world_size if self.is_sharded else 1
-        device = self.accelerator.device
+        device, seconds = self.accelerator.device, expected_time(seconds_per_step, self.budget, self.state.step)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {self.state.threads} threads"
         self.report.table("plan", {
             **facts,
@@ -190,11 +190,11 @@ class TrainingRun:
                                             + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),
             "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
             "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
-                                                self.training.max_minutes and f"{self.training.max_minutes:g} minutes"])),
+                                                self.training.max_minutes and duration(self.training.max_minutes * 60)])),
             "validation": self.validations.describe(),
             "done already": f"{self.state.step:,} steps",
             "start-up": f"{duration(self.report.seconds)}; the budget starts with the first step",
-            "expected time": f"about {duration(expected_time(seconds_per_step, self.budget, self.state.step))}, from a trial step of "
+            "expected time": f"about {duration(seconds)}, {int(seconds / seconds_per_step):,} steps, from a trial step of "
                              f"{seconds_per_step * 1000:.0f} ms; updated after {FIRST_LINE_SECONDS:.0f} s of training",
         })
 
@@ -232,7 +232,8 @@ class TrainingRun:
             self.bar.set_postfix_str(left)
             return
         of_steps = f" of {self.training.max_steps:,}" if self.training.max_steps else ""
-        loss = "".join(f", {name} {value:.4g}" for name, value in list(self.metrics.newest.get("train", {}).items())[:1])
+        numbers = list(self.metrics.newest.get("train", {}).items())[:2]
+        loss = f", training {numbers[1][0]} {numbers[1][1]:.4g} at step {numbers[0][1]:,}" if numbers else ""
         self.report(f"step {self.state.step:,}{of_steps}{loss}, {left}")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
