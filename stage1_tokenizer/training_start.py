@@ -13,6 +13,7 @@ from stage1_tokenizer.quantizers import Quantizer
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.recipe import Recipe
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
+from vqmosaic.tracking import lines_in_training
 from vqmosaic.training_run import TrainingRun
 
 KMEANS_VECTORS_PER_CODE = 16
@@ -26,12 +27,14 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
         return
     wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
     collected: list[torch.Tensor] = []
+    lines = lines_in_training(wanted, "k-means", "vector", run.is_main)
     tokenizer.eval()
     for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
         images_BCHW = batch.images_BCHW.to(run.accelerator.device)
         latents_BDhw = torch.cat([tokenizer.latents(part) for part in images_BCHW.split(run.micro_batch)])
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
         collected.append(run.accelerator.gather(vectors_ND))
+        lines.update(len(collected[-1]))
         if sum(map(len, collected)) >= wanted:
             break
     tokenizer.quantizer.initialize(torch.cat(collected))

@@ -13,6 +13,7 @@ from stage1_tokenizer.images import to_uint8
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.interruption import StopFlag
+from vqmosaic.tracking import lines_in_training
 
 GRID_IMAGES = 16
 
@@ -37,12 +38,14 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     first_of_level = codes * torch.arange(depth, device=device)
     # sums of absolute errors, squared errors, pixels, squared pixels, elements, and ranks that were stopped
     sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    lines = lines_in_training(len(images), "validation", "image", accelerator.is_main_process)
     tokenizer.eval()
     shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions, for the picture
     for images_BCHW, _ in images.batches(batch_size, accelerator.process_index, accelerator.num_processes):
         if stop is not None and stop.signal:
             sums[-1] = 1
             break
+        lines.update(len(images_BCHW) * accelerator.num_processes)
         images_BCHW = images_BCHW.to(device)
         output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)

@@ -46,6 +46,7 @@ from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.sharding import is_sharded
 from vqmosaic.stage_records import judge, write_record
+from vqmosaic.tracking import lines_in_training
 from vqmosaic.training_run import TrainingRun
 
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
@@ -182,6 +183,7 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     names = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
     sums = torch.zeros(2 * len(names) + 2, device=accelerator.device)  # NLL and hits for each name; tokens; ranks that were stopped
     ranks = accelerator.num_processes
+    lines = lines_in_training(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
     for ids_BT, classes_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
         halted = stop is not None and bool(stop.signal)
         if is_sharded(accelerator):  # the forward pass of a divided model is everyone's, so all have to leave before the same batch
@@ -189,6 +191,7 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
         if halted:
             sums[-1] = 1
             break
+        lines.update(len(ids_BT) * ranks)
         ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
         for number, given_B in enumerate((classes_B, None)[:len(names)]):
             with accelerator.autocast():

@@ -322,6 +322,16 @@ def test_progress_lines_replace_a_bar(clock, monkeypatch):
                                            "train: 2,200 of 5,000 images (44%), about 2 min 20 s left"]
 
 
+@both_stages
+def test_long_validations_and_k_means_print_lines_too(stage, run_dir, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
+    train(stage, run_dir, max_steps=1, batch_size=16, validation_images=64)
+    err = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in err if line.startswith("validation")] == [
+        f"validation: {count} of 64 images ({count / 64:.0%})" for count in (16, 32, 48, 64)]
+    assert any(line.startswith("k-means: ") for line in err) == (stage == "tokenizer")
+
+
 def test_a_prior_that_learned_nothing_is_exported_with_a_warning(run_dir, capsys):
     train("prior", run_dir, max_steps=6, learning_rate=100, warmup_fraction=0, weight_ema_decay=0)
     best = min(record["nll"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "validation"))

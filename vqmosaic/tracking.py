@@ -100,6 +100,13 @@ def progress_bar(total: int | None, initial: int, title: str, unit: str, enabled
     return ProgressLines(total, initial, title, unit)
 
 
+def lines_in_training(total: int, title: str, unit: str, enabled: bool) -> "tqdm | ProgressLines":
+    """Lines as `progress_bar` has where the output is no terminal. On a terminal nothing, since the bar of the training is there."""
+    if enabled and not sys.stderr.isatty():
+        return ProgressLines(total, 0, title, unit)
+    return tqdm(disable=True)
+
+
 class ProgressLines:
     """Replaces a tqdm bar if the output is not a terminal: prints a line every LINE_SECONDS."""
 
