@@ -215,7 +215,14 @@ def test_a_codebook_that_hardly_anything_uses_raises_the_alarm_with_remedies(tmp
     monkeypatch.setattr(train_module, "initialize_codebook", spread)
     train(tmp_path / "run", adversarial__weight=0, tokenizer__revival_threshold=0, tokenizer__ema_decay=0.999999,
           tokenizer_training__weight_ema_decay=0, tokenizer_training__max_steps=2)
-    assert "warning: only 3.1% of the codebook is in use. Remedies: a smaller tokenizer.codebook_size" in capsys.readouterr().out
+    assert "warning: only 3.1% of the codebook is in use at step 2. Remedies: a smaller tokenizer.codebook_size" in capsys.readouterr().out
+
+
+def test_the_alarm_is_raised_once_and_again_at_the_end(tmp_path, capsys):
+    train(tmp_path / "run", adversarial__weight=0, tokenizer_training__usage_alarm=1, tokenizer_training__max_steps=8,
+          tokenizer_training__validate_every=2, tokenizer_training__validation_images=8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of the codebook is in use" in line]
+    assert len(lines) == 2 and "at step 2" in lines[0] and "at step 8" in lines[1]
 
 
 # --- speed-ups that must change nothing ----------------------------------------------------------------------------------------------

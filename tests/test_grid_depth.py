@@ -144,12 +144,13 @@ def test_the_prior_is_configured_for_all_tokens_before_anything_starts(tmp_path,
 def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
     pytest.importorskip("gradio")
     import re
+    import threading
 
     from pipelines.demo import build, reconstruct
 
     image = Image.fromarray(load_scans()[0][0])
     image.save(tmp_path / "digit.png")
-    _, tokens, _, report = reconstruct(pipe, str(tmp_path / "digit.png"))
+    _, tokens, _, report = reconstruct(pipe, threading.Event(), str(tmp_path / "digit.png"))
     ids = pipe.encode(image)[0]
     assert tokens.count('class="tokens"') == DEPTH
     assert [int(code) for code in re.findall(r">(\d+)</span>", tokens)] == [*ids[..., 0].flatten().tolist(), *ids[..., 1].flatten().tolist()]

@@ -234,6 +234,7 @@ def test_an_unfinished_stage_asks_for_what_it_started_from_only_where_it_has_no_
     with pytest.raises(InputError, match=r"init_from is .* does not exist"):
         check_before_start(recipe, "tokenizer", redo="tokenizer")
     shutil.rmtree(run / "checkpoints/tokenizer")
+    shutil.rmtree(run / "tokenizer")
     with pytest.raises(InputError, match=r"init_from is .* does not exist"):
         check_before_start(recipe, "tokenizer")
 
