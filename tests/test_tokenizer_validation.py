@@ -20,6 +20,9 @@ class Batches:
     def __init__(self, images_BCHW: torch.Tensor):
         self.images_BCHW = images_BCHW
 
+    def __len__(self) -> int:
+        return len(self.images_BCHW)
+
     def batches(self, batch_size: int, rank: int, world_size: int):
         for part in self.images_BCHW.split(batch_size):
             yield part, len(part)
