@@ -5,7 +5,7 @@
 
 All are trained by `train-prior`'s own code from the same tokens, in the size of preset tiny, with the recipe's optimizer, the batch of prior_quality
 and no dropout. Stock ones, which the recipe's learning rate was not chosen for, are also trained at half of it. Judged by NLL on all test images, the
-mean over the seeds; the worst seed of ours has to be better than the best of the others.
+mean over the seeds; our worst seed must be better than the best seed of the others.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def sweepable_fields() -> dict[str, type]:
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options of `sweep` but for device and number format."""
+    """Add the options of `sweep` to a parser, except device and dtype."""
     parser.add_argument("pipeline", help="a run folder or a pipeline folder")
     parser.add_argument("--features", required=True, type=Path, metavar="FILE",
                         help="a TorchScript file (it gets uint8 images, (B, 3, H, W), and gives features (B, F); its code runs, so trust it), "

@@ -2,7 +2,7 @@
 
     vqmosaic train-prior digits
 
-Without a tokenizer at hand (tokens made elsewhere) the training runs without pictures.
+Without a tokenizer (tokens made elsewhere), the training makes no pictures.
 """
 
 import dataclasses
