@@ -191,7 +191,7 @@ def waiting(folder: Path, batch_size: int) -> tuple[float, float]:
         started = time.perf_counter()
         batch = batches.batch(number, batch_size)
         waits.append(time.perf_counter() - started)
-        prior.step(*batch)
+        prior.step(batch.ids_BT, batch.classes_B)
         steps.append(time.perf_counter() - started)
     return statistics.median(steps), sum(waits) / sum(steps)
 

@@ -1,6 +1,7 @@
 """Batches of tokens and classes for the prior: this rank's slice of each step, a function of the step alone."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +27,50 @@ def rank_slice(start: int, stop: int, rank: int, world_size: int) -> tuple[int, 
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
 
+class TrainingBatch(NamedTuple):
+    """One training batch of the prior, all int64."""
+
+    ids_BT: torch.Tensor
+    """The ids to predict."""
+    classes_B: torch.Tensor
+    """Class indices, -1 for the null class."""
+    inputs_BT: torch.Tensor
+    """The ids that the model is given: `ids_BT`, a share of them replaced by random codes (prior_training.token_noise)."""
+
+
 class TokenBatches:
-    """Training batches over a reader's endless stream. Label drop is f(seed, epoch, sample): no rank, world size or resume changes it."""
+    """Training batches over a reader's endless stream.
 
-    def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary, seed: int, label_drop: float):
+    Label drop and token noise are f(seed, epoch, sample): no rank, world size or resume changes them.
+    """
+
+    def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary, seed: int, label_drop: float, token_noise: float = 0.0):
         check_range("prior_training.label_drop", label_drop, at_least=0, at_most=1)
+        check_range("prior_training.token_noise", token_noise, at_least=0, below=1)
         check_same_tokens(reader, vocabulary)
-        self.reader, self.seed, self.label_drop = reader, seed, label_drop
+        self.reader, self.seed, self.label_drop, self.token_noise = reader, seed, label_drop, token_noise
+        self.codes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, T) and class indices (B), int64, -1 for the null class: the rank's slice of the positions [step * B, (step + 1) * B)."""
+    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> TrainingBatch:
+        """The rank's slice of the positions [step * B, (step + 1) * B) of the stream."""
         start, stop = rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)
         tokens = self.reader.read(np.arange(start, stop, dtype=np.int64))
         classes_B = np.where(self.dropped(tokens.epochs_B, tokens.samples_B), NO_CLASS, tokens.labels_B)
-        return torch.from_numpy(tokens.ids_BT), torch.from_numpy(classes_B)
+        inputs_BT = self.with_noise(tokens.ids_BT, tokens.epochs_B, tokens.samples_B)
+        return TrainingBatch(*map(torch.from_numpy, (tokens.ids_BT, classes_B, inputs_BT)))
+
+    def with_noise(self, ids_BT: np.ndarray, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
+        """The ids (B, T), each replaced by a random code of its grid with probability `token_noise`."""
+        if self.token_noise == 0:
+            return ids_BT
+        places_BT = samples_B[:, None] * len(self.codes_T) + np.arange(len(self.codes_T))
+        noisy_BT = ids_BT.copy()
+        for epoch in np.unique(epochs_B).tolist():
+            rows = epochs_B == epoch
+            uniforms = hashes(places_BT[rows], "token noise", self.seed, epoch) / 2.0**64
+            random_ids = hashes(places_BT[rows], "random tokens", self.seed, epoch) % self.codes_T
+            noisy_BT[rows] = np.where(uniforms < self.token_noise, random_ids.astype(np.int64), ids_BT[rows])
+        return noisy_BT
 
     def dropped(self, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
         """True (B,) where the class of a sample is replaced by the null class in that epoch.

@@ -90,7 +90,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
         restore_best(run.resumed_from, best_weights)
-    batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop)
+    batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop, training.token_noise)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
@@ -132,15 +132,14 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         if finished:
             break
 
-        ids_BT, classes_B = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
+        batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
         reseed_step(recipe.seed, "prior", run.state.step, run.rank)
         model.train()
         total = torch.zeros(2, device=accelerator.device)  # NLL, z-loss
-        micro_batches = zip(ids_BT.to(accelerator.device).chunk(training.accumulation_steps),
-                            classes_B.to(accelerator.device).chunk(training.accumulation_steps), strict=True)
-        for ids_bT, classes_b in micro_batches:
+        micro_batches = zip(*(part.to(accelerator.device).chunk(training.accumulation_steps) for part in batch), strict=True)
+        for ids_bT, classes_b, inputs_bT in micro_batches:
             with accelerator.accumulate(model):
-                logits_bTK = model(ids_bT, classes_b)
+                logits_bTK = model(inputs_bT, classes_b)
                 nll = next_token_loss(logits_bTK, ids_bT)
                 z = z_loss(logits_bTK) if training.z_loss else torch.zeros_like(nll)
                 accelerator.backward(nll + training.z_loss * z if training.z_loss else nll)

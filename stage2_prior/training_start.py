@@ -11,6 +11,7 @@ from stage2_prior.grid_attention import LONGEST
 from stage2_prior.grid_transformer import GridTransformer
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
+from stage2_prior.token_batches import TrainingBatch
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.devices import check_compiler
 from vqmosaic.errors import InputError
@@ -88,15 +89,15 @@ def describe_attention(model: PreTrainedModel, device: torch.device, precision: 
     return f"sdpa ({', '.join(kernel for kernel, is_enabled in enabled.items() if is_enabled)} enabled)"
 
 
-def time_and_loss_of_one_step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], run: TrainingRun) -> tuple[float, float]:
+def time_and_loss_of_one_step(model: nn.Module, batch: TrainingBatch, run: TrainingRun) -> tuple[float, float]:
     """Seconds of one forward and backward, and the NLL before it in nats per token over all processes; the step is thrown away."""
     training: PriorTrainingConfig = run.training
-    count = max(1, len(batch[0]) // training.accumulation_steps)
-    ids_BT, classes_B = (part[:count].to(run.accelerator.device) for part in batch)
+    count = max(1, len(batch.ids_BT) // training.accumulation_steps)
+    ids_BT, classes_B, inputs_BT = (part[:count].to(run.accelerator.device) for part in batch)
     model.train()
     for _ in range(2):  # the first one warms up
         started = time.perf_counter()
-        logits_BTK = model(ids_BT, classes_B)
+        logits_BTK = model(inputs_BT, classes_B)
         nll = next_token_loss(logits_BTK, ids_BT)
         run.accelerator.backward(nll + training.z_loss * z_loss(logits_BTK) if training.z_loss else nll)
         if run.accelerator.device.type == "cuda":

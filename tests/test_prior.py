@@ -318,11 +318,29 @@ def make_reader(tmp_path_factory):
 def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(make_reader, world_size):
     batches = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3)
     for step in range(12):
-        ids_BT, classes_B = batches.batch(step, 32)
+        ids_BT, classes_B, _ = batches.batch(step, 32)
         parts = [batches.batch(step, 32, rank, world_size) for rank in range(world_size)]
         assert ids_BT.dtype == classes_B.dtype == torch.int64 and ids_BT.shape == (32, 9)
         assert torch.equal(torch.cat([part[0] for part in parts]), ids_BT)
         assert torch.equal(torch.cat([part[1] for part in parts]), classes_B)
+
+
+def test_token_noise_replaces_its_share_of_the_inputs_and_no_target(make_reader):
+    clean, noisy = (TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3, token_noise=noise) for noise in (0.0, 0.25))
+    replaced = []
+    for step in (0, 1, 200):
+        batch = noisy.batch(step, 256)
+        assert torch.equal(batch.ids_BT, clean.batch(step, 256).ids_BT) and torch.equal(batch.classes_B, clean.batch(step, 256).classes_B)
+        assert torch.equal(clean.batch(step, 256).inputs_BT, batch.ids_BT)
+        assert batch.inputs_BT.min() >= 0 and batch.inputs_BT.max() < 48
+        assert torch.equal(batch.inputs_BT, torch.cat([noisy.batch(step, 256, rank, 3).inputs_BT for rank in range(3)])), "whatever the ranks"
+        replaced.append((batch.inputs_BT != batch.ids_BT).float())
+    # a random code equals the one that it replaces once in 48 times
+    assert torch.cat(replaced).mean() == pytest.approx(0.25 * 47 / 48, abs=0.02)
+    assert torch.cat(replaced).mean(0).numpy() == pytest.approx(0.25 * 47 / 48, abs=0.06), "at every place"
+    assert (replaced[0] * replaced[2]).mean() == pytest.approx((0.25 * 47 / 48) ** 2, abs=0.02), "other places in another epoch"
+    with pytest.raises(InputError, match=r"prior_training\.token_noise is 1"):
+        TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3, token_noise=1)
 
 
 def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
@@ -340,7 +358,7 @@ def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
 
 
 def test_a_batch_larger_than_the_data_spans_epochs(make_reader):
-    ids_BT, _ = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70)
+    ids_BT = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70).ids_BT
     assert np.bincount(ids_BT[:, 0], minlength=48).tolist() == [14] * 22 + [7] * 26  # samples 48 .. 69 have the first ids 0 .. 21 again
 
 

@@ -164,8 +164,8 @@ def test_workers_of_a_loader_give_what_one_process_gives(folder, rank):
     loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
     fresh = batches_of(folder)
     assert len(loaded) == steps
-    for step, (ids_BT, classes_B) in enumerate(loaded):
-        expected_ids_BT, expected_classes_B = fresh.batch(step, 30, rank, 2)
+    for step, (ids_BT, classes_B, _) in enumerate(loaded):
+        expected_ids_BT, expected_classes_B, _ = fresh.batch(step, 30, rank, 2)
         assert torch.equal(ids_BT, expected_ids_BT) and torch.equal(classes_B, expected_classes_B)
 
 
@@ -189,5 +189,5 @@ def test_going_on_anywhere_equals_running_through(folder):
     in_one_go = batches_of(folder)
     through = [in_one_go.batch(step, 28) for step in range(30)]
     for step in (0, 8, 9, 17, 29):  # epochs of 240 end inside steps 8 and 17
-        ids_BT, classes_B = batches_of(folder).batch(step, 28)
+        ids_BT, classes_B, _ = batches_of(folder).batch(step, 28)
         assert torch.equal(ids_BT, through[step][0]) and torch.equal(classes_B, through[step][1])

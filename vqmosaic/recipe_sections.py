@@ -265,6 +265,8 @@ class PriorTrainingConfig(TrainingConfig):
     """A folder of token shards made elsewhere; null takes this run's own tokens/."""
     label_drop: float = 0.1
     """Share of the samples whose class is replaced by the null class, which guidance needs; 0 makes guidance impossible."""
+    token_noise: float = 0.0
+    """Share of the input tokens that are replaced by random codes in training, while the targets stay clean; it delays overfitting to few images."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to the loss so that logits do not drift; 1e-4 is usual, 0 is off."""
     activation_checkpointing: bool = unrecorded(False)
@@ -284,6 +286,7 @@ class PriorTrainingConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("prior_training.label_drop", self.label_drop, at_least=0, at_most=1)
+        check_range("prior_training.token_noise", self.token_noise, at_least=0, below=1)
         check_range("prior_training.z_loss", self.z_loss, at_least=0)
         check_range("prior_training.first_loss_tolerance", self.first_loss_tolerance, above=0)
         check_range("prior_training.window_shards", self.window_shards, at_least=1)
