@@ -13,6 +13,7 @@ classifier that this script trains, and the share that it takes for the class as
 """
 
 import argparse
+import copy
 import math
 import sys
 import tempfile
@@ -50,6 +51,9 @@ NUM_CODES, TOKENS = 512, 64
 
 Model = tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[list[int]], torch.Tensor], int]
 """Logits (B, T, K) for ids and classes; ids (B, T) drawn for classes; sequences seen in training."""
+Read = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Ids (B, T) and classes (B) of the batch of a step."""
+EVALUATE_EVERY = 250  # as in train_shakespeare_char.py
 
 
 def make_tokens(run_dir: Path, minutes: float) -> None:
@@ -60,27 +64,53 @@ def make_tokens(run_dir: Path, minutes: float) -> None:
     preprocess(recipe)
 
 
-def train_nanogpt(checkout: Path, run_dir: Path, minutes: float) -> Model:
-    """The peer: its model, its optimizer, its steps; the rate falls over the minutes instead of over a number of steps."""
+def read_shards(run_dir: Path) -> Read:
+    """Reads training tokens of a run folder."""
+    reader = TokenShardReader(run_dir / "tokens/train", seed=0)
+
+    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = reader.read(range(step * BATCH, (step + 1) * BATCH))
+        return torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
+
+    return read
+
+
+def train_nanogpt(checkout: Path, read: Read, minutes: float, dropout: float = 0.0,
+                  held_out: tuple[torch.Tensor, torch.Tensor] | None = None) -> Model:
+    """The peer: its model, its optimizer, its steps; the rate falls over the minutes instead of over a number of steps.
+
+    With `held_out` ids and classes, the weights with the lowest loss on them are kept, looked at every EVALUATE_EVERY steps.
+    """
     torch.manual_seed(0)
     module = load_nanogpt(checkout)
-    model = module.GPT(module.GPTConfig(block_size=TOKENS, vocab_size=NUM_CODES + CLASSES, n_layer=6, n_head=4, n_embd=256, dropout=0.0, bias=False))
+    model = module.GPT(module.GPTConfig(block_size=TOKENS, vocab_size=NUM_CODES + CLASSES, n_layer=6, n_head=4, n_embd=256, dropout=dropout,
+                                        bias=False))
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, "cpu")
-    reader = TokenShardReader(run_dir / "tokens/train", seed=0)
+
+    def loss_of(ids_BT: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
+        return model(torch.cat([NUM_CODES + classes_B[:, None], ids_BT[:, :-1]], dim=1), ids_BT)[1]
+
+    best_loss, best_weights = math.inf, None
     started, step = time.monotonic(), 0
     while (progress := (time.monotonic() - started) / (minutes * 60)) < 1:
         share = 0.5 * (1 + math.cos(math.pi * progress))
         rate = min((step + 1) / (WARMUP_STEPS + 1), 1.0) * (FINAL_LEARNING_RATE + share * (LEARNING_RATE - FINAL_LEARNING_RATE))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        tokens = reader.read(range(step * BATCH, (step + 1) * BATCH))
-        ids_BT, classes_B = torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
-        _, loss = model(torch.cat([NUM_CODES + classes_B[:, None], ids_BT[:, :-1]], dim=1), ids_BT)
-        loss.backward()
+        loss_of(*read(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        if held_out is not None and step % EVALUATE_EVERY == 0:
+            model.eval()
+            with torch.no_grad():
+                loss = float(loss_of(*held_out))
+            if loss < best_loss:
+                best_loss, best_weights = loss, copy.deepcopy(model.state_dict())
+            model.train()
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
     model.eval()
 
     def logits(ids_BT: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
@@ -153,7 +183,7 @@ def main() -> int:
     classes = [label for label in range(CLASSES) for _ in range(PER_CLASS)]
     rows, pictures = {}, {}
 
-    peer_logits, peer_sample, peer_seen = train_nanogpt(options.nanogpt, run_dir, options.minutes)
+    peer_logits, peer_sample, peer_seen = train_nanogpt(options.nanogpt, read_shards(run_dir), options.minutes)
     prior, sampling, seen = train_ours(run_dir, options.minutes, extra)
     train_NHWC, labels_N = cifar10.load("train")
     classifier = train_classifier(train_NHWC, labels_N)

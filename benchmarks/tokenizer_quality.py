@@ -36,11 +36,15 @@ CODES, PEER_BATCH, PEER_LEARNING_RATE = 512, 32, 5e-4
 RECIPES = {"ours": "cifar10", "vqgan": "cifar10_vqgan"}
 
 
-def train_peer(minutes: float, images_NHWC: torch.Tensor):
-    """(restore, images seen): VQModel in its plain float32 loop, AdamW on MSE and its own commitment loss."""
+def train_peer(minutes: float, images_NHWC: torch.Tensor, widths: tuple[int, ...] = (32, 64, 128)):
+    """(restore, images seen, model): VQModel in its plain float32 loop, AdamW on MSE and its own commitment loss.
+
+    Each width after the first halves height and width once.
+    """
     torch.manual_seed(0)
-    model = VQModel(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                    block_out_channels=(32, 64, 128), layers_per_block=1, latent_channels=64, num_vq_embeddings=CODES, vq_embed_dim=16).train()
+    levels = len(widths)
+    model = VQModel(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+                    block_out_channels=widths, layers_per_block=1, latent_channels=64, num_vq_embeddings=CODES, vq_embed_dim=16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEER_LEARNING_RATE)
     started, seen = time.monotonic(), 0
     while time.monotonic() - started < minutes * 60:
@@ -57,7 +61,7 @@ def train_peer(minutes: float, images_NHWC: torch.Tensor):
         quantized_BDhw, _, (_, _, ids) = model.quantize(model.encode(images_BCHW).latents)
         return model.decode(quantized_BDhw, force_not_quantize=True).sample, ids
 
-    return restore, seen
+    return restore, seen, model
 
 
 def train_ours(name: str, minutes: float):
@@ -115,7 +119,7 @@ def main() -> int:
     rows, pictures = {}, []
     restorers = {}
     for name in options.only:
-        restorers[name] = train_peer(options.minutes, images_NHWC) if name == "diffusers" else train_ours(name, options.minutes)
+        restorers[name] = train_peer(options.minutes, images_NHWC)[:2] if name == "diffusers" else train_ours(name, options.minutes)
     classifier = train_classifier(images_NHWC, labels_N)
     for name, (restore, seen) in restorers.items():
         rows[name] = {"seen": seen, **judge(restore, test_NHWC, test_labels_N, classifier)}

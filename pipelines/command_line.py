@@ -51,6 +51,8 @@ def recipe_command_parser(command: str) -> Parser:
 
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of a command that takes a recipe, and the recipe's overrides."""
+    from pipelines.count_images import count_images
+
     parser = recipe_command_parser(command)
     wants_help = not arguments or "-h" in arguments or "--help" in arguments
     if wants_help:
@@ -63,7 +65,7 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
                          f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
     options, overrides = parser.parse_known_args(arguments[1:])
-    options.recipe = load_recipe(arguments[0], overrides, parser.option_names)
+    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, options.redo)
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
+from pipelines.count_images import count_images
 from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.image_sources import ImageSource, ImageSplits, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
@@ -257,7 +258,7 @@ def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path
 
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
-    preprocess(load_recipe(arguments[0], arguments[1:]))
+    preprocess(load_recipe(arguments[0], arguments[1:], count_images=count_images))
 
 
 if __name__ == "__main__":

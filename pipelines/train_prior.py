@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from pipelines.bundle import evenly_spread
+from pipelines.count_images import count_images
 from pipelines.generate import decoded_in_parts
 from pipelines.stage_inputs import tokenizer_folder
 from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
@@ -67,7 +68,7 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
 
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
-    recipe = load_recipe(arguments[0], arguments[1:])
+    recipe = load_recipe(arguments[0], arguments[1:], count_images=count_images)
     train(recipe, sample_pictures(recipe))
 
 

@@ -132,3 +132,9 @@ def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, dat
     examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
                      f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")
+
+
+def count_training_images(recipe: Mapping[str, Any]) -> int | None:
+    """The number of training images of a recipe, given its fields by dotted name; None where no data set is named."""
+    data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
+    return None if data.source == "auto" and data.path is None else len(open_splits(data).train)

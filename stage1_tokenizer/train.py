@@ -19,7 +19,7 @@ from stage1_tokenizer.adversary import Adversary
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.guard import AdversarialGuard, calendar
 from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_sources import count_training_images, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.initial_weights import check_tokens_stay, load_initial_weights
 from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
@@ -42,12 +42,13 @@ from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_be
 from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.errors import printable
+from vqmosaic.fields_from_data import Facts, describe_choices
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
-from vqmosaic.stage_records import judge, load_record, write_record
+from vqmosaic.stage_records import SECTIONS_READ, judge, load_record, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.tracking import read_metrics
 from vqmosaic.training_run import TrainingRun
@@ -133,6 +134,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {calendar(adversarial, training)}"}
            if discriminator is not None else {}),
         "epochs": epochs(training, len(splits.train)),
+        **describe_choices(recipe, Facts(lambda: len(splits.train), lambda: accelerator.device.type != "cpu"), SECTIONS_READ["tokenizer"]),
     }, seconds_per_step)
 
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
@@ -299,7 +301,7 @@ def warn_if_nothing_was_learned(run: TrainingRun, exported_step: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
-    train(load_recipe(arguments[0], arguments[1:]))
+    train(load_recipe(arguments[0], arguments[1:], count_images=count_training_images))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/pri
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,17 +36,18 @@ from stage2_prior.training_start import (
     time_and_loss_of_one_step,
 )
 from stage2_prior.vocabulary import Vocabulary
-from token_shards import TokenShardReader
+from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.budget import epochs
 from vqmosaic.devices import held_by_main_process
+from vqmosaic.fields_from_data import Facts, describe_choices
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.sharding import is_sharded
-from vqmosaic.stage_records import judge, write_record
+from vqmosaic.stage_records import SECTIONS_READ, judge, write_record
 from vqmosaic.tracking import lines_in_training
 from vqmosaic.training_run import TrainingRun
 
@@ -107,6 +109,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **start,
         "epochs": epochs(training, len(reader)),
+        **describe_choices(recipe, Facts(lambda: len(reader), lambda: accelerator.device.type != "cpu"), SECTIONS_READ["prior"]),
     }, seconds_per_step)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
         run.report(warning)
@@ -247,9 +250,14 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
                    f"prior_training.learning_rate, which is {run.training.learning_rate:g}, or train longer.")
 
 
+def count_token_images(recipe: Mapping[str, Any]) -> int:
+    """Training images of a recipe, given its fields by dotted name."""
+    return TokenShardManifest.load(Path(recipe["prior_training.tokens"] or Path(recipe["run_dir"]) / "tokens") / "train").num_samples
+
+
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
-    train(load_recipe(arguments[0], arguments[1:]))
+    train(load_recipe(arguments[0], arguments[1:], count_images=count_token_images))
 
 
 if __name__ == "__main__":

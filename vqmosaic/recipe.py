@@ -28,6 +28,10 @@ class Recipe:
     """The folder that gets everything this run makes."""
     seed: int = 0
     """Seed of every random choice of the run."""
+    minutes: float | None = unrecorded(None)
+    """Minutes for both trainings together. Each training gets a share as its max_minutes, unless that is set."""
+    fit_to_data: bool = unrecorded(False)
+    """Choose fields that are not set by image size, number of images and device; the plan of a training prints them with the reasons."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images come from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -47,6 +51,8 @@ class Recipe:
 
     def __post_init__(self):
         check_types(self, "")
+        if self.minutes is not None:
+            check_range("minutes", self.minutes, above=0)
         check_range("seed", self.seed, at_least=0, below=2**63)
         for each in recipe_fields(self):
             if isinstance(each.value, str) and any("\ud800" <= character <= "\udfff" for character in each.value):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.fields_from_data import BUDGETS, CountImages, Facts, choices, no_count, recorded_fields
 from vqmosaic.json_files import is_later, version_hint
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe import Recipe, recipe_fields
@@ -68,11 +70,14 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
 
 
 @naming_denied_permissions()
-def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = (),
+                count_images: CountImages | None = None, redone: str | None = None) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder (whose run_dir it is), with overrides such as ["--data.path", "photos"].
 
     Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
     `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
+    Fields that are not set may follow from the data (fields_from_data.py), of which `count_images` counts the training images, given the fields by
+    name. Fields of stages that were started keep their recorded values, except those of the stage to be `redone` and after it.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
     """
@@ -87,6 +92,8 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
         place = [f"--run_dir={name}", *paths_as_recorded(path)] if path == Path(name) / "recipe.yaml" else []
         values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
+        facts = Facts(partial(count_images, values) if count_images else no_count, has_gpu)
+        set_open_fields(values, path, overrides, facts, redone)
         sections = parser.instantiate(values)
     except InputError as error:
         raise InputError(f"{error} (recipe {path})") from None
@@ -191,6 +198,24 @@ def check_names_of_options(options: list[str], other_options: Sequence[str]) -> 
             expect_value = False
     if expect_value:
         raise InputError(f"{options[-1]} needs a value.")
+
+
+def set_open_fields(values: jsonargparse.Namespace, path: Path, options: list[str], facts: Facts, redone: str | None) -> None:
+    """Set the fields that neither the recipe file nor an option sets, by the rules of fields_from_data.py."""
+    in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
+    in_file = set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
+    recorded = recorded_fields(values["run_dir"], redone)
+    if "minutes" in in_options:  # a new budget, divided anew
+        in_file -= {*BUDGETS}
+        recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
+    choices(values, in_file | in_options, facts, recorded)
+
+
+def has_gpu() -> bool:
+    """Whether stages run on a GPU of this machine. Loads torch."""
+    from vqmosaic.device_choice import default_device
+
+    return default_device().type != "cpu"
 
 
 def check_known(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:

@@ -1,0 +1,133 @@
+"""Fields that follow from the data: what is chosen, that anything given stays, and that a run keeps what it has started with."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pipelines.count_images import count_images
+from vqmosaic.errors import InputError
+from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, Facts, describe_choices
+from vqmosaic.recipe import recipe_fields
+from vqmosaic.recipe_files import load_recipe, save_recipe, shipped_names
+
+
+def fields_of(recipe) -> dict[str, object]:
+    return {field.name: field.value for field in recipe_fields(recipe)}
+
+
+def load(*overrides: str, images: int | None = None, **settings):
+    return load_recipe("image_folder", list(overrides), count_images=lambda recipe: images, **settings)
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 8), (28, 7), (32, 8), (48, 6), (56, 7), (64, 8), (96, 12), (128, 16), (192, 12), (256, 16), (512, 16)])
+def test_the_grid_follows_from_the_image_size(size, side):
+    recipe = load(f"--data.image_size={size}")
+    assert recipe.num_tokens == side**2 and recipe.tokenizer.downsampling == size // side
+
+
+def test_a_size_that_few_powers_of_two_divide_gets_the_grid_that_there_is():
+    assert load("--data.image_size=100").num_tokens == 25**2
+    assert load("--data.image_size=25").num_tokens == 25**2
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_levels_follow_a_given_patch_size(patch_size):
+    recipe = load("--data.image_size=64", f"--tokenizer.patch_size={patch_size}")
+    assert recipe.tokenizer.patch_size == patch_size and recipe.num_tokens == 64
+
+
+def test_small_folders_are_augmented_and_regularized_more_than_large_ones():
+    small, large = load(images=500), load(images=20_000)
+    assert small.data.shift > large.data.shift == 0
+    assert (small.tokens.views, large.tokens.views) == ("flip+shifts", "flip")
+    assert small.prior.dropout > large.prior.dropout and small.prior_training.token_noise > large.prior_training.token_noise
+    assert small.prior_training.max_steps * small.prior_training.batch_size == pytest.approx(40 * 500, abs=small.prior_training.batch_size)
+    assert large.prior_training.max_steps == 40 * small.prior_training.max_steps
+    assert load(images=60).tokenizer.codebook_size < small.tokenizer.codebook_size == large.tokenizer.codebook_size
+
+
+def test_nothing_is_mirrored_where_flips_are_off():
+    for images, views in ((500, "shifts"), (20_000, "none")):
+        assert load("--data.flip=false", images=images).tokens.views == views
+
+
+def test_every_field_can_be_given(tmp_path):
+    free = {name: value for name, value in fields_of(load(images=500)).items() if name in chosen_fields()}
+    other = {**free, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
+             "tokenizer.codebook_size": 100, "tokenizer_training.batch_size": 5, "tokenizer_training.max_minutes": 3.0, "data.shift": 1,
+             "tokens.views": "none", "tokens.view_shift": 2, "prior.dropout": 0.05, "prior_training.token_noise": 0.01,
+             "prior_training.batch_size": 7, "prior_training.max_steps": 11, "prior_training.max_minutes": 4.0}
+    assert all(other[name] != value for name, value in free.items()), "each of the values differs from the rule's"
+    options = [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in other.items()]
+    assert fields_of(load(*options, images=500)).items() >= other.items()
+    file = tmp_path / "mine.yaml"
+    save_recipe(load(*options, images=500), file)
+    assert fields_of(load_recipe(str(file), count_images=lambda recipe: 20_000)).items() >= other.items(), "a file can fix every field, too"
+
+
+def chosen_fields() -> set[str]:
+    """Fields that a rule sets in the recipe image_folder."""
+    described = describe_choices(load(images=500), Facts(lambda: 500, lambda: False), ("data", "tokenizer", "tokenizer_training", "tokens", "prior",
+                                                                                       "prior_training"))
+    return set(described)
+
+
+def test_the_plan_tells_each_choice_with_its_reason_and_what_was_set_by_hand():
+    facts = Facts(lambda: 500, lambda: False)
+    lines = describe_choices(load("--prior.dropout=0.25", images=500), facts, ("prior", "prior_training"))
+    assert lines["prior_training.token_noise"] == "0.2: 500 training images"
+    assert lines["prior.dropout"] == "0.25, as set (by rule: 0.3)"
+    assert not any(name.startswith(("tokenizer", "data")) for name in lines), "those stand in the plan of the tokenizer"
+
+
+def test_minutes_are_divided_between_the_trainings_and_a_given_share_stays():
+    recipe = load("--minutes=120")
+    assert (recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes) == (60, 60)
+    recipe = load("--minutes=120", "--prior_training.max_minutes=5")
+    assert (recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes) == (60, 5)
+    recipe = load_recipe("digits", ["--minutes=3"])
+    assert [getattr(recipe, section).max_minutes for section in ("tokenizer_training", "prior_training")] == [1.5, 1.5], "in any recipe"
+    with pytest.raises(InputError, match="minutes is 0"):
+        load("--minutes=0")
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_names()) - {"image_folder"}))
+def test_other_recipes_stay_as_they_are_written(name):
+    assert load_recipe(name) == load_recipe(name, count_images=lambda recipe: 7)
+
+
+def test_without_a_data_set_a_usual_number_of_images_is_assumed():
+    assert load_recipe("image_folder") == load(images=ASSUMED_IMAGES) == load_recipe("image_folder", count_images=count_images)
+
+
+def start(recipe, stage: str, run) -> None:
+    """Record that a stage has started, as the stages do."""
+    from vqmosaic.run_folder import RunFolder
+    from vqmosaic.stage_records import write_record
+
+    (run / "stages").mkdir(parents=True, exist_ok=True)
+    write_record(RunFolder(run), recipe, stage, {}, finished=False)
+
+
+def test_a_started_stage_keeps_its_values_when_the_data_grow(tmp_path):
+    run = tmp_path / "run"
+    first = load(f"--run_dir={run}", images=500)
+    start(first, "tokenizer", run)
+    again = load(f"--run_dir={run}", images=20_000)
+    assert again.tokenizer == first.tokenizer and again.data == first.data and again.tokenizer_training == first.tokenizer_training
+    assert again.prior.dropout == load(images=20_000).prior.dropout, "the prior has not started, so its fields follow from the data as they are"
+    anew = load(f"--run_dir={run}", images=20_000, redone="tokenizer")
+    assert anew.data.shift == load(images=20_000).data.shift
+    assert load(f"--run_dir={run}", images=20_000, redone="prior").data.shift == first.data.shift
+
+
+def test_a_new_budget_is_divided_anew_also_in_a_run_that_has_started(tmp_path):
+    run = tmp_path / "run"
+    recipe = load(f"--run_dir={run}", "--minutes=10", images=500)
+    start(recipe, "tokenizer", run)  # writes recipe.yaml as well
+    assert load(f"--run_dir={run}", images=500).tokenizer_training.max_minutes == 5, "as it was started"
+    for name in ("image_folder", str(run)):
+        longer = load_recipe(name, [f"--run_dir={run}", "--minutes=60"], count_images=lambda recipe: 500)
+        assert [getattr(longer, field.partition(".")[0]).max_minutes for field in BUDGETS] == [30, 30]
+    assert load_recipe(str(run)) == dataclasses.replace(recipe, run_dir=str(run))

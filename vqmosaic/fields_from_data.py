@@ -1,0 +1,158 @@
+"""Recipe fields that follow from the data: what a recipe with `fit_to_data: true` sets where neither it nor the command line does.
+
+Each rule is one function. It gives values to its fields, each with the reason, and may read fields that were set before. The rules know the image
+size, the number of training images and the device. The plan of a training prints what they chose. A run keeps the values that it has started
+with: stages/<stage>.json records them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vqmosaic.json_files import read_object
+from vqmosaic.recipe import Recipe, recipe_fields
+from vqmosaic.run_folder import STAGES, RunFolder
+from vqmosaic.tokenizer_sections import PATCH_SIZES
+
+ASSUMED_IMAGES = 5000
+"""Number of training images where the data set is not known, as in `vqmosaic run image_folder --help`."""
+BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
+"""The fields that divide `minutes` between them, and their shares."""
+PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
+"""The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
+
+FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
+"""Bounds of the codebook, and the tokens in the training images that there should be for each code."""
+FEW_IMAGES = 5000
+"""Below this number of training images, augmentation and regularization are strong."""
+PRIOR_EPOCHS = 40
+"""How often the prior sees each image at most, each time in one of its views."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value that a rule gives to a field, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+CountImages = Callable[[Mapping[str, Any]], int | None]
+"""Counts the training images of a recipe, given its fields by dotted name; None where no data set is named."""
+
+
+def no_count() -> None:
+    """The number of images where nobody counts them."""
+
+
+class Facts:
+    """What the rules know of data and device. Each fact is looked up when a rule first asks for it, because that takes time."""
+
+    def __init__(self, count: Callable[[], int | None], has_gpu: Callable[[], bool]):
+        self._count_images, self._has_gpu = count, has_gpu
+
+    @cached_property
+    def images(self) -> int:
+        """Number of training images."""
+        return self._count_images() or ASSUMED_IMAGES
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        return self._has_gpu()
+
+
+Rule = Callable[[Mapping[str, Any], Facts], Iterator[Choice]]
+
+
+def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """`minutes` is divided between the two trainings."""
+    minutes = recipe["minutes"]
+    if minutes is not None:
+        for field, share in BUDGETS.items():
+            yield Choice(field, round(minutes * share, 4), f"{share:.0%} of minutes = {minutes:g}")
+
+
+def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Pixels along one side of a token: the power of two that brings the grid nearest to what is aimed at."""
+    size = recipe["data.image_size"]
+    goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
+    fitting = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
+    step = min(fitting, key=lambda step: abs(math.log2(size / step / goal)))
+    reason = f"{size} pixels make {size // step} x {size // step} tokens"
+    yield Choice("tokenizer.patch_size", min(step, max(PATCH_SIZES)), reason)
+    levels = 1 + round(math.log2(max(1, step // recipe["tokenizer.patch_size"])))
+    yield Choice("tokenizer.channel_multipliers", [1] * levels, reason)
+
+
+def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Width, depth and batch by device, the number of codes by the number of tokens that there are to learn them from."""
+    device = "a GPU" if facts.on_gpu else "a CPU"
+    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
+    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many steps of few images learn most in little time")
+    step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
+    tokens = facts.images * (recipe["data.image_size"] // step) ** 2
+    codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
+    yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
+
+
+def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Small folders are shifted at random for the tokenizer, and stored in many views for the prior."""
+    few = facts.images < FEW_IMAGES
+    size = f"{'fewer' if few else 'not fewer'} than {FEW_IMAGES:,} training images"
+    yield Choice("data.shift", recipe["data.image_size"] // 16 if few else 0, size)
+    views = {(True, True): "flip+shifts", (True, False): "shifts", (False, True): "flip", (False, False): "none"}[few, recipe["data.flip"]]
+    yield Choice("tokens.views", views, f"{size}, data.flip is {str(recipe['data.flip']).lower()}")
+    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 64), "a small part of a token")
+
+
+def prior_regularization(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """A prior learns few images by heart: dropout and token noise delay that, and training ends, at a low learning rate, before it."""
+    images = f"{facts.images:,} training images"
+    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {'a GPU' if facts.on_gpu else 'a CPU'}")
+    yield Choice("prior.dropout", 0.3 if facts.images < FEW_IMAGES else 0.1, images)
+    yield Choice("prior_training.token_noise", 0.2 if facts.images < FEW_IMAGES else 0.1, images)
+    yield Choice("prior_training.max_steps", math.ceil(PRIOR_EPOCHS * facts.images / recipe["prior_training.batch_size"]),
+                 f"{PRIOR_EPOCHS} epochs of {images}; more would overfit")
+
+
+RULES: tuple[Rule, ...] = (token_grid, tokenizer_network, augmentation, prior_regularization)
+"""The rules of `fit_to_data`, in their order."""
+
+
+def choices(recipe: MutableMapping[str, Any], given: set[str] | None, facts: Facts, recorded: Mapping[str, Any] | None = None) -> list[Choice]:
+    """What the rules choose for a recipe's fields by dotted name; fields that are not `given` get the value, or the one that is `recorded`.
+
+    With `given` None, all fields keep their values.
+    """
+    chosen: list[Choice] = []
+    for rule in (time_budgets, *(RULES if recipe["fit_to_data"] else ())):
+        for choice in rule(recipe, facts):  # a rule goes on after its field has got its value, and can read it
+            if given is not None and choice.field not in given:
+                recipe[choice.field] = (recorded or {}).get(choice.field, choice.value)
+            chosen.append(choice)
+    return chosen
+
+
+def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
+    """The fields that the stages of a run were started with, except the stage `redone` and those after it."""
+    fields: dict[str, Any] = {}
+    for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
+        path = RunFolder(Path(run_dir)).record(stage)
+        if path.is_file():
+            recorded = read_object(path, f"make the stage anew with --redo {stage}").get("fields")
+            fields = (recorded if isinstance(recorded, dict) else {}) | fields
+    return fields
+
+
+def describe_choices(recipe: Recipe, facts: Facts, sections: tuple[str, ...]) -> dict[str, str]:
+    """For the plan of a training: the fields of its sections that follow from the data, with the reasons."""
+    values = {field.name: field.value for field in recipe_fields(recipe)}
+    return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
+            else f"{values[choice.field]}, as set (by rule: {choice.value})"
+            for choice in choices(values, None, facts) if choice.field.partition(".")[0] in sections}
