@@ -37,6 +37,7 @@ from vqmosaic.permissions import permission_denied
 from vqmosaic.seeding import derive_seed
 from vqmosaic.tokenizer_sections import CONTINUOUS, TokenizerConfig
 from vqmosaic.tracking import Reporter, progress_bar
+from vqmosaic.wording import counted
 
 GRID_NAME = "image"
 FOREIGN_PREFIX = "imported:"  # no fingerprint of a tokenizer of ours begins so: those are hex digits
@@ -93,7 +94,7 @@ def import_tokens(options: argparse.Namespace) -> int:
     if options.validation is not None:
         sources.append(open_foreign_tokens(options.validation, options.validation_labels, options.unlabelled, "--validation", grid_shape))
     elif len(sources[0]) < 2:
-        raise InputError(f"{options.source} holds {len(sources[0])} rows; at least 2 are needed, one to train and one to validate on.")
+        raise InputError(f"{options.source} holds {counted(len(sources[0]), 'row')}; at least 2 are needed, one to train and one to validate on.")
     for source in sources:
         if len(source):
             grid_of(Facts(*source.read(0)[0].shape), codebook_size, grid_shape, options)  # before the minutes that reading all rows may take
@@ -112,7 +113,7 @@ def import_tokens(options: argparse.Namespace) -> int:
             write_split(writer, source, rows, stop)
     for writer in writers:
         manifest = writer.finish()
-        report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards")
+        report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}")
     return 0
 
 
@@ -122,7 +123,7 @@ def print_plan(report: Reporter, parts: list[tuple[ShardSetHeader, ForeignTokens
     grid = train.grids[0]
     report.table("plan", {
         "source": f"{source.path}, {source.layout}",
-        "images": ", ".join(f"{len(rows):,} x {len(header.views)} views in {header.split}" for header, _, rows in parts),
+        "images": ", ".join(f"{len(rows):,} x {counted(len(header.views), 'view')} in {header.split}" for header, _, rows in parts),
         "tokens": f"{grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''} of {grid.codebook_size:,} codes; "
                   f"the largest id is {max(each.largest_id for each in facts):,}",
         "classes": "none" if train.class_names is None else f"{len(train.class_names):,}",

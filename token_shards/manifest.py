@@ -16,6 +16,7 @@ from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
 from vqmosaic.permissions import check_readable
+from vqmosaic.wording import counted, is_or_are
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -208,7 +209,8 @@ class TokenShardManifest(ShardSetHeader):
                 raise InputError(f"{folder} holds no shards itself; give one of {', '.join(str(folder / split) for split in splits)}.")
             finished = len(list(folder.glob("shard-*.json")))
             raise InputError(f"{folder} is not complete: {MANIFEST_NAME}, which is written last, is missing "
-                             f"({finished} shards are finished). Run `vqmosaic preprocess` again; it goes on with what is missing.")
+                             f"({counted(finished, 'shard')} {is_or_are(finished)} finished). Run `vqmosaic preprocess` again; "
+                             "it goes on with what is missing.")
         return cls.from_dict(read_object(path, "run `vqmosaic preprocess` again"), path)
 
     @classmethod
