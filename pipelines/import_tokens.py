@@ -218,8 +218,8 @@ def checked(source: ForeignTokens, row: int, facts: Facts, codebook_size: int, c
     """Ids (V, T) and label of a row that fits the others. Raises InputError that names it otherwise."""
     ids_VT, label = source.read(row)
     if ids_VT.shape != (facts.views, facts.tokens):
-        raise InputError(f"{source.where(row)} has {ids_VT.shape[0]} views of {ids_VT.shape[1]} tokens, the rows before it have {facts.views} of "
-                         f"{facts.tokens}; all need as many.")
+        raise InputError(f"{source.where(row)} has {counted(ids_VT.shape[0], 'view')} of {counted(ids_VT.shape[1], 'token')}, the rows before it "
+                         f"have {facts.views} of {facts.tokens}; all need as many.")
     low, high = int(ids_VT.min()), int(ids_VT.max())
     if low < 0 or high >= codebook_size:
         raise InputError(f"{source.where(row)}: ids run from {low} to {high}; allowed: 0 to {codebook_size - 1}, by --codebook_size "
@@ -235,7 +235,7 @@ def grid_of(facts: Facts, codebook_size: int, shape: tuple[int, int, int] | None
     if shape is None:
         side = math.isqrt(facts.tokens)
         if side * side != facts.tokens:
-            raise InputError(f"{options.source} has {facts.tokens} tokens a view, which is no square; give --height and --width "
+            raise InputError(f"{options.source} has {counted(facts.tokens, 'token')} a view, which is no square; give --height and --width "
                              f"(--height 1 --width {facts.tokens} for tokens that are no grid).")
         shape = (side, side, 1)
     if math.prod(shape) != facts.tokens:

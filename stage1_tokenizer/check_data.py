@@ -48,8 +48,10 @@ def _report_duplicates(names_of: dict[bytes, list[tuple[str, str]]], report: Cal
         return
     across = [group for group in groups if len({split for split, _ in group}) > 1]
     leaked = sum(split == "validation" for group in across for split, _ in group)
-    report(f"duplicates: {sum(len(group) - 1 for group in groups)} images have exactly the pixels of another one; {leaked} of the images to "
-           "validate on are among those to train on" + (", so what is measured on them says nothing about new images" if leaked else ""))
+    count = sum(len(group) - 1 for group in groups)
+    report(f"duplicates: {counted(count, 'image')} {'has' if count == 1 else 'have'} exactly the pixels of another one; {leaked} of the images to "
+           f"validate on {is_or_are(leaked)} among those to train on"
+           + (", so what is measured on them says nothing about new images" if leaked else ""))
     for group in sorted(groups, key=lambda group: len({split for split, _ in group}), reverse=True)[:_DUPLICATES_LISTED]:
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
         # the last one too: where a group lies in both splits, the images to validate on come last

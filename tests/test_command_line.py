@@ -292,7 +292,7 @@ def test_reconstruct_writes_each_image_under_its_name(tiny_run, tmp_path, capsys
 def test_audit_compares_with_the_data_of_the_run(tiny_run, capsys):
     assert dispatch(["audit", str(tiny_run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"compared with the data set of {tiny_run}", "train: 1,418 samples in 4 shards, 0 skipped: whole",
-                                                    "validation: 379 samples in 1 shards, 0 skipped: whole"]
+                                                    "validation: 379 samples in 1 shard, 0 skipped: whole"]
 
 
 def test_audit_tells_every_problem_and_exits_with_1(tiny_copy, capsys):
@@ -302,7 +302,7 @@ def test_audit_tells_every_problem_and_exits_with_1(tiny_copy, capsys):
     shard.write_bytes(content)
     assert dispatch(["audit", str(tiny_copy / "tokens")]) == 1
     said = capsys.readouterr().out
-    assert "shard-000001.tar" in said and "problems" in said and "validation: 379 samples in 1 shards, 0 skipped: whole" in said
+    assert "shard-000001.tar" in said and "problem" in said and "validation: 379 samples in 1 shard, 0 skipped: whole" in said
 
 
 def test_audit_holds_against_another_data_set_and_a_single_split(tiny_run, capsys):
