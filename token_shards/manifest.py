@@ -173,7 +173,7 @@ class TokenShardManifest(ShardSetHeader):
         super().__post_init__()
         expected = [shard_name(index) for index in range(self.num_shards)]
         if [shard.name for shard in self.shards] != expected:
-            raise InputError(f"The manifest lists {len(self.shards)} shards; {self.num_sources} sources at {self.images_per_shard} "
+            raise InputError(f"The manifest lists {counted(len(self.shards), 'shard')}; {self.num_sources} sources at {self.images_per_shard} "
                              f"images_per_shard need the {len(expected)} from {expected[0]} to {expected[-1]}, in order.")
         counted = sum(shard.count for shard in self.shards)
         if counted != self.num_samples:
