@@ -175,9 +175,9 @@ class TokenShardManifest(ShardSetHeader):
         if [shard.name for shard in self.shards] != expected:
             raise InputError(f"The manifest lists {counted(len(self.shards), 'shard')}; {self.num_sources} sources at {self.images_per_shard} "
                              f"images_per_shard need the {len(expected)} from {expected[0]} to {expected[-1]}, in order.")
-        counted = sum(shard.count for shard in self.shards)
-        if counted != self.num_samples:
-            raise InputError(f"The manifest's shards hold {counted} samples, and its num_samples is {self.num_samples}.")
+        in_shards = sum(shard.count for shard in self.shards)
+        if in_shards != self.num_samples:
+            raise InputError(f"The manifest's shards hold {in_shards} samples, and its num_samples is {self.num_samples}.")
         if any(record.keys() != {"index", "source", "reason"} for record in self.skipped):
             raise InputError("The manifest's skipped must be a list of records with index, source and reason.")
         if self.num_samples + len(self.skipped) != self.num_sources:
