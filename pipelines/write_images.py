@@ -68,7 +68,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
         pipe.sampling = samples.sampling
     samples.begin()
     if kept:
-        print(f"continuing: {kept} of {counted(total, 'image')} {is_or_are(kept)} already in {samples.out}", flush=True)
+        print(f"continuing: {kept:,} of {counted(total, 'image')} {is_or_are(kept)} already in {samples.out}", flush=True)
     with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
         def show(done: int, tokens: int) -> bool:
             bar.total = tokens
@@ -91,7 +91,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
             except SamplingStopped:
                 pass
         if stop.signal:
-            raise Interrupted(stop.signal, f"{kept + written} of {counted(total, 'image')} {is_or_are(kept + written)} written to {samples.out}")
+            raise Interrupted(stop.signal, f"{kept + written:,} of {counted(total, 'image')} {is_or_are(kept + written)} written to {samples.out}")
     has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # a row for each class
     rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
     shown = sum(map(len, rows))
@@ -146,7 +146,7 @@ def write_missing_reconstructions(tokenizer: ImageTokenizer, paths: list[Path], 
     with StopFlag() as stop, progress_bar(len(missing), 0, "reconstructing", "image") as bar:
         for start in range(0, len(missing), together):
             if stop.signal:
-                raise Interrupted(stop.signal, f"{kept + start} of {counted(len(names), 'reconstruction')} {is_or_are(kept + start)} written "
+                raise Interrupted(stop.signal, f"{kept + start:,} of {counted(len(names), 'reconstruction')} {is_or_are(kept + start)} written "
                                                f"to {out}")
             batch = missing[start:start + together]
             images_BCHW = torch.stack([read(paths[index], tokenizer.transform) for index in batch])
