@@ -10,6 +10,7 @@ from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError, printable
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
+from vqmosaic.wording import counted
 
 if TYPE_CHECKING:
     from stage1_tokenizer.image_sources import ImageSource
@@ -42,8 +43,8 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
     for split, report in reports.items():
         if split in splits:
             report.problems.extend([*changed_images(folder, split, splits[split]), *skipped_but_readable(folder, split, splits[split])])
-        verdict = "whole" if report.passed else f"{len(report.problems)} problems"
-        print(f"{split}: {report.samples:,} samples in {report.shards} shards, {report.skipped} skipped: {verdict}")
+        verdict = "whole" if report.passed else counted(len(report.problems), "problem")
+        print(f"{split}: {counted(report.samples, 'sample')} in {counted(report.shards, 'shard')}, {report.skipped} skipped: {verdict}")
         for problem in report.problems:
             print(f"    {problem}")
     return 0 if all(report.passed for report in reports.values()) else 1
@@ -61,7 +62,8 @@ def repair_run(folder: Path, recipe: Recipe | None) -> None:
     from pipelines.repair import repair_tokens
 
     repaired = repair_tokens(folder, recipe)
-    print(f"repaired: {sum(map(len, repaired.values()))} shards were encoded again")
+    count = sum(map(len, repaired.values()))
+    print(f"repaired: {counted(count, 'shard')} {'was' if count == 1 else 'were'} encoded again")
 
 
 def is_imported(folder: Path) -> bool:

@@ -10,8 +10,10 @@ pipeline/
 
 import dataclasses
 import operator
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT = "vqmosaic.pipeline"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "class_names", "token_fingerprint", "sampling")
+SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
@@ -103,7 +106,7 @@ def recommend(folder: Path, sampling: SamplingConfig, record: dict[str, Any]) ->
     """
     content, parts = read_bundle(folder), part_fingerprints(folder / "tokenizer", folder / "prior")
     if record["setup"]["pipeline"] != parts:
-        raise InputError(f"{folder} has changed since the sweep began: its parts are {parts}, and {record['setup']['pipeline']} were measured. "
+        raise InputError(f"{folder} has changed since the sweep began: its tokenizer or its prior is not the one that was measured. "
                          "Its recommended settings stay as they are; start another sweep.")
     write_json(folder / "pipeline.json", content | {"sampling": dataclasses.asdict(sampling), "sweep": record})
 
@@ -128,9 +131,24 @@ def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], pr
 
 def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
     """A pipeline's recommended settings, overridden by the given ones. Raises InputError if they are invalid or do not fit its prior."""
-    sampling = dataclasses.replace(recommended_sampling(folder, content), **given)
-    check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
+    recommended = recommended_sampling(folder, content)
+    with naming_options():
+        sampling = dataclasses.replace(recommended, **given)
+        check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
     return sampling
+
+
+@contextmanager
+def naming_options(names: Iterable[str] = SAMPLING_FIELDS) -> Iterator[None]:
+    """Let errors name the options of a command, such as --top_k, instead of the fields of a recipe, such as sampling.top_k.
+
+    Args:
+        names: the sampling settings that the command has an option for.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(re.sub(rf"(?<![\w./-])sampling\.(?=({'|'.join(names)})\b)", "--", str(error))) from None
 
 
 def find_pipeline(path: str | Path) -> Path:
@@ -231,8 +249,11 @@ def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | 
     return None if names is None else list(range(len(names)))
 
 
-def usable_device(device: "str | torch.device | None") -> "torch.device":
-    """The device asked for, by default the best there is; InputError where this machine has no such one. Loads torch."""
+def usable_device(device: "str | torch.device | None", given_as: str = "device") -> "torch.device":
+    """The device asked for, by default the best there is. Loads torch.
+
+    Raises InputError, which calls the device `given_as`, if this machine does not have it.
+    """
     import torch
 
     from vqmosaic.device_choice import default_device
@@ -247,5 +268,5 @@ def usable_device(device: "str | torch.device | None") -> "torch.device":
     count = torch.accelerator.device_count() if best.type != "cpu" else 0
     if asked is None or (asked.type != "cpu" and (asked.type != best.type or (asked.index or 0) >= count)):
         here = ["cpu", *(f"{best.type}:{index}" for index in range(count))]
-        raise InputError(f"device is {str(device)!r}; this machine has: {', '.join(here)}.")
+        raise InputError(f"{given_as} is {str(device)!r}; this machine has: {', '.join(here)}.")
     return asked

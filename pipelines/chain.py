@@ -82,6 +82,7 @@ def bundle_run(recipe: Recipe) -> Path:
 
 def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     """Measure the finished run, print what was measured and how long each part took, and say what to try next."""
+    from pipelines.bundle import read_bundle
     from pipelines.summary import summarize, summary_table
 
     started = time.monotonic()
@@ -92,15 +93,12 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     print(f"\nmeasured ({run.summary}):\n{summary_table(summary)}")
     print("\ntime:\n" + "\n".join(f"    {name:<24} {duration(value)}" for name, value in seconds.items()))
     print(f"    {'all together':<24} {duration(sum(seconds.values()))}")
-    names = summary_classes(run)
+    names = example_classes(read_bundle(run.export("pipeline"))["class_names"] or [])
     classes = f"--classes {shlex.quote(names)} " if names else ""
     print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext, try:\n"
           f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out {run.root}/samples/\n    vqmosaic demo {run.root}")
 
 
-def summary_classes(run: RunFolder) -> str:
-    """Two class names of a run for an example command, or nothing."""
-    from pipelines.bundle import read_bundle
-
-    names = read_bundle(run.export("pipeline"))["class_names"] or []
-    return ",".join(names[3:5] or names[:2])
+def example_classes(names: list[str]) -> str:
+    """Two of the class names, or the only one, as --classes takes them. Empty without classes. For ten classes: the fourth and the eighth."""
+    return ",".join(names[index] for index in sorted({len(names) * 3 // 10, len(names) * 7 // 10})) if names else ""

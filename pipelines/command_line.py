@@ -10,11 +10,12 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
-from vqmosaic.permissions import check_readable
 from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
 
+RECONSTRUCTIONS = "reconstructions"
+"""The folder that `reconstruct` writes to without --out."""
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
 
 
@@ -119,7 +120,7 @@ def bundle(command: str, arguments: list[str]) -> int:
         prepare_stage(command, "pipeline", options)
         bundle_run(options.recipe)
         return 0
-    from pipelines.bundle import make_bundle
+    from pipelines.bundle import make_bundle, naming_options
     from vqmosaic.recipe_sections import SamplingConfig
 
     parser = Parser(command, "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any.")
@@ -128,7 +129,9 @@ def bundle(command: str, arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, help="the pipeline folder to write")
     add_sampling_options(parser, "recommended in the bundle; default: off")
     options = parser.parse_args(arguments)
-    print(f"bundled {make_bundle(options.tokenizer, options.prior, options.out, SamplingConfig(**given_sampling(options)))}")
+    with naming_options():
+        folder = make_bundle(options.tokenizer, options.prior, options.out, SamplingConfig(**given_sampling(options)))
+    print(f"bundled {folder}")
     return 0
 
 
@@ -160,7 +163,8 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
-    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples, or samples-2 and so on if that holds other images")
+    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples in the working directory, or samples-2 and so on "
+                                                      "if that holds other images")
     add_device_options(parser)
     add_sampling_options(parser, "default: as the bundle recommends")
     options = parser.parse_args(arguments)
@@ -180,7 +184,9 @@ def generate(command: str, arguments: list[str]) -> int:
     samples = samples if options.out else first_fitting_folder(samples)
     if samples.is_finished():
         return 0
-    usable_device(options.device)
+    usable_device(options.device, "--device")
+    if options.out is None:
+        print(f"no --out: the images go to {samples.out.absolute()}", flush=True)
 
     from pipelines.write_images import write_generated
 
@@ -209,40 +215,25 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     parser = Parser(command, "Send images through the tokens and back.")
     parser.add_argument("tokenizer", help="a run folder, a pipeline folder or a tokenizer folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument("--out", type=Path, default=Path("reconstructions"), help="folder for the PNGs; default: reconstructions")
+    parser.add_argument("--out", type=Path, help=f"folder for the PNGs; default: {RECONSTRUCTIONS} in the working directory")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_tokenizer, usable_device
-    from pipelines.stage_checks import check_can_write
+    from pipelines.stage_checks import check_can_write, check_image
 
     folder = find_tokenizer(options.tokenizer)
     for image in options.images:
         check_image(image)
-    check_can_write("--out", options.out)
-    usable_device(options.device)
+    out = options.out or Path(RECONSTRUCTIONS)
+    check_can_write("--out", out)
+    usable_device(options.device, "--device")
 
     from pipelines.write_images import write_reconstructions
 
-    return write_reconstructions(folder, options.images, options.out, options.device, options.dtype)
-
-
-def check_image(path: Path) -> None:
-    """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
-    from PIL import Image
-
-    check_readable(path)
-    if not path.is_file():
-        what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
-        nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None
-        hint = f" Did you mean {str(path.parent / nearest)!r}?" if nearest else ""
-        raise InputError(f"image {str(path)!r} {what}.{hint}")
-    try:
-        Image.open(path).close()
-    except Image.DecompressionBombError as error:
-        raise InputError(f"image {str(path)!r} has too many pixels: {error}") from None
-    except OSError:
-        raise InputError(f"image {str(path)!r} cannot be read: not an image of a known format, or its header is corrupt.") from None
+    if options.out is None:
+        print(f"no --out: the images go to {out.absolute()}", flush=True)
+    return write_reconstructions(folder, options.images, out, options.device, options.dtype)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -314,7 +305,7 @@ def demo(command: str, arguments: list[str]) -> int:
     folder = find_pipeline(options.pipeline)
     if not is_installed("gradio"):
         raise InputError("the demo needs gradio, which is not installed: pip install 'vqmosaic[demo]'.")
-    usable_device(options.device)
+    usable_device(options.device, "--device")
 
     from pipelines.demo import serve
 

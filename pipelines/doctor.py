@@ -5,10 +5,12 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from stage1_tokenizer.perceptual_weights import VGG16_NAMES, hub_checkpoints
 from vqmosaic import __version__
 from vqmosaic.recipe_files import shipped_names
+from vqmosaic.wording import counted
 
 CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "safetensors", "numpy", "pillow", "jsonargparse")
 OPTIONAL = {
@@ -40,6 +42,17 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def processor_name() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def examine() -> str:
     """The report as text; the device is left out where what finds it is not installed."""
     lines = [f"vqmosaic {__version__}, Python {platform.python_version()} ({sys.executable})", "", "core"]
@@ -61,9 +74,11 @@ def device_lines() -> list[str]:
     from vqmosaic.devices import cpu_has_bf16, default_device, resolve_precision
 
     device = default_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    cores = os.cpu_count() or 1
+    count = counted(cores, "core") if device.type == "cpu" else counted(torch.accelerator.device_count(), "device")
     threads_note = f", OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
     bf16_note = " (this CPU multiplies bf16 in hardware)" if device.type == "cpu" and cpu_has_bf16() else ""
-    return [f"    {device.type}: {name}, {torch.accelerator.device_count() if device.type != 'cpu' else 1} of it",
-            f"    threads {torch.get_num_threads()} of {os.cpu_count()} cores{threads_note}",
+    return [f"    {device.type}: {name}, {count}",
+            f"    threads {torch.get_num_threads()} of {counted(cores, 'core')}{threads_note}",
             f"    mixed_precision auto is {resolve_precision('auto', device)}{bf16_note}"]

@@ -18,6 +18,7 @@ from vqmosaic.errors import InputError
 from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.tracking import progress_bar
+from vqmosaic.wording import counted
 
 SAMPLES_AT_A_TIME = 256
 ALL_SHARDS = 1_000_000
@@ -50,8 +51,8 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
         publish(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{out}: {lines:,} lines of {len(reader):,} images, {reader.num_tokens} tokens of {grids[0].codebook_size:,} codes each "
-          f"({grids[0].height} x {grids[0].width}{f' x {grids[0].depth}' if grids[0].depth > 1 else ''})")
+    print(f"{out}: {counted(lines, 'line')} of {counted(len(reader), 'image')}, {counted(reader.num_tokens, 'token')} of "
+          f"{grids[0].codebook_size:,} codes each ({grids[0].height} x {grids[0].width}{f' x {grids[0].depth}' if grids[0].depth > 1 else ''})")
     return 0
 
 

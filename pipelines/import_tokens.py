@@ -37,6 +37,7 @@ from vqmosaic.permissions import permission_denied
 from vqmosaic.seeding import derive_seed
 from vqmosaic.tokenizer_sections import CONTINUOUS, TokenizerConfig
 from vqmosaic.tracking import Reporter, progress_bar
+from vqmosaic.wording import counted
 
 GRID_NAME = "image"
 FOREIGN_PREFIX = "imported:"  # no fingerprint of a tokenizer of ours begins so: those are hex digits
@@ -93,7 +94,7 @@ def import_tokens(options: argparse.Namespace) -> int:
     if options.validation is not None:
         sources.append(open_foreign_tokens(options.validation, options.validation_labels, options.unlabelled, "--validation", grid_shape))
     elif len(sources[0]) < 2:
-        raise InputError(f"{options.source} holds {len(sources[0])} rows; at least 2 are needed, one to train and one to validate on.")
+        raise InputError(f"{options.source} holds {counted(len(sources[0]), 'row')}; at least 2 are needed, one to train and one to validate on.")
     for source in sources:
         if len(source):
             grid_of(Facts(*source.read(0)[0].shape), codebook_size, grid_shape, options)  # before the minutes that reading all rows may take
@@ -112,7 +113,7 @@ def import_tokens(options: argparse.Namespace) -> int:
             write_split(writer, source, rows, stop)
     for writer in writers:
         manifest = writer.finish()
-        report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards")
+        report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}")
     return 0
 
 
@@ -122,7 +123,7 @@ def print_plan(report: Reporter, parts: list[tuple[ShardSetHeader, ForeignTokens
     grid = train.grids[0]
     report.table("plan", {
         "source": f"{source.path}, {source.layout}",
-        "images": ", ".join(f"{len(rows):,} x {len(header.views)} views in {header.split}" for header, _, rows in parts),
+        "images": ", ".join(f"{len(rows):,} x {counted(len(header.views), 'view')} in {header.split}" for header, _, rows in parts),
         "tokens": f"{grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''} of {grid.codebook_size:,} codes; "
                   f"the largest id is {max(each.largest_id for each in facts):,}",
         "classes": "none" if train.class_names is None else f"{len(train.class_names):,}",
@@ -217,8 +218,8 @@ def checked(source: ForeignTokens, row: int, facts: Facts, codebook_size: int, c
     """Ids (V, T) and label of a row that fits the others. Raises InputError that names it otherwise."""
     ids_VT, label = source.read(row)
     if ids_VT.shape != (facts.views, facts.tokens):
-        raise InputError(f"{source.where(row)} has {ids_VT.shape[0]} views of {ids_VT.shape[1]} tokens, the rows before it have {facts.views} of "
-                         f"{facts.tokens}; all need as many.")
+        raise InputError(f"{source.where(row)} has {counted(ids_VT.shape[0], 'view')} of {counted(ids_VT.shape[1], 'token')}, the rows before it "
+                         f"have {facts.views} of {facts.tokens}; all need as many.")
     low, high = int(ids_VT.min()), int(ids_VT.max())
     if low < 0 or high >= codebook_size:
         raise InputError(f"{source.where(row)}: ids run from {low} to {high}; allowed: 0 to {codebook_size - 1}, by --codebook_size "
@@ -234,7 +235,7 @@ def grid_of(facts: Facts, codebook_size: int, shape: tuple[int, int, int] | None
     if shape is None:
         side = math.isqrt(facts.tokens)
         if side * side != facts.tokens:
-            raise InputError(f"{options.source} has {facts.tokens} tokens a view, which is no square; give --height and --width "
+            raise InputError(f"{options.source} has {counted(facts.tokens, 'token')} a view, which is no square; give --height and --width "
                              f"(--height 1 --width {facts.tokens} for tokens that are no grid).")
         shape = (side, side, 1)
     if math.prod(shape) != facts.tokens:

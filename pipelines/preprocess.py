@@ -39,6 +39,7 @@ from vqmosaic.recipe_files import load_recipe
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tracking import Reporter, progress_bar
+from vqmosaic.wording import counted, is_or_are
 
 GRID_NAME = "image"
 SOURCE_ORDER = "order of the sources"
@@ -89,9 +90,9 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
 
     views = training_views(recipe.tokens)
     report.table("plan", {
-        "images": f"{len(splits.train):,} x {len(views)} views to train on, {len(splits.validation):,} to validate on ({splits.how})",
+        "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on ({splits.how})",
         "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
-        "device": f"{state.device} x {state.num_processes}, float32, {recipe.tokens.threads} threads each",
+        "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
     writers = []
     former = data_set != splits.fingerprint  # what vqmosaic 0.1.0 has begun goes on with the identities that it recorded
@@ -105,7 +106,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
             refuse_if_too_many_unreadable(skipped_by_all(writer), writer.header.num_sources, recipe.data)
         for writer in writers:
             manifest = writer.finish()
-            report(f"{writer.folder}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, {len(manifest.skipped)} skipped")
+            report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+                   f"{len(manifest.skipped)} skipped")
             for entry in manifest.skipped[:10]:
                 report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
             if manifest.skipped:
@@ -157,7 +159,7 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
     own = range(state.process_index, writer.num_shards, state.num_processes)
     missing = [shard for shard in own if not writer.is_complete(shard)]
     if len(missing) < len(own):
-        report(f"{writer.folder}: {len(own) - len(missing)} of {len(own)} shards are complete already")
+        report(f"{writer.folder}: {len(own) - len(missing)} of {counted(len(own), 'shard')} {is_or_are(len(own) - len(missing))} complete already")
     skipped: dict[str, str] = {}
     images = sum(len(writer.header.source_range(shard)) for shard in missing)
     with progress_bar(images, 0, writer.header.split, "image", state.is_main_process) as bar:

@@ -39,6 +39,7 @@ from vqmosaic.permissions import PermissionDenied
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import progress_bar
+from vqmosaic.wording import counted
 
 
 def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
@@ -199,7 +200,7 @@ def encode_broken(writer: TokenShardWriter, manifest: TokenShardManifest | None,
                   stop: StopFlag) -> list[str]:
     """The names of the broken shards, which are encoded again to the same bytes: images that they left out are left out again."""
     broken = {index: reason for index in range(writer.num_shards) if (reason := what_is_broken(writer, index, manifest))}
-    print(f"{writer.folder}: {len(broken)} of {writer.num_shards} shards to encode again")
+    print(f"{writer.folder}: {len(broken)} of {counted(writer.num_shards, 'shard')} to encode again")
     skipped: dict[str, str] = {}
     with progress_bar(sum(len(plan.header.source_range(index)) for index in broken), 0, plan.header.split, "image") as bar:
         for index, reason in broken.items():
@@ -221,7 +222,7 @@ def take_in(writer: TokenShardWriter, manifest: TokenShardManifest, readable: Se
     """
     wanted = {record["index"] for record in readable}
     shards = [index for index in range(writer.num_shards) if wanted.intersection(plan.header.source_indices(index))]
-    print(f"{writer.folder}: {len(readable)} images that were skipped can be read now, in {len(shards)} of {writer.num_shards} shards")
+    print(f"{writer.folder}: {counted(len(readable), 'skipped image')} can be read now, in {len(shards)} of {counted(writer.num_shards, 'shard')}")
     skipped: dict[str, str] = {}
     for record in readable:
         print(f"    {printable(record['source'])}")

@@ -16,20 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.bundle import part_fingerprints
-from pipelines.sweep_record import differing
+from pipelines.png_files import is_whole_png, png_header
+from pipelines.sweep_record import differing, is_about_the_pipeline, other_pipeline
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
 from vqmosaic.full_disks import naming_full_disks
+from vqmosaic.json_files import read_object
 from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.run_folder import is_locked
+from vqmosaic.wording import counted, is_or_are
 
 FORMAT = "vqmosaic.samples"
 FORMAT_VERSION = 1
 RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
 NAME_BYTES = 220
 """Longest name of an image without number and suffix. File systems allow 255 bytes, and the temporary name takes some of them."""
-LONGEST_VALUE = 60
-"""Number of characters that an error shows of a value."""
+SHOWN_CLASSES, SHOWN_FILES = 12, 5
+"""Number of classes that an error shows, and of damaged files that a line names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,16 +94,33 @@ class SampleFolder:
         if content["request"] != self.request and not any(name.endswith(".png") for name in there):
             return set()  # the other request was stopped before its first image
         if content["request"] != self.request:
-            differences = "; ".join(f"{name} was {shortened(before)}, now {shortened(now)}"
-                                    for name, before, now in differing(content["request"], self.request))
-            raise InputError(f"--out {self.out} holds the images of another request: {differences}. {remedy}")
+            raise InputError(f"--out {self.out} holds the images of another request: {self._differences(content['request'])}. {remedy}")
         return wanted & there
 
+    def _differences(self, recorded: dict[str, Any]) -> str:
+        """How a recorded request differs from this one, in the words of the command's options."""
+        changed = list(differing(recorded, self.request))
+        is_other_pipeline = any(is_about_the_pipeline(name) for name, _, _ in changed)
+        names = None if is_other_pipeline else self.class_names  # another pipeline may have other classes
+        words = [other_pipeline(changed)] if is_other_pipeline else []
+        for name, before, now in changed:
+            if not is_about_the_pipeline(name):
+                option = name.removeprefix("sampling.")
+                words.append(f"--{option} was {in_words(option, before, names)}, now {in_words(option, now, names)}")
+        return "; ".join(words)
+
+    def whole(self) -> set[str]:
+        """The files of this request that exist and are whole PNGs of the right size. Raises InputError as `found` does."""
+        transform = read_object(self.pipeline / "tokenizer" / "config.json", "copy the pipeline again from where it was made")["transform"]
+        header = png_header(transform["image_size"], transform["channels"])
+        return {name for name in self.found() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
+
     def is_finished(self) -> bool:
-        """Whether all images and the grid exist; if so, prints a line that says so. Raises InputError as `found` does."""
-        if len(self.found()) < len(self.names) + 1:
+        """Whether all images and the grid exist and are whole; if so, prints a line that says so. Raises InputError as `found` does."""
+        if len(self.found()) < len(self.names) + 1 or len(self.whole()) < len(self.names) + 1:
             return False
-        print(f"nothing to do: {self.out} holds all {len(self.names)} images of this request already")
+        total = len(self.names)
+        print(f"nothing to do: {self.out} holds {'the' if total == 1 else 'all'} {counted(total, 'image')} of this request already")
         return True
 
     def begin(self) -> None:
@@ -110,12 +131,16 @@ class SampleFolder:
 
 
 def first_fitting_folder(samples: SampleFolder) -> SampleFolder:
-    """The same request with the first folder of out, out-2, out-3 and so on that is free or already holds images of this request."""
+    """The same request with the first folder of out, out-2, out-3 and so on that is free or already holds images of this request.
+
+    A folder without a record that another process holds is not free: that process is about to record its own request there.
+    """
     for number in itertools.count(1):
         candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
         try:
             candidate.found()
-            return candidate
+            if (candidate.out / RECORD_NAME).exists() or not is_locked(candidate.out):
+                return candidate
         except InputError:
             continue
 
@@ -128,7 +153,7 @@ def files_in(out: Path) -> set[str]:
 def refuse_files_in_the_way(out: Path, names: set[str], record: str) -> None:
     """Raise InputError if existing files would be replaced and no record says that an earlier call wrote them."""
     if names:
-        others = f" and {len(names) - 1} more files" if len(names) > 1 else ""
+        others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
         raise InputError(f"--out {out} holds {min(names)}{others} that would be replaced, and no {record} that says where they come from. "
                          "Give another --out, or remove them.")
 
@@ -169,7 +194,23 @@ def names_of_copies(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def shortened(value: Any) -> str:
-    """A value as an error shows it, cut to LONGEST_VALUE characters."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+def report_damaged(out: Path, names: set[str]) -> None:
+    """Print which files of an earlier call are damaged or were replaced."""
+    if names:
+        listed = ", ".join(sorted(names)[:SHOWN_FILES]) + (" ..." if len(names) > SHOWN_FILES else "")
+        print(f"warning: {counted(len(names), 'file')} in {out} {is_or_are(len(names))} damaged or replaced and will be "
+              f"written again: {listed}", flush=True)
+
+
+def in_words(option: str, value: Any, class_names: list[str] | None) -> str:
+    """The value of an option of `generate` as a user would type it."""
+    if value is None:
+        return "not given"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if option == "classes" and isinstance(value, list):
+        if class_names is not None and value == list(range(len(class_names))):
+            return "every class"
+        labels = [class_names[index] if class_names is not None and index in range(len(class_names)) else str(index) for index in value]
+        return ",".join(labels[:SHOWN_CLASSES]) + (f" ... ({counted(len(labels), 'class')})" if len(labels) > SHOWN_CLASSES else "")
+    return " ".join(in_words("", item, None) for item in value) if isinstance(value, list) else str(value)

@@ -11,6 +11,7 @@ from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
 from token_shards.manifest import Grid
 from vqmosaic.checkpoints import CheckpointFolder
 from vqmosaic.errors import InputError, check_range, nearest_name
+from vqmosaic.permissions import check_readable
 from vqmosaic.recipe import Recipe, check_batch_split
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.stage_records import judge, load_record
@@ -135,3 +136,21 @@ def check_prior(recipe: Recipe) -> None:
     side = recipe.data.image_size // recipe.tokenizer.downsampling
     grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side, depth=recipe.tokenizer.depth)
     make_config(recipe.prior, Vocabulary(grids=[grid], class_names=None, token_fingerprint=""))
+
+
+def check_image(path: Path) -> None:
+    """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
+    from PIL import Image
+
+    check_readable(path)
+    if not path.is_file():
+        what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
+        nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None
+        hint = f" Did you mean {str(path.parent / nearest)!r}?" if nearest else ""
+        raise InputError(f"image {str(path)!r} {what}.{hint}")
+    try:
+        Image.open(path).close()
+    except Image.DecompressionBombError as error:
+        raise InputError(f"image {str(path)!r} has too many pixels: {error}") from None
+    except OSError:
+        raise InputError(f"image {str(path)!r} cannot be read: not an image of a known format, or its header is corrupt.") from None

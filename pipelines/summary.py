@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pipelines.bundle import evenly_spread
+from pipelines.doctor import processor_name
 from pipelines.generate import ImageGenerationPipeline, images_together
 from pipelines.measures import DigitsJudge, measure_generation
 from stage1_tokenizer.data_location import resolve_source
@@ -24,6 +25,7 @@ from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.stage_records import load_record
 from vqmosaic.tracking import read_metrics
+from vqmosaic.wording import counted
 
 ROWS, COLUMNS = 10, 10
 LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
@@ -81,17 +83,6 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
     return {name: value for name, value in record.items() if name != "kind"}
 
 
-def processor_name() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
     """A picture of samples: a row for each of ten classes, evenly spread over all of them, or just rows."""
     names = pipe.class_names
@@ -106,7 +97,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     """The numbers of a run as lines a person reads."""
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
     rows = [
-        ("tokens of an image", f"{tokens['count']} of {tokens['codebook_size']} codes, {tokens['bits_per_image']:.0f} bits"),
+        ("tokens of an image", f"{tokens['count']} of {counted(tokens['codebook_size'], 'code')}, {tokens['bits_per_image']:.0f} bits"),
         ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
                                        f"{images_of(tokenizer)})"),
         ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
@@ -124,7 +115,7 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 def images_of(numbers: dict[str, Any]) -> str:
     """On how many images a validation was measured, in words that follow its step; nothing for one of version 0.1.0, which did not record it."""
-    return f", {numbers['images']:,} images" if "images" in numbers else ""
+    return f", {counted(numbers['images'], 'image')}" if "images" in numbers else ""
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:

@@ -41,9 +41,10 @@ from vqmosaic.budget import duration
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.recipe_sections import DataConfig, SamplingConfig
-from vqmosaic.run_folder import RunFolder
+from vqmosaic.run_folder import RunFolder, locked
 from vqmosaic.seeding import derive_seed, image_seeds
 from vqmosaic.tracking import progress_bar
+from vqmosaic.wording import counted, is_or_are
 
 ENOUGH_IMAGES = 10_000
 """Below this the Frechet distance is plainly too large, by an amount that depends on the number of images."""
@@ -105,7 +106,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
         ValueError: the feature extractor gives no features, or the record is that of another setup.
         Interrupted: a signal stopped it; what is measured is in the record.
     """
-    device = usable_device(request.device)
+    device = usable_device(request.device, "--device")
     transform = ImageTransform.from_dict(read_config(request.folder / "tokenizer")["transform"])
     extractor = load_feature_extractor(request.features, transform.image_size, device, build)
     pipe = ImageGenerationPipeline.from_pretrained(request.folder, device, getattr(torch, request.dtype))
@@ -120,19 +121,25 @@ def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
                         # older records used the first images; they are refused if that makes a difference
                         **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
-    record = SweepRecord.open(request.record, setup)
-    missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]
-    print(f"features: {extractor.num_features} of {request.features.path.name} ({request.features.kind}), on {device}\n"
-          f"real: {len(real):,} images, {how}\n"
-          f"generated: {request.images:,} images for each of {len(request.combinations)} combinations, {proportions}\n"
-          f"record: {request.record}, {len(request.combinations) - len(missing)} of them measured already")
-    warn_of_bias(request.images, len(real))
-    if request.dry_run:
-        print("--dry_run: nothing was measured or written")
-        return 0
-    if missing:
-        measure(request, pipe, Distances(extractor), real, counts, record, missing)
-    conclude(request, record)
+    lock = request.record.with_name(f".lock-{request.record.name}")
+    with nullcontext() if request.dry_run else locked(request.record, "--out", lock):  # two sweeps would overwrite each other's results
+        record = SweepRecord.open(request.record, setup)
+        missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]
+        total = len(request.combinations)
+        combinations = counted(total, "combination")
+        print(f"features: {extractor.num_features} of {request.features.path.name} ({request.features.kind}), on {device}\n"
+              f"real: {counted(len(real), 'image')}, {how}\n"
+              f"generated: {counted(request.images, 'image')} for {'each of ' if total > 1 else ''}{combinations}, {proportions}\n"
+              f"record: {request.record}, {total - len(missing)} of them measured already")
+        warn_of_bias(request.images, len(real))
+        if request.dry_run:
+            print("--dry_run: nothing was measured or written")
+            return 0
+        if missing:
+            measure(request, pipe, Distances(extractor), real, counts, record, missing)
+        else:
+            print(f"nothing to do: {combinations} {is_or_are(total)} in the record already, so nothing was measured")
+        conclude(request, record)
     return 0
 
 
@@ -181,14 +188,16 @@ def stoppable(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> It
         if stop.signal:
             break
     if stop.signal:
-        raise Interrupted(stop.signal, f"{len(record.content['results'])} combinations are in {record.path}")
+        done = len(record.content["results"])
+        raise Interrupted(stop.signal, f"{counted(done, 'combination')} {is_or_are(done)} in {record.path}")
 
 
 def conclude(request: SweepRequest, record: SweepRecord) -> None:
     """Print the ranking, and make the best settings those that the pipeline recommends."""
     ranked = record.ranked()
     others = len(ranked) - len(request.combinations)
-    print(f"\nranked ({request.record}{f', with {others} combinations of earlier calls' if others else ''}):\n{ranking_table(ranked)}")
+    earlier = f", with {counted(others, 'combination')} of earlier calls" if others else ""
+    print(f"\nranked ({request.record}{earlier}):\n{ranking_table(ranked)}")
     by_kernel = min(ranked, key=lambda result: result["kernel_distance"])
     if by_kernel is not ranked[0]:
         print(f"the kernel distance puts another first: {settings_in_words(by_kernel['settings'], varied(ranked))}")
@@ -247,9 +256,10 @@ def class_counts(class_names: list[str] | None, labelled: ImageSource | None, im
         return None, "without classes"
     found = Counter(labelled.label(index) for index in range(len(labelled))) if labelled is not None else Counter()
     weights = [found[index] for index in range(len(class_names))]
-    clause = f"{len(class_names)} classes in the proportions of the {sum(weights):,} labelled real images"
+    classes = counted(len(class_names), "class")
+    clause = f"{classes} in the proportions of the {counted(sum(weights), 'labelled real image')}"
     if not sum(weights):
-        weights, clause = [1] * len(class_names), f"{len(class_names)} classes in equal parts, since the real images have no labels of these classes"
+        weights, clause = [1] * len(class_names), f"{classes} in equal parts, since the real images have no labels of these classes"
     counts = [weight * images // sum(weights) for weight in weights]
     rank = (lambda index: derive_seed("images of class", index)) if images < len(weights) else (lambda index: index)
     by_remainder = sorted(range(len(weights)), key=lambda index: (-(weights[index] * images % sum(weights)), rank(index)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.bundle import check_sampling_fits, find_pipeline, read_bundle, recommended_sampling
+from pipelines.bundle import check_sampling_fits, find_pipeline, naming_options, read_bundle, recommended_sampling
 from pipelines.feature_file import FeatureFile, resolve_feature_file
 from pipelines.stage_checks import check_can_write
 from pipelines.stage_inputs import read_vocabulary
@@ -106,9 +106,10 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power means nothing under this pipeline's sampling.guidance_schedule, {base.guidance_schedule!r}: every value "
                          "would give the same images. Only power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")
-    combinations = combine(base, given or (GUIDED_GRID if can_be_guided else PLAIN_GRID))
-    for sampling in combinations:
-        check_sampling_fits(sampling, vocabulary, folder / "prior")
+    with naming_options(sweepable_fields()):
+        combinations = combine(base, given or (GUIDED_GRID if can_be_guided else PLAIN_GRID))
+        for sampling in combinations:
+            check_sampling_fits(sampling, vocabulary, folder / "prior")
     record = options.out or surroundings(folder) / RECORD_NAME
     if record.is_dir():
         raise InputError(f"--out is {str(record)!r}, which is a folder; give the path of a JSON file.")

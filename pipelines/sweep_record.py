@@ -8,7 +8,8 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class SweepRecord:
         if content is None:
             return cls(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "setup": setup, "reference": None, "results": []})
         if content["setup"] != setup:
-            differences = "; ".join(f"{name} was {there!r}, now {here!r}" for name, there, here in differing(content["setup"], setup))
-            raise InputError(f"{path} was made with another setup, so its numbers cannot be compared with new ones: {differences}. "
+            raise InputError(f"{path} was made with another setup, so its numbers cannot be compared with new ones: "
+                             f"{differences_in_words(list(differing(content['setup'], setup)))}. "
                              "Give another --out, or delete the file to start anew.")
         return cls(path, content)
 
@@ -86,6 +87,30 @@ def differing(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any,
             yield from differing(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield name, there, here
+
+
+def is_about_the_pipeline(name: str) -> bool:
+    """Whether a dotted name of a record is that of a fingerprint of the pipeline (see part_fingerprints)."""
+    return name.partition(".")[0] == "pipeline"
+
+
+def other_pipeline(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """A clause that says which parts of a recorded pipeline are other ones now. Its fingerprints would tell a reader nothing."""
+    names = {name for name, _, _ in differences}
+    parts = [part for part, fingerprints in (("tokenizer", {"pipeline.tokens", "pipeline.tokenizer"}), ("prior", {"pipeline.prior"}))
+             if names & fingerprints]
+    return "the pipeline is another one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
+
+
+def differences_in_words(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """What differs between a recorded setup and another one. Fingerprints and digests are named without their values."""
+    words = [other_pipeline(differences)] if any(is_about_the_pipeline(name) for name, _, _ in differences) else []
+    for name, there, here in differences:
+        if is_about_the_pipeline(name):
+            continue
+        is_digest = any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) for value in (there, here))
+        words.append(f"{name} is another digest" if is_digest else f"{name} was {there!r}, now {here!r}")
+    return "; ".join(words)
 
 
 def settings_in_words(settings: dict[str, Any], names: list[str]) -> str:

@@ -14,7 +14,16 @@ from PIL import Image
 
 from pipelines.bundle import usable_device
 from pipelines.generate import ImageGenerationPipeline, images_together
-from pipelines.sample_folder import GRID_NAME, SampleFolder, files_in, make_folder, names_of_copies, refuse_files_in_the_way
+from pipelines.png_files import is_whole_png, png_header
+from pipelines.sample_folder import (
+    GRID_NAME,
+    SampleFolder,
+    files_in,
+    make_folder,
+    names_of_copies,
+    refuse_files_in_the_way,
+    report_damaged,
+)
 from stage1_tokenizer.image_grid import image_grid, save_picture, to_picture, viewing_scale
 from stage1_tokenizer.images import ImageTransform, UnreadableImage, read_image, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
@@ -22,7 +31,9 @@ from stage2_prior.sampling import SamplingStopped
 from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.run_folder import locked
 from vqmosaic.tracking import progress_bar
+from vqmosaic.wording import counted, is_or_are
 
 GRID_COLUMNS = 8
 """Images in a row of the grid, unless each row is a class."""
@@ -34,13 +45,22 @@ RECONSTRUCTIONS_RECORD = "reconstructions.json"
 
 
 def write_generated(samples: SampleFolder, device: str | None) -> int:
-    """Exit code 0 after writing the missing images of a request to its folder, named by class and number.
+    """Exit code 0 after writing the missing and the damaged images of a request to its folder, named by class and number.
 
     Raises:
-        ValueError: the folder holds images of another request.
+        ValueError: the folder holds images of another request, or another process is writing to it.
         Interrupted: a signal stopped it. Written images are kept, and the same request continues from there.
     """
-    there, total = samples.found(), len(samples.names)
+    with locked(samples.out, "--out"):
+        return write_missing(samples, device)
+
+
+def write_missing(samples: SampleFolder, device: str | None) -> int:
+    """`write_generated`, while this process holds the folder."""
+    if samples.is_finished():  # by the process that held the folder before
+        return 0
+    there, total = samples.whole(), len(samples.names)
+    report_damaged(samples.out, samples.found() - there)
     kept = len(there - {GRID_NAME})
     pipe, written, compared = None, 0, None
     if kept < total:  # before the record: a pipeline that cannot be loaded leaves nothing behind
@@ -48,7 +68,7 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
         pipe.sampling = samples.sampling
     samples.begin()
     if kept:
-        print(f"continuing: {kept} of {total} images are already in {samples.out}", flush=True)
+        print(f"continuing: {kept:,} of {counted(total, 'image')} {is_or_are(kept)} already in {samples.out}", flush=True)
     with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
         def show(done: int, tokens: int) -> bool:
             bar.total = tokens
@@ -71,13 +91,13 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
             except SamplingStopped:
                 pass
         if stop.signal:
-            raise Interrupted(stop.signal, f"{kept + written} of {total} images are written to {samples.out}")
+            raise Interrupted(stop.signal, f"{kept + written:,} of {counted(total, 'image')} {is_or_are(kept + written)} written to {samples.out}")
     has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # a row for each class
     rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
     shown = sum(map(len, rows))
     save_grid([[samples.out / samples.names[place] for place in row] for row in rows], samples.out / GRID_NAME)
-    print(f"wrote {written} images and {GRID_NAME}{f' ({shown} of the images)' if shown < total else ''} to {samples.out}"
-          + (f", which now holds all {total}" if kept else ""))
+    print(f"wrote {counted(written, 'image')} and {GRID_NAME}{f' ({shown} of the images)' if shown < total else ''} to {samples.out}"
+          + (f", which now holds all {total:,}" if kept else ""))
     if samples.dtype != "float32" and compared is not None:
         first = min(len(compared.images), COMPARED_IMAGES)
         try:
@@ -91,10 +111,12 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
 def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
     """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png.
 
-    Existing files of these names are kept if the record says that this tokenizer made them from these images. Otherwise they are replaced.
+    Existing files of these names are kept if they are whole and the record says that this tokenizer made them from these images. Otherwise they
+    are replaced.
 
     Raises:
-        ValueError: an image cannot be read or would be replaced by its reconstruction, or there are files of these names but no record.
+        ValueError: an image cannot be read or would be replaced by its reconstruction, there are files of these names but no record, or another
+            process is writing to the folder.
         Interrupted: a signal stopped it. Written images are kept, and the same call continues from there.
     """
     names = names_of_copies(paths)
@@ -104,18 +126,28 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
             raise InputError(f"--out {out} would replace the image {out / name} itself; give another folder.")
     make_folder(out)
     tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder, usable_device(device), dtype)
+    with locked(out, "--out"):
+        return write_missing_reconstructions(tokenizer, paths, names, out, dtype)
+
+
+def write_missing_reconstructions(tokenizer: ImageTokenizer, paths: list[Path], names: list[str], out: Path, dtype: str) -> int:
+    """`write_reconstructions`, while this process holds the folder."""
     forget_other_reconstructions(out, names, {"tokenizer": tokenizer.full_fingerprint, "dtype": dtype, "images": len(paths),
                                               "sources": digest_of_files(paths)})
     together = images_together(tokenizer.transform.image_size)
-    missing = [index for index, name in enumerate(names) if not (out / name).exists()]
-    if not missing and (out / GRID_NAME).exists():
-        print(f"nothing to do: {out} already holds all {len(names)} reconstructions of this request")
+    header = png_header(tokenizer.transform.image_size, tokenizer.transform.channels)
+    damaged = {name for name in files_in(out) & {*names, GRID_NAME} if not is_whole_png(out / name, None if name == GRID_NAME else header)}
+    report_damaged(out, damaged)
+    missing = [index for index, name in enumerate(names) if name in damaged or not (out / name).exists()]
+    if not missing and GRID_NAME not in damaged and (out / GRID_NAME).exists():
+        print(f"nothing to do: {out} already holds {'the' if len(names) == 1 else 'all'} {counted(len(names), 'reconstruction')} of this request")
         return 0
     kept = len(names) - len(missing)
     with StopFlag() as stop, progress_bar(len(missing), 0, "reconstructing", "image") as bar:
         for start in range(0, len(missing), together):
             if stop.signal:
-                raise Interrupted(stop.signal, f"{kept + start} of {len(names)} reconstructions are written to {out}")
+                raise Interrupted(stop.signal, f"{kept + start:,} of {counted(len(names), 'reconstruction')} {is_or_are(kept + start)} written "
+                                               f"to {out}")
             batch = missing[start:start + together]
             images_BCHW = torch.stack([read(paths[index], tokenizer.transform) for index in batch])
             restored = to_uint8(tokenizer.reconstruct(images_BCHW.to(tokenizer.device)))
@@ -126,8 +158,8 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     pairs = [row for places in rows for row in ([to_uint8(read(paths[place], tokenizer.transform)[None])[0] for place in places],
                                                 [out / names[place] for place in places])]
     save_grid(pairs, out / GRID_NAME)
-    print(f"wrote {len(missing)} reconstructions and {GRID_NAME} (originals over reconstructions) to {out}"
-          + (f", which now holds all {len(names)}" if kept else ""))
+    print(f"wrote {counted(len(missing), 'reconstruction')} and {GRID_NAME} (originals over reconstructions) to {out}"
+          + (f", which now holds all {len(names):,}" if kept else ""))
     return 0
 
 

@@ -11,6 +11,7 @@ from stage1_tokenizer.images import UnreadableImage
 from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import printable
 from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.wording import counted, is_or_are
 
 _LISTED = 50
 _CLASSES_LISTED = 20
@@ -34,7 +35,7 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
         report(f"unreadable: {printable(name)}: {reason}")
     if len(unreadable) > _LISTED:
         report(f"unreadable: and {len(unreadable) - _LISTED} more")
-    report(f"{total - len(unreadable)} of {total} images are readable")
+    report(f"{total - len(unreadable)} of {counted(total, 'image')} {is_or_are(total - len(unreadable))} readable")
     _report_duplicates(names_of, report)
     return unreadable
 
@@ -47,8 +48,10 @@ def _report_duplicates(names_of: dict[bytes, list[tuple[str, str]]], report: Cal
         return
     across = [group for group in groups if len({split for split, _ in group}) > 1]
     leaked = sum(split == "validation" for group in across for split, _ in group)
-    report(f"duplicates: {sum(len(group) - 1 for group in groups)} images have exactly the pixels of another one; {leaked} of the images to "
-           "validate on are among those to train on" + (", so what is measured on them says nothing about new images" if leaked else ""))
+    count = sum(len(group) - 1 for group in groups)
+    report(f"duplicates: {counted(count, 'image')} {'has' if count == 1 else 'have'} exactly the pixels of another one; {leaked} of the images to "
+           f"validate on {is_or_are(leaked)} among those to train on"
+           + (", so what is measured on them says nothing about new images" if leaked else ""))
     for group in sorted(groups, key=lambda group: len({split for split, _ in group}), reverse=True)[:_DUPLICATES_LISTED]:
         more = f" and {len(group) - 3} more" if len(group) > 3 else ""
         # the last one too: where a group lies in both splits, the images to validate on come last
@@ -80,13 +83,13 @@ def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
     for index in sorted(digests):
         names_of.setdefault(digests[index], []).append((name, source.source_name(index)))
     sizes = [size for size in results if isinstance(size, tuple)]
-    report(f"{split}: {len(source)} images, {_size_range(sizes)}")
+    report(f"{split}: {counted(len(source), 'image')}, {_size_range(sizes)}")
     if source.class_names:
         counts = Counter(source.label(index) for index in range(len(source)))
         listed = [f"{printable(name)} {counts[index]}" for index, name in enumerate(source.class_names[:_CLASSES_LISTED])]
         more = f" and {len(source.class_names) - _CLASSES_LISTED} more" if len(source.class_names) > _CLASSES_LISTED else ""
         unlabelled = f"; without a class: {counts[None]}" if counts[None] else ""
-        report(f"{split}: {len(source.class_names)} classes: {', '.join(listed)}{more}{unlabelled}")
+        report(f"{split}: {counted(len(source.class_names), 'class')}: {', '.join(listed)}{more}{unlabelled}")
     else:
         report(f"{split}: no classes")
     return [(source.source_name(index), reason) for index, reason in enumerate(results) if isinstance(reason, str)]

@@ -23,6 +23,7 @@ from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, nearest_name, printable
 from vqmosaic.permissions import permission_denied
 from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.wording import counted, is_or_are
 
 _Classes = list[str | int | bool | None]
 
@@ -99,7 +100,7 @@ def open_folder(data: DataConfig) -> ImageSplits:
     else:
         validation_names = _inside(names, validation_split)
         validation_classes = _classes(validation_names, validation_split, data, metadata) if train_classes else None
-        how = f"validation: the {len(validation_names)} images of the sub-folder {validation_split!r}"
+        how = f"validation: the {counted(len(validation_names), 'image')} of the sub-folder {validation_split!r}"
         splits = (train_split or "train", validation_split)
     class_names = [class_name(value) for value in class_values] if class_values else None
     unknown = sorted_classes(set(validation_classes or ()) - set(class_values or ()))
@@ -184,8 +185,8 @@ def _left_out(files: list[str]) -> list[str]:
     others = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES]
     if not others:
         return []
-    return [f"{len(others)} files are left out, since they do not have the name of an image that can be read: {suffix_counts(others)}; "
-            f"such as {printable(others[0])}"]
+    return [f"{counted(len(others), 'file')} {is_or_are(len(others))} left out, without the name of an image that can be read: "
+            f"{suffix_counts(others)}; such as {printable(others[0])}"]
 
 
 def _unused(names: list[str], train_split: str | None, validation_split: str | None) -> list[str]:
@@ -194,7 +195,8 @@ def _unused(names: list[str], train_split: str | None, validation_split: str | N
     unused = [name for name in names if train_split is not None and not name.startswith(splits)]
     if not unused:
         return []
-    return [f"{len(unused)} images outside of {' and '.join(split[:-1] for split in splits)} are not used, such as {printable(unused[0])}"]
+    return [f"{counted(len(unused), 'image')} outside of {' and '.join(split[:-1] for split in splits)} {is_or_are(len(unused))} not used, "
+            f"such as {printable(unused[0])}"]
 
 
 def _doubts(names: list[str], split: str | None, class_values: list | None, data: DataConfig) -> list[str]:

@@ -30,6 +30,7 @@ from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.permissions import check_readable
 from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.wording import counted
 
 _CONNECT_SECONDS = 5
 _FINGERPRINT_ROWS = 256
@@ -178,7 +179,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     return ImageSplits(
         HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
         HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
-        f"validation: the {len(validation)} images of the split {validation_split!r}", notes)
+        f"validation: the {counted(len(validation), 'image')} of the split {validation_split!r}", notes)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:

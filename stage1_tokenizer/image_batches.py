@@ -170,8 +170,8 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
             try:
                 batch = next(running[0])
             except RuntimeError as error:
-                raise InputError(f"the {workers} processes that decode images (data.workers) gave no batch: {error}. If the images are on a network "
-                                 "file system, check it; if memory is short, lower data.workers. The same command continues from the last "
+                raise InputError(f"the processes that decode images (data.workers = {workers}) gave no batch: {error}. If the images are on a "
+                                 "network file system, check it; if memory is short, lower data.workers. The same command continues from the last "
                                  "checkpoint.") from error
             yield batch
     finally:

@@ -15,6 +15,7 @@ from vqmosaic.errors import InputError, printable
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
+from vqmosaic.wording import counted
 
 
 class ImageSource(Protocol):
@@ -116,7 +117,7 @@ def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None
         candidates = [index for members in classes.values() if len(members) > 1 for index in members] or list(range(len(names)))
         held_out[min(candidates, key=hashes.__getitem__)] = True
     kind = "path" if isinstance(names[0], str) else "row number"
-    how = (f"validation: {int(held_out.sum())} of {len(names)} images, cut from the training split by a hash of {kind} "
+    how = (f"validation: {int(held_out.sum())} of {counted(len(names), 'image')}, cut from the training split by a hash of {kind} "
            f"(data.validation_fraction = {data.validation_fraction:g})")
     return np.flatnonzero(~held_out), np.flatnonzero(held_out), how
 

@@ -39,19 +39,18 @@ from stage1_tokenizer.training_start import (
 )
 from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
-from vqmosaic.budget import epochs
 from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.errors import printable
-from vqmosaic.fields_from_data import Facts, describe_choices
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
-from vqmosaic.stage_records import SECTIONS_READ, judge, load_record, write_record
+from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.tracking import read_metrics
 from vqmosaic.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 
 def train(recipe: Recipe) -> None:
@@ -133,10 +132,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         "loss": describe_loss(training),
         **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {calendar(adversarial, training)}"}
            if discriminator is not None else {}),
-        "epochs": epochs(training, len(splits.train)),
-        **describe_choices(recipe, Facts(lambda: len(splits.train), lambda: accelerator.device.type != "cpu"), SECTIONS_READ["tokenizer"]),
-    }, seconds_per_step)
-
+    }, seconds_per_step, len(splits.train))
+    if warning := run.validations.warn_of_few_images(len(validation_images), len(splits.validation), len(classes or [])):
+        report(warning)
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
@@ -219,7 +217,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         if run.has_warned_of_codebook and (alarm := codebook_alarm(run)):  # it was said once, perhaps long ago
             report(alarm)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
-        report(f"exported {run.folder.export('tokenizer')} after {run.state.step:,} steps: the {training.export} weights "
+        report(f"exported {run.folder.export('tokenizer')} after {counted(run.state.step, 'step')}: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
     run.finish()
 

@@ -15,6 +15,7 @@ from vqmosaic.recipe import Recipe
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.tracking import lines_in_training
 from vqmosaic.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 KMEANS_VECTORS_PER_CODE = 16
 KMEANS_MAX_BATCHES = 256
@@ -73,7 +74,7 @@ def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[s
         return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}): no tokens can be made of them"}
     depth = f" x {config.depth}" if config.depth > 1 else ""
     return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
-            "codebook use is measured on": f"{validation_images:,} images, {validation_images * side**2 * config.depth:,} tokens"}
+            "codebook use is measured on": f"{counted(validation_images, 'image')}, {counted(validation_images * side**2 * config.depth, 'token')}"}
 
 
 def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:

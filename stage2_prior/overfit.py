@@ -25,6 +25,7 @@ from vqmosaic.interruption import EXIT_CODES, StopFlag
 from vqmosaic.recipe import Recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 THRESHOLD = 0.1
 """Nats per token above what cannot be known, below which the images count as learnt by heart."""
@@ -70,11 +71,11 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
     unknowable = entropy_of_choice(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
     goal = unknowable + THRESHOLD
     run.report.table("learning by heart", {
-        "images": f"{images} of {len(reader):,}, {vocabulary.num_tokens} tokens each",
+        "images": f"{images} of {len(reader):,}, {counted(vocabulary.num_tokens, 'token')} each",
         "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
         "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} is which of the images of a class it is, which cannot be known",
-        "budget": f"{training.max_steps:,} steps or {training.max_minutes:g} minutes"})
+        "budget": f"{counted(training.max_steps, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
     ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
     report_at, nll = 0, math.inf
     while True:
@@ -93,13 +94,13 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
             run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
             report_at = max(5, 2 * run.state.step)
         if nll <= goal:
-            run.report(f"learnt by heart after {run.state.step:,} steps: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
+            run.report(f"learnt by heart after {counted(run.state.step, 'step')}: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
             return 0
         if progress >= 1:
             break
         run.optimizer_step(loss.detach(), progress)
         run.end_step()
-    run.report(f"NOT learnt by heart after {run.state.step:,} steps: NLL {nll:.4f}, it should be at most {goal:.3f}; knowing nothing is "
+    run.report(f"NOT learnt by heart after {counted(run.state.step, 'step')}: NLL {nll:.4f}, it should be at most {goal:.3f}; knowing nothing is "
                f"{loss_of_ignorance(vocabulary):.3f}. Look at prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
                "and the size and options of prior before training on more.")
     return 1

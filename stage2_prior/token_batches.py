@@ -10,6 +10,7 @@ from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.reader import TokenBatch, TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.seeding import derive_seed, hashes
+from vqmosaic.wording import counted
 
 VALIDATION_RULE = 1
 """Number of the rule in `validation_samples`. Version 0.1.0 had another one: the first images."""
@@ -145,7 +146,7 @@ def describe_validation(reader: TokenShardReader, limit: int) -> str:
     if names is None:
         return words
     labels = reader.labels_N[samples]
-    return f"{words}, {len(np.unique(labels[labels >= 0])):,} of {len(names):,} classes"
+    return f"{words}, {len(np.unique(labels[labels >= 0])):,} of {counted(len(names), 'class')}"
 
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,

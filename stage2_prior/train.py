@@ -38,18 +38,17 @@ from stage2_prior.training_start import (
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
-from vqmosaic.budget import epochs
 from vqmosaic.devices import held_by_main_process
-from vqmosaic.fields_from_data import Facts, describe_choices
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.seeding import reseed_step
 from vqmosaic.sharding import is_sharded
-from vqmosaic.stage_records import SECTIONS_READ, judge, write_record
+from vqmosaic.stage_records import judge, write_record
 from vqmosaic.tracking import lines_in_training
 from vqmosaic.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
@@ -101,16 +100,16 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     run.print_plan({
-        "tokens": f"{len(reader):,} images x {len(manifest.views)} views x {vocabulary.num_tokens} tokens; "
+        "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
                   f"{describe_validation(held_out, validated)}",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
-        "model": f"{recipe.prior.architecture}, {recipe.prior.sizes.layers} layers, {recipe.prior.sizes.width} wide, "
+        "model": f"{recipe.prior.architecture}, {counted(recipe.prior.sizes.layers, 'layer')}, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **start,
-        "epochs": epochs(training, len(reader)),
-        **describe_choices(recipe, Facts(lambda: len(reader), lambda: accelerator.device.type != "cpu"), SECTIONS_READ["prior"]),
-    }, seconds_per_step)
+    }, seconds_per_step, len(reader))
+    if warning := run.validations.warn_of_few_images(validated, len(held_out), len(manifest.class_names or [])):
+        report(warning)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
         run.report(warning)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start

@@ -17,6 +17,7 @@ from vqmosaic.devices import check_compiler
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import PriorTrainingConfig
 from vqmosaic.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 
 def transformer_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -67,7 +68,7 @@ def prepare_prior(prior: TokenPrior, training: PriorTrainingConfig, run: Trainin
 def describe_embeddings(config: PreTrainedConfig) -> str:
     """How a GridTransformer is divided between embeddings and feed-forward blocks, in words; nothing for other models."""
     blocks = getattr(config, "embedding_blocks", 0)
-    return f", embeddings of all ids in {blocks} blocks, feed-forward {config.intermediate_size} wide" if blocks else ""
+    return f", embeddings of all ids in {counted(blocks, 'block')}, feed-forward {config.intermediate_size} wide" if blocks else ""
 
 
 def trains_by_own_passes(model: PreTrainedModel, device: torch.device, precision: str) -> bool:

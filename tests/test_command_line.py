@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.chain import example_classes
 from pipelines.command_line import dispatch
+from pipelines.doctor import processor_name
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
+from vqmosaic.device_choice import default_device
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import SamplingConfig
 
@@ -100,6 +103,9 @@ def test_a_command_without_its_recipe():
 WRONG = {
     "command": (["generat"], ["'generat'", "reconstruct", "Did you mean 'generate'?"]),
     "recipe name": (["run", "digts"], ["'digts'", "cifar10", "Did you mean 'digits'?"]),
+    "run folder missing": (["train-prior", "{nowhere}/runs/b"], ["neither a recipe nor a run folder", "Shipped recipes: cifar10", "YAML file"]),
+    "run folder misspelt": (["train-prior", "{run}s"], ["neither a recipe nor a run folder", "Run folders: {run}", "Did you mean '{run}'?"]),
+    "no run folder": (["train-prior", "{nowhere}"], ["is a folder without recipe.yaml", "Shipped recipes: cifar10"]),
     "recipe missing": (["run", "--seed", "3"], ["the first argument of run is the recipe", "'--seed'"]),
     "key": (["run", "digits", "--tokenizer.codebok_size", "3"], ["tokenizer.codebok_size", "Did you mean tokenizer.codebook_size?"]),
     "key of a stage": (["train-prior", "digits", "--prior.layer=3"], ["prior.layer", "Did you mean prior.layers?"]),
@@ -143,7 +149,7 @@ WRONG = {
     "bundle onto a folder": (["bundle", "--tokenizer", "{run}/tokenizer", "--prior", "{run}/prior", "--out", "{nowhere}"], ["would be lost"]),
     "bundle onto a file": (["bundle", "--tokenizer", "{run}/tokenizer", "--prior", "{run}/prior", "--out", "{nowhere}/file.txt"], ["is a file"]),
     "bundle settings": (["bundle", "--tokenizer", "{run}/tokenizer", "--prior", "{run}/prior", "--out", "{nowhere}/p", "--top_k", "33"],
-                        ["sampling.top_k is 33", "32"]),
+                        ["--top_k is 33", "32"]),
     "bundle without all parts": (["bundle", "--tokenizer", "{run}/tokenizer"], ["--prior", "--out"]),
     "pipeline missing": (["generate", "/nowhere/at/all"], ["/nowhere/at/all does not exist", "pipeline.json", "vqmosaic bundle"]),
     "pipeline not finished": (["generate", "{nowhere}"], ["has no finished pipeline"]),
@@ -153,12 +159,12 @@ WRONG = {
     "no class": (["generate", "{run}", "--classes", "3,"], ["no class ''"]),
     "num": (["generate", "{run}", "--num", "0"], ["--num is 0", "at least 1"]),
     "num that is no number": (["generate", "{run}", "--num", "four"], ["--num", "'four'"]),
-    "temperature": (["generate", "{run}", "--temperature", "-1"], ["sampling.temperature is -1", "at least 0"]),
-    "infinite guidance": (["generate", "{run}", "--guidance_scale", "inf"], ["sampling.guidance_scale is inf"]),
-    "top_k": (["generate", "{run}", "--top_k", "33"], ["sampling.top_k is 33", "32"]),
-    "top_p": (["generate", "{run}", "--top_p", "0"], ["sampling.top_p is 0", "above 0"]),
+    "temperature": (["generate", "{run}", "--temperature", "-1"], ["--temperature is -1", "at least 0"]),
+    "infinite guidance": (["generate", "{run}", "--guidance_scale", "inf"], ["--guidance_scale is inf"]),
+    "top_k": (["generate", "{run}", "--top_k", "33"], ["--top_k is 33", "32"]),
+    "top_p": (["generate", "{run}", "--top_p", "0"], ["--top_p is 0", "above 0"]),
     "out": (["generate", "{run}", "--out", "{nowhere}/file.txt"], ["--out is", "which is a file"]),
-    "device": (["generate", "{run}", "--device", "gpu"], ["device is 'gpu'", "cpu"]),
+    "device": (["generate", "{run}", "--device", "gpu"], ["--device is 'gpu'", "cpu"]),
     "dtype": (["generate", "{run}", "--dtype", "half"], ["--dtype", "'half'", "bfloat16"]),
     "option": (["generate", "{run}", "--clases", "3"], ["--clases", "Did you mean --classes?"]),
     "image missing": (["reconstruct", "{run}", "{nowhere}/fil.txt"], ["fil.txt' does not exist", "Did you mean", "file.txt"]),
@@ -179,7 +185,7 @@ WRONG = {
 def test_a_wrong_thing_is_answered_in_words(name, nowhere, tiny_run):
     arguments, expected = WRONG[name]
     words = refused(*(argument.format(nowhere=nowhere, run=tiny_run) if isinstance(argument, str) else argument for argument in arguments))
-    assert all(part in words for part in expected), words
+    assert all(part.replace("{run}", str(tiny_run)) in words for part in expected), words
     assert not (nowhere / "r").exists() and not (nowhere / "p").exists(), "nothing is left behind by a call that is refused"
 
 
@@ -286,7 +292,7 @@ def test_reconstruct_writes_each_image_under_its_name(tiny_run, tmp_path, capsys
 def test_audit_compares_with_the_data_of_the_run(tiny_run, capsys):
     assert dispatch(["audit", str(tiny_run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"compared with the data set of {tiny_run}", "train: 1,418 samples in 4 shards, 0 skipped: whole",
-                                                    "validation: 379 samples in 1 shards, 0 skipped: whole"]
+                                                    "validation: 379 samples in 1 shard, 0 skipped: whole"]
 
 
 def test_audit_tells_every_problem_and_exits_with_1(tiny_copy, capsys):
@@ -296,7 +302,7 @@ def test_audit_tells_every_problem_and_exits_with_1(tiny_copy, capsys):
     shard.write_bytes(content)
     assert dispatch(["audit", str(tiny_copy / "tokens")]) == 1
     said = capsys.readouterr().out
-    assert "shard-000001.tar" in said and "problems" in said and "validation: 379 samples in 1 shards, 0 skipped: whole" in said
+    assert "shard-000001.tar" in said and "problem" in said and "validation: 379 samples in 1 shard, 0 skipped: whole" in said
 
 
 def test_audit_holds_against_another_data_set_and_a_single_split(tiny_run, capsys):
@@ -323,6 +329,24 @@ def test_doctor_tells_versions_device_and_recipes(capsys):
     for word in ("torch", "transformers", "gradio", "threads 1 of",
                  "mixed_precision auto is", "recipes: cifar10, cifar10_vqgan, digits", __version__):
         assert word in said
+    if default_device().type == "cpu":
+        cores = os.cpu_count()
+        assert f"    cpu: {processor_name()}, {cores} core{'' if cores == 1 else 's'}\n" in said
+
+
+def test_the_suggested_classes_are_those_of_the_readme():
+    digits = [str(digit) for digit in range(10)]
+    assert f"--classes {example_classes(digits)} --num 8 --seed 7" in (ROOT / "README.md").read_text()
+    assert [example_classes(names) for names in ([], ["cat"], ["cat", "dog"], ["a", "b", "c"])] == ["", "cat", "cat,dog", "a,c"]
+
+
+def test_without_out_the_folder_is_named(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (16, 16)).save("one.png")
+    assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0
+    assert capsys.readouterr().out.startswith(f"no --out: the images go to {tmp_path / 'samples'}\n")
+    assert dispatch(["reconstruct", str(tiny_run), "one.png"]) == 0
+    assert capsys.readouterr().out.startswith(f"no --out: the images go to {tmp_path / 'reconstructions'}\n")
 
 
 def test_doctor_helps_where_something_is_missing(monkeypatch, capsys):

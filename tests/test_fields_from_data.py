@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.count_images import count_images
 from vqmosaic.errors import InputError
-from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, Facts, describe_choices
+from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, describe_choices
 from vqmosaic.recipe import recipe_fields
 from vqmosaic.recipe_files import load_recipe, save_recipe, shipped_names
 
@@ -68,14 +68,11 @@ def test_every_field_can_be_given(tmp_path):
 
 def chosen_fields() -> set[str]:
     """Fields that a rule sets in the recipe image_folder."""
-    described = describe_choices(load(images=500), Facts(lambda: 500, lambda: False), ("data", "tokenizer", "tokenizer_training", "tokens", "prior",
-                                                                                       "prior_training"))
-    return set(described)
+    return {name for stage in ("tokenizer", "prior") for name in describe_choices(load(images=500), stage, 500, on_gpu=False)}
 
 
 def test_the_plan_tells_each_choice_with_its_reason_and_what_was_set_by_hand():
-    facts = Facts(lambda: 500, lambda: False)
-    lines = describe_choices(load("--prior.dropout=0.25", images=500), facts, ("prior", "prior_training"))
+    lines = describe_choices(load("--prior.dropout=0.25", images=500), "prior", 500, on_gpu=False)
     assert lines["prior_training.token_noise"] == "0.2: 500 training images"
     assert lines["prior.dropout"] == "0.25, as set (by rule: 0.3)"
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "those stand in the plan of the tokenizer"

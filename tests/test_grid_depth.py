@@ -272,7 +272,7 @@ def test_a_tokenizer_without_ids_reconstructs(kl_run):
 def test_the_reconstruct_command_needs_a_tokenizer_only(given, kl_run, tmp_path, capsys):
     Image.fromarray(load_scans()[0][0]).save(tmp_path / "digit.png")
     assert dispatch(["reconstruct", str(kl_run / given), str(tmp_path / "digit.png"), "--out", str(tmp_path / "out")]) == 0
-    assert "wrote 1 reconstructions" in capsys.readouterr().out
+    assert "wrote 1 reconstruction " in capsys.readouterr().out
     tokenizer = ImageTokenizer.from_pretrained(kl_run / "tokenizer")
     expected_HWC = to_uint8(tokenizer.reconstruct(scans_as_images(tokenizer.transform, 1)))[0]
     with Image.open(tmp_path / "out/digit.png") as image:

@@ -213,7 +213,7 @@ GOOD = IDS_NVT[0].tolist()
     ({"class_id": 1, "tokens": [GOOD[0], [*GOOD[1][:-1], CODES]]}, rf"line 18: ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
     ({"class_id": 1, "tokens": [GOOD[0], [-1, *GOOD[1][1:]]]}, "line 18: ids run from -1"),
     ({"class_id": 1, "tokens": [GOOD[0][:-1], GOOD[1][:-1]]}, "line 18 has 2 views of 15 tokens, the rows before it have 2 of 16"),
-    ({"class_id": 1, "tokens": GOOD[0]}, "line 18 has 1 views of 16"),
+    ({"class_id": 1, "tokens": GOOD[0]}, "line 18 has 1 view of 16"),
     ({"class_id": 1, "tokens": [GOOD[0], GOOD[1][:-1]]}, "line 18: .*unequal lengths"),
     ({"class_id": 1, "tokens": [GOOD[0], [0.5, *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
     ({"class_id": 1, "tokens": [GOOD[0], ["7", *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
@@ -249,7 +249,7 @@ def spoil_files(folder: Path, name: str, array: np.ndarray | None) -> list[objec
 @pytest.mark.parametrize(("name", "array", "words"), [
     ("digits16_codes/17.npy", IDS_NVT[:1] + CODES, r"17\.npy: ids run from"),
     ("digits16_codes/17.npy", IDS_NVT[:2], r"17\.npy has the shape \(2, 2, 16\); expected \(1, views, tokens\)"),
-    ("digits16_codes/17.npy", IDS_NVT[:1, :1], r"17\.npy has 1 views of 16"),
+    ("digits16_codes/17.npy", IDS_NVT[:1, :1], r"17\.npy has 1 view of 16"),
     ("digits16_codes/17.npy", IDS_NVT[:1].astype(np.float32), r"17\.npy: the tokens are not all integers \(float32\)"),
     ("digits16_codes/17.npy", np.array([{}], dtype=object), r"17\.npy cannot be read as a npy file: .*allow_pickle=False"),
     ("digits16_codes/17.npy", None, r"17\.npy is missing; the 59 files"),
@@ -276,7 +276,7 @@ def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array,
     (IDS_NVT.swapaxes(1, 2)[:, :, [0] * 9], LABELS_N,
      r"row 0: the tokens have the shape \(16, 9\).* --height 16 --width 9 for a grid .*; or --height 3 --width 3 for 16 views"),
     (IDS_NVT[:, :, :15], LABELS_N, "15 tokens a view, which is no square; give --height and --width"),
-    (IDS_NVT[:1], LABELS_N[:1], "holds 1 rows; at least 2 are needed"),
+    (IDS_NVT[:1], LABELS_N[:1], "holds 1 row; at least 2 are needed"),
 ])
 def test_a_wrong_array_is_refused_before_anything_is_written(tmp_path, codes, labels, words):
     given = [] if labels is None else ["--labels", write_array(tmp_path / "labels.npy", labels)]

@@ -218,10 +218,10 @@ def test_an_image_whose_read_error_passed_is_named_by_audit_and_stored_by_repair
     said = capsys.readouterr().out
     for name in (*names["train"], *names["validation"]):
         assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), and can be read now" in said
-    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problems" in said, "the image that is really broken is no problem"
+    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problem" in said, "the image that is really broken is no problem"
     assert audit_run(run, repair=True) == 0
     assert content(run) == content(written[0]), "byte for byte as if the error had not been"
-    assert "2 images that were skipped can be read now" in capsys.readouterr().out
+    assert "2 skipped images can be read now" in capsys.readouterr().out
     assert audit_run(run / "tokens/train") == 0
 
 
@@ -317,7 +317,7 @@ def test_changed_pixels_of_equal_size_are_noticed(run, written, tmp_path, capsys
     changed.write_bytes(changed.read_bytes().ljust(len(content), b"\0"))
     capsys.readouterr()
     assert audit_run(run, moved) == 1
-    assert "1 skipped: 1 problems\n    the images are not those that were encoded" in capsys.readouterr().out
+    assert "1 skipped: 1 problem\n    the images are not those that were encoded" in capsys.readouterr().out
     assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
 
 

@@ -61,7 +61,7 @@ def test_two_machines_write_the_tokens_of_one(tiny_run, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(tiny_run / "tokenizer", run_dir / "tokenizer")
     out = on_two_machines(tmp_path, "preprocess", "digits", *tiny_overrides(run_dir))
-    assert " x 2, float32, 1 threads each" in out
+    assert " x 2, float32, 1 thread each" in out
     expected, found = ({str(path.relative_to(folder)): path.read_bytes() for path in sorted((folder / "tokens").rglob("*")) if path.is_file()}
                        for folder in (tiny_run, run_dir))
     assert expected.keys() == found.keys() and len([name for name in expected if name.endswith(".tar")]) == 5

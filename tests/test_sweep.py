@@ -37,6 +37,7 @@ from tests.tiny import CODES, ROOT, command, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import Interrupted
 from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.run_folder import locked
 
 CPU = torch.device("cpu")
 
@@ -334,7 +335,7 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(known_copy, features, tmp_
     before, add = (pipeline / "pipeline.json").read_bytes(), SweepRecord.add
     with monkeypatch.context() as patched:
         patched.setattr(SweepRecord, "add", lambda record, *args, **numbers: (add(record, *args, **numbers), os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(Interrupted, match="stopped by SIGTERM; 1 combinations are in") as stopped:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM; 1 combination is in") as stopped:
             sweep(*common, "--temperature", "0.5,1,2")
     assert stopped.value.exit_code == 143 and (pipeline / "pipeline.json").read_bytes() == before
     record = pipeline.parent / "sweep.json"
@@ -362,7 +363,7 @@ def test_ctrl_c_leaves_a_whole_record(known_copy, features):
             "sweep_record.SweepRecord.add = add_and_stop\nsys.argv[0] = 'vqmosaic'\ncommand_line.main()\n")
     result = run_code(code, "sweep", pipeline, "--real", real, "--features", features, "--images", 20, "--temperature", "1,2")
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
-    assert "1 combinations are in" in result.stderr and "The same command goes on" in result.stderr
+    assert "1 combination is in" in result.stderr and "The same command goes on" in result.stderr
     assert len(results_of(pipeline.parent / "sweep.json")) == 1
 
 
@@ -386,8 +387,22 @@ def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known,
     assert sweep(pipeline, "--real", real, *common) == 0 and len(results_of(record)) == 1
     content["setup"]["real"]["sha256"] = "0" * 64
     record.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"real\.sha256 was"):
+    with pytest.raises(InputError, match=r"real\.sha256 is another digest"):
         sweep(pipeline, "--real", real, *common)
+
+
+def test_a_finished_sweep_says_that_nothing_was_measured(known_copy, features, capsys, monkeypatch):
+    pipeline, real = known_copy
+    common = (pipeline, "--real", real, "--features", features, "--images", 20, "--temperature", "1,2")
+    assert sweep(*common) == 0 and "nothing was measured" not in capsys.readouterr().out
+    monkeypatch.setattr(ImageGenerationPipeline, "batches", None)
+    assert sweep(*common) == 0
+    said = capsys.readouterr().out
+    assert "nothing to do: 2 combinations are in the record already, so nothing was measured" in said and "ranked (" in said
+    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    record = pipeline.parent / "sweep.json"
+    with locked(record, "--out", record.with_name(".lock-sweep.json")), pytest.raises(InputError, match=f"--out {record} is in use by process"):
+        sweep(*common)
 
 
 def test_another_setup_is_refused(known, features, tmp_path):
@@ -401,7 +416,7 @@ def test_another_setup_is_refused(known, features, tmp_path):
     with pytest.raises(InputError, match=r"seed was 0, now 5"):
         sweep(*common, "--images", 20, "--seed", 5)
     other = scripted(nn.Sequential(Pooled()), tmp_path / "pooled.pt")
-    with pytest.raises(InputError, match=r"features\.sha256 was"):
+    with pytest.raises(InputError, match=r"features\.sha256 is another digest"):
         sweep(*common, "--images", 20, "--features", other)
     assert record.read_bytes() == content
     for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "holds no JSON object")):
@@ -492,8 +507,8 @@ def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--temperature", "1,-1"], r"sampling.temperature is -1"),
-    (["--top_k", f"0,{CODES + 1}"], rf"sampling.top_k is {CODES + 1}, but the prior in .* knows {CODES} codes"),
+    (["--temperature", "1,-1"], r"--temperature is -1"),
+    (["--top_k", f"0,{CODES + 1}"], rf"--top_k is {CODES + 1}, but the prior in .* knows {CODES} codes"),
     (["--guidance_power", "1,2"], r"--guidance_power means nothing under.*'constant'.*Only power-cosine"),
     (["--top_p", "high"], r"--top_p is 'high'"),
     (["--images", "1"], r"--images is 1; it must be at least 2"),
@@ -521,7 +536,7 @@ def test_guidance_is_refused_where_the_prior_cannot_be_guided(tiny_run, features
         prior_like(pipe, **changes).save_pretrained(tmp_path / name / "prior")
         make_bundle(tiny_run / "tokenizer", tmp_path / name / "prior", tmp_path / name / "pipeline", SamplingConfig())
         common = (tmp_path / name / "pipeline", "--features", features, "--recipe", tiny_run, "--images", 10)
-        with pytest.raises(InputError, match=f"sampling.guidance_scale is 2.*{words}"):
+        with pytest.raises(InputError, match=f"--guidance_scale is 2.*{words}; set --guidance_scale to 1"):
             sweep(*common, "--guidance_scale", "1,2")
         assert sweep(*common, "--temperature", "1,2") == 0 and read_bundle(tmp_path / name / "pipeline")["sweep"]
         assert sweep(*common, "--dry_run", "--out", tmp_path / name / "other.json") == 0, "without settings temperature is compared"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 import time
 from collections import Counter
@@ -105,6 +106,44 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
     training = tiny_recipe("unused", **{f"prior_training__{name}": value for name, value in changes.items()}).prior_training
     budget = Budget(max_steps, None if seconds is None else seconds / 60)
     return ValidationSchedule(training, TrainerState(), budget, Accelerator(cpu=True), micro_batch=16)
+
+
+@pytest.mark.parametrize(("max_steps", "max_minutes", "steps", "epochs", "warned"), [
+    (200, "null", 200, "2.0", False),
+    (20, "null", 20, "0.2", False),
+    ("null", 2, 40, "about 0.4, from the trial step", True),
+    (10**6, 2, 40, "about 0.4, from the trial step", True),
+    (30, 2, 30, "about 0.3, from the trial step", False),
+    (10**6, 2, 100, "about 1.0, from the trial step", False),
+], ids=str)
+def test_the_plan_says_what_a_budget_has_time_for(max_steps, max_minutes, steps, epochs, warned):
+    changes = {"prior_training__max_steps": max_steps, "prior_training__max_minutes": max_minutes, "prior_training__batch_size": 10}
+    training = tiny_recipe("unused", **changes).prior_training
+    assert budget_module.epochs(training, steps, 1000) == epochs
+    warning = budget_module.warn_of_few_steps(training, steps, seconds_per_step=3.0)
+    assert (warning is not None) == warned
+    assert not warned or ("max_minutes 2 has time for about 40 steps" in warning and "100 steps take about 5 minutes" in warning)
+
+
+@pytest.mark.parametrize(("chosen", "available", "classes", "words"), [
+    (2, 2, 0, "only 2 images to validate on. .* raise data.validation_fraction"),
+    (1, 1, 0, "only 1 image to validate on"),
+    (64, 64, 100, "only 64 images to validate on, fewer than the 100 classes"),
+    (64, 500, 100, "Raise prior_training.validation_images; 500 are available"),
+    (16, 500, 0, "raise prior_training.max_minutes"),
+    (64, 500, 10, None), (32, 32, 2, None),
+])
+def test_a_validation_on_few_images_gets_a_warning(chosen, available, classes, words):
+    warning = schedule(60, validation_images=64).warn_of_few_images(chosen, available, classes)
+    assert re.search(words, warning) if words else warning is None
+
+
+@both_stages
+def test_the_plan_warns_of_few_steps_and_few_validation_images(stage, run_dir, capsys):
+    train(stage, run_dir, max_steps="null", max_minutes=0.005, validation_images=20)
+    said = capsys.readouterr().out
+    assert re.search(rf"warning: {stage}_training.max_minutes 0.005 has time for about \d+ steps?,", said)
+    assert re.search(r"warning: only \d+ images to validate on\.", said) and re.search(r"epochs +about \d\.\d, from the trial step", said)
 
 
 @pytest.mark.parametrize(("one", "every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])

@@ -176,7 +176,7 @@ def test_a_killed_writer_leaves_whole_shards_only(clean, tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in sorted(tmp_path.glob("shard-*"))] == ["shard-000000.json", "shard-000000.tar"]
-    with pytest.raises(InputError, match=r"not complete.*1 shards are finished"):
+    with pytest.raises(InputError, match=r"not complete.*1 shard is finished"):
         TokenShardReader(tmp_path)
 
     before = (tmp_path / "shard-000000.tar").stat()

@@ -360,7 +360,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(stage, run_dir):
     checkpoint = train(stage, run_dir, max_steps=2) / "step-00000002"
     write_json(checkpoint / "trainer_state.json", read_state(checkpoint) | {"processes": 2})
     rewrite_checksums(checkpoint)
-    with pytest.raises(InputError, match="written by 2 processes, now there are 1; go on with --processes 2"):
+    with pytest.raises(InputError, match="written by 2 processes, now there is 1; go on with --processes 2"):
         train(stage, run_dir, max_steps=4)
 
 

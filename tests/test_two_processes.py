@@ -123,7 +123,7 @@ def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_pat
             assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
                                                 for name, value in {**first, "seconds": 0}.items()}
     code, _, err = finish(start(stage, two, 1, **in_parts, **{f"{stage}_training__max_steps": 8}))
-    assert code == 2 and "written by 2 processes, now there are 1; go on with --processes 2" in err and "Traceback" not in err
+    assert code == 2 and "written by 2 processes, now there is 1; go on with --processes 2" in err and "Traceback" not in err
 
 
 def test_two_processes_train_a_discriminator_like_one(tiny_run, tmp_path):

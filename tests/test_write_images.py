@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from pipelines.generate import ImageGenerationPipeline
 from pipelines.sample_folder import SampleFolder, names_of_copies
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from tests.tiny import ROOT
 from vqmosaic.errors import InputError
 from vqmosaic.interruption import EXIT_CODES
 from vqmosaic.launch import guarded
@@ -150,11 +154,12 @@ def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("changed", "words"), [
-    (["--seed", "1"], ["seed was 0, now 1"]),
-    (["--num", "14"], ["num was 13, now 14"]),
-    (["--classes", "3,7"], ["classes was [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], now [3, 7]"]),
-    (["--temperature", "0.5", "--top_k", "3"], ["sampling.temperature was 1.0, now 0.5", "sampling.top_k was 0, now 3"]),
-    (["--dtype", "bfloat16"], ["dtype was 'float32', now 'bfloat16'"]),
+    (["--seed", "1"], ["--seed was 0, now 1"]),
+    (["--num", "14"], ["--num was 13, now 14"]),
+    (["--classes", "3,7"], ["--classes was every class, now 3,7"]),
+    (["--temperature", "0.5", "--top_k", "3"], ["--temperature was 1, now 0.5", "--top_k was 0, now 3"]),
+    (["--guidance_interval", "0", "0.8"], ["--guidance_interval was 0 1, now 0 0.8"]),
+    (["--dtype", "bfloat16"], ["--dtype was float32, now bfloat16"]),
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
 def test_another_request_is_refused(changed, words, tiny_run, tmp_path, after_files, capsys):
     out = tmp_path / "out"
@@ -198,12 +203,14 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
     content["sampling"]["top_p"] = 0.5
     (tiny_copy / "pipeline" / "pipeline.json").write_text(json.dumps(content))
     assert generate(tiny_copy, tmp_path / "out") == 2
-    assert "sampling.top_p was 1.0, now 0.5" in capsys.readouterr().err
+    assert "--top_p was 1, now 0.5" in capsys.readouterr().err
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "only the values of the settings count"
     weights = tiny_copy / "pipeline" / "prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 2
-    assert "pipeline.prior was" in capsys.readouterr().err
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1, "--seed", 4) == 2
+    said = capsys.readouterr().err
+    assert "another request: the pipeline is another one: its prior differs; --seed was 0, now 4. Give another --out" in said
+    assert not re.search("[0-9a-f]{16}", said.replace(str(tmp_path), "")), "digests tell a reader nothing"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
@@ -221,6 +228,87 @@ def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3-00.png", "other.png"]
     (tmp_path / "3-00.png").unlink()
     assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
+
+
+# --- one process at a time, files that were damaged --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def holder(monkeypatch):
+    """holder(folder): a process that holds the lock of a folder until the test ends or kills it."""
+    processes = []
+
+    def hold(folder: Path) -> subprocess.Popen:
+        code = ("import sys, time; from pathlib import Path; from vqmosaic.run_folder import locked\n"
+                "with locked(Path(sys.argv[1]), '--out'): print('held', flush=True); time.sleep(60)")
+        processes.append(subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
+
+    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    yield hold
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_process_in_one_folder_is_refused(tiny_run, photos, tmp_path, holder, whole, capsys):
+    out = tmp_path / "out"
+    process = holder(out)
+    assert generate(tiny_run, out) == 2
+    assert f"--out {out} is in use by process {process.pid}; wait for it, stop it, or set another --out." in capsys.readouterr().err
+    assert reconstruct(tiny_run, photos[:2], out) == 2
+    assert f"--out {out} is in use by process {process.pid}" in capsys.readouterr().err
+    assert not pictures(out) and not list(out.glob("*.json"))
+    process.kill()
+    process.wait()
+    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process blocks nobody"
+
+
+def test_without_out_a_folder_that_another_process_is_about_to_fill_is_left_to_it(tiny_run, tmp_path, monkeypatch, holder):
+    monkeypatch.chdir(tmp_path)
+    holder(tmp_path / "samples")
+    assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0
+    assert not pictures(tmp_path / "samples") and set(pictures(tmp_path / "samples-2")) == {"3-0.png", "grid.png"}
+
+
+DAMAGES = {
+    "garbage": lambda path: path.write_bytes(b"garbage"),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "a changed byte": lambda path: path.write_bytes(path.read_bytes()[:-20] + bytes([path.read_bytes()[-20] ^ 1]) + path.read_bytes()[-19:]),
+    "another picture": lambda path: Image.new("RGB", (300, 200)).save(path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_images_are_written_again(damage, tiny_run, tmp_path, whole, capsys):
+    out = tmp_path / "out"
+    assert generate(tiny_run, out) == 0
+    times = {path: path.stat().st_mtime_ns for path in out.glob("?-*.png")}
+    damage(out / "5-03.png")
+    capsys.readouterr()
+    assert generate(tiny_run, out) == 0
+    said = capsys.readouterr().out
+    assert f"1 file in {out} is damaged or replaced and will be written again: 5-03.png" in said
+    assert f"wrote 1 image and grid.png to {out}, which now holds all 130" in said
+    assert pictures(out) == whole
+    assert [path.name for path in times if path.stat().st_mtime_ns != times[path]] == ["5-03.png"]
+
+
+def test_a_damaged_grid_and_damaged_reconstructions_are_written_again(tiny_run, photos, tmp_path, whole, capsys):
+    assert generate(tiny_run, tmp_path / "out") == 0
+    (tmp_path / "out" / "grid.png").write_bytes(whole["grid.png"][:100])
+    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == whole
+    out = tmp_path / "reconstructions"
+    assert reconstruct(tiny_run, photos[:3], out) == 0
+    before = pictures(out)
+    (out / "001.png").write_bytes(b"garbage")
+    capsys.readouterr()
+    assert reconstruct(tiny_run, photos[:3], out) == 0 and pictures(out) == before
+    said = capsys.readouterr().out
+    assert "1 file in" in said and "written again: 001.png" in said and "wrote 1 reconstruction and grid.png" in said
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------

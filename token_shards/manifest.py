@@ -16,6 +16,7 @@ from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
 from vqmosaic.permissions import check_readable
+from vqmosaic.wording import counted, is_or_are
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -172,11 +173,11 @@ class TokenShardManifest(ShardSetHeader):
         super().__post_init__()
         expected = [shard_name(index) for index in range(self.num_shards)]
         if [shard.name for shard in self.shards] != expected:
-            raise InputError(f"The manifest lists {len(self.shards)} shards; {self.num_sources} sources at {self.images_per_shard} "
+            raise InputError(f"The manifest lists {counted(len(self.shards), 'shard')}; {self.num_sources} sources at {self.images_per_shard} "
                              f"images_per_shard need the {len(expected)} from {expected[0]} to {expected[-1]}, in order.")
-        counted = sum(shard.count for shard in self.shards)
-        if counted != self.num_samples:
-            raise InputError(f"The manifest's shards hold {counted} samples, and its num_samples is {self.num_samples}.")
+        in_shards = sum(shard.count for shard in self.shards)
+        if in_shards != self.num_samples:
+            raise InputError(f"The manifest's shards hold {in_shards} samples, and its num_samples is {self.num_samples}.")
         if any(record.keys() != {"index", "source", "reason"} for record in self.skipped):
             raise InputError("The manifest's skipped must be a list of records with index, source and reason.")
         if self.num_samples + len(self.skipped) != self.num_sources:
@@ -208,7 +209,8 @@ class TokenShardManifest(ShardSetHeader):
                 raise InputError(f"{folder} holds no shards itself; give one of {', '.join(str(folder / split) for split in splits)}.")
             finished = len(list(folder.glob("shard-*.json")))
             raise InputError(f"{folder} is not complete: {MANIFEST_NAME}, which is written last, is missing "
-                             f"({finished} shards are finished). Run `vqmosaic preprocess` again; it goes on with what is missing.")
+                             f"({counted(finished, 'shard')} {is_or_are(finished)} finished). Run `vqmosaic preprocess` again; "
+                             "it goes on with what is missing.")
         return cls.from_dict(read_object(path, "run `vqmosaic preprocess` again"), path)
 
     @classmethod

@@ -5,6 +5,10 @@ import time
 from collections import deque
 
 from vqmosaic.recipe_sections import TrainingConfig
+from vqmosaic.wording import counted
+
+FEW_STEPS = 100
+"""A time budget for fewer steps than this gets a warning."""
 
 
 class Budget:
@@ -104,8 +108,17 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def epochs(training: TrainingConfig, images: int) -> str:
-    """How often a training of a recipe's section sees its images, for the plan."""
-    if not training.max_steps:
-        return "as the clock allows"
-    return f"{'at most ' if training.max_minutes else ''}{training.max_steps * training.batch_size / images:.1f}"
+def epochs(training: TrainingConfig, steps: int, images: int) -> str:
+    """How often a training sees its images, for the plan. `steps` is the whole number of steps, estimated from a trial step under a time budget."""
+    number = f"{steps * training.batch_size / images:.1f}"
+    return f"about {number}, from the trial step" if training.max_minutes else number
+
+
+def warn_of_few_steps(training: TrainingConfig, steps: int, seconds_per_step: float) -> str | None:
+    """A warning if the time budget has time for fewer than FEW_STEPS steps; None if it has time for more, or if max_steps ends the training."""
+    if training.max_minutes is None or steps >= min(FEW_STEPS, training.max_steps or FEW_STEPS):
+        return None
+    minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)
+    return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')}, from the trial step, "
+            f"which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make a step faster: "
+            f"a smaller {training.SECTION}.batch_size, data.image_size or network.")

@@ -31,6 +31,9 @@ FEW_IMAGES = 5000
 PRIOR_EPOCHS = 40
 """How often the prior sees each image at most, each time in one of its views."""
 
+PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
+"""Sections whose chosen fields the plan of a training prints."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -150,9 +153,9 @@ def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
     return fields
 
 
-def describe_choices(recipe: Recipe, facts: Facts, sections: tuple[str, ...]) -> dict[str, str]:
-    """For the plan of a training: the fields of its sections that follow from the data, with the reasons."""
+def describe_choices(recipe: Recipe, stage: str, images: int, on_gpu: bool) -> dict[str, str]:
+    """For the plan of the training of a stage: its fields that follow from the data, with the reasons."""
     values = {field.name: field.value for field in recipe_fields(recipe)}
     return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
             else f"{values[choice.field]}, as set (by rule: {choice.value})"
-            for choice in choices(values, None, facts) if choice.field.partition(".")[0] in sections}
+            for choice in choices(values, None, Facts(lambda: images, lambda: on_gpu)) if choice.field.partition(".")[0] in PLANNED[stage]}

@@ -30,6 +30,9 @@ PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", 
 """Fields that may hold a path. data.path may be the name of a data set too, and resume may be auto or never."""
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
+SHOWN_RUNS = 12
+"""Number of run folders that an error lists."""
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -39,7 +42,7 @@ def shipped_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by a path or by a shipped name; InputError lists what there is."""
+    """The file of a recipe given by a path, by a shipped name or by a run folder; InputError lists what there is."""
     path = Path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
@@ -47,9 +50,18 @@ def find_recipe(name: str) -> Path:
         return path
     if name in shipped_names():
         return SHIPPED_RECIPES / f"{name}.yaml"
-    nearest = nearest_name(path.stem, shipped_names())
+    runs = run_folders_near(path)
+    nearest = None if path.is_dir() else nearest_name(name, runs) if os.sep in name else nearest_name(name, [*shipped_names(), *runs])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    raise InputError(f"no recipe {name!r}: it is neither a file nor one of the shipped recipes: {', '.join(shipped_names())}.{hint}")
+    what = "is a folder without recipe.yaml, so it is no run folder" if path.is_dir() else "is neither a recipe nor a run folder"
+    here = f" Run folders: {', '.join(runs[:SHOWN_RUNS])}{' ...' if len(runs) > SHOWN_RUNS else ''}." if runs else ""
+    raise InputError(f"{name!r} {what}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{here}{hint}")
+
+
+def run_folders_near(path: Path) -> list[str]:
+    """The run folders in a folder, or beside a missing path and in runs/, as they would be typed from the working directory."""
+    folders = {path} if path.is_dir() else {path.parent, Path("runs")}
+    return sorted(str(recipe.parent) for folder in folders for recipe in folder.glob("*/recipe.yaml"))
 
 
 def section_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""Where everything of one run lies, and the lock that keeps two processes from writing it. Loads no torch."""
+"""Where everything of one run lies, and the lock that keeps two processes from writing a folder. Loads no torch."""
 
 import fcntl
 import os
@@ -50,27 +50,59 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; a restart right after a kill waits, a second run is refused."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            file = open(self.root / ".lock", "a+")  # noqa: SIM115, closed by the block below
-        except OSError as error:
-            if error.errno in FULL:
-                raise disk_full(self.root, quota=is_quota(error)) from error
-            raise InputError(f"run_dir {self.root} cannot be written: {error.strerror}. Set run_dir to a folder that can.") from None
-        with file:
-            deadline = time.monotonic() + LOCK_WAIT_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        file.seek(0)
-                        raise InputError(f"run_dir {self.root} is in use by process {file.read().strip() or '?'}; wait for it, stop it, "
-                                         "or set another run_dir.") from None
-                    time.sleep(0.2)
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            with naming_full_disks(self.root):
-                file.flush()
+        with locked(self.root, "run_dir"):
             yield
+
+
+@contextmanager
+def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None]:
+    """Hold a folder or a file for this process. The system releases the lock when the process ends, so a killed process blocks nobody.
+
+    Args:
+        path: what to hold, for errors.
+        given_as: the field or option that names it, for errors.
+        lock: the lock file, by default .lock in the folder `path`. It stays there, with the number of the last process in it.
+
+    Raises:
+        ValueError: another process holds the lock for longer than LOCK_WAIT_SECONDS, or the lock file cannot be written or locked.
+    """
+    lock = path / ".lock" if lock is None else lock
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+")  # noqa: SIM115, closed by the block below
+    except OSError as error:
+        if error.errno in FULL:
+            raise disk_full(lock.parent, quota=is_quota(error)) from error
+        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a place that can.") from None
+    with file:
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise InputError(f"{given_as} {path} is in use by process {file.read().strip() or '?'}; wait for it, stop it, "
+                                     f"or set another {given_as}.") from None
+                time.sleep(0.2)
+            except OSError as error:  # such as a network file system without locks
+                raise InputError(f"{given_as} {path} cannot be locked: {error.strerror}. Set {given_as} to a place on another "
+                                 "file system.") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        with naming_full_disks(lock.parent):
+            file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder at this moment."""
+    try:
+        with open(folder / ".lock", "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # `locked` says what is wrong with the folder

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.budget import Budget, Pace, duration, expected_time, learning_rate_share
+from vqmosaic.budget import Budget, Pace, duration, epochs, expected_time, learning_rate_share, warn_of_few_steps
 from vqmosaic.checkpoints import CheckpointFolder, restore_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
+from vqmosaic.fields_from_data import describe_choices
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.muon import Muon
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
@@ -38,6 +39,7 @@ from vqmosaic.tracking import LINE_SECONDS, MetricsLog, Reporter, terminal_bar
 from vqmosaic.trainer_state import TrainerState
 from vqmosaic.validation_schedule import ValidationSchedule
 from vqmosaic.weight_averaging import averaged
+from vqmosaic.wording import counted, is_or_are
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FIRST_LINE_SECONDS = 10.0
@@ -147,8 +149,8 @@ class TrainingRun:
             return
         saved = restore_state(checkpoint, TrainerState)
         if saved.processes != self.world_size:
-            raise InputError(f"{checkpoint} was written by {saved.processes} processes, now there are {self.world_size}; "
-                             f"go on with --processes {saved.processes}.")
+            raise InputError(f"{checkpoint} was written by {counted(saved.processes, 'process')}, now there {is_or_are(self.world_size)} "
+                             f"{self.world_size}; go on with --processes {saved.processes}.")
         try:
             self.accelerator.load_state(str(checkpoint))  # reads with weights_only: tensors and numbers, never an object's own code
             if self.average is not None and self.is_sharded:
@@ -174,29 +176,35 @@ class TrainingRun:
         """Images that one process trains on at a time. Validation and k-means use the same number, so that they need no more memory."""
         return self.training.batch_size // self.world_size // self.training.accumulation_steps
 
-    def print_plan(self, facts: dict[str, Any], seconds_per_step: float) -> None:
-        """Print what is about to happen, before it costs anything."""
+    def print_plan(self, facts: dict[str, Any], seconds_per_step: float, images: int) -> None:
+        """Print what is about to happen, before it costs anything. `images` is the number of images to train on."""
         count = sum(parameter.numel() for parameter in self.parameters)
         copies = 4 + (self.average is not None)  # weights, gradients, two moments, the average
         parts = self.world_size if self.is_sharded else 1
         device, seconds = self.accelerator.device, expected_time(seconds_per_step, self.budget, self.state.step)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {self.state.threads} threads"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {counted(self.state.threads, 'thread')}"
+        steps = int(seconds / seconds_per_step)
         self.report.table("plan", {
             **facts,
+            "epochs": epochs(self.training, self.state.step + steps, images),
             "parameters": f"{count:,}",
             "optimizer": "Muon for the inner matrices, AdamW for the rest" if isinstance(self.optimizers[0].optimizer, Muon) else "AdamW",
             "learning rate": learning_rate_rule(self.training),
             "memory of the training state": f"about {count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
                                             + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),
             "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
-            "budget": " or ".join(filter(None, [self.training.max_steps and f"{self.training.max_steps:,} steps",
+            "budget": " or ".join(filter(None, [self.training.max_steps and counted(self.training.max_steps, "step"),
                                                 self.training.max_minutes and duration(self.training.max_minutes * 60)])),
             "validation": self.validations.describe(),
-            "done already": f"{self.state.step:,} steps",
+            "done already": counted(self.state.step, "step"),
             "start-up": f"{duration(self.report.seconds)}; the budget starts with the first step",
-            "expected time": f"about {duration(seconds)}, {int(seconds / seconds_per_step):,} steps, from a trial step of "
+            "expected time": f"about {duration(seconds)}, {counted(steps, 'step')}, from a trial step of "
                              f"{seconds_per_step * 1000:.0f} ms; updated after {FIRST_LINE_SECONDS:.0f} s of training",
         })
+        if chosen := describe_choices(self.recipe, self.stage, images, device.type != "cpu"):
+            self.report.table("chosen for this data and this device", chosen)
+        if warning := warn_of_few_steps(self.training, self.state.step + steps, seconds_per_step):
+            self.report(warning)
 
     # --- every step --------------------------------------------------------------------------------------------------------
 
@@ -291,8 +299,9 @@ class TrainingRun:
                     f"({self.state.refused_steps} refused so far)")
         searching = scaler is not None and scaler.get_scale() >= 1  # a scale that is too large is no fault of the training's
         if self.state.refused_steps > limit and not searching:
-            raise InputError(f"{self.state.refused_steps} steps had a non-finite loss or gradient, more than {section}.max_refused_steps = {limit}; "
-                             f"weights are as they were before them. Lower {section}.learning_rate, or set {section}.mixed_precision to no.")
+            raise InputError(f"{counted(self.state.refused_steps, 'step')} had a non-finite loss or gradient, more than "
+                             f"{section}.max_refused_steps = {limit}; weights are as they were before them. Lower "
+                             f"{section}.learning_rate, or set {section}.mixed_precision to no.")
 
     # --- saving ------------------------------------------------------------------------------------------------------------
 

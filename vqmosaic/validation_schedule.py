@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from vqmosaic.budget import Budget
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.trainer_state import TrainerState
+from vqmosaic.wording import counted
 
 INTERVAL = 0.04
 """Share of a time budget after which the next validation is due. If a step takes at most 1 % of the budget, at most 5 % pass between two."""
@@ -20,6 +21,8 @@ TIME_SHARE = 0.1
 """Largest share of the time that validations may take under a time budget."""
 PLANNED_TIME_SHARE = 0.075
 """Share of the time that is planned for validations, from a trial before the first step. The rest is a margin for validations that take longer."""
+FEW_IMAGES = 32
+"""A validation on fewer images than this, or on fewer than there are classes, gets a warning."""
 FEWEST_IMAGES = 16
 """Smallest number of images in a validation, however short the budget is. If there are fewer, a validation looks at all of them."""
 
@@ -70,11 +73,25 @@ class ValidationSchedule:
 
     def describe(self) -> str:
         """When to validate and on how many images, in words for the plan."""
-        every = f"every {self.training.validate_every:,} steps"
+        every = "every step" if self.training.validate_every == 1 else f"every {self.training.validate_every:,} steps"
         if self.budget.max_seconds is None:
             return every
-        return (f"every {INTERVAL:.0%} of the time budget, and {every} where there is time; {self.state.validation_images:,} images, "
+        return (f"every {INTERVAL:.0%} of the time budget, and {every} where there is time; {counted(self.state.validation_images, 'image')}, "
                 f"less than {TIME_SHARE:.0%} of the time")
+
+    def warn_of_few_images(self, chosen: int, available: int, classes: int) -> str | None:
+        """A warning if a validation on `chosen` of the `available` images is too small to compare weights with; None if it is not."""
+        if chosen >= max(FEW_IMAGES, classes):
+            return None
+        section, of_classes = self.training.SECTION, f", fewer than the {classes:,} classes" if chosen < classes else ""
+        if chosen == available:
+            remedy = "Hold out more images: raise data.validation_fraction, or give the data set a larger validation split."
+        elif chosen == self.training.validation_images:
+            remedy = f"Raise {section}.validation_images; {available:,} are available."
+        else:
+            remedy = f"The time budget has no time for more: raise {section}.max_minutes."
+        return (f"warning: only {counted(chosen, 'image')} to validate on{of_classes}. The validation numbers and the choice of the best weights "
+                f"depend on chance. {remedy}")
 
     def due(self, finished: bool) -> bool:
         """Whether to validate now: every `validate_every` steps and at the last step.

@@ -1,0 +1,13 @@
+"""Small parts of messages."""
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun in the singular or the plural, such as "1 image" or "1,418 images"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {plural or noun + ('es' if noun.endswith(('s', 'x', 'tch')) else 's')}"
+
+
+def is_or_are(number: int) -> str:
+    """The verb that goes with a number of things."""
+    return "is" if number == 1 else "are"
