@@ -93,15 +93,15 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Width, depth and batch by device, the number of codes by the number of tokens that there are to learn them from."""
-    device = "a GPU" if facts.on_gpu else "a CPU"
-    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
-    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
-    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many steps of few images learn most in little time")
+    """The number of codes by the number of tokens that there are to learn them from; width, depth and batch by device."""
     step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
     tokens = facts.images * (recipe["data.image_size"] // step) ** 2
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
+    device = "a GPU" if facts.on_gpu else "a CPU"
+    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
+    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many steps of few images learn most in little time")
 
 
 def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
