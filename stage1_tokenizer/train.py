@@ -69,8 +69,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     training, adversarial, report, accelerator = recipe.tokenizer_training, recipe.adversarial, run.report, run.accelerator
 
     # --- data ---------------------------------------------------------------------------------------------------------------
-    splits = open_splits(recipe.data)
     before = load_record(run.folder, "tokenizer")
+    splits = open_splits(recipe.data).as_recorded(before.inputs if before is not None else {})
     inputs = {"data set": splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)}
     starts_from = training.init_from
     if starts_from is not None and run.checkpoints.all() and not Path(starts_from).expanduser().exists():
@@ -138,7 +138,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
-        inputs |= {"data set": splits.fingerprint}  # also where the one before has the former identities, which know less
+        inputs |= {"data set": splits.fingerprint, **splits.unread_input}  # also where the one before has the former identities, which know less
         inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
 
