@@ -9,7 +9,7 @@ from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
+from vqmosaic.launch import find_accelerate_config, guarded, leave, processes_to_start, run_stage
 from vqmosaic.permissions import check_readable
 from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
@@ -373,7 +373,7 @@ def main() -> None:
     set_up_process()
     codes: list[int] = []
     code = guarded(lambda: codes.append(dispatch(sys.argv[1:])))
-    sys.exit(code or codes[0])
+    leave(code or codes[0])
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
 from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
 from vqmosaic.errors import InputError, listed_names, printable
-from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import judge, load_record, write_record
+from vqmosaic.stage_records import StageRecord, judge, load_record, write_record
 from vqmosaic.tracking import Reporter, progress_bar
 
 GRID_NAME = "image"
@@ -66,9 +66,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened = open_splits(recipe.data)
-    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_order_of(tokenizer.class_names)
-    data_set = splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+    opened, splits, data_set = stop.wait_for(lambda: recorded_splits(recipe, before, tokenizer)) or (None, None, None)
+    stop.check("no shard was begun")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
     check_same_data(run, recipe, opened)
     if judge(run, recipe, "tokens", inputs) == "skip":
@@ -117,6 +116,16 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
                 report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again, and stores those that can be read by then")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
+
+
+def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
+    """The images as they are opened, then as the stage recorded them or in the order of the tokenizer's classes, and the fingerprint of the latter.
+
+    The fingerprint has the form of the recorded one. Reads some bytes of each image.
+    """
+    opened = open_splits(recipe.data)
+    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_order_of(tokenizer.class_names)
+    return opened, splits, splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
 
 
 def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
@@ -212,9 +221,11 @@ def encoded(source: ImageSource, indices: Sequence[int], views: list[View], toke
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
     # beside an encoder that has all cores, a thread would take them from it, and Python's lock between any two of its operations
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
-    for batch, rows_NVCHW, reasons in decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2):
-        if stop.signal:
-            raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+    coming = decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
+    for _ in batches:
+        found = stop.wait_for(lambda: next(coming))
+        stop.check(f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+        batch, rows_NVCHW, reasons = found
         ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
         ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
         yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
@@ -242,7 +253,8 @@ def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View]
         return reasons
 
     coming: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
             rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)
             if threads == 1 and not ahead:
@@ -254,6 +266,8 @@ def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View]
             if len(coming) > ahead:
                 batch, rows_NVCHW, parts = coming.popleft()
                 yield batch, rows_NVCHW, [reason for part in parts for reason in part.result()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a thread may be stuck in reading a file, and a signal ends the wait for it
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:

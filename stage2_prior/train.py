@@ -94,7 +94,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
-    seconds_per_step, first_loss = time_and_loss_of_one_step(model, first_batch, run)
+    seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
     validated = run.validations.choose_images(
         len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}

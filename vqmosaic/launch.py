@@ -263,6 +263,16 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         (folder / f"{rank}.exit").write_text(str(code))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at once: taken apart in order, it could wait for ever for torch's thread that holds a tensor
         os._exit(code)
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code; after a signal at once, since Python would wait for threads that are stuck in reading a file."""
+    if code in EXIT_CODES.values():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed
+                stream.flush()
+        os._exit(code)
     sys.exit(code)
 
 

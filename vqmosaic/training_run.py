@@ -64,6 +64,20 @@ class TrainingRun:
 
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
+    def wait_before_training(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save.
+
+        An error that follows a signal is taken for its effect: Ctrl-C in a terminal also ends compilers and other programs that were started.
+        """
+        where = f"{self.stage} was starting, and no step was lost"
+        try:
+            result = self.stop.wait_for(call)
+        except Exception:
+            self.stop.check(where)
+            raise
+        self.stop.check(where)
+        return result
+
     def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
         """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.
 
