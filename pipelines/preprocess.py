@@ -66,8 +66,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened, splits, data_set = stop.wait_for(lambda: recorded_splits(recipe, before, tokenizer)) or (None, None, None)
-    stop.check("no shard was begun")
+    opened, splits, data_set = stop.wait_or_leave(lambda: recorded_splits(recipe, before, tokenizer), "no shard was begun")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
     check_same_data(run, recipe, opened)
     if judge(run, recipe, "tokens", inputs) == "skip":
@@ -223,9 +222,7 @@ def encoded(source: ImageSource, indices: Sequence[int], views: list[View], toke
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
     coming = decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
     for _ in batches:
-        found = stop.wait_for(lambda: next(coming))
-        stop.check(f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-        batch, rows_NVCHW, reasons = found
+        batch, rows_NVCHW, reasons = stop.wait_or_leave(lambda: next(coming), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
         ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
         ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
         yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))

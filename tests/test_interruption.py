@@ -205,15 +205,9 @@ def test_the_first_signal_ends_a_wait(number):
         assert stop.wait_for(threading.Event().wait) is None and stop.signal == number
         assert time.monotonic() - started < 5
         assert stop.wait_for(lambda: 3) is None, "nothing is begun after a signal"
-        with pytest.raises(Interrupted) as stopped:
-            stop.check("all is kept")
+        with pytest.raises(Interrupted, match="all is kept") as stopped:
+            stop.wait_or_leave(lambda: 3, "all is kept")
         assert stopped.value.exit_code == EXIT_CODES[number]
-
-
-def test_a_signal_during_a_step_only_sets_the_flag():
-    with StopFlag() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM
 
 
 def test_no_handler_of_failures_takes_an_interruption_for_one():

@@ -73,10 +73,20 @@ class StopFlag:
         finally:
             self._is_waiting = False
 
-    def check(self, where: str) -> None:
-        """Raise Interrupted if a signal has come; `where` says what is kept."""
+    def wait_or_leave(self, call: Callable[[], Any], where: str) -> Any:
+        """What `call` returns, as in `wait_for`. Raises Interrupted if a signal has come; `where` says what is kept.
+
+        An error that follows a signal is taken for its effect: Ctrl-C in a terminal also ends compilers and other programs that were started.
+        """
+        try:
+            result = self.wait_for(call)
+        except Exception as error:
+            if self.signal:
+                raise Interrupted(self.signal, where) from error
+            raise
         if self.signal:
             raise Interrupted(self.signal, where)
+        return result
 
     def _watch(self) -> None:
         """Read the numbers of signals, which the interpreter writes as they come, until a 0 or the second one."""

@@ -19,6 +19,7 @@ from vqmosaic.budget import Budget, Pace, duration, expected_time, learning_rate
 from vqmosaic.checkpoints import CheckpointFolder, restore_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.muon import Muon
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
@@ -65,18 +66,8 @@ class TrainingRun:
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
     def wait_before_training(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save.
-
-        An error that follows a signal is taken for its effect: Ctrl-C in a terminal also ends compilers and other programs that were started.
-        """
-        where = f"{self.stage} was starting, and no step was lost"
-        try:
-            result = self.stop.wait_for(call)
-        except Exception:
-            self.stop.check(where)
-            raise
-        self.stop.check(where)
-        return result
+        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save."""
+        return self.stop.wait_or_leave(call, f"{self.stage} was starting, and no step was lost")
 
     def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
         """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.
@@ -340,7 +331,8 @@ class TrainingRun:
     def end(self) -> None:
         """Close the trackers and leave the process group, whatever became of the training."""
         keep_process_group()
-        self.accelerator.end_training()
+        with naming_full_disks(self.folder.logs(self.stage)):
+            self.accelerator.end_training()
 
 
 def codebook_parameters(model: nn.Module) -> list[nn.Parameter]:
