@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from token_shards.audit import LISTED_AT_MOST, audit_tokens
 from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
-from vqmosaic.errors import InputError, printable
+from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.wording import counted
@@ -35,7 +35,7 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         if is_imported(folder):
             compared = "nothing: these tokens were imported"
         elif recipe is not None:
-            splits, compared = sources_of(recipe), f"the data set of {recipe.run_dir}"
+            splits, compared = sources_of(recipe, folder), f"the data set of {recipe.run_dir}"
     except InputError as error:
         compared = f"nothing: {error}"
     reports = audit_tokens(folder, expected_sources(splits))
@@ -88,11 +88,14 @@ def run_root(folder: Path) -> Path | None:
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
-def sources_of(recipe: Recipe) -> dict[str, "ImageSource"]:
-    """The images of both splits."""
+def sources_of(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
+    """The images of both splits, with their classes in the order of the shards in a tokens folder or in the folder of one split."""
     from stage1_tokenizer.image_sources import open_splits
 
     splits = open_splits(recipe.data)
+    for path in (folder, *(folder / split for split in SPLITS)):
+        with suppress(InputError):  # the audit says what is wrong with it
+            splits = splits.in_order_of(TokenShardManifest.load(path).class_names)
     sources = {"train": splits.train, "validation": splits.validation}
     for source in sources.values():
         source.identity  # noqa: B018  (kept by the source; InputError here, where the caller expects one, if an image cannot be read)
@@ -109,9 +112,13 @@ def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]
     from stage1_tokenizer.image_sources import identity_like
 
     try:
-        recorded = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder).dataset
+        manifest = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder)
     except InputError:
         return []  # the audit has said so
+    recorded, names = manifest.dataset, source.class_names
+    if manifest.class_names != names and sorted(manifest.class_names or ()) == sorted(names or ()):
+        return [f"the classes of the tokens are in the order {listed_names(manifest.class_names)}, those of the data set in the order "
+                f"{listed_names(names)}."]
     now = identity_like(source, recorded)
     if all(recorded.get(key) == value for key, value in now.items() if key != "path"):
         return []

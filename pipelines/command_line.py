@@ -9,7 +9,8 @@ from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.launch import find_accelerate_config, guarded, processes_to_start, run_stage
+from vqmosaic.given_paths import given_path
+from vqmosaic.launch import find_accelerate_config, guarded, leave, processes_to_start, run_stage
 from vqmosaic.process_settings import set_up_process
 from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.run_folder import STAGES
@@ -124,9 +125,9 @@ def bundle(command: str, arguments: list[str]) -> int:
     from vqmosaic.recipe_sections import SamplingConfig
 
     parser = Parser(command, "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any.")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="a tokenizer folder")
-    parser.add_argument("--prior", required=True, type=Path, help="a prior folder")
-    parser.add_argument("--out", required=True, type=Path, help="the pipeline folder to write")
+    parser.add_argument("--tokenizer", required=True, type=given_path, help="a tokenizer folder")
+    parser.add_argument("--prior", required=True, type=given_path, help="a prior folder")
+    parser.add_argument("--out", required=True, type=given_path, help="the pipeline folder to write")
     add_sampling_options(parser, "recommended in the bundle; default: off")
     options = parser.parse_args(arguments)
     with naming_options():
@@ -159,11 +160,11 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 def generate(command: str, arguments: list[str]) -> int:
     """generate: images from a run or a pipeline, one PNG each plus a grid."""
     parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption, the same command continues.")
-    parser.add_argument("pipeline", help="a run folder or a pipeline folder")
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
     parser.add_argument("--num", type=int, default=4, help="images for each class")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
-    parser.add_argument("--out", type=Path, help="folder for the PNGs; default: samples in the working directory, or samples-2 and so on "
+    parser.add_argument("--out", type=given_path, help="folder for the PNGs; default: samples in the working directory, or samples-2 and so on "
                                                       "if that holds other images")
     add_device_options(parser)
     add_sampling_options(parser, "default: as the bundle recommends")
@@ -213,9 +214,9 @@ def sweep(command: str, arguments: list[str]) -> int:
 def reconstruct(command: str, arguments: list[str]) -> int:
     """reconstruct: images through the tokens and back."""
     parser = Parser(command, "Send images through the tokens and back.")
-    parser.add_argument("tokenizer", help="a run folder, a pipeline folder or a tokenizer folder")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    parser.add_argument("--out", type=Path, help=f"folder for the PNGs; default: {RECONSTRUCTIONS} in the working directory")
+    parser.add_argument("tokenizer", type=given_path, help="a run folder, a pipeline folder or a tokenizer folder")
+    parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files")
+    parser.add_argument("--out", type=given_path, help=f"folder for the PNGs; default: {RECONSTRUCTIONS} in the working directory")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
@@ -257,7 +258,7 @@ def check_data(command: str, arguments: list[str]) -> int:
 def audit(command: str, arguments: list[str]) -> int:
     """audit: prove token shards whole."""
     parser = Parser(command, "Prove token shards whole: every byte as written, each source exactly once or named as skipped.")
-    parser.add_argument("tokens", type=Path, help="a tokens folder, one of its splits, or a run folder")
+    parser.add_argument("tokens", type=given_path, help="a tokens folder, one of its splits, or a run folder")
     parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: that of the run the folder lies in")
     parser.add_argument("--repair", action="store_true", help="first encode again what is broken, to the same bytes as before, and "
                         "store images that could not be read then and can be read now")
@@ -267,7 +268,7 @@ def audit(command: str, arguments: list[str]) -> int:
 
     from pipelines.audit import audit_run
 
-    return audit_run(options.tokens, load_recipe(options.recipe, overrides) if options.recipe else None, options.repair)
+    return audit_run(options.tokens, load_recipe(options.recipe, overrides) if options.recipe is not None else None, options.repair)
 
 
 def import_foreign_tokens(command: str, arguments: list[str]) -> int:
@@ -284,8 +285,8 @@ def export_to_json_lines(command: str, arguments: list[str]) -> int:
     from pipelines.export_tokens import export_tokens
 
     parser = Parser(command, "Write token shards as JSON lines with class_id and tokens, which import-tokens and 1d-tokenizer read.")
-    parser.add_argument("folder", type=Path, help="the shards of one split, such as runs/digits/tokens/train")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write")
+    parser.add_argument("folder", type=given_path, help="the shards of one split, such as runs/digits/tokens/train")
+    parser.add_argument("--out", required=True, type=given_path, help="the file to write")
     parser.add_argument("--one_view_a_line", action="store_true", help="a line for each stored view, as 1d-tokenizer reads; default: one an image")
     options = parser.parse_args(arguments)
     return export_tokens(options.folder, options.out, options.one_view_a_line)
@@ -294,7 +295,7 @@ def export_to_json_lines(command: str, arguments: list[str]) -> int:
 def demo(command: str, arguments: list[str]) -> int:
     """demo: the web page."""
     parser = Parser(command, "Open a web page in front of a pipeline, on this machine only.")
-    parser.add_argument("pipeline", help="a run folder or a pipeline folder")
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     add_device_options(parser)
     options = parser.parse_args(arguments)
@@ -343,8 +344,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
 
 def usage() -> str:
     """The overview of all commands."""
-    width = max(map(len, COMMANDS))
-    listing = "\n".join(f"    {name:<{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items())
+    listing = "\n".join(f"    {name:<{max(map(len, COMMANDS))}}  {sentence}" for name, (_, sentence) in COMMANDS.items())
     return (f"vqmosaic {__version__}: two-stage image generation with a token prior.\n\nusage: vqmosaic COMMAND ...\n\n{listing}\n\n"
             f"Recipes: {', '.join(shipped_names())}, or a YAML file. `vqmosaic COMMAND --help` says more; `vqmosaic run digits` is a good start.")
 
@@ -366,7 +366,7 @@ def main() -> None:
     set_up_process()
     codes: list[int] = []
     code = guarded(lambda: codes.append(dispatch(sys.argv[1:])))
-    sys.exit(code or codes[0])
+    leave(code or codes[0])
 
 
 if __name__ == "__main__":

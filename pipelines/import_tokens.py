@@ -31,6 +31,7 @@ from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, Shard
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter, default_key, headers_as_written
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.given_paths import given_path
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.json_files import from_fields, read_object, written_by
 from vqmosaic.permissions import permission_denied
@@ -64,18 +65,18 @@ class Facts:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser the options of import-tokens."""
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="JSON lines with tokens and class_id, each line an image; a folder of npy "
+    parser.add_argument("source", type=given_path, metavar="SOURCE", help="JSON lines with tokens and class_id, each line an image; a folder of npy "
                         "codes (labels beside it in *_labels); or one npy array (images, tokens), (images, views, tokens) or (images, height, "
                         "width). Two equal axes are a square grid; give --height and --width where they are views")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write: train/ and validation/ inside")
-    parser.add_argument("--labels", type=Path, help="labels of npy codes: a folder, or an array")
+    parser.add_argument("--out", required=True, type=given_path, help="the folder to write: train/ and validation/ inside")
+    parser.add_argument("--labels", type=given_path, help="labels of npy codes: a folder, or an array")
     parser.add_argument("--unlabelled", action="store_true", help="do without classes")
-    parser.add_argument("--validation", type=Path, metavar="SOURCE", help="tokens to validate on, in the same layouts; needed where the "
+    parser.add_argument("--validation", type=given_path, metavar="SOURCE", help="tokens to validate on, in the same layouts; needed where the "
                         "mirrored views of an image are rows of their own")
-    parser.add_argument("--validation_labels", type=Path, help="labels of --validation, where they are a file of their own")
+    parser.add_argument("--validation_labels", type=given_path, help="labels of --validation, where they are a file of their own")
     parser.add_argument("--validation_fraction", type=float, help="share of the rows to validate on, chosen by a hash of the row number; default: "
                         f"{VALIDATION_FRACTION}")
-    parser.add_argument("--tokenizer", type=Path, help="the vqmosaic tokenizer that made the ids: codebook size and grid are taken from it")
+    parser.add_argument("--tokenizer", type=given_path, help="the vqmosaic tokenizer that made the ids: codebook size and grid are taken from it")
     parser.add_argument("--token_fingerprint", help="a name for a tokenizer of another program; default: a digest of the tokens themselves")
     parser.add_argument("--codebook_size", type=int, help="codes K: ids lie in 0 .. K-1")
     parser.add_argument("--height", type=int, help="rows of the grid; default: a square of all tokens")

@@ -26,18 +26,18 @@ from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.image_sources import ImageSource, ImageSplits, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from token_shards.manifest import ORDER_SEED, Grid, ShardSetHeader, shard_name
+from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.device_choice import available_cores, default_device
 from vqmosaic.devices import held_by_main_process, keep_process_group, set_threads
-from vqmosaic.errors import InputError, printable
-from vqmosaic.interruption import Interrupted, StopFlag
+from vqmosaic.errors import InputError, listed_names, printable
+from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import check_world_size, run_worker
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import judge, load_record, write_record
+from vqmosaic.stage_records import StageRecord, judge, load_record, write_record
 from vqmosaic.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted, is_or_are
 
@@ -67,11 +67,10 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     check_tokenizer_has_ids(recipe, folder)  # again, for a launcher of the user's own
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
-    splits = open_splits(recipe.data)
     before = load_record(run, "tokens")
-    data_set = splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+    opened, splits, data_set = stop.wait_or_leave(lambda: recorded_splits(recipe, before, tokenizer), "no shard was begun")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
-    check_same_data(run, recipe, splits)
+    check_same_data(run, recipe, opened)
     if judge(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
@@ -84,6 +83,11 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         inputs[SOURCE_ORDER] = f"seed {order_seed}"
     for note in splits.notes:
         report(f"note: {note}")
+    if before is None and splits.class_names != opened.class_names:
+        report(f"note: the classes are sorted as text ({listed_names(splits.class_names)}), as they are in the tokenizer {folder}")
+    check_class_order(run, splits)
+    if data_set == splits.fingerprint:
+        inputs |= splits.unread_input
     state.wait_for_everyone()  # all processes have read the record before it is written again
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
@@ -116,13 +120,35 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
+def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
+    """The images as they are opened, then as the stage recorded them or in the order of the tokenizer's classes, and the fingerprint of the latter.
+
+    The fingerprint has the form of the recorded one. Reads some bytes of each image.
+    """
+    opened = open_splits(recipe.data)
+    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_order_of(tokenizer.class_names)
+    return opened, splits, splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+
+
 def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
     """Raise InputError where this run's own tokenizer was trained on other images than those that are here now."""
     record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
     recorded = record.inputs.get("data set") if record is not None else None
-    if recorded not in (None, splits.fingerprint_like(recorded)):
+    if recorded is not None and splits.as_recorded(record.inputs).fingerprint_like(recorded) != recorded:
         raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Put it back, train anew with "
                          f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
+
+
+def check_class_order(run: RunFolder, splits: ImageSplits) -> None:
+    """Raise InputError where finished shards have the classes of the data set in another order, so that new ones would have other labels."""
+    for split in SPLITS:
+        folder = run.export("tokens") / split
+        recorded = TokenShardManifest.load(folder).class_names if (folder / MANIFEST_NAME).is_file() else None
+        names = splits.class_names
+        if recorded != names and sorted(recorded or ()) == sorted(names or ()):
+            raise InputError(f"{folder}: the classes of these tokens are in the order {listed_names(recorded)}; those of the data set would be "
+                             f"in the order {listed_names(names)}. Make the tokens and what follows them anew with --redo tokens, or use another "
+                             "--run_dir.")
 
 
 @dataclass(frozen=True)
@@ -197,9 +223,9 @@ def encoded(source: ImageSource, indices: Sequence[int], views: list[View], toke
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
     # beside an encoder that has all cores, a thread would take them from it, and Python's lock between any two of its operations
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
-    for batch, rows_NVCHW, reasons in decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2):
-        if stop.signal:
-            raise Interrupted(stop.signal, f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+    coming = decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
+    for _ in batches:
+        batch, rows_NVCHW, reasons = stop.wait_or_leave(lambda: next(coming), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
         ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
         ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
         yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
@@ -227,7 +253,8 @@ def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View]
         return reasons
 
     coming: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
             rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)
             if threads == 1 and not ahead:
@@ -239,6 +266,8 @@ def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View]
             if len(coming) > ahead:
                 batch, rows_NVCHW, parts = coming.popleft()
                 yield batch, rows_NVCHW, [reason for part in parts for reason in part.result()]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a thread may be stuck in reading a file, and a signal ends the wait for it
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ place only if the ids of all other images come out as they were.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from PIL import Image
 from pipelines.audit import readable_now, run_root
 from pipelines.preprocess import GRID_NAME, SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.image_sources import ImageSource, open_splits
+from stage1_tokenizer.image_sources import ImageSource, ImageSplits, open_splits
 from stage1_tokenizer.images import UnreadableImage
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.audit import audit_folder, audit_shard
@@ -38,6 +38,7 @@ from vqmosaic.interruption import StopFlag
 from vqmosaic.permissions import PermissionDenied
 from vqmosaic.recipe import Recipe
 from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import load_record
 from vqmosaic.tracking import progress_bar
 from vqmosaic.wording import counted
 
@@ -57,7 +58,7 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_has_ids(recipe, source)
         tokenizer = ImageTokenizer.from_pretrained(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
-        splits = open_splits(recipe.data)
+        splits = splits_as_written(folders, open_splits(recipe.data))
         plans = plans_as_written(folders, *(split_plans(recipe, tokenizer, splits, device, former=former) for former in (False, True)))
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
@@ -103,6 +104,23 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
         raise
     except InputError:
         return None
+
+
+def splits_as_written(folders: dict[str, Path], splits: ImageSplits) -> ImageSplits:
+    """The images with the order of classes, and with the images left out of the identity, of the shards in these folders.
+
+    The record of the run says so, and the manifests do.
+    """
+    root = run_root(next(iter(folders.values())))
+    with suppress(InputError):
+        record = load_record(RunFolder(root), "tokens") if root is not None else None
+        splits = splits.as_recorded(record.inputs if record is not None else {})
+    for split, folder in folders.items():
+        manifest = load_manifest(folder)
+        if manifest is not None:
+            splits = splits.in_order_of(manifest.class_names)
+            splits = dataclasses.replace(splits, **{split: getattr(splits, split).with_unread(manifest.dataset.get("unread", ()))})
+    return splits
 
 
 def plans_as_written(folders: dict[str, Path], plans: Sequence[SplitPlan], former_plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:

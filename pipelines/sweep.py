@@ -226,12 +226,12 @@ def open_reference(request: SweepRequest, transform: ImageTransform, class_names
         return source is not None and class_names is not None and source.class_names == class_names
 
     if request.real is None:
-        source = validation = open_splits(request.data).validation
+        source = validation = open_splits(request.data).in_order_of(class_names).validation
         how = f"the validation split of {request.data.path or request.data.source}"
     else:
         source, how = open_folder_whole(request.real, transform, class_names), f"all of {request.real}"
         needs_proportions = class_names is not None and not has_the_classes(source) and request.data is not None
-        validation = open_splits(request.data).validation if needs_proportions else None
+        validation = open_splits(request.data).in_order_of(class_names).validation if needs_proportions else None
     if len(source) < 2:
         raise InputError(f"there is {len(source)} real image to compare with ({how}); a distance needs at least 2.")
     return source, next(filter(has_the_classes, (source, validation)), None), how

@@ -16,6 +16,7 @@ from pipelines.stage_inputs import read_vocabulary
 from pipelines.sweep_record import read_sweep
 from stage1_tokenizer.data_location import check_data_path
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.given_paths import given_path
 from vqmosaic.recipe_files import load_recipe
 from vqmosaic.recipe_sections import DataConfig, SamplingConfig
 
@@ -70,8 +71,8 @@ def sweepable_fields() -> dict[str, type]:
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sweep` to a parser, except device and dtype."""
-    parser.add_argument("pipeline", help="a run folder or a pipeline folder")
-    parser.add_argument("--features", required=True, type=Path, metavar="FILE",
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+    parser.add_argument("--features", required=True, type=given_path, metavar="FILE",
                         help="a TorchScript file (it gets uint8 images, (B, 3, H, W), and gives features (B, F); its code runs, so trust it), "
                              "or weights for --features_model")
     parser.add_argument("--features_model", metavar="NAME", help="the timm model whose weights --features is (needs 'vqmosaic[features]')")
@@ -80,8 +81,8 @@ def add_sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images that are sampled together")
     parser.add_argument("--recipe", help="compare with the validation images of this recipe; default: that of the run. Overrides such as "
                                          "--data.path may follow")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="compare with all images of a folder instead")
-    parser.add_argument("--out", type=Path, metavar="FILE",
+    parser.add_argument("--real", type=given_path, metavar="FOLDER", help="compare with all images of a folder instead")
+    parser.add_argument("--out", type=given_path, metavar="FILE",
                         help=f"the record, from which a stopped sweep goes on; default: {RECORD_NAME} beside the pipeline folder")
     parser.add_argument("--keep", action="store_true", help="measure, but leave the recommended settings of the pipeline as they are")
     parser.add_argument("--dry_run", action="store_true", help="check everything, try the features on one batch, and say what would be done")
@@ -148,7 +149,9 @@ def data_of(folder: Path, options: argparse.Namespace, overrides: list[str]) -> 
     Raises InputError where no real images are known.
     """
     run = surroundings(folder)
-    recipe = options.recipe or (str(run) if (run / "recipe.yaml").is_file() else None)
+    recipe = options.recipe
+    if recipe is None and (run / "recipe.yaml").is_file():
+        recipe = str(run)
     if options.real is not None:
         check_data_path(DataConfig(source="folder", path=str(options.real)))
     if recipe is None:

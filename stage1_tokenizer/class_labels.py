@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LABEL_NAMES = ("label", "labels", "class")
@@ -26,8 +26,25 @@ def class_of(value: Any) -> int | str | bool | None:
 
 
 def sorted_classes(values: Iterable[Any]) -> list[int | str | bool]:
-    """The distinct classes among stored values, in order. Raises ValueError where they are no classes."""
-    return sorted({label for value in values if (label := class_of(value)) is not None})
+    """The distinct classes among stored values: numbers in order, texts in natural order. Raises ValueError where they are no classes."""
+    classes = {label for value in values if (label := class_of(value)) is not None}
+    return sorted(classes, key=natural_key if all(isinstance(label, str) for label in classes) else None)
+
+
+def natural_key(text: str) -> tuple[list[str | tuple[int, str]], str]:
+    """The sort key of a text whose numbers are compared as numbers: 2 before 10, and a2 before a10. Of equal numbers, such as 01 and 1, the text
+    decides."""
+    parts = re.split("([0-9]+)", text)  # texts and digits by turns, a text first, so that only like is compared with like
+    digits = (part.lstrip("0") for part in parts[1::2])
+    numbers = [(len(significant), significant) for significant in digits]  # int() refuses more than 4,300 digits
+    parts[1::2] = numbers
+    return parts, text
+
+
+def text_order(classes: Sequence[int | str | bool]) -> tuple[int, ...] | None:
+    """The indices of sorted classes in the order of version 0.1.0, which sorted digits as text (0, 1, 10, 2); None if it is the same order."""
+    order = sorted(range(len(classes)), key=classes.__getitem__)
+    return None if order == list(range(len(classes))) else tuple(order)
 
 
 def label_hint(distinct: Mapping[str, int], rows: int) -> str:

@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, installed with the package, so nothing is downloaded."""
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +35,12 @@ class DigitsSource:
     @property
     def former_identity(self) -> dict[str, Any]:
         return self.identity  # which always held the pixels, and no path that could change
+
+    def with_class_order(self, order: Sequence[int]) -> "DigitsSource":
+        return self  # there is one order
+
+    def with_unread(self, unread: Iterable[int]) -> "DigitsSource":
+        return self  # all are read
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -8,16 +8,17 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
 from PIL import Image
 
-from stage1_tokenizer.class_labels import class_of, sorted_classes
+from stage1_tokenizer.class_labels import class_of, sorted_classes, text_order
 from stage1_tokenizer.content_digest import file_digest
 from stage1_tokenizer.data_location import VALIDATION_SPLITS, data_files, is_image, local_path, no_images, split_by_name, suffix_counts
 from stage1_tokenizer.folder_metadata import METADATA_NAMES, FolderMetadata
-from stage1_tokenizer.image_sources import ImageSplits, cut_validation
+from stage1_tokenizer.image_sources import ImageSplits, changed_copy, combined_digest, cut_validation
 from stage1_tokenizer.images import read_image
 from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, nearest_name, printable
@@ -38,14 +39,21 @@ class FolderSource:
         self._names = names
         self._labels = labels
         self._channels, self._max_pixels = data.channels, data.max_pixels
+        self._unread: frozenset[int] | None = None
+
+    @cached_property
+    def _found(self) -> list[tuple[int | None, bytes | None]]:
+        return list(map_in_threads(lambda name: file_digest(self._root / name), self._names, bar=f"looking at {self.split}"))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        found = map_in_threads(lambda name: file_digest(self._root / name), self._names, bar=f"looking at {self.split}")
-        for index, (size, content) in enumerate(found):
-            digest.update(json.dumps([self._names[index], self.label(index), size, content and content.hex()]).encode())
-        return {"kind": "folder", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+        unread = self._unread
+        if unread is None:
+            unread = [index for index, (_, content) in enumerate(self._found) if content is None]
+        combined_digest(digest, ([name, self.label(index)] for index, name in enumerate(self._names)), self._found, unread)
+        return {"kind": "folder", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest(),
+                **({"unread": sorted(unread)} if unread else {})}
 
     @cached_property
     def former_identity(self) -> dict[str, Any]:
@@ -55,6 +63,14 @@ class FolderSource:
             size = path.stat().st_size if path.exists() else None
             digest.update(json.dumps([name, self.label(index), size]).encode())
         return {"kind": "folder", "path": str(self._root.resolve()), "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    def with_class_order(self, order: Sequence[int]) -> "FolderSource":
+        new = {None: None} | {before: now for now, before in enumerate(order)}
+        return changed_copy(self, class_names=[self.class_names[before] for before in order],
+                            _labels=self._labels and [new[label] for label in self._labels])
+
+    def with_unread(self, unread: Iterable[int]) -> "FolderSource":
+        return changed_copy(self, _unread=frozenset(unread))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -112,7 +128,8 @@ def open_folder(data: DataConfig) -> ImageSplits:
     def source(split: str, names: list[str], classes: _Classes | None) -> FolderSource:
         return FolderSource(split, names, [index_of[value] for value in classes] if class_names and classes else None, class_names, data)
 
-    return ImageSplits(source(splits[0], train_names, train_classes), source(splits[1], validation_names, validation_classes), how, tuple(notes))
+    return ImageSplits(source(splits[0], train_names, train_classes), source(splits[1], validation_names, validation_classes), how, tuple(notes),
+                       text_order(class_values) if class_values else None)
 
 
 def class_name(value: str | int | bool) -> str:

@@ -9,7 +9,7 @@ import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import pyarrow
 import pyarrow.compute
 from PIL import Image
 
-from stage1_tokenizer.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes
+from stage1_tokenizer.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes, text_order
 from stage1_tokenizer.content_digest import content_digest, file_digest
 from stage1_tokenizer.data_location import TABLE_SUFFIXES, VALIDATION_SPLITS, local_path, nearest_sibling
-from stage1_tokenizer.image_sources import ImageSplits, cut_validation
+from stage1_tokenizer.image_sources import ImageSplits, changed_copy, combined_digest, cut_validation
 from stage1_tokenizer.images import UnreadableImage, read_image
 from stage1_tokenizer.threaded_map import map_in_threads
 from vqmosaic.errors import InputError, check_name
@@ -49,6 +49,11 @@ class HuggingFaceSource:
         self._folder = path if path.is_dir() else path.parent if path.is_file() else None
         self._name = str(path.resolve()) if path.exists() else data.path
         self._channels, self._max_pixels = data.channels, data.max_pixels
+        self._unread: frozenset[int] | None = None
+
+    @cached_property
+    def _found(self) -> list[tuple[int | None, bytes | None, bool]]:
+        return list(map_in_threads(self._digest, range(len(self)), bar=f"looking at {self.split}"))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -57,9 +62,12 @@ class HuggingFaceSource:
         digest.update(self._picked.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._picked].astype("<i8").tobytes())
-        for size, content in map_in_threads(self._digest, range(len(self)), bar=f"looking at {self.split}"):
-            digest.update(json.dumps([size, content and content.hex()]).encode())
-        return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+        unread = self._unread
+        if unread is None:
+            unread = [index for index, (_, content, is_named) in enumerate(self._found) if content is None and is_named]
+        combined_digest(digest, ([] for _ in self._found), [(size, content) for size, content, _ in self._found], unread)
+        return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest(),
+                **({"unread": sorted(unread)} if unread else {})}
 
     @cached_property
     def former_identity(self) -> dict[str, Any]:
@@ -73,6 +81,14 @@ class HuggingFaceSource:
             stored = self._stored(position)
             digest.update(stored if isinstance(stored, bytes) else str(stored).encode())
         return {"kind": "huggingface", "path": self._name, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
+
+    def with_class_order(self, order: Sequence[int]) -> "HuggingFaceSource":
+        new = np.append(np.argsort(order), -1)  # -1, of rows without a class, is the last one
+        return changed_copy(self, class_names=[self.class_names[before] for before in order],
+                            _labels=None if self._labels is None else new[self._labels])
+
+    def with_unread(self, unread: Iterable[int]) -> "HuggingFaceSource":
+        return changed_copy(self, _unread=frozenset(unread))
 
     def __len__(self) -> int:
         return len(self._picked)
@@ -118,14 +134,14 @@ class HuggingFaceSource:
         inside = self._folder / path if self._folder is not None else path  # which is `path` where that is absolute
         return path if path.exists() and not inside.exists() else inside
 
-    def _digest(self, index: int) -> tuple[int | None, bytes | None]:
-        """(bytes, content_digest) of a row's image, without a copy of those that lie in the table."""
+    def _digest(self, index: int) -> tuple[int | None, bytes | None, bool]:
+        """(bytes, content_digest, whether the row names a file) of a row's image, without a copy of those that lie in the table."""
         stored = self._bytes[int(self._picked[index])]
         if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
             content = stored.as_buffer()
-            return content.size, content_digest(memoryview(content))
+            return content.size, content_digest(memoryview(content)), False
         path = self._stored(index)
-        return (None, None) if path is None else file_digest(self._path(path))
+        return (None, None, False) if path is None else (*file_digest(self._path(path)), True)
 
     def _stored(self, index: int) -> bytes | str | None:
         row = int(self._picked[index])
@@ -150,7 +166,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     train = splits[data.train_split]
     image_column = _image_column(train, data)
     label_column = _label_column(train, data)
-    class_names, to_index = _classes(train, label_column)
+    class_names, to_index, order = _classes(train, label_column)
     notes = (hint,) if class_names is None and data.use_labels and (hint := _hint(train, image_column)) else ()
 
     def images(rows: datasets.Dataset) -> datasets.Dataset:
@@ -164,7 +180,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         picked, held_out, how = cut_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
         stored = images(train)
         return ImageSplits(HuggingFaceSource(data.train_split, stored, picked, train_labels, class_names, data),
-                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how, notes)
+                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how, notes, order)
     validation = splits[validation_split]
     check_name(f"data.image_column (in split {validation_split!r} of data.path {data.path!r})", image_column, validation.column_names)
     for split, rows in ((data.train_split, train), (validation_split, validation)):
@@ -179,7 +195,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     return ImageSplits(
         HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
         HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
-        f"validation: the {counted(len(validation), 'image')} of the split {validation_split!r}", notes)
+        f"validation: the {counted(len(validation), 'image')} of the split {validation_split!r}", notes, order)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
@@ -308,22 +324,24 @@ def _hint(rows: datasets.Dataset, image_column: str) -> str:
     return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
 
 
-def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None]]:
-    """The class names, and the function that gives a split's class indices (int64, -1 for rows without a class)."""
+def _classes(train: datasets.Dataset,
+             column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None], tuple[int, ...] | None]:
+    """The class names, the function that gives a split's class indices (int64, -1 for rows without a class), and the text_order of the classes."""
     if column is None:
-        return None, lambda rows: None
+        return None, lambda rows: None, None
     feature = train.features[column]
     values = set(map(class_of, train[column][:])) - {None}
     if isinstance(feature, datasets.ClassLabel):
         values = range(len(feature.names)) if values - {-1} else ()  # public test splits mark withheld classes by -1
         index_of = {-1: -1} | {value: value for value in values}
-        names = list(feature.names)
+        names, order = list(feature.names), None
     else:
-        values = sorted(values)
+        values = sorted_classes(values)
+        order = text_order(values)
         index_of = {value: index for index, value in enumerate(values)}
         names = [str(value) for value in values]
     if not values:
-        return None, lambda rows: None
+        return None, lambda rows: None, None
 
     def to_index(rows: datasets.Dataset) -> np.ndarray:
         given = rows[column][:] if column in rows.column_names else [None] * len(rows)
@@ -334,7 +352,7 @@ def _classes(train: datasets.Dataset, column: str | None) -> tuple[list[str] | N
                              "training split, so it cannot be trained on.")
         return np.array([index_of.get(value, -1) for value in given], np.int64)
 
-    return names, to_index
+    return names, to_index, order
 
 
 def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:

@@ -8,10 +8,13 @@ alone, whatever the number of workers, and a resumed run sees what an uninterrup
 import atexit
 import copy
 import functools
+import multiprocessing
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from stage1_tokenizer.image_cache import ResizedImages, megabytes
 from stage1_tokenizer.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform, UnreadableImage, to_tensor
 from vqmosaic.errors import InputError, printable
-from vqmosaic.interruption import EXIT_CODES
+from vqmosaic.interruption import EXIT_CODES, StopFlag
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed, generator, permutation
 
@@ -41,6 +44,29 @@ class ImageBatch:
     """float32 in [-1, 1], on the CPU."""
     unreadable: list[tuple[str, str]]
     """(source name, reason) of the images that others took the place of in this batch."""
+
+
+class UpcomingBatch(Iterator[ImageBatch]):
+    """An iterator over batches whose next one can be waited for, before all processes agree whether it is used."""
+
+    def __init__(self, batches: Iterator[ImageBatch]):
+        self._batches = batches
+        self._next: ImageBatch | None = None
+        self._error: Exception | None = None
+
+    def wait(self, stop: StopFlag) -> None:
+        """Wait until the next batch is there; the first signal ends the wait. An error is kept for the one who takes the batch."""
+        if self._next is None and self._error is None:
+            try:
+                self._next = stop.wait_for(lambda: next(self._batches))
+            except Exception as error:
+                self._error = error
+
+    def __next__(self) -> ImageBatch:
+        if self._error is not None:
+            raise self._error
+        batch, self._next = self._next, None
+        return next(self._batches) if batch is None else batch
 
 
 class _Samples:
@@ -146,12 +172,25 @@ def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> 
 
 def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
     """The batches in the order wanted; a thread makes the next one while the caller works with this one."""
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(samples.batch, next(wanted))
-        while True:
-            batch = coming.result()
-            coming = ahead.submit(samples.batch, next(wanted))
-            yield batch
+    coming = _in_thread(samples.batch, next(wanted))
+    while True:
+        batch = coming.result()
+        coming = _in_thread(samples.batch, next(wanted))
+        yield batch
+
+
+def _in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
+    """The result of call(argument), from a thread that nobody has to wait for: it may be stuck in reading a file."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(argument))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[_Collated]:
@@ -162,7 +201,9 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
     # DataLoader draws seeds for its workers, which nothing here uses: a generator of its own keeps it off the global one.
     loader = DataLoader(samples, batch_sampler=wanted, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
                         worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=LONGEST_WAIT_SECONDS)
+    others = multiprocessing.active_children()
     running = [iter(loader)]
+    processes = [process for process in multiprocessing.active_children() if process not in others]
     # Workers that ignore SIGTERM would outlast multiprocessing's own clean-up at exit: dropping the iterator ends them in order.
     atexit.register(running.clear)
     try:
@@ -174,9 +215,29 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
                                  "network file system, check it; if memory is short, lower data.workers. The same command continues from the last "
                                  "checkpoint.") from error
             yield batch
+    except GeneratorExit:
+        raise
+    except BaseException:  # a worker may be stuck, which the loader would wait for
+        _kill(processes)
+        raise
     finally:
-        running.clear()
+        running.pop()._shutdown_workers()  # what dropping the iterator does, also where the traceback of an error still holds it
         atexit.unregister(running.clear)
+        for process in processes:
+            process.kill()  # one that was stuck: it ignores the loader's SIGTERM, and multiprocessing would wait for it at exit
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    """Kill the workers of a loader, whose handler of SIGCHLD would raise an error for each of them."""
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for process in processes:
+            process.kill()
+            process.join()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _leave_signals_to_parent(worker: int) -> None:

@@ -3,9 +3,12 @@
 The kinds are in digits_source.py, folder_source.py and huggingface_source.py; only the one that is asked for is imported.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import copy
+import dataclasses
+import json
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -16,6 +19,9 @@ from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
 from vqmosaic.wording import counted
+
+UNREAD_IMAGES = "unread images"
+"""The name in a stage record of the images whose contents are not part of the data set's fingerprint."""
 
 
 class ImageSource(Protocol):
@@ -30,12 +36,19 @@ class ImageSource(Protocol):
     def identity(self) -> dict[str, Any]:
         """What these images are, wherever they lie, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
 
-        Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed.
+        Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed. `unread` lists the
+        images that are missing or may not be read, if there are any: their contents are not part of the identity.
         """
 
     @property
     def former_identity(self) -> dict[str, Any]:
         """The identity in the form of vqmosaic 0.1.0, to compare with what it has recorded."""
+
+    def with_class_order(self, order: Sequence[int]) -> Self:
+        """The same images with their classes in another order: that of these indices."""
+
+    def with_unread(self, unread: Iterable[int]) -> Self:
+        """The same images with an identity that leaves out the contents of these, whether they can be read now or not."""
 
     def __len__(self) -> int: ...
 
@@ -59,6 +72,8 @@ class ImageSplits:
     """A sentence that says where the validation images come from."""
     notes: tuple[str, ...] = ()
     """Sentences on what was left out and on what may be meant in another way."""
+    text_order: tuple[int, ...] | None = None
+    """The indices of the classes in the order of version 0.1.0, which sorted digits as text; None if it is the order they have."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -77,10 +92,63 @@ class ImageSplits:
         former = fingerprint({"train": self.train.former_identity, "validation": self.validation.former_identity})
         return former if recorded == former else self.fingerprint
 
+    @property
+    def unread_input(self) -> dict[str, str]:
+        """The entry that a stage records beside the fingerprint if there are images that are missing or may not be read; else nothing."""
+        unread = {name: source.identity.get("unread", []) for name, source in (("train", self.train), ("validation", self.validation))}
+        return {UNREAD_IMAGES: json.dumps(unread)} if any(unread.values()) else {}
+
+    def as_recorded(self, inputs: Mapping[str, str]) -> "ImageSplits":
+        """These images as a stage recorded its data set in `inputs`: in its order of classes, and with the same images left out of the identity.
+
+        Images that are not those of the record are returned as they are.
+        """
+        recorded = inputs.get("data set")
+        if recorded is None:
+            return self
+        unread = json.loads(inputs.get(UNREAD_IMAGES, "{}"))
+        same = dataclasses.replace(self, train=self.train.with_unread(unread.get("train", ())),
+                                   validation=self.validation.with_unread(unread.get("validation", ())))
+        return next((splits for splits in (same, same.sorted_as_text()) if splits.fingerprint_like(recorded) == recorded), self)
+
+    def in_order_of(self, class_names: list[str] | None) -> "ImageSplits":
+        """These images with their classes sorted as text, if that gives recorded `class_names`; else as they are."""
+        as_text = self.sorted_as_text()
+        return as_text if class_names == as_text.class_names else self
+
+    def sorted_as_text(self) -> "ImageSplits":
+        """These images with their classes in the order of version 0.1.0."""
+        if self.text_order is None:
+            return self
+        return dataclasses.replace(self, train=self.train.with_class_order(self.text_order),
+                                   validation=self.validation.with_class_order(self.text_order), text_order=None)
+
 
 def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity to compare with a recorded one: in the form of vqmosaic 0.1.0 if that has recorded it, else in today's."""
-    return source.former_identity if recorded and "version" not in recorded else source.identity
+    """The identity to compare with a recorded one: in the form of vqmosaic 0.1.0 if that has recorded it, else in today's.
+
+    Images whose contents were left out of the recorded identity are left out again.
+    """
+    if not recorded:
+        return source.identity
+    return source.with_unread(recorded.get("unread", ())).identity if "version" in recorded else source.former_identity
+
+
+def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
+    """A copy of a source with other attributes, and without the identities that were computed from the former ones."""
+    changed = copy.copy(source)
+    for name in ("identity", "former_identity"):
+        vars(changed).pop(name, None)
+    vars(changed).update(attributes)
+    return changed
+
+
+def combined_digest(digest: Any, entries: Iterable[list], found: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
+    """Add to a hash what is known of each image: its entry, size and content digest; of those in `unread` the entry alone."""
+    unread = frozenset(unread)
+    for index, (entry, (size, content)) in enumerate(zip(entries, found, strict=True)):
+        known = [None, None] if index in unread else [size, content and content.hex()]
+        digest.update(json.dumps([*entry, *known]).encode())
 
 
 def open_splits(data: DataConfig) -> ImageSplits:

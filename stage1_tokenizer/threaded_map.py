@@ -29,15 +29,13 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: st
 
 
 def _in_chunks(function: Callable[[Any], Any], items: Sequence[Any], chunk: int, threads: int) -> Iterator[Any]:
-    with ThreadPoolExecutor(threads) as pool:
-        pending = deque()
-        try:
-            for start in range(0, len(items), chunk):
-                pending.append(pool.submit(lambda part: [function(item) for item in part], items[start:start + chunk]))
-                if len(pending) > 2 * threads:
-                    yield from pending.popleft().result()
-            while pending:
+    pool, pending = ThreadPoolExecutor(threads), deque()
+    try:
+        for start in range(0, len(items), chunk):
+            pending.append(pool.submit(lambda part: [function(item) for item in part], items[start:start + chunk]))
+            if len(pending) > 2 * threads:
                 yield from pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # a thread may be stuck in reading a file, and a signal ends the wait for it

@@ -18,8 +18,8 @@ import torch
 from stage1_tokenizer.adversary import Adversary
 from stage1_tokenizer.discriminator import PatchDiscriminator
 from stage1_tokenizer.guard import AdversarialGuard, calendar
-from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import count_training_images, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_batches import TrainingImages, UpcomingBatch, ValidationImages
+from stage1_tokenizer.image_sources import ImageSplits, count_training_images, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import ImageTransform
 from stage1_tokenizer.initial_weights import check_tokens_stay, load_initial_weights
 from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
@@ -49,6 +49,7 @@ from vqmosaic.seeding import reseed_step
 from vqmosaic.stage_records import judge, load_record, write_record
 from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.tracking import read_metrics
+from vqmosaic.training_plan import print_plan
 from vqmosaic.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -69,9 +70,10 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     training, adversarial, report, accelerator = recipe.tokenizer_training, recipe.adversarial, run.report, run.accelerator
 
     # --- data ---------------------------------------------------------------------------------------------------------------
-    splits = open_splits(recipe.data)
     before = load_record(run.folder, "tokenizer")
-    inputs = {"data set": splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)}
+    recorded = before.inputs if before is not None else {}
+    splits, data_set = run.wait_before_training(lambda: recorded_splits(recipe, recorded))
+    inputs = {"data set": data_set}
     starts_from = training.init_from
     if starts_from is not None and run.checkpoints.all() and not Path(starts_from).expanduser().exists():
         starts_from = None  # to go on from a checkpoint, it need not be there
@@ -82,7 +84,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         return
     run.check_checkpoints()
     if training.compile:
-        check_compiler("tokenizer_training.compile", accelerator.device)
+        run.wait_before_training(lambda: check_compiler("tokenizer_training.compile", accelerator.device))
     for note in splits.notes:
         report(f"note: {note}")
     transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
@@ -110,21 +112,21 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.state.step == 0 and training.init_from is not None and starts_from is None:
         load_initial_weights(tokenizer, training.init_from)  # no checkpoint was whole, so they are needed after all: says that they are gone
     if run.state.step == 0 and training.init_from is None:
-        initialize_codebook(tokenizer, train_images, run)
+        run.wait_before_training(lambda: initialize_codebook(tokenizer, train_images, run))
     if training.compile:
         compile_networks(tokenizer.encoder, tokenizer.decoder)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
-    batches = train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size)
-    first_batch = next(train_images.batches(0, training.batch_size, run.rank, run.world_size))
-    seconds_per_step = time_of_one_step(model, adversary, perceptual, first_batch, run)
+    batches = UpcomingBatch(train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size))
+    first_batch = run.wait_before_training(lambda: next(train_images.batches(0, training.batch_size, run.rank, run.world_size)))
+    seconds_per_step = run.wait_before_training(lambda: time_of_one_step(model, adversary, perceptual, first_batch, run))
     validation_images = ValidationImages(splits.validation, transform, training.validation_images)
     validation_images = validation_images.first(run.validations.choose_images(
         len(splits.validation), lambda count: validate(run.validated_model, validation_images.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
     classes = splits.train.class_names
-    run.print_plan({
+    print_plan(run, {
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.how})",
         "classes": ", ".join(classes[:12]) + (" ..." if len(classes) > 12 else "") if classes else "none",
         **describe_tokens(tokenizer, len(validation_images)),
@@ -138,7 +140,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
     accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
     if run.is_main:
-        inputs |= {"data set": splits.fingerprint}  # also where the one before has the former identities, which know less
+        inputs |= {"data set": splits.fingerprint, **splits.unread_input}  # also where the one before has the former identities, which know less
         inputs = (before.inputs if before is not None else {}) | inputs  # the fingerprint of initial weights that are gone is kept
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
 
@@ -146,6 +148,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     means = RunningMeans()
     unreadable: set[str] = set()
     while True:
+        batches.wait(run.stop)  # before the processes agree on what comes next: a signal ends the wait of one, and then all save
         signal_number, progress = run.sync()
         finished = progress >= 1
         if not signal_number and run.validations.due(finished):
@@ -220,6 +223,12 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         report(f"exported {run.folder.export('tokenizer')} after {counted(run.state.step, 'step')}: the {training.export} weights "
                f"(best reconstruction: step {run.state.best_step:,})")
     run.finish()
+
+
+def recorded_splits(recipe: Recipe, recorded: dict[str, str]) -> tuple[ImageSplits, str]:
+    """The images, and their fingerprint in the form of the recorded one. Reads some bytes of each image."""
+    splits = open_splits(recipe.data).as_recorded(recorded)
+    return splits, splits.fingerprint_like(recorded.get("data set"))
 
 
 def feature_weight(training: TokenizerTrainingConfig) -> float:

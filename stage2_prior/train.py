@@ -47,6 +47,7 @@ from vqmosaic.seeding import reseed_step
 from vqmosaic.sharding import is_sharded
 from vqmosaic.stage_records import judge, write_record
 from vqmosaic.tracking import lines_in_training
+from vqmosaic.training_plan import print_plan
 from vqmosaic.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -95,11 +96,11 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
-    seconds_per_step, first_loss = time_and_loss_of_one_step(model, first_batch, run)
+    seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
     validated = run.validations.choose_images(
         len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
-    run.print_plan({
+    print_plan(run, {
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
                   f"{describe_validation(held_out, validated)}",
         "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",

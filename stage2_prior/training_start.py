@@ -61,7 +61,7 @@ def prepare_prior(prior: TokenPrior, training: PriorTrainingConfig, run: Trainin
         prior._no_split_modules = prior.model._no_split_modules  # by whose names accelerate finds the parts to divide one by one
     model = run.prepare(prior)
     if training.compile:  # after the weight average was copied, which is validated a few times only
-        compile_layers(prior.model, run.accelerator.device, run.accelerator.mixed_precision)
+        run.wait_before_training(lambda: compile_layers(prior.model, run.accelerator.device, run.accelerator.mixed_precision))
     return model
 
 

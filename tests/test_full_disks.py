@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from token_shards.writer import TokenShardWriter
 from vqmosaic.best_weights import save_weights
 from vqmosaic.durable_files import TEMPORARY_PREFIX, copy_folder, write_json
 from vqmosaic.full_disks import DiskFull, naming_full_disks, size_text
-from vqmosaic.launch import guarded
+from vqmosaic.launch import guarded, write_note
 from vqmosaic.recipe_sections import SamplingConfig
 from vqmosaic.run_folder import RunFolder
+from vqmosaic.tracking import MetricsLog
+from vqmosaic.training_run import TrainingRun
 
 
 def write_to_full_device() -> None:
@@ -178,3 +181,33 @@ def test_images_on_a_disk_that_is_really_full(small_disk, tiny_run):
     assert stopped.returncode == 2 and f"error: no space left in {small_disk}/samples" in stopped.stderr and "Traceback" not in stopped.stderr
     filler.unlink()
     assert command(*words).returncode == 0
+
+
+class TrackersWithFullDisk:
+    """What MetricsLog and TrainingRun.end use of an Accelerator. TensorBoard's thread has met a full disk, and its calls say so without a file."""
+
+    log_with, is_main_process = ["tensorboard"], True
+
+    def init_trackers(self, *_, **__) -> None:
+        pass
+
+    def log(self, *_, **__) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    end_training = log
+
+
+def test_a_full_disk_that_a_tracker_meets_is_named(tmp_path):
+    metrics = MetricsLog(TrackersWithFullDisk(), tmp_path / "logs", 0, 0, {})
+    with pytest.raises(DiskFull, match=rf"no space left in {tmp_path}/logs: "):
+        metrics.write(1, "train", loss=1.0)
+    run = SimpleNamespace(accelerator=TrackersWithFullDisk(), folder=RunFolder(tmp_path), stage="prior")
+    with pytest.raises(DiskFull, match=rf"no space left in {tmp_path}/logs/prior: "):
+        TrainingRun.end(run)
+
+
+def test_a_full_disk_under_the_notes_of_workers_is_named(tmp_path, capsys):
+    (tmp_path / "0.pid").symlink_to("/dev/full")
+    (tmp_path / "0.words").symlink_to("/dev/full")
+    assert guarded(lambda: write_note(tmp_path / "0.pid", "1"), tmp_path / "0.words") == 2
+    assert f"error: no space left in {tmp_path}: " in capsys.readouterr().err, "the words are printed where they cannot be left"

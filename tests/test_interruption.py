@@ -9,7 +9,10 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from stage1_tokenizer import train as train_tokenizer
 from tests.test_two_processes import run_own_stage
@@ -184,3 +187,103 @@ def test_an_output_that_is_closed_meanwhile_ends_with_a_sentence():
     with contextlib.redirect_stderr(io.StringIO()) as err:
         assert guarded(broken) == 1
     assert "the output was closed by the program that read it" in err.getvalue()
+
+
+# --- waits that the first signal ends ------------------------------------------------------------------------------------------------------
+
+
+def signal_soon(number: int = signal.SIGTERM, seconds: float = 0.3) -> None:
+    threading.Timer(seconds, lambda: os.kill(os.getpid(), number)).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_ends_a_wait(number):
+    with StopFlag() as stop:
+        assert stop.wait_for(lambda: 3) == 3
+        signal_soon(number)
+        started = time.monotonic()
+        assert stop.wait_for(threading.Event().wait) is None and stop.signal == number
+        assert time.monotonic() - started < 5
+        assert stop.wait_for(lambda: 3) is None, "nothing is begun after a signal"
+        with pytest.raises(Interrupted, match="all is kept") as stopped:
+            stop.wait_or_leave(lambda: 3, "all is kept")
+        assert stopped.value.exit_code == EXIT_CODES[number]
+
+
+def test_no_handler_of_failures_takes_an_interruption_for_one():
+    assert not issubclass(Interrupted, Exception)
+
+
+STUCK_IMAGES = """
+import os, sys, time
+from pathlib import Path
+from stage1_tokenizer.folder_source import FolderSource
+from stage1_tokenizer import train
+from vqmosaic.launch import run_worker
+from vqmosaic.recipe_files import load_recipe
+folder, read = Path(sys.argv[1]), FolderSource.read
+def stuck(self, index):
+    if (folder / "hang").exists():
+        (folder / "hangs").touch()
+        time.sleep(1000)  # as where a network file system is out of reach
+    return read(self, index)
+FolderSource.read = stuck
+run_worker(train.main, sys.argv[2:])
+"""
+
+
+def train_until_stuck(tmp_path, workers: int) -> subprocess.Popen:
+    """A training whose images cannot be read any more after step 2. The cache holds none of them, or they are decoded in threads."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(400):
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / f"photos/{number}.png")
+    overrides = tiny_overrides(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__workers=workers,
+                               data__cache_megabytes=0, tokenizer_training__max_steps=1000, tokenizer_training__checkpoint_every=1000,
+                               tokenizer_training__validate_every=1000)
+    process = subprocess.Popen([sys.executable, "-c", STUCK_IMAGES, str(tmp_path), "digits", *overrides], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "run/logs/tokenizer/metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (tmp_path / "hang").touch()
+    steps = -1
+    while steps != (steps := metrics.read_text().count("\n")) or not (tmp_path / "hangs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(2.0)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_signal_ends_the_wait_for_images_and_saves_the_last_step(workers, tmp_path):
+    process = train_until_stuck(tmp_path, workers)
+    steps = (tmp_path / "run/logs/tokenizer/metrics.jsonl").read_text().count('"train"')
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, words = process.communicate(timeout=60)
+    assert process.returncode == 130, words
+    assert time.monotonic() - started < 20, "the workers are not waited for"
+    assert f"stopped by SIGINT; tokenizer saved at step {steps}" in words
+    [checkpoint] = (tmp_path / "run/checkpoints/tokenizer").glob("step-*")
+    assert checkpoint.name == f"step-{steps:08d}" and (checkpoint / "checksums.json").is_file()
+
+
+def test_a_compiler_that_a_signal_ended_is_not_blamed(tmp_path, monkeypatch):
+    """Ctrl-C in a terminal goes to the compiler too, which then fails."""
+    def interrupted_compiler(*_, **__):
+        def fail(_):
+            with contextlib.suppress(Interrupted):  # as where the library runs the compiler in a thread of its own
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            raise RuntimeError("g++ returned -2")
+        return fail
+
+    monkeypatch.setattr(torch, "compile", interrupted_compiler)
+    with pytest.raises(Interrupted) as stopped:
+        train_tokenizer.train(tiny_recipe(tmp_path, tokenizer_training__compile="true"))
+    assert stopped.value.exit_code == 130 and "SIGINT" in str(stopped.value)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda _: (_ for _ in ()).throw(RuntimeError("no g++")))
+    with pytest.raises(InputError, match=r"torch\.compile does not work on this machine: no g\+\+"):
+        train_tokenizer.train(tiny_recipe(tmp_path, tokenizer_training__compile="true"))

@@ -1,5 +1,6 @@
 """New files have the permissions that the umask allows. A denied permission is reported as such, with the file and the user."""
 
+import json
 import os
 import shutil
 import stat
@@ -226,6 +227,27 @@ def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, na
     user = "nobody" if os.geteuid() == 0 else ""
     assert "permission denied" in words and user in words and str(path) in words and "mode 0000" in words
     path.chmod(0o755)
+
+
+def test_an_image_without_permission_is_left_out_of_the_identity_until_the_end(place):
+    """With permission later, the data set is the same one; its other images are compared as before."""
+    (place / "images/cat").mkdir(parents=True)
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(place / f"images/cat/{number}.png")
+    data = DataConfig(path=str(place / "images"), use_labels=False, train_split=".")
+    denied = place / "images" / open_splits(data).train.source_name(0)
+    denied.chmod(0)
+    with as_nobody():
+        splits = open_splits(data)
+        inputs = {"data set": splits.fingerprint, **splits.unread_input}
+    assert json.loads(inputs["unread images"]) == {"train": [0], "validation": []}
+    denied.chmod(0o644)
+    now = open_splits(data)
+    assert now.fingerprint != inputs["data set"] and not now.unread_input
+    assert now.as_recorded(inputs).fingerprint == inputs["data set"] and now.as_recorded(inputs).unread_input.items() <= inputs.items()
+    changed = place / "images" / now.train.source_name(1)
+    changed.write_bytes(denied.read_bytes())
+    assert open_splits(data).as_recorded(inputs).fingerprint != inputs["data set"]
 
 
 def read_before(read, place: Path) -> None:

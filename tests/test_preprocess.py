@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from pipelines import preprocess as module
 from pipelines.audit import audit_run
 from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer, digits_source
+from stage1_tokenizer.folder_source import FolderSource
 from stage1_tokenizer.image_sources import open_splits
 from stage1_tokenizer.images import IDENTITY, training_views
 from tests.test_resume import die_at
@@ -428,3 +431,24 @@ def test_dataclass_fields_of_the_transform_are_all_compared(tiny_run):
     """check_tokenizer_fits reads the recipe's fields by the transform's names; a renamed one would be compared no more."""
     recipe = tiny_recipe("unused")
     assert all(hasattr(recipe.data, field.name) for field in dataclasses.fields(ImageTokenizer.from_pretrained(tiny_run / "tokenizer").transform))
+
+
+@pytest.mark.parametrize("cores", [1, 64])
+def test_the_first_signal_ends_the_wait_for_an_image(cores, tiny_run, photos, tmp_path, monkeypatch):
+    """As where a network file system is out of reach: in the main thread, or in those that decode ahead of the encoder."""
+    file_system_is_back, read, seen = threading.Event(), FolderSource.read, []
+
+    def stuck(self, index):
+        seen.append(index)
+        if len(seen) == 2 * PER_SHARD + 1:
+            threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+            file_system_is_back.wait()
+        return read(self, index)
+
+    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(FolderSource, "read", stuck)
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="finished shards are kept"):
+        preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos)))
+    assert time.monotonic() - started < 30
+    file_system_is_back.set()

@@ -42,7 +42,8 @@ from vqmosaic.launch import find_accelerate_config, processes_to_start
 from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
 from vqmosaic.run_folder import RunFolder
 from vqmosaic.tracking import read_metrics
-from vqmosaic.training_run import TrainingRun, learning_rate_rule
+from vqmosaic.training_plan import learning_rate_rule
+from vqmosaic.training_run import TrainingRun
 
 VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
                         token_fingerprint="f" * 64, label_drop=0.1)

@@ -460,3 +460,20 @@ def test_numpy_numbers_become_python_numbers():
 def test_check_range_refuses_values_that_are_not_numbers(given):
     with pytest.raises(InputError, match=r"count is .*; it must be a number, at least 1"):
         check_range("count", given, at_least=1)
+
+
+@pytest.mark.parametrize("marker", [".lock", "stages"])
+def test_the_file_in_a_run_folder_is_the_same_recipe_as_the_folder(tmp_path, monkeypatch, marker):
+    project = tmp_path / "project"
+    (project / "photos").mkdir(parents=True)
+    (project / "runs/x" / marker).mkdir(parents=True)
+    monkeypatch.chdir(project)
+    save_recipe(load_recipe("image_folder", ["--data.path=photos", "--run_dir=runs/x"]), project / "runs/x/recipe.yaml")
+    assert load_recipe("runs/x/recipe.yaml") == load_recipe("runs/x")
+    monkeypatch.chdir(tmp_path)
+    for place in ("project/runs/x", str(project / "runs/x")):
+        loaded = load_recipe(f"{place}/recipe.yaml")
+        assert loaded == load_recipe(place) and (loaded.run_dir, loaded.data.path) == (place, str(project / "photos"))
+    assert load_recipe("project/runs/x/recipe.yaml", ["--data.path=other"]).data.path == "other"
+    monkeypatch.chdir(project / "runs/x")
+    assert load_recipe("recipe.yaml").data.path == str(project / "photos")

@@ -1,5 +1,7 @@
 """Damaged token shards are made again, byte for byte, and nothing but what was damaged is written; where that cannot be, it is refused."""
 
+import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +14,10 @@ from pipelines import preprocess as module
 from pipelines.audit import audit_run
 from pipelines.preprocess import preprocess
 from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.content_digest import file_digest
 from stage1_tokenizer.folder_source import FolderSource
-from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.image_sources import identity_like, open_splits
 from stage1_tokenizer.images import UnreadableImage
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest
@@ -383,3 +387,69 @@ def test_a_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
         audit_run(alone, repair=True)
     assert audit_run(alone, recipe_in(run), repair=True) == 0
     assert content(alone.parent) == content(written[0])
+
+
+# --- images that could not be opened at all --------------------------------------------------------------------------------------------------
+
+
+def run_with_unread_image(tiny_run: Path, photos: Path, folder: Path) -> tuple[Recipe, Path]:
+    """A run over a copy of the photos, one of which is a link whose target is missing; and that link."""
+    shutil.copytree(photos, folder / "photos")
+    recipe = tiny_recipe(folder / "run", data__source="folder", data__path=folder / "photos", data__validation_fraction=0.2,
+                         tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=PER_SHARD, tokens__batch_size=8, data__max_unreadable=0.1)
+    link = folder / "photos" / open_splits(recipe.data).train.source_name(3)
+    link.rename(folder / "away.png")
+    link.symlink_to(folder / "target.png")
+    preprocess(recipe)
+    return recipe, link
+
+
+def test_an_image_that_could_not_be_opened_is_taken_in_when_it_can(tiny_run, written, tmp_path, capsys):
+    recipe, link = run_with_unread_image(tiny_run, written[1], tmp_path)
+    run, name = tmp_path / "run", "/".join(link.parts[-2:])
+    assert TokenShardManifest.load(run / "tokens/train").dataset["unread"] == [3] and "unread" not in TokenShardManifest.load(
+        run / "tokens/validation").dataset
+    assert audit_run(run) == 0
+    before = content(run)
+    preprocess(recipe)
+    (tmp_path / "away.png").rename(tmp_path / "target.png")
+    capsys.readouterr()
+    assert audit_run(run) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert len(problems) == 1 and name in problems[0] and "--repair encodes it" in problems[0]
+    preprocess(recipe)
+    assert "finished already" in capsys.readouterr().out and content(run) == before
+    assert audit_run(run, repair=True) == 0
+    assert [entry["source"] for entry in TokenShardManifest.load(run / "tokens/train").skipped] == [
+        entry["source"] for entry in TokenShardManifest.load(written[0] / "tokens/train").skipped]
+    assert audit_run(run) == 0 and audit_run(run, repair=True) == 0, "the record of the data set stays what it was"
+    other = tmp_path / "photos" / open_splits(recipe.data).train.source_name(5)
+    other.write_bytes(other.read_bytes()[:-20] + bytes(20))
+    assert audit_run(run) == 1, "a change of another image is still seen"
+
+
+def test_a_training_goes_on_when_an_image_can_be_opened(tiny_run, written, tmp_path, capsys):
+    recipe, _ = run_with_unread_image(tiny_run, written[1], tmp_path)
+    train_tokenizer.train(dataclasses.replace(recipe, tokens=dataclasses.replace(recipe.tokens, tokenizer=None)))
+    (tmp_path / "away.png").rename(tmp_path / "target.png")
+    capsys.readouterr()
+    longer = dataclasses.replace(recipe, tokenizer_training=dataclasses.replace(recipe.tokenizer_training, max_steps=8))
+    train_tokenizer.train(longer)
+    assert "resumed at step 6" in capsys.readouterr().out
+
+
+def test_identities_of_images_that_can_be_opened_are_what_they_were(written, tmp_path):
+    """Records of before have no list of unread images."""
+    shutil.copytree(written[1], tmp_path / "photos")
+    recipe = tiny_recipe(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__validation_fraction=0.2)
+    source = open_splits(recipe.data).train
+    lines = [json.dumps([source.source_name(index), source.label(index), *before_hex(tmp_path / "photos" / source.source_name(index))])
+             for index in range(len(source))]
+    digest = hashlib.sha256("".join([json.dumps(source.class_names), *lines]).encode()).hexdigest()
+    assert source.identity == {"kind": "folder", "version": 2, "split": "train", "count": len(source), "sha256": digest}
+    assert identity_like(source, source.identity) == source.identity
+
+
+def before_hex(path: Path) -> tuple[int, str]:
+    size, content = file_digest(path)
+    return size, content.hex()

@@ -3,7 +3,7 @@
 import difflib
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -15,6 +15,11 @@ def printable(name: str) -> str:
     if name.isprintable():
         return name
     return "".join(_escaped(character) if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character for character in name)
+
+
+def listed_names(names: Sequence[str], most: int = 12) -> str:
+    """Names for a message with commas between, the first of many."""
+    return printable(", ".join(names[:most])) + (" ..." if len(names) > most else "")
 
 
 def _escaped(character: str) -> str:

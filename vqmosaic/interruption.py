@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 GRACE_SECONDS = 3.0
@@ -12,8 +14,11 @@ GRACE_SECONDS = 3.0
 PR_SET_PDEATHSIG = 1
 
 
-class Interrupted(Exception):
-    """A stage saved its state and stopped because a signal asked it to; carries the exit code for that signal."""
+class Interrupted(BaseException):
+    """A stage saved its state and stopped because a signal asked it to; carries the exit code for that signal.
+
+    Like KeyboardInterrupt, it is no Exception: code that handles any failure of a library must not take it for one.
+    """
 
     def __init__(self, signal_number: int, where: str):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; {where}. The same command goes on from there.")
@@ -35,7 +40,7 @@ class StopFlag:
     """
 
     def __enter__(self) -> "StopFlag":
-        self.signal = 0
+        self.signal, self._is_waiting = 0, False
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._remember) for number in heeded_signals()}
@@ -49,6 +54,39 @@ class StopFlag:
         self.signal = number
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
+        if self._is_waiting:
+            self._is_waiting = False
+            raise Interrupted(number, "what was finished before is kept")
+
+    def wait_for(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, or None where a signal has come: the first one ends the wait at once.
+
+        For calls that only wait or read. What they were working with is not to be used after that.
+        """
+        if self.signal:
+            return None
+        try:
+            self._is_waiting = True
+            return call()
+        except Interrupted:
+            return None
+        finally:
+            self._is_waiting = False
+
+    def wait_or_leave(self, call: Callable[[], Any], where: str) -> Any:
+        """What `call` returns, as in `wait_for`. Raises Interrupted if a signal has come; `where` says what is kept.
+
+        An error that follows a signal is taken for its effect: Ctrl-C in a terminal also ends compilers and other programs that were started.
+        """
+        try:
+            result = self.wait_for(call)
+        except Exception as error:
+            if self.signal:
+                raise Interrupted(self.signal, where) from error
+            raise
+        if self.signal:
+            raise Interrupted(self.signal, where)
+        return result
 
     def _watch(self) -> None:
         """Read the numbers of signals, which the interpreter writes as they come, until a 0 or the second one."""

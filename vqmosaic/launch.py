@@ -22,7 +22,8 @@ from typing import NamedTuple
 import yaml
 
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.full_disks import naming_any_full_disk
+from vqmosaic.full_disks import DiskFull, naming_any_full_disk, naming_full_disks
+from vqmosaic.given_paths import check_path, naming_impossible_paths
 from vqmosaic.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, heeded_signals
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.process_settings import set_up_process
@@ -62,7 +63,9 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
     environment[PROCESSES_ASKED_FOR] = str(processes)
     protect_imports(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * machines // processes)))
-    with tempfile.TemporaryDirectory(prefix="vqmosaic-workers-") as folder:
+    with naming_full_disks(Path(tempfile.gettempdir())):
+        temporary = tempfile.TemporaryDirectory(prefix="vqmosaic-workers-")
+    with temporary as folder:
         environment[WORKER_FOLDER] = folder
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
 
@@ -86,6 +89,7 @@ def protect_imports(environment: dict[str, str]) -> None:
 
 def find_accelerate_config(name: str) -> Path:
     """The file of an accelerate configuration given by a path or by the name of one that comes with the package; InputError lists those."""
+    check_path("--accelerate_config", name)
     if Path(name).is_file():
         return Path(name)
     shipped = SHIPPED_ACCELERATE_CONFIGS / f"{name}.yaml"
@@ -175,7 +179,7 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
     before = {number: signal.signal(number, take) for number in heeded_signals()}
     try:
         launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
-        (folder / LAUNCHER_NAME).write_text(str(launcher.pid))
+        write_note(folder / LAUNCHER_NAME, str(launcher.pid))
         pass_on()  # what came while there was nobody to tell
         wait_for_launcher(launcher, folder, count, asked_to_stop)
     finally:
@@ -254,14 +258,36 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if folder:
         die_with_parent(int((folder / LAUNCHER_NAME).read_text()))
-        (folder / f"{rank}.pid").write_text(str(os.getpid()))
-    code = guarded(lambda: main(arguments or no_recipe()), folder / f"{rank}.words" if folder else None)
+
+    def work() -> None:
+        if folder:
+            write_note(folder / f"{rank}.pid", str(os.getpid()))
+        main(arguments or no_recipe())
+
+    code = guarded(work, folder / f"{rank}.words" if folder else None)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # whoever read it has gone
             stream.flush()
     if folder:
-        (folder / f"{rank}.exit").write_text(str(code))
+        with contextlib.suppress(DiskFull):  # the launcher's own code tells the parent that something failed
+            write_note(folder / f"{rank}.exit", str(code))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at once: taken apart in order, it could wait for ever for torch's thread that holds a tensor
+        os._exit(code)
+    leave(code)
+
+
+def write_note(path: Path, text: str) -> None:
+    """Write one of the small files by which workers and parent know of each other. Raises DiskFull, which names their folder."""
+    with naming_full_disks(path.parent):
+        path.write_text(text)
+
+
+def leave(code: int) -> None:
+    """End the process with this exit code; after a signal at once, since Python would wait for threads that are stuck in reading a file."""
+    if code in EXIT_CODES.values():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -277,13 +303,14 @@ def guarded(run: Callable[[], None], words: Path | None = None) -> int:
     The words go to stderr, or into the file `words` for a parent that prints them once for all of its workers.
     """
     def say(text: str) -> None:
-        if words is None:
-            print(text, file=sys.stderr)
-        else:
-            words.write_text(text)
+        if words is not None:
+            with contextlib.suppress(DiskFull):
+                write_note(words, text)
+                return
+        print(text, file=sys.stderr)
 
     try:
-        with naming_denied_permissions(), naming_any_full_disk():
+        with naming_denied_permissions(), naming_any_full_disk(), naming_impossible_paths():
             run()
         return 0
     except InputError as error:

@@ -17,6 +17,7 @@ from vqmosaic import __version__
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.fields_from_data import BUDGETS, CountImages, Facts, choices, no_count, recorded_fields
+from vqmosaic.given_paths import check_path
 from vqmosaic.json_files import is_later, version_hint
 from vqmosaic.permissions import naming_denied_permissions
 from vqmosaic.recipe import Recipe, recipe_fields
@@ -43,6 +44,7 @@ def shipped_names() -> list[str]:
 
 def find_recipe(name: str) -> Path:
     """The file of a recipe given by a path, by a shipped name or by a run folder; InputError lists what there is."""
+    check_path("the recipe", name)
     path = Path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
@@ -84,8 +86,9 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
 @naming_denied_permissions()
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = (),
                 count_images: CountImages | None = None, redone: str | None = None) -> Recipe:
-    """A checked recipe from a shipped name, a YAML file or a run folder (whose run_dir it is), with overrides such as ["--data.path", "photos"].
+    """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
 
+    The recipe.yaml in a run folder is the same as the folder, whose run_dir is where it lies.
     Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
     `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
     Fields that are not set may follow from the data (fields_from_data.py), of which `count_images` counts the training images, given the fields by
@@ -101,7 +104,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
     add_recipe_options(parser)
     try:
         # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
-        place = [f"--run_dir={name}", *paths_as_recorded(path)] if path == Path(name) / "recipe.yaml" else []
+        place = [f"--run_dir={path.parent}", *paths_as_recorded(path)] if is_of_run_folder(name, path) else []
         values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
         facts = Facts(partial(count_images, values) if count_images else no_count, has_gpu)
@@ -111,7 +114,17 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
         raise InputError(f"{error} (recipe {path})") from None
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(words_of(error, path)) from None
-    return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
+    recipe = Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
+    for field in recipe_fields(recipe):
+        if field.name in ("run_dir", *PATH_FIELDS) and field.value is not None:
+            check_path(field.name, field.value)
+    return recipe
+
+
+def is_of_run_folder(name: str, path: Path) -> bool:
+    """Whether a recipe, found at `path` for what was given, is that of a run folder: the folder was given, or the file in one that holds a run."""
+    is_folder = path == Path(name) / "recipe.yaml"
+    return is_folder or (path.name == "recipe.yaml" and any((path.parent / made).exists() for made in (".lock", "stages")))
 
 
 def recipe_help(recipe: Recipe | None = None) -> str:

@@ -40,8 +40,9 @@ class MetricsLog:
             cut_back(self.path, first_step, validated_step)
         if accelerator.log_with:
             flat = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in config.items()}
-            accelerator.init_trackers("vqmosaic", config=flat,
-                                      init_kwargs=resumed_trackers(folder, first_step) if accelerator.is_main_process else {})
+            with naming_full_disks(folder):
+                accelerator.init_trackers("vqmosaic", config=flat,
+                                          init_kwargs=resumed_trackers(folder, first_step) if accelerator.is_main_process else {})
 
     def write(self, step: int, kind: str, **numbers: float | int) -> None:
         """Append one record; `kind` is train or validation."""
@@ -52,7 +53,8 @@ class MetricsLog:
             with naming_full_disks(self.path.parent, len(line)), open(self.path, "a") as file:
                 file.write(line)
         if self.accelerator.log_with:
-            self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
+            with naming_full_disks(self.path.parent):  # TensorBoard's thread hands on the error of an earlier call, without a file name
+                self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
 
 
 def resumed_trackers(folder: Path, first_step: int) -> dict[str, dict[str, Any]]:

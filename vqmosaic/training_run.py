@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vqmosaic.budget import Budget, Pace, duration, epochs, expected_time, learning_rate_share, warn_of_few_steps
+from vqmosaic.budget import Budget, Pace, duration, expected_time, learning_rate_share
 from vqmosaic.checkpoints import CheckpointFolder, restore_state
 from vqmosaic.devices import keep_process_group, make_accelerator, set_threads
 from vqmosaic.errors import InputError
-from vqmosaic.fields_from_data import describe_choices
+from vqmosaic.full_disks import naming_full_disks
 from vqmosaic.interruption import Interrupted, StopFlag
 from vqmosaic.muon import Muon
 from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
@@ -65,6 +65,10 @@ class TrainingRun:
         self.resumed_from: Path | None = None
 
     # --- before step 0 -----------------------------------------------------------------------------------------------------
+
+    def wait_before_training(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save."""
+        return self.stop.wait_or_leave(call, f"{self.stage} was starting, and no step was lost")
 
     def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
         """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.
@@ -175,36 +179,6 @@ class TrainingRun:
     def micro_batch(self) -> int:
         """Images that one process trains on at a time. Validation and k-means use the same number, so that they need no more memory."""
         return self.training.batch_size // self.world_size // self.training.accumulation_steps
-
-    def print_plan(self, facts: dict[str, Any], seconds_per_step: float, images: int) -> None:
-        """Print what is about to happen, before it costs anything. `images` is the number of images to train on."""
-        count = sum(parameter.numel() for parameter in self.parameters)
-        copies = 4 + (self.average is not None)  # weights, gradients, two moments, the average
-        parts = self.world_size if self.is_sharded else 1
-        device, seconds = self.accelerator.device, expected_time(seconds_per_step, self.budget, self.state.step)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {counted(self.state.threads, 'thread')}"
-        steps = int(seconds / seconds_per_step)
-        self.report.table("plan", {
-            **facts,
-            "epochs": epochs(self.training, self.state.step + steps, images),
-            "parameters": f"{count:,}",
-            "optimizer": "Muon for the inner matrices, AdamW for the rest" if isinstance(self.optimizers[0].optimizer, Muon) else "AdamW",
-            "learning rate": learning_rate_rule(self.training),
-            "memory of the training state": f"about {count * 4 * copies / parts / 2**20:,.0f} MiB and activations"
-                                            + (f", on each of {parts} processes (FSDP)" if self.is_sharded else ""),
-            "device": f"{name} x {self.world_size}", "dtype": f"{self.accelerator.mixed_precision} autocast, float32 weights",
-            "budget": " or ".join(filter(None, [self.training.max_steps and counted(self.training.max_steps, "step"),
-                                                self.training.max_minutes and duration(self.training.max_minutes * 60)])),
-            "validation": self.validations.describe(),
-            "done already": counted(self.state.step, "step"),
-            "start-up": f"{duration(self.report.seconds)}; the budget starts with the first step",
-            "expected time": f"about {duration(seconds)}, {counted(steps, 'step')}, from a trial step of "
-                             f"{seconds_per_step * 1000:.0f} ms; updated after {FIRST_LINE_SECONDS:.0f} s of training",
-        })
-        if chosen := describe_choices(self.recipe, self.stage, images, device.type != "cpu"):
-            self.report.table("chosen for this data and this device", chosen)
-        if warning := warn_of_few_steps(self.training, self.state.step + steps, seconds_per_step):
-            self.report(warning)
 
     # --- every step --------------------------------------------------------------------------------------------------------
 
@@ -335,20 +309,13 @@ class TrainingRun:
     def end(self) -> None:
         """Close the trackers and leave the process group, whatever became of the training."""
         keep_process_group()
-        self.accelerator.end_training()
+        with naming_full_disks(self.folder.logs(self.stage)):
+            self.accelerator.end_training()
 
 
 def codebook_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that a model says are codes, which are neither decayed nor averaged."""
     return getattr(model, "codebook_parameters", list)()
-
-
-def learning_rate_rule(training: TrainingConfig) -> str:
-    """The peak learning rate in words, with the rule by which it follows the batch where there is one."""
-    if training.learning_rate_batch is None:
-        return f"{training.learning_rate:g}"
-    return (f"{training.learning_rate:g} x sqrt({training.batch_size} / {training.learning_rate_batch}) = "
-            f"{training.learning_rate * training.learning_rate_factor:.4g}")
 
 
 def inner_matrices(model: nn.Module, parameters: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -1,0 +1,51 @@
+"""Every argument that is a path: a text that no path can be ends in words and with exit code 2, before anything is read or written."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.command_line import dispatch
+from vqmosaic.launch import guarded
+
+IMPOSSIBLE = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
+              "through a file": ("FILE/x", "is a file"), "circle of links": ("CIRCLE/x", "circle of links")}
+COMMANDS_WITH_PATHS = {
+    "recipe": ["run", "PATH"], "run_dir": ["run", "digits", "--run_dir", "PATH"], "data.path": ["check-data", "image_folder", "--data.path", "PATH"],
+    "tokenizer of tokens": ["preprocess", "digits", "--tokens.tokenizer", "PATH"],
+    "tokens": ["train-prior", "digits", "--prior_training.tokens", "PATH"],
+    "init_from": ["train-tokenizer", "digits", "--tokenizer_training.init_from", "PATH"],
+    "resume": ["train-tokenizer", "digits", "--tokenizer_training.resume", "PATH"],
+    "accelerate_config": ["run", "digits", "--accelerate_config", "PATH"], "recipe file": ["run", "FILE"],
+    "bundle": ["bundle", "--tokenizer", "PATH", "--prior", ".", "--out", "out"], "bundle's prior": ["bundle", "--tokenizer", ".", "--prior", "PATH",
+                                                                                               "--out", "out"],
+    "bundle's out": ["bundle", "--tokenizer", ".", "--prior", ".", "--out", "PATH"],
+    "generate": ["generate", "PATH"], "generate's out": ["generate", "RUN", "--out", "PATH"], "sweep": ["sweep", "PATH", "--features", "f.pt"],
+    "features": ["sweep", "RUN", "--features", "PATH"], "real": ["sweep", "RUN", "--features", "f.pt", "--real", "PATH"],
+    "sweep's recipe": ["sweep", "RUN", "--features", "FILE", "--recipe", "PATH"], "reconstruct": ["reconstruct", "PATH", "a.png"],
+    "image": ["reconstruct", "RUN", "PATH"], "reconstruct's out": ["reconstruct", "RUN", "a.png", "--out", "PATH"], "audit": ["audit", "PATH"],
+    "audit's recipe": ["audit", "RUN", "--recipe", "PATH"], "import": ["import-tokens", "PATH", "--out", "out"],
+    "import's out": ["import-tokens", "x.jsonl", "--out", "PATH"], "labels": ["import-tokens", "x.npy", "--out", "out", "--labels", "PATH"],
+    "export": ["export-tokens", "PATH", "--out", "out"], "export's out": ["export-tokens", "RUN/tokens/train", "--out", "PATH"],
+    "demo": ["demo", "PATH"],
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+@pytest.mark.parametrize("name", COMMANDS_WITH_PATHS)
+def test_a_text_that_no_path_can_be_is_refused_in_words(name, kind, tmp_path, tiny_run, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").write_text("seed: 1\n")
+    Path("CIRCLE").symlink_to("CIRCLE")
+    arguments = [part.replace("PATH", IMPOSSIBLE[kind][0]).replace("RUN", str(tiny_run)) for part in COMMANDS_WITH_PATHS[name]]
+    if name == "recipe file":  # a text with a zero byte can only stand in a file
+        Path("FILE").write_text('data: {path: "a\\0b", source: folder}\n')
+    assert guarded(lambda: dispatch(arguments)) == 2
+    words = capsys.readouterr().err
+    assert words.startswith("error: ") and len(words) < 2000 and "Errno" not in words
+    assert (IMPOSSIBLE[kind][1] if name != "recipe file" else "zero byte") in words, words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CIRCLE", "FILE"], "nothing is written"
+
+
+def test_a_path_that_turns_out_impossible_is_named(capsys):
+    assert guarded(lambda: Path("/" + "x" * 300).read_bytes()) == 2
+    assert "too long" in capsys.readouterr().err

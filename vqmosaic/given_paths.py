@@ -1,0 +1,68 @@
+"""Paths as a user gives them: a text that no file can have is refused in words, before anything looks for the file. Loads no torch."""
+
+import argparse
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vqmosaic.errors import InputError, printable
+
+_SHOWN = 80
+
+
+def check_path(field: str, text: str) -> None:
+    """Raise InputError for a text that is no path: empty, with a zero byte, too long, through a file, or in a circle of links.
+
+    A path that does not exist is fine. `field` is what gave the text, for the message.
+    """
+    reason = path_problem(text)
+    if reason is not None:
+        shown = printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+        raise InputError(f"{field} is {shown!r}, {reason}.")
+
+
+def path_problem(text: str) -> str | None:
+    """Why a text is no path, as a clause; None where it is one."""
+    if not text:
+        return "which is empty; give a path, such as . for the working directory"
+    try:
+        os.stat(os.path.expanduser(text))
+    except ValueError:  # of the text itself, whatever lies on the disk
+        return "which no path can be: it holds a zero byte or characters that no name can hold"
+    except OSError as error:
+        return reason_of(error)
+    return None
+
+
+def reason_of(error: OSError) -> str | None:
+    """The clause for an error that says that a path cannot exist; None for other errors."""
+    if error.errno == errno.ENAMETOOLONG:
+        return "which is too long for a path: most file systems allow 255 bytes for a name and 4,095 for the whole"
+    if error.errno == errno.ELOOP:
+        return "which goes in a circle of links"
+    if error.errno == errno.ENOTDIR:
+        path = Path(os.path.expanduser(os.fsdecode(error.filename)))
+        return f"but {next((parent for parent in path.parents if parent.is_file()), path.parent)} is a file and not a folder"
+    return None
+
+
+def given_path(text: str) -> Path:
+    """The path of a command's argument, as a type for argparse."""
+    reason = path_problem(text)
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"{printable(text[:_SHOWN])!r} was given, {reason}")
+    return Path(text)
+
+
+@contextmanager
+def naming_impossible_paths() -> Iterator[None]:
+    """Turn an OSError that says that a path cannot exist into InputError, which shows the path."""
+    try:
+        yield
+    except OSError as error:
+        reason = reason_of(error) if isinstance(error.filename, str | bytes) else None
+        if reason is None:
+            raise
+        raise InputError(f"a path is {printable(os.fsdecode(error.filename)[:_SHOWN])!r}, {reason}.") from error
