@@ -202,9 +202,10 @@ def training_views(tokens: TokensConfig) -> list[View]:
 
 
 def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
-    """The views of a named set: none, flip, shifts, flip+shifts, which begin with the identity, or ten-crop, which is without it.
+    """The views of a named set (VIEW_SETS). All sets but ten-crop begin with the identity.
 
-    shifts are the identity and its eight neighbours at `shift` pixels; flip+shifts are those nine and then their mirror images.
+    shifts are the identity and its eight neighbours at `shift` pixels, wide-shifts the 25 views that are up to two such steps away in each
+    direction. With flip+ in front, the mirror images of all these follow.
     ten-crop are the centre and the four corners at `crop_scale` and then their mirror images (Krizhevsky et al. 2012; stored as
     tokens: LlamaGen, Sun et al. 2024).
     """
@@ -212,7 +213,7 @@ def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view
     if name == "ten-crop":
         places = [POSITIONS[place] for place in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
         return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
-    steps = (0, -shift, shift) if "shifts" in name else (0,)
+    steps = [step * shift for step in ((0, -1, 1, -2, 2) if "wide" in name else (0, -1, 1) if "shifts" in name else (0,))]
     flips = (False, True) if "flip" in name else (False,)
     return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in steps for shift_x in steps]
 

@@ -7,9 +7,12 @@ import pytest
 
 from pipelines.count_images import count_images
 from vqmosaic.errors import InputError
-from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, describe_choices
+from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, PRIOR_EPOCHS, describe_choices
 from vqmosaic.recipe import recipe_fields
 from vqmosaic.recipe_files import load_recipe, save_recipe, shipped_names
+from vqmosaic.run_folder import RunFolder
+from vqmosaic.stage_records import write_record
+from vqmosaic.view_lists import VIEW_SETS
 
 
 def fields_of(recipe) -> dict[str, object]:
@@ -37,26 +40,38 @@ def test_levels_follow_a_given_patch_size(patch_size):
     assert recipe.tokenizer.patch_size == patch_size and recipe.num_tokens == 64
 
 
-def test_small_folders_are_augmented_and_regularized_more_than_large_ones():
-    small, large = load(images=500), load(images=20_000)
-    assert small.data.shift > large.data.shift == 0
-    assert (small.tokens.views, large.tokens.views) == ("flip+shifts", "flip")
-    assert small.prior.dropout > large.prior.dropout and small.prior_training.token_noise > large.prior_training.token_noise
-    assert small.prior_training.max_steps * small.prior_training.batch_size == pytest.approx(40 * 500, abs=small.prior_training.batch_size)
-    assert large.prior_training.max_steps == 40 * small.prior_training.max_steps
-    assert load(images=60).tokenizer.codebook_size < small.tokenizer.codebook_size == large.tokenizer.codebook_size
+def test_the_fewer_the_images_the_more_variants_and_the_fewer_steps():
+    few, some, many = (load(images=images) for images in (500, 5000, 50_000))
+    assert [recipe.tokens.views for recipe in (few, some, many)] == ["flip+wide-shifts", "flip+shifts", "flip"]
+    assert few.data.shift == some.data.shift > many.data.shift == 0
+    assert few.prior.dropout > some.prior.dropout == many.prior.dropout
+    epochs = [recipe.prior_training.max_steps * recipe.prior_training.batch_size / images
+              for recipe, images in ((few, 500), (some, 5000), (many, 50_000))]
+    assert epochs == pytest.approx([60, 30, 12], rel=0.01), "more views last for more epochs"
+    assert load("--tokens.views=flip", images=500).prior_training.max_steps < few.prior_training.max_steps
+    assert load(images=60).tokenizer.codebook_size < few.tokenizer.codebook_size == many.tokenizer.codebook_size
+
+
+def test_every_set_of_views_has_its_epochs():
+    assert set(PRIOR_EPOCHS) == set(VIEW_SETS)
 
 
 def test_nothing_is_mirrored_where_flips_are_off():
-    for images, views in ((500, "shifts"), (20_000, "none")):
-        assert load("--data.flip=false", images=images).tokens.views == views
+    for images in (500, 5000, 50_000):
+        recipe = load("--data.flip=false", images=images)
+        assert not recipe.tokens.mirrors
+
+
+def test_shifted_views_fit_the_smallest_images():
+    for size in (16, 17, 24):
+        assert load(f"--data.image_size={size}", images=500).tokens.view_shift == 1
 
 
 def test_every_field_can_be_given(tmp_path):
     free = {name: value for name, value in fields_of(load(images=500)).items() if name in chosen_fields()}
     other = {**free, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
              "tokenizer.codebook_size": 100, "tokenizer_training.batch_size": 5, "tokenizer_training.max_minutes": 3.0, "data.shift": 1,
-             "tokens.views": "none", "tokens.view_shift": 2, "prior.dropout": 0.05, "prior_training.token_noise": 0.01,
+             "tokens.views": "none", "tokens.view_shift": 1, "prior.dropout": 0.05,
              "prior_training.batch_size": 7, "prior_training.max_steps": 11, "prior_training.max_minutes": 4.0}
     assert all(other[name] != value for name, value in free.items()), "each of the values differs from the rule's"
     options = [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in other.items()]
@@ -73,8 +88,8 @@ def chosen_fields() -> set[str]:
 
 def test_the_plan_tells_each_choice_with_its_reason_and_what_was_set_by_hand():
     lines = describe_choices(load("--prior.dropout=0.25", images=500), "prior", 500, on_gpu=False)
-    assert lines["prior_training.token_noise"] == "0.2: 500 training images"
-    assert lines["prior.dropout"] == "0.25, as set (by rule: 0.3)"
+    assert lines["tokens.views"] == "flip+wide-shifts: 500 training images, data.flip is true"
+    assert lines["prior.dropout"] == "0.25, as set (by rule: 0.2)"
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "those stand in the plan of the tokenizer"
 
 
@@ -100,9 +115,6 @@ def test_without_a_data_set_a_usual_number_of_images_is_assumed():
 
 def start(recipe, stage: str, run) -> None:
     """Record that a stage has started, as the stages do."""
-    from vqmosaic.run_folder import RunFolder
-    from vqmosaic.stage_records import write_record
-
     (run / "stages").mkdir(parents=True, exist_ok=True)
     write_record(RunFolder(run), recipe, stage, {}, finished=False)
 
@@ -113,9 +125,11 @@ def test_a_started_stage_keeps_its_values_when_the_data_grow(tmp_path):
     start(first, "tokenizer", run)
     again = load(f"--run_dir={run}", images=20_000)
     assert again.tokenizer == first.tokenizer and again.data == first.data and again.tokenizer_training == first.tokenizer_training
-    assert again.prior.dropout == load(images=20_000).prior.dropout, "the prior has not started, so its fields follow from the data as they are"
+    assert again.tokens.views == load(images=20_000).tokens.views != first.tokens.views, "tokens and prior have not started, so their fields follow "\
+        "from the data as they are now"
+    assert again.prior.dropout == load(images=20_000).prior.dropout
     anew = load(f"--run_dir={run}", images=20_000, redone="tokenizer")
-    assert anew.data.shift == load(images=20_000).data.shift
+    assert anew.tokenizer_training == load(images=20_000).tokenizer_training
     assert load(f"--run_dir={run}", images=20_000, redone="prior").data.shift == first.data.shift
 
 

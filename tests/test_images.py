@@ -1,5 +1,6 @@
 """Any image file becomes the same upright 8-bit pixels everywhere, and views are what they say."""
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -214,6 +215,10 @@ def test_named_views():
     assert {(view.shift_x, view.shift_y) for view in shifts} == {(x, y) for x in (-2, 0, 2) for y in (-2, 0, 2)}
     both = named_views("flip+shifts", 1)
     assert both[0] == IDENTITY and len(set(both)) == 18 and sum(view.flip for view in both) == 9
+    wide = named_views("wide-shifts", 3)
+    assert wide[0] == IDENTITY and len(set(wide)) == 25 and {view.shift_x for view in wide} == {-6, -3, 0, 3, 6}
+    assert set(named_views("flip+wide-shifts", 1)) == {*named_views("wide-shifts", 1), *(dataclasses.replace(view, flip=True)
+                                                                                        for view in named_views("wide-shifts", 1))}
     with pytest.raises(InputError, match=r"flips.*allowed.*Did you mean"):
         named_views("flips", 1)
 

@@ -26,11 +26,10 @@ PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
 
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
 """Bounds of the codebook, and the tokens in the training images that there should be for each code."""
-FEW_IMAGES = 5000
-"""Below this number of training images, augmentation and regularization are strong."""
-PRIOR_EPOCHS = 40
-"""How often the prior sees each image at most, each time in one of its views."""
-
+FEW_IMAGES, MANY_IMAGES = 2000, 25_000
+"""Numbers of training images between which augmentation is middling; it is strong below and weak above."""
+PRIOR_EPOCHS = {"none": 8, "flip": 12, "shifts": 20, "flip+shifts": 30, "wide-shifts": 40, "flip+wide-shifts": 60, "ten-crop": 20}
+"""How often the prior sees each image at most, by tokens.views: an epoch reads one view of each image."""
 PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
 """Sections whose chosen fields the plan of a training prints."""
 
@@ -105,26 +104,31 @@ def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choic
 
 
 def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Small folders are shifted at random for the tokenizer, and stored in many views for the prior."""
-    few = facts.images < FEW_IMAGES
-    size = f"{'fewer' if few else 'not fewer'} than {FEW_IMAGES:,} training images"
-    yield Choice("data.shift", recipe["data.image_size"] // 16 if few else 0, size)
-    views = {(True, True): "flip+shifts", (True, False): "shifts", (False, True): "flip", (False, False): "none"}[few, recipe["data.flip"]]
-    yield Choice("tokens.views", views, f"{size}, data.flip is {str(recipe['data.flip']).lower()}")
-    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 64), "a small part of a token")
+    """The fewer the images, the more variants: random shifts for the tokenizer, stored views for the prior."""
+    images, size, flips = f"{facts.images:,} training images", recipe["data.image_size"], "flip+" if recipe["data.flip"] else ""
+    yield Choice("data.shift", size // 16 if facts.images < MANY_IMAGES else 0, images)
+    if facts.images < FEW_IMAGES:
+        views = f"{flips}wide-shifts"
+    elif facts.images < MANY_IMAGES:
+        views = f"{flips}shifts"
+    else:
+        views = "flip" if recipe["data.flip"] else "none"
+    yield Choice("tokens.views", views, f"{images}, data.flip is {str(recipe['data.flip']).lower()}")
+    yield Choice("tokens.view_shift", max(1, size // 32), f"a part of a token, for images of {size} pixels")
 
 
-def prior_regularization(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """A prior learns few images by heart: dropout and token noise delay that, and training ends, at a low learning rate, before it."""
+def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """A prior soon overfits to few images. Its training ends before that, with a low learning rate."""
     images = f"{facts.images:,} training images"
-    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {'a GPU' if facts.on_gpu else 'a CPU'}")
-    yield Choice("prior.dropout", 0.3 if facts.images < FEW_IMAGES else 0.1, images)
-    yield Choice("prior_training.token_noise", 0.2 if facts.images < FEW_IMAGES else 0.1, images)
-    yield Choice("prior_training.max_steps", math.ceil(PRIOR_EPOCHS * facts.images / recipe["prior_training.batch_size"]),
-                 f"{PRIOR_EPOCHS} epochs of {images}; more would overfit")
+    yield Choice("prior.dropout", 0.2 if facts.images < FEW_IMAGES else 0.1, images)
+    device = "a GPU" if facts.on_gpu else "a CPU"
+    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {device}")
+    epochs = PRIOR_EPOCHS[recipe["tokens.views"]] if isinstance(recipe["tokens.views"], str) else PRIOR_EPOCHS["shifts"]
+    yield Choice("prior_training.max_steps", math.ceil(epochs * facts.images / recipe["prior_training.batch_size"]),
+                 f"{epochs} epochs of {images}; more would overfit")
 
 
-RULES: tuple[Rule, ...] = (token_grid, tokenizer_network, augmentation, prior_regularization)
+RULES: tuple[Rule, ...] = (token_grid, tokenizer_network, augmentation, prior_training)
 """The rules of `fit_to_data`, in their order."""
 
 

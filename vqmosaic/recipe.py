@@ -75,7 +75,9 @@ class Recipe:
         if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0: there is no discriminator "
                              "to take features from. Set adversarial.weight, or perceptual_loss to lpips.")
-        check_range("tokens.view_shift", self.tokens.view_shift, at_least=1, below=size / 2)
+        steps = 2 if self.tokens.views in ("wide-shifts", "flip+wide-shifts") else 1
+        check_range(f"tokens.view_shift (tokens.views {self.tokens.views!r})" if steps == 2 else "tokens.view_shift", self.tokens.view_shift,
+                    at_least=1, below=size / 2 / steps)
         check_shifts_fit("tokens.views", self.tokens.views, size)
         if self.data.source == "digits" and (self.data.flip or self.tokens.mirrors):
             field_name = "data.flip" if self.data.flip else "tokens.views"

@@ -189,8 +189,9 @@ class TokensConfig:
     tokenizer: str | None = unrecorded(None)
     """A tokenizer folder made elsewhere; null takes this run's own tokenizer/."""
     views: list[Any] | str = "none"
-    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, nine in all), flip+shifts, ten-crop (centre and
-    corners at view_crop_scale, each also mirrored), or a list of records, each with any of crop_scale, position, flip and shift."""
+    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, 9 in all), wide-shifts (by up to two such steps, 25
+    in all), flip+shifts (18), flip+wide-shifts (50), ten-crop (centre and corners at view_crop_scale, each also mirrored), or a list of records, each
+    with any of crop_scale, position, flip and shift."""
     view_shift: int = 1
     """Pixels by which the shifts views move the image, in each of eight directions."""
     view_crop_scale: float = 0.875

@@ -4,8 +4,8 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 
-VIEW_SETS = ("none", "flip", "shifts", "flip+shifts", "ten-crop")
-MIRRORED_SETS = ("flip", "flip+shifts", "ten-crop")
+VIEW_SETS = ("none", "flip", "shifts", "flip+shifts", "wide-shifts", "flip+wide-shifts", "ten-crop")
+MIRRORED_SETS = ("flip", "flip+shifts", "flip+wide-shifts", "ten-crop")
 POSITIONS = {
     "center": (0.5, 0.5), "top-left": (0.0, 0.0), "top": (0.5, 0.0), "top-right": (1.0, 0.0), "left": (0.0, 0.5), "right": (1.0, 0.5),
     "bottom-left": (0.0, 1.0), "bottom": (0.5, 1.0), "bottom-right": (1.0, 1.0),
