@@ -8,6 +8,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -64,8 +65,8 @@ class FolderSource:
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels is not None else None
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self._root / self._names[index], channels=self._channels, max_pixels=self._max_pixels)
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        return read_image(self._root / self._names[index], channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
 
 
 def open_folder(data: DataConfig) -> ImageSplits:

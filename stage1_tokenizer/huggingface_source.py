@@ -85,15 +85,15 @@ class HuggingFaceSource:
         label = int(self._labels[self._picked[index]])
         return label if label >= 0 else None
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         stored = self._stored(index)
         if stored is None:
             raise UnreadableImage("the row holds no image")
         if not isinstance(stored, str):
-            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
         path = self._path(stored)
         try:
-            return read_image(path, channels=self._channels, max_pixels=self._max_pixels)
+            return read_image(path, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
         except UnreadableImage as error:
             raise UnreadableImage(f"{str(path)!r}: {error}") from error
 

@@ -3,7 +3,7 @@
 The kinds are in digits_source.py, folder_source.py and huggingface_source.py; only the one that is asked for is imported.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,8 +44,8 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None:
         """The index of the image's class in class_names, or None."""
 
-    def read(self, index: int) -> Image.Image:
-        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason."""
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. before_decoding is called as by read_image."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ Pillow reads little of this (ITU-T T.800, annex I): it takes channels in stored 
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
+
+from stage1_tokenizer.iso_boxes import iso_boxes
 
 _CODESTREAM_START = b"\xff\x4f\xff\x51"
 
@@ -34,7 +35,7 @@ def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
         if file.read(4) == _CODESTREAM_START:
             header.depths = _depths(file)
             return header
-        for kind, start, end in _boxes(file, 0, file.seek(0, 2)):
+        for kind, start, end in iso_boxes(file, 0, file.seek(0, 2)):
             file.seek(start)
             if kind == b"jp2c":
                 if file.read(4) == _CODESTREAM_START:
@@ -42,7 +43,7 @@ def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
                 break
             if kind == b"jp2h":
                 has_colours = False
-                for inner, inner_start, inner_end in list(_boxes(file, start, end)):
+                for inner, inner_start, inner_end in list(iso_boxes(file, start, end)):
                     file.seek(inner_start)
                     body = file.read(inner_end - inner_start)
                     if inner == b"colr" and not has_colours:
@@ -52,21 +53,6 @@ def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
         return header
     finally:
         file.seek(position)
-
-
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, first byte, end) of the content of each box."""
-    while start + 8 <= end:
-        file.seek(start)
-        size, kind = struct.unpack(">I4s", file.read(8))
-        content = start + 8
-        if size == 1:
-            size, content = struct.unpack(">Q", file.read(8))[0], start + 16
-        stop = end if size == 0 else min(start + size, end)
-        if stop < content:
-            return
-        yield kind, content, stop
-        start = stop
 
 
 def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:

@@ -59,7 +59,7 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if not image.tile or transparent is None:
         return None  # without transparency, or loaded before
     if image.mode in ("1", "P"):
-        stored = _png_chunk(image, b"tRNS")
+        stored = png_chunk(image, b"tRNS")
         # Pillow reads all 16 bits for a depth of 1, and takes alpha that ends in 10 (a line feed to its pattern) for a single entry.
         image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
     if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
@@ -80,7 +80,7 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     return honour
 
 
-def _png_chunk(image: Image.Image, wanted: bytes) -> bytes:
+def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
     """The content of the last chunk of a type before the pixels, as the decoder takes it; b"" where there is none."""
     file, position, found = image.fp, image.fp.tell(), b""
     try:
