@@ -89,7 +89,8 @@ def open_folder(data: DataConfig) -> ImageSplits:
     class_values = sorted_classes(train_classes) if train_classes else None
     notes = [] if metadata or not (data.use_labels and data.label_column) else [
         f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
-    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
+    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_without_image(names, metadata),
+              *_doubts(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, how = cut_validation(train_names, train_classes, data)
         validation_names = [train_names[index] for index in validation]
@@ -196,6 +197,12 @@ def _unused(names: list[str], train_split: str | None, validation_split: str | N
     if not unused:
         return []
     return [f"{len(unused)} images outside of {' and '.join(split[:-1] for split in splits)} are not used, such as {printable(unused[0])}"]
+
+
+def _without_image(names: list[str], metadata: FolderMetadata | None) -> list[str]:
+    """What is said of rows that name no image."""
+    missing = metadata.without_image(names) if metadata else []
+    return [f"{len(missing)} files that {metadata.paths[0].name} names are no images here, such as {printable(missing[0])}"] if missing else []
 
 
 def _doubts(names: list[str], split: str | None, class_values: list | None, data: DataConfig) -> list[str]:
