@@ -41,7 +41,8 @@ class UnreadableImage(ValueError):
 def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """The function to call with the image once it is loaded, which gives it with its header honoured.
 
-    Call this before the pixels are loaded, and before anything is decoded. Raises UnreadableImage where the header says that
+    Call this before the pixels are loaded, and before anything is decoded; of an image that is loaded already, only what Pillow keeps of
+    the header is honoured. Raises UnreadableImage where the header says that
     the numbers have no known black and white.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
@@ -121,7 +122,7 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
 def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     tags = image.tag_v2
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
-    if repeated := _repeated_tags(image):
+    if image.tile and (repeated := _repeated_tags(image)):
         raise UnreadableImage(f"a TIFF that gives tag {repeated[0]} more than once; decoders disagree on which value counts")
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
         raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
@@ -169,11 +170,13 @@ def _repeated_tags(image: Image.Image) -> list[int]:
 
 
 def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if not image.tile:
+        return None
     descriptor, attributes = _tga_alpha(image)
     if descriptor & 0xC0:
         raise UnreadableImage("a TGA of interleaved rows, which Pillow does not sort")
     has_alpha = image.mode in ("RGBA", "LA") or (image.mode == "P" and image.palette.mode == "RGBA")
-    if not has_alpha or not image.tile:
+    if not has_alpha:
         return None
     bits = descriptor & 0x0F
     # Of 16 bits a pixel, the one that is no colour means opaque to some writers and transparent to others.
@@ -217,10 +220,9 @@ def _ppm(image: Image.Image) -> None:
 
 
 def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
-    bits, compression = _bmp_bits(image), image.info.get("compression")
-    if compression == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
+    if image.tile and image.info.get("compression") == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
         raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 reads it")
-    if image.mode in ("1", "L") and image.tile and bits != {"1": 1, "L": 8}[image.mode]:
+    if image.tile and image.mode in ("1", "L") and (bits := _bmp_bits(image)) != {"1": 1, "L": 8}[image.mode]:
         # Where the palette is black and white, or the first greys, Pillow takes the pixels for 1 or 8 bits whatever they are.
         greys = [0, 255] if image.mode == "1" else range(2**bits)
         image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
@@ -285,6 +287,8 @@ def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 
 def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if not image.tile:
+        return None
     header = read_jpeg2000_header(image.fp)
     colours = 3 if image.mode in ("RGB", "RGBA") else 1
     order, alpha = _jpeg2000_channels(header, image.mode, colours)

@@ -127,6 +127,21 @@ def test_animation_gives_its_first_frame():
         assert read_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TGA", "BMP", "GIF", "JPEG2000", "PPM", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+def test_images_that_are_loaded_already(kind, mode, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
+    if (kind, mode) in {("JPEG2000", "P"), ("PPM", "P")}:
+        pytest.skip("Pillow does not write it")
+    image.save(tmp_path / "image", kind, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = read_image(tmp_path / "image").tobytes()
+    with Image.open(tmp_path / "image") as opened:
+        assert read_image(opened).tobytes() == expected
+    with Image.open(tmp_path / "image") as opened:
+        opened.load()
+        assert read_image(opened).tobytes() == expected
+
+
 def test_unreadable_files_say_why(tmp_path):
     jpeg = encoded(noise(64, 64), "JPEG")
     files = {"half.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "text.png": (b"this is no image", "not an image"),
