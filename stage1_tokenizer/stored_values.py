@@ -24,6 +24,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
+_SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
 _TAGS_OF_PIXELS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
 _WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
 _NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS"}
@@ -124,6 +125,8 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
     if image.tile and (repeated := _repeated_tags(image)):
         raise UnreadableImage(f"a TIFF that gives tag {repeated[0]} more than once; decoders disagree on which value counts")
+    if tags.get(_SUBFILE_TYPE, 0) in _PREVIEWS and (image.is_animated or _SUBFILES in tags):
+        raise UnreadableImage("a TIFF whose first page is a preview or a mask of another one (tag NewSubfileType)")
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
         raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":

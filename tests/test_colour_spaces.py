@@ -5,7 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, TiffImagePlugin, features
 
 from stage1_tokenizer.check_data import check_data
 from stage1_tokenizer.colour_spaces import other_colour_space
@@ -58,7 +58,7 @@ def test_grey_profiles_are_judged_too():
     ([(b"gAMA", struct.pack(">I", 45455))], None), ([(b"gAMA", struct.pack(">I", 100_000))], "gamma 1 (gAMA)"),
     ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))], None),
     ([(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))], None),
-    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "primaries of its own (cHRM)"),
+    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "primaries of its own"),
     ([(b"cICP", bytes([1, 13, 0, 1]))], None), ([(b"cICP", bytes([9, 16, 0, 1]))], "BT.2020 PQ (code points)"),
     ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], "Display P3 (code points)"), ([(b"cICP", b"")], None),
 ])
@@ -66,6 +66,19 @@ def test_chunks_of_png(chunks, words):
     content = png(8, 2, ROW, *chunks)
     assert stated(content) == words
     assert np.asarray(read_image(content)).tobytes() == ROW, "the numbers stay as they are"
+
+
+def test_tags_of_tiff():
+    def with_tags(**tags) -> bytes:
+        directory = TiffImagePlugin.ImageFileDirectory_v2()
+        for name, value in tags.items():
+            directory[{"curve": 301, "white": 318, "primaries": 319}[name]] = value
+        return saved("TIFF", tiffinfo=directory)
+
+    assert stated(with_tags(curve=tuple(257 * value for value in range(256)))) == "a curve of its own (TransferFunction)"
+    assert stated(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
+    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06))) is None
+    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "primaries of its own"
 
 
 @NEEDS_AVIF

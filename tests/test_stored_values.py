@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from stage1_tokenizer.images import UnreadableImage, read_image
 
@@ -204,6 +204,18 @@ def test_rgb_with_levels_of_its_own_is_refused():
 
     assert colours(levels(0, 255, 0, 255, 0, 255)) == colours(levels(0, 255, 128, 255, 128, 255)) == [[16, 16, 16]]
     assert "ReferenceBlackWhite" in refusal(levels(16, 235, 16, 235, 16, 235))
+
+
+def test_a_preview_is_not_taken_for_the_image():
+    previewed = {254: [1]}
+    assert grey(tiff(1, [8], 1, bytes([7]), more=previewed)) == [7], "there is no other image in the file"
+    assert "preview" in refusal(tiff(1, [8], 1, bytes([7]), more=previewed | {330: [8]}))
+    assert grey(tiff(1, [8], 1, bytes([7]), more={254: [2], 330: [8]})) == [7], "one page of many"
+    buffer = io.BytesIO()
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory[254] = 1
+    Image.new("L", (2, 2)).save(buffer, "TIFF", tiffinfo=directory, save_all=True, append_images=[Image.new("L", (9, 9))])
+    assert "preview" in refusal(buffer.getvalue())
 
 
 def test_a_tag_given_twice_is_refused():
