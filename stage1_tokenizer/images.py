@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
 
 
 def _why_unidentified(file: str | os.PathLike | io.IOBase) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, struct.error):  # Pillow's tests of a format do not all look whether there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
             stream.seek(0)
             prefix = stream.read(16)

@@ -156,6 +156,15 @@ def test_unreadable_files_say_why(tmp_path):
         read_image(tmp_path / "absent.png")
 
 
+@pytest.mark.parametrize("size", range(1, 20))
+def test_files_of_a_few_bytes_are_refused(size, tmp_path):
+    for content in (b"x" * size, bytes(size), b"\x89PNG\r\n\x1a\n"[:size], b"RIFF\4\0\0\0WEBP"[:size], b"II*\0\x08\0\0\0"[:size]):
+        (tmp_path / "a.png").write_bytes(content)
+        for file in (content, tmp_path / "a.png"):
+            with pytest.raises(UnreadableImage):
+                read_image(file)
+
+
 def test_pixel_limit_is_checked_on_the_header():
     header_only = png(4000, 3000, 8, 2, b"")  # decoding it would fail, and say so
     with pytest.raises(UnreadableImage, match=r"4000 x 3000 pixels, more than data.max_pixels = 1000"):
