@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from stage1_tokenizer.colour_spaces import other_colour_space
 from stage1_tokenizer.image_sources import ImageSource, open_splits
 from stage1_tokenizer.images import UnreadableImage
 from stage1_tokenizer.threaded_map import map_in_threads
@@ -16,28 +17,44 @@ from vqmosaic.wording import counted, is_or_are
 _LISTED = 50
 _CLASSES_LISTED = 20
 _DUPLICATES_LISTED = 5
+_SPACES_LISTED = 10
 
 
 def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[tuple[str, str]]:
-    """(source name, reason) of every unreadable image of both splits; counts, classes, sizes and duplicates go to `report` line by line.
+    """(source name, reason) of every unreadable image of both splits.
 
-    Raises InputError where the data cannot be opened at all.
+    Counts, classes, sizes, colour spaces and duplicates go to `report` line by line. Raises InputError where the data cannot be opened at all.
     """
     splits = open_splits(data)
     report(splits.how)
     for note in splits.notes:
         report(f"{splits.train.split}: {note}")
-    unreadable, names_of = [], {}
+    unreadable, names_of, spaces = [], {}, {}
     for split, source in (("train", splits.train), ("validation", splits.validation)):
-        unreadable += _check_split(source, report, split, names_of)
+        unreadable += _check_split(source, report, split, names_of, spaces)
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_LISTED]:
         report(f"unreadable: {printable(name)}: {reason}")
     if len(unreadable) > _LISTED:
         report(f"unreadable: and {len(unreadable) - _LISTED} more")
     report(f"{total - len(unreadable)} of {counted(total, 'image')} {is_or_are(total - len(unreadable))} readable")
+    _report_colours(spaces, report)
     _report_duplicates(names_of, report)
     return unreadable
+
+
+def _report_colours(spaces: dict[str, list[str]], report: Callable[[str], None]) -> None:
+    """Say how many images state another colour space than sRGB. `spaces` gives the names of the images of each."""
+    if not spaces:
+        report("colours: no image states another colour space than sRGB")
+        return
+    count = sum(map(len, spaces.values()))
+    report(f"colours: {count} images state another colour space than sRGB; their numbers are read without conversion, so their colours differ "
+           "from those that viewers show. To train on the colours that are meant, convert these files to sRGB")
+    for space, names in sorted(spaces.items(), key=lambda item: -len(item[1]))[:_SPACES_LISTED]:
+        report(f"colours: {len(names)} in {printable(space)}, such as {printable(names[0])}")
+    if len(spaces) > _SPACES_LISTED:
+        report(f"colours: and {len(spaces) - _SPACES_LISTED} more colour spaces")
 
 
 def _report_duplicates(names_of: dict[bytes, list[tuple[str, str]]], report: Callable[[str], None]) -> None:
@@ -67,12 +84,13 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
-                 names_of: dict[bytes, list[tuple[str, str]]]) -> list[tuple[str, str]]:
+                 names_of: dict[bytes, list[tuple[str, str]]], spaces: dict[str, list[str]]) -> list[tuple[str, str]]:
     digests: dict[int, bytes] = {}
+    space_of: dict[int, str | None] = {}
 
     def read(index: int) -> tuple[int, int] | str:
         try:
-            image = source.read(index)
+            image = source.read(index, lambda header: space_of.update({index: other_colour_space(header)}))
         except UnreadableImage as error:
             return str(error)
         digests[index] = _digest(image)
@@ -82,6 +100,9 @@ def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
     results = list(map_in_threads(read, range(len(source)), bar=f"reading {split}"))
     for index in sorted(digests):
         names_of.setdefault(digests[index], []).append((name, source.source_name(index)))
+    for index in sorted(digests):
+        if space_of.get(index):
+            spaces.setdefault(space_of[index], []).append(source.source_name(index))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {counted(len(source), 'image')}, {_size_range(sizes)}")
     if source.class_names:

@@ -87,27 +87,37 @@ def image_files(folder: Path) -> Iterator[str]:
     return filter(is_image, data_files(folder))
 
 
-def data_files(folder: Path, ancestors: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def data_files(folder: Path) -> Iterator[str]:
     """POSIX paths, relative to the folder, of its files at any depth, without hidden ones and those in NO_DATA_FOLDERS.
 
     Links to folders are followed, but never back into a folder they lie in. Dead links are listed: reading them tells why.
     """
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return
-    for name, is_folder in _visible(folder):
-        if is_folder:
-            yield from (f"{name}/{inner}" for inner in data_files(folder / name, (*ancestors, identity)))
-        else:
-            yield name
+    waiting = [("", ())]
+    while waiting:
+        within, ancestors = waiting.pop()
+        status = os.stat(folder / within)
+        identity = (status.st_dev, status.st_ino)
+        if identity in ancestors:
+            continue
+        listed = _visible(folder / within)
+        yield from (within + name for name, is_folder in listed if not is_folder)
+        waiting += [(f"{within}{name}/", (*ancestors, identity)) for name, is_folder in reversed(listed) if is_folder]
 
 
 def _visible(folder: Path) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of what lies in a folder, sorted, without what holds no data."""
     with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir()) for entry in entries
+        return sorted((entry.name, _is_folder(entry)) for entry in entries
                       if not entry.name.startswith(".") and entry.name not in NO_DATA_FOLDERS)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except PermissionError:
+        raise
+    except OSError:  # a link to itself, or to a name that is too long: like a dead link it is listed
+        return False
 
 
 def split_by_name(folder: str) -> str | None:

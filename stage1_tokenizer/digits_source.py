@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, installed with the package, so nothing is downloaded."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -51,7 +51,7 @@ class DigitsSource:
     def label(self, index: int) -> int | None:
         return int(self._labels[index]) if self.class_names else None
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         return read_image(Image.fromarray(self._pixels_NHW[index]), channels=self._channels)
 
 

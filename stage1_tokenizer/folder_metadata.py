@@ -2,15 +2,21 @@
 
 import csv
 import json
+import posixpath
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.class_labels import label_hint, sorted_classes
-from vqmosaic.errors import InputError, check_name
+from vqmosaic.errors import InputError, check_name, printable
 from vqmosaic.permissions import permission_denied
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
+_WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|nan", re.IGNORECASE)
+"""Of 007 and 1_0 the digits are a name: as numbers they would be the classes 7 and 10."""
 
 
 class FolderMetadata:
@@ -19,10 +25,15 @@ class FolderMetadata:
     def __init__(self, root: Path, folders: list[str]):
         self.paths = [path for folder in folders for name in METADATA_NAMES if (path := root / folder / name).is_file()]
         self._rows: dict[str, dict[str, Any]] = {}
+        self._repeated: list[tuple[str, dict[str, Any]]] = []
         for path in self.paths:
             within = path.parent.relative_to(root)
             for row in _read(path):
-                self._rows.setdefault((within / str(row[_FILE_NAME])).as_posix(), row)
+                name = _key((within / str(row[_FILE_NAME])).as_posix())
+                if name in self._rows:
+                    self._repeated.append((name, row))
+                else:
+                    self._rows[name] = row
 
     @property
     def columns(self) -> list[str]:
@@ -30,15 +41,31 @@ class FolderMetadata:
         return list(dict.fromkeys(name for row in self._rows.values() for name in row if name != _FILE_NAME))
 
     def labels(self, names: list[str], column: str) -> list[Any]:
-        """The stored value of each image, None where there is none. Raises InputError for a column that holds no classes."""
+        """The stored value of each image, None where there is none.
+
+        Raises InputError for a column that holds no classes, for images with two classes, and where no row names an image.
+        """
+        if not self._rows:
+            raise InputError(f"data.label_column is {column!r}, and {self.paths[0]} holds no rows. Mend it or take it away.")
         check_name(f"data.label_column (for {self.paths[0]})", column, self.columns)
-        values = [self._rows.get(name, {}).get(column) for name in names]
+        for name, row in self._repeated:
+            if row.get(column) != self._rows[name].get(column):
+                raise InputError(f"{self.paths[0]}: {name!r} has several rows, with {column} {self._rows[name].get(column)!r} and "
+                                 f"{row.get(column)!r}. An image has one class: mend the file, or choose another data.label_column.")
+        if names and not any(_key(name) in self._rows for name in names):
+            raise InputError(f"data.label_column is {column!r}, but no row of {self.paths[0]} names an image: rows name files such as "
+                             f"{next(iter(self._rows))!r}, images are {names[0]!r} and others. Paths are relative to the metadata file.")
+        values = [self._rows.get(_key(name), {}).get(column) for name in names]
         try:
             sorted_classes(values)
         except (ValueError, TypeError) as error:
             raise InputError(f"data.label_column is {column!r}, which holds no classes in {self.paths[0]} ({error}); allowed: whole numbers, "
                              "texts, true and false.") from None
         return values
+
+    def without_image(self, names: Iterable[str]) -> list[str]:
+        """The names in the rows that are none of the images."""
+        return sorted(set(self._rows) - set(map(_key, names)))
 
     def hint(self) -> str:
         """Words that name the columns that look like labels."""
@@ -52,20 +79,33 @@ class FolderMetadata:
         return f"{self.paths[0].name}: {hint}" if hint else ""
 
 
+def _key(name: str) -> str:
+    """The name in the form in which rows and images are compared: without a detour, with the slashes of POSIX."""
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
                 rows = _with_numbers([{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(file)])
             else:
-                rows = [json.loads(line) for line in file if line.strip()]
+                rows = [_parsed(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except PermissionError as error:
         raise permission_denied(path) from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} cannot be read ({error}); it tells the classes of the images beside it. Mend it or take it away.") from None
     if not all(isinstance(row, dict) and row.get(_FILE_NAME) for row in rows):
-        raise InputError(f"{path} has rows without {_FILE_NAME}, the path of an image relative to the file. Mend it or take it away.")
+        found = f" Its first row has: {printable(', '.join(map(str, rows[0])))}." if isinstance(rows[0], dict) else ""
+        raise InputError(f"{path} has rows without {_FILE_NAME}, the path of an image relative to the file. Mend it or take it away.{found}")
     return rows
+
+
+def _parsed(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
 
 
 def _with_numbers(rows: list[dict[str, str | None]]) -> list[dict[str, Any]]:
@@ -73,10 +113,8 @@ def _with_numbers(rows: list[dict[str, str | None]]) -> list[dict[str, Any]]:
     for column in rows[0] if rows else ():
         if column == _FILE_NAME:
             continue
-        try:
-            numbers = [float(row[column]) if row.get(column) is not None else None for row in rows]
-        except ValueError:
-            continue
-        for row, number in zip(rows, numbers, strict=True):
-            row[column] = number
+        values = [row.get(column) for row in rows]
+        if all(value is None or _NUMBER.fullmatch(value) for value in values):
+            for row, value in zip(rows, values, strict=True):
+                row[column] = value if value is None else int(value) if _WHOLE_NUMBER.fullmatch(value) else float(value)
     return rows

@@ -8,7 +8,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -81,8 +81,8 @@ class FolderSource:
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels is not None else None
 
-    def read(self, index: int) -> Image.Image:
-        return read_image(self._root / self._names[index], channels=self._channels, max_pixels=self._max_pixels)
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        return read_image(self._root / self._names[index], channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
 
 
 def open_folder(data: DataConfig) -> ImageSplits:
@@ -105,7 +105,8 @@ def open_folder(data: DataConfig) -> ImageSplits:
     class_values = sorted_classes(train_classes) if train_classes else None
     notes = [] if metadata or not (data.use_labels and data.label_column) else [
         f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
-    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_doubts(train_names, train_split, class_values, data)]
+    notes += [*_left_out(files), *_unused(names, train_split, validation_split), *_without_image(names, metadata),
+              *_doubts(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, how = cut_validation(train_names, train_classes, data)
         validation_names = [train_names[index] for index in validation]
@@ -214,6 +215,12 @@ def _unused(names: list[str], train_split: str | None, validation_split: str | N
         return []
     return [f"{counted(len(unused), 'image')} outside of {' and '.join(split[:-1] for split in splits)} {is_or_are(len(unused))} not used, "
             f"such as {printable(unused[0])}"]
+
+
+def _without_image(names: list[str], metadata: FolderMetadata | None) -> list[str]:
+    """What is said of rows that name no image."""
+    missing = metadata.without_image(names) if metadata else []
+    return [f"{len(missing)} files that {metadata.paths[0].name} names are no images here, such as {printable(missing[0])}"] if missing else []
 
 
 def _doubts(names: list[str], split: str | None, class_values: list | None, data: DataConfig) -> list[str]:

@@ -102,15 +102,15 @@ class HuggingFaceSource:
         label = int(self._labels[self._picked[index]])
         return label if label >= 0 else None
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         stored = self._stored(index)
         if stored is None:
             raise UnreadableImage("the row holds no image")
         if not isinstance(stored, str):
-            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels)
+            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
         path = self._path(stored)
         try:
-            return read_image(path, channels=self._channels, max_pixels=self._max_pixels)
+            return read_image(path, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
         except UnreadableImage as error:
             raise UnreadableImage(f"{str(path)!r}: {error}") from error
 
@@ -219,7 +219,10 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
         raise
     except Exception as error:  # the library raises many types, and wraps those of others
         if local:
-            reason = f"{type(error).__name__}: {error}"
+            cause = error
+            while cause.__cause__ is not None:  # the library's own error says little: "An error occurred while generating the dataset"
+                cause = cause.__cause__
+            reason = f"{type(cause).__name__}: {cause}"
             if re.search(r"[*?\[\]]", str(path.resolve())):
                 reason += ". The library takes * ? [ ] in a path for patterns: rename the folder, or give the name of a link to it."
             raise InputError(f"data.path {data.path!r} cannot be loaded as a Hugging Face data set: {reason}") from error
@@ -347,6 +350,9 @@ def _classes(train: datasets.Dataset,
         given = rows[column][:] if column in rows.column_names else [None] * len(rows)
         given = list(map(class_of, given))
         unknown = sorted({value for value in given if value is not None and value not in index_of})
+        if unknown and isinstance(feature, datasets.ClassLabel):
+            raise InputError(f"data.label_column {column!r}: class number {unknown[0]} has no name; the data set names {len(names)} classes, "
+                             "from 0, and -1 stands for no class. Choose another column, or set --data.use_labels false.")
         if unknown:
             raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "
                              "training split, so it cannot be trained on.")

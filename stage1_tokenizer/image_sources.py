@@ -6,7 +6,7 @@ The kinds are in digits_source.py, folder_source.py and huggingface_source.py; o
 import copy
 import dataclasses
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -58,8 +58,8 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None:
         """The index of the image's class in class_names, or None."""
 
-    def read(self, index: int) -> Image.Image:
-        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason."""
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. before_decoding is called as by read_image."""
 
 
 @dataclass(frozen=True)

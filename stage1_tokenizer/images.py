@@ -9,6 +9,8 @@ import contextlib
 import functools
 import io
 import os
+import stat
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -61,8 +63,12 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
             if not len(file):
                 raise UnreadableImage("the file is empty")
             file = io.BytesIO(file)
-        elif not isinstance(file, io.IOBase) and os.path.getsize(file) == 0:
-            raise UnreadableImage("the file is empty")
+        elif not isinstance(file, io.IOBase):
+            status = os.stat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableImage("not a regular file: a folder, pipe, socket or device")
+            if not status.st_size:
+                raise UnreadableImage("the file is empty")
         with Image.open(file, formats=_formats()) as image:
             if before_decoding:
                 before_decoding(image)
@@ -81,7 +87,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
 
 
 def _why_unidentified(file: str | os.PathLike | io.IOBase) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, struct.error):  # Pillow's tests of a format do not all look whether there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
             stream.seek(0)
             prefix = stream.read(16)

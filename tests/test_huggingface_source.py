@@ -218,6 +218,39 @@ def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
+def test_class_numbers_without_a_name_are_named(tmp_path, hub_cache):
+    import json
+
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(write_classes(tmp_path / "photos", {"x": 4}).rglob("*.png"))
+    features = {"image": {"_type": "Image"}, "kind": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    table = pyarrow.table({"image": [{"bytes": file.read_bytes(), "path": None} for file in files], "kind": [-1, 0, 5, 1]})
+    (tmp_path / "tables").mkdir()
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}),
+                                tmp_path / "tables" / "train.parquet")
+    with pytest.raises(InputError, match="class number 5 has no name; the data set names 2 classes"):
+        open_splits(DataConfig(path=str(tmp_path / "tables")))
+
+
+def test_a_failure_of_the_library_names_its_cause(tmp_path, hub_cache):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([b"x"] * 4), pyarrow.array([0] * 4), pyarrow.array([0] * 4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["image", "twice", "twice"]), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"cannot be loaded as a Hugging Face data set: (?!DatasetGenerationError).*twice"):
+        open_splits(DataConfig(path=str(tmp_path)))
+
+
+def test_paths_in_tables_that_no_file_can_have(tmp_path, hub_cache):
+    (tmp_path / "tables").mkdir()
+    hub_cache.Dataset.from_dict({"image": ["a\0b"] * 4}).to_parquet(tmp_path / "tables" / "train.parquet")
+    data = DataConfig(path=str(tmp_path / "tables"), image_column="image")
+    assert open_splits(data).fingerprint and len(check_data(data, lambda line: None)) == 4
+
+
 def test_without_a_connection_the_answer_is_quick_and_helps(tmp_path, hub_cache, monkeypatch):
     import socket
 

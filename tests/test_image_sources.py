@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from PIL import Image
 
 from stage1_tokenizer.check_data import check_data
 from stage1_tokenizer.content_digest import content_digest, file_digest
-from stage1_tokenizer.data_location import IMAGE_SUFFIXES, check_data_path, resolve_source
+from stage1_tokenizer.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
 from stage1_tokenizer.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
 from stage1_tokenizer.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
@@ -336,12 +337,83 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
         open_splits(DataConfig(**folder, label_column="size"))
 
 
+@pytest.mark.parametrize(("values", "classes"), [
+    (["007", "7", "08", "8"], ["007", "08", "7", "8"]), (["1_0", "10", "1_1", "11"], ["10", "11", "1_0", "1_1"]),
+    ([f"1234567890123456789{digit}" for digit in "3210"], [f"1234567890123456789{digit}" for digit in "0123"]),
+    (["10", "2.0", "1e3", ""], ["2", "10", "1000"]), (["10", "nan", "2", "-1"], ["-1", "2", "10"]),
+])
+def test_different_values_of_metadata_are_different_classes(values, classes, tmp_path):
+    write_classes(tmp_path, {".": 4})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n" + "".join(f"{name},{value}\n" for name, value in zip(names, values, strict=True)))
+    assert open_splits(DataConfig(path=str(tmp_path), label_column="kind")).class_names == classes
+
+
+def test_rows_and_images_that_do_not_match_are_named(tmp_path):
+    write_image(tmp_path / "0.png")
+    write_image(tmp_path / "sub" / "1.png", 1)
+    data = DataConfig(path=str(tmp_path), label_column="kind")
+
+    def write(*rows: str) -> None:
+        (tmp_path / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]))
+
+    write("./sub/../0.png,a", "sub\\1.png,b", "gone.png,c", "gone2.png,c")
+    splits = open_splits(data)
+    assert splits.class_names == ["a", "b"]
+    assert splits.notes == ("2 files that metadata.csv names are no images here, such as gone.png",)
+    write("0.png,a", "sub/1.png,b", "0.png,a")
+    assert open_splits(data).class_names == ["a", "b"]
+    write("0.png,a", "sub/1.png,b", "sub/../0.png,c")
+    with pytest.raises(InputError, match=r"'0.png' has several rows, with kind 'a' and 'c'"):
+        open_splits(data)
+    write("/data/0.png,a", "/data/1.png,b")
+    with pytest.raises(InputError, match=r"no row of .*metadata.csv names an image: rows name files such as '/data/0.png'"):
+        open_splits(data)
+    write()
+    with pytest.raises(InputError, match=r"metadata.csv holds no rows"):
+        open_splits(data)
+    (tmp_path / "metadata.csv").write_text("file_name;kind\n0.png;a\n")
+    with pytest.raises(InputError, match=r"rows without file_name.*first row has: file_name;kind"):
+        open_splits(data)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n\n{oops\n')
+    with pytest.raises(InputError, match=r"metadata.jsonl cannot be read \(line 3: "):
+        open_splits(data)
+
+
 def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
     write_classes(tmp_path, {".": 4})
     (tmp_path / "metadata.csv").write_bytes(b"name,b\n\xff,2\n")
     assert open_splits(DataConfig(path=str(tmp_path))).class_names is None
     with pytest.raises(InputError, match=r"metadata\.csv cannot be read"):
         open_splits(DataConfig(path=str(tmp_path), label_column="b"))
+
+
+def test_links_and_files_that_hold_no_image_do_not_end_a_run(tmp_path):
+    write_classes(tmp_path, {"cat": 4, "dog": 4})
+    (tmp_path / "cat" / "itself.png").symlink_to("itself.png")
+    (tmp_path / "folder").symlink_to("folder")
+    (tmp_path / "cat" / "long.png").symlink_to("x" * 300)
+    (tmp_path / "cat" / "dead.png").symlink_to("nowhere")
+    (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "cat" / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    lines = []
+    found = dict(check_data(DataConfig(path=str(tmp_path)), lines.append))
+    assert set(found) == {f"cat/{name}.png" for name in ("itself", "long", "dead", "zero", "pipe")}
+    assert found["cat/pipe.png"] == found["cat/zero.png"] == "not a regular file: a folder, pipe, socket or device"
+    assert any("1 files are left out" in line and "such as folder" in line for line in lines)
+
+
+def test_folders_may_lie_deeper_than_calls(tmp_path):
+    write_image(tmp_path / ("d/" * 200) / "1.png")
+    write_image(tmp_path / "c" / "2.png")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 150)
+    try:
+        assert list(image_files(tmp_path)) == ["c/2.png", "d/" * 200 + "1.png"]
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_folders_that_leave_doubts(tmp_path):

@@ -128,6 +128,21 @@ def test_animation_gives_its_first_frame():
         assert read_image(data).getpixel((0, 0)) == (255, 0, 0)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TGA", "BMP", "GIF", "JPEG2000", "PPM", "WEBP"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
+def test_images_that_are_loaded_already(kind, mode, tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
+    if (kind, mode) in {("JPEG2000", "P"), ("PPM", "P")}:
+        pytest.skip("Pillow does not write it")
+    image.save(tmp_path / "image", kind, **({"lossless": True} if kind == "WEBP" else {}))
+    expected = read_image(tmp_path / "image").tobytes()
+    with Image.open(tmp_path / "image") as opened:
+        assert read_image(opened).tobytes() == expected
+    with Image.open(tmp_path / "image") as opened:
+        opened.load()
+        assert read_image(opened).tobytes() == expected
+
+
 def test_unreadable_files_say_why(tmp_path):
     jpeg = encoded(noise(64, 64), "JPEG")
     files = {"half.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "text.png": (b"this is no image", "not an image"),
@@ -140,6 +155,15 @@ def test_unreadable_files_say_why(tmp_path):
                 read_image(given)
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("size", range(1, 20))
+def test_files_of_a_few_bytes_are_refused(size, tmp_path):
+    for content in (b"x" * size, bytes(size), b"\x89PNG\r\n\x1a\n"[:size], b"RIFF\4\0\0\0WEBP"[:size], b"II*\0\x08\0\0\0"[:size]):
+        (tmp_path / "a.png").write_bytes(content)
+        for file in (content, tmp_path / "a.png"):
+            with pytest.raises(UnreadableImage):
+                read_image(file)
 
 
 def test_pixel_limit_is_checked_on_the_header():

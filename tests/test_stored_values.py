@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from stage1_tokenizer.images import UnreadableImage, read_image
 
@@ -24,7 +24,8 @@ def tiff(width: int, bits: list[int], photometric: int, data: bytes, sample_form
     """A TIFF of one row, written by hand for kinds that Pillow does not write."""
     data = zlib.compress(data) if deflate else data
     tags = {256: [width], 257: [1], 258: bits, 259: [8 if deflate else 1], 262: [photometric], 273: None, 277: [len(bits)], 278: [1],
-            279: [len(data)], 339: [sample_format] * len(bits)} | ({338: [extra]} if extra is not None else {}) | (more or {})
+            279: [len(data)], 339: [sample_format] * len(bits)} | ({338: [extra]} if extra is not None else {})
+    tags |= more or {}
     start = 8 + len(data) + len(data) % 2
     values_start, entries, values = start + 2 + 12 * len(tags) + 4, b"", b""
     for tag, numbers in sorted(tags.items()):
@@ -65,7 +66,8 @@ def refusal(content: bytes) -> str:
 
 
 @pytest.mark.parametrize(("depth", "row", "transparent", "expected"), [
-    (1, 0b01000000, 0, [255, 255]), (1, 0b01000000, 1, [0, 255]), (2, 0b01100000, 1, [255, 170]), (2, 0b01100000, 2, [85, 255]),
+    (1, 0b01000000, 0, [255, 255]), (1, 0b01000000, 1, [0, 255]), (1, 0b01000000, 2, [255, 255]),
+    (2, 0b01100000, 1, [255, 170]), (2, 0b01100000, 2, [85, 255]),
     (4, 0x5A, 5, [255, 170]), (4, 0x5A, 10, [85, 255]), (4, 0x5A, 0x105, [255, 170]),
 ])
 def test_the_transparent_grey_of_few_bits(depth, row, transparent, expected):
@@ -76,6 +78,12 @@ def test_the_transparent_grey_of_8_and_16_bits():
     assert grey(png(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 5)))) == [255, 9]
     assert grey(png(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 0x105)))) == [255, 9], "only the bits of the depth count"
     assert grey(png(16, 0, struct.pack(">2H", 0x2020, 0x2021), (b"tRNS", struct.pack(">H", 0x2020)))) == [255, 32]
+
+
+def test_alpha_of_a_palette_is_whole_whatever_its_bytes():
+    table = (b"PLTE", bytes(9))
+    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0, 10])), width=3)) == [0, 255, 245], "10 ends a line"
+    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0])), width=3)) == [0, 255, 0]
 
 
 def test_the_transparent_colour_of_8_and_16_bits():
@@ -123,7 +131,6 @@ def test_12_bits_have_their_own_white():
 @pytest.mark.parametrize(("content", "words"), [
     (tiff(2, [8], 1, bytes(2), 2), "signed"), (tiff(2, [16], 1, bytes(4), 2), "signed"),
     (tiff(2, [32], 1, struct.pack("<2i", -1, 0), 2), "white level"), (tiff(2, [32], 1, struct.pack("<2I", 65536, 0)), "white level"),
-    (tiff(2, [8, 8, 8], 6, bytes(6)), "YCbCr"),
     (tiff(2, [64], 1, bytes(16), 3), "a TIFF file of a kind that Pillow does not read"),
 ])
 def test_numbers_without_known_levels_are_refused(content, words):
@@ -157,6 +164,68 @@ def test_cielab_becomes_rgb():
     assert min(colours(buffer.getvalue())[0]) > 250
 
 
+def test_colour_maps_may_have_8_bits():
+    ramp = [*range(256)] * 3
+    assert grey(tiff(2, [8], 3, bytes([0, 200]), more={320: ramp})) == [0, 200]
+    assert grey(tiff(2, [8], 3, bytes([0, 200]), more={320: [257 * value for value in ramp]})) == [0, 200]
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("deflate", [False, True])
+def test_samples_of_32_bits_in_either_byte_order(order, deflate):
+    assert grey(tiff(2, [32], 1, struct.pack(f"{order}2f", 0.25, 1.0), 3, order=order, deflate=deflate)) == [64, 255]
+    assert grey(tiff(2, [32], 1, struct.pack(f"{order}2i", 32896, 65535), 2, order=order, deflate=deflate)) == [128, 255]
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_planes_of_16_bits(order):
+    planes = struct.pack(f"{order}6H", 0x1234, 0xFFFF, 0x5678, 0x8080, 0x9ABC, 0)
+    assert colours(tiff(2, [16] * 3, 2, planes, order=order, more={284: [2], 273: [8, 12, 16], 279: [4, 4, 4]})) \
+        == [[0x12, 0x56, 0x9A], [255, 128, 0]]
+
+
+def test_uncompressed_ycbcr_becomes_rgb():
+    assert colours(tiff(2, [8] * 3, 6, bytes([255, 128, 128, 76, 85, 255]), more={530: [1, 1]})) == [[255, 255, 255], [254, 0, 0]]
+
+
+def test_missing_strips_are_not_taken_for_black():
+    present = {257: [2], 278: [1]}
+    assert grey(tiff(2, [8], 1, bytes([9, 8, 7, 6]), more=present | {273: [8, 10], 279: [2, 2]})) == [9, 8, 7, 6]
+    for missing in ({273: [8], 279: [2]}, {273: [8, 0], 279: [2, 0]}):
+        assert "truncated" in refusal(tiff(2, [8], 1, bytes([9, 8, 7, 6]), more=present | missing))
+
+
+def test_rgb_with_levels_of_its_own_is_refused():
+    def levels(*numbers):
+        content = tiff(1, [8] * 3, 2, bytes([16, 16, 16]), more={532: [0]})
+        at = content.index(struct.pack("<HHI", 532, 3, 1))
+        body = b"".join(struct.pack("<II", number, 1) for number in numbers)
+        return content[:at] + struct.pack("<HHII", 532, 5, 6, len(content)) + content[at + 12:] + body
+
+    assert colours(levels(0, 255, 0, 255, 0, 255)) == colours(levels(0, 255, 128, 255, 128, 255)) == [[16, 16, 16]]
+    assert "ReferenceBlackWhite" in refusal(levels(16, 235, 16, 235, 16, 235))
+
+
+def test_a_preview_is_not_taken_for_the_image():
+    previewed = {254: [1]}
+    assert grey(tiff(1, [8], 1, bytes([7]), more=previewed)) == [7], "there is no other image in the file"
+    assert "preview" in refusal(tiff(1, [8], 1, bytes([7]), more=previewed | {330: [8]}))
+    assert grey(tiff(1, [8], 1, bytes([7]), more={254: [2], 330: [8]})) == [7], "one page of many"
+    buffer = io.BytesIO()
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    directory[254] = 1
+    Image.new("L", (2, 2)).save(buffer, "TIFF", tiffinfo=directory, save_all=True, append_images=[Image.new("L", (9, 9))])
+    assert "preview" in refusal(buffer.getvalue())
+
+
+def test_a_tag_given_twice_is_refused():
+    # Pillow checks the last tile size against the pixel limit, libtiff makes room for the first.
+    image = {257: [2], 322: [4096], 323: [4096], 324: [8], 325: [4]}
+    content = tiff(2, [8], 1, bytes(4), more=image)
+    at = content.index(struct.pack("<HHI", 323, 3, 1))
+    assert "tag 322 more than once" in refusal(content[:at] + struct.pack("<HHIHH", 322, 3, 1, 16, 0) + content[at + 12:])
+
+
 # --- TGA, PPM ----------------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +240,19 @@ def test_tga_alpha_is_what_descriptor_and_extension_say(descriptor, attributes, 
     assert np.allclose(colours(tga(pixels, 0x20 | descriptor, attributes)), expected, atol=1)
 
 
+@pytest.mark.parametrize("descriptor", [0x20, 0x21])
+@pytest.mark.parametrize("bit", [0, 0x8000])
+def test_the_sixteenth_bit_of_tga_does_not_blank_the_image(descriptor, bit):
+    pixels = struct.pack("<2H", bit | 0x7C00, bit | 0x001F)
+    assert colours(struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, 2, 1, 16, descriptor) + pixels) == [[255, 0, 0], [0, 0, 255]]
+    table = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 16, 0, 0, 2, 1, 8, descriptor) + pixels + bytes([1, 0])
+    assert colours(table) == [[0, 0, 255], [255, 0, 0]]
+
+
+def test_interleaved_rows_of_tga_are_refused():
+    assert "interleaved" in refusal(struct.pack("<BBBHHBHHHHBB", 0, 0, 3, 0, 0, 0, 0, 0, 2, 2, 8, 0x60) + bytes(4))
+
+
 def test_ppm_levels():
     assert grey(b"P5 3 1 15\n" + bytes([0, 8, 15])) == [0, 136, 255]
     assert grey(b"P5 2 1 1023\n" + struct.pack(">2H", 1023, 512)) == [255, 128]
@@ -178,6 +260,128 @@ def test_ppm_levels():
     assert grey(b"P4 2 1\n" + bytes([0b01000000])) == [255, 0], "in a bitmap 1 is black"
     assert grey(b"Pf\n2 1\n-1.0\n" + struct.pack("<2f", 0.0, 1.0)) == [0, 255]
     assert "scale of 2" in refusal(b"Pf\n2 1\n-2.0\n" + struct.pack("<2f", 0.0, 1.0))
+
+
+# --- BMP, GIF ----------------------------------------------------------------------------------------------------------------
+
+
+def bmp(width: int, bits: int, palette: bytes, data: bytes, compression: int = 0, masks: bytes = b"") -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40 + len(masks), width, 1, 1, bits, compression, len(data), 2835, 2835, len(palette) // 4, 0) + masks
+    offset = 14 + len(header) + len(palette)
+    return b"BM" + struct.pack("<IHHI", offset + len(data), 0, 0, offset) + header + palette + data
+
+
+def greys(*values: int) -> bytes:
+    return b"".join(bytes([value, value, value, 0]) for value in values)
+
+
+@pytest.mark.parametrize(("bits", "data", "compression"), [
+    (1, bytes([0b01100000, 0, 0, 0]), 0), (4, bytes([0x01, 0x10, 0, 0]), 0), (8, bytes([0, 1, 1, 0]), 0), (8, bytes([1, 0, 2, 1, 1, 0, 0, 1]), 1),
+])
+def test_bmp_pixels_have_their_own_depth_whatever_the_palette(bits, data, compression):
+    assert grey(bmp(4, bits, greys(0, 255), data, compression)) == [0, 255, 255, 0]
+    assert grey(bmp(4, bits, greys(255, 0), data, compression)) == [255, 0, 0, 255]
+    if bits > 1:
+        assert grey(bmp(4, bits, greys(*range(2 ** min(bits, 5))), data, compression)) == [0, 1, 1, 0]
+
+
+def test_bmp_alpha_that_is_zero_everywhere_is_not_meant():
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    assert colours(bmp(2, 32, b"", bytes([1, 2, 3, 0, 4, 5, 6, 0]), 3, masks)) == [[3, 2, 1], [6, 5, 4]]
+    assert colours(bmp(2, 32, b"", bytes([1, 2, 3, 0, 4, 5, 6, 255]), 3, masks)) == [[255, 255, 255], [6, 5, 4]]
+
+
+def test_literal_runs_of_4_bit_bmp_are_read_or_refused():
+    codes = bytes([0, 4, 0x01, 0x10, 0, 5, 0x01, 0x10, 0x10, 0, 0, 1])
+    try:
+        assert grey(bmp(9, 4, greys(9, 200), codes, 2)) == [9, 200, 200, 9, 9, 200, 200, 9, 200]
+    except UnreadableImage as error:
+        assert "this version of Pillow misreads" in str(error)
+    assert grey(bmp(4, 4, greys(9, 200), bytes([0, 4, 0x01, 0x10, 0, 1]), 2)) == [9, 200, 200, 9]
+
+
+def gif(background: int, has_table: bool = True, transparent: int | None = None) -> bytes:
+    """A GIF of three pixels whose frame covers the middle one, in the second colour of a table."""
+    table = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    control = b"" if transparent is None else bytes([0x21, 0xF9, 4, 1, 0, 0, transparent, 0])
+    frame = b"," + struct.pack("<HHHHB", 1, 0, 1, 1, 0 if has_table else 0x81) + (b"" if has_table else table)
+    screen = struct.pack("<HHBBB", 3, 1, 0x81 if has_table else 0, background, 0)
+    return b"GIF89a" + screen + (table if has_table else b"") + control + frame + bytes([2, 2, 0b01001100, 0b1, 0]) + b";"
+
+
+def test_gif_outside_of_its_frame_has_the_background():
+    green, white = [0, 255, 0], [255, 255, 255]
+    assert colours(gif(0)) == [[255, 0, 0], green, [255, 0, 0]]
+    assert colours(gif(2)) == [[0, 0, 255], green, [0, 0, 255]]
+    assert colours(gif(2, has_table=False)) == colours(gif(2, transparent=0)) == [white, green, white]
+
+
+# --- JPEG 2000 ---------------------------------------------------------------------------------------------------------------
+
+
+def jp2(image: Image.Image, *boxes: tuple[bytes, bytes], space: int | None = None) -> bytes:
+    """The image as JPEG 2000 with boxes of the header added, in place of Pillow's own definition of channels."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG2000")
+    content = buffer.getvalue()
+    start = content.index(b"jp2h") - 4
+    end = start + struct.unpack(">I", content[start:start + 4])[0]
+    header = content[start + 8:end]
+    if b"cdef" in header:
+        header = header[:header.index(b"cdef") - 4]
+    if space is not None:
+        at = header.index(b"colr") + 7
+        header = header[:at] + struct.pack(">I", space) + header[at + 4:]
+    header += b"".join(struct.pack(">I", 8 + len(body)) + kind + body for kind, body in boxes)
+    return content[:start] + struct.pack(">I", 8 + len(header)) + b"jp2h" + header + content[end:]
+
+
+def channels(*entries: tuple[int, int, int]) -> tuple[bytes, bytes]:
+    return b"cdef", struct.pack(">H", len(entries)) + b"".join(struct.pack(">HHH", *entry) for entry in entries)
+
+
+RGB_CHANNELS = [(0, 0, 1), (1, 0, 2), (2, 0, 3)]
+
+
+@pytest.mark.parametrize(("definition", "expected"), [
+    ([*RGB_CHANNELS, (3, 1, 0)], [132, 137, 142]), ([*RGB_CHANNELS, (3, 2, 0)], [137, 147, 157]), ([*RGB_CHANNELS, (3, 65535, 65535)], [10, 20, 30]),
+    ([(0, 0, 3), (1, 0, 2), (2, 0, 1), (3, 1, 0)], [142, 137, 132]), (None, [132, 137, 142]),
+])
+def test_jpeg2000_channels_are_what_the_file_defines(definition, expected):
+    content = jp2(Image.new("RGBA", (8, 8), (10, 20, 30, 128)), *([channels(*definition)] if definition else []))
+    assert np.allclose(colours(content)[0], expected, atol=1)
+
+
+def test_jpeg2000_alpha_may_come_first():
+    content = jp2(Image.new("RGBA", (8, 8), (128, 10, 20, 30)), channels((0, 1, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3)))
+    assert np.allclose(colours(content)[0], [132, 137, 142], atol=1)
+    content = jp2(Image.new("LA", (8, 8), (128, 10)), channels((0, 1, 0), (1, 0, 1)))
+    assert np.allclose(grey(content)[0], 132, atol=1)
+    assert "cdef" in refusal(jp2(Image.new("RGB", (8, 8)), channels((0, 0, 1), (1, 1, 0), (2, 65535, 0))))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("depth", [1, 4, 7])
+def test_jpeg2000_white_depends_on_the_depth(mode, depth):
+    # Pillow writes 8 bits only. With another depth in the header, a plain colour is decoded as that depth's middle plus the same offset.
+    content = bytearray(jp2(Image.new(mode, (8, 8), 127 if mode == "L" else (127, 127, 127))))
+    sizes = content.index(b"\xff\x4f\xff\x51") + 4 + 38
+    for component in range(len(mode)):
+        content[sizes + 3 * component] = depth - 1
+    middle = 2**(depth - 1) - 1
+    assert colours(bytes(content))[0] == [middle * 255 // (2**depth - 1)] * 3
+
+
+def test_jpeg2000_that_pillow_misreads_is_refused():
+    content = bytearray(jp2(Image.new("RGB", (8, 8))))
+    content[content.index(b"\xff\x4f\xff\x51") + 4 + 38] = 11
+    assert "more than 8 bits" in refusal(bytes(content))
+    assert "EnumCS 14" in refusal(jp2(Image.new("RGB", (8, 8)), space=14))
+    palette = (b"pclr", struct.pack(">HB", 2, 3) + bytes([7, 7, 7, 0, 0, 0, 255, 0, 0]))
+    columns = [(b"cmap", b"".join(struct.pack(">HBB", 0, 1, column) for column in order)) for order in ((0, 1, 2), (2, 1, 0))]
+    assert colours(jp2(Image.new("L", (8, 8), 1), palette, columns[0], space=16))[0] == [255, 0, 0]
+    assert "palette" in refusal(jp2(Image.new("L", (8, 8), 1), palette, columns[1], space=16))
+    assert refusal(jp2(Image.new("L", (8, 8), 1), palette, columns[0], space=17)), "Pillow leaves out the palette, or cannot decode it"
 
 
 # --- colour profiles ---------------------------------------------------------------------------------------------------------

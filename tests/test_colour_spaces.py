@@ -1,0 +1,113 @@
+"""Images that state another colour space than sRGB are named; their numbers stay as they are stored."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, TiffImagePlugin, features
+
+from stage1_tokenizer.check_data import check_data
+from stage1_tokenizer.colour_spaces import other_colour_space
+from stage1_tokenizer.images import read_image
+from tests.test_stored_values import png
+from vqmosaic.recipe_sections import DataConfig
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+ROW = bytes([10, 20, 30, 40, 50, 60])
+
+
+def linear_profile() -> bytes:
+    """The profile of sRGB with a straight line in place of its curves."""
+    content = bytearray(SRGB)
+    for entry in range(struct.unpack_from(">I", content, 128)[0]):
+        tag, offset, _ = struct.unpack_from(">4sII", content, 132 + 12 * entry)
+        if tag in (b"rTRC", b"gTRC", b"bTRC"):
+            content[offset:offset + 12] = b"curv" + bytes(8)
+    return bytes(content)
+
+
+def stated(content: bytes) -> str | None:
+    with Image.open(io.BytesIO(content)) as image:
+        return other_colour_space(image)
+
+
+def saved(kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", pytest.param("AVIF", marks=NEEDS_AVIF)])
+def test_profiles_that_move_colours_are_named(kind):
+    assert stated(saved(kind)) is stated(saved(kind, icc_profile=SRGB)) is None
+    assert stated(saved(kind, icc_profile=linear_profile())).endswith("(ICC profile)")
+    assert stated(saved(kind, icc_profile=b"no profile")) is None
+
+
+def test_grey_profiles_are_judged_too():
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 100).save(buffer, "PNG", icc_profile=SRGB)
+    assert stated(buffer.getvalue()) is None
+
+
+@pytest.mark.parametrize(("chunks", "words"), [
+    ([(b"gAMA", struct.pack(">I", 45455))], None), ([(b"gAMA", struct.pack(">I", 100_000))], "gamma 1 (gAMA)"),
+    ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))], None),
+    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))], None),
+    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "primaries of its own"),
+    ([(b"cICP", bytes([1, 13, 0, 1]))], None), ([(b"cICP", bytes([9, 16, 0, 1]))], "BT.2020 PQ (code points)"),
+    ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], "Display P3 (code points)"), ([(b"cICP", b"")], None),
+])
+def test_chunks_of_png(chunks, words):
+    content = png(8, 2, ROW, *chunks)
+    assert stated(content) == words
+    assert np.asarray(read_image(content)).tobytes() == ROW, "the numbers stay as they are"
+
+
+def test_tags_of_tiff():
+    def with_tags(**tags) -> bytes:
+        directory = TiffImagePlugin.ImageFileDirectory_v2()
+        for name, value in tags.items():
+            directory[{"curve": 301, "white": 318, "primaries": 319}[name]] = value
+        return saved("TIFF", tiffinfo=directory)
+
+    assert stated(with_tags(curve=tuple(257 * value for value in range(256)))) == "a curve of its own (TransferFunction)"
+    assert stated(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
+    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06))) is None
+    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "primaries of its own"
+
+
+@NEEDS_AVIF
+def test_code_points_of_avif():
+    content = saved("AVIF")
+    at = content.index(b"nclx") + 4
+    assert stated(content[:at] + struct.pack(">HH", 9, 18) + content[at + 4:]) == "BT.2020 HLG (code points)"
+
+
+def test_cameras_mark_adobe_rgb_in_exif():
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
+    assert stated(saved("JPEG", exif=exif)) == "Adobe RGB (EXIF)"
+    exif.get_ifd(0x8769)[0xA005] = {1: "R98"}
+    assert stated(saved("JPEG", exif=exif)) is None
+
+
+def test_check_data_counts_and_names_them(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000 if number else 45455))))
+    (tmp_path / "broken.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000)))[:60])
+    lines = []
+    check_data(DataConfig(path=str(tmp_path)), lines.append)
+    colours = [line for line in lines if line.startswith("colours")]
+    assert colours[0].startswith("colours: 3 images state another colour space than sRGB")
+    assert colours[1] in {f"colours: 3 in gamma 1 (gAMA), such as {number}.png" for number in (1, 2, 3)}
+    (tmp_path / "some").mkdir()
+    for number in range(2):
+        (tmp_path / "some" / f"{number}.png").write_bytes(png(8, 2, ROW))
+    lines.clear()
+    check_data(DataConfig(path=str(tmp_path / "some")), lines.append)
+    assert "colours: no image states another colour space than sRGB" in lines
