@@ -30,18 +30,17 @@ from pipelines.demo_guard import Endpoint, Guard
 from pipelines.demo_http import close_idle_connections, in_one_line, report
 from pipelines.demo_requests import (
     MAX_SEED,
-    StoppableFile,
-    bound_size,
     checked_request,
     image_limit,
     largest_guidance,
     largest_temperature,
     number_label,
+    read_upload,
 )
 from pipelines.demo_uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_grid import image_grid, to_picture, viewing_scale
-from stage1_tokenizer.images import UnreadableImage, read_image, to_tensor
+from stage1_tokenizer.images import UnreadableImage, to_tensor
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.interruption import StopFlag
 
@@ -167,13 +166,8 @@ def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str)
     """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
     stopped = *[gr.skip()] * 3, "Stopped."
-    with StoppableFile(path, stop) as file:
-        try:
-            image = read_image(file, channels=transform.channels, before_decoding=lambda header: bound_size(header, transform.image_size))
-        except UnreadableImage:
-            if not stop.is_set():
-                raise
-    if stop.is_set():
+    image = read_upload(path, stop, channels=transform.channels, side=transform.image_size)
+    if image is None or stop.is_set():
         return stopped
     seen_HWC = transform.resize(image)
     if stop.is_set():
@@ -269,7 +263,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             with errors_in_words("reconstruct"):
-                if not upload or not os.path.exists(upload["path"]):
+                if not upload:
                     raise InputError("Upload an image first.")
                 shown = await run(request, progress, lambda stop: reconstruct(pipe, stop, upload["path"]))
                 return shown or (*[gr.skip()] * 3, "Stopped before it began.")

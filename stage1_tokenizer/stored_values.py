@@ -16,6 +16,12 @@ from PIL import Image, PngImagePlugin
 # There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 
+# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same ones: 1 MB of EXIF can take 4 GB,
+# for a JPEG as soon as it is opened. The orientation is in the first directory, near the start.
+MAX_EXIF_BYTES = 2**16  # what a JPEG segment holds
+_load_exif = Image.Exif.load
+Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
+
 _PHOTOMETRIC, _BITS, _COMPRESSION, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE = 262, 258, 259, 339, 332, 336
 _WHITE_IS_ZERO, _YCBCR, _UNCOMPRESSED, _SIGNED = 0, 6, 1, 2
 _TGA_FOOTER = b"TRUEVISION-XFILE.\0"
