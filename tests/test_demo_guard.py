@@ -1,5 +1,6 @@
 """The demo's server attacked over HTTP: what it reads, where it connects, whom it answers, what it stores, how long it waits, what it says."""
 
+import asyncio
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -289,6 +291,83 @@ def test_uploads_and_results_together_stay_within_a_limit(server, monkeypatch):
         answer = server.http.post("/gradio_api/upload", content=content, headers=FORM)
         assert answer.status_code == 413 and answer.json()["error"]
     assert not list(server.files.glob("tmp*")), "parts of refused uploads are left"
+
+
+def uploads_in(folder: Path) -> demo_uploads.Uploads:
+    return demo_uploads.Uploads(folder, set())
+
+
+def store(uploads: demo_uploads.Uploads, size: int) -> Path:
+    path = uploads._folder / os.urandom(32).hex() / "image"
+    uploads._write(io.BytesIO(bytes(size)), path)
+    return path
+
+
+def test_uploads_at_the_same_time_stay_within_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 1_000_000)
+    monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 100_000)
+    uploads, most = uploads_in(tmp_path), 0
+    copy = demo_uploads.shutil.copyfileobj
+
+    def slow_copy(*files):
+        nonlocal most
+        time.sleep(0.002)
+        copy(*files)
+        most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*") if path.exists()))
+
+    monkeypatch.setattr(demo_uploads.shutil, "copyfileobj", slow_copy)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: store(uploads, 90_000), range(60)))
+    assert 500_000 < most <= 1_000_000
+
+
+def test_small_uploads_do_not_look_through_the_folder_each_time(tmp_path, monkeypatch):
+    looks = []
+    make_room = demo_uploads.make_room
+    monkeypatch.setattr(demo_uploads, "make_room", lambda *arguments: (looks.append(1), make_room(*arguments))[1])
+    monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 100 * demo_uploads.BYTES_PER_FILE)
+    monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 10 * demo_uploads.BYTES_PER_FILE)
+    uploads = uploads_in(tmp_path)
+    for _ in range(300):
+        store(uploads, 1)
+    assert len(looks) <= 15 and len(list(tmp_path.iterdir())) <= 100
+
+
+def test_room_is_made_while_others_delete_folders(tmp_path, monkeypatch):
+    paths = [store(uploads_in(tmp_path), 10) for _ in range(5)]
+    scandir = os.scandir
+
+    def vanishing(folder):
+        if str(folder) == str(paths[0].parent):
+            demo_uploads.shutil.rmtree(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    removed, stored = demo_uploads.make_room(tmp_path, 0)
+    assert set(removed) == set(paths[1:]) and stored == 0 and not list(tmp_path.iterdir())
+
+
+def test_an_error_does_not_end_the_sweep_of_stored_files(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        raise OSError("a disk error")
+
+    monkeypatch.setattr(demo_uploads, "make_room", fail)
+    monkeypatch.setattr(demo_uploads, "SWEEP_SECONDS", 0.01)
+
+    async def sweep():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(uploads_in(tmp_path).keep_room(), 0.3)
+
+    asyncio.run(sweep())
+    assert len(calls) > 1 and capsys.readouterr().err.startswith("error: stored files: OSError: a disk error")
+
+
+def test_a_file_name_that_is_too_long_is_refused(server):
+    upload = Path(server.upload(picture()).json()[0])
+    assert server.http.get(f"/gradio_api/file={upload.with_name('a' * 300)}").status_code == 403
 
 
 def test_forms_that_are_no_upload_are_refused_and_leave_nothing(server):
