@@ -11,12 +11,14 @@ import contextlib
 import contextvars
 import functools
 import html
+import logging
 import math
 import os
 import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ import gradio as gr
 import numpy as np
 import torch
 from starlette.applications import Starlette
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo_guard import Endpoint, Guard
 from pipelines.demo_http import close_idle_connections, in_one_line, report
@@ -321,9 +324,27 @@ def check_port(port: int) -> None:
             raise InputError(f"--port {port} cannot be used ({error.strerror}); give another one, or none to take a free one.") from None
 
 
+def limit_uvicorn() -> None:
+    """Make uvicorn parse HTTP with h11, which refuses heads over 64 KB, and speak no WebSocket.
+
+    gradio lets uvicorn choose, and where httptools is installed it takes that. httptools has no limit: a head that does not end takes 1 GB
+    within seconds.
+    """
+    HTTP_PROTOCOLS["auto"], WS_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"], WS_PROTOCOLS["none"]
+    log = logging.getLogger("uvicorn.error")
+    if _is_no_upgrade not in log.filters:
+        log.addFilter(_is_no_upgrade)
+
+
+def _is_no_upgrade(record: logging.LogRecord) -> bool:
+    """False for uvicorn's advice to install a WebSocket library; the guard reports such a request."""
+    return not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))
+
+
 def start(page: gr.Blocks, port: int | None = None) -> str:
     """The address of a page, served from now on in the background; page.close() ends that."""
     os.environ |= {"GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": ""}  # the second would win over an empty argument
+    limit_uvicorn()
     address = page.launch(
         server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, mcp_server=False,
         enable_monitoring=False, state_session_capacity=MAX_OPEN_PAGES,
@@ -344,6 +365,7 @@ def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> Non
     if port is not None:
         check_port(port)
     with tempfile.TemporaryDirectory(prefix="vqmosaic-demo-") as files, StopFlag() as interrupted:
+        warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata of uploads
         os.environ["GRADIO_TEMP_DIR"] = files  # the default is one folder for all gradio pages of a machine, each of which serves it
         page = build(ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype)), folder)
         print(f"vqmosaic demo of {folder} on {start(page, port)}, for this machine only; Ctrl-C ends it.", flush=True)

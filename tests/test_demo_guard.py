@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image, ImageFile
 
 pytest.importorskip("gradio")
@@ -269,10 +270,31 @@ def test_no_page_can_show_it_in_a_frame(server):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"] and answer.headers["X-Frame-Options"] == "DENY"
 
 
-def test_a_websocket_is_refused(server):
+def test_other_pages_can_neither_embed_it_nor_hold_its_window(server):
+    for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
+        assert answer.headers["Cross-Origin-Resource-Policy"] == answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert "base-uri 'self'" in answer.headers["Content-Security-Policy"]
+
+
+def test_a_websocket_is_refused_with_one_line_of_the_log(server, capsys, caplog):
     with server.connect(b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n") as opened:
         assert opened.recv(100).split()[1] in (b"403", b"404")
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def test_the_head_of_a_request_is_limited_whatever_parser_is_installed(server, monkeypatch):
+    monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", object)
+    monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", object)
+    config = uvicorn.Config(server.page.app, log_config=None)
+    config.load()
+    assert config.http_protocol_class.__name__ == "H11Protocol" and config.ws_protocol_class is None
+    with server.connect(b"GET /config HTTP/1.1\r\nHost: HOST\r\n") as opened:
+        opened.settimeout(5)
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                opened.sendall(b"X: " + b"a" * 10_000 + b"\r\n")
+                time.sleep(0.001)
 
 
 # --- what it stores and how long it waits ----------------------------------------------------------------------------------------
@@ -565,7 +587,7 @@ def test_stop_frees_the_worker_while_a_decoder_does_not_listen(tmp_path, monkeyp
 
 
 def test_an_upload_that_was_deleted_is_refused_in_words(tmp_path):
-    with pytest.raises(demo.InputError, match="no longer stored. Upload the image again"):
+    with pytest.raises(demo.InputError, match=r"no longer stored\. Upload the image again"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "gone.png")
 
 
