@@ -1,9 +1,12 @@
 """What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
 
+import contextlib
 import io
 import math
 import os
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipelines import demo_avif
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_range, nearest_name
@@ -23,6 +27,7 @@ MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXEL
 # The formats that browsers show. Others are not even opened: some take minutes, or memory that the image size does not tell.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 DECODING_SECONDS = 20.0
+TOO_SLOW = "it takes longer than {:g} s to decode"
 STOP_SECONDS = 0.05  # between two looks at the stop flag
 JPEG_BLOCK_BYTES = 512  # that its decoder takes at a time; a progressive JPEG can hold a pass over all pixels in under 100 bytes
 _DECODER = ThreadPoolExecutor(1, "decoder")
@@ -94,10 +99,14 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
     which takes seconds at most, while the worker is free again. The next upload waits for it.
     """
     try:
-        opened = StoppableFile(path, stop)
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError("This upload is no longer stored. Upload the image again.") from None
-    with opened as file:
+    if "AVIF" in Image.OPEN and Image.OPEN["AVIF"][1](content[:16]) is True:
+        with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
+            bound_size(header, side)
+        content = avif_as_png(path, stop)
+    with StoppableFile(content, stop) as file:
         decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS, before_decoding=lambda image: bound_size(image, side))
         while not stop.is_set():
             try:
@@ -108,6 +117,27 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
                 if not stop.is_set():
                     raise
     return None
+
+
+def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
+    """The image of an AVIF file as PNG, decoded by another process; empty once `stop` is set. Raises UnreadableImage."""
+    end = time.monotonic() + DECODING_SECONDS
+    with subprocess.Popen([sys.executable, "-P", demo_avif.__file__, os.path.abspath(path)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as process:
+        try:
+            while not stop.is_set():
+                try:
+                    png, _ = process.communicate(timeout=STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > end:
+                        raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS)) from None
+                    continue
+                if process.returncode:
+                    raise UnreadableImage("truncated, corrupt, or it takes too much memory")
+                return png
+        finally:
+            process.kill()
+    return b""
 
 
 def bound_size(image: Image.Image, side: int) -> None:
@@ -123,13 +153,13 @@ def bound_size(image: Image.Image, side: int) -> None:
 
 
 class StoppableFile(io.BytesIO):
-    """The content of a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
+    """The given content as a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
 
     That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
     """
 
-    def __init__(self, path: str | os.PathLike, stop: threading.Event):
-        super().__init__(Path(path).read_bytes())
+    def __init__(self, content: bytes, stop: threading.Event):
+        super().__init__(content)
         self._stop, self._end = stop, math.inf
 
     def read(self, size: int | None = -1) -> bytes:
@@ -138,5 +168,5 @@ class StoppableFile(io.BytesIO):
             raise UnreadableImage("stopped")
         self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # from the first read: the decoder may be busy before
         if time.monotonic() > self._end:
-            raise UnreadableImage(f"it takes longer than {DECODING_SECONDS:g} s to decode")
+            raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS))
         return super().read(size)

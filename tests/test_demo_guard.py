@@ -1,6 +1,7 @@
 """The demo's server attacked over HTTP: what it reads, where it connects, whom it answers, what it stores, how long it waits, what it says."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -584,6 +585,61 @@ def test_stop_frees_the_worker_while_a_decoder_does_not_listen(tmp_path, monkeyp
     assert time.monotonic() - started < 0.2 + 0.3
     finish.set()
     assert "PSNR" in demo.reconstruct(pipe, threading.Event(), tmp_path / "image.png")[3]
+
+
+def avif(width: int, height: int, **options) -> bytes:
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    return picture(width, height, "AVIF", speed=10, **options)
+
+
+def test_an_avif_whose_frames_are_larger_than_its_header_says_is_decoded_in_another_process(tmp_path, monkeypatch):
+    content, load = avif(400, 400), ImageFile.ImageFile.load
+    size = content.index(b"ispe") + 8
+    (tmp_path / "image.avif").write_bytes(content[:size] + struct.pack(">II", 8, 8) + content[size + 8:])
+
+    def no_avif(image):
+        assert image.format != "AVIF", "it was decoded in the server"
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_avif)
+    monkeypatch.setattr(demo_requests, "MAX_UPLOAD_PIXELS", 10_000)
+    with contextlib.suppress(UnreadableImage):  # Pillow versions differ in what they make of it
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image.avif")
+    (tmp_path / "large.avif").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="400 x 400 pixels, more than"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "large.avif")
+
+
+@pytest.mark.parametrize("ending", ["stop", "time"])
+def test_the_avif_process_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+    (tmp_path / "image.avif").write_bytes(avif(20, 20))
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setattr(demo_requests.demo_avif, "__file__", str(tmp_path / "slow.py"))
+    monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
+    stop = threading.Event()
+    timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
+    timer.start()
+    started = time.monotonic()
+    if ending == "stop":
+        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "image.avif")[3] == "Stopped."
+    else:
+        with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
+            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "image.avif")
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
+def test_an_avif_is_turned_and_a_damaged_one_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "image.avif").write_bytes(avif(30, 20, exif=exif, quality=100, subsampling="4:4:4"))
+    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), channels=3, side=16)
+    expected = read_image(tmp_path / "image.avif")
+    assert seen.size == expected.size == (20, 30) and np.array_equal(np.asarray(seen), np.asarray(expected))
+    (tmp_path / "cut.avif").write_bytes(avif(30, 20)[:-20])
+    with pytest.raises(UnreadableImage, match="truncated, corrupt"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "cut.avif")
 
 
 def test_an_upload_that_was_deleted_is_refused_in_words(tmp_path):
