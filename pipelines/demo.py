@@ -260,7 +260,9 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
         async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
                               progress=gr.Progress()):  # noqa: B008 (gradio looks for it among the defaults)
             with errors_in_words("generate"):
-                checked = checked_request(pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p, guidance)
+                # In a thread: to find the nearest of a thousand class names takes most of a second, and other pages want answers meanwhile.
+                checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p,
+                                                  guidance)
                 shown = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
                 return shown or (*[gr.skip()] * 3, "Stopped before it began.", gr.skip())
 
