@@ -11,12 +11,14 @@ import contextlib
 import contextvars
 import functools
 import html
+import logging
 import math
 import os
 import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,23 +27,23 @@ import gradio as gr
 import numpy as np
 import torch
 from starlette.applications import Starlette
+from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo_guard import Endpoint, Guard
 from pipelines.demo_http import close_idle_connections, in_one_line, report
 from pipelines.demo_requests import (
     MAX_SEED,
-    StoppableFile,
-    bound_size,
     checked_request,
     image_limit,
     largest_guidance,
     largest_temperature,
     number_label,
+    read_upload,
 )
 from pipelines.demo_uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_grid import image_grid, to_picture, viewing_scale
-from stage1_tokenizer.images import UnreadableImage, read_image, to_tensor
+from stage1_tokenizer.images import UnreadableImage, to_tensor
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.interruption import StopFlag
 
@@ -167,13 +169,8 @@ def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str)
     """What the Reconstruct tab shows: the upload as the tokenizer sees it, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
     stopped = *[gr.skip()] * 3, "Stopped."
-    with StoppableFile(path, stop) as file:
-        try:
-            image = read_image(file, channels=transform.channels, before_decoding=lambda header: bound_size(header, transform.image_size))
-        except UnreadableImage:
-            if not stop.is_set():
-                raise
-    if stop.is_set():
+    image = read_upload(path, stop, channels=transform.channels, side=transform.image_size)
+    if image is None or stop.is_set():
         return stopped
     seen_HWC = transform.resize(image)
     if stop.is_set():
@@ -263,13 +260,15 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
         async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
                               progress=gr.Progress()):  # noqa: B008 (gradio looks for it among the defaults)
             with errors_in_words("generate"):
-                checked = checked_request(pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p, guidance)
+                # In a thread: to find the nearest of a thousand class names takes most of a second, and other pages want answers meanwhile.
+                checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p,
+                                                  guidance)
                 shown = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
                 return shown or (*[gr.skip()] * 3, "Stopped before it began.", gr.skip())
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             with errors_in_words("reconstruct"):
-                if not upload or not os.path.exists(upload["path"]):
+                if not upload:
                     raise InputError("Upload an image first.")
                 shown = await run(request, progress, lambda stop: reconstruct(pipe, stop, upload["path"]))
                 return shown or (*[gr.skip()] * 3, "Stopped before it began.")
@@ -327,9 +326,27 @@ def check_port(port: int) -> None:
             raise InputError(f"--port {port} cannot be used ({error.strerror}); give another one, or none to take a free one.") from None
 
 
+def limit_uvicorn() -> None:
+    """Make uvicorn parse HTTP with h11, which refuses heads over 64 KB, and speak no WebSocket.
+
+    gradio lets uvicorn choose, and where httptools is installed it takes that. httptools has no limit: a head that does not end takes 1 GB
+    within seconds.
+    """
+    HTTP_PROTOCOLS["auto"], WS_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"], WS_PROTOCOLS["none"]
+    log = logging.getLogger("uvicorn.error")
+    if _is_no_upgrade not in log.filters:
+        log.addFilter(_is_no_upgrade)
+
+
+def _is_no_upgrade(record: logging.LogRecord) -> bool:
+    """False for uvicorn's advice to install a WebSocket library; the guard reports such a request."""
+    return not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))
+
+
 def start(page: gr.Blocks, port: int | None = None) -> str:
     """The address of a page, served from now on in the background; page.close() ends that."""
     os.environ |= {"GRADIO_RUN_HISTORY": "False", "GRADIO_ALLOWED_PATHS": ""}  # the second would win over an empty argument
+    limit_uvicorn()
     address = page.launch(
         server_name=HOST, server_port=port, share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, mcp_server=False,
         enable_monitoring=False, state_session_capacity=MAX_OPEN_PAGES,
@@ -350,6 +367,7 @@ def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> Non
     if port is not None:
         check_port(port)
     with tempfile.TemporaryDirectory(prefix="vqmosaic-demo-") as files, StopFlag() as interrupted:
+        warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata of uploads
         os.environ["GRADIO_TEMP_DIR"] = files  # the default is one folder for all gradio pages of a machine, each of which serves it
         page = build(ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype)), folder)
         print(f"vqmosaic demo of {folder} on {start(page, port)}, for this machine only; Ctrl-C ends it.", flush=True)

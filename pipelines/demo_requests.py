@@ -1,16 +1,22 @@
 """What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
 
+import contextlib
 import io
+import math
 import os
 import secrets
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
+from pipelines import demo_avif
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_range, nearest_name
 
 MAX_IMAGES = 64
@@ -18,8 +24,13 @@ MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
 MAX_SEED = 2**53 - 1  # the largest whole number that a page counts exactly
 MAX_UPLOAD_PIXELS = 16_000_000  # decoded: 16-bit ones take 24 bytes each on the way to 8 bits
 MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXELS are decoded at a fraction of their size
-FORMATS = {"JPEG": "JPEG", "MPO": "JPEG", "PNG": "PNG", "WEBP": "WebP", "GIF": "GIF", "BMP": "BMP", "AVIF": "AVIF"}  # what browsers show, too
+# The formats that browsers show. Others are not even opened: some take minutes, or memory that the image size does not tell.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 DECODING_SECONDS = 20.0
+TOO_SLOW = "it takes longer than {:g} s to decode"
+STOP_SECONDS = 0.05  # between two looks at the stop flag
+JPEG_BLOCK_BYTES = 512  # that its decoder takes at a time; a progressive JPEG can hold a pass over all pixels in under 100 bytes
+_DECODER = ThreadPoolExecutor(1, "decoder")
 
 
 def image_limit(pipe: ImageGenerationPipeline) -> int:
@@ -81,14 +92,59 @@ def shown_value(given: object) -> str:
     return text if len(text := repr(given)) <= 60 else f"{text[:57]}..."
 
 
-def bound_size(image: Image.Image, side: int) -> None:
-    """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large.
+def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, side: int) -> Image.Image | None:
+    """The image in an uploaded file, or None once `stop` is set; raises UnreadableImage for what this page does not take.
 
-    Formats that browsers do not show are refused as well. The decoders of some take minutes, or memory that the image size does not tell.
+    The image is decoded in a second thread. Decoders written in C cannot be interrupted, so after a stop that thread finishes the image,
+    which takes seconds at most, while the worker is free again. The next upload waits for it.
     """
-    if image.format not in FORMATS:
-        raise UnreadableImage(f"it is {image.format}, and this page takes {', '.join(sorted(set(FORMATS.values())))}")
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError("This upload is no longer stored. Upload the image again.") from None
+    if "AVIF" in Image.OPEN and Image.OPEN["AVIF"][1](content[:16]) is True:
+        with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
+            bound_size(header, side)
+        content = avif_as_png(path, stop)
+    with StoppableFile(content, stop) as file:
+        decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS, before_decoding=lambda image: bound_size(image, side))
+        while not stop.is_set():
+            try:
+                return decoding.result(timeout=STOP_SECONDS)
+            except TimeoutError:
+                continue
+            except UnreadableImage:
+                if not stop.is_set():
+                    raise
+    return None
+
+
+def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
+    """The image of an AVIF file as PNG, decoded by another process; empty once `stop` is set. Raises UnreadableImage."""
+    end = time.monotonic() + DECODING_SECONDS
+    with subprocess.Popen([sys.executable, "-P", demo_avif.__file__, os.path.abspath(path)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as process:
+        try:
+            while not stop.is_set():
+                try:
+                    png, _ = process.communicate(timeout=STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > end:
+                        raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS)) from None
+                    continue
+                if process.returncode:
+                    raise UnreadableImage("truncated, corrupt, or it takes too much memory")
+                return png
+        finally:
+            process.kill()
+    return b""
+
+
+def bound_size(image: Image.Image, side: int) -> None:
+    """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large."""
     width, height = image.size
+    if image.format in ("JPEG", "MPO"):
+        image.decodermaxblock = JPEG_BLOCK_BYTES
     if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
     if image.width * image.height > MAX_UPLOAD_PIXELS:
@@ -97,19 +153,20 @@ def bound_size(image: Image.Image, side: int) -> None:
 
 
 class StoppableFile(io.BytesIO):
-    """The content of a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
+    """The given content as a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
 
     That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
     """
 
-    def __init__(self, path: str | os.PathLike, stop: threading.Event):
-        super().__init__(Path(path).read_bytes())
-        self._stop, self._end = stop, time.monotonic() + DECODING_SECONDS
+    def __init__(self, content: bytes, stop: threading.Event):
+        super().__init__(content)
+        self._stop, self._end = stop, math.inf
 
     def read(self, size: int | None = -1) -> bytes:
         """The next bytes; raises UnreadableImage when there is no more time for them."""
         if self._stop.is_set():
             raise UnreadableImage("stopped")
+        self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # from the first read: the decoder may be busy before
         if time.monotonic() > self._end:
-            raise UnreadableImage(f"it takes longer than {DECODING_SECONDS:g} s to decode")
+            raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS))
         return super().read(size)

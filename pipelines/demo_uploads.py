@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from typing import BinaryIO
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartParser
 
-from pipelines.demo_http import IDLE_SECONDS, Gone, Refusal, body_of
+from pipelines.demo_http import IDLE_SECONDS, Gone, Refusal, body_of, in_one_line, report
 
 MAX_UPLOAD_BYTES = 2**26
 MAX_STORED_BYTES = 2**30  # uploads and results together; the oldest ones make room
@@ -29,6 +30,8 @@ class Uploads:
     def __init__(self, folder: Path, paths: set[str]):
         self._folder, self._paths = folder, paths
         self._slots = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
+        self._lock = threading.Lock()  # one thread at a time looks for room and takes it
+        self._stored = 0  # bytes at the last look at the folder, and of uploads since then
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, str) and path in self._paths
@@ -36,8 +39,11 @@ class Uploads:
     def is_served(self, path: str) -> bool:
         """Whether the path is that of an upload or of a result."""
         name = Path(path)
-        return (name.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(name.parent.name)) and str(name) == path
-                and name.is_file() and not name.is_symlink())
+        try:
+            return (name.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(name.parent.name))
+                    and str(name) == path and name.is_file() and not name.is_symlink())
+        except (OSError, ValueError):  # no file can have this name
+            return False
 
     async def store(self, headers: Headers, receive: Callable) -> str:
         """The path of a file that a form brings, stored under a name that nobody can guess."""
@@ -68,20 +74,33 @@ class Uploads:
         return str(path)
 
     def _write(self, file: BinaryIO, path: Path) -> None:
-        self._make_room()
-        path.parent.mkdir(parents=True)
-        with open(path, "xb") as stored:
-            shutil.copyfileobj(file, stored)
+        size = file.seek(0, os.SEEK_END) + BYTES_PER_FILE
+        file.seek(0)
+        with self._lock:
+            if self._stored + size > MAX_STORED_BYTES:
+                self._make_room()
+            self._stored += size
+            path.parent.mkdir(parents=True)
+            with open(path, "xb") as stored:
+                shutil.copyfileobj(file, stored)
 
     def _make_room(self) -> None:
-        for removed in make_room(self._folder, MAX_STORED_BYTES - MAX_UPLOAD_BYTES):
-            self._paths.discard(str(removed))
+        # For two of the largest uploads, so that not every small upload at the limit has to look through the whole folder.
+        removed, self._stored = make_room(self._folder, MAX_STORED_BYTES - 2 * MAX_UPLOAD_BYTES)
+        self._paths.difference_update(map(str, removed))
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._make_room()
 
     async def keep_room(self) -> None:
         """Keep the stored files within their limit; runs until it is cancelled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            await asyncio.to_thread(self._make_room)
+            try:
+                await asyncio.to_thread(self._sweep)
+            except Exception as error:  # the next look may succeed; without one the disk would fill up
+                report("error", "stored files", in_one_line(error))
 
 
 def safe_name(name: str) -> str:
@@ -90,14 +109,18 @@ def safe_name(name: str) -> str:
     return name or "image"
 
 
-def make_room(folder: Path, limit: int) -> list[Path]:
-    """Delete the oldest uploads and results until those in the folder are no larger than `limit` bytes; returns what was deleted."""
+def make_room(folder: Path, limit: int) -> tuple[list[Path], int]:
+    """Delete the oldest uploads and results until those in the folder are no larger than `limit` bytes.
+
+    Returns what was deleted and the bytes that are left. Other threads, among them gradio's, may delete files and folders meanwhile.
+    """
     files = []
-    for path in folder.glob("*/*"):
-        if _FOLDER.fullmatch(path.parent.name):
-            with contextlib.suppress(FileNotFoundError):
-                status = path.lstat()
-                files.append((status.st_mtime, path, status.st_size + BYTES_PER_FILE))
+    for parent in [entry.path for entry in os.scandir(folder) if _FOLDER.fullmatch(entry.name)]:
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(parent):
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    files.append((status.st_mtime, Path(entry.path), status.st_size + BYTES_PER_FILE))
     total, removed = sum(size for *_, size in files), []
     for _, path, size in sorted(files):
         if total <= limit:
@@ -107,4 +130,4 @@ def make_room(folder: Path, limit: int) -> list[Path]:
             path.parent.rmdir()
         removed.append(path)
         total -= size
-    return removed
+    return removed, total

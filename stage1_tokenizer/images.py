@@ -42,7 +42,7 @@ TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
 
 
 def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
-               before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+               before_decoding: Callable[[Image.Image], object] | None = None, formats: Sequence[str] | None = None) -> Image.Image:
     """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
@@ -50,6 +50,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
+    formats limits which formats of Pillow are opened; the default is every format that a data set may hold.
 
     Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
     """
@@ -69,14 +70,14 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
                 raise UnreadableImage("not a regular file: a folder, pipe, socket or device")
             if not status.st_size:
                 raise UnreadableImage("the file is empty")
-        with Image.open(file, formats=_formats()) as image:
+        with Image.open(file, formats=_formats() if formats is None else [name for name in _formats() if name in formats]) as image:
             if before_decoding:
                 before_decoding(image)
             return _plain(image, mode, max_pixels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(_why_unidentified(file)) from None
+        raise UnreadableImage(_why_unidentified(file, formats)) from None
     except PermissionError:
         raise UnreadableImage(str(permission_denied(file))) from None
     except Image.DecompressionBombError as error:
@@ -86,7 +87,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
 
 
-def _why_unidentified(file: str | os.PathLike | io.IOBase) -> str:
+def _why_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str] | None) -> str:
     with contextlib.suppress(OSError, struct.error):  # Pillow's tests of a format do not all look whether there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
             stream.seek(0)
@@ -94,6 +95,8 @@ def _why_unidentified(file: str | os.PathLike | io.IOBase) -> str:
         for name in _formats():
             accepts = Image.OPEN[name][1]
             if accepts is not None and accepts(prefix) is True:
+                if formats is not None and name not in formats:
+                    return f"it is {name}, and only {', '.join(sorted(formats))} are read here"
                 return f"a {name} file of a kind that Pillow does not read, or its header is corrupt"
     return "not an image of a known format, or its header is corrupt"
 

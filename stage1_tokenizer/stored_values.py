@@ -23,6 +23,12 @@ PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 # 8, and YCbCr as RGB. libtiff, which decodes the compressed ones anyway, refuses the first and reads the others.
 TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
 
+# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same ones: 1 MB of EXIF can take 4 GB,
+# for a JPEG as soon as it is opened. The orientation is in the first directory, near the start.
+MAX_EXIF_BYTES = 2**16  # what a JPEG segment holds
+_load_exif = Image.Exif.load
+Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
+
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
 _SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
 _TAGS_OF_PIXELS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})

@@ -1,5 +1,7 @@
 """The demo's server attacked over HTTP: what it reads, where it connects, whom it answers, what it stores, how long it waits, what it says."""
 
+import asyncio
+import contextlib
 import io
 import json
 import os
@@ -9,12 +11,15 @@ import struct
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image, ImageFile
 
 pytest.importorskip("gradio")
@@ -266,10 +271,31 @@ def test_no_page_can_show_it_in_a_frame(server):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"] and answer.headers["X-Frame-Options"] == "DENY"
 
 
-def test_a_websocket_is_refused(server):
+def test_other_pages_can_neither_embed_it_nor_hold_its_window(server):
+    for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
+        assert answer.headers["Cross-Origin-Resource-Policy"] == answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert "base-uri 'self'" in answer.headers["Content-Security-Policy"]
+
+
+def test_a_websocket_is_refused_with_one_line_of_the_log(server, capsys, caplog):
     with server.connect(b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n") as opened:
         assert opened.recv(100).split()[1] in (b"403", b"404")
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+def test_the_head_of_a_request_is_limited_whatever_parser_is_installed(server, monkeypatch):
+    monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", object)
+    monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", object)
+    config = uvicorn.Config(server.page.app, log_config=None)
+    config.load()
+    assert config.http_protocol_class.__name__ == "H11Protocol" and config.ws_protocol_class is None
+    with server.connect(b"GET /config HTTP/1.1\r\nHost: HOST\r\n") as opened:
+        opened.settimeout(5)
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                opened.sendall(b"X: " + b"a" * 10_000 + b"\r\n")
+                time.sleep(0.001)
 
 
 # --- what it stores and how long it waits ----------------------------------------------------------------------------------------
@@ -288,6 +314,83 @@ def test_uploads_and_results_together_stay_within_a_limit(server, monkeypatch):
         answer = server.http.post("/gradio_api/upload", content=content, headers=FORM)
         assert answer.status_code == 413 and answer.json()["error"]
     assert not list(server.files.glob("tmp*")), "parts of refused uploads are left"
+
+
+def uploads_in(folder: Path) -> demo_uploads.Uploads:
+    return demo_uploads.Uploads(folder, set())
+
+
+def store(uploads: demo_uploads.Uploads, size: int) -> Path:
+    path = uploads._folder / os.urandom(32).hex() / "image"
+    uploads._write(io.BytesIO(bytes(size)), path)
+    return path
+
+
+def test_uploads_at_the_same_time_stay_within_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 1_000_000)
+    monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 100_000)
+    uploads, most = uploads_in(tmp_path), 0
+    copy = demo_uploads.shutil.copyfileobj
+
+    def slow_copy(*files):
+        nonlocal most
+        time.sleep(0.002)
+        copy(*files)
+        most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*") if path.exists()))
+
+    monkeypatch.setattr(demo_uploads.shutil, "copyfileobj", slow_copy)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda _: store(uploads, 90_000), range(60)))
+    assert 500_000 < most <= 1_000_000
+
+
+def test_small_uploads_do_not_look_through_the_folder_each_time(tmp_path, monkeypatch):
+    looks = []
+    make_room = demo_uploads.make_room
+    monkeypatch.setattr(demo_uploads, "make_room", lambda *arguments: (looks.append(1), make_room(*arguments))[1])
+    monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 100 * demo_uploads.BYTES_PER_FILE)
+    monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 10 * demo_uploads.BYTES_PER_FILE)
+    uploads = uploads_in(tmp_path)
+    for _ in range(300):
+        store(uploads, 1)
+    assert len(looks) <= 15 and len(list(tmp_path.iterdir())) <= 100
+
+
+def test_room_is_made_while_others_delete_folders(tmp_path, monkeypatch):
+    paths = [store(uploads_in(tmp_path), 10) for _ in range(5)]
+    scandir = os.scandir
+
+    def vanishing(folder):
+        if str(folder) == str(paths[0].parent):
+            demo_uploads.shutil.rmtree(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    removed, stored = demo_uploads.make_room(tmp_path, 0)
+    assert set(removed) == set(paths[1:]) and stored == 0 and not list(tmp_path.iterdir())
+
+
+def test_an_error_does_not_end_the_sweep_of_stored_files(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        raise OSError("a disk error")
+
+    monkeypatch.setattr(demo_uploads, "make_room", fail)
+    monkeypatch.setattr(demo_uploads, "SWEEP_SECONDS", 0.01)
+
+    async def sweep():
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(uploads_in(tmp_path).keep_room(), 0.3)
+
+    asyncio.run(sweep())
+    assert len(calls) > 1 and capsys.readouterr().err.startswith("error: stored files: OSError: a disk error")
+
+
+def test_a_file_name_that_is_too_long_is_refused(server):
+    upload = Path(server.upload(picture()).json()[0])
+    assert server.http.get(f"/gradio_api/file={upload.with_name('a' * 300)}").status_code == 403
 
 
 def test_forms_that_are_no_upload_are_refused_and_leave_nothing(server):
@@ -381,20 +484,166 @@ def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded
     with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
         read_image(content)
     event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
-    assert event == "error" and "it is TIFF, and this page takes AVIF, BMP, GIF, JPEG, PNG, WebP" in answer["error"]
+    assert event == "error" and "it is TIFF, and only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are read here" in answer["error"]
 
 
-@pytest.mark.parametrize("kind", sorted({"AVIF", "BMP", "GIF", "JPEG", "PNG", "WEBP"} & set(demo_requests.FORMATS)))
+@pytest.mark.parametrize("kind", sorted(set(demo_requests.FORMATS) - {"MPO"}))
 def test_formats_that_browsers_show_are_taken(tmp_path, kind):
     Image.new("L", (30, 20), 80).save(tmp_path / "image", kind)
     assert "PSNR" in demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")[3]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "TGA", "JPEG2000"])
-def test_formats_that_browsers_do_not_show_are_refused(tmp_path, kind):
+def test_formats_that_browsers_do_not_show_are_not_opened(tmp_path, monkeypatch, kind):
     Image.new("L", (30, 20)).save(tmp_path / "image", kind)
-    with pytest.raises(UnreadableImage, match=f"it is {kind}, and this page takes"):
+    monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("it was opened"), Image.OPEN[kind][1]))
+    with pytest.raises(UnreadableImage, match=f"it is {kind}, and only AVIF, .* are read here" if kind != "TGA" else "not an image of a known"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
+
+
+def exif_bomb(size: int, entries: int) -> bytes:
+    """A TIFF directory in which each entry points to all of its bytes."""
+    records = b"".join(struct.pack("<HHII", tag, 7, size - 8, 8) for tag in range(1000, 1000 + entries))
+    return (b"II*\0" + struct.pack("<IH", 8, entries) + records).ljust(size, b"\0")
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
+def test_metadata_that_unpacks_to_gigabytes_takes_little_memory(tmp_path, kind):
+    if kind == "AVIF" and "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    bomb, path = exif_bomb(500_000, 2000), tmp_path / "image"
+    image = Image.new("L", (16, 16))
+    if kind == "TIFF":
+        path.write_bytes(bomb)
+    elif kind == "JPEG":
+        image.save(path, "JPEG")
+        content = path.read_bytes()
+        start = content.index(b"\xff\xdb")  # JFIF's segment goes: without it Pillow reads the EXIF data when it opens the file
+        segments = [jpeg_segment(0xE1, b"Exif\0\0" + bomb[at:at + 60_000]) for at in range(0, len(bomb), 60_000)]
+        path.write_bytes(content[:2] + b"".join(segments) + content[start:])
+    else:
+        image.save(path, kind, exif=bomb)
+    tracemalloc.start()
+    try:
+        demo.reconstruct(tiny_pipeline(), threading.Event(), path)
+    except UnreadableImage:
+        assert kind == "TIFF"
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2e8, f"{peak / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_long_exif_data_still_turn_the_image(tmp_path, kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9286] = 6, b"x" * 60_000
+    exif = exif.tobytes() + bytes(0 if kind == "JPEG" else 200_000)
+    Image.new("L", (30, 20)).save(tmp_path / "image", kind, exif=exif)
+    assert read_image(tmp_path / "image").size == (20, 30)
+
+
+def progressive_jpeg(passes: int) -> bytes:
+    """16 million pixels, and a pass over all of them in 30 bytes, again and again."""
+    file = io.BytesIO()
+    Image.new("L", (4000, 3992), 128).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    start = content.rindex(b"\xff\xda")
+    return content[:-2] + content[start:-2] * passes + content[-2:]
+
+
+@pytest.mark.parametrize("ending", ["stop", "time"])
+def test_a_jpeg_of_thousands_of_passes_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+    (tmp_path / "image.jpg").write_bytes(progressive_jpeg(5000))
+    stop, pipe = threading.Event(), tiny_pipeline()
+    monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
+    timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
+    timer.start()
+    started = time.monotonic()
+    if ending == "stop":
+        assert demo.reconstruct(pipe, stop, tmp_path / "image.jpg")[3] == "Stopped."
+    else:
+        with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
+            demo.reconstruct(pipe, stop, tmp_path / "image.jpg")
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
+def test_stop_frees_the_worker_while_a_decoder_does_not_listen(tmp_path, monkeypatch):
+    Image.new("L", (30, 30)).save(tmp_path / "image.png")
+    stop, pipe, finish = threading.Event(), tiny_pipeline(), threading.Event()
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (finish.wait(20), load(image))[1])
+    timer = threading.Timer(0.2, stop.set)
+    timer.start()
+    started = time.monotonic()
+    assert demo.reconstruct(pipe, stop, tmp_path / "image.png")[3] == "Stopped."
+    assert time.monotonic() - started < 0.2 + 0.3
+    finish.set()
+    assert "PSNR" in demo.reconstruct(pipe, threading.Event(), tmp_path / "image.png")[3]
+
+
+def avif(width: int, height: int, **options) -> bytes:
+    if "AVIF" not in Image.SAVE:
+        pytest.skip("this Pillow writes no AVIF")
+    return picture(width, height, "AVIF", speed=10, **options)
+
+
+def test_an_avif_whose_frames_are_larger_than_its_header_says_is_decoded_in_another_process(tmp_path, monkeypatch):
+    content, load = avif(400, 400), ImageFile.ImageFile.load
+    size = content.index(b"ispe") + 8
+    (tmp_path / "image.avif").write_bytes(content[:size] + struct.pack(">II", 8, 8) + content[size + 8:])
+
+    decoded = []  # in the server
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (decoded.append(image.format), load(image))[1])
+    monkeypatch.setattr(demo_requests, "MAX_UPLOAD_PIXELS", 10_000)
+    with contextlib.suppress(UnreadableImage):  # Pillow versions differ in what they make of it
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image.avif")
+    (tmp_path / "large.avif").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="400 x 400 pixels, more than"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "large.avif")
+    assert "AVIF" not in decoded
+
+
+@pytest.mark.parametrize("ending", ["stop", "time"])
+def test_the_avif_process_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+    (tmp_path / "image.avif").write_bytes(avif(20, 20))
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setattr(demo_requests.demo_avif, "__file__", str(tmp_path / "slow.py"))
+    monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
+    stop = threading.Event()
+    timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
+    timer.start()
+    started = time.monotonic()
+    if ending == "stop":
+        assert demo.reconstruct(tiny_pipeline(), stop, tmp_path / "image.avif")[3] == "Stopped."
+    else:
+        with pytest.raises(UnreadableImage, match=r"longer than 0\.3 s"):
+            demo.reconstruct(tiny_pipeline(), stop, tmp_path / "image.avif")
+    assert time.monotonic() - started < 2
+    timer.join()
+
+
+def test_an_avif_is_turned_and_a_damaged_one_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "image.avif").write_bytes(avif(30, 20, exif=exif, quality=100, subsampling="4:4:4"))
+    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), channels=3, side=16)
+    expected = read_image(tmp_path / "image.avif")
+    assert seen.size == expected.size == (20, 30) and np.array_equal(np.asarray(seen), np.asarray(expected))
+    (tmp_path / "cut.avif").write_bytes(avif(30, 20)[:-20])
+    with pytest.raises(UnreadableImage, match="truncated, corrupt"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "cut.avif")
+
+
+def test_an_upload_that_was_deleted_is_refused_in_words(tmp_path):
+    with pytest.raises(demo.InputError, match=r"no longer stored\. Upload the image again"):
+        demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "gone.png")
 
 
 def test_words_of_a_decoder_stay_on_the_terminal(server, capsys):
@@ -463,7 +712,7 @@ def test_stop_is_heard_between_the_stages_of_a_reconstruction(tmp_path, monkeypa
             return function(*arguments, **options)
         return call
 
-    monkeypatch.setattr(demo, "read_image", stopping("read_image", demo.read_image))
+    monkeypatch.setattr(demo, "read_upload", stopping("read_image", demo.read_upload))
     monkeypatch.setattr(pipe, "encode", stopping("encode", pipe.encode))
     monkeypatch.setattr(pipe, "decode", stopping("decode", pipe.decode))
     report = demo.reconstruct(pipe, stop, tmp_path / "image.png")[3]
@@ -517,6 +766,16 @@ def test_a_wrong_field_is_refused_in_the_words_of_the_page(server, capsys, posit
     assert not re.search(r"_|[a-z]\.[a-z]", answer["error"]), "the name of an internal field"
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and err.startswith("refused: generate: ")
+
+
+def test_other_requests_are_answered_while_a_wrong_class_name_is_looked_up(server, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(demo_requests, "nearest_name", lambda *_: (begun.set(), go_on.wait(5), None)[2])
+    server.call("generate", [["dog"], *GENERATE[1:]])
+    assert begun.wait(5)
+    started = time.monotonic()
+    assert server.http.get("/nothing").status_code == 404 and time.monotonic() - started < 2
+    go_on.set()
 
 
 @pytest.mark.parametrize(("class_names", "label_drop"), [(None, 0.1), (["ant"], 0.0)])
