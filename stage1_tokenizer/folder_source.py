@@ -220,7 +220,10 @@ def _unused(names: list[str], train_split: str | None, validation_split: str | N
 def _without_image(names: list[str], metadata: FolderMetadata | None) -> list[str]:
     """What is said of rows that name no image."""
     missing = metadata.without_image(names) if metadata else []
-    return [f"{len(missing)} files that {metadata.paths[0].name} names are no images here, such as {printable(missing[0])}"] if missing else []
+    if not missing:
+        return []
+    return [f"{counted(len(missing), 'file')} that {metadata.paths[0].name} names {is_or_are(len(missing))} not among the images, such as "
+            f"{printable(missing[0])}"]
 
 
 def _doubts(names: list[str], split: str | None, class_values: list | None, data: DataConfig) -> list[str]:

@@ -33,6 +33,7 @@ from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.precision import largest_logit_difference, step_logits
 from stage2_prior.prior import TokenPrior
 from stage2_prior.sampling import apply_guidance, draw_ids
+from stage2_prior.token_batches import TrainingBatch
 from stage2_prior.training_start import time_and_loss_of_one_step
 from tests.one_device import WrongDevice, one_device
 from tests.test_decoding import GRIDS, TWO_GRIDS, make_prior
@@ -343,7 +344,8 @@ def first_loss_of_the_plan(device, architecture, **options):
     prior = make_prior(architecture, **options).to(device)
     run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, z_loss=1e-4), optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
                           accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward(), reduce=lambda value, how: value))
-    time_and_loss_of_one_step(prior, ids_on(torch.device("cpu"), prior), run)
+    ids_BT, classes_B = ids_on(torch.device("cpu"), prior)
+    time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT), run)
     return prior
 
 

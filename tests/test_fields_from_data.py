@@ -52,6 +52,12 @@ def test_the_fewer_the_images_the_more_variants_and_the_fewer_steps():
     assert load(images=60).tokenizer.codebook_size < few.tokenizer.codebook_size == many.tokenizer.codebook_size
 
 
+def test_the_gradient_rule_fits_the_quantizer():
+    assert load().tokenizer.diveq and load("--tokenizer.quantizer=residual").tokenizer.diveq
+    assert not load("--tokenizer.quantizer=fsq", "--tokenizer.codebook_size=1000").tokenizer.diveq
+    assert not load("--tokenizer.rotation_trick=true").tokenizer.diveq
+
+
 def test_every_set_of_views_has_its_epochs():
     assert set(PRIOR_EPOCHS) == set(VIEW_SETS)
 
@@ -69,10 +75,11 @@ def test_shifted_views_fit_the_smallest_images():
 
 def test_every_field_can_be_given(tmp_path):
     free = {name: value for name, value in fields_of(load(images=500)).items() if name in chosen_fields()}
-    other = {**free, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
-             "tokenizer.codebook_size": 100, "tokenizer_training.batch_size": 5, "tokenizer_training.max_minutes": 3.0, "data.shift": 1,
-             "tokens.views": "none", "tokens.view_shift": 1, "prior.dropout": 0.05,
-             "prior_training.batch_size": 7, "prior_training.max_steps": 11, "prior_training.max_minutes": 4.0}
+    other = {
+        **free, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
+        "tokenizer.codebook_size": 100, "tokenizer.diveq": False, "tokenizer_training.batch_size": 5, "tokenizer_training.max_minutes": 3.0,
+        "data.shift": 1, "tokens.views": "none", "tokens.view_shift": 1, "prior.dropout": 0.05, "prior_training.batch_size": 7,
+        "prior_training.max_steps": 11, "prior_training.max_minutes": 4.0}
     assert all(other[name] != value for name, value in free.items()), "each of the values differs from the rule's"
     options = [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in other.items()]
     assert fields_of(load(*options, images=500)).items() >= other.items()

@@ -36,6 +36,7 @@ from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.wording import counted
 
 CODES, CLASSES = 11, 3
 
@@ -407,7 +408,7 @@ def test_how_many_blocks_have_embeddings_can_be_given():
     for options, expected in given.items():
         config = prior_of([Grid("image", 11, 3, 3)], options=dict(options)).model.config
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
-        words = f", embeddings of all ids in {expected[0]} blocks, feed-forward {expected[1]} wide"
+        words = f", embeddings of all ids in {counted(expected[0], 'block')}, feed-forward {expected[1]} wide"
         assert describe_embeddings(config) == (words if expected[0] else "")
 
 

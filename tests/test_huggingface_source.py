@@ -99,7 +99,7 @@ def test_tables_written_without_the_library(tmp_path, hub_cache):
     lines = []
     assert dict(check_data(DataConfig(path=str(tmp_path / "tables")), lines.append)) == {
         "1": "the row holds no image", "2": "not an image of a known format, or its header is corrupt"}
-    assert "1 of 3 images are readable" in lines
+    assert "1 of 3 images is readable" in lines
 
 
 def write_table(folder: Path, columns: dict, rows: int = 8) -> DataConfig:

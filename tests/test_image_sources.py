@@ -338,7 +338,7 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
 
 
 @pytest.mark.parametrize(("values", "classes"), [
-    (["007", "7", "08", "8"], ["007", "08", "7", "8"]), (["1_0", "10", "1_1", "11"], ["10", "11", "1_0", "1_1"]),
+    (["007", "7", "08", "8"], ["007", "7", "08", "8"]), (["1_0", "10", "1_1", "11"], ["1_0", "1_1", "10", "11"]),
     ([f"1234567890123456789{digit}" for digit in "3210"], [f"1234567890123456789{digit}" for digit in "0123"]),
     (["10", "2.0", "1e3", ""], ["2", "10", "1000"]), (["10", "nan", "2", "-1"], ["-1", "2", "10"]),
 ])
@@ -360,7 +360,7 @@ def test_rows_and_images_that_do_not_match_are_named(tmp_path):
     write("./sub/../0.png,a", "sub\\1.png,b", "gone.png,c", "gone2.png,c")
     splits = open_splits(data)
     assert splits.class_names == ["a", "b"]
-    assert splits.notes == ("2 files that metadata.csv names are no images here, such as gone.png",)
+    assert splits.notes == ("2 files that metadata.csv names are not among the images, such as gone.png",)
     write("0.png,a", "sub/1.png,b", "0.png,a")
     assert open_splits(data).class_names == ["a", "b"]
     write("0.png,a", "sub/1.png,b", "sub/../0.png,c")
@@ -402,7 +402,7 @@ def test_links_and_files_that_hold_no_image_do_not_end_a_run(tmp_path):
     found = dict(check_data(DataConfig(path=str(tmp_path)), lines.append))
     assert set(found) == {f"cat/{name}.png" for name in ("itself", "long", "dead", "zero", "pipe")}
     assert found["cat/pipe.png"] == found["cat/zero.png"] == "not a regular file: a folder, pipe, socket or device"
-    assert any("1 files are left out" in line and "such as folder" in line for line in lines)
+    assert any("1 file is left out" in line and "such as folder" in line for line in lines)
 
 
 def test_folders_may_lie_deeper_than_calls(tmp_path):

@@ -25,6 +25,7 @@ from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
 from vqmosaic.recipe import Recipe
 from vqmosaic.recipe_files import load_recipe
+from vqmosaic.wording import counted
 
 COUNT, PER_SHARD = 50, 6
 
@@ -132,7 +133,7 @@ def test_one_damage_is_repaired_and_nothing_else_is_written(damage, run, written
     header = TokenShardManifest.load(run / "tokens/train").header
     assert shards == 7 and encoded_sources == [header.source_indices(index) for index in broken]
     assert_repaired(run, written[0], {f"train/shard-{index:06d}" for index in broken}, before)
-    assert f"repaired: {len(broken)} shards" in capsys.readouterr().out
+    assert f"repaired: {counted(len(broken), 'shard')}" in capsys.readouterr().out
 
 
 def test_all_damages_at_once_by_the_command(run, written):

@@ -520,7 +520,7 @@ def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
     (["--data.pth", "photos"], r"there is no field 'data.pth' in a recipe"),
     (["--real", "/nowhere/at/all"], r"/nowhere/at/all"),
     (["--out", "/"], r"--out is '/', which is a folder"),
-    (["--out", "/dev/null/sweep.json"], r"the folder of --out is '/dev/null', which is a file"),
+    (["--out", "/dev/null/sweep.json"], r"--out: '/dev/null/sweep\.json' was given, but /dev/null is a file"),
     (["--device", "gpu"], r"device is 'gpu'; this machine has: cpu"),
 ], ids=str)
 def test_what_cannot_be_is_refused_in_words(tiny_run, features, arguments, words):

@@ -15,7 +15,7 @@ from typing import Any
 from vqmosaic.json_files import read_object
 from vqmosaic.recipe import Recipe, recipe_fields
 from vqmosaic.run_folder import STAGES, RunFolder
-from vqmosaic.tokenizer_sections import PATCH_SIZES
+from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
 
 ASSUMED_IMAGES = 5000
 """Number of training images where the data set is not known, as in `vqmosaic run image_folder --help`."""
@@ -97,6 +97,9 @@ def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choic
     tokens = facts.images * (recipe["data.image_size"] // step) ** 2
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
+    quantizer = recipe["tokenizer.quantizer"]
+    yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not recipe["tokenizer.rotation_trick"],
+                 f"for quantizer {quantizer}, rotation_trick {str(recipe['tokenizer.rotation_trick']).lower()}")
     device = "a GPU" if facts.on_gpu else "a CPU"
     yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
     yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
@@ -137,11 +140,12 @@ def choices(recipe: MutableMapping[str, Any], given: set[str] | None, facts: Fac
 
     With `given` None, all fields keep their values.
     """
+    recorded = {name: value for name, value in (recorded or {}).items() if value is not None}
     chosen: list[Choice] = []
     for rule in (time_budgets, *(RULES if recipe["fit_to_data"] else ())):
         for choice in rule(recipe, facts):  # a rule goes on after its field has got its value, and can read it
             if given is not None and choice.field not in given:
-                recipe[choice.field] = (recorded or {}).get(choice.field, choice.value)
+                recipe[choice.field] = recorded.get(choice.field, choice.value)
             chosen.append(choice)
     return chosen
 

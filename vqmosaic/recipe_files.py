@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
         place = [f"--run_dir={path.parent}", *paths_as_recorded(path)] if is_of_run_folder(name, path) else []
         values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
+        check_paths(values)
         facts = Facts(partial(count_images, values) if count_images else no_count, has_gpu)
         set_open_fields(values, path, overrides, facts, redone)
         sections = parser.instantiate(values)
@@ -114,11 +115,14 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
         raise InputError(f"{error} (recipe {path})") from None
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(words_of(error, path)) from None
-    recipe = Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
-    for field in recipe_fields(recipe):
-        if field.name in ("run_dir", *PATH_FIELDS) and field.value is not None:
-            check_path(field.name, field.value)
-    return recipe
+    return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
+
+
+def check_paths(values: Mapping[str, Any]) -> None:
+    """Raise InputError for fields whose text cannot be a path."""
+    for name in ("run_dir", *PATH_FIELDS):
+        if values[name] is not None:
+            check_path(name, values[name])
 
 
 def is_of_run_folder(name: str, path: Path) -> bool:
