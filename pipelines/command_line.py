@@ -67,11 +67,11 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
                          f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
     options, overrides = parser.parse_known_args(arguments[1:])
-    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, options.redo)
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
         check_name("--redo", options.redo, STAGES)
+    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, options.redo)
     if options.accelerate_config is not None:
         options.accelerate_config = str(find_accelerate_config(options.accelerate_config))
     options.processes = processes_to_start(options.processes, options.accelerate_config)

@@ -1,17 +1,19 @@
-"""How many training images a recipe has, for the fields that follow from it (vqmosaic/fields_from_data.py)."""
+"""How much a recipe has to train on, for the fields that follow from it (vqmosaic/fields_from_data.py)."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.image_sources import count_training_images
-from token_shards.manifest import TokenShardManifest
+from stage2_prior.stored_images import count_stored_images
+from vqmosaic.fields_from_data import DataSize
 
 
-def count_images(recipe: Mapping[str, Any]) -> int | None:
-    """Training images of a recipe, given its fields by dotted name: those of its data set, or of its tokens where no data set is named."""
-    own, given = Path(recipe["run_dir"]) / "tokens" / "train", recipe["prior_training.tokens"]
-    count = None if given is not None else count_training_images(recipe)
-    if count is None and (given is not None or own.exists()):
-        count = TokenShardManifest.load(own if given is None else Path(given) / "train").num_samples
-    return count
+def count_images(recipe: Mapping[str, Any]) -> DataSize | None:
+    """The size of a recipe's data, given its fields by dotted name: of its tokens if they were made elsewhere or no data set is named."""
+    if recipe["prior_training.tokens"] is not None:
+        return count_stored_images(recipe)
+    counted = count_training_images(recipe)
+    if counted is None and (Path(recipe["run_dir"]) / "tokens" / "train").exists():
+        return count_stored_images(recipe)
+    return counted

@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,7 +176,11 @@ def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> 
     while True:
         batch = coming.result()
         coming = _in_thread(samples.batch, next(wanted))
-        yield batch
+        try:
+            yield batch
+        except GeneratorExit:
+            wait([coming])  # the caller goes on with other work, which the thread would slow down
+            raise
 
 
 def _in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
@@ -221,7 +225,9 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
         _kill(processes)
         raise
     finally:
-        running.pop()._shutdown_workers()  # what dropping the iterator does, also where the traceback of an error still holds it
+        for each in running:  # none if Python is exiting
+            each._shutdown_workers()  # what dropping the iterator does, also where the traceback of an error still holds it
+        running.clear()
         atexit.unregister(running.clear)
         for process in processes:
             process.kill()  # one that was stuck: it ignores the loader's SIGTERM, and multiprocessing would wait for it at exit

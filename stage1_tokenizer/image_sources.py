@@ -15,6 +15,7 @@ from PIL import Image
 
 from stage1_tokenizer.data_location import check_data_path
 from vqmosaic.errors import InputError, printable
+from vqmosaic.fields_from_data import DataSize
 from vqmosaic.fingerprints import fingerprint
 from vqmosaic.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
@@ -109,7 +110,12 @@ class ImageSplits:
         unread = json.loads(inputs.get(UNREAD_IMAGES, "{}"))
         same = dataclasses.replace(self, train=self.train.with_unread(unread.get("train", ())),
                                    validation=self.validation.with_unread(unread.get("validation", ())))
-        return next((splits for splits in (same, same.sorted_as_text()) if splits.fingerprint_like(recorded) == recorded), self)
+        for splits, plain in ((same, self), (same.sorted_as_text(), self.sorted_as_text())):
+            if splits.fingerprint == recorded:
+                return splits
+            if splits.fingerprint_like(recorded) == recorded:  # by version 0.1.0, which recorded nothing of unread images
+                return plain
+        return self
 
     def in_order_of(self, class_names: list[str] | None) -> "ImageSplits":
         """These images with their classes sorted as text, if that gives recorded `class_names`; else as they are."""
@@ -203,7 +209,7 @@ def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, dat
                      f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")
 
 
-def count_training_images(recipe: Mapping[str, Any]) -> int | None:
-    """The number of training images of a recipe, given its fields by dotted name; None where no data set is named."""
+def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
+    """The number of images in the data set of a recipe, given its fields by dotted name; None where no data set is named."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
-    return None if data.source == "auto" and data.path is None else len(open_splits(data).train)
+    return None if data.source == "auto" and data.path is None else DataSize(len(open_splits(data).train))

@@ -41,6 +41,7 @@ from stage1_tokenizer.validation import validate
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.errors import printable
+from vqmosaic.fields_from_data import DataSize
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -134,7 +135,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         "loss": describe_loss(training),
         **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {calendar(adversarial, training)}"}
            if discriminator is not None else {}),
-    }, seconds_per_step, len(splits.train))
+    }, seconds_per_step, DataSize(len(splits.train)))
     if warning := run.validations.warn_of_few_images(len(validation_images), len(splits.validation), len(classes or [])):
         report(warning)
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)

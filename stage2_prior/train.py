@@ -11,15 +11,15 @@ Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/pri
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
+from stage2_prior.stored_images import count_stored_images
 from stage2_prior.token_batches import (
     VALIDATION_RULE,
     TokenBatches,
@@ -36,9 +36,10 @@ from stage2_prior.training_start import (
     time_and_loss_of_one_step,
 )
 from stage2_prior.vocabulary import Vocabulary
-from token_shards import TokenShardManifest, TokenShardReader
+from token_shards import TokenShardReader
 from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
 from vqmosaic.devices import held_by_main_process
+from vqmosaic.fields_from_data import DataSize
 from vqmosaic.interruption import StopFlag
 from vqmosaic.launch import run_worker
 from vqmosaic.recipe import Recipe
@@ -108,7 +109,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **start,
-    }, seconds_per_step, len(reader))
+    }, seconds_per_step, DataSize(len(reader), len(manifest.views)))
     if warning := run.validations.warn_of_few_images(validated, len(held_out), len(manifest.class_names or [])):
         report(warning)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
@@ -250,14 +251,9 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
                    f"prior_training.learning_rate, which is {run.training.learning_rate:g}, or train longer.")
 
 
-def count_token_images(recipe: Mapping[str, Any]) -> int:
-    """Training images of a recipe, given its fields by dotted name."""
-    return TokenShardManifest.load(Path(recipe["prior_training.tokens"] or Path(recipe["run_dir"]) / "tokens") / "train").num_samples
-
-
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
-    train(load_recipe(arguments[0], arguments[1:], count_images=count_token_images))
+    train(load_recipe(arguments[0], arguments[1:], count_images=count_stored_images))
 
 
 if __name__ == "__main__":

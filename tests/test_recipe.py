@@ -65,7 +65,7 @@ def test_learning_rates_of_shipped_recipes_follow_the_batch(name):
 
 
 def test_the_recipes_are_shipped():
-    assert shipped_names() == ["cifar10", "cifar10_vqgan", "digits", "image_folder", "imagenet256"]
+    assert shipped_names() == ["cifar10", "cifar10_vqgan", "digits", "image_folder", "imagenet256", "imagenet256_convnext"]
 
 
 @pytest.mark.parametrize("overrides", [

@@ -22,7 +22,8 @@ from vqmosaic.recipe_files import load_recipe, shipped_names
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
-GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512), "imagenet256": (16, 16384)}
+GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512), "imagenet256": (16, 16384),
+         "imagenet256_convnext": (16, 16384)}
 """Tokens along one side, and codes."""
 
 

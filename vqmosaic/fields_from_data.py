@@ -6,16 +6,18 @@ with: stages/<stage>.json records them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.json_files import read_object
 from vqmosaic.recipe import Recipe, recipe_fields
 from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
+from vqmosaic.view_lists import VIEW_COUNTS
 
 ASSUMED_IMAGES = 5000
 """Number of training images where the data set is not known, as in `vqmosaic run image_folder --help`."""
@@ -23,15 +25,57 @@ BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 
 """The fields that divide `minutes` between them, and their shares."""
 PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
 """The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
-
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
 """Bounds of the codebook, and the tokens in the training images that there should be for each code."""
 FEW_IMAGES, MANY_IMAGES = 2000, 25_000
-"""Numbers of training images between which augmentation is middling; it is strong below and weak above."""
-PRIOR_EPOCHS = {"none": 8, "flip": 12, "shifts": 20, "flip+shifts": 30, "wide-shifts": 40, "flip+wide-shifts": 60, "ten-crop": 20}
-"""How often the prior sees each image at most, by tokens.views: an epoch reads one view of each image."""
+"""Augmentation is strong below the first number of training images, weak from the second on, and medium in between."""
+EPOCHS_OF_ONE_VIEW = 8
+"""How often a prior can see images that are stored in one view before it overfits. With more views it grows as the square root of their number."""
 PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
 """Sections whose chosen fields the plan of a training prints."""
+
+
+class DataSize(NamedTuple):
+    """How much there is to train on."""
+
+    images: int
+    """Number of training images."""
+    views: int | None = None
+    """Views in which tokens made before are stored; None where the recipe decides it."""
+
+
+CountImages = Callable[[Mapping[str, Any]], DataSize | None]
+"""The size of a recipe's data, given its fields by dotted name; None where no data set is named."""
+
+
+class Facts:
+    """What the rules know of data and device. Each fact is looked up when a rule first asks for it, because that takes time.
+
+    `given` are the fields that have their values from the recipe file or an option.
+    """
+
+    def __init__(self, count: Callable[[], DataSize | None], has_gpu: Callable[[], bool], given: Set[str] = frozenset()):
+        self._count, self._has_gpu, self.given = count, has_gpu, given
+
+    @cached_property
+    def data(self) -> DataSize:
+        """How much there is to train on."""
+        return self._count() or DataSize(ASSUMED_IMAGES)
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return self.data.images
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        return self._has_gpu()
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return "a GPU" if self.on_gpu else "a CPU"
 
 
 @dataclass(frozen=True)
@@ -43,38 +87,19 @@ class Choice:
     reason: str
 
 
-CountImages = Callable[[Mapping[str, Any]], int | None]
-"""Counts the training images of a recipe, given its fields by dotted name; None where no data set is named."""
+@dataclass(frozen=True)
+class Rule:
+    """A function that chooses the values of some fields."""
 
-
-def no_count() -> None:
-    """The number of images where nobody counts them."""
-
-
-class Facts:
-    """What the rules know of data and device. Each fact is looked up when a rule first asks for it, because that takes time."""
-
-    def __init__(self, count: Callable[[], int | None], has_gpu: Callable[[], bool]):
-        self._count_images, self._has_gpu = count, has_gpu
-
-    @cached_property
-    def images(self) -> int:
-        """Number of training images."""
-        return self._count_images() or ASSUMED_IMAGES
-
-    @cached_property
-    def on_gpu(self) -> bool:
-        """Whether training runs on a GPU."""
-        return self._has_gpu()
-
-
-Rule = Callable[[Mapping[str, Any], Facts], Iterator[Choice]]
+    fields: tuple[str, ...]
+    choose: Callable[[Mapping[str, Any], Facts], Iterator[Choice]]
 
 
 def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """`minutes` is divided between the two trainings."""
     minutes = recipe["minutes"]
     if minutes is not None:
+        check_range("minutes", minutes, above=0)
         for field, share in BUDGETS.items():
             yield Choice(field, round(minutes * share, 4), f"{share:.0%} of minutes = {minutes:g}")
 
@@ -82,72 +107,109 @@ def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Pixels along one side of a token: the power of two that brings the grid nearest to what is aimed at."""
     size = recipe["data.image_size"]
+    check_range("data.image_size", size, at_least=16)
     goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
     fitting = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
     step = min(fitting, key=lambda step: abs(math.log2(size / step / goal)))
+    if size // step > 2 * LARGEST_SIDE:
+        raise InputError(f"data.image_size is {size}, which makes {size // step} x {size // step} tokens, because {step} is the largest power of two "
+                         f"that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
     reason = f"{size} pixels make {size // step} x {size // step} tokens"
-    yield Choice("tokenizer.patch_size", min(step, max(PATCH_SIZES)), reason)
+    halvings = len(recipe["tokenizer.channel_multipliers"]) - 1 if "tokenizer.channel_multipliers" in facts.given else 0
+    yield Choice("tokenizer.patch_size", min(max(1, step // 2**halvings), max(PATCH_SIZES)), reason)
     levels = 1 + round(math.log2(max(1, step // recipe["tokenizer.patch_size"])))
     yield Choice("tokenizer.channel_multipliers", [1] * levels, reason)
 
 
-def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The number of codes by the number of tokens that there are to learn them from; width, depth and batch by device."""
+def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """The number of codes by the number of tokens that there are to learn them from."""
     step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
     tokens = facts.images * (recipe["data.image_size"] // step) ** 2
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
-    quantizer = recipe["tokenizer.quantizer"]
-    yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not recipe["tokenizer.rotation_trick"],
-                 f"for quantizer {quantizer}, rotation_trick {str(recipe['tokenizer.rotation_trick']).lower()}")
-    device = "a GPU" if facts.on_gpu else "a CPU"
-    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
-    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
-    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many steps of few images learn most in little time")
 
 
-def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The fewer the images, the more variants: random shifts for the tokenizer, stored views for the prior."""
-    images, size, flips = f"{facts.images:,} training images", recipe["data.image_size"], "flip+" if recipe["data.flip"] else ""
-    yield Choice("data.shift", size // 16 if facts.images < MANY_IMAGES else 0, images)
+def gradient_path(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """DiVeQ where the quantizer looks for the nearest code."""
+    quantizer, rotation = recipe["tokenizer.quantizer"], recipe["tokenizer.rotation_trick"]
+    yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not rotation,
+                 f"for quantizer {quantizer}" + (" with rotation_trick" if rotation else ""))
+
+
+def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Width, depth and batch by device."""
+    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {facts.device}")
+    changes_width = set(recipe["tokenizer.channel_multipliers"]) != {1}
+    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else int(changes_width), f"for {facts.device}")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {facts.device}: many steps of few images learn most")
+
+
+def random_shifts(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """The tokenizer sees few images at random places."""
+    yield Choice("data.shift", recipe["data.image_size"] // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
+
+
+def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """The fewer the images, the more views are stored for the prior."""
+    flips = "flip+" if recipe["data.flip"] else ""
     if facts.images < FEW_IMAGES:
         views = f"{flips}wide-shifts"
     elif facts.images < MANY_IMAGES:
         views = f"{flips}shifts"
     else:
         views = "flip" if recipe["data.flip"] else "none"
-    yield Choice("tokens.views", views, f"{images}, data.flip is {str(recipe['data.flip']).lower()}")
-    yield Choice("tokens.view_shift", max(1, size // 32), f"a part of a token, for images of {size} pixels")
+    yield Choice("tokens.views", views, f"{facts.images:,} training images, data.flip is {str(recipe['data.flip']).lower()}")
+    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 32), f"a part of a token, for images of {recipe['data.image_size']} pixels")
 
 
 def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """A prior soon overfits to few images. Its training ends before that, with a low learning rate."""
-    images = f"{facts.images:,} training images"
-    yield Choice("prior.dropout", 0.2 if facts.images < FEW_IMAGES else 0.1, images)
-    device = "a GPU" if facts.on_gpu else "a CPU"
-    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {device}")
-    epochs = PRIOR_EPOCHS[recipe["tokens.views"]] if isinstance(recipe["tokens.views"], str) else PRIOR_EPOCHS["shifts"]
-    yield Choice("prior_training.max_steps", math.ceil(epochs * facts.images / recipe["prior_training.batch_size"]),
-                 f"{epochs} epochs of {images}; more would overfit")
+    images, views = facts.images, facts.data.views
+    if views is None and isinstance(recipe["tokens.views"], list):
+        views = max(1, len(recipe["tokens.views"]))
+    elif views is None:
+        check_name("tokens.views, unless it is a list of records,", recipe["tokens.views"], tuple(VIEW_COUNTS))
+        views = VIEW_COUNTS[recipe["tokens.views"]]
+    yield Choice("prior.dropout", 0.2 if images < FEW_IMAGES else 0.1, f"{images:,} training images")
+    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {facts.device}")
+    check_range("prior_training.batch_size", recipe["prior_training.batch_size"], at_least=1)
+    epochs = round(EPOCHS_OF_ONE_VIEW * math.sqrt(views))
+    yield Choice("prior_training.max_steps", math.ceil(epochs * images / recipe["prior_training.batch_size"]),
+                 f"{epochs} epochs of {images:,} training images, one view of each an epoch; more would overfit")
 
 
-RULES: tuple[Rule, ...] = (token_grid, tokenizer_network, augmentation, prior_training)
+BUDGET_RULE = Rule(tuple(BUDGETS), time_budgets)
+RULES = (
+    Rule(("tokenizer.patch_size", "tokenizer.channel_multipliers"), token_grid),
+    Rule(("tokenizer.codebook_size",), codebook),
+    Rule(("tokenizer.diveq",), gradient_path),
+    Rule(("tokenizer.channels", "tokenizer.residual_blocks", "tokenizer_training.batch_size"), tokenizer_network),
+    Rule(("data.shift",), random_shifts),
+    Rule(("tokens.views", "tokens.view_shift"), stored_views),
+    Rule(("prior.dropout", "prior_training.batch_size", "prior_training.max_steps"), prior_training),
+)
 """The rules of `fit_to_data`, in their order."""
 
 
-def choices(recipe: MutableMapping[str, Any], given: set[str] | None, facts: Facts, recorded: Mapping[str, Any] | None = None) -> list[Choice]:
-    """What the rules choose for a recipe's fields by dotted name; fields that are not `given` get the value, or the one that is `recorded`.
+def rules_of(recipe: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """The rules that hold for a recipe."""
+    return (BUDGET_RULE, *(RULES if recipe["fit_to_data"] else ()))
 
-    With `given` None, all fields keep their values.
+
+def set_open_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Mapping[str, Any]) -> None:
+    """Set a recipe's fields, by dotted name, that are not given: to the recorded value, or to what a rule chooses.
+
+    A rule is asked only if one of its fields is open, so a recipe that gives all of them needs no data set.
     """
-    recorded = {name: value for name, value in (recorded or {}).items() if value is not None}
-    chosen: list[Choice] = []
-    for rule in (time_budgets, *(RULES if recipe["fit_to_data"] else ())):
-        for choice in rule(recipe, facts):  # a rule goes on after its field has got its value, and can read it
-            if given is not None and choice.field not in given:
-                recipe[choice.field] = recorded.get(choice.field, choice.value)
-            chosen.append(choice)
-    return chosen
+    for rule in rules_of(recipe):
+        missing = [field for field in rule.fields if field not in facts.given]
+        recipe.update({field: recorded[field] for field in missing if field in recorded})
+        still_open = [field for field in missing if field not in recorded]
+        if not still_open:
+            continue
+        for choice in rule.choose(recipe, facts):  # the rule goes on after its field has got its value, and can read it
+            if choice.field in still_open:
+                recipe[choice.field] = choice.value
 
 
 def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
@@ -158,12 +220,13 @@ def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
         if path.is_file():
             recorded = read_object(path, f"make the stage anew with --redo {stage}").get("fields")
             fields = (recorded if isinstance(recorded, dict) else {}) | fields
-    return fields
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def describe_choices(recipe: Recipe, stage: str, images: int, on_gpu: bool) -> dict[str, str]:
+def describe_choices(recipe: Recipe, stage: str, data: DataSize, on_gpu: bool) -> dict[str, str]:
     """For the plan of the training of a stage: its fields that follow from the data, with the reasons."""
     values = {field.name: field.value for field in recipe_fields(recipe)}
+    chosen = [choice for rule in rules_of(values) for choice in rule.choose(values, Facts(lambda: data, lambda: on_gpu))]
     return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
-            else f"{values[choice.field]}, as set (by rule: {choice.value})"
-            for choice in choices(values, None, Facts(lambda: images, lambda: on_gpu)) if choice.field.partition(".")[0] in PLANNED[stage]}
+            else f"{values[choice.field]}, set or kept; the rule gives {choice.value}"
+            for choice in chosen if choice.field.partition(".")[0] in PLANNED[stage]}

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import yaml
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.fields_from_data import BUDGETS, CountImages, Facts, choices, no_count, recorded_fields
+from vqmosaic.fields_from_data import BUDGETS, CountImages, Facts, recorded_fields, set_open_fields
 from vqmosaic.given_paths import check_path
 from vqmosaic.json_files import is_later, version_hint
 from vqmosaic.permissions import naming_denied_permissions
@@ -108,11 +107,10 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
         values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
         values.pop("recipe_file", None)
         check_paths(values)
-        facts = Facts(partial(count_images, values) if count_images else no_count, has_gpu)
-        set_open_fields(values, path, overrides, facts, redone)
+        fit_to_data(values, path, overrides, count_images, redone)
         sections = parser.instantiate(values)
     except InputError as error:
-        raise InputError(f"{error} (recipe {path})") from None
+        raise type(error)(f"{error} (recipe {path})") from None
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise InputError(words_of(error, path)) from None
     return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
@@ -229,15 +227,21 @@ def check_names_of_options(options: list[str], other_options: Sequence[str]) -> 
         raise InputError(f"{options[-1]} needs a value.")
 
 
-def set_open_fields(values: jsonargparse.Namespace, path: Path, options: list[str], facts: Facts, redone: str | None) -> None:
+def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], count_images: CountImages | None, redone: str | None) -> None:
     """Set the fields that neither the recipe file nor an option sets, by the rules of fields_from_data.py."""
+    if not values["fit_to_data"] and values["minutes"] is None:
+        return
     in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
-    in_file = set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
+    given = in_options | set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
     recorded = recorded_fields(values["run_dir"], redone)
-    if "minutes" in in_options:  # a new budget, divided anew
-        in_file -= {*BUDGETS}
-        recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
-    choices(values, in_file | in_options, facts, recorded)
+    for field, share in BUDGETS.items():
+        if "minutes" in in_options and field not in in_options:  # a new budget, divided anew
+            given.discard(field)
+            recorded.pop(field, None)
+        elif field in recorded and values["minutes"] is not None:  # the file may hold a longer one by now
+            recorded[field] = max(recorded[field], values["minutes"] * share)
+    facts = Facts(lambda: count_images(values), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
+    set_open_fields(values, facts, recorded)
 
 
 def has_gpu() -> bool:

@@ -5,24 +5,24 @@ from typing import Any
 import torch
 
 from vqmosaic.budget import duration, epochs, expected_time, warn_of_few_steps
-from vqmosaic.fields_from_data import describe_choices
+from vqmosaic.fields_from_data import DataSize, describe_choices
 from vqmosaic.muon import Muon
 from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.training_run import FIRST_LINE_SECONDS, TrainingRun
 from vqmosaic.wording import counted
 
 
-def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float, images: int) -> None:
-    """Print what is about to happen, before it costs anything. `images` is the number of images to train on."""
+def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float, data: DataSize) -> None:
+    """Print what is about to happen, before it costs anything. `data` is what the stage trains on."""
     count = sum(parameter.numel() for parameter in run.parameters)
     copies = 4 + (run.average is not None)  # weights, gradients, two moments, the average
     parts = run.world_size if run.is_sharded else 1
     device, seconds = run.accelerator.device, expected_time(seconds_per_step, run.budget, run.state.step)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {counted(run.state.threads, 'thread')}"
-    steps = int(seconds / seconds_per_step)
+    steps = round(seconds / seconds_per_step)
     run.report.table("plan", {
         **facts,
-        "epochs": epochs(run.training, run.state.step + steps, images),
+        "epochs": epochs(run.training, run.state.step + steps, data.images),
         "parameters": f"{count:,}",
         "optimizer": "Muon for the inner matrices, AdamW for the rest" if isinstance(run.optimizers[0].optimizer, Muon) else "AdamW",
         "learning rate": learning_rate_rule(run.training),
@@ -37,7 +37,7 @@ def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float,
         "expected time": f"about {duration(seconds)}, {counted(steps, 'step')}, from a trial step of "
                          f"{seconds_per_step * 1000:.0f} ms; updated after {FIRST_LINE_SECONDS:.0f} s of training",
     })
-    if chosen := describe_choices(run.recipe, run.stage, images, device.type != "cpu"):
+    if chosen := describe_choices(run.recipe, run.stage, data, device.type != "cpu"):
         run.report.table("chosen for this data and this device", chosen)
     if warning := warn_of_few_steps(run.training, run.state.step + steps, seconds_per_step):
         run.report(warning)

@@ -4,7 +4,9 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 
-VIEW_SETS = ("none", "flip", "shifts", "flip+shifts", "wide-shifts", "flip+wide-shifts", "ten-crop")
+VIEW_COUNTS = {"none": 1, "flip": 2, "shifts": 9, "flip+shifts": 18, "wide-shifts": 25, "flip+wide-shifts": 50, "ten-crop": 10}
+"""The named sets, and the number of views in each."""
+VIEW_SETS = tuple(VIEW_COUNTS)
 MIRRORED_SETS = ("flip", "flip+shifts", "flip+wide-shifts", "ten-crop")
 POSITIONS = {
     "center": (0.5, 0.5), "top-left": (0.0, 0.0), "top": (0.5, 0.0), "top-right": (1.0, 0.0), "left": (0.0, 0.5), "right": (1.0, 0.5),
