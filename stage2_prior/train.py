@@ -251,7 +251,7 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
 
 
 def count_token_images(recipe: Mapping[str, Any]) -> int:
-    """Training images of a recipe, given its fields by dotted name."""
+    """The number of training images of a recipe, given its fields by dotted name."""
     return TokenShardManifest.load(Path(recipe["prior_training.tokens"] or Path(recipe["run_dir"]) / "tokens") / "train").num_samples
 
 

@@ -484,7 +484,7 @@ def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded
     with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
         read_image(content)
     event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
-    assert event == "error" and "it is TIFF, and only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are read here" in answer["error"]
+    assert event == "error" and "it is TIFF, but only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are accepted here" in answer["error"]
 
 
 @pytest.mark.parametrize("kind", sorted(set(demo_requests.FORMATS) - {"MPO"}))
@@ -497,7 +497,7 @@ def test_formats_that_browsers_show_are_taken(tmp_path, kind):
 def test_formats_that_browsers_do_not_show_are_not_opened(tmp_path, monkeypatch, kind):
     Image.new("L", (30, 20)).save(tmp_path / "image", kind)
     monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("it was opened"), Image.OPEN[kind][1]))
-    with pytest.raises(UnreadableImage, match=f"it is {kind}, and only AVIF, .* are read here" if kind != "TGA" else "not an image of a known"):
+    with pytest.raises(UnreadableImage, match=f"it is {kind}, but only AVIF, .* are accepted here" if kind != "TGA" else "not an image of a known"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
 
 

@@ -96,7 +96,7 @@ def chosen_fields() -> set[str]:
 def test_the_plan_tells_each_choice_with_its_reason_and_what_was_set_by_hand():
     lines = describe_choices(load("--prior.dropout=0.25", images=500), "prior", 500, on_gpu=False)
     assert lines["tokens.views"] == "flip+wide-shifts: 500 training images, data.flip is true"
-    assert lines["prior.dropout"] == "0.25, as set (by rule: 0.2)"
+    assert lines["prior.dropout"] == "0.25, as set; the rule gives 0.2"
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "those stand in the plan of the tokenizer"
 
 

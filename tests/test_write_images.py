@@ -209,7 +209,7 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1, "--seed", 4) == 2
     said = capsys.readouterr().err
-    assert "another request: the pipeline is another one: its prior differs; --seed was 0, now 4. Give another --out" in said
+    assert "another request: the pipeline is a different one: its prior differs; --seed was 0, now 4. Give another --out" in said
     assert not re.search("[0-9a-f]{16}", said.replace(str(tmp_path), "")), "digests tell a reader nothing"
 
 

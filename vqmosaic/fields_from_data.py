@@ -1,8 +1,8 @@
-"""Recipe fields that follow from the data: what a recipe with `fit_to_data: true` sets where neither it nor the command line does.
+"""Rules that choose recipe fields from the data. With `fit_to_data: true`, they set the fields that neither the recipe nor the command line sets.
 
-Each rule is one function. It gives values to its fields, each with the reason, and may read fields that were set before. The rules know the image
-size, the number of training images and the device. The plan of a training prints what they chose. A run keeps the values that it has started
-with: stages/<stage>.json records them.
+Each rule is one function. It gives its fields values, each with a reason, and may read fields that were set before. The rules know the image
+size, the number of training images and the device. The plan of a training prints the chosen values. A run keeps the values it started with:
+stages/<stage>.json records them.
 """
 
 import math
@@ -18,20 +18,20 @@ from vqmosaic.run_folder import STAGES, RunFolder
 from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
 
 ASSUMED_IMAGES = 5000
-"""Number of training images where the data set is not known, as in `vqmosaic run image_folder --help`."""
+"""Number of training images to assume if the data set is not known, as in `vqmosaic run image_folder --help`."""
 BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
-"""The fields that divide `minutes` between them, and their shares."""
+"""The fields between which `minutes` is divided, and the share of each."""
 PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
-"""The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
+"""The grid that the rules aim at: tokens of 8 x 8 pixels, with at least 8 and at most 16 tokens along one side."""
 
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
-"""Bounds of the codebook, and the tokens in the training images that there should be for each code."""
+"""Bounds of the codebook size, and how many tokens the training images should have for each code."""
 FEW_IMAGES, MANY_IMAGES = 2000, 25_000
-"""Numbers of training images between which augmentation is middling; it is strong below and weak above."""
+"""Augmentation is moderate between these numbers of training images, stronger below and weaker above."""
 PRIOR_EPOCHS = {"none": 8, "flip": 12, "shifts": 20, "flip+shifts": 30, "wide-shifts": 40, "flip+wide-shifts": 60, "ten-crop": 20}
-"""How often the prior sees each image at most, by tokens.views: an epoch reads one view of each image."""
+"""Largest number of epochs of the prior for each value of tokens.views. An epoch reads one view of each image."""
 PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
-"""Sections whose chosen fields the plan of a training prints."""
+"""For each training, the sections whose chosen fields its plan prints."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Choice:
 
 
 CountImages = Callable[[Mapping[str, Any]], int | None]
-"""Counts the training images of a recipe, given its fields by dotted name; None where no data set is named."""
+"""Counts the training images of a recipe, given its fields by dotted name; None if no data set is named."""
 
 
 def no_count() -> None:
-    """The number of images where nobody counts them."""
+    """Stands in for CountImages if the caller gives no function: the number of images is not known."""
 
 
 class Facts:
-    """What the rules know of data and device. Each fact is looked up when a rule first asks for it, because that takes time."""
+    """What the rules know about data and device. Each fact is looked up when a rule first needs it, because a look-up takes time."""
 
     def __init__(self, count: Callable[[], int | None], has_gpu: Callable[[], bool]):
         self._count_images, self._has_gpu = count, has_gpu
@@ -80,7 +80,7 @@ def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Pixels along one side of a token: the power of two that brings the grid nearest to what is aimed at."""
+    """Pixels along one side of a token: the power of two that brings the grid closest to the target."""
     size = recipe["data.image_size"]
     goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
     fitting = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
@@ -92,7 +92,7 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The number of codes by the number of tokens that there are to learn them from; width, depth and batch by device."""
+    """Codebook size by the number of tokens in the training images; width, depth and batch size by device."""
     step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
     tokens = facts.images * (recipe["data.image_size"] // step) ** 2
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
@@ -103,11 +103,11 @@ def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choic
     device = "a GPU" if facts.on_gpu else "a CPU"
     yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {device}")
     yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else 0, f"for {device}")
-    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many steps of few images learn most in little time")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {device}: many small steps learn most in a short time")
 
 
 def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The fewer the images, the more variants: random shifts for the tokenizer, stored views for the prior."""
+    """Fewer images get more variants: random shifts for the tokenizer, stored views for the prior."""
     images, size, flips = f"{facts.images:,} training images", recipe["data.image_size"], "flip+" if recipe["data.flip"] else ""
     yield Choice("data.shift", size // 16 if facts.images < MANY_IMAGES else 0, images)
     if facts.images < FEW_IMAGES:
@@ -117,7 +117,7 @@ def augmentation(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     else:
         views = "flip" if recipe["data.flip"] else "none"
     yield Choice("tokens.views", views, f"{images}, data.flip is {str(recipe['data.flip']).lower()}")
-    yield Choice("tokens.view_shift", max(1, size // 32), f"a part of a token, for images of {size} pixels")
+    yield Choice("tokens.view_shift", max(1, size // 32), f"a fraction of a token, for images of {size} pixels")
 
 
 def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
@@ -136,14 +136,14 @@ RULES: tuple[Rule, ...] = (token_grid, tokenizer_network, augmentation, prior_tr
 
 
 def choices(recipe: MutableMapping[str, Any], given: set[str] | None, facts: Facts, recorded: Mapping[str, Any] | None = None) -> list[Choice]:
-    """What the rules choose for a recipe's fields by dotted name; fields that are not `given` get the value, or the one that is `recorded`.
+    """The choices of the rules for a recipe, given its fields by dotted name.
 
-    With `given` None, all fields keep their values.
+    Sets each field that is not in `given` to its `recorded` value, or else to the chosen value. If `given` is None, all fields keep their values.
     """
     recorded = {name: value for name, value in (recorded or {}).items() if value is not None}
     chosen: list[Choice] = []
     for rule in (time_budgets, *(RULES if recipe["fit_to_data"] else ())):
-        for choice in rule(recipe, facts):  # a rule goes on after its field has got its value, and can read it
+        for choice in rule(recipe, facts):  # the rule continues after its field is set, and can read the field
             if given is not None and choice.field not in given:
                 recipe[choice.field] = recorded.get(choice.field, choice.value)
             chosen.append(choice)
@@ -151,7 +151,7 @@ def choices(recipe: MutableMapping[str, Any], given: set[str] | None, facts: Fac
 
 
 def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
-    """The fields that the stages of a run were started with, except the stage `redone` and those after it."""
+    """The fields with which the stages of a run were started, except the stage `redone` and the stages after it."""
     fields: dict[str, Any] = {}
     for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
         path = RunFolder(Path(run_dir)).record(stage)
@@ -162,8 +162,8 @@ def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
 
 
 def describe_choices(recipe: Recipe, stage: str, images: int, on_gpu: bool) -> dict[str, str]:
-    """For the plan of the training of a stage: its fields that follow from the data, with the reasons."""
+    """The fields of a stage that the rules choose, with their values and reasons, for the plan of its training."""
     values = {field.name: field.value for field in recipe_fields(recipe)}
     return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
-            else f"{values[choice.field]}, as set (by rule: {choice.value})"
+            else f"{values[choice.field]}, as set; the rule gives {choice.value}"
             for choice in choices(values, None, Facts(lambda: images, lambda: on_gpu)) if choice.field.partition(".")[0] in PLANNED[stage]}

@@ -13,7 +13,7 @@ from vqmosaic.wording import counted
 
 
 def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float, images: int) -> None:
-    """Print what is about to happen, before it costs anything. `images` is the number of images to train on."""
+    """Print what is about to happen, before it costs anything. `images` is the number of training images."""
     count = sum(parameter.numel() for parameter in run.parameters)
     copies = 4 + (run.average is not None)  # weights, gradients, two moments, the average
     parts = run.world_size if run.is_sharded else 1

@@ -67,7 +67,7 @@ class TrainingRun:
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
     def wait_before_training(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save."""
+        """The result of `call`. A signal raises Interrupted immediately, because there is nothing to save yet."""
         return self.stop.wait_or_leave(call, f"{self.stage} was starting, and no step was lost")
 
     def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
