@@ -98,7 +98,7 @@ def _of_profile(content: bytes) -> str | None:
 def _of_tags(tags: Mapping[int, Any]) -> str | None:
     curve = np.array(tags.get(_TRANSFER_FUNCTION, ()), float)[:2 ** tags.get(_BITS, (1,))[0]] / 65535
     if len(curve) > 1 and np.abs(curve - np.linspace(0, 1, len(curve)) ** (1 / _SRGB_GAMMA)).mean() > _TOLERANCE:
-        return "a curve of its own (TransferFunction)"
+        return "a custom curve (TransferFunction)"
     if _WHITE_POINT in tags and _PRIMARY_CHROMATICITIES in tags:
         return _of_chromaticities(tuple(map(float, (*tags[_WHITE_POINT], *tags[_PRIMARY_CHROMATICITIES]))))
     return None
@@ -113,4 +113,4 @@ def _of_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) -> 
 def _of_chromaticities(chromaticities: tuple[float, ...]) -> str | None:
     """The description of a white point and primaries that differ from those of sRGB; None if they are close."""
     is_close = all(math.isclose(own, usual, abs_tol=_TOLERANCE) for own, usual in zip(chromaticities, _SRGB_CHROMATICITIES, strict=True))
-    return None if is_close else "primaries of its own"
+    return None if is_close else "custom primaries"

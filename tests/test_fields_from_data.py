@@ -1,4 +1,4 @@
-"""Fields that follow from the data: what is chosen, that anything given stays, and that a run keeps what it has started with."""
+"""Fields chosen from the data: which values are chosen, that given fields stay, and that a run keeps the values it started with."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def test_the_grid_follows_from_the_image_size(size, side):
     assert recipe.num_tokens == side**2 and recipe.tokenizer.downsampling == size // side
 
 
-def test_a_size_that_few_powers_of_two_divide_gets_the_grid_that_there_is():
+def test_an_unusual_image_size_gets_the_closest_possible_grid():
     assert load("--data.image_size=100").num_tokens == 25**2
     assert load("--data.image_size=25").num_tokens == 25**2
 
@@ -40,14 +40,14 @@ def test_levels_follow_a_given_patch_size(patch_size):
     assert recipe.tokenizer.patch_size == patch_size and recipe.num_tokens == 64
 
 
-def test_the_fewer_the_images_the_more_variants_and_the_fewer_steps():
+def test_fewer_images_get_more_variants_and_fewer_steps():
     few, some, many = (load(images=images) for images in (500, 5000, 50_000))
     assert [recipe.tokens.views for recipe in (few, some, many)] == ["flip+wide-shifts", "flip+shifts", "flip"]
     assert few.data.shift == some.data.shift > many.data.shift == 0
     assert few.prior.dropout > some.prior.dropout == many.prior.dropout
     epochs = [recipe.prior_training.max_steps * recipe.prior_training.batch_size / images
               for recipe, images in ((few, 500), (some, 5000), (many, 50_000))]
-    assert epochs == pytest.approx([60, 30, 12], rel=0.01), "more views last for more epochs"
+    assert epochs == pytest.approx([60, 30, 12], rel=0.01), "more views allow more epochs"
     assert load("--tokens.views=flip", images=500).prior_training.max_steps < few.prior_training.max_steps
     assert load(images=60).tokenizer.codebook_size < few.tokenizer.codebook_size == many.tokenizer.codebook_size
 
@@ -58,11 +58,11 @@ def test_the_gradient_rule_fits_the_quantizer():
     assert not load("--tokenizer.rotation_trick=true").tokenizer.diveq
 
 
-def test_every_set_of_views_has_its_epochs():
+def test_every_view_set_has_a_number_of_epochs():
     assert set(PRIOR_EPOCHS) == set(VIEW_SETS)
 
 
-def test_nothing_is_mirrored_where_flips_are_off():
+def test_nothing_is_mirrored_if_flips_are_off():
     for images in (500, 5000, 50_000):
         recipe = load("--data.flip=false", images=images)
         assert not recipe.tokens.mirrors
@@ -73,7 +73,7 @@ def test_shifted_views_fit_the_smallest_images():
         assert load(f"--data.image_size={size}", images=500).tokens.view_shift == 1
 
 
-def test_every_field_can_be_given(tmp_path):
+def test_every_chosen_field_can_be_set(tmp_path):
     free = {name: value for name, value in fields_of(load(images=500)).items() if name in chosen_fields()}
     other = {
         **free, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
@@ -93,14 +93,14 @@ def chosen_fields() -> set[str]:
     return {name for stage in ("tokenizer", "prior") for name in describe_choices(load(images=500), stage, 500, on_gpu=False)}
 
 
-def test_the_plan_tells_each_choice_with_its_reason_and_what_was_set_by_hand():
+def test_the_plan_shows_choices_with_reasons_and_fields_set_by_hand():
     lines = describe_choices(load("--prior.dropout=0.25", images=500), "prior", 500, on_gpu=False)
     assert lines["tokens.views"] == "flip+wide-shifts: 500 training images, data.flip is true"
     assert lines["prior.dropout"] == "0.25, as set; the rule gives 0.2"
-    assert not any(name.startswith(("tokenizer", "data")) for name in lines), "those stand in the plan of the tokenizer"
+    assert not any(name.startswith(("tokenizer", "data")) for name in lines), "the plan of the tokenizer shows those"
 
 
-def test_minutes_are_divided_between_the_trainings_and_a_given_share_stays():
+def test_minutes_are_divided_and_a_given_max_minutes_stays():
     recipe = load("--minutes=120")
     assert (recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes) == (60, 60)
     recipe = load("--minutes=120", "--prior_training.max_minutes=5")
@@ -116,17 +116,17 @@ def test_other_recipes_stay_as_they_are_written(name):
     assert load_recipe(name) == load_recipe(name, count_images=lambda recipe: 7)
 
 
-def test_without_a_data_set_a_usual_number_of_images_is_assumed():
+def test_without_a_data_set_a_default_number_of_images_is_assumed():
     assert load_recipe("image_folder") == load(images=ASSUMED_IMAGES) == load_recipe("image_folder", count_images=count_images)
 
 
 def start(recipe, stage: str, run) -> None:
-    """Record that a stage has started, as the stages do."""
+    """Write the record of a started stage, as the stages do."""
     (run / "stages").mkdir(parents=True, exist_ok=True)
     write_record(RunFolder(run), recipe, stage, {}, finished=False)
 
 
-def test_a_started_stage_keeps_its_values_when_the_data_grow(tmp_path):
+def test_a_started_stage_keeps_its_values_when_images_are_added(tmp_path):
     run = tmp_path / "run"
     first = load(f"--run_dir={run}", images=500)
     start(first, "tokenizer", run)
@@ -140,7 +140,7 @@ def test_a_started_stage_keeps_its_values_when_the_data_grow(tmp_path):
     assert load(f"--run_dir={run}", images=20_000, redone="prior").data.shift == first.data.shift
 
 
-def test_a_new_budget_is_divided_anew_also_in_a_run_that_has_started(tmp_path):
+def test_a_new_budget_is_divided_again_even_in_a_started_run(tmp_path):
     run = tmp_path / "run"
     recipe = load(f"--run_dir={run}", "--minutes=10", images=500)
     start(recipe, "tokenizer", run)  # writes recipe.yaml as well

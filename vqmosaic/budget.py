@@ -119,6 +119,6 @@ def warn_of_few_steps(training: TrainingConfig, steps: int, seconds_per_step: fl
     if training.max_minutes is None or steps >= min(FEW_STEPS, training.max_steps or FEW_STEPS):
         return None
     minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)
-    return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')}, from the trial step, "
-            f"which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make steps faster "
-            f"with a smaller {training.SECTION}.batch_size, data.image_size or network.")
+    return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')} (estimated from a trial "
+            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make steps "
+            f"faster with a smaller {training.SECTION}.batch_size, data.image_size or network.")
