@@ -41,7 +41,7 @@ class FolderMetadata:
         return list(dict.fromkeys(name for row in self._rows.values() for name in row if name != _FILE_NAME))
 
     def labels(self, names: list[str], column: str) -> list[Any]:
-        """The stored value of each image, None where there is none.
+        """The stored value of each image; None for images without a value.
 
         Raises InputError if the column holds no classes, if an image has two classes, or if no row names an image.
         """

@@ -24,7 +24,7 @@ class Jpeg2000Header:
     palette_columns: list[int] = field(default_factory=list)
     """The palette's column for each channel, in the order of the channels."""
     channels: dict[int, tuple[int, int]] | None = None
-    """(type, association) by channel; None where the file does not define them."""
+    """(type, association) by channel; None if the file does not define them."""
 
 
 def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:

@@ -140,7 +140,7 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         raise UnreadableImage("a TIFF of other inks than CMYK, or of CMYK with a range of its own (tag InkSet or DotRange)")
     levels = tuple(map(float, tags.get(_REFERENCE_LEVELS, ())))
     if photometric == _RGB and levels not in ((), (0, 2**bits - 1) * 3, (0, 255, 128, 255, 128, 255)):  # the last tuple is a leftover from YCbCr
-        raise UnreadableImage("an RGB TIFF with black and white levels of its own (tag ReferenceBlackWhite)")
+        raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
     if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # 8-bit entries, although the standard requires 16
         image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
     if image.tile and image.tile[0][0] == "libtiff" and image.tile[0][3][0] in _NATIVE_ORDER:  # libtiff returns all samples in native order

@@ -144,7 +144,7 @@ def test_a_new_budget_is_divided_again_even_in_a_started_run(tmp_path):
     run = tmp_path / "run"
     recipe = load(f"--run_dir={run}", "--minutes=10", images=500)
     start(recipe, "tokenizer", run)  # writes recipe.yaml as well
-    assert load(f"--run_dir={run}", images=500).tokenizer_training.max_minutes == 5, "as it was started"
+    assert load(f"--run_dir={run}", images=500).tokenizer_training.max_minutes == 5, "the value it was started with"
     for name in ("image_folder", str(run)):
         longer = load_recipe(name, [f"--run_dir={run}", "--minutes=60"], count_images=lambda recipe: 500)
         assert [getattr(longer, field.partition(".")[0]).max_minutes for field in BUDGETS] == [30, 30]

@@ -263,7 +263,7 @@ def test_a_second_process_in_one_folder_is_refused(tiny_run, photos, tmp_path, h
     assert not pictures(out) and not list(out.glob("*.json"))
     process.kill()
     process.wait()
-    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process blocks nobody"
+    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process does not block others"
 
 
 def test_without_out_a_folder_that_another_process_has_locked_is_skipped(tiny_run, tmp_path, monkeypatch, holder):

@@ -156,7 +156,7 @@ def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
     for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
         path = RunFolder(Path(run_dir)).record(stage)
         if path.is_file():
-            recorded = read_object(path, f"make the stage anew with --redo {stage}").get("fields")
+            recorded = read_object(path, f"make the stage again with --redo {stage}").get("fields")
             fields = (recorded if isinstance(recorded, dict) else {}) | fields
     return fields
 

@@ -43,7 +43,7 @@ def shipped_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by a path, by a shipped name or by a run folder; InputError lists what there is."""
+    """The file of a recipe given by a path, a shipped name or a run folder. Raises InputError, which lists the recipes and run folders."""
     check_path("the recipe", name)
     path = Path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():

@@ -56,7 +56,7 @@ class RunFolder:
 
 @contextmanager
 def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None]:
-    """Lock a folder or a file for this process. The system releases the lock when the process ends, so a killed process blocks nobody.
+    """Lock a folder or a file for this process. The system releases the lock when the process ends, so a killed process does not block others.
 
     Args:
         path: the folder or file to lock.
