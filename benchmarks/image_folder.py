@@ -1,19 +1,19 @@
-"""What people get from their own folder of images in equal time: recipe image_folder, the recipe of that name in version 0.1.0, and plain peers.
+"""Compares models trained on a folder of images for the same time: recipe image_folder, the recipe of that name in version 0.1.0, and plain peers.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
     python -m benchmarks.image_folder --nanogpt /tmp/nanogpt --images 3000 --size 32 --minutes 4     # 4 minutes for the tokenizer, 4 for the prior
     python -m benchmarks.image_folder --nanogpt /tmp/nanogpt --images 20000 --size 64 --minutes 4
     python -m benchmarks.image_folder --images 3000 --size 64 --minutes 15 --only new before --record
 
-The images are training images of CIFAR-10, as many of each class, written out as PNG files in a folder for each class. At 64 pixels they are
-enlarged, as the recipe does with images of any size. All contestants make 8x8 tokens of 512 codes (576 bits an image); at 32 pixels the former recipe
-has one level less for that. The peers are diffusers' VQModel and nanoGPT's GPT, with the settings of benchmarks.tokenizer_quality and
-benchmarks.prior_quality. nanoGPT has the dropout of its own configuration for small data, and keeps the weights that are best on 5 % of the images,
-as our recipes do.
+The images are training images of CIFAR-10, the same number from each class, written as PNG files with one folder for each class. At 64 pixels they
+are upscaled, as the recipe does with images of any size. All contestants make 8x8 tokens of 512 codes (576 bits per image); at 32 pixels, the former
+recipe gets one level less for this. The peers are diffusers' VQModel and nanoGPT's GPT, with the settings of benchmarks.tokenizer_quality and
+benchmarks.prior_quality. nanoGPT uses the dropout of its own configuration for small data. Like our recipes, it keeps the weights that are best on
+5 % of the images.
 
-Judged on test images of CIFAR-10, which nobody trained on: PSNR, SSIM and Frechet distance of reconstructions, and the Frechet distance of samples,
-in the features of a small classifier that this script trains at that size; the share of samples that it takes for the class asked for, and the share
-whose tokens are those of a training image in any view.
+The test images of CIFAR-10, which no contestant trained on, give PSNR, SSIM and Frechet distance of reconstructions, and the Frechet distance of
+samples. The features come from a small classifier that this script trains at that size. The script also measures the share of samples that the
+classifier assigns to the requested class, and the share whose tokens equal those of a training image in any view.
 """
 
 import argparse
@@ -52,26 +52,26 @@ TITLES = {"new": "vqmosaic, recipe image_folder", "before": "vqmosaic, recipe im
 
 @dataclass
 class Contestant:
-    """A trained tokenizer and prior, whoever made them."""
+    """A trained tokenizer and prior."""
 
     restore: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """Images (B, C, H, W) in [-1, 1] to their reconstructions and ids."""
+    """Maps images (B, C, H, W) in [-1, 1] to their reconstructions and ids."""
     sample: Callable[[list[int]], tuple[torch.Tensor, torch.Tensor]]
-    """Class indices to images (B, C, H, W) in [-1, 1] and ids (B, h, w)."""
+    """Maps class indices to images (B, C, H, W) in [-1, 1] and ids (B, h, w)."""
     known: set[bytes]
     """Digests of the tokens of all training images."""
     seen: tuple[int, int]
-    """Images that the tokenizer and the prior saw in training."""
+    """Number of images that the tokenizer saw in training, and number that the prior saw."""
 
 
 def at_size(images_NHWC: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 images as the recipe brings them to a size."""
+    """The uint8 images, resized to `size` as the recipe does it."""
     transform = ImageTransform(image_size=size, channels=3)
     return images_NHWC if size == 32 else torch.from_numpy(np.stack([transform.resize(Image.fromarray(image)) for image in images_NHWC.numpy()]))
 
 
 def write_folder(root: Path, images_NHWC: torch.Tensor, labels_N: torch.Tensor) -> None:
-    """PNG files in a folder for each class."""
+    """Write the images as PNG files, with one folder for each class."""
     for number, (image, label) in enumerate(zip(images_NHWC.numpy(), labels_N.tolist(), strict=True)):
         path = root / f"class{label}" / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_folder(root: Path, images_NHWC: torch.Tensor, labels_N: torch.Tensor) 
 
 
 def train_recipe(name: str, folder: Path, run_dir: Path, options: argparse.Namespace, extra: list[str]) -> Contestant:
-    """A recipe through the project's own chain."""
+    """Train a recipe with the project's own chain."""
     arguments = [f"--run_dir={run_dir}", f"--data.path={folder}", f"--data.image_size={options.size}",
                  f"--tokenizer_training.max_minutes={options.minutes}", f"--prior_training.max_minutes={options.minutes}"]
     if name == "before":
@@ -104,7 +104,7 @@ def train_recipe(name: str, folder: Path, run_dir: Path, options: argparse.Names
 
 
 def train_peers(images_NHWC: torch.Tensor, labels_N: torch.Tensor, options: argparse.Namespace) -> Contestant:
-    """diffusers' VQModel and nanoGPT's GPT in plain loops."""
+    """Train diffusers' VQModel and nanoGPT's GPT in plain loops."""
     restore, seen, model = train_peer(options.minutes, images_NHWC, (32, 64, 128) if options.size == 32 else (32, 64, 128, 128))
 
     def ids_of(images_NHWC: torch.Tensor) -> torch.Tensor:
@@ -138,7 +138,7 @@ def to_bytes(images_BCHW: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def judge(contestant: Contestant, test_NHWC: torch.Tensor, classifier: Classifier) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
-    """Figures of reconstructions and samples on test images, a picture of reconstructions, and the first samples of each class."""
+    """Metrics of reconstructions and samples on test images, a picture of reconstructions, and the first samples of each class."""
     size = test_NHWC.shape[1]
 
     def distance() -> FrechetInceptionDistance:
@@ -173,18 +173,18 @@ def judge(contestant: Contestant, test_NHWC: torch.Tensor, classifier: Classifie
 
 
 def main() -> int:
-    """Train, judge, print the table; exit code 1 where a promise is broken."""
+    """Train, judge and print the table. Returns exit code 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--size", type=int, choices=(32, 64), default=32)
-    parser.add_argument("--minutes", type=float, default=4.0, help="for each of the two trainings")
+    parser.add_argument("--minutes", type=float, default=4.0, help="minutes for each of the two training stages")
     parser.add_argument("--only", choices=list(TITLES), nargs="+", default=list(TITLES))
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, for the peers")
-    parser.add_argument("--work", type=Path, help="folder for images and runs; default: a temporary one")
+    parser.add_argument("--work", type=Path, help="folder for images and runs; default: a temporary folder")
     parser.add_argument("--record", action="store_true")
     options, extra = parser.parse_known_args()
     if "peers" in options.only and options.nanogpt is None:
-        parser.error("the peers need --nanogpt, a checkout of https://github.com/karpathy/nanoGPT; or leave them out: --only new before")
+        parser.error("the peers need --nanogpt, a checkout of https://github.com/karpathy/nanoGPT. To leave them out: --only new before")
     use_two_cpu_threads()
     work = options.work or Path(tempfile.mkdtemp(prefix="image-folder-"))
     all_NHWC, all_labels_N = cifar10.load("train")
@@ -204,7 +204,7 @@ def main() -> int:
 
 
 def report(rows: dict[str, dict[str, float]], pictures: dict[str, dict[str, np.ndarray]], options: argparse.Namespace) -> int:
-    """Print, record where asked for; exit code 1 where a promise is broken."""
+    """Print the table and, if requested, record it. Returns exit code 1 if a check fails."""
     lines = ["| | images seen by tokenizer and prior | PSNR, dB | SSIM | codebook used | Frechet distance, reconstructions | samples | "
              "of the class asked for | copies |", "|---|---|---|---|---|---|---|---|---|"]
     lines += [f"| {TITLES[name]} | {row['seen'][0]:,}, {row['seen'][1]:,} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['usage']:.1%} | "

@@ -52,7 +52,7 @@ NUM_CODES, TOKENS = 512, 64
 Model = tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[list[int]], torch.Tensor], int]
 """Logits (B, T, K) for ids and classes; ids (B, T) drawn for classes; sequences seen in training."""
 Read = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-"""Ids (B, T) and classes (B) of the batch of a step."""
+"""Maps a step to the ids (B, T) and classes (B) of its batch."""
 EVALUATE_EVERY = 250  # as in train_shakespeare_char.py
 
 
@@ -65,7 +65,7 @@ def make_tokens(run_dir: Path, minutes: float) -> None:
 
 
 def read_shards(run_dir: Path) -> Read:
-    """Reads training tokens of a run folder."""
+    """The function that reads the training tokens of a run folder."""
     reader = TokenShardReader(run_dir / "tokens/train", seed=0)
 
     def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +79,7 @@ def train_nanogpt(checkout: Path, read: Read, minutes: float, dropout: float = 0
                   held_out: tuple[torch.Tensor, torch.Tensor] | None = None) -> Model:
     """The peer: its model, its optimizer, its steps; the rate falls over the minutes instead of over a number of steps.
 
-    With `held_out` ids and classes, the weights with the lowest loss on them are kept, looked at every EVALUATE_EVERY steps.
+    With `held_out` ids and classes, the loss on them is measured every EVALUATE_EVERY steps, and the weights with the lowest loss are kept.
     """
     torch.manual_seed(0)
     module = load_nanogpt(checkout)

@@ -39,7 +39,7 @@ RECIPES = {"ours": "cifar10", "vqgan": "cifar10_vqgan"}
 def train_peer(minutes: float, images_NHWC: torch.Tensor, widths: tuple[int, ...] = (32, 64, 128)):
     """(restore, images seen, model): VQModel in its plain float32 loop, AdamW on MSE and its own commitment loss.
 
-    Each width after the first halves height and width once.
+    Each entry of `widths` after the first adds a level that halves height and width.
     """
     torch.manual_seed(0)
     levels = len(widths)

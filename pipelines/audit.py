@@ -89,12 +89,12 @@ def run_root(folder: Path) -> Path | None:
 
 
 def sources_of(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
-    """The images of both splits, with their classes in the order of the shards in a tokens folder or in the folder of one split."""
+    """The images of both splits, with classes in the order of the shards in `folder` (a tokens folder, or the folder of one split)."""
     from stage1_tokenizer.image_sources import open_splits
 
     splits = open_splits(recipe.data)
     for path in (folder, *(folder / split for split in SPLITS)):
-        with suppress(InputError):  # the audit says what is wrong with it
+        with suppress(InputError):  # the audit reports what is wrong with this manifest
             splits = splits.in_order_of(TokenShardManifest.load(path).class_names)
     sources = {"train": splits.train, "validation": splits.validation}
     for source in sources.values():
@@ -117,7 +117,7 @@ def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]
         return []  # the audit has said so
     recorded, names = manifest.dataset, source.class_names
     if manifest.class_names != names and sorted(manifest.class_names or ()) == sorted(names or ()):
-        return [f"the classes of the tokens are in the order {listed_names(manifest.class_names)}, those of the data set in the order "
+        return [f"the tokens have their classes in the order {listed_names(manifest.class_names)}, but the data set has them in the order "
                 f"{listed_names(names)}."]
     now = identity_like(source, recorded)
     if all(recorded.get(key) == value for key, value in now.items() if key != "path"):

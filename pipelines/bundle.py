@@ -140,10 +140,10 @@ def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> 
 
 @contextmanager
 def naming_options(names: Iterable[str] = SAMPLING_FIELDS) -> Iterator[None]:
-    """Let errors name the options of a command, such as --top_k, instead of the fields of a recipe, such as sampling.top_k.
+    """Make errors name the options of a command, such as --top_k, instead of the fields of a recipe, such as sampling.top_k.
 
     Args:
-        names: the sampling settings that the command has an option for.
+        names: the sampling settings for which the command has an option.
     """
     try:
         yield
@@ -250,9 +250,9 @@ def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | 
 
 
 def usable_device(device: "str | torch.device | None", given_as: str = "device") -> "torch.device":
-    """The device asked for, by default the best there is. Loads torch.
+    """The requested device; by default the best device of this machine. Loads torch.
 
-    Raises InputError, which calls the device `given_as`, if this machine does not have it.
+    Raises InputError if this machine does not have the device. The message names the option or argument `given_as`.
     """
     import torch
 

@@ -100,5 +100,5 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
 
 
 def example_classes(names: list[str]) -> str:
-    """Two of the class names, or the only one, as --classes takes them. Empty without classes. For ten classes: the fourth and the eighth."""
+    """Two class names (or the only one) in the format of --classes; empty without classes. Of ten classes, the fourth and the eighth."""
     return ",".join(names[index] for index in sorted({len(names) * 3 // 10, len(names) * 7 // 10})) if names else ""

@@ -187,7 +187,7 @@ def generate(command: str, arguments: list[str]) -> int:
         return 0
     usable_device(options.device, "--device")
     if options.out is None:
-        print(f"no --out: the images go to {samples.out.absolute()}", flush=True)
+        print(f"without --out, the images go to {samples.out.absolute()}", flush=True)
 
     from pipelines.write_images import write_generated
 
@@ -233,7 +233,7 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     from pipelines.write_images import write_reconstructions
 
     if options.out is None:
-        print(f"no --out: the images go to {out.absolute()}", flush=True)
+        print(f"without --out, the images go to {out.absolute()}", flush=True)
     return write_reconstructions(folder, options.images, out, options.device, options.dtype)
 
 

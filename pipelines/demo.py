@@ -260,7 +260,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
         async def on_generate(classes, number, seed, new_seed, temperature, top_k, top_p, guidance, request: gr.Request,
                               progress=gr.Progress()):  # noqa: B008 (gradio looks for it among the defaults)
             with errors_in_words("generate"):
-                # In a thread: to find the nearest of a thousand class names takes most of a second, and other pages want answers meanwhile.
+                # In a thread: finding the nearest of a thousand class names takes most of a second, and other requests need answers meanwhile.
                 checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, temperature, top_k, top_p,
                                                   guidance)
                 shown = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
@@ -327,10 +327,10 @@ def check_port(port: int) -> None:
 
 
 def limit_uvicorn() -> None:
-    """Make uvicorn parse HTTP with h11, which refuses heads over 64 KB, and speak no WebSocket.
+    """Make uvicorn parse HTTP with h11, which refuses request headers over 64 KB, and disable WebSockets.
 
-    gradio lets uvicorn choose, and where httptools is installed it takes that. httptools has no limit: a head that does not end takes 1 GB
-    within seconds.
+    gradio lets uvicorn choose the parser, and uvicorn prefers httptools if it is installed. httptools has no limit: headers that do not end
+    take 1 GB of memory within seconds.
     """
     HTTP_PROTOCOLS["auto"], WS_PROTOCOLS["auto"] = HTTP_PROTOCOLS["h11"], WS_PROTOCOLS["none"]
     log = logging.getLogger("uvicorn.error")
@@ -339,7 +339,7 @@ def limit_uvicorn() -> None:
 
 
 def _is_no_upgrade(record: logging.LogRecord) -> bool:
-    """False for uvicorn's advice to install a WebSocket library; the guard reports such a request."""
+    """False for uvicorn's advice to install a WebSocket library. The guard already reports such requests."""
     return not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))
 
 
@@ -367,7 +367,7 @@ def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> Non
     if port is not None:
         check_port(port)
     with tempfile.TemporaryDirectory(prefix="vqmosaic-demo-") as files, StopFlag() as interrupted:
-        warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata of uploads
+        warnings.filterwarnings("ignore", module="PIL")  # Pillow warns of damaged metadata in uploads
         os.environ["GRADIO_TEMP_DIR"] = files  # the default is one folder for all gradio pages of a machine, each of which serves it
         page = build(ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype)), folder)
         print(f"vqmosaic demo of {folder} on {start(page, port)}, for this machine only; Ctrl-C ends it.", flush=True)

@@ -1,8 +1,8 @@
-"""A process of its own that decodes one AVIF file: given by its path, to a PNG on stdout.
+"""Decodes one AVIF file, given by its path, and writes it to stdout as PNG. Runs in its own process.
 
-libavif decodes what the file's frames hold, whatever size the header states, and Pillow keeps Python's global lock meanwhile. In the
-demo's own process, a file of 2 KB could stop every answer for many seconds. This one can be killed, and its memory is limited.
-It imports Pillow and nothing of vqmosaic, so it starts in a tenth of a second.
+libavif decodes everything that the frames of the file contain, whatever size the header states, and Pillow holds the GIL meanwhile. In the
+demo's own process, a file of 2 KB could block all answers for many seconds. This process can be killed, and its memory is limited.
+It imports Pillow and nothing from vqmosaic, so it starts in a tenth of a second.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ ORIENTATION_TAG = 0x0112
 
 
 def main() -> None:
-    """Write the pixels and the orientation of the image; ends with an error for what cannot be decoded."""
+    """Write the pixels and the orientation of the image. Exits with an error if the image cannot be decoded."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has this limit
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 2  # each reserves memory
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 2  # each thread reserves memory
     load_exif = Image.Exif.load
     Image.Exif.load = lambda exif, data: load_exif(exif, data[:MAX_EXIF_BYTES])  # as in stored_values.py
     with Image.open(sys.argv[1], formats=["AVIF"]) as image:
         image.load()
         exif = Image.Exif()
-        with contextlib.suppress(Exception):  # broken metadata raises anything, and says nothing about the pixels
+        with contextlib.suppress(Exception):  # broken metadata can raise any error, and the pixels may still be good
             exif[ORIENTATION_TAG] = int(image.getexif()[ORIENTATION_TAG])
         image.info = {}
         image.save(sys.stdout.buffer, "PNG", compress_level=0, exif=exif)

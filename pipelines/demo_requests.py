@@ -24,12 +24,12 @@ MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
 MAX_SEED = 2**53 - 1  # the largest whole number that a page counts exactly
 MAX_UPLOAD_PIXELS = 16_000_000  # decoded: 16-bit ones take 24 bytes each on the way to 8 bits
 MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXELS are decoded at a fraction of their size
-# The formats that browsers show. Others are not even opened: some take minutes, or memory that the image size does not tell.
+# The formats that browsers show. Others are not opened: some take minutes to decode, or more memory than the image size suggests.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 DECODING_SECONDS = 20.0
 TOO_SLOW = "it takes longer than {:g} s to decode"
-STOP_SECONDS = 0.05  # between two looks at the stop flag
-JPEG_BLOCK_BYTES = 512  # that its decoder takes at a time; a progressive JPEG can hold a pass over all pixels in under 100 bytes
+STOP_SECONDS = 0.05  # between two checks of the stop flag
+JPEG_BLOCK_BYTES = 512  # read by the JPEG decoder at a time; a progressive JPEG can encode a pass over all pixels in under 100 bytes
 _DECODER = ThreadPoolExecutor(1, "decoder")
 
 
@@ -93,10 +93,10 @@ def shown_value(given: object) -> str:
 
 
 def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, side: int) -> Image.Image | None:
-    """The image in an uploaded file, or None once `stop` is set; raises UnreadableImage for what this page does not take.
+    """The image in an uploaded file, or None once `stop` is set. Raises UnreadableImage for files that this page does not accept.
 
-    The image is decoded in a second thread. Decoders written in C cannot be interrupted, so after a stop that thread finishes the image,
-    which takes seconds at most, while the worker is free again. The next upload waits for it.
+    A second thread decodes the image, because decoders written in C cannot be interrupted. After a stop, that thread still finishes the image,
+    which takes seconds at most. The worker is free immediately. The next upload waits for the thread.
     """
     try:
         content = Path(path).read_bytes()
@@ -120,7 +120,10 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
 
 
 def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
-    """The image of an AVIF file as PNG, decoded by another process; empty once `stop` is set. Raises UnreadableImage."""
+    """The bytes of an AVIF file as PNG, decoded by another process; empty once `stop` is set.
+
+    Raises UnreadableImage if the file cannot be decoded or takes longer than DECODING_SECONDS.
+    """
     end = time.monotonic() + DECODING_SECONDS
     with subprocess.Popen([sys.executable, "-P", demo_avif.__file__, os.path.abspath(path)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL) as process:
@@ -133,7 +136,7 @@ def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
                         raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS)) from None
                     continue
                 if process.returncode:
-                    raise UnreadableImage("truncated, corrupt, or it takes too much memory")
+                    raise UnreadableImage("truncated, corrupt, or decoding it takes too much memory")
                 return png
         finally:
             process.kill()
@@ -153,7 +156,7 @@ def bound_size(image: Image.Image, side: int) -> None:
 
 
 class StoppableFile(io.BytesIO):
-    """The given content as a file that refuses to be read on once `stop` is set, or after DECODING_SECONDS.
+    """A file with the given content that refuses further reads once `stop` is set, or after DECODING_SECONDS.
 
     That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
     """
@@ -166,7 +169,7 @@ class StoppableFile(io.BytesIO):
         """The next bytes; raises UnreadableImage when there is no more time for them."""
         if self._stop.is_set():
             raise UnreadableImage("stopped")
-        self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # from the first read: the decoder may be busy before
+        self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # counted from the first read: the decoder may be busy before that
         if time.monotonic() > self._end:
             raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS))
         return super().read(size)

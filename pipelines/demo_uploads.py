@@ -30,8 +30,8 @@ class Uploads:
     def __init__(self, folder: Path, paths: set[str]):
         self._folder, self._paths = folder, paths
         self._slots = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
-        self._lock = threading.Lock()  # one thread at a time looks for room and takes it
-        self._stored = 0  # bytes at the last look at the folder, and of uploads since then
+        self._lock = threading.Lock()  # one thread at a time checks for free space and takes it
+        self._stored = 0  # bytes found at the last scan of the folder, plus the uploads since then
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, str) and path in self._paths
@@ -85,7 +85,7 @@ class Uploads:
                 shutil.copyfileobj(file, stored)
 
     def _make_room(self) -> None:
-        # For two of the largest uploads, so that not every small upload at the limit has to look through the whole folder.
+        # Make room for two uploads of the largest size. Otherwise, each small upload near the limit would scan the whole folder.
         removed, self._stored = make_room(self._folder, MAX_STORED_BYTES - 2 * MAX_UPLOAD_BYTES)
         self._paths.difference_update(map(str, removed))
 
@@ -99,7 +99,7 @@ class Uploads:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await asyncio.to_thread(self._sweep)
-            except Exception as error:  # the next look may succeed; without one the disk would fill up
+            except Exception as error:  # the next sweep may succeed; without sweeps the disk would fill up
                 report("error", "stored files", in_one_line(error))
 
 
@@ -112,7 +112,7 @@ def safe_name(name: str) -> str:
 def make_room(folder: Path, limit: int) -> tuple[list[Path], int]:
     """Delete the oldest uploads and results until those in the folder are no larger than `limit` bytes.
 
-    Returns what was deleted and the bytes that are left. Other threads, among them gradio's, may delete files and folders meanwhile.
+    Returns the deleted paths and the number of bytes left. Other threads, including gradio's, may delete files and folders meanwhile.
     """
     files = []
     for parent in [entry.path for entry in os.scandir(folder) if _FOLDER.fullmatch(entry.name)]:

@@ -220,7 +220,7 @@ def checked(source: ForeignTokens, row: int, facts: Facts, codebook_size: int, c
     ids_VT, label = source.read(row)
     if ids_VT.shape != (facts.views, facts.tokens):
         raise InputError(f"{source.where(row)} has {counted(ids_VT.shape[0], 'view')} of {counted(ids_VT.shape[1], 'token')}, the rows before it "
-                         f"have {facts.views} of {facts.tokens}; all need as many.")
+                         f"have {facts.views} of {facts.tokens}; all rows need the same numbers.")
     low, high = int(ids_VT.min()), int(ids_VT.max())
     if low < 0 or high >= codebook_size:
         raise InputError(f"{source.where(row)}: ids run from {low} to {high}; allowed: 0 to {codebook_size - 1}, by --codebook_size "

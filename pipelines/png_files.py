@@ -1,4 +1,4 @@
-"""A quick check of PNG files that an earlier call wrote. Loads nothing else."""
+"""A quick check of PNG files that an earlier call wrote. Loads no torch."""
 
 import struct
 import zlib
@@ -12,13 +12,13 @@ GREY, RGB = 0, 2
 
 
 def png_header(size: int, channels: int) -> bytes:
-    """The header that a square PNG of this many pixels a side has: 8 bits, grey (1 channel) or RGB, not interlaced."""
+    """The header of a square PNG with `size` pixels a side: 8 bits, grey (1 channel) or RGB, not interlaced."""
     return struct.pack(">IIBBBBB", size, size, 8, GREY if channels == 1 else RGB, 0, 0, 0)
 
 
 @naming_denied_permissions()
 def is_whole_png(path: Path, header: bytes | None = None) -> bool:
-    """Whether a file is a PNG with all its chunks and checksums, and with this header if one is given. Does not decode the pixels."""
+    """Whether a file is a complete PNG with correct chunk checksums, and with this header if one is given. Does not decode the pixels."""
     if not path.is_file():
         return False
     content, position = path.read_bytes(), len(SIGNATURE)

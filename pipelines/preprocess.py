@@ -68,7 +68,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened, splits, data_set = stop.wait_or_leave(lambda: recorded_splits(recipe, before, tokenizer), "no shard was begun")
+    opened, splits, data_set = stop.wait_or_leave(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
     check_same_data(run, recipe, opened)
     if judge(run, recipe, "tokens", inputs) == "skip":
@@ -84,7 +84,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     for note in splits.notes:
         report(f"note: {note}")
     if before is None and splits.class_names != opened.class_names:
-        report(f"note: the classes are sorted as text ({listed_names(splits.class_names)}), as they are in the tokenizer {folder}")
+        report(f"note: the classes are sorted as text ({listed_names(splits.class_names)}), as in the tokenizer {folder}")
     check_class_order(run, splits)
     if data_set == splits.fingerprint:
         inputs |= splits.unread_input
@@ -121,9 +121,10 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
 
 
 def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
-    """The images as they are opened, then as the stage recorded them or in the order of the tokenizer's classes, and the fingerprint of the latter.
+    """The images as opened, the images in their recorded form, and the fingerprint of the latter.
 
-    The fingerprint has the form of the recorded one. Reads some bytes of each image.
+    Without a record, the second result has the class order of the tokenizer. The fingerprint has the form of the recorded one. Reads some bytes
+    of each image.
     """
     opened = open_splits(recipe.data)
     splits = opened.as_recorded(before.inputs) if before is not None else opened.in_order_of(tokenizer.class_names)
@@ -140,14 +141,14 @@ def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None
 
 
 def check_class_order(run: RunFolder, splits: ImageSplits) -> None:
-    """Raise InputError where finished shards have the classes of the data set in another order, so that new ones would have other labels."""
+    """Raise InputError if finished shards have the classes of the data set in another order, because new shards would have other labels."""
     for split in SPLITS:
         folder = run.export("tokens") / split
         recorded = TokenShardManifest.load(folder).class_names if (folder / MANIFEST_NAME).is_file() else None
         names = splits.class_names
         if recorded != names and sorted(recorded or ()) == sorted(names or ()):
-            raise InputError(f"{folder}: the classes of these tokens are in the order {listed_names(recorded)}; those of the data set would be "
-                             f"in the order {listed_names(names)}. Make the tokens and what follows them anew with --redo tokens, or use another "
+            raise InputError(f"{folder}: these tokens have their classes in the order {listed_names(recorded)}, but new tokens would be in the "
+                             f"order {listed_names(names)}. Make the tokens and all later stages again with --redo tokens, or use another "
                              "--run_dir.")
 
 
@@ -267,7 +268,7 @@ def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View]
                 batch, rows_NVCHW, parts = coming.popleft()
                 yield batch, rows_NVCHW, [reason for part in parts for reason in part.result()]
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a thread may be stuck in reading a file, and a signal ends the wait for it
+        pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:

@@ -107,9 +107,9 @@ def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
 
 
 def splits_as_written(folders: dict[str, Path], splits: ImageSplits) -> ImageSplits:
-    """The images with the order of classes, and with the images left out of the identity, of the shards in these folders.
+    """The images with the class order of the shards in these folders, and with the same images left out of the identity.
 
-    The record of the run says so, and the manifests do.
+    Both are taken from the record of the run and from the manifests.
     """
     root = run_root(next(iter(folders.values())))
     with suppress(InputError):

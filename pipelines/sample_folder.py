@@ -33,7 +33,7 @@ RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
 NAME_BYTES = 220
 """Longest name of an image without number and suffix. File systems allow 255 bytes, and the temporary name takes some of them."""
 SHOWN_CLASSES, SHOWN_FILES = 12, 5
-"""Number of classes that an error shows, and of damaged files that a line names."""
+"""Largest number of classes in an error, and of damaged files in a warning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ class SampleFolder:
         return wanted & there
 
     def _differences(self, recorded: dict[str, Any]) -> str:
-        """How a recorded request differs from this one, in the words of the command's options."""
+        """How a recorded request differs from this one, described with the options of the command."""
         changed = list(differing(recorded, self.request))
         is_other_pipeline = any(is_about_the_pipeline(name) for name, _, _ in changed)
         names = None if is_other_pipeline else self.class_names  # another pipeline may have other classes
@@ -110,13 +110,13 @@ class SampleFolder:
         return "; ".join(words)
 
     def whole(self) -> set[str]:
-        """The files of this request that exist and are whole PNGs of the right size. Raises InputError as `found` does."""
+        """The files of this request that exist and are complete PNGs of the expected size. Raises InputError as `found` does."""
         transform = read_object(self.pipeline / "tokenizer" / "config.json", "copy the pipeline again from where it was made")["transform"]
         header = png_header(transform["image_size"], transform["channels"])
         return {name for name in self.found() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
 
     def is_finished(self) -> bool:
-        """Whether all images and the grid exist and are whole; if so, prints a line that says so. Raises InputError as `found` does."""
+        """Whether all images and the grid exist and are complete; if so, prints a line that says so. Raises InputError as `found` does."""
         if len(self.found()) < len(self.names) + 1 or len(self.whole()) < len(self.names) + 1:
             return False
         total = len(self.names)
@@ -133,7 +133,7 @@ class SampleFolder:
 def first_fitting_folder(samples: SampleFolder) -> SampleFolder:
     """The same request with the first folder of out, out-2, out-3 and so on that is free or already holds images of this request.
 
-    A folder without a record that another process holds is not free: that process is about to record its own request there.
+    A folder that has no record but is locked by another process is not free: that process is about to record its own request there.
     """
     for number in itertools.count(1):
         candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
@@ -203,7 +203,7 @@ def report_damaged(out: Path, names: set[str]) -> None:
 
 
 def in_words(option: str, value: Any, class_names: list[str] | None) -> str:
-    """The value of an option of `generate` as a user would type it."""
+    """The value of an option of `generate` as the user would type it."""
     if value is None:
         return "not given"
     if isinstance(value, float):

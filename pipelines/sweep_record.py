@@ -90,26 +90,26 @@ def differing(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def is_about_the_pipeline(name: str) -> bool:
-    """Whether a dotted name of a record is that of a fingerprint of the pipeline (see part_fingerprints)."""
+    """Whether a dotted name in a record belongs to a fingerprint of the pipeline (see part_fingerprints)."""
     return name.partition(".")[0] == "pipeline"
 
 
 def other_pipeline(differences: Sequence[tuple[str, Any, Any]]) -> str:
-    """A clause that says which parts of a recorded pipeline are other ones now. Its fingerprints would tell a reader nothing."""
+    """A clause that says which parts of a recorded pipeline have changed. It leaves out the fingerprints, which mean nothing to a reader."""
     names = {name for name, _, _ in differences}
     parts = [part for part, fingerprints in (("tokenizer", {"pipeline.tokens", "pipeline.tokenizer"}), ("prior", {"pipeline.prior"}))
              if names & fingerprints]
-    return "the pipeline is another one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
+    return "the pipeline is a different one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
 
 
 def differences_in_words(differences: Sequence[tuple[str, Any, Any]]) -> str:
-    """What differs between a recorded setup and another one. Fingerprints and digests are named without their values."""
+    """The differences between a recorded setup and another one. Fingerprints and digests are named without their values."""
     words = [other_pipeline(differences)] if any(is_about_the_pipeline(name) for name, _, _ in differences) else []
     for name, there, here in differences:
         if is_about_the_pipeline(name):
             continue
         is_digest = any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) for value in (there, here))
-        words.append(f"{name} is another digest" if is_digest else f"{name} was {there!r}, now {here!r}")
+        words.append(f"{name} differs" if is_digest else f"{name} was {there!r}, now {here!r}")
     return "; ".join(words)
 
 

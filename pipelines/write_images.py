@@ -56,8 +56,8 @@ def write_generated(samples: SampleFolder, device: str | None) -> int:
 
 
 def write_missing(samples: SampleFolder, device: str | None) -> int:
-    """`write_generated`, while this process holds the folder."""
-    if samples.is_finished():  # by the process that held the folder before
+    """The part of `write_generated` that runs while this process holds the lock of the folder."""
+    if samples.is_finished():  # the process that held the lock before has finished it
         return 0
     there, total = samples.whole(), len(samples.names)
     report_damaged(samples.out, samples.found() - there)
@@ -111,7 +111,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
 def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:
     """Exit code 0 after writing the reconstruction of each image to `out` under its name, and originals over reconstructions as grid.png.
 
-    Existing files of these names are kept if they are whole and the record says that this tokenizer made them from these images. Otherwise they
+    Existing files of these names are kept if they are complete and the record says that this tokenizer made them from these images. Otherwise they
     are replaced.
 
     Raises:
@@ -131,7 +131,7 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
 
 
 def write_missing_reconstructions(tokenizer: ImageTokenizer, paths: list[Path], names: list[str], out: Path, dtype: str) -> int:
-    """`write_reconstructions`, while this process holds the folder."""
+    """The part of `write_reconstructions` that runs while this process holds the lock of the folder."""
     forget_other_reconstructions(out, names, {"tokenizer": tokenizer.full_fingerprint, "dtype": dtype, "images": len(paths),
                                               "sources": digest_of_files(paths)})
     together = images_together(tokenizer.transform.image_size)

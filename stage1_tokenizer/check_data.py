@@ -44,13 +44,13 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
 
 
 def _report_colours(spaces: dict[str, list[str]], report: Callable[[str], None]) -> None:
-    """Say how many images state another colour space than sRGB. `spaces` gives the names of the images of each."""
+    """Report how many images state another colour space than sRGB. `spaces` maps each colour space to the names of its images."""
     if not spaces:
         report("colours: no image states another colour space than sRGB")
         return
     count = sum(map(len, spaces.values()))
-    report(f"colours: {count} images state another colour space than sRGB; their numbers are read without conversion, so their colours differ "
-           "from those that viewers show. To train on the colours that are meant, convert these files to sRGB")
+    report(f"colours: {counted(count, 'image')} {'states' if count == 1 else 'state'} another colour space than sRGB. Pixel values are read without "
+           "conversion, so the colours differ from those that image viewers show. To train on the intended colours, convert these files to sRGB")
     for space, names in sorted(spaces.items(), key=lambda item: -len(item[1]))[:_SPACES_LISTED]:
         report(f"colours: {len(names)} in {printable(space)}, such as {printable(names[0])}")
     if len(spaces) > _SPACES_LISTED:

@@ -26,15 +26,17 @@ def class_of(value: Any) -> int | str | bool | None:
 
 
 def sorted_classes(values: Iterable[Any]) -> list[int | str | bool]:
-    """The distinct classes among stored values: numbers in order, texts in natural order. Raises ValueError where they are no classes."""
+    """The distinct classes among stored values: numbers in order, strings in natural order. Raises ValueError for other values."""
     classes = {label for value in values if (label := class_of(value)) is not None}
     return sorted(classes, key=natural_key if all(isinstance(label, str) for label in classes) else None)
 
 
 def natural_key(text: str) -> tuple[list[str | tuple[int, str]], str]:
-    """The sort key of a text whose numbers are compared as numbers: 2 before 10, and a2 before a10. Of equal numbers, such as 01 and 1, the text
-    decides."""
-    parts = re.split("([0-9]+)", text)  # texts and digits by turns, a text first, so that only like is compared with like
+    """The sort key that compares the numbers in a string as numbers: 2 before 10, and a2 before a10.
+
+    If the numbers are equal, such as 01 and 1, the strings are compared as text.
+    """
+    parts = re.split("([0-9]+)", text)  # text and digits alternate and text comes first, so text is compared with text
     digits = (part.lstrip("0") for part in parts[1::2])
     numbers = [(len(significant), significant) for significant in digits]  # int() refuses more than 4,300 digits
     parts[1::2] = numbers
@@ -42,7 +44,7 @@ def natural_key(text: str) -> tuple[list[str | tuple[int, str]], str]:
 
 
 def text_order(classes: Sequence[int | str | bool]) -> tuple[int, ...] | None:
-    """The indices of sorted classes in the order of version 0.1.0, which sorted digits as text (0, 1, 10, 2); None if it is the same order."""
+    """The indices of sorted classes in the order of version 0.1.0, which sorted digits as text (0, 1, 10, 2); None if both orders are the same."""
     order = sorted(range(len(classes)), key=classes.__getitem__)
     return None if order == list(range(len(classes))) else tuple(order)
 

@@ -1,8 +1,8 @@
-"""Colour spaces other than sRGB that image files state. Images are read without conversion, so check-data names those concerned.
+"""Detects image files that state another colour space than sRGB. Images are read without conversion, so check-data reports these files.
 
-Sources: the ICC profile of any format; the chunks cICP, gAMA and cHRM of PNG (W3C PNG 3, section 4.3, gives their order of precedence);
-the box colr of AVIF (ITU-T H.273 gives its codes); the tags TransferFunction, WhitePoint and PrimaryChromaticities of TIFF; the
-interoperability index of JPEG, by which cameras mark Adobe RGB. Not looked at: profiles in JPEG 2000, BMP and GIF, and gamma in TGA.
+Sources: the ICC profile of any format; the PNG chunks cICP, gAMA and cHRM (W3C PNG 3, section 4.3, defines their precedence); the AVIF box
+colr (ITU-T H.273 defines its codes); the TIFF tags TransferFunction, WhitePoint and PrimaryChromaticities; the interoperability index of
+JPEG, with which cameras mark Adobe RGB. Not read: profiles in JPEG 2000, BMP and GIF, and gamma in TGA.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from stage1_tokenizer.iso_boxes import iso_boxes
 from stage1_tokenizer.stored_values import png_chunk
 
 _CLOSE_LEVELS = 4.0
-"""A profile is close to sRGB if it moves the colours of a grid by less than this many of 255 levels on average."""
+"""A profile is close to sRGB if it changes the colours of a grid by less than this many of 255 levels on average."""
 _PROBED_LEVELS = (0, 32, 64, 96, 128, 160, 192, 224, 255)
 _INTEROPERABILITY, _INDEX, _ADOBE_RGB = 0xA005, 1, "R03"
 _BITS, _TRANSFER_FUNCTION, _WHITE_POINT, _PRIMARY_CHROMATICITIES = 258, 301, 318, 319
@@ -32,10 +32,10 @@ _TRANSFERS = {8: "linear", 16: "PQ", 18: "HLG"}
 
 
 def other_colour_space(image: Image.Image) -> str | None:
-    """Words for the colour space that an opened file states, before its pixels are loaded; None for sRGB, what is close, and no statement."""
-    with contextlib.suppress(Exception):  # broken metadata raises anything, and says nothing that can be used
+    """The name of the colour space that an opened file states; None if it is close to sRGB or not stated. Call this before loading the pixels."""
+    with contextlib.suppress(Exception):  # broken metadata can raise any error, and is ignored
         codes, profile = _code_points(image), image.info.get("icc_profile")
-        if codes is not None and (image.format == "PNG" or not profile):  # in AVIF the profile comes first
+        if codes is not None and (image.format == "PNG" or not profile):  # in AVIF the profile takes precedence
             return _of_codes(*codes)
         if profile:
             return _of_profile(bytes(profile))
@@ -49,7 +49,7 @@ def other_colour_space(image: Image.Image) -> str | None:
 
 
 def _code_points(image: Image.Image) -> tuple[int, int] | None:
-    """The codes of primaries and transfer function in PNG and AVIF."""
+    """The codes of primaries and transfer function in PNG and AVIF; None if the file states none."""
     if image.format == "PNG":
         chunk = png_chunk(image, b"cICP")
         return (chunk[0], chunk[1]) if len(chunk) >= 2 else None
@@ -58,7 +58,7 @@ def _code_points(image: Image.Image) -> tuple[int, int] | None:
     file, position = image.fp, image.fp.tell()
     try:
         start, end = 0, file.seek(0, io.SEEK_END)
-        for wanted, skipped in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):  # meta is a box with a version in front
+        for wanted, skipped in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):  # the content of meta begins with a version
             start, end = next((first + skipped, last) for kind, first, last in iso_boxes(file, start, end) if kind == wanted)
         for kind, first, _ in iso_boxes(file, start, end):
             if kind == b"colr":
@@ -98,7 +98,7 @@ def _of_profile(content: bytes) -> str | None:
 def _of_tags(tags: Mapping[int, Any]) -> str | None:
     curve = np.array(tags.get(_TRANSFER_FUNCTION, ()), float)[:2 ** tags.get(_BITS, (1,))[0]] / 65535
     if len(curve) > 1 and np.abs(curve - np.linspace(0, 1, len(curve)) ** (1 / _SRGB_GAMMA)).mean() > _TOLERANCE:
-        return "a curve of its own (TransferFunction)"
+        return "a custom curve (TransferFunction)"
     if _WHITE_POINT in tags and _PRIMARY_CHROMATICITIES in tags:
         return _of_chromaticities(tuple(map(float, (*tags[_WHITE_POINT], *tags[_PRIMARY_CHROMATICITIES]))))
     return None
@@ -111,6 +111,6 @@ def _of_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) -> 
 
 
 def _of_chromaticities(chromaticities: tuple[float, ...]) -> str | None:
-    """Words for a white point and primaries that are not those of sRGB."""
+    """The description of a white point and primaries that differ from those of sRGB; None if they are close."""
     is_close = all(math.isclose(own, usual, abs_tol=_TOLERANCE) for own, usual in zip(chromaticities, _SRGB_CHROMATICITIES, strict=True))
-    return None if is_close else "primaries of its own"
+    return None if is_close else "custom primaries"

@@ -39,7 +39,7 @@ def file_digest(path: Path) -> tuple[int | None, bytes | None]:
             for start, count in _pieces(size):
                 digest.update(os.pread(file.fileno(), count, start))
         return size, digest.digest()
-    except ValueError:  # a path that no file can have, with a null character
+    except ValueError:  # no file can have this path: it contains a null character
         return None, None
     except OSError as error:
         if error.errno in _LASTING:

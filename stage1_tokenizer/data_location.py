@@ -116,7 +116,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except PermissionError:
         raise
-    except OSError:  # a link to itself, or to a name that is too long: like a dead link it is listed
+    except OSError:  # a link to itself or to a name that is too long: it is listed, like a dead link
         return False
 
 

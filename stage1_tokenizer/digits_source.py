@@ -37,10 +37,10 @@ class DigitsSource:
         return self.identity  # which always held the pixels, and no path that could change
 
     def with_class_order(self, order: Sequence[int]) -> "DigitsSource":
-        return self  # there is one order
+        return self  # the classes have only one order
 
     def with_unread(self, unread: Iterable[int]) -> "DigitsSource":
-        return self  # all are read
+        return self  # all images can be read
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -16,7 +16,7 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|nan", re.IGNORECASE)
-"""Of 007 and 1_0 the digits are a name: as numbers they would be the classes 7 and 10."""
+"""Strings such as 007 and 1_0 are names, not numbers: as numbers they would be the classes 7 and 10."""
 
 
 class FolderMetadata:
@@ -41,20 +41,20 @@ class FolderMetadata:
         return list(dict.fromkeys(name for row in self._rows.values() for name in row if name != _FILE_NAME))
 
     def labels(self, names: list[str], column: str) -> list[Any]:
-        """The stored value of each image, None where there is none.
+        """The stored value of each image; None for images without a value.
 
-        Raises InputError for a column that holds no classes, for images with two classes, and where no row names an image.
+        Raises InputError if the column holds no classes, if an image has two classes, or if no row names an image.
         """
         if not self._rows:
-            raise InputError(f"data.label_column is {column!r}, and {self.paths[0]} holds no rows. Mend it or take it away.")
+            raise InputError(f"data.label_column is {column!r}, but {self.paths[0]} holds no rows. Fix or remove this file.")
         check_name(f"data.label_column (for {self.paths[0]})", column, self.columns)
         for name, row in self._repeated:
             if row.get(column) != self._rows[name].get(column):
                 raise InputError(f"{self.paths[0]}: {name!r} has several rows, with {column} {self._rows[name].get(column)!r} and "
-                                 f"{row.get(column)!r}. An image has one class: mend the file, or choose another data.label_column.")
+                                 f"{row.get(column)!r}. An image can have only one class: fix the file, or choose another data.label_column.")
         if names and not any(_key(name) in self._rows for name in names):
             raise InputError(f"data.label_column is {column!r}, but no row of {self.paths[0]} names an image: rows name files such as "
-                             f"{next(iter(self._rows))!r}, images are {names[0]!r} and others. Paths are relative to the metadata file.")
+                             f"{next(iter(self._rows))!r}, but the images have names such as {names[0]!r}. Give paths relative to the metadata file.")
         values = [self._rows.get(_key(name), {}).get(column) for name in names]
         try:
             sorted_classes(values)
@@ -64,7 +64,7 @@ class FolderMetadata:
         return values
 
     def without_image(self, names: Iterable[str]) -> list[str]:
-        """The names in the rows that are none of the images."""
+        """The file names in the rows that match no image."""
         return sorted(set(self._rows) - set(map(_key, names)))
 
     def hint(self) -> str:
@@ -80,7 +80,7 @@ class FolderMetadata:
 
 
 def _key(name: str) -> str:
-    """The name in the form in which rows and images are compared: without a detour, with the slashes of POSIX."""
+    """The normalized form of a name, by which rows and images are compared: no . or .. in between, and forward slashes."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 

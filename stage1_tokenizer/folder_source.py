@@ -203,7 +203,7 @@ def _left_out(files: list[str]) -> list[str]:
     others = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES]
     if not others:
         return []
-    return [f"{counted(len(others), 'file')} {is_or_are(len(others))} left out, without the name of an image that can be read: "
+    return [f"{counted(len(others), 'file')} {is_or_are(len(others))} left out, because the name has no suffix of a supported image format: "
             f"{suffix_counts(others)}; such as {printable(others[0])}"]
 
 
@@ -218,7 +218,7 @@ def _unused(names: list[str], train_split: str | None, validation_split: str | N
 
 
 def _without_image(names: list[str], metadata: FolderMetadata | None) -> list[str]:
-    """What is said of rows that name no image."""
+    """The note on metadata rows that match no image; empty if there are none."""
     missing = metadata.without_image(names) if metadata else []
     if not missing:
         return []

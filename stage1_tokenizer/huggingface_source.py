@@ -83,7 +83,7 @@ class HuggingFaceSource:
         return {"kind": "huggingface", "path": self._name, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
 
     def with_class_order(self, order: Sequence[int]) -> "HuggingFaceSource":
-        new = np.append(np.argsort(order), -1)  # -1, of rows without a class, is the last one
+        new = np.append(np.argsort(order), -1)  # label -1 (no class) reads the last entry, and stays -1
         return changed_copy(self, class_names=[self.class_names[before] for before in order],
                             _labels=None if self._labels is None else new[self._labels])
 
@@ -135,7 +135,7 @@ class HuggingFaceSource:
         return path if path.exists() and not inside.exists() else inside
 
     def _digest(self, index: int) -> tuple[int | None, bytes | None, bool]:
-        """(bytes, content_digest, whether the row names a file) of a row's image, without a copy of those that lie in the table."""
+        """(size in bytes, content_digest, whether the row names a file) of a row's image. Images stored in the table are not copied."""
         stored = self._bytes[int(self._picked[index])]
         if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
             content = stored.as_buffer()
@@ -352,7 +352,7 @@ def _classes(train: datasets.Dataset,
         unknown = sorted({value for value in given if value is not None and value not in index_of})
         if unknown and isinstance(feature, datasets.ClassLabel):
             raise InputError(f"data.label_column {column!r}: class number {unknown[0]} has no name; the data set names {len(names)} classes, "
-                             "from 0, and -1 stands for no class. Choose another column, or set --data.use_labels false.")
+                             "numbered from 0, and -1 means no class. Choose another column, or set --data.use_labels false.")
         if unknown:
             raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "
                              "training split, so it cannot be trained on.")

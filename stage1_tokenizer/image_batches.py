@@ -47,7 +47,7 @@ class ImageBatch:
 
 
 class UpcomingBatch(Iterator[ImageBatch]):
-    """An iterator over batches whose next one can be waited for, before all processes agree whether it is used."""
+    """An iterator over batches that can wait for its next batch before all processes agree whether to use it."""
 
     def __init__(self, batches: Iterator[ImageBatch]):
         self._batches = batches
@@ -55,7 +55,7 @@ class UpcomingBatch(Iterator[ImageBatch]):
         self._error: Exception | None = None
 
     def wait(self, stop: StopFlag) -> None:
-        """Wait until the next batch is there; the first signal ends the wait. An error is kept for the one who takes the batch."""
+        """Wait until the next batch is ready; the first signal ends the wait. An error is stored and raised when the batch is taken."""
         if self._next is None and self._error is None:
             try:
                 self._next = stop.wait_for(lambda: next(self._batches))
@@ -184,7 +184,7 @@ def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> 
 
 
 def _in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
-    """The result of call(argument), from a thread that nobody has to wait for: it may be stuck in reading a file."""
+    """The future result of call(argument) from a daemon thread. Python does not wait for the thread, which may be stuck reading a file."""
     future = Future()
 
     def run() -> None:
@@ -221,7 +221,7 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
             yield batch
     except GeneratorExit:
         raise
-    except BaseException:  # a worker may be stuck, which the loader would wait for
+    except BaseException:  # a worker may be stuck, and the loader would wait for it
         _kill(processes)
         raise
     finally:
@@ -230,12 +230,12 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
         running.clear()
         atexit.unregister(running.clear)
         for process in processes:
-            process.kill()  # one that was stuck: it ignores the loader's SIGTERM, and multiprocessing would wait for it at exit
+            process.kill()  # a stuck worker ignores the loader's SIGTERM, and multiprocessing would wait for it at exit
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:
-    """Kill the workers of a loader, whose handler of SIGCHLD would raise an error for each of them."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """Kill the workers of a loader, without its SIGCHLD handler, which would raise an error for each of them."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

@@ -22,7 +22,7 @@ from vqmosaic.seeding import derive_seed
 from vqmosaic.wording import counted
 
 UNREAD_IMAGES = "unread images"
-"""The name in a stage record of the images whose contents are not part of the data set's fingerprint."""
+"""The key in a stage record for the images whose contents are not part of the data set's fingerprint."""
 
 
 class ImageSource(Protocol):
@@ -38,7 +38,7 @@ class ImageSource(Protocol):
         """What these images are, wherever they lie, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
 
         Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed. `unread` lists the
-        images that are missing or may not be read, if there are any: their contents are not part of the identity.
+        images that are missing or lack read permission, if there are any. Their contents are not part of the identity.
         """
 
     @property
@@ -46,10 +46,10 @@ class ImageSource(Protocol):
         """The identity in the form of vqmosaic 0.1.0, to compare with what it has recorded."""
 
     def with_class_order(self, order: Sequence[int]) -> Self:
-        """The same images with their classes in another order: that of these indices."""
+        """The same images with their classes in another order: class i of the result is class order[i] of this source."""
 
     def with_unread(self, unread: Iterable[int]) -> Self:
-        """The same images with an identity that leaves out the contents of these, whether they can be read now or not."""
+        """The same images with an identity that leaves out the contents of the `unread` images, even if they can be read now."""
 
     def __len__(self) -> int: ...
 
@@ -60,7 +60,7 @@ class ImageSource(Protocol):
         """The index of the image's class in class_names, or None."""
 
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
-        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. before_decoding is called as by read_image."""
+        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. read_image explains before_decoding."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ImageSplits:
     notes: tuple[str, ...] = ()
     """Sentences on what was left out and on what may be meant in another way."""
     text_order: tuple[int, ...] | None = None
-    """The indices of the classes in the order of version 0.1.0, which sorted digits as text; None if it is the order they have."""
+    """The indices of the classes in the order of version 0.1.0, which sorted digits as text; None if they have that order already."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -95,14 +95,14 @@ class ImageSplits:
 
     @property
     def unread_input(self) -> dict[str, str]:
-        """The entry that a stage records beside the fingerprint if there are images that are missing or may not be read; else nothing."""
+        """The entry for missing or forbidden images that a stage records beside the fingerprint; empty if there are none."""
         unread = {name: source.identity.get("unread", []) for name, source in (("train", self.train), ("validation", self.validation))}
         return {UNREAD_IMAGES: json.dumps(unread)} if any(unread.values()) else {}
 
     def as_recorded(self, inputs: Mapping[str, str]) -> "ImageSplits":
-        """These images as a stage recorded its data set in `inputs`: in its order of classes, and with the same images left out of the identity.
+        """These images as a stage recorded them in `inputs`: with its class order, and with the same images left out of the identity.
 
-        Images that are not those of the record are returned as they are.
+        If the record is about other images, these images are returned unchanged.
         """
         recorded = inputs.get("data set")
         if recorded is None:
@@ -118,7 +118,7 @@ class ImageSplits:
         return self
 
     def in_order_of(self, class_names: list[str] | None) -> "ImageSplits":
-        """These images with their classes sorted as text, if that gives recorded `class_names`; else as they are."""
+        """These images with their classes sorted as text if that gives the recorded `class_names`; otherwise unchanged."""
         as_text = self.sorted_as_text()
         return as_text if class_names == as_text.class_names else self
 
@@ -141,7 +141,7 @@ def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str,
 
 
 def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
-    """A copy of a source with other attributes, and without the identities that were computed from the former ones."""
+    """A copy of a source with changed attributes, and without the cached identities, which depend on the former attributes."""
     changed = copy.copy(source)
     for name in ("identity", "former_identity"):
         vars(changed).pop(name, None)
@@ -150,7 +150,7 @@ def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
 
 
 def combined_digest(digest: Any, entries: Iterable[list], found: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
-    """Add to a hash what is known of each image: its entry, size and content digest; of those in `unread` the entry alone."""
+    """Update a hash with the entry, size and content digest of each image. Images in `unread` add only their entry."""
     unread = frozenset(unread)
     for index, (entry, (size, content)) in enumerate(zip(entries, found, strict=True)):
         known = [None, None] if index in unread else [size, content and content.hex()]

@@ -50,7 +50,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     first frame is taken. The pixel limit is checked on the header, before anything is decoded.
     Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
-    formats limits which formats of Pillow are opened; the default is every format that a data set may hold.
+    formats limits the Pillow formats that are opened; by default, these are all formats that a data set may hold.
 
     Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
     """
@@ -88,7 +88,7 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
 
 
 def _why_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str] | None) -> str:
-    with contextlib.suppress(OSError, struct.error):  # Pillow's tests of a format do not all look whether there are enough bytes
+    with contextlib.suppress(OSError, struct.error):  # some of Pillow's format tests do not check that there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
             stream.seek(0)
             prefix = stream.read(16)
@@ -96,7 +96,7 @@ def _why_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str
             accepts = Image.OPEN[name][1]
             if accepts is not None and accepts(prefix) is True:
                 if formats is not None and name not in formats:
-                    return f"it is {name}, and only {', '.join(sorted(formats))} are read here"
+                    return f"it is {name}, but only {', '.join(sorted(formats))} are accepted here"
                 return f"a {name} file of a kind that Pillow does not read, or its header is corrupt"
     return "not an image of a known format, or its header is corrupt"
 
@@ -213,8 +213,8 @@ def training_views(tokens: TokensConfig) -> list[View]:
 def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
     """The views of a named set (VIEW_SETS). All sets but ten-crop begin with the identity.
 
-    shifts are the identity and its eight neighbours at `shift` pixels, wide-shifts the 25 views that are up to two such steps away in each
-    direction. With flip+ in front, the mirror images of all these follow.
+    shifts are the identity and its eight neighbours at `shift` pixels. wide-shifts are the 25 views that are up to two such steps away in each
+    direction. With the prefix flip+, the mirror images of all these views follow.
     ten-crop are the centre and the four corners at `crop_scale` and then their mirror images (Krizhevsky et al. 2012; stored as
     tokens: LlamaGen, Sun et al. 2024).
     """

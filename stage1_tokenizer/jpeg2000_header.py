@@ -1,6 +1,6 @@
 """What the header of a JPEG 2000 file says about its samples: depths, colour space, palette and the roles of the channels.
 
-Pillow reads little of this (ITU-T T.800, annex I): it takes channels in stored order, and 255 for white at every depth.
+Pillow reads little of this (ITU-T T.800, annex I): it takes channels in stored order, and treats 255 as white at every depth.
 """
 
 import struct
@@ -19,16 +19,16 @@ class Jpeg2000Header:
     depths: list[int] = field(default_factory=list)
     """Bits of each component."""
     colour_space: int | None = None
-    """EnumCS of the first box colr; None for a profile and for a file without one."""
+    """EnumCS of the first box colr; None if the box holds a profile, or if there is no such box."""
     has_palette: bool = False
     palette_columns: list[int] = field(default_factory=list)
     """The palette's column for each channel, in the order of the channels."""
     channels: dict[int, tuple[int, int]] | None = None
-    """(type, association) by channel; None where the file does not define them."""
+    """(type, association) by channel; None if the file does not define them."""
 
 
 def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
-    """The header of an opened file; its position is kept. Raises struct.error for a truncated header."""
+    """The header of an opened file. Keeps the position of the file. Raises struct.error for a truncated header."""
     position, header = file.tell(), Jpeg2000Header()
     try:
         file.seek(0)
@@ -65,6 +65,6 @@ def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:
 
 
 def _depths(file: BinaryIO) -> list[int]:
-    """Bits of each component, from the marker segment SIZ that the file is at."""
+    """Bits of each component, from the marker segment SIZ at the current position of the file."""
     components = struct.unpack(">36xH", file.read(38))[0]
     return [(size & 0x7F) + 1 for size, _, _ in struct.iter_unpack(">BBB", file.read(3 * components))]

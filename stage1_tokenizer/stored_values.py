@@ -1,7 +1,7 @@
 """What the header of an image file says about its numbers and Pillow passes over: white levels, inverted scales, transparent colours, alpha.
 
-Pillow's tables of modes (in its plugin of each format) are what these rules complete. Colour profiles, gamma and HDR transfer functions
-(ICC, gAMA, cHRM, cICP) are not applied: numbers are taken as they are, which for nearly all files is sRGB. check-data names the others
+These rules complete Pillow's tables of modes (in the plugin for each format). Colour profiles, gamma and HDR transfer functions
+(ICC, gAMA, cHRM, cICP) are not applied: numbers are taken as they are, which for nearly all files is sRGB. check-data reports the others
 (colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as Pillow does.
 """
 
@@ -19,13 +19,13 @@ from stage1_tokenizer.jpeg2000_header import Jpeg2000Header, read_jpeg2000_heade
 # PNG files of image editors carry profiles and workflows of several megabytes, which Pillow refuses together with their pixels.
 # There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
-# Of an uncompressed TIFF, Pillow's own decoder reads missing strips as black or as bytes of the header, planes of 16 bits as planes of
-# 8, and YCbCr as RGB. libtiff, which decodes the compressed ones anyway, refuses the first and reads the others.
+# For uncompressed TIFF, Pillow's own decoder reads missing strips as black or as bytes of the header, 16-bit planes as 8-bit planes, and
+# YCbCr as RGB. libtiff, which decodes compressed TIFF anyway, refuses missing strips and reads the other two correctly.
 TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
 
-# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same ones: 1 MB of EXIF can take 4 GB,
-# for a JPEG as soon as it is opened. The orientation is in the first directory, near the start.
-MAX_EXIF_BYTES = 2**16  # what a JPEG segment holds
+# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same bytes: 1 MB of EXIF can take 4 GB.
+# For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
+MAX_EXIF_BYTES = 2**16  # the size limit of a JPEG segment
 _load_exif = Image.Exif.load
 Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
 
@@ -48,9 +48,8 @@ class UnreadableImage(ValueError):
 def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """The function to call with the image once it is loaded, which gives it with its header honoured.
 
-    Call this before the pixels are loaded, and before anything is decoded; of an image that is loaded already, only what Pillow keeps of
-    the header is honoured. Raises UnreadableImage where the header says that
-    the numbers have no known black and white.
+    Call this before the pixels are loaded, and before anything is decoded. For an image that is already loaded, only the parts of the header
+    that Pillow keeps are honoured. Raises UnreadableImage if the header says that the numbers have no known black and white.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
                    "JPEG2000": _jpeg2000}.get(image.format)
@@ -58,20 +57,20 @@ def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
-    """Have the pixels unpacked in another way than Pillow chose; the first argument of the decoder names it."""
+    """Make the decoder unpack the pixels in another raw mode than Pillow chose. The raw mode is its first argument."""
     image.tile = [tile._replace(args=(raw_mode, *tile.args[1:])) for tile in image.tile]
 
 
 def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     transparent = image.info.get("transparency")
     if not image.tile or transparent is None:
-        return None  # without transparency, or loaded before
+        return None  # without transparency, or already loaded
     if image.mode in ("1", "P"):
         stored = png_chunk(image, b"tRNS")
-        # Pillow reads all 16 bits for a depth of 1, and takes alpha that ends in 10 (a line feed to its pattern) for a single entry.
+        # At a depth of 1, Pillow reads all 16 bits. It takes alpha that ends in byte 10 (a line feed in its pattern) for a single entry.
         image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
     if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
-        return None  # with a palette, or of 16 bits grey (see images.py)
+        return None  # with a palette, or 16-bit grey (see images.py)
     raw_mode = image.tile[0][3]
     if raw_mode == "RGB;16B":
         low_bytes = _low_bytes(image)
@@ -89,7 +88,7 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 
 def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
-    """The content of the last chunk of a type before the pixels, as the decoder takes it; b"" where there is none."""
+    """The content of the last chunk of a type before the pixels, which is the one that decoders use; b"" if there is none."""
     file, position, found = image.fp, image.fp.tell(), b""
     try:
         file.seek(8)
@@ -132,7 +131,7 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if image.tile and (repeated := _repeated_tags(image)):
         raise UnreadableImage(f"a TIFF that gives tag {repeated[0]} more than once; decoders disagree on which value counts")
     if tags.get(_SUBFILE_TYPE, 0) in _PREVIEWS and (image.is_animated or _SUBFILES in tags):
-        raise UnreadableImage("a TIFF whose first page is a preview or a mask of another one (tag NewSubfileType)")
+        raise UnreadableImage("a TIFF whose first page is a preview or a mask of another page (tag NewSubfileType)")
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
         raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
@@ -140,11 +139,11 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
         raise UnreadableImage("a TIFF of other inks than CMYK, or of CMYK with a range of its own (tag InkSet or DotRange)")
     levels = tuple(map(float, tags.get(_REFERENCE_LEVELS, ())))
-    if photometric == _RGB and levels not in ((), (0, 2**bits - 1) * 3, (0, 255, 128, 255, 128, 255)):  # the last are left over from YCbCr
-        raise UnreadableImage("a TIFF of RGB with black and white levels of its own (tag ReferenceBlackWhite)")
-    if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # of 8 bits, where the standard asks for 16
+    if photometric == _RGB and levels not in ((), (0, 2**bits - 1) * 3, (0, 255, 128, 255, 128, 255)):  # the last tuple is a leftover from YCbCr
+        raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
+    if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # 8-bit entries, although the standard requires 16
         image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
-    if image.tile and image.tile[0][0] == "libtiff" and image.tile[0][3][0] in _NATIVE_ORDER:  # in which libtiff gives all samples
+    if image.tile and image.tile[0][0] == "libtiff" and image.tile[0][3][0] in _NATIVE_ORDER:  # libtiff returns all samples in native order
         _set_raw_mode(image, _NATIVE_ORDER[image.tile[0][3][0]])
     is_inverted = photometric == _WHITE_IS_ZERO
     if image.mode == "F" and is_inverted:
@@ -161,7 +160,7 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 
 def _repeated_tags(image: Image.Image) -> list[int]:
-    """The tags about pixels that the first page of a TIFF holds more than once. Pillow takes the last of each, libtiff may take the first."""
+    """The tags about pixels that the first page of a TIFF holds more than once. Pillow uses the last value, libtiff may use the first."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(0)
@@ -183,12 +182,12 @@ def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         return None
     descriptor, attributes = _tga_alpha(image)
     if descriptor & 0xC0:
-        raise UnreadableImage("a TGA of interleaved rows, which Pillow does not sort")
+        raise UnreadableImage("a TGA with interleaved rows, which Pillow does not reorder")
     has_alpha = image.mode in ("RGBA", "LA") or (image.mode == "P" and image.palette.mode == "RGBA")
     if not has_alpha:
         return None
     bits = descriptor & 0x0F
-    # Of 16 bits a pixel, the one that is no colour means opaque to some writers and transparent to others.
+    # In a 16-bit pixel, the bit that is not part of a colour means opaque to some writers and transparent to others.
     is_declared = bits > 0 and "15" not in str(image.tile[0][3][0]) and not (image.mode == "P" and bits < 8)
 
     def honour(loaded: Image.Image) -> Image.Image:
@@ -206,7 +205,7 @@ def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 
 def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
-    """The image descriptor, whose lower bits count those of alpha, and the attributes type of the extension area if there is one."""
+    """The image descriptor, whose lower four bits give the bits of alpha, and the attributes type of the extension area if there is one."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(17)
@@ -232,11 +231,11 @@ def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if image.tile and image.info.get("compression") == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
         raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 reads it")
     if image.tile and image.mode in ("1", "L") and (bits := _bmp_bits(image)) != {"1": 1, "L": 8}[image.mode]:
-        # Where the palette is black and white, or the first greys, Pillow takes the pixels for 1 or 8 bits whatever they are.
+        # If the palette is black and white, or the first greys, Pillow assumes 1 or 8 bits a pixel, whatever the header says.
         greys = [0, 255] if image.mode == "1" else range(2**bits)
         image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
         _set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
-    if image.mode == "RGBA":  # alpha that is zero everywhere is not meant, as browsers agree
+    if image.mode == "RGBA":  # alpha that is zero everywhere is ignored, as in browsers
         return lambda loaded: loaded.convert("RGB") if loaded.getextrema()[3] == (0, 0) else loaded
     return None
 
@@ -252,7 +251,7 @@ def _bmp_bits(image: Image.Image) -> int:
 
 
 def _has_odd_run(image: Image.Image) -> bool:
-    """Whether the codes of a BMP of 4 bits hold a literal run of an odd number of pixels."""
+    """Whether a compressed 4-bit BMP contains a literal run with an odd number of pixels."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(image.tile[0][2])
@@ -272,16 +271,16 @@ def _has_odd_run(image: Image.Image) -> bool:
         elif value % 2:
             return True
         else:
-            at += (value + 3) // 4 * 2  # whole words
+            at += (value + 3) // 4 * 2  # padded to whole words
     return False
 
 
 def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if not image.tile or image.tile[0][1] == (0, 0, *image.size) or "transparency" in image.info:
-        return None  # Pillow leaves what a transparent frame does not cover transparent
+        return None  # around a transparent frame, Pillow keeps the image transparent
     extents, background = image.tile[0][1], image.info.get("background")
     if background is None:
-        ground = (255, 255, 255)  # without a table of colours for it, what the frame does not cover is transparent
+        ground = (255, 255, 255)  # without a colour table for it, the area around the frame is transparent
     elif image.global_palette is None:
         ground = (background,) * 3
     else:
@@ -305,14 +304,14 @@ def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None
             and not (header.colour_space == _JP2_CMYK and image.mode == "CMYK"):
         raise UnreadableImage(f"a JPEG 2000 in colours that Pillow does not convert (EnumCS {header.colour_space})")
     if max(header.depths, default=8) > 8 and image.mode != "I;16":
-        raise UnreadableImage("a JPEG 2000 of more than 8 bits in colour or with alpha, of which Pillow reads white as black")
+        raise UnreadableImage("a JPEG 2000 of more than 8 bits in colour or with alpha, whose white Pillow reads as black")
     is_plain = order == list(range(colours)) and alpha is None and min(header.depths, default=8) >= 8
     if header.has_palette and not (image.mode in ("P", "PA") and is_plain and header.palette_columns == sorted(header.palette_columns)):
         raise UnreadableImage("a JPEG 2000 with a palette that Pillow does not apply")
     if image.mode not in ("L", "LA", "RGB", "RGBA") or (is_plain and image.mode in ("L", "RGB")):
         return None
     if header.colour_space == _JP2_SYCC and not (order == [0, 1, 2] and min(header.depths) >= 8):
-        raise UnreadableImage("a JPEG 2000 of YCbCr of few bits or in another order of channels, which Pillow does not convert")
+        raise UnreadableImage("a JPEG 2000 in YCbCr with fewer than 8 bits or another channel order, which Pillow does not convert")
 
     def honour(loaded: Image.Image) -> Image.Image:
         bands = [band if depth >= 8 else band.point([(value >> 8 - depth) * 255 // (2**depth - 1) for value in range(256)])
@@ -331,12 +330,12 @@ def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None
 
 
 def _jpeg2000_channels(header: Jpeg2000Header, mode: str, colours: int) -> tuple[list[int], tuple[int, int] | None]:
-    """The channels of the colours in order, and (channel, type) of alpha or None."""
+    """The channel of each colour, in the order of the colours, and (channel, type) of alpha or None."""
     if header.channels is None or mode in ("P", "PA"):
         return list(range(colours)), (colours, _JP2_ALPHA) if mode in ("LA", "RGBA") else None
     by_colour = {association or 1: channel for channel, (kind, association) in header.channels.items() if kind == 0}
     alphas = [(channel, kind) for channel, (kind, _) in header.channels.items() if kind in (_JP2_ALPHA, _JP2_PREMULTIPLIED)]
     plain_ink = mode == "CMYK" and by_colour == {ink + 1: ink for ink in range(4)}
     if not plain_ink and (sorted(by_colour) != list(range(1, colours + 1)) or len(alphas) > 1 or max(header.channels) >= len(header.depths)):
-        raise UnreadableImage("a JPEG 2000 with channels that Pillow does not sort (box cdef)")
+        raise UnreadableImage("a JPEG 2000 with channels that Pillow does not reorder (box cdef)")
     return [by_colour[colour + 1] for colour in range(colours)], alphas[0] if alphas else None

@@ -38,4 +38,4 @@ def _in_chunks(function: Callable[[Any], Any], items: Sequence[Any], chunk: int,
         while pending:
             yield from pending.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a thread may be stuck in reading a file, and a signal ends the wait for it
+        pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file

@@ -149,7 +149,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     means = RunningMeans()
     unreadable: set[str] = set()
     while True:
-        batches.wait(run.stop)  # before the processes agree on what comes next: a signal ends the wait of one, and then all save
+        batches.wait(run.stop)  # before the processes agree on the next step: a signal ends the wait of one process, and then all save
         signal_number, progress = run.sync()
         finished = progress >= 1
         if not signal_number and run.validations.due(finished):
@@ -227,7 +227,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
 
 def recorded_splits(recipe: Recipe, recorded: dict[str, str]) -> tuple[ImageSplits, str]:
-    """The images, and their fingerprint in the form of the recorded one. Reads some bytes of each image."""
+    """The images in their recorded form, and their fingerprint in the form of the recorded one. Reads some bytes of each image."""
     splits = open_splits(recipe.data).as_recorded(recorded)
     return splits, splits.fingerprint_like(recorded.get("data set"))
 

@@ -36,7 +36,7 @@ class TrainingBatch(NamedTuple):
     classes_B: torch.Tensor
     """Class indices, -1 for the null class."""
     inputs_BT: torch.Tensor
-    """The ids that the model is given: `ids_BT`, a share of them replaced by random codes (prior_training.token_noise)."""
+    """The ids that the model gets: `ids_BT`, with a share of them replaced by random codes (prior_training.token_noise)."""
 
 
 class TokenBatches:

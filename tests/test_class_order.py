@@ -30,7 +30,7 @@ AS_TEXT = sorted(NATURAL)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Five images of each of the classes 0 to 11, a folder a class."""
+    """Five images of each of the classes 0 to 11, with one folder for each class."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for number in range(5 * CLASSES):
@@ -42,7 +42,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def earlier(monkeypatch):
-    """While it is entered, classes are sorted as they were before."""
+    """Sorts classes as text, as they were before, for the duration of a test."""
     with monkeypatch.context() as patch:
         patch.setattr(class_labels, "natural_key", lambda text: text)
         yield patch
@@ -109,7 +109,7 @@ def test_another_order_changes_names_and_indices_together(photos):
     assert splits.as_recorded({"data set": "another"}) is splits
 
 
-def test_what_was_recorded_in_the_earlier_order_is_found_again(photos, tmp_path, earlier):
+def test_records_in_the_earlier_order_are_recognized(photos, tmp_path, earlier):
     names = [f"{number % CLASSES}" for number in range(5 * CLASSES)]
     stored = [(photos / name / f"{index:02}.png").read_bytes() for index, name in enumerate(names)]
     (tmp_path / "tables").mkdir()
@@ -155,7 +155,7 @@ def test_a_new_run_has_the_natural_order(photos, tmp_path, made_earlier):
     assert names_in(tmp_path / "new") == (NATURAL, NATURAL) and audit_run(tmp_path / "new") == 0
 
 
-def test_an_earlier_run_goes_on_in_its_order(photos, earlier_run, capsys):
+def test_an_earlier_run_continues_in_its_order(photos, earlier_run, capsys):
     before = content(earlier_run)
     assert audit_run(earlier_run) == 0, "the labels are compared in the order of the shards"
     longer = recipe_for(photos, earlier_run, tokenizer_training__max_steps=4)
@@ -167,8 +167,8 @@ def test_an_earlier_run_goes_on_in_its_order(photos, earlier_run, capsys):
 
 
 @pytest.mark.parametrize("lost", ["record", "nothing"])
-def test_tokens_that_were_begun_earlier_are_finished_in_the_same_order(photos, earlier_run, lost):
-    """Without a record of the tokens, the tokenizer tells the order."""
+def test_unfinished_tokens_are_finished_in_their_order(photos, earlier_run, lost):
+    """Without a record of the tokens, the order is that of the tokenizer."""
     before = content(earlier_run)
     for name in ("manifest.json", "shard-000001.tar"):
         (earlier_run / "tokens/train" / name).unlink()
@@ -209,7 +209,7 @@ def test_shards_in_another_order_are_not_relabelled(photos, earlier_run, tmp_pat
     assert content(earlier_run) == before
 
 
-def test_proportions_of_classes_are_found_for_a_prior_in_the_earlier_order(photos):
+def test_class_proportions_fit_a_prior_with_the_earlier_order(photos):
     labelled = open_splits(DataConfig(path=str(photos))).in_order_of(AS_TEXT).train
     counts, clause = class_counts(labelled.class_names, labelled, 48)
     assert sum(counts) == 48 and "proportions of the" in clause

@@ -1,4 +1,4 @@
-"""Images that state another colour space than sRGB are named; their numbers stay as they are stored."""
+"""Images that state another colour space than sRGB are reported. Their pixel values are not converted."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ ROW = bytes([10, 20, 30, 40, 50, 60])
 
 
 def linear_profile() -> bytes:
-    """The profile of sRGB with a straight line in place of its curves."""
+    """The sRGB profile with linear curves."""
     content = bytearray(SRGB)
     for entry in range(struct.unpack_from(">I", content, 128)[0]):
         tag, offset, _ = struct.unpack_from(">4sII", content, 132 + 12 * entry)
@@ -42,13 +42,13 @@ NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow 
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", pytest.param("AVIF", marks=NEEDS_AVIF)])
-def test_profiles_that_move_colours_are_named(kind):
+def test_profiles_that_change_colours_are_reported(kind):
     assert stated(saved(kind)) is stated(saved(kind, icc_profile=SRGB)) is None
     assert stated(saved(kind, icc_profile=linear_profile())).endswith("(ICC profile)")
     assert stated(saved(kind, icc_profile=b"no profile")) is None
 
 
-def test_grey_profiles_are_judged_too():
+def test_grey_profiles_are_checked_too():
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 100).save(buffer, "PNG", icc_profile=SRGB)
     assert stated(buffer.getvalue()) is None
@@ -58,37 +58,37 @@ def test_grey_profiles_are_judged_too():
     ([(b"gAMA", struct.pack(">I", 45455))], None), ([(b"gAMA", struct.pack(">I", 100_000))], "gamma 1 (gAMA)"),
     ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))], None),
     ([(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))], None),
-    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "primaries of its own"),
+    ([(b"cHRM", struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000))], "custom primaries"),
     ([(b"cICP", bytes([1, 13, 0, 1]))], None), ([(b"cICP", bytes([9, 16, 0, 1]))], "BT.2020 PQ (code points)"),
     ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], "Display P3 (code points)"), ([(b"cICP", b"")], None),
 ])
-def test_chunks_of_png(chunks, words):
+def test_png_chunks(chunks, words):
     content = png(8, 2, ROW, *chunks)
     assert stated(content) == words
-    assert np.asarray(read_image(content)).tobytes() == ROW, "the numbers stay as they are"
+    assert np.asarray(read_image(content)).tobytes() == ROW, "the pixel values are not converted"
 
 
-def test_tags_of_tiff():
+def test_tiff_tags():
     def with_tags(**tags) -> bytes:
         directory = TiffImagePlugin.ImageFileDirectory_v2()
         for name, value in tags.items():
             directory[{"curve": 301, "white": 318, "primaries": 319}[name]] = value
         return saved("TIFF", tiffinfo=directory)
 
-    assert stated(with_tags(curve=tuple(257 * value for value in range(256)))) == "a curve of its own (TransferFunction)"
+    assert stated(with_tags(curve=tuple(257 * value for value in range(256)))) == "a custom curve (TransferFunction)"
     assert stated(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
     assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06))) is None
-    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "primaries of its own"
+    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "custom primaries"
 
 
 @NEEDS_AVIF
-def test_code_points_of_avif():
+def test_avif_code_points():
     content = saved("AVIF")
     at = content.index(b"nclx") + 4
     assert stated(content[:at] + struct.pack(">HH", 9, 18) + content[at + 4:]) == "BT.2020 HLG (code points)"
 
 
-def test_cameras_mark_adobe_rgb_in_exif():
+def test_adobe_rgb_is_detected_in_exif():
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
     assert stated(saved("JPEG", exif=exif)) == "Adobe RGB (EXIF)"
@@ -96,7 +96,7 @@ def test_cameras_mark_adobe_rgb_in_exif():
     assert stated(saved("JPEG", exif=exif)) is None
 
 
-def test_check_data_counts_and_names_them(tmp_path):
+def test_check_data_counts_and_reports_colour_spaces(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000 if number else 45455))))
     (tmp_path / "broken.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000)))[:60])

@@ -334,19 +334,19 @@ def test_doctor_tells_versions_device_and_recipes(capsys):
         assert f"    cpu: {processor_name()}, {cores} core{'' if cores == 1 else 's'}\n" in said
 
 
-def test_the_suggested_classes_are_those_of_the_readme():
+def test_the_example_classes_match_the_readme():
     digits = [str(digit) for digit in range(10)]
     assert f"--classes {example_classes(digits)} --num 8 --seed 7" in (ROOT / "README.md").read_text()
     assert [example_classes(names) for names in ([], ["cat"], ["cat", "dog"], ["a", "b", "c"])] == ["", "cat", "cat,dog", "a,c"]
 
 
-def test_without_out_the_folder_is_named(tiny_run, tmp_path, monkeypatch, capsys):
+def test_without_out_the_output_folder_is_printed(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (16, 16)).save("one.png")
     assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0
-    assert capsys.readouterr().out.startswith(f"no --out: the images go to {tmp_path / 'samples'}\n")
+    assert capsys.readouterr().out.startswith(f"without --out, the images go to {tmp_path / 'samples'}\n")
     assert dispatch(["reconstruct", str(tiny_run), "one.png"]) == 0
-    assert capsys.readouterr().out.startswith(f"no --out: the images go to {tmp_path / 'reconstructions'}\n")
+    assert capsys.readouterr().out.startswith(f"without --out, the images go to {tmp_path / 'reconstructions'}\n")
 
 
 def test_doctor_helps_where_something_is_missing(monkeypatch, capsys):

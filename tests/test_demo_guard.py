@@ -271,20 +271,20 @@ def test_no_page_can_show_it_in_a_frame(server):
         assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"] and answer.headers["X-Frame-Options"] == "DENY"
 
 
-def test_other_pages_can_neither_embed_it_nor_hold_its_window(server):
+def test_other_pages_cannot_embed_the_demo_or_access_its_window(server):
     for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
         assert answer.headers["Cross-Origin-Resource-Policy"] == answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
         assert "base-uri 'self'" in answer.headers["Content-Security-Policy"]
 
 
-def test_a_websocket_is_refused_with_one_line_of_the_log(server, capsys, caplog):
+def test_a_websocket_is_refused_with_one_log_line(server, capsys, caplog):
     with server.connect(b"GET /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                         b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n") as opened:
         assert opened.recv(100).split()[1] in (b"403", b"404")
     assert len(capsys.readouterr().err.splitlines()) == 1 and not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
-def test_the_head_of_a_request_is_limited_whatever_parser_is_installed(server, monkeypatch):
+def test_request_headers_are_limited_whatever_parser_is_installed(server, monkeypatch):
     monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", object)
     monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", object)
     config = uvicorn.Config(server.page.app, log_config=None)
@@ -344,7 +344,7 @@ def test_uploads_at_the_same_time_stay_within_the_limit(tmp_path, monkeypatch):
     assert 500_000 < most <= 1_000_000
 
 
-def test_small_uploads_do_not_look_through_the_folder_each_time(tmp_path, monkeypatch):
+def test_small_uploads_do_not_scan_the_folder_each_time(tmp_path, monkeypatch):
     looks = []
     make_room = demo_uploads.make_room
     monkeypatch.setattr(demo_uploads, "make_room", lambda *arguments: (looks.append(1), make_room(*arguments))[1])
@@ -484,7 +484,7 @@ def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded
     with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
         read_image(content)
     event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
-    assert event == "error" and "it is TIFF, and only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are read here" in answer["error"]
+    assert event == "error" and "it is TIFF, but only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are accepted here" in answer["error"]
 
 
 @pytest.mark.parametrize("kind", sorted(set(demo_requests.FORMATS) - {"MPO"}))
@@ -497,7 +497,7 @@ def test_formats_that_browsers_show_are_taken(tmp_path, kind):
 def test_formats_that_browsers_do_not_show_are_not_opened(tmp_path, monkeypatch, kind):
     Image.new("L", (30, 20)).save(tmp_path / "image", kind)
     monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("it was opened"), Image.OPEN[kind][1]))
-    with pytest.raises(UnreadableImage, match=f"it is {kind}, and only AVIF, .* are read here" if kind != "TGA" else "not an image of a known"):
+    with pytest.raises(UnreadableImage, match=f"it is {kind}, but only AVIF, .* are accepted here" if kind != "TGA" else "not an image of a known"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
 
 
@@ -523,7 +523,7 @@ def test_metadata_that_unpacks_to_gigabytes_takes_little_memory(tmp_path, kind):
     elif kind == "JPEG":
         image.save(path, "JPEG")
         content = path.read_bytes()
-        start = content.index(b"\xff\xdb")  # JFIF's segment goes: without it Pillow reads the EXIF data when it opens the file
+        start = content.index(b"\xff\xdb")  # drops the JFIF segment: without it, Pillow reads the EXIF data when it opens the file
         segments = [jpeg_segment(0xE1, b"Exif\0\0" + bomb[at:at + 60_000]) for at in range(0, len(bomb), 60_000)]
         path.write_bytes(content[:2] + b"".join(segments) + content[start:])
     else:
@@ -540,7 +540,7 @@ def test_metadata_that_unpacks_to_gigabytes_takes_little_memory(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_long_exif_data_still_turn_the_image(tmp_path, kind):
+def test_long_exif_data_still_rotates_the_image(tmp_path, kind):
     exif = Image.Exif()
     exif[0x0112], exif[0x9286] = 6, b"x" * 60_000
     exif = exif.tobytes() + bytes(0 if kind == "JPEG" else 200_000)
@@ -549,7 +549,7 @@ def test_long_exif_data_still_turn_the_image(tmp_path, kind):
 
 
 def progressive_jpeg(passes: int) -> bytes:
-    """16 million pixels, and a pass over all of them in 30 bytes, again and again."""
+    """A JPEG of 16 million pixels with many passes over all of them, each of 30 bytes."""
     file = io.BytesIO()
     Image.new("L", (4000, 3992), 128).save(file, "JPEG", progressive=True)
     content = file.getvalue()
@@ -558,7 +558,7 @@ def progressive_jpeg(passes: int) -> bytes:
 
 
 @pytest.mark.parametrize("ending", ["stop", "time"])
-def test_a_jpeg_of_thousands_of_passes_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+def test_decoding_a_jpeg_with_thousands_of_passes_ends_on_stop_and_timeout(tmp_path, monkeypatch, ending):
     (tmp_path / "image.jpg").write_bytes(progressive_jpeg(5000))
     stop, pipe = threading.Event(), tiny_pipeline()
     monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
@@ -574,7 +574,7 @@ def test_a_jpeg_of_thousands_of_passes_ends_by_stop_and_after_a_while(tmp_path, 
     timer.join()
 
 
-def test_stop_frees_the_worker_while_a_decoder_does_not_listen(tmp_path, monkeypatch):
+def test_stop_frees_the_worker_while_a_decoder_cannot_be_interrupted(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "image.png")
     stop, pipe, finish = threading.Event(), tiny_pipeline(), threading.Event()
     load = ImageFile.ImageFile.load
@@ -594,15 +594,15 @@ def avif(width: int, height: int, **options) -> bytes:
     return picture(width, height, "AVIF", speed=10, **options)
 
 
-def test_an_avif_whose_frames_are_larger_than_its_header_says_is_decoded_in_another_process(tmp_path, monkeypatch):
+def test_an_avif_with_frames_larger_than_its_header_is_decoded_in_another_process(tmp_path, monkeypatch):
     content, load = avif(400, 400), ImageFile.ImageFile.load
     size = content.index(b"ispe") + 8
     (tmp_path / "image.avif").write_bytes(content[:size] + struct.pack(">II", 8, 8) + content[size + 8:])
 
-    decoded = []  # in the server
+    decoded = []  # in the process of the server
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (decoded.append(image.format), load(image))[1])
     monkeypatch.setattr(demo_requests, "MAX_UPLOAD_PIXELS", 10_000)
-    with contextlib.suppress(UnreadableImage):  # Pillow versions differ in what they make of it
+    with contextlib.suppress(UnreadableImage):  # only some versions of Pillow decode it
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image.avif")
     (tmp_path / "large.avif").write_bytes(content)
     with pytest.raises(UnreadableImage, match="400 x 400 pixels, more than"):
@@ -611,7 +611,7 @@ def test_an_avif_whose_frames_are_larger_than_its_header_says_is_decoded_in_anot
 
 
 @pytest.mark.parametrize("ending", ["stop", "time"])
-def test_the_avif_process_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+def test_the_avif_process_ends_on_stop_and_timeout(tmp_path, monkeypatch, ending):
     (tmp_path / "image.avif").write_bytes(avif(20, 20))
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)")
     monkeypatch.setattr(demo_requests.demo_avif, "__file__", str(tmp_path / "slow.py"))
@@ -629,7 +629,7 @@ def test_the_avif_process_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, 
     timer.join()
 
 
-def test_an_avif_is_turned_and_a_damaged_one_is_refused(tmp_path):
+def test_an_avif_is_rotated_and_a_damaged_one_is_refused(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "image.avif").write_bytes(avif(30, 20, exif=exif, quality=100, subsampling="4:4:4"))
@@ -641,7 +641,7 @@ def test_an_avif_is_turned_and_a_damaged_one_is_refused(tmp_path):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "cut.avif")
 
 
-def test_an_upload_that_was_deleted_is_refused_in_words(tmp_path):
+def test_a_deleted_upload_gives_a_clear_error(tmp_path):
     with pytest.raises(demo.InputError, match=r"no longer stored\. Upload the image again"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "gone.png")
 

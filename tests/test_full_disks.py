@@ -184,7 +184,7 @@ def test_images_on_a_disk_that_is_really_full(small_disk, tiny_run):
 
 
 class TrackersWithFullDisk:
-    """What MetricsLog and TrainingRun.end use of an Accelerator. TensorBoard's thread has met a full disk, and its calls say so without a file."""
+    """The part of an Accelerator that MetricsLog and TrainingRun.end use. Its calls raise an error for a full disk, without a file name."""
 
     log_with, is_main_process = ["tensorboard"], True
 
@@ -197,7 +197,7 @@ class TrackersWithFullDisk:
     end_training = log
 
 
-def test_a_full_disk_that_a_tracker_meets_is_named(tmp_path):
+def test_a_full_disk_under_a_tracker_is_reported(tmp_path):
     metrics = MetricsLog(TrackersWithFullDisk(), tmp_path / "logs", 0, 0, {})
     with pytest.raises(DiskFull, match=rf"no space left in {tmp_path}/logs: "):
         metrics.write(1, "train", loss=1.0)
@@ -206,8 +206,8 @@ def test_a_full_disk_that_a_tracker_meets_is_named(tmp_path):
         TrainingRun.end(run)
 
 
-def test_a_full_disk_under_the_notes_of_workers_is_named(tmp_path, capsys):
+def test_a_full_disk_under_the_notes_of_workers_is_reported(tmp_path, capsys):
     (tmp_path / "0.pid").symlink_to("/dev/full")
     (tmp_path / "0.words").symlink_to("/dev/full")
     assert guarded(lambda: write_note(tmp_path / "0.pid", "1"), tmp_path / "0.words") == 2
-    assert f"error: no space left in {tmp_path}: " in capsys.readouterr().err, "the words are printed where they cannot be left"
+    assert f"error: no space left in {tmp_path}: " in capsys.readouterr().err, "the message is printed if it cannot be written to the file"

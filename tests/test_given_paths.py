@@ -1,4 +1,4 @@
-"""Every argument that is a path: a text that no path can be ends in words and with exit code 2, before anything is read or written."""
+"""For every argument that is a path: a string that cannot be a path gives an error and exit code 2, before anything is read or written."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from pipelines.command_line import dispatch
 from vqmosaic.launch import guarded
 
 IMPOSSIBLE = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
-              "through a file": ("FILE/x", "is a file"), "circle of links": ("CIRCLE/x", "circle of links")}
+              "through a file": ("FILE/x", "is a file"), "loop of links": ("LOOP/x", "loop of links")}
 COMMANDS_WITH_PATHS = {
     "recipe": ["run", "PATH"], "run_dir": ["run", "digits", "--run_dir", "PATH"], "data.path": ["check-data", "image_folder", "--data.path", "PATH"],
     "tokenizer of tokens": ["preprocess", "digits", "--tokens.tokenizer", "PATH"],
@@ -32,20 +32,20 @@ COMMANDS_WITH_PATHS = {
 
 @pytest.mark.parametrize("kind", IMPOSSIBLE)
 @pytest.mark.parametrize("name", COMMANDS_WITH_PATHS)
-def test_a_text_that_no_path_can_be_is_refused_in_words(name, kind, tmp_path, tiny_run, monkeypatch, capsys):
+def test_a_string_that_cannot_be_a_path_is_refused(name, kind, tmp_path, tiny_run, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("seed: 1\n")
-    Path("CIRCLE").symlink_to("CIRCLE")
+    Path("LOOP").symlink_to("LOOP")
     arguments = [part.replace("PATH", IMPOSSIBLE[kind][0]).replace("RUN", str(tiny_run)) for part in COMMANDS_WITH_PATHS[name]]
-    if name == "recipe file":  # a text with a zero byte can only stand in a file
+    if name == "recipe file":  # arguments cannot contain a null byte, but files can
         Path("FILE").write_text('data: {path: "a\\0b", source: folder}\n')
     assert guarded(lambda: dispatch(arguments)) == 2
     words = capsys.readouterr().err
     assert words.startswith("error: ") and len(words) < 2000 and "Errno" not in words
-    assert (IMPOSSIBLE[kind][1] if name != "recipe file" else "zero byte") in words, words
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["CIRCLE", "FILE"], "nothing is written"
+    assert (IMPOSSIBLE[kind][1] if name != "recipe file" else "null byte") in words, words
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "LOOP"], "nothing is written"
 
 
-def test_a_path_that_turns_out_impossible_is_named(capsys):
+def test_the_error_for_an_impossible_path_names_it(capsys):
     assert guarded(lambda: Path("/" + "x" * 300).read_bytes()) == 2
     assert "too long" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_class_numbers_without_a_name_are_named(tmp_path, hub_cache):
+def test_class_numbers_without_a_name_are_refused(tmp_path, hub_cache):
     import json
 
     import pyarrow
@@ -234,7 +234,7 @@ def test_class_numbers_without_a_name_are_named(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_a_failure_of_the_library_names_its_cause(tmp_path, hub_cache):
+def test_an_error_of_the_library_shows_its_cause(tmp_path, hub_cache):
     import pyarrow
     import pyarrow.parquet
 
@@ -244,7 +244,7 @@ def test_a_failure_of_the_library_names_its_cause(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path)))
 
 
-def test_paths_in_tables_that_no_file_can_have(tmp_path, hub_cache):
+def test_impossible_paths_in_tables_are_unreadable_images(tmp_path, hub_cache):
     (tmp_path / "tables").mkdir()
     hub_cache.Dataset.from_dict({"image": ["a\0b"] * 4}).to_parquet(tmp_path / "tables" / "train.parquet")
     data = DataConfig(path=str(tmp_path / "tables"), image_column="image")

@@ -349,7 +349,7 @@ def test_different_values_of_metadata_are_different_classes(values, classes, tmp
     assert open_splits(DataConfig(path=str(tmp_path), label_column="kind")).class_names == classes
 
 
-def test_rows_and_images_that_do_not_match_are_named(tmp_path):
+def test_metadata_rows_that_match_no_image_are_reported(tmp_path):
     write_image(tmp_path / "0.png")
     write_image(tmp_path / "sub" / "1.png", 1)
     data = DataConfig(path=str(tmp_path), label_column="kind")
@@ -389,7 +389,7 @@ def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
         open_splits(DataConfig(path=str(tmp_path), label_column="b"))
 
 
-def test_links_and_files_that_hold_no_image_do_not_end_a_run(tmp_path):
+def test_links_and_files_without_an_image_do_not_end_a_run(tmp_path):
     write_classes(tmp_path, {"cat": 4, "dog": 4})
     (tmp_path / "cat" / "itself.png").symlink_to("itself.png")
     (tmp_path / "folder").symlink_to("folder")
@@ -405,7 +405,7 @@ def test_links_and_files_that_hold_no_image_do_not_end_a_run(tmp_path):
     assert any("1 file is left out" in line and "such as folder" in line for line in lines)
 
 
-def test_folders_may_lie_deeper_than_calls(tmp_path):
+def test_folders_may_be_nested_deeper_than_the_recursion_limit(tmp_path):
     write_image(tmp_path / ("d/" * 200) / "1.png")
     write_image(tmp_path / "c" / "2.png")
     before = sys.getrecursionlimit()

@@ -130,7 +130,7 @@ def test_animation_gives_its_first_frame():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "TGA", "BMP", "GIF", "JPEG2000", "PPM", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
-def test_images_that_are_loaded_already(kind, mode, tmp_path):
+def test_images_that_are_already_loaded(kind, mode, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
     if (kind, mode) in {("JPEG2000", "P"), ("PPM", "P")}:
         pytest.skip("Pillow does not write it")

@@ -204,13 +204,13 @@ def test_the_first_signal_ends_a_wait(number):
         started = time.monotonic()
         assert stop.wait_for(threading.Event().wait) is None and stop.signal == number
         assert time.monotonic() - started < 5
-        assert stop.wait_for(lambda: 3) is None, "nothing is begun after a signal"
+        assert stop.wait_for(lambda: 3) is None, "nothing is started after a signal"
         with pytest.raises(Interrupted, match="all is kept") as stopped:
             stop.wait_or_leave(lambda: 3, "all is kept")
         assert stopped.value.exit_code == EXIT_CODES[number]
 
 
-def test_no_handler_of_failures_takes_an_interruption_for_one():
+def test_except_exception_does_not_catch_an_interruption():
     assert not issubclass(Interrupted, Exception)
 
 
@@ -225,7 +225,7 @@ folder, read = Path(sys.argv[1]), FolderSource.read
 def stuck(self, index):
     if (folder / "hang").exists():
         (folder / "hangs").touch()
-        time.sleep(1000)  # as where a network file system is out of reach
+        time.sleep(1000)  # as if a network file system did not answer
     return read(self, index)
 FolderSource.read = stuck
 run_worker(train.main, sys.argv[2:])
@@ -233,7 +233,7 @@ run_worker(train.main, sys.argv[2:])
 
 
 def train_until_stuck(tmp_path, workers: int) -> subprocess.Popen:
-    """A training whose images cannot be read any more after step 2. The cache holds none of them, or they are decoded in threads."""
+    """A training whose images can no longer be read after step 2. The cache holds none of them, or they are decoded in threads."""
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(400):
@@ -264,17 +264,17 @@ def test_the_first_signal_ends_the_wait_for_images_and_saves_the_last_step(worke
     started = time.monotonic()
     _, words = process.communicate(timeout=60)
     assert process.returncode == 130, words
-    assert time.monotonic() - started < 20, "the workers are not waited for"
+    assert time.monotonic() - started < 20, "the process does not wait for the workers"
     assert f"stopped by SIGINT; tokenizer saved at step {steps}" in words
     [checkpoint] = (tmp_path / "run/checkpoints/tokenizer").glob("step-*")
     assert checkpoint.name == f"step-{steps:08d}" and (checkpoint / "checksums.json").is_file()
 
 
-def test_a_compiler_that_a_signal_ended_is_not_blamed(tmp_path, monkeypatch):
-    """Ctrl-C in a terminal goes to the compiler too, which then fails."""
+def test_a_compiler_that_a_signal_ended_is_not_reported_as_broken(tmp_path, monkeypatch):
+    """Ctrl-C in a terminal also reaches the compiler, which then fails."""
     def interrupted_compiler(*_, **__):
         def fail(_):
-            with contextlib.suppress(Interrupted):  # as where the library runs the compiler in a thread of its own
+            with contextlib.suppress(Interrupted):  # as if the library ran the compiler in its own thread
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
             raise RuntimeError("g++ returned -2")

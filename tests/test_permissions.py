@@ -229,8 +229,8 @@ def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, na
     path.chmod(0o755)
 
 
-def test_an_image_without_permission_is_left_out_of_the_identity_until_the_end(place):
-    """With permission later, the data set is the same one; its other images are compared as before."""
+def test_the_identity_always_leaves_out_an_image_that_lacked_permission(place):
+    """When permission is granted later, the data set is still the same, and its other images are compared as before."""
     (place / "images/cat").mkdir(parents=True)
     for number in range(4):
         Image.new("L", (8, 8), number).save(place / f"images/cat/{number}.png")

@@ -435,7 +435,7 @@ def test_dataclass_fields_of_the_transform_are_all_compared(tiny_run):
 
 @pytest.mark.parametrize("cores", [1, 64])
 def test_the_first_signal_ends_the_wait_for_an_image(cores, tiny_run, photos, tmp_path, monkeypatch):
-    """As where a network file system is out of reach: in the main thread, or in those that decode ahead of the encoder."""
+    """As if a network file system did not answer, in the main thread or in the threads that decode ahead of the encoder."""
     file_system_is_back, read, seen = threading.Event(), FolderSource.read, []
 
     def stuck(self, index):

@@ -335,7 +335,7 @@ def test_token_noise_replaces_its_share_of_the_inputs_and_no_target(make_reader)
         assert batch.inputs_BT.min() >= 0 and batch.inputs_BT.max() < 48
         assert torch.equal(batch.inputs_BT, torch.cat([noisy.batch(step, 256, rank, 3).inputs_BT for rank in range(3)])), "whatever the ranks"
         replaced.append((batch.inputs_BT != batch.ids_BT).float())
-    # a random code equals the one that it replaces once in 48 times
+    # one in 48 random codes equals the code that it replaces
     assert torch.cat(replaced).mean() == pytest.approx(0.25 * 47 / 48, abs=0.02)
     assert torch.cat(replaced).mean(0).numpy() == pytest.approx(0.25 * 47 / 48, abs=0.06), "at every place"
     assert (replaced[0] * replaced[2]).mean() == pytest.approx((0.25 * 47 / 48) ** 2, abs=0.02), "other places in another epoch"

@@ -326,7 +326,7 @@ def unread_fields(sources: list[str]) -> set[str]:
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 read.add((owner, node.attr))
     unread = set()
-    for name in fields_of(Recipe()).keys() - {"minutes", "fit_to_data"}:  # read by fields_from_data.py, before there is a Recipe
+    for name in fields_of(Recipe()).keys() - {"minutes", "fit_to_data"}:  # fields_from_data.py reads them, before there is a Recipe
         section, _, field = name.rpartition(".")
         if not any((owner, field) in read for owner in READ_THROUGH[section]):
             unread.add(name)
@@ -464,7 +464,7 @@ def test_check_range_refuses_values_that_are_not_numbers(given):
 
 
 @pytest.mark.parametrize("marker", [".lock", "stages"])
-def test_the_file_in_a_run_folder_is_the_same_recipe_as_the_folder(tmp_path, monkeypatch, marker):
+def test_recipe_yaml_in_a_run_folder_loads_like_the_folder(tmp_path, monkeypatch, marker):
     project = tmp_path / "project"
     (project / "photos").mkdir(parents=True)
     (project / "runs/x" / marker).mkdir(parents=True)

@@ -223,7 +223,7 @@ def test_an_image_whose_read_error_passed_is_named_by_audit_and_stored_by_repair
     said = capsys.readouterr().out
     for name in (*names["train"], *names["validation"]):
         assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), and can be read now" in said
-    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problem" in said, "the image that is really broken is no problem"
+    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problem" in said, "an image that is still broken is not a problem"
     assert audit_run(run, repair=True) == 0
     assert content(run) == content(written[0]), "byte for byte as if the error had not been"
     assert "2 skipped images can be read now" in capsys.readouterr().out
@@ -394,7 +394,7 @@ def test_a_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
 
 
 def run_with_unread_image(tiny_run: Path, photos: Path, folder: Path) -> tuple[Recipe, Path]:
-    """A run over a copy of the photos, one of which is a link whose target is missing; and that link."""
+    """The recipe of a run over a copy of the photos, one of which is a dead link, and the path of that link."""
     shutil.copytree(photos, folder / "photos")
     recipe = tiny_recipe(folder / "run", data__source="folder", data__path=folder / "photos", data__validation_fraction=0.2,
                          tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=PER_SHARD, tokens__batch_size=8, data__max_unreadable=0.1)
@@ -405,7 +405,7 @@ def run_with_unread_image(tiny_run: Path, photos: Path, folder: Path) -> tuple[R
     return recipe, link
 
 
-def test_an_image_that_could_not_be_opened_is_taken_in_when_it_can(tiny_run, written, tmp_path, capsys):
+def test_an_image_that_could_not_be_opened_is_added_when_it_can(tiny_run, written, tmp_path, capsys):
     recipe, link = run_with_unread_image(tiny_run, written[1], tmp_path)
     run, name = tmp_path / "run", "/".join(link.parts[-2:])
     assert TokenShardManifest.load(run / "tokens/train").dataset["unread"] == [3] and "unread" not in TokenShardManifest.load(
@@ -429,7 +429,7 @@ def test_an_image_that_could_not_be_opened_is_taken_in_when_it_can(tiny_run, wri
     assert audit_run(run) == 1, "a change of another image is still seen"
 
 
-def test_a_training_goes_on_when_an_image_can_be_opened(tiny_run, written, tmp_path, capsys):
+def test_training_continues_when_an_image_can_be_opened_again(tiny_run, written, tmp_path, capsys):
     recipe, _ = run_with_unread_image(tiny_run, written[1], tmp_path)
     train_tokenizer.train(dataclasses.replace(recipe, tokens=dataclasses.replace(recipe.tokens, tokenizer=None)))
     (tmp_path / "away.png").rename(tmp_path / "target.png")
@@ -439,8 +439,8 @@ def test_a_training_goes_on_when_an_image_can_be_opened(tiny_run, written, tmp_p
     assert "resumed at step 6" in capsys.readouterr().out
 
 
-def test_identities_of_images_that_can_be_opened_are_what_they_were(written, tmp_path):
-    """Records of before have no list of unread images."""
+def test_identities_of_readable_images_have_not_changed(written, tmp_path):
+    """Earlier records have no list of unread images."""
     shutil.copytree(written[1], tmp_path / "photos")
     recipe = tiny_recipe(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__validation_fraction=0.2)
     source = open_splits(recipe.data).train

@@ -80,9 +80,9 @@ def test_the_transparent_grey_of_8_and_16_bits():
     assert grey(png(16, 0, struct.pack(">2H", 0x2020, 0x2021), (b"tRNS", struct.pack(">H", 0x2020)))) == [255, 32]
 
 
-def test_alpha_of_a_palette_is_whole_whatever_its_bytes():
+def test_palette_alpha_is_complete_whatever_its_bytes():
     table = (b"PLTE", bytes(9))
-    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0, 10])), width=3)) == [0, 255, 245], "10 ends a line"
+    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0, 10])), width=3)) == [0, 255, 245], "byte 10 is a line feed"
     assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0])), width=3)) == [0, 255, 0]
 
 
@@ -172,13 +172,13 @@ def test_colour_maps_may_have_8_bits():
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("deflate", [False, True])
-def test_samples_of_32_bits_in_either_byte_order(order, deflate):
+def test_32_bit_samples_in_either_byte_order(order, deflate):
     assert grey(tiff(2, [32], 1, struct.pack(f"{order}2f", 0.25, 1.0), 3, order=order, deflate=deflate)) == [64, 255]
     assert grey(tiff(2, [32], 1, struct.pack(f"{order}2i", 32896, 65535), 2, order=order, deflate=deflate)) == [128, 255]
 
 
 @pytest.mark.parametrize("order", "<>")
-def test_planes_of_16_bits(order):
+def test_16_bit_planes(order):
     planes = struct.pack(f"{order}6H", 0x1234, 0xFFFF, 0x5678, 0x8080, 0x9ABC, 0)
     assert colours(tiff(2, [16] * 3, 2, planes, order=order, more={284: [2], 273: [8, 12, 16], 279: [4, 4, 4]})) \
         == [[0x12, 0x56, 0x9A], [255, 128, 0]]
@@ -188,14 +188,14 @@ def test_uncompressed_ycbcr_becomes_rgb():
     assert colours(tiff(2, [8] * 3, 6, bytes([255, 128, 128, 76, 85, 255]), more={530: [1, 1]})) == [[255, 255, 255], [254, 0, 0]]
 
 
-def test_missing_strips_are_not_taken_for_black():
+def test_missing_strips_are_not_read_as_black():
     present = {257: [2], 278: [1]}
     assert grey(tiff(2, [8], 1, bytes([9, 8, 7, 6]), more=present | {273: [8, 10], 279: [2, 2]})) == [9, 8, 7, 6]
     for missing in ({273: [8], 279: [2]}, {273: [8, 0], 279: [2, 0]}):
         assert "truncated" in refusal(tiff(2, [8], 1, bytes([9, 8, 7, 6]), more=present | missing))
 
 
-def test_rgb_with_levels_of_its_own_is_refused():
+def test_rgb_with_its_own_levels_is_refused():
     def levels(*numbers):
         content = tiff(1, [8] * 3, 2, bytes([16, 16, 16]), more={532: [0]})
         at = content.index(struct.pack("<HHI", 532, 3, 1))
@@ -206,7 +206,7 @@ def test_rgb_with_levels_of_its_own_is_refused():
     assert "ReferenceBlackWhite" in refusal(levels(16, 235, 16, 235, 16, 235))
 
 
-def test_a_preview_is_not_taken_for_the_image():
+def test_a_preview_is_not_read_as_the_image():
     previewed = {254: [1]}
     assert grey(tiff(1, [8], 1, bytes([7]), more=previewed)) == [7], "there is no other image in the file"
     assert "preview" in refusal(tiff(1, [8], 1, bytes([7]), more=previewed | {330: [8]}))
@@ -219,7 +219,7 @@ def test_a_preview_is_not_taken_for_the_image():
 
 
 def test_a_tag_given_twice_is_refused():
-    # Pillow checks the last tile size against the pixel limit, libtiff makes room for the first.
+    # Pillow checks the last tile size against the pixel limit, but libtiff allocates memory for the first.
     image = {257: [2], 322: [4096], 323: [4096], 324: [8], 325: [4]}
     content = tiff(2, [8], 1, bytes(4), more=image)
     at = content.index(struct.pack("<HHI", 323, 3, 1))
@@ -249,7 +249,7 @@ def test_the_sixteenth_bit_of_tga_does_not_blank_the_image(descriptor, bit):
     assert colours(table) == [[0, 0, 255], [255, 0, 0]]
 
 
-def test_interleaved_rows_of_tga_are_refused():
+def test_interleaved_tga_rows_are_refused():
     assert "interleaved" in refusal(struct.pack("<BBBHHBHHHHBB", 0, 0, 3, 0, 0, 0, 0, 0, 2, 2, 8, 0x60) + bytes(4))
 
 
@@ -278,14 +278,14 @@ def greys(*values: int) -> bytes:
 @pytest.mark.parametrize(("bits", "data", "compression"), [
     (1, bytes([0b01100000, 0, 0, 0]), 0), (4, bytes([0x01, 0x10, 0, 0]), 0), (8, bytes([0, 1, 1, 0]), 0), (8, bytes([1, 0, 2, 1, 1, 0, 0, 1]), 1),
 ])
-def test_bmp_pixels_have_their_own_depth_whatever_the_palette(bits, data, compression):
+def test_bmp_depth_does_not_depend_on_the_palette(bits, data, compression):
     assert grey(bmp(4, bits, greys(0, 255), data, compression)) == [0, 255, 255, 0]
     assert grey(bmp(4, bits, greys(255, 0), data, compression)) == [255, 0, 0, 255]
     if bits > 1:
         assert grey(bmp(4, bits, greys(*range(2 ** min(bits, 5))), data, compression)) == [0, 1, 1, 0]
 
 
-def test_bmp_alpha_that_is_zero_everywhere_is_not_meant():
+def test_bmp_alpha_that_is_zero_everywhere_is_ignored():
     masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
     assert colours(bmp(2, 32, b"", bytes([1, 2, 3, 0, 4, 5, 6, 0]), 3, masks)) == [[3, 2, 1], [6, 5, 4]]
     assert colours(bmp(2, 32, b"", bytes([1, 2, 3, 0, 4, 5, 6, 255]), 3, masks)) == [[255, 255, 255], [6, 5, 4]]
@@ -301,7 +301,7 @@ def test_literal_runs_of_4_bit_bmp_are_read_or_refused():
 
 
 def gif(background: int, has_table: bool = True, transparent: int | None = None) -> bytes:
-    """A GIF of three pixels whose frame covers the middle one, in the second colour of a table."""
+    """A GIF of three pixels. Its frame covers the middle pixel with the second colour of a table."""
     table = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
     control = b"" if transparent is None else bytes([0x21, 0xF9, 4, 1, 0, 0, transparent, 0])
     frame = b"," + struct.pack("<HHHHB", 1, 0, 1, 1, 0 if has_table else 0x81) + (b"" if has_table else table)
@@ -309,7 +309,7 @@ def gif(background: int, has_table: bool = True, transparent: int | None = None)
     return b"GIF89a" + screen + (table if has_table else b"") + control + frame + bytes([2, 2, 0b01001100, 0b1, 0]) + b";"
 
 
-def test_gif_outside_of_its_frame_has_the_background():
+def test_gif_shows_its_background_outside_the_frame():
     green, white = [0, 255, 0], [255, 255, 255]
     assert colours(gif(0)) == [[255, 0, 0], green, [255, 0, 0]]
     assert colours(gif(2)) == [[0, 0, 255], green, [0, 0, 255]]
@@ -320,7 +320,7 @@ def test_gif_outside_of_its_frame_has_the_background():
 
 
 def jp2(image: Image.Image, *boxes: tuple[bytes, bytes], space: int | None = None) -> bytes:
-    """The image as JPEG 2000 with boxes of the header added, in place of Pillow's own definition of channels."""
+    """The image as JPEG 2000, with these header boxes instead of Pillow's own channel definition."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG2000")
     content = buffer.getvalue()
@@ -347,7 +347,7 @@ RGB_CHANNELS = [(0, 0, 1), (1, 0, 2), (2, 0, 3)]
     ([*RGB_CHANNELS, (3, 1, 0)], [132, 137, 142]), ([*RGB_CHANNELS, (3, 2, 0)], [137, 147, 157]), ([*RGB_CHANNELS, (3, 65535, 65535)], [10, 20, 30]),
     ([(0, 0, 3), (1, 0, 2), (2, 0, 1), (3, 1, 0)], [142, 137, 132]), (None, [132, 137, 142]),
 ])
-def test_jpeg2000_channels_are_what_the_file_defines(definition, expected):
+def test_jpeg2000_channels_follow_their_definition(definition, expected):
     content = jp2(Image.new("RGBA", (8, 8), (10, 20, 30, 128)), *([channels(*definition)] if definition else []))
     assert np.allclose(colours(content)[0], expected, atol=1)
 
@@ -363,7 +363,7 @@ def test_jpeg2000_alpha_may_come_first():
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("depth", [1, 4, 7])
 def test_jpeg2000_white_depends_on_the_depth(mode, depth):
-    # Pillow writes 8 bits only. With another depth in the header, a plain colour is decoded as that depth's middle plus the same offset.
+    # Pillow writes 8 bits only. With another depth in the header, a uniform colour decodes to the middle of that depth plus the same offset.
     content = bytearray(jp2(Image.new(mode, (8, 8), 127 if mode == "L" else (127, 127, 127))))
     sizes = content.index(b"\xff\x4f\xff\x51") + 4 + 38
     for component in range(len(mode)):

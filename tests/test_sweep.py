@@ -387,7 +387,7 @@ def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known,
     assert sweep(pipeline, "--real", real, *common) == 0 and len(results_of(record)) == 1
     content["setup"]["real"]["sha256"] = "0" * 64
     record.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"real\.sha256 is another digest"):
+    with pytest.raises(InputError, match=r"real\.sha256 differs"):
         sweep(pipeline, "--real", real, *common)
 
 
@@ -416,7 +416,7 @@ def test_another_setup_is_refused(known, features, tmp_path):
     with pytest.raises(InputError, match=r"seed was 0, now 5"):
         sweep(*common, "--images", 20, "--seed", 5)
     other = scripted(nn.Sequential(Pooled()), tmp_path / "pooled.pt")
-    with pytest.raises(InputError, match=r"features\.sha256 is another digest"):
+    with pytest.raises(InputError, match=r"features\.sha256 differs"):
         sweep(*common, "--images", 20, "--features", other)
     assert record.read_bytes() == content
     for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "holds no JSON object")):

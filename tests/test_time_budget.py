@@ -116,7 +116,7 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
     (30, 2, 30, "about 0.3, from the trial step", False),
     (10**6, 2, 100, "about 1.0, from the trial step", False),
 ], ids=str)
-def test_the_plan_says_what_a_budget_has_time_for(max_steps, max_minutes, steps, epochs, warned):
+def test_the_plan_shows_what_the_budget_has_time_for(max_steps, max_minutes, steps, epochs, warned):
     changes = {"prior_training__max_steps": max_steps, "prior_training__max_minutes": max_minutes, "prior_training__batch_size": 10}
     training = tiny_recipe("unused", **changes).prior_training
     assert budget_module.epochs(training, steps, 1000) == epochs
@@ -142,7 +142,7 @@ def test_a_validation_on_few_images_gets_a_warning(chosen, available, classes, w
 def test_the_plan_warns_of_few_steps_and_few_validation_images(stage, run_dir, capsys):
     train(stage, run_dir, max_steps="null", max_minutes=0.005, validation_images=20)
     said = capsys.readouterr().out
-    assert re.search(rf"warning: {stage}_training.max_minutes 0.005 has time for about \d+ steps?,", said)
+    assert re.search(rf"warning: {stage}_training.max_minutes 0.005 has time for about \d+ steps? \(", said)
     assert re.search(r"warning: only \d+ images to validate on\.", said) and re.search(r"epochs +about \d\.\d, from the trial step", said)
 
 

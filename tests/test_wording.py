@@ -23,5 +23,5 @@ def test_another_plural_and_the_verb():
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_numbers_of_shards_and_reconstructions_go_through_counted(path):
-    """A run often has one of these."""
+    """A run often has only one of them."""
     assert not re.findall(r"\{len\([^{}]*\)\} (?:shards|reconstructions|views)\b(?! at\b)", path.read_text())

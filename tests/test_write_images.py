@@ -209,8 +209,8 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1, "--seed", 4) == 2
     said = capsys.readouterr().err
-    assert "another request: the pipeline is another one: its prior differs; --seed was 0, now 4. Give another --out" in said
-    assert not re.search("[0-9a-f]{16}", said.replace(str(tmp_path), "")), "digests tell a reader nothing"
+    assert "another request: the pipeline is a different one: its prior differs; --seed was 0, now 4. Give another --out" in said
+    assert not re.search("[0-9a-f]{16}", said.replace(str(tmp_path), "")), "digests mean nothing to a reader"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
@@ -230,7 +230,7 @@ def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
     assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
 
 
-# --- one process at a time, files that were damaged --------------------------------------------------------------------------
+# --- one process at a time, damaged files --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,10 +263,10 @@ def test_a_second_process_in_one_folder_is_refused(tiny_run, photos, tmp_path, h
     assert not pictures(out) and not list(out.glob("*.json"))
     process.kill()
     process.wait()
-    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process blocks nobody"
+    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process does not block others"
 
 
-def test_without_out_a_folder_that_another_process_is_about_to_fill_is_left_to_it(tiny_run, tmp_path, monkeypatch, holder):
+def test_without_out_a_folder_that_another_process_has_locked_is_skipped(tiny_run, tmp_path, monkeypatch, holder):
     monkeypatch.chdir(tmp_path)
     holder(tmp_path / "samples")
     assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0

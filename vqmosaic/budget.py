@@ -8,7 +8,7 @@ from vqmosaic.recipe_sections import TrainingConfig
 from vqmosaic.wording import counted
 
 FEW_STEPS = 100
-"""A time budget for fewer steps than this gets a warning."""
+"""The plan warns if a time budget has time for fewer steps than this."""
 
 
 class Budget:
@@ -109,7 +109,7 @@ def duration(seconds: float) -> str:
 
 
 def epochs(training: TrainingConfig, steps: int, images: int) -> str:
-    """How often a training sees its images, for the plan. `steps` is the whole number of steps, estimated from a trial step under a time budget."""
+    """The number of epochs, for the plan. `steps` is the total number of steps; under a time budget, it is estimated from a trial step."""
     number = f"{steps * training.batch_size / images:.1f}"
     return f"about {number}, from the trial step" if training.max_minutes else number
 
@@ -119,6 +119,6 @@ def warn_of_few_steps(training: TrainingConfig, steps: int, seconds_per_step: fl
     if training.max_minutes is None or steps >= min(FEW_STEPS, training.max_steps or FEW_STEPS):
         return None
     minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)
-    return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')}, from the trial step, "
-            f"which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make a step faster: "
-            f"a smaller {training.SECTION}.batch_size, data.image_size or network.")
+    return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')} (estimated from a trial "
+            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make steps "
+            f"faster with a smaller {training.SECTION}.batch_size, data.image_size or network.")

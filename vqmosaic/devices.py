@@ -47,7 +47,7 @@ def resolve_precision(mixed_precision: str, device: torch.device) -> str:
 def check_compiler(field: str, device: torch.device) -> None:
     """Raise InputError, naming the field that asks for it, unless torch.compile works here: it needs a C++ compiler, or Triton on a GPU.
 
-    To be called through TrainingRun.wait_before_training: Ctrl-C in a terminal ends the compiler too, which is no fault of it.
+    Call this through TrainingRun.wait_before_training: Ctrl-C in a terminal also ends the compiler, which does not mean that it is broken.
     """
     try:
         # a size that was hardly met before: the caches on disk may be from times when there was a compiler

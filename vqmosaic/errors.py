@@ -18,7 +18,7 @@ def printable(name: str) -> str:
 
 
 def listed_names(names: Sequence[str], most: int = 12) -> str:
-    """Names for a message with commas between, the first of many."""
+    """The first `most` names, separated by commas, for a message. If there are more, "..." follows."""
     return printable(", ".join(names[:most])) + (" ..." if len(names) > most else "")
 
 

@@ -1,8 +1,8 @@
-"""Recipe fields that follow from the data: what a recipe with `fit_to_data: true` sets where neither it nor the command line does.
+"""Rules that choose recipe fields from the data. With `fit_to_data: true`, they set the fields that neither the recipe nor the command line sets.
 
-Each rule is one function. It gives values to its fields, each with the reason, and may read fields that were set before. The rules know the image
-size, the number of training images and the device. The plan of a training prints what they chose. A run keeps the values that it has started
-with: stages/<stage>.json records them.
+Each rule is one function. It gives its fields values, each with a reason, and may read fields that were set before. The rules know the image
+size, the number of training images and the device. The plan of a training prints the chosen values. A run keeps the values it started with:
+stages/<stage>.json records them.
 """
 
 import math
@@ -20,19 +20,19 @@ from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
 from vqmosaic.view_lists import VIEW_COUNTS
 
 ASSUMED_IMAGES = 5000
-"""Number of training images where the data set is not known, as in `vqmosaic run image_folder --help`."""
+"""Number of training images to assume if the data set is not known, as in `vqmosaic run image_folder --help`."""
 BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
-"""The fields that divide `minutes` between them, and their shares."""
+"""The fields between which `minutes` is divided, and the share of each."""
 PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
 """The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
-"""Bounds of the codebook, and the tokens in the training images that there should be for each code."""
+"""Bounds of the codebook size, and how many tokens the training images should have for each code."""
 FEW_IMAGES, MANY_IMAGES = 2000, 25_000
 """Augmentation is strong below the first number of training images, weak from the second on, and medium in between."""
 EPOCHS_OF_ONE_VIEW = 8
-"""How often a prior can see images that are stored in one view before it overfits. With more views it grows as the square root of their number."""
+"""Epochs after which a prior overfits to images that are stored in one view. With more views, it is this times the square root of their number."""
 PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
-"""Sections whose chosen fields the plan of a training prints."""
+"""For each training, the sections whose chosen fields its plan prints."""
 
 
 class DataSize(NamedTuple):
@@ -41,17 +41,17 @@ class DataSize(NamedTuple):
     images: int
     """Number of training images."""
     views: int | None = None
-    """Views in which tokens made before are stored; None where the recipe decides it."""
+    """Number of views in existing tokens; None if the recipe decides it."""
 
 
 CountImages = Callable[[Mapping[str, Any]], DataSize | None]
-"""The size of a recipe's data, given its fields by dotted name; None where no data set is named."""
+"""Returns the size of a recipe's data, given its fields by dotted name; None if no data set is named."""
 
 
 class Facts:
-    """What the rules know of data and device. Each fact is looked up when a rule first asks for it, because that takes time.
+    """What the rules know about data and device. Each fact is looked up when a rule first needs it, because a look-up takes time.
 
-    `given` are the fields that have their values from the recipe file or an option.
+    `given` holds the names of the fields that the recipe file or an option sets.
     """
 
     def __init__(self, count: Callable[[], DataSize | None], has_gpu: Callable[[], bool], given: Set[str] = frozenset()):
@@ -105,7 +105,7 @@ def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Pixels along one side of a token: the power of two that brings the grid nearest to what is aimed at."""
+    """Pixels along one side of a token: the power of two that brings the grid closest to the target."""
     size = recipe["data.image_size"]
     check_range("data.image_size", size, at_least=16)
     goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
@@ -122,7 +122,7 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The number of codes by the number of tokens that there are to learn them from."""
+    """Codebook size by the number of tokens in the training images."""
     step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
     tokens = facts.images * (recipe["data.image_size"] // step) ** 2
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
@@ -130,7 +130,7 @@ def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def gradient_path(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """DiVeQ where the quantizer looks for the nearest code."""
+    """DiVeQ for quantizers that look for the nearest code."""
     quantizer, rotation = recipe["tokenizer.quantizer"], recipe["tokenizer.rotation_trick"]
     yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not rotation,
                  f"for quantizer {quantizer}" + (" with rotation_trick" if rotation else ""))
@@ -145,7 +145,7 @@ def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choic
 
 
 def random_shifts(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The tokenizer sees few images at random places."""
+    """Random shifts of the training images, unless there are many images."""
     yield Choice("data.shift", recipe["data.image_size"] // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
 
 
@@ -163,7 +163,7 @@ def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """A prior soon overfits to few images. Its training ends before that, with a low learning rate."""
+    """A prior soon overfits to few images. Training ends before that, at a low learning rate."""
     images, views = facts.images, facts.data.views
     if views is None and isinstance(recipe["tokens.views"], list):
         views = max(1, len(recipe["tokens.views"]))
@@ -213,12 +213,12 @@ def set_open_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Ma
 
 
 def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
-    """The fields that the stages of a run were started with, except the stage `redone` and those after it."""
+    """The fields with which the stages of a run were started, except the stage `redone` and the stages after it."""
     fields: dict[str, Any] = {}
     for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
         path = RunFolder(Path(run_dir)).record(stage)
         if path.is_file():
-            recorded = read_object(path, f"make the stage anew with --redo {stage}").get("fields")
+            recorded = read_object(path, f"make the stage again with --redo {stage}").get("fields")
             fields = (recorded if isinstance(recorded, dict) else {}) | fields
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -228,5 +228,5 @@ def describe_choices(recipe: Recipe, stage: str, data: DataSize, on_gpu: bool) -
     values = {field.name: field.value for field in recipe_fields(recipe)}
     chosen = [choice for rule in rules_of(values) for choice in rule.choose(values, Facts(lambda: data, lambda: on_gpu))]
     return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
-            else f"{values[choice.field]}, set or kept; the rule gives {choice.value}"
+            else f"{values[choice.field]}, as set; the rule gives {choice.value}"
             for choice in chosen if choice.field.partition(".")[0] in PLANNED[stage]}

@@ -1,4 +1,4 @@
-"""Paths as a user gives them: a text that no file can have is refused in words, before anything looks for the file. Loads no torch."""
+"""Checks paths that users give. Strings that cannot be paths are refused before anything looks for the file. Loads no torch."""
 
 import argparse
 import errno
@@ -13,9 +13,9 @@ _SHOWN = 80
 
 
 def check_path(field: str, text: str) -> None:
-    """Raise InputError for a text that is no path: empty, with a zero byte, too long, through a file, or in a circle of links.
+    """Raise InputError for a string that cannot be a path: empty, with a null byte, too long, through a file, or in a loop of links.
 
-    A path that does not exist is fine. `field` is what gave the text, for the message.
+    A path that does not exist is fine. `field` is the field or option that gave the string, for the message.
     """
     reason = path_problem(text)
     if reason is not None:
@@ -24,13 +24,13 @@ def check_path(field: str, text: str) -> None:
 
 
 def path_problem(text: str) -> str | None:
-    """Why a text is no path, as a clause; None where it is one."""
+    """The reason why a string cannot be a path, as a clause; None if it can be one."""
     if not text:
         return "which is empty; give a path, such as . for the working directory"
     try:
         os.stat(os.path.expanduser(text))
-    except ValueError:  # of the text itself, whatever lies on the disk
-        return "which no path can be: it holds a zero byte or characters that no name can hold"
+    except ValueError:  # the string itself is invalid, whatever is on the disk
+        return "which cannot be a path: it contains a null byte or characters that no name can contain"
     except OSError as error:
         return reason_of(error)
     return None
@@ -39,9 +39,9 @@ def path_problem(text: str) -> str | None:
 def reason_of(error: OSError) -> str | None:
     """The clause for an error that says that a path cannot exist; None for other errors."""
     if error.errno == errno.ENAMETOOLONG:
-        return "which is too long for a path: most file systems allow 255 bytes for a name and 4,095 for the whole"
+        return "which is too long for a path: most file systems allow 255 bytes for a name and 4,095 for the whole path"
     if error.errno == errno.ELOOP:
-        return "which goes in a circle of links"
+        return "which is in a loop of links"
     if error.errno == errno.ENOTDIR:
         path = Path(os.path.expanduser(os.fsdecode(error.filename)))
         return f"but {next((parent for parent in path.parents if parent.is_file()), path.parent)} is a file and not a folder"
@@ -49,7 +49,7 @@ def reason_of(error: OSError) -> str | None:
 
 
 def given_path(text: str) -> Path:
-    """The path of a command's argument, as a type for argparse."""
+    """The path in an argument of a command. Use this as a type for argparse."""
     reason = path_problem(text)
     if reason is not None:
         raise argparse.ArgumentTypeError(f"{printable(text[:_SHOWN])!r} was given, {reason}")
@@ -58,7 +58,7 @@ def given_path(text: str) -> Path:
 
 @contextmanager
 def naming_impossible_paths() -> Iterator[None]:
-    """Turn an OSError that says that a path cannot exist into InputError, which shows the path."""
+    """Turn an OSError which says that a path cannot exist into an InputError that shows the path."""
     try:
         yield
     except OSError as error:

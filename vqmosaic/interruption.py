@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 class Interrupted(BaseException):
     """A stage saved its state and stopped because a signal asked it to; carries the exit code for that signal.
 
-    Like KeyboardInterrupt, it is no Exception: code that handles any failure of a library must not take it for one.
+    Like KeyboardInterrupt, it is not an Exception, so that code that handles any failure of a library does not catch it.
     """
 
     def __init__(self, signal_number: int, where: str):
@@ -59,9 +59,9 @@ class StopFlag:
             raise Interrupted(number, "what was finished before is kept")
 
     def wait_for(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns, or None where a signal has come: the first one ends the wait at once.
+        """The result of `call`, or None if a signal has arrived. The first signal ends the wait immediately.
 
-        For calls that only wait or read. What they were working with is not to be used after that.
+        Use this only for calls that wait or read. After a signal, do not use the objects that `call` was working with.
         """
         if self.signal:
             return None
@@ -74,9 +74,9 @@ class StopFlag:
             self._is_waiting = False
 
     def wait_or_leave(self, call: Callable[[], Any], where: str) -> Any:
-        """What `call` returns, as in `wait_for`. Raises Interrupted if a signal has come; `where` says what is kept.
+        """The result of `call`, as in `wait_for`. Raises Interrupted if a signal has arrived; `where` says what is kept.
 
-        An error that follows a signal is taken for its effect: Ctrl-C in a terminal also ends compilers and other programs that were started.
+        An error after a signal is treated as its effect: Ctrl-C in a terminal also ends compilers and other child processes.
         """
         try:
             result = self.wait_for(call)

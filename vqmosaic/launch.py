@@ -269,7 +269,7 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
         with contextlib.suppress(OSError):  # whoever read it has gone
             stream.flush()
     if folder:
-        with contextlib.suppress(DiskFull):  # the launcher's own code tells the parent that something failed
+        with contextlib.suppress(DiskFull):  # the exit code of the launcher tells the parent that something failed
             write_note(folder / f"{rank}.exit", str(code))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at once: taken apart in order, it could wait for ever for torch's thread that holds a tensor
         os._exit(code)
@@ -277,13 +277,13 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write one of the small files by which workers and parent know of each other. Raises DiskFull, which names their folder."""
+    """Write one of the small files with which workers and parent inform each other. Raises DiskFull, which names the folder."""
     with naming_full_disks(path.parent):
         path.write_text(text)
 
 
 def leave(code: int) -> None:
-    """End the process with this exit code; after a signal at once, since Python would wait for threads that are stuck in reading a file."""
+    """End the process with this exit code. After a signal, end it immediately: Python would wait for threads that are stuck reading a file."""
     if code in EXIT_CODES.values():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed

@@ -29,9 +29,9 @@ class Recipe:
     seed: int = 0
     """Seed of every random choice of the run."""
     minutes: float | None = unrecorded(None)
-    """Minutes for both trainings together. Each training gets a share as its max_minutes, unless that is set."""
+    """Minutes for both training stages together. Each stage gets a share as its max_minutes, unless its max_minutes is set."""
     fit_to_data: bool = unrecorded(False)
-    """Choose fields that are not set by image size, number of images and device; the plan of a training prints them with the reasons."""
+    """Choose the fields that are not set from image size, number of images and device; the plan of a training prints them with the reasons."""
     data: DataConfig = field(default_factory=DataConfig)
     """Where the images come from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

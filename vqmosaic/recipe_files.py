@@ -31,7 +31,7 @@ PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", 
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "configs"
 
 SHOWN_RUNS = 12
-"""Number of run folders that an error lists."""
+"""Largest number of run folders in an error."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -42,7 +42,7 @@ def shipped_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by a path, by a shipped name or by a run folder; InputError lists what there is."""
+    """The file of a recipe given by a path, a shipped name or a run folder. Raises InputError, which lists the recipes and run folders."""
     check_path("the recipe", name)
     path = Path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
@@ -54,13 +54,13 @@ def find_recipe(name: str) -> Path:
     runs = run_folders_near(path)
     nearest = None if path.is_dir() else nearest_name(name, runs) if os.sep in name else nearest_name(name, [*shipped_names(), *runs])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    what = "is a folder without recipe.yaml, so it is no run folder" if path.is_dir() else "is neither a recipe nor a run folder"
+    what = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
     here = f" Run folders: {', '.join(runs[:SHOWN_RUNS])}{' ...' if len(runs) > SHOWN_RUNS else ''}." if runs else ""
     raise InputError(f"{name!r} {what}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{here}{hint}")
 
 
 def run_folders_near(path: Path) -> list[str]:
-    """The run folders in a folder, or beside a missing path and in runs/, as they would be typed from the working directory."""
+    """The run folders in `path` if it is a folder; otherwise those beside it and in runs/. Written as a user would type them."""
     folders = {path} if path.is_dir() else {path.parent, Path("runs")}
     return sorted(str(recipe.parent) for folder in folders for recipe in folder.glob("*/recipe.yaml"))
 
@@ -87,11 +87,11 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
                 count_images: CountImages | None = None, redone: str | None = None) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
 
-    The recipe.yaml in a run folder is the same as the folder, whose run_dir is where it lies.
+    The recipe.yaml in a run folder gives the same recipe as the folder. The run_dir of both is the folder, wherever it is now.
     Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
     `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
-    Fields that are not set may follow from the data (fields_from_data.py), of which `count_images` counts the training images, given the fields by
-    name. Fields of stages that were started keep their recorded values, except those of the stage to be `redone` and after it.
+    Fields that are not set may be chosen from the data (fields_from_data.py). `count_images` counts the training images, given the fields by name.
+    Fields of stages that have started keep their recorded values, except those of the stage `redone` and of the stages after it.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
     """
@@ -117,14 +117,14 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
 
 
 def check_paths(values: Mapping[str, Any]) -> None:
-    """Raise InputError for fields whose text cannot be a path."""
+    """Raise InputError for fields whose value cannot be a path."""
     for name in ("run_dir", *PATH_FIELDS):
         if values[name] is not None:
             check_path(name, values[name])
 
 
 def is_of_run_folder(name: str, path: Path) -> bool:
-    """Whether a recipe, found at `path` for what was given, is that of a run folder: the folder was given, or the file in one that holds a run."""
+    """Whether the recipe at `path` is that of a run folder: `name` is the folder, or the recipe.yaml in a folder that holds a run."""
     is_folder = path == Path(name) / "recipe.yaml"
     return is_folder or (path.name == "recipe.yaml" and any((path.parent / made).exists() for made in (".lock", "stages")))
 

@@ -267,7 +267,7 @@ class PriorTrainingConfig(TrainingConfig):
     label_drop: float = 0.1
     """Share of the samples whose class is replaced by the null class, which guidance needs; 0 makes guidance impossible."""
     token_noise: float = 0.0
-    """Share of the input tokens that are replaced by random codes in training, while the targets stay clean; it delays overfitting to few images."""
+    """Share of the input tokens that is replaced by random codes in training. The targets stay unchanged. Delays overfitting to few images."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, added to the loss so that logits do not drift; 1e-4 is usual, 0 is off."""
     activation_checkpointing: bool = unrecorded(False)

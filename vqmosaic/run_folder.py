@@ -1,4 +1,4 @@
-"""Where everything of one run lies, and the lock that keeps two processes from writing a folder. Loads no torch."""
+"""Where everything of one run lies, and the lock that keeps two processes from writing to the same folder. Loads no torch."""
 
 import fcntl
 import os
@@ -56,12 +56,12 @@ class RunFolder:
 
 @contextmanager
 def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None]:
-    """Hold a folder or a file for this process. The system releases the lock when the process ends, so a killed process blocks nobody.
+    """Lock a folder or a file for this process. The system releases the lock when the process ends, so a killed process does not block others.
 
     Args:
-        path: what to hold, for errors.
-        given_as: the field or option that names it, for errors.
-        lock: the lock file, by default .lock in the folder `path`. It stays there, with the number of the last process in it.
+        path: the folder or file to lock.
+        given_as: the field or option that gives `path`, for errors.
+        lock: the lock file, by default .lock in the folder `path`. It is not deleted, and contains the ID of the last process.
 
     Raises:
         ValueError: another process holds the lock for longer than LOCK_WAIT_SECONDS, or the lock file cannot be written or locked.
@@ -73,7 +73,7 @@ def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None
     except OSError as error:
         if error.errno in FULL:
             raise disk_full(lock.parent, quota=is_quota(error)) from error
-        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a place that can.") from None
+        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a place that can be written.") from None
     with file:
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while True:
@@ -97,7 +97,7 @@ def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds the folder at this moment."""
+    """Whether a process currently holds the lock of the folder."""
     try:
         with open(folder / ".lock", "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,4 +105,4 @@ def is_locked(folder: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # `locked` says what is wrong with the folder
+        return False  # `locked` reports what is wrong with the folder

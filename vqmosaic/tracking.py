@@ -53,7 +53,7 @@ class MetricsLog:
             with naming_full_disks(self.path.parent, len(line)), open(self.path, "a") as file:
                 file.write(line)
         if self.accelerator.log_with:
-            with naming_full_disks(self.path.parent):  # TensorBoard's thread hands on the error of an earlier call, without a file name
+            with naming_full_disks(self.path.parent):  # TensorBoard's thread passes on the error of an earlier call, without a file name
                 self.accelerator.log({f"{kind}/{name}": value for name, value in rounded.items()}, step=step)
 
 

@@ -67,8 +67,8 @@ class TrainingRun:
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
     def wait_before_training(self, call: Callable[[], Any]) -> Any:
-        """What `call` returns. Raises Interrupted where a signal comes meanwhile, at once: there is nothing to save."""
-        return self.stop.wait_or_leave(call, f"{self.stage} was starting, and no step was lost")
+        """The result of `call`. A signal raises Interrupted immediately, because there is nothing to save yet."""
+        return self.stop.wait_or_leave(call, f"{self.stage} was still starting, so no step was lost")
 
     def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
         """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.

@@ -22,7 +22,7 @@ TIME_SHARE = 0.1
 PLANNED_TIME_SHARE = 0.075
 """Share of the time that is planned for validations, from a trial before the first step. The rest is a margin for validations that take longer."""
 FEW_IMAGES = 32
-"""A validation on fewer images than this, or on fewer than there are classes, gets a warning."""
+"""The plan warns if a validation uses fewer images than this, or fewer images than there are classes."""
 FEWEST_IMAGES = 16
 """Smallest number of images in a validation, however short the budget is. If there are fewer, a validation looks at all of them."""
 
@@ -80,7 +80,7 @@ class ValidationSchedule:
                 f"less than {TIME_SHARE:.0%} of the time")
 
     def warn_of_few_images(self, chosen: int, available: int, classes: int) -> str | None:
-        """A warning if a validation on `chosen` of the `available` images is too small to compare weights with; None if it is not."""
+        """A warning if `chosen` of the `available` images are too few for a validation that compares weights; None if they are enough."""
         if chosen >= max(FEW_IMAGES, classes):
             return None
         section, of_classes = self.training.SECTION, f", fewer than the {classes:,} classes" if chosen < classes else ""
@@ -89,8 +89,8 @@ class ValidationSchedule:
         elif chosen == self.training.validation_images:
             remedy = f"Raise {section}.validation_images; {available:,} are available."
         else:
-            remedy = f"The time budget has no time for more: raise {section}.max_minutes."
-        return (f"warning: only {counted(chosen, 'image')} to validate on{of_classes}. The validation numbers and the choice of the best weights "
+            remedy = f"The time budget has no time for more images: raise {section}.max_minutes."
+        return (f"warning: only {counted(chosen, 'image')} to validate on{of_classes}. The validation metrics and the choice of the best weights "
                 f"depend on chance. {remedy}")
 
     def due(self, finished: bool) -> bool:

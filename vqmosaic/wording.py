@@ -1,4 +1,4 @@
-"""Small parts of messages."""
+"""Helpers for the wording of messages."""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -9,5 +9,5 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def is_or_are(number: int) -> str:
-    """The verb that goes with a number of things."""
+    """The verb for a number of things: "is" or "are"."""
     return "is" if number == 1 else "are"
