@@ -216,7 +216,7 @@ def test_words_that_are_no_option():
     (["--data.channels=4"], ["data.channels is 4", "1 (grey) or 3 (RGB)"]),
     (["--data.source=digit"], ["data.source is 'digit'", "Did you mean 'digits'?"]),
     (["--seed=-1"], ["seed is -1", "at least 0"]),
-    (["--run_dir="], ["run_dir is empty"]),
+    (["--run_dir="], ["run_dir", "empty"]),
 ])
 def test_combinations_are_refused_with_the_fields_and_numbers(overrides, expected):
     words = refused(*overrides)

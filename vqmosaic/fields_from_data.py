@@ -115,8 +115,9 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
         raise InputError(f"data.image_size is {size}, which makes {size // step} x {size // step} tokens, because {step} is the largest power of two "
                          f"that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
     reason = f"{size} pixels make {size // step} x {size // step} tokens"
-    halvings = len(recipe["tokenizer.channel_multipliers"]) - 1 if "tokenizer.channel_multipliers" in facts.given else 0
+    halvings = max(0, len(recipe["tokenizer.channel_multipliers"]) - 1) if "tokenizer.channel_multipliers" in facts.given else 0
     yield Choice("tokenizer.patch_size", min(max(1, step // 2**halvings), max(PATCH_SIZES)), reason)
+    check_range("tokenizer.patch_size", recipe["tokenizer.patch_size"], at_least=1)
     levels = 1 + round(math.log2(max(1, step // recipe["tokenizer.patch_size"])))
     yield Choice("tokenizer.channel_multipliers", [1] * levels, reason)
 
@@ -124,7 +125,7 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Codebook size by the number of tokens in the training images."""
     step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
-    tokens = facts.images * (recipe["data.image_size"] // step) ** 2
+    tokens = max(1, facts.images * (recipe["data.image_size"] // step) ** 2)
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
 
@@ -203,7 +204,9 @@ def set_open_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Ma
     """
     for rule in rules_of(recipe):
         missing = [field for field in rule.fields if field not in facts.given]
-        recipe.update({field: recorded[field] for field in missing if field in recorded})
+        for field in missing:
+            if field in recorded:
+                recipe[field] = recorded[field]
         still_open = [field for field in missing if field not in recorded]
         if not still_open:
             continue

@@ -234,12 +234,9 @@ def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], 
     in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
     given = in_options | set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
     recorded = recorded_fields(values["run_dir"], redone)
-    for field, share in BUDGETS.items():
-        if "minutes" in in_options and field not in in_options:  # a new budget, divided anew
-            given.discard(field)
-            recorded.pop(field, None)
-        elif field in recorded and values["minutes"] is not None:  # the file may hold a longer one by now
-            recorded[field] = max(recorded[field], values["minutes"] * share)
+    if "minutes" in in_options:  # a new budget, divided again
+        given -= BUDGETS.keys() - in_options
+        recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
     facts = Facts(lambda: count_images(values), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
     set_open_fields(values, facts, recorded)
 
