@@ -44,6 +44,7 @@ bench: install
 	$(BIN)/python -m benchmarks.shards --record
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_step --nanogpt $(NANOGPT) --record)
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) $(if $(TOKENS),--tokens $(TOKENS)) --record)
+	$(if $(NANOGPT),$(BIN)/python -m benchmarks.image_folder --nanogpt $(NANOGPT) --images 3000 --size 32 --minutes 4 --record)
 	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 
