@@ -30,7 +30,9 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     (tmp_path / "path" / "to" / "parquet").symlink_to(tmp_path / "photos")
     (tmp_path / "runs").mkdir()
     for run in ("quickstart", "photos", "a", "b"):
-        (tmp_path / "runs" / run).symlink_to(tiny_run)
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        for child in tiny_run.iterdir():  # a folder of its own: commands write images into it
+            (tmp_path / "runs" / run / child.name).symlink_to(child)
     for name, rows in (("pretokenized", 12), ("validation", 4)):
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))

@@ -140,9 +140,9 @@ def test_a_validation_on_few_images_gets_a_warning(chosen, available, classes, w
 
 @both_stages
 def test_the_plan_warns_of_few_steps_and_few_validation_images(stage, run_dir, capsys):
-    train(stage, run_dir, max_steps="null", max_minutes=0.005, validation_images=20)
+    train(stage, run_dir, max_steps="null", max_minutes=0.001, validation_images=20)
     said = capsys.readouterr().out
-    assert re.search(rf"warning: {stage}_training.max_minutes 0.005 has time for about \d+ steps? \(", said)
+    assert re.search(rf"warning: {stage}_training.max_minutes 0.001 has time for about \d+ steps? \(", said)
     assert re.search(r"warning: only \d+ images to validate on\.", said) and re.search(r"epochs +about \d\.\d, from the trial step", said)
 
 
