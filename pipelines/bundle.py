@@ -232,12 +232,16 @@ def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[i
 
 
 def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
-    """What a user typed as classes, with commas between: class names first (the longest, for they may hold commas), else indices."""
+    """What a user typed as classes, with commas between: class names first (the longest, for they may hold commas), else indices.
+
+    If all class names are numbers, a number is always a name: among classes 1 to 12, 0 is a mistake and not the first class.
+    """
     words, known, labels, start = text.split(","), set(names or []), [], 0
+    has_indices = not known or not all(name.isdecimal() for name in known)
     while start < len(words):
         spans = (",".join(words[start:stop]).strip() for stop in range(len(words), start, -1))
         label = next((span for span in spans if span in known), words[start].strip())
-        labels.append(int(label) if label not in known and label.isdecimal() else label)
+        labels.append(int(label) if has_indices and label not in known and label.isdecimal() else label)
         start += 1 + (label.count(",") if label in known else 0)
     return labels
 

@@ -65,7 +65,7 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
-                         f"try: vqmosaic {command} {shipped_names()[0]} {' '.join(arguments)}")
+                         f"try: vqmosaic {command} image_folder {' '.join(arguments)}")
     options, overrides = parser.parse_known_args(arguments[1:])
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)

@@ -4,11 +4,11 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
-from pipelines.stage_inputs import check_tokenizer_has_ids, inputs_of, tokenizer_folder
+from pipelines.stage_inputs import check_tokenizer_has_ids, inputs_of, token_fingerprint_of_tokenizer, tokenizer_folder
 from stage1_tokenizer.data_location import check_data_path
 from stage1_tokenizer.initial_weights_location import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
-from token_shards.manifest import Grid
+from token_shards.manifest import Grid, TokenShardManifest
 from vqmosaic.checkpoints import CheckpointFolder
 from vqmosaic.errors import InputError, check_range, nearest_name
 from vqmosaic.permissions import check_readable
@@ -50,6 +50,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
             resolve_perceptual_weights(recipe.tokenizer_training.perceptual_weights)
     if stage == "prior" and verdict != "skip":
         check_architecture(recipe)
+        if alone:
+            check_own_tokens(recipe)
     return verdict
 
 
@@ -64,9 +66,32 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
             raise InputError(f"{field} is {value!r}, made elsewhere, but `vqmosaic run` makes every part of the run itself. "
                              f"Leave it out, or run the stages that are left one by one: {commands}.")
     verdicts = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
+    check_parts_fit(recipe, verdicts)
     check_nothing_in_vain(recipe, verdicts)
     if verdicts["prior"] != "skip":
         check_prior(recipe)
+
+
+def check_parts_fit(recipe: Recipe, verdicts: dict[str, str]) -> None:
+    """Raise InputError for the first stage that was made from other parts than the finished stages before it hold now."""
+    run = RunFolder(Path(recipe.run_dir))
+    for stage, following in pairwise(STAGES):
+        if verdicts[stage] not in ("skip", "compare"):
+            return  # what follows is judged when this stage is finished
+        if verdicts[following] != "start":
+            judge(run, recipe, following, inputs_of(recipe, following))
+
+
+def check_own_tokens(recipe: Recipe) -> None:
+    """Raise InputError if the run's tokens were not made with the run's tokenizer, which was trained again since."""
+    run = RunFolder(Path(recipe.run_dir))
+    if recipe.prior_training.tokens is not None or recipe.tokens.tokenizer is not None or not (run.export("tokenizer") / "config.json").is_file():
+        return
+    tokens = TokenShardManifest.load(run.export("tokens") / "train").token_fingerprint
+    if tokens != token_fingerprint_of_tokenizer(run.export("tokenizer")):
+        raise InputError(f"{run.export('tokens')} was made with another tokenizer than {run.export('tokenizer')} is now, so a prior trained on these "
+                         "tokens would not fit it. Encode the images again (`vqmosaic preprocess` with --redo tokens), or name the tokenizer of "
+                         "these tokens with --tokens.tokenizer.")
 
 
 def check_nothing_in_vain(recipe: Recipe, verdicts: dict[str, str]) -> None:
@@ -76,8 +101,8 @@ def check_nothing_in_vain(recipe: Recipe, verdicts: dict[str, str]) -> None:
         record = load_record(run, stage)
         has_grown = verdicts[stage] == "resume" and record.finished and run.export(stage).exists()
         if has_grown and verdicts[following] != "start":
-            raise InputError(f"{run.root}: the budget of stage {stage} has grown, and stage {following} was made from what it had become before. "
-                             f"Add --redo {following}, which makes it anew and what follows it too, or choose another --run_dir.")
+            raise InputError(f"{run.root}: the budget of stage {stage} has grown, and stage {following} was made from its earlier result. "
+                             f"Add --redo {following}, which makes this stage and those after it again, or choose another --run_dir.")
 
 
 def check_can_write(field: str, folder: Path) -> None:

@@ -31,7 +31,7 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
         report(f"{splits.train.split}: {note}")
     unreadable, names_of, spaces = [], {}, {}
     for split, source in (("train", splits.train), ("validation", splits.validation)):
-        unreadable += _check_split(source, report, split, names_of, spaces)
+        unreadable += _check_split(source, report, split, names_of, spaces, data.image_size)
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_LISTED]:
         report(f"unreadable: {printable(name)}: {reason}")
@@ -84,7 +84,7 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
-                 names_of: dict[bytes, list[tuple[str, str]]], spaces: dict[str, list[str]]) -> list[tuple[str, str]]:
+                 names_of: dict[bytes, list[tuple[str, str]]], spaces: dict[str, list[str]], image_size: int) -> list[tuple[str, str]]:
     digests: dict[int, bytes] = {}
     space_of: dict[int, str | None] = {}
 
@@ -105,6 +105,10 @@ def _check_split(source: ImageSource, report: Callable[[str], None], name: str,
             spaces.setdefault(space_of[index], []).append(source.source_name(index))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {counted(len(source), 'image')}, {_size_range(sizes)}")
+    small = sum(min(size) < image_size for size in sizes)
+    if small:
+        report(f"{split}: {counted(small, 'image')} {is_or_are(small)} smaller than data.image_size = {image_size} and will be enlarged, which adds "
+               "no detail. A smaller data.image_size trains faster.")
     if source.class_names:
         counts = Counter(source.label(index) for index in range(len(source)))
         listed = [f"{printable(name)} {counts[index]}" for index, name in enumerate(source.class_names[:_CLASSES_LISTED])]

@@ -54,6 +54,9 @@ from vqmosaic.training_plan import print_plan
 from vqmosaic.training_run import TrainingRun
 from vqmosaic.wording import counted
 
+ALARM_FROM = 0.25
+"""Share of the training from which on few codes in use are worth a warning: a codebook fills up in the beginning."""
+
 
 def train(recipe: Recipe) -> None:
     """Train stage 1 as the recipe says, from the newest checkpoint if there is one, and export runs/<name>/tokenizer/."""
@@ -262,7 +265,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     if judgement:
         run.report(f"step {run.state.step:,}: {judgement}")
     alarm = codebook_alarm(run)
-    if alarm is not None and not run.has_warned_of_codebook:
+    if alarm is not None and not run.has_warned_of_codebook and progress >= ALARM_FROM:
         run.has_warned_of_codebook = True
         run.report(alarm)
 

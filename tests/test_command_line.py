@@ -154,7 +154,7 @@ WRONG = {
     "pipeline missing": (["generate", "/nowhere/at/all"], ["/nowhere/at/all does not exist", "pipeline.json", "vqmosaic bundle"]),
     "pipeline not finished": (["generate", "{nowhere}"], ["has no finished pipeline"]),
     "class name": (["generate", "{run}", "--classes", "cat"], ["no class 'cat'", "0, 1, 2"]),
-    "class index": (["generate", "{run}", "--classes", "3,10"], ["class index 10", "0 to 9"]),
+    "class index": (["generate", "{run}", "--classes", "3,10"], ["no class '10'", "there are 10"]),
     "class like a digit": (["generate", "{run}", "--classes", "²"], ["no class '²'"]),
     "no class": (["generate", "{run}", "--classes", "3,"], ["no class ''"]),
     "num": (["generate", "{run}", "--num", "0"], ["--num is 0", "at least 1"]),

@@ -579,3 +579,14 @@ def test_the_share_of_unreadable_images_has_a_limit():
         refuse_if_too_many_unreadable({str(number): "empty" for number in range(11)}, 100, data)
     with pytest.raises(InputError):
         refuse_if_too_many_unreadable({"a": "empty"}, 3, DataConfig(source="digits", max_unreadable=0.0))
+
+
+def test_images_that_will_be_enlarged_are_counted(tmp_path):
+    write_image(tmp_path / "a" / "0.png", size=(40, 30))
+    write_image(tmp_path / "a" / "1.png", 1, size=(200, 150))
+    lines = []
+    check_data(DataConfig(path=str(tmp_path), image_size=128), lines.append)
+    assert any("1 image is smaller than data.image_size = 128 and will be enlarged" in line for line in lines)
+    lines.clear()
+    check_data(DataConfig(path=str(tmp_path), image_size=16), lines.append)
+    assert not any("enlarged" in line for line in lines)

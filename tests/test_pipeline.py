@@ -64,6 +64,10 @@ def test_a_string_is_a_name_and_an_integer_an_index():
     assert class_indices(names, ["7", "2", 1]) == [0, 2, 1]
     assert class_indices(names, labels_from_text(names, "7,2, 1")) == [0, 2, 1], "typed: a class name first, else an index"
     assert labels_from_text(None, "cat,3") == ["cat", 3]
+    numbers = [str(number) for number in range(1, 13)]
+    assert class_indices(numbers, labels_from_text(numbers, "12,1")) == [11, 0]
+    with pytest.raises(InputError, match="no class '0'; there are 12: 1, 2"):  # with names that are all numbers, a number is never an index
+        class_indices(numbers, labels_from_text(numbers, "0"))
 
 
 def test_class_names_with_commas_can_be_typed():

@@ -357,3 +357,17 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
             check_before_start(tiny_recipe(run_dir), "tokenizer")
         with pytest.raises(InputError, match="run_dir"), RunFolder(run_dir).lock():
             pass
+
+
+def test_tokens_of_an_earlier_tokenizer_are_refused_before_anything_is_removed(tiny_copy):
+    """The tokenizer was trained again alone, with a longer budget. The pipeline holds the only copy of the earlier one."""
+    longer = {"tokenizer_training__max_steps": 8, "prior_training__max_steps": 8}
+    train(tiny_recipe(tiny_copy, **longer))
+    recipe = tiny_recipe(tiny_copy, **longer)
+    for redone in (None, "pipeline", "prior"):
+        with pytest.raises(InputError, match=r"stage tokens was run with tokenizer.*--redo tokens"):
+            run_chain(recipe, redo_stage=redone)
+    assert (tiny_copy / "pipeline/pipeline.json").is_file() and (tiny_copy / "prior/config.json").is_file()
+    with pytest.raises(InputError, match=r"tokens was made with another tokenizer than .*--redo tokens"):
+        check_before_start(recipe, "prior")
+    check_chain(recipe, 1, "tokens")

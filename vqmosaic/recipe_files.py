@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def find_recipe(name: str) -> Path:
     hint = f" Did you mean {nearest!r}?" if nearest else ""
     what = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
     here = f" Run folders: {', '.join(runs[:SHOWN_RUNS])}{' ...' if len(runs) > SHOWN_RUNS else ''}." if runs else ""
+    if path.is_dir():
+        hint = f" To train on the images in it: image_folder --data.path {shlex.quote(name)}"
     raise InputError(f"{name!r} {what}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{here}{hint}")
 
 
