@@ -6,9 +6,9 @@
     python -m benchmarks.sampling --gpu                                # on a GPU: batches 1, 8, 64, 256 with presets B and XL, ours alone
 
 Random weights of equal sizes (LlamaGen rounds its feed-forward width up to a multiple of 256), guidance scale 2, temperature 1, no top-k and no
-top-p. LlamaGen's code runs as it is, in evaluation mode, with caches of the weights' format. Cold is what a call of ours spends before its
-first token: joining and packing weights, which is part of the time of each call; nothing is compiled. The first call is the first of its kind in
-this process.
+top-p. LlamaGen's code is unchanged. It runs in evaluation mode, with caches in the number format of the weights. The cold time is what our sampler
+needs before its first token, to join and pack the weights. It is part of the time of each call. Nothing is compiled. The first call is the first of
+its kind in this process.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str
                 checks.append((f"{kind}: {wanted} times LlamaGen in {name}: {factor:.2f}", factor >= wanted))
     lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {words}" for words, kept in checks)]
     if not llamagen:
-        lines.append("- not checked: against LlamaGen, for want of --llamagen")
+        lines.append("- not checked: the ratios to LlamaGen, because --llamagen is not given")
     if not has_bf16:
         lines.append(f"- not checked: {preset.wanted_bf16} times LlamaGen in bf16, since this processor has no bf16 products")
     return lines, all(kept for _, kept in checks)

@@ -47,7 +47,7 @@ def recipe_command_parser(command: str) -> Parser:
     parser.add_argument("--accelerate_config", metavar="FILE", help="start them through this configuration of Accelerate, a file or a shipped name")
     parser.add_argument("--redo", metavar="STAGE", help=f"make this stage ({', '.join(STAGES)}) and those after it anew")
     if command == "train-prior":
-        parser.add_argument("--overfit", type=int, metavar="N", help="only prove that the set-up can learn: N images by heart, in about a minute")
+        parser.add_argument("--overfit", type=int, metavar="N", help="only check that the prior can memorize N images, in about a minute")
     return parser
 
 

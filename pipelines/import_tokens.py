@@ -41,7 +41,7 @@ from vqmosaic.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted
 
 GRID_NAME = "image"
-FOREIGN_PREFIX = "imported:"  # no fingerprint of a tokenizer of ours begins so: those are hex digits
+FOREIGN_PREFIX = "imported:"  # never starts a fingerprint of our own tokenizers, which are hex digits
 VALIDATION_FRACTION = 0.05
 MAX_UNNAMED_CLASSES = 1_000_000
 """Labels below this get their number for a name. A larger one is a mistake, or needs --class_names."""

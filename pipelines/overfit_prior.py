@@ -1,4 +1,4 @@
-"""`vqmosaic train-prior RECIPE --overfit N`: what is checked before the proof that a prior's set-up learns. Loads torch when all is well."""
+"""`vqmosaic train-prior RECIPE --overfit N`: checks the request, then runs the overfit test. Loads torch only after the checks."""
 
 import argparse
 
@@ -8,9 +8,9 @@ from vqmosaic.errors import InputError, check_range
 
 
 def overfit_prior(options: argparse.Namespace, images: int) -> int:
-    """Exit code: 0 where the recipe's prior learns that many images by heart in about a minute, else 1. Writes nothing.
+    """Exit code: 0 if the recipe's prior memorizes that many images in about a minute, otherwise 1. Writes nothing.
 
-    Raises InputError for options that do not go with it, and where there are no tokens.
+    Raises InputError for options that cannot be combined with it, and if there are no tokens.
     """
     for name in ("redo", "accelerate_config"):
         if getattr(options, name) is not None:

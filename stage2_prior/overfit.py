@@ -1,10 +1,10 @@
-"""Prove a set-up of the prior in about a minute: can it learn a handful of images by heart?
+"""Check in about a minute that the prior can be trained at all: it has to memorize a few images.
 
     vqmosaic train-prior digits --overfit 8
 
-A prior that cannot do this (learning rate, number format, architecture, compiler, tokens) learns nothing from more images either. One process,
-the recipe's own prior, optimizer and number format, without what keeps from learning by heart; nothing of the run is read but its
-tokens, and nothing is written: the training state lies in a temporary folder.
+If it cannot, something is wrong with the learning rate, number format, architecture, compiler or tokens, and more images will not help. The check
+uses one process and the recipe's prior, optimizer and number format, without regularization. It reads only the tokens of the run, and writes
+only to a temporary folder.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from vqmosaic.training_run import TrainingRun
 from vqmosaic.wording import counted
 
 THRESHOLD = 0.1
-"""Nats per token above what cannot be known, below which the images count as learnt by heart."""
+"""The images count as memorized below this NLL, in nats per token, plus the part that cannot be predicted."""
 MAX_STEPS, MAX_MINUTES = 2000, 1.0
 
 
@@ -40,16 +40,16 @@ def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> in
     reader = TokenShardReader(recipe.tokens_folder / "train", recipe.seed, recipe.prior_training.window_shards)
     check_range("--overfit", images, at_least=1, at_most=len(reader))
     with StopFlag() as stop, tempfile.TemporaryDirectory(prefix="vqmosaic-overfit-") as scratch:
-        by_heart = recipe_by_heart(recipe, images, scratch, max_minutes)
-        run = TrainingRun(by_heart, "prior", by_heart.prior_training, stop)
+        unregularized = overfit_recipe(recipe, images, scratch, max_minutes)
+        run = TrainingRun(unregularized, "prior", unregularized.prior_training, stop)
         try:
-            return learn_by_heart(run, reader, images)
+            return memorize(run, reader, images)
         finally:
             run.end()
 
 
-def recipe_by_heart(recipe: Recipe, images: int, scratch: str, max_minutes: float) -> Recipe:
-    """The recipe of the proof: no dropout, no label drop, no weight average, the recipe's peak learning rate from early on, a scratch folder."""
+def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float) -> Recipe:
+    """The recipe of the check, in a scratch folder: no dropout, label drop or weight average, and a constant learning rate after a short warm-up."""
     dropouts = {*ATTENTION_DROPOUTS, *RESIDUAL_DROPOUTS, *EMBEDDING_DROPOUTS} & recipe.prior.options.keys()
     prior = dataclasses.replace(recipe.prior, dropout=0.0, options=recipe.prior.options | dict.fromkeys(dropouts, 0.0))
     training = recipe.prior_training
@@ -61,7 +61,7 @@ def recipe_by_heart(recipe: Recipe, images: int, scratch: str, max_minutes: floa
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
 
 
-def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
+def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     """Train on the same images again and again, print how the NLL falls, and judge it."""
     recipe, training, manifest = run.recipe, run.training, reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
@@ -70,11 +70,11 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
     tokens = reader.read(range(images))  # shuffled: the first ones in stored order can all be of one class
     unknowable = entropy_of_choice(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
     goal = unknowable + THRESHOLD
-    run.report.table("learning by heart", {
+    run.report.table("overfit test", {
         "images": f"{images} of {len(reader):,}, {counted(vocabulary.num_tokens, 'token')} each",
         "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
-        "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} is which of the images of a class it is, which cannot be known",
+        "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} cannot be predicted: which of the images of a class it is",
         "budget": f"{counted(training.max_steps, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
     ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
     report_at, nll = 0, math.inf
@@ -94,13 +94,13 @@ def learn_by_heart(run: TrainingRun, reader: TokenShardReader, images: int) -> i
             run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
             report_at = max(5, 2 * run.state.step)
         if nll <= goal:
-            run.report(f"learnt by heart after {counted(run.state.step, 'step')}: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
+            run.report(f"memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
             return 0
         if progress >= 1:
             break
         run.optimizer_step(loss.detach(), progress)
         run.end_step()
-    run.report(f"NOT learnt by heart after {counted(run.state.step, 'step')}: NLL {nll:.4f}, it should be at most {goal:.3f}; knowing nothing is "
+    run.report(f"NOT memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, it should be at most {goal:.3f}; a uniform distribution has "
                f"{loss_of_ignorance(vocabulary):.3f}. Look at prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
                "and the size and options of prior before training on more.")
     return 1

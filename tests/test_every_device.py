@@ -417,7 +417,7 @@ def test_data_dependent_cases_stay_on_one_device(name, device):
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
 def test_data_dependent_cases_fail_on_meta(name):
     """A case that works on `meta` belongs to CASES."""
-    # torch has no single error for missing data: the type depends on the operator, so the words are checked too
+    # Reading data from `meta` raises different types for different operators in torch, so the message is checked too.
     with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"(?i)meta|supported devices") as error:
         run_on(DATA_DEPENDENT[name][0], "meta")
     assert not isinstance(error.value, WrongDevice)
@@ -449,7 +449,7 @@ def test_a_tensor_created_without_its_device_is_detected(factory, name):
     def forgetful(*args, device=None, **kwargs):
         return made(*args, **kwargs)
 
-    # the mode reports mixed devices; where the tensor is moved to the CPU first, torch itself raises NotImplementedError
+    # Two correct outcomes: our mode reports mixed devices, or torch refuses to copy a `meta` tensor to the CPU before that.
     with patch(f"torch.{factory}", forgetful), pytest.raises((WrongDevice, NotImplementedError), match=r"cpu and meta|copy out of meta"):
         run_on(CASES[name], "meta")
 

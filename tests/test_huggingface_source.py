@@ -66,7 +66,8 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     expected = contents(from_folder.train) | contents(from_folder.validation)
     assert list(contents(splits.train).values()) == [expected[file.relative_to(folder).as_posix()] for file in files]
     assert "_column" in vars(splits.train) and "_column" not in splits.train.__getstate__(), "what is sent to workers holds no images"
-    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)  # its own, made here: so DataLoader sends it to workers
+    # DataLoader pickles a source to send it to workers. This pickle is made here, so loading it is safe.
+    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
 
     seen, moved = contents(splits.train), tmp_path / "moved"
     (tmp_path / "tables").rename(moved)

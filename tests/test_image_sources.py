@@ -180,7 +180,8 @@ def test_folder_with_classes(tmp_path):
     assert set(identity) == {"kind", "version", "split", "count", "sha256"} and identity["count"] == len(splits.train)
     write_image(folder / splits.train.source_name(0), seed=77, size=(20, 20))
     assert open_splits(DataConfig(path=str(folder), validation_fraction=0.2)).train.identity["sha256"] != identity["sha256"]
-    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)  # its own, made here: so DataLoader sends it to workers
+    # DataLoader pickles a source to send it to workers. This pickle is made here, so loading it is safe.
+    assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
 
 
 def test_folder_without_classes(tmp_path):

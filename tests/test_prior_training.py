@@ -1,4 +1,4 @@
-"""The prior's training in depth: what saves memory and time changes no result, losses by hand, the first loss, validation, learning by heart."""
+"""The prior's training in depth: what saves memory and time changes no result, losses by hand, the first loss, validation, the overfit test."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from stage2_prior import overfit as overfitting
 from stage2_prior import train as train_prior
 from stage2_prior.grid_attention import LONGEST, compiled_passes
 from stage2_prior.losses import next_token_loss, z_loss
-from stage2_prior.overfit import entropy_of_choice, overfit, recipe_by_heart
+from stage2_prior.overfit import entropy_of_choice, overfit, overfit_recipe
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import validation_samples
 from stage2_prior.train import validate
@@ -371,13 +371,13 @@ def test_the_best_nll_of_other_validation_images_is_not_compared(run_dir, capsys
     assert line.endswith("the best so far")
 
 
-# --- learning by heart ---------------------------------------------------------------------------------------------------------------
+# --- the overfit test ---------------------------------------------------------------------------------------------------------------
 
 
 def test_what_keeps_from_learning_by_heart_is_left_out(tiny_run):
     recipe = tiny_recipe(tiny_run, prior__dropout=0.3, prior__options='{"attention_dropout": 0.2, "rms_norm_eps": 1e-5}',
                          prior_training__learning_rate=0.001, prior_training__learning_rate_batch=4, prior_training__accumulation_steps=8)
-    own = recipe_by_heart(recipe, 3, "/somewhere", 1.0)
+    own = overfit_recipe(recipe, 3, "/somewhere", 1.0)
     assert own.prior.dropout == 0 and own.prior.options == {"attention_dropout": 0, "rms_norm_eps": 1e-5}
     assert (own.prior_training.label_drop, own.prior_training.weight_ema_decay, own.prior_training.batch_size) == (0, 0, 3)
     assert own.prior_training.learning_rate == pytest.approx(0.002) and own.prior_training.learning_rate_batch is None
@@ -402,7 +402,7 @@ def test_overfit_proves_a_set_up_and_touches_nothing_of_the_run(tiny_run, capsys
     words = capsys.readouterr().out
     losses = [float(line.partition("NLL ")[2].split()[0]) for line in words.splitlines() if "] step " in line]
     assert losses[0] == pytest.approx(math.log(32), abs=0.1) and losses[-1] < 0.3 and losses == sorted(losses, reverse=True)
-    assert "learnt by heart after" in words
+    assert "memorized after" in words
     assert contents(tiny_run) == before
 
 
@@ -419,7 +419,7 @@ def test_overfit_takes_images_of_several_classes_from_shards_stored_by_class(tin
 def test_overfit_fails_where_a_set_up_does_not_learn(changes, tiny_run, capsys):
     assert overfit(tiny_recipe(tiny_run, **changes), 4, max_minutes=0.02) == 1
     words = capsys.readouterr().out
-    assert "NOT learnt by heart" in words and "knowing nothing is 3.466" in words and "prior_training.learning_rate" in words
+    assert "NOT memorized" in words and "a uniform distribution has 3.466" in words and "prior_training.learning_rate" in words
 
 
 def test_overfit_with_all_options_of_the_training(tiny_run, capsys):

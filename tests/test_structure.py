@@ -221,7 +221,7 @@ def test_nothing_unpickles(path):
 
 
 def test_unsafe_loading_is_found():
-    for line in (  # texts, parsed and never run: the check above must be able to fail for each of them
+    for line in (  # These lines are parsed and never run. They prove that the check can fail for each kind of unsafe loading.
             "import pickle", "from pickle import loads", "import pickle\npickle.UnpicklingError, pickle.load", "from dill import loads",
             "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "np.load(path, allow_pickle=True)", "yaml.load(text)",
             "accelerator.register_for_checkpointing(state)", "eval(text)"):

@@ -569,7 +569,8 @@ def test_pickled_arrays_are_refused(damaged):
             return (Path.touch, (damaged / "sprung",))
 
     stream = io.BytesIO()
-    np.save(stream, np.array([Trap()], dtype=object), allow_pickle=True)  # written as an attacker would; nothing here may read it
+    # an attacker's file: it contains a pickle, which the audit and the reader have to refuse
+    np.save(stream, np.array([Trap()], dtype=object), allow_pickle=True)
     forge(damaged, 1, lambda members: [(name, stream.getvalue() if name == "000000015.image.npy" else content)
                                        for name, content in members], remake=True)
     problems = audit_folder(damaged).problems

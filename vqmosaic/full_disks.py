@@ -1,4 +1,4 @@
-"""Full disks: whoever writes says where, and an error for want of room becomes one that names the folder and the bytes. Loads no torch."""
+"""Full disks: code that writes names its folder, and the error for a full disk names the folder and the bytes. Loads no torch."""
 
 import errno
 import os
