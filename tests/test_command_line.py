@@ -90,7 +90,7 @@ def test_the_help_of_a_recipe_explains_what_is_no_field_of_it(name):
     said = " ".join(command(name, "--help").stdout.split())
     for words in ("--processes N processes that share", "--accelerate_config FILE start them", "--redo STAGE make this stage (tokenizer, "):
         assert words in said
-    assert ("--overfit N only prove" in said) == (name == "train-prior")
+    assert ("--overfit N only check that" in said) == (name == "train-prior")
 
 
 def test_a_command_without_its_recipe():
