@@ -40,8 +40,17 @@ def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: s
     if seconds or not run.summary.exists():
         finish(recipe, run, seconds)
     else:
-        print(f"nothing to do: {run.root} is finished, its numbers are in {run.summary}")
+        print(f"nothing to do: {run.root} is finished, its numbers are in {run.summary}{hint_at_budgets(recipe)}")
     return 0
+
+
+def hint_at_budgets(recipe: Recipe) -> str:
+    """How to train longer, for a run whose time ended the training."""
+    minutes = recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes
+    if None in minutes:
+        return ""
+    option = f"--minutes {sum(minutes) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {minutes[0] * 2:g}"
+    return f". Its budget: {minutes[0]:g} minutes for the tokenizer and {minutes[1]:g} for the prior; to train longer, add {option} --redo tokens"
 
 
 def record_recipe(recipe: Recipe) -> Path:

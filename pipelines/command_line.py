@@ -61,7 +61,7 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
         named = arguments[0] if arguments and not arguments[0].startswith("-") else None
         print(f"{parser.format_help()}\n"
               f"The values below are {f'those of {named}' if named else 'built in; name a recipe before --help to see its own'}.\n\n"
-              f"{recipe_help(load_recipe(named) if named else None)}")
+              f"{recipe_help(named)}")
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
         raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "

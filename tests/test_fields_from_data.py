@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from pipelines.chain import hint_at_budgets
 from pipelines.count_images import count_images
 from stage1_tokenizer.images import named_views
 from vqmosaic.errors import InputError
@@ -141,6 +142,14 @@ def test_the_plan_shows_choices_with_reasons_and_fields_set_by_hand():
     assert lines["tokens.views"] == "flip+wide-shifts: 500 training images, data.flip is true"
     assert lines["prior.dropout"] == "0.25, as set; the rule gives 0.2"
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "the plan of the tokenizer shows those"
+
+
+def test_a_finished_run_says_how_to_train_longer():
+    said = hint_at_budgets(load("--minutes=2"))
+    assert "1 minutes for the tokenizer and 1 for the prior" in said and said.endswith("add --minutes 4 --redo tokens")
+    said = hint_at_budgets(load("--minutes=null", "--tokenizer_training.max_minutes=5", "--prior_training.max_minutes=5"))
+    assert said.endswith("add --tokenizer_training.max_minutes 10 --redo tokens")
+    assert hint_at_budgets(load("--prior_training.max_minutes=null")) == "", "it was not the time that ended the training"
 
 
 def test_minutes_are_divided_and_a_given_max_minutes_stays():

@@ -131,6 +131,8 @@ def test_an_unknown_key_on_the_command_line():
     ("[data]", "holds no recipe"),
     ("", "holds no recipe"),
     ("data: {source: digits", "not valid YAML"),
+    ("data: {source: digits}\ndata: {image_size: 16}", "sets data more than once"),
+    ("data: {image_size: 8, source: digits, image_size: 16}", "sets data.image_size more than once"),
     ("data: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ("tokenizer_training: {mixed_precision: no}", 'write them in quotes: "no"'),
 ])
@@ -297,7 +299,13 @@ def test_the_help_shows_every_field_with_its_sentence():
     words = " ".join(recipe_help().split())
     assert all(f"--{name} " in words for name in fields_of(Recipe()))
     assert "Weight beta of the commitment loss" in words and "default: 512" in words
-    assert "default: 77" in " ".join(recipe_help(load_recipe("digits", ["--tokenizer.codebook_size=77"])).split()), "a recipe's own values"
+
+
+def test_the_help_of_a_recipe_shows_its_own_values(tmp_path):
+    (tmp_path / "mine.yaml").write_text("fit_to_data: true\ntokenizer: {codebook_size: 77}\n")
+    described = dict(text.strip().split(" ", 1) for text in " ".join(recipe_help(str(tmp_path / "mine.yaml")).split()).split(" --") if " " in text)
+    assert "default: 77" in described["tokenizer.codebook_size"] and "Chosen by a rule" not in described["tokenizer.codebook_size"]
+    assert "Chosen by a rule" in described["tokenizer.patch_size"] and "Chosen by a rule" not in described["data.image_size"]
 
 
 def test_how_a_change_of_each_field_is_judged():

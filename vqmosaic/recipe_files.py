@@ -16,7 +16,7 @@ import yaml
 from vqmosaic import __version__
 from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.fields_from_data import BUDGETS, CountImages, Facts, recorded_fields, set_open_fields
+from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, recorded_fields, rules_of, set_open_fields
 from vqmosaic.given_paths import check_path
 from vqmosaic.json_files import is_later, version_hint
 from vqmosaic.permissions import naming_denied_permissions
@@ -132,15 +132,21 @@ def is_of_run_folder(name: str, path: Path) -> bool:
     return is_folder or (path.name == "recipe.yaml" and any((path.parent / made).exists() for made in (".lock", "stages")))
 
 
-def recipe_help(recipe: Recipe | None = None) -> str:
-    """What can be set in a recipe: every field with its sentence, its type and its value in `recipe` (by default the built-in one)."""
+def recipe_help(name: str | None = None) -> str:
+    """What can be set in a recipe: every field with its sentence, its type and its value in the recipe `name` (by default the built-in one)."""
     parser = jsonargparse.ArgumentParser(prog="vqmosaic", add_help=False, usage=argparse.SUPPRESS)
     add_recipe_options(parser)
     for action in parser._actions:
         if action.dest in section_names():  # only their fields can be set
             action.help = argparse.SUPPRESS
-    if recipe is not None:
-        parser.set_defaults({field.name: field.value for field in recipe_fields(recipe)})
+    if name is not None:
+        values = {field.name: field.value for field in recipe_fields(load_recipe(name))}
+        given = flattened(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), field_names())
+        chosen = {field for rule in rules_of(values) for field in rule.fields} - set(given)
+        parser.set_defaults(values)
+        for action in parser._actions:
+            if action.dest in chosen:
+                action.help += f" Chosen by a rule; the default shown is for {ASSUMED_IMAGES:,} images on a CPU."
     return parser.format_help().strip()
 
 
@@ -194,10 +200,13 @@ def check_keys_of_file(path: Path) -> None:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
+        repeated = repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
+    if repeated:
+        raise InputError(f"{path} sets {repeated[0]} more than once, and YAML would keep only the last value. Write each field and section once.")
     known = field_names()
     for section in section_names():
         if section in content and not isinstance(content[section], dict):
@@ -208,6 +217,17 @@ def check_keys_of_file(path: Path) -> None:
             check_known(key, known, f"{path} sets {key}")
         except InputError as error:
             raise InputError(f"{error}{version_hint(version) if is_later(version) else ''}") from None
+
+
+def repeated_keys(node: yaml.Node, prefix: str = "") -> list[str]:
+    """Dotted names of the keys that occur more than once in a YAML mapping or in a mapping inside it."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    names = [f"{prefix}{key.value}" for key, _ in node.value]
+    repeated = [name for name in names if names.count(name) > 1]
+    for name, (_, value) in zip(names, node.value, strict=True):
+        repeated += repeated_keys(value, f"{name}.")
+    return repeated
 
 
 def check_names_of_options(options: list[str], other_options: Sequence[str]) -> None:
