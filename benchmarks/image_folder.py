@@ -34,16 +34,16 @@ from benchmarks.classifier import Classifier, train_classifier
 from benchmarks.measuring import record, use_two_cpu_threads
 from benchmarks.prior_quality import BATCH, train_nanogpt
 from benchmarks.tokenizer_quality import train_peer
-from pipelines.chain import run_chain
-from pipelines.count_images import count_images
 from pipelines.generate import ImageGenerationPipeline
-from pipelines.measures import grid_digests, token_measures, training_grids
-from stage1_tokenizer.image_grid import image_grid, save_picture
-from stage1_tokenizer.images import ImageTransform
+from pipelines.stages.chain import run_chain
+from pipelines.stages.count_images import count_images
+from pipelines.stages.measures import grid_digests, token_measures, training_grids
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards.reader import TokenShardReader
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.tracking import read_metrics
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.training.tracking import read_metrics
 
 CLASSES, CODES, PER_CLASS, JUDGED = 10, 512, 100, 2000
 BEFORE = Path(__file__).with_name("image_folder_before.yaml")

@@ -25,12 +25,12 @@ import torch
 
 from benchmarks import cifar10
 from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
-from pipelines.preprocess import preprocess
-from stage1_tokenizer.images import IDENTITY, ImageTransform, View, read_image, to_tensor, training_views
+from pipelines.stages.preprocess import preprocess
+from stage1_tokenizer.image_files.images import IDENTITY, ImageTransform, View, read_image, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from vqmosaic.devices import set_threads
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.accelerator import set_threads
 
 IMAGES = {"train": 8000, "test": 1000}
 ROUNDS, ALLOWED = 7, 1.10

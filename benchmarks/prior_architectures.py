@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.measuring import record, use_two_cpu_threads
 from benchmarks.prior_quality import nll, train_ours
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_files import load_recipe
 
 OWN = "grid_transformer"
 

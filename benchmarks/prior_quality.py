@@ -29,20 +29,20 @@ from benchmarks import cifar10
 from benchmarks.classifier import Classifier, train_classifier
 from benchmarks.measuring import record, use_two_cpu_threads
 from benchmarks.nanogpt import load_nanogpt
-from pipelines.preprocess import preprocess
-from stage1_tokenizer.image_grid import image_grid, save_picture
-from stage1_tokenizer.images import to_uint8
+from pipelines.stages.preprocess import preprocess
+from stage1_tokenizer.image_files.images import to_uint8
+from stage1_tokenizer.pictures import image_grid, save_picture
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import validation_batches
 from stage2_prior.train import train as train_prior
 from token_shards.reader import TokenShardReader
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import SamplingConfig
-from vqmosaic.run_folder import RunFolder
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.seeding import image_seeds
-from vqmosaic.tracking import read_metrics
+from vqmosaic.training.tracking import read_metrics
 
 BATCH, CLASSES, PER_CLASS, SEED = 32, 10, 200, 0
 # nanoGPT's config/train_shakespeare_char.py ("with baby networks can afford to go a bit higher"), without the dropout it has for repeated data

@@ -24,13 +24,13 @@ from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
 from benchmarks.nanogpt import load_nanogpt
 from stage2_prior.losses import next_token_loss
 from stage2_prior.prior import TokenPrior
-from stage2_prior.training_start import compile_layers
+from stage2_prior.prior_setup import compile_layers
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
-from vqmosaic.devices import cpu_has_bf16
-from vqmosaic.interruption import StopFlag
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.accelerator import cpu_has_bf16
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.training.training_run import TrainingRun
 
 BATCH, TOKENS, CODES, CLASSES, ROUNDS = 32, 64, 512, 10, 25
 PEER = "nanoGPT, float32"

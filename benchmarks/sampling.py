@@ -24,14 +24,14 @@ import torch
 import transformers
 
 from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
-from stage2_prior import sampling as sampling_module
-from stage2_prior.decoding import StockDecoder, make_decoder
-from stage2_prior.precision import largest_logit_difference
+from stage2_prior.generation import sampling as sampling_module
+from stage2_prior.generation.decoding import StockDecoder, make_decoder
+from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
-from vqmosaic.devices import cpu_has_bf16
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.runs.accelerator import cpu_has_bf16
 
 CLASSES, GUIDANCE = 10, 2.0
 LLAMAGEN, TRANSFORMERS, LOOP, OURS = "LlamaGen, generate", "transformers, generate", "transformers' model in our loop", "ours, llama"

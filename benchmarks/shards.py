@@ -32,7 +32,7 @@ from stage2_prior.token_batches import TokenBatches
 from token_shards import Grid, ShardEntry, ShardSetHeader, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
 from token_shards.manifest import shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path
-from vqmosaic.devices import cpu_has_bf16
+from vqmosaic.runs.accelerator import cpu_has_bf16
 
 IMAGES, VIEWS, SIDE, CODES, CLASSES = 50_000, 2, 8, 512, 10
 BATCH, BUFFER, ROUNDS = 128, 10_000, 3

@@ -19,18 +19,18 @@ from benchmarks import cifar10
 from benchmarks.classifier import train_classifier
 from benchmarks.image_folder import to_bytes
 from benchmarks.measuring import record, use_two_cpu_threads
-from pipelines.count_images import count_images
-from pipelines.measures import token_measures, training_grids
-from pipelines.preprocess import preprocess
+from pipelines.stages.count_images import count_images
+from pipelines.stages.measures import token_measures, training_grids
+from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train as train_prior
 from token_shards.reader import TokenShardReader
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import image_seeds
-from vqmosaic.tracking import read_metrics
+from vqmosaic.training.tracking import read_metrics
 
 LABELS = (3, 8)
 """Cats and ships."""

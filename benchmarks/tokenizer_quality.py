@@ -24,13 +24,13 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from benchmarks import cifar10
 from benchmarks.classifier import Classifier, train_classifier
 from benchmarks.measuring import record, use_two_cpu_threads
-from stage1_tokenizer.image_grid import save_picture
+from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.train import train
 from stage1_tokenizer.validation import reconstruction_picture
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import read_metrics
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.tracking import read_metrics
 
 CODES, PEER_BATCH, PEER_LEARNING_RATE = 512, 32, 5e-4
 RECIPES = {"ours": "cifar10", "vqgan": "cifar10_vqgan"}

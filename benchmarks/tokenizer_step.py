@@ -22,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cifar10
 from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_networks
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from vqmosaic.devices import cpu_has_bf16
-from vqmosaic.interruption import StopFlag
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.accelerator import cpu_has_bf16
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.training.training_run import TrainingRun
 
 BATCH, ROUNDS, STEPS, ORDERS, HELD_OUT, LEARNING_RATE = 32, 15, 50, 3, 512, 5e-4
 WIDTHS = (32, 64, 128)

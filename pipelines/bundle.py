@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stage_inputs import (
+from pipelines.stages.stage_inputs import (
     full_fingerprint_of_tokenizer,
     read_vocabulary,
     token_fingerprint_of_prior,
@@ -25,13 +25,13 @@ from pipelines.stage_inputs import (
 )
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
 from vqmosaic import __version__
-from vqmosaic.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.fingerprints import check_same_tokens
-from vqmosaic.full_disks import naming_full_disks, size_of
-from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
-from vqmosaic.permissions import check_readable
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
+from vqmosaic.files.fingerprints import check_same_tokens
+from vqmosaic.files.full_disks import naming_full_disks, size_of
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.files.permissions import check_readable
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 if TYPE_CHECKING:
     import torch
@@ -260,7 +260,7 @@ def usable_device(device: "str | torch.device | None", given_as: str = "device")
     """
     import torch
 
-    from vqmosaic.device_choice import default_device
+    from vqmosaic.runs.devices import default_device
 
     best = default_device()
     if device is None:

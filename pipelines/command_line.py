@@ -9,11 +9,11 @@ from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.given_paths import given_path
-from vqmosaic.launch import find_accelerate_config, guarded, leave, processes_to_start, run_stage
-from vqmosaic.process_settings import set_up_process
-from vqmosaic.recipe_files import load_recipe, recipe_help, shipped_names
-from vqmosaic.run_folder import STAGES
+from vqmosaic.files.given_paths import given_path
+from vqmosaic.recipes.recipe_files import load_recipe, recipe_help, shipped_names
+from vqmosaic.runs.launch import find_accelerate_config, guarded, leave, processes_to_start, run_stage
+from vqmosaic.runs.process_settings import set_up_process
+from vqmosaic.runs.run_folder import STAGES
 
 RECONSTRUCTIONS = "reconstructions"
 """The folder that `reconstruct` writes to without --out."""
@@ -53,7 +53,7 @@ def recipe_command_parser(command: str) -> Parser:
 
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The options of a command that takes a recipe, and the recipe's overrides."""
-    from pipelines.count_images import count_images
+    from pipelines.stages.count_images import count_images
 
     parser = recipe_command_parser(command)
     wants_help = not arguments or "-h" in arguments or "--help" in arguments
@@ -80,12 +80,12 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
 
 def run_one_stage(command: str, arguments: list[str]) -> int:
     """train-tokenizer, preprocess, train-prior: one stage alone; `train-prior RECIPE --overfit N` only proves that its set-up learns."""
-    from pipelines.chain import MODULES
+    from pipelines.stages.chain import MODULES
 
     options, _ = parse_recipe_command(command, arguments)
     stage = STAGE_COMMANDS[command]
     if getattr(options, "overfit", None) is not None:
-        from pipelines.overfit_prior import overfit_prior
+        from pipelines.stages.overfit_prior import overfit_prior
 
         return overfit_prior(options, options.overfit)
     return run_stage(MODULES[stage], [str(prepare_stage(command, stage, options))], options.processes, options.accelerate_config)
@@ -93,8 +93,8 @@ def run_one_stage(command: str, arguments: list[str]) -> int:
 
 def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path:
     """The recipe file for one stage alone, once everything is checked and, where that was asked for, what was made before is removed."""
-    from pipelines.chain import record_recipe, redo_from
-    from pipelines.stage_checks import check_before_start
+    from pipelines.stages.chain import record_recipe, redo_from
+    from pipelines.stages.stage_checks import check_before_start
 
     if options.redo is not None and STAGES.index(options.redo) < STAGES.index(stage):
         raise InputError(f"--redo {options.redo} would remove what {command} reads; give --redo {stage}, or make all of it anew with "
@@ -106,7 +106,7 @@ def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path
 
 def run(command: str, arguments: list[str]) -> int:
     """run: the whole chain."""
-    from pipelines.chain import run_chain
+    from pipelines.stages.chain import run_chain
 
     options, _ = parse_recipe_command(command, arguments)
     return run_chain(options.recipe, options.processes, options.accelerate_config, options.redo)
@@ -115,14 +115,14 @@ def run(command: str, arguments: list[str]) -> int:
 def bundle(command: str, arguments: list[str]) -> int:
     """bundle: a run's own parts, or parts given by path."""
     if arguments and not arguments[0].startswith("-"):
-        from pipelines.chain import bundle_run
+        from pipelines.stages.chain import bundle_run
 
         options, _ = parse_recipe_command(command, arguments)
         prepare_stage(command, "pipeline", options)
         bundle_run(options.recipe)
         return 0
     from pipelines.bundle import make_bundle, naming_options
-    from vqmosaic.recipe_sections import SamplingConfig
+    from vqmosaic.recipes.recipe_sections import SamplingConfig
 
     parser = Parser(command, "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any.")
     parser.add_argument("--tokenizer", required=True, type=given_path, help="a tokenizer folder")
@@ -171,8 +171,8 @@ def generate(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
-    from pipelines.sample_folder import SampleFolder, first_fitting_folder
-    from pipelines.stage_checks import check_can_write
+    from pipelines.image_folders.sample_folder import SampleFolder, first_fitting_folder
+    from pipelines.stages.stage_checks import check_can_write
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
@@ -189,14 +189,14 @@ def generate(command: str, arguments: list[str]) -> int:
     if options.out is None:
         print(f"without --out, the images go to {samples.out.absolute()}", flush=True)
 
-    from pipelines.write_images import write_generated
+    from pipelines.image_folders.write_images import write_generated
 
     return write_generated(samples, options.device)
 
 
 def sweep(command: str, arguments: list[str]) -> int:
     """sweep: choose sampling settings by Frechet distance."""
-    from pipelines.sweep_plan import add_sweep_options, plan_sweep
+    from pipelines.sweep.sweep_plan import add_sweep_options, plan_sweep
 
     parser = Parser(command, "Choose the sampling settings whose images are closest to real ones, and recommend them in the bundle.")
     add_sweep_options(parser)
@@ -206,7 +206,7 @@ def sweep(command: str, arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     request = plan_sweep(options, overrides)
 
-    from pipelines.sweep import run_sweep
+    from pipelines.sweep.sweep import run_sweep
 
     return run_sweep(request)
 
@@ -221,7 +221,7 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_tokenizer, usable_device
-    from pipelines.stage_checks import check_can_write, check_image
+    from pipelines.stages.stage_checks import check_can_write, check_image
 
     folder = find_tokenizer(options.tokenizer)
     for image in options.images:
@@ -230,7 +230,7 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     check_can_write("--out", out)
     usable_device(options.device, "--device")
 
-    from pipelines.write_images import write_reconstructions
+    from pipelines.image_folders.write_images import write_reconstructions
 
     if options.out is None:
         print(f"without --out, the images go to {out.absolute()}", flush=True)
@@ -245,12 +245,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def check_data(command: str, arguments: list[str]) -> int:
     """check-data: read every image once."""
-    from stage1_tokenizer.data_location import check_data_path
+    from stage1_tokenizer.data.data_location import check_data_path
 
     options, _ = parse_recipe_command(command, arguments)
     check_data_path(options.recipe.data)
 
-    from stage1_tokenizer.check_data import check_data as check
+    from stage1_tokenizer.data.check_data import check_data as check
 
     return 1 if check(options.recipe.data) else 0
 
@@ -266,14 +266,14 @@ def audit(command: str, arguments: list[str]) -> int:
     if overrides and options.recipe is None:
         raise InputError(f"{overrides[0]!r} was not expected; recipe overrides need --recipe.")
 
-    from pipelines.audit import audit_run
+    from pipelines.tokens.audit_command import audit_run
 
     return audit_run(options.tokens, load_recipe(options.recipe, overrides) if options.recipe is not None else None, options.repair)
 
 
 def import_foreign_tokens(command: str, arguments: list[str]) -> int:
     """import-tokens: tokens made elsewhere become token shards."""
-    from pipelines.import_tokens import add_options, import_tokens
+    from pipelines.tokens.import_tokens import add_options, import_tokens
 
     parser = Parser(command, "Make token shards of ids from elsewhere: 1d-tokenizer's JSON lines, LlamaGen's folders of npy files, or one npy array.")
     add_options(parser)
@@ -282,7 +282,7 @@ def import_foreign_tokens(command: str, arguments: list[str]) -> int:
 
 def export_to_json_lines(command: str, arguments: list[str]) -> int:
     """export-tokens: token shards leave as JSON lines."""
-    from pipelines.export_tokens import export_tokens
+    from pipelines.tokens.export_tokens import export_tokens
 
     parser = Parser(command, "Write token shards as JSON lines with class_id and tokens, which import-tokens and 1d-tokenizer read.")
     parser.add_argument("folder", type=given_path, help="the shards of one split, such as runs/digits/tokens/train")
@@ -308,7 +308,7 @@ def demo(command: str, arguments: list[str]) -> int:
         raise InputError("the demo needs gradio, which is not installed: pip install 'vqmosaic[demo]'.")
     usable_device(options.device, "--device")
 
-    from pipelines.demo import serve
+    from pipelines.demo.page import serve
 
     serve(folder, port=options.port, device=options.device, dtype=options.dtype)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stage1_tokenizer.perceptual_weights import VGG16_NAMES, hub_checkpoints
 from vqmosaic import __version__
-from vqmosaic.recipe_files import shipped_names
+from vqmosaic.recipes.recipe_files import shipped_names
 from vqmosaic.wording import counted
 
 CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "safetensors", "numpy", "pillow", "jsonargparse")
@@ -71,7 +71,7 @@ def device_lines() -> list[str]:
     """The device, threads and number format that a run would use."""
     import torch
 
-    from vqmosaic.devices import cpu_has_bf16, default_device, resolve_precision
+    from vqmosaic.runs.accelerator import cpu_has_bf16, default_device, resolve_precision
 
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()

@@ -23,18 +23,18 @@ import torch
 from PIL import Image
 
 from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
-from stage1_tokenizer.images import as_batches, to_pil, to_uint8
+from stage1_tokenizer.image_files.images import as_batches, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage2_prior.precision import largest_logit_difference
+from stage2_prior.generation.logit_differences import largest_logit_difference
+from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
-from stage2_prior.sampling import SamplingStopped
 from stage2_prior.vocabulary import NO_CLASS
-from vqmosaic.device_choice import as_dtype
 from vqmosaic.errors import InputError, check_name, check_range
-from vqmosaic.exported_weights import same_weights
-from vqmosaic.field_types import as_boolean, as_integer
-from vqmosaic.fingerprints import check_same_tokens
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.files.exported_weights import same_weights
+from vqmosaic.files.fingerprints import check_same_tokens
+from vqmosaic.recipes.field_types import as_boolean, as_integer
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.devices import as_dtype
 from vqmosaic.seeding import image_seeds
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -182,7 +182,7 @@ class ImageGenerationPipeline:
         Args:
             skip: called with the places of each batch before sampling starts. Batches for which it returns True are left out.
             settings: guidance_scale, temperature and the other settings that a call takes.
-            others: as in a call. If the callback returns False, the iterator raises stage2_prior.sampling.SamplingStopped.
+            others: as in a call. If the callback returns False, the iterator raises stage2_prior.generation.sampling.SamplingStopped.
 
         Raises:
             ValueError: as in a call.

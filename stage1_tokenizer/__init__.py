@@ -5,8 +5,8 @@ import importlib
 _HOME = {
     "ImageTokenizer": "tokenizer",
     "QUANTIZERS": "quantizers",
-    "ImageTransform": "images",
-    "View": "images",
+    "ImageTransform": "image_files.images",
+    "View": "image_files.images",
 }
 __all__ = list(_HOME)
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stage1_tokenizer.group_norm import GroupNorm
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.kernels.group_norm import GroupNorm
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class ChannelNorm(nn.LayerNorm):

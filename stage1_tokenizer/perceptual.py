@@ -11,7 +11,7 @@ from torch import nn
 
 from stage1_tokenizer.perceptual_weights import FIELD, PerceptualWeights, resolve_perceptual_weights
 from vqmosaic.errors import InputError
-from vqmosaic.permissions import check_readable
+from vqmosaic.files.permissions import check_readable
 
 __all__ = ["LPIPS", "feature_matching_loss", "resolve_perceptual_weights"]
 

@@ -14,23 +14,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stage1_tokenizer.images import TRANSFORM_FIELDS, ImageTransform
+from stage1_tokenizer.image_files.images import TRANSFORM_FIELDS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from vqmosaic import __version__
-from vqmosaic.device_choice import as_device, as_dtype
-from vqmosaic.durable_files import publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.errors import InputError
-from vqmosaic.exported_weights import exportable_weights
-from vqmosaic.field_types import as_integer
-from vqmosaic.fingerprints import fingerprint
-from vqmosaic.full_disks import naming_full_disks
-from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
-from vqmosaic.permissions import check_readable, naming_denied_permissions
+from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling, write_json
+from vqmosaic.files.exported_weights import exportable_weights
+from vqmosaic.files.fingerprints import fingerprint
+from vqmosaic.files.full_disks import naming_full_disks
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.files.permissions import check_readable, naming_denied_permissions
+from vqmosaic.files.weights_fit import misfits
+from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
+from vqmosaic.runs.devices import as_device, as_dtype
 from vqmosaic.seeding import derive_seed
-from vqmosaic.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
-from vqmosaic.weights_fit import misfits
 
 FORMAT = "vqmosaic.image_tokenizer"
 FORMAT_VERSION = 1

@@ -15,19 +15,19 @@ from pathlib import Path
 
 import torch
 
-from stage1_tokenizer.adversary import Adversary
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.guard import AdversarialGuard, calendar
-from stage1_tokenizer.image_batches import TrainingImages, UpcomingBatch, ValidationImages
-from stage1_tokenizer.image_sources import ImageSplits, count_training_images, open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import ImageTransform
-from stage1_tokenizer.initial_weights import check_tokens_stay, load_initial_weights
-from stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
+from stage1_tokenizer.adversarial.discriminator_training import Adversary
+from stage1_tokenizer.adversarial.guard import AdversarialGuard, calendar
+from stage1_tokenizer.data.image_batches import TrainingImages, UpcomingBatch, ValidationImages
+from stage1_tokenizer.data.image_sources import ImageSplits, count_training_images, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.find_initial_weights import fingerprint_of_initial_weights
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.load_initial_weights import check_tokens_stay, load_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_networks
 from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage1_tokenizer.training_start import (
+from stage1_tokenizer.tokenizer_setup import (
     describe_loss,
     describe_start,
     describe_tokens,
@@ -38,20 +38,20 @@ from stage1_tokenizer.training_start import (
     warn_if_codebook_is_large,
 )
 from stage1_tokenizer.validation import validate
-from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
-from vqmosaic.devices import check_compiler, held_by_main_process
 from vqmosaic.errors import printable
-from vqmosaic.fields_from_data import DataSize
-from vqmosaic.interruption import StopFlag
-from vqmosaic.launch import run_worker
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipes.fields_from_data import DataSize
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
+from vqmosaic.runs.accelerator import check_compiler, held_by_main_process
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.launch import run_worker
+from vqmosaic.runs.stage_records import judge, load_record, write_record
 from vqmosaic.seeding import reseed_step
-from vqmosaic.stage_records import judge, load_record, write_record
-from vqmosaic.tokenizer_sections import TokenizerTrainingConfig
-from vqmosaic.tracking import read_metrics
-from vqmosaic.training_plan import print_plan
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
+from vqmosaic.training.tracking import read_metrics
+from vqmosaic.training.training_plan import print_plan
+from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
 ALARM_FROM = 0.25

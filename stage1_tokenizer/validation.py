@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from stage1_tokenizer.image_batches import ValidationImages
-from stage1_tokenizer.image_grid import image_grid, save_picture, viewing_scale
-from stage1_tokenizer.images import to_uint8
+from stage1_tokenizer.data.image_batches import ValidationImages
+from stage1_tokenizer.image_files.images import to_uint8
+from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from vqmosaic.interruption import StopFlag
-from vqmosaic.tracking import lines_in_training
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.training.tracking import lines_in_training
 
 GRID_IMAGES = 16
 

@@ -5,7 +5,7 @@ import importlib
 _HOME = {
     "TokenPrior": "stage2_prior.prior",
     "Vocabulary": "stage2_prior.vocabulary",
-    "SamplingConfig": "vqmosaic.recipe_sections",
+    "SamplingConfig": "vqmosaic.recipes.recipe_sections",
 }
 __all__ = list(_HOME)
 

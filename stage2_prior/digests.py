@@ -8,10 +8,10 @@ import warnings
 from pathlib import Path
 
 from vqmosaic import __version__
-from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
-from vqmosaic.json_files import VERSION_FIELD, check_fields, read_object, version_hint, written_by
-from vqmosaic.permissions import check_readable
+from vqmosaic.files.durable_files import sha256_of_file, write_json
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, read_object, version_hint, written_by
+from vqmosaic.files.permissions import check_readable
 
 DIGESTS_NAME = "digests.json"
 FORMAT = "vqmosaic.prior_digests"

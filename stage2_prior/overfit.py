@@ -14,17 +14,17 @@ from collections import Counter
 
 import torch
 
-from stage2_prior.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
 from stage2_prior.losses import next_token_loss, z_loss
+from stage2_prior.model.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
 from stage2_prior.prior import TokenPrior
-from stage2_prior.training_start import describe_attention, loss_of_ignorance, prepare_prior
+from stage2_prior.prior_setup import describe_attention, loss_of_ignorance, prepare_prior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.errors import check_range
-from vqmosaic.interruption import EXIT_CODES, StopFlag
-from vqmosaic.recipe import Recipe
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.runs.interruption import EXIT_CODES, StopFlag
 from vqmosaic.seeding import reseed_step
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
 THRESHOLD = 0.1

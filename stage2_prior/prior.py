@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from stage2_prior.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
 from stage2_prior.digests import check_digests, remove_stale_files, write_digests
-from stage2_prior.sampling import sample_tokens
+from stage2_prior.generation.sampling import sample_tokens
+from stage2_prior.model.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
-from vqmosaic.device_choice import as_device, as_dtype
-from vqmosaic.durable_files import publish, temporary_sibling
 from vqmosaic.errors import InputError
-from vqmosaic.field_types import as_integer
-from vqmosaic.full_disks import naming_full_disks
-from vqmosaic.permissions import naming_denied_permissions
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.files.durable_files import publish, temporary_sibling
+from vqmosaic.files.full_disks import naming_full_disks
+from vqmosaic.files.permissions import naming_denied_permissions
+from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.runs.devices import as_device, as_dtype
 
 
 class TokenPrior(nn.Module):
@@ -49,7 +49,7 @@ class TokenPrior(nn.Module):
     @classmethod
     def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
                     seed: int = 0) -> "TokenPrior":
-        """A fresh prior of a named size (vqmosaic.prior_sizes.PRESETS) over one square grid of codes, without dropout, of no tokenizer yet.
+        """A fresh prior of a named size (vqmosaic.recipes.prior_sizes.PRESETS) over one square grid of codes, without dropout, of no tokenizer yet.
 
         `num_classes` 0 makes one without classes. Raises InputError for a preset that there is not and for tokens that make no square.
         """

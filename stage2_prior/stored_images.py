@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from token_shards.manifest import TokenShardManifest
-from vqmosaic.fields_from_data import DataSize
+from vqmosaic.recipes.fields_from_data import DataSize
 
 
 def count_stored_images(recipe: Mapping[str, Any]) -> DataSize:

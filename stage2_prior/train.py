@@ -19,6 +19,14 @@ import torch.nn.functional as F
 
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.prior import TokenPrior
+from stage2_prior.prior_setup import (
+    check_first_loss,
+    describe_attention,
+    describe_embeddings,
+    loss_of_ignorance,
+    prepare_prior,
+    time_and_loss_of_one_step,
+)
 from stage2_prior.stored_images import count_stored_images
 from stage2_prior.token_batches import (
     VALIDATION_RULE,
@@ -27,29 +35,21 @@ from stage2_prior.token_batches import (
     validation_batches,
     warn_of_sorted_shards,
 )
-from stage2_prior.training_start import (
-    check_first_loss,
-    describe_attention,
-    describe_embeddings,
-    loss_of_ignorance,
-    prepare_prior,
-    time_and_loss_of_one_step,
-)
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
-from vqmosaic.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
-from vqmosaic.devices import held_by_main_process
-from vqmosaic.fields_from_data import DataSize
-from vqmosaic.interruption import StopFlag
-from vqmosaic.launch import run_worker
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipes.fields_from_data import DataSize
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.accelerator import held_by_main_process
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.launch import run_worker
+from vqmosaic.runs.stage_records import judge, write_record
 from vqmosaic.seeding import reseed_step
-from vqmosaic.sharding import is_sharded
-from vqmosaic.stage_records import judge, write_record
-from vqmosaic.tracking import lines_in_training
-from vqmosaic.training_plan import print_plan
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
+from vqmosaic.training.sharding import is_sharded
+from vqmosaic.training.tracking import lines_in_training
+from vqmosaic.training.training_plan import print_plan
+from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]

@@ -17,10 +17,10 @@ import numpy as np
 
 from stage2_prior.digests import version_of
 from token_shards.manifest import Grid
-from vqmosaic.durable_files import write_json
 from vqmosaic.errors import InputError, check_range
-from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
-from vqmosaic.permissions import check_readable
+from vqmosaic.files.durable_files import write_json
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.files.permissions import check_readable
 
 SCHEMA_VERSION = 1
 VOCABULARY_NAME = "vocabulary.json"

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from stage1_tokenizer.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, GRADIENT_EPS, adaptive_weight, discriminator_loss, generator_loss
-from stage1_tokenizer.discriminator import PatchDiscriminator
+from stage1_tokenizer.adversarial.adversarial_losses import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    GRADIENT_EPS,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
 from stage1_tokenizer.perceptual import feature_matching_loss
-from vqmosaic.tokenizer_sections import ADVERSARIAL_LOSSES, AdversarialConfig
+from vqmosaic.recipes.tokenizer_sections import ADVERSARIAL_LOSSES, AdversarialConfig
 
 REAL, FAKE = torch.tensor([0.5, 2.0]), torch.tensor([-0.25, 1.0])
 

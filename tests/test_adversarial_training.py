@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stage1_tokenizer import adversary as adversary_module
 from stage1_tokenizer import train as train_module
+from stage1_tokenizer.adversarial.adversarial_losses import discriminator_training as adversary_module
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from tests.tiny import tiny_recipe
-from vqmosaic.checkpoints import CheckpointFolder, read_state
 from vqmosaic.errors import InputError
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import read_metrics
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.checkpoints import CheckpointFolder, read_state
+from vqmosaic.training.tracking import read_metrics
+from vqmosaic.training.training_run import TrainingRun
 
 RIVAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.15, "adversarial__ramp": 0.3, "adversarial__layers": 1,
          "adversarial__channels": 16, "tokenizer_training__max_steps": 10, "tokenizer_training__validate_every": 2,

@@ -9,19 +9,20 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from pipelines.audit import audit_run
-from pipelines.preprocess import preprocess
-from pipelines.sweep import class_counts
-from stage1_tokenizer import ImageTokenizer, class_labels
+from pipelines.stages.preprocess import preprocess
+from pipelines.sweep.sweep import class_counts
+from pipelines.tokens.audit_command import audit_run
+from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
-from stage1_tokenizer.class_labels import natural_key, sorted_classes
-from stage1_tokenizer.image_sources import open_splits
+from stage1_tokenizer.data import class_labels
+from stage1_tokenizer.data.class_labels import natural_key, sorted_classes
+from stage1_tokenizer.data.image_sources import open_splits
 from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.errors import InputError
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 CLASSES = 12
 NATURAL = [str(number) for number in range(CLASSES)]

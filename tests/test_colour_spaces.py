@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, TiffImagePlugin, features
 
-from stage1_tokenizer.check_data import check_data
-from stage1_tokenizer.colour_spaces import other_colour_space
-from stage1_tokenizer.images import read_image
+from stage1_tokenizer.data.check_data import check_data
+from stage1_tokenizer.image_files.colour_spaces import other_colour_space
+from stage1_tokenizer.image_files.images import read_image
 from tests.test_stored_values import png
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ROW = bytes([10, 20, 30, 40, 50, 60])

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.chain import example_classes
 from pipelines.command_line import dispatch
 from pipelines.doctor import processor_name
-from stage1_tokenizer.images import ImageTransform
+from pipelines.stages.chain import example_classes
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
-from vqmosaic.device_choice import default_device
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.devices import default_device
 
 HELP_SECONDS, ERROR_SECONDS = 1.5, 4.0  # what is promised; a machine that does other things meanwhile gets twice that
 SLACK = 2.0

@@ -10,14 +10,15 @@ from torch import nn
 
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
-from stage2_prior import decoding, decoding_products
-from stage2_prior.decoding import GraphDecoder, StaticDecoder, StockDecoder, make_decoder
-from stage2_prior.decoding_products import Product, can_pack, pack, packed_product
-from stage2_prior.precision import largest_logit_difference, step_logits
+from stage2_prior.generation import decoding
+from stage2_prior.generation.decoding import GraphDecoder, StaticDecoder, StockDecoder, make_decoder
+from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.kernels import decoding_products
+from vqmosaic.kernels.decoding_products import Product, can_pack, pack, packed_product
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 
 GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
 TWO_GRIDS = [Grid(name="coarse", codebook_size=6, height=1, width=2), Grid(name="fine", codebook_size=18, height=2, width=2)]

@@ -19,16 +19,16 @@ pytest.importorskip("gradio")
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
-from pipelines import demo
+from pipelines.demo import page as demo
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 CLASSES = ["ant", "bee", "cat"]
 TOKENS = 16

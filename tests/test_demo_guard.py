@@ -24,9 +24,13 @@ from PIL import Image, ImageFile
 
 pytest.importorskip("gradio")
 
-from pipelines import demo, demo_guard, demo_http, demo_requests, demo_uploads
-from pipelines.demo_http import Refusal, strict_json
-from stage1_tokenizer.images import UnreadableImage, read_image
+from pipelines.demo import guard as demo_guard
+from pipelines.demo import http_limits as demo_http
+from pipelines.demo import page as demo
+from pipelines.demo import request_checks as demo_requests
+from pipelines.demo import uploads as demo_uploads
+from pipelines.demo.http_limits import Refusal, strict_json
+from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from tests.test_demo import SlowPipeline, tiny_pipeline, wait_until
 
 GENERATE = [["ant"], 1, 0, False, 1, 0, 1, 1]

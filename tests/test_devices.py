@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pipelines.bundle import usable_device
-from vqmosaic.devices import default_device, resolve_precision
 from vqmosaic.errors import InputError
+from vqmosaic.runs.accelerator import default_device, resolve_precision
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from stage1_tokenizer.differentiable_augmentation import augment_alike, augment_images
-from stage1_tokenizer.discriminator import PatchDiscriminator, group_count
+from stage1_tokenizer.adversarial.differentiable_augmentation import augment_alike, augment_images
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator, group_count
 from vqmosaic.errors import InputError
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_sections import DataConfig
-from vqmosaic.tokenizer_sections import AUGMENTATIONS, AdversarialConfig, patch_grid
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_sections import DataConfig
+from vqmosaic.recipes.tokenizer_sections import AUGMENTATIONS, AdversarialConfig, patch_grid
 
 NORMS = [("group", False), ("none", False), ("none", True), ("group", True)]
 

@@ -16,34 +16,34 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import StaticCache
 
-from stage1_tokenizer.adversary import Adversary
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
+from stage1_tokenizer.adversarial.discriminator_training import Adversary
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage1_tokenizer.training_start import time_of_one_step
-from stage2_prior.causal_lm import check_causal
-from stage2_prior.decoding import StaticDecoder, StockDecoder
-from stage2_prior.decoding_layers import GridLayers, LlamaLayers
-from stage2_prior.grid_transformer import GridTransformer
+from stage1_tokenizer.tokenizer_setup import time_of_one_step
+from stage2_prior.generation.decoding import StaticDecoder, StockDecoder
+from stage2_prior.generation.decoding_layers import GridLayers, LlamaLayers
+from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
+from stage2_prior.generation.sampling import apply_guidance, draw_ids
 from stage2_prior.losses import next_token_loss, z_loss
-from stage2_prior.precision import largest_logit_difference, step_logits
+from stage2_prior.model.causal_lm import check_causal
+from stage2_prior.model.grid_transformer import GridTransformer
 from stage2_prior.prior import TokenPrior
-from stage2_prior.sampling import apply_guidance, draw_ids
+from stage2_prior.prior_setup import time_and_loss_of_one_step
 from stage2_prior.token_batches import TrainingBatch
-from stage2_prior.training_start import time_and_loss_of_one_step
 from tests.one_device import WrongDevice, one_device
 from tests.test_decoding import GRIDS, TWO_GRIDS, make_prior
 from tests.tiny import make_tiny_run
-from vqmosaic.device_choice import default_device
-from vqmosaic.muon import Muon, orthogonalized
-from vqmosaic.recipe_sections import SamplingConfig
-from vqmosaic.tokenizer_sections import QUANTIZER_NAMES, AdversarialConfig, TokenizerConfig
-from vqmosaic.training_run import TrainingRun
-from vqmosaic.weight_averaging import averaged
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.recipes.tokenizer_sections import QUANTIZER_NAMES, AdversarialConfig, TokenizerConfig
+from vqmosaic.runs.devices import default_device
+from vqmosaic.training.muon import Muon, orthogonalized
+from vqmosaic.training.training_run import TrainingRun
+from vqmosaic.training.weight_averaging import averaged
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TOKENIZER = {"codebook_size": 64, "code_dim": 5, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1], "residual_blocks": 1}

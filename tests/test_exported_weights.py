@@ -12,12 +12,12 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM
 
 from pipelines import ImageGenerationPipeline
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from tests.test_prior import random_batch, tiny_prior
 from vqmosaic.errors import InputError
-from vqmosaic.tokenizer_sections import QUANTIZER_NAMES, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import QUANTIZER_NAMES, TokenizerConfig
 
 
 def tiny_tokenizer(**fields) -> ImageTokenizer:

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipelines.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor, normalised, timm_network
-from pipelines.feature_file import FeatureFile, resolve_feature_file
+from pipelines.sweep.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor, normalised, timm_network
+from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from vqmosaic.errors import InputError
 
 CPU = torch.device("cpu")

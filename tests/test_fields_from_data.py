@@ -5,16 +5,16 @@ import json
 
 import pytest
 
-from pipelines.chain import hint_at_budgets
-from pipelines.count_images import count_images
-from stage1_tokenizer.images import named_views
+from pipelines.stages.chain import hint_at_budgets
+from pipelines.stages.count_images import count_images
+from stage1_tokenizer.image_files.images import named_views
 from vqmosaic.errors import InputError
-from vqmosaic.fields_from_data import ASSUMED_IMAGES, BUDGETS, RULES, DataSize, Facts, describe_choices
-from vqmosaic.recipe import recipe_fields
-from vqmosaic.recipe_files import load_recipe, save_recipe, shipped_names
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import write_record
-from vqmosaic.view_lists import VIEW_COUNTS
+from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, RULES, DataSize, Facts, describe_choices
+from vqmosaic.recipes.recipe import recipe_fields
+from vqmosaic.recipes.recipe_files import load_recipe, save_recipe, shipped_names
+from vqmosaic.recipes.view_lists import VIEW_COUNTS
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.runs.stage_records import write_record
 
 
 def fields_of(recipe) -> dict[str, object]:

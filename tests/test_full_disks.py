@@ -14,22 +14,22 @@ import torch
 from PIL import Image
 
 from pipelines import make_bundle
-from pipelines.export_tokens import export_tokens
+from pipelines.tokens.export_tokens import export_tokens
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.image_grid import save_picture
+from stage1_tokenizer.pictures import save_picture
 from stage1_tokenizer.train import train
 from stage2_prior.prior import TokenPrior
 from tests.tiny import command, tiny_overrides, tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.writer import TokenShardWriter
-from vqmosaic.best_weights import save_weights
-from vqmosaic.durable_files import TEMPORARY_PREFIX, copy_folder, write_json
-from vqmosaic.full_disks import DiskFull, naming_full_disks, size_text
-from vqmosaic.launch import guarded, write_note
-from vqmosaic.recipe_sections import SamplingConfig
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import MetricsLog
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.files.durable_files import TEMPORARY_PREFIX, copy_folder, write_json
+from vqmosaic.files.full_disks import DiskFull, naming_full_disks, size_text
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.launch import guarded, write_note
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.best_weights import save_weights
+from vqmosaic.training.tracking import MetricsLog
+from vqmosaic.training.training_run import TrainingRun
 
 
 def write_to_full_device() -> None:
@@ -129,7 +129,7 @@ def test_a_copy_says_how_large_all_of_it_is(tmp_path, monkeypatch):
 
 
 def test_the_line_of_a_metric_and_the_lock_name_their_folder(tmp_path, monkeypatch):
-    from vqmosaic.tracking import MetricsLog
+    from vqmosaic.training.tracking import MetricsLog
 
     class Accelerator:
         is_main_process, log_with = True, []

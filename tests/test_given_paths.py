@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.command_line import dispatch
-from vqmosaic.launch import guarded
+from vqmosaic.runs.launch import guarded
 
 IMPOSSIBLE = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
               "through a file": ("FILE/x", "is a file"), "loop of links": ("LOOP/x", "loop of links")}

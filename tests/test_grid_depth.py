@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipelines import ImageGenerationPipeline, stage_checks
+from pipelines import ImageGenerationPipeline
 from pipelines.bundle import find_tokenizer
-from pipelines.chain import run_chain
 from pipelines.command_line import dispatch
-from pipelines.preprocess import preprocess
-from pipelines.stage_checks import check_before_start, check_chain
+from pipelines.stages import stage_checks
+from pipelines.stages.chain import run_chain
+from pipelines.stages.preprocess import preprocess
+from pipelines.stages.stage_checks import check_before_start, check_chain
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.digits_source import load_scans
-from stage1_tokenizer.images import ImageTransform, to_uint8
+from stage1_tokenizer.data.digits_source import load_scans
+from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.train import train
 from tests.tiny import CODES, GRID_SIZE, make_tiny_run, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import read_metrics
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.tracking import read_metrics
 
 DEPTH = 2
 RESIDUAL = {"tokenizer__quantizer": "residual", "tokenizer__residual_depth": DEPTH}
@@ -57,7 +58,7 @@ def test_stored_ids_stand_position_by_position_with_the_depth_innermost(residual
     assert grid.num_tokens == reader.manifest.num_tokens == GRID_SIZE**2 * DEPTH
     stored_BT = torch.from_numpy(reader.sequential(0, 8).ids_BT)
     assert stored_BT.shape == (8, GRID_SIZE**2 * DEPTH)
-    from stage1_tokenizer.image_sources import open_splits
+    from stage1_tokenizer.data.image_sources import open_splits
 
     source = open_splits(tiny_recipe("unused", **RESIDUAL).data).validation
     encoded = pipe.tokenizer.encode(torch.stack([pipe.tokenizer.transform(source.read(index)) for index in range(8)]))
@@ -132,10 +133,10 @@ def test_a_residual_tokenizer_of_depth_1_has_plain_grids(tmp_path):
 
 
 def test_the_prior_is_configured_for_all_tokens_before_anything_starts(tmp_path, monkeypatch):
-    import stage2_prior.causal_lm
+    import stage2_prior.model.causal_lm
 
     seen = []
-    monkeypatch.setattr(stage2_prior.causal_lm, "make_config", lambda prior, vocabulary: seen.append(vocabulary.num_tokens))
+    monkeypatch.setattr(stage2_prior.model.causal_lm, "make_config", lambda prior, vocabulary: seen.append(vocabulary.num_tokens))
     stage_checks.check_prior(tiny_recipe(tmp_path, **RESIDUAL))
     stage_checks.check_prior(tiny_recipe(tmp_path))
     assert seen == [GRID_SIZE**2 * DEPTH, GRID_SIZE**2]
@@ -146,7 +147,7 @@ def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
     import re
     import threading
 
-    from pipelines.demo import build, reconstruct
+    from pipelines.demo.page import build, reconstruct
 
     image = Image.fromarray(load_scans()[0][0])
     image.save(tmp_path / "digit.png")

@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stage2_prior import grid_attention, grid_transformer
-from stage2_prior.causal_lm import make_config
-from stage2_prior.embedding_lookup import Lookup, Occurrences, lookup
-from stage2_prior.grid_attention import (
+from stage2_prior.model import grid_attention, grid_transformer
+from stage2_prior.model.causal_lm import make_config
+from stage2_prior.model.grid_attention import (
     KERNELS,
     LONGEST,
     AttentionByProducts,
@@ -22,7 +21,7 @@ from stage2_prior.grid_attention import (
     rotate,
     trains_by_products,
 )
-from stage2_prior.grid_transformer import (
+from stage2_prior.model.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
     SquaredReLU,
@@ -31,11 +30,12 @@ from stage2_prior.grid_transformer import (
     rotation_tables,
 )
 from stage2_prior.prior import TokenPrior
-from stage2_prior.training_start import describe_embeddings
+from stage2_prior.prior_setup import describe_embeddings
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.kernels.embedding_lookup import Lookup, Occurrences, lookup
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.wording import counted
 
 CODES, CLASSES = 11, 3

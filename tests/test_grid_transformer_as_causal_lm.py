@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from stage2_prior.grid_transformer import GridTransformer
+from stage2_prior.model.grid_transformer import GridTransformer
 from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, trained_looking
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError

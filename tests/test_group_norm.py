@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.group_norm import GroupNorm
 from stage1_tokenizer.networks import attention
+from vqmosaic.kernels.group_norm import GroupNorm
 
 
 def images(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from stage1_tokenizer.guard import AdversarialGuard, calendar
-from vqmosaic.tokenizer_sections import AdversarialConfig, TokenizerTrainingConfig
+from stage1_tokenizer.adversarial.guard import AdversarialGuard, calendar
+from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, TokenizerTrainingConfig
 
 
 def config(**fields) -> AdversarialConfig:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_tokenizer.check_data import check_data
-from stage1_tokenizer.image_sources import ImageSource, open_splits
+from stage1_tokenizer.data.check_data import check_data
+from stage1_tokenizer.data.image_sources import ImageSource, open_splits
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (9, 8)) -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_tokenizer import image_batches
-from stage1_tokenizer.image_batches import ImageBatch, TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.data import image_batches
+from stage1_tokenizer.data.image_batches import ImageBatch, TrainingImages, ValidationImages
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.image_files.images import ImageTransform
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 SIZE = 16
 COUNT = 23

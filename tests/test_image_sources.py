@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stage1_tokenizer.check_data import check_data
-from stage1_tokenizer.content_digest import content_digest, file_digest
-from stage1_tokenizer.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
-from stage1_tokenizer.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import UnreadableImage, _formats
+from stage1_tokenizer.data.check_data import check_data
+from stage1_tokenizer.data.content_digest import content_digest, file_digest
+from stage1_tokenizer.data.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
+from stage1_tokenizer.data.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_files.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
-from vqmosaic.fingerprints import fingerprint
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.files.fingerprints import fingerprint
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,14 +98,14 @@ def test_a_folder_run_loads_no_data_set_library(tmp_path):
     folder = write_classes(tmp_path / "photos", {"cat": 3, "dog": 3})
     code = """if True:
         import sys
-        from stage1_tokenizer.data_location import check_data_path
-        from vqmosaic.recipe_sections import DataConfig
+        from stage1_tokenizer.data.data_location import check_data_path
+        from vqmosaic.recipes.recipe_sections import DataConfig
         data = DataConfig(path=sys.argv[1], cache_megabytes=int(sys.argv[2]))
         check_data_path(data)
         assert not {"torch", "numpy", "PIL", "datasets", "sklearn"} & set(sys.modules), "paths are checked before slow imports"
-        from stage1_tokenizer.image_batches import TrainingImages
-        from stage1_tokenizer.image_sources import open_splits
-        from stage1_tokenizer.images import ImageTransform
+        from stage1_tokenizer.data.image_batches import TrainingImages
+        from stage1_tokenizer.data.image_sources import open_splits
+        from stage1_tokenizer.image_files.images import ImageTransform
         batches = TrainingImages(open_splits(data).train, ImageTransform(16), data, 0).batches(0, 4)
         print(next(batches).images_BCHW.shape)
         assert not {"datasets", "pyarrow", "sklearn", "pandas"} & set(sys.modules)
@@ -496,7 +496,7 @@ def test_a_failing_file_system_does_not_pass_for_changed_images(tmp_path, monkey
     def stale(*arguments):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr("stage1_tokenizer.content_digest.os.pread", stale)
+    monkeypatch.setattr("stage1_tokenizer.data.content_digest.os.pread", stale)
     with pytest.raises(InputError, match=r"cat/00\d.png' cannot be read: Stale file handle. Run the same command again"):
         fingerprint_of(folder)
 

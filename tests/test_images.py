@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from stage1_tokenizer.augmentation import augment, random_view
-from stage1_tokenizer.images import (
+from stage1_tokenizer.data.augmentation import augment, random_view
+from stage1_tokenizer.image_files.images import (
     IDENTITY,
     ImageTransform,
     UnreadableImage,
@@ -25,7 +25,7 @@ from stage1_tokenizer.images import (
     training_views,
 )
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import DataConfig, TokensConfig
+from vqmosaic.recipes.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.seeding import generator
 
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))

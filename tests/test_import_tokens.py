@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines import import_tokens, make_bundle
+from pipelines import make_bundle
 from pipelines.command_line import dispatch
-from pipelines.foreign_tokens import TokenLines, open_foreign_tokens
+from pipelines.tokens import import_tokens
+from pipelines.tokens.foreign_tokens import TokenLines, open_foreign_tokens
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train
 from tests.tiny import CODES, GRID_SIZE, ROOT, command, tiny_recipe
 from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
 
 ROWS, VIEWS, CLASSES, TOKENS = 60, 2, 5, GRID_SIZE**2
 RNG = np.random.default_rng(0)

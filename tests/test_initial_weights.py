@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipelines.stage_checks import check_before_start
+from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.images import ImageTransform
-from stage1_tokenizer.initial_weights import load_initial_weights, read_initial_weights
-from stage1_tokenizer.initial_weights_location import check_init_from, fingerprint_of_initial_weights, locate_initial_weights
+from stage1_tokenizer.find_initial_weights import check_init_from, fingerprint_of_initial_weights, locate_initial_weights
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.load_initial_weights import load_initial_weights, read_initial_weights
 from tests.tiny import ROOT, tiny_recipe
-from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
+from vqmosaic.files.durable_files import sha256_of_file, write_json
 
 CONFIG = tiny_recipe("unused").tokenizer
 CHECKPOINT = "checkpoints/tokenizer/step-00000006"
@@ -251,7 +251,7 @@ def test_fingerprints_tell_weights_apart(tiny_run, checkpoint):
 
 
 def test_locating_loads_no_torch(tiny_run):
-    code = ("import sys\nfrom stage1_tokenizer.initial_weights_location import fingerprint_of_initial_weights\n"
+    code = ("import sys\nfrom stage1_tokenizer.find_initial_weights import fingerprint_of_initial_weights\n"
             f"fingerprint_of_initial_weights({str(tiny_run)!r})\nassert not {{'torch', 'safetensors', 'numpy'}} & sys.modules.keys()")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 

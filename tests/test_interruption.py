@@ -17,15 +17,15 @@ from PIL import Image
 from stage1_tokenizer import train as train_tokenizer
 from tests.test_two_processes import run_own_stage
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
-from vqmosaic import launch
-from vqmosaic.devices import set_threads
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, StopFlag
-from vqmosaic.launch import INHERITED_RANKS, KILL_SECONDS, guarded
+from vqmosaic.runs import launch
+from vqmosaic.runs.accelerator import set_threads
+from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, StopFlag
+from vqmosaic.runs.launch import INHERITED_RANKS, KILL_SECONDS, guarded
 
 STUCK = """
 import ctypes, sys
-from vqmosaic.interruption import StopFlag
+from vqmosaic.runs.interruption import StopFlag
 libc, lock = ctypes.CDLL(None), (ctypes.c_char * 64)()
 libc.pthread_mutex_init(lock, None)
 libc.pthread_mutex_lock(lock)
@@ -217,10 +217,10 @@ def test_except_exception_does_not_catch_an_interruption():
 STUCK_IMAGES = """
 import os, sys, time
 from pathlib import Path
-from stage1_tokenizer.folder_source import FolderSource
+from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer import train
-from vqmosaic.launch import run_worker
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.runs.launch import run_worker
+from vqmosaic.recipes.recipe_files import load_recipe
 folder, read = Path(sys.argv[1]), FolderSource.read
 def stuck(self, index):
     if (folder / "hang").exists():

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipelines.bundle import read_bundle, recommended_sampling
-from pipelines.sweep_record import SweepRecord, read_sweep
-from stage1_tokenizer.guard import AdversarialGuard
+from pipelines.sweep.sweep_record import SweepRecord, read_sweep
+from stage1_tokenizer.adversarial.guard import AdversarialGuard
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import digests_of
 from stage2_prior.prior import TokenPrior
@@ -20,15 +20,15 @@ from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.sidecar import ShardSidecar
 from vqmosaic import __version__
-from vqmosaic.checkpoints import read_state, restore_state
-from vqmosaic.durable_files import copy_folder
 from vqmosaic.errors import InputError
-from vqmosaic.json_files import from_fields, is_later, version_hint
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import SamplingConfig
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import judge, load_record
-from vqmosaic.trainer_state import TrainerState
+from vqmosaic.files.durable_files import copy_folder
+from vqmosaic.files.json_files import from_fields, is_later, version_hint
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.runs.stage_records import judge, load_record
+from vqmosaic.training.checkpoints import read_state, restore_state
+from vqmosaic.training.trainer_state import TrainerState
 
 LATER = "9.8.7"
 CHECKPOINT = "checkpoints/prior/step-00000006"

@@ -10,18 +10,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stage1_tokenizer import train as train_tokenizer
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import tiny_recipe
 from token_shards.manifest import Grid
-from vqmosaic import muon
-from vqmosaic.interruption import StopFlag
-from vqmosaic.muon import Muon, orthogonalized
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.training_run import TrainingRun, inner_matrices
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training import muon
+from vqmosaic.training.muon import Muon, orthogonalized
+from vqmosaic.training.training_run import TrainingRun, inner_matrices
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.audit import audit_run
-from pipelines.preprocess import preprocess
-from pipelines.sample_folder import NAME_BYTES, cut_name, file_name
-from pipelines.write_images import write_reconstructions
-from stage1_tokenizer.check_data import check_data
-from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import open_splits, refuse_if_too_many_unreadable
-from stage1_tokenizer.images import ImageTransform
+from pipelines.image_folders.sample_folder import NAME_BYTES, cut_name, file_name
+from pipelines.image_folders.write_images import write_reconstructions
+from pipelines.stages.preprocess import preprocess
+from pipelines.tokens.audit_command import audit_run
+from stage1_tokenizer.data.check_data import check_data
+from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
+from stage1_tokenizer.data.image_sources import open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_files.images import ImageTransform
 from tests.tiny import command, tiny_recipe
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError, printable
-from vqmosaic.recipe_sections import DataConfig
+from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
-from vqmosaic.tracking import Reporter
+from vqmosaic.training.tracking import Reporter
 
 LATIN, FORGED = b"caf\xe9.png", b"a.png is unreadable\n40 of 40 images are readable.png"
 

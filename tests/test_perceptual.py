@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 import stage1_tokenizer.perceptual_weights as places
-from pipelines.stage_checks import check_before_start
+from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer import train as train_module
 from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights, hub_checkpoints, resolve_perceptual_weights
 from tests.test_structure import loaded, modules_after
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import load_record
-from vqmosaic.tracking import read_metrics
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.runs.stage_records import load_record
+from vqmosaic.training.tracking import read_metrics
 
 WIDTHS = (64, 128, 256, 512, 512)
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")

@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 
 from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import find_pipeline, find_tokenizer
-from pipelines.feature_file import resolve_feature_file
-from pipelines.foreign_tokens import open_foreign_tokens
-from pipelines.repair import load_sidecar
-from pipelines.stage_inputs import token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from pipelines.stages.stage_inputs import token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from pipelines.sweep.feature_file import resolve_feature_file
+from pipelines.tokens.foreign_tokens import open_foreign_tokens
+from pipelines.tokens.repair import load_sidecar
 from stage1_tokenizer import perceptual
-from stage1_tokenizer.data_location import check_data_path
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import UnreadableImage, read_image
-from stage1_tokenizer.initial_weights_location import locate_initial_weights
+from stage1_tokenizer.data.data_location import check_data_path
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.find_initial_weights import locate_initial_weights
+from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
@@ -35,14 +35,14 @@ from token_shards import TokenShardManifest, TokenShardReader
 from token_shards.audit import audit_folder
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter
-from vqmosaic.checkpoints import CheckpointFolder, broken_files
-from vqmosaic.durable_files import copy_folder, publish, write_json
-from vqmosaic.launch import guarded
-from vqmosaic.permissions import PermissionDenied, current_umask
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import DataConfig, SamplingConfig
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import load_record
+from vqmosaic.files.durable_files import copy_folder, publish, write_json
+from vqmosaic.files.permissions import PermissionDenied, current_umask
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
+from vqmosaic.runs.launch import guarded
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.runs.stage_records import load_record
+from vqmosaic.training.checkpoints import CheckpointFolder, broken_files
 
 NOBODY = 65534
 

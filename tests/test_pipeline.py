@@ -13,14 +13,14 @@ from safetensors import safe_open
 
 from pipelines import GenerationOutput, ImageGenerationPipeline, make_bundle
 from pipelines.bundle import class_indices, find_pipeline, labels_from_text
-from stage1_tokenizer.digits_source import load_scans
-from stage1_tokenizer.images import ImageTransform, to_uint8
+from stage1_tokenizer.data.digits_source import load_scans
+from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
-from stage2_prior.sampling import SamplingStopped
 from tests.tiny import CODES, GRID_SIZE, tiny_recipe
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import image_seeds
 
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import preprocess as module
-from pipelines.audit import audit_run
-from pipelines.preprocess import preprocess
-from stage1_tokenizer import ImageTokenizer, digits_source
-from stage1_tokenizer.folder_source import FolderSource
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import IDENTITY, training_views
+from pipelines.stages import preprocess as module
+from pipelines.stages.preprocess import preprocess
+from pipelines.tokens.audit_command import audit_run
+from stage1_tokenizer import ImageTokenizer
+from stage1_tokenizer.data import digits_source
+from stage1_tokenizer.data.folder_source import FolderSource
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.image_files.images import IDENTITY, training_views
 from tests.test_resume import die_at
 from tests.test_two_processes import processes_with
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
@@ -31,10 +32,10 @@ from token_shards import TokenShardManifest, TokenShardReader
 from token_shards.manifest import ORDER_SEED
 from token_shards.order import permuted_sources
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted
-from vqmosaic.recipe_files import save_recipe
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.stage_records import redo
+from vqmosaic.recipes.recipe_files import save_recipe
+from vqmosaic.runs.interruption import Interrupted
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.runs.stage_records import redo
 
 COUNT, PER_SHARD = 34, 6
 CLASSES = ["ant", "bee"]
@@ -317,7 +318,7 @@ def fork_server():
 
 FINISH = "token_shards.writer:TokenShardWriter.finish"
 DEATHS = [("token_shards.writer:ShardInProgress.add", PER_SHARD + 4), ("token_shards.writer:publish", 2),
-          ("token_shards.sidecar:ShardSidecar.save", 1), (FINISH, 1), (FINISH, 2), ("pipelines.preprocess:write_record", 2)]
+          ("token_shards.sidecar:ShardSidecar.save", 1), (FINISH, 1), (FINISH, 2), ("pipelines.stages.preprocess:write_record", 2)]
 """Inside a shard, between its last byte and its rename, between rename and sidecar, before each manifest, before the record."""
 
 
@@ -416,7 +417,7 @@ def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(
 def test_a_single_process_that_dies_ends_the_others_and_the_rest_is_done_by_one(tiny_run, tmp_path):
     changes, process, train = caught_in_the_middle(tiny_run, tmp_path)
     command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_with(str(tmp_path / "killed"))}
-    workers = [pid for pid, line in command_lines.items() if "pipelines.preprocess" in line and "launch_quietly" not in line]
+    workers = [pid for pid, line in command_lines.items() if "pipelines.stages.preprocess" in line and "launch_quietly" not in line]
     os.kill(max(workers), signal.SIGKILL)
     _, err = process.communicate(timeout=200)
     assert len(workers) == 2 and process.returncode == 1 and "a worker process was killed (often: out of memory)" in err and "Traceback" not in err

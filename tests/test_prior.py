@@ -19,7 +19,7 @@ from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batc
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig
+from vqmosaic.recipes.recipe_sections import PriorConfig
 
 STOCK = ["llama", "gpt2", "qwen3"]
 ARCHITECTURES = [*STOCK, "grid_transformer"]
@@ -186,7 +186,7 @@ def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
 
 
 def test_dropout_that_finds_no_place_is_refused(monkeypatch):
-    monkeypatch.setattr("stage2_prior.causal_lm.BLOCK_NAMES", ("mlp",))
+    monkeypatch.setattr("stage2_prior.model.causal_lm.BLOCK_NAMES", ("mlp",))
     with pytest.raises(InputError, match=r"2 attention and feed-forward blocks were found instead of 4; set prior\.dropout 0"):
         tiny_prior(dropout=0.1)
     tiny_prior(dropout=0.0)

@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import part_fingerprints, read_bundle
-from pipelines.stage_inputs import inputs_of, token_fingerprint_of_prior
+from pipelines.stages.stage_inputs import inputs_of, token_fingerprint_of_prior
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from tests.test_prior import random_batch, tiny_prior
-from vqmosaic.durable_files import copy_folder, sha256_of_file
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_files import load_recipe
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.files.durable_files import copy_folder, sha256_of_file
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 
 @pytest.fixture

@@ -14,16 +14,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from pipelines.command_line import dispatch
-from stage2_prior import losses, training_start
+from stage2_prior import losses
 from stage2_prior import overfit as overfitting
+from stage2_prior import prior_setup as training_start
 from stage2_prior import train as train_prior
-from stage2_prior.grid_attention import LONGEST, compiled_passes
 from stage2_prior.losses import next_token_loss, z_loss
+from stage2_prior.model.grid_attention import LONGEST, compiled_passes
 from stage2_prior.overfit import entropy_of_choice, overfit, overfit_recipe
 from stage2_prior.prior import TokenPrior
-from stage2_prior.token_batches import validation_samples
-from stage2_prior.train import validate
-from stage2_prior.training_start import (
+from stage2_prior.prior_setup import (
     check_first_loss,
     compile_layers,
     describe_attention,
@@ -31,19 +30,21 @@ from stage2_prior.training_start import (
     recompute_activations,
     transformer_layers,
 )
+from stage2_prior.token_batches import validation_samples
+from stage2_prior.train import validate
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny import ROOT, tiny_recipe
 from token_shards import Grid, TokenShardReader, TokenShardWriter, default_key
-from vqmosaic.checkpoints import read_state
-from vqmosaic.devices import make_accelerator
-from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
-from vqmosaic.launch import find_accelerate_config, processes_to_start
-from vqmosaic.recipe_sections import PriorConfig, PriorTrainingConfig
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import read_metrics
-from vqmosaic.training_plan import learning_rate_rule
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.files.durable_files import sha256_of_file, write_json
+from vqmosaic.recipes.recipe_sections import PriorConfig, PriorTrainingConfig
+from vqmosaic.runs.accelerator import make_accelerator
+from vqmosaic.runs.launch import find_accelerate_config, processes_to_start
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.checkpoints import read_state
+from vqmosaic.training.tracking import read_metrics
+from vqmosaic.training.training_plan import learning_rate_rule
+from vqmosaic.training.training_run import TrainingRun
 
 VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
                         token_fingerprint="f" * 64, label_drop=0.1)

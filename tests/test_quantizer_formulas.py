@@ -11,7 +11,7 @@ from stage1_tokenizer.quantizers import QUANTIZERS, entropies
 from stage1_tokenizer.quantizers.gradient_paths import along_direction, rotated
 from stage1_tokenizer.quantizers.nearest_code import nearest_codes
 from tests.test_quantizer import latents
-from vqmosaic.quantizer_sizes import levels_of
+from vqmosaic.recipes.quantizer_sizes import levels_of
 
 D = 6
 

@@ -14,7 +14,7 @@ from stage1_tokenizer.quantizers import QUANTIZERS, Quantizer, gumbel
 from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
 from tests.test_quantizer import as_latents, assert_equal, buffers, clusters, latents, lowered
 from vqmosaic.errors import InputError
-from vqmosaic.tokenizer_sections import NEAREST_CODE_KINDS, QUANTIZER_NAMES, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import NEAREST_CODE_KINDS, QUANTIZER_NAMES, TokenizerConfig
 
 D = 6
 OFF = {"entropy_diversity": 0.0}  # a batch's entropy is no mean over its parts

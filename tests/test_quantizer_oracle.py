@@ -8,7 +8,7 @@ import torch
 
 from stage1_tokenizer.quantizers import QUANTIZERS
 from tests.test_quantizer import latents
-from vqmosaic.quantizer_sizes import levels_of
+from vqmosaic.recipes.quantizer_sizes import levels_of
 
 theirs = pytest.importorskip("vector_quantize_pytorch")
 K, D = 24, 6

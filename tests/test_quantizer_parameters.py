@@ -8,15 +8,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from stage1_tokenizer import train as train_tokenizer
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.quantizers import QUANTIZERS
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import StopFlag
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tokenizer_sections import QUANTIZER_NAMES
-from vqmosaic.training_run import TrainingRun
+from vqmosaic.recipes.tokenizer_sections import QUANTIZER_NAMES
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.training_run import TrainingRun
 
 KINDS = {
     # quantizer: (its fields, parameters that are codes, parameters that are weights of the network)

@@ -67,8 +67,8 @@ def test_command_works(command, workplace, monkeypatch):
         assert recipe.data.path or recipe.data.source == "digits" or recipe.prior_training.tokens
     else:
         begun = []
-        monkeypatch.setattr("pipelines.demo.serve", lambda folder, **_: begun.append("demo"))
-        monkeypatch.setattr("pipelines.sweep.run_sweep", lambda request: begun.append("sweep") or 0)
+        monkeypatch.setattr("pipelines.demo.page.serve", lambda folder, **_: begun.append("demo"))
+        monkeypatch.setattr("pipelines.sweep.sweep.run_sweep", lambda request: begun.append("sweep") or 0)
         assert command_line.dispatch(words) == 0
         assert bool(begun) == (words[0] in ("demo", "sweep"))
 

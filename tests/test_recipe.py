@@ -9,10 +9,10 @@ import pytest
 
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
-from vqmosaic.recipe import Recipe, check_batch_split, recipe_fields
-from vqmosaic.recipe_files import PATH_FIELDS, load_recipe, only_became_absolute, recipe_help, save_recipe, section_names, shipped_names
-from vqmosaic.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig
-from vqmosaic.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
+from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
+from vqmosaic.recipes.recipe_files import PATH_FIELDS, load_recipe, only_became_absolute, recipe_help, save_recipe, section_names, shipped_names
+from vqmosaic.recipes.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
 RECIPE_FILES = {"recipe.py", "recipe_sections.py", "tokenizer_sections.py", "recipe_files.py"}
@@ -285,7 +285,7 @@ def is_sentence(text: str | None) -> bool:
 
 def test_every_field_has_a_sentence():
     documented = {owner: fields for name in ("recipe_sections", "tokenizer_sections", "recipe")
-                  for owner, fields in documented_fields((ROOT / f"vqmosaic/{name}.py").read_text()).items()}
+                  for owner, fields in documented_fields((ROOT / f"vqmosaic/recipes/{name}.py").read_text()).items()}
     documented.pop("RecipeField")
     known = {name.rpartition(".")[2] for name in fields_of(Recipe())} | set(section_names())
     assert known <= {name for fields in documented.values() for name in fields}

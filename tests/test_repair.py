@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipelines import preprocess as module
-from pipelines.audit import audit_run
-from pipelines.preprocess import preprocess
+from pipelines.stages import preprocess as module
+from pipelines.stages.preprocess import preprocess
+from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
-from stage1_tokenizer.content_digest import file_digest
-from stage1_tokenizer.folder_source import FolderSource
-from stage1_tokenizer.image_sources import identity_like, open_splits
-from stage1_tokenizer.images import UnreadableImage
+from stage1_tokenizer.data.content_digest import file_digest
+from stage1_tokenizer.data.folder_source import FolderSource
+from stage1_tokenizer.data.image_sources import identity_like, open_splits
+from stage1_tokenizer.image_files.images import UnreadableImage
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest
-from vqmosaic.durable_files import sha256_of_file
 from vqmosaic.errors import InputError
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.files.durable_files import sha256_of_file
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.wording import counted
 
 COUNT, PER_SHARD = 50, 6

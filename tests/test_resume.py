@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
-from vqmosaic.run_folder import RunFolder
+from vqmosaic.runs.run_folder import RunFolder
 
 MODULES = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
-STEP, CHECKPOINT, HALF_WRITTEN = "vqmosaic.training_run:TrainingRun.optimizer_step", "vqmosaic.checkpoints:publish", "vqmosaic.checkpoints:write_json"
+STEP = "vqmosaic.training.training_run:TrainingRun.optimizer_step"
+CHECKPOINT, HALF_WRITTEN = "vqmosaic.training.checkpoints:publish", "vqmosaic.training.checkpoints:write_json"
 EXPORTS = {"tokenizer": "stage1_tokenizer.tokenizer:publish", "prior": "stage2_prior.prior:publish"}
 RANDOM = {"data__shift": 1, "tokenizer__dropout": 0.1, "prior__dropout": 0.1, "prior_training__label_drop": 0.3}
 """Everything random is on."""
@@ -206,8 +207,8 @@ def test_a_chain_killed_in_every_stage_ends_like_a_straight_one(tiny_run, tmp_pa
              "from pipelines.command_line import main; main()"
     command = ["run", "digits", *tiny_overrides(tmp_path / "run")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    deaths = [(STEP, 4), ("vqmosaic.checkpoints:publish", 2), ("token_shards.writer:ShardInProgress.add", 600), ("token_shards.writer:publish", 2),
-              ("vqmosaic.checkpoints:publish", 1), (STEP, 5), ("pipelines.bundle:publish", 1)]
+    deaths = [(STEP, 4), (CHECKPOINT, 2), ("token_shards.writer:ShardInProgress.add", 600), ("token_shards.writer:publish", 2),
+              (CHECKPOINT, 1), (STEP, 5), ("pipelines.bundle:publish", 1)]
     outputs = []
     for place, nth in deaths:
         done = subprocess.run([sys.executable, "-c", driver, *command, place, str(nth)], cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stage2_prior.prior import TokenPrior
-from stage2_prior.sampling import (
+from stage2_prior.generation.sampling import (
     SamplingStopped,
     apply_guidance,
     apply_temperature,
@@ -21,10 +20,11 @@ from stage2_prior.sampling import (
     keep_top_k,
     keep_top_p,
 )
+from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.seeding import image_seeds, uniforms
 
 INF = math.inf

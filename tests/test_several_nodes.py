@@ -16,7 +16,7 @@ import yaml
 
 from tests.test_two_processes import COMMANDS, ENVIRONMENT, finish, make_run, read_until, start
 from tests.tiny import ROOT, tiny_overrides
-from vqmosaic import launch
+from vqmosaic.runs import launch
 
 pytestmark = pytest.mark.slow
 SHIPPED = ROOT / "configs/accelerate/several_nodes.yaml"

@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from stage1_tokenizer.image_batches import TrainingImages, ValidationImages
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import ImageTransform, named_views
+from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.image_files.images import ImageTransform, named_views
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage2_prior.causal_lm import make_config
+from stage2_prior.model.causal_lm import make_config
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import Grid
-from vqmosaic.budget import learning_rate_share
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe, shipped_names
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe, shipped_names
+from vqmosaic.training.budget import learning_rate_share
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]

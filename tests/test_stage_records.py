@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.chain import redo_from, run_chain
 from pipelines.command_line import dispatch
-from pipelines.stage_checks import check_before_start, check_chain
-from pipelines.stage_inputs import inputs_of
-from stage1_tokenizer.folder_source import FolderSource
-from stage1_tokenizer.image_sources import open_splits
+from pipelines.stages.chain import redo_from, run_chain
+from pipelines.stages.stage_checks import check_before_start, check_chain
+from pipelines.stages.stage_inputs import inputs_of
+from stage1_tokenizer.data.folder_source import FolderSource
+from stage1_tokenizer.data.image_sources import open_splits
 from stage1_tokenizer.train import train
 from tests.tiny import tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
-from vqmosaic.run_folder import STAGES, RunFolder
-from vqmosaic.stage_records import fields_read, has_grown, judge, load_record, redo, write_record
+from vqmosaic.runs.run_folder import STAGES, RunFolder
+from vqmosaic.runs.stage_records import fields_read, has_grown, judge, load_record, redo, write_record
 
 
 def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[str, str] | None = None, **changes) -> RunFolder:
@@ -273,7 +273,7 @@ def test_a_redo_that_is_killed_leaves_nothing_that_passes_for_finished(tmp_path,
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqmosaic.stage_records.shutil.rmtree", die)
+    monkeypatch.setattr("vqmosaic.runs.stage_records.shutil.rmtree", die)
     with pytest.raises(KeyboardInterrupt):
         redo(run, "tokens")
     monkeypatch.undo()
@@ -340,7 +340,7 @@ def test_the_inputs_of_a_stage_are_named_where_they_are_missing(tmp_path):
 
 
 def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("vqmosaic.runs.run_folder.LOCK_WAIT_SECONDS", 0.3)
     run = RunFolder(tmp_path)
     with run.lock(), pytest.raises(InputError, match=r"is in use by process \d+"), run.lock():
         pass

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
-from stage1_tokenizer.images import UnreadableImage, read_image
+from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 
 
 def png(depth: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes], width: int = 2) -> bytes:

@@ -71,7 +71,8 @@ def test_import_arrows(path):
 
 
 def test_the_arrows_can_be_broken():
-    tree = ast.parse("def late():\n    from stage1_tokenizer.images import View\nHOME = {'x': 'pipelines.chain'}\nimport benchmarks.speed")
+    tree = ast.parse("def late():\n    from stage1_tokenizer.image_files.images import View\n"
+                     "HOME = {'x': 'pipelines.stages.chain'}\nimport benchmarks.speed")
     assert packages_of(imported(tree) | dotted_strings(tree)) == {"stage1_tokenizer", "pipelines", "benchmarks"}
 
 
@@ -97,11 +98,11 @@ def test_optional_libraries_are_imported_where_used(path):
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_classes_are_not_chosen_by_dotted_strings(path):
     lazy_tables = {"stage2_prior/__init__.py"}
-    stages = {"pipelines/chain.py": {"stage1_tokenizer.train", "pipelines.preprocess", "pipelines.train_prior"}}
+    stages = {"pipelines/stages/chain.py": {"stage1_tokenizer.train", "pipelines.stages.preprocess", "pipelines.stages.train_prior"}}
     if name_of(path) not in lazy_tables:
         assert dotted_strings(tree_of(path)) <= stages.get(name_of(path), set())
     calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute) and node.attr == "import_module"]
-    assert not calls or path.name == "__init__.py" or name_of(path) == "vqmosaic/launch.py"
+    assert not calls or path.name == "__init__.py" or name_of(path) == "vqmosaic/runs/launch.py"
 
 
 # --- what is loaded when -----------------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ SLOW = ("torch", "transformers", "accelerate", "datasets", "pyarrow", "sklearn",
 
 @pytest.mark.parametrize("code", [
     "import vqmosaic, token_shards, stage1_tokenizer, stage2_prior, pipelines",
-    "from vqmosaic.recipe_files import load_recipe\nload_recipe('digits')",
+    "from vqmosaic.recipes.recipe_files import load_recipe\nload_recipe('digits')",
     "from stage2_prior import SamplingConfig",
     called("--help"),
     called("run", "--help"),
@@ -151,11 +152,13 @@ def test_generating_loads_no_training_and_no_data_set_code(tiny_run):
     modules = modules_after("from pipelines import ImageGenerationPipeline\n"
                             f"pipe = ImageGenerationPipeline.from_pretrained({str(tiny_run)!r})\npipe('3')")
     own = {module for module in modules if module.partition(".")[0] in MAY_IMPORT}
-    training = {"stage1_tokenizer.train", "stage2_prior.train", "stage2_prior.token_batches", "pipelines.preprocess", "pipelines.chain",
-                "pipelines.train_prior", "pipelines.command_line",
-                "vqmosaic.training_run", "vqmosaic.checkpoints", "vqmosaic.devices", "vqmosaic.launch", "vqmosaic.tracking"}
-    data = {"stage1_tokenizer.image_sources", "stage1_tokenizer.image_batches", "stage1_tokenizer.digits_source", "stage1_tokenizer.folder_source",
-            "stage1_tokenizer.huggingface_source", "stage1_tokenizer.data_location", "token_shards.reader", "token_shards.writer"}
+    training = {"stage1_tokenizer.train", "stage2_prior.train", "stage2_prior.token_batches", "pipelines.stages.preprocess", "pipelines.stages.chain",
+                "pipelines.stages.train_prior", "pipelines.command_line",
+                "vqmosaic.training.training_run", "vqmosaic.training.checkpoints", "vqmosaic.training.tracking", "vqmosaic.runs.accelerator",
+                "vqmosaic.runs.launch"}
+    data = {"stage1_tokenizer.data.image_sources", "stage1_tokenizer.data.image_batches", "stage1_tokenizer.data.digits_source",
+            "stage1_tokenizer.data.folder_source", "stage1_tokenizer.data.huggingface_source", "stage1_tokenizer.data.data_location",
+            "token_shards.reader", "token_shards.writer"}
     assert {"pipelines.generate", "stage1_tokenizer.tokenizer", "stage2_prior.prior"} <= own
     assert not own & (training | data)
     assert not loaded(modules, "datasets", "pyarrow", "gradio", "torchmetrics", "webdataset", "jsonargparse", "tensorboard",
@@ -169,10 +172,10 @@ from PIL import Image
 folder = Path({str(tmp_path)!r})
 for number in range(4):
     Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / f"{{number}}.png")
-from stage1_tokenizer.image_batches import TrainingImages
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import ImageTransform
-from vqmosaic.recipe_sections import DataConfig
+from stage1_tokenizer.data.image_batches import TrainingImages
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.image_files.images import ImageTransform
+from vqmosaic.recipes.recipe_sections import DataConfig
 data = DataConfig(path=str(folder), image_size=16)
 next(TrainingImages(open_splits(data).train, ImageTransform(image_size=16, channels=3), data, 0).batches(0, 2))
 """
@@ -262,6 +265,7 @@ def test_a_missing_docstring_is_found():
     assert without_docstring(ast.parse("class A:\n    def b(self):\n        pass")) == ["the module", "A", "A.b"]
 
 
-@pytest.mark.parametrize("stage", ["stage1_tokenizer/train.py", "stage2_prior/train.py", "pipelines/preprocess.py", "pipelines/train_prior.py"])
+@pytest.mark.parametrize("stage", ["stage1_tokenizer/train.py", "stage2_prior/train.py", "pipelines/stages/preprocess.py",
+                                   "pipelines/stages/train_prior.py"])
 def test_scripts_say_how_they_are_run(stage):
     assert "    vqmosaic " in ast.get_docstring(tree_of(ROOT / stage), clean=False)

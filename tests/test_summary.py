@@ -7,13 +7,13 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines.bundle import evenly_spread
-from pipelines.chain import run_chain
-from pipelines.summary import exported_validation
+from pipelines.stages.chain import run_chain
+from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
 from stage2_prior import train as train_prior
 from tests.tiny import tiny_recipe
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import read_metrics
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training.tracking import read_metrics
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
 """The result of the validation at each step. Steps 4 and 6 are equal after the rounding of metrics.jsonl."""

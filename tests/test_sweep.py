@@ -17,27 +17,27 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipelines import ImageGenerationPipeline, make_bundle, sweep_plan
-from pipelines import sweep as sweep_module
+from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import read_bundle, recommend
 from pipelines.command_line import dispatch
-from pipelines.feature_extractors import load_feature_extractor
-from pipelines.feature_file import resolve_feature_file
-from pipelines.random_subset import RandomSubset
-from pipelines.sweep import Distances, class_counts, open_folder_whole, run_sweep
-from pipelines.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
-from pipelines.sweep_record import SweepRecord
+from pipelines.sweep import sweep as sweep_module
+from pipelines.sweep.feature_extractors import load_feature_extractor
+from pipelines.sweep.feature_file import resolve_feature_file
+from pipelines.sweep.random_subset import RandomSubset
+from pipelines.sweep.sweep import Distances, class_counts, open_folder_whole, run_sweep, sweep_plan
+from pipelines.sweep.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
+from pipelines.sweep.sweep_record import SweepRecord
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.images import ImageTransform, to_uint8
+from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage2_prior.prior import TokenPrior
 from tests.test_feature_extractors import Pooled, feature_file, scripted, small_network
 from tests.test_pipeline import prior_like
 from tests.test_structure import SLOW, called, loaded, modules_after
 from tests.tiny import CODES, ROOT, command, tiny_recipe
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted
-from vqmosaic.recipe_sections import SamplingConfig
-from vqmosaic.run_folder import locked
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
+from vqmosaic.runs.run_folder import locked
 
 CPU = torch.device("cpu")
 
@@ -399,7 +399,7 @@ def test_a_finished_sweep_says_that_nothing_was_measured(known_copy, features, c
     assert sweep(*common) == 0
     said = capsys.readouterr().out
     assert "nothing to do: 2 combinations are in the record already, so nothing was measured" in said and "ranked (" in said
-    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("vqmosaic.runs.run_folder.LOCK_WAIT_SECONDS", 0.3)
     record = pipeline.parent / "sweep.json"
     with locked(record, "--out", record.with_name(".lock-sweep.json")), pytest.raises(InputError, match=f"--out {record} is in use by process"):
         sweep(*common)
@@ -422,7 +422,7 @@ def test_another_setup_is_refused(known, features, tmp_path):
     for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "holds no JSON object")):
         record.write_text(text)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=words):
-            patch.setattr("pipelines.sweep.run_sweep", None)  # refused before that
+            patch.setattr("pipelines.sweep.sweep.run_sweep", None)  # refused before that
             sweep(*common, "--images", 20)
         assert record.read_text() == text
 
@@ -484,7 +484,7 @@ def test_a_sweep_with_the_weights_of_a_named_network(known, tmp_path):
     request = SweepRequest(folder=pipeline, combinations=[SamplingConfig(), SamplingConfig(temperature=100.0)], features=feature_file(
         tmp_path / "weights.safetensors"), data=None, real=real, record=tmp_path / "record.json", images=40, keep=True, device="cpu")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pipelines.sweep.version", lambda name: "1.0" if name == "timm" else importlib.metadata.version(name))
+        patched.setattr("pipelines.sweep.sweep.version", lambda name: "1.0" if name == "timm" else importlib.metadata.version(name))
         assert run_sweep(request, small_network) == 0
     record = json.loads(request.record.read_text())
     assert record["setup"]["features"]["kind"] == "timm" and record["setup"]["features"]["model"] == "small"

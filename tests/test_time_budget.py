@@ -14,25 +14,25 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipelines.train_prior import sample_pictures
+from pipelines.stages.train_prior import sample_pictures
 from stage1_tokenizer import train as train_tokenizer
-from stage1_tokenizer.image_batches import ValidationImages
-from stage1_tokenizer.image_sources import open_splits
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.data.image_batches import ValidationImages
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior import train as train_prior
 from stage2_prior.prior import TokenPrior
 from tests.tiny import command, tiny_overrides, tiny_recipe
-from vqmosaic import budget as budget_module
-from vqmosaic import tracking, training_run, validation_schedule
-from vqmosaic.budget import Budget, Pace
-from vqmosaic.checkpoints import CheckpointFolder, read_state
-from vqmosaic.durable_files import sha256_of_file, write_json
-from vqmosaic.interruption import StopFlag
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import ProgressLines, read_metrics
-from vqmosaic.trainer_state import TrainerState
-from vqmosaic.validation_schedule import FEWEST_IMAGES, INTERVAL, PLANNED_TIME_SHARE, TIME_SHARE, ValidationSchedule
+from vqmosaic.files.durable_files import sha256_of_file, write_json
+from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training import budget as budget_module
+from vqmosaic.training import tracking, training_run, validation_schedule
+from vqmosaic.training.budget import Budget, Pace
+from vqmosaic.training.checkpoints import CheckpointFolder, read_state
+from vqmosaic.training.tracking import ProgressLines, read_metrics
+from vqmosaic.training.trainer_state import TrainerState
+from vqmosaic.training.validation_schedule import FEWEST_IMAGES, INTERVAL, PLANNED_TIME_SHARE, TIME_SHARE, ValidationSchedule
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stage1_tokenizer import ImageTokenizer
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.networks import AttentionBlock, Decoder, Downsample, Encoder, ResidualBlock, Upsample
 from vqmosaic.errors import InputError
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 SIZE, CHANNELS, K, D = 16, 3, 40, 6
 TINY = {"codebook_size": K, "code_dim": D, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 2, 2], "residual_blocks": 1,
@@ -396,9 +396,9 @@ def test_every_field_of_the_configuration_travels(folder):
 
 def test_a_loaded_tokenizer_goes_on_learning_from_its_own_codebook(tmp_path):
     """The export holds no moving averages; started from those of a random codebook, one commit would throw every code away."""
-    from stage1_tokenizer.images import ImageTransform
+    from stage1_tokenizer.image_files.images import ImageTransform
     from stage1_tokenizer.tokenizer import ImageTokenizer
-    from vqmosaic.tokenizer_sections import TokenizerConfig
+    from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
     config = TokenizerConfig(codebook_size=16, code_dim=4, latent_channels=32, channels=32, channel_multipliers=[1, 1], residual_blocks=1)
     tokenizer = ImageTokenizer(config, ImageTransform(image_size=16, channels=1))

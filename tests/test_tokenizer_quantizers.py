@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import FIRST_FIELDS, ImageTokenizer
 from tests.test_tokenizer import CHANNELS, SIZE, images
 from vqmosaic.errors import InputError
-from vqmosaic.tokenizer_sections import LEARNING_FIELDS, QUANTIZER_NAMES, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, QUANTIZER_NAMES, TokenizerConfig
 
 FIELDS = {"codebook_size": 64, "code_dim": 5, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1], "residual_blocks": 1}
 

@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_image
 
-from stage1_tokenizer.images import ImageTransform
+from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.quantizers import QuantizerOutput
 from stage1_tokenizer.tokenizer import ImageTokenizer, TokenizerOutput
 from stage1_tokenizer.validation import validate
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class Batches:

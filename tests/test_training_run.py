@@ -23,28 +23,29 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipelines.stage_checks import check_before_start
-from pipelines.train_prior import COLUMNS, ROWS, sample_pictures
-from pipelines.train_prior import main as train_prior_with_pictures
+from pipelines.stages.stage_checks import check_before_start
+from pipelines.stages.train_prior import COLUMNS, ROWS, sample_pictures
+from pipelines.stages.train_prior import main as train_prior_with_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
-from stage1_tokenizer.image_grid import GAP
+from stage1_tokenizer.pictures import GAP
 from stage2_prior import train as train_prior
+from stage2_prior.generation.sampling import sample_tokens
 from stage2_prior.prior import TokenPrior
-from stage2_prior.sampling import sample_tokens
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
-from vqmosaic import budget as budget_module
-from vqmosaic import devices, run_folder
-from vqmosaic.budget import Budget, duration, expected_time, learning_rate_share
-from vqmosaic.checkpoints import CheckpointFolder, broken_files, read_state
-from vqmosaic.devices import held_by_main_process, make_accelerator, resolve_precision, set_threads
-from vqmosaic.durable_files import sha256_of_file, write_json
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted, StopFlag
-from vqmosaic.run_folder import RunFolder
-from vqmosaic.tracking import cut_back, read_metrics, resumed_trackers
-from vqmosaic.training_run import TrainingRun
-from vqmosaic.weight_averaging import averaged
+from vqmosaic.files.durable_files import sha256_of_file, write_json
+from vqmosaic.runs import accelerator as devices
+from vqmosaic.runs import run_folder
+from vqmosaic.runs.accelerator import held_by_main_process, make_accelerator, resolve_precision, set_threads
+from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training import budget as budget_module
+from vqmosaic.training.budget import Budget, duration, expected_time, learning_rate_share
+from vqmosaic.training.checkpoints import CheckpointFolder, broken_files, read_state
+from vqmosaic.training.tracking import cut_back, read_metrics, resumed_trackers
+from vqmosaic.training.training_run import TrainingRun
+from vqmosaic.training.weight_averaging import averaged
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)
@@ -556,7 +557,7 @@ def test_a_run_that_is_in_use_is_refused_in_words(stage, run_dir, monkeypatch):
 
 
 def test_a_restart_waits_for_the_process_that_is_going(run_dir):
-    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from vqmosaic.run_folder import RunFolder\n"
+    holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from vqmosaic.runs.run_folder import RunFolder\n"
                                f"with RunFolder(Path({str(run_dir)!r})).lock(): print('held', flush=True); time.sleep(1.5)"],
                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()

@@ -19,8 +19,8 @@ import pytest
 
 from tests.tiny import ROOT, tiny_overrides
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import Interrupted, StopFlag
-from vqmosaic.launch import run_stage, run_worker
+from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.launch import run_stage, run_worker
 
 pytestmark = pytest.mark.slow
 COMMANDS = {"tokenizer": "train-tokenizer", "prior": "train-prior"}
@@ -102,8 +102,8 @@ def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_pat
     """The two also work through their halves in two parts each."""
     import torch
 
-    from vqmosaic.run_folder import RunFolder
-    from vqmosaic.tracking import read_metrics
+    from vqmosaic.runs.run_folder import RunFolder
+    from vqmosaic.training.tracking import read_metrics
 
     one, two = make_run(tiny_run, tmp_path / "one"), make_run(tiny_run, tmp_path / "two")
     in_parts = EVEN | {f"{stage}_training__accumulation_steps": 2}
@@ -173,7 +173,7 @@ def divide_weights() -> None:
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    from vqmosaic import training_run
+    from vqmosaic.training import training_run
 
     make = training_run.make_accelerator
 
@@ -269,7 +269,7 @@ def part_with_models(folder: Path, rank: int) -> None:
     from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
-    from vqmosaic.devices import keep_process_group
+    from vqmosaic.runs.accelerator import keep_process_group
 
     (folder / "stores").mkdir(exist_ok=True)
     switch_interval = sys.getswitchinterval()
@@ -394,7 +394,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
 
 
 def test_a_run_in_use_and_a_stage_that_is_finished_are_said_once_by_two_processes(tiny_copy):
-    from vqmosaic.run_folder import RunFolder
+    from vqmosaic.runs.run_folder import RunFolder
 
     with RunFolder(tiny_copy).lock():
         code, _, err = finish(start("prior", tiny_copy, 2))

@@ -3,8 +3,8 @@
 import pytest
 
 from vqmosaic.errors import InputError
-from vqmosaic.recipe_files import load_recipe, save_recipe
-from vqmosaic.recipe_sections import TokensConfig
+from vqmosaic.recipes.recipe_files import load_recipe, save_recipe
+from vqmosaic.recipes.recipe_sections import TokensConfig
 
 PLAIN = {"crop_scale": 1.0, "position": "center", "flip": False, "shift": [0, 0]}
 

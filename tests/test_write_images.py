@@ -14,17 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import write_images
 from pipelines.command_line import dispatch
 from pipelines.generate import ImageGenerationPipeline
-from pipelines.sample_folder import SampleFolder, names_of_copies
+from pipelines.image_folders import write_images
+from pipelines.image_folders.sample_folder import SampleFolder, names_of_copies
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError
-from vqmosaic.interruption import EXIT_CODES
-from vqmosaic.launch import guarded
-from vqmosaic.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import EXIT_CODES
+from vqmosaic.runs.launch import guarded
 
 NUM, TOTAL = 13, 130  # images of each of ten classes: two whole batches of 64 and a part of a third
 
@@ -239,13 +239,13 @@ def holder(monkeypatch):
     processes = []
 
     def hold(folder: Path) -> subprocess.Popen:
-        code = ("import sys, time; from pathlib import Path; from vqmosaic.run_folder import locked\n"
+        code = ("import sys, time; from pathlib import Path; from vqmosaic.runs.run_folder import locked\n"
                 "with locked(Path(sys.argv[1]), '--out'): print('held', flush=True); time.sleep(60)")
         processes.append(subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True))
         assert processes[-1].stdout.readline() == "held\n"
         return processes[-1]
 
-    monkeypatch.setattr("vqmosaic.run_folder.LOCK_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr("vqmosaic.runs.run_folder.LOCK_WAIT_SECONDS", 0.3)
     yield hold
     for process in processes:
         process.kill()

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vqmosaic.recipe import Recipe
-from vqmosaic.recipe_files import load_recipe
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID_SIZE, CODES = 4, 32
@@ -53,7 +53,7 @@ def command(*arguments: object, timeout: float = 120, **environment: str) -> sub
 
 def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
     """The folder of a finished tiny digits run, made by the whole chain in this process."""
-    from pipelines.chain import run_chain
+    from pipelines.stages.chain import run_chain
 
     assert run_chain(tiny_recipe(run_dir, **changes)) == 0
     return Path(run_dir)

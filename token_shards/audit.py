@@ -17,9 +17,9 @@ import numpy as np
 
 from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
-from vqmosaic.durable_files import TEMPORARY_PREFIX, sha256_of_file
 from vqmosaic.errors import InputError, printable
-from vqmosaic.permissions import check_readable
+from vqmosaic.files.durable_files import TEMPORARY_PREFIX, sha256_of_file
+from vqmosaic.files.permissions import check_readable
 
 LISTED_AT_MOST = 10  # of one sort in one shard; a data set out of step would otherwise give a line for every image
 

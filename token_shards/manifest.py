@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from token_shards.order import permuted_sources
-from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError, check_name, check_range
-from vqmosaic.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
-from vqmosaic.permissions import check_readable
+from vqmosaic.files.durable_files import write_bytes
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, written_by
+from vqmosaic.files.permissions import check_readable
 from vqmosaic.wording import counted, is_or_are
 
 SCHEMA_VERSION = 1

@@ -16,7 +16,7 @@ from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, TokenShardMan
 from token_shards.order import EpochOrder, recall
 from token_shards.sidecar import ShardSidecar, sidecar_path
 from vqmosaic.errors import InputError, check_range
-from vqmosaic.permissions import permission_denied
+from vqmosaic.files.permissions import permission_denied
 from vqmosaic.seeding import hashes
 
 MOST_OPEN_MAPS = 256  # each holds a file descriptor, of which a process has 1,024 by default

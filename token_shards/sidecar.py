@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vqmosaic.durable_files import write_bytes
 from vqmosaic.errors import InputError
-from vqmosaic.json_files import VERSION_FIELD, from_fields, written_by
-from vqmosaic.permissions import permission_denied
+from vqmosaic.files.durable_files import write_bytes
+from vqmosaic.files.json_files import VERSION_FIELD, from_fields, written_by
+from vqmosaic.files.permissions import permission_denied
 
 
 def sidecar_path(folder: Path, name: str) -> Path:

@@ -16,10 +16,10 @@ import numpy as np
 
 from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
-from vqmosaic.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
 from vqmosaic.errors import InputError
-from vqmosaic.full_disks import naming_full_disks
-from vqmosaic.permissions import PermissionDenied, check_readable
+from vqmosaic.files.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
+from vqmosaic.files.full_disks import naming_full_disks
+from vqmosaic.files.permissions import PermissionDenied, check_readable
 
 WRITE_BUFFER = 2**20  # each write to the system hands Python's lock to the threads that decode, and waits to get it back
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vqmosaic.field_types import as_integer
+from vqmosaic.recipes.field_types import as_integer
 
 
 def derive_seed(*parts: int | str) -> int:

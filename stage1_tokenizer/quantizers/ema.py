@@ -6,7 +6,7 @@ import torch
 
 from stage1_tokenizer.quantizers.nearest_code import code_sums, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 SMOOTHING = 1e-5
 

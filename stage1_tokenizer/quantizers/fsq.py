@@ -7,8 +7,8 @@ from typing import Self
 import torch
 
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
-from vqmosaic.quantizer_sizes import levels_of
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.quantizer_sizes import levels_of
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 BOUND_MARGIN = 1e-3  # the outermost levels are reached before tanh saturates
 

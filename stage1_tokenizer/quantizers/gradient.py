@@ -7,7 +7,7 @@ from torch import nn
 
 from stage1_tokenizer.quantizers.nearest_code import random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class GradientQuantizer(NearestCodeQuantizer):

@@ -11,7 +11,7 @@ from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, thro
 from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_scores, nearest_codes, random_codebook
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 LOWEST_TEMPERATURE = 1 / 16  # of the first one (Ramesh et al. 2021, appendix A.2)
 UNIFORM_PULL = 0.005

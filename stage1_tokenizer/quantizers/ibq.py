@@ -11,7 +11,7 @@ from stage1_tokenizer.quantizers.entropies import entropy_of_logits
 from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, through_probabilities
 from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_scores, random_codebook
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class IBQQuantizer(CodebookQuantizer):

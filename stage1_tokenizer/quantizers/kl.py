@@ -8,7 +8,7 @@ from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
 from vqmosaic.errors import InputError
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 

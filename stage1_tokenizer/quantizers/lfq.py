@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers.entropies import entropy_of_bits
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
-from vqmosaic.quantizer_sizes import bits_of
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.quantizer_sizes import bits_of
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class LFQQuantizer(ImplicitCodebookQuantizer):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from vqmosaic.tokenizer_sections import TokenizerConfig
+    from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 @dataclass

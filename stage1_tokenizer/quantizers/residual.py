@@ -14,8 +14,8 @@ from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuanti
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 from vqmosaic.errors import check_name
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.seeding import derive_seed
-from vqmosaic.tokenizer_sections import TokenizerConfig
 
 LEVEL_KINDS: dict[str, type[NearestCodeQuantizer]] = {"ema": EMAQuantizer, "gradient": GradientQuantizer, "simvq": SimVQQuantizer}
 

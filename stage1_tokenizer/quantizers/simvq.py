@@ -8,7 +8,7 @@ from torch import nn
 
 from stage1_tokenizer.quantizers.nearest_code import full_precision, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 SMALLEST_SINGULAR_VALUE = 1e-3  # of the largest; directions that the map hardly reaches are left out when it is inverted
 

@@ -1,0 +1,1 @@
+"""The output folders of `generate` and `reconstruct`."""

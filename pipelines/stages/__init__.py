@@ -1,0 +1,1 @@
+"""The stages of a run and the chain that runs them in turn."""

@@ -1,0 +1,123 @@
+"""The end of a run: samples.png, reconstructions.png, summary.json and the table of what was measured."""
+
+import dataclasses
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.bundle import evenly_spread
+from pipelines.doctor import processor_name
+from pipelines.generate import ImageGenerationPipeline, images_together
+from pipelines.stages.measures import DigitsJudge, measure_generation
+from stage1_tokenizer.data.data_location import resolve_source
+from stage1_tokenizer.data.image_batches import ValidationImages
+from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.validation import reconstruction_picture
+from token_shards import TokenShardReader
+from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.runs.run_folder import STAGES, RunFolder
+from vqmosaic.runs.stage_records import load_record
+from vqmosaic.training.tracking import read_metrics
+from vqmosaic.wording import counted
+
+ROWS, COLUMNS = 10, 10
+LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
+
+
+def summarize(recipe: Recipe) -> dict[str, Any]:
+    """The numbers of a finished run, for summary.json; writes the pictures."""
+    run = RunFolder(Path(recipe.run_dir))
+    pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
+    splits = open_splits(recipe.data)
+    save_samples(pipe, recipe, run.root / "samples.png")
+    validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
+    images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
+    together = images_together(pipe.tokenizer.transform.image_size)
+    restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(part.to(pipe.device)).cpu() for part in images_BCHW.split(together)])
+    save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
+
+    reader = TokenShardReader(run.export("tokens") / "train")
+    is_digits = resolve_source(recipe.data) == "digits"
+    judge = DigitsJudge([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
+    tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
+    tokens, codes = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
+    summary = {
+        "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
+        "tokens": {"count": tokens, "codebook_size": codes, "bits_per_image": tokens * math.log2(codes)},
+        "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
+        "tokenizer_export": recipe.tokenizer_training.export,
+        "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
+        "sampling": dataclasses.asdict(pipe.sampling),
+        "generation": measure_generation(pipe, reader, recipe.seed, judge),
+        **({"classifier_accuracy_on_held_out_scans": judge.accuracy} if judge else {}),
+        "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},
+    }
+    return summary
+
+
+def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> dict[str, Any]:
+    """The validation record of the weights that a stage exported, including their step.
+
+    Args:
+        export: which weights the recipe exports, "best" or "last".
+        error: the measure that decides which weights are best. Used only if the stage record does not name the exported step, as in older versions.
+    """
+    validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
+    step = load_record(run, stage).exported_step
+    if not validations:
+        raise InputError(f"{run.logs(stage) / 'metrics.jsonl'} has no validations, so the numbers of stage {stage} are not known; put the file back, "
+                         f"or make the stage anew with --redo {stage}.")
+    if step is None:
+        finite = [record for record in validations if math.isfinite(record[error])]
+        step = min(finite, key=lambda record: record[error])["step"] if finite and export == "best" else validations[-1]["step"]
+    record = next((record for record in validations if record["step"] == step), validations[-1])
+    return {name: value for name, value in record.items() if name != "kind"}
+
+
+def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
+    """A picture of samples: a row for each of ten classes, evenly spread over all of them, or just rows."""
+    names = pipe.class_names
+    labels = evenly_spread(len(names), ROWS) if names else None
+    rows = len(labels) if names else ROWS
+    out = pipe(labels, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
+    picture = image_grid([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
+    save_picture(picture, path)
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """The numbers of a run as lines a person reads."""
+    tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
+    rows = [
+        ("tokens of an image", f"{tokens['count']} of {counted(tokens['codebook_size'], 'code')}, {tokens['bits_per_image']:.0f} bits"),
+        ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
+                                       f"{images_of(tokenizer)})"),
+        ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
+        ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,}"
+                              f"{images_of(prior)})"),
+    ]
+    for name, numbers in summary["generation"].items():
+        words = [f"{numbers['copies']:.1%} copies", f"{numbers['distinct']:.1%} distinct"]
+        if "class_agreement" in numbers:
+            words = [f"{numbers['class_agreement']:.1%} of the class asked for", *words, f"spread {numbers['spread']:.2f} of the scans'"]
+        rows.append((f"{numbers['samples']} samples, {name}", ", ".join(words)))
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def images_of(numbers: dict[str, Any]) -> str:
+    """On how many images a validation was measured, in words that follow its step; nothing for one of version 0.1.0, which did not record it."""
+    return f", {counted(numbers['images'], 'image')}" if "images" in numbers else ""
+
+
+def read_summary(run: RunFolder) -> dict[str, Any]:
+    """summary.json of a finished run."""
+    return json.loads(run.summary.read_text())

@@ -1,0 +1,1 @@
+"""`vqmosaic sweep`: the choice of sampling settings by Frechet distance."""

@@ -1,0 +1,274 @@
+"""`vqmosaic sweep`: the sampling settings whose images lie closest to real ones, by Frechet distance, measured and put into the bundle.
+
+    vqmosaic sweep runs/cifar10 --features inception.pt                                  # guidance, if the prior can be guided
+    vqmosaic sweep runs/cifar10 --features inception.pt --guidance_scale 1,1.5,2 --top_p 0.9,0.95,1
+    vqmosaic sweep runs/cifar10 --features resnet50.safetensors --features_model resnet50 --images 5000 --keep
+
+Every combination draws the same images: equal seeds and equal classes, in the proportions of the real images. They are compared with the run's
+validation images, by the deterministic transform, in the features of a network that the user names.
+"""
+
+import platform
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from pipelines.bundle import part_fingerprints, recommend, usable_device
+from pipelines.generate import ImageGenerationPipeline, decoded_in_parts
+from pipelines.sweep.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor
+from pipelines.sweep.random_subset import RandomSubset
+from pipelines.sweep.sweep_plan import SweepRequest, surroundings
+from pipelines.sweep.sweep_record import SweepRecord, ranking_table, read_sweep, settings_in_words, varied
+from stage1_tokenizer.data.data_location import image_files
+from stage1_tokenizer.data.folder_source import FolderSource, class_name
+from stage1_tokenizer.data.image_batches import ValidationImages
+from stage1_tokenizer.data.image_sources import ImageSource, identity_like, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
+from stage1_tokenizer.tokenizer import read_config
+from stage2_prior.generation.sampling import SamplingStopped
+from vqmosaic import __version__
+from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
+from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.run_folder import RunFolder, locked
+from vqmosaic.seeding import derive_seed, image_seeds
+from vqmosaic.training.budget import duration
+from vqmosaic.training.tracking import progress_bar
+from vqmosaic.wording import counted, is_or_are
+
+ENOUGH_IMAGES = 10_000
+"""Below this the Frechet distance is plainly too large, by an amount that depends on the number of images."""
+KERNEL_IMAGES, KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10_000, 20, 1000
+"""The kernel distance keeps the features of at most KERNEL_IMAGES images, chosen at random. It is the mean over KERNEL_SUBSETS random subsets
+of KERNEL_SUBSET_SIZE images each."""
+LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
+
+
+class Distances:
+    """Frechet and kernel distance of generated images to the real ones, whose features are kept while those of the generated ones change.
+
+    torchmetrics sums up in float64; the network runs once for both distances, which get its features in the place of images.
+    """
+
+    def __init__(self, extractor: FeatureExtractor):
+        self.extractor = extractor
+        features = nn.Identity()
+        features.num_features = extractor.num_features
+        self.frechet = FrechetInceptionDistance(feature=features, reset_real_features=False)
+        with warnings.catch_warnings():  # that it keeps all features: KERNEL_IMAGES bounds them
+            warnings.simplefilter("ignore", UserWarning)
+            self.kernel = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS)
+        self.kept = {True: RandomSubset(KERNEL_IMAGES, "real"), False: RandomSubset(KERNEL_IMAGES, "generated")}
+
+    def update(self, images_BCHW: torch.Tensor, real: bool) -> None:
+        """Take in images in [-1, 1]. Raises InputError for features that are not finite."""
+        pixels_BCHW = torch.from_numpy(to_uint8(images_BCHW)).permute(0, 3, 1, 2)
+        features_BF = self.extractor(pixels_BCHW)
+        if not features_BF.isfinite().all():
+            raise InputError(f"--features {self.extractor.file.path} gives features that are not finite for "
+                             f"{'real' if real else 'generated'} images.")
+        self.frechet.update(features_BF, real=real)
+        self.kept[real].update(features_BF)  # a random subset, because images come class by class
+
+    def result(self, seed: int) -> dict[str, float]:
+        """The distances; the generated images are forgotten."""
+        features = {real: kept.rows() for real, kept in self.kept.items()}
+        for real, features_NF in features.items():
+            self.kernel.update(features_NF, real=real)
+        self.kernel.subset_size = min(KERNEL_SUBSET_SIZE, *map(len, features.values()))
+        with torch.random.fork_rng(devices=[]):  # torchmetrics draws the subsets from the global generator
+            torch.manual_seed(derive_seed("kernel distance", seed))
+            mean, deviation = self.kernel.compute()
+        result = {"frechet_distance": float(self.frechet.compute()), "kernel_distance": float(mean), "kernel_deviation": float(deviation)}
+        self.frechet.reset()
+        self.kernel.reset()
+        self.kept[False] = RandomSubset(KERNEL_IMAGES, "generated")
+        return result
+
+
+def run_sweep(request: SweepRequest, build: Callable[[str], NamedNetwork] | None = None) -> int:
+    """Exit code 0 once every combination is measured and the best settings are recommended.
+
+    Args:
+        build: see load_feature_extractor.
+
+    Raises:
+        ValueError: the feature extractor gives no features, or the record is that of another setup.
+        Interrupted: a signal stopped it; what is measured is in the record.
+    """
+    device = usable_device(request.device, "--device")
+    transform = ImageTransform.from_dict(read_config(request.folder / "tokenizer")["transform"])
+    extractor = load_feature_extractor(request.features, transform.image_size, device, build)
+    pipe = ImageGenerationPipeline.from_pretrained(request.folder, device, getattr(torch, request.dtype))
+    source, labelled, how = open_reference(request, transform, pipe.class_names)
+    real = ValidationImages(source, transform, cache_megabytes=0)
+    counts, proportions = class_counts(pipe.class_names, labelled, request.images)
+    real_before = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
+    setup = {"pipeline": part_fingerprints(request.folder / "tokenizer", request.folder / "prior"),
+             "features": {**request.features.to_dict(), "count": extractor.num_features},
+             "real": {**identity_like(source, real_before), "transform": transform.to_dict()},
+             "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
+             "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
+                        # older records used the first images; they are refused if that makes a difference
+                        **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
+    lock = request.record.with_name(f".lock-{request.record.name}")
+    with nullcontext() if request.dry_run else locked(request.record, "--out", lock):  # two sweeps would overwrite each other's results
+        record = SweepRecord.open(request.record, setup)
+        missing = [sampling for sampling in request.combinations if record.result_of(sampling) is None]
+        total = len(request.combinations)
+        combinations = counted(total, "combination")
+        print(f"features: {extractor.num_features} of {request.features.path.name} ({request.features.kind}), on {device}\n"
+              f"real: {counted(len(real), 'image')}, {how}\n"
+              f"generated: {counted(request.images, 'image')} for {'each of ' if total > 1 else ''}{combinations}, {proportions}\n"
+              f"record: {request.record}, {total - len(missing)} of them measured already")
+        warn_of_bias(request.images, len(real))
+        if request.dry_run:
+            print("--dry_run: nothing was measured or written")
+            return 0
+        if missing:
+            measure(request, pipe, Distances(extractor), real, counts, record, missing)
+        else:
+            print(f"nothing to do: {combinations} {is_or_are(total)} in the record already, so nothing was measured")
+        conclude(request, record)
+    return 0
+
+
+def measure(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Distances, real: ValidationImages, counts: list[int] | None,
+            record: SweepRecord, missing: list[SamplingConfig]) -> None:
+    """Measure the combinations that are missing in the record; each goes into it as soon as it is done."""
+    names = varied([{"settings": vars(sampling)} for sampling in request.combinations])
+    classes = None if counts is None else [index for index, count in enumerate(counts) for _ in range(count)]
+    with StopFlag() as stop:
+        for images_BCHW, _ in stoppable(real.batches(request.batch_size), stop, record):
+            distances.update(images_BCHW, real=True)
+        refuse_if_too_many_unreadable(real.unreadable, len(real), request.data or DataConfig())
+        record.content["reference"] = {"images": distances.kept[True].count, "unreadable": sorted(real.unreadable)}
+        for left, sampling in zip(reversed(range(len(missing))), missing, strict=True):
+            started = time.monotonic()
+            words = settings_in_words(vars(sampling), names)
+            with progress_bar(request.images, 0, words, "image") as bar:
+                for images_BCHW in stoppable(generated(pipe, sampling, classes, request, stop), stop, record):
+                    distances.update(images_BCHW, real=False)
+                    bar.update(len(images_BCHW))
+            result, seconds = distances.result(request.seed), time.monotonic() - started
+            record.add(sampling, **result, images=request.images, seconds=round(seconds, 1), device=str(pipe.device),
+                       versions=library_versions(request.features.kind))
+            then = f"; {left} more: about {duration(left * seconds)}" if left else ""
+            print(f"{words}: Frechet {result['frechet_distance']:.6g}, kernel {result['kernel_distance']:.6g} ({seconds:.1f} s{then})", flush=True)
+
+
+def generated(pipe: ImageGenerationPipeline, sampling: SamplingConfig, classes: list[int] | None, request: SweepRequest,
+              stop: StopFlag) -> Iterator[torch.Tensor]:
+    """Batches (B, C, H, W) of the sweep's images under these settings; image i depends on seed, i and its class. Ends early on a signal."""
+    seeds = image_seeds(request.seed, request.images)
+    for start in range(0, request.images, request.batch_size):
+        part = slice(start, start + request.batch_size)
+        try:
+            ids_BT = pipe.prior.sample(None if classes is None else classes[part], sampling, seeds[part],
+                                       callback=lambda done, total: not stop.signal)
+        except SamplingStopped:
+            return
+        yield from decoded_in_parts(pipe.tokenizer, ids_BT.view(len(ids_BT), *pipe.tokenizer.grid_shape))
+
+
+def stoppable(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:
+    """The batches, up to a signal. Raises Interrupted after one."""
+    for batch in batches:
+        yield batch
+        if stop.signal:
+            break
+    if stop.signal:
+        done = len(record.content["results"])
+        raise Interrupted(stop.signal, f"{counted(done, 'combination')} {is_or_are(done)} in {record.path}")
+
+
+def conclude(request: SweepRequest, record: SweepRecord) -> None:
+    """Print the ranking, and make the best settings those that the pipeline recommends."""
+    ranked = record.ranked()
+    others = len(ranked) - len(request.combinations)
+    earlier = f", with {counted(others, 'combination')} of earlier calls" if others else ""
+    print(f"\nranked ({request.record}{earlier}):\n{ranking_table(ranked)}")
+    by_kernel = min(ranked, key=lambda result: result["kernel_distance"])
+    if by_kernel is not ranked[0]:
+        print(f"the kernel distance puts another first: {settings_in_words(by_kernel['settings'], varied(ranked))}")
+    best = record.settings_of(ranked[0])
+    words = settings_in_words(vars(best), list(vars(best)))
+    if request.keep:
+        print(f"best: {words}\n--keep: {request.folder / 'pipeline.json'} recommends what it did before")
+        return
+    run = surroundings(request.folder)
+    with RunFolder(run).lock() if (run / "recipe.yaml").is_file() else nullcontext():
+        recommend(request.folder, best, record.content)
+    print(f"recommended from now on in {request.folder / 'pipeline.json'}: {words}")
+
+
+def warn_of_bias(images: int, real: int) -> None:
+    """Say what a Frechet distance of few images is worth."""
+    if min(images, real) < ENOUGH_IMAGES:
+        print(f"warning: {images:,} generated and {real:,} real images are compared. Below {ENOUGH_IMAGES:,} of either the Frechet distance is "
+              "too large, by an amount that depends on their number: it ranks the settings of this sweep, and is comparable with nothing else. "
+              "The kernel distance beside it has no such bias.")
+
+
+def open_reference(request: SweepRequest, transform: ImageTransform, class_names: list[str] | None) -> tuple[ImageSource, ImageSource | None, str]:
+    """(the real images, the images whose classes tell the proportions or None, a clause about the first)."""
+    def has_the_classes(source: ImageSource | None) -> bool:
+        return source is not None and class_names is not None and source.class_names == class_names
+
+    if request.real is None:
+        source = validation = open_splits(request.data).in_order_of(class_names).validation
+        how = f"the validation split of {request.data.path or request.data.source}"
+    else:
+        source, how = open_folder_whole(request.real, transform, class_names), f"all of {request.real}"
+        needs_proportions = class_names is not None and not has_the_classes(source) and request.data is not None
+        validation = open_splits(request.data).in_order_of(class_names).validation if needs_proportions else None
+    if len(source) < 2:
+        raise InputError(f"there is {len(source)} real image to compare with ({how}); a distance needs at least 2.")
+    return source, next(filter(has_the_classes, (source, validation)), None), how
+
+
+def open_folder_whole(folder: Path, transform: ImageTransform, class_names: list[str] | None) -> FolderSource:
+    """All images of a folder as one split; labelled where every one lies in a sub-folder with the name of a class."""
+    names = sorted(image_files(folder.expanduser()))
+    folders = [class_name(name.partition("/")[0]) if "/" in name else None for name in names]
+    is_labelled = class_names is not None and set(folders) <= set(class_names)
+    return FolderSource("all", names, [class_names.index(name) for name in folders] if is_labelled else None, class_names if is_labelled else None,
+                        DataConfig(source="folder", path=str(folder), channels=transform.channels))
+
+
+def class_counts(class_names: list[str] | None, labelled: ImageSource | None, images: int) -> tuple[list[int] | None, str]:
+    """How many of the generated images each class gets, None for a prior without classes; and a clause that says so.
+
+    The proportions are those of the labels, rounded by largest remainders. Equal remainders are ordered by class index or, if there are fewer
+    images than classes, by a hash, because the real images are of all classes and not only of the first ones.
+    """
+    if class_names is None:
+        return None, "without classes"
+    found = Counter(labelled.label(index) for index in range(len(labelled))) if labelled is not None else Counter()
+    weights = [found[index] for index in range(len(class_names))]
+    classes = counted(len(class_names), "class")
+    clause = f"{classes} in the proportions of the {counted(sum(weights), 'labelled real image')}"
+    if not sum(weights):
+        weights, clause = [1] * len(class_names), f"{classes} in equal parts, since the real images have no labels of these classes"
+    counts = [weight * images // sum(weights) for weight in weights]
+    rank = (lambda index: derive_seed("images of class", index)) if images < len(weights) else (lambda index: index)
+    by_remainder = sorted(range(len(weights)), key=lambda index: (-(weights[index] * images % sum(weights)), rank(index)))
+    for index in by_remainder[:images - sum(counts)]:
+        counts[index] += 1
+    return counts, clause
+
+
+def library_versions(features_kind: str) -> dict[str, str]:
+    """Versions of this program, of Python and of the libraries that have a part in the numbers."""
+    names = (*LIBRARIES, *(["timm"] if features_kind == "timm" else []))
+    return {"vqmosaic": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}

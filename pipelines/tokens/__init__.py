@@ -1,0 +1,1 @@
+"""Commands for token shards: audit, repair, import and export."""

@@ -1,0 +1,64 @@
+"""The discriminator's side of a training step: what it says to the tokenizer, and how it learns."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stage1_tokenizer.adversarial.adversarial_losses import adaptive_weight, discriminator_loss, generator_loss
+from stage1_tokenizer.adversarial.differentiable_augmentation import augment_alike, augment_images
+from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
+from stage1_tokenizer.perceptual import feature_matching_loss
+from vqmosaic.recipes.tokenizer_sections import AdversarialConfig
+
+
+class Adversary:
+    """The losses between a discriminator and a tokenizer.
+
+    `discriminator` is the bare module, asked in the tokenizer's half of a step, with its own weights frozen; `wrapped` is what
+    Accelerate made of it, used in its own half, where its gradients are averaged over the processes.
+    """
+
+    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: nn.Parameter,
+                 autocast: Callable[[], AbstractContextManager] = nullcontext):
+        self.config, self.discriminator, self.wrapped, self.last_layer, self.autocast = config, discriminator, wrapped, last_layer, autocast
+
+    def generator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, reconstruction: torch.Tensor,
+                        share: float, feature_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What is added to the tokenizer's loss, and its parts by name for the log.
+
+        `reconstruction` is the loss to balance against, `share` how much of its weight the adversarial loss has now, `feature_weight` the
+        weight of feature matching (0 for none), which rises with it.
+        """
+        self.discriminator.requires_grad_(False)
+        # alike, so that features of a picture are compared with those of the same picture
+        fake_BCHW, real_BCHW = augment_alike(reconstructions_BCHW.float(), images_BCHW, self.config.augmentations)
+        with self.autocast():
+            logits_B1hw, fake_features = self.discriminator.features(fake_BCHW)
+            if feature_weight:
+                with torch.no_grad():
+                    _, real_features = self.discriminator.features(real_BCHW)
+        adversarial = generator_loss(self.config.loss, logits_B1hw)
+        balance = adversarial.new_ones(())
+        if self.config.balance == "adaptive":
+            balance = adaptive_weight(reconstruction, adversarial, self.last_layer, self.config.balance_limit)
+            if dist.is_initialized():
+                dist.all_reduce(balance)
+                balance = balance / dist.get_world_size()
+        total = share * self.config.weight * balance * adversarial
+        terms = {"adversarial_loss": adversarial, "adversarial_weight": share * self.config.weight * balance}
+        if feature_weight:
+            matching = feature_matching_loss(real_features, fake_features)
+            total = total + share * feature_weight * matching
+            terms["discriminator_features"] = matching
+        return total, terms
+
+    def discriminator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The discriminator's own loss on images and, detached, their reconstructions; and what it says of both on average."""
+        self.discriminator.requires_grad_(True)
+        both = torch.cat([images_BCHW, reconstructions_BCHW.detach().to(images_BCHW.dtype)])
+        real_B1hw, fake_B1hw = self.wrapped(augment_images(both, self.config.augmentations)).float().chunk(2)
+        loss = discriminator_loss(self.config.loss, real_B1hw, fake_B1hw)
+        return loss, {"discriminator_loss": loss, "real_logits": real_B1hw.mean(), "fake_logits": fake_B1hw.mean()}

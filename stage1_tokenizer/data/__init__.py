@@ -1,0 +1,1 @@
+"""Images of a data set: sources, labels, splits, augmentation and batches."""

@@ -1,0 +1,71 @@
+"""scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, installed with the package, so nothing is downloaded."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from stage1_tokenizer.data.image_sources import ImageSplits, cut_validation
+from stage1_tokenizer.image_files.images import read_image
+from vqmosaic.recipes.recipe_sections import DataConfig
+
+
+class DigitsSource:
+    """One split of the digits; names are row numbers in scikit-learn's array."""
+
+    def __init__(self, split: str, rows: np.ndarray, pixels_NHW: np.ndarray, labels: np.ndarray, data: DataConfig):
+        self.split = split
+        self.class_names = [str(digit) for digit in range(10)] if data.use_labels else None
+        self._rows = rows
+        self._pixels_NHW = pixels_NHW[rows]
+        self._labels = labels[rows]
+        self._channels = data.channels
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for array in (self._rows.astype("<i8"), self._pixels_NHW, self._labels.astype("<i8")):
+            digest.update(array.tobytes())
+        return {"kind": "digits", "path": "sklearn.datasets.load_digits", "split": self.split, "count": len(self),
+                "sha256": digest.hexdigest()}
+
+    @property
+    def former_identity(self) -> dict[str, Any]:
+        return self.identity  # which always held the pixels, and no path that could change
+
+    def with_class_order(self, order: Sequence[int]) -> "DigitsSource":
+        return self  # the classes have only one order
+
+    def with_unread(self, unread: Iterable[int]) -> "DigitsSource":
+        return self  # all images can be read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def source_name(self, index: int) -> str:
+        return str(self._rows[index])
+
+    def label(self, index: int) -> int | None:
+        return int(self._labels[index]) if self.class_names else None
+
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        return read_image(Image.fromarray(self._pixels_NHW[index]), channels=self._channels)
+
+
+def open_digits(data: DataConfig) -> ImageSplits:
+    """The digits, with a validation split cut by a hash of the row number."""
+    pixels_NHW, labels_N = load_scans()
+    train, validation, how = cut_validation(range(len(pixels_NHW)), labels_N.tolist(), data)
+    return ImageSplits(DigitsSource("train", train, pixels_NHW, labels_N, data),
+                       DigitsSource("validation", validation, pixels_NHW, labels_N, data), how)
+
+
+def load_scans() -> tuple[np.ndarray, np.ndarray]:
+    """All scans as uint8 (N, 8, 8), and their classes (N,)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # scanned as counts from 0 to 16

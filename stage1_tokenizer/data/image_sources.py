@@ -1,0 +1,215 @@
+"""Images with names and labels, wherever they come from: what a source offers, and how a recipe's two splits are opened.
+
+The kinds are in digits_source.py, folder_source.py and huggingface_source.py; only the one that is asked for is imported.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+from PIL import Image
+
+from stage1_tokenizer.data.data_location import check_data_path
+from vqmosaic.errors import InputError, printable
+from vqmosaic.files.fingerprints import fingerprint
+from vqmosaic.recipes.fields_from_data import DataSize
+from vqmosaic.recipes.recipe_sections import DataConfig
+from vqmosaic.seeding import derive_seed
+from vqmosaic.wording import counted
+
+UNREAD_IMAGES = "unread images"
+"""The key in a stage record for the images whose contents are not part of the data set's fingerprint."""
+
+
+class ImageSource(Protocol):
+    """One split: images by index. Sources are cheap to open, can be sent to worker processes and read from several threads."""
+
+    split: str
+    """The name of the split in the data set."""
+    class_names: list[str] | None
+    """Names of the classes, or None for images without labels; the same list in every split."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What these images are, wherever they lie, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
+
+        Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed. `unread` lists the
+        images that are missing or lack read permission, if there are any. Their contents are not part of the identity.
+        """
+
+    @property
+    def former_identity(self) -> dict[str, Any]:
+        """The identity in the form of vqmosaic 0.1.0, to compare with what it has recorded."""
+
+    def with_class_order(self, order: Sequence[int]) -> Self:
+        """The same images with their classes in another order: class i of the result is class order[i] of this source."""
+
+    def with_unread(self, unread: Iterable[int]) -> Self:
+        """The same images with an identity that leaves out the contents of the `unread` images, even if they can be read now."""
+
+    def __len__(self) -> int: ...
+
+    def source_name(self, index: int) -> str:
+        """The image's name, unique in the split: its path relative to data.path, or its row number."""
+
+    def label(self, index: int) -> int | None:
+        """The index of the image's class in class_names, or None."""
+
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. read_image explains before_decoding."""
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """The two splits of a data set."""
+
+    train: ImageSource
+    validation: ImageSource
+    how: str
+    """A sentence that says where the validation images come from."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was left out and on what may be meant in another way."""
+    text_order: tuple[int, ...] | None = None
+    """The indices of the classes in the order of version 0.1.0, which sorted digits as text; None if they have that order already."""
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes, or None for images without labels."""
+        return self.train.class_names
+
+    @property
+    def fingerprint(self) -> str:
+        """What a stage records of its data set: the digest of both identities."""
+        return fingerprint({"train": self.train.identity, "validation": self.validation.identity})
+
+    def fingerprint_like(self, recorded: str | None) -> str:
+        """The fingerprint to compare with a recorded one: that of the former identities if those were recorded, else `fingerprint`."""
+        if recorded in (None, self.fingerprint):
+            return self.fingerprint
+        former = fingerprint({"train": self.train.former_identity, "validation": self.validation.former_identity})
+        return former if recorded == former else self.fingerprint
+
+    @property
+    def unread_input(self) -> dict[str, str]:
+        """The entry for missing or forbidden images that a stage records beside the fingerprint; empty if there are none."""
+        unread = {name: source.identity.get("unread", []) for name, source in (("train", self.train), ("validation", self.validation))}
+        return {UNREAD_IMAGES: json.dumps(unread)} if any(unread.values()) else {}
+
+    def as_recorded(self, inputs: Mapping[str, str]) -> "ImageSplits":
+        """These images as a stage recorded them in `inputs`: with its class order, and with the same images left out of the identity.
+
+        If the record is about other images, these images are returned unchanged.
+        """
+        recorded = inputs.get("data set")
+        if recorded is None:
+            return self
+        unread = json.loads(inputs.get(UNREAD_IMAGES, "{}"))
+        same = dataclasses.replace(self, train=self.train.with_unread(unread.get("train", ())),
+                                   validation=self.validation.with_unread(unread.get("validation", ())))
+        for splits, plain in ((same, self), (same.sorted_as_text(), self.sorted_as_text())):
+            if splits.fingerprint == recorded:
+                return splits
+            if splits.fingerprint_like(recorded) == recorded:  # by version 0.1.0, which recorded nothing of unread images
+                return plain
+        return self
+
+    def in_order_of(self, class_names: list[str] | None) -> "ImageSplits":
+        """These images with their classes sorted as text if that gives the recorded `class_names`; otherwise unchanged."""
+        as_text = self.sorted_as_text()
+        return as_text if class_names == as_text.class_names else self
+
+    def sorted_as_text(self) -> "ImageSplits":
+        """These images with their classes in the order of version 0.1.0."""
+        if self.text_order is None:
+            return self
+        return dataclasses.replace(self, train=self.train.with_class_order(self.text_order),
+                                   validation=self.validation.with_class_order(self.text_order), text_order=None)
+
+
+def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity to compare with a recorded one: in the form of vqmosaic 0.1.0 if that has recorded it, else in today's.
+
+    Images whose contents were left out of the recorded identity are left out again.
+    """
+    if not recorded:
+        return source.identity
+    return source.with_unread(recorded.get("unread", ())).identity if "version" in recorded else source.former_identity
+
+
+def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
+    """A copy of a source with changed attributes, and without the cached identities, which depend on the former attributes."""
+    changed = copy.copy(source)
+    for name in ("identity", "former_identity"):
+        vars(changed).pop(name, None)
+    vars(changed).update(attributes)
+    return changed
+
+
+def combined_digest(digest: Any, entries: Iterable[list], found: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
+    """Update a hash with the entry, size and content digest of each image. Images in `unread` add only their entry."""
+    unread = frozenset(unread)
+    for index, (entry, (size, content)) in enumerate(zip(entries, found, strict=True)):
+        known = [None, None] if index in unread else [size, content and content.hex()]
+        digest.update(json.dumps([*entry, *known]).encode())
+
+
+def open_splits(data: DataConfig) -> ImageSplits:
+    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts it cannot use."""
+    source = check_data_path(data)
+    if source == "digits":
+        from stage1_tokenizer.data.digits_source import open_digits as open_kind
+    elif source == "folder":
+        from stage1_tokenizer.data.folder_source import open_folder as open_kind
+    else:
+        from stage1_tokenizer.data.huggingface_source import open_huggingface as open_kind
+    return open_kind(data)
+
+
+def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
+    """Indices of the training and of the validation images, each in order, and the sentence that says how.
+
+    A hash of each image's own name decides, so that adding images moves none from one side to the other. Two exceptions:
+    the last image of a class stays in training, and one image goes to validation where the hash takes none.
+    """
+    if len(names) < 2:
+        raise InputError(f"data.path {data.path!r} holds {len(names)} image; at least 2 are needed, one to train and one to validate on.")
+    million = 1_000_000
+    hashes = np.array([derive_seed("validation", name) % million for name in names])
+    held_out = hashes < data.validation_fraction * million
+    classes: dict[Hashable, list[int]] = {}
+    for index, label in enumerate(labels if labels is not None else [None] * len(names)):
+        classes.setdefault(label, []).append(index)
+    for members in classes.values():
+        if held_out[members].all():
+            held_out[members[int(np.argmax(hashes[members]))]] = False
+    if not held_out.any():
+        # not the last of its class, unless every class has only one image
+        candidates = [index for members in classes.values() if len(members) > 1 for index in members] or list(range(len(names)))
+        held_out[min(candidates, key=hashes.__getitem__)] = True
+    kind = "path" if isinstance(names[0], str) else "row number"
+    how = (f"validation: {int(held_out.sum())} of {counted(len(names), 'image')}, cut from the training split by a hash of {kind} "
+           f"(data.validation_fraction = {data.validation_fraction:g})")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out), how
+
+
+def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
+    """Raise InputError when more images are unreadable (name -> reason) than data.max_unreadable allows.
+
+    A single one never stops a run, however few images there are, unless data.max_unreadable is 0.
+    """
+    allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
+    if len(unreadable) <= allowed:
+        return
+    examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
+    raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
+                     f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")
+
+
+def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
+    """The number of images in the data set of a recipe, given its fields by dotted name; None where no data set is named."""
+    data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
+    return None if data.source == "auto" and data.path is None else DataSize(len(open_splits(data).train))

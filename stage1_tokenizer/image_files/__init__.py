@@ -1,0 +1,1 @@
+"""Reading image files to pixels, whatever the format and depth."""

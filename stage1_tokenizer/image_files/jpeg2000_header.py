@@ -1,0 +1,70 @@
+"""What the header of a JPEG 2000 file says about its samples: depths, colour space, palette and the roles of the channels.
+
+Pillow reads little of this (ITU-T T.800, annex I): it takes channels in stored order, and treats 255 as white at every depth.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from stage1_tokenizer.image_files.iso_boxes import iso_boxes
+
+_CODESTREAM_START = b"\xff\x4f\xff\x51"
+
+
+@dataclass
+class Jpeg2000Header:
+    """The fields of the boxes ihdr, colr, pclr, cmap and cdef, and of the marker segment SIZ."""
+
+    depths: list[int] = field(default_factory=list)
+    """Bits of each component."""
+    colour_space: int | None = None
+    """EnumCS of the first box colr; None if the box holds a profile, or if there is no such box."""
+    has_palette: bool = False
+    palette_columns: list[int] = field(default_factory=list)
+    """The palette's column for each channel, in the order of the channels."""
+    channels: dict[int, tuple[int, int]] | None = None
+    """(type, association) by channel; None if the file does not define them."""
+
+
+def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
+    """The header of an opened file. Keeps the position of the file. Raises struct.error for a truncated header."""
+    position, header = file.tell(), Jpeg2000Header()
+    try:
+        file.seek(0)
+        if file.read(4) == _CODESTREAM_START:
+            header.depths = _depths(file)
+            return header
+        for kind, start, end in iso_boxes(file, 0, file.seek(0, 2)):
+            file.seek(start)
+            if kind == b"jp2c":
+                if file.read(4) == _CODESTREAM_START:
+                    header.depths = _depths(file)
+                break
+            if kind == b"jp2h":
+                has_colours = False
+                for inner, inner_start, inner_end in list(iso_boxes(file, start, end)):
+                    file.seek(inner_start)
+                    body = file.read(inner_end - inner_start)
+                    if inner == b"colr" and not has_colours:
+                        has_colours, header.colour_space = True, struct.unpack(">I", body[3:7])[0] if body[0] == 1 else None
+                    else:
+                        _read_box(header, inner, body)
+        return header
+    finally:
+        file.seek(position)
+
+
+def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:
+    if kind == b"pclr":
+        header.has_palette = True
+    elif kind == b"cmap":
+        header.palette_columns = [column for _, _, column in struct.iter_unpack(">HBB", body)]
+    elif kind == b"cdef":
+        header.channels = {channel: (kind, association) for channel, kind, association in struct.iter_unpack(">HHH", body[2:])}
+
+
+def _depths(file: BinaryIO) -> list[int]:
+    """Bits of each component, from the marker segment SIZ at the current position of the file."""
+    components = struct.unpack(">36xH", file.read(38))[0]
+    return [(size & 0x7F) + 1 for size, _, _ in struct.iter_unpack(">BBB", file.read(3 * components))]

@@ -1,0 +1,341 @@
+"""What the header of an image file says about its numbers and Pillow passes over: white levels, inverted scales, transparent colours, alpha.
+
+These rules complete Pillow's tables of modes (in the plugin for each format). Colour profiles, gamma and HDR transfer functions
+(ICC, gAMA, cHRM, cICP) are not applied: numbers are taken as they are, which for nearly all files is sRGB. check-data reports the others
+(colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as Pillow does.
+"""
+
+import io
+import os
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+from PIL import Image, ImagePalette, PngImagePlugin, TiffImagePlugin, features
+
+from stage1_tokenizer.image_files.jpeg2000_header import Jpeg2000Header, read_jpeg2000_header
+
+# PNG files of image editors carry profiles and workflows of several megabytes, which Pillow refuses together with their pixels.
+# There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
+# For uncompressed TIFF, Pillow's own decoder reads missing strips as black or as bytes of the header, 16-bit planes as 8-bit planes, and
+# YCbCr as RGB. libtiff, which decodes compressed TIFF anyway, refuses missing strips and reads the other two correctly.
+TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
+
+# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same bytes: 1 MB of EXIF can take 4 GB.
+# For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
+MAX_EXIF_BYTES = 2**16  # the size limit of a JPEG segment
+_load_exif = Image.Exif.load
+Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
+
+_PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
+_SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
+_TAGS_OF_PIXELS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
+_WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
+_NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS"}
+_BMP_RLE4, _PILLOW_MAJOR = 2, int(PIL.__version__.split(".")[0])
+_JP2_CMYK, _JP2_BILEVEL, _JP2_SRGB, _JP2_GREY, _JP2_SYCC = 12, 15, 16, 17, 18
+_JP2_ALPHA, _JP2_PREMULTIPLIED = 1, 2
+_TGA_FOOTER = b"TRUEVISION-XFILE.\0"
+_TGA_NO_ALPHA, _TGA_PREMULTIPLIED = (0, 1, 2), 4
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be used; the message is the reason in words, without the name of the file."""
+
+
+def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """The function to call with the image once it is loaded, which gives it with its header honoured.
+
+    Call this before the pixels are loaded, and before anything is decoded. For an image that is already loaded, only the parts of the header
+    that Pillow keeps are honoured. Raises UnreadableImage if the header says that the numbers have no known black and white.
+    """
+    read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
+                   "JPEG2000": _jpeg2000}.get(image.format)
+    return (read_header(image) if read_header is not None else None) or (lambda loaded: loaded)
+
+
+def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
+    """Make the decoder unpack the pixels in another raw mode than Pillow chose. The raw mode is its first argument."""
+    image.tile = [tile._replace(args=(raw_mode, *tile.args[1:])) for tile in image.tile]
+
+
+def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    transparent = image.info.get("transparency")
+    if not image.tile or transparent is None:
+        return None  # without transparency, or already loaded
+    if image.mode in ("1", "P"):
+        stored = png_chunk(image, b"tRNS")
+        # At a depth of 1, Pillow reads all 16 bits. It takes alpha that ends in byte 10 (a line feed in its pattern) for a single entry.
+        image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
+    if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
+        return None  # with a palette, or 16-bit grey (see images.py)
+    raw_mode = image.tile[0][3]
+    if raw_mode == "RGB;16B":
+        low_bytes = _low_bytes(image)
+        return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low_bytes != np.array(transparent))
+
+    # Samples of 2 and 4 bits are loaded as 8 bits, the transparent one is not; bits beyond the depth mean nothing.
+    levels = {"L;2": 3, "L;4": 15}.get(raw_mode, 255)
+    as_loaded = tuple((value & levels) * (255 // levels) for value in np.atleast_1d(transparent).tolist())
+
+    def honour(loaded: Image.Image) -> Image.Image:
+        loaded.info["transparency"] = as_loaded if loaded.mode == "RGB" else as_loaded[0]
+        return loaded
+
+    return honour
+
+
+def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
+    """The content of the last chunk of a type before the pixels, which is the one that decoders use; b"" if there is none."""
+    file, position, found = image.fp, image.fp.tell(), b""
+    try:
+        file.seek(8)
+        while len(start := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", start)
+            if kind == b"IDAT":
+                break
+            if kind == wanted:
+                found = file.read(size)
+                file.seek(4, os.SEEK_CUR)
+            else:
+                file.seek(size + 4, os.SEEK_CUR)
+        return found
+    finally:
+        file.seek(position)
+
+
+def _low_bytes(image: Image.Image) -> np.ndarray:
+    """The lower bytes (H, W, 3) of a PNG of 16 bits a sample, from the same file decoded as if the bytes of a sample were swapped."""
+    position = image.fp.tell()
+    image.fp.seek(0)
+    content = image.fp.read()
+    image.fp.seek(position)
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as swapped:
+        swapped.tile = [tile._replace(args="RGB;16L") for tile in swapped.tile]
+        return np.asarray(swapped).astype(np.uint16)
+
+
+def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
+    """The image with the pixels transparent that do not differ in any channel."""
+    image = image.convert("RGB")
+    image.info.pop("transparency", None)
+    image.putalpha(Image.fromarray(np.where(differs_HWC.any(axis=2), 255, 0).astype(np.uint8)))
+    return image
+
+
+def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    tags = image.tag_v2
+    photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
+    if image.tile and (repeated := _repeated_tags(image)):
+        raise UnreadableImage(f"a TIFF that gives tag {repeated[0]} more than once; decoders disagree on which value counts")
+    if tags.get(_SUBFILE_TYPE, 0) in _PREVIEWS and (image.is_animated or _SUBFILES in tags):
+        raise UnreadableImage("a TIFF whose first page is a preview or a mask of another page (tag NewSubfileType)")
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
+        raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
+    if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
+        raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow does not convert without libtiff")
+    if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
+        raise UnreadableImage("a TIFF of other inks than CMYK, or of CMYK with a range of its own (tag InkSet or DotRange)")
+    levels = tuple(map(float, tags.get(_REFERENCE_LEVELS, ())))
+    if photometric == _RGB and levels not in ((), (0, 2**bits - 1) * 3, (0, 255, 128, 255, 128, 255)):  # the last tuple is a leftover from YCbCr
+        raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
+    if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # 8-bit entries, although the standard requires 16
+        image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
+    if image.tile and image.tile[0][0] == "libtiff" and image.tile[0][3][0] in _NATIVE_ORDER:  # libtiff returns all samples in native order
+        _set_raw_mode(image, _NATIVE_ORDER[image.tile[0][3][0]])
+    is_inverted = photometric == _WHITE_IS_ZERO
+    if image.mode == "F" and is_inverted:
+        return lambda loaded: Image.fromarray(1 - np.asarray(loaded))
+    if image.mode.startswith("I;16") and (is_inverted or bits < 16):
+        white = 2**bits - 1
+
+        def honour(loaded: Image.Image) -> Image.Image:
+            values = np.asarray(loaded).astype(np.float64)
+            return Image.fromarray(np.round((white - values if is_inverted else values) * (65535 / white)).astype(np.int32))
+
+        return honour
+    return None  # Pillow's table has the others
+
+
+def _repeated_tags(image: Image.Image) -> list[int]:
+    """The tags about pixels that the first page of a TIFF holds more than once. Pillow uses the last value, libtiff may use the first."""
+    file, position = image.fp, image.fp.tell()
+    try:
+        file.seek(0)
+        start = file.read(16)
+        order = "<" if start.startswith(b"II") else ">"
+        is_big = 43 in (start[2], start[3])
+        file.seek(struct.unpack(order + "Q", start[8:16])[0] if is_big else struct.unpack(order + "I", start[4:8])[0])
+        count = struct.unpack(order + "Q", file.read(8))[0] if is_big else struct.unpack(order + "H", file.read(2))[0]
+        size = 20 if is_big else 12
+        entries = file.read(size * min(count, 65535))
+        tags = [struct.unpack_from(order + "H", entries, at)[0] for at in range(0, len(entries) - size + 1, size)]
+        return sorted(tag for tag in _TAGS_OF_PIXELS if tags.count(tag) > 1)
+    finally:
+        file.seek(position)
+
+
+def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if not image.tile:
+        return None
+    descriptor, attributes = _tga_alpha(image)
+    if descriptor & 0xC0:
+        raise UnreadableImage("a TGA with interleaved rows, which Pillow does not reorder")
+    has_alpha = image.mode in ("RGBA", "LA") or (image.mode == "P" and image.palette.mode == "RGBA")
+    if not has_alpha:
+        return None
+    bits = descriptor & 0x0F
+    # In a 16-bit pixel, the bit that is not part of a colour means opaque to some writers and transparent to others.
+    is_declared = bits > 0 and "15" not in str(image.tile[0][3][0]) and not (image.mode == "P" and bits < 8)
+
+    def honour(loaded: Image.Image) -> Image.Image:
+        if loaded.mode == "P":
+            loaded = loaded.convert("RGBA")
+        alpha = loaded.getchannel("A")
+        # Many writers declare no bits of alpha and mean it all the same; where all of it is zero they do not.
+        if attributes in _TGA_NO_ALPHA or (not is_declared and attributes is None and alpha.getextrema() == (0, 0)):
+            return loaded.convert("RGB" if loaded.mode == "RGBA" else "L")
+        if attributes == _TGA_PREMULTIPLIED:
+            return Image.frombytes("RGBa", loaded.size, loaded.convert("RGBA").tobytes()).convert("RGBA")
+        return loaded
+
+    return honour
+
+
+def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
+    """The image descriptor, whose lower four bits give the bits of alpha, and the attributes type of the extension area if there is one."""
+    file, position = image.fp, image.fp.tell()
+    try:
+        file.seek(17)
+        descriptor, attributes = file.read(1)[0], None
+        if file.seek(0, os.SEEK_END) >= 18 + 26:
+            file.seek(-26, os.SEEK_END)
+            footer = file.read(26)
+            extension = int.from_bytes(footer[:4], "little")
+            if footer.endswith(_TGA_FOOTER) and extension:
+                file.seek(extension + 494)
+                attributes = next(iter(file.read(1)), None)
+        return descriptor, attributes
+    finally:
+        file.seek(position)
+
+
+def _ppm(image: Image.Image) -> None:
+    if image.info.get("scale", 1.0) != 1:
+        raise UnreadableImage(f"floating-point pixels in a scale of {image.info['scale']:g}; their white level is not known")
+
+
+def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if image.tile and image.info.get("compression") == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
+        raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 reads it")
+    if image.tile and image.mode in ("1", "L") and (bits := _bmp_bits(image)) != {"1": 1, "L": 8}[image.mode]:
+        # If the palette is black and white, or the first greys, Pillow assumes 1 or 8 bits a pixel, whatever the header says.
+        greys = [0, 255] if image.mode == "1" else range(2**bits)
+        image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
+        _set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
+    if image.mode == "RGBA":  # alpha that is zero everywhere is ignored, as in browsers
+        return lambda loaded: loaded.convert("RGB") if loaded.getextrema()[3] == (0, 0) else loaded
+    return None
+
+
+def _bmp_bits(image: Image.Image) -> int:
+    file, position = image.fp, image.fp.tell()
+    try:
+        file.seek(14 if image.format == "BMP" else 0)
+        header = file.read(16)
+        return int.from_bytes(header[10:12] if header[0] == 12 else header[14:16], "little")
+    finally:
+        file.seek(position)
+
+
+def _has_odd_run(image: Image.Image) -> bool:
+    """Whether a compressed 4-bit BMP contains a literal run with an odd number of pixels."""
+    file, position = image.fp, image.fp.tell()
+    try:
+        file.seek(image.tile[0][2])
+        codes = file.read()
+    finally:
+        file.seek(position)
+    at = 0
+    while at + 1 < len(codes):
+        count, value = codes[at], codes[at + 1]
+        at += 2
+        if count or value == 0:
+            continue
+        if value == 1:
+            return False
+        if value == 2:
+            at += 2
+        elif value % 2:
+            return True
+        else:
+            at += (value + 3) // 4 * 2  # padded to whole words
+    return False
+
+
+def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if not image.tile or image.tile[0][1] == (0, 0, *image.size) or "transparency" in image.info:
+        return None  # around a transparent frame, Pillow keeps the image transparent
+    extents, background = image.tile[0][1], image.info.get("background")
+    if background is None:
+        ground = (255, 255, 255)  # without a colour table for it, the area around the frame is transparent
+    elif image.global_palette is None:
+        ground = (background,) * 3
+    else:
+        ground = tuple(image.global_palette.palette[3 * background:3 * background + 3])
+
+    def honour(loaded: Image.Image) -> Image.Image:
+        whole = Image.new("RGB", loaded.size, ground)
+        whole.paste(loaded.convert("RGB").crop(extents), extents)
+        return whole
+
+    return honour
+
+
+def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    if not image.tile:
+        return None
+    header = read_jpeg2000_header(image.fp)
+    colours = 3 if image.mode in ("RGB", "RGBA") else 1
+    order, alpha = _jpeg2000_channels(header, image.mode, colours)
+    if header.colour_space not in (None, _JP2_SRGB, _JP2_GREY, _JP2_SYCC, _JP2_BILEVEL) \
+            and not (header.colour_space == _JP2_CMYK and image.mode == "CMYK"):
+        raise UnreadableImage(f"a JPEG 2000 in colours that Pillow does not convert (EnumCS {header.colour_space})")
+    if max(header.depths, default=8) > 8 and image.mode != "I;16":
+        raise UnreadableImage("a JPEG 2000 of more than 8 bits in colour or with alpha, whose white Pillow reads as black")
+    is_plain = order == list(range(colours)) and alpha is None and min(header.depths, default=8) >= 8
+    if header.has_palette and not (image.mode in ("P", "PA") and is_plain and header.palette_columns == sorted(header.palette_columns)):
+        raise UnreadableImage("a JPEG 2000 with a palette that Pillow does not apply")
+    if image.mode not in ("L", "LA", "RGB", "RGBA") or (is_plain and image.mode in ("L", "RGB")):
+        return None
+    if header.colour_space == _JP2_SYCC and not (order == [0, 1, 2] and min(header.depths) >= 8):
+        raise UnreadableImage("a JPEG 2000 in YCbCr with fewer than 8 bits or another channel order, which Pillow does not convert")
+
+    def honour(loaded: Image.Image) -> Image.Image:
+        bands = [band if depth >= 8 else band.point([(value >> 8 - depth) * 255 // (2**depth - 1) for value in range(256)])
+                 for band, depth in zip(loaded.split(), header.depths, strict=True)]
+        coloured = Image.merge("RGB", [bands[channel] for channel in order]) if colours == 3 else bands[order[0]]
+        if alpha is None:
+            return coloured
+        channel, kind = alpha
+        coloured.putalpha(bands[channel])
+        if kind == _JP2_PREMULTIPLIED:
+            coloured = coloured.convert("RGBA")
+            return Image.frombytes("RGBa", coloured.size, coloured.tobytes()).convert("RGBA")
+        return coloured
+
+    return honour
+
+
+def _jpeg2000_channels(header: Jpeg2000Header, mode: str, colours: int) -> tuple[list[int], tuple[int, int] | None]:
+    """The channel of each colour, in the order of the colours, and (channel, type) of alpha or None."""
+    if header.channels is None or mode in ("P", "PA"):
+        return list(range(colours)), (colours, _JP2_ALPHA) if mode in ("LA", "RGBA") else None
+    by_colour = {association or 1: channel for channel, (kind, association) in header.channels.items() if kind == 0}
+    alphas = [(channel, kind) for channel, (kind, _) in header.channels.items() if kind in (_JP2_ALPHA, _JP2_PREMULTIPLIED)]
+    plain_ink = mode == "CMYK" and by_colour == {ink + 1: ink for ink in range(4)}
+    if not plain_ink and (sorted(by_colour) != list(range(1, colours + 1)) or len(alphas) > 1 or max(header.channels) >= len(header.depths)):
+        raise UnreadableImage("a JPEG 2000 with channels that Pillow does not reorder (box cdef)")
+    return [by_colour[colour + 1] for colour in range(colours)], alphas[0] if alphas else None

@@ -1,0 +1,1 @@
+"""Sampling tokens: decoding with a key-value cache and drawing from logits."""

@@ -1,0 +1,185 @@
+"""What the known architectures compute for one token of each row, from the weights of their modules: Llama and this project's GridTransformer.
+
+`layers_of` is strict: a model with a module, weight, hook or option that is not known here has none, and is sampled through itself.
+
+In comments: N rows, D width, A heads, d width of a head, S positions.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
+
+from stage2_prior.model import causal_lm
+from stage2_prior.model import grid_transformer as grid
+from stage2_prior.model.grid_attention import rotate
+from vqmosaic.kernels.decoding_products import Product
+
+
+def rotate_halves(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Llama's heads, whose first half makes pairs with the second, rotated by the place of their token; the first half's sines are negative."""
+    return torch.addcmul(heads_NAd * cosines, heads_NAd.roll(heads_NAd.shape[-1] // 2, dims=-1), sines)
+
+
+class DecoderLayers(ABC):
+    """What both architectures have in common: their sizes, and that nothing but `embed`, `enter`, `heads` and `feed_forward` tells them apart."""
+
+    MODULES: tuple[type, ...] = ()
+    """All modules that a model may consist of, apart from activations."""
+
+    def __init__(self, blocks: nn.ModuleList, head: nn.Linear, num_codes: int, rows: int):
+        self.count, self.blocks = len(blocks), blocks
+        self.device, self.dtype = head.weight.device, head.weight.dtype
+        self.head = Product([head], rows, num_codes)
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Whether this class computes what the model does."""
+
+    @abstractmethod
+    def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """What goes into the first layer (N, D)."""
+
+    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """What a layer makes of its input (N, D) before everything else; the ids are classes at position 0."""
+        return x_ND
+
+    @abstractmethod
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (N, A, d), and keys and values (N, key heads, d)."""
+
+    @abstractmethod
+    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward block of a layer adds (N, D)."""
+
+
+class LlamaLayers(DecoderLayers):
+    """Of transformers' LlamaForCausalLM, with grouped queries, biases and rotations that depend on the position alone."""
+
+    MODULES = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm,
+               llama.LlamaRotaryEmbedding, nn.Linear, nn.Embedding, nn.ModuleList)
+    ROTATIONS = ("default", "linear", "llama3", "yarn")
+
+    def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
+        super().__init__(model.model.layers, model.lm_head, num_codes, rows)
+        attention = [layer.self_attn for layer in self.blocks]
+        self.embedding, self.final_norm, self.head_width = model.model.embed_tokens, rms_norm(model.model.norm), attention[0].head_dim
+        self.query_heads = attention[0].q_proj.out_features // self.head_width
+        self.key_heads = attention[0].k_proj.out_features // self.head_width
+        self.attention_norm = [rms_norm(layer.input_layernorm) for layer in self.blocks]
+        self.feed_forward_norm = [rms_norm(layer.post_attention_layernorm) for layer in self.blocks]
+        self.query_key_value = [Product([part.q_proj, part.k_proj, part.v_proj], rows) for part in attention]
+        self.attention_out = [Product([part.o_proj], rows) for part in attention]
+        self.gate_up = [Product([layer.mlp.gate_proj, layer.mlp.up_proj], rows) for layer in self.blocks]
+        self.down = [Product([layer.mlp.down_proj], rows) for layer in self.blocks]
+        cosines, sines = model.model.rotary_emb(self.embedding.weight, torch.arange(length, device=self.device)[None])
+        self.cosines = cosines[0, :, None]                                                                 # S, 1, d
+        self.sines = torch.cat([-sines[0, :, :self.head_width // 2], sines[0, :, self.head_width // 2:]], dim=-1)[:, None]
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Whether the model is a Llama whose rotations stay as they are at the start."""
+        return (type(model) is llama.LlamaForCausalLM and model.model.rotary_emb.rope_type in cls.ROTATIONS
+                and model.model.embed_tokens.max_norm is None)
+
+    def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """The embedding of the ids (N, D)."""
+        return F.embedding(ids_N, self.embedding.weight)
+
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (N, A, d), and keys and values (N, key heads, d)."""
+        hidden = self.query_key_value[number](self.attention_norm[number](x_ND)).unflatten(-1, (-1, self.head_width))
+        rotated_NAd = rotate_halves(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
+        return *rotated_NAd.split((self.query_heads, self.key_heads), dim=1), hidden[:, -self.key_heads:]
+
+    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """What the gated block adds (N, D)."""
+        gate, up = self.gate_up[number](self.feed_forward_norm[number](x_ND)).chunk(2, dim=-1)
+        return self.down[number](self.blocks[number].mlp.act_fn(gate) * up)
+
+
+class GridLayers(DecoderLayers):
+    """Of this project's GridTransformer."""
+
+    MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
+    WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
+                                                      "feed_forward_in", "feed_forward_out"))
+
+    def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
+        super().__init__(model.blocks, model.head, num_codes, rows)
+        self.embedding, self.places, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
+        self.first_class, self.key_heads = model.config.num_codes, model.config.num_attention_heads
+        self.head_width = model.config.hidden_size // self.key_heads
+        self.attention_in = [Product([block.attention_in], rows) for block in self.blocks]
+        self.attention_out = [Product([block.attention_out], rows) for block in self.blocks]
+        self.feed_forward_in = [Product([block.feed_forward_in], rows) for block in self.blocks]
+        self.feed_forward_out = [Product([block.feed_forward_out], rows) for block in self.blocks]
+        self.rotations = model.rotations(self.device)[:, :, None]                                          # S, 2, 1, d / 2, 2
+
+    @classmethod
+    def fits(cls, model: PreTrainedModel) -> bool:
+        """Whether the model is a GridTransformer with the weights that are known here."""
+        return type(model) is grid.GridTransformer and all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"}
+                                                         == cls.WEIGHTS for block in model.blocks)
+
+    def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """The embedding of the ids and of the place to predict (N, D)."""
+        return F.embedding(ids_N, self.embedding.weight) + self.places.weight[position]
+
+    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """The input (N, D) with the layer's own embedding of the ids, or of classes where it has no others."""
+        block = self.blocks[number]
+        if block.embeds_all_ids:
+            return x_ND + block.stream_embedding(ids_N)
+        return x_ND + block.stream_embedding((ids_N - self.first_class).clamp_min(0)) if is_class else x_ND
+
+    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (N, A, d)."""
+        block = self.blocks[number]
+        hidden = self.attention_in[number](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
+        heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
+        query_NAd, key_NAd = rotate(heads, self.rotations[position]).unbind(1)
+        value_NAd = hidden[:, 2]
+        if block.embeds_all_ids:
+            value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)
+        return query_NAd, key_NAd, value_NAd
+
+    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward block adds (N, D)."""
+        hidden = self.feed_forward_in[number](self.blocks[number].feed_forward_norm(x_ND))
+        return self.feed_forward_out[number](F.relu(hidden).square())
+
+
+def rms_norm(module: nn.Module):
+    """A LlamaRMSNorm in one operator: the same function, and in float32 the same numbers up to rounding."""
+    return lambda x_ND: F.rms_norm(x_ND, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def layers_of(model: nn.Module, num_codes: int, rows: int, length: int) -> DecoderLayers | None:
+    """The layers of a model that this file knows in every part, or None."""
+    for layers in (LlamaLayers, GridLayers):
+        if type(model) in layers.MODULES and is_plain(model, layers.MODULES) and layers.fits(model):
+            return layers(model, num_codes, rows, length)
+    return None
+
+
+def is_plain(model: nn.Module, modules: tuple[type, ...]) -> bool:
+    """Whether a model is nothing but these modules and activations, with nothing added from outside, on one device in one number format."""
+    first = next(model.parameters())
+    if torch.is_autocast_enabled(first.device.type):
+        return False
+    if any(weight.device != first.device or weight.dtype != first.dtype or weight.is_meta for weight in model.parameters()):
+        return False
+    for name, module in model.named_modules():
+        is_known = type(module) in modules or (name.endswith("act_fn") and not any(True for _ in module.parameters()))
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not is_known or "forward" in vars(module) or any(getattr(hook, "func", None) is not causal_lm._drop_output for hook in hooks):
+            return False
+    return True

@@ -1,0 +1,33 @@
+"""How far the logits that sampling sees are from those of the float32 model: what a narrower number format or a faster path costs."""
+
+from collections.abc import Sequence
+
+import torch
+
+from stage2_prior.generation.decoding import make_decoder
+from stage2_prior.generation.sampling import evaluation_mode
+from stage2_prior.prior import TokenPrior
+
+
+def step_logits(prior: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence[int]) -> torch.Tensor:
+    """Logits (B, T, K), float32, as sampling sees them step by step, for ids that are given instead of drawn."""
+    vocabulary, device = prior.vocabulary, next(prior.parameters()).device
+    ids_BT = ids_BT.to(device)
+    ids_B = vocabulary.condition_ids(torch.tensor(class_indices, dtype=torch.int64, device=device))
+    rows = []
+    with torch.inference_mode(), evaluation_mode(prior.model):
+        decoder = make_decoder(prior.model, vocabulary.num_codes, len(ids_BT), vocabulary.num_tokens)
+        for position, (start, stop) in enumerate(vocabulary.position_ranges()):
+            rows.append(torch.nn.functional.pad(decoder.step(ids_B, position)[:, start:stop].float(),
+                                                (0, vocabulary.most_codes - (stop - start)), value=-torch.inf))
+            ids_B = vocabulary.to_vocabulary_at(position, ids_BT[:, position])
+    return torch.stack(rows, dim=1)
+
+
+def largest_logit_difference(prior: TokenPrior, reference: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence[int]) -> float:
+    """The largest difference between logits of `prior`, as sampling sees them, and of `reference` in one plain forward pass, for given ids."""
+    device = next(reference.parameters()).device
+    with torch.inference_mode(), evaluation_mode(reference.model):
+        expected_BTK = reference(ids_BT.to(device), torch.tensor(class_indices, dtype=torch.int64, device=device)).float()
+    found_BTK = step_logits(prior, ids_BT, class_indices).to(device)
+    return (found_BTK - expected_BTK)[expected_BTK.isfinite()].abs().max().item()

@@ -1,0 +1,1 @@
+"""The transformer inside the prior."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, strict JSON, permissions, full disks, fingerprints, exported weights."""

@@ -1,0 +1,101 @@
+"""The weights of a model under the names in an export. Weights that could not be loaded again are refused before anything is written."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from vqmosaic.errors import InputError
+from vqmosaic.files.weights_fit import LISTED, misfits
+
+
+def wrapped_name(module: nn.Module) -> str | None:
+    """The attribute in which a torch wrapper (torch.compile, data parallelism, weight average) holds the inner module; None for other modules."""
+    if "_orig_mod" in module._modules:  # torch.compile; importing its class would load the whole compiler
+        return "_orig_mod"
+    return "module" if isinstance(module, DistributedDataParallel | DataParallel | AveragedModel) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside torch's wrappers."""
+    while (name := wrapped_name(module)) is not None:
+        module = module._modules[name]
+    return module
+
+
+def plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a model under the names that it has without torch's wrappers, around the model or any part of it.
+
+    State that only a wrapper holds is left out.
+    """
+    wrappers = {path: name for path, module in model.named_modules(remove_duplicate=False) if (name := wrapped_name(module)) is not None}
+    plain = {}
+    for name, tensor in model.state_dict().items():
+        parts, kept = name.split("."), []
+        for depth, part in enumerate(parts):
+            inner = wrappers.get(".".join(parts[:depth]))
+            if inner is None:
+                kept.append(part)
+            elif part != inner:
+                break
+        else:
+            plain[".".join(kept)] = tensor
+    return plain
+
+
+def same_weights(model: nn.Module, reference: nn.Module) -> bool:
+    """Whether a model has the weights of a reference. Wrappers, devices and number formats may differ."""
+    found, expected = plain_state(model), plain_state(reference)
+    if misfits(found, expected):
+        return False
+    return all(torch.equal(tensor.cpu(), expected[name].to("cpu", tensor.dtype)) for name, tensor in found.items())
+
+
+def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[str, torch.Tensor]:
+    """The tensors of a model under plain names. They share memory with the model.
+
+    Args:
+        fresh: a model of the same configuration on the meta device, like the one that loading will create.
+        what: what the error message calls the model.
+
+    Raises:
+        InputError: a name, a shape, a kind of number or a weight tie differs from the configuration, or a tensor has no values.
+    """
+    found, expected = plain_state(model), fresh.state_dict(keep_vars=True)
+    problems = misfits(found, expected)
+    if not problems:
+        problems = _listed([f"{name} {fault}" for name, tensor in found.items() if (fault := _fault(tensor, expected[name]))])
+    if not problems:
+        problems = _listed(_broken_ties(found, expected))
+    if problems:
+        raise InputError(f"{what} cannot be saved: its weights do not match its configuration, so the file could not be loaded again: "
+                         f"{problems}. Undo the changes first: merge adapters (peft: merge_and_unload), remove parametrizations, or load "
+                         "without quantization or offloading.")
+    return found
+
+
+def _fault(tensor: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """Why a tensor cannot be written, in words that follow its name; None if it can."""
+    if type(tensor) is not torch.Tensor:
+        return f"is a {type(tensor).__name__}, not a plain tensor"
+    if tensor.is_meta:
+        return "has no values (it is on the meta device)"
+    if tensor.is_floating_point() != expected.is_floating_point() or tensor.is_complex() != expected.is_complex():
+        return f"holds {str(tensor.dtype).removeprefix('torch.')}, not {str(expected.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _broken_ties(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Weights that the configuration ties but that differ in this model. An export would keep only one of them."""
+    first: dict[int, str] = {}
+    problems = []
+    for name, tensor in expected.items():
+        other = first.setdefault(id(tensor), name)
+        if other != name and not torch.equal(found[other], found[name]):
+            problems.append(f"{name} differs from {other}, which the configuration ties it to")
+    return problems
+
+
+def _listed(problems: list[str]) -> str:
+    more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more

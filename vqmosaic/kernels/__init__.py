@@ -1,0 +1,1 @@
+"""Faster versions of operations on some devices, each beside its plain reference."""

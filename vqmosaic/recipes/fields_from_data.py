@@ -1,0 +1,235 @@
+"""Rules that choose recipe fields from the data. With `fit_to_data: true`, they set the fields that neither the recipe nor the command line sets.
+
+Each rule is one function. It gives its fields values, each with a reason, and may read fields that were set before. The rules know the image
+size, the number of training images and the device. The plan of a training prints the chosen values. A run keeps the values it started with:
+stages/<stage>.json records them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.files.json_files import read_object
+from vqmosaic.recipes.recipe import Recipe, recipe_fields
+from vqmosaic.recipes.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
+from vqmosaic.recipes.view_lists import VIEW_COUNTS
+from vqmosaic.runs.run_folder import STAGES, RunFolder
+
+ASSUMED_IMAGES = 5000
+"""Number of training images to assume if the data set is not known, as in `vqmosaic run image_folder --help`."""
+BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
+"""The fields between which `minutes` is divided, and the share of each."""
+PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
+"""The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
+FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
+"""Bounds of the codebook size, and how many tokens the training images should have for each code."""
+FEW_IMAGES, MANY_IMAGES = 2000, 25_000
+"""Augmentation is strong below the first number of training images, weak from the second on, and medium in between."""
+EPOCHS_OF_ONE_VIEW = 8
+"""Epochs after which a prior overfits to images that are stored in one view. With more views, it is this times the square root of their number."""
+PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
+"""For each training, the sections whose chosen fields its plan prints."""
+
+
+class DataSize(NamedTuple):
+    """How much there is to train on."""
+
+    images: int
+    """Number of training images."""
+    views: int | None = None
+    """Number of views in existing tokens; None if the recipe decides it."""
+
+
+CountImages = Callable[[Mapping[str, Any]], DataSize | None]
+"""Returns the size of a recipe's data, given its fields by dotted name; None if no data set is named."""
+
+
+class Facts:
+    """What the rules know about data and device. Each fact is looked up when a rule first needs it, because a look-up takes time.
+
+    `given` holds the names of the fields that the recipe file or an option sets.
+    """
+
+    def __init__(self, count: Callable[[], DataSize | None], has_gpu: Callable[[], bool], given: Set[str] = frozenset()):
+        self._count, self._has_gpu, self.given = count, has_gpu, given
+
+    @cached_property
+    def data(self) -> DataSize:
+        """How much there is to train on."""
+        return self._count() or DataSize(ASSUMED_IMAGES)
+
+    @property
+    def images(self) -> int:
+        """Number of training images."""
+        return self.data.images
+
+    @cached_property
+    def on_gpu(self) -> bool:
+        """Whether training runs on a GPU."""
+        return self._has_gpu()
+
+    @property
+    def device(self) -> str:
+        """The device in words."""
+        return "a GPU" if self.on_gpu else "a CPU"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value that a rule gives to a field, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A function that chooses the values of some fields."""
+
+    fields: tuple[str, ...]
+    choose: Callable[[Mapping[str, Any], Facts], Iterator[Choice]]
+
+
+def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """`minutes` is divided between the two trainings."""
+    minutes = recipe["minutes"]
+    if minutes is not None:
+        check_range("minutes", minutes, above=0)
+        for field, share in BUDGETS.items():
+            yield Choice(field, round(minutes * share, 4), f"{share:.0%} of minutes = {minutes:g}")
+
+
+def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Pixels along one side of a token: the power of two that brings the grid closest to the target."""
+    size = recipe["data.image_size"]
+    check_range("data.image_size", size, at_least=16)
+    goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
+    fitting = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
+    step = min(fitting, key=lambda step: abs(math.log2(size / step / goal)))
+    if size // step > 2 * LARGEST_SIDE:
+        raise InputError(f"data.image_size is {size}, which makes {size // step} x {size // step} tokens, because {step} is the largest power of two "
+                         f"that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
+    reason = f"{size} pixels make {size // step} x {size // step} tokens"
+    halvings = max(0, len(recipe["tokenizer.channel_multipliers"]) - 1) if "tokenizer.channel_multipliers" in facts.given else 0
+    yield Choice("tokenizer.patch_size", min(max(1, step // 2**halvings), max(PATCH_SIZES)), reason)
+    check_range("tokenizer.patch_size", recipe["tokenizer.patch_size"], at_least=1)
+    levels = 1 + round(math.log2(max(1, step // recipe["tokenizer.patch_size"])))
+    yield Choice("tokenizer.channel_multipliers", [1] * levels, reason)
+
+
+def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Codebook size by the number of tokens in the training images."""
+    step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
+    tokens = max(1, facts.images * (recipe["data.image_size"] // step) ** 2)
+    codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
+    yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
+
+
+def gradient_path(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """DiVeQ for quantizers that look for the nearest code."""
+    quantizer, rotation = recipe["tokenizer.quantizer"], recipe["tokenizer.rotation_trick"]
+    yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not rotation,
+                 f"for quantizer {quantizer}" + (" with rotation_trick" if rotation else ""))
+
+
+def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Width, depth and batch by device."""
+    yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {facts.device}")
+    changes_width = set(recipe["tokenizer.channel_multipliers"]) != {1}
+    yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else int(changes_width), f"for {facts.device}")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {facts.device}: many steps of few images learn most")
+
+
+def random_shifts(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Random shifts of the training images, unless there are many images."""
+    yield Choice("data.shift", recipe["data.image_size"] // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
+
+
+def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """The fewer the images, the more views are stored for the prior."""
+    flips = "flip+" if recipe["data.flip"] else ""
+    if facts.images < FEW_IMAGES:
+        views = f"{flips}wide-shifts"
+    elif facts.images < MANY_IMAGES:
+        views = f"{flips}shifts"
+    else:
+        views = "flip" if recipe["data.flip"] else "none"
+    yield Choice("tokens.views", views, f"{facts.images:,} training images, data.flip is {str(recipe['data.flip']).lower()}")
+    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 32), f"a part of a token, for images of {recipe['data.image_size']} pixels")
+
+
+def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """A prior soon overfits to few images. Training ends before that, at a low learning rate."""
+    images, views = facts.images, facts.data.views
+    if views is None and isinstance(recipe["tokens.views"], list):
+        views = max(1, len(recipe["tokens.views"]))
+    elif views is None:
+        check_name("tokens.views, unless it is a list of records,", recipe["tokens.views"], tuple(VIEW_COUNTS))
+        views = VIEW_COUNTS[recipe["tokens.views"]]
+    yield Choice("prior.dropout", 0.2 if images < FEW_IMAGES else 0.1, f"{images:,} training images")
+    yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {facts.device}")
+    check_range("prior_training.batch_size", recipe["prior_training.batch_size"], at_least=1)
+    epochs = round(EPOCHS_OF_ONE_VIEW * math.sqrt(views))
+    yield Choice("prior_training.max_steps", math.ceil(epochs * images / recipe["prior_training.batch_size"]),
+                 f"{epochs} epochs of {images:,} training images, one view of each an epoch; more would overfit")
+
+
+BUDGET_RULE = Rule(tuple(BUDGETS), time_budgets)
+RULES = (
+    Rule(("tokenizer.patch_size", "tokenizer.channel_multipliers"), token_grid),
+    Rule(("tokenizer.codebook_size",), codebook),
+    Rule(("tokenizer.diveq",), gradient_path),
+    Rule(("tokenizer.channels", "tokenizer.residual_blocks", "tokenizer_training.batch_size"), tokenizer_network),
+    Rule(("data.shift",), random_shifts),
+    Rule(("tokens.views", "tokens.view_shift"), stored_views),
+    Rule(("prior.dropout", "prior_training.batch_size", "prior_training.max_steps"), prior_training),
+)
+"""The rules of `fit_to_data`, in their order."""
+
+
+def rules_of(recipe: Mapping[str, Any]) -> tuple[Rule, ...]:
+    """The rules that hold for a recipe."""
+    return (BUDGET_RULE, *(RULES if recipe["fit_to_data"] else ()))
+
+
+def set_open_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Mapping[str, Any]) -> None:
+    """Set a recipe's fields, by dotted name, that are not given: to the recorded value, or to what a rule chooses.
+
+    A rule is asked only if one of its fields is open, so a recipe that gives all of them needs no data set.
+    """
+    for rule in rules_of(recipe):
+        missing = [field for field in rule.fields if field not in facts.given]
+        for field in missing:
+            if field in recorded:
+                recipe[field] = recorded[field]
+        still_open = [field for field in missing if field not in recorded]
+        if not still_open:
+            continue
+        for choice in rule.choose(recipe, facts):  # the rule goes on after its field has got its value, and can read it
+            if choice.field in still_open:
+                recipe[choice.field] = choice.value
+
+
+def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
+    """The fields with which the stages of a run were started, except the stage `redone` and the stages after it."""
+    fields: dict[str, Any] = {}
+    for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
+        path = RunFolder(Path(run_dir)).record(stage)
+        if path.is_file():
+            recorded = read_object(path, f"make the stage again with --redo {stage}").get("fields")
+            fields = (recorded if isinstance(recorded, dict) else {}) | fields
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def describe_choices(recipe: Recipe, stage: str, data: DataSize, on_gpu: bool) -> dict[str, str]:
+    """For the plan of the training of a stage: its fields that follow from the data, with the reasons."""
+    values = {field.name: field.value for field in recipe_fields(recipe)}
+    chosen = [choice for rule in rules_of(values) for choice in rule.choose(values, Facts(lambda: data, lambda: on_gpu))]
+    return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
+            else f"{values[choice.field]}, as set; the rule gives {choice.value}"
+            for choice in chosen if choice.field.partition(".")[0] in PLANNED[stage]}

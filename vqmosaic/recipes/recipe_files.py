@@ -1,0 +1,313 @@
+"""Reading recipes: a shipped name or a YAML file, dotted overrides from the command line, errors in words. Loads no torch."""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from vqmosaic import __version__
+from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.files.durable_files import write_bytes
+from vqmosaic.files.given_paths import check_path
+from vqmosaic.files.json_files import is_later, version_hint
+from vqmosaic.files.permissions import naming_denied_permissions
+from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, recorded_fields, rules_of, set_open_fields
+from vqmosaic.recipes.recipe import Recipe, recipe_fields
+
+WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list in brackets",
+                  "dict": "a mapping", "NoneType": "null"}
+WRITTEN_BY = "# written by vqmosaic "
+PATHS_START_FROM = "# relative paths start from "
+PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
+               "tokenizer_training.resume", "prior_training.tokens", "prior_training.resume")
+"""Fields that may hold a path. data.path may be the name of a data set too, and resume may be auto or never."""
+SHIPPED_RECIPES = Path(__file__).resolve().parents[2] / "configs"
+
+SHOWN_RUNS = 12
+"""Largest number of run folders in an error."""
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def shipped_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe given by a path, a shipped name or a run folder. Raises InputError, which lists the recipes and run folders."""
+    check_path("the recipe", name)
+    path = Path(name)
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    if name in shipped_names():
+        return SHIPPED_RECIPES / f"{name}.yaml"
+    runs = run_folders_near(path)
+    nearest = None if path.is_dir() else nearest_name(name, runs) if os.sep in name else nearest_name(name, [*shipped_names(), *runs])
+    hint = f" Did you mean {nearest!r}?" if nearest else ""
+    what = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
+    here = f" Run folders: {', '.join(runs[:SHOWN_RUNS])}{' ...' if len(runs) > SHOWN_RUNS else ''}." if runs else ""
+    if path.is_dir():
+        hint = f" To train on the images in it: image_folder --data.path {shlex.quote(name)}"
+    raise InputError(f"{name!r} {what}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{here}{hint}")
+
+
+def run_folders_near(path: Path) -> list[str]:
+    """The run folders in `path` if it is a folder; otherwise those beside it and in runs/. Written as a user would type them."""
+    folders = {path} if path.is_dir() else {path.parent, Path("runs")}
+    return sorted(str(recipe.parent) for folder in folders for recipe in folder.glob("*/recipe.yaml"))
+
+
+def section_names() -> list[str]:
+    """Names of the sections of a recipe."""
+    return [entry.name for entry in dataclasses.fields(Recipe) if dataclasses.is_dataclass(entry.type)]
+
+
+def field_names() -> dict[str, bool]:
+    """Dotted names of everything a recipe can set; True where it is a section of its own or takes free entries."""
+    names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
+    names.update({entry.name: True for entry in dataclasses.fields(Recipe) if "." not in entry.name and entry.name not in names})
+    return names
+
+
+def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
+    """Give a parser one option for each field of a recipe, with the field's own sentence as help."""
+    parser.add_class_arguments(Recipe, as_group=False)
+
+
+@naming_denied_permissions()
+def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = (),
+                count_images: CountImages | None = None, redone: str | None = None) -> Recipe:
+    """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
+
+    The recipe.yaml in a run folder gives the same recipe as the folder. The run_dir of both is the folder, wherever it is now.
+    Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
+    `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
+    Fields that are not set may be chosen from the data (fields_from_data.py). `count_images` counts the training images, given the fields by name.
+    Fields of stages that have started keep their recorded values, except those of the stage `redone` and of the stages after it.
+
+    Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
+    """
+    path, overrides = find_recipe(name), list(overrides or [])
+    check_keys_of_file(path)
+    check_names_of_options(overrides, other_options)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--recipe_file", action="config")
+    add_recipe_options(parser)
+    try:
+        # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
+        place = [f"--run_dir={path.parent}", *paths_as_recorded(path)] if is_of_run_folder(name, path) else []
+        values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
+        values.pop("recipe_file", None)
+        check_paths(values)
+        fit_to_data(values, path, overrides, count_images, redone)
+        sections = parser.instantiate(values)
+    except InputError as error:
+        raise type(error)(f"{error} (recipe {path})") from None
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise InputError(words_of(error, path)) from None
+    return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
+
+
+def check_paths(values: Mapping[str, Any]) -> None:
+    """Raise InputError for fields whose value cannot be a path."""
+    for name in ("run_dir", *PATH_FIELDS):
+        if values[name] is not None:
+            check_path(name, values[name])
+
+
+def is_of_run_folder(name: str, path: Path) -> bool:
+    """Whether the recipe at `path` is that of a run folder: `name` is the folder, or the recipe.yaml in a folder that holds a run."""
+    is_folder = path == Path(name) / "recipe.yaml"
+    return is_folder or (path.name == "recipe.yaml" and any((path.parent / made).exists() for made in (".lock", "stages")))
+
+
+def recipe_help(name: str | None = None) -> str:
+    """What can be set in a recipe: every field with its sentence, its type and its value in the recipe `name` (by default the built-in one)."""
+    parser = jsonargparse.ArgumentParser(prog="vqmosaic", add_help=False, usage=argparse.SUPPRESS)
+    add_recipe_options(parser)
+    for action in parser._actions:
+        if action.dest in section_names():  # only their fields can be set
+            action.help = argparse.SUPPRESS
+    if name is not None:
+        values = {field.name: field.value for field in recipe_fields(load_recipe(name))}
+        given = flattened(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), field_names())
+        chosen = {field for rule in rules_of(values) for field in rule.fields} - set(given)
+        parser.set_defaults(values)
+        for action in parser._actions:
+            if action.dest in chosen:
+                action.help += f" Chosen by a rule; the default shown is for {ASSUMED_IMAGES:,} images on a CPU."
+    return parser.format_help().strip()
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as YAML, which load_recipe reads back as an equal recipe. Comments at the top name the version and the working directory."""
+    comments = f"{WRITTEN_BY}{__version__}\n{PATHS_START_FROM}{json.dumps(os.getcwd())}\n"
+    write_bytes(path, f"{comments}{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
+
+
+def paths_as_recorded(path: Path) -> list[str]:
+    """Overrides for the relative paths in the recipe of a run folder that mean something else from this working directory.
+
+    They start from the folder that the recorded run_dir started from, seen from where the run folder lies now, which follows a project that was
+    moved or copied; else from the working directory that is recorded. Paths that exist in neither are left alone, since they may be names.
+    """
+    text = path.read_text(encoding="utf-8")
+    content, folders = yaml.safe_load(text), []
+    run_dir = Path(os.path.normpath(str(content.get("run_dir") or ".")))
+    if run_dir.parts and not run_dir.is_absolute() and ".." not in run_dir.parts:
+        count = len(run_dir.parts)
+        folders += [Path(*place.parts[:-count]) for place in (path.parent.absolute(), path.parent.resolve()) if place.parts[-count:] == run_dir.parts]
+    recorded = next((line.removeprefix(PATHS_START_FROM) for line in text.splitlines()[:2] if line.startswith(PATHS_START_FROM)), None)
+    if recorded is not None:
+        folders.append(Path(json.loads(recorded)))
+    overrides = []
+    for field in PATH_FIELDS:
+        section, _, name = field.partition(".")
+        value = content.get(section, {}).get(name)
+        if not isinstance(value, str) or not value or value in ("auto", "never") or value.startswith("~") or os.path.isabs(value):
+            continue
+        found = next((place for folder in folders if os.path.exists(place := os.path.normpath(folder / value))), None)
+        if found is not None and found != os.path.abspath(value):
+            overrides.append(f"--{field}={found}")
+    return overrides
+
+
+def only_became_absolute(before: Any, now: Any) -> bool:
+    """Whether one of two paths is the other with folders before it, as where a run folder is used from another directory.
+
+    What lies at both is not compared here: inputs of a stage are, by their fingerprints.
+    """
+    if not isinstance(before, str) or not isinstance(now, str) or os.path.isabs(before) == os.path.isabs(now):
+        return False
+    relative, absolute = sorted((before, now), key=os.path.isabs)
+    parts = [part for part in Path(os.path.normpath(relative)).parts if part != ".."]
+    return not parts or list(Path(os.path.normpath(absolute)).parts[-len(parts):]) == parts
+
+
+def check_keys_of_file(path: Path) -> None:
+    """Raise InputError for YAML that does not parse or names a field that does not exist."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        repeated = repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
+    if repeated:
+        raise InputError(f"{path} sets {repeated[0]} more than once, and YAML would keep only the last value. Write each field and section once.")
+    known = field_names()
+    for section in section_names():
+        if section in content and not isinstance(content[section], dict):
+            raise InputError(f"{path} sets {section} to {content[section]!r}; it is a section: a mapping of its fields, or left out.")
+    version = text.partition("\n")[0].removeprefix(WRITTEN_BY) if text.startswith(WRITTEN_BY) else None
+    for key in flattened(content, known):
+        try:
+            check_known(key, known, f"{path} sets {key}")
+        except InputError as error:
+            raise InputError(f"{error}{version_hint(version) if is_later(version) else ''}") from None
+
+
+def repeated_keys(node: yaml.Node, prefix: str = "") -> list[str]:
+    """Dotted names of the keys that occur more than once in a YAML mapping or in a mapping inside it."""
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    names = [f"{prefix}{key.value}" for key, _ in node.value]
+    repeated = [name for name in names if names.count(name) > 1]
+    for name, (_, value) in zip(names, node.value, strict=True):
+        repeated += repeated_keys(value, f"{name}.")
+    return repeated
+
+
+def check_names_of_options(options: list[str], other_options: Sequence[str]) -> None:
+    """Raise InputError for an override of a field that does not exist."""
+    known = field_names()
+    expect_value = False
+    for option in options:
+        if option.startswith("--"):
+            name = option[2:].partition("=")[0]
+            check_known(name, known, option.partition("=")[0], other_options)
+            if name in section_names():
+                first = next(field for field in known if field.startswith(f"{name}."))
+                raise InputError(f"--{name} is a section of a recipe; set its fields one by one, such as --{first}.")
+            expect_value = "=" not in option
+        elif not expect_value:
+            raise InputError(f"{option!r} was not expected here; a field is set by --section.field value, such as --data.path photos.")
+        else:
+            expect_value = False
+    if expect_value:
+        raise InputError(f"{options[-1]} needs a value.")
+
+
+def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], count_images: CountImages | None, redone: str | None) -> None:
+    """Set the fields that neither the recipe file nor an option sets, by the rules of fields_from_data.py."""
+    if not values["fit_to_data"] and values["minutes"] is None:
+        return
+    in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
+    given = in_options | set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
+    recorded = recorded_fields(values["run_dir"], redone)
+    if "minutes" in in_options:  # a new budget, divided again
+        given -= BUDGETS.keys() - in_options
+        recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
+    facts = Facts(lambda: count_images(values), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
+    set_open_fields(values, facts, recorded)
+
+
+def has_gpu() -> bool:
+    """Whether stages run on a GPU of this machine. Loads torch."""
+    from vqmosaic.runs.devices import default_device
+
+    return default_device().type != "cpu"
+
+
+def check_known(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
+    """Raise InputError with the nearest valid name unless `name` is a field, a section or a free entry of one."""
+    if name in known or any(free and name.startswith(f"{field}.") for field, free in known.items() if field == "prior.options"):
+        return
+    nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
+    hint = f" Did you mean {nearest}?" if nearest else ""
+    section = name.partition(".")[0]
+    siblings = [field.partition(".")[2] for field in known if field.startswith(f"{section}.")]
+    listing = f" Fields of {section}: {', '.join(siblings)}." if siblings else f" Sections: {', '.join(n for n in known if '.' not in n)}."
+    if other_options and not siblings:
+        listing += f" Other options: {', '.join(other_options)}."
+    raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
+
+
+def flattened(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
+    """Dotted names of the leaves of nested mappings; a field that takes free entries is one leaf."""
+    names = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        is_section = name not in known or (known[name] and name != "prior.options")
+        names += flattened(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
+    return names
+
+
+def words_of(error: Exception, path: Path) -> str:
+    """The message of a parsing library's error as one sentence that names the field, what was given and what is allowed."""
+    text = " ".join(str(error).split())
+    match = re.search(r'Parser key "([^"]+)"[:.]?\s*(.*)', text)
+    if not match:
+        return f"{text} (recipe {path})"
+    field, reason = match.groups()
+    union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
+    single = re.search(r"Expected a <class '(\w+)'>\. Got value: (.*)$", reason)
+    if union or single:
+        types, given = (re.findall(r"'(\w+)'", union[1]), union[2]) if union else ([single[1]], single[2])
+        is_yaml_word = given in ("False", "True") and "str" in types
+        hint = ' YAML reads no, off, yes and on as false and true; write them in quotes: "no".' if is_yaml_word else ""
+        given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))
+        reason = f"{given} was given; it must be {' or '.join(WORDS_OF_TYPES.get(name, name) for name in types)}.{hint}"
+    return f"{field}: {reason} (recipe {path})"

@@ -1,0 +1,108 @@
+"""Where everything of one run lies, and the lock that keeps two processes from writing to the same folder. Loads no torch."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vqmosaic.errors import InputError
+from vqmosaic.files.full_disks import FULL, disk_full, is_quota, naming_full_disks
+
+STAGES = ("tokenizer", "tokens", "prior", "pipeline")
+LOCK_WAIT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside runs/<name>/; each stage's export has the stage's name."""
+
+    root: Path
+
+    def export(self, stage: str) -> Path:
+        """What the stage makes for others: tokenizer/, tokens/, prior/ or pipeline/."""
+        return self.root / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        """Training state of a stage, needed only to go on training."""
+        return self.root / "checkpoints" / stage
+
+    def logs(self, stage: str) -> Path:
+        """metrics.jsonl and pictures of a stage."""
+        return self.root / "logs" / stage
+
+    def record(self, stage: str) -> Path:
+        """What a stage was last run with (vqmosaic/runs/stage_records.py)."""
+        return self.root / "stages" / f"{stage}.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The whole recipe of the newest call, so that the run folder can be given in a recipe's place."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def summary(self) -> Path:
+        """The numbers of the whole chain."""
+        return self.root / "summary.json"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; a restart right after a kill waits, a second run is refused."""
+        with locked(self.root, "run_dir"):
+            yield
+
+
+@contextmanager
+def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None]:
+    """Lock a folder or a file for this process. The system releases the lock when the process ends, so a killed process does not block others.
+
+    Args:
+        path: the folder or file to lock.
+        given_as: the field or option that gives `path`, for errors.
+        lock: the lock file, by default .lock in the folder `path`. It is not deleted, and contains the ID of the last process.
+
+    Raises:
+        ValueError: another process holds the lock for longer than LOCK_WAIT_SECONDS, or the lock file cannot be written or locked.
+    """
+    lock = path / ".lock" if lock is None else lock
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+")  # noqa: SIM115, closed by the block below
+    except OSError as error:
+        if error.errno in FULL:
+            raise disk_full(lock.parent, quota=is_quota(error)) from error
+        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a place that can be written.") from None
+    with file:
+        deadline = time.monotonic() + LOCK_WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise InputError(f"{given_as} {path} is in use by process {file.read().strip() or '?'}; wait for it, stop it, "
+                                     f"or set another {given_as}.") from None
+                time.sleep(0.2)
+            except OSError as error:  # such as a network file system without locks
+                raise InputError(f"{given_as} {path} cannot be locked: {error.strerror}. Set {given_as} to a place on another "
+                                 "file system.") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        with naming_full_disks(lock.parent):
+            file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process currently holds the lock of the folder."""
+    try:
+        with open(folder / ".lock", "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # `locked` reports what is wrong with the folder

@@ -1,0 +1,1 @@
+"""Training: what both stages share. Time budgets, checkpoints, validation schedule, optimizers, logging."""
