@@ -19,7 +19,8 @@ from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
 from stage1_tokenizer.adversarial.discriminator_training import Adversary
 from stage1_tokenizer.adversarial.guard import AdversarialGuard, calendar
 from stage1_tokenizer.data.image_batches import TrainingImages, UpcomingBatch, ValidationImages
-from stage1_tokenizer.data.image_sources import ImageSplits, count_training_images, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSplits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import count_training_images, open_splits
 from stage1_tokenizer.find_initial_weights import fingerprint_of_initial_weights
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.load_initial_weights import check_tokens_stay, load_initial_weights

@@ -16,7 +16,7 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data import class_labels
 from stage1_tokenizer.data.class_labels import natural_key, sorted_classes
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.errors import InputError

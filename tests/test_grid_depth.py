@@ -58,7 +58,7 @@ def test_stored_ids_stand_position_by_position_with_the_depth_innermost(residual
     assert grid.num_tokens == reader.manifest.num_tokens == GRID_SIZE**2 * DEPTH
     stored_BT = torch.from_numpy(reader.sequential(0, 8).ids_BT)
     assert stored_BT.shape == (8, GRID_SIZE**2 * DEPTH)
-    from stage1_tokenizer.data.image_sources import open_splits
+    from stage1_tokenizer.data.open_data import open_splits
 
     source = open_splits(tiny_recipe("unused", **RESIDUAL).data).validation
     encoded = pipe.tokenizer.encode(torch.stack([pipe.tokenizer.transform(source.read(index)) for index in range(8)]))

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from stage1_tokenizer.data.check_data import check_data
-from stage1_tokenizer.data.image_sources import ImageSource, open_splits
+from stage1_tokenizer.data.image_sources import ImageSource
+from stage1_tokenizer.data.open_data import open_splits
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stage1_tokenizer.data import image_batches
 from stage1_tokenizer.data.image_batches import ImageBatch, TrainingImages, ValidationImages
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError

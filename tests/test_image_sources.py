@@ -19,7 +19,8 @@ from PIL import Image
 from stage1_tokenizer.data.check_data import check_data
 from stage1_tokenizer.data.content_digest import content_digest, file_digest
 from stage1_tokenizer.data.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
-from stage1_tokenizer.data.image_sources import ImageSource, cut_validation, identity_like, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSource, cut_validation, identity_like, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
 from vqmosaic.files.fingerprints import fingerprint
@@ -104,7 +105,7 @@ def test_a_folder_run_loads_no_data_set_library(tmp_path):
         check_data_path(data)
         assert not {"torch", "numpy", "PIL", "datasets", "sklearn"} & set(sys.modules), "paths are checked before slow imports"
         from stage1_tokenizer.data.image_batches import TrainingImages
-        from stage1_tokenizer.data.image_sources import open_splits
+        from stage1_tokenizer.data.open_data import open_splits
         from stage1_tokenizer.image_files.images import ImageTransform
         batches = TrainingImages(open_splits(data).train, ImageTransform(16), data, 0).batches(0, 4)
         print(next(batches).images_BCHW.shape)

@@ -15,7 +15,8 @@ from pipelines.stages.preprocess import preprocess
 from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer.data.check_data import check_data
 from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
-from stage1_tokenizer.data.image_sources import open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from tests.tiny import command, tiny_recipe
 from token_shards.reader import TokenShardReader

@@ -24,7 +24,7 @@ from pipelines.tokens.foreign_tokens import open_foreign_tokens
 from pipelines.tokens.repair import load_sidecar
 from stage1_tokenizer import perceptual
 from stage1_tokenizer.data.data_location import check_data_path
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.find_initial_weights import locate_initial_weights
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from stage1_tokenizer.tokenizer import ImageTokenizer

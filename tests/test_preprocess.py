@@ -23,7 +23,7 @@ from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.data import digits_source
 from stage1_tokenizer.data.folder_source import FolderSource
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import IDENTITY, training_views
 from tests.test_resume import die_at
 from tests.test_two_processes import processes_with

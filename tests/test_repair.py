@@ -17,7 +17,8 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.content_digest import file_digest
 from stage1_tokenizer.data.folder_source import FolderSource
-from stage1_tokenizer.data.image_sources import identity_like, open_splits
+from stage1_tokenizer.data.image_sources import identity_like
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest

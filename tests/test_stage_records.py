@@ -14,7 +14,7 @@ from pipelines.stages.chain import redo_from, run_chain
 from pipelines.stages.stage_checks import check_before_start, check_chain
 from pipelines.stages.stage_inputs import inputs_of
 from stage1_tokenizer.data.folder_source import FolderSource
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.train import train
 from tests.tiny import tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError

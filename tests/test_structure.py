@@ -76,6 +76,31 @@ def test_the_arrows_can_be_broken():
     assert packages_of(imported(tree) | dotted_strings(tree)) == {"stage1_tokenizer", "pipelines", "benchmarks"}
 
 
+def module_of(path: Path) -> str:
+    return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def in_cycles(imports: dict[str, set[str]]) -> set[str]:
+    """The modules that are part of an import cycle or depend on one."""
+    left = {module: {name for name in names if name in imports} - {module} for module, names in imports.items()}
+    while leaves := {module for module, names in left.items() if not names}:
+        left = {module: names - leaves for module, names in left.items() if module not in leaves}
+    return set(left)
+
+
+def test_no_import_cycles():
+    assert not in_cycles({module_of(path): imported(tree_of(path)) for path in SOURCES if path.name != "__init__.py"})
+
+
+def test_import_cycles_are_found():
+    assert in_cycles({"a": {"b"}, "b": {"c", "torch"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+
+
+def test_no_folder_holds_too_many_files():
+    counts = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in SOURCES}}
+    assert max(counts.values()) <= 17, counts
+
+
 def test_every_package_is_watched_and_shipped():
     found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks", "configs"}
     assert found == set(MAY_IMPORT)
@@ -173,7 +198,7 @@ folder = Path({str(tmp_path)!r})
 for number in range(4):
     Image.new("RGB", (9, 9), (number, 0, 0)).save(folder / f"{{number}}.png")
 from stage1_tokenizer.data.image_batches import TrainingImages
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from vqmosaic.recipes.recipe_sections import DataConfig
 data = DataConfig(path=str(folder), image_size=16)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from pipelines.stages.train_prior import sample_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.image_batches import ValidationImages
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior import train as train_prior

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stage1_tokenizer.data.image_sources import count_training_images
+from stage1_tokenizer.data.open_data import count_training_images
 from stage2_prior.stored_images import count_stored_images
 from vqmosaic.recipes.fields_from_data import DataSize
 

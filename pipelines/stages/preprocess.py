@@ -23,7 +23,8 @@ from accelerate import PartialState
 
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name

@@ -16,7 +16,7 @@ from pipelines.generate import ImageGenerationPipeline, images_together
 from pipelines.stages.measures import DigitsJudge, measure_generation
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
-from stage1_tokenizer.data.image_sources import open_splits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader

@@ -32,7 +32,8 @@ from pipelines.sweep.sweep_record import SweepRecord, ranking_table, read_sweep,
 from stage1_tokenizer.data.data_location import image_files
 from stage1_tokenizer.data.folder_source import FolderSource, class_name
 from stage1_tokenizer.data.image_batches import ValidationImages
-from stage1_tokenizer.data.image_sources import ImageSource, identity_like, open_splits, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSource, identity_like, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import read_config
 from stage2_prior.generation.sampling import SamplingStopped

@@ -1,15 +1,15 @@
 """`vqmosaic audit`: token shards proved whole, and held against the data set they were made from."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.tokens.origin import is_imported, readable_now, recipe_of, run_root
 from token_shards.audit import LISTED_AT_MOST, audit_tokens
-from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
+from token_shards.manifest import SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipes.recipe import Recipe
-from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.wording import counted
 
 if TYPE_CHECKING:
@@ -66,31 +66,9 @@ def repair_run(folder: Path, recipe: Recipe | None) -> None:
     print(f"repaired: {counted(count, 'shard')} {'was' if count == 1 else 'were'} encoded again")
 
 
-def is_imported(folder: Path) -> bool:
-    """Whether the shards were made of tokens from elsewhere, of which a run's data set knows nothing; a broken manifest does not tell."""
-    for split_folder in (folder, *(folder / split for split in SPLITS)):
-        if (split_folder / MANIFEST_NAME).is_file():
-            try:
-                return "imported" in TokenShardManifest.load(split_folder).encoding
-            except InputError:
-                continue
-    return False
-
-
-def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of the run that a tokens folder or one of its splits lies in."""
-    root = run_root(folder)
-    return None if root is None else load_recipe(str(root))
-
-
-def run_root(folder: Path) -> Path | None:
-    """The run that a tokens folder or one of its splits lies in."""
-    return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
-
-
 def sources_of(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
     """The images of both splits, with classes in the order of the shards in `folder` (a tokens folder, or the folder of one split)."""
-    from stage1_tokenizer.data.image_sources import open_splits
+    from stage1_tokenizer.data.open_data import open_splits
 
     splits = open_splits(recipe.data)
     for path in (folder, *(folder / split for split in SPLITS)):
@@ -140,17 +118,3 @@ def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> lis
     texts = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), and can be read now; --repair encodes it."
              for record in found]
     return texts if len(texts) <= LISTED_AT_MOST else [*texts[:LISTED_AT_MOST], f"... and {len(texts) - LISTED_AT_MOST} more like the last."]
-
-
-def readable_now(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
-    """Those of the records of skipped images (of a manifest or a sidecar) whose image can be read now."""
-    from stage1_tokenizer.image_files.images import UnreadableImage
-
-    found = []
-    for record in skipped:
-        if record["index"] >= len(source) or source.source_name(record["index"]) != record["source"]:
-            continue  # of another data set, which the comparison of names reports
-        with suppress(UnreadableImage):
-            source.read(record["index"])
-            found.append(record)
-    return found

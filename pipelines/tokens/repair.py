@@ -22,8 +22,9 @@ from PIL import Image
 
 from pipelines.stages.preprocess import GRID_NAME, SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from pipelines.tokens.audit_command import readable_now, run_root
-from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, open_splits
+from pipelines.tokens.origin import readable_now, run_root
+from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.audit import audit_folder, audit_shard

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from stage1_tokenizer.data.image_sources import ImageSource, open_splits
+from stage1_tokenizer.data.image_sources import ImageSource
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.colour_spaces import other_colour_space
 from stage1_tokenizer.image_files.images import UnreadableImage

@@ -1,6 +1,6 @@
-"""Images with names and labels, wherever they come from: what a source offers, and how a recipe's two splits are opened.
+"""Images with names and labels, wherever they come from: what every source offers, and the two splits of a data set.
 
-The kinds are in digits_source.py, folder_source.py and huggingface_source.py; only the one that is asked for is imported.
+The kinds of sources are in digits_source.py, folder_source.py and huggingface_source.py. open_data.py opens the one that a recipe names.
 """
 
 import copy
@@ -13,10 +13,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from PIL import Image
 
-from stage1_tokenizer.data.data_location import check_data_path
 from vqmosaic.errors import InputError, printable
 from vqmosaic.files.fingerprints import fingerprint
-from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
 from vqmosaic.wording import counted
@@ -157,18 +155,6 @@ def combined_digest(digest: Any, entries: Iterable[list], found: Sequence[tuple[
         digest.update(json.dumps([*entry, *known]).encode())
 
 
-def open_splits(data: DataConfig) -> ImageSplits:
-    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts it cannot use."""
-    source = check_data_path(data)
-    if source == "digits":
-        from stage1_tokenizer.data.digits_source import open_digits as open_kind
-    elif source == "folder":
-        from stage1_tokenizer.data.folder_source import open_folder as open_kind
-    else:
-        from stage1_tokenizer.data.huggingface_source import open_huggingface as open_kind
-    return open_kind(data)
-
-
 def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
     """Indices of the training and of the validation images, each in order, and the sentence that says how.
 
@@ -207,9 +193,3 @@ def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, dat
     examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
                      f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")
-
-
-def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
-    """The number of images in the data set of a recipe, given its fields by dotted name; None where no data set is named."""
-    data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
-    return None if data.source == "auto" and data.path is None else DataSize(len(open_splits(data).train))

@@ -1,9 +1,6 @@
 """Named sizes of priors, in one table."""
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from vqmosaic.recipes.recipe_sections import PriorConfig
+from typing import NamedTuple
 
 
 class PriorSizes(NamedTuple):
@@ -26,7 +23,7 @@ PRESETS = {  # those above tiny are LlamaGen's (Sun et al. 2024)
 DEFAULT_PRESET = "tiny"
 
 
-def sizes_of(prior: "PriorConfig") -> PriorSizes:
-    """The sizes that a recipe gives, and for the others those of its preset, or of the default one."""
-    given = {"layers": prior.layers, "width": prior.width, "heads": prior.heads}
-    return PRESETS[prior.preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})
+def sizes_of(preset: str | None, layers: int | None, width: int | None, heads: int | None) -> PriorSizes:
+    """The sizes of a preset, or of the default preset. Sizes that are not None replace those of the preset."""
+    given = {"layers": layers, "width": width, "heads": heads}
+    return PRESETS[preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})

@@ -255,7 +255,7 @@ class PriorConfig:
     @property
     def sizes(self) -> PriorSizes:
         """The sizes that are given, and for the others those of the preset."""
-        return sizes_of(self)
+        return sizes_of(self.preset, self.layers, self.width, self.heads)
 
 
 @dataclass(kw_only=True)
