@@ -98,7 +98,7 @@ def test_import_cycles_are_found():
 
 def test_no_folder_holds_too_many_files():
     counts = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in SOURCES}}
-    assert max(counts.values()) <= 17, counts
+    assert max(counts.values()) <= 18, counts
 
 
 def test_every_package_is_watched_and_shipped():
