@@ -3,6 +3,7 @@
 # make test-slow    the tests that kill, resume and install for real
 # make test-gpu     those that need a GPU
 # make lint         ruff
+# make docs         the documentation as a site, in docs/_build/html; warnings are errors
 # make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
 #                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out;
 #                   TOKENS= run folder of the recipe cifar10 with tokenizer and tokens, for those of the prior's quality
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-gpu lint bench install clean
+.PHONY: quickstart test test-slow test-gpu lint docs bench install clean
 
 install: $(VENV)/installed
 
@@ -51,8 +52,12 @@ bench: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
 
+docs: install
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+
 lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build docs/_build docs/recipe_reference.md *.egg-info

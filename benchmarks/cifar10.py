@@ -1,4 +1,4 @@
-"""CIFAR-10 from a local folder of its parquet files, decoded once into memory: what the benchmarks on real images share."""
+"""Loads CIFAR-10 for the benchmarks from a local folder of its parquet files, decoded into memory."""
 
 import io
 import os
@@ -12,16 +12,16 @@ FOLDERS = ("../shared/data/cifar10", "data/cifar10")
 
 
 def folder() -> Path:
-    """The folder with train/test parquet files, from $CIFAR10 or one of the usual places."""
+    """The folder with the train and test parquet files: $CIFAR10 or one of FOLDERS."""
     for candidate in filter(None, (os.environ.get("CIFAR10"), *FOLDERS)):
         if any(Path(candidate).rglob("*.parquet")):
             return Path(candidate)
-    raise SystemExit(f"CIFAR-10 is not in any of {', '.join(FOLDERS)}: set CIFAR10 to a folder of the data set's parquet files "
-                     "(on the Hugging Face hub: uoft-cs/cifar10).")
+    raise SystemExit(f"CIFAR-10 was not found in {' or '.join(FOLDERS)}. Set CIFAR10 to a folder with the parquet files of the data set "
+                     "(uoft-cs/cifar10 on the Hugging Face hub).")
 
 
 def load(split: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(images_NHWC uint8, labels_N int64) of a split, train or test."""
+    """Load a split, train or test: images_NHWC uint8 and labels_N int64, at most `limit` images."""
     import pyarrow.parquet as pq
 
     pixels, labels = [], []
@@ -36,10 +36,10 @@ def load(split: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tens
 
 
 def to_float(images_NHWC: torch.Tensor) -> torch.Tensor:
-    """images_NCHW float32 in [-1, 1]."""
+    """Convert uint8 images (N, H, W, C) to float32 (N, C, H, W) in [-1, 1]."""
     return images_NHWC.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def psnr(restored_NCHW: torch.Tensor, images_NCHW: torch.Tensor) -> float:
-    """PSNR in dB over all pixels of images in [-1, 1], clamped before."""
+    """PSNR in dB over all pixels of images in [-1, 1]. Reconstructions are clamped first."""
     return float(10 * torch.log10(4 / (restored_NCHW.float().clamp(-1, 1) - images_NCHW).square().mean()))

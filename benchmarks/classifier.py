@@ -1,4 +1,4 @@
-"""A small classifier that the benchmarks train themselves: its features are what Frechet distances compare, its answers what class agreement is."""
+"""A small classifier, trained by the benchmarks, for Frechet distances (on its features) and class agreement."""
 
 import time
 from itertools import pairwise
@@ -11,7 +11,7 @@ CLASSIFIER_SECONDS = 90
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier; forward gives the features (B, 128) that the Frechet distance compares, of uint8 images."""
+    """A small convolutional classifier of uint8 images. `forward` returns the features (B, 128), `head` maps them to logits."""
 
     num_features = 128
 
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images_NHWC: torch.Tensor, labels_N: torch.Tensor) -> Classifier:
-    """The classifier, trained for a fixed time on flipped and shifted training images."""
+    """Train the classifier for a fixed time on flipped and shifted training images."""
     torch.manual_seed(1)
     model = Classifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)

@@ -1,4 +1,4 @@
-"""How the benchmarks measure: contestants in turn within one process, medians of their times, and on what machine that was."""
+"""Times contestants alternately in one process, describes the machine, and records results in RESULTS.md."""
 
 import importlib.metadata
 import os
@@ -16,14 +16,14 @@ RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 
 def use_two_cpu_threads() -> None:
-    """All contestants on two CPU threads, the project's own stages included, and on no GPU. To be called before anything is computed."""
-    os.environ["OMP_NUM_THREADS"] = "2"  # what a stage sets its number of threads by
+    """Run all contestants, including vqmosaic's own stages, on two CPU threads and no GPU. Must be called before any computation."""
+    os.environ["OMP_NUM_THREADS"] = "2"  # read by the stages
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(2)
 
 
-def in_turn(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; they take turns, so that what else the machine does meets all of them alike."""
+def time_alternately(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round. Contestants alternate, so that other load on the machine affects all of them equally."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(warm_up + rounds):
         for name, run in contestants.items():
@@ -37,12 +37,12 @@ def in_turn(contestants: dict[str, Callable[[], object]], rounds: int, warm_up: 
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times faster one contestant is: the median over the rounds of the ratio within a round."""
+    """The speed-up of `fast` over `slow`: the median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
-def processor() -> str:
-    """Name of the processor and what of it decides speed here."""
+def describe_processor() -> str:
+    """Name and vector instructions of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -51,18 +51,19 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, bf16 products {'yes' if 'avx512_bf16' in text or 'amx_bf16' in text else 'no'}"
 
 
-def machine(*packages: str) -> str:
-    """One line on date, hardware and versions, for the record of a result."""
+def describe_machine(*packages: str) -> str:
+    """One line with date, hardware and versions."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", *packages)]
     gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{date.today()}; {processor()}, {torch.get_num_threads()} threads{gpu}; Python {platform.python_version()}, {', '.join(versions)}"
+    return (f"{date.today()}; {describe_processor()}, {torch.get_num_threads()} threads{gpu}; "
+            f"Python {platform.python_version()}, {', '.join(versions)}")
 
 
 def record(title: str, lines: list[str], packages: tuple[str, ...] = ()) -> None:
-    """Print a result and, with --record on the command line, put it into RESULTS.md in place of the last one of this title."""
+    """Print a result and, with --record on the command line, write it to RESULTS.md, replacing the last result with this title."""
     words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *(word for word in sys.argv[1:] if word != "--record")]
     text = "\n".join([f"## {title}", "", f"`{' '.join(words)}`  ",
-                      machine(*packages), "", *lines, ""])
+                      describe_machine(*packages), "", *lines, ""])
     print(text)
     if "--record" not in sys.argv:
         return

@@ -1,15 +1,15 @@
-"""What a prior learns in equal wall-clock time from the same tokens of CIFAR-10: nanoGPT's GPT, and ours.
+"""Compares the prior of recipe cifar10 with nanoGPT's GPT, trained for the same wall-clock time on the same tokens of CIFAR-10.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
-    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt                     # a tokenizer (12 minutes), its tokens, 12 minutes each
-    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt --tokens runs/c10   # tokenizer and tokens of a run that are finished already
-    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt --record            # and into RESULTS.md, with the pictures beside it
+    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt                     # tokenizer (12 minutes), tokens, 12 minutes per prior
+    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt --tokens runs/c10   # tokenizer and tokens of a finished run
+    python -m benchmarks.prior_quality --nanogpt /tmp/nanogpt --record            # also write to RESULTS.md and save the pictures beside it
 
-One frozen tokenizer (recipe cifar10: 8x8 tokens of 512 codes), the same shards for both. The peer is nanoGPT's 6-layer 256-wide GPT with the class
-token in front and the optimizer settings of its configuration for small networks; ours is the recipe cifar10 through `train-prior`'s own code,
-with this budget, no dropout (no image is seen more than a few times), the batch of the peer at the recipe's learning rate, and the last weights of
-each. Judged by NLL on all test images, and on 2,000 samples, 200 of a class: Frechet distance to the test images in the features of a small
-classifier that this script trains, and the share that it takes for the class asked for.
+Both use one frozen tokenizer (recipe cifar10: 8x8 tokens of 512 codes) and the same shards. The peer is nanoGPT's GPT with 6 layers of width 256, the
+class token as the first token, and the optimizer settings of its configuration for small networks. Ours is recipe cifar10, trained by the code of
+`train-prior` with this budget, no dropout (no image is seen more than a few times), the peer's batch size and the recipe's learning rate. Both use
+the last weights. The metrics are the NLL on all test images and, for 2,000 samples (200 per class), the Frechet distance to the test images, in the
+features of a small classifier that this script trains, and the fraction of samples that it assigns to the requested class.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from benchmarks.measuring import record, use_two_cpu_threads
 from benchmarks.nanogpt import load_nanogpt
 from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.image_files.images import to_uint8
-from stage1_tokenizer.pictures import image_grid, save_picture
+from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
@@ -44,40 +44,40 @@ from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.seeding import image_seeds
 from vqmosaic.training.tracking import read_metrics
 
-BATCH, CLASSES, PER_CLASS, SEED = 32, 10, 200, 0
-# nanoGPT's config/train_shakespeare_char.py ("with baby networks can afford to go a bit higher"), without the dropout it has for repeated data
+BATCH, CLASSES, SAMPLES_PER_CLASS, SEED = 32, 10, 200, 0
+# from nanoGPT's config/train_shakespeare_char.py ("with baby networks can afford to go a bit higher"), without its dropout for repeated data
 LEARNING_RATE, FINAL_LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP_STEPS, CLIP = 1e-3, 1e-4, (0.9, 0.99), 0.1, 100, 1.0
 NUM_CODES, TOKENS = 512, 64
 
 Model = tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], Callable[[list[int]], torch.Tensor], int]
-"""Logits (B, T, K) for ids and classes; ids (B, T) drawn for classes; sequences seen in training."""
-Read = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""A function from ids and classes to logits (B, T, K), a function that samples ids (B, T) for classes, and the sequences seen in training."""
+ReadBatch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Maps a step to the ids (B, T) and classes (B) of its batch."""
 EVALUATE_EVERY = 250  # as in train_shakespeare_char.py
 
 
 def make_tokens(run_dir: Path, minutes: float) -> None:
-    """Tokenizer and tokens of the recipe cifar10 in a run folder, unless they are there already."""
+    """Train the tokenizer of recipe cifar10 and write its tokens in a run folder, unless they exist."""
     recipe = load_recipe("cifar10", [f"--run_dir={run_dir}", f"--data.path={cifar10.folder()}", "--tokenizer_training.max_steps=null",
                                      f"--tokenizer_training.max_minutes={minutes}", "--tokenizer_training.validate_every=500"])
     train_tokenizer(recipe)
     preprocess(recipe)
 
 
-def read_shards(run_dir: Path) -> Read:
-    """The function that reads the training tokens of a run folder."""
+def read_shards(run_dir: Path) -> ReadBatch:
+    """A function that reads batches of the training tokens of a run folder."""
     reader = TokenShardReader(run_dir / "tokens/train", seed=0)
 
-    def read(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = reader.read(range(step * BATCH, (step + 1) * BATCH))
         return torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
 
-    return read
+    return read_batch
 
 
-def train_nanogpt(checkout: Path, read: Read, minutes: float, dropout: float = 0.0,
+def train_nanogpt(checkout: Path, read_batch: ReadBatch, minutes: float, dropout: float = 0.0,
                   held_out: tuple[torch.Tensor, torch.Tensor] | None = None) -> Model:
-    """The peer: its model, its optimizer, its steps; the rate falls over the minutes instead of over a number of steps.
+    """Train nanoGPT's model with its optimizer and training step. The learning rate decays over the minutes instead of a number of steps.
 
     With `held_out` ids and classes, the loss on them is measured every EVALUATE_EVERY steps, and the weights with the lowest loss are kept.
     """
@@ -97,7 +97,7 @@ def train_nanogpt(checkout: Path, read: Read, minutes: float, dropout: float = 0
         rate = min((step + 1) / (WARMUP_STEPS + 1), 1.0) * (FINAL_LEARNING_RATE + share * (LEARNING_RATE - FINAL_LEARNING_RATE))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss_of(*read(step)).backward()
+        loss_of(*read_batch(step)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -115,23 +115,23 @@ def train_nanogpt(checkout: Path, read: Read, minutes: float, dropout: float = 0
 
     def logits(ids_BT: torch.Tensor, classes_B: torch.Tensor) -> torch.Tensor:
         inputs_BT = torch.cat([NUM_CODES + classes_B[:, None], ids_BT[:, :-1]], dim=1)
-        return model(inputs_BT, ids_BT)[0][..., :NUM_CODES]  # it gives the logits of all positions only where there are targets
+        return model(inputs_BT, ids_BT)[0][..., :NUM_CODES]  # the model returns the logits of all positions only if targets are given
 
     def sample(classes: list[int]) -> torch.Tensor:
         torch.manual_seed(SEED)
         starts_N1 = NUM_CODES + torch.tensor(classes)[:, None]
         ids_NT = torch.cat([model.generate(part, TOKENS)[:, 1:] for part in starts_N1.split(200)])
-        return ids_NT % NUM_CODES  # a class id, should one be drawn, becomes a code
+        return ids_NT % NUM_CODES  # maps a sampled class id to a code
 
     return logits, sample, step * BATCH
 
 
 def train_ours(run_dir: Path, minutes: float, extra: list[str]) -> tuple[TokenPrior, SamplingConfig, int]:
-    """The recipe's prior, its recommended sampling, and the sequences it saw."""
+    """Train the recipe's prior. Returns it, its recommended sampling settings, and the number of sequences seen."""
     recipe = load_recipe("cifar10", [
         f"--run_dir={Path(tempfile.mkdtemp()) / 'ours'}", f"--data.path={cifar10.folder()}", f"--prior_training.tokens={run_dir / 'tokens'}",
         "--prior_training.max_steps=null", f"--prior_training.max_minutes={minutes}", f"--prior_training.batch_size={BATCH}", "--prior.dropout=0",
-        "--prior_training.learning_rate_batch=null", "--prior_training.export=last",  # the best one would be chosen on what it is judged by
+        "--prior_training.learning_rate_batch=null", "--prior_training.export=last",  # the best weights would be selected on the evaluation data
         "--prior_training.validate_every=500", "--prior_training.validation_images=500", "--prior_training.checkpoint_every=100000", *extra])
     train_prior(recipe)
     run = RunFolder(Path(recipe.run_dir))
@@ -141,7 +141,7 @@ def train_ours(run_dir: Path, minutes: float, extra: list[str]) -> tuple[TokenPr
 
 @torch.no_grad()
 def nll(logits, run_dir: Path) -> float:
-    """Nats per token over all test images."""
+    """Mean NLL in nats per token over all test images."""
     reader, total, count = TokenShardReader(run_dir / "tokens/validation"), 0.0, 0
     for ids_BT, classes_B in validation_batches(reader, 100):
         total += float(F.cross_entropy(logits(ids_BT, classes_B).flatten(0, 1).float(), ids_BT.flatten(), reduction="sum"))
@@ -150,28 +150,28 @@ def nll(logits, run_dir: Path) -> float:
 
 
 @torch.no_grad()
-def judge_samples(ids_NT: torch.Tensor, classes: list[int], tokenizer: ImageTokenizer, test_NHWC: torch.Tensor,
-                  classifier: Classifier) -> tuple[dict[str, float], torch.Tensor]:
-    """Frechet distance and class agreement, and the first images of each class (10, 8, H, W, C)."""
+def evaluate_samples(ids_NT: torch.Tensor, classes: list[int], tokenizer: ImageTokenizer, test_NHWC: torch.Tensor,
+                     classifier: Classifier) -> tuple[dict[str, float], torch.Tensor]:
+    """Frechet distance and class agreement of samples, and the first images of each class (10, 8, H, W, C)."""
     distance = FrechetInceptionDistance(feature=classifier, normalize=False, input_img_size=(3, 32, 32), antialias=False)
     for part_NHWC in test_NHWC.split(500):
         distance.update(part_NHWC.permute(0, 3, 1, 2), real=True)
-    right, images = 0, []
+    correct, images = 0, []
     for ids_BT, labels_B in zip(ids_NT.split(200), torch.tensor(classes).split(200), strict=True):
         images_BHWC = torch.from_numpy(to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape))))
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         distance.update(images_BCHW, real=False)
-        right += int((classifier.head(classifier(images_BCHW)).argmax(1) == labels_B).sum())
+        correct += int((classifier.head(classifier(images_BCHW)).argmax(1) == labels_B).sum())
         images.append(images_BHWC)
-    shown = torch.cat(images).view(CLASSES, PER_CLASS, *images_BHWC.shape[1:])[:, :8]
-    return {"distance": float(distance.compute()), "agreement": right / len(classes)}, shown
+    shown = torch.cat(images).view(CLASSES, SAMPLES_PER_CLASS, *images_BHWC.shape[1:])[:, :8]
+    return {"distance": float(distance.compute()), "agreement": correct / len(classes)}, shown
 
 
 def main() -> int:
-    """Train, judge, print the table; exit code 1 where a promise is broken."""
+    """Train, evaluate and print the table. Returns exit code 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
-    parser.add_argument("--tokens", type=Path, help="a run folder with tokenizer/ and tokens/ of CIFAR-10; default: made first")
+    parser.add_argument("--tokens", type=Path, help="a run folder with tokenizer/ and tokens/ of CIFAR-10; default: train and encode first")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--record", action="store_true")
     options, extra = parser.parse_known_args()
@@ -180,7 +180,7 @@ def main() -> int:
     if options.tokens is None:
         make_tokens(run_dir, 12.0)
     tokenizer = ImageTokenizer.from_pretrained(run_dir / "tokenizer")
-    classes = [label for label in range(CLASSES) for _ in range(PER_CLASS)]
+    classes = [label for label in range(CLASSES) for _ in range(SAMPLES_PER_CLASS)]
     rows, pictures = {}, {}
 
     peer_logits, peer_sample, peer_seen = train_nanogpt(options.nanogpt, read_shards(run_dir), options.minutes)
@@ -189,23 +189,23 @@ def main() -> int:
     classifier = train_classifier(train_NHWC, labels_N)
     test_NHWC, _ = cifar10.load("test")
 
-    def draw(settings: SamplingConfig) -> torch.Tensor:
+    def sample(settings: SamplingConfig) -> torch.Tensor:
         seeds = image_seeds(SEED, len(classes))
         return torch.cat([prior.sample(classes[i:i + 200], settings, seeds[i:i + 200]) for i in range(0, len(classes), 200)])
 
     with torch.no_grad():
         peer_nll, own_nll = nll(peer_logits, run_dir), nll(prior.eval(), run_dir)
-        drawn = {"nanoGPT": (peer_nll, peer_seen, peer_sample(classes)),
-                 "vqmosaic, temperature 1, no guidance": (own_nll, seen, draw(SamplingConfig())),
-                 "vqmosaic, as the recipe recommends": (own_nll, seen, draw(sampling))}
-    for name, (value, sequences, ids_NT) in drawn.items():
-        figures, pictures[name] = judge_samples(ids_NT, classes, tokenizer, test_NHWC, classifier)
+        samples = {"nanoGPT": (peer_nll, peer_seen, peer_sample(classes)),
+                   "vqmosaic, temperature 1, no guidance": (own_nll, seen, sample(SamplingConfig())),
+                   "vqmosaic, as the recipe recommends": (own_nll, seen, sample(sampling))}
+    for name, (value, sequences, ids_NT) in samples.items():
+        figures, pictures[name] = evaluate_samples(ids_NT, classes, tokenizer, test_NHWC, classifier)
         rows[name] = {"seen": sequences, "nll": value, **figures}
     return report(rows, pictures, options)
 
 
 def report(rows: dict[str, dict[str, float]], pictures: dict[str, torch.Tensor], options: argparse.Namespace) -> int:
-    """Print, record where asked for; exit code 1 where a promise is broken."""
+    """Print the table and, with --record, write it to RESULTS.md. Returns exit code 1 if a target is missed."""
     lines = ["| | sequences seen | NLL, nats a token | Frechet distance to the test images | taken for the class asked for |",
              "|---|---|---|---|---|"]
     lines += [f"| {name} | {row['seen']:,} | {row['nll']:.4f} | {row['distance']:.3f} | {row['agreement']:.1%} |" for name, row in rows.items()]
@@ -216,7 +216,7 @@ def report(rows: dict[str, dict[str, float]], pictures: dict[str, torch.Tensor],
     folder = Path("benchmarks") if options.record else Path(tempfile.gettempdir())
     files = {"nanoGPT": "prior_quality_nanogpt.png", "vqmosaic, as the recipe recommends": "prior_quality_ours.png"}
     for name, file in files.items():
-        save_picture(image_grid(list(pictures[name].numpy()), 2), folder / file)
+        save_picture(tile_images(list(pictures[name].numpy()), 2), folder / file)
     lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items()),
               "", f"Each trained for {options.minutes:g} minutes. Samples, a class a row: "
               + ", ".join(f"[{name}]({file})" for name, file in files.items()) + "."]

@@ -1,12 +1,13 @@
-"""A training step of the prior against nanoGPT's model and loop in float32, in turn in one process.
+"""Compares the speed of a training step of the prior with nanoGPT's model and training loop in float32, alternating in one process.
 
     git clone https://github.com/karpathy/nanoGPT /tmp/nanogpt
     python -m benchmarks.prior_step --nanogpt /tmp/nanogpt               # two CPU threads, about two minutes
-    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --turn 5      # five steps of each in a row: memory is then as their own steps leave it
-    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --record      # and into RESULTS.md
+    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --turn 5      # rounds of five consecutive steps each
+    python -m benchmarks.prior_step --nanogpt /tmp/nanogpt --record      # also write to RESULTS.md
 
-Same size (6 layers, 256 wide, 4 heads: about 5M parameters), 64 tokens of 512 codes, batch 32. The peer is nanoGPT's GPT with its own optimizer and
-the steps of its train.py; ours is the project's own step: Accelerate, refusal of non-finite steps, clipping, weight average.
+Both models have the same size (6 layers, width 256, 4 heads: about 5M parameters), 64 tokens of 512 codes, and batch 32. The peer is nanoGPT's GPT
+with its own optimizer and the steps of its train.py. Ours is vqmosaic's training step: Accelerate, rejection of non-finite steps, clipping, weight
+average. With --turn 5, most steps follow a step of the same model, as in a real training. This affects the state of memory.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from benchmarks.measuring import ratio, record, time_alternately, use_two_cpu_threads
 from benchmarks.nanogpt import load_nanogpt
 from stage2_prior.losses import next_token_loss
 from stage2_prior.prior import TokenPrior
@@ -37,7 +38,7 @@ PEER = "nanoGPT, float32"
 
 
 class Peer:
-    """nanoGPT: the class id and all ids but the last in, the ids out."""
+    """nanoGPT's model and optimizer. Inputs are the class id and all ids but the last; targets are the ids."""
 
     def __init__(self, checkout: Path):
         torch.manual_seed(0)
@@ -48,7 +49,7 @@ class Peer:
         self.optimizer = self.model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
 
     def step(self, ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
-        """One optimizer step as in its train.py."""
+        """One optimizer step as in nanoGPT's train.py."""
         inputs_BT = torch.cat([CODES + classes_B[:, None], ids_BT[:, :-1]], dim=1)
         _, loss = self.model(inputs_BT, ids_BT)
         loss.backward()
@@ -58,7 +59,7 @@ class Peer:
 
 
 class Ours:
-    """The trainer's own parts, driven as stage2_prior/train.py drives them."""
+    """vqmosaic's prior and training loop, used as in stage2_prior/train.py."""
 
     def __init__(self, architecture: str, optimizer: str, precision: str, batch: int = BATCH, compiled: bool = False):
         recipe = load_recipe("cifar10", [
@@ -81,8 +82,8 @@ class Ours:
         self.run.optimizer_step(loss.detach(), 0.5)
 
 
-def seconds_of_products(step: Callable[[], None]) -> float:
-    """Seconds of a step that its matrix products take, those inside of attention aside: what another program with the same products cannot save."""
+def matmul_seconds(step: Callable[[], None]) -> float:
+    """Seconds per step spent in matrix products, except those inside attention. A program with the same products cannot save this time."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(3):
             step()
@@ -90,10 +91,10 @@ def seconds_of_products(step: Callable[[], None]) -> float:
 
 
 def main() -> int:
-    """Print the table; exit code 1 where a promise that binds on this processor is broken."""
+    """Print the table. Returns exit code 1 if a target that applies to this processor is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
-    parser.add_argument("--turn", type=int, default=1, help="steps that each makes before the next one's turn")
+    parser.add_argument("--turn", type=int, default=1, help="consecutive steps of each contestant in a round")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     use_two_cpu_threads()
@@ -101,39 +102,39 @@ def main() -> int:
     contestants = {PEER: Peer(options.nanogpt), ours: Ours("grid_transformer", "adamw", "no"),
                    "ours, grid_transformer, Muon, float32": Ours("grid_transformer", "muon", "no"),
                    "ours, Llama, AdamW, float32": Ours("llama", "adamw", "no")}
-    wanted = {ours: 1.2}
+    required_speedups = {ours: 1.2}
     if cpu_has_bf16():
         contestants["ours, grid_transformer, AdamW, bf16"] = Ours("grid_transformer", "adamw", "bf16")
         contestants["ours, grid_transformer, AdamW, bf16, compiled"] = Ours("grid_transformer", "adamw", "bf16", compiled=True)
         contestants["ours, grid_transformer, Muon, bf16"] = Ours("grid_transformer", "muon", "bf16")
-        wanted["ours, grid_transformer, AdamW, bf16, compiled"] = 2.5
-    numbers = torch.Generator().manual_seed(0)
-    ids_BT, classes_B = torch.randint(CODES, (BATCH, TOKENS), generator=numbers), torch.randint(CLASSES, (BATCH,), generator=numbers)
+        required_speedups["ours, grid_transformer, AdamW, bf16, compiled"] = 2.5
+    generator = torch.Generator().manual_seed(0)
+    ids_BT, classes_B = torch.randint(CODES, (BATCH, TOKENS), generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
 
-    def turn(each: Peer | Ours) -> None:
+    def run_steps(contestant: Peer | Ours) -> None:
         for _ in range(options.turn):
-            each.step(ids_BT, classes_B)
+            contestant.step(ids_BT, classes_B)
 
-    seconds = in_turn({name: functools.partial(turn, each) for name, each in contestants.items()}, ROUNDS, warm_up=3)
-    seconds = {name: [each / options.turn for each in times] for name, times in seconds.items()}
+    seconds = time_alternately({name: functools.partial(run_steps, contestant) for name, contestant in contestants.items()}, ROUNDS, warm_up=3)
+    seconds = {name: [duration / options.turn for duration in times] for name, times in seconds.items()}
 
-    products = seconds_of_products(lambda: contestants[PEER].step(ids_BT, classes_B)) / statistics.median(seconds[PEER])
-    sizes = {name: sum(parameter.numel() for parameter in (each.model if isinstance(each, Peer) else each.prior).parameters())
-             for name, each in contestants.items()}
+    matmul_share = matmul_seconds(lambda: contestants[PEER].step(ids_BT, classes_B)) / statistics.median(seconds[PEER])
+    sizes = {name: sum(parameter.numel() for parameter in (contestant.model if isinstance(contestant, Peer) else contestant.prior).parameters())
+             for name, contestant in contestants.items()}
     lines = ["| | parameters | sequences/s | tokens/s | times the peer |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {sizes[name] / 1e6:.2f}M | {BATCH / statistics.median(times):.1f} | {BATCH * TOKENS / statistics.median(times):,.0f} | "
               f"{ratio(seconds, PEER, name):.2f} |" for name, times in seconds.items()]
-    looked_up = sum(module.weight.numel() for module in contestants[ours].prior.modules() if isinstance(module, nn.Embedding)) / sizes[ours]
-    factors = {name: ratio(seconds, PEER, name) for name in wanted}
+    embedding_share = sum(module.weight.numel() for module in contestants[ours].prior.modules() if isinstance(module, nn.Embedding)) / sizes[ours]
+    factors = {name: ratio(seconds, PEER, name) for name in required_speedups}
     lines += ["", *(f"- {'kept' if factors[name] >= factor else 'NOT kept'}: {name} at least {factor} times the peer: {factors[name]:.2f}"
-                    for name, factor in wanted.items())]
-    if len(wanted) == 1:
+                    for name, factor in required_speedups.items())]
+    if len(required_speedups) == 1:
         lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 products")
-    lines += ["", f"Matrix products take about {products:.0%} of the peer's step here: a step of nothing else would be about "
-                  f"{1 / products:.2f} times as fast. Ours, of the same size, has fewer of them: {looked_up:.0%} of its weights "
+    lines += ["", f"Matrix products take about {matmul_share:.0%} of the peer's step here: a step of nothing else would be about "
+                  f"{1 / matmul_share:.2f} times as fast. Ours, of the same size, has fewer of them: {embedding_share:.0%} of its weights "
                   "are looked up, not multiplied; what it learns is measured by benchmarks.prior_quality."]
     record("Training step of the prior" + (f", {options.turn} steps a turn" if options.turn > 1 else ""), lines, ("transformers", "accelerate"))
-    return int(any(factors[name] < factor for name, factor in wanted.items()))
+    return int(any(factors[name] < factor for name, factor in required_speedups.items()))
 
 
 if __name__ == "__main__":

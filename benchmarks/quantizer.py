@@ -1,9 +1,9 @@
-"""The EMA quantizer against vector-quantize-pytorch's, forward and codebook update in training mode, in turn in one process.
+"""Compares the EMA quantizer with that of vector-quantize-pytorch: forward and codebook update in training mode, alternating in one process.
 
     python -m benchmarks.quantizer               # two CPU threads, about two minutes
-    python -m benchmarks.quantizer --record      # and into RESULTS.md
+    python -m benchmarks.quantizer --record      # also write to RESULTS.md
 
-Also: the extra memory that one step takes at its peak, and whether the chosen codes are the nearest ones in float64.
+Also measures the peak extra memory of one step, and checks that the selected codes are the nearest ones in float64.
 """
 
 import subprocess
@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from vector_quantize_pytorch import VectorQuantize
 
-from benchmarks.measuring import in_turn, ratio, record
+from benchmarks.measuring import ratio, record, time_alternately
 from stage1_tokenizer.quantizers import QUANTIZERS
 
 SIZES = [(8192, 16384, 8, 5, 25.0), (8192, 16384, 256, 5, 5.5), (4096, 1024, 64, 25, 4.0)]
-"""Vectors N, codes K, dimensions D, rounds, and how many times faster it has to be."""
-MEMORY_MIB = 64
-RELATIVE_ERROR = 1e-5
+"""Vectors N, codes K, dimensions D, rounds, and the required speed-up."""
+MAX_EXTRA_MEMORY_MIB = 64
+MAX_RELATIVE_ERROR = 1e-5
 
 
-def step_of(kind: str, vectors: int, codes: int, dim: int, device: str):
-    """A closure that makes one training step of a quantizer: ours ("ours") or the peer's ("peer")."""
+def make_step(kind: str, vectors: int, codes: int, dim: int, device: str):
+    """Make a quantizer, ours ("ours") or the peer's ("peer"). Returns a function that runs one training step, the quantizer, and the latents."""
     generator = torch.Generator().manual_seed(0)
     latents_BDhw = torch.randn(vectors // 64, dim, 8, 8, generator=generator).to(device)
     if kind == "ours":
@@ -39,7 +39,7 @@ def step_of(kind: str, vectors: int, codes: int, dim: int, device: str):
 
 
 def largest_relative_error(quantizer, latents_BDhw: torch.Tensor) -> float:
-    """By how much the distance to the chosen code exceeds the smallest one, in float64, at worst."""
+    """The largest relative difference between the distance to the selected code and the smallest distance, in float64."""
     vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, quantizer.code_dim)
     ids_N = quantizer.eval()(latents_BDhw).ids.flatten()
     codebook_KD, worst = quantizer.codebook.double(), 0.0
@@ -51,8 +51,8 @@ def largest_relative_error(quantizer, latents_BDhw: torch.Tensor) -> float:
 
 
 def extra_memory_mib(vectors: int, codes: int, dim: int, device: str) -> float:
-    """MiB that a step takes beyond what was there before it; on a CPU by the high-water mark of this process, reset before (Linux)."""
-    step, _, _ = step_of("ours", vectors, codes, dim, device)
+    """Peak memory of a step in MiB beyond the memory before it. On a CPU, measured as the peak memory of this process, reset before (Linux)."""
+    step, _, _ = make_step("ours", vectors, codes, dim, device)
     if device == "cuda":
         step()
         torch.cuda.synchronize()
@@ -60,8 +60,8 @@ def extra_memory_mib(vectors: int, codes: int, dim: int, device: str) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    small, _, _ = step_of("ours", 64, 16, dim, device)
-    small()  # the libraries' own buffers
+    warm_up, _, _ = make_step("ours", 64, 16, dim, device)
+    warm_up()  # allocates the buffers of the libraries
     Path("/proc/self/clear_refs").write_text("5")
     before = status_mib("VmRSS")
     step()
@@ -69,13 +69,13 @@ def extra_memory_mib(vectors: int, codes: int, dim: int, device: str) -> float:
 
 
 def status_mib(field: str) -> float:
-    """A memory figure of this process in MiB, from /proc/self/status."""
+    """A memory field of /proc/self/status in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def main() -> int:
-    """Print the table; exit code 1 where a promise is broken."""
+    """Print the table. Returns exit code 1 if a target is missed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(2)
@@ -85,23 +85,23 @@ def main() -> int:
         return 0
     lines = ["| N | K | D | ours, ms | peer, ms | times faster | asked for | extra memory, MiB | allowed | chosen over nearest distance |",
              "|---|---|---|---|---|---|---|---|---|---|"]
-    broken = 0
-    for vectors, codes, dim, rounds, wanted in SIZES:
-        wanted = 3.0 if device == "cuda" else wanted
-        ours, quantizer, latents_BDhw = step_of("ours", vectors, codes, dim, device)
-        peer, _, _ = step_of("peer", vectors, codes, dim, device)
-        seconds = in_turn({"ours": ours, "peer": peer}, rounds)
-        times = ratio(seconds, "peer", "ours")
+    missed = 0
+    for vectors, codes, dim, rounds, required in SIZES:
+        required = 3.0 if device == "cuda" else required
+        ours, quantizer, latents_BDhw = make_step("ours", vectors, codes, dim, device)
+        peer, _, _ = make_step("peer", vectors, codes, dim, device)
+        seconds = time_alternately({"ours": ours, "peer": peer}, rounds)
+        speedup = ratio(seconds, "peer", "ours")
         error = largest_relative_error(quantizer, latents_BDhw)
         memory = float(subprocess.run([sys.executable, "-m", "benchmarks.quantizer", "--memory-of", f"{vectors},{codes},{dim}"],
                                       capture_output=True, text=True, check=True).stdout)
-        allowed = MEMORY_MIB + 4 * (vectors + codes * dim) / 2**20
-        broken += times < wanted or memory > allowed or error > RELATIVE_ERROR
-        mine, other = (sorted(seconds[name])[rounds // 2] * 1000 for name in ("ours", "peer"))
-        lines.append(f"| {vectors} | {codes} | {dim} | {mine:.1f} | {other:.1f} | {times:.1f} | {wanted:g} | {memory:.0f} | {allowed:.0f} | "
+        allowed = MAX_EXTRA_MEMORY_MIB + 4 * (vectors + codes * dim) / 2**20
+        missed += speedup < required or memory > allowed or error > MAX_RELATIVE_ERROR
+        our_ms, peer_ms = (sorted(seconds[name])[rounds // 2] * 1000 for name in ("ours", "peer"))
+        lines.append(f"| {vectors} | {codes} | {dim} | {our_ms:.1f} | {peer_ms:.1f} | {speedup:.1f} | {required:g} | {memory:.0f} | {allowed:.0f} | "
                      f"1 + {error:.1e} |")
     record("Quantizer: lookup and codebook update", lines, ("vector-quantize-pytorch",))
-    return int(broken > 0)
+    return int(missed > 0)
 
 
 if __name__ == "__main__":

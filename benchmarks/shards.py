@@ -1,12 +1,12 @@
-"""Token shards against other ways to keep tokens: images per second, time to the first batch, bytes, and what a training step waits.
+"""Compares token shards with other formats: images per second, time to the first batch, bytes, and the waiting time of a training step.
 
-    python -m benchmarks.shards               # two CPU threads, some five minutes if nothing else runs
-    python -m benchmarks.shards --record      # and into RESULTS.md
+    python -m benchmarks.shards               # two CPU threads, about five minutes on an idle machine
+    python -m benchmarks.shards --record      # also write to RESULTS.md
 
-50,000 images x 2 views x 64 ids of 512 codes, made up: what is measured is the format. Everyone goes once through all images, in one random
-view each and in a shuffled order, in batches of 128, in one process without workers, opening included. Everything is in the page cache.
-The others read as their own programs do: 1d-tokenizer's PretoeknizedDataSetJSONL (data/webdataset_reader.py), LlamaGen's CustomDataset
-(dataset/imagenet.py), and webdataset over the very shards that ours reads.
+The data are 50,000 images x 2 views x 64 random ids of 512 codes. Each contestant reads all images once, in one random view each and in shuffled
+order, in batches of 128, in one process without workers. The time includes opening the data. All files are in the page cache. The other contestants
+read as their own programs do: 1d-tokenizer's PretoeknizedDataSetJSONL (data/webdataset_reader.py), LlamaGen's CustomDataset (dataset/imagenet.py),
+and webdataset on the same shards as ours.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import webdataset
 
-from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from benchmarks.measuring import ratio, record, time_alternately, use_two_cpu_threads
 from benchmarks.prior_step import Ours
 from stage2_prior.token_batches import TokenBatches
 from token_shards import Grid, ShardEntry, ShardSetHeader, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
@@ -37,24 +37,24 @@ from vqmosaic.runs.accelerator import cpu_has_bf16
 IMAGES, VIEWS, SIDE, CODES, CLASSES = 50_000, 2, 8, 512, 10
 BATCH, BUFFER, ROUNDS = 128, 10_000, 3
 MILLION = 1_000_000
-MOST_OPENING_SECONDS = 1.0
-MOST_WAITING = 0.02
+MAX_OPENING_SECONDS = 1.0
+MAX_WAITING_SHARE = 0.02
 STEPS = {32: 60, 128: 16}
-"""Training steps that are timed, by batch size."""
-OURS, PLAIN, LINES, FILES = "ours", "webdataset, the same shards", "JSON lines", "npy files"
+"""Number of timed training steps by batch size."""
+OURS, WEBDATASET, JSON_LINES, NPY_FILES = "ours", "webdataset, the same shards", "JSON lines", "npy files"
 
 Batch = tuple[np.ndarray, np.ndarray]
 
 
 def header(images: int) -> ShardSetHeader:
-    """What the shards say of themselves."""
+    """The header of the shards, for this number of images."""
     return ShardSetHeader(split="train", token_fingerprint="0" * 64, grids=[Grid("image", CODES, SIDE, SIDE)], dataset={"name": "made up"},
                           views=[{"name": str(view)} for view in range(VIEWS)], class_names=[str(label) for label in range(CLASSES)],
                           encoding={}, images_per_shard=1000, num_sources=images)
 
 
 def write_everything(folder: Path) -> None:
-    """The same tokens in each layout."""
+    """Write the same tokens in each format."""
     ids_NVT = np.random.default_rng(0).integers(0, CODES, (IMAGES, VIEWS, SIDE**2))
     writer = TokenShardWriter(folder / "shards", header(IMAGES))
     for number in range(writer.num_shards):
@@ -73,31 +73,31 @@ def write_everything(folder: Path) -> None:
         np.save(folder / f"files/labels/{index}.npy", np.array([index % CLASSES]), allow_pickle=False)
 
 
-# --- contestants: each gives the batches of one epoch, ids (B, T) and labels (B) int64 -----------------------------------------
+# --- contestants: each yields the batches of one epoch, ids (B, T) and labels (B) int64 -----------------------------------------
 
 
-def ours(folder: Path) -> Iterator[Batch]:
-    """TokenShardReader, in the order that training reads in."""
+def read_token_shards(folder: Path) -> Iterator[Batch]:
+    """TokenShardReader, in the order of training."""
     reader = TokenShardReader(folder / "shards", seed=0)
     for start in range(0, IMAGES, BATCH):
         batch = reader.read(np.arange(start, min(start + BATCH, IMAGES)))
         yield batch.ids_BT, batch.labels_B
 
 
-def plain(folder: Path) -> Iterator[Batch]:
-    """webdataset: shards shuffled, samples shuffled in a buffer."""
+def read_webdataset(folder: Path) -> Iterator[Batch]:
+    """webdataset: shuffled shards, and a shuffle buffer of samples."""
     urls = sorted(map(str, (folder / "shards").glob("shard-*.tar")))
     views = np.random.default_rng(0)
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).decode().to_tuple("image.npy", "json")
     yield from batched((ids_VT[views.integers(VIEWS)], facts["label"]) for ids_VT, facts in samples)
 
 
-def lines(folder: Path) -> Iterator[Batch]:
-    """1d-tokenizer: lines counted, then taken by linecache, one view a line."""
+def read_json_lines(folder: Path) -> Iterator[Batch]:
+    """1d-tokenizer: counts the lines, then reads them with linecache, one view per line."""
     path = str(folder / "tokens.jsonl")
     with open(path) as file:
         count = sum(1 for _ in file)
-    linecache.clearcache()  # as in a process that has just begun
+    linecache.clearcache()  # as in a new process
 
     def read(number: int) -> tuple[np.ndarray, int]:
         data = json.loads(linecache.getline(path, number + 1).strip())
@@ -108,8 +108,8 @@ def lines(folder: Path) -> Iterator[Batch]:
     yield from batched(map(read, chosen.tolist()))
 
 
-def files(folder: Path) -> Iterator[Batch]:
-    """LlamaGen: two npy files an image."""
+def read_npy_files(folder: Path) -> Iterator[Batch]:
+    """LlamaGen: two npy files per image."""
     random = np.random.default_rng(0)
 
     def read(number: int) -> tuple[np.ndarray, int]:
@@ -120,7 +120,7 @@ def files(folder: Path) -> Iterator[Batch]:
 
 
 def batched(samples: Iterator[tuple[np.ndarray, int]]) -> Iterator[Batch]:
-    """Batches of samples that come one by one."""
+    """Group samples into batches."""
     ids, labels = [], []
     for ids_T, label in samples:
         ids.append(ids_T)
@@ -132,12 +132,12 @@ def batched(samples: Iterator[tuple[np.ndarray, int]]) -> Iterator[Batch]:
         yield np.stack(ids).astype(np.int64), np.array(labels, dtype=np.int64)
 
 
-CONTESTANTS = {OURS: ours, PLAIN: plain, LINES: lines, FILES: files}
-PATHS = {OURS: ["shards"], PLAIN: ["shards/*.tar"], LINES: ["tokens.jsonl"], FILES: ["files/codes", "files/labels"]}
+CONTESTANTS = {OURS: read_token_shards, WEBDATASET: read_webdataset, JSON_LINES: read_json_lines, NPY_FILES: read_npy_files}
+PATHS = {OURS: ["shards"], WEBDATASET: ["shards/*.tar"], JSON_LINES: ["tokens.jsonl"], NPY_FILES: ["files/codes", "files/labels"]}
 
 
 def epoch(contestant: str, folder: Path, first: dict[str, list[float]]) -> None:
-    """Go through one epoch, note when the first batch came, and hold the contestant to what all of them are to deliver."""
+    """Read one epoch, append the seconds until the first batch to `first`, and check that all images are read with the right labels."""
     started, images, classes = time.perf_counter(), 0, np.zeros(CLASSES, dtype=np.int64)
     for ids_BT, labels_B in CONTESTANTS[contestant](folder):
         if not images:
@@ -149,22 +149,22 @@ def epoch(contestant: str, folder: Path, first: dict[str, list[float]]) -> None:
 
 
 def bytes_of(folder: Path, patterns: list[str]) -> tuple[float, float]:
-    """Bytes of an image: in the files, and in the blocks that they take on the disk."""
+    """Bytes per image: in the files, and in their disk blocks."""
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     sizes = [path.stat() for top in found for path in ([top] if top.is_file() else top.iterdir())]
     return sum(size.st_size for size in sizes) / IMAGES, sum(size.st_blocks * 512 for size in sizes) / IMAGES
 
 
-# --- opening a million, and the share of a step ---------------------------------------------------------------------------------
+# --- opening a million images, and waiting for data ---------------------------------------------------------------------------------
 
 
 def write_million(folder: Path) -> None:
-    """Manifest and sidecars of a million images as the writer leaves them; the tars are holes of the right size, for opening reads none of them."""
+    """Write manifest and sidecars of a million images. The tars are sparse files of the right size, because opening does not read them."""
     folder.mkdir()
-    of_all = header(MILLION)
-    entries, fingerprint = [], of_all.fingerprint
-    for number in range(of_all.num_shards):
-        sources, name = of_all.source_range(number), shard_name(number)
+    full_header = header(MILLION)
+    entries, fingerprint = [], full_header.fingerprint
+    for number in range(full_header.num_shards):
+        sources, name = full_header.source_range(number), shard_name(number)
         size = 10240 + 2560 * len(sources)
         ShardSidecar(shard=name, count=len(sources), size=size, sha256="0" * 64, header_fingerprint=fingerprint, skipped=[],
                      keys=list(map(default_key, sources)), indices=list(sources), labels=[index % CLASSES for index in sources],
@@ -174,17 +174,17 @@ def write_million(folder: Path) -> None:
             os.truncate(file.fileno(), size)
         entries.append(ShardEntry(name=name, count=len(sources), size=size, sha256="0" * 64,
                                   sidecar_sha256=hashlib.sha256(sidecar_path(folder, name).read_bytes()).hexdigest()))
-    known = {field.name: getattr(of_all, field.name) for field in dataclasses.fields(of_all)}
-    TokenShardManifest(**known, num_samples=MILLION, skipped=[], sources_sha256="0" * 64, shards=entries).save(folder)
+    header_fields = {field.name: getattr(full_header, field.name) for field in dataclasses.fields(full_header)}
+    TokenShardManifest(**header_fields, num_samples=MILLION, skipped=[], sources_sha256="0" * 64, shards=entries).save(folder)
 
 
-def waiting(folder: Path, batch_size: int) -> tuple[float, float]:
-    """Seconds of a step of the fastest prior that needs no compiler (benchmarks/prior_step.py), and the share that is their wait for data."""
+def measure_waiting(folder: Path, batch_size: int) -> tuple[float, float]:
+    """Seconds per step of the fastest prior that is not compiled (benchmarks/prior_step.py), and the fraction of them spent waiting for data."""
     reader = TokenShardReader(folder / "shards", seed=0)
     prior = Ours("grid_transformer", "adamw", "bf16" if cpu_has_bf16() else "no", batch_size)
     batches = TokenBatches(reader, dataclasses.replace(prior.prior.vocabulary, token_fingerprint=reader.manifest.token_fingerprint,
                                                        grids=reader.manifest.grids, class_names=reader.manifest.class_names), 0, 0.1)
-    for _ in range(3):  # warm
+    for _ in range(3):  # warm-up
         prior.step(torch.zeros(batch_size, SIDE**2, dtype=torch.int64), torch.zeros(batch_size, dtype=torch.int64))
     waits, steps = [], []
     for number in range(STEPS[batch_size]):
@@ -197,15 +197,15 @@ def waiting(folder: Path, batch_size: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Print the tables; exit code 1 where a promise is broken."""
+    """Print the tables. Returns exit code 1 if a target is missed."""
     use_two_cpu_threads()
     text, checks = [], []
     with tempfile.TemporaryDirectory(prefix="vqmosaic-shards-") as name:
         folder = Path(name)
         write_everything(folder)
         first = {contestant: [] for contestant in CONTESTANTS}
-        turns = {contestant: functools.partial(epoch, contestant, folder, first) for contestant in CONTESTANTS}
-        seconds = in_turn(turns, ROUNDS, warm_up=0)  # what was just written is warm
+        epochs = {contestant: functools.partial(epoch, contestant, folder, first) for contestant in CONTESTANTS}
+        seconds = time_alternately(epochs, ROUNDS, warm_up=0)  # the new files are in the page cache
         text += ["| | images/s | times slower than ours | first batch after, ms | bytes an image | on the disk |", "|---|---|---|---|---|---|"]
         for contestant in CONTESTANTS:
             in_files, on_disk = bytes_of(folder, PATHS[contestant])
@@ -214,13 +214,14 @@ def main() -> int:
             if contestant != OURS:
                 checks.append((ratio(seconds, contestant, OURS) > 1, f"faster than {contestant}", f"{ratio(seconds, contestant, OURS):.1f} times"))
         write_million(folder / "million")
-        opening = statistics.median(in_turn({OURS: lambda: TokenShardReader(folder / "million")}, ROUNDS)[OURS])
-        checks.append((opening < MOST_OPENING_SECONDS, f"a million images open in less than {MOST_OPENING_SECONDS:g} s", f"{opening:.2f} s"))
+        opening = statistics.median(time_alternately({OURS: lambda: TokenShardReader(folder / "million")}, ROUNDS)[OURS])
+        checks.append((opening < MAX_OPENING_SECONDS, f"a million images open in less than {MAX_OPENING_SECONDS:g} s", f"{opening:.2f} s"))
         text += ["", "| batch | training step, ms | of it waiting for data |", "|---|---|---|"]
         for batch_size in STEPS:
-            step, share = waiting(folder, batch_size)
+            step, share = measure_waiting(folder, batch_size)
             text.append(f"| {batch_size} | {step * 1000:.0f} | {share:.2%} |")
-            checks.append((share < MOST_WAITING, f"a step of batch {batch_size} waits less than {MOST_WAITING:.0%} for data", f"{share:.2%}"))
+            checks.append((share < MAX_WAITING_SHARE, f"a step of batch {batch_size} waits less than {MAX_WAITING_SHARE:.0%} for data",
+                           f"{share:.2%}"))
     text += ["", *(f"- {'kept' if kept else 'NOT kept'}: {promise}: {found}" for kept, promise, found in checks), "",
              f"{IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, made up, all in the page cache; one shuffled epoch in batches of "
              f"{BATCH} in one process, opening included, median of {ROUNDS} alternations; the JSON lines are held in memory whole. "

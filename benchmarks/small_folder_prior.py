@@ -1,11 +1,12 @@
-"""What keeps a prior from overfitting to a small folder of images: stored views, token noise, dropout.
+"""Compares measures against overfitting of the prior on a small folder of images: stored views, token noise, dropout.
 
-    python -m benchmarks.small_folder_prior                         # 500 images of CIFAR-10 in two classes, about a quarter of an hour
+    python -m benchmarks.small_folder_prior                         # 500 images of CIFAR-10 in two classes, about 15 minutes
     python -m benchmarks.small_folder_prior --images 3000 --record
 
-One tokenizer, trained by the recipe image_folder at 32 pixels, encodes the same images in different sets of views. The recipe's prior is trained on
-each for the same number of steps, with the same schedule. Judged on other training images of CIFAR-10 (no test images): NLL of the best and the last
-weights; and, of 500 samples of the best weights, the share that a classifier takes for the class asked for and the share of copies.
+One tokenizer, trained with the recipe image_folder at 32 pixels, encodes the same images in different sets of views. The recipe's prior is trained
+on each set for the same number of steps, with the same schedule. The metrics are the NLL of the best and of the last weights on other training images
+of CIFAR-10 (no test images) and, for 500 samples of the best weights, the fraction that a classifier assigns to the requested class and the fraction
+of copies.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 
 from benchmarks import cifar10
 from benchmarks.classifier import train_classifier
-from benchmarks.image_folder import to_bytes
+from benchmarks.image_folder import to_uint8
 from benchmarks.measuring import record, use_two_cpu_threads
 from pipelines.stages.count_images import count_images
 from pipelines.stages.measures import token_measures, training_grids
@@ -43,7 +44,7 @@ PRIORS = {  # views, token noise, dropout
 
 
 def write_images(root: Path, count: int) -> None:
-    """PNG files: root/train and root/validation, with a folder for each class."""
+    """Write PNG files to root/train and root/validation, with a folder for each class."""
     from PIL import Image
 
     images_NHWC, labels_N = cifar10.load("train")
@@ -58,10 +59,10 @@ def write_images(root: Path, count: int) -> None:
 
 
 def main() -> int:
-    """Train, judge, print the table."""
+    """Train, evaluate and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--minutes", type=float, default=2.0, help="for the tokenizer")
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time of the tokenizer")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--only", nargs="+", choices=list(PRIORS), default=list(PRIORS))
     parser.add_argument("--record", action="store_true")
@@ -83,19 +84,19 @@ def main() -> int:
         views, noise, dropout = PRIORS[name]
         if not (work / views).exists():
             preprocess(recipe(views, f"--tokens.tokenizer={work / 'tokenizer/tokenizer'}", f"--tokens.views={views}"))
-        own = recipe(f"prior{number}", f"--prior_training.tokens={work / views / 'tokens'}", f"--prior_training.token_noise={noise}",
+        prior_recipe = recipe(f"prior{number}", f"--prior_training.tokens={work / views / 'tokens'}", f"--prior_training.token_noise={noise}",
                      f"--prior.dropout={dropout}", "--prior_training.max_minutes=null", "--prior_training.validate_every=25",
                      f"--prior_training.max_steps={-(-options.epochs * options.images // 32)}", "--prior_training.validation_images=1000")
-        train_prior(own)
+        train_prior(prior_recipe)
         validations = read_metrics(work / f"prior{number}/logs/prior/metrics.jsonl", "validation")
-        best = min(validations, key=lambda numbers: numbers["nll"])
+        best = min(validations, key=lambda metrics: metrics["nll"])
         prior = TokenPrior.from_pretrained(work / f"prior{number}/prior")
         classes = [index for index in range(len(LABELS)) for _ in range(SAMPLES // len(LABELS))]
         with torch.no_grad():
             ids_BT = prior.sample(classes, SamplingConfig(), image_seeds(0, len(classes)))
-            images_BCHW = to_bytes(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)))
-            answers_B = classifier.head(classifier(images_BCHW))[:, :len(LABELS)].argmax(1)
-        agreement = float((answers_B == torch.tensor(classes)).float().mean())
+            images_BCHW = to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)))
+            predictions_B = classifier.head(classifier(images_BCHW))[:, :len(LABELS)].argmax(1)
+        agreement = float((predictions_B == torch.tensor(classes)).float().mean())
         copies = token_measures(ids_BT, training_grids(TokenShardReader(work / views / "tokens/train")))["copies"]
         lines.append(f"| {views} | {noise} | {dropout} | {best['nll']:.4f} | {best['step']:,} of {validations[-1]['step']:,} | "
                      f"{validations[-1]['nll']:.4f} | {agreement:.1%} | {copies:.1%} |")
@@ -106,7 +107,7 @@ def main() -> int:
 
 
 def two_classes() -> tuple[torch.Tensor, torch.Tensor]:
-    """All training images of the classes, labelled 0 and 1 for the classifier."""
+    """All training images of the two classes, with labels 0 and 1 for the classifier."""
     images_NHWC, labels_N = cifar10.load("train")
     chosen_N = torch.isin(labels_N, torch.tensor(LABELS))
     return images_NHWC[chosen_N], (labels_N[chosen_N] == LABELS[1]).long()

@@ -1,13 +1,13 @@
-"""What a tokenizer learns in equal wall-clock time on CIFAR-10: diffusers' VQModel trained plainly, ours, and ours with a discriminator.
+"""Compares tokenizers trained on CIFAR-10 for the same wall-clock time: diffusers' VQModel, ours, and ours with a discriminator.
 
     python -m benchmarks.tokenizer_quality                         # 12 minutes each, two CPU threads
-    python -m benchmarks.tokenizer_quality --minutes 2             # a first look
+    python -m benchmarks.tokenizer_quality --minutes 2             # a quick comparison
     python -m benchmarks.tokenizer_quality --only ours             # one contestant (diffusers, ours, vqgan)
-    python -m benchmarks.tokenizer_quality --record                # and into RESULTS.md, with the picture beside it
+    python -m benchmarks.tokenizer_quality --record                # also write to RESULTS.md and save the pictures beside it
 
-8x8 tokens of 512 codes from 32x32 pixels. Ours are the shipped recipes cifar10 and cifar10_vqgan, trained by `train-tokenizer`'s own code; all that
-differs here is the budget. Judged on all 10,000 test images: PSNR, share of the codebook used, and the Frechet distance between the
-originals and their reconstructions in the features of a small classifier that this script trains itself (torchmetrics does the sums).
+All tokenizers encode 32x32 pixels to 8x8 tokens of 512 codes. Ours are the shipped recipes cifar10 and cifar10_vqgan, trained by the code of
+`train-tokenizer`. Only the budget differs. The metrics, on all 10,000 test images, are PSNR, the fraction of the codebook that is used, and the
+Frechet distance between the originals and their reconstructions (torchmetrics, on the features of a small classifier that this script trains).
 """
 
 import argparse
@@ -37,7 +37,7 @@ RECIPES = {"ours": "cifar10", "vqgan": "cifar10_vqgan"}
 
 
 def train_peer(minutes: float, images_NHWC: torch.Tensor, widths: tuple[int, ...] = (32, 64, 128)):
-    """(restore, images seen, model): VQModel in its plain float32 loop, AdamW on MSE and its own commitment loss.
+    """Train diffusers' VQModel in a plain float32 loop with AdamW on MSE and its own commitment loss. Returns (restore, images seen, model).
 
     Each entry of `widths` after the first adds a level that halves height and width.
     """
@@ -65,7 +65,7 @@ def train_peer(minutes: float, images_NHWC: torch.Tensor, widths: tuple[int, ...
 
 
 def train_ours(name: str, minutes: float):
-    """(restore, images seen): a shipped recipe through the project's own training, with this budget."""
+    """Train a shipped recipe with this budget by vqmosaic's own code. Returns (restore, images seen)."""
     run_dir = Path(tempfile.mkdtemp()) / name
     recipe = load_recipe(RECIPES[name], [
         f"--run_dir={run_dir}", f"--data.path={cifar10.folder()}", "--tokenizer_training.max_steps=null",
@@ -86,33 +86,33 @@ EXTRA: list[str] = []
 
 
 @torch.no_grad()
-def judge(restore, images_NHWC: torch.Tensor, labels_N: torch.Tensor, classifier: Classifier) -> dict[str, float]:
-    """The figures of one tokenizer on held-out images."""
+def evaluate(restore, images_NHWC: torch.Tensor, labels_N: torch.Tensor, classifier: Classifier) -> dict[str, float]:
+    """Metrics of one tokenizer on held-out images."""
     distance = FrechetInceptionDistance(feature=classifier, normalize=False, input_img_size=(3, 32, 32), antialias=False)
-    used_K, squared, right = torch.zeros(CODES), 0.0, 0
+    used_K, squared_error, correct = torch.zeros(CODES), 0.0, 0
     for pixels_BHWC, labels_B in zip(images_NHWC.split(100), labels_N.split(100), strict=True):
         images_BCHW = cifar10.to_float(pixels_BHWC)
         restored_BCHW, ids = restore(images_BCHW)
         restored_BCHW = restored_BCHW.clamp(-1, 1)
-        squared += float((restored_BCHW - images_BCHW).square().mean()) * len(images_BCHW)
+        squared_error += float((restored_BCHW - images_BCHW).square().mean()) * len(images_BCHW)
         used_K += torch.bincount(ids.flatten(), minlength=CODES)
         restored = restored_BCHW.add(1).mul(127.5).round().to(torch.uint8)
         distance.update(pixels_BHWC.permute(0, 3, 1, 2), real=True)
         distance.update(restored, real=False)
-        right += int((classifier.head(classifier(restored)).argmax(1) == labels_B).sum())
-    return {"psnr": float(10 * torch.log10(torch.tensor(4 / (squared / len(images_NHWC))))), "usage": float((used_K > 0).float().mean()),
-            "distance": float(distance.compute()), "accuracy": right / len(images_NHWC)}
+        correct += int((classifier.head(classifier(restored)).argmax(1) == labels_B).sum())
+    return {"psnr": float(10 * torch.log10(torch.tensor(4 / (squared_error / len(images_NHWC))))), "usage": float((used_K > 0).float().mean()),
+            "distance": float(distance.compute()), "accuracy": correct / len(images_NHWC)}
 
 
 def main() -> int:
-    """Train, judge, print the table; exit code 1 where a promise is broken."""
+    """Train, evaluate and print the table. Returns exit code 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--only", choices=["diffusers", *RECIPES], nargs="+", default=["diffusers", *RECIPES])
     parser.add_argument("--record", action="store_true")
     options, EXTRA[:] = parser.parse_known_args()
     if options.record and len(options.only) < 3:
-        parser.error("--record takes a run of all three contestants")
+        parser.error("--record needs all three contestants. Leave out --only.")
     use_two_cpu_threads()
     images_NHWC, labels_N = cifar10.load("train")
     test_NHWC, test_labels_N = cifar10.load("test")
@@ -122,7 +122,7 @@ def main() -> int:
         restorers[name] = train_peer(options.minutes, images_NHWC)[:2] if name == "diffusers" else train_ours(name, options.minutes)
     classifier = train_classifier(images_NHWC, labels_N)
     for name, (restore, seen) in restorers.items():
-        rows[name] = {"seen": seen, **judge(restore, test_NHWC, test_labels_N, classifier)}
+        rows[name] = {"seen": seen, **evaluate(restore, test_NHWC, test_labels_N, classifier)}
         with torch.no_grad():
             some_BCHW = cifar10.to_float(test_NHWC[:16])
             pictures.append(reconstruction_picture(some_BCHW, restore(some_BCHW)[0].clamp(-1, 1)))
@@ -130,7 +130,7 @@ def main() -> int:
     titles = {"diffusers": "diffusers VQModel, AdamW, MSE", "ours": "vqmosaic, recipe cifar10", "vqgan": "vqmosaic, recipe cifar10_vqgan"}
     lines += [f"| {titles[name]} | {row['seen']:,} | {row['psnr']:.2f} | {row['usage']:.1%} | {row['distance']:.3f} | {row['accuracy']:.1%} |"
               for name, row in rows.items()]
-    broken = []
+    missed = []
     if "diffusers" in rows and "ours" in rows:
         factor = rows["ours"]["seen"] / rows["diffusers"]["seen"]
         checks = {f"at least 25.5 dB: {rows['ours']['psnr']:.2f}": rows["ours"]["psnr"] >= 25.5,
@@ -139,7 +139,7 @@ def main() -> int:
         if "vqgan" in rows:
             checks[f"the discriminator brings the Frechet distance down: {rows['ours']['distance']:.3f} to {rows['vqgan']['distance']:.3f}"] = \
                 rows["vqgan"]["distance"] < rows["ours"]["distance"]
-        broken = [text for text, kept in checks.items() if not kept]
+        missed = [text for text, kept in checks.items() if not kept]
         lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items())]
     picture = Path("benchmarks/tokenizer_quality.png") if options.record else Path(tempfile.gettempdir()) / "tokenizer_quality.png"
     for name, image in zip(rows, pictures, strict=True):
@@ -147,7 +147,7 @@ def main() -> int:
     lines += ["", f"Each trained for {options.minutes:g} minutes. Originals over reconstructions: "
               + ", ".join(f"[{name}](tokenizer_quality_{name}.png)" for name in rows) + "."]
     record("Tokenizer quality on CIFAR-10 in equal time", lines, ("diffusers", "torchmetrics"))
-    return int(bool(broken))
+    return int(bool(missed))
 
 
 if __name__ == "__main__":

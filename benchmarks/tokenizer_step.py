@@ -1,12 +1,12 @@
-"""A training step of stage 1 against diffusers' VQModel in its plain float32 loop, in turn in one process, on CIFAR-10.
+"""Compares the speed of a training step of the tokenizer with diffusers' VQModel in a plain float32 loop, alternating in one process, on CIFAR-10.
 
     python -m benchmarks.tokenizer_step               # two CPU threads, about six minutes
-    python -m benchmarks.tokenizer_step --gpu         # on a GPU: in bf16 against the same loop with bf16 autocast
-    python -m benchmarks.tokenizer_step --record      # and into RESULTS.md
+    python -m benchmarks.tokenizer_step --gpu         # on a GPU: bf16, compared with the same loop with bf16 autocast
+    python -m benchmarks.tokenizer_step --record      # also write to RESULTS.md
 
-Same architecture (2.8M parameters, 32x32 pixels, batch 32, 8x8 tokens of 512 codes), AdamW for both. Ours is the project's own step: Accelerate,
-refusal of non-finite steps, clipping, weight average, codebook update. Then PSNR on held-out images after equal steps of each, the mean over three
-orders of the images: one such run differs from the next by a quarter of a dB.
+Both have the same architecture (2.8M parameters, 32x32 pixels, batch 32, 8x8 tokens of 512 codes) and use AdamW. Ours is vqmosaic's training step:
+Accelerate, rejection of non-finite steps, clipping, weight average, codebook update. The benchmark also measures PSNR on held-out images after the
+same number of steps, averaged over three orders of the images, because single runs differ by a quarter of a dB.
 """
 
 import functools
@@ -21,7 +21,7 @@ from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cifar10
-from benchmarks.measuring import in_turn, ratio, record, use_two_cpu_threads
+from benchmarks.measuring import ratio, record, time_alternately, use_two_cpu_threads
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_networks
@@ -34,11 +34,11 @@ from vqmosaic.training.training_run import TrainingRun
 BATCH, ROUNDS, STEPS, ORDERS, HELD_OUT, LEARNING_RATE = 32, 15, 50, 3, 512, 5e-4
 WIDTHS = (32, 64, 128)
 SPREAD = 0.3
-"""dB by which such means may differ: one run differs from the next, with another order of the images, by a quarter of a dB."""
+"""Allowed difference between mean PSNRs in dB. Single runs with different orders of the images differ by a quarter of a dB."""
 
 
 class Peer:
-    """diffusers' VQModel, AdamW, MSE and its own commitment loss: the loop of its example, in float32, or with bf16 autocast."""
+    """diffusers' VQModel with AdamW on MSE and its own commitment loss, as in the diffusers example. In float32, or with bf16 autocast."""
 
     def __init__(self, device: str = "cpu", autocast: bool = False):
         torch.manual_seed(0)
@@ -58,12 +58,12 @@ class Peer:
         self.optimizer.step()
 
     def restore(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Reconstructions."""
+        """Reconstruct images."""
         return self.model.eval()(images_BCHW).sample
 
 
 class Ours:
-    """The trainer's own parts, driven as stage1_tokenizer/train.py drives them."""
+    """vqmosaic's tokenizer and training loop, used as in stage1_tokenizer/train.py."""
 
     def __init__(self, precision: str, channels_last: bool, images_BCHW: torch.Tensor, compiled: bool = False, batch: int = BATCH):
         recipe = load_recipe("cifar10", [
@@ -100,25 +100,25 @@ class Ours:
         self.run.optimizer_step(loss.detach(), 0.0, self.tokenizer.quantizer.commit)
 
     def restore(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        """Reconstructions, in float32 as validation makes them."""
+        """Reconstruct images in float32, as validation does."""
         return ImageTokenizer.forward(self.run.validated_model.eval(), images_BCHW).reconstructions
 
 
 def matrix_rate(device: str, size: int = 8192) -> float:
-    """Multiplications and additions a second in a bf16 product of two square matrices, the best of ten."""
+    """FLOP per second in a bf16 product of two square matrices, the best of ten runs."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / min(in_turn({"product": lambda: left @ right}, 10)["product"])
+    return 2 * size**3 / min(time_alternately({"product": lambda: left @ right}, 10)["product"])
 
 
-def operations(step: Callable[[], None]) -> int:
-    """Multiplications and additions of the matrix products and convolutions of a step."""
+def count_flops(step: Callable[[], None]) -> int:
+    """FLOP of the matrix products and convolutions of a step."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops()
 
 
 def measure_gpu(device: str = "cuda", batches: tuple[int, ...] = (32, 256)) -> tuple[list[str], bool]:
-    """Lines on a step in bf16 on a GPU, and whether what was asked for was kept at each batch."""
+    """The lines of the result for a step in bf16 on a GPU, and whether the target is met for each batch size."""
     images_NHWC, _ = cifar10.load("train", max(batches))
     rate = matrix_rate(device)
     lines = [f"A bf16 product of 8192 x 8192 runs at {rate / 1e12:,.0f} TFLOP/s.", "",
@@ -130,10 +130,11 @@ def measure_gpu(device: str = "cuda", batches: tuple[int, ...] = (32, 256)) -> t
         on_device = images_BCHW.to(device)
         contestants = {"peer": Peer(device, autocast=True), "ours": Ours("bf16", True, images_BCHW, batch=batch),
                        "compiled": Ours("bf16", True, images_BCHW, compiled=True, batch=batch)}
-        seconds = in_turn({name: functools.partial(each.step, on_device) for name, each in contestants.items()}, ROUNDS, warm_up=5)
+        seconds = time_alternately({name: functools.partial(contestant.step, on_device) for name, contestant in contestants.items()},
+                                   ROUNDS, warm_up=5)
         peer, ours, compiled = (batch / statistics.median(seconds[name]) for name in contestants)
         factors.append(ratio(seconds, "peer", "compiled"))
-        share = operations(lambda: contestants["ours"].step(on_device)) * compiled / batch / rate  # noqa: B023 (called at once)
+        share = count_flops(lambda: contestants["ours"].step(on_device)) * compiled / batch / rate  # noqa: B023 (called immediately)
         lines.append(f"| {batch} | {peer:,.0f} | {ours:,.0f} | {compiled:,.0f} | {factors[-1]:.2f} | {share:.1%} |")
     lines += ["", *(f"- {'kept' if factor >= 1.5 else 'NOT kept'}: 1.5 times the peer with batches of {batch}, compiled: {factor:.2f}"
                     for batch, factor in zip(batches, factors, strict=True))]
@@ -141,7 +142,7 @@ def measure_gpu(device: str = "cuda", batches: tuple[int, ...] = (32, 256)) -> t
 
 
 def main() -> int:
-    """Print the table; exit code 1 where a promise that binds on this processor is broken."""
+    """Print the table. Returns exit code 1 if a target that applies to this processor is missed."""
     if "--gpu" in sys.argv:
         lines, kept = measure_gpu()
         record("Training step of the tokenizer on a GPU", lines, ("diffusers", "accelerate"))
@@ -158,19 +159,20 @@ def main() -> int:
                    "ours, bf16, channels_last": lambda: Ours("bf16", True, first_BCHW),
                    "ours, bf16, channels_last, compiled": lambda: Ours("bf16", True, first_BCHW, compiled=True)}
     contestants = {name: make() for name, make in makers.items()}
-    timed = cifar10.to_float(images_NHWC[:BATCH])
-    seconds = in_turn({name: (lambda each=each: each.step(timed)) for name, each in contestants.items()}, ROUNDS, warm_up=3)
+    batch_BCHW = cifar10.to_float(images_NHWC[:BATCH])
+    seconds = time_alternately({name: (lambda contestant=contestant: contestant.step(batch_BCHW)) for name, contestant in contestants.items()},
+                               ROUNDS, warm_up=3)
 
     quality = {}
     orders = [torch.randperm(len(images_NHWC), generator=torch.Generator().manual_seed(number)).numpy() for number in range(ORDERS)]
     for name, make in makers.items():
         decibels = []
         for order in orders:
-            each = make()
+            contestant = make()
             for step in range(STEPS):
-                each.step(cifar10.to_float(images_NHWC[order[step * BATCH:(step + 1) * BATCH]]))
+                contestant.step(cifar10.to_float(images_NHWC[order[step * BATCH:(step + 1) * BATCH]]))
             with torch.no_grad():
-                decibels.append(cifar10.psnr(torch.cat([each.restore(part) for part in held_out_NCHW.split(64)]), held_out_NCHW))
+                decibels.append(cifar10.psnr(torch.cat([contestant.restore(part) for part in held_out_NCHW.split(64)]), held_out_NCHW))
         quality[name] = statistics.mean(decibels)
 
     peer, best = "diffusers VQModel, float32", "ours, bf16, channels_last, compiled" if has_bf16 else "ours, float32, channels_last"

@@ -1,16 +1,16 @@
-"""What chains the stages: preprocessing, bundling, generation, the demo and the command line. Names are loaded when first used."""
+"""Combines the two stages: preprocessing, bundling, generation, the demo and the command line. Names are imported on first use."""
 
 import importlib
 
-_HOME = {
+_MODULE_OF_NAME = {
     "ImageGenerationPipeline": "generate",
     "GenerationOutput": "generate",
     "make_bundle": "bundle",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)

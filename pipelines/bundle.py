@@ -1,11 +1,11 @@
-"""Join a tokenizer and a prior into one self-contained pipeline folder.
+"""Joins a tokenizer and a prior into one self-contained pipeline folder.
 
-    vqmosaic bundle digits                                                    # this run's own two parts
-    vqmosaic bundle --tokenizer a/tokenizer --prior b/prior --out pipeline    # parts trained anywhere
+    vqmosaic bundle digits                                                    # the two parts of this run
+    vqmosaic bundle --tokenizer a/tokenizer --prior b/prior --out pipeline    # parts from anywhere
 
 pipeline/
     tokenizer/, prior/    copies of the exports
-    pipeline.json         recommended sampling settings, class names, fingerprints; where the settings were chosen by `vqmosaic sweep`, its record
+    pipeline.json         recommended sampling settings, class names, fingerprints; the sweep record if `vqmosaic sweep` chose the settings
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from vqmosaic import __version__
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.files.fingerprints import check_same_tokens
-from vqmosaic.files.full_disks import naming_full_disks, size_of
+from vqmosaic.files.full_disks import explain_full_disk, size_of
 from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -43,13 +43,13 @@ SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfi
 
 
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
-    """The pipeline folder made of a tokenizer and a prior folder, whole or absent.
+    """Write a pipeline folder from a tokenizer folder and a prior folder, and return its path. After a failure, no partial folder remains.
 
-    The record of a sweep is taken along from the pipeline that the parts lie in, or that is replaced, where it chose these settings for these parts.
+    If a sweep chose these settings for these parts, its record is kept. It is read from the pipeline that contains the parts or is replaced.
 
     Raises:
-        ValueError: one of the parts is missing, the prior was trained on another tokenizer's tokens (both values and paths), the sampling
-            settings do not fit it, or `out` holds something else than a pipeline.
+        ValueError: one of the parts is missing, the prior was trained on tokens of another tokenizer (the message gives both fingerprints and
+            paths), the sampling settings do not fit the prior, or `out` contains other files than a pipeline.
     """
     check_replaceable(out)
     token_fingerprint = token_fingerprint_of_tokenizer(tokenizer)
@@ -57,18 +57,18 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     vocabulary = read_vocabulary(prior)
     check_sampling_fits(sampling, vocabulary, prior)
     check_digests(prior)
-    record = record_that_fits([tokenizer.parent, out], sampling, tokenizer, prior)
+    record = find_sweep_record([tokenizer.parent, out], sampling, tokenizer, prior)
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with naming_full_disks(out.parent):
+        with explain_full_disk(out.parent):
             partial.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"{out} cannot be made: {error.strerror}. Give another folder for the pipeline.") from None
-    with naming_full_disks(out.parent, lambda: size_of(tokenizer) + size_of(prior)), removed_on_failure(partial):
+        raise InputError(f"cannot create {out}: {error.strerror}. Give another folder for the pipeline.") from None
+    with explain_full_disk(out.parent, lambda: size_of(tokenizer) + size_of(prior)), removed_on_failure(partial):
         copy_folder(tokenizer, partial / "tokenizer")
         copy_folder(prior, partial / "prior")
-        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: changes of its copy are detected from now on
+        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: detect later changes of the copy
             write_digests(partial / "prior")
         write_json(partial / "pipeline.json", {
             "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary["class_names"],
@@ -78,13 +78,13 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
 
 
 def part_fingerprints(tokenizer: Path, prior: Path) -> dict[str, str]:
-    """What decides the images of a pipeline: the tokens' fingerprint, that of the whole tokenizer, and the digest of the prior's weights."""
+    """The fingerprints that identify the parts of a pipeline: of the tokens, of the whole tokenizer, and of the prior's weights."""
     return {"tokens": token_fingerprint_of_tokenizer(tokenizer), "tokenizer": full_fingerprint_of_tokenizer(tokenizer),
             "prior": fingerprint_of_weights(prior)}
 
 
-def record_that_fits(folders: Sequence[Path], sampling: SamplingConfig, tokenizer: Path, prior: Path) -> dict[str, Any] | None:
-    """The record of the sweep that chose these settings for these parts, out of the pipelines in `folders`; None where there is none."""
+def find_sweep_record(folders: Sequence[Path], sampling: SamplingConfig, tokenizer: Path, prior: Path) -> dict[str, Any] | None:
+    """The record of the sweep that chose these settings for these parts, from the first pipeline in `folders` that has it, or None."""
     for folder in folders:
         if not (folder / "pipeline.json").is_file():
             continue
@@ -93,44 +93,44 @@ def record_that_fits(folders: Sequence[Path], sampling: SamplingConfig, tokenize
             record = content.get("sweep")
             if record and recommended_sampling(folder, content) == sampling and record["setup"]["pipeline"] == part_fingerprints(tokenizer, prior):
                 return record
-        except (InputError, TypeError, KeyError):  # the pipeline that is replaced may be of another version, or damaged
+        except (InputError, TypeError, KeyError):  # the pipeline to be replaced may have another version, or be damaged
             continue
     return None
 
 
 def recommend(folder: Path, sampling: SamplingConfig, record: dict[str, Any]) -> None:
-    """Make settings those that a pipeline folder recommends, with the record of the sweep that chose them; whole or not at all.
+    """Write sampling settings to a pipeline folder as recommended, together with the record of the sweep that chose them. The write is atomic.
 
     Raises:
-        ValueError: the record was not made with this pipeline's parts.
+        ValueError: the record was not made with the parts of this pipeline.
     """
     content, parts = read_bundle(folder), part_fingerprints(folder / "tokenizer", folder / "prior")
     if record["setup"]["pipeline"] != parts:
-        raise InputError(f"{folder} has changed since the sweep began: its tokenizer or its prior is not the one that was measured. "
-                         "Its recommended settings stay as they are; start another sweep.")
+        raise InputError(f"{folder} has changed since the sweep started: the sweep measured another tokenizer or prior. "
+                         "The recommended settings are unchanged. Start a new sweep.")
     write_json(folder / "pipeline.json", content | {"sampling": dataclasses.asdict(sampling), "sweep": record})
 
 
 def check_replaceable(out: Path) -> None:
-    """Raise InputError unless a pipeline may be written to this path: nothing is there, an empty folder, or an older pipeline."""
+    """Raise InputError unless the path does not exist, is an empty folder, or is a pipeline folder, which may be replaced."""
     is_free = not out.exists() or (out.is_dir() and ((out / "pipeline.json").is_file() or not any(out.iterdir())))
     if not is_free:
-        what = "a folder with other things in it, which would be lost" if out.is_dir() else "a file"
-        raise InputError(f"{out} is {what}; give a folder that does not exist yet, or that holds a pipeline to be replaced.")
+        what = "a folder with other files, which would be lost" if out.is_dir() else "a file"
+        raise InputError(f"{out} is {what}. Give a new folder, an empty folder, or a pipeline folder to replace.")
 
 
 def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], prior: Path) -> None:
-    """Raise InputError where sampling settings ask for what a prior's vocabulary.json says it cannot do."""
+    """Raise InputError if a prior with this vocabulary.json does not support the sampling settings."""
     if sampling.guidance_scale != 1 and (vocabulary["class_names"] is None or vocabulary["label_drop"] == 0):
         why = "has no classes" if vocabulary["class_names"] is None else "was trained without label drop"
-        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}; set sampling.guidance_scale to 1.")
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
     codes = max(grid["codebook_size"] for grid in vocabulary["grids"])
     if sampling.top_k > codes:
-        raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} knows {codes} codes; allowed: 0 (off) to {codes}.")
+        raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} has {codes} codes; allowed: 0 (off) to {codes}.")
 
 
 def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
-    """A pipeline's recommended settings, overridden by the given ones. Raises InputError if they are invalid or do not fit its prior."""
+    """The recommended settings of a pipeline, overridden by the given ones. Raises InputError if they are invalid or do not fit its prior."""
     recommended = recommended_sampling(folder, content)
     with naming_options():
         sampling = dataclasses.replace(recommended, **given)
@@ -152,68 +152,71 @@ def naming_options(names: Iterable[str] = SAMPLING_FIELDS) -> Iterator[None]:
 
 
 def find_pipeline(path: str | Path) -> Path:
-    """The pipeline folder for a path that is one, or is a run folder with one; InputError otherwise."""
+    """The pipeline folder of a path, which is a pipeline folder or a run folder. Raises InputError if there is none."""
     path = Path(path)
     for folder in (path, path / "pipeline"):
         check_readable(folder / "pipeline.json")
         if (folder / "pipeline.json").is_file():
             return folder
     known = sorted(str(found.parent.parent) for found in Path("runs").glob("*/pipeline/pipeline.json"))
-    hint = f" Finished runs here: {', '.join(known)}." if known else ""
+    hint = f" Finished runs in this folder: {', '.join(known)}." if known else ""
     what = "has no finished pipeline" if path.is_dir() else "does not exist"
-    raise InputError(f"{path} {what}; give a run folder or a pipeline folder with a pipeline.json, which `vqmosaic bundle` writes.{hint}")
+    raise InputError(f"{path} {what}. Give a run folder, or a pipeline folder with pipeline.json from `vqmosaic bundle`.{hint}")
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer folder for a path that is one, or is a pipeline or a run folder with one; InputError otherwise."""
+    """The tokenizer folder of a path, which is a tokenizer, pipeline or run folder. Raises InputError if there is none."""
     path = Path(path)
     check_readable(path / "pipeline.json")
-    inside = [path / "tokenizer", path] if (path / "pipeline.json").is_file() else [path / "pipeline" / "tokenizer", path / "tokenizer", path]
-    for folder in inside:
+    candidates = [path / "tokenizer", path] if (path / "pipeline.json").is_file() else [path / "pipeline" / "tokenizer", path / "tokenizer", path]
+    for folder in candidates:
         check_readable(folder / "config.json")
         if (folder / "config.json").is_file():
             return folder
     what = "has no finished pipeline and no tokenizer" if path.is_dir() else "does not exist"
-    raise InputError(f"{path} {what}; give a run folder, a pipeline folder or a tokenizer folder, which `vqmosaic train-tokenizer` writes to "
-                     "<run_dir>/tokenizer.")
+    raise InputError(f"{path} {what}. Give a run folder, a pipeline folder or a tokenizer folder. `vqmosaic train-tokenizer` writes the "
+                     "tokenizer to <run_dir>/tokenizer.")
 
 
 def read_bundle(folder: Path) -> dict:
-    """The content of pipeline.json. Its format, version and fields are checked; its classes and tokens must be those of the prior.
+    """The content of pipeline.json, after a check of its format, version, fields, class names and token fingerprint.
 
-    Read the sampling settings, which a user may edit, with `recommended_sampling`.
+    `recommended_sampling` reads the sampling settings, which users may edit.
     """
     path = folder / "pipeline.json"
     content = read_object(path, "`vqmosaic bundle` writes it again")
     if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}; "
-                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
+        raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}. "
+                         f"This vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
     check_fields(content, (*FIELDS, VERSION_FIELD, "sweep"), str(path), written_by(content), FIELDS)
     vocabulary = read_vocabulary(folder / "prior")
     for name in ("class_names", "token_fingerprint"):
         if content[name] != vocabulary.get(name):
-            raise InputError(f"{path} has another {name} than {folder / 'prior' / 'vocabulary.json'}; one of them was edited or replaced. Copy the "
-                             "pipeline again, or make it again with `vqmosaic bundle`.")
+            raise InputError(f"{path} has another {name} than {folder / 'prior' / 'vocabulary.json'}. One of them was edited or replaced. Copy the "
+                             "pipeline again, or run `vqmosaic bundle` again.")
     return content
 
 
 def recommended_sampling(folder: Path, content: dict) -> SamplingConfig:
-    """The sampling settings in the content of a folder's pipeline.json. Settings that the file does not have keep their defaults."""
+    """The sampling settings in the content of a folder's pipeline.json. Missing settings get their defaults."""
     return from_fields(SamplingConfig, content["sampling"], f"{folder / 'pipeline.json'}: sampling", written_by(content))
 
 
-def evenly_spread(classes: int, samples: int) -> list[int]:
-    """At most `samples` of the class indices 0 to classes - 1, spread evenly over all classes."""
+def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
+    """At most `samples` class indices, evenly spaced between 0 and classes - 1."""
     count = min(classes, samples)
     return [index * classes // count for index in range(count)]
 
 
-def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[int]:
-    """Class indices of names (strings) and indices (integers of any kind); InputError lists what there is."""
+def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[int]:
+    """The index of each label, which is a class name or an integer of any type.
+
+    Raises InputError, which lists the allowed values, for unknown classes and if the pipeline has no classes (`names` is None).
+    """
     if names is None:
-        raise InputError(f"the classes {list(asked)} are given, but this pipeline was trained without classes; leave them out.")
+        raise InputError(f"the classes {list(labels)} are given, but this pipeline was trained without classes. Leave them out.")
     indices = []
-    for label in asked:
+    for label in labels:
         if isinstance(label, str):
             if label not in names:
                 nearest = nearest_name(label, names)
@@ -232,31 +235,32 @@ def class_indices(names: list[str] | None, asked: Sequence[str | int]) -> list[i
 
 
 def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
-    """What a user typed as classes, with commas between: class names first (the longest, for they may hold commas), else indices.
+    """The labels in a comma-separated text: class names as strings, class indices as integers.
 
-    If all class names are numbers, a number is always a name: among classes 1 to 12, 0 is a mistake and not the first class.
+    Class names take precedence, longer ones first, because names may contain commas. If all class names are numbers, a number is always a name:
+    with classes 1 to 12, 0 is an error and not the first class.
     """
-    words, known, labels, start = text.split(","), set(names or []), [], 0
+    parts, known, labels, start = text.split(","), set(names or []), [], 0
     has_indices = not known or not all(name.isdecimal() for name in known)
-    while start < len(words):
-        spans = (",".join(words[start:stop]).strip() for stop in range(len(words), start, -1))
-        label = next((span for span in spans if span in known), words[start].strip())
+    while start < len(parts):
+        spans = (",".join(parts[start:stop]).strip() for stop in range(len(parts), start, -1))
+        label = next((span for span in spans if span in known), parts[start].strip())
         labels.append(int(label) if has_indices and label not in known and label.isdecimal() else label)
         start += 1 + (label.count(",") if label in known else 0)
     return labels
 
 
 def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | None:
-    """The indices of the classes that a user typed. Without text, all classes, or None if there are no classes. Raises as class_indices does."""
+    """The class indices in a comma-separated text. Without a text: all classes, or None if there are none. Raises as `class_indices` does."""
     if text is not None:
         return class_indices(names, labels_from_text(names, text))
     return None if names is None else list(range(len(names)))
 
 
 def usable_device(device: "str | torch.device | None", given_as: str = "device") -> "torch.device":
-    """The requested device; by default the best device of this machine. Loads torch.
+    """The requested device, or the best device of this machine if `device` is None. Imports torch.
 
-    Raises InputError if this machine does not have the device. The message names the option or argument `given_as`.
+    Raises InputError if this machine does not have the device. The message contains `given_as`, the name of the option or argument.
     """
     import torch
 
@@ -266,11 +270,11 @@ def usable_device(device: "str | torch.device | None", given_as: str = "device")
     if device is None:
         return best
     try:
-        asked = torch.device(device)
+        requested = torch.device(device)
     except (RuntimeError, TypeError):
-        asked = None
+        requested = None
     count = torch.accelerator.device_count() if best.type != "cpu" else 0
-    if asked is None or (asked.type != "cpu" and (asked.type != best.type or (asked.index or 0) >= count)):
-        here = ["cpu", *(f"{best.type}:{index}" for index in range(count))]
-        raise InputError(f"{given_as} is {str(device)!r}; this machine has: {', '.join(here)}.")
-    return asked
+    if requested is None or (requested.type != "cpu" and (requested.type != best.type or (requested.index or 0) >= count)):
+        available = ["cpu", *(f"{best.type}:{index}" for index in range(count))]
+        raise InputError(f"{given_as} is {str(device)!r}; this machine has: {', '.join(available)}.")
+    return requested

@@ -1,6 +1,7 @@
-"""The vqmosaic command. Loads no torch until a stage starts, so that help and wrong input answer at once."""
+"""The `vqmosaic` command. Imports torch only when a stage starts, so help and input errors appear at once."""
 
 import argparse
+import dataclasses
 import re
 import sys
 from collections.abc import Callable
@@ -10,29 +11,30 @@ from typing import Any
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.files.given_paths import given_path
-from vqmosaic.recipes.recipe_files import load_recipe, recipe_help, shipped_names
-from vqmosaic.runs.launch import find_accelerate_config, guarded, leave, processes_to_start, run_stage
+from vqmosaic.recipes.recipe_files import field_help, load_recipe, recipe_help, shipped_names
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.launch import exit_code_of, exit_process, find_accelerate_config, processes_to_start, run_stage
 from vqmosaic.runs.process_settings import set_up_process
 from vqmosaic.runs.run_folder import STAGES
 
 RECONSTRUCTIONS = "reconstructions"
-"""The folder that `reconstruct` writes to without --out."""
+"""The default output folder of `reconstruct`."""
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that refuses in the words of an InputError, with the nearest option for one that does not exist."""
+    """An argument parser that raises InputError instead of exiting, and suggests the nearest option for an unknown one."""
 
     def __init__(self, command: str, description: str | None = None, **settings):
         super().__init__(prog=f"vqmosaic {command}", description=description, allow_abbrev=False, **settings)
 
     @property
     def option_names(self) -> list[str]:
-        """Its options, such as --redo."""
+        """The long options, such as --redo."""
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
     def error(self, message: str) -> None:
-        """Raise the InputError for what argparse has to say."""
+        """Raise InputError with argparse's message."""
         unknown = re.match(r"unrecognized arguments: (-\S+)", message)
         nearest = nearest_name(unknown[1].partition("=")[0], self.option_names) if unknown else None
         hint = f" Did you mean {nearest}?" if nearest else ""
@@ -40,19 +42,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def recipe_command_parser(command: str) -> Parser:
-    """The options that a command with a recipe has beside the recipe's fields."""
+    """A parser for the options of a recipe command other than the recipe fields."""
     parser = Parser(command, f"{COMMANDS[command][1]} RECIPE is a shipped name ({', '.join(shipped_names())}), a YAML file or a run folder.",
                     add_help=False, usage=f"vqmosaic {command} RECIPE [options] [--section.field value ...]")
-    parser.add_argument("--processes", type=int, metavar="N", help="processes that share the work; default: 1, or what the configuration says")
-    parser.add_argument("--accelerate_config", metavar="FILE", help="start them through this configuration of Accelerate, a file or a shipped name")
-    parser.add_argument("--redo", metavar="STAGE", help=f"make this stage ({', '.join(STAGES)}) and those after it anew")
+    parser.add_argument("--processes", type=int, metavar="N", help="number of processes; default: 1, or the number in the configuration")
+    parser.add_argument("--accelerate_config", metavar="FILE", help="Accelerate configuration to launch with: a file or a shipped name")
+    parser.add_argument("--redo", metavar="STAGE", help=f"delete and rerun this stage ({', '.join(STAGES)}) and all later ones")
     if command == "train-prior":
-        parser.add_argument("--overfit", type=int, metavar="N", help="only check that the prior can memorize N images, in about a minute")
+        parser.add_argument("--overfit", type=int, metavar="N", help="only check that the prior can memorize N images; takes about a minute")
     return parser
 
 
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a command that takes a recipe, and the recipe's overrides."""
+    """Parse the arguments of a recipe command into its options, with the loaded recipe, and the recipe overrides."""
     from pipelines.stages.count_images import count_images
 
     parser = recipe_command_parser(command)
@@ -60,12 +62,12 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
     if wants_help:
         named = arguments[0] if arguments and not arguments[0].startswith("-") else None
         print(f"{parser.format_help()}\n"
-              f"The values below are {f'those of {named}' if named else 'built in; name a recipe before --help to see its own'}.\n\n"
+              f"The values below are {f'those of {named}' if named else 'the defaults. To see those of a recipe, put its name before --help'}.\n\n"
               f"{recipe_help(named)}")
         raise SystemExit(0 if arguments else 2)
     if arguments[0].startswith("-"):
-        raise InputError(f"the first argument of {command} is the recipe, but {arguments[0]!r} was given; "
-                         f"try: vqmosaic {command} image_folder {' '.join(arguments)}")
+        raise InputError(f"the first argument of {command} must be a recipe, not {arguments[0]!r}. "
+                         f"Try: vqmosaic {command} image_folder {' '.join(arguments)}")
     options, overrides = parser.parse_known_args(arguments[1:])
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
@@ -79,7 +81,7 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
 
 
 def run_one_stage(command: str, arguments: list[str]) -> int:
-    """train-tokenizer, preprocess, train-prior: one stage alone; `train-prior RECIPE --overfit N` only proves that its set-up learns."""
+    """train-tokenizer, preprocess, train-prior: run one stage. `train-prior RECIPE --overfit N` only runs the overfit test."""
     from pipelines.stages.chain import MODULES
 
     options, _ = parse_recipe_command(command, arguments)
@@ -92,20 +94,20 @@ def run_one_stage(command: str, arguments: list[str]) -> int:
 
 
 def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path:
-    """The recipe file for one stage alone, once everything is checked and, where that was asked for, what was made before is removed."""
-    from pipelines.stages.chain import record_recipe, redo_from
+    """Check everything that one stage needs, delete earlier results if --redo is given, and return the path of the written recipe."""
+    from pipelines.stages.chain import delete_stages_from, record_recipe
     from pipelines.stages.stage_checks import check_before_start
 
     if options.redo is not None and STAGES.index(options.redo) < STAGES.index(stage):
-        raise InputError(f"--redo {options.redo} would remove what {command} reads; give --redo {stage}, or make all of it anew with "
+        raise InputError(f"--redo {options.redo} would delete the input of {command}. Give --redo {stage}, or rerun all stages with "
                          f"`vqmosaic run RECIPE --redo {options.redo}`.")
     check_before_start(options.recipe, stage, options.processes, redo=options.redo)
-    redo_from(options.recipe, options.redo)
+    delete_stages_from(options.recipe, options.redo)
     return record_recipe(options.recipe)
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """run: the whole chain."""
+    """run: run all stages of a recipe."""
     from pipelines.stages.chain import run_chain
 
     options, _ = parse_recipe_command(command, arguments)
@@ -113,7 +115,7 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def bundle(command: str, arguments: list[str]) -> int:
-    """bundle: a run's own parts, or parts given by path."""
+    """bundle: join the tokenizer and the prior of a run, or two folders."""
     if arguments and not arguments[0].startswith("-"):
         from pipelines.stages.chain import bundle_run
 
@@ -122,9 +124,8 @@ def bundle(command: str, arguments: list[str]) -> int:
         bundle_run(options.recipe)
         return 0
     from pipelines.bundle import make_bundle, naming_options
-    from vqmosaic.recipes.recipe_sections import SamplingConfig
 
-    parser = Parser(command, "Join a tokenizer and a prior: `vqmosaic bundle RECIPE` takes a run's own, the options below take any.")
+    parser = Parser(command, "Join a tokenizer and a prior. `vqmosaic bundle RECIPE` takes those of a run; the options below take any.")
     parser.add_argument("--tokenizer", required=True, type=given_path, help="a tokenizer folder")
     parser.add_argument("--prior", required=True, type=given_path, help="a prior folder")
     parser.add_argument("--out", required=True, type=given_path, help="the pipeline folder to write")
@@ -137,41 +138,34 @@ def bundle(command: str, arguments: list[str]) -> int:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, default_words: str) -> None:
-    """Give a parser the sampling settings."""
-    parser.add_argument("--guidance_scale", type=float, help=f"classifier-free guidance, 1 is off ({default_words})")
-    parser.add_argument("--guidance_schedule", metavar="NAME", help="how the scale rises from the first token to the last: constant, linear, cosine "
-                                                                    f"or power-cosine ({default_words})")
-    parser.add_argument("--guidance_power", type=float, help=f"of power-cosine: the larger, the later guidance sets in ({default_words})")
-    parser.add_argument("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"),
-                        help=f"shares of the tokens between which guidance is on ({default_words})")
-    parser.add_argument("--temperature", type=float, help=f"divides the logits ({default_words})")
-    parser.add_argument("--top_k", type=int, help=f"only the k likeliest tokens, 0 is off ({default_words})")
-    parser.add_argument("--top_p", type=float, help=f"only the likeliest tokens up to this probability, 1 is off ({default_words})")
-    parser.add_argument("--min_p", type=float, help=f"only tokens this likely, as a share of the likeliest one, 0 is off ({default_words})")
+    """Add an option for each field of SamplingConfig to a parser. The help of each one ends with `default_words`."""
+    helps = field_help(SamplingConfig)
+    for field in dataclasses.fields(SamplingConfig):
+        kind = {"type": float, "nargs": 2, "metavar": ("START", "STOP")} if field.type == list[float] else {"type": field.type}
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} ({default_words})", **kind)
 
 
 def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings that were given."""
-    values = {name: getattr(options, name) for name in ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval", "temperature",
-                                                        "top_k", "top_p", "min_p")}
+    """The sampling settings given on the command line."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def generate(command: str, arguments: list[str]) -> int:
-    """generate: images from a run or a pipeline, one PNG each plus a grid."""
+    """generate: sample images from a run or a pipeline to PNG files and a grid."""
     parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption, the same command continues.")
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
-    parser.add_argument("--classes", help="class names or indices with commas between, such as cat,3; default: every class")
-    parser.add_argument("--num", type=int, default=4, help="images for each class")
+    parser.add_argument("--classes", help="comma-separated class names or indices, such as cat,3; default: all classes")
+    parser.add_argument("--num", type=int, default=4, help="images per class; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
-    parser.add_argument("--out", type=given_path, help="folder for the PNGs; default: samples in the working directory, or samples-2 and so on "
-                                                      "if that holds other images")
+    parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
+                                                      "if samples holds other images")
     add_device_options(parser)
-    add_sampling_options(parser, "default: as the bundle recommends")
+    add_sampling_options(parser, "default: recommended by the bundle")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
-    from pipelines.image_folders.sample_folder import SampleFolder, first_fitting_folder
+    from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
     from pipelines.stages.stage_checks import check_can_write
 
     folder = find_pipeline(options.pipeline)
@@ -182,12 +176,12 @@ def generate(command: str, arguments: list[str]) -> int:
     names = content["class_names"]
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes),
                            num=options.num, seed=options.seed, sampling=sampling, dtype=options.dtype)
-    samples = samples if options.out else first_fitting_folder(samples)
+    samples = samples if options.out else find_output_folder(samples)
     if samples.is_finished():
         return 0
     usable_device(options.device, "--device")
     if options.out is None:
-        print(f"without --out, the images go to {samples.out.absolute()}", flush=True)
+        print(f"without --out, the images are written to {samples.out.absolute()}", flush=True)
 
     from pipelines.image_folders.write_images import write_generated
 
@@ -202,7 +196,7 @@ def sweep(command: str, arguments: list[str]) -> int:
     add_sweep_options(parser)
     add_device_options(parser)
     options, overrides = parser.parse_known_args(arguments)
-    if overrides and "." not in overrides[0].partition("=")[0]:  # no field of a recipe
+    if overrides and "." not in overrides[0].partition("=")[0]:  # not a recipe field
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     request = plan_sweep(options, overrides)
 
@@ -212,11 +206,11 @@ def sweep(command: str, arguments: list[str]) -> int:
 
 
 def reconstruct(command: str, arguments: list[str]) -> int:
-    """reconstruct: images through the tokens and back."""
-    parser = Parser(command, "Send images through the tokens and back.")
+    """reconstruct: encode images to tokens and decode them."""
+    parser = Parser(command, "Encode images to tokens and decode them again.")
     parser.add_argument("tokenizer", type=given_path, help="a run folder, a pipeline folder or a tokenizer folder")
     parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files")
-    parser.add_argument("--out", type=given_path, help=f"folder for the PNGs; default: {RECONSTRUCTIONS} in the working directory")
+    parser.add_argument("--out", type=given_path, help=f"output folder; default: {RECONSTRUCTIONS} in the working directory")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
@@ -233,18 +227,18 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     from pipelines.image_folders.write_images import write_reconstructions
 
     if options.out is None:
-        print(f"without --out, the images go to {out.absolute()}", flush=True)
+        print(f"without --out, the images are written to {out.absolute()}", flush=True)
     return write_reconstructions(folder, options.images, out, options.device, options.dtype)
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the choice of device and number format."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: the best there is")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of prior and decoder")
+    """Add the options --device and --dtype to a parser."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: the best available")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of prior and decoder")
 
 
 def check_data(command: str, arguments: list[str]) -> int:
-    """check-data: read every image once."""
+    """check-data: read every image of a recipe once."""
     from stage1_tokenizer.data.data_location import check_data_path
 
     options, _ = parse_recipe_command(command, arguments)
@@ -256,12 +250,12 @@ def check_data(command: str, arguments: list[str]) -> int:
 
 
 def audit(command: str, arguments: list[str]) -> int:
-    """audit: prove token shards whole."""
-    parser = Parser(command, "Prove token shards whole: every byte as written, each source exactly once or named as skipped.")
+    """audit: check token shards for completeness."""
+    parser = Parser(command, "Check token shards: every byte is as written, and each source is stored exactly once or listed as skipped.")
     parser.add_argument("tokens", type=given_path, help="a tokens folder, one of its splits, or a run folder")
-    parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: that of the run the folder lies in")
-    parser.add_argument("--repair", action="store_true", help="first encode again what is broken, to the same bytes as before, and "
-                        "store images that could not be read then and can be read now")
+    parser.add_argument("--recipe", help="also compare with the data set of this recipe; default: the recipe of the run that contains the folder")
+    parser.add_argument("--repair", action="store_true", help="first encode broken shards again, to the same bytes as before, and "
+                        "store images that were unreadable before and are readable now")
     options, overrides = parser.parse_known_args(arguments)
     if overrides and options.recipe is None:
         raise InputError(f"{overrides[0]!r} was not expected; recipe overrides need --recipe.")
@@ -272,31 +266,31 @@ def audit(command: str, arguments: list[str]) -> int:
 
 
 def import_foreign_tokens(command: str, arguments: list[str]) -> int:
-    """import-tokens: tokens made elsewhere become token shards."""
+    """import-tokens: convert tokens of other programs to token shards."""
     from pipelines.tokens.import_tokens import add_options, import_tokens
 
-    parser = Parser(command, "Make token shards of ids from elsewhere: 1d-tokenizer's JSON lines, LlamaGen's folders of npy files, or one npy array.")
+    parser = Parser(command, "Convert ids to token shards: 1d-tokenizer's JSON lines, LlamaGen's folders of npy files, or an npy array.")
     add_options(parser)
     return import_tokens(parser.parse_args(arguments))
 
 
 def export_to_json_lines(command: str, arguments: list[str]) -> int:
-    """export-tokens: token shards leave as JSON lines."""
+    """export-tokens: write token shards as JSON lines."""
     from pipelines.tokens.export_tokens import export_tokens
 
     parser = Parser(command, "Write token shards as JSON lines with class_id and tokens, which import-tokens and 1d-tokenizer read.")
     parser.add_argument("folder", type=given_path, help="the shards of one split, such as runs/digits/tokens/train")
     parser.add_argument("--out", required=True, type=given_path, help="the file to write")
-    parser.add_argument("--one_view_a_line", action="store_true", help="a line for each stored view, as 1d-tokenizer reads; default: one an image")
+    parser.add_argument("--one_view_a_line", action="store_true", help="one line per stored view, as 1d-tokenizer reads; default: one line per image")
     options = parser.parse_args(arguments)
     return export_tokens(options.folder, options.out, options.one_view_a_line)
 
 
 def demo(command: str, arguments: list[str]) -> int:
-    """demo: the web page."""
-    parser = Parser(command, "Open a web page in front of a pipeline, on this machine only.")
+    """demo: serve the web demo."""
+    parser = Parser(command, "Serve a web page for a pipeline, on this machine only.")
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=int, help="default: the first free port from 7860")
     add_device_options(parser)
     options = parser.parse_args(arguments)
 
@@ -305,7 +299,7 @@ def demo(command: str, arguments: list[str]) -> int:
 
     folder = find_pipeline(options.pipeline)
     if not is_installed("gradio"):
-        raise InputError("the demo needs gradio, which is not installed: pip install 'vqmosaic[demo]'.")
+        raise InputError("the demo needs gradio, which is not installed. Run: pip install 'vqmosaic[demo]'.")
     usable_device(options.device, "--device")
 
     from pipelines.demo.page import serve
@@ -315,30 +309,30 @@ def demo(command: str, arguments: list[str]) -> int:
 
 
 def doctor(command: str, arguments: list[str]) -> int:
-    """doctor: what is installed and what that enables."""
-    Parser(command, "What is installed, what that enables, which device and number format.").parse_args(arguments)
+    """doctor: print the installed packages and the device."""
+    Parser(command, "Print the installed packages, the features they enable, the device and the number format.").parse_args(arguments)
 
-    from pipelines.doctor import examine
+    from pipelines.doctor import environment_report
 
-    print(examine())
+    print(environment_report())
     return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
-    "run": (run, "The whole chain of a recipe; finished stages are skipped, interrupted ones go on."),
+    "run": (run, "Run all stages of a recipe. Skips finished stages and resumes interrupted ones."),
     "train-tokenizer": (run_one_stage, "Stage 1: train the image tokenizer."),
     "preprocess": (run_one_stage, "Encode the images to token shards."),
     "train-prior": (run_one_stage, "Stage 2: train the prior over tokens."),
-    "bundle": (bundle, "Join a tokenizer and a prior to a pipeline folder."),
+    "bundle": (bundle, "Join a tokenizer and a prior into a pipeline folder."),
     "generate": (generate, "Generate images from a run or a pipeline."),
     "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
-    "reconstruct": (reconstruct, "Send images through the tokens and back."),
-    "check-data": (check_data, "Read every image of a recipe once; list what is unreadable."),
-    "audit": (audit, "Prove token shards whole."),
-    "import-tokens": (import_foreign_tokens, "Make token shards of ids from elsewhere."),
+    "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
+    "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
+    "audit": (audit, "Check token shards for completeness."),
+    "import-tokens": (import_foreign_tokens, "Convert the tokens of other programs to token shards."),
     "export-tokens": (export_to_json_lines, "Write token shards as JSON lines."),
-    "demo": (demo, "Open the web demo."),
-    "doctor": (doctor, "What is installed, what that enables, which device and number format."),
+    "demo": (demo, "Serve the web demo."),
+    "doctor": (doctor, "Print the installed packages, the features they enable, the device and the number format."),
 }
 
 
@@ -346,11 +340,11 @@ def usage() -> str:
     """The overview of all commands."""
     listing = "\n".join(f"    {name:<{max(map(len, COMMANDS))}}  {sentence}" for name, (_, sentence) in COMMANDS.items())
     return (f"vqmosaic {__version__}: two-stage image generation with a token prior.\n\nusage: vqmosaic COMMAND ...\n\n{listing}\n\n"
-            f"Recipes: {', '.join(shipped_names())}, or a YAML file. `vqmosaic COMMAND --help` says more; `vqmosaic run digits` is a good start.")
+            f"Recipes: {', '.join(shipped_names())}, or a YAML file. `vqmosaic COMMAND --help` shows the options. Try `vqmosaic run digits` first.")
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Exit code of one call."""
+    """Run one command and return its exit code."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -362,11 +356,11 @@ def dispatch(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script: 0, 1 for findings and failures, 2 for bad input, 130 and 143 after signals."""
+    """Entry point of the console script. Exit codes: 0 success, 1 findings or failure, 2 bad input, 130 and 143 after signals."""
     set_up_process()
     codes: list[int] = []
-    code = guarded(lambda: codes.append(dispatch(sys.argv[1:])))
-    leave(code or codes[0])
+    code = exit_code_of(lambda: codes.append(dispatch(sys.argv[1:])))
+    exit_process(code or codes[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`vqmosaic doctor`: what is installed, what that enables, which device and number format a run would use."""
+"""Implements `vqmosaic doctor`: the installed packages, the features they enable, and the device and number format of a run."""
 
 import importlib.util
 import os
@@ -15,8 +15,8 @@ from vqmosaic.wording import counted
 CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "safetensors", "numpy", "pillow", "jsonargparse")
 OPTIONAL = {
     "datasets": "Hugging Face data sets and parquet folders",
-    "scikit-learn": "the digits and their judge",
-    "torchvision": "fetches VGG16 for perceptual_loss lpips (pip install 'vqmosaic[perceptual]')",
+    "scikit-learn": "the digits data set and the classifier that measures digits samples",
+    "torchvision": "downloads VGG16 for perceptual_loss lpips (pip install 'vqmosaic[perceptual]')",
     "timm": "vqmosaic sweep --features_model (pip install 'vqmosaic[features]')",
     "gradio": "vqmosaic demo (pip install 'vqmosaic[demo]')",
     "tensorboard": "trackers: [tensorboard]",
@@ -25,12 +25,12 @@ OPTIONAL = {
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported; nothing is imported."""
+    """Whether a module can be imported. Does not import it."""
     return importlib.util.find_spec(module) is not None
 
 
 def has_vgg16() -> bool:
-    """Whether the weights of VGG16, which LPIPS takes its features from, lie where torch hub keeps them."""
+    """Whether torch hub's folder contains the weights of VGG16, the feature network of LPIPS."""
     return any((hub_checkpoints() / name).is_file() for name in VGG16_NAMES)
 
 
@@ -43,7 +43,7 @@ def installed_version(package: str) -> str | None:
 
 
 def processor_name() -> str:
-    """The processor's model name where the system tells it."""
+    """The model name of the processor, or its architecture if the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -53,22 +53,22 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def examine() -> str:
-    """The report as text; the device is left out where what finds it is not installed."""
+def environment_report() -> str:
+    """The report as text. Without torch or accelerate, it has no device."""
     lines = [f"vqmosaic {__version__}, Python {platform.python_version()} ({sys.executable})", "", "core"]
     lines += [f"    {package:<14} {installed_version(package) or 'MISSING'}" for package in CORE]
     lines += ["", "optional"]
     lines += [f"    {package:<14} {installed_version(package) or 'not installed':<14} {what}" for package, what in OPTIONAL.items()]
-    lines.append(f"    {'VGG16 weights':<14} {'found' if has_vgg16() else 'not found':<14} perceptual_loss lpips; usual place: {hub_checkpoints()}")
+    lines.append(f"    {'VGG16 weights':<14} {'found' if has_vgg16() else 'not found':<14} perceptual_loss lpips; expected in {hub_checkpoints()}")
     missing = [package for package in CORE if installed_version(package) is None]
     lines += ["", "device", *([] if {"torch", "accelerate"} & set(missing) else device_lines()), "", f"recipes: {', '.join(shipped_names())}"]
     if missing:
-        lines += ["", f"to mend: pip install {' '.join(missing)}"]
+        lines += ["", f"to fix: pip install {' '.join(missing)}"]
     return "\n".join(lines)
 
 
 def device_lines() -> list[str]:
-    """The device, threads and number format that a run would use."""
+    """Lines about the device, the threads and the number format that a run would use."""
     import torch
 
     from vqmosaic.runs.accelerator import cpu_has_bf16, default_device, resolve_precision

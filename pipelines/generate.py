@@ -1,4 +1,4 @@
-"""ImageGenerationPipeline: sample tokens from the prior, decode them to images.
+"""ImageGenerationPipeline: samples tokens from the prior and decodes them to images.
 
     from pipelines import ImageGenerationPipeline
     pipe = ImageGenerationPipeline.from_pretrained("runs/quickstart")
@@ -13,6 +13,7 @@ import dataclasses
 import operator
 import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,24 +39,27 @@ from vqmosaic.runs.devices import as_dtype
 from vqmosaic.seeding import image_seeds
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-GUIDANCE_SETTINGS = ("guidance_scale", "guidance_schedule", "guidance_power", "guidance_interval")
-PIXELS_TOGETHER, MOST_TOGETHER = 8 * 256**2, 64
-"""Encoder and decoder process at most this many pixels and images at a time, because their feature maps are far larger than the images."""
+SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance_"))
+FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
+"""The arguments of a call that could be positional in version 0.1.0, after seed."""
+MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 8 * 256**2, 64
+"""Largest number of pixels and of images in a batch of the encoder or decoder, whose feature maps are far larger than the images."""
 
 
-def images_together(image_size: int) -> int:
-    """The number of images of this size that the encoder or the decoder processes at a time."""
-    return max(1, min(MOST_TOGETHER, PIXELS_TOGETHER // image_size**2))
+def tokenizer_batch_size(image_size: int) -> int:
+    """Number of images in a batch of the encoder or decoder, given their height in pixels."""
+    return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // image_size**2))
 
 
-def decoded_in_parts(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Images (B, C, H, W) of ids, a few at a time, on the tokenizer's device."""
-    for part_Bhw in ids_Bhw.split(images_together(tokenizer.transform.image_size)):
-        yield tokenizer.decode(part_Bhw.to(tokenizer.device))
+def decode_in_batches(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Decode ids and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device."""
+    for batch_Bhw in ids_Bhw.split(tokenizer_batch_size(tokenizer.transform.image_size)):
+        yield tokenizer.decode(batch_Bhw.to(tokenizer.device))
 
 
 class Request(NamedTuple):
-    """A checked request to a pipeline: the settings, the class index of each image (None: no classes) and its seed."""
+    """A checked request to a pipeline: the sampling settings, the class index of each image (None without classes) and its seed."""
 
     sampling: SamplingConfig
     classes: list[int] | None
@@ -64,9 +68,10 @@ class Request(NamedTuple):
 
 @dataclass
 class GenerationOutput:
-    """images as asked for; token_ids (B, h, w), or (B, h, w, depth), int64 on the CPU; seeds and class_indices of each image; stopped or not.
+    """Generated images.
 
-    places are the positions of these images in the request, counted from 0.
+    images have the requested output type. token_ids are int64 (B, h, w), or (B, h, w, depth), on the CPU. seeds and class_indices have an entry
+    per image. stopped is True if the callback stopped the sampling. places are the positions of the images in the request, starting at 0.
     """
 
     images: list[Image.Image] | Any = field(default_factory=list)
@@ -78,20 +83,20 @@ class GenerationOutput:
 
 
 class ImageGenerationPipeline:
-    """A tokenizer and a prior that belong together, with the sampling settings their maker recommends."""
+    """A tokenizer and a prior that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: ImageTokenizer, prior: TokenPrior, sampling: SamplingConfig | None = None, source: Path | None = None):
         if tokenizer.token_fingerprint is None:
-            raise InputError("the tokenizer has no token fingerprint yet, by which the prior could belong to it; its save_pretrained gives it one.")
+            raise InputError("the tokenizer has no token fingerprint yet, so it cannot be matched with the prior. Call its save_pretrained first.")
         check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", prior.vocabulary.token_fingerprint, "the prior")
         self.tokenizer, self.prior, self.sampling, self._source = tokenizer, prior, sampling or SamplingConfig(), source
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None,
                         dtype: torch.dtype | str = torch.float32) -> "ImageGenerationPipeline":
-        """The pipeline of a pipeline folder or a run folder, on the device given (by default the best there is).
+        """Load the pipeline of a pipeline folder or a run folder to a device, by default the best available one.
 
-        dtype, a torch.dtype or its name such as "bfloat16", is for the prior and the decoder; encoder and quantizer stay float32.
+        dtype, a torch.dtype or its name such as "bfloat16", applies to the prior and the decoder. Encoder and quantizer stay in float32.
 
         Raises:
             ValueError: there is no pipeline, its parts do not belong together, this machine does not have the device, or the dtype is unknown.
@@ -105,12 +110,12 @@ class ImageGenerationPipeline:
         return cls(tokenizer, prior, recommended_sampling(folder, content), folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the pipeline to another folder, with the recommended settings as they are now.
+        """Write the pipeline to another folder, with the current recommended settings.
 
         If the weights have not changed since loading, except by a cast, the original files are copied. Otherwise the weights are saved.
         """
         folder = Path(folder)
-        if self._source is None or not self._is_as_loaded(self._source):
+        if self._source is None or not self._has_loaded_weights(self._source):
             check_replaceable(folder)
             parts = folder.with_name(f".parts-{folder.name}")
             try:
@@ -119,181 +124,186 @@ class ImageGenerationPipeline:
                 make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
             finally:
                 shutil.rmtree(parts, ignore_errors=True)
-        else:  # weights in memory may have been cast, those in the files have not
+        else:  # copy the files, because the weights in memory may have been cast
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
 
-    def _is_as_loaded(self, source: Path) -> bool:
-        """Whether tokenizer and prior still have the weights in the folder. They do not if they were trained further or replaced."""
+    def _has_loaded_weights(self, source: Path) -> bool:
+        """Whether tokenizer and prior still have the weights of the folder, that is, were neither trained further nor replaced."""
         try:
             return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
                     and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
-        except InputError:  # the folder is gone or holds something else now
+        except InputError:  # the folder was deleted or replaced
             return False
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes that can be asked for, or None."""
+        """The class names, or None if the prior was trained without classes."""
         return self.prior.vocabulary.class_names
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes."""
+        """The device of the tokenizer and the prior."""
         return self.tokenizer.device
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
-                 guidance_scale: float | None = None, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, *,
-                 min_p: float | None = None, guidance_schedule: str | None = None, guidance_power: float | None = None,
-                 guidance_interval: Sequence[float] | None = None, compile: bool = False) -> GenerationOutput:
-        """Generated images, label by label; image i depends on seed, i and its class, not on its neighbours.
+                 *positional: Any, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
+                 compile: bool = False, **settings: Any) -> GenerationOutput:
+        """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
 
-        All images are returned at once; use `batches` to get many images one batch at a time.
+        Returns all images at once. `batches` yields them one batch at a time.
 
         Args:
-            class_labels: class names (strings) or indices (integers); None for a pipeline without classes, or for images of any class.
-            num_images_per_label: images for each label.
-            seed: a number that fixes the result; None draws one (out.seeds tells the seed of each image).
-            guidance_scale, temperature, top_k, top_p, min_p: None takes the recommended setting; 1.0, 1.0, 0, 1.0 and 0.0 are off. Images of
-                any class are sampled without the recommended guidance, which would have no effect.
+            class_labels: class names (strings) or indices (integers). None for a pipeline without classes, or for unconditional images.
+            num_images_per_label: images per label.
+            seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
-            callback: called as callback(done, total) after each token; returning False stops, then out.stopped is True and out.images is empty.
-            batch_size: images that are sampled together.
-            guidance_schedule, guidance_power, guidance_interval: as in SamplingConfig; None takes the recommended setting.
-            compile: record the step of the prior as a CUDA graph, which pays where few images are sampled together; elsewhere it changes nothing.
+            callback: called as callback(done, total) after each token. If it returns False, sampling stops: out.stopped is True and out.images
+                is empty.
+            batch_size: images sampled in parallel.
+            compile: record the step of the prior as a CUDA graph. This is faster for small batches on CUDA and has no effect on other devices.
+            settings: guidance_scale, temperature, top_k, top_p, min_p and the other fields of SamplingConfig. None, or a setting that is not
+                given, uses the recommended one. Unconditional images are sampled without guidance, which would have no effect.
+            positional: deprecated; the arguments that version 0.1.0 accepted by position.
 
         Raises:
-            ValueError: a class that does not exist, a setting out of range or of the wrong type, or guidance without class_labels.
+            ValueError: an unknown class, a setting out of range or of the wrong type, or guidance without class_labels.
         """
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                    "guidance_schedule": guidance_schedule, "guidance_power": guidance_power, "guidance_interval": guidance_interval}
-        request = self._request(class_labels, num_images_per_label, seed, settings)
+        if positional:
+            if len(positional) > len(FORMER_POSITIONS):
+                raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
+            warnings.warn(f"pass {', '.join(FORMER_POSITIONS[:len(positional)])} by keyword", DeprecationWarning, stacklevel=2)
+            former = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile, **settings}
+            return self(class_labels, num_images_per_label, seed, **former | dict(zip(FORMER_POSITIONS, positional, strict=False)))
+        request = self._check_request(class_labels, num_images_per_label, seed, settings)
         try:
-            parts = list(self._batches(request, output_type, callback, batch_size, compile))
+            batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
         except SamplingStopped:
             return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True)
-        return GenerationOutput(joined(part.images for part in parts), torch.cat([part.token_ids for part in parts]), request.seeds, request.classes,
-                                places=range(len(request.seeds)))
+        return GenerationOutput(concatenate(batch.images for batch in batches), torch.cat([batch.token_ids for batch in batches]), request.seeds,
+                                request.classes, places=range(len(request.seeds)))
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
-        """Yields the same images as a call with these arguments, one batch at a time, so memory does not grow with their number.
+        """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
 
         Args:
-            skip: called with the places of each batch before sampling starts. Batches for which it returns True are left out.
-            settings: guidance_scale, temperature and the other settings that a call takes.
-            others: as in a call. If the callback returns False, the iterator raises stage2_prior.generation.sampling.SamplingStopped.
+            skip: called with the positions of each batch in the request before sampling starts. Batches for which it returns True are skipped.
+            settings: guidance_scale, temperature and the other sampling settings of `__call__`.
+            others: as in `__call__`. If the callback returns False, the iterator raises stage2_prior.generation.sampling.SamplingStopped.
 
         Raises:
-            ValueError: as in a call.
+            ValueError: as in `__call__`.
         """
-        for name in settings:
-            check_name("a setting", name, [field.name for field in dataclasses.fields(SamplingConfig)])
-        return self._batches(self._request(class_labels, num_images_per_label, seed, settings), output_type, callback, batch_size, compile, skip)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings)
+        return self._sample_batches(request, output_type, callback, batch_size, compile, skip)
 
-    def _request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
-                 settings: dict[str, Any]) -> Request:
-        """The checked request."""
+    def _check_request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
+                       settings: dict[str, Any]) -> Request:
+        """Check the arguments of a call and resolve classes, seeds and sampling settings. Raises InputError for invalid ones."""
+        for name in settings:
+            check_name("a setting", name, SAMPLING_SETTINGS)
         count = as_integer("num_images_per_label", num_images_per_label)
         check_range("num_images_per_label", count, at_least=1)
         given = {name: value for name, value in settings.items() if value is not None}
         sampling = dataclasses.replace(self.sampling, **given)
         if sampling.top_k > self.tokenizer.config.codebook_size:
             raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {self.tokenizer.config.codebook_size}, the codebook size.")
-        classes = self._classes(class_labels, count)
+        classes = self._resolve_classes(class_labels, count)
         if classes is None:
             guided = {name: given[name] for name in GUIDANCE_SETTINGS if name in given}
             if guided and guided.get("guidance_scale") != 1:
                 remedy = "leave it out" if self.class_names is None else "give class_labels, or leave it out"
                 words = " and ".join(f"{name} is {value}" for name, value in guided.items())
                 raise InputError(f"{words}, but no class_labels are given, so guidance has no effect; {remedy}.")
-            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the recommended guidance is for classes
+            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the recommended guidance needs classes
         return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, count if classes is None else len(classes)))
 
-    def _batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int, compile: bool,
-                 skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
-        """The images of a request, one batch at a time. Arguments are checked at once; each batch is sampled when it is requested."""
+    def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
+                        compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
+        """Check the arguments at once and return an iterator that samples one batch at a time."""
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
         compile, total = as_boolean("compile", compile), len(request.seeds)
         batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-        batches = [places for places in batches if skip is None or not skip(places)]
+        batches = [positions for positions in batches if skip is None or not skip(positions)]
         tokens = self.prior.vocabulary.num_tokens
 
-        def sampled() -> Iterator[GenerationOutput]:
-            for number, places in enumerate(batches):
+        def sample() -> Iterator[GenerationOutput]:
+            for number, positions in enumerate(batches):
                 def report(done: int, _: int, number=number) -> bool | None:
                     return callback(number * tokens + done, len(batches) * tokens)
 
-                part = slice(places.start, places.stop)
-                classes, seeds = request.classes and request.classes[part], request.seeds[part]
+                batch = slice(positions.start, positions.stop)
+                classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
                 ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile)
-                ids_Bhw = ids_BT.view(len(places), *self.tokenizer.grid_shape)
-                images = joined(as_output_type(images_BCHW, output_type) for images_BCHW in decoded_in_parts(self.tokenizer, ids_Bhw))
-                yield GenerationOutput(images, ids_Bhw.cpu(), seeds, classes, places=places)
+                ids_Bhw = ids_BT.view(len(positions), *self.tokenizer.grid_shape)
+                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decode_in_batches(self.tokenizer, ids_Bhw))
+                yield GenerationOutput(images, ids_Bhw.cpu(), seeds, classes, places=positions)
 
-        return sampled()
+        return sample()
 
-    def _prepared(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
-        """The given images, a few at a time, on the pipeline's device."""
+    def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
+        """The given images as batches (B, C, H, W) in [-1, 1] on the pipeline's device."""
         transform = self.tokenizer.transform
-        return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, images_together(transform.image_size)))
+        return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
     def logit_difference(self, token_ids: torch.Tensor, class_indices: Sequence[int] | None) -> float:
-        """The largest difference between the logits that sampling sees and those of the float32 weights in the folder, for ids that were drawn.
+        """The largest absolute difference between the logits used in sampling and those of the float32 weights in the folder, for sampled ids.
 
-        Raises ValueError where the pipeline was not loaded from a folder.
+        Raises ValueError if the pipeline was not loaded from a folder.
         """
         if self._source is None:
-            raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with; load a saved one.")
+            raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with. Load a saved pipeline.")
         reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
         classes = [NO_CLASS] * len(token_ids) if class_indices is None else list(class_indices)
-        return max(largest_logit_difference(self.prior, reference, token_ids[start:start + MOST_TOGETHER].flatten(1),
-                                            classes[start:start + MOST_TOGETHER]) for start in range(0, len(token_ids), MOST_TOGETHER))
+        return max(largest_logit_difference(self.prior, reference, token_ids[start:start + MAX_BATCH_IMAGES].flatten(1),
+                                            classes[start:start + MAX_BATCH_IMAGES]) for start in range(0, len(token_ids), MAX_BATCH_IMAGES))
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w), or (B, h, w, depth), int64 on the CPU of one PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1]."""
-        return torch.cat([self.tokenizer.encode(images_BCHW).cpu() for images_BCHW in self._prepared(images)])
+        """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU."""
+        return torch.cat([self.tokenizer.encode(images_BCHW).cpu() for images_BCHW in self._image_batches(images)])
 
     def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
-        """PIL images of ids (B, h, w), or (B, h, w, depth) where the tokenizer has several for each position."""
-        parts = decoded_in_parts(self.tokenizer, torch.atleast_1d(torch.as_tensor(token_ids)))
-        return [image for images_BCHW in parts for image in to_pil(images_BCHW)]
+        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images."""
+        batches = decode_in_batches(self.tokenizer, torch.atleast_1d(torch.as_tensor(token_ids)))
+        return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
-        """The images after the way through the tokens and back."""
-        return [image for images_BCHW in self._prepared(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]
+        """Encode images to tokens and decode them again, to PIL images."""
+        return [image for images_BCHW in self._image_batches(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]
 
-    def _classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
+    def _resolve_classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
+        """The class index of each image, `count` images per label, or None if no labels are given."""
         if class_labels is None:
             if self.class_names is not None and self.prior.vocabulary.label_drop == 0:
-                raise InputError("class_labels is not given, and this prior was trained without label drop, so it knows no image of any class; "
-                                 f"give class_labels out of: {', '.join(self.class_names[:50])}.")
+                raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
+                                 f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
             return None
-        asked = class_labels if isinstance(class_labels, str) else as_index(class_labels)
-        asked = list(class_labels) if asked is None else [asked]
-        if not asked:
+        label = class_labels if isinstance(class_labels, str) else as_index(class_labels)
+        labels = list(class_labels) if label is None else [label]
+        if not labels:
             raise InputError("class_labels is empty; give class names or indices, or None.")
-        return [index for index in class_indices(self.class_names, asked) for _ in range(count)]
+        return [index for index in class_indices(self.class_names, labels) for _ in range(count)]
 
 
-def as_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """Decoded images as pil, np or pt, on the CPU."""
+def to_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """Convert decoded images in [-1, 1] to an output type (pil, np or pt), on the CPU."""
     if output_type == "pt":
         return images_BCHW.clamp(-1, 1).cpu()
     return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
 
 
-def joined(parts: Iterable[list | np.ndarray | torch.Tensor]) -> list | np.ndarray | torch.Tensor:
-    """Several parts of the same kind as one."""
-    parts = list(parts)
-    if isinstance(parts[0], list):
-        return [image for part in parts for image in part]
-    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(parts)
+def concatenate(batches: Iterable[list | np.ndarray | torch.Tensor]) -> list | np.ndarray | torch.Tensor:
+    """Concatenate batches of one type: lists, arrays or tensors."""
+    batches = list(batches)
+    if isinstance(batches[0], list):
+        return [image for batch in batches for image in batch]
+    return np.concatenate(batches) if isinstance(batches[0], np.ndarray) else torch.cat(batches)
 
 
 def as_index(value: Any) -> int | None:
-    """A single integer of any kind (int, numpy, torch) as int, or None for anything else."""
+    """A single integer of any type (int, numpy, torch) as int, or None for anything else."""
     try:
         return operator.index(value)
     except TypeError:

@@ -1,17 +1,17 @@
-"""Stage 1: images in, a discrete tokenizer out. Names are loaded when first used, so that looking costs nothing."""
+"""Stage 1: trains a discrete image tokenizer. Names are imported on first use."""
 
 import importlib
 
-_HOME = {
+_MODULE_OF_NAME = {
     "ImageTokenizer": "tokenizer",
     "QUANTIZERS": "quantizers",
     "ImageTransform": "image_files.images",
     "View": "image_files.images",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULE_OF_NAME)
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULE_OF_NAME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF_NAME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Where the weights are that a fine-tuning starts from (tokenizer_training.init_from), and whether they can fit. Imports no torch."""
+"""Finds the initial weights for fine-tuning (tokenizer_training.init_from) and checks that they match the recipe. Does not import torch."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from stage1_tokenizer.data.data_location import nearest_sibling
 from vqmosaic.errors import InputError
-from vqmosaic.files.permissions import check_readable, naming_denied_permissions
+from vqmosaic.files.permissions import check_readable, explain_permission_errors
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
@@ -20,51 +20,51 @@ TOKENIZER_FORMAT = "vqmosaic.image_tokenizer"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
 TRANSFORM_FIELDS = ("image_size", "channels")
-"""Fields of section data that decide tokens: of the whole section nothing else is in the token fingerprint."""
+"""The fields of section data that affect the tokens. The token fingerprint covers no other field of that section."""
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """A file of weights, and what is known of the network that it belongs to."""
+    """A weight file and the known configuration of its network."""
 
     folder: Path
     """The tokenizer folder or the checkpoint."""
     file: Path
     """The safetensors file in it."""
     is_export: bool
-    """A tokenizer folder, or else a checkpoint."""
+    """True for a tokenizer folder, False for a checkpoint."""
     config: dict[str, Any]
-    """config.json of a tokenizer folder; of a checkpoint in its run folder {"network": ..., "transform": ...} as its run recorded it; else empty."""
+    """A tokenizer folder: its config.json. A checkpoint in its run folder: {"network": ..., "transform": ...} from the stage record. Else empty."""
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def locate_initial_weights(path: str) -> InitialWeights:
-    """The weights that a path leads to. Looks at names and small files only.
+    """Find the weights at a path. Reads only file names and small files.
 
     Raises:
-        ValueError: there is nothing of that path, or it is neither a tokenizer folder nor a checkpoint nor a run folder with a tokenizer.
+        ValueError: the path does not exist, or is not a tokenizer folder, a checkpoint or a run folder with a tokenizer.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
         nearest = nearest_sibling(given)
         hint = f" Did you mean {nearest!r}?" if nearest and not given.exists() else ""
-        raise InputError(f"{FIELD} is {path!r}, which {'is a file' if given.exists() else 'does not exist'}; give {ALLOWED}.{hint}")
+        raise InputError(f"{FIELD} is {path!r}, which {'is a file' if given.exists() else 'does not exist'}. Give {ALLOWED}.{hint}")
     for folder in (given, given / "tokenizer"):
         check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
         if (config := _read_json(folder / "config.json")).get("format") == TOKENIZER_FORMAT and (folder / "model.safetensors").is_file():
             return InitialWeights(folder, folder / "model.safetensors", True, config)
-    for name in ("weights_ema.safetensors", "model.safetensors"):  # what a training exports is the average, where there is one
+    for name in ("weights_ema.safetensors", "model.safetensors"):  # prefer the weight average: it is what training exports
         if (given / "checksums.json").is_file() and (given / name).is_file():
-            return InitialWeights(given, given / name, False, _recorded(given))
+            return InitialWeights(given, given / name, False, _recorded_config(given))
     steps = sorted(given.glob("step-*")) or sorted(given.glob("checkpoints/tokenizer/step-*"))
-    hint = f" There is the checkpoint {str(steps[-1])!r}." if steps else ""
+    hint = f" Did you mean the checkpoint {str(steps[-1])!r}?" if steps else ""
     raise InputError(f"{FIELD} is {path!r}, which is none of these: {ALLOWED}.{hint}")
 
 
 def check_init_from(recipe: Recipe, resumes: bool = False) -> None:
-    """Raise InputError where tokenizer_training.init_from is set and a training of this recipe could not start from it, as far as names tell.
+    """Raise InputError if tokenizer_training.init_from is set and its weights cannot match the recipe. Reads no tensors.
 
-    Where a training `resumes` from a checkpoint of its own, what it once started from may be gone.
+    If training `resumes` from its own checkpoint, the initial weights may have been deleted.
     """
     path, run = recipe.tokenizer_training.init_from, RunFolder(Path(recipe.run_dir))
     if path is None or (resumes and not Path(path).expanduser().exists() and any(run.checkpoints("tokenizer").glob("step-*"))):
@@ -72,56 +72,56 @@ def check_init_from(recipe: Recipe, resumes: bool = False) -> None:
     found = locate_initial_weights(path)
     for own in (run.export("tokenizer"), run.checkpoints("tokenizer"), run.export("pipeline")):
         if found.folder.resolve().is_relative_to(own.resolve()):
-            raise InputError(f"{FIELD} is {path!r}, which this run itself writes and --redo removes; set run_dir to another folder, "
-                             "or copy the weights out of it.")
+            raise InputError(f"{FIELD} is {path!r}, which this run writes and --redo deletes. Set run_dir to another folder, "
+                             "or copy the weights elsewhere.")
     check_same_network(found, recipe.tokenizer)
     channels = found.config.get("transform", {}).get("channels", recipe.data.channels)
     if channels != recipe.data.channels:
-        raise InputError(f"data.channels is {recipe.data.channels}, but {FIELD} leads to {found.folder}, which was trained with {channels}; "
-                         f"set data.channels to {channels}.")
+        raise InputError(f"data.channels is {recipe.data.channels}, but the weights of {FIELD} ({found.folder}) were trained with {channels}. "
+                         f"Set data.channels to {channels}.")
     if recipe.tokenizer_training.train_parts == "decoder":
         check_same_transform(found, vars(recipe.data))
 
 
 def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
-    """Raise InputError that names every field in which the network of found weights is another one than the recipe's."""
+    """Raise InputError if the network of the weights differs from the recipe's. The message lists every field that differs."""
     if "network" not in found.config:
         return
-    theirs = vars(TokenizerConfig()) | found.config["network"]  # a field that came later has a default that means what was done before
-    without_effect = LEARNING_FIELDS if config.quantizer == "residual" else (*LEARNING_FIELDS, *RESIDUAL_FIELDS)
-    differing = {name: value for name, value in vars(config).items() if name not in without_effect and theirs[name] != value}
+    theirs = vars(TokenizerConfig()) | found.config["network"]  # fields added later have defaults that keep the old behaviour
+    ignored_fields = LEARNING_FIELDS if config.quantizer == "residual" else (*LEARNING_FIELDS, *RESIDUAL_FIELDS)
+    differing = {name: value for name, value in vars(config).items() if name not in ignored_fields and theirs[name] != value}
     if differing:
-        listed = "; ".join(f"tokenizer.{name} is {value!r} here and {theirs[name]!r} there" for name, value in differing.items())
+        listed = "; ".join(f"tokenizer.{name} is {value!r} in the recipe and {theirs[name]!r} in the weights" for name, value in differing.items())
         fields = ", ".join(f"tokenizer.{name}" for name in differing)
-        raise InputError(f"{FIELD} leads to {found.folder}, which holds another network: {listed}. Set {fields} to what it is there, "
-                         f"or {FIELD} to weights of this network.")
+        raise InputError(f"the weights of {FIELD} ({found.folder}) belong to another network: {listed}. Set {fields} to the values of the "
+                         f"weights, or {FIELD} to weights of this network.")
 
 
 def check_same_transform(found: InitialWeights, own: Mapping[str, Any]) -> None:
-    """Raise InputError where images of another size or other channels than the found weights were trained with would give other tokens.
+    """Raise InputError unless the weights were trained with the recipe's image size and channels.
 
-    Called where a decoder is trained alone, for which the tokens have to stay the same. Weights of which nothing tells are refused too.
+    For training the decoder alone (train_parts decoder), where the tokens must not change. Weights whose size or channels are unknown are refused.
 
     Args:
-        own: what the recipe says, by the names of the fields in its section data.
+        own: the recipe's values, by field name of section data.
     """
     theirs = found.config.get("transform", {})
     for name in TRANSFORM_FIELDS:
         if name not in theirs:
-            raise InputError(f"tokenizer_training.train_parts is 'decoder', but nothing tells with which data.{name} the weights in {found.folder} "
-                             f"were trained, and with another one they give other tokens. Set {FIELD} to a tokenizer folder or to the checkpoint "
+            raise InputError(f"tokenizer_training.train_parts is 'decoder', which must not change the tokens, but the data.{name} that the weights "
+                             f"in {found.folder} were trained with is unknown. Set {FIELD} to a tokenizer folder or to the checkpoint "
                              "inside the run that wrote it (<run_dir>/checkpoints/tokenizer), or tokenizer_training.train_parts to all.")
         if theirs[name] != own[name]:
-            raise InputError(f"data.{name} is {own[name]!r}, but {FIELD} leads to {found.folder}, made with {theirs[name]!r}: with "
-                             "tokenizer_training.train_parts decoder the tokens have to stay the same. "
+            raise InputError(f"data.{name} is {own[name]!r}, but the weights of {FIELD} ({found.folder}) were trained with {theirs[name]!r}, "
+                             "and tokenizer_training.train_parts decoder must not change the tokens. "
                              f"Set data.{name} to {theirs[name]!r}, or tokenizer_training.train_parts to all.")
 
 
 def fingerprint_of_initial_weights(path: str) -> str:
-    """What identifies the weights a path leads to: the full fingerprint of a tokenizer folder, of a checkpoint the sha256 of its checksums.
+    """The full fingerprint of a tokenizer folder, or the sha256 of a checkpoint's checksums.json.
 
     Raises:
-        ValueError: as `locate_initial_weights`.
+        ValueError: see `locate_initial_weights`.
     """
     found = locate_initial_weights(path)
     if found.is_export:
@@ -129,8 +129,8 @@ def fingerprint_of_initial_weights(path: str) -> str:
     return hashlib.sha256((found.folder / "checksums.json").read_bytes()).hexdigest()
 
 
-def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """{"network": fields, "transform": fields} as the run of a checkpoint recorded them; empty where it lies outside a run with a record."""
+def _recorded_config(checkpoint: Path) -> dict[str, Any]:
+    """{"network": fields, "transform": fields} from the stage record of the checkpoint's run. Empty if there is no such record."""
     run = RunFolder(checkpoint.absolute().parents[2]) if len(checkpoint.absolute().parents) > 2 else None
     if run is None or run.checkpoints("tokenizer") != checkpoint.absolute().parent:
         return {}

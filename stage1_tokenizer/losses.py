@@ -1,4 +1,4 @@
-"""Reconstruction losses by name, on images in [-1, 1]."""
+"""Reconstruction losses by name, for images in [-1, 1]."""
 
 import torch
 import torch.nn.functional as F
@@ -7,5 +7,5 @@ RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.smooth_l1
 
 
 def reconstruction_loss(name: str, reconstructions_BCHW: torch.Tensor, images_BCHW: torch.Tensor) -> torch.Tensor:
-    """Mean loss over all pixels, computed in float32 whatever autocast made of the reconstructions."""
+    """Mean loss over all pixels, computed in float32 even under autocast."""
     return RECONSTRUCTION_LOSSES[name](reconstructions_BCHW.float(), images_BCHW.float())

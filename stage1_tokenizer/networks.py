@@ -1,7 +1,7 @@
-"""Convolutional encoder and decoder, laid out block for block like those of taming-transformers (VQGAN, Esser et al. 2021).
+"""Convolutional encoder and decoder with the block layout of taming-transformers (VQGAN, Esser et al. 2021).
 
-The order of blocks, paddings and norms is kept so that weights of taming-transformers and of diffusers' VQModel can be mapped
-onto these modules one to one. With `tokenizer.block: convnext` the blocks and norms are others, in the same order.
+Blocks, paddings and norms come in the same order, so the weights of taming-transformers and of diffusers' VQModel map one to one onto these
+modules. `tokenizer.block: convnext` uses other blocks and norms in the same order.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place, with eps 1e-6, and swish after it if that is asked for."""
+    """LayerNorm over the channels at each position (eps 1e-6), optionally followed by swish."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -25,19 +25,19 @@ class ChannelNorm(nn.LayerNorm):
         return F.silu(normed_BCHW) if swish else normed_BCHW
 
 
-def normalization(config: TokenizerConfig, channels: int) -> nn.Module:
-    """The norm that goes with the kind of blocks: GroupNorm, or LayerNorm over channels."""
+def make_norm(config: TokenizerConfig, channels: int) -> nn.Module:
+    """The norm of the configured block type: GroupNorm (resnet) or LayerNorm over channels (convnext)."""
     return ChannelNorm(channels) if config.block == "convnext" else GroupNorm(channels)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after norm and swish, around a skip connection."""
+    """Two 3x3 convolutions, each preceded by norm and swish, with a skip connection."""
 
     def __init__(self, config: TokenizerConfig, channels_in: int, channels_out: int):
         super().__init__()
-        self.norm1 = normalization(config, channels_in)
+        self.norm1 = make_norm(config, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm2 = normalization(config, channels_out)
+        self.norm2 = make_norm(config, channels_out)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
@@ -48,10 +48,10 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 3x3 convolution, LayerNorm, and two layers on each place with four times the width between them, around a skip connection.
+    """Depthwise 3x3 convolution, LayerNorm and a pointwise MLP of four times the width, with a skip connection.
 
-    After ConvNeXt (Liu et al. 2022), with swish as everywhere here. It has less than half of a ResidualBlock's weights and multiplications, and most
-    of them in plain matrix products.
+    Follows ConvNeXt (Liu et al. 2022), but with 3x3 kernels and swish. It has less than half the weights and multiplications of a ResidualBlock,
+    most of them in plain matrix products.
     """
 
     def __init__(self, config: TokenizerConfig, channels_in: int, channels_out: int):
@@ -74,14 +74,14 @@ BLOCKS = {"resnet": ResidualBlock, "convnext": ConvNeXtBlock}
 
 
 class AttentionBlock(nn.Module):
-    """One-head self-attention over all positions, around a skip connection.
+    """Single-head self-attention over all positions, with a skip connection.
 
-    Its 1x1 convolutions, which they are by their weights, are computed as plain matrix products, without a change of memory order between them.
+    The projections are stored as 1x1 convolutions, but computed as matrix products on channels-last tensors, which avoids memory reordering.
     """
 
     def __init__(self, config: TokenizerConfig, channels: int):
         super().__init__()
-        self.norm = normalization(config, channels)
+        self.norm = make_norm(config, channels)
         self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -94,21 +94,21 @@ class AttentionBlock(nn.Module):
 def attention(query_BNC: torch.Tensor, key_BNC: torch.Tensor, value_BNC: torch.Tensor) -> torch.Tensor:
     """softmax(Q K^T / sqrt(C)) V, (B, N, C).
 
-    On a CPU in bf16 the gradient of torch's kernel takes, for few places, up to four times as long as that of the products it is made of.
+    On a CPU in bf16 with few positions, the backward of torch's fused kernel is up to four times slower than that of separate matrix products.
     """
     if query_BNC.device.type == "cpu" and query_BNC.dtype == torch.bfloat16 and query_BNC.requires_grad and query_BNC.shape[1] <= 256:
         scores_BNN = torch.baddbmm(query_BNC.new_zeros(()), query_BNC, key_BNC.transpose(1, 2), alpha=query_BNC.shape[2]**-0.5)
         return torch.bmm(scores_BNN.softmax(dim=-1), value_BNC)
-    return F.scaled_dot_product_attention(*(each[:, None] for each in (query_BNC, key_BNC, value_BNC)))[:, 0]
+    return F.scaled_dot_product_attention(*(tensor[:, None] for tensor in (query_BNC, key_BNC, value_BNC)))[:, 0]
 
 
 def pointwise(layer: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
-    """What a 1x1 convolution makes of channels that come last, as one matrix product: (B, H, W, C_out)."""
+    """Apply a 1x1 convolution to a channels-last tensor as one matrix product. Returns (B, H, W, C_out)."""
     return F.linear(x_BHWC, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
-    """Half the height and width: stride 2 with padding at the right and bottom only."""
+    """Halve height and width: convolution of stride 2, padded at the right and bottom only."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -119,10 +119,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: what nearest neighbour and then a 3x3 convolution give, at 4/9 of the multiplications.
+    """Double height and width. Equivalent to nearest-neighbour upsampling followed by a 3x3 convolution, at 4/9 of the multiplications.
 
-    Where each pixel stands four times, several taps of the kernel meet the same pixel. Added up beforehand they are the 4x4 kernel of a
-    transposed convolution over the small image.
+    After nearest-neighbour upsampling, several kernel taps read copies of the same pixel. Summing these taps beforehand gives the 4x4 kernel
+    of a transposed convolution on the small image.
     """
 
     def __init__(self, channels: int):
@@ -132,18 +132,18 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         kernel_IO44 = fold_taps(fold_taps(self.conv.weight, 2), 3).transpose(0, 1)
         doubled_BCHW = F.conv_transpose2d(x_BCHW, kernel_IO44, stride=2, padding=1)
-        # as the operator's own bias it would have a gradient that takes a CPU longer than the rest of it
+        # added here, because on a CPU the gradient of the operator's own bias is slower than the rest of its backward
         return doubled_BCHW + self.conv.bias.to(doubled_BCHW.dtype)[:, None, None]
 
 
 def fold_taps(kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Three taps over an image in which each pixel stands twice, as the four taps of a transposed convolution of stride 2."""
+    """Turn three taps over an image with doubled pixels into the four taps of a transposed convolution of stride 2."""
     first, second, third = kernel.unbind(dim)
     return torch.stack([third, second + third, first + second, first], dim)
 
 
-def level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels_out: int, count: int) -> nn.ModuleList:
-    """The blocks of one level, each followed by attention where the configuration has it at this level."""
+def make_level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels_out: int, count: int) -> nn.ModuleList:
+    """The blocks of one level, each followed by attention if config.attention_levels contains the level."""
     blocks = nn.ModuleList()
     for index in range(count):
         blocks.append(BLOCKS[config.block](config, channels_in if index == 0 else channels_out, channels_out))
@@ -152,11 +152,11 @@ def level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels
     return blocks
 
 
-def middle_blocks(config: TokenizerConfig, channels: int) -> nn.Sequential:
+def make_middle_blocks(config: TokenizerConfig, channels: int) -> nn.Sequential:
     """Block, attention if configured, block, at the lowest resolution."""
-    attention = [AttentionBlock(config, channels)] if config.middle_attention else []
+    attention_blocks = [AttentionBlock(config, channels)] if config.middle_attention else []
     first, last = (BLOCKS[config.block](config, channels, channels) for _ in range(2))
-    return nn.Sequential(first, *attention, last)
+    return nn.Sequential(first, *attention_blocks, last)
 
 
 class Encoder(nn.Module):
@@ -170,11 +170,11 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         channels = config.channels
         for level, width in enumerate(widths):
-            blocks = level_blocks(config, level, channels, width, config.residual_blocks)
+            blocks = make_level_blocks(config, level, channels, width, config.residual_blocks)
             self.levels.append(nn.Sequential(*blocks, *([Downsample(width)] if level < len(widths) - 1 else [])))
             channels = width
-        self.middle = middle_blocks(config, channels)
-        self.norm_out = normalization(config, channels)
+        self.middle = make_middle_blocks(config, channels)
+        self.norm_out = make_norm(config, channels)
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -194,19 +194,19 @@ class Decoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         channels = widths[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
-        self.middle = middle_blocks(config, channels)
+        self.middle = make_middle_blocks(config, channels)
         self.levels = nn.ModuleList()  # from the lowest resolution to the full one
         for level in reversed(range(len(widths))):
-            blocks = level_blocks(config, level, channels, widths[level], config.residual_blocks + 1)
+            blocks = make_level_blocks(config, level, channels, widths[level], config.residual_blocks + 1)
             self.levels.append(nn.Sequential(*blocks, *([Upsample(widths[level])] if level > 0 else [])))
             channels = widths[level]
-        self.norm_out = normalization(config, channels)
+        self.norm_out = make_norm(config, channels)
         self.patch_size = config.patch_size
         self.conv_out = nn.Conv2d(channels, image_channels * self.patch_size**2, 3, padding=1)
 
     @property
     def last_layer(self) -> torch.Tensor:
-        """The weight nearest to the pixels, against whose gradient adversarial losses are balanced."""
+        """The weight of the last convolution. Its gradient norms give the adaptive adversarial weight."""
         return self.conv_out.weight
 
     def forward(self, latents_BChw: torch.Tensor) -> torch.Tensor:
@@ -214,11 +214,11 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(patches, self.patch_size)      # (B, C, H, W)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a compiled decoder without what is compiled, which would go on computing with this one's weights in a copy."""
+        """State without a compiled `features`: in a copy, it would still compute with the weights of the original."""
         return {name: value for name, value in super().__getstate__().items() if name != "features"}
 
     def features(self, latents_BChw: torch.Tensor) -> torch.Tensor:
-        """What the last layer makes pixels of: (B, channels, H / p, W / p)."""
+        """Input of the last convolution: (B, channels, H / p, W / p)."""
         features = self.middle(self.conv_in(latents_BChw))    # (B, width, h, w)
         for level in self.levels:
             features = level(features)                        # (B, width, h * 2^n, w * 2^n)
@@ -226,11 +226,12 @@ class Decoder(nn.Module):
 
 
 def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
-    """Compile the encoder, and the decoder up to its last layer, against whose gradient alone adversarial losses are balanced.
+    """Compile the encoder, and the decoder without its last convolution, whose gradient the adaptive adversarial weight needs separately.
 
-    In one process each is one graph: parts of it, compiled by themselves, would be entered and left tens of times a step, which takes as long as
-    some of them. (With several, torch parts them where gradients are exchanged.)
+    In one process each becomes one graph. Compiling smaller parts would add tens of graph entries and exits per step, which cost as much time as
+    some of the parts. (With several processes, torch splits the graphs where gradients are exchanged.)
     """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # all modules share their entry, and each compiles it anew
+    # all modules share one entry point, and each recompiles it
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     encoder.compile()
     decoder.features = torch.compile(decoder.features)

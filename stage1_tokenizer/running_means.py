@@ -1,29 +1,29 @@
-"""Means of named losses over micro-batches and processes, without a wait for the device in every step."""
+"""Means of named losses over micro-batches and processes, without a device synchronization per step."""
 
 import torch
 
 
 class RunningMeans:
-    """Sums and counts by name; a name that is there only some of the time is averaged over the times it was there."""
+    """Sums and counts by name. A name is averaged over the micro-batches that contain it."""
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
-        """Take one micro-batch's losses, scalars."""
+        """Add the scalar losses of one micro-batch."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def update(self, other: "RunningMeans") -> None:
-        """Take all that another one has gathered."""
+        """Add the sums and counts of another RunningMeans."""
         for name, total in other.sums.items():
             self.sums[name] = self.sums.get(name, 0) + total
             self.counts[name] = self.counts.get(name, 0) + other.counts[name]
 
-    def over_processes(self, accelerator) -> dict[str, float]:
-        """Means by name, the same on all processes, which must have gathered the same names; nothing where nothing was gathered."""
+    def average_over_processes(self, accelerator) -> dict[str, float]:
+        """Means by name over all processes, which must have added the same names. Empty if nothing was added."""
         if not self.sums:
             return {}
         names = list(self.sums)

@@ -1,4 +1,4 @@
-"""What the training of the tokenizer does once, before its first step: the codebook's start, the plan's lines and how long a step takes."""
+"""Setup of tokenizer training before the first step: codebook initialization, lines of the printed plan, and the time of one step."""
 
 import time
 from itertools import islice
@@ -13,7 +13,7 @@ from stage1_tokenizer.quantizers import Quantizer
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
-from vqmosaic.training.tracking import lines_in_training
+from vqmosaic.training.tracking import progress_lines
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -23,12 +23,12 @@ KMEANS_MAX_BATCHES = 256
 
 @torch.no_grad()
 def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: TrainingRun) -> None:
-    """K-means on latents of the first batches, collected until there are enough, pooled over ranks in the order of the stream."""
-    if type(tokenizer.quantizer).initialize is Quantizer.initialize:  # nothing to learn from latents
+    """Initialize the codebook by k-means on latents of the first batches. Collects enough latents, from all ranks, in stream order."""
+    if type(tokenizer.quantizer).initialize is Quantizer.initialize:  # this quantizer is not initialized from latents
         return
-    wanted = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
+    needed = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
     collected: list[torch.Tensor] = []
-    lines = lines_in_training(wanted, "k-means", "vector", run.is_main)
+    lines = progress_lines(needed, "k-means", "vector", run.is_main)
     tokenizer.eval()
     for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
         images_BCHW = batch.images_BCHW.to(run.accelerator.device)
@@ -36,17 +36,17 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
         collected.append(run.accelerator.gather(vectors_ND))
         lines.update(len(collected[-1]))
-        if sum(map(len, collected)) >= wanted:
+        if sum(map(len, collected)) >= needed:
             break
     tokenizer.quantizer.initialize(torch.cat(collected))
-    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs the sums of k-means may round differently on each rank
+    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs, the sums of k-means may round differently on each rank
         tensor.copy_(broadcast(tensor.clone(), from_process=0))
     if run.average is not None:  # the average starts from these codes too
         run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
 
 
 def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
-    """The perceptual loss that the recipe asks for, its weights found, checked and loaded; None where that is none, or the discriminator's."""
+    """LPIPS with its weights loaded and checked. None if the recipe has no perceptual loss or uses discriminator features."""
     training = recipe.tokenizer_training
     if not training.perceptual_weight or training.perceptual_loss != "lpips":
         return None
@@ -54,47 +54,47 @@ def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
 
 
 def describe_start(training: TokenizerTrainingConfig) -> dict[str, str]:
-    """Lines of the plan about a fine-tuning; none for a training from scratch."""
+    """Lines of the plan about fine-tuning. Empty when training from scratch."""
     if training.init_from is None:
         return {}
-    trained = "the decoder alone: encoder, codebook and tokens stay" if training.train_parts == "decoder" else "all"
+    trained = "the decoder only; encoder, codebook and tokens do not change" if training.train_parts == "decoder" else "all"
     return {"starts from": training.init_from, "trained": trained}
 
 
 def describe_loss(training: TokenizerTrainingConfig) -> str:
-    """What is made small beside an adversarial loss, for the plan."""
+    """The reconstruction and perceptual losses, for the plan."""
     perceptual = f", {training.perceptual_loss} with weight {training.perceptual_weight:g}" if training.perceptual_weight else ", no perceptual loss"
     return f"{training.reconstruction_loss} reconstruction{perceptual}"
 
 
 def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
-    """Lines of the plan about the tokens of an image."""
+    """Lines of the plan about the tokens of one image."""
     config, side = tokenizer.config, tokenizer.grid_size
     if not tokenizer.quantizer.has_ids:
-        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}): no tokens can be made of them"}
+        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}), so there are no tokens"}
     depth = f" x {config.depth}" if config.depth > 1 else ""
-    return {"tokens": f"{side} x {side}{depth} of {config.codebook_size:,} codes an image ({config.quantizer})",
+    return {"tokens": f"{side} x {side}{depth} per image, {config.codebook_size:,} codes ({config.quantizer})",
             "codebook use is measured on": f"{counted(validation_images, 'image')}, {counted(validation_images * side**2 * config.depth, 'token')}"}
 
 
 def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:
-    """Warn if there are more codes than the training images have vectors, so that not all codes can be used."""
+    """Warn if the codebook has more codes than the training images have latent vectors, so that not all codes can be used."""
     codes, vectors = tokenizer.config.codebook_size, images * tokenizer.grid_size ** 2
     if tokenizer.quantizer.has_ids and codes > vectors:
-        run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have {vectors:,} vectors "
-                   f"({tokenizer.grid_size} x {tokenizer.grid_size} each), so not all codes can be used. Lower tokenizer.codebook_size, or train on "
-                   "more images.")
+        run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have only {vectors:,} latent "
+                   f"vectors ({tokenizer.grid_size} x {tokenizer.grid_size} each), so not all codes can be used. Lower tokenizer.codebook_size, or "
+                   "train on more images.")
 
 
-def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:
-    """Seconds of one forward and backward, of perceptual loss and discriminator too, measured on a step that is thrown away."""
+def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:
+    """Seconds of one step's forward and backward passes, with perceptual loss and discriminator. Discards gradients and statistics."""
     training: TokenizerTrainingConfig = run.training
     images_BCHW = batch.images_BCHW.to(run.accelerator.device)
     images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
     if training.channels_last:
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
     set_training_mode(model, run.unwrapped, training.train_parts)
-    for _ in range(2):  # the first one warms up
+    for _ in range(2):  # the first pass warms up
         started = time.perf_counter()
         output = model(images_BCHW)
         loss = output.reconstructions.float().square().mean() + output.quantizer.loss
@@ -115,7 +115,7 @@ def time_of_one_step(model: torch.nn.Module, adversary: Adversary | None, percep
 
 
 def set_training_mode(model: torch.nn.Module, tokenizer: ImageTokenizer, parts: str) -> None:
-    """Training mode for what is trained: a frozen encoder drops nothing out, a frozen codebook gathers nothing."""
+    """Set training mode. A frozen encoder and quantizer stay in eval mode: no dropout, no codebook statistics."""
     model.train()
     if parts == "decoder":
         tokenizer.encoder.eval()

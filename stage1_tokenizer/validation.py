@@ -1,4 +1,4 @@
-"""Validation of a tokenizer: PSNR, SSIM, reconstruction error, use of the codebook, a picture of reconstructions."""
+"""Tokenizer validation: PSNR, SSIM, reconstruction error, codebook usage and a picture of reconstructions."""
 
 import math
 from pathlib import Path
@@ -9,80 +9,80 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.image_files.images import to_uint8
-from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.runs.interruption import StopFlag
-from vqmosaic.training.tracking import lines_in_training
+from vqmosaic.training.tracking import progress_lines
 
-GRID_IMAGES = 16
+PICTURE_IMAGES = 16
 
 
-@torch.no_grad()  # not inference mode: without a weight average it is the model in training
+@torch.no_grad()  # not inference mode: without a weight average, this is the model being trained
 def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
              stop: StopFlag | None = None) -> dict[str, float] | None:
-    """Metrics over the fixed validation images, the same on all ranks; None where a signal to any rank's `stop` cut it short.
+    """Compute metrics over the fixed validation images. Returns the same on all ranks, or None if a signal stopped any rank.
 
-    Images are clamped to [-1, 1] before they are judged, and everything is computed in float32, as preprocessing and sampling do.
+    Clamps reconstructions to [-1, 1] and computes everything in float32, like preprocessing and sampling.
 
-    psnr in dB over all pixels and ssim, both for images in [0, 1]; reconstruction_l1 and reconstruction_l2 per pixel in [-1, 1]; variance of
-    the images' pixels, which is the reconstruction_l2 of the best flat grey image; and where the quantizer has ids,
-    codebook_usage, the share of codes used at least once in this window of images; perplexity, exp of the entropy of their
-    frequencies. With several ids a position, each level's codes are counted by themselves, and the perplexity is that of one level.
+    Metrics: psnr in dB over all pixels, and ssim, both for images in [0, 1]. reconstruction_l1 and reconstruction_l2 per pixel, for images in
+    [-1, 1]. variance of the image pixels, which equals the reconstruction_l2 of the best flat grey image. If the quantizer has ids:
+    codebook_usage, the share of codes used at least once on these images, and perplexity, exp of the entropy of the code frequencies. With
+    several ids per position, each level's codes are counted separately, and the perplexity is per level.
     """
     device = accelerator.device
     psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
-    counts_K = torch.zeros(codes * depth, device=device)  # the codes of each level are counted by themselves
-    first_of_level = codes * torch.arange(depth, device=device)
-    # sums of absolute errors, squared errors, pixels, squared pixels, elements, and ranks that were stopped
+    counts_K = torch.zeros(codes * depth, device=device)  # a separate count for each level
+    level_offsets = codes * torch.arange(depth, device=device)
+    # sums of absolute errors, squared errors, pixels and squared pixels; number of elements; number of stopped ranks
     sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-    lines = lines_in_training(len(images), "validation", "image", accelerator.is_main_process)
+    lines = progress_lines(len(images), "validation", "image", accelerator.is_main_process)
     tokenizer.eval()
-    shown: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions, for the picture
+    picture_parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions
     for images_BCHW, _ in images.batches(batch_size, accelerator.process_index, accelerator.num_processes):
         if stop is not None and stop.signal:
             sums[-1] = 1
             break
         lines.update(len(images_BCHW) * accelerator.num_processes)
         images_BCHW = images_BCHW.to(device)
-        output = ImageTokenizer.forward(tokenizer, images_BCHW)  # that of the class: in training the instance's own is wrapped in autocast
+        output = ImageTokenizer.forward(tokenizer, images_BCHW)  # not tokenizer(...): Accelerate wraps the instance's forward in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
-        # the luminance term of SSIM compares mean values, so it is only defined for values >= 0 (Wang et al. 2004, equation 6)
+        # the luminance term of SSIM compares means, so it requires values >= 0 (Wang et al. 2004, equation 6)
         restored_01, images_01 = (restored_BCHW + 1) / 2, (images_BCHW + 1) / 2
         psnr.update(restored_01, images_01)
-        with full_precision(device):  # a variance is a small difference of large means, and TF32 is too coarse for it
+        with full_precision(device):  # a variance is a small difference of large means: TF32 is too coarse
             ssim.update(restored_01, images_01)
         if output.quantizer.ids is not None:
             ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]
-            counts_K += torch.bincount((ids_Bhwd + first_of_level).flatten(), minlength=len(counts_K))
+            counts_K += torch.bincount((ids_Bhwd + level_offsets).flatten(), minlength=len(counts_K))
         difference = restored_BCHW - images_BCHW
         sums[:4] += torch.stack([difference.abs().sum(), difference.square().sum(), images_BCHW.sum(), images_BCHW.square().sum()])
         sums[4] += difference.numel()
-        if sum(len(part) for part, _ in shown) < GRID_IMAGES:
-            shown.append((images_BCHW, restored_BCHW))
+        if sum(len(part) for part, _ in picture_parts) < PICTURE_IMAGES:
+            picture_parts.append((images_BCHW, restored_BCHW))
     counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
     if sums[-1]:
         return None
-    if shown and picture is not None and accelerator.is_main_process:
-        save_picture(reconstruction_picture(*(torch.cat(parts)[:GRID_IMAGES] for parts in zip(*shown, strict=True))), picture)
+    if picture_parts and picture is not None and accelerator.is_main_process:
+        save_picture(reconstruction_picture(*(torch.cat(parts)[:PICTURE_IMAGES] for parts in zip(*picture_parts, strict=True))), picture)
     l1, l2, mean, mean_square = (sums[:4] / sums[4]).tolist()
     return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": l1, "reconstruction_l2": l2,
-            "variance": mean_square - mean**2, **(codebook_use(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
+            "variance": mean_square - mean**2, **(codebook_metrics(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
 
 
-def codebook_use(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:
-    """codebook_usage and perplexity of code counts (K,), or (levels * K,), over a window of vectors."""
+def codebook_metrics(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:
+    """codebook_usage and perplexity from code counts (K,), or (levels * K,)."""
     shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
     entropy = -(shares_K * shares_K.clamp_min(1e-12).log()).sum()
     return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy)) / levels}
 
 
 def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):
-    """Originals over reconstructions, row by row."""
+    """A picture of alternating rows: originals, and their reconstructions below them."""
     originals, restored = to_uint8(images_BCHW), to_uint8(restored_BCHW)
     rows: list[np.ndarray] = []
     for start in range(0, len(originals), columns):
         rows += [originals[start:start + columns], restored[start:start + columns]]
-    return image_grid(rows, viewing_scale(originals.shape[1]))
+    return tile_images(rows, viewing_scale(originals.shape[1]))

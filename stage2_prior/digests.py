@@ -1,6 +1,6 @@
-"""Digests of a prior's files in its digests.json, which detect damaged, edited and replaced files. Loads no torch.
+"""Writes and checks digests.json: the sha256 of a prior's files, which detect damaged, edited and replaced files. Does not import torch.
 
-Computing the digest of the weights takes up to a few seconds per gigabyte, when a prior is saved and each time it is loaded.
+Hashing the weights takes up to a few seconds per gigabyte, when a prior is saved and each time it is loaded.
 """
 
 import hashlib
@@ -17,35 +17,35 @@ DIGESTS_NAME = "digests.json"
 FORMAT = "vqmosaic.prior_digests"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "files")
-COVERED = ("config.json", "generation_config.json", "vocabulary.json", "*.safetensors", "*.safetensors.index.json")
-"""The files that decide what a prior samples: its configuration, the meaning of its ids, and its weights in one or several files."""
+DIGESTED_FILES = ("config.json", "generation_config.json", "vocabulary.json", "*.safetensors", "*.safetensors.index.json")
+"""The files that determine what a prior samples: its configuration, the meaning of its ids, and its weights in one or several files."""
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """The sha256 of each file in a prior's folder that decides what it samples, by name."""
-    return {path.name: sha256_of_file(path) for pattern in COVERED for path in sorted(folder.glob(pattern))}
+    """The sha256 of each of the DIGESTED_FILES in a prior's folder, by file name."""
+    return {path.name: sha256_of_file(path) for pattern in DIGESTED_FILES for path in sorted(folder.glob(pattern))}
 
 
 def write_digests(folder: Path) -> None:
-    """Record the files of a folder as they are now."""
+    """Write digests.json for the current files of a folder."""
     write_json(folder / DIGESTS_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "files": digests_of(folder)})
 
 
 def remove_stale_files(folder: Path, kept: set[str]) -> None:
-    """Remove what an earlier model left in a prior's folder and what would be loaded or refused with the new files: weights in parts, adapters."""
-    for pattern in (*COVERED, "adapter_config.json", "adapter_model.*"):
+    """Delete files of an earlier model that would be loaded or rejected together with the files `kept`: sharded weights, adapters."""
+    for pattern in (*DIGESTED_FILES, "adapter_config.json", "adapter_model.*"):
         for path in folder.glob(pattern):
             if path.name not in kept:
                 path.unlink()
 
 
 def check_digests(folder: Path) -> None:
-    """Raise InputError, which names the files, if files of a prior have changed since it was saved. Warn if no digests are recorded."""
+    """Raise InputError, which names the files, if files of a prior changed since it was saved. Warn if there is no digests.json."""
     check_readable(folder)
     path = folder / DIGESTS_NAME
     if not path.is_file():
         warnings.warn(f"{folder} has no {DIGESTS_NAME}: it was saved by vqmosaic 0.1.0 or copied without it, so damaged or edited files cannot "
-                      "be detected. To record the files as they are, bundle the prior again (`vqmosaic bundle`), or call "
+                      "be detected. To record the current files, bundle the prior again (`vqmosaic bundle`), or call "
                       f"TokenPrior.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}).", stacklevel=2)
         return
     content = read_object(path, "copy the prior again from where it was trained")
@@ -58,22 +58,22 @@ def check_digests(folder: Path) -> None:
     faults = {"changed": [name for name in recorded if found.get(name, recorded[name]) != recorded[name]],
               "missing": sorted(recorded.keys() - found.keys()), "added": sorted(found.keys() - recorded.keys())}
     if any(faults.values()):
-        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults.items() if names)
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
         raise InputError(f"The prior in {folder} has changed since it was saved ({listed}). If its files are damaged, copy the folder again from "
                          "where it was trained. If you trained it further with transformers, save the model with TokenPrior(model, Vocabulary."
                          "load(folder)).save_pretrained(folder), which records the new files.")
 
 
 def version_of(folder: Path) -> str | None:
-    """The version of vqmosaic that saved a prior, from its digests.json; None if it does not say."""
+    """The version of vqmosaic that saved a prior, from its digests.json; None if it is not recorded."""
     path = folder / DIGESTS_NAME
     return written_by(read_object(path, "copy the prior again from where it was trained")) if path.is_file() else None
 
 
 def fingerprint_of_weights(folder: Path) -> str:
-    """The sha256 of a prior's model.safetensors; for weights in several files, the sha256 over the names and digests of these files."""
-    whole = folder / "model.safetensors"
-    if whole.is_file():
-        return sha256_of_file(whole)
+    """The sha256 of a prior's model.safetensors. For sharded weights, the sha256 over the names and digests of the shards."""
+    single_file = folder / "model.safetensors"
+    if single_file.is_file():
+        return sha256_of_file(single_file)
     lines = [f"{name} {digest}\n" for name, digest in digests_of(folder).items() if ".safetensors" in name]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,31 +1,31 @@
-"""What the prior is trained to make small; in float32 whatever the logits are."""
+"""Losses of the prior, computed in float32 for logits of any dtype."""
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-NUMBERS = 2**17
-"""Logits that are looked at together, a part of a processor's cache."""
+CHUNK_ELEMENTS = 2**17
+"""Logits processed at a time on a CPU. The float32 intermediates of a chunk fit in its cache."""
 
 
 def next_token_loss(logits_BTK: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats per token, in float32."""
     logits_NK, ids_N = logits_BTK.flatten(0, 1), ids_BT.flatten()
     if logits_NK.device.type == "cpu" and logits_NK.requires_grad and not torch.compiler.is_compiling():
-        return CrossEntropyInParts.apply(logits_NK, ids_N)
+        return ChunkedCrossEntropy.apply(logits_NK, ids_N)
     return F.cross_entropy(logits_NK.float(), ids_N)
 
 
-class CrossEntropyInParts(torch.autograd.Function):
-    """The mean cross-entropy and, at once, its gradient, some rows at a time: the float32 numbers between stay in the processor's cache."""
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy that also computes its gradient in the forward pass, in chunks of rows: float32 intermediates stay in the CPU's cache."""
 
     @staticmethod
     def forward(ctx, logits_NK: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """A scalar in float32."""
+        """The mean loss, a float32 scalar."""
         losses_N = logits_NK.new_empty(len(ids_N), dtype=torch.float32)
         gradient_NK = torch.empty_like(logits_NK)
-        rows = max(1, NUMBERS // logits_NK.shape[1])
-        for logits, ids, losses, gradient in zip(*(each.split(rows) for each in (logits_NK, ids_N, losses_N, gradient_NK)), strict=True):
+        chunk_rows = max(1, CHUNK_ELEMENTS // logits_NK.shape[1])
+        for logits, ids, losses, gradient in zip(*(each.split(chunk_rows) for each in (logits_NK, ids_N, losses_N, gradient_NK)), strict=True):
             log_probabilities = logits.float().log_softmax(dim=-1)
             losses.copy_(log_probabilities.gather(1, ids[:, None])[:, 0])
             probabilities = log_probabilities.exp_()
@@ -39,13 +39,13 @@ class CrossEntropyInParts(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The gradient of the logits."""
         gradient_NK, = ctx.saved_tensors
-        return gradient_NK if float(gradient) == 1 else gradient_NK * gradient, None  # it is 1 but where micro-batches are added up
+        return gradient_NK if float(gradient) == 1 else gradient_NK * gradient, None  # 1 except with gradient accumulation
 
 
 def z_loss(logits_BTK: torch.Tensor) -> torch.Tensor:
-    """Mean of (log sum_k exp(logit_k))^2 over the positions, in float32: 0 where the logits are normalized log probabilities already.
+    """Mean of (log sum_k exp(logit_k))^2 over the positions, in float32: 0 if the logits are normalized log probabilities.
 
-    Logits of -inf, which pad the smaller of several grids, count for nothing. Source: PaLM (Chowdhery et al. 2022, section 5), where its
-    weight is 1e-4.
+    Logits of -inf, which pad the smaller of several grids, contribute nothing. Source: PaLM (Chowdhery et al. 2022, section 5), with weight
+    1e-4.
     """
     return logits_BTK.float().logsumexp(dim=-1).square().mean()

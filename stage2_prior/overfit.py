@@ -1,9 +1,9 @@
-"""Check in about a minute that the prior can be trained at all: it has to memorize a few images.
+"""Overfit test: checks in about a minute that the prior can memorize a few images.
 
     vqmosaic train-prior digits --overfit 8
 
-If it cannot, something is wrong with the learning rate, number format, architecture, compiler or tokens, and more images will not help. The check
-uses one process and the recipe's prior, optimizer and number format, without regularization. It reads only the tokens of the run, and writes
+If it cannot, something is wrong with the learning rate, number format, architecture, compiler or tokens, and more images will not help. The test
+uses one process and the recipe's prior, optimizer and number format, without regularization. It reads only the tokens of the run and writes
 only to a temporary folder.
 """
 
@@ -17,7 +17,7 @@ import torch
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.model.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
 from stage2_prior.prior import TokenPrior
-from stage2_prior.prior_setup import describe_attention, loss_of_ignorance, prepare_prior
+from stage2_prior.prior_setup import describe_attention, prepare_prior, uniform_loss
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.errors import check_range
@@ -27,15 +27,15 @@ from vqmosaic.seeding import reseed_step
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
-THRESHOLD = 0.1
-"""The images count as memorized below this NLL, in nats per token, plus the part that cannot be predicted."""
+NLL_MARGIN = 0.1
+"""The images count as memorized if the NLL exceeds the irreducible NLL by at most this many nats per token."""
 MAX_STEPS, MAX_MINUTES = 2000, 1.0
 
 
 def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> int:
-    """Exit code of the overfit test on the first `images` images of the training stream: 0 if the NLL falls below the threshold in time, else 1.
+    """Run the overfit test on the first `images` images of the training stream. Returns the exit code: 0 if they are memorized in time, else 1.
 
-    Raises InputError for more images than there are and for tokens that cannot be read; 143 or 130 come back after a signal.
+    After a signal, the exit code is 143 or 130. Raises InputError if there are fewer images or the tokens cannot be read.
     """
     reader = TokenShardReader(recipe.tokens_folder / "train", recipe.seed, recipe.prior_training.window_shards)
     check_range("--overfit", images, at_least=1, at_most=len(reader))
@@ -49,7 +49,7 @@ def overfit(recipe: Recipe, images: int, max_minutes: float = MAX_MINUTES) -> in
 
 
 def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float) -> Recipe:
-    """The recipe of the check, in a scratch folder: no dropout, label drop or weight average, and a constant learning rate after a short warm-up."""
+    """The recipe of the test, with run folder `scratch`: no dropout, label drop or weight average; constant learning rate after a short warm-up."""
     dropouts = {*ATTENTION_DROPOUTS, *RESIDUAL_DROPOUTS, *EMBEDDING_DROPOUTS} & recipe.prior.options.keys()
     prior = dataclasses.replace(recipe.prior, dropout=0.0, options=recipe.prior.options | dict.fromkeys(dropouts, 0.0))
     training = recipe.prior_training
@@ -57,31 +57,31 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
         training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, weight_ema_decay=0.0,
         learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
         final_learning_rate=1.0, resume="never", trackers=[])
-    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # which without label drop would be refused
+    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # guidance is an error without label drop
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
 
 
 def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
-    """Train on the same images again and again, print how the NLL falls, and judge it."""
+    """Train on the same images until they are memorized or the budget is used up, and print the NLL. Returns the exit code."""
     recipe, training, manifest = run.recipe, run.training, reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
     model = prepare_prior(prior, training, run)
-    tokens = reader.read(range(images))  # shuffled: the first ones in stored order can all be of one class
-    unknowable = entropy_of_choice(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
-    goal = unknowable + THRESHOLD
+    tokens = reader.read(range(images))  # in shuffled order: the first stored images may all be of one class
+    irreducible_nll = conditional_entropy(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
+    goal = irreducible_nll + NLL_MARGIN
     run.report.table("overfit test", {
         "images": f"{images} of {len(reader):,}, {counted(vocabulary.num_tokens, 'token')} each",
         "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
-        "goal": f"{goal:.3f} nats per token or less, of which {unknowable:.3f} cannot be predicted: which of the images of a class it is",
+        "goal": f"at most {goal:.3f} nats per token, of which {irreducible_nll:.3f} are irreducible: the choice among the images of a class",
         "budget": f"{counted(training.max_steps, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
     ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
     report_at, nll = 0, math.inf
     while True:
         signal_number, progress = run.sync()
         if signal_number:
-            run.report("stopped by a signal; nothing was kept")
+            run.report("stopped by a signal; nothing was saved")
             return EXIT_CODES[signal_number]
         reseed_step(recipe.seed, "overfit", run.state.step)
         model.train()
@@ -94,20 +94,20 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
             run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
             report_at = max(5, 2 * run.state.step)
         if nll <= goal:
-            run.report(f"memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f} of at most {goal:.3f}. The set-up works.")
+            run.report(f"memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, at most {goal:.3f} required. The setup works.")
             return 0
         if progress >= 1:
             break
         run.optimizer_step(loss.detach(), progress)
         run.end_step()
-    run.report(f"NOT memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, it should be at most {goal:.3f}; a uniform distribution has "
-               f"{loss_of_ignorance(vocabulary):.3f}. Look at prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
-               "and the size and options of prior before training on more.")
+    run.report(f"NOT memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, at most {goal:.3f} required; a uniform distribution has "
+               f"{uniform_loss(vocabulary):.3f}. Check prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
+               "and the size and options of prior before training on more images.")
     return 1
 
 
-def entropy_of_choice(ids_BT: list[list[int]], classes_B: list[int]) -> float:
-    """Nats per image that the class leaves open, when each image of it is as likely as the others; equal images count as one."""
-    in_class = Counter(classes_B)
-    equal = Counter((label, *ids) for ids, label in zip(ids_BT, classes_B, strict=True))
-    return sum(math.log(in_class[label] / equal[label, *ids]) for ids, label in zip(ids_BT, classes_B, strict=True)) / len(classes_B)
+def conditional_entropy(ids_BT: list[list[int]], classes_B: list[int]) -> float:
+    """Mean entropy, in nats per image, of an image given its class. All images of a class are equally likely; identical images count as one."""
+    class_counts = Counter(classes_B)
+    image_counts = Counter((label, *ids) for ids, label in zip(ids_BT, classes_B, strict=True))
+    return sum(math.log(class_counts[label] / image_counts[label, *ids]) for ids, label in zip(ids_BT, classes_B, strict=True)) / len(classes_B)

@@ -16,23 +16,23 @@ from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import publish, temporary_sibling
-from vqmosaic.files.full_disks import naming_full_disks
-from vqmosaic.files.permissions import naming_denied_permissions
+from vqmosaic.files.full_disks import explain_full_disk
+from vqmosaic.files.permissions import explain_permission_errors
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.runs.devices import as_device, as_dtype
 
 
 class TokenPrior(nn.Module):
-    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is that of transformers, `.vocabulary` says what its ids mean.
+    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is a transformers model, `.vocabulary` defines its ids.
 
-    In comments: B batch, T tokens, K codes (of the largest grid, where there are several), V ids of the vocabulary.
+    In comments: B batch, T tokens, K codes (of the largest grid if there are several), V ids of the vocabulary.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         super().__init__()
         if model.config.vocab_size != vocabulary.size:
-            raise InputError(f"The model has {model.config.vocab_size} ids and the vocabulary {vocabulary.size}; they do not fit together.")
+            raise InputError(f"The model has {model.config.vocab_size} ids and the vocabulary {vocabulary.size}; they must be equal.")
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and positions < 1 + vocabulary.num_tokens:
             raise InputError(f"The model has {positions} positions; the class and {vocabulary.num_tokens} tokens need "
@@ -43,35 +43,35 @@ class TokenPrior(nn.Module):
 
     @classmethod
     def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> "TokenPrior":
-        """A fresh prior in training mode, in float32, whose first loss is near ln K; equal seeds give equal weights."""
+        """A new float32 prior in training mode, with an initial loss near ln K. Equal seeds give equal weights."""
         return cls(make_causal_lm(prior, vocabulary, as_integer("seed", seed)), vocabulary)
 
     @classmethod
     def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
                     seed: int = 0) -> "TokenPrior":
-        """A fresh prior of a named size (vqmosaic.recipes.prior_sizes.PRESETS) over one square grid of codes, without dropout, of no tokenizer yet.
+        """A new prior of a preset size (vqmosaic.recipes.prior_sizes.PRESETS) for one square grid of codes, without dropout and without a tokenizer.
 
-        `num_classes` 0 makes one without classes. Raises InputError for a preset that there is not and for tokens that make no square.
+        `num_classes` 0 gives a prior without classes. Raises InputError for an unknown preset, and if num_tokens is not a square number.
         """
         codebook_size, num_classes = as_integer("codebook_size", codebook_size), as_integer("num_classes", num_classes)
         num_tokens = as_integer("num_tokens", num_tokens)
         side = math.isqrt(num_tokens)
         if side * side != num_tokens:
-            raise InputError(f"num_tokens is {num_tokens}; from_preset makes square grids: {side * side} or {(side + 1) ** 2}. For others, make a "
-                             "Vocabulary and use from_config.")
+            raise InputError(f"num_tokens is {num_tokens}; from_preset makes square grids: {side * side} or {(side + 1) ** 2}. For other grids, "
+                             "make a Vocabulary and use from_config.")
         vocabulary = Vocabulary(grids=[Grid(name="image", codebook_size=codebook_size, height=side, width=side)],
                                 class_names=[str(index) for index in range(num_classes)] or None, token_fingerprint="none", label_drop=0.1)
         return cls.from_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary, seed)
 
     @classmethod
-    @naming_denied_permissions()
+    @explain_permission_errors()
     def from_pretrained(cls, folder: str | Path, device: torch.device | str | None = None,
                         dtype: torch.dtype | str | None = None) -> "TokenPrior":
-        """The prior of a folder, in evaluation mode and in float32, or in another `dtype` (a torch.dtype or its name).
+        """Load the prior of a folder in evaluation mode, in float32 or in another `dtype` (a torch.dtype or its name).
 
-        Raises InputError for an incomplete folder, for files that have changed since they were saved (digests.json tells; a folder without it loads
-        with a warning), and for weights that are missing, unexpected or of another shape, which it lists.
-        Dropout that was added from outside (see causal_lm.add_dropout) is not part of the folder, as it has no part in sampling.
+        Raises InputError for an incomplete folder, for files that changed since they were saved (according to digests.json; a folder without it
+        loads with a warning), and for weights that are missing, unexpected or of the wrong shape, which it lists.
+        Dropout that causal_lm.add_dropout added with hooks is not saved, because sampling does not use it.
         """
         device, dtype = None if device is None else as_device(device), as_dtype(dtype)
         vocabulary = Vocabulary.load(folder)
@@ -79,13 +79,13 @@ class TokenPrior(nn.Module):
         prior = cls(load_causal_lm(Path(folder), dtype), vocabulary).eval()
         return prior if device is None else prior.to(device)
 
-    @naming_denied_permissions()
+    @explain_permission_errors()
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, generation_config.json, model.safetensors (float32), digests.json and vocabulary.json.
 
-        The last file completes the folder. Parts wrapped by torch.compile or DistributedDataParallel are saved without the wrapper.
-        Raises InputError, before anything is written, if the weights do not match the configuration (adapters, quantized or offloaded parts),
-        so that the folder could not be loaded again.
+        vocabulary.json is written last and marks the folder as complete. Wrappers of torch.compile and DistributedDataParallel are removed.
+        Raises InputError, before anything is written, if the weights do not match the configuration (adapters, quantized or offloaded parts):
+        such a folder could not be loaded again.
         """
         folder, model = Path(folder), exportable_causal_lm(self.model, self.vocabulary)
         if folder.exists() and not folder.is_dir():
@@ -95,11 +95,11 @@ class TokenPrior(nn.Module):
         shutil.rmtree(partial, ignore_errors=True)
         size = sum(tensor.nbytes for tensor in model.parameters())
         try:
-            with naming_full_disks(folder, size), quiet_transformers():
+            with explain_full_disk(folder, size), quiet_transformers():
                 model.save_pretrained(partial, max_shard_size="1000GB")
             self.vocabulary.save(partial)
             write_digests(partial)
-            (folder / VOCABULARY_NAME).unlink(missing_ok=True)  # until the new one is there, the folder counts as incomplete
+            (folder / VOCABULARY_NAME).unlink(missing_ok=True)  # without this file, the folder counts as incomplete
             remove_stale_files(folder, {path.name for path in partial.iterdir()})
             for path in sorted(partial.iterdir(), key=lambda path: path.name == VOCABULARY_NAME):
                 publish(path, folder / path.name)
@@ -107,56 +107,56 @@ class TokenPrior(nn.Module):
             shutil.rmtree(partial, ignore_errors=True)
 
     def output_matrices(self) -> list[nn.Parameter]:
-        """What turns the residual stream into logits, which Muon leaves to AdamW."""
+        """The matrix of the output head, if there is one. Muon leaves it to AdamW."""
         head = self.model.get_output_embeddings()
         return [] if head is None else [head.weight]
 
     def matrix_stacks(self) -> list[nn.Parameter]:
-        """Parameters (E, R, C) with the matrices of E experts. Muon orthogonalizes each matrix by itself.
+        """Parameters (E, R, C) that stack the matrices of E experts. Muon orthogonalizes each matrix separately.
 
-        transformers has no common type for experts, but the names of their classes contain "Experts".
+        transformers has no common base class for experts, but the names of their classes contain "Experts".
         """
         return [parameter for module in self.model.modules() if "Experts" in type(module).__name__
                 for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
 
     @property
     def num_parameters(self) -> int:
-        """Trainable numbers; weights that are used twice count once."""
+        """Number of parameters. Shared weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, K) of the ids at each position, given the class and the ids before it; a class of -1, or None, is the null class.
+        """Logits (B, T, K) for the id at each position, given the class and the ids before it. Class -1, or None, is the null class.
 
-        Ids are the grids' own, on both sides. With several grids K is that of the largest, and what the others lack is -inf.
+        Inputs and logits use each grid's own ids, from 0. With several grids, K is that of the largest; smaller ones are padded with -inf.
         """
         if class_indices_B is None:
             class_indices_B = ids_BT.new_full((len(ids_BT),), NO_CLASS)
         condition_B1 = self.vocabulary.condition_ids(class_indices_B)[:, None]
-        inputs_BT = torch.cat([condition_B1, self.vocabulary.to_vocabulary(ids_BT)[:, :-1]], dim=1)  # B, T: nothing comes after the last id
-        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V: all ids, or the codes alone
-        parts, first = [], 0
+        inputs_BT = torch.cat([condition_B1, self.vocabulary.to_vocabulary(ids_BT)[:, :-1]], dim=1)  # B, T: the last id is not an input
+        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V, or only the codes
+        parts, position = [], 0
         for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
-            parts.append(logits_BTV[:, first:first + grid.num_tokens, start:stop])                   # B, tokens and codes of this grid
-            first += grid.num_tokens
+            parts.append(logits_BTV[:, position:position + grid.num_tokens, start:stop])             # B, tokens and codes of this grid
+            position += grid.num_tokens
         if len(parts) == 1:
             return parts[0]                                                                          # B, T, K
-        most = self.vocabulary.most_codes
-        return torch.cat([nn.functional.pad(part, (0, most - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
+        max_codes = self.vocabulary.most_codes
+        return torch.cat([nn.functional.pad(part, (0, max_codes - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
 
     def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
-        """The mean negative log likelihood of a token in nats, a float32 scalar; near ln K at the start.
+        """Mean negative log likelihood per token in nats, a float32 scalar. Near ln K at initialization.
 
-        A training loop under a wrapper (DDP, FSDP) calls the wrapper for the logits and takes the cross-entropy itself.
+        If the model is wrapped (DDP, FSDP), call the wrapper for the logits and compute the cross-entropy yourself.
         """
         logits_BTK = self(ids_BT, class_indices_B)                                                   # B, T, K
         return nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
 
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
-        """Ids (B, T) of the grids (int64, on the prior's device), image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
+        """Sample ids (B, T) of the grids (int64, on the prior's device): image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
 
-        `callback(done, T)` after each token; when it returns False, sampling.SamplingStopped is raised. `compile` records the step as a CUDA
-        graph where there is one; elsewhere it changes nothing. Raises InputError for an unknown class, unequal lengths, arguments of the wrong
-        type, and guidance if the null class was never trained or no image has a class.
+        `callback(done, T)` is called after each token. If it returns False, sampling.SamplingStopped is raised. `compile` records the step as a
+        CUDA graph, if the device and the model support it. Raises InputError for an unknown class, different lengths, arguments of the wrong
+        type, and for guidance if the null class was never trained or no image has a class.
         """
         return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)

@@ -1,4 +1,4 @@
-"""How many images the tokens of a recipe hold, read from their manifest. Loads no torch."""
+"""Counts the images in the tokens of a recipe, from their manifest. Does not import torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from vqmosaic.recipes.fields_from_data import DataSize
 
 
 def count_stored_images(recipe: Mapping[str, Any]) -> DataSize:
-    """Training images in the tokens of a recipe, and their views, given the recipe's fields by dotted name."""
-    given = recipe["prior_training.tokens"]
-    manifest = TokenShardManifest.load(Path(recipe["run_dir"]) / "tokens" / "train" if given is None else Path(given) / "train")
+    """Number of training images, and of views of each, in the tokens of a recipe. `recipe` maps dotted field names to values."""
+    tokens = recipe["prior_training.tokens"]
+    manifest = TokenShardManifest.load(Path(recipe["run_dir"]) / "tokens" / "train" if tokens is None else Path(tokens) / "train")
     return DataSize(manifest.num_samples, len(manifest.views))

@@ -1,4 +1,4 @@
-"""Batches of tokens and classes for the prior: this rank's slice of each step, a function of the step alone."""
+"""Batches of tokens and classes for the prior. The slice of a rank depends only on the step."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,36 +13,36 @@ from vqmosaic.seeding import derive_seed, hashes
 from vqmosaic.wording import counted
 
 VALIDATION_RULE = 1
-"""Number of the rule in `validation_samples`. Version 0.1.0 had another one: the first images."""
+"""Version of the rule in `validation_samples`. Version 0.1.0 of vqmosaic used another rule: the first images."""
 MEASURED_BATCHES = 20
-"""Training batches whose classes are counted before a training starts."""
-ENOUGH_CLASSES = 0.9
-"""The user is warned below this share of the classes that independent draws would give. Permuted shards reach 0.95 and more."""
-LEVELS = 2**53
-"""Equally far numbers in [0, 1), as many as float64 tells apart: a hash is made one of them."""
+"""Number of training batches whose classes are counted before training starts."""
+MIN_CLASS_FRACTION = 0.9
+"""Below this fraction of the classes that independent draws would give, the user is warned. Permuted shards reach 0.95 and more."""
+UNIFORM_LEVELS = 2**53
+"""A hash is mapped to one of this many equally spaced numbers in [0, 1), which float64 represents exactly."""
 
 
 def rank_slice(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous part [start, stop) of a rank; the parts of all ranks differ by at most one in size and make up the whole."""
+    """The contiguous part [start, stop) of a rank. The parts of all ranks cover the whole range; their sizes differ by at most one."""
     size = stop - start
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
 
 class TrainingBatch(NamedTuple):
-    """One training batch of the prior, all int64."""
+    """One training batch of the prior. All tensors are int64."""
 
     ids_BT: torch.Tensor
     """The ids to predict."""
     classes_B: torch.Tensor
-    """Class indices, -1 for the null class."""
+    """Class indices; -1 is the null class."""
     inputs_BT: torch.Tensor
-    """The ids that the model gets: `ids_BT`, with a share of them replaced by random codes (prior_training.token_noise)."""
+    """The input ids of the model: `ids_BT`, with a fraction of them replaced by random codes (prior_training.token_noise)."""
 
 
 class TokenBatches:
-    """Training batches over a reader's endless stream.
+    """Training batches from a reader's endless stream.
 
-    Label drop and token noise are f(seed, epoch, sample): no rank, world size or resume changes them.
+    Label drop and token noise depend only on (seed, epoch, sample), not on rank, world size or resuming.
     """
 
     def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary, seed: int, label_drop: float, token_noise: float = 0.0):
@@ -53,49 +53,49 @@ class TokenBatches:
         self.codes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> TrainingBatch:
-        """The rank's slice of the positions [step * B, (step + 1) * B) of the stream."""
+        """The rank's slice of the stream's positions [step * batch_size, (step + 1) * batch_size)."""
         start, stop = rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)
         tokens = self.reader.read(np.arange(start, stop, dtype=np.int64))
         classes_B = np.where(self.dropped(tokens.epochs_B, tokens.samples_B), NO_CLASS, tokens.labels_B)
-        inputs_BT = self.with_noise(tokens.ids_BT, tokens.epochs_B, tokens.samples_B)
+        inputs_BT = self.add_noise(tokens.ids_BT, tokens.epochs_B, tokens.samples_B)
         return TrainingBatch(*map(torch.from_numpy, (tokens.ids_BT, classes_B, inputs_BT)))
 
-    def with_noise(self, ids_BT: np.ndarray, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
-        """The ids (B, T), each replaced by a random code of its grid with probability `token_noise`."""
+    def add_noise(self, ids_BT: np.ndarray, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
+        """The ids (B, T), each replaced with probability `token_noise` by a random code of its grid."""
         if self.token_noise == 0:
             return ids_BT
-        places_BT = samples_B[:, None] * len(self.codes_T) + np.arange(len(self.codes_T))
+        token_indices_BT = samples_B[:, None] * len(self.codes_T) + np.arange(len(self.codes_T))
         noisy_BT = ids_BT.copy()
         for epoch in np.unique(epochs_B).tolist():
             rows = epochs_B == epoch
-            uniforms = hashes(places_BT[rows], "token noise", self.seed, epoch) / 2.0**64
-            random_ids = hashes(places_BT[rows], "random tokens", self.seed, epoch) % self.codes_T
+            uniforms = hashes(token_indices_BT[rows], "token noise", self.seed, epoch) / 2.0**64
+            random_ids = hashes(token_indices_BT[rows], "random tokens", self.seed, epoch) % self.codes_T
             noisy_BT[rows] = np.where(uniforms < self.token_noise, random_ids.astype(np.int64), ids_BT[rows])
         return noisy_BT
 
     def dropped(self, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
-        """True (B,) where the class of a sample is replaced by the null class in that epoch.
+        """Mask (B,): True if the class of a sample is replaced by the null class in that epoch.
 
-        Computed for these samples alone: with more data neither a step nor a resume costs more.
+        Computed only for these samples, so the cost of a step or a resume does not depend on the size of the data set.
         """
         dropped_B = np.zeros(len(samples_B), dtype=bool)
         for epoch in np.unique(epochs_B).tolist():  # a batch of a small data set may span a few epochs
             chosen = epochs_B == epoch
             samples = samples_B[chosen]
-            # the reader's hash of a sample, under a seed of this epoch's own: the choice among so many views is a uniform number
-            hashed = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, LEVELS)
-            dropped_B[chosen] = hashed < self.label_drop * LEVELS
+            # the reader's hash of a sample, with a seed for this epoch: its choice among so many views is a uniform random number
+            hashed = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
+            dropped_B[chosen] = hashed < self.label_drop * UNIFORM_LEVELS
         return dropped_B
 
 
 def expected_classes(labels_N: np.ndarray, draws: int) -> float:
-    """The expected number of classes in `draws` independent draws from these labels. Samples without a class count as one more class."""
+    """The expected number of different classes in `draws` independent draws from these labels. Samples without a class count as one more class."""
     _, counts = np.unique(labels_N, return_counts=True)
     return float((1 - (1 - counts / len(labels_N)) ** draws).sum())
 
 
 def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int = MEASURED_BATCHES) -> float:
-    """The average number of classes in a training batch, over `batches` batches spread evenly over the first epoch. Reads labels, no ids."""
+    """Mean number of different classes in a training batch, over `batches` batches spread evenly over the first epoch. Reads only labels."""
     first_N = np.linspace(0, max(0, len(reader) - batch_size), batches).astype(np.int64)
     labels_N, starts_S = reader.labels_N, np.cumsum(reader.order.counts_S) - reader.order.counts_S
     found = []
@@ -106,12 +106,12 @@ def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int =
 
 
 def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | None:
-    """A warning if the shards are stored by class and shuffling covers too few of them to mix the classes; None if the classes are mixed."""
+    """A warning if the shards are stored by class and too few are shuffled together to mix the classes; otherwise None."""
     manifest = reader.manifest
     if manifest.order_seed is not None or manifest.class_names is None or len(manifest.shards) <= reader.window_shards:
-        return None  # permuted, nothing to mix, or all shards are shuffled together
+        return None  # permuted, no classes, or all shards are shuffled together
     found, expected = classes_in_batches(reader, batch_size), expected_classes(reader.labels_N, batch_size)
-    if found >= ENOUGH_CLASSES * expected:
+    if found >= MIN_CLASS_FRACTION * expected:
         return None
     return (f"warning: a batch of {batch_size} holds {found:.0f} of {len(manifest.class_names):,} classes on average; independent draws would give "
             f"{expected:.0f}. The tokens in {reader.folder} are stored by class, and prior_training.window_shards shuffles "
@@ -121,18 +121,18 @@ def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | No
 
 
 def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np.ndarray:
-    """The numbers (N,) of at most `limit` samples, ascending: the same images at every validation, with all classes in proportion.
+    """Indices (N,) of at most `limit` samples, ascending: the same images at every validation, with all classes in proportion.
 
-    Each class contributes the share limit / len(reader) of its samples, rounded up or down, chosen by a hash of their index in the data set.
-    So the order in which samples are stored makes no difference, and a larger limit adds images to those of a smaller one.
+    Each class contributes the fraction limit / len(reader) of its samples, rounded up or down, chosen by a hash of their index in the data set.
+    So the order in which samples are stored does not matter, and a larger limit adds images to those of a smaller one.
     """
     total = len(reader)
     if limit is None or limit >= total:
         return np.arange(total)
     labels_N, hashed_N = reader.labels_N, hashes(reader.indices_N, "validation samples")
-    by_class_N = np.lexsort((hashed_N, labels_N))  # class by class, in the order of the hashes within each
+    by_class_N = np.lexsort((hashed_N, labels_N))  # by class, then by hash
     classes, starts, counts = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
-    # the k-th of the n samples of a class is due at (k + u) / n: all classes have the same pace, and each has its own offset u in [0, 1)
+    # the k-th of the n samples of a class is due at (k + u) / n: all classes advance equally fast, and each has its own offset u in [0, 1)
     offsets = hashes(classes, "validation classes") / 2.0**64
     ranks_N = np.arange(total) - np.repeat(starts, counts)
     due_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
@@ -140,21 +140,21 @@ def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np
 
 
 def describe_validation(reader: TokenShardReader, limit: int) -> str:
-    """The numbers of images and classes to validate on, in words for the plan."""
+    """Describe the number of validation images and of their classes for the plan."""
     samples, names = validation_samples(reader, limit), reader.manifest.class_names
-    words = f"{len(samples):,} of {len(reader):,} to validate on"
+    text = f"{len(samples):,} of {len(reader):,} to validate on"
     if names is None:
-        return words
+        return text
     labels = reader.labels_N[samples]
-    return f"{words}, {len(np.unique(labels[labels >= 0])):,} of {counted(len(names), 'class')}"
+    return f"{text}, {len(np.unique(labels[labels >= 0])):,} of {counted(len(names), 'class')}"
 
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,
                        limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids (B, T) and class indices (B) of the `validation_samples`, none dropped, each on exactly one rank.
+    """Ids (B, T) and class indices (B,) of the `validation_samples`, each on exactly one rank. No classes are dropped.
 
-    Every rank gets the same number of batches, at most batch_size samples over all ranks, even ones as far as can be: with at least
-    as many samples as ranks no rank's batch is empty. Sum what you measure, and count the samples; their numbers differ by one.
+    Every rank gets the same number of batches, with at most batch_size samples over all ranks. Samples are spread evenly: if there are at
+    least as many as ranks, no batch is empty. Batch sizes can differ by one, so add up sums and counts instead of averaging means.
     """
     check_range("batch_size", batch_size, at_least=world_size)
     samples = validation_samples(reader, limit)
@@ -169,10 +169,10 @@ def _to_torch(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check_same_tokens(reader: TokenShardReader, vocabulary: Vocabulary) -> None:
-    """Raise InputError unless the shards hold what the vocabulary speaks of: same tokenizer, same grids, same classes."""
+    """Raise InputError unless shards and vocabulary have the same tokenizer, grids and classes."""
     manifest = reader.manifest
-    for what, own, expected in (("token fingerprint", manifest.token_fingerprint, vocabulary.token_fingerprint),
+    for name, found, expected in (("token fingerprint", manifest.token_fingerprint, vocabulary.token_fingerprint),
                                 ("grids", list(manifest.grids), list(vocabulary.grids)),
                                 ("class_names", manifest.class_names, vocabulary.class_names)):
-        if own != expected:
-            raise InputError(f"The {what} of the tokens in {reader.folder} is {own}; that of the prior's vocabulary is {expected}.")
+        if found != expected:
+            raise InputError(f"The {name} of the tokens in {reader.folder} is {found}, but the prior's vocabulary has {expected}.")

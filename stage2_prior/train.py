@@ -2,11 +2,11 @@
 
     vqmosaic train-prior digits                                          # two CPU cores, about a minute
     vqmosaic train-prior cifar10 --processes 4                           # four GPUs of one machine
-    vqmosaic train-prior cifar10 --prior_training.tokens other/tokens    # on tokens made elsewhere
-    vqmosaic train-prior cifar10 --overfit 8                             # proves a set-up in a minute, touches nothing of the run
-    accelerate launch -m stage2_prior.train cifar10                      # under your own launcher, without sample pictures
+    vqmosaic train-prior cifar10 --prior_training.tokens other/tokens    # on the tokens of another folder
+    vqmosaic train-prior cifar10 --overfit 8                             # checks the setup in a minute, changes nothing in the run
+    accelerate launch -m stage2_prior.train cifar10                      # with your own launcher, without sample images
 
-Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/prior/ and logs/prior/. Run again to go on.
+Writes <run_dir>/prior/ (the export, a transformers checkpoint), checkpoints/prior/ and logs/prior/. Run the command again to resume.
 """
 
 import math
@@ -23,9 +23,9 @@ from stage2_prior.prior_setup import (
     check_first_loss,
     describe_attention,
     describe_embeddings,
-    loss_of_ignorance,
     prepare_prior,
     time_and_loss_of_one_step,
+    uniform_loss,
 )
 from stage2_prior.stored_images import count_stored_images
 from stage2_prior.token_batches import (
@@ -40,14 +40,14 @@ from token_shards import TokenShardReader
 from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
-from vqmosaic.runs.accelerator import held_by_main_process
+from vqmosaic.runs.accelerator import lock_run_folder
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import run_worker
-from vqmosaic.runs.stage_records import judge, write_record
+from vqmosaic.runs.stage_records import decide_action, write_record
 from vqmosaic.seeding import reseed_step
-from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_weights
+from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_if_best
 from vqmosaic.training.sharding import is_sharded
-from vqmosaic.training.tracking import lines_in_training
+from vqmosaic.training.tracking import progress_lines
 from vqmosaic.training.training_plan import print_plan
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
@@ -56,22 +56,22 @@ OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
 
 def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
-    """Train stage 2 as the recipe says, from the newest checkpoint if there is one, and export runs/<name>/prior/.
+    """Train the prior of a recipe, from the newest checkpoint if there is one, and export it to runs/<name>/prior/.
 
-    `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, and should end early when
-    a signal comes; the pipelines package uses it for pictures, which this stage cannot make since it knows no tokenizer.
+    `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, and should return early after a
+    signal. The pipelines package uses it to make sample images; this stage has no tokenizer to decode them.
     """
     with StopFlag() as stop:
         run = TrainingRun(recipe, "prior", recipe.prior_training, stop)
         try:
-            with held_by_main_process(run.folder):
+            with lock_run_folder(run.folder):
                 train_locked(recipe, run, on_validation)
         finally:
             run.end()
 
 
 def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation | None) -> None:
-    """The training itself, while this process holds the run folder."""
+    """Train while this process holds the lock of the run folder."""
     training, report, accelerator = recipe.prior_training, run.report, run.accelerator
 
     # --- data ---------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     reader = TokenShardReader(folder / "train", recipe.seed, training.window_shards)
     held_out = TokenShardReader(folder / "validation", token_fingerprint=reader.manifest.token_fingerprint)
     inputs = {"tokens": reader.manifest.fingerprint, "validation tokens": held_out.manifest.fingerprint}
-    if judge(run.folder, recipe, "prior", inputs) == "skip":
+    if decide_action(run.folder, recipe, "prior", inputs) == "skip":
         report(f"finished already: {run.folder.export('prior')}")
         return
     run.check_checkpoints()
@@ -114,7 +114,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         report(warning)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
         run.report(warning)
-    accelerator.wait_for_everyone()  # all have judged the record before it is written anew, and found that they can start
+    accelerator.wait_for_everyone()  # all have checked the record and can start, so it may be overwritten
     if run.is_main:
         write_record(run.folder, recipe, "prior", inputs, finished=False)
 
@@ -128,7 +128,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                 exportable = validate_and_report(held_out, validated, run, best_weights)
             if exportable is not None and on_validation is not None:
                 make_pictures(exportable, run, on_validation)
-            signal_number, _ = run.sync()  # one that came meanwhile cut the validation short; it is made anew when the training goes on
+            signal_number, _ = run.sync()  # a signal during validation cut it short; it is repeated after resuming
         if run.due(training.checkpoint_every, finished) or signal_number:
             run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
         if signal_number:
@@ -154,7 +154,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         run.end_step()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # nothing but refused steps leaves zeros
+            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # all sums are 0 if every step was rejected
             run.metrics.write(run.state.step, "train", nll=float(reduced[0] / reduced[2]),
                               **({"z_loss": float(reduced[1] / reduced[2])} if training.z_loss else {}),
                               gradient_norm=norm, learning_rate=learning_rate, seconds=run.state.elapsed_seconds)
@@ -171,80 +171,77 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     run.finish()
 
 
-@torch.no_grad()  # not inference mode: without a weight average it is the model in training, which may keep what it computes here
+@torch.no_grad()  # not inference_mode: without a weight average this is the model in training, and tensors that it caches must support autograd
 def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator,
              stop: StopFlag | None = None) -> dict[str, float] | None:
     """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images, the same on all ranks.
 
-    Each process works on at most `batch_size` images at a time.
-
-    Where the null class was learnt (label_drop), also nll_without_class and so on: each image after the null class instead of its own.
-    None where a signal to any rank's `stop` cut it short.
+    Each process works on at most `batch_size` images at a time. If the null class is trained (label_drop), there are also nll_without_class and
+    so on, with the null class in place of each image's class. Returns None if a signal to any rank's `stop` interrupted the validation.
     """
     prior.eval()
     vocabulary = prior.vocabulary
-    names = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
-    sums = torch.zeros(2 * len(names) + 2, device=accelerator.device)  # NLL and hits for each name; tokens; ranks that were stopped
+    suffixes = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
+    sums = torch.zeros(2 * len(suffixes) + 2, device=accelerator.device)  # NLL and hits for each suffix; tokens; stopped ranks
     ranks = accelerator.num_processes
-    lines = lines_in_training(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
+    progress = progress_lines(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
     for ids_BT, classes_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
         halted = stop is not None and bool(stop.signal)
-        if is_sharded(accelerator):  # the forward pass of a divided model is everyone's, so all have to leave before the same batch
+        if is_sharded(accelerator):  # a sharded forward pass needs all ranks, so all must stop before the same batch
             halted = bool(accelerator.reduce(torch.tensor(float(halted), device=accelerator.device), "sum"))
         if halted:
             sums[-1] = 1
             break
-        lines.update(len(ids_BT) * ranks)
+        progress.update(len(ids_BT) * ranks)
         ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
-        for number, given_B in enumerate((classes_B, None)[:len(names)]):
+        for index, condition_B in enumerate((classes_B, None)[:len(suffixes)]):
             with accelerator.autocast():
-                logits_BTK = prior(ids_BT, given_B).float()
-            sums[2 * number] += F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
-            sums[2 * number + 1] += (logits_BTK.argmax(-1) == ids_BT).sum()
+                logits_BTK = prior(ids_BT, condition_B).float()
+            sums[2 * index] += F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
+            sums[2 * index + 1] += (logits_BTK.argmax(-1) == ids_BT).sum()
         sums[-2] += ids_BT.numel()
-    *measured, tokens, stopped = accelerator.reduce(sums, "sum").tolist()
+    *totals, tokens, stopped = accelerator.reduce(sums, "sum").tolist()
     if stopped:
         return None
-    numbers = {}
-    for name, nll, hits in zip(names, measured[::2], measured[1::2], strict=True):
-        numbers |= {f"nll{name}": nll / tokens, f"bits_per_image{name}": nll / tokens * vocabulary.num_tokens / math.log(2),
-                    f"accuracy{name}": hits / tokens}
-    return numbers
+    metrics = {}
+    for suffix, nll, hits in zip(suffixes, totals[::2], totals[1::2], strict=True):
+        metrics |= {f"nll{suffix}": nll / tokens, f"bits_per_image{suffix}": nll / tokens * vocabulary.num_tokens / math.log(2),
+                    f"accuracy{suffix}": hits / tokens}
+    return metrics
 
 
 def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path) -> TokenPrior | None:
-    """Validate what would be exported now, keep it if it is the best so far, and return it on the main process; None where a signal comes."""
-    numbers = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
-    if numbers is None:
+    """Validate the weights that would be exported now and save them if they are the best so far. Returns the model on the main process, else None.
+
+    Also returns None if a signal interrupted the validation.
+    """
+    metrics = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
+    if metrics is None:
         return None
-    prior: TokenPrior | None = run.whole_model()
+    prior: TokenPrior | None = run.full_model()
     run.validations.record()
-    is_best = numbers["nll"] < run.state.best_validation
-    if is_best:
-        run.state.best_validation, run.state.best_step = numbers["nll"], run.state.step
-        if run.is_main:
-            save_weights(prior, best_weights)
-    run.metrics.write(run.state.step, "validation", images=images, **numbers)
+    is_best = save_if_best(run, metrics["nll"], prior, best_weights)
+    run.metrics.write(run.state.step, "validation", images=images, **metrics)
 
-    def also(name: str, form: str) -> str:
-        return f" (without class {numbers[name]:{form}})" if name in numbers else ""
+    def without_class(name: str, spec: str) -> str:
+        return f" (without class {metrics[name]:{spec}})" if name in metrics else ""
 
-    run.report(f"step {run.state.step:,}: NLL {numbers['nll']:.4f}{also('nll_without_class', '.4f')} nats per token, "
-               f"{numbers['bits_per_image']:.1f}{also('bits_per_image_without_class', '.1f')} bits per image, "
-               f"accuracy {numbers['accuracy']:.1%}{also('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
+    run.report(f"step {run.state.step:,}: NLL {metrics['nll']:.4f}{without_class('nll_without_class', '.4f')} nats per token, "
+               f"{metrics['bits_per_image']:.1f}{without_class('bits_per_image_without_class', '.1f')} bits per image, "
+               f"accuracy {metrics['accuracy']:.1%}{without_class('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
     return prior if run.is_main else None
 
 
 def make_pictures(prior: TokenPrior, run: TrainingRun, on_validation: OnValidation) -> None:
-    """Let the caller make pictures of the prior that was validated, if a time budget leaves time for them."""
+    """Call `on_validation`, which makes sample images of the validated prior, if the time budget allows."""
     run.validations.make_pictures(lambda: on_validation(prior, run.state.step, run.folder.logs("prior"), run.stop))
     if run.is_sharded:
-        prior.cpu()  # the whole weights need not lie beside the parts while the training goes on
+        prior.cpu()  # free the memory of the unsharded weights while training continues
 
 
 def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> None:
-    """Warn if no validation had a lower loss than a uniform distribution over the codes."""
-    uniform = loss_of_ignorance(vocabulary)
+    """Warn if no validation loss was lower than that of a uniform distribution over the codes."""
+    uniform = uniform_loss(vocabulary)
     if uniform <= run.state.best_validation < math.inf:
         run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A uniform distribution over "
                    f"all codes has {uniform:.3f} (ln K), so this prior has learned nothing and its images are noise. Lower "
@@ -252,7 +249,7 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point: a recipe and its overrides."""
+    """Entry point of a process. `arguments` are a recipe and its overrides."""
     train(load_recipe(arguments[0], arguments[1:], count_images=count_stored_images))
 
 

@@ -1,10 +1,10 @@
-"""What each id of the prior means: the codes of the grids, then the classes, then the null class. Data in vocabulary.json, no torch.
+"""The ids of a prior: codes of the grids, then classes, then the null class. Stored in vocabulary.json. Does not import torch.
 
-    [0, K)                      codes of the first grid; further grids follow with ranges of their own
+    [0, K)                      codes of the first grid; each further grid has its own range after it
     [num_codes, num_codes + C)  the C classes
     null_id                     no class: guidance, unlabelled data
 
-No other file does arithmetic on ids.
+Only this file does arithmetic on ids.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from vqmosaic.files.permissions import check_readable
 SCHEMA_VERSION = 1
 VOCABULARY_NAME = "vocabulary.json"
 NO_CLASS = -1
-"""The class index that stands for the null class in arrays of class indices."""
+"""Class index of the null class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The ids of a prior and the T positions at which they stand after the class token."""
+    """The ids of a prior, and which ids are possible at each of the T positions after the class token."""
 
     grids: list[Grid]
-    """The grids of one image; their tokens stand one grid after another, each row by row."""
+    """The grids of one image. Their tokens are concatenated in this order, each grid row by row."""
     class_names: list[str] | None
     """Name of each class, or None for a prior without classes."""
     token_fingerprint: str
-    """Of the tokenizer whose ids these are."""
+    """Fingerprint of the tokenizer that produces the ids."""
     label_drop: float = 0.0
-    """Share of the training samples whose class was replaced by the null class; 0 makes guidance impossible."""
+    """Fraction of the training samples whose class was replaced by the null class. With 0, guidance is not possible."""
     schema_version: int = SCHEMA_VERSION
-    """Version of this record."""
+    """Version of the file format."""
 
     def __post_init__(self):
         if not self.grids:
@@ -52,27 +52,27 @@ class Vocabulary:
 
     @property
     def num_tokens(self) -> int:
-        """Ids of one image over all grids, T."""
+        """Tokens per image over all grids, T."""
         return sum(grid.num_tokens for grid in self.grids)
 
     @property
     def num_codes(self) -> int:
-        """Codes over all grids."""
+        """Number of codes of all grids."""
         return sum(grid.codebook_size for grid in self.grids)
 
     @property
     def most_codes(self) -> int:
-        """Codes of the grid that has most: K, the width of the logits that the loss and the sampler see."""
+        """Number of codes of the largest grid, K: the width of the logits in the loss and in sampling."""
         return max(grid.codebook_size for grid in self.grids)
 
     @property
     def num_classes(self) -> int:
-        """Classes, without the null class."""
+        """Number of classes, without the null class."""
         return len(self.class_names or [])
 
     @property
     def size(self) -> int:
-        """All ids, V."""
+        """Number of ids, V."""
         return self.num_codes + self.num_classes + 1
 
     @property
@@ -82,12 +82,12 @@ class Vocabulary:
 
     @property
     def suppressed_ids(self) -> list[int]:
-        """The ids that are never drawn: classes and null class."""
+        """The ids that are never sampled: the classes and the null class."""
         return list(range(self.num_codes, self.size))
 
     @property
     def code_ranges(self) -> list[tuple[int, int]]:
-        """The ids [start, stop) of each grid's codes."""
+        """The range of ids [start, stop) of each grid's codes."""
         ranges, start = [], 0
         for grid in self.grids:
             ranges.append((start, start + grid.codebook_size))
@@ -95,36 +95,36 @@ class Vocabulary:
         return ranges
 
     def position_ranges(self) -> list[tuple[int, int]]:
-        """The ids [start, stop) that can stand at each of the T positions."""
-        return [ids for grid, ids in zip(self.grids, self.code_ranges, strict=True) for _ in range(grid.num_tokens)]
+        """The range of ids [start, stop) that are possible at each of the T positions."""
+        return [code_range for grid, code_range in zip(self.grids, self.code_ranges, strict=True) for _ in range(grid.num_tokens)]
 
     @property
     def offsets_T(self) -> np.ndarray:
-        """What is added to the grids' own ids (int64) to get ids of the vocabulary."""
+        """The offset (int64) at each position from the grid's own ids to ids of the vocabulary."""
         return np.array([start for start, _ in self.position_ranges()], dtype=np.int64)
 
     def to_vocabulary(self, ids_BT):
-        """The vocabulary's ids (B, T) for the grids' own ids; numpy and torch integers alike."""
+        """Convert the grids' own ids (B, T) to ids of the vocabulary. Accepts numpy arrays and torch tensors."""
         return ids_BT if len(self.grids) == 1 else ids_BT + self._offsets_like(ids_BT)
 
     def to_vocabulary_at(self, position: int, ids_B):
-        """The vocabulary's ids (B) for the grid's own ids that all stand at one position."""
+        """Convert a grid's own ids (B,), all at one position, to ids of the vocabulary."""
         return ids_B if len(self.grids) == 1 else ids_B + self.position_ranges()[position][0]
 
     def to_grid_ids(self, ids_BT):
-        """The grids' own ids (B, T) for ids of the vocabulary; the inverse of `to_vocabulary`."""
+        """Convert ids of the vocabulary (B, T) to the grids' own ids; the inverse of `to_vocabulary`."""
         return ids_BT if len(self.grids) == 1 else ids_BT - self._offsets_like(ids_BT)
 
     def _offsets_like(self, ids_BT):
         return ids_BT.new_tensor(self.offsets_T) if hasattr(ids_BT, "new_tensor") else self.offsets_T
 
     def condition_ids(self, class_indices_B):
-        """The id (B,) of each class index, NO_CLASS (-1) meaning the null class; numpy and torch integers alike, not checked."""
-        # floor modulo takes -1 to num_classes, and the null class is the id after the last class: no branch, no synchronization
+        """The ids (B,) of class indices; NO_CLASS (-1) gives the null class. Accepts numpy arrays and torch tensors. Does not check the indices."""
+        # floor modulo maps -1 to num_classes, the null class: no branch, no synchronization
         return self.num_codes + class_indices_B % (self.num_classes + 1)
 
     def class_id(self, index: int) -> int:
-        """The id of one class. Raises InputError that says which indices there are."""
+        """The id of one class. Raises InputError, which names the allowed indices, for an unknown one."""
         index = operator.index(index)
         if not 0 <= index < self.num_classes:
             allowed = (f"0 ({self.class_names[0]}) to {self.num_classes - 1} ({self.class_names[-1]})" if self.class_names
@@ -133,21 +133,21 @@ class Vocabulary:
         return self.num_codes + index
 
     def save(self, folder: str | Path) -> None:
-        """Write vocabulary.json, whole or not at all."""
+        """Write vocabulary.json atomically."""
         write_json(Path(folder) / VOCABULARY_NAME, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Vocabulary":
-        """The vocabulary in a folder. Raises InputError for a missing file, another schema, unknown or missing fields."""
+        """Load the vocabulary of a folder. Raises InputError for a missing file, another schema version, and unknown or missing fields."""
         path = Path(folder) / VOCABULARY_NAME
         check_readable(path)
         if not path.is_file():
-            raise InputError(f"{path} is missing; it is written last, so this is not the complete folder of a prior.")
+            raise InputError(f"{path} is missing. It is written last, so the prior in this folder is incomplete.")
         return cls.from_dict(read_object(path, "export the prior again"), path, version_of(Path(folder)))
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: str | Path = VOCABULARY_NAME, version: str | None = None) -> "Vocabulary":
-        """The vocabulary for its JSON content. Errors name `path` and `version`, the version of vqmosaic that wrote it."""
+        """The vocabulary from its JSON content. Errors name `path` and `version`, the version of vqmosaic that wrote it."""
         version = written_by(content) or version
         if not isinstance(content, dict) or "schema_version" not in content:
             raise InputError(f"{path} is not a vocabulary: it has no schema_version.")
@@ -159,9 +159,9 @@ class Vocabulary:
         check_fields(content, known, str(path), version, known)
         names = content["class_names"]
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise InputError(f"{path}: class_names is {names!r}; it must be a list of texts, or null.")
+            raise InputError(f"{path}: class_names is {names!r}; it must be a list of strings, or null.")
         if not isinstance(content["token_fingerprint"], str):
-            raise InputError(f"{path}: token_fingerprint is {content['token_fingerprint']!r}; it must be a text.")
+            raise InputError(f"{path}: token_fingerprint is {content['token_fingerprint']!r}; it must be a string.")
         if not isinstance(content["grids"], list):
             raise InputError(f"{path}: grids is {content['grids']!r}; it must be a list.")
         grids = [from_fields(Grid, grid, f"{path}: grids[{number}]", version) for number, grid in enumerate(content["grids"])]

@@ -87,7 +87,8 @@ def test_it_joins_at_its_step_learns_silently_then_speaks(finished):
 def test_the_plan_prints_the_resolved_steps(tmp_path, capsys):
     train(tmp_path / "run", tokenizer_training__max_steps=4)
     out = capsys.readouterr().out
-    assert "joins at step 2, has a say from step 2, its full weight 0.5 from step 3" in out and "the discriminator joins at step 2" in out
+    assert "joins at step 2, affects the tokenizer from step 2, with full weight 0.5 from step 3" in out
+    assert "the discriminator joins at step 2" in out
 
 
 def test_the_checkpoint_holds_both_and_the_export_inference_weights_alone(finished):

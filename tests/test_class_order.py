@@ -105,7 +105,7 @@ def test_another_order_changes_names_and_indices_together(photos):
         label = splits.train.label(index)
         assert as_text.train.source_name(index) == splits.train.source_name(index)
         assert AS_TEXT[as_text.train.label(index)] == NATURAL[label] == splits.train.source_name(index).split("/")[0]
-    assert splits.in_order_of(AS_TEXT).class_names == AS_TEXT and splits.in_order_of(NATURAL[::-1]).class_names == NATURAL
+    assert splits.in_class_order_of(AS_TEXT).class_names == AS_TEXT and splits.in_class_order_of(NATURAL[::-1]).class_names == NATURAL
     assert splits.as_recorded({"data set": as_text.fingerprint}).class_names == AS_TEXT
     assert splits.as_recorded({"data set": "another"}) is splits
 
@@ -118,7 +118,7 @@ def test_records_in_the_earlier_order_are_recognized(photos, tmp_path, earlier):
                                 tmp_path / "tables/train.parquet")
     for path in (photos, tmp_path / "tables"):
         before = open_splits(DataConfig(path=str(path)))
-        recorded = [before.fingerprint, before.fingerprint_like("former")]
+        recorded = [before.fingerprint, before.comparable_fingerprint("former")]
         former = (before.train.former_identity, before.validation.former_identity)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(class_labels, "natural_key", natural_key)
@@ -211,6 +211,6 @@ def test_shards_in_another_order_are_not_relabelled(photos, earlier_run, tmp_pat
 
 
 def test_class_proportions_fit_a_prior_with_the_earlier_order(photos):
-    labelled = open_splits(DataConfig(path=str(photos))).in_order_of(AS_TEXT).train
+    labelled = open_splits(DataConfig(path=str(photos))).in_class_order_of(AS_TEXT).train
     counts, clause = class_counts(labelled.class_names, labelled, 48)
     assert sum(counts) == 48 and "proportions of the" in clause

@@ -103,11 +103,11 @@ def test_check_data_counts_and_reports_colour_spaces(tmp_path):
     lines = []
     check_data(DataConfig(path=str(tmp_path)), lines.append)
     colours = [line for line in lines if line.startswith("colours")]
-    assert colours[0].startswith("colours: 3 images state another colour space than sRGB")
+    assert colours[0].startswith("colours: 3 images declare a colour space other than sRGB")
     assert colours[1] in {f"colours: 3 in gamma 1 (gAMA), such as {number}.png" for number in (1, 2, 3)}
     (tmp_path / "some").mkdir()
     for number in range(2):
         (tmp_path / "some" / f"{number}.png").write_bytes(png(8, 2, ROW))
     lines.clear()
     check_data(DataConfig(path=str(tmp_path / "some")), lines.append)
-    assert "colours: no image states another colour space than sRGB" in lines
+    assert "colours: no image declares a colour space other than sRGB" in lines

@@ -11,7 +11,7 @@ from torch import nn
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from stage2_prior.generation import decoding
-from stage2_prior.generation.decoding import GraphDecoder, StaticDecoder, StockDecoder, make_decoder
+from stage2_prior.generation.decoding import GraphDecoder, ReferenceDecoder, StaticDecoder, make_decoder
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
@@ -151,16 +151,16 @@ def test_what_was_added_from_outside_goes_through_the_model(change):
     prior = make_prior()
     assert isinstance(decoder_of(prior), StaticDecoder)
     change(prior)
-    assert isinstance(decoder_of(prior), StockDecoder)
+    assert isinstance(decoder_of(prior), ReferenceDecoder)
 
 
 def test_under_autocast_and_for_other_architectures_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert isinstance(decoder_of(make_prior()), StockDecoder)
+        assert isinstance(decoder_of(make_prior()), ReferenceDecoder)
     for architecture in ("gpt2", "qwen3"):
-        assert isinstance(decoder_of(make_prior(architecture)), StockDecoder)
+        assert isinstance(decoder_of(make_prior(architecture)), ReferenceDecoder)
     dynamic = make_prior(rope_parameters={"rope_type": "dynamic", "rope_theta": 50.0, "factor": 3.0})
-    assert isinstance(decoder_of(dynamic), StockDecoder)
+    assert isinstance(decoder_of(dynamic), ReferenceDecoder)
 
 
 def test_dropout_of_a_training_model_does_not_send_it_the_slow_way():
@@ -193,7 +193,7 @@ def test_packed_products_are_products(rows, dtype):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_joined_products(monkeypatch, packed):
-    monkeypatch.setattr(decoding_products, "PACKED_NUMBERS", 0)
+    monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 0)
     monkeypatch.setattr(decoding_products, "can_pack", lambda *_: packed and can_pack("cpu", torch.float32))
     torch.manual_seed(0)
     linears = [nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)]
@@ -205,7 +205,7 @@ def test_joined_products(monkeypatch, packed):
 
 
 def test_a_model_whose_matrices_are_packed(monkeypatch):
-    monkeypatch.setattr(decoding_products, "PACKED_NUMBERS", 0)
+    monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 0)
     for architecture in ("llama", "grid_transformer"):
         prior = make_prior(architecture)
         assert largest_logit_difference(prior, prior, random_ids(prior), CLASSES) < 1e-4
@@ -216,7 +216,7 @@ def test_a_model_whose_matrices_are_packed(monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
 @pytest.mark.parametrize("short", [0, 100])
 def test_bfloat16_is_reported_and_small(architecture, short, monkeypatch):
-    monkeypatch.setattr(decoding, "SHORT", short)  # keys and values of few positions in float32, of more in bf16
+    monkeypatch.setattr(decoding, "MAX_FLOAT32_CACHE_LENGTH", short)  # keys and values of few positions in float32, of more in bf16
     prior, narrow = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
     assert decoder_of(narrow).keys.dtype == (torch.float32 if short else torch.bfloat16)
     difference = largest_logit_difference(narrow, prior, random_ids(prior), CLASSES)

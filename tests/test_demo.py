@@ -160,7 +160,7 @@ def test_no_chosen_class_is_every_class_and_a_new_seed_gives_new_images(client):
 
 
 @pytest.mark.parametrize(("request_", "words"), [
-    ({"classes": ["ant", "bee"], "number": 64}, r"128 images are too many at a time \(64 of each of 2 classes\); at most 64"),
+    ({"classes": ["ant", "bee"], "number": 64}, r"128 images are too many \(64 for each of 2 classes\); allowed: at most 64"),
     ({"number": 1000}, "Images of each class is 1000; it must be at least 1 and at most 64"),
     ({"number": 0}, "Images of each class is 0; it must be at least 1"),
     ({"classes": ["dog"]}, "There is no class 'dog'"),
@@ -314,10 +314,10 @@ def test_requests_wait_for_each_other_and_leave_the_line_when_stopped(clients, p
     for client in clients[1:]:
         waiting.append(client.submit(classes=["bee"], number=1, api_name="/generate"))
         wait_until(lambda: len(page.worker._jobs) == 1 + len(waiting))
-    with pytest.raises(AppError, match="2 requests are waiting already"):
+    with pytest.raises(AppError, match="2 requests are already waiting"):
         clients[0].predict(number=1, api_name="/generate")
     clients[1].predict(api_name="/stop")
-    assert waiting[0].result(timeout=10)[3] == "Stopped before it began."
+    assert waiting[0].result(timeout=10)[3] == "Stopped before it started."
     pipe.delay, drawn = 0.5, pipe.tokens
     wait_until(lambda: pipe.tokens > drawn)
     first.cancel()  # gradio is through with it, while its last token still takes half a second

@@ -211,7 +211,7 @@ def test_an_answer_does_not_tell_whether_a_file_exists(server, watched):
         assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text) and here.status_code in (403, 404)
     here, nowhere = (server.call("reconstruct", [{"path": target, "meta": META}]) for target in (watched[0], watched[0] + "x"))
     assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text)
-    assert here.status_code == 400 and "Only images that were uploaded" in here.json()["error"]
+    assert here.status_code == 400 and "was not uploaded to this page" in here.json()["error"]
 
 
 def test_only_uploads_and_results_are_served(server):
@@ -663,7 +663,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
         Image.new("L", (width, 4000)).save(tmp_path / "large", kind)
         with Image.open(tmp_path / "large") as image:
             try:
-                demo_requests.bound_size(image, 16)
+                demo_requests.limit_decoded_size(image, 16)
                 decoded.append(image.size)
             except UnreadableImage as error:
                 decoded.append(str(error))
@@ -671,7 +671,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     assert decoded[2].startswith("4500 x 4000 pixels, more than the 16 million")
     Image.new("L", (65_000, 300)).save(tmp_path / "strip", "JPEG")
     with Image.open(tmp_path / "strip") as image, pytest.raises(UnreadableImage):
-        demo_requests.bound_size(image, 256)  # an eighth of it would be smaller than what the tokenizer sees
+        demo_requests.limit_decoded_size(image, 256)  # an eighth of it would be smaller than what the tokenizer sees
 
 
 def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, monkeypatch):
@@ -785,7 +785,7 @@ def test_other_requests_are_answered_while_a_wrong_class_name_is_looked_up(serve
 @pytest.mark.parametrize(("class_names", "label_drop"), [(None, 0.1), (["ant"], 0.0)])
 def test_guidance_is_refused_where_it_cannot_work(class_names, label_drop):
     pipe = tiny_pipeline(class_names, label_drop)
-    with pytest.raises(demo.InputError, match=r"^Guidance scale is 2; this prior cannot be guided"):
+    with pytest.raises(demo.InputError, match=r"^Guidance scale is 2; it must be 1, because this prior does not support guidance"):
         demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 2)
     assert demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 1)[2] == 0
 
@@ -796,7 +796,7 @@ def test_an_unexpected_error_is_one_line_of_the_log_and_a_message_without_detail
 
     monkeypatch.setattr(SlowPipeline, "__call__", fail)
     event, answer = server.result("generate", GENERATE)
-    assert event == "error" and "unexpected error" in answer["error"] and "secret" not in str(answer)
+    assert event == "error" and "Unexpected server error" in answer["error"] and "secret" not in str(answer)
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "RuntimeError: /secret/path" in err and "test_demo_guard.py, line" in err
 

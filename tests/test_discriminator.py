@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from stage1_tokenizer.adversarial.differentiable_augmentation import augment_alike, augment_images
+from stage1_tokenizer.adversarial.differentiable_augmentation import augment_images, augment_pair
 from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator, group_count
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
-from vqmosaic.recipes.tokenizer_sections import AUGMENTATIONS, AdversarialConfig, patch_grid
+from vqmosaic.recipes.tokenizer_sections import AUGMENTATIONS, AdversarialConfig, patches_per_side
 
 NORMS = [("group", False), ("none", False), ("none", True), ("group", True)]
 
@@ -33,11 +33,11 @@ def test_the_grid_of_logits_is_the_one_that_is_foretold(layers, size):
     discriminator = make(layers=layers)
     if size < 3 * 2**layers:
         with pytest.raises(InputError, match=f"adversarial.layers is {layers}.*they have {size}"):
-            patch_grid(size, layers)
+            patches_per_side(size, layers)
         with pytest.raises(InputError, match=r"adversarial\.layers"):
             discriminator(random_images(1, size=size))
         return
-    side = patch_grid(size, layers)
+    side = patches_per_side(size, layers)
     logits_B1hw, features = discriminator.features(random_images(2, size=size))
     assert logits_B1hw.shape == (2, 1, side, side)
     assert len(features) == layers + 1 and all(torch.isfinite(feature).all() for feature in features)
@@ -48,10 +48,10 @@ def test_too_many_layers_are_refused_by_the_recipe_with_what_would_fit():
     with pytest.raises(InputError, match=r"adversarial.layers is 3.*at most 2, or data.image_size to at least 24"):
         Recipe(data=DataConfig(image_size=16), adversarial=AdversarialConfig(weight=0.1, layers=3))
     with pytest.raises(InputError, match=r"set data.image_size to at least 24"):
-        patch_grid(5, 3)
+        patches_per_side(5, 3)
     Recipe(data=DataConfig(image_size=16), adversarial=AdversarialConfig(weight=0.1, layers=2))
     Recipe(data=DataConfig(image_size=16), adversarial=AdversarialConfig(weight=0.0, layers=3))
-    assert patch_grid(32, 3) == 2
+    assert patches_per_side(32, 3) == 2
 
 
 def test_a_logit_sees_the_patch_that_the_field_promises():
@@ -263,10 +263,10 @@ def test_cutout_zeroes_a_square_of_half_the_side():
 def test_two_batches_are_augmented_alike_where_they_are_to_be_compared():
     images, offset = random_images(4), 0.25
     torch.manual_seed(0)
-    first, second = augment_alike(images, images, AUGMENTATIONS)
+    first, second = augment_pair(images, images, AUGMENTATIONS)
     assert torch.equal(first, second) and torch.equal(first, augmented(images, AUGMENTATIONS))
     torch.manual_seed(0)
-    first, second = augment_alike(images, images + offset, ["translation", "cutout"])
+    first, second = augment_pair(images, images + offset, ["translation", "cutout"])
     difference = second - first
     kept = difference.abs() > 0.1
     assert kept.float().mean() > 0.5

@@ -24,8 +24,8 @@ from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage1_tokenizer.tokenizer_setup import time_of_one_step
-from stage2_prior.generation.decoding import StaticDecoder, StockDecoder
+from stage1_tokenizer.tokenizer_setup import measure_step_seconds
+from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder
 from stage2_prior.generation.decoding_layers import GridLayers, LlamaLayers
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.generation.sampling import apply_guidance, draw_ids
@@ -41,9 +41,9 @@ from tests.tiny import make_tiny_run
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.recipes.tokenizer_sections import QUANTIZER_NAMES, AdversarialConfig, TokenizerConfig
 from vqmosaic.runs.devices import default_device
-from vqmosaic.training.muon import Muon, orthogonalized
+from vqmosaic.training.muon import Muon, orthogonalize
 from vqmosaic.training.training_run import TrainingRun
-from vqmosaic.training.weight_averaging import averaged
+from vqmosaic.training.weight_averaging import make_average
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TOKENIZER = {"codebook_size": 64, "code_dim": 5, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1], "residual_blocks": 1}
@@ -96,7 +96,7 @@ def clip(model: nn.Module) -> torch.Tensor:
 
 def random_lpips(device: torch.device) -> LPIPS:
     """The perceptual loss with random weights instead of those of files."""
-    with patch("stage1_tokenizer.perceptual._read", lambda file, shapes, ignored=(): random_weights(tuple(shapes.items()))):
+    with patch("stage1_tokenizer.perceptual._read_weights", lambda file, shapes, ignored=(): random_weights(tuple(shapes.items()))):
         return LPIPS(PerceptualWeights("vgg16", "linear")).to(device)
 
 
@@ -159,7 +159,7 @@ def timed_step_of_the_plan(device, channels_last, parts):
     run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, channels_last=channels_last, train_parts=parts), unwrapped=tokenizer,
                           optimizers=[], accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward()))
     adversary = Adversary(config, discriminator, discriminator, tokenizer.decoder.last_layer)
-    time_of_one_step(tokenizer, adversary, random_lpips(device), SimpleNamespace(images_BCHW=images_on(torch.device("cpu"))), run)
+    measure_step_seconds(tokenizer, adversary, random_lpips(device), SimpleNamespace(images_BCHW=images_on(torch.device("cpu"))), run)
     return tokenizer, discriminator
 
 
@@ -199,12 +199,12 @@ def ids_to_images(device, **fields):
     """ImageTokenizer.decode without the check that needs data."""
     tokenizer = tokenizer_on(device, **fields)
     with torch.inference_mode():
-        return tokenizer._decoded(tokenizer.quantizer.ids_to_latents(torch.zeros(ROWS, *tokenizer.grid_shape, dtype=torch.int64).to(device)))
+        return tokenizer._decode_latents(tokenizer.quantizer.ids_to_latents(torch.zeros(ROWS, *tokenizer.grid_shape, dtype=torch.int64).to(device)))
 
 
 @case({"dtype": torch.float32}, {"dtype": torch.bfloat16})
 def orthogonal_updates(device, dtype):
-    return orthogonalized([torch.randn(2, 4, 9).to(device, dtype), torch.randn(1, 6, 4).to(device, dtype)])
+    return orthogonalize([torch.randn(2, 4, 9).to(device, dtype), torch.randn(1, 6, 4).to(device, dtype)])
 
 
 # --- the prior ---------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,8 @@ def steps_with_the_static_cache_of_transformers(device, architecture, cuts, **op
                 for part in vocabulary_ids(device, prior).tensor_split(cuts, dim=1)]
 
 
-def sampling_steps(device: torch.device, prior: TokenPrior, decoder: StockDecoder | StaticDecoder, is_recorded: bool = False) -> list[torch.Tensor]:
+def sampling_steps(device: torch.device, prior: TokenPrior, decoder: ReferenceDecoder | StaticDecoder,
+                   is_recorded: bool = False) -> list[torch.Tensor]:
     """Guided images, half of the rows with their class and half without. Like sample_tokens, but without the check that needs data."""
     vocabulary, drawn = prior.vocabulary, []
     sampling = SamplingConfig(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01)
@@ -288,7 +289,7 @@ def sampling_steps_with_static_decoder(device, architecture, is_recorded=False, 
 def sampling_steps_through_the_model(device, architecture, **options):
     prior = make_prior(architecture, **options).to(device)
     with torch.inference_mode():
-        return sampling_steps(device, prior, StockDecoder(prior.model, 4))
+        return sampling_steps(device, prior, ReferenceDecoder(prior.model, 4))
 
 
 @case(*PRIORS)
@@ -362,7 +363,7 @@ def clipping(device):
 @case({}, reason="torch checks whether this is the first update.")
 def weight_average(device):
     tokenizer = tokenizer_on(device)
-    average = averaged(tokenizer, 0.99)
+    average = make_average(tokenizer, 0.99)
     average.update_parameters(tokenizer)
     average.update_parameters(tokenizer)
     return average

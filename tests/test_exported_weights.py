@@ -151,7 +151,7 @@ REFUSED_TOKENIZERS = {
     "other layer": (lambda tokenizer: setattr(tokenizer.decoder, "conv_out", nn.Conv2d(32, 4, 3)), r"decoder.conv_out.bias has shape \(4,\)"),
     "no layer": (lambda tokenizer: setattr(tokenizer, "quant_conv", nn.Identity()), "missing quant_conv.bias"),
     "more": (lambda tokenizer: tokenizer.register_buffer("scale", torch.ones(1)), "unexpected scale"),
-    "int8": (lambda tokenizer: in_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight holds int8, not float32"),
+    "int8": (lambda tokenizer: in_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight has dtype int8, not float32"),
     "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values"),
 }
 
@@ -197,12 +197,12 @@ REFUSED_PRIORS = {
     "adapter": (with_adapter, {}, r"missing model.layers.0.self_attn.q_proj.weight.*merge_and_unload"),
     "wrapped by an adapter": (lambda prior: setattr(prior, "model", Renamed(prior.model)), {}, "missing lm_head.weight.*and 34 more"),
     "parametrized": (lambda prior: parametrizations.orthogonal(prior.model.lm_head), {}, "unexpected lm_head.parametrizations"),
-    "int8": (lambda prior: in_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight holds int8, not float32"),
+    "int8": (lambda prior: in_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight has dtype int8, not float32"),
     "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values"),
     "more ids": (lambda prior: setattr(prior.model, "lm_head", nn.Linear(32, 99, bias=False)), {}, r"lm_head.weight has shape \(99, 32\)"),
     "quantized": (lambda prior: setattr(prior.model.config, "quantization_config", {"quant_method": "any"}), {}, "it is quantized"),
     "untied": (untied, {"options": {"tie_word_embeddings": True}}, "lm_head.weight differs from model.embed_tokens.weight"),
-    "other class": (other_class, {}, "its model is a Qwen3ForCausalLM, and its configuration would be loaded as a LlamaForCausalLM"),
+    "other class": (other_class, {}, "its model is a Qwen3ForCausalLM, but its configuration would be loaded as a LlamaForCausalLM"),
 }
 
 

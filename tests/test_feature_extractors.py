@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from pipelines.sweep.feature_extractors import FeatureExtractor, NamedNetwork, load_feature_extractor, normalised, timm_network
+from pipelines.sweep.feature_extractors import FeatureExtractor, FeatureNetwork, load_feature_extractor, normalise_images, timm_network
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from vqmosaic.errors import InputError
 
@@ -84,8 +84,8 @@ class WantsFloats(nn.Module):
 
 
 @pytest.mark.parametrize(("module", "words"), [
-    (Unpooled(), r"output of shape \(2, 3, 1, 1\) for a batch of two 8 x 8 images \(uint8, 0 to 255\); it must be \(2, F\)"),
-    (Blind(), "equal features for noise and for black"),
+    (Unpooled(), r"returns the shape \(2, 3, 1, 1\) for a batch of two 8 x 8 images \(uint8, 0 to 255\); it must return \(2, F\)"),
+    (Blind(), "equal features for a noise image and a black image"),
     (WantsFloats(), r"fails on a batch of two 8 x 8 images \(uint8, 0 to 255\)"),
 ], ids=["maps", "blind", "floats"])
 def test_what_gives_no_features_is_refused_before_anything_slow(module, words, tmp_path):
@@ -93,9 +93,9 @@ def test_what_gives_no_features_is_refused_before_anything_slow(module, words, t
         load_feature_extractor(resolve_feature_file(scripted(module, tmp_path / "module.pt"), None), 8, CPU)
 
 
-def small_network(name: str = "small") -> NamedNetwork:
+def small_network(name: str = "small") -> FeatureNetwork:
     torch.manual_seed(0)
-    return NamedNetwork(module=nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), size=(12, 10), mean=(0.5, 0.4, 0.3),
+    return FeatureNetwork(module=nn.Sequential(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), size=(12, 10), mean=(0.5, 0.4, 0.3),
                         deviation=(0.2, 0.25, 0.5), classifier=("head", "head_dist"))
 
 
@@ -128,9 +128,9 @@ def test_images_are_resized_as_by_the_image_transform():
     network = small_network()
     hooked = nn.Identity()
     hooked.forward = lambda images_BCHW: seen.append(images_BCHW) or images_BCHW.mean((2, 3))
-    named = NamedNetwork(module=hooked, size=(12, 12), mean=(0.0,) * 3, deviation=(1.0,) * 3, classifier=network.classifier)
+    named = FeatureNetwork(module=hooked, size=(12, 12), mean=(0.0,) * 3, deviation=(1.0,) * 3, classifier=network.classifier)
     pixels_BCHW = torch.randint(0, 256, (1, 3, 31, 31), dtype=torch.uint8)
-    FeatureExtractor(feature_file(Path("none")), hooked, lambda images_BCHW: normalised(images_BCHW, named), CPU)(pixels_BCHW)
+    FeatureExtractor(feature_file(Path("none")), hooked, lambda images_BCHW: normalise_images(images_BCHW, named), CPU)(pixels_BCHW)
     by_pillow = np.asarray(Image.fromarray(pixels_BCHW[0].permute(1, 2, 0).numpy()).resize((12, 12), Image.Resampling.BICUBIC))
     assert np.abs(seen[0][0].permute(1, 2, 0).numpy() * 255 - by_pillow).max() < 2, "antialiased bicubic; Pillow rounds between its two passes"
 
@@ -144,7 +144,7 @@ def test_images_are_resized_as_by_the_image_transform():
 def test_weights_that_do_not_fit_are_listed(change, words, tmp_path):
     weights = {name: tensor for name, tensor in {**small_network().module.state_dict(), **change}.items() if tensor is not None}
     save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(InputError, match=rf"does not hold the weights of --features_model small: {words}"):
+    with pytest.raises(InputError, match=rf"does not contain the weights of --features_model small: {words}"):
         load_feature_extractor(feature_file(tmp_path / "weights.safetensors"), 8, CPU, small_network)
 
 
@@ -157,19 +157,19 @@ def test_files_that_are_something_else_are_told(tmp_path, monkeypatch):
     torch.save({"a": Evil()}, tmp_path / "evil.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pt").write_text("not a network")
-    with pytest.raises(InputError, match=r"no TorchScript module.*add --features_model NAME"):
+    with pytest.raises(InputError, match=r"not a TorchScript module.*add --features_model NAME"):
         load_feature_extractor(resolve_feature_file(tmp_path / "text.pt", None), 8, CPU)
-    with pytest.raises(InputError, match="no TorchScript module"):
+    with pytest.raises(InputError, match="not a TorchScript module"):
         load_feature_extractor(resolve_feature_file(tmp_path / "evil.pth", None), 8, CPU)
-    for name, words in (("evil.pth", "no file of weights"), ("list.pth", "something else than named tensors"), ("text.pt", "no file of weights")):
+    for name, words in (("evil.pth", "not a weights file"), ("list.pth", "does not contain only named tensors"), ("text.pt", "not a weights file")):
         with pytest.raises(InputError, match=words):
             load_feature_extractor(feature_file(tmp_path / name), 8, CPU, small_network)
-    with pytest.raises(InputError, match="For a TorchScript file leave --features_model out"):
+    with pytest.raises(InputError, match="For a TorchScript file, omit --features_model"):
         load_feature_extractor(feature_file(features), 8, CPU, small_network)
     assert not (tmp_path / "ran").exists(), "no pickle was run"
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="needs timm, and that is not installed: pip install 'vqmosaic"):
+    with pytest.raises(InputError, match="needs timm, but timm is not installed: pip install 'vqmosaic"):
         resolve_feature_file(features, "resnet18")
 
 
@@ -181,7 +181,7 @@ def test_weights_of_a_timm_model(tmp_path):
     save_file(timm.create_model("resnet18", pretrained=False).state_dict(), tmp_path / "resnet18.safetensors")
     extractor = load_feature_extractor(resolve_feature_file(tmp_path / "resnet18.safetensors", "resnet18"), 16, CPU)
     assert extractor.num_features == 512
-    with pytest.raises(InputError, match=r"does not hold the weights of --features_model resnet34: missing layer"):
+    with pytest.raises(InputError, match=r"does not contain the weights of --features_model resnet34: missing layer"):
         load_feature_extractor(resolve_feature_file(tmp_path / "resnet18.safetensors", "resnet34"), 16, CPU)
-    with pytest.raises(InputError, match=r"'resnet_18', which is none of .* Did you mean 'resnet18'"):
+    with pytest.raises(InputError, match=r"'resnet_18', which is not one of .* Did you mean 'resnet18'"):
         timm_network("resnet_18")

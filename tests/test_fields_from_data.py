@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipelines.stages.chain import hint_at_budgets
+from pipelines.stages.chain import longer_training_hint
 from pipelines.stages.count_images import count_images
 from stage1_tokenizer.image_files.images import named_views
 from vqmosaic.errors import InputError
@@ -145,11 +145,11 @@ def test_the_plan_shows_choices_with_reasons_and_fields_set_by_hand():
 
 
 def test_a_finished_run_says_how_to_train_longer():
-    said = hint_at_budgets(load("--minutes=2"))
+    said = longer_training_hint(load("--minutes=2"))
     assert "1 minutes for the tokenizer and 1 for the prior" in said and said.endswith("add --minutes 4 --redo tokens")
-    said = hint_at_budgets(load("--minutes=null", "--tokenizer_training.max_minutes=5", "--prior_training.max_minutes=5"))
+    said = longer_training_hint(load("--minutes=null", "--tokenizer_training.max_minutes=5", "--prior_training.max_minutes=5"))
     assert said.endswith("add --tokenizer_training.max_minutes 10 --redo tokens")
-    assert hint_at_budgets(load("--prior_training.max_minutes=null")) == "", "it was not the time that ended the training"
+    assert longer_training_hint(load("--prior_training.max_minutes=null")) == "", "it was not the time that ended the training"
 
 
 def test_minutes_are_divided_and_a_given_max_minutes_stays():
@@ -185,9 +185,9 @@ def test_a_started_stage_keeps_its_values_when_images_are_added(tmp_path):
     assert again.tokens.views == load(images=20_000).tokens.views != first.tokens.views, "tokens and prior have not started, so their fields follow "\
         "from the data as they are now"
     assert again.prior.dropout == load(images=20_000).prior.dropout
-    anew = load(f"--run_dir={run}", images=20_000, redone="tokenizer")
+    anew = load(f"--run_dir={run}", images=20_000, redo_stage="tokenizer")
     assert anew.tokenizer_training == load(images=20_000).tokenizer_training
-    assert load(f"--run_dir={run}", images=20_000, redone="prior").data.shift == first.data.shift
+    assert load(f"--run_dir={run}", images=20_000, redo_stage="prior").data.shift == first.data.shift
 
 
 def test_a_new_budget_is_divided_again_even_in_a_started_run(tmp_path):

@@ -23,9 +23,9 @@ from tests.tiny import command, tiny_overrides, tiny_recipe
 from token_shards import TokenShardManifest
 from token_shards.writer import TokenShardWriter
 from vqmosaic.files.durable_files import TEMPORARY_PREFIX, copy_folder, write_json
-from vqmosaic.files.full_disks import DiskFull, naming_full_disks, size_text
+from vqmosaic.files.full_disks import DiskFull, explain_full_disk, size_text
 from vqmosaic.recipes.recipe_sections import SamplingConfig
-from vqmosaic.runs.launch import guarded, write_note
+from vqmosaic.runs.launch import exit_code_of, write_note
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.best_weights import save_weights
 from vqmosaic.training.tracking import MetricsLog
@@ -53,7 +53,7 @@ def fail(error: Exception) -> None:
     lambda: fail(OSError(errno.EDQUOT, "Disk quota exceeded")),
 ])
 def test_whatever_says_that_a_disk_is_full_is_understood(write, tmp_path):
-    with pytest.raises(DiskFull) as caught, naming_full_disks(tmp_path, 3 * 2**20):
+    with pytest.raises(DiskFull) as caught, explain_full_disk(tmp_path, 3 * 2**20):
         write()
     assert f"no space left in {tmp_path}" in str(caught.value) and "3.0 MiB needed" in str(caught.value)
     assert "quota" in str(caught.value) or " free, about" in str(caught.value)
@@ -61,25 +61,25 @@ def test_whatever_says_that_a_disk_is_full_is_understood(write, tmp_path):
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError(errno.EIO, "Input/output error"), ValueError("28")])
 def test_other_errors_stay_what_they_are(error, tmp_path):
-    with pytest.raises(type(error)) as caught, naming_full_disks(tmp_path, 1):
+    with pytest.raises(type(error)) as caught, explain_full_disk(tmp_path, 1):
         fail(error)
     assert caught.value is error
 
 
 def test_the_outer_writer_says_how_much_is_needed_altogether(tmp_path):
-    with pytest.raises(DiskFull, match=rf"in {tmp_path}: .* 5\.0 GiB needed"), naming_full_disks(tmp_path, 5 * 2**30), \
-            naming_full_disks(tmp_path / "inner", 10):
+    with pytest.raises(DiskFull, match=rf"in {tmp_path}: .* 5\.0 GiB needed"), explain_full_disk(tmp_path, 5 * 2**30), \
+            explain_full_disk(tmp_path / "inner", 10):
         write_to_full_device()
-    with pytest.raises(DiskFull, match=rf"in {tmp_path}/inner: .* 10 bytes needed"), naming_full_disks(tmp_path), \
-            naming_full_disks(tmp_path / "inner", 10):
+    with pytest.raises(DiskFull, match=rf"in {tmp_path}/inner: .* 10 bytes needed"), explain_full_disk(tmp_path), \
+            explain_full_disk(tmp_path / "inner", 10):
         write_to_full_device()
 
 
 def test_the_command_ends_with_words_and_no_traceback_whoever_writes(tmp_path, capsys):
-    assert guarded(write_to_full_device) == 2
-    assert guarded(lambda: fail(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file")))) == 2
+    assert exit_code_of(write_to_full_device) == 2
+    assert exit_code_of(lambda: fail(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file")))) == 2
     written = capsys.readouterr().err
-    assert "Traceback" not in written and "Free are" in written and f"error: no space left in {tmp_path}: " in written
+    assert "Traceback" not in written and "Free space: " in written and f"error: no space left in {tmp_path}: " in written
 
 
 def test_sizes_have_units():
@@ -209,5 +209,5 @@ def test_a_full_disk_under_a_tracker_is_reported(tmp_path):
 def test_a_full_disk_under_the_notes_of_workers_is_reported(tmp_path, capsys):
     (tmp_path / "0.pid").symlink_to("/dev/full")
     (tmp_path / "0.words").symlink_to("/dev/full")
-    assert guarded(lambda: write_note(tmp_path / "0.pid", "1"), tmp_path / "0.words") == 2
+    assert exit_code_of(lambda: write_note(tmp_path / "0.pid", "1"), tmp_path / "0.words") == 2
     assert f"error: no space left in {tmp_path}: " in capsys.readouterr().err, "the message is printed if it cannot be written to the file"

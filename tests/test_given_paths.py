@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.command_line import dispatch
-from vqmosaic.runs.launch import guarded
+from vqmosaic.runs.launch import exit_code_of
 
 IMPOSSIBLE = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
               "through a file": ("FILE/x", "is a file"), "loop of links": ("LOOP/x", "loop of links")}
@@ -39,7 +39,7 @@ def test_a_string_that_cannot_be_a_path_is_refused(name, kind, tmp_path, tiny_ru
     arguments = [part.replace("PATH", IMPOSSIBLE[kind][0]).replace("RUN", str(tiny_run)) for part in COMMANDS_WITH_PATHS[name]]
     if name == "recipe file":  # arguments cannot contain a null byte, but files can
         Path("FILE").write_text('data: {path: "a\\0b", source: folder}\n')
-    assert guarded(lambda: dispatch(arguments)) == 2
+    assert exit_code_of(lambda: dispatch(arguments)) == 2
     words = capsys.readouterr().err
     assert words.startswith("error: ") and len(words) < 2000 and "Errno" not in words
     assert (IMPOSSIBLE[kind][1] if name != "recipe file" else "null byte") in words, words
@@ -47,5 +47,5 @@ def test_a_string_that_cannot_be_a_path_is_refused(name, kind, tmp_path, tiny_ru
 
 
 def test_the_error_for_an_impossible_path_names_it(capsys):
-    assert guarded(lambda: Path("/" + "x" * 300).read_bytes()) == 2
+    assert exit_code_of(lambda: Path("/" + "x" * 300).read_bytes()) == 2
     assert "too long" in capsys.readouterr().err

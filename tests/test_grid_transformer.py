@@ -10,31 +10,31 @@ from transformers import AutoModelForCausalLM
 from stage2_prior.model import grid_attention, grid_transformer
 from stage2_prior.model.causal_lm import make_config
 from stage2_prior.model.grid_attention import (
-    KERNELS,
-    LONGEST,
-    AttentionByProducts,
+    EAGER_KERNELS,
+    MAX_MATMUL_LENGTH,
+    MatmulAttention,
     attend,
-    compiled_passes,
-    passes_for,
+    can_use_matmul_attention,
+    compiled_kernels,
     project,
     queries_keys_values,
     rotate,
-    trains_by_products,
+    select_kernels,
 )
 from stage2_prior.model.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
     SquaredReLU,
-    embeddings_and_feed_forward,
-    places_of_tokens,
     rotation_tables,
+    split_parameter_budget,
+    token_coordinates,
 )
 from stage2_prior.prior import TokenPrior
 from stage2_prior.prior_setup import describe_embeddings
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.kernels.embedding_lookup import Lookup, Occurrences, lookup
+from vqmosaic.kernels.embedding_lookup import EmbeddingLookup, Occurrences, lookup
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.wording import counted
 
@@ -123,7 +123,7 @@ def test_the_place_above_looks_the_same_everywhere():
 
 
 def test_places_of_several_grids_and_of_depth():
-    places = places_of_tokens([[1, 2, 2], [2, 4, 1]])
+    places = token_coordinates([[1, 2, 2], [2, 4, 1]])
     assert places[:4].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.5, 2.5], [0.5, 2.5]], "centres of what a place of the smaller grid covers"
     assert places[4:].tolist() == [[row, column] for row in range(2) for column in range(4)]
 
@@ -168,7 +168,7 @@ def test_the_gradient_of_the_squared_relu_is_that_of_its_formula(monkeypatch):
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.equal(SquaredReLU.apply(x), x.relu().square())
     assert torch.autograd.gradcheck(SquaredReLU.apply, x)
-    monkeypatch.setattr(grid_transformer, "NUMBERS", 10)  # parts of two rows, the last of one
+    monkeypatch.setattr(grid_transformer, "CHUNK_ELEMENTS", 10)  # chunks of two rows, the last of one
     assert torch.equal(SquaredReLU.apply(x.T), x.T.relu().square()) and torch.autograd.gradcheck(SquaredReLU.apply, x)
 
 
@@ -196,9 +196,9 @@ def test_dropout_is_its_own_and_only_in_training():
 @pytest.mark.parametrize("changes, words", [
     ({"width": 36, "heads": 6}, "multiple of 4"),
     ({"options": {"max_position_embeddings": 9}}, "allows 9 positions"),
-    ({"options": {"max_position_embeddings": 90}}, "make 10"),
+    ({"options": {"max_position_embeddings": 90}}, "need 10"),
     ({"options": {"tie_word_embeddings": True}}, "tie_word_embeddings"),
-    ({"options": {"grids": [[3, 3, 1]]}}, "follows from the tokens"),
+    ({"options": {"grids": [[3, 3, 1]]}}, "is set from the tokens"),
     ({"options": {"embedding_blocks": 3}}, "embedding_blocks is 3; allowed: 0 to 2"),
     ({"options": {"embedding_blocks": 99}}, "prior.options: embedding_blocks is 99; allowed: 0 to 2, the number of blocks"),
     ({"options": {"embedding_blocks": 99, "intermediate_size": 64}}, "embedding_blocks is 99; allowed: 0 to 2"),
@@ -237,7 +237,7 @@ def test_presets_with_16384_codes_are_about_as_large_as_llamagen_says(preset, kn
 def test_sizes_that_are_given_win_over_the_preset():
     assert PriorConfig(preset="B").sizes == (12, 768, 12)
     assert PriorConfig(preset="B", layers=3).sizes == (3, 768, 12) and PriorConfig().sizes == (6, 256, 4)
-    with pytest.raises(InputError, match="nothing of it would be used"):
+    with pytest.raises(InputError, match="replace all of its sizes"):
         PriorConfig(preset="B", layers=3, width=64, heads=2)
 
 
@@ -260,7 +260,7 @@ def test_rotation_is_the_same_in_every_number_format():
     torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
 
 
-@pytest.mark.parametrize("passes", [KERNELS, pytest.param(compiled_passes(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
+@pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
 @pytest.mark.parametrize("with_embeddings", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradients(dtype, tolerance, with_embeddings, passes):
@@ -283,30 +283,30 @@ def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradie
     def by_operators(query, key, value) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    for ours, theirs in zip(result(passes, AttentionByProducts.apply), result(None, by_operators), strict=True):
+    for ours, theirs in zip(result(passes, MatmulAttention.apply), result(None, by_operators), strict=True):
         assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 def test_attention_by_products_is_for_short_sequences_in_bf16_with_gradients_alone():
-    short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (LONGEST, LONGEST + 1))
-    assert trains_by_products(short, short) and not trains_by_products(long, long) and not trains_by_products(short, long)
-    assert not trains_by_products(short.detach(), short.detach()) and not trains_by_products(short.float(), short.float())
+    short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (MAX_MATMUL_LENGTH, MAX_MATMUL_LENGTH + 1))
+    assert can_use_matmul_attention(short, short) and not can_use_matmul_attention(long, long) and not can_use_matmul_attention(short, long)
+    assert not can_use_matmul_attention(short.detach(), short.detach()) and not can_use_matmul_attention(short.float(), short.float())
 
 
 def test_passes_are_for_training_in_bf16_and_halves_for_projections_that_are_nothing_else():
-    halves, layer = KERNELS._replace(half_split=True), torch.nn.Linear(8, 24, bias=False)
-    x_BSD = torch.zeros(1, LONGEST + 1, 8, dtype=torch.bfloat16, requires_grad=True)
-    assert passes_for(x_BSD, layer, halves) is halves
-    assert passes_for(x_BSD.detach(), layer, halves) is None and passes_for(x_BSD.float(), layer, halves) is None
+    halves, layer = EAGER_KERNELS._replace(half_split=True), torch.nn.Linear(8, 24, bias=False)
+    x_BSD = torch.zeros(1, MAX_MATMUL_LENGTH + 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert select_kernels(x_BSD, layer, halves) is halves
+    assert select_kernels(x_BSD.detach(), layer, halves) is None and select_kernels(x_BSD.float(), layer, halves) is None
     layer.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert passes_for(x_BSD, layer, halves) is KERNELS
+    assert select_kernels(x_BSD, layer, halves) is EAGER_KERNELS
 
 
-@pytest.mark.parametrize("passes", [KERNELS, pytest.param(compiled_passes(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
+@pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
 def test_a_cache_that_was_filled_with_gradients_is_read_without_them(passes, monkeypatch):
     model, calls = trained_looking(GridTransformer(config_of())), []
     for block in model.blocks:
-        block.passes = passes
+        block.kernels = passes
     monkeypatch.setattr(grid_transformer, "attend", lambda *parts: calls.append(parts[0].grad_fn) or attend(*parts))
     ids_BS = sequences(model, 2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -321,8 +321,8 @@ def test_a_cache_that_was_filled_with_gradients_is_read_without_them(passes, mon
 def test_longer_sequences_go_by_passes_and_torchs_attention(monkeypatch):
     """Gradients agree with those by products, up to the rounding of bf16."""
     model, found = trained_looking(GridTransformer(config_of())), []
-    for longest in (LONGEST, 4):
-        monkeypatch.setattr(grid_attention, "LONGEST", longest)
+    for longest in (MAX_MATMUL_LENGTH, 4):
+        monkeypatch.setattr(grid_attention, "MAX_MATMUL_LENGTH", longest)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             logits_BSK = model(sequences(model, 2), use_cache=False).logits
@@ -356,7 +356,7 @@ def test_a_lookup_gives_rows_and_gradients_of_torchs_embedding(dtype, tolerance)
     embedding = torch.nn.Embedding(19, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     gradient_BSD = torch.randn(5, 13, 18, generator=numbers).to(dtype)[..., 6:12]
     found, expected = lookup(embedding, ids_BS, Occurrences.of(ids_BS, 19), dtype), embedding(ids_BS).to(dtype)
-    assert "Lookup" in found.grad_fn.name() and torch.equal(found, expected)
+    assert "EmbeddingLookup" in found.grad_fn.name() and torch.equal(found, expected)
     (found,), (expected,) = (torch.autograd.grad(each, embedding.weight, gradient_BSD) for each in (found, expected))
     assert found.dtype == embedding.weight.dtype and len(ids_BS.unique()) < 19
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
@@ -365,7 +365,7 @@ def test_a_lookup_gives_rows_and_gradients_of_torchs_embedding(dtype, tolerance)
 def test_in_bf16_a_table_gets_its_gradient_in_float32():
     """4,096 equal gradients of 1 / 64 add up, where a sum in bf16 would stop growing at 4."""
     table_VD, ids = torch.zeros(3, 2, requires_grad=True), torch.ones(64, 64, dtype=torch.long)
-    Lookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
+    EmbeddingLookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
     assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
 
 
@@ -384,7 +384,7 @@ def test_what_is_added_to_an_embedding_from_outside_is_not_passed_over(model):
                                                                (12, 768, 16395, 0), (2, 32, 15, 2), (2, 256, 2011, 0), (2, 256, 700, 1)])
 def test_embeddings_are_paid_for_by_the_feed_forward_blocks(layers, width, vocabulary, blocks):
     """With them the blocks have no more numbers than without, and hardly fewer."""
-    chosen, intermediate = embeddings_and_feed_forward(layers, width, vocabulary)
+    chosen, intermediate = split_parameter_budget(layers, width, vocabulary)
     plain, traded = 8 * layers * width**2, 2 * layers * width * intermediate + 2 * chosen * vocabulary * width
     assert chosen == blocks and 0.92 * plain < traded <= plain and intermediate >= 1.5 * width
 
@@ -416,7 +416,7 @@ def test_more_embeddings_than_the_size_pays_for_are_refused():
     with pytest.raises(InputError, match=r"prior.options: embedding_blocks 2, for 304 ids, .* allowed: 0 to 0, or more with an intermediate_size"):
         prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2})
     prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2, "intermediate_size": 64})
-    assert embeddings_and_feed_forward(12, 768, 16395, 2) == (2, 320)
+    assert split_parameter_budget(12, 768, 16395, 2) == (2, 320)
 
 
 def test_logits_are_of_codes_alone(model):

@@ -45,7 +45,7 @@ def test_the_formula_for_the_compiler_is_the_norm():
     gradient, before = images((2, 64, 6, 5), 5, torch.float32), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found, expected = norm.as_line(x), norm(x)
+        found, expected = norm.as_affine(x), norm(x)
         pairs = zip((found, *torch.autograd.grad(found, (x, norm.weight), gradient)),
                     (expected, *torch.autograd.grad(expected, (x, norm.weight), gradient)), strict=True)
     finally:

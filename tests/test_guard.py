@@ -1,11 +1,11 @@
-"""The guard over an adversarial training: its calendar, plateaus, halvings, as functions of progress and a few counted numbers."""
+"""The guard over an adversarial training: its schedule, plateaus, halvings, as functions of progress and a few counted numbers."""
 
 import json
 import math
 
 import pytest
 
-from stage1_tokenizer.adversarial.guard import AdversarialGuard, calendar
+from stage1_tokenizer.adversarial.guard import AdversarialGuard, describe_schedule
 from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, TokenizerTrainingConfig
 
 
@@ -40,37 +40,37 @@ def test_borders_of_the_calendar(fields, expected):
 def test_a_plateau_lets_it_join_early_and_only_where_asked_for():
     for asked in (True, False):
         guard, settings = AdversarialGuard(), config(start_at_plateau=asked, start=0.9)
-        words = [guard.judge_validation(settings, error, progress) for progress, error in ((0.1, 1.0), (0.2, 0.8), (0.3, 0.799), (0.4, 0.798))]
+        words = [guard.update_after_validation(settings, error, progress) for progress, error in ((0.1, 1.0), (0.2, 0.8), (0.3, 0.799), (0.4, 0.798))]
         assert words[:3] == [None] * 3
         assert (words[3] is not None and "plateau" in words[3]) == asked
         assert guard.joined_at == (0.4 if asked else None)
     guard = AdversarialGuard()
     for progress, error in ((0.1, 1.0), (0.2, 0.999), (0.3, 0.5), (0.4, 0.499), (0.5, 0.3)):
-        guard.judge_validation(config(start_at_plateau=True, start=0.9), error, progress)
+        guard.update_after_validation(config(start_at_plateau=True, start=0.9), error, progress)
     assert guard.joined_at is None, "the stalls must follow one another"
 
 
 def test_worsening_halves_the_weight_again_and_again_and_says_so():
     guard, settings = AdversarialGuard(), config()
     for error in (0.5, 0.4, 0.45):
-        assert guard.judge_validation(settings, error, 0.2) is None
+        assert guard.update_after_validation(settings, error, 0.2) is None
     assert guard.reference_error == 0.4
     guard.joins(settings, 0.3)
-    assert guard.judge_validation(settings, 0.9, 0.32) is None, "during the silent warm-up it is not the discriminator's doing"
-    assert guard.judge_validation(settings, 0.439, 0.5) is None
-    words = guard.judge_validation(settings, 0.441, 0.6)
+    assert guard.update_after_validation(settings, 0.9, 0.32) is None, "during the silent warm-up it is not the discriminator's doing"
+    assert guard.update_after_validation(settings, 0.439, 0.5) is None
+    words = guard.update_after_validation(settings, 0.441, 0.6)
     assert "halved the adversarial weight, now 0.4" in words and "0.4410" in words and "worsening_limit" in words
     assert guard.share(settings, 0.6) == 0.5
-    assert [guard.judge_validation(settings, 0.5, 0.62) for _ in range(2)] == [None, None], "an average follows slowly: it is given time"
-    assert "now 0.2" in guard.judge_validation(settings, 0.5, 0.7)
-    assert guard.judge_validation(settings, 0.41, 0.8) is None and guard.share(settings, 0.8) == 0.25
+    assert [guard.update_after_validation(settings, 0.5, 0.62) for _ in range(2)] == [None, None], "an average follows slowly: it is given time"
+    assert "now 0.2" in guard.update_after_validation(settings, 0.5, 0.7)
+    assert guard.update_after_validation(settings, 0.41, 0.8) is None and guard.share(settings, 0.8) == 0.25
 
 
 def test_without_a_validation_before_the_start_the_first_one_after_it_is_the_reference():
     guard, settings = AdversarialGuard(), config(start=0, warmup=0, ramp=0)
     guard.joins(settings, 0.0)
-    assert guard.judge_validation(settings, 0.4, 0.1) is None
-    assert "halved" in guard.judge_validation(settings, 0.6, 0.2)
+    assert guard.update_after_validation(settings, 0.4, 0.1) is None
+    assert "halved" in guard.update_after_validation(settings, 0.6, 0.2)
 
 
 def test_a_budget_that_grows_does_not_silence_it_again():
@@ -83,22 +83,22 @@ def test_a_budget_that_grows_does_not_silence_it_again():
 @pytest.mark.parametrize("error", [math.nan, math.inf])
 def test_a_validation_that_is_not_finite_says_nothing(error):
     guard = AdversarialGuard()
-    assert guard.judge_validation(config(), error, 0.1) is None and guard == AdversarialGuard()
+    assert guard.update_after_validation(config(), error, 0.1) is None and guard == AdversarialGuard()
 
 
 def test_its_numbers_survive_the_trainer_state():
     guard, settings = AdversarialGuard(), config(start_at_plateau=True)
     for progress, error in ((0.1, 0.5), (0.2, 0.4999), (0.25, 0.4999), (0.6, 0.9)):
-        guard.judge_validation(settings, error, progress)
+        guard.update_after_validation(settings, error, progress)
     assert guard.joined_at == 0.25 and guard.halvings == 1
     assert AdversarialGuard(**json.loads(json.dumps(guard.to_dict()))) == guard
     assert AdversarialGuard(**json.loads(json.dumps(AdversarialGuard().to_dict()))) == AdversarialGuard()
 
 
 def test_the_plan_tells_resolved_steps_or_minutes():
-    steps = calendar(config(), TokenizerTrainingConfig(max_steps=1000))
+    steps = describe_schedule(config(), TokenizerTrainingConfig(max_steps=1000))
     assert "joins at step 300" in steps and "from step 350" in steps and "from step 450" in steps and "weight 0.8" in steps
-    assert "at the latest at step 300" in calendar(config(start_at_plateau=True), TokenizerTrainingConfig(max_steps=1000))
-    assert "from step 1,050 (after the end)" in calendar(config(start=0.9), TokenizerTrainingConfig(max_steps=1000))
-    minutes = calendar(config(), TokenizerTrainingConfig(max_steps=None, max_minutes=10))
+    assert "at the latest at step 300" in describe_schedule(config(start_at_plateau=True), TokenizerTrainingConfig(max_steps=1000))
+    assert "from step 1,050 (after the end)" in describe_schedule(config(start=0.9), TokenizerTrainingConfig(max_steps=1000))
+    minutes = describe_schedule(config(), TokenizerTrainingConfig(max_steps=None, max_minutes=10))
     assert "joins at 3 min 00 s" in minutes and "4 min 30 s" in minutes

@@ -61,7 +61,7 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     data = DataConfig(path=str(tmp_path / "tables"))
     splits = open_splits(data)
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == before, "nothing is written beside the data"
-    assert splits.class_names == ["cat", "dog"] and "'test'" in splits.how and len(splits.validation) == 3
+    assert splits.class_names == ["cat", "dog"] and "'test'" in splits.validation_origin and len(splits.validation) == 3
     assert names(splits.train) == [str(row) for row in range(11)]
     from_folder = open_splits(DataConfig(path=str(folder)))
     expected = contents(from_folder.train) | contents(from_folder.validation)
@@ -75,7 +75,7 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     again = open_splits(DataConfig(path=str(moved))).train.identity
     assert again == splits.train.identity, "the digest depends on the images, not on where they lie"
     cut = open_splits(DataConfig(path=str(moved / "train-00000-of-00001.parquet"), validation_fraction=0.3))
-    assert "row number" in cut.how and sorted(map(int, names(cut.train) + names(cut.validation))) == list(range(11))
+    assert "row number" in cut.validation_origin and sorted(map(int, names(cut.train) + names(cut.validation))) == list(range(11))
     assert contents(cut.train) | contents(cut.validation) == seen
 
 
@@ -100,7 +100,7 @@ def test_tables_written_without_the_library(tmp_path, hub_cache):
     assert splits.class_names is None
     lines = []
     assert dict(check_data(DataConfig(path=str(tmp_path / "tables")), lines.append)) == {
-        "1": "the row holds no image", "2": "not an image of a known format, or its header is corrupt"}
+        "1": "the row has no image", "2": "not an image of a known format, or its header is corrupt"}
     assert "1 of 3 images is readable" in lines
 
 
@@ -132,7 +132,8 @@ def test_columns_that_look_like_labels_are_named(tmp_path, hub_cache):
                                              "light": ["day", "night"] * 4, "category": ["cat", "dog"] * 4})
     splits = open_splits(data)
     assert splits.class_names is None and splits.notes == (
-        "classes are not read; columns that look like labels: 'category' (2 values), 'light' (2 values); read one with --data.label_column category",)
+        "no classes are read; columns that look like labels: 'category' (2 values), 'light' (2 values); "
+        "to read one, give --data.label_column category",)
     lines = []
     check_data(data, lines.append)
     assert f"train: {splits.notes[0]}" in lines
@@ -206,7 +207,7 @@ def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub
     wrong = {"data.train_split.*'trian'.*Did you mean 'train'": {"train_split": "trian"},
              "data.validation_split.*'tests'": {"validation_split": "tests"},
              "data.image_column.*'img'.*Did you mean 'image'": {"image_column": "img"},
-             "data.image_column.*no images": {"image_column": "kind"},
+             "data.image_column.*not images": {"image_column": "kind"},
              "data.label_column.*'kinds'.*Did you mean 'kind'": {"label_column": "kinds"},
              "data.label_column.*allowed: class labels": {"label_column": "image"},
              "class 'b' has images in 'validation' but none in 'train'": {},
@@ -264,6 +265,6 @@ def test_without_a_connection_the_answer_is_quick_and_helps(tmp_path, hub_cache,
         monkeypatch.delenv(proxy, raising=False)
         monkeypatch.delenv(proxy.upper(), raising=False)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"'nobody/nothing'.*no local folder.*--data.path its folder of parquet"):
+    with pytest.raises(InputError, match=r"'nobody/nothing'.*not a local folder.*--data.path its folder of parquet"):
         open_splits(DataConfig(path="nobody/nothing"))
     assert time.monotonic() - started < 10

@@ -164,12 +164,12 @@ def test_validation_images_are_fixed_and_shared_without_duplicates(folder):
 
 def test_workers_that_give_nothing_end_the_training_with_words(folder, monkeypatch):
     """As when a network file system hangs. A worker that is killed ends it at once."""
-    monkeypatch.setattr(image_batches, "LONGEST_WAIT_SECONDS", 1)
+    monkeypatch.setattr(image_batches, "MAX_WAIT_SECONDS", 1)
     for act in (lambda: time.sleep(3), lambda: os.kill(os.getpid(), signal.SIGKILL)):
         stream = training(folder, workers=1, cache_megabytes=0)
         monkeypatch.setattr(stream.source, "read", lambda index, act=act: act())
         batches = stream.batches(0, 6)
-        with pytest.raises(InputError, match=r"the processes that decode images \(data.workers = 1\) gave no batch"):
+        with pytest.raises(InputError, match=r"the processes that decode images \(data.workers = 1\) returned no batch"):
             next(batches)
         batches.close()
     assert not multiprocessing.active_children()

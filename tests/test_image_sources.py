@@ -19,7 +19,7 @@ from PIL import Image
 from stage1_tokenizer.data.check_data import check_data
 from stage1_tokenizer.data.content_digest import content_digest, file_digest
 from stage1_tokenizer.data.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
-from stage1_tokenizer.data.image_sources import ImageSource, cut_validation, identity_like, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSource, comparable_identity, hold_out_validation, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage, _formats
 from vqmosaic.errors import InputError
@@ -127,9 +127,9 @@ def test_the_cut_is_stable_when_images_are_added():
     many = sorted(few + [f"a/{number}.png" for number in range(1, 1000, 2)])
     held_out = {}
     for listed in (few, many):
-        train, validation, how = cut_validation(listed, None, data)
+        train, validation, how = hold_out_validation(listed, None, data)
         assert sorted([*train, *validation]) == list(range(len(listed)))
-        assert 0.15 < len(validation) / len(listed) < 0.25 and "hash of path" in how and str(len(validation)) in how
+        assert 0.15 < len(validation) / len(listed) < 0.25 and "hash of the path" in how and str(len(validation)) in how
         held_out[len(listed)] = {listed[index] for index in validation}
     assert held_out[1000] & set(few) == held_out[500]
 
@@ -138,12 +138,12 @@ def test_the_cut_leaves_something_on_both_sides():
     for fraction in (1e-6, 0.999999):
         data = DataConfig(source="digits", validation_fraction=fraction)
         for labels in (None, ["cat"] * 5 + ["dog"], list(range(6))):
-            train, validation, _ = cut_validation(range(6), labels, data)
+            train, validation, _ = hold_out_validation(range(6), labels, data)
             assert len(train) and len(validation) and len(train) + len(validation) == 6
             if labels and len(set(labels)) == 2:
                 assert {labels[index] for index in train} == {"cat", "dog"}, "no class loses its last training image"
     with pytest.raises(InputError, match="at least 2"):
-        cut_validation(["a.png"], None, DataConfig(source="digits"))
+        hold_out_validation(["a.png"], None, DataConfig(source="digits"))
 
 
 # --- digits ------------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_digits():
     data = DataConfig(source="digits", channels=1)
     splits = open_splits(data)
     assert len(splits.train) + len(splits.validation) == 1797 and splits.class_names == [str(digit) for digit in range(10)]
-    assert "row number" in splits.how and not set(names(splits.train)) & set(names(splits.validation))
+    assert "row number" in splits.validation_origin and not set(names(splits.train)) & set(names(splits.validation))
     image = splits.train.read(0)
     assert image.size == (8, 8) and image.mode == "L" and max(np.asarray(splits.train.read(index)).max() for index in range(50)) == 255
     assert splits.train.identity == open_splits(data).train.identity != splits.validation.identity
@@ -173,7 +173,7 @@ def test_folder_with_classes(tmp_path):
     splits = open_splits(DataConfig(path=str(folder), validation_fraction=0.2))
     assert splits.class_names == ["a cat", "cat", "dog"]
     every = contents(splits.train) | contents(splits.validation)
-    assert len(every) == len(splits.train) + len(splits.validation) == 63 and "cut" in splits.how
+    assert len(every) == len(splits.train) + len(splits.validation) == 63 and "held out" in splits.validation_origin
     assert names(splits.train) == sorted(names(splits.train))
     assert every["dog/deeper/UPPER.JPG"][0] == 2 and every["cat/000.png"][0] == 1
     assert every["cat/000.png"][1] == Image.open(folder / "cat" / "000.png").tobytes()
@@ -204,7 +204,7 @@ def test_split_sub_folders(tmp_path, validation):
     write_classes(tmp_path / "train", {"cat": 3, "dog": 2})
     write_classes(tmp_path / validation, {"dog": 2})
     splits = open_splits(DataConfig(path=str(tmp_path)))
-    assert splits.class_names == splits.validation.class_names == ["cat", "dog"] and validation in splits.how
+    assert splits.class_names == splits.validation.class_names == ["cat", "dog"] and validation in splits.validation_origin
     assert names(splits.validation) == [f"{validation}/dog/000.png", f"{validation}/dog/001.png"]
     assert [splits.validation.label(index) for index in range(2)] == [1, 1] and len(splits.train) == 5
     assert (splits.train.identity["split"], splits.validation.identity["split"]) == ("train", validation)
@@ -213,7 +213,7 @@ def test_split_sub_folders(tmp_path, validation):
 def test_split_names_are_chosen_and_checked(tmp_path):
     write_classes(tmp_path / "train", {"cat": 30, "dog": 30})
     alone = open_splits(DataConfig(path=str(tmp_path)))
-    assert alone.class_names == ["cat", "dog"] and "cut" in alone.how and len(alone.train) + len(alone.validation) == 60
+    assert alone.class_names == ["cat", "dog"] and "held out" in alone.validation_origin and len(alone.train) + len(alone.validation) == 60
     write_classes(tmp_path / "held-out", {"cat": 2})
     with pytest.raises(InputError, match="may be a split or a class"):
         open_splits(DataConfig(path=str(tmp_path)))
@@ -301,8 +301,9 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     lines = []
     check_data(DataConfig(path=str(tmp_path)), lines.append)
-    [note] = [line for line in lines if "left out" in line]
-    assert note.startswith("train: 5 files are left out") and "3 .heic" in note and "1 .txt" in note and "1 without a suffix" in note
+    [note] = [line for line in lines if "are ignored" in line]
+    assert note.startswith("train: 5 files without the suffix of a supported image format are ignored") and "3 .heic" in note
+    assert "1 .txt" in note and "1 without a suffix" in note
     assert note.endswith("such as cat/a.heic")
 
 
@@ -325,8 +326,8 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
     unread = open_splits(DataConfig(**folder))
     assert unread.class_names is None and not open_splits(DataConfig(**folder, use_labels=False)).notes
     [note] = unread.notes
-    assert note == (f"metadata.{kind}: classes are not read; columns that look like labels: 'rank' (2 values), 'kind' (2 values); "
-                    "read one with --data.label_column rank")
+    assert note == (f"metadata.{kind}: no classes are read; columns that look like labels: 'rank' (2 values), 'kind' (2 values); "
+                    "to read one, give --data.label_column rank")
     for column, names_of in (("rank", ["2", "10"]), ("kind", ["a", "b"])):
         splits = open_splits(DataConfig(**folder, label_column=column))
         seen = contents(splits.train) | contents(splits.validation)
@@ -335,7 +336,7 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
         assert [seen[f"{number}.png"][0] for number in range(8)] == [first, 1 - first] * 3 + [first, None]
     with pytest.raises(InputError, match=r"data.label_column \(for .*'kinds'.*Did you mean 'kind'"):
         open_splits(DataConfig(**folder, label_column="kinds"))
-    with pytest.raises(InputError, match="'size', which holds no classes"):
+    with pytest.raises(InputError, match="'size', which does not hold classes"):
         open_splits(DataConfig(**folder, label_column="size"))
 
 
@@ -362,7 +363,7 @@ def test_metadata_rows_that_match_no_image_are_reported(tmp_path):
     write("./sub/../0.png,a", "sub\\1.png,b", "gone.png,c", "gone2.png,c")
     splits = open_splits(data)
     assert splits.class_names == ["a", "b"]
-    assert splits.notes == ("2 files that metadata.csv names are not among the images, such as gone.png",)
+    assert splits.notes == ("2 files named in metadata.csv are not among the images, such as gone.png",)
     write("0.png,a", "sub/1.png,b", "0.png,a")
     assert open_splits(data).class_names == ["a", "b"]
     write("0.png,a", "sub/1.png,b", "sub/../0.png,c")
@@ -372,7 +373,7 @@ def test_metadata_rows_that_match_no_image_are_reported(tmp_path):
     with pytest.raises(InputError, match=r"no row of .*metadata.csv names an image: rows name files such as '/data/0.png'"):
         open_splits(data)
     write()
-    with pytest.raises(InputError, match=r"metadata.csv holds no rows"):
+    with pytest.raises(InputError, match=r"metadata.csv has no rows"):
         open_splits(data)
     (tmp_path / "metadata.csv").write_text("file_name;kind\n0.png;a\n")
     with pytest.raises(InputError, match=r"rows without file_name.*first row has: file_name;kind"):
@@ -404,7 +405,7 @@ def test_links_and_files_without_an_image_do_not_end_a_run(tmp_path):
     found = dict(check_data(DataConfig(path=str(tmp_path)), lines.append))
     assert set(found) == {f"cat/{name}.png" for name in ("itself", "long", "dead", "zero", "pipe")}
     assert found["cat/pipe.png"] == found["cat/zero.png"] == "not a regular file: a folder, pipe, socket or device"
-    assert any("1 file is left out" in line and "such as folder" in line for line in lines)
+    assert any("1 file without the suffix of a supported image format is ignored" in line and "such as folder" in line for line in lines)
 
 
 def test_folders_may_be_nested_deeper_than_the_recursion_limit(tmp_path):
@@ -512,13 +513,14 @@ def test_what_version_0_1_0_recorded_is_compared_in_its_own_form(tmp_path):
             path = folder / source.source_name(index)
             digest.update(json.dumps([source.source_name(index), source.label(index), path.stat().st_size]).encode())
         recorded[name] = {"kind": "folder", "path": str(folder), "split": name, "count": len(source), "sha256": digest.hexdigest()}
-    assert identity_like(splits.train, recorded["train"]) == recorded["train"] and identity_like(splits.train, {}) == splits.train.identity
-    assert splits.fingerprint_like(fingerprint(recorded)) == fingerprint(recorded) != splits.fingerprint
-    assert splits.fingerprint_like(None) == splits.fingerprint_like("something else") == splits.fingerprint
-    assert splits.fingerprint_like(splits.fingerprint) == splits.fingerprint
+    assert comparable_identity(splits.train, recorded["train"]) == recorded["train"]
+    assert comparable_identity(splits.train, {}) == splits.train.identity
+    assert splits.comparable_fingerprint(fingerprint(recorded)) == fingerprint(recorded) != splits.fingerprint
+    assert splits.comparable_fingerprint(None) == splits.comparable_fingerprint("something else") == splits.fingerprint
+    assert splits.comparable_fingerprint(splits.fingerprint) == splits.fingerprint
     (folder / "cat/000.png").write_bytes(b"shorter")
     changed = open_splits(DataConfig(path=str(folder)))
-    assert changed.fingerprint_like(fingerprint(recorded)) == changed.fingerprint
+    assert changed.comparable_fingerprint(fingerprint(recorded)) == changed.fingerprint
 
 
 # --- check-data --------------------------------------------------------------------------------------------------------------
@@ -533,7 +535,7 @@ def test_check_data_names_what_is_unreadable(tmp_path):
     found = check_data(DataConfig(path=str(folder)), lines.append)
     assert dict(found) == {"dog/003.png": "not an image of a known format, or its header is corrupt", "cat/big.jpg": "the file is empty"}
     said = "\n".join(lines)
-    for words in ("2 classes: cat", "from 9 x 8 to 50 x 8 pixels", "40 of 42 images are readable", "hash of path"):
+    for words in ("2 classes: cat", "from 9 x 8 to 50 x 8 pixels", "40 of 42 images are readable", "hash of the path"):
         assert words in said
 
 
@@ -556,7 +558,8 @@ def test_check_data_counts_exact_duplicates_inside_and_across_splits(tmp_path):
     lines.clear()
     check_data(DataConfig(path=str(tmp_path)), lines.append)
     said = [line for line in lines if "duplicate" in line]
-    assert said[0].startswith("duplicates: 4 images have exactly the pixels of another one; 2 of the images to validate on are among those")
+    assert said[0].startswith("duplicates: 4 images have exactly the same pixels as another image; "
+                              "2 validation images are also in the training split")
     assert said[1:] == ["duplicates: train/cat/2.png (train) = val/cat/seen twice.png (validation) = val/cat/seen.png (validation)",
                         "duplicates: train/cat/1.png (train) = train/cat/copy.bmp (train)",
                         "duplicates: val/cat/0.png (validation) = val/cat/again.png (validation)"]

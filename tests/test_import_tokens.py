@@ -103,7 +103,7 @@ def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, vie
     assert 1 <= held_out.num_samples < 12 and train_manifest.num_samples + held_out.num_samples == ROWS
     capsys.readouterr()
     assert run("audit", tmp_path / "tokens") == 0, capsys.readouterr().out
-    with pytest.raises(InputError, match="imported tokens, which cannot be encoded again; run `import-tokens` again"):
+    with pytest.raises(InputError, match=r"imported tokens, which cannot be encoded again\. Run `import-tokens` again"):
         run("audit", tmp_path / "tokens", "--repair")
 
 
@@ -182,7 +182,7 @@ def test_a_json_array_is_called_one(tmp_path, name, indent):
 def test_an_npz_file_is_called_one_and_its_arrays_are_named(tmp_path, name):
     np.savez(tmp_path / "codes.npz", ids=IDS_NVT, labels=LABELS_N)
     (tmp_path / "codes.npz").rename(tmp_path / name)
-    with pytest.raises(InputError, match=r"such as a npz file\. Save the one array .*NAME is one of 'ids', 'labels'"):
+    with pytest.raises(InputError, match=r"such as an npz file\. Save one array .*NAME is one of 'ids', 'labels'"):
         run("import-tokens", tmp_path / name, "--unlabelled", *NAMED, "--out", tmp_path / "tokens")
 
 
@@ -226,7 +226,7 @@ GOOD = IDS_NVT[0].tolist()
     ({"class_id": -1, "tokens": GOOD}, "line 18: the label is -1; allowed: 0 to 999999 without --class_names"),
     ({"class_id": 2**31 - 1, "tokens": GOOD}, "line 18: the label is 2147483647; allowed: 0 to 999999"),
     ('{"class_id": 1, "tokens": [3, 4', "line 18 is not JSON"),
-    ("", "line 18 is blank; each line is an image"),
+    ("", "line 18 is blank; each line must be an image"),
     ("[" * 100_000, "line 18 is not JSON"),
     ("17", "line 18: expected an object"),
 ])
@@ -248,15 +248,15 @@ def spoil_files(folder: Path, name: str, array: np.ndarray | None) -> list[objec
 
 
 @pytest.mark.parametrize(("name", "array", "words"), [
-    ("digits16_codes/17.npy", IDS_NVT[:1] + CODES, r"17\.npy: ids run from"),
+    ("digits16_codes/17.npy", IDS_NVT[:1] + CODES, r"17\.npy: the ids run from"),
     ("digits16_codes/17.npy", IDS_NVT[:2], r"17\.npy has the shape \(2, 2, 16\); expected \(1, views, tokens\)"),
     ("digits16_codes/17.npy", IDS_NVT[:1, :1], r"17\.npy has 1 view of 16"),
     ("digits16_codes/17.npy", IDS_NVT[:1].astype(np.float32), r"17\.npy: the tokens are not all integers \(float32\)"),
-    ("digits16_codes/17.npy", np.array([{}], dtype=object), r"17\.npy cannot be read as a npy file: .*allow_pickle=False"),
+    ("digits16_codes/17.npy", np.array([{}], dtype=object), r"17\.npy cannot be read as an npy file: .*allow_pickle=False"),
     ("digits16_codes/17.npy", None, r"17\.npy is missing; the 59 files"),
     ("digits16_codes/extra.npy", IDS_NVT[:1], r"extra\.npy: the codes must be named 0\.npy"),
     ("digits16_labels/17.npy", None, r"digits16_labels/17\.npy, the label of .*digits16_codes/17\.npy, is missing"),
-    ("digits16_labels/17.npy", np.array([1, 2]), r"digits16_labels/17\.npy is int64 of the shape \(2,\); expected one integer"),
+    ("digits16_labels/17.npy", np.array([1, 2]), r"digits16_labels/17\.npy is int64 with the shape \(2,\); expected one integer"),
     ("digits16_labels/17.npy", np.array([0.5]), "expected one integer"),
 ])
 def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array, words):
@@ -266,18 +266,18 @@ def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array,
 
 
 @pytest.mark.parametrize(("codes", "labels", "words"), [
-    (IDS_NVT * 1.0, LABELS_N, r"codes.npy is float64 of the shape \(60, 2, 16\); expected integers"),
-    (IDS_NVT[0, 0], LABELS_N, r"codes.npy is int64 of the shape \(16,\)"),
-    (IDS_NVT, LABELS_N[:-1], r"labels.npy is int64 of the shape \(59,\); expected 60 integers"),
+    (IDS_NVT * 1.0, LABELS_N, r"codes.npy is float64 with the shape \(60, 2, 16\); expected integers"),
+    (IDS_NVT[0, 0], LABELS_N, r"codes.npy is int64 with the shape \(16,\)"),
+    (IDS_NVT, LABELS_N[:-1], r"labels.npy is int64 with the shape \(59,\); expected 60 integers"),
     (IDS_NVT, LABELS_N * 1.0, r"labels.npy is float64"),
-    (IDS_NVT, None, "codes.npy comes without labels; give the labels, or --unlabelled"),
-    (np.where(np.arange(ROWS)[:, None, None] == 33, CODES, IDS_NVT), LABELS_N, "codes.npy, row 33: ids run from 32 to 32"),
+    (IDS_NVT, None, "codes.npy has no labels; give the labels, or --unlabelled"),
+    (np.where(np.arange(ROWS)[:, None, None] == 33, CODES, IDS_NVT), LABELS_N, "codes.npy, row 33: the ids run from 32 to 32"),
     (IDS_NVT, np.where(np.arange(ROWS) == 33, -2, LABELS_N), "codes.npy, row 33: the label is -2"),
     (IDS_NVT, np.where(np.arange(ROWS) == 33, 2**31 - 1, LABELS_N), "codes.npy, row 33: the label is 2147483647"),
     (IDS_NVT.swapaxes(1, 2)[:, :, [0] * 9], LABELS_N,
-     r"row 0: the tokens have the shape \(16, 9\).* --height 16 --width 9 for a grid .*; or --height 3 --width 3 for 16 views"),
-    (IDS_NVT[:, :, :15], LABELS_N, "15 tokens a view, which is no square; give --height and --width"),
-    (IDS_NVT[:1], LABELS_N[:1], "holds 1 row; at least 2 are needed"),
+     r"row 0: the tokens have the shape \(16, 9\).* --height 16 --width 9 for a grid .*, or --height 3 --width 3 for 16 views"),
+    (IDS_NVT[:, :, :15], LABELS_N, "15 tokens per view, which is not a square number; give --height and --width"),
+    (IDS_NVT[:1], LABELS_N[:1], "has 1 row; at least 2 are needed"),
 ])
 def test_a_wrong_array_is_refused_before_anything_is_written(tmp_path, codes, labels, words):
     given = [] if labels is None else ["--labels", write_array(tmp_path / "labels.npy", labels)]
@@ -289,17 +289,17 @@ def test_a_wrong_array_is_refused_before_anything_is_written(tmp_path, codes, la
 @pytest.mark.parametrize(("options", "words"), [
     ([], "--codebook_size is not given"),
     ([*NAMED, "--height", 4], "--height is 4 and --width is None; give both"),
-    ([*NAMED, "--height", 2, "--width", 4], "2 x 4 x 1 by --height and --width make 8"),
+    ([*NAMED, "--height", 2, "--width", 4], "the grid 2 x 4 x 1 of --height and --width has 8"),
     ([*NAMED, "--validation_fraction", 1.5], "--validation_fraction is 1.5"),
-    ([*NAMED, "--validation_labels", "x.npy"], "no --validation that they belong to"),
-    ([*NAMED, "--class_names", "a,b,c"], "line 4: the label is 3; allowed: 0 to 2, by --class_names"),
-    ([*NAMED, "--class_names", "a,b,a"], "'a' is there twice"),
+    ([*NAMED, "--validation_labels", "x.npy"], "but --validation is not given"),
+    ([*NAMED, "--class_names", "a,b,c"], "line 4: the label is 3; allowed: 0 to 2, as in --class_names"),
+    ([*NAMED, "--class_names", "a,b,a"], "'a' is repeated"),
     ([*NAMED, "--class_names", "a,,b"], "a name is empty"),
     ([*NAMED, "--unlabelled", "--class_names", "a,b"], "no row of .* has a label"),
     ([*NAMED, "--tokenizer", "x"], "--tokenizer and --token_fingerprint are both given"),
     (["--codebook_size", CODES, "--token_fingerprint", "a b"], "allowed: 1 to 200 letters"),
     ([*NAMED, "--labels", "nowhere.npy"], "'nowhere.npy', which does not exist"),
-    (["--tokenizer", "nowhere"], "nowhere is no tokenizer"),
+    (["--tokenizer", "nowhere"], "nowhere is not a tokenizer"),
 ])
 def test_options_that_do_not_fit_are_refused(tmp_path, options, words):
     with pytest.raises(InputError, match=words):
@@ -385,7 +385,7 @@ def test_a_signal_ends_an_import_between_two_images(tmp_path, monkeypatch):
 
 def test_other_shards_are_not_overwritten(tmp_path, tiny_run):
     source, run_before = as_lines(tmp_path), shards_of(tiny_run / "tokens")
-    with pytest.raises(InputError, match="holds other token shards"):
+    with pytest.raises(InputError, match="contains other token shards"):
         run("import-tokens", *source, *NAMED, "--out", tiny_run / "tokens")
     assert shards_of(tiny_run / "tokens") == run_before
     run("import-tokens", *source, *NAMED, "--out", tmp_path / "tokens")
@@ -420,7 +420,7 @@ def test_export_refuses_what_it_would_lose(tmp_path):
     (tmp_path / "mine.jsonl").write_text("kept")
     with pytest.raises(InputError, match="which exists"):
         run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "mine.jsonl")
-    with pytest.raises(InputError, match="holds no shards itself"):
+    with pytest.raises(InputError, match="contains no shards"):
         run("export-tokens", tmp_path / "tokens", "--out", tmp_path / "new.jsonl")
     assert (tmp_path / "mine.jsonl").read_text() == "kept" and not list(tmp_path.glob("*new.jsonl"))
 
@@ -454,9 +454,9 @@ def test_tokens_that_come_back_with_their_tokenizer_make_a_pipeline(tmp_path, ti
     np.testing.assert_array_equal(of_imported.labels_B, of_original.labels_B)
     train(tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens"))
     assert make_bundle(tiny_run / "tokenizer", tmp_path / "run/prior", tmp_path / "pipeline", SamplingConfig()).is_dir()
-    for option, words in (("--codebook_size", "has 32; leave it out"), ("--height", "give both")):
+    for option, words in (("--codebook_size", "has 32; omit --codebook_size"), ("--height", "give both")):
         with pytest.raises(InputError, match=words):
             run("import-tokens", *both, option, 7, "--out", tmp_path / "other")
     short = write_lines(tmp_path / "short.jsonl", records_of(IDS_NVT[:, :, :9]))
-    with pytest.raises(InputError, match=r"9 tokens a view; 4 x 4 x 1 by the tokenizer in .* make 16"):
+    with pytest.raises(InputError, match=r"9 tokens per view, but the grid 4 x 4 x 1 of the tokenizer in .* has 16"):
         run("import-tokens", short, "--tokenizer", tiny_run / "tokenizer", "--out", tmp_path / "other")

@@ -67,7 +67,7 @@ def test_tokenizer_folders_run_folders_pipelines_and_checkpoints_are_found(tiny_
     ("{run}/recipe.yaml", ["is a file", "a tokenizer folder"]),
     ("{run}/prior", ["none of these", "config.json and model.safetensors"]),
     ("{run}/logs", ["none of these"]),
-    ("{run}/checkpoints/tokenizer", ["none of these", "There is the checkpoint", "step-00000006"]),
+    ("{run}/checkpoints/tokenizer", ["none of these", "Did you mean the checkpoint", "step-00000006"]),
 ], ids=["missing", "file", "prior", "folder", "all checkpoints"])
 def test_other_paths_are_refused_in_words(path, words, tiny_run):
     with pytest.raises(InputError) as caught:
@@ -85,7 +85,7 @@ def test_of_a_checkpoint_outside_a_run_with_a_record_nothing_is_known(checkpoint
 def test_an_unfinished_run_offers_its_checkpoint(tiny_copy):
     shutil.rmtree(tiny_copy / "tokenizer")
     shutil.rmtree(tiny_copy / "pipeline")
-    with pytest.raises(InputError, match=r"There is the checkpoint '.*step-00000006'"):
+    with pytest.raises(InputError, match=r"Did you mean the checkpoint '.*step-00000006'"):
         locate_initial_weights(str(tiny_copy))
 
 
@@ -133,8 +133,9 @@ def test_another_network_is_named_field_by_field(path, tiny_run):
     with pytest.raises(InputError) as caught:
         read_initial_weights(str(tiny_run / path), other)
     words = str(caught.value)
-    assert "tokenizer.codebook_size is 64 here and 32 there" in words and "tokenizer.l2_normalize is True here and False there" in words
-    assert "Set tokenizer.codebook_size, tokenizer.l2_normalize to what it is there" in words
+    assert "tokenizer.codebook_size is 64 in the recipe and 32 in the weights" in words
+    assert "tokenizer.l2_normalize is True in the recipe and False in the weights" in words
+    assert "Set tokenizer.codebook_size, tokenizer.l2_normalize to the values of the weights" in words
     assert "dropout" not in words, "what only shapes the learning may change"
 
 
@@ -166,7 +167,7 @@ def test_a_checkpoint_of_the_prior_is_refused(tiny_run):
 def test_damaged_weights_are_refused(checkpoint, tiny_copy):
     path = checkpoint / "weights_ema.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"no whole checkpoint: weights_ema.safetensors is missing or cut short"):
+    with pytest.raises(InputError, match=r"damaged checkpoint: weights_ema.safetensors is missing or cut short"):
         read_initial_weights(str(checkpoint), CONFIG)
     path = tiny_copy / "tokenizer/model.safetensors"
     content = bytearray(path.read_bytes())
@@ -181,7 +182,7 @@ def test_a_pickle_in_place_of_the_weights_is_not_read(checkpoint):
     checksums = json.loads((checkpoint / "checksums.json").read_text())
     checksums["weights_ema.safetensors"] = {"size": 4, "sha256": hashlib.sha256(b"\x80\x04N.").hexdigest()}
     write_json(checkpoint / "checksums.json", checksums)
-    with pytest.raises(InputError, match="no weight file"):
+    with pytest.raises(InputError, match="not a weight file"):
         read_initial_weights(str(checkpoint), CONFIG)
 
 
@@ -195,10 +196,10 @@ def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
     assert check(tiny_run) == check(tiny_run / "tokenizer") == check(tiny_run / CHECKPOINT) == "start"
     with pytest.raises(InputError, match=r"init_from is .* does not exist"):
         check(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"tokenizer.channels is 64 here and 32 there"):
+    with pytest.raises(InputError, match=r"tokenizer.channels is 64 in the recipe and 32 in the weights"):
         check(tiny_run, tokenizer__channels=64)
     for path in (tiny_run, tiny_run / CHECKPOINT):
-        with pytest.raises(InputError, match=r"data.channels is 3, but .* was trained with 1; set data.channels to 1"):
+        with pytest.raises(InputError, match=r"data.channels is 3, but .* trained with 1\. Set data.channels to 1"):
             check(path, data__channels=3)
         assert check(path, data__image_size=32) == "start", "the network takes images of any size"
     check_init_from(tiny_recipe(tmp_path / "run"))
@@ -206,7 +207,7 @@ def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
 
 @pytest.mark.parametrize("path", ["", "tokenizer", "pipeline", CHECKPOINT])
 def test_a_run_does_not_start_from_what_it_writes_itself(path, tiny_run):
-    with pytest.raises(InputError, match="which this run itself writes"):
+    with pytest.raises(InputError, match="which this run writes"):
         check_init_from(tiny_recipe(tiny_run, tokenizer_training__init_from=tiny_run / path))
 
 
@@ -286,7 +287,7 @@ def refusals(recipe) -> list[str]:
 def test_a_decoder_alone_is_not_tuned_on_images_of_another_size(path, tiny_run, tmp_path):
     """The network would take them, but its tokens, and so the fingerprint that priors know, would be others."""
     for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, data__image_size=32, **DECODER)):
-        for word in ("data.image_size is 32", str(tiny_run / path), "made with 16", "Set data.image_size to 16",
+        for word in ("data.image_size is 32", str(tiny_run / path), "trained with 16", "Set data.image_size to 16",
                      "tokenizer_training.train_parts to all"):
             assert word in words
     assert not (tmp_path / "run/stages/tokenizer.json").exists() and not (tmp_path / "run/tokenizer").exists()
@@ -294,7 +295,7 @@ def test_a_decoder_alone_is_not_tuned_on_images_of_another_size(path, tiny_run, 
 
 def test_a_decoder_alone_is_not_tuned_where_nothing_tells_the_size_of_the_images(checkpoint, tmp_path):
     for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint, **DECODER)):
-        for word in ("train_parts is 'decoder'", "nothing tells with which data.image_size", str(checkpoint), "a tokenizer folder",
+        for word in ("train_parts is 'decoder'", "data.image_size that the weights", str(checkpoint), "a tokenizer folder",
                      "<run_dir>/checkpoints/tokenizer", "tokenizer_training.train_parts to all"):
             assert word in words
     assert check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint), "tokenizer") == "start"

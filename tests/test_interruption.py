@@ -21,7 +21,7 @@ from vqmosaic.errors import InputError
 from vqmosaic.runs import launch
 from vqmosaic.runs.accelerator import set_threads
 from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, StopFlag
-from vqmosaic.runs.launch import INHERITED_RANKS, KILL_SECONDS, guarded
+from vqmosaic.runs.launch import KILL_SECONDS, RANK_VARIABLES, exit_code_of
 
 STUCK = """
 import ctypes, sys
@@ -114,10 +114,10 @@ def test_a_stage_can_be_trained_in_a_thread(tmp_path):
 
 @pytest.mark.slow
 def test_rank_variables_of_another_launcher_are_ignored_with_a_note(tmp_path):
-    variables = dict.fromkeys(INHERITED_RANKS, "4") | {"MASTER_ADDR": "192.0.2.1"}
+    variables = dict.fromkeys(RANK_VARIABLES, "4") | {"MASTER_ADDR": "192.0.2.1"}
     result = command("train-tokenizer", "digits", *tiny_overrides(tmp_path, tokenizer_training__max_steps=1), **variables)
     assert result.returncode == 0, result.stderr
-    assert "note: RANK=4, WORLD_SIZE=4" in result.stderr and "ignored" in result.stderr
+    assert "note: ignoring RANK=4, WORLD_SIZE=4" in result.stderr
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_workers_that_do_not_start_are_not_said_to_be_killed(tmp_path, monkeypat
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['accelerate'] = None")
     assert run_own_stage("all is well", tmp_path) == 1
     err = capfd.readouterr().err
-    assert "the worker processes did not start; what is printed above says why" in err and "memory" not in err
+    assert "the worker processes did not start; see the output above" in err and "memory" not in err
 
 
 @pytest.mark.parametrize(("text", "threads"), [("2", 2), ("1,4", 1), (" 2 , 1 ", 2)])
@@ -185,7 +185,7 @@ def test_an_output_that_is_closed_meanwhile_ends_with_a_sentence():
         raise BrokenPipeError
 
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        assert guarded(broken) == 1
+        assert exit_code_of(broken) == 1
     assert "the output was closed by the program that read it" in err.getvalue()
 
 
@@ -206,7 +206,7 @@ def test_the_first_signal_ends_a_wait(number):
         assert time.monotonic() - started < 5
         assert stop.wait_for(lambda: 3) is None, "nothing is started after a signal"
         with pytest.raises(Interrupted, match="all is kept") as stopped:
-            stop.wait_or_leave(lambda: 3, "all is kept")
+            stop.wait_or_raise(lambda: 3, "all is kept")
         assert stopped.value.exit_code == EXIT_CODES[number]
 
 

@@ -26,7 +26,7 @@ from vqmosaic.files.json_files import from_fields, is_later, version_hint
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.runs.stage_records import judge, load_record
+from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import read_state, restore_state
 from vqmosaic.training.trainer_state import TrainerState
 
@@ -75,7 +75,7 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
     "stage record": ("stages/prior.json", (), lambda run: load_record(RunFolder(run), "prior")),
     "checkpoint": (f"{CHECKPOINT}/trainer_state.json", (), lambda run: restore_state(run / CHECKPOINT, TrainerState)),
     "guard": (f"{CHECKPOINT}/trainer_state.json", ("guard",),
-              lambda run: AdversarialGuard.restored(read_state(run / CHECKPOINT)["guard"], run / CHECKPOINT)),
+              lambda run: AdversarialGuard.from_checkpoint(read_state(run / CHECKPOINT)["guard"], run / CHECKPOINT)),
     "sweep": ("sweep.json", (), lambda run: read_sweep(run / "sweep.json")),
     "result of a sweep": ("sweep.json", ("results", 0), lambda run: read_sweep(run / "sweep.json")),
     "settings of a sweep": ("sweep.json", ("results", 0, "settings"), lambda run: sweep_results(run / "sweep.json")),
@@ -155,9 +155,9 @@ def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):
     content["fields"]["prior.of_later"] = 3
     record.write_text(json.dumps(content | {"vqmosaic": LATER}))
     with pytest.raises(InputError, match=f"unknown fields prior.of_later.*vqmosaic {LATER}"):
-        judge(RunFolder(run), tiny_recipe(run), "prior", None)
+        decide_action(RunFolder(run), tiny_recipe(run), "prior", None)
     record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # a field that was removed since has no effect
-    assert judge(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
+    assert decide_action(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
 
 
 def test_a_recipe_of_a_later_version_names_it(run):

@@ -20,7 +20,7 @@ from token_shards.manifest import Grid
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training import muon
-from vqmosaic.training.muon import Muon, orthogonalized
+from vqmosaic.training.muon import Muon, orthogonalize
 from vqmosaic.training.training_run import TrainingRun, inner_matrices
 
 
@@ -28,7 +28,7 @@ from vqmosaic.training.training_run import TrainingRun, inner_matrices
 def test_singular_values_become_about_one_and_directions_stay(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    inside = u.mT @ orthogonalized([matrices])[0] @ vh.mT
+    inside = u.mT @ orthogonalize([matrices])[0] @ vh.mT
     assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
     values = inside.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.6 and values.max() < 1.3
@@ -39,15 +39,15 @@ def test_a_matrix_of_one_direction_stays_bounded(dtype):
     """Its one singular value is the norm, at the edge of what the polynomials are made for, and rounding must not push it over."""
     draw = torch.Generator().manual_seed(5)
     for stack in (torch.randn(400, 1, 576, generator=draw), torch.randn(50, 48, 1, generator=draw) @ torch.randn(50, 1, 64, generator=draw)):
-        values = torch.linalg.svdvals(orthogonalized([stack.to(dtype)])[0].float())[:, 0]
+        values = torch.linalg.svdvals(orthogonalize([stack.to(dtype)])[0].float())[:, 0]
         assert values.min() > 0.6 and values.max() < 1.4
 
 
 def test_the_short_way_of_many_matrices_leads_where_the_long_way_of_each_does():
     draw = torch.Generator().manual_seed(4)
     stacks = [torch.randn(shape, generator=draw) for shape in ((2, 6, 54), (1, 12, 6), (2, 6, 6))]
-    for stack, update in zip(stacks, orthogonalized(stacks), strict=True):
-        torch.testing.assert_close(update, muon.iterated(stack.double()).float(), rtol=0, atol=1e-5)
+    for stack, update in zip(stacks, orthogonalize(stacks), strict=True):
+        torch.testing.assert_close(update, muon.orthogonalize_directly(stack.double()).float(), rtol=0, atol=1e-5)
 
 
 def gradients(parameters: list[nn.Parameter], seed: int) -> None:
@@ -86,7 +86,7 @@ def test_a_kernel_is_stepped_as_the_matrix_it_flattens_to():
 
 @pytest.mark.parametrize("largest", [2**23, 100, 1])
 def test_each_of_many_is_stepped_as_if_it_were_alone(largest, monkeypatch):
-    monkeypatch.setattr(muon, "LARGEST_STACK", largest)
+    monkeypatch.setattr(muon, "MAX_GRAM_ELEMENTS", largest)
     draw = torch.Generator().manual_seed(3)
     shapes = [(6, 10), (4, 4), (10, 6), (6, 4, 3, 3), (6, 10), (4, 9)]
     starts = [torch.randn(shape, generator=draw) for shape in shapes]
@@ -133,7 +133,7 @@ def test_kernels_of_all_convolutions_are_one_matrix_each(dimensions):
 def check_first_step(update_RC: torch.Tensor, gradient_RC: torch.Tensor, learning_rate: float) -> None:
     """Muon's first step moves a matrix along the singular vectors of its gradient, by nearly equal values of the size of AdamW's updates."""
     u, values, vh = torch.linalg.svd(gradient_RC, full_matrices=False)
-    inside = u.mT @ update_RC @ vh.mT / (learning_rate * muon.RMS_OF_ADAMW * max(update_RC.shape) ** 0.5)
+    inside = u.mT @ update_RC @ vh.mT / (learning_rate * muon.ADAMW_UPDATE_RMS * max(update_RC.shape) ** 0.5)
     moved = inside.diagonal()[values > 0.015 * values.norm()]  # three iterations are too few for smaller ones
     assert len(moved) > 0.8 * len(values) and moved.min() > 0.6 and moved.max() < 1.35
     assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3

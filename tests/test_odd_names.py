@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.image_folders.sample_folder import NAME_BYTES, cut_name, file_name
+from pipelines.image_folders.sample_folder import NAME_BYTES, file_name, shorten_name
 from pipelines.image_folders.write_images import write_reconstructions
 from pipelines.stages.preprocess import preprocess
 from pipelines.tokens.audit_command import audit_run
@@ -60,7 +60,7 @@ def test_a_report_prints_what_the_output_cannot_show(monkeypatch):
     for encoding in ("utf-8", "ascii"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
-        Reporter("tokens")("skipped caf\udce9 größe", everywhere=True)
+        Reporter("tokens")("skipped caf\udce9 größe", all_processes=True)
         assert written.getvalue().decode(encoding).endswith("skipped caf\\udce9 größe\n" if encoding == "utf-8" else
                                                             "skipped caf\\udce9 gr\\xf6\\xdfe\n")
 
@@ -106,7 +106,7 @@ def test_a_path_that_no_recipe_can_keep_is_refused(tmp_path):
 
 
 def test_long_names_are_cut_and_stay_apart():
-    assert cut_name("a" * NAME_BYTES) == "a" * NAME_BYTES and file_name("two words") == "two_words"
+    assert shorten_name("a" * NAME_BYTES) == "a" * NAME_BYTES and file_name("two words") == "two_words"
     first, second = (file_name("ü" * 200 + end) for end in "ab")
     assert first != second and max(len(os.fsencode(name)) for name in (first, second)) <= NAME_BYTES
 

@@ -132,7 +132,8 @@ def test_what_is_nowhere_is_told_with_every_place_and_every_way_out(bare):
 
 
 @pytest.mark.parametrize(("made", "given", "words"), [
-    ([], "nowhere", "does not exist"), (["empty/readme.txt"], "empty", "holds none of them"), (["alex.pth"], "alex.pth", "a file of another name"),
+    ([], "nowhere", "does not exist"), (["empty/readme.txt"], "empty", "contains no weight file with a known name"),
+    (["alex.pth"], "alex.pth", "has an unknown file name"),
 ])
 def test_a_wrong_path_is_refused_at_once(bare, tmp_path, made, given, words):
     touch(*(tmp_path / name for name in made), bare / "vgg16-397923af.pth", bare / "vgg_lpips.pth")
@@ -210,14 +211,14 @@ def test_another_network_is_refused(weights, tmp_path):
                                                ("vgg16.safetensors", b""), ("vgg16.safetensors", b"\xff" * 64)])
 def test_a_broken_file_is_refused_by_name(weights, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}, which is no file of weights"):
+    with pytest.raises(InputError, match=rf"{name}, which is not a weight file"):
         LPIPS(PerceptualWeights(tmp_path / name, weights / "vgg_lpips.pth"))
 
 
 def test_a_file_with_code_or_other_things_is_refused(weights, tmp_path):
     for content in (nn.Conv2d(1, 1, 1), [1, 2], {"features.0.weight": "words"}):
         torch.save(content, tmp_path / "vgg16.pth")
-        with pytest.raises(InputError, match=r"no file of weights|something else than named tensors"):
+        with pytest.raises(InputError, match=r"not a weight file|does not hold a dict of tensors"):
             LPIPS(PerceptualWeights(tmp_path / "vgg16.pth", weights / "vgg_lpips.pth"))
 
 
@@ -292,10 +293,10 @@ def test_gradients_reach_the_images_and_are_finite_where_they_are_equal(lpips):
 
 
 def test_no_features_at_all_have_a_finite_gradient():
-    from stage1_tokenizer.perceptual import _unit
+    from stage1_tokenizer.perceptual import _normalize_channels
 
     features = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    _unit(features).sum().backward()
+    _normalize_channels(features).sum().backward()
     assert torch.isfinite(features.grad).all()
 
 
@@ -308,7 +309,7 @@ def test_autocast_and_half_precision_images_change_nothing(lpips):
 
 
 def test_small_images_are_refused(lpips):
-    with pytest.raises(InputError, match=r"\(2, 3, 8, 8\) are too small for LPIPS; it needs at least 16 pixels"):
+    with pytest.raises(InputError, match=r"\(2, 3, 8, 8\) are too small for LPIPS\. It needs at least 16 pixels"):
         lpips(*pair(8))
 
 
@@ -338,7 +339,7 @@ def test_a_training_whose_weights_are_missing_or_broken_is_refused_before_step_0
             refuse()
     (tmp_path / "vgg16.pth").write_bytes(b"cut short")  # which is found by its name, and only read when it is loaded
     (tmp_path / "vgg_lpips.pth").symlink_to(weights / "vgg_lpips.pth")
-    with pytest.raises(InputError, match=r"vgg16.pth, which is no file of weights"):
+    with pytest.raises(InputError, match=r"vgg16.pth, which is not a weight file"):
         train(tmp_path / "run", **changes | {"tokenizer_training__perceptual_weights": tmp_path})
     run = RunFolder(tmp_path / "run")
     assert load_record(run, "tokenizer") is None and not list(run.checkpoints("tokenizer").glob("step-*"))

@@ -39,10 +39,10 @@ from vqmosaic.files.durable_files import copy_folder, publish, write_json
 from vqmosaic.files.permissions import PermissionDenied, current_umask
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
-from vqmosaic.runs.launch import guarded
+from vqmosaic.runs.launch import exit_code_of
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
-from vqmosaic.training.checkpoints import CheckpointFolder, broken_files
+from vqmosaic.training.checkpoints import CheckpointFolder, checkpoint_problems
 
 NOBODY = 65534
 
@@ -186,7 +186,7 @@ READERS = {
     "sidecar for the writer": ("run/tokens/train/shard-000001.json", lambda place: TokenShardWriter(
         place / "run/tokens/train", TokenShardManifest.load(place / "run/tokens/train").header).is_complete(1)),
     "checkpoint": ("run/checkpoints/prior/step-00000006/model.safetensors",
-                   lambda place: broken_files(place / "run/checkpoints/prior/step-00000006")),
+                   lambda place: checkpoint_problems(place / "run/checkpoints/prior/step-00000006")),
     "newest checkpoint": ("run/checkpoints/prior/step-00000006/checksums.json",
                           lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
     "checkpoints": ("run/checkpoints/prior", lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
@@ -199,7 +199,7 @@ READERS = {
     "metadata of a folder": ("images/metadata.csv", lambda place: open_splits(DataConfig(path=str(place / "images"), label_column="kind"))),
     "table of a data set": ("tables/data.parquet", lambda place: open_splits(DataConfig(path=str(place / "tables")))),
     "features": ("features.pt", lambda place: resolve_feature_file(place / "features.pt", None)),
-    "perceptual weights": ("weights.safetensors", lambda place: perceptual._read(place / "weights.safetensors", {"a": (1,)})),
+    "perceptual weights": ("weights.safetensors", lambda place: perceptual._read_weights(place / "weights.safetensors", {"a": (1,)})),
     "npy file": ("codes.npy", lambda place: open_foreign_tokens(place / "codes.npy", None, True)),
     "JSON lines": ("codes.jsonl", lambda place: open_foreign_tokens(place / "codes.jsonl", None, True)),
 }
@@ -283,7 +283,7 @@ def test_the_command_ends_without_a_traceback(place, capsys):
     (place / "file").write_text("x")
     deny(place / "file")
     with as_nobody():
-        code = guarded(lambda: (place / "file").read_text())
+        code = exit_code_of(lambda: (place / "file").read_text())
     assert code == 2
     words = capsys.readouterr().err
     assert words.startswith("error: permission denied: the user") and f"may not read {place / 'file'}" in words and "Traceback" not in words

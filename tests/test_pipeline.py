@@ -426,7 +426,7 @@ def test_guidance_needs_label_drop(tiny_run, pipe, tmp_path):
     with pytest.raises(ValueError, match=r"class_labels is not given.*label drop.*0, 1, 2"):
         without()
     prior.save_pretrained(tmp_path / "prior")
-    with pytest.raises(ValueError, match=r"guidance_scale is 2.*without label drop; set sampling.guidance_scale to 1"):
+    with pytest.raises(ValueError, match=r"guidance_scale is 2.*without label drop\. Set sampling.guidance_scale to 1"):
         make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig(guidance_scale=2.0))
 
 

@@ -138,7 +138,7 @@ def test_any_number_of_threads_decodes_the_same_rows_in_the_same_order(threads, 
 
     def results(threads: int, ahead: int) -> list[tuple[list[int], list[float], list[str | None]]]:
         return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
-                for batch, rows_NVCHW, reasons in module.decoded(source, batches, views, tokenizer, threads, ahead)]
+                for batch, rows_NVCHW, reasons in module.decode_batches(source, batches, views, tokenizer, threads, ahead)]
 
     expected = results(1, 0)
     assert [batch for batch, _, _ in expected] == batches and sum(reason is not None for _, _, reasons in expected for reason in reasons) == 2
@@ -187,7 +187,7 @@ def test_shards_that_version_0_1_0_wrote_or_began_keep_their_order(lost, tiny_ru
         preprocess(recipe)
         assert files(tmp_path / "run") == before
     words = capsys.readouterr().out
-    assert words.count("begun in the order of the data set") == (lost != "nothing") and words.count("finished already") == 1 + (lost == "nothing")
+    assert words.count("started in the order of the data set") == (lost != "nothing") and words.count("finished already") == 1 + (lost == "nothing")
     redo(RunFolder(tmp_path / "run"), "tokens")
     preprocess(recipe)
     assert TokenShardManifest.load(train).order_seed == ORDER_SEED
@@ -198,7 +198,7 @@ def test_shards_that_version_0_1_0_wrote_or_began_keep_their_order(lost, tiny_ru
 
 @pytest.mark.parametrize(("field", "given", "needed"), [("image_size", 32, 16), ("channels", 3, 1)])
 def test_images_that_the_tokenizer_was_not_made_for_are_refused(field, given, needed, tiny_run, photos, tmp_path):
-    with pytest.raises(InputError, match=rf"data.{field} is {given}.*trained with {needed}; set data.{field} to {needed}"):
+    with pytest.raises(InputError, match=rf"data.{field} is {given}.*trained with {needed}\. Set data.{field} to {needed}"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, **{f"data__{field}": given})))
     assert not (tmp_path / "run/tokens").exists()
 
@@ -269,7 +269,7 @@ def test_the_limit_counts_what_earlier_calls_and_other_processes_skipped(tiny_ru
 
 def test_audit_passes_and_fails_after_the_data_set_was_relabelled(tiny_copy, monkeypatch, capsys):
     assert audit_run(tiny_copy / "tokens") == 0
-    assert "train: 1,418 samples in 4 shards, 0 skipped: whole" in capsys.readouterr().out
+    assert "train: 1,418 samples in 4 shards, 0 skipped: no problems" in capsys.readouterr().out
     load_scans = digits_source.load_scans
 
     def relabelled():
@@ -288,7 +288,7 @@ def test_audit_passes_and_fails_after_the_data_set_was_relabelled(tiny_copy, mon
 
 def at_image(number: int, action, monkeypatch) -> None:
     """Do something when this many images have been added to shards."""
-    original, added = module.encoded, []
+    original, added = module.encode_sources, []
 
     def encoded(*arguments):
         for result in original(*arguments):
@@ -297,7 +297,7 @@ def at_image(number: int, action, monkeypatch) -> None:
                 action()
             yield result
 
-    monkeypatch.setattr(module, "encoded", encoded)
+    monkeypatch.setattr(module, "encode_sources", encoded)
 
 
 def run_and_die(run_dir: Path, changes: dict, death: tuple[str, int] | None) -> None:
@@ -352,7 +352,7 @@ def test_a_signal_keeps_finished_shards_and_the_rerun_completes_them(number, cod
     assert not list((tmp_path / "stopped/tokens").rglob(".partial-*"))
     monkeypatch.undo()
     preprocess(tiny_recipe(tmp_path / "stopped", **changes))
-    assert "2 of 5 shards are complete already" in capsys.readouterr().out
+    assert "2 of 5 shards are already complete" in capsys.readouterr().out
     assert_same_files(tmp_path / "straight", tmp_path / "stopped")
 
 

@@ -132,13 +132,13 @@ def test_options_win():
     ({"architecture": "lama"}, "Nearest: .*llama"),
     ({"architecture": "vit"}, "causal language models"),
     ({"options": {"num_key_value_head": 1}}, "Did you mean 'num_key_value_heads'"),
-    ({"options": {"vocab_size": 7}}, "follows from the tokens"),
+    ({"options": {"vocab_size": 7}}, "is set from the tokens"),
     ({"options": {"max_position_embeddings": 9}}, "allows 9 positions; .* need 10"),
     ({"options": {"intermediate_size": "wide"}}, "intermediate_size"),
-    ({"options": {"num_attention_heads": 3}}, "refuses these sizes or prior.options: (?s:.*)attention heads"),
+    ({"options": {"num_attention_heads": 3}}, "does not accept these sizes or prior.options: (?s:.*)attention heads"),
     ({"heads": 32}, "even number"),
     ({"architecture": "xlnet"}, "later"),
-    ({"architecture": "mamba"}, "cannot be sized"),
+    ({"architecture": "mamba"}, "cannot be set: its configuration has no"),
 ])
 def test_what_cannot_work_is_refused_in_words(changes, words):
     with pytest.raises(InputError, match=words):
@@ -187,7 +187,7 @@ def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
 
 def test_dropout_that_finds_no_place_is_refused(monkeypatch):
     monkeypatch.setattr("stage2_prior.model.causal_lm.BLOCK_NAMES", ("mlp",))
-    with pytest.raises(InputError, match=r"2 attention and feed-forward blocks were found instead of 4; set prior\.dropout 0"):
+    with pytest.raises(InputError, match=r"2 attention and feed-forward blocks were found instead of 4\. Set prior\.dropout 0"):
         tiny_prior(dropout=0.1)
     tiny_prior(dropout=0.0)
 
@@ -369,7 +369,7 @@ def test_unlabelled_data_has_no_class(make_reader):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"token_fingerprint": "0" * 64}, r"token fingerprint of the tokens in .* is fff.*; that of the prior's vocabulary is 000"),
+    ({"token_fingerprint": "0" * 64}, r"token fingerprint of the tokens in .* is fff.*, but the prior's vocabulary has 000"),
     ({"class_names": ["ant", "bee", "dog"]}, "class_names of the tokens"),
     ({"grids": [Grid(name="image", codebook_size=49, height=3, width=3)]}, "grids of the tokens"),
 ])

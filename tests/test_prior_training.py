@@ -19,16 +19,16 @@ from stage2_prior import overfit as overfitting
 from stage2_prior import prior_setup as training_start
 from stage2_prior import train as train_prior
 from stage2_prior.losses import next_token_loss, z_loss
-from stage2_prior.model.grid_attention import LONGEST, compiled_passes
-from stage2_prior.overfit import entropy_of_choice, overfit, overfit_recipe
+from stage2_prior.model.grid_attention import MAX_MATMUL_LENGTH, compiled_kernels
+from stage2_prior.overfit import conditional_entropy, overfit, overfit_recipe
 from stage2_prior.prior import TokenPrior
 from stage2_prior.prior_setup import (
     check_first_loss,
     compile_layers,
     describe_attention,
-    loss_of_ignorance,
     recompute_activations,
     transformer_layers,
+    uniform_loss,
 )
 from stage2_prior.token_batches import validation_samples
 from stage2_prior.train import validate
@@ -43,7 +43,7 @@ from vqmosaic.runs.launch import find_accelerate_config, processes_to_start
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.checkpoints import read_state
 from vqmosaic.training.tracking import read_metrics
-from vqmosaic.training.training_plan import learning_rate_rule
+from vqmosaic.training.training_plan import describe_learning_rate
 from vqmosaic.training.training_run import TrainingRun
 
 VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
@@ -125,7 +125,7 @@ def test_a_training_with_recomputed_activations_ends_with_the_same_weights_and_m
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_the_loss_in_parts_is_the_cross_entropy_with_its_gradient(dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(losses, "NUMBERS", 60)  # parts of four rows, the last of two
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 60)  # chunks of four rows, the last of two
     numbers = torch.Generator().manual_seed(3)
     logits_BTK = (torch.randn(2, 5, 13, generator=numbers) * 3).to(dtype)
     logits_BTK[..., 12] = -torch.inf  # as the logits of smaller grids are padded
@@ -143,7 +143,7 @@ def test_the_loss_in_parts_is_the_cross_entropy_with_its_gradient(dtype, toleran
 def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
     model = tiny_prior().model
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    with pytest.raises(InputError, match=r"prior_training\.activation_checkpointing is true, which llama does not do"):
+    with pytest.raises(InputError, match=r"prior_training\.activation_checkpointing is true, but llama does not support it"):
         recompute_activations(model)
 
 
@@ -178,7 +178,7 @@ def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
     for compiled in (False, True):
         if compiled:
             compile_layers(prior.model, torch.device("cpu"), "bf16")
-            assert all(block.passes is compiled_passes() and block._compiled_call_impl is None for block in prior.model.blocks)
+            assert all(block.kernels is compiled_kernels() and block._compiled_call_impl is None for block in prior.model.blocks)
         prior.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             next_token_loss(prior(ids_BT, classes_B), ids_BT).backward()
@@ -208,8 +208,8 @@ def test_the_plan_says_which_attention_is_used(run_dir, capsys):
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
     own, cpu = tiny_prior("grid_transformer").model, torch.device("cpu")
-    for longest, precision, expected in ((LONGEST, "bf16", "own passes"), (LONGEST + 1, "bf16", "sdpa"), (LONGEST, "no", "sdpa")):
-        own.config.max_position_embeddings = longest + 1  # the class before all ids, of which the last is never read
+    for extra, precision, expected in ((0, "bf16", "custom kernels"), (1, "bf16", "sdpa"), (0, "no", "sdpa")):
+        own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # the class before all ids, of which the last is never read
         assert describe_attention(own, cpu, precision).startswith(expected)
     train(run_dir, max_steps=1)
     assert "    attention                     sdpa\n" in capsys.readouterr().out
@@ -256,8 +256,8 @@ def test_weight_decay_is_on_matrices_only(run_dir, monkeypatch):
 
 def test_the_learning_rate_follows_the_batch_by_a_rule_that_the_plan_prints(run_dir, capsys):
     training = PriorTrainingConfig(learning_rate=6e-4, batch_size=128, learning_rate_batch=32)
-    assert training.learning_rate_factor == 2.0 and learning_rate_rule(training) == "0.0006 x sqrt(128 / 32) = 0.0012"
-    assert learning_rate_rule(PriorTrainingConfig(learning_rate=6e-4, batch_size=128)) == "0.0006"
+    assert training.learning_rate_factor == 2.0 and describe_learning_rate(training) == "0.0006 x sqrt(128 / 32) = 0.0012"
+    assert describe_learning_rate(PriorTrainingConfig(learning_rate=6e-4, batch_size=128)) == "0.0006"
     with pytest.raises(InputError, match=r"prior_training\.learning_rate_batch is 0; it must be at least 1"):
         PriorTrainingConfig(learning_rate_batch=0)
     train(run_dir, max_steps=3, learning_rate=0.004, learning_rate_batch=4, warmup_fraction=0, final_learning_rate=1)  # batches of 16
@@ -269,8 +269,8 @@ def test_the_learning_rate_follows_the_batch_by_a_rule_that_the_plan_prints(run_
 
 
 def test_ln_k_over_several_grids_counts_tokens():
-    assert loss_of_ignorance(VOCABULARY) == pytest.approx(math.log(48))
-    assert loss_of_ignorance(TWO_GRIDS) == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6)
+    assert uniform_loss(VOCABULARY) == pytest.approx(math.log(48))
+    assert uniform_loss(TWO_GRIDS) == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6)
     assert check_first_loss(3.2, TWO_GRIDS, 0.5) == "3.200 nats per token; ln K is 3.004"
     for wrong in (3.51, 2.49, math.nan, math.inf):
         with pytest.raises(InputError, match=r"8 and 32 codes.*3\.004.*first_loss_tolerance = 0\.5"):
@@ -387,10 +387,10 @@ def test_what_keeps_from_learning_by_heart_is_left_out(tiny_run):
 
 def test_what_the_class_leaves_open_by_hand():
     a, b, c = [1, 2], [1, 3], [2, 2]
-    assert entropy_of_choice([a, b], [0, 1]) == 0
-    assert entropy_of_choice([a, b, c], [-1, -1, -1]) == pytest.approx(math.log(3))
-    assert entropy_of_choice([a, a, b], [0, 0, 0]) == pytest.approx((2 * math.log(1.5) + math.log(3)) / 3)
-    assert entropy_of_choice([a, b, c], [0, 0, 1]) == pytest.approx(2 * math.log(2) / 3)
+    assert conditional_entropy([a, b], [0, 1]) == 0
+    assert conditional_entropy([a, b, c], [-1, -1, -1]) == pytest.approx(math.log(3))
+    assert conditional_entropy([a, a, b], [0, 0, 0]) == pytest.approx((2 * math.log(1.5) + math.log(3)) / 3)
+    assert conditional_entropy([a, b, c], [0, 0, 1]) == pytest.approx(2 * math.log(2) / 3)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -411,7 +411,7 @@ def test_overfit_takes_images_of_several_classes_from_shards_stored_by_class(tin
     shutil.copytree(tiny_run / "tokens", tmp_path / "tokens")
     write_by_class(tmp_path / "tokens")
     seen = []
-    monkeypatch.setattr(overfitting, "entropy_of_choice", lambda ids, classes: seen.append(set(classes)) or 0.0)
+    monkeypatch.setattr(overfitting, "conditional_entropy", lambda ids, classes: seen.append(set(classes)) or 0.0)
     overfit(tiny_recipe(tiny_run, prior_training__tokens=tmp_path / "tokens"), 16, max_minutes=1e-3)
     assert len(seen[0]) >= 5, "of ten"
 
@@ -433,7 +433,7 @@ def test_overfit_with_all_options_of_the_training(tiny_run, capsys):
 @pytest.mark.parametrize(("options", "words"), [
     (["--overfit", "0"], "--overfit is 0"), (["--overfit", "2000"], "--overfit is 2000; it must be at least 1 and at most 1418"),
     (["--overfit", "many"], "invalid int value"), (["--overfit", "2", "--processes", "2"], "--processes with --overfit is 2"),
-    (["--overfit", "2", "--redo", "prior"], "--redo does not go with --overfit")])
+    (["--overfit", "2", "--redo", "prior"], "--redo cannot be combined with --overfit")])
 def test_overfit_refuses_in_words(options, words, tiny_run, capsys):
     with pytest.raises(InputError) as refusal:
         dispatch(["train-prior", str(tiny_run), *options])
@@ -466,7 +466,7 @@ def test_the_number_of_processes_is_the_one_given_then_the_configurations_then_o
     assert [processes_to_start(None, None), processes_to_start(3, None)] == [1, 3]
     assert [processes_to_start(None, "two_cpu_processes"), processes_to_start(1, "two_cpu_processes")] == [2, 1]
     assert [processes_to_start(None, "several_nodes"), processes_to_start(4, "several_nodes")] == [16, 4]
-    with pytest.raises(InputError, match=r"--processes is 15, and .*several_nodes.yaml is for 2 machines; .* the nearest: 14, 16"):
+    with pytest.raises(InputError, match=r"--processes is 15, but .*several_nodes.yaml is for 2 machines\. .* the nearest: 14, 16"):
         processes_to_start(15, "several_nodes")
     with pytest.raises(InputError, match=r"--processes is 1, .* the nearest: 2"):
         processes_to_start(1, "several_nodes")
@@ -476,7 +476,7 @@ def test_a_broken_accelerate_configuration_is_refused_whatever_processes_says(tm
     wrong = tmp_path / "wrong.yaml"
     for text in ("- 1", "a: [", "distributed_type: MULTI_GPU\nnum_machines: two", "distributed_type: MULTI_GPU\nnum_machines: 0"):
         wrong.write_text(text)
-        with pytest.raises(InputError, match=r"wrong.yaml (is no accelerate configuration|says num_machines is 0)"):
+        with pytest.raises(InputError, match=r"wrong.yaml (is not an accelerate configuration|sets num_machines to 0)"):
             processes_to_start(4, str(wrong))
 
 
@@ -484,8 +484,8 @@ def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
     with pytest.raises(InputError, match=r"'several_gpu'.*shipped configurations: fsdp2, one_gpu.*Did you mean 'several_gpus'"):
         find_accelerate_config("several_gpu")
     wrong = tmp_path / "wrong.yaml"
-    for text, words in (("- 1", "is no accelerate configuration"), ("a: [", "is no accelerate configuration"),
-                        ("distributed_type: MULTI_GPU", "says no num_processes")):
+    for text, words in (("- 1", "is not an accelerate configuration"), ("a: [", "is not an accelerate configuration"),
+                        ("distributed_type: MULTI_GPU", "does not set num_processes")):
         wrong.write_text(text)
         with pytest.raises(InputError, match=words):
             processes_to_start(None, str(wrong))

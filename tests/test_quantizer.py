@@ -258,7 +258,7 @@ def test_the_first_of_equally_near_codes_is_taken_in_whichever_piece_it_lies(mon
 def test_commit_is_the_moving_average_by_hand(monkeypatch):
     """Appendix A.1 of van den Oord et al. 2017, and Laplace smoothing of the counts, here strong enough to see all of it."""
     decay, smoothing = 0.9, 0.1
-    monkeypatch.setattr(ema, "SMOOTHING", smoothing)
+    monkeypatch.setattr(ema, "LAPLACE_EPS", smoothing)
     module = quantizer(ema_decay=decay, revival_threshold=0.0)
     counts, sums = torch.ones(K, dtype=torch.float64), module.codebook.double().clone()
     for step in range(3):
@@ -320,7 +320,7 @@ def test_a_dead_code_is_revived_lives_on_and_leaves_the_others_alone():
     for code in dead:
         assert (module.codebook[code] - vectors_ND).norm(dim=1).min() < 1e-3, "a revived code is one of the batch's vectors"
     revived = module.codebook[dead].clone()
-    module.ema_decay = 0.9  # without any use it would be dead again in the eighth step, without the reset of sums and counts in the very next one
+    module.config.ema_decay = 0.9  # without any use it would be dead again in the eighth step unless sums and counts are reset in the next one
     counts_K = module.ema_counts.clone()
     for _ in range(15):
         used_K = torch.bincount(module(as_latents(vectors_ND)).ids.flatten(), minlength=K)
@@ -381,9 +381,9 @@ def test_usage_on_clustered_vectors():
 
 def test_candidates_are_bounded():
     module = quantizer(4096, 2)
-    assert module._candidates(torch.randn(10_000, 2)).shape == (REVIVAL_CANDIDATES, 2)
-    assert module._candidates(torch.randn(10, 2)).shape == (10, 2)
-    assert module._candidates(torch.randn(1, 2)).shape == (1, 2)
+    assert module._revival_candidates(torch.randn(10_000, 2)).shape == (REVIVAL_CANDIDATES, 2)
+    assert module._revival_candidates(torch.randn(10, 2)).shape == (10, 2)
+    assert module._revival_candidates(torch.randn(1, 2)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("vectors", [64, 1000, 1597, 4096])  # 1597 and its golden section are numbers of Fibonacci
@@ -392,7 +392,7 @@ def test_candidates_are_different_vectors_and_few_of_them_come_from_all_parts_of
     numbers_N1 = torch.arange(vectors, dtype=torch.float32)[:, None]
     first, second = [], []
     for into in (first, second):
-        into += module._candidates(numbers_N1)[:, 0].int().tolist()
+        into += module._revival_candidates(numbers_N1)[:, 0].int().tolist()
         module.commits += 1
     assert len(set(first)) == len(first) == min(vectors, REVIVAL_CANDIDATES)
     assert first[:4] != second[:4]
@@ -436,7 +436,7 @@ def test_initialize_leaves_no_dead_code(count, l2_normalize):
     module, vectors_ND = quantizer(l2_normalize=l2_normalize), clusters(K, 40)[:count]
     module(latents())  # what was gathered on the random codebook says nothing about the new one
     module.initialize(vectors_ND)
-    assert (module.ema_counts > module.revival_threshold * module.ema_counts.mean()).all()
+    assert (module.ema_counts > module.config.revival_threshold * module.ema_counts.mean()).all()
     torch.testing.assert_close(module.ema_sums, module.codebook * module.ema_counts[:, None])
     before = buffers(module)
     module.commit()

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers import QUANTIZERS, entropies
-from stage1_tokenizer.quantizers.gradient_paths import along_direction, rotated
+from stage1_tokenizer.quantizers.gradient_paths import apply_diveq, apply_rotation_trick
 from stage1_tokenizer.quantizers.nearest_code import nearest_codes
 from tests.test_quantizer import latents
-from vqmosaic.recipes.quantizer_sizes import levels_of
+from vqmosaic.recipes.quantizer_sizes import fsq_levels
 
 D = 6
 
@@ -71,7 +71,7 @@ def test_rotation_trick_is_the_matrix_of_the_paper(dim):
     if dim == 1:
         codes_ND = codes_ND.abs() * latents_ND.sign()  # opposite directions have no rotation in one dimension
     latents_ND.requires_grad_()
-    turned_ND = rotated(codes_ND, latents_ND)
+    turned_ND = apply_rotation_trick(codes_ND, latents_ND)
     assert torch.equal(turned_ND, codes_ND)
     (turned_ND * downstream_ND).sum().backward()
     for z, q, g, found in zip(latents_ND.detach().double(), codes_ND.double(), downstream_ND.double(), latents_ND.grad, strict=True):
@@ -87,7 +87,7 @@ def test_rotation_trick_is_the_matrix_of_the_paper(dim):
 def test_rotation_trick_stays_finite_without_a_direction():
     latents_ND = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1e-30, 0.0]], requires_grad=True)
     codes_ND = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [1.0, 1.0]])
-    turned_ND = rotated(codes_ND, latents_ND)
+    turned_ND = apply_rotation_trick(codes_ND, latents_ND)
     assert torch.equal(turned_ND, codes_ND)
     turned_ND.sum().backward()
     assert torch.isfinite(latents_ND.grad).all() and torch.equal(latents_ND.grad[[0, 1, 3]], torch.ones(3, 2))
@@ -96,7 +96,7 @@ def test_rotation_trick_stays_finite_without_a_direction():
 def test_diveq_leaves_out_the_gradient_along_the_error():
     """Its values are the codes; of a gradient g arrives g - (g u) u at latents, and (g u) u at codes that learn, u the direction of the error."""
     latents_ND, codes_ND, downstream_ND = normal(50, 6).requires_grad_(), normal(50, 6, seed=1).requires_grad_(), normal(50, 6, seed=2)
-    moved_ND = along_direction(codes_ND, latents_ND)
+    moved_ND = apply_diveq(codes_ND, latents_ND)
     assert torch.equal(moved_ND, codes_ND)
     (moved_ND * downstream_ND).sum().backward()
     directions_ND = torch.nn.functional.normalize(codes_ND.detach() - latents_ND.detach(), dim=1)
@@ -107,7 +107,7 @@ def test_diveq_leaves_out_the_gradient_along_the_error():
 
 def test_diveq_passes_straight_through_where_a_latent_is_its_code():
     latents_ND = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
-    along_direction(latents_ND.detach().clone(), latents_ND).sum().backward()
+    apply_diveq(latents_ND.detach().clone(), latents_ND).sum().backward()
     assert torch.equal(latents_ND.grad, torch.ones(2, 2))
 
 
@@ -117,7 +117,7 @@ def test_diveq_passes_straight_through_where_a_latent_is_its_code():
 @pytest.mark.parametrize("size, levels", [(240, [8, 6, 5]), (1000, [8, 5, 5, 5]), (8, [8]), (3, [3]), (64, [8, 8]), (512, [8, 8, 8])])
 def test_fsq_levels_and_all_codes(size, levels):
     """Every id is a point of its own on the grid; an even number of levels L has -1 but not 1, as round(L / 2) steps fit below zero only."""
-    assert levels_of(size) == levels
+    assert fsq_levels(size) == levels
     module = QUANTIZERS["fsq"](size, len(levels))
     codes_KF = rows(module.ids_to_latents(torch.arange(size)[None, :, None]))
     grid = [[(step - level // 2) / (level // 2) for step in range(level)] for level in reversed(levels)]
@@ -127,7 +127,7 @@ def test_fsq_levels_and_all_codes(size, levels):
 
 def test_fsq_rounds_to_known_values():
     module = QUANTIZERS["fsq"](40, 2)  # 8 and 5 levels
-    assert levels_of(40) == [8, 5]
+    assert fsq_levels(40) == [8, 5]
     values = torch.tensor([[-99.0, -99.0], [99.0, 99.0], [0.0, 0.0], [0.15, 0.3], [-0.15, -0.3], [0.3, 0.6]])
     output = module(values.T[None, :, :, None])
     # 8 levels: tanh(z + atanh(0.5 / 3.5035)) * 3.5035 - 0.5, so that 0 is 0; 5 levels: tanh(z) * 2.002
@@ -167,7 +167,7 @@ def test_lfq_against_brute_force_over_all_codes(bits, diversity, temperature):
 
 def test_lfq_entropy_gradient_is_that_of_brute_force():
     logits_Nb = normal(30, 5).requires_grad_()
-    entropies.entropy_of_bits(logits_Nb, 0.7).backward()
+    entropies.entropy_loss_of_bits(logits_Nb, 0.7).backward()
     again_Nb = logits_Nb.detach().double().requires_grad_()
     _, each, whole = brute_force_of_logits(again_Nb)
     (each - 0.7 * whole).backward()
@@ -181,7 +181,7 @@ def brute_force_of_logits(logits_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.
 def test_batch_entropy_by_groups_bounds_the_exact_one_and_meets_it_on_even_use(monkeypatch):
     logits_Nb = 3 * normal(200, 10)
     exact = entropies.batch_entropy_of_bits(logits_Nb)
-    monkeypatch.setattr(entropies, "EXACT_CODES", 2**6)
+    monkeypatch.setattr(entropies, "MAX_EXACT_CODES", 2**6)
     by_groups = entropies.batch_entropy_of_bits(logits_Nb)
     assert float(exact) <= float(by_groups) <= 10 * math.log(2) + 1e-4
     assert float(entropies.batch_entropy_of_bits(torch.zeros(7, 10))) == pytest.approx(10 * math.log(2), rel=1e-5)

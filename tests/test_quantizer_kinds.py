@@ -47,7 +47,7 @@ SAMPLED = "gumbel"
 
 def make(case: str, **fields) -> Quantizer:
     config = TokenizerConfig(**{"codebook_size": 24, "code_dim": D} | CASES[case] | fields)
-    return QUANTIZERS[config.quantizer].from_config(config, seed=3).train()
+    return QUANTIZERS[config.quantizer](config, seed=3).train()
 
 
 def batch(module: Quantizer, count: int = 4, seed: int = 0) -> torch.Tensor:
@@ -345,7 +345,7 @@ def test_a_dead_code_is_revived_and_lives_on(case):
     seen_ND = first.normalize(vectors_ND) if case != "ibq" else torch.nn.functional.normalize(vectors_ND, dim=-1) * before.norm(dim=-1).max()
     for code in dead:
         assert (codes_KD[code] - seen_ND).norm(dim=1).min() < 1e-3, "a revived code is one of the batch's vectors"
-    first.ema_decay = 0.9  # without any use it would be dead again, and moved elsewhere, in the eighth step
+    first.config.ema_decay = 0.9  # without any use it would be dead again, and moved elsewhere, in the eighth step
     counts_K, placed = first.ema_counts.clone(), code_rows(first)[dead].clone()
     for _ in range(15):
         used_K = torch.bincount(level_ids(module, module(as_latents(vectors_ND)).ids)[0].flatten(), minlength=24)
@@ -463,7 +463,7 @@ def test_gumbel_loss_is_the_divergence_from_uniform():
 
 
 def test_kl_draws_in_training_takes_the_mean_in_evaluation_and_has_no_ids():
-    module = QUANTIZERS["kl"].from_config(TokenizerConfig(quantizer="kl", code_dim=D, kl_weight=0.5), seed=0).train()
+    module = QUANTIZERS["kl"](TokenizerConfig(quantizer="kl", code_dim=D, kl_weight=0.5)).train()
     latents_BDhw = latents().requires_grad_()
     torch.manual_seed(0)
     output = module(latents_BDhw)
@@ -489,4 +489,4 @@ def test_nearest_code_kinds_are_those_of_the_recipe():
 
     assert tuple(LEVEL_KINDS) == NEAREST_CODE_KINDS
     assert {name for name, kind in QUANTIZERS.items() if issubclass(kind, NearestCodeQuantizer)} == set(NEAREST_CODE_KINDS)
-    assert math.isclose(gumbel.LOWEST_TEMPERATURE, 1 / 16)
+    assert math.isclose(gumbel.FINAL_TEMPERATURE_RATIO, 1 / 16)

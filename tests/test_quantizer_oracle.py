@@ -8,7 +8,7 @@ import torch
 
 from stage1_tokenizer.quantizers import QUANTIZERS
 from tests.test_quantizer import latents
-from vqmosaic.recipes.quantizer_sizes import levels_of
+from vqmosaic.recipes.quantizer_sizes import fsq_levels
 
 theirs = pytest.importorskip("vector_quantize_pytorch")
 K, D = 24, 6
@@ -114,7 +114,7 @@ def test_simvq_is_theirs_in_ids_values_losses_and_gradients():
 @pytest.mark.parametrize("size, code_dim", [(240, 3), (1000, 4), (64, 3), (240, D)])
 def test_fsq_is_theirs(size, code_dim):
     ours = QUANTIZERS["fsq"](size, code_dim).train()
-    other = theirs.FSQ(levels_of(size), dim=code_dim).train()
+    other = theirs.FSQ(fsq_levels(size), dim=code_dim).train()
     copy_projections(ours, other)
     first, second = (2 * latents(code_dim=code_dim)).requires_grad_(), (2 * latents(code_dim=code_dim)).requires_grad_()
     output, (quantized_BDhw, ids_Bhw) = ours(first), other(second)

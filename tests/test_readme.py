@@ -1,4 +1,4 @@
-"""The README's commands are understood and its Python runs, on a real (tiny) run."""
+"""The commands in README.md and docs/ are understood and their Python runs, on a real (tiny) run."""
 
 import json
 import os
@@ -12,16 +12,20 @@ import pytest
 from PIL import Image
 
 from pipelines import command_line
+from tests.tiny import tiny_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [line.split("#")[0].strip() for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
-SNIPPETS = [block for language, block in BLOCKS if language == "python"]
+GENERATED = ("recipe_reference.md",)
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
+BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)]
+LINES = [line.split("#")[0].strip() for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]
+COMMANDS = list(dict.fromkeys(LINES))
+SNIPPETS = list(dict.fromkeys(block for language, block in BLOCKS if language == "python"))
 
 
 @pytest.fixture
 def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
-    """A folder in which everything lies that the README's commands name."""
+    """A folder with everything that the documentation's commands name."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for index in range(10):
@@ -41,7 +45,7 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_readme_has_commands_and_snippets():
+def test_the_documentation_has_commands_and_snippets():
     assert len(COMMANDS) >= 12 and len(SNIPPETS) >= 3
     assert {command.split()[0] for command in COMMANDS} <= {"make", "vqmosaic", "source"}
 
@@ -80,8 +84,30 @@ def test_make_targets_exist():
             assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE), command
 
 
-def test_pictures_and_files_that_are_linked_exist_and_nothing_is_left_to_fill_in():
-    text = (ROOT / "README.md").read_text()
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links), [link for link in links if not (ROOT / link).exists()]
-    assert "MEASURED" not in text
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link.partition("#")[0]).exists() and link not in GENERATED]
+    assert not missing
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_notebook_runs_on_a_finished_run(workplace, tiny_run):
+    (workplace / "runs" / "notebook").symlink_to(tiny_run)
+    overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=workplace, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout and "tensor" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_notebook_trains(tmp_path):
+    overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
+    done = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "notebook" / "samples.png").is_file()

@@ -10,7 +10,7 @@ import pytest
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
-from vqmosaic.recipes.recipe_files import PATH_FIELDS, load_recipe, only_became_absolute, recipe_help, save_recipe, section_names, shipped_names
+from vqmosaic.recipes.recipe_files import PATH_FIELDS, load_recipe, may_be_same_path, recipe_help, save_recipe, section_names, shipped_names
 from vqmosaic.recipes.recipe_sections import DataConfig, PriorConfig, PriorTrainingConfig, SamplingConfig
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
@@ -128,13 +128,13 @@ def test_an_unknown_key_on_the_command_line():
     ("tokenizer_training: {max_step: 3}", "Did you mean tokenizer_training.max_steps?"),
     ("data: 3", "data to 3; it is a section"),
     ("data:", "data to None; it is a section"),
-    ("[data]", "holds no recipe"),
-    ("", "holds no recipe"),
+    ("[data]", "does not contain a recipe"),
+    ("", "does not contain a recipe"),
     ("data: {source: digits", "not valid YAML"),
     ("data: {source: digits}\ndata: {image_size: 16}", "sets data more than once"),
     ("data: {image_size: 8, source: digits, image_size: 16}", "sets data.image_size more than once"),
     ("data: !!python/object/apply:os.getcwd []", "not valid YAML"),
-    ("tokenizer_training: {mixed_precision: no}", 'write them in quotes: "no"'),
+    ("tokenizer_training: {mixed_precision: no}", 'Write them in quotes: "no"'),
 ])
 def test_a_wrong_file(text, expected, tmp_path):
     path = tmp_path / "mine.yaml"
@@ -192,7 +192,7 @@ def test_words_that_are_no_option():
     # single fields
     (["--tokenizer.channels=48"], ["tokenizer.channels is 48", "multiple of 32", "nearest: 64"]),
     (["--tokenizer.channel_multipliers=[1,0]"], ["tokenizer.channel_multipliers is [1, 0]"]),
-    (["--tokenizer.residual_blocks=0", "--tokenizer.channel_multipliers=[1,2]"], ["tokenizer.residual_blocks is 0", "make all of them 1"]),
+    (["--tokenizer.residual_blocks=0", "--tokenizer.channel_multipliers=[1,2]"], ["tokenizer.residual_blocks is 0", "Set all multipliers to 1"]),
     (["--tokenizer.quantizer=vq"], ["tokenizer.quantizer is 'vq'", "ema"]),
     (["--tokenizer.quantizer=fsq", "--tokenizer.codebook_size=509"], ["tokenizer.codebook_size is 509", "nearest: 504 or 512"]),
     (["--tokenizer.quantizer=lfq", "--tokenizer.codebook_size=500"], ["tokenizer.codebook_size is 500", "nearest: 256 or 512"]),
@@ -311,7 +311,7 @@ def test_the_help_of_a_recipe_shows_its_own_values(tmp_path):
 def test_how_a_change_of_each_field_is_judged():
     judged: dict[str, set[str]] = {}
     for field in recipe_fields(Recipe()):
-        judged.setdefault(field.judged, set()).add(field.name)
+        judged.setdefault(field.change_policy, set()).add(field.name)
     training = ("tokenizer_training", "prior_training")
     assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
     assert judged["unrecorded"] == {
@@ -428,7 +428,7 @@ def test_the_fields_that_may_hold_a_path_are_texts():
     ("photos", None, False), (None, "/a", False),
 ])
 def test_a_path_that_only_became_absolute_is_no_other_path(before, now, same):
-    assert only_became_absolute(before, now) is same
+    assert may_be_same_path(before, now) is same
 
 
 def test_a_folder_that_only_has_the_name_of_a_recipe_is_not_its_run_dir(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.content_digest import file_digest
 from stage1_tokenizer.data.folder_source import FolderSource
-from stage1_tokenizer.data.image_sources import identity_like
+from stage1_tokenizer.data.image_sources import comparable_identity
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
 from tests.tiny import command, tiny_recipe
@@ -69,13 +69,13 @@ def written_at(run: Path) -> dict[str, tuple[int, int]]:
 @pytest.fixture
 def encoded_sources(monkeypatch) -> list[list[int]]:
     """The sources of each shard that is encoded while the test runs."""
-    original, seen = module.encoded, []
+    original, seen = module.encode_sources, []
 
     def encoded(source, indices, *others):
         seen.append(list(indices))
         return original(source, indices, *others)
 
-    monkeypatch.setattr(module, "encoded", encoded)
+    monkeypatch.setattr(module, "encode_sources", encoded)
     return seen
 
 
@@ -147,7 +147,7 @@ def test_all_damages_at_once_by_the_command(run, written):
     (validation / "manifest.json").unlink()
     done = command("audit", run / "tokens", "--repair")
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    assert "shard-000099.tar is no part of the set and is removed" in done.stdout and done.stdout.count(": whole") == 2
+    assert "shard-000099.tar is not part of the shard set and is removed" in done.stdout and done.stdout.count(": no problems") == 2
     assert_repaired(run, written[0], {"train/shard-000000", "train/shard-000001", "train/shard-000002", "validation/shard-000000"}, before)
 
 
@@ -165,7 +165,7 @@ def test_one_split_can_be_repaired_alone_and_a_whole_one_is_left_alone(run, writ
 def test_what_is_still_wrong_after_the_repair_decides_the_exit_code(run, capsys):
     (run / "tokens/train/shard-000099.tar").mkdir()  # a folder, which a repair does not delete
     assert audit_run(run, repair=True) == 1
-    assert "shard-000099.tar: lies in the folder" in capsys.readouterr().out
+    assert "shard-000099.tar: this file is not listed" in capsys.readouterr().out
 
 
 def lose_a_shard(tokens: Path) -> None:
@@ -223,7 +223,7 @@ def test_an_image_whose_read_error_passed_is_named_by_audit_and_stored_by_repair
     assert audit_run(run) == 1
     said = capsys.readouterr().out
     for name in (*names["train"], *names["validation"]):
-        assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), and can be read now" in said
+        assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), but can be read now" in said
     assert "3 skipped: 2 problems" in said and "1 skipped: 1 problem" in said, "an image that is still broken is not a problem"
     assert audit_run(run, repair=True) == 0
     assert content(run) == content(written[0]), "byte for byte as if the error had not been"
@@ -257,7 +257,7 @@ def test_images_are_not_taken_in_where_others_come_out_different(flaky_run, monk
     run, _ = flaky_run
     before, read = content(run), FolderSource.read
     monkeypatch.setattr(FolderSource, "read", lambda source, index: ImageOps.invert(read(source, index)))
-    with pytest.raises(InputError, match=r"shard-00000\d\.tar: encoded again, .* is not what it was"):
+    with pytest.raises(InputError, match=r"shard-00000\d\.tar: re-encoding changed the ids of "):
         audit_run(run, repair=True)
     assert content(run) == before
 
@@ -293,7 +293,7 @@ def test_another_tokenizer_is_refused(run, tiny_run, tmp_path):
     assert "token_fingerprint was" in words and other.token_fingerprint in words and "--tokens.tokenizer" in words
     for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone know it, too
         manifest.unlink()
-    with pytest.raises(InputError, match=r"no manifest is left, and \d+ of its \d+ sidecars were written with another tokenizer"):
+    with pytest.raises(InputError, match=r"the manifest is missing, and \d+ of \d+ sidecars were written with another tokenizer"):
         audit_run(run, recipe_in(run, f"--tokens.tokenizer={tmp_path / 'other'}"), repair=True)
 
 
@@ -302,7 +302,7 @@ def test_a_split_with_other_views_is_refused_though_the_other_split_would_fit(ru
     (run / "tokens/train/manifest.json").unlink()
     (run / "tokens/train/shard-000001.tar").unlink()
     before = content(run)
-    with pytest.raises(InputError, match=r"tokens/train: no manifest is left, and \d+ of its \d+ sidecars"):
+    with pytest.raises(InputError, match=r"tokens/train: the manifest is missing, and \d+ of \d+ sidecars"):
         audit_run(run, recipe_in(run, "--tokens.views=none"), repair=True)
     assert content(run) == before
 
@@ -323,7 +323,7 @@ def test_changed_pixels_of_equal_size_are_noticed(run, written, tmp_path, capsys
     changed.write_bytes(changed.read_bytes().ljust(len(content), b"\0"))
     capsys.readouterr()
     assert audit_run(run, moved) == 1
-    assert "1 skipped: 1 problem\n    the images are not those that were encoded" in capsys.readouterr().out
+    assert "1 skipped: 1 problem\n    the images have changed since they were encoded" in capsys.readouterr().out
     assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
 
 
@@ -340,7 +340,7 @@ def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, 
     shard = tmp_path / "own/tokens/train/shard-000001.tar"
     digest = sha256_of_file(shard)
     shard.unlink()
-    with pytest.raises(InputError, match=rf"encoded again it is another file .*{digest}.*an image has changed"):
+    with pytest.raises(InputError, match=rf"re-encoding gave a different file: .*{digest}.*An image has changed"):
         audit_run(tmp_path / "own", recipe, repair=True)
     assert not shard.exists() and (tmp_path / "own/tokens/train/manifest.json").exists(), "what is left stays as it is"
 
@@ -372,14 +372,14 @@ def test_what_version_0_1_0_wrote_is_finished_and_repaired_in_its_own_form(order
     record.write_text(json.dumps(recorded | {"finished": False}))
     capsys.readouterr()
     preprocess(recipe)
-    assert "6 of 7 shards are complete already" in capsys.readouterr().out and content(old) == before
+    assert "6 of 7 shards are already complete" in capsys.readouterr().out and content(old) == before
     assert json.loads(record.read_text())["inputs"] == recorded["inputs"]
 
 
 def test_a_folder_that_says_nothing_is_refused(run):
     for path in [*run.rglob("tokens/*/manifest.json"), *run.rglob("tokens/*/shard-*.json")]:
         path.unlink()
-    assert "no manifest and no sidecar is left" in refusal(run)
+    assert "no manifest and no readable sidecar is left" in refusal(run)
 
 
 def test_a_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
@@ -449,7 +449,7 @@ def test_identities_of_readable_images_have_not_changed(written, tmp_path):
              for index in range(len(source))]
     digest = hashlib.sha256("".join([json.dumps(source.class_names), *lines]).encode()).hexdigest()
     assert source.identity == {"kind": "folder", "version": 2, "split": "train", "count": len(source), "sha256": digest}
-    assert identity_like(source, source.identity) == source.identity
+    assert comparable_identity(source, source.identity) == source.identity
 
 
 def before_hex(path: Path) -> tuple[int, str]:

@@ -215,7 +215,7 @@ def test_a_chain_killed_in_every_stage_ends_like_a_straight_one(tiny_run, tmp_pa
         assert done.returncode == -signal.SIGKILL, (place, done.stdout, done.stderr)
         outputs.append(done.stdout)
     assert resumed_step(outputs[1]) == 2
-    assert "tokenizer: finished already" in outputs[3] and "1 of 4 shards is complete already" in outputs[3]
+    assert "tokenizer: finished already" in outputs[3] and "1 of 4 shards is already complete" in outputs[3]
     assert resumed_step(outputs[6].partition("tokens: finished already")[2]) > 0
     done = subprocess.run([sys.executable, "-m", "pipelines.command_line", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

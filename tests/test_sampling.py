@@ -398,7 +398,7 @@ def test_integers_of_other_libraries_are_accepted():
 def test_without_label_drop_there_is_no_guidance_and_no_null_class():
     prior = tiny_prior(label_drop=0.0)
     prior.sample(torch.tensor([0]), SamplingConfig(), [1])
-    with pytest.raises(InputError, match=r"guidance_scale is 2.* label_drop 0.* never learnt"):
+    with pytest.raises(InputError, match=r"guidance_scale is 2.* label_drop 0.* null class is untrained"):
         prior.sample([0], SamplingConfig(guidance_scale=2.0), [1])
-    with pytest.raises(InputError, match=r"without a class .* label_drop 0"):
+    with pytest.raises(InputError, match=r"has no class.* label_drop 0"):
         prior.sample(None, SamplingConfig(), [1])

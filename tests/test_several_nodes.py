@@ -90,7 +90,7 @@ def test_two_machines_train_what_two_processes_of_one_do(stage, tiny_run, tmp_pa
     (0, "time.sleep(600)", 0), (143, "time.sleep(600)", 143), (2, "time.sleep(600)", 2), (0, "sys.exit(1)", 0),
     (143, "sys.exit(1)", 143), (None, "sys.exit(1)", 1), (2, "sys.exit(1)", 2)])
 def test_a_launcher_that_loses_the_other_machine_does_not_decide_what_became_of_the_workers(worker_says, then, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "LAST_SECONDS", 0.5)
+    monkeypatch.setattr(launch, "LAUNCHER_EXIT_SECONDS", 0.5)
     said = "" if worker_says is None else f"; (folder / '0.exit').write_text('{worker_says}')"
     program = (f"import os, pathlib, sys, time; folder = pathlib.Path({str(tmp_path)!r}); "
                f"(folder / '0.pid').write_text(str(os.getpid())){said}; {then}")

@@ -18,7 +18,7 @@ from stage2_prior.vocabulary import Vocabulary
 from token_shards import Grid
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe, shipped_names
-from vqmosaic.training.budget import learning_rate_share
+from vqmosaic.training.learning_rate import learning_rate_share
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]

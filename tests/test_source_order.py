@@ -114,7 +114,7 @@ def test_audit_finds_a_wrong_order_seed(tmp_path):
         with pytest.raises(InputError, match="header fingerprint"):
             TokenShardReader(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"order_seed": "x"}))
-    with pytest.raises(InputError, match=r"manifest\.json.*order_seed|manifest\.json does not fit"):
+    with pytest.raises(InputError, match=r"manifest\.json.*order_seed|manifest\.json is invalid"):
         TokenShardManifest.load(tmp_path)
 
 

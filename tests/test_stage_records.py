@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.command_line import dispatch
-from pipelines.stages.chain import redo_from, run_chain
+from pipelines.stages.chain import delete_stages_from, run_chain
 from pipelines.stages.stage_checks import check_before_start, check_chain
 from pipelines.stages.stage_inputs import inputs_of
 from stage1_tokenizer.data.folder_source import FolderSource
@@ -19,7 +19,7 @@ from stage1_tokenizer.train import train
 from tests.tiny import tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import STAGES, RunFolder
-from vqmosaic.runs.stage_records import fields_read, has_grown, judge, load_record, redo, write_record
+from vqmosaic.runs.stage_records import decide_action, fields_read, has_grown, load_record, redo, write_record
 
 
 def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[str, str] | None = None, **changes) -> RunFolder:
@@ -33,7 +33,7 @@ def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[st
 
 def refused(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, **changes) -> str:
     with pytest.raises(InputError) as caught:
-        judge(run, tiny_recipe(run.root, **changes), stage, inputs or {})
+        decide_action(run, tiny_recipe(run.root, **changes), stage, inputs or {})
     return str(caught.value)
 
 
@@ -43,11 +43,11 @@ def refused(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, **
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_starts_then_resumes_then_is_skipped(stage, tmp_path):
     run, recipe = RunFolder(tmp_path), tiny_recipe(tmp_path)
-    assert load_record(run, stage) is None and judge(run, recipe, stage, {}) == "start"
+    assert load_record(run, stage) is None and decide_action(run, recipe, stage, {}) == "start"
     run_with(tmp_path, stage, finished=False)
-    assert judge(run, recipe, stage, {}) == "resume"
+    assert decide_action(run, recipe, stage, {}) == "resume"
     run_with(tmp_path, stage)
-    assert judge(run, recipe, stage, {}) == judge(run, recipe, stage, None) == "skip"
+    assert decide_action(run, recipe, stage, {}) == decide_action(run, recipe, stage, None) == "skip"
     record = load_record(run, stage)
     assert record.finished and record.seconds == 1.25 and record.stage == stage
 
@@ -56,7 +56,7 @@ def test_a_stage_starts_then_resumes_then_is_skipped(stage, tmp_path):
 def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
     run = run_with(tmp_path, stage)
     run.export(stage).rmdir()
-    assert judge(run, tiny_recipe(tmp_path), stage, {}) == "resume"
+    assert decide_action(run, tiny_recipe(tmp_path), stage, {}) == "resume"
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "project"])
@@ -91,7 +91,7 @@ def test_a_record_from_before_a_field_means_its_default(tmp_path):
     content = json.loads(run.record("tokenizer").read_text())
     del content["fields"]["tokenizer.diveq"]
     run.record("tokenizer").write_text(json.dumps(content))
-    assert judge(run, tiny_recipe(tmp_path), "tokenizer", {}) == "resume"
+    assert decide_action(run, tiny_recipe(tmp_path), "tokenizer", {}) == "resume"
     said = refused(run, "tokenizer", **{"tokenizer.diveq": True})
     assert "tokenizer.diveq = False, now it is True" in said
 
@@ -99,10 +99,10 @@ def test_a_record_from_before_a_field_means_its_default(tmp_path):
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_grown_budget_goes_on(finished, tmp_path):
     run = run_with(tmp_path, "tokenizer", finished=finished)
-    assert judge(run, tiny_recipe(tmp_path, tokenizer_training__max_steps=7), "tokenizer", {}) == "resume"
+    assert decide_action(run, tiny_recipe(tmp_path, tokenizer_training__max_steps=7), "tokenizer", {}) == "resume"
     unlimited = tiny_recipe(tmp_path, tokenizer_training__max_steps="null", tokenizer_training__max_minutes=1)
     with pytest.raises(InputError, match="max_minutes"):  # from no limit by the clock to one
-        judge(run, unlimited, "tokenizer", {})
+        decide_action(run, unlimited, "tokenizer", {})
 
 
 def test_what_is_larger_as_a_budget():
@@ -142,14 +142,14 @@ def test_a_changed_field_is_refused_with_both_values(stage, changes, words, tmp_
     ("pipeline", {"prior__layers": 2, "seed": 3}),
 ])
 def test_what_changes_no_result_may_change(stage, changes, tmp_path):
-    assert judge(run_with(tmp_path, stage), tiny_recipe(**{"run_dir": tmp_path, **changes}), stage, {}) == "skip"
+    assert decide_action(run_with(tmp_path, stage), tiny_recipe(**{"run_dir": tmp_path, **changes}), stage, {}) == "skip"
 
 
 def test_a_changed_input_is_refused_with_both_fingerprints(tmp_path):
     run = run_with(tmp_path, "tokens", inputs={"tokenizer": "aaa", "data set": "ddd"})
     recipe = tiny_recipe(tmp_path)
-    assert judge(run, recipe, "tokens", {"tokenizer": "aaa"}) == "skip", "a data set that nobody looked at is not judged"
-    assert judge(run, recipe, "tokens", {"tokenizer": "aaa", "data set": "ddd"}) == "skip"
+    assert decide_action(run, recipe, "tokens", {"tokenizer": "aaa"}) == "skip", "a data set that nobody looked at is not judged"
+    assert decide_action(run, recipe, "tokens", {"tokenizer": "aaa", "data set": "ddd"}) == "skip"
     words = refused(run, "tokens", {"tokenizer": "bbb"})
     assert "tokenizer = 'aaa', now it is 'bbb'" in words and "--redo tokens" in words
 
@@ -158,11 +158,11 @@ def test_a_data_set_may_lie_elsewhere_if_it_is_the_same(tmp_path):
     run = run_with(tmp_path, "tokens", inputs={"data set": "ddd"}, data__source="auto", data__path="here")
     moved = {"data__source": "auto", "data__path": "there"}
     recipe = tiny_recipe(tmp_path, **moved)
-    assert judge(run, recipe, "tokens", None) == "compare", "the stage itself has to look at the data set"
-    assert judge(run, recipe, "tokens", {"data set": "ddd"}) == "skip"
+    assert decide_action(run, recipe, "tokens", None) == "compare", "the stage itself has to look at the data set"
+    assert decide_action(run, recipe, "tokens", {"data set": "ddd"}) == "skip"
     assert "data set = 'ddd', now it is 'eee'" in refused(run, "tokens", {"data set": "eee"}, **moved)
     unfinished = run_with(tmp_path / "2", "tokenizer", finished=False, inputs={"data set": "ddd"}, data__source="auto", data__path="here")
-    assert judge(unfinished, recipe, "tokenizer", None) == "resume"
+    assert decide_action(unfinished, recipe, "tokenizer", None) == "resume"
     unknown = run_with(tmp_path / "3", "tokens", data__source="auto", data__path="here")
     assert "data.path = 'here', now it is 'there'" in refused(unknown, "tokens", **moved), "nothing was recorded to compare with"
 
@@ -224,7 +224,7 @@ def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):
     del content["fields"]["prior.options"]
     content["fields"]["prior.of_old"] = 3
     run.record("prior").write_text(json.dumps(content))
-    assert judge(run, tiny_recipe(tmp_path), "prior", {}) == "skip"
+    assert decide_action(run, tiny_recipe(tmp_path), "prior", {}) == "skip"
 
 
 def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
@@ -284,7 +284,7 @@ def test_a_redo_that_is_killed_leaves_nothing_that_passes_for_finished(tmp_path,
 
 def test_nothing_is_removed_before_everything_is_checked(tiny_copy):
     run = RunFolder(tiny_copy)
-    with pytest.raises(InputError, match="does not divide over 7 processes"):
+    with pytest.raises(InputError, match="is not divisible by 7 processes"):
         run_chain(tiny_recipe(tiny_copy), processes=7, redo_stage="tokenizer")
     assert made(run) == set(STAGES)
     with pytest.raises(InputError, match=r"tokenizer\.code_dim = 8, now it is 9"):  # a stage before the one that is redone
@@ -347,7 +347,7 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch):
     with run.lock():
         pass
     with run.lock(), pytest.raises(InputError, match="in use"):
-        redo_from(tiny_recipe(tmp_path), "tokens")
+        delete_stages_from(tiny_recipe(tmp_path), "tokens")
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipelines.bundle import evenly_spread
+from pipelines.bundle import evenly_spaced_classes
 from pipelines.stages.chain import run_chain
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
@@ -70,7 +70,7 @@ def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scri
 
 
 def test_samples_without_a_judge_are_spread_over_all_classes():
-    assert evenly_spread(3, 100) == [0, 1, 2] and evenly_spread(100, 100) == list(range(100))
-    chosen = evenly_spread(1000, 100)
+    assert evenly_spaced_classes(3, 100) == [0, 1, 2] and evenly_spaced_classes(100, 100) == list(range(100))
+    chosen = evenly_spaced_classes(1000, 100)
     assert chosen == list(range(0, 1000, 10))
-    assert len(set(evenly_spread(130, 100))) == 100
+    assert len(set(evenly_spaced_classes(130, 100))) == 100

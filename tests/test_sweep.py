@@ -24,7 +24,7 @@ from pipelines.sweep import sweep as sweep_module
 from pipelines.sweep.feature_extractors import load_feature_extractor
 from pipelines.sweep.feature_file import resolve_feature_file
 from pipelines.sweep.random_subset import RandomSubset
-from pipelines.sweep.sweep import Distances, class_counts, open_folder_whole, run_sweep, sweep_plan
+from pipelines.sweep.sweep import Distances, class_counts, open_all_images, run_sweep, sweep_plan
 from pipelines.sweep.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
 from pipelines.sweep.sweep_record import SweepRecord
 from stage1_tokenizer import ImageTokenizer
@@ -170,7 +170,7 @@ def test_a_run_is_found_from_inside(inside, tiny_copy, features, monkeypatch):
 
 def test_without_settings_guidance_is_compared(tiny_copy, features, capsys):
     assert sweep(tiny_copy, "--features", features, "--images", 10, "--dry_run") == 0
-    assert f"each of {len(sweep_plan.GUIDED_GRID['guidance_scale'])} combinations" in capsys.readouterr().out
+    assert f"each of {len(sweep_plan.GUIDANCE_GRID['guidance_scale'])} combinations" in capsys.readouterr().out
 
 
 # --- distances ---------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_classes_come_in_the_proportions_of_the_data():
     assert class_counts(names, Labelled([0, 1, 2, None, None]), 5)[0] == [2, 2, 1], "rests go to the lower class"
     assert class_counts(names, Labelled([0] * 5 + [1] * 3 + [2] * 2), 3)[0] == [1, 1, 1], "the largest rests first"
     counts, words = class_counts(names, None, 7)
-    assert counts == [3, 2, 2] and "equal parts" in words
+    assert counts == [3, 2, 2] and "equal proportions" in words
     assert class_counts(None, None, 7) == (None, "without classes")
     for images in range(2, 60):
         assert sum(class_counts(names, Labelled([0] * 7 + [1] * 5 + [2] * 3), images)[0]) == images
@@ -381,7 +381,7 @@ def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known,
     content = json.loads(record.read_text())
     transform = content["setup"]["real"]["transform"]
     names = ImageTokenizer.from_pretrained(pipeline / "tokenizer").class_names
-    former = open_folder_whole(real, ImageTransform.from_dict(transform), names).former_identity
+    former = open_all_images(real, ImageTransform.from_dict(transform), names).former_identity
     content["setup"]["real"] = former | {"transform": transform}
     record.write_text(json.dumps(content))
     assert sweep(pipeline, "--real", real, *common) == 0 and len(results_of(record)) == 1
@@ -419,7 +419,7 @@ def test_another_setup_is_refused(known, features, tmp_path):
     with pytest.raises(InputError, match=r"features\.sha256 differs"):
         sweep(*common, "--images", 20, "--features", other)
     assert record.read_bytes() == content
-    for text, words in (("{", "is not JSON"), ('{"format": "something"}', "no record of a sweep"), ("[]", "holds no JSON object")):
+    for text, words in (("{", "is not JSON"), ('{"format": "something"}', "not a sweep record"), ("[]", "does not contain a JSON object")):
         record.write_text(text)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=words):
             patch.setattr("pipelines.sweep.sweep.run_sweep", None)  # refused before that
@@ -464,7 +464,7 @@ def test_a_copy_keeps_the_record_while_it_is_true(swept, tiny_run, tmp_path):
 
 def test_a_record_of_other_parts_is_refused(swept, tiny_copy):
     before = bundle_of(tiny_copy)
-    with pytest.raises(InputError, match="has changed since the sweep began"):
+    with pytest.raises(InputError, match="has changed since the sweep started"):
         recommend(tiny_copy / "pipeline", SamplingConfig(top_k=3), read_bundle(swept)["sweep"])
     assert bundle_of(tiny_copy) == before
 
@@ -502,14 +502,14 @@ def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
     combinations = combine(SamplingConfig(top_p=0.5), {"guidance_scale": (1.0, 2.0), "top_k": (0, 5)})
     assert [(one.guidance_scale, one.top_k, one.top_p) for one in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
     assert parse_values("top_p", float, "1, 0.5,1.0") == (1.0, 0.5), "each value once"
-    with pytest.raises(InputError, match=r"--top_k is '5,x'; it must be whole numbers with commas between"):
+    with pytest.raises(InputError, match=r"--top_k is '5,x'; it must be integers separated by commas"):
         parse_values("top_k", int, "5,x")
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--temperature", "1,-1"], r"--temperature is -1"),
-    (["--top_k", f"0,{CODES + 1}"], rf"--top_k is {CODES + 1}, but the prior in .* knows {CODES} codes"),
-    (["--guidance_power", "1,2"], r"--guidance_power means nothing under.*'constant'.*Only power-cosine"),
+    (["--top_k", f"0,{CODES + 1}"], rf"--top_k is {CODES + 1}, but the prior in .* has {CODES} codes"),
+    (["--guidance_power", "1,2"], r"--guidance_power has no effect.*'constant'.*Only power-cosine"),
     (["--top_p", "high"], r"--top_p is 'high'"),
     (["--images", "1"], r"--images is 1; it must be at least 2"),
     (["--batch_size", "0"], r"--batch_size is 0"),
@@ -536,18 +536,18 @@ def test_guidance_is_refused_where_the_prior_cannot_be_guided(tiny_run, features
         prior_like(pipe, **changes).save_pretrained(tmp_path / name / "prior")
         make_bundle(tiny_run / "tokenizer", tmp_path / name / "prior", tmp_path / name / "pipeline", SamplingConfig())
         common = (tmp_path / name / "pipeline", "--features", features, "--recipe", tiny_run, "--images", 10)
-        with pytest.raises(InputError, match=f"--guidance_scale is 2.*{words}; set --guidance_scale to 1"):
+        with pytest.raises(InputError, match=rf"--guidance_scale is 2.*{words}\. Set --guidance_scale to 1"):
             sweep(*common, "--guidance_scale", "1,2")
         assert sweep(*common, "--temperature", "1,2") == 0 and read_bundle(tmp_path / name / "pipeline")["sweep"]
         assert sweep(*common, "--dry_run", "--out", tmp_path / name / "other.json") == 0, "without settings temperature is compared"
-        assert f"each of {len(sweep_plan.PLAIN_GRID['temperature'])} combinations" in capsys.readouterr().out
+        assert f"each of {len(sweep_plan.TEMPERATURE_GRID['temperature'])} combinations" in capsys.readouterr().out
 
 
 def test_a_pipeline_on_its_own_needs_real_images(known, features, tmp_path):
     pipeline, _ = known
-    with pytest.raises(InputError, match=r"does not lie in a run folder.*give --recipe.*or --real"):
+    with pytest.raises(InputError, match=r"is not in a run folder.*give --recipe.*or --real"):
         sweep(pipeline, "--features", features)
-    with pytest.raises(InputError, match=r"'--data.path=x' was not expected; recipe overrides need --recipe"):
+    with pytest.raises(InputError, match=r"'--data.path=x' is not an option of sweep; overrides of the recipe need --recipe"):
         sweep(pipeline, "--features", features, "--data.path=x")
     (tmp_path / "one").mkdir()
     Image.new("L", (20, 20)).save(tmp_path / "one" / "a.png")
@@ -560,13 +560,13 @@ def test_a_folder_of_real_images_is_taken_whole(tmp_path):
     for name in ("b/1.png", "a/2.png", "a/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / name)
-    labelled = open_folder_whole(tmp_path, transform, ["a", "b", "c"])
+    labelled = open_all_images(tmp_path, transform, ["a", "b", "c"])
     assert [labelled.label(index) for index in range(3)] == [0, 0, 1] and labelled.class_names == ["a", "b", "c"]
     assert labelled.identity["count"] == 3 and labelled.read(0).mode == "L"
     for others in (None, ["a", "c"]):
-        assert open_folder_whole(tmp_path, transform, others).class_names is None
+        assert open_all_images(tmp_path, transform, others).class_names is None
     Image.new("RGB", (20, 20)).save(tmp_path / "4.png")
-    assert open_folder_whole(tmp_path, transform, ["a", "b", "c"]).class_names is None
+    assert open_all_images(tmp_path, transform, ["a", "b", "c"]).class_names is None
 
 
 def test_unreadable_real_images_are_left_out_and_named(known, features, tmp_path):

@@ -26,8 +26,8 @@ from tests.tiny import command, tiny_overrides, tiny_recipe
 from vqmosaic.files.durable_files import sha256_of_file, write_json
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import RunFolder
+from vqmosaic.training import best_weights, tracking, training_run, validation_schedule
 from vqmosaic.training import budget as budget_module
-from vqmosaic.training import tracking, training_run, validation_schedule
 from vqmosaic.training.budget import Budget, Pace
 from vqmosaic.training.checkpoints import CheckpointFolder, read_state
 from vqmosaic.training.tracking import ProgressLines, read_metrics
@@ -62,7 +62,7 @@ def clock(monkeypatch) -> list[float]:
 
 @both_stages
 def test_start_up_uses_none_of_the_time_budget(stage, run_dir, monkeypatch):
-    module, trial = STAGES[stage], {"tokenizer": "time_of_one_step", "prior": "time_and_loss_of_one_step"}[stage]
+    module, trial = STAGES[stage], {"tokenizer": "measure_step_seconds", "prior": "time_and_loss_of_one_step"}[stage]
     original = getattr(module, trial)
 
     def slow(*arguments):  # stands for k-means of a large codebook, or for torch.compile
@@ -119,8 +119,8 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
 def test_the_plan_shows_what_the_budget_has_time_for(max_steps, max_minutes, steps, epochs, warned):
     changes = {"prior_training__max_steps": max_steps, "prior_training__max_minutes": max_minutes, "prior_training__batch_size": 10}
     training = tiny_recipe("unused", **changes).prior_training
-    assert budget_module.epochs(training, steps, 1000) == epochs
-    warning = budget_module.warn_of_few_steps(training, steps, seconds_per_step=3.0)
+    assert budget_module.describe_epochs(training, steps, 1000) == epochs
+    warning = budget_module.few_steps_warning(training, steps, seconds_per_step=3.0)
     assert (warning is not None) == warned
     assert not warned or ("max_minutes 2 has time for about 40 steps" in warning and "100 steps take about 5 minutes" in warning)
 
@@ -261,7 +261,7 @@ def test_a_resumed_training_keeps_its_number_of_validation_images(stage, run_dir
     monkeypatch.setattr(ValidationSchedule, "_time_a_few", time_a_few)
     train(stage, run_dir, max_steps=4, max_minutes=10)
     out = capsys.readouterr().out
-    assert "every 4% of the time budget, and every 3 steps where there is time; 20 images, less than 10% of the time" in out
+    assert "every 4% of the time budget, and every 3 steps if there is time; 20 images, less than 10% of the time" in out
     monkeypatch.setattr(ValidationSchedule, "_time_a_few", lambda *_: pytest.fail("the number is known"))
     records = train(stage, run_dir, max_steps=6, max_minutes=20)
     assert [record["images"] for record in records if record["kind"] == "validation"] == [20, 20, 20]
@@ -271,8 +271,8 @@ def test_a_resumed_training_keeps_its_number_of_validation_images(stage, run_dir
 
 @both_stages
 def test_saving_the_best_weights_counts_as_time_of_validations(stage, run_dir, monkeypatch):
-    original = STAGES[stage].save_weights
-    monkeypatch.setattr(STAGES[stage], "save_weights", lambda *arguments: time.sleep(0.3) or original(*arguments))
+    original = best_weights.save_weights
+    monkeypatch.setattr(best_weights, "save_weights", lambda *arguments: time.sleep(0.3) or original(*arguments))
     train(stage, run_dir, max_steps=3, max_minutes=10)
     assert read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])["validation_seconds"] > 0.3
 
@@ -403,6 +403,6 @@ def test_a_prior_that_learned_is_exported_without_a_warning(run_dir, capsys):
 def test_a_codebook_with_more_codes_than_vectors_is_warned_about(tmp_path, capsys):
     train_tokenizer.train(tiny_recipe(tmp_path, tokenizer__quantizer="fsq", tokenizer__codebook_size=32768, tokenizer__code_dim=5,
                                       tokenizer_training__max_steps=1))
-    words = "warning: tokenizer.codebook_size is 32,768, but the 1,418 training images have 22,688 vectors (4 x 4 each)"
+    words = "warning: tokenizer.codebook_size is 32,768, but the 1,418 training images have only 22,688 latent vectors (4 x 4 each)"
     out = capsys.readouterr().out
     assert words in out and out.index("plan") < out.index(words) < out.index("step 1:")

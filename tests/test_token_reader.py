@@ -64,7 +64,7 @@ def test_opening_understands_one_sidecar_and_reading_those_of_the_window(folder,
 
 
 def test_a_window_wider_than_the_limit_of_open_maps_understands_each_sidecar_once(folder, parsed, monkeypatch):
-    monkeypatch.setattr(reader_module, "MOST_OPEN_MAPS", 2)
+    monkeypatch.setattr(reader_module, "MAX_OPEN_MAPS", 2)
     reader = TokenShardReader(folder, seed=1, window_shards=24)
     parsed.clear()
     for start in range(0, SAMPLES, 12):
@@ -95,7 +95,7 @@ def test_labels_of_all_samples_in_stored_order(folder):
     (lambda sidecar: sidecar["offsets"].update(image=[10**9] * PER_SHARD), "offsets of grid 'image' do not fit"),
     (lambda sidecar: sidecar.update(offsets={}), "offsets of grid 'image' do not fit"),
     (lambda sidecar: sidecar.update(header_fingerprint="f" * 64), "its header fingerprint is f+"),
-    (lambda sidecar: sidecar.update(count=PER_SHARD - 1), "there must be one for each of its 9 samples"),
+    (lambda sidecar: sidecar.update(count=PER_SHARD - 1), "each list must have one entry for each of its 9 samples"),
 ])
 def test_a_sidecar_that_the_manifest_vouches_for_is_still_checked_when_it_is_read(folder, tmp_path, change, words):
     damaged = shutil.copytree(folder, tmp_path / "damaged")

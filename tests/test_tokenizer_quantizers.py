@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from stage1_tokenizer.image_files.images import ImageTransform
-from stage1_tokenizer.tokenizer import FIRST_FIELDS, ImageTokenizer
+from stage1_tokenizer.tokenizer import ALWAYS_FINGERPRINTED_FIELDS, ImageTokenizer
 from tests.test_tokenizer import CHANNELS, SIZE, images
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, QUANTIZER_NAMES, TokenizerConfig
@@ -85,7 +85,7 @@ def test_a_folder_from_before_the_newer_fields_loads_and_keeps_its_fingerprints(
 def test_newer_fields_that_shape_the_network_enter_the_fingerprint_where_they_are_set():
     assert fingerprints(make("ema")) == fingerprints(make("ema", gumbel_temperature=2.0, rotation_trick=True, codebook_weight=3.0, kl_weight=1.0))
     assert fingerprints(make("residual"))[0] != fingerprints(make("residual", residual_shared=True))[0]
-    assert set(FIRST_FIELDS) | set(LEARNING_FIELDS) <= vars(TokenizerConfig()).keys()
+    assert set(ALWAYS_FINGERPRINTED_FIELDS) | set(LEARNING_FIELDS) <= vars(TokenizerConfig()).keys()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZER_NAMES if kind != "kl"])

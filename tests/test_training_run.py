@@ -28,7 +28,7 @@ from pipelines.stages.train_prior import COLUMNS, ROWS, sample_pictures
 from pipelines.stages.train_prior import main as train_prior_with_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
-from stage1_tokenizer.pictures import GAP
+from stage1_tokenizer.pictures import GAP_PIXELS
 from stage2_prior import train as train_prior
 from stage2_prior.generation.sampling import sample_tokens
 from stage2_prior.prior import TokenPrior
@@ -37,15 +37,16 @@ from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file, write_json
 from vqmosaic.runs import accelerator as devices
 from vqmosaic.runs import run_folder
-from vqmosaic.runs.accelerator import held_by_main_process, make_accelerator, resolve_precision, set_threads
+from vqmosaic.runs.accelerator import lock_run_folder, make_accelerator, resolve_precision, set_threads
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training import budget as budget_module
-from vqmosaic.training.budget import Budget, duration, expected_time, learning_rate_share
-from vqmosaic.training.checkpoints import CheckpointFolder, broken_files, read_state
-from vqmosaic.training.tracking import cut_back, read_metrics, resumed_trackers
+from vqmosaic.training.budget import Budget, format_duration, remaining_seconds
+from vqmosaic.training.checkpoints import CheckpointFolder, checkpoint_problems, read_state
+from vqmosaic.training.learning_rate import learning_rate_share
+from vqmosaic.training.tracking import read_metrics, tracker_resume_arguments, truncate_metrics
 from vqmosaic.training.training_run import TrainingRun
-from vqmosaic.training.weight_averaging import averaged
+from vqmosaic.training.weight_averaging import make_average
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)
@@ -158,7 +159,7 @@ def test_a_prior_without_any_finite_validation_is_exported_with_a_warning(run_di
 
 def test_the_weight_average_warms_its_decay_up_and_copies_buffers():
     model = nn.BatchNorm1d(1)  # one weight, one bias and buffers
-    average = averaged(model, decay=0.6)
+    average = make_average(model, decay=0.6)
     by_hand = None
     for n, value in enumerate([5.0, 7.0, 2.0, 9.0, 4.0, 1.0, 8.0, 3.0, 6.0, 10.0, 2.0, 5.0, 5.0, 1.0]):
         with torch.no_grad():
@@ -207,8 +208,8 @@ def test_progress_by_steps_and_by_the_clock(monkeypatch):
     assert both.progress(10, 500) == 1.0
     assert Budget(None, 1.0).progress(10**9, 15) == pytest.approx(0.25)
     assert Budget(8, None).progress(8, 1e9) == 1.0 and Budget(8, None).progress(7, 1e9) < 1
-    assert expected_time(2.0, both, 90) == pytest.approx(20) and expected_time(2.0, both, 10) == pytest.approx(30)
-    assert [duration(seconds) for seconds in (42, 185, 7800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
+    assert remaining_seconds(2.0, both, 90) == pytest.approx(20) and remaining_seconds(2.0, both, 10) == pytest.approx(30)
+    assert [format_duration(seconds) for seconds in (42, 185, 7800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
 
 
 def test_a_wall_clock_budget_ends_validates_exports_and_survives_a_resume(run_dir, capsys):
@@ -269,11 +270,11 @@ def test_a_damaged_checkpoint_makes_auto_take_the_one_before(stage, damage, run_
     checkpoints = train(stage, run_dir, max_steps=4)
     assert steps(checkpoints) == [2, 4]
     damage(checkpoints / "step-00000004")
-    assert broken_files(checkpoints / "step-00000004")
+    assert checkpoint_problems(checkpoints / "step-00000004")
     train(stage, run_dir, max_steps=6)
     output = capsys.readouterr().out
-    assert re.search(r"warning: .*step-00000004 is not whole", output) and "resumed at step 2" in output
-    assert steps(checkpoints) == [4, 6] and not broken_files(checkpoints / "step-00000004")
+    assert re.search(r"warning: .*step-00000004 is not complete", output) and "resumed at step 2" in output
+    assert steps(checkpoints) == [4, 6] and not checkpoint_problems(checkpoints / "step-00000004")
     for kind in ("train", "validation"):
         recorded = [step for each, step in metrics(run_dir, stage) if each == kind]
         assert recorded == sorted(set(recorded)), "metrics.jsonl was cut back to the checkpoint"
@@ -288,13 +289,13 @@ def test_a_training_whose_checkpoints_are_lost_does_not_replace_its_export(stage
     export = {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
     record = (run_dir / f"stages/{stage}.json").read_bytes()
     lose(checkpoints)
-    with pytest.raises(InputError, match=rf"stage {stage} has made .*, and (.*holds no checkpoint|none of .* is whole)") as caught:
+    with pytest.raises(InputError, match=rf"stage {stage} has written .*, but (there is no checkpoint left|none of .* is complete)") as caught:
         train(stage, run_dir, max_steps=6)
     assert f"--redo {stage}" in str(caught.value)
     assert export == {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
     assert record == (run_dir / f"stages/{stage}.json").read_bytes(), "the old budget still holds"
     if not list(checkpoints.glob("step-*")):
-        with pytest.raises(InputError, match="has made"):  # without loading torch
+        with pytest.raises(InputError, match="has written"):  # without loading torch
             check_before_start(tiny_recipe(run_dir, **{f"{stage}_training__max_steps": 6}), stage, alone=False)
     shutil.rmtree(checkpoints, ignore_errors=True)
     shutil.copytree(tmp_path / "safe", checkpoints)
@@ -306,7 +307,7 @@ def test_a_training_that_lost_export_and_checkpoints_asks_before_it_starts_anew(
     checkpoints = train("prior", run_dir, max_steps=2)
     shutil.rmtree(checkpoints)
     shutil.rmtree(run_dir / "prior")
-    with pytest.raises(InputError, match=r"an export in .*prior, which is gone, and .*holds no checkpoint any more"):
+    with pytest.raises(InputError, match=r"an export in .*prior, which is gone, but there is no checkpoint left"):
         train("prior", run_dir, max_steps=2)
     train("prior", run_dir, max_steps=2, resume="never")
     assert (run_dir / "prior/model.safetensors").exists()
@@ -350,7 +351,7 @@ def test_the_checkpoint_just_written_is_never_the_one_removed(keep, run_dir):
 
 def test_resume_refuses_what_is_no_checkpoint_of_this_stage(run_dir):
     checkpoints = train("prior", run_dir, max_steps=2)
-    with pytest.raises(InputError, match=r"no whole checkpoint.*Whole ones here.*step-00000002"):
+    with pytest.raises(InputError, match=r"not a complete checkpoint.*Complete checkpoints here.*step-00000002"):
         train("prior", run_dir, max_steps=4, resume=run_dir / "nowhere")
     with pytest.raises(InputError, match=r"does not fit this recipe.*tokenizer_training.resume"):
         train("tokenizer", run_dir, max_steps=4, resume=checkpoints / "step-00000002")
@@ -361,7 +362,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(stage, run_dir):
     checkpoint = train(stage, run_dir, max_steps=2) / "step-00000002"
     write_json(checkpoint / "trainer_state.json", read_state(checkpoint) | {"processes": 2})
     rewrite_checksums(checkpoint)
-    with pytest.raises(InputError, match="written by 2 processes, now there is 1; go on with --processes 2"):
+    with pytest.raises(InputError, match=r"written by 2 processes, now there is 1\. Continue with --processes 2"):
         train(stage, run_dir, max_steps=4)
 
 
@@ -420,9 +421,9 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4), ("train", 5)]
     path.write_text("".join(json.dumps({"step": step, "kind": kind}) + "\n" for kind, step in records) + '{"step": 6, "ki')
-    cut_back(path, 4, validated_step=2)
+    truncate_metrics(path, 4, validated_step=2)
     assert [(json.loads(line)["kind"], json.loads(line)["step"]) for line in path.read_text().splitlines()] == records[:5]
-    cut_back(tmp_path / "none.jsonl", 4, 4)
+    truncate_metrics(tmp_path / "none.jsonl", 4, 4)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -431,11 +432,11 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 def assert_shows_images(picture: Path, size: int = 16) -> None:
     """Each place of the picture has an image on it and no bare surface, and they are not all the same one."""
-    scale, step = 64 // size, size + GAP
+    scale, step = 64 // size, size + GAP_PIXELS
     with Image.open(picture) as image:
         canvas = np.asarray(image)[::scale, ::scale]
-    assert canvas.shape == (ROWS * step + GAP, COLUMNS * step + GAP)
-    images_NHW = canvas[GAP:, GAP:].reshape(ROWS, step, COLUMNS, step)[:, :size, :, :size].swapaxes(1, 2).reshape(-1, size, size)
+    assert canvas.shape == (ROWS * step + GAP_PIXELS, COLUMNS * step + GAP_PIXELS)
+    images_NHW = canvas[GAP_PIXELS:, GAP_PIXELS:].reshape(ROWS, step, COLUMNS, step)[:, :size, :, :size].swapaxes(1, 2).reshape(-1, size, size)
     assert (np.ptp(images_NHW, axis=(1, 2)) > 0).all() and len(np.unique(images_NHW, axis=0)) > 1
 
 
@@ -562,7 +563,7 @@ def test_a_restart_waits_for_the_process_that_is_going(run_dir):
                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
     holder.stdout.readline()
     started = time.monotonic()
-    with held_by_main_process(RunFolder(run_dir)):
+    with lock_run_folder(RunFolder(run_dir)):
         assert time.monotonic() - started > 1
     holder.wait()
 
@@ -579,7 +580,7 @@ def test_stages_of_one_process_may_differ_in_precision_and_threads(run_dir, monk
     monkeypatch.delenv("OMP_NUM_THREADS")
     try:
         assert set_threads(3) == 3 == torch.get_num_threads()  # as preprocessing does
-        assert set_threads() == devices.THREADS_AT_START
+        assert set_threads() == devices.INITIAL_THREADS
     finally:
         torch.set_num_threads(1)
 
@@ -613,8 +614,8 @@ def test_bf16_trains_on_a_cpu_and_what_is_validated_is_float32(stage, run_dir, m
 
 def test_trackers_go_on_where_a_resumed_training_does(tmp_path):
     """TensorBoard is told to hide what comes again, wandb gets the identifier of the run that it knows; a new training is another run."""
-    first = resumed_trackers(tmp_path, 0)
-    resumed = resumed_trackers(tmp_path, 40)
+    first = tracker_resume_arguments(tmp_path, 0)
+    resumed = tracker_resume_arguments(tmp_path, 40)
     assert first["tensorboard"] == {} and resumed["tensorboard"] == {"purge_step": 41}
     assert resumed["wandb"] == first["wandb"] == {"id": first["wandb"]["id"], "resume": "allow"}
-    assert resumed_trackers(tmp_path, 0)["wandb"]["id"] != first["wandb"]["id"]
+    assert tracker_resume_arguments(tmp_path, 0)["wandb"]["id"] != first["wandb"]["id"]

@@ -124,7 +124,7 @@ def test_two_processes_on_halves_equal_one_on_the_whole(stage, tiny_run, tmp_pat
             assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
                                                 for name, value in {**first, "seconds": 0}.items()}
     code, _, err = finish(start(stage, two, 1, **in_parts, **{f"{stage}_training__max_steps": 8}))
-    assert code == 2 and "written by 2 processes, now there is 1; go on with --processes 2" in err and "Traceback" not in err
+    assert code == 2 and "written by 2 processes, now there is 1. Continue with --processes 2" in err and "Traceback" not in err
 
 
 def test_two_processes_train_a_discriminator_like_one(tiny_run, tmp_path):
@@ -164,7 +164,7 @@ def test_shipped_accelerate_configurations_do_what_processes_does(tiny_run, tmp_
 
 def test_fsdp_on_cpus_is_refused_instead_of_silently_left_out(tiny_run, tmp_path):
     code, _, err = finish(start("prior", make_run(tiny_run, tmp_path / "run"), 4, "fsdp2"))
-    assert code == 2 and err.count("asks for FSDP, which accelerate does on several GPUs only, and this is 4 x cpu") == 1
+    assert code == 2 and err.count("enables FSDP, which accelerate supports only on several GPUs, but this is 4 x cpu") == 1
     assert "Traceback" not in err and not (tmp_path / "run/checkpoints").exists()
 
 
@@ -390,7 +390,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VQMOSAIC_PROCESSES": "2"}
     done = subprocess.run([sys.executable, "-m", "stage1_tokenizer.train", "digits", *tiny_overrides(tmp_path / "run")], cwd=ROOT, env=environment,
                           capture_output=True, text=True)
-    assert done.returncode == 2 and "--processes 2 was asked for, but 1 were started" in done.stderr
+    assert done.returncode == 2 and "--processes is 2, but 1 were started" in done.stderr
 
 
 def test_a_run_in_use_and_a_stage_that_is_finished_are_said_once_by_two_processes(tiny_copy):

@@ -27,7 +27,7 @@ def test_a_list_goes_through_file_command_line_and_back(tmp_path):
     ([{}, {"flip": "yes"}], r"tokens.views\[1\].flip is 'yes'; it must be true or false"),
     ([{"crop_scale": 0}], r"tokens.views\[0\].crop_scale is 0; it must be above 0"), ([{"crop_scale": True}], r"\[0\].crop_scale is True"),
     ([{"position": "middle"}], r"tokens.views\[0\].position is 'middle'; allowed: center"),
-    ([{"shift": 1}], r"tokens.views\[0\].shift is 1; it must be two whole numbers"), ([{"shift": [0.5, 0]}], r"shift is \[0.5, 0\]"),
+    ([{"shift": 1}], r"tokens.views\[0\].shift is 1; it must be two integers"), ([{"shift": [0.5, 0]}], r"shift is \[0.5, 0\]"),
     ([{"flip": True}, {}, {"flip": True, "shift": [0, 0]}], r"tokens.views\[2\] is the same view as tokens.views\[0\]"),
     ("ten-crops", "a list of records.*'ten-crops'.*Did you mean 'ten-crop'"),
 ])
@@ -37,7 +37,7 @@ def test_what_is_no_list_of_views_is_refused(views, words):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("--tokens.views=[{}, {shift: [16, 0]}]", r"tokens.views\[1\].shift: each of its numbers is 16; it must be above -16"),
+    ("--tokens.views=[{}, {shift: [16, 0]}]", r"tokens.views\[1\].shift: an entry is 16; it must be above -16"),
     ("--tokens.views=[{flip: true}]", "tokens.views mirrors images"), ("--tokens.views=ten-crop", "tokens.views mirrors images"),
     ("--tokens.view_crop_scale=1.5", "tokens.view_crop_scale is 1.5")])
 def test_what_does_not_fit_the_recipe_is_refused(override, words):

@@ -17,21 +17,21 @@ from PIL import Image
 from pipelines.command_line import dispatch
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders import write_images
-from pipelines.image_folders.sample_folder import SampleFolder, names_of_copies
+from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import EXIT_CODES
-from vqmosaic.runs.launch import guarded
+from vqmosaic.runs.launch import exit_code_of
 
 NUM, TOTAL = 13, 130  # images of each of ten classes: two whole batches of 64 and a part of a third
 
 
 def generate(run: Path, out: Path, *arguments: object) -> int:
     """Exit code of the command in this process."""
-    return guarded(lambda: dispatch(["generate", str(run), "--num", str(NUM), "--out", str(out), *map(str, arguments)]))
+    return exit_code_of(lambda: dispatch(["generate", str(run), "--num", str(NUM), "--out", str(out), *map(str, arguments)]))
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, wh
     out = tmp_path / "out"
     after_files(5, interrupt)
     assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
-    assert f"stopped by SIGTERM; 64 of {TOTAL} images are written to {out}. The same command goes on from there." in capsys.readouterr().err
+    assert f"stopped by SIGTERM; 64 of {TOTAL} images are written to {out}. Run the same command to continue from there." in capsys.readouterr().err
     assert len(pictures(out)) == 64
 
     after_files(7, kill)
@@ -99,7 +99,7 @@ def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, wh
     assert generate(tiny_run, out) == 0
     said = capsys.readouterr().out
     assert f"continuing: 71 of {TOTAL} images are already in {out}" in said
-    assert f"wrote 59 images and grid.png to {out}, which now holds all 130" in said
+    assert f"wrote 59 images and grid.png to {out}, which now contains all 130" in said
     assert pictures(out) == whole
 
 
@@ -142,11 +142,11 @@ def test_a_missing_grid_is_written_without_sampling(tiny_run, tmp_path, whole, m
 def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
-    assert "of 8 of the images" in capsys.readouterr().out
+    assert "measured on 8 images" in capsys.readouterr().out
     monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
-    assert capsys.readouterr().out.strip() == f"nothing to do: {out} holds all {TOTAL} images of this request already"
+    assert capsys.readouterr().out.strip() == f"nothing to do: {out} already contains all {TOTAL} images of this request"
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
@@ -156,7 +156,7 @@ def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("changed", "words"), [
     (["--seed", "1"], ["--seed was 0, now 1"]),
     (["--num", "14"], ["--num was 13, now 14"]),
-    (["--classes", "3,7"], ["--classes was every class, now 3,7"]),
+    (["--classes", "3,7"], ["--classes was all classes, now 3,7"]),
     (["--temperature", "0.5", "--top_k", "3"], ["--temperature was 1, now 0.5", "--top_k was 0, now 3"]),
     (["--guidance_interval", "0", "0.8"], ["--guidance_interval was 0 1, now 0 0.8"]),
     (["--dtype", "bfloat16"], ["--dtype was float32, now bfloat16"]),
@@ -169,14 +169,14 @@ def test_another_request_is_refused(changed, words, tiny_run, tmp_path, after_fi
     capsys.readouterr()
     assert generate(tiny_run, out, *changed) == 2
     said = capsys.readouterr().err
-    assert all(part in said for part in (f"--out {out} holds the images of another request", "Give another --out", *words)), said
+    assert all(part in said for part in (f"--out {out} contains the images of another request", "Give another --out", *words)), said
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_without_out_each_request_gets_a_folder_of_its_own(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments in ([], ["--seed", "1"], ["--temperature", "0.5"], [], ["--seed", "1"]):
-        assert guarded(lambda arguments=arguments: dispatch(["generate", str(tiny_run), "--num", "1", *arguments])) == 0
+        assert exit_code_of(lambda arguments=arguments: dispatch(["generate", str(tiny_run), "--num", "1", *arguments])) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples", "samples-2", "samples-3"]
     assert [json.loads((tmp_path / name / "samples.json").read_text())["request"]["seed"] for name in ("samples", "samples-2")] == [0, 1]
     assert capsys.readouterr().out.count("nothing to do: samples") == 2
@@ -217,14 +217,14 @@ def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, t
 def test_an_invalid_record_is_refused(content, tiny_run, tmp_path, capsys):
     (tmp_path / "samples.json").write_text(content)
     assert generate(tiny_run, tmp_path) == 2
-    assert "samples.json is no record of generated images" in capsys.readouterr().err
+    assert "samples.json is not a record of generated images" in capsys.readouterr().err
 
 
 def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
     (tmp_path / "3-00.png").write_text("mine")
     (tmp_path / "other.png").write_text("mine")
     assert generate(tiny_run, tmp_path) == 2
-    assert "3-00.png that would be replaced, and no samples.json" in capsys.readouterr().err
+    assert "3-00.png that would be replaced and that no samples.json lists" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3-00.png", "other.png"]
     (tmp_path / "3-00.png").unlink()
     assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
@@ -292,7 +292,7 @@ def test_damaged_images_are_written_again(damage, tiny_run, tmp_path, whole, cap
     assert generate(tiny_run, out) == 0
     said = capsys.readouterr().out
     assert f"1 file in {out} is damaged or replaced and will be written again: 5-03.png" in said
-    assert f"wrote 1 image and grid.png to {out}, which now holds all 130" in said
+    assert f"wrote 1 image and grid.png to {out}, which now contains all 130" in said
     assert pictures(out) == whole
     assert [path.name for path in times if path.stat().st_mtime_ns != times[path]] == ["5-03.png"]
 
@@ -383,7 +383,7 @@ def test_names_sort_in_the_order_of_the_request():
 
 def test_reconstructions_of_equal_names_get_distinct_short_names():
     paths = [Path(f"{folder}/image.jpg") for folder in range(2000)] + [Path("image_2.png"), Path("grid.png"), Path("a.b.png")]
-    names = names_of_copies(paths)
+    names = reconstruction_names(paths)
     assert len(set(names)) == len(names) and names[:3] == ["image.png", "image_.png", "image_2.png"] and max(map(len, names)) <= len("image_2000.png")
     assert names[-2:] == ["grid_.png", "a.b.png"]
 
@@ -403,7 +403,7 @@ def photos(tmp_path) -> list[Path]:
 
 
 def reconstruct(run: Path, paths: list[Path], out: Path) -> int:
-    return guarded(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
+    return exit_code_of(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
 
 
 def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_path, after_files, capsys, monkeypatch):
@@ -411,7 +411,7 @@ def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_pa
     out = tmp_path / "out"
     after_files(3, interrupt)
     assert reconstruct(tiny_run, photos, out) == 143
-    assert f"64 of 150 reconstructions are written to {out}. The same command goes on from there." in capsys.readouterr().err
+    assert f"64 of 150 reconstructions are written to {out}. Run the same command to continue from there." in capsys.readouterr().err
     after_files(9, kill)
     with pytest.raises(Killed):
         reconstruct(tiny_run, photos, out)
@@ -438,11 +438,11 @@ def test_reconstructions_of_other_images_replace_those_of_equal_names(tiny_run, 
 def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_run, photos, tmp_path, capsys):
     before = pictures(photos[0].parent)
     assert reconstruct(tiny_run, photos[:2], photos[0].parent) == 2
-    assert "would replace the image" in capsys.readouterr().err
+    assert "would replace the original image" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "001.png").write_text("mine")
     assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2
-    assert "001.png that would be replaced, and no reconstructions.json" in capsys.readouterr().err
+    assert "001.png that would be replaced and that no reconstructions.json lists" in capsys.readouterr().err
     assert pictures(photos[0].parent) == before and (tmp_path / "out" / "001.png").read_text() == "mine"
     assert reconstruct(tiny_run, photos[2:4], tmp_path / "out") == 0
     assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2, "a record of other images does not name it"
@@ -470,7 +470,7 @@ def test_the_pipeline_processes_a_few_images_at_a_time(tiny_run, photos, monkeyp
     for name in ("encode", "decode", "reconstruct"):
         method = getattr(ImageTokenizer, name)
         monkeypatch.setattr(ImageTokenizer, name, lambda self, batch, method=method: sizes.append(len(batch)) or method(self, batch))
-    monkeypatch.setattr("pipelines.generate.PIXELS_TOGETHER", 3 * 16**2)
+    monkeypatch.setattr("pipelines.generate.MAX_BATCH_PIXELS", 3 * 16**2)
     assert torch.equal(pipe.encode(images), ids_Bhw)
     assert [image.tobytes() for image in pipe.reconstruct(images)] == restored == [image.tobytes() for image in pipe.decode(ids_Bhw)]
     assert len(pipe(3, 7, seed=1).images) == 7

@@ -1,8 +1,8 @@
-"""Proving a folder of token shards whole: every byte, every sample, each source exactly once or named as skipped.
+"""Checks a folder of token shards: every byte, every sample, every source exactly once (stored or listed as skipped).
 
-The samples are decoded by the webdataset library rather than by this package's reader, so that a clean report also says that
-the shards are plain WebDataset. What the manifest's digests cannot tell (a manifest rewritten to fit changed shards) is
-compared with the data set, where the caller gives its sources.
+The webdataset library decodes the samples, not this package's reader, so a report without problems also shows that the shards are plain
+WebDataset. The manifest's digests cannot detect a manifest that was rewritten to match changed shards. To detect that, pass the sources of the
+data set.
 """
 
 import hashlib
@@ -21,25 +21,25 @@ from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import TEMPORARY_PREFIX, sha256_of_file
 from vqmosaic.files.permissions import check_readable
 
-LISTED_AT_MOST = 10  # of one sort in one shard; a data set out of step would otherwise give a line for every image
+MAX_LISTED_PROBLEMS = 10  # of one kind in one shard; otherwise, a data set with shifted indices would give one line for every image
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditReport:
-    """What an audit found; `passed` when there are no problems."""
+    """Result of an audit."""
 
     problems: list[str]
-    """One text for each: shard, key, what was expected and what was found."""
+    """One message for each problem: shard, key, what was expected and what was found."""
     samples: int
-    """Samples that could be decoded."""
+    """Number of samples that could be decoded."""
     shards: int
-    """Shards that the manifest lists."""
+    """Number of shards that the manifest lists."""
     skipped: int
-    """Sources that the manifest names as skipped."""
+    """Number of sources that the manifest lists as skipped."""
 
     @property
     def passed(self) -> bool:
-        """True when nothing is wrong."""
+        """True if there are no problems."""
         return not self.problems
 
 
@@ -57,10 +57,10 @@ class _Sample:
 
 def audit_tokens(folder: str | Path,
                  expected_sources: Mapping[str, Iterable[tuple[str, int | None]]] | None = None) -> dict[str, AuditReport]:
-    """The report of each split in a tokens/ folder with train/ and validation/ inside, or of the one split that `folder` is.
+    """Split -> report, for a tokens folder that contains train/ and validation/, or for the folder of one split.
 
-    `expected_sources` has an entry, as `audit_folder` takes it, for each split that is to be compared with its data set.
-    Raises InputError where there is nothing to audit.
+    `expected_sources` has an entry, in the form that `audit_folder` takes, for each split to compare with its data set.
+    Raises InputError if there is nothing to audit.
     """
     folder, expected_sources = Path(folder), expected_sources or {}
     if not any((folder / split).is_dir() for split in SPLITS):
@@ -75,9 +75,9 @@ def audit_tokens(folder: str | Path,
         try:
             manifests[split] = TokenShardManifest.load(folder / split)
         except InputError:
-            continue  # audit_folder has said so
+            continue  # audit_folder has reported it
         if manifests[split].split != split:
-            reports[split].problems.append(f"{folder / split} holds the split {manifests[split].split!r}; expected {split!r}.")
+            reports[split].problems.append(f"{folder / split} contains the split {manifests[split].split!r}; expected {split!r}.")
     if len(manifests) == 2:
         for name in ("token_fingerprint", "grids", "class_names"):
             first, second = (getattr(manifests[split], name) for split in SPLITS)
@@ -87,18 +87,18 @@ def audit_tokens(folder: str | Path,
 
 
 def audit_folder(folder: str | Path, expected_sources: Iterable[tuple[str, int | None]] | None = None) -> AuditReport:
-    """The report of one split's folder. `expected_sources` gives (source, label) of each source of the data set, in index order.
+    """The report on one split's folder. `expected_sources` gives (source, label) of each source of the data set, in index order.
 
-    Raises InputError when the folder does not exist; an incomplete one is a problem in the report.
+    Raises InputError if the folder does not exist. An incomplete folder is a problem in the report.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder} to audit.")
+        raise InputError(f"There is no folder {folder}.")
     try:
         manifest = TokenShardManifest.load(folder)
     except InputError as error:
         return AuditReport(problems=[str(error)], samples=0, shards=0, skipped=0)
-    problems: list[str] = _strays(folder, manifest)
+    problems: list[str] = _unlisted_files(folder, manifest)
     samples: list[_Sample] = []
     header_fingerprint = manifest.header.fingerprint
     for shard_index, entry in enumerate(manifest.shards):
@@ -111,15 +111,15 @@ def audit_folder(folder: str | Path, expected_sources: Iterable[tuple[str, int |
     return AuditReport(problems=problems, samples=len(samples), shards=len(manifest.shards), skipped=len(manifest.skipped))
 
 
-def _strays(folder: Path, manifest: TokenShardManifest) -> list[str]:
-    wanted = {name for entry in manifest.shards for name in (entry.name, sidecar_path(folder, entry.name).name)}
+def _unlisted_files(folder: Path, manifest: TokenShardManifest) -> list[str]:
+    expected = {name for entry in manifest.shards for name in (entry.name, sidecar_path(folder, entry.name).name)}
     present = {path.name for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*") for path in folder.glob(pattern)}
-    return _listed([f"{name}: lies in the folder and is not in {MANIFEST_NAME}." for name in sorted(present - wanted)])
+    return _truncated([f"{name}: this file is not listed in {MANIFEST_NAME}." for name in sorted(present - expected)])
 
 
 def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_index: int, header_fingerprint: str,
                 skipped: list[dict]) -> tuple[list[str], list[_Sample]]:
-    """The problems of one shard, and its samples as webdataset reads them; `skipped` are the records of the sources that are not stored."""
+    """The problems of one shard, and its samples as webdataset reads them. `skipped` holds the records of the sources that are not stored."""
     name, path = entry.name, folder / entry.name
     check_readable(path)
     if not path.is_file():
@@ -127,7 +127,7 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
     problems = []
     size, digest = path.stat().st_size, sha256_of_file(path)
     if size != entry.size:
-        problems.append(f"{name}: it has {size} bytes, the manifest says {entry.size}.")
+        problems.append(f"{name}: its size is {size} bytes, the manifest says {entry.size}.")
     if digest != entry.sha256:
         problems.append(f"{name}: its sha256 is {digest}, the manifest says {entry.sha256}.")
     try:
@@ -135,7 +135,7 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
     except InputError as error:
         problems.append(f"{name}: {error}")
         sidecar = None
-    samples, broken, offsets = [], [], []
+    samples, broken, offset_problems = [], [], []
     content = path.read_bytes()
     try:
         for fields in _webdataset_samples(content, name):
@@ -144,47 +144,48 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 broken.append(f"{name}, key {fields['__key__']}: {error}")
                 continue
-            offsets += _misplaced(sample, arrays, content, sidecar, len(samples) + len(broken))
+            offset_problems += _offset_problems(sample, arrays, content, sidecar, len(samples) + len(broken))
             samples.append(sample)
-    except Exception as error:  # damaged bytes can fail anywhere in tarfile and webdataset; all of it is a finding
-        broken.append(f"{name}: webdataset cannot read it past {len(samples)} samples: {error!r}")
-    problems += _listed(broken)
+    except Exception as error:  # damaged bytes can raise any error in tarfile and webdataset; each is reported as a problem
+        broken.append(f"{name}: webdataset fails after {len(samples)} samples: {error!r}")
+    problems += _truncated(broken)
     if len(samples) != entry.count:
         problems.append(f"{name}: {len(samples)} samples can be read, the manifest says {entry.count}.")
     sources = frozenset(header.source_indices(shard_index))
-    problems += _listed([f"{sample}: source index {sample.index} belongs to another shard." for sample in samples if sample.index not in sources])
+    problems += _truncated([f"{sample}: source index {sample.index} belongs to another shard." for sample in samples if sample.index not in sources])
     if sidecar is not None:
-        of_shard = [record for record in skipped if record["index"] in sources]
-        problems += _listed(_sidecar_problems(folder, entry, sidecar, samples, of_shard, header_fingerprint)) + _listed(offsets)
+        skipped_in_shard = [record for record in skipped if record["index"] in sources]
+        problems += (_truncated(_sidecar_problems(folder, entry, sidecar, samples, skipped_in_shard, header_fingerprint))
+                     + _truncated(offset_problems))
     return problems, samples
 
 
 def _webdataset_samples(content: bytes, name: str) -> Iterator[dict]:
-    """The samples of a tar as webdataset groups them, undecoded: its default decoders would unpickle."""
+    """The samples of a tar as webdataset groups them. They are not decoded, because webdataset's default decoders would unpickle."""
     from webdataset.tariterators import group_by_keys, tar_file_expander  # imported here: it loads torch, if installed
 
     yield from group_by_keys(tar_file_expander([{"url": name, "stream": io.BytesIO(content)}]))
 
 
 def _decode(fields: dict, name: str, header: ShardSetHeader) -> tuple[_Sample, dict[str, np.ndarray]]:
-    """One sample and its ids by grid. Raises ValueError, TypeError or KeyError for whatever is not as it should be."""
+    """One sample and its ids by grid name. Raises ValueError, TypeError or KeyError if the sample is malformed."""
     members = {member for member in fields if not member.startswith("__")}
     expected = {f"{grid.name}.npy" for grid in header.grids} | {"json"}
     if members != expected:
-        raise ValueError(f"it has the members {sorted(members)}; expected {sorted(expected)}.")
+        raise ValueError(f"the members are {sorted(members)}; expected {sorted(expected)}.")
     arrays = {grid.name: _decode_ids(fields[f"{grid.name}.npy"], grid, len(header.views)) for grid in header.grids}
-    facts = json.loads(fields["json"])
-    if facts.keys() != {"index", "label", "source", "views"}:
-        raise ValueError(f"its json has the fields {sorted(facts)}; expected index, label, source, views.")
-    index, label, source = facts["index"], facts["label"], facts["source"]
+    record = json.loads(fields["json"])
+    if record.keys() != {"index", "label", "source", "views"}:
+        raise ValueError(f"the json has the fields {sorted(record)}; expected index, label, source, views.")
+    index, label, source = record["index"], record["label"], record["source"]
     if not isinstance(index, int) or not isinstance(source, str) or not (label is None or isinstance(label, int)):
-        raise ValueError(f"its json has index {index!r}, label {label!r}, source {source!r}; "
-                         "expected an integer, an integer or null, a text.")
-    if facts["views"] != len(header.views):
-        raise ValueError(f"its json names {facts['views']} views; expected {len(header.views)}.")
+        raise ValueError(f"the json has index {index!r}, label {label!r}, source {source!r}; "
+                         "expected an integer, an integer or null, a string.")
+    if record["views"] != len(header.views):
+        raise ValueError(f"the json says {record['views']} views; expected {len(header.views)}.")
     names = header.class_names or []
     if label is not None and not 0 <= label < len(names):
-        raise ValueError(f"its label is {label}; there are {len(names)} classes.")
+        raise ValueError(f"the label is {label}; there are {len(names)} classes.")
     return _Sample(shard=name, key=fields["__key__"], index=index, label=label, source=source), arrays
 
 
@@ -193,91 +194,92 @@ def _decode_ids(content: bytes, grid: Grid, views: int) -> np.ndarray:
     ids_VT = np.lib.format.read_array(stream, allow_pickle=False)
     if ids_VT.shape != (views, grid.num_tokens) or ids_VT.dtype != grid.dtype or stream.read(1):
         raise ValueError(f"grid {grid.name!r} is {ids_VT.dtype} {ids_VT.shape}; "
-                         f"expected {grid.dtype} {(views, grid.num_tokens)} and nothing after it.")
+                         f"expected {grid.dtype} {(views, grid.num_tokens)} and no bytes after it.")
     low, high = int(ids_VT.min()), int(ids_VT.max())
     if low < 0 or high >= grid.codebook_size:
         raise ValueError(f"grid {grid.name!r} has ids from {low} to {high}; allowed: 0 to {grid.codebook_size - 1}.")
     return ids_VT
 
 
-def _misplaced(sample: _Sample, arrays: dict[str, np.ndarray], content: bytes, sidecar: ShardSidecar | None, row: int) -> list[str]:
-    """What is wrong about the sidecar's offsets of one sample, which mapped readers go by."""
+def _offset_problems(sample: _Sample, arrays: dict[str, np.ndarray], content: bytes, sidecar: ShardSidecar | None, row: int) -> list[str]:
+    """Problems with the sidecar's offsets of one sample. Readers that map the tar into memory rely on these offsets."""
     problems = []
     for grid_name, ids_VT in arrays.items() if sidecar else ():
-        listed = sidecar.offsets.get(grid_name, [])
-        if row < len(listed) and content[listed[row]:listed[row] + ids_VT.nbytes] != ids_VT.tobytes():
-            problems.append(f"{sample}: the sidecar's offset {listed[row]} of grid {grid_name!r} does not lead to its ids.")
+        offsets = sidecar.offsets.get(grid_name, [])
+        if row < len(offsets) and content[offsets[row]:offsets[row] + ids_VT.nbytes] != ids_VT.tobytes():
+            problems.append(f"{sample}: the sidecar's offset {offsets[row]} of grid {grid_name!r} does not point to its ids.")
     return problems
 
 
 def _sidecar_problems(folder: Path, entry: ShardEntry, sidecar: ShardSidecar, samples: list[_Sample], skipped: list[dict],
                       header_fingerprint: str) -> list[str]:
-    """Where a sidecar differs from the manifest and from the samples in the tar."""
-    found = {"sha256": (sidecar.sha256, entry.sha256), "size": (sidecar.size, entry.size), "count": (sidecar.count, entry.count),
+    """Differences between a sidecar and the manifest, and between the sidecar and the samples in the tar."""
+    pairs = {"sha256": (sidecar.sha256, entry.sha256), "size": (sidecar.size, entry.size), "count": (sidecar.count, entry.count),
              "shard": (sidecar.shard, entry.name), "header fingerprint": (sidecar.header_fingerprint, header_fingerprint),
              "own digest": (sha256_of_file(sidecar_path(folder, entry.name)), entry.sidecar_sha256), "skipped": (sidecar.skipped, skipped)}
-    problems = [f"{entry.name}: the sidecar's {what} is {own}, the manifest says {expected}."
-                for what, (own, expected) in found.items() if own != expected]
-    listed = zip(sidecar.keys, sidecar.indices, sidecar.labels, sidecar.sources, strict=True)
-    stored = ((sample.key, sample.index, sample.label, sample.source) for sample in samples)
-    for row, (own, expected) in enumerate(zip_longest(listed, stored)):
-        if own != expected:
-            problems.append(f"{entry.name}: sample {row} (key, index, label, source) is {own} in the sidecar and {expected} in the tar.")
+    problems = [f"{entry.name}: the sidecar's {field} is {found}, the manifest says {expected}."
+                for field, (found, expected) in pairs.items() if found != expected]
+    in_sidecar = zip(sidecar.keys, sidecar.indices, sidecar.labels, sidecar.sources, strict=True)
+    in_tar = ((sample.key, sample.index, sample.label, sample.source) for sample in samples)
+    for row, (found, expected) in enumerate(zip_longest(in_sidecar, in_tar)):
+        if found != expected:
+            problems.append(f"{entry.name}: sample {row} (key, index, label, source) is {found} in the sidecar and {expected} in the tar.")
     return problems
 
 
 def _audit_sources(manifest: TokenShardManifest, samples: list[_Sample]) -> list[str]:
-    """Whether each source is there exactly once, and whether it is the source that was written."""
+    """Problems with the set of sources: each must be stored or skipped exactly once, and the stored ones must match sources_sha256."""
     by_index: dict[int, list[_Sample]] = {}
     by_key: dict[str, list[_Sample]] = {}
     for sample in samples:
         by_index.setdefault(sample.index, []).append(sample)
         by_key.setdefault(sample.key, []).append(sample)
     skipped = {record["index"] for record in manifest.skipped}
-    problems = _listed([f"source index {index} ({printable(found[0].source)}) is stored {len(found)} times: {'; '.join(map(str, found))}."
-                        for index, found in by_index.items() if len(found) > 1])
-    problems += _listed([f"key {key} is stored {len(found)} times: {'; '.join(map(str, found))}."
-                         for key, found in by_key.items() if len(found) > 1])
-    problems += _listed([f"{by_index[index][0]}: source index {index} is stored, and {MANIFEST_NAME} names it as skipped."
-                         for index in sorted(skipped) if index in by_index])
+    problems = _truncated([f"source index {index} ({printable(found[0].source)}) is stored {len(found)} times: {'; '.join(map(str, found))}."
+                           for index, found in by_index.items() if len(found) > 1])
+    problems += _truncated([f"key {key} is stored {len(found)} times: {'; '.join(map(str, found))}."
+                            for key, found in by_key.items() if len(found) > 1])
+    problems += _truncated([f"{by_index[index][0]}: source index {index} is stored, but {MANIFEST_NAME} lists it as skipped."
+                            for index in sorted(skipped) if index in by_index])
     if len(skipped) < len(manifest.skipped):
-        problems.append(f"{MANIFEST_NAME} names {len(manifest.skipped) - len(skipped)} skipped sources twice.")
+        problems.append(f"{MANIFEST_NAME} lists {len(manifest.skipped) - len(skipped)} skipped sources twice.")
     for shard_index in range(manifest.num_shards):
-        absent = [index for index in manifest.source_indices(shard_index) if index not in by_index and index not in skipped]
-        problems += _listed([f"{shard_name(shard_index)}: source index {index} is neither stored nor named as skipped."
-                             for index in absent])
+        missing = [index for index in manifest.source_indices(shard_index) if index not in by_index and index not in skipped]
+        problems += _truncated([f"{shard_name(shard_index)}: source index {index} is neither stored nor listed as skipped."
+                                for index in missing])
     digest = hashlib.sha256()
     for sample in samples:  # in stored order
         digest.update(source_line(sample.index, sample.key, sample.source, sample.label))
     if digest.hexdigest() != manifest.sources_sha256:
         problems.append(f"{MANIFEST_NAME}: sources_sha256 is {manifest.sources_sha256}, the stored samples give {digest.hexdigest()}: "
-                        "an index, key, source or label is not the one that was written.")
+                        "an index, key, source or label has changed since it was written.")
     return problems
 
 
 def _compare_with_data_set(manifest: TokenShardManifest, samples: list[_Sample], expected_sources: Iterable) -> list[str]:
-    """Where the stored and skipped sources differ from those of the data set."""
+    """Differences between the stored and skipped sources and those of the data set."""
     stored: dict[int, _Sample] = {}
     for sample in samples:
         stored.setdefault(sample.index, sample)
     skipped = {record["index"]: record for record in manifest.skipped}
-    problems, number = [], 0
-    for number, (source, label) in enumerate(expected_sources, start=1):
-        index = number - 1
+    problems, count = [], 0
+    for count, (source, label) in enumerate(expected_sources, start=1):
+        index = count - 1
         if index in stored and (stored[index].source, stored[index].label) != (source, label):
             sample = stored[index]
-            problems.append(f"{sample}: it is source {sample.source!r} with label {sample.label}; "
+            problems.append(f"{sample}: its source is {sample.source!r} with label {sample.label}; "
                             f"the data set has {source!r} with label {label} at index {index}.")
         elif index not in stored and index in skipped and skipped[index]["source"] != source:
             problems.append(f"{MANIFEST_NAME}: the skipped source {index} is {skipped[index]['source']!r}; "
-                            f"the data set has {source!r} there.")
-    problems = _listed(problems)
-    if number != manifest.num_sources:
-        problems.append(f"{MANIFEST_NAME}: it has {manifest.num_sources} sources, the data set has {number}.")
+                            f"the data set has {source!r} at this index.")
+    problems = _truncated(problems)
+    if count != manifest.num_sources:
+        problems.append(f"{MANIFEST_NAME}: it has {manifest.num_sources} sources, the data set has {count}.")
     return problems
 
 
-def _listed(problems: list[str]) -> list[str]:
-    if len(problems) <= LISTED_AT_MOST:
+def _truncated(problems: list[str]) -> list[str]:
+    """The first MAX_LISTED_PROBLEMS problems and a line with the number of the others."""
+    if len(problems) <= MAX_LISTED_PROBLEMS:
         return problems
-    return [*problems[:LISTED_AT_MOST], f"... and {len(problems) - LISTED_AT_MOST} more like the last."]
+    return [*problems[:MAX_LISTED_PROBLEMS], f"... and {len(problems) - MAX_LISTED_PROBLEMS} more problems of this kind."]

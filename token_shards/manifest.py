@@ -1,4 +1,4 @@
-"""The manifest of one folder of token shards: what the ids mean, where they came from, and which shards make the folder complete."""
+"""The manifest of one folder of token shards: the meaning of the ids, their origin, and the list of all shards."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
 ORDER_SEED = 0
-"""The order_seed of all new sets of shards. The training stream has its own seed."""
+"""The order_seed of all new shard sets. The training stream has its own seed."""
 
 
 def shard_name(shard_index: int) -> str:
@@ -32,81 +32,81 @@ def shard_name(shard_index: int) -> str:
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid of ids of an image; a plain tokenizer has one with depth 1. Flattened row by row, the depth innermost."""
+    """One grid of ids of an image. Most tokenizers have one grid of depth 1. The ids are flattened row by row, with depth innermost."""
 
     name: str
-    """Part of the file names in the shards: at most 30 lower case letters, digits and underscores."""
+    """Part of the file names in the shards: at most 30 lower case letters, digits and underscores, starting with a letter."""
     codebook_size: int
     """Number of codes K: 0 <= id < K."""
     height: int
-    """Rows of the grid."""
+    """Number of rows of the grid."""
     width: int
-    """Columns of the grid."""
+    """Number of columns of the grid."""
     depth: int = 1
-    """Ids at each place of the grid (residual quantizers have several)."""
+    """Number of ids at each position of the grid (residual quantizers have several)."""
 
     def __post_init__(self):
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}", self.name):  # webdataset lower-cases what follows a key, and a dot would split it
+        if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}", self.name):  # webdataset lower-cases the part after the key and splits it at dots
             raise InputError(f"The grid name is {self.name!r}; allowed: at most 30 lower case letters, digits and underscores, "
-                             "a letter first.")
+                             "starting with a letter.")
         check_range(f"codebook_size of grid {self.name!r}", self.codebook_size, at_least=1, at_most=2**31)
         for side in ("height", "width", "depth"):
             check_range(f"{side} of grid {self.name!r}", getattr(self, side), at_least=1)
 
     @property
     def num_tokens(self) -> int:
-        """Ids of one image in this grid."""
+        """Number of ids of one image in this grid."""
         return self.height * self.width * self.depth
 
     @property
     def dtype(self) -> np.dtype:
-        """How the ids are stored: little-endian uint16 where every id fits, else int32."""
+        """The stored type of the ids: little-endian uint16 if every id fits, else int32."""
         return np.dtype("<u2" if self.codebook_size <= 65536 else "<i4")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the manifest knows of one shard."""
+    """The manifest's record of one shard."""
 
     name: str
     """File name of the tar."""
     count: int
-    """Samples in it."""
+    """Number of samples in the tar."""
     size: int
-    """Bytes of the tar."""
+    """Size of the tar in bytes."""
     sha256: str
     """Digest of the tar."""
     sidecar_sha256: str
-    """Digest of the sidecar, whose labels and offsets a reader trusts."""
+    """Digest of the sidecar. It protects the labels and offsets that readers take from the sidecar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSetHeader:
-    """All that is known of a folder of shards before the first image is encoded; equal headers give equal shards."""
+    """Everything known about a folder of shards before the first image is encoded. Equal headers give equal shards."""
 
     split: str
     """train or validation."""
     token_fingerprint: str
-    """Of the tokenizer that made the ids (encoder, quantizer, deterministic transform)."""
+    """Fingerprint of the tokenizer that made the ids (encoder, quantizer, deterministic transform)."""
     grids: list[Grid]
-    """The grids of each image; a reader joins their ids in this order."""
+    """The grids of each image. A reader concatenates their ids in this order."""
     views: list[dict]
-    """The stored variants of each image, V in all, each described by a dict, such as {"name": "original"}."""
+    """The V stored views of each image, each described by a dict such as {"name": "original"}."""
     class_names: list[str] | None = None
     """Name of each label, or None for unlabelled data."""
     dataset: dict
-    """Identity of the data set: whatever names it for a human and tells two apart."""
+    """Identity of the data set: fields that name it for a human and distinguish it from other data sets."""
     encoding: dict
-    """What else the bytes depend on, such as {"threads": 2, "batch_size": 64}."""
+    """Other settings that the bytes depend on, such as {"threads": 2, "batch_size": 64}."""
     images_per_shard: int
-    """Source images in one shard, n: shard s holds the positions [s*n, (s+1)*n) of the order given by order_seed."""
+    """Number of source images in one shard, n. Shard s holds the positions [s*n, (s+1)*n) of the order given by order_seed."""
     num_sources: int
-    """Source images of the split, readable or not."""
+    """Number of source images in the split, readable or not."""
     order_seed: int | None = None
-    """Seed that permutes the sources before they are cut into shards, so that each shard holds a random part of the data set.
-    None means not permuted, as in sets written by version 0.1.0."""
+    """Seed that permutes the sources before they are divided into shards, so that each shard holds a random part of the data set.
+    None means not permuted, as in shard sets written by version 0.1.0."""
     schema_version: int = SCHEMA_VERSION
-    """Version of this record and of the shards' layout."""
+    """Version of this record and of the layout of the shards."""
 
     def __post_init__(self):
         check_name("split", self.split, SPLITS)
@@ -116,34 +116,34 @@ class ShardSetHeader:
             check_range("order_seed", self.order_seed, at_least=0)
         names = [grid.name for grid in self.grids]
         if not names or len(set(names)) < len(names):
-            raise InputError(f"The grids are named {names}; there must be at least one, and no two of the same name.")
+            raise InputError(f"The grids are named {names}; there must be at least one grid, and names must be unique.")
         if not self.views:
             raise InputError('views is empty; there must be at least one, such as {"name": "original"}.')
 
     @property
     def num_tokens(self) -> int:
-        """Ids of one image over all grids, T."""
+        """Number of ids of one image in all grids, T."""
         return sum(grid.num_tokens for grid in self.grids)
 
     @property
     def num_shards(self) -> int:
-        """Shards that hold all sources."""
+        """Number of shards."""
         return -(-self.num_sources // self.images_per_shard)
 
     def source_range(self, shard_index: int) -> range:
-        """The positions of a shard's sources in the order given by order_seed; without order_seed, these are the source indices."""
+        """The positions of a shard's sources in the order given by order_seed. Without order_seed, positions are source indices."""
         first = shard_index * self.images_per_shard
         return range(first, min(first + self.images_per_shard, self.num_sources))
 
     def source_indices(self, shard_index: int) -> Sequence[int]:
-        """The source indices of a shard in ascending order. Shards are stored in this order, so that the data set is read forwards."""
-        places = self.source_range(shard_index)
+        """The source indices of a shard in ascending order. Samples are stored in this order, so that the data set is read forwards."""
+        positions = self.source_range(shard_index)
         if self.order_seed is None:
-            return places
-        return np.sort(permuted_sources(self.num_sources, self.order_seed)[places.start:places.stop]).tolist()
+            return positions
+        return np.sort(permuted_sources(self.num_sources, self.order_seed)[positions.start:positions.stop]).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON content. An order_seed of None is left out, because older versions did not write the field."""
+        """The header as JSON content. It omits an order_seed of None, because older versions did not write the field."""
         content = dataclasses.asdict(self)
         if self.order_seed is None:
             del content["order_seed"]
@@ -151,19 +151,19 @@ class ShardSetHeader:
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of the record's canonical JSON."""
+        """Hex sha256 of the canonical JSON of the header."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenShardManifest(ShardSetHeader):
-    """A header and what came of it. Written last, it makes the folder complete; `fingerprint` identifies the folder's content."""
+    """A header and the list of the written shards. It is written last and marks the folder as complete. `fingerprint` identifies the content."""
 
     num_samples: int
-    """Images that are stored."""
+    """Number of stored images."""
     skipped: list[dict]
-    """The others: {"index", "source", "reason"}, in index order."""
+    """The images that are not stored: {"index", "source", "reason"}, in index order."""
     sources_sha256: str
     """Digest over one line `index\\tkey\\tsource\\tlabel` for each stored sample, in stored order."""
     shards: list[ShardEntry]
@@ -173,54 +173,54 @@ class TokenShardManifest(ShardSetHeader):
         super().__post_init__()
         expected = [shard_name(index) for index in range(self.num_shards)]
         if [shard.name for shard in self.shards] != expected:
-            raise InputError(f"The manifest lists {counted(len(self.shards), 'shard')}; {self.num_sources} sources at {self.images_per_shard} "
-                             f"images_per_shard need the {len(expected)} from {expected[0]} to {expected[-1]}, in order.")
+            raise InputError(f"The manifest lists {counted(len(self.shards), 'shard')}; {self.num_sources} sources with images_per_shard "
+                             f"{self.images_per_shard} need {len(expected)}: {expected[0]} to {expected[-1]}, in order.")
         in_shards = sum(shard.count for shard in self.shards)
         if in_shards != self.num_samples:
-            raise InputError(f"The manifest's shards hold {in_shards} samples, and its num_samples is {self.num_samples}.")
+            raise InputError(f"The shards in the manifest have {in_shards} samples, but its num_samples is {self.num_samples}.")
         if any(record.keys() != {"index", "source", "reason"} for record in self.skipped):
-            raise InputError("The manifest's skipped must be a list of records with index, source and reason.")
+            raise InputError("skipped in the manifest must be a list of records with index, source and reason.")
         if self.num_samples + len(self.skipped) != self.num_sources:
             raise InputError(f"The manifest has {self.num_samples} samples and {len(self.skipped)} skipped sources; "
-                             f"together they must be its num_sources, {self.num_sources}.")
+                             f"the sum must be its num_sources, {self.num_sources}.")
 
     @property
     def header(self) -> ShardSetHeader:
-        """The part that was known beforehand."""
+        """The header fields of the manifest."""
         return ShardSetHeader(**{field.name: getattr(self, field.name) for field in dataclasses.fields(ShardSetHeader)})
 
     def save(self, folder: str | Path) -> None:
-        """Write manifest.json, which makes the folder complete; every shard must be in place already."""
-        # ASCII escapes, because a file name that is not valid UTF-8 is a text that cannot be encoded as it is
+        """Write manifest.json, which marks the folder as complete. All shards must exist already."""
+        # ASCII escapes, because a file name that is not valid UTF-8 is a string that UTF-8 cannot encode
         text = json.dumps(self.to_dict(), indent=2)
         write_bytes(Path(folder) / MANIFEST_NAME, (text + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> "TokenShardManifest":
-        """The manifest of a complete folder. Raises InputError where there is none or where it cannot be understood."""
+        """The manifest of a complete folder. Raises InputError if it is missing or malformed."""
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         check_readable(path)
         if not folder.is_dir():
-            raise InputError(f"There is no folder of token shards {folder}; `vqmosaic preprocess` writes it.")
+            raise InputError(f"The folder of token shards {folder} does not exist; `vqmosaic preprocess` writes it.")
         if not path.is_file():
             splits = [split for split in SPLITS if (folder / split).is_dir()]
             if splits:
-                raise InputError(f"{folder} holds no shards itself; give one of {', '.join(str(folder / split) for split in splits)}.")
+                raise InputError(f"{folder} contains no shards; give one of {', '.join(str(folder / split) for split in splits)}.")
             finished = len(list(folder.glob("shard-*.json")))
             raise InputError(f"{folder} is not complete: {MANIFEST_NAME}, which is written last, is missing "
-                             f"({counted(finished, 'shard')} {is_or_are(finished)} finished). Run `vqmosaic preprocess` again; "
-                             "it goes on with what is missing.")
+                             f"({counted(finished, 'shard')} {is_or_are(finished)} finished). Run `vqmosaic preprocess` again "
+                             "to write the missing shards.")
         return cls.from_dict(read_object(path, "run `vqmosaic preprocess` again"), path)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: str | Path = MANIFEST_NAME) -> "TokenShardManifest":
-        """The manifest for its JSON content; `path` is for the words of an InputError."""
+        """The manifest for its JSON content. `path` is the file that an InputError names."""
         if not isinstance(content, dict) or "schema_version" not in content:
             raise InputError(f"{path} is not a manifest of token shards: it has no schema_version.")
         if content["schema_version"] != SCHEMA_VERSION:
             raise InputError(f"{path} has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}. "
-                             "Update vqmosaic or run its `vqmosaic preprocess` again.")
+                             "Update vqmosaic, or run `vqmosaic preprocess` again with this version.")
         version = written_by(content)
         content = {name: value for name, value in content.items() if name != VERSION_FIELD}
         known = [field.name for field in dataclasses.fields(cls)]
@@ -232,8 +232,8 @@ class TokenShardManifest(ShardSetHeader):
         return from_fields(cls, content, str(path), version)
 
     def check_token_fingerprint(self, expected: str, expected_path: str | Path, own_path: str | Path) -> None:
-        """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`; paths name the two artefacts."""
+        """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`. The paths name the two artefacts."""
         if self.token_fingerprint != expected:
             raise InputError(f"The tokens in {own_path} were made by another tokenizer: their token fingerprint is "
-                             f"{self.token_fingerprint}, that of {expected_path} is {expected}. "
-                             "Run `vqmosaic preprocess` with that tokenizer, or use the one that made the tokens.")
+                             f"{self.token_fingerprint}, but {expected_path} has {expected}. "
+                             "Run `vqmosaic preprocess` with that tokenizer, or use the tokenizer that made the tokens.")

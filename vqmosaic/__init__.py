@@ -1,3 +1,3 @@
-"""The leaf package all others stand on: recipes, run folders, checkpoints, tracking, seeding. Importing it loads no torch."""
+"""The base package: recipes, files, run folders, training loops, seeding. It imports none of the other packages and does not load torch on import."""
 
 __version__ = "0.2.0"

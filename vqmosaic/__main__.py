@@ -1,4 +1,4 @@
-"""`python -m vqmosaic` is the vqmosaic command."""
+"""Runs the vqmosaic command: `python -m vqmosaic`."""
 
 from pipelines.command_line import main
 

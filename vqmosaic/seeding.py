@@ -1,4 +1,4 @@
-"""Counted randomness: every random choice is a function of named integers, so nothing has to be carried or restored."""
+"""Counter-based randomness: every random choice is a function of named integers, so there is no random state to save and restore."""
 
 import hashlib
 import operator
@@ -10,9 +10,9 @@ from vqmosaic.recipes.field_types import as_integer
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on their order, the same on every machine and version."""
+    """A 63-bit seed that depends on every part and on their order. It is the same on every machine and in every version."""
     text = "\x1f".join(f"str:{part}" if isinstance(part, str) else f"int:{operator.index(part)}" for part in parts)
-    # surrogatepass: a file name that is not valid UTF-8 has surrogates in it
+    # surrogatepass: a file name that is not valid UTF-8 contains surrogates
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
 
 
@@ -38,21 +38,21 @@ def hashes(numbers_N: np.ndarray, *parts: int | str) -> np.ndarray:
 
 
 def image_seeds(seed: int, count: int) -> list[int]:
-    """seeds[i] = f(seed, i): the seed of the i-th image of a request, whatever the batch size or the number of ranks.
+    """The seeds of the images of a request. seeds[i] depends only on `seed` and i, not on the batch size or the number of processes.
 
-    Raises InputError for a seed that is not an integer: the text "7" would give other seeds than the number 7.
+    Raises InputError for a seed that is not an integer: the text "7" would give different seeds from the number 7.
     """
     seed = as_integer("seed", seed)
     return [derive_seed("image", seed, index) for index in range(count)]
 
 
 def uniforms(seeds: Sequence[int], length: int) -> np.ndarray:
-    """Float64 uniforms (B, T) in [0, 1): row b depends on seeds[b] alone."""
+    """Uniform random numbers (B, T) in [0, 1), float64. Row b depends only on seeds[b]."""
     return np.stack([np.random.Generator(np.random.PCG64(seed)).random(length) for seed in seeds])
 
 
 def reseed_step(*parts: int | str) -> None:
-    """Seed torch's global generators for one step, so that dropout is f(seed, step, rank) and survives any resume."""
-    import torch  # imported here: the leaf package loads without torch
+    """Seed torch's global generators for one step, so that dropout depends only on seed, step and rank and a resumed run repeats it."""
+    import torch  # imported here because importing this package must not load torch
 
     torch.manual_seed(derive_seed(*parts))

@@ -1,4 +1,4 @@
-"""Helpers for the wording of messages."""
+"""Singular and plural forms for messages."""
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

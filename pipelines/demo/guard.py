@@ -1,12 +1,12 @@
-"""What stands in front of gradio in the demo: each request is checked here before any code of gradio sees it.
+"""Checks each request to the demo before gradio sees it.
 
-gradio is built for pages of the whole internet. It opens files and addresses that a request names, answers pages of any origin,
-keeps uploads without a limit and waits without a limit. The demo serves one machine, so the guard
+gradio is designed for pages on the internet. It opens files and URLs named in a request, answers pages of any origin, and limits neither
+uploads nor waiting times. The demo serves one machine, so the guard
 
-- lets through the few addresses that the page uses, and nothing else;
-- answers programs of this machine and the demo's own page, and no page of another origin;
-- writes each JSON body anew from the fields that it knows. A file in it must be one that was uploaded here;
-- stores uploads by itself, within a limit on each, on all together and on the time they take;
+- allows only the few paths that the page uses;
+- answers programs on this machine and the demo's own page, but no pages of other origins;
+- builds each JSON body again from known fields, in which files must be uploads of this page;
+- stores uploads itself, with limits on their size, their total size and their duration;
 - answers each error with a message, and prints one line about it.
 """
 
@@ -21,49 +21,49 @@ from urllib.parse import parse_qs, urlencode
 
 from starlette.datastructures import Headers
 
-from pipelines.demo.http_limits import Answer, Gone, Refusal, body_of, in_one_line, replayed, report, strict_json
+from pipelines.demo.http_limits import Answer, ClientDisconnected, Refusal, format_error, read_body, replay_body, report, strict_json
 from pipelines.demo.uploads import Uploads
 
 HOSTS = ("127.0.0.1", "localhost")
 MAX_JSON_BYTES = 2**18
-MAX_TEXT = 1000  # characters of a text, items of a list
+MAX_TEXT = 1000  # characters in a text, items in a list
 MAX_SESSIONS = 20_000
 MAX_OPEN_REQUESTS = 400  # each page keeps up to two streams open
 
 _SESSION = r"[A-Za-z0-9_-]{1,64}"
 _NAME = r"[A-Za-z0-9_-]{1,64}"
-_PAGE_PARTS = re.compile(
+_PAGE_PATHS = re.compile(
     r"/|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/config/?|/gradio_api/(info|startup-events|theme\.css)|"
     rf"/(assets|static)/([A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*|/gradio_api/heartbeat/{_SESSION}")
 _DROPPED_HEADERS = re.compile(rb"x-forwarded-.*|forwarded|x-gradio-.*|range|content-length|content-encoding|transfer-encoding")
-_MESSAGES = {404: "There is nothing at this address.", 405: "This address does not take this method.",
-             503: "Too many requests are waiting; try again in a while."}
+_MESSAGES = {404: "This path does not exist.", 405: "This path does not support this method.",
+             503: "Too many requests are waiting. Try again later."}
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A function of the page that a request may call."""
+    """A function of the page that requests may call."""
 
     name: str
     number: int
     arguments: int
     is_queued: bool
     takes_upload: bool
-    """Its arguments are uploads; those of other endpoints are numbers, texts and lists of them."""
+    """Whether the arguments are uploads. Other endpoints take numbers, texts and lists of them."""
 
 
 class Guard:
-    """ASGI app in front of `app`, for calls of `endpoints` and the files of `uploads`."""
+    """ASGI app in front of `app`. Allows calls of `endpoints` and access to the files of `uploads`."""
 
     def __init__(self, app: Callable, uploads: Uploads, endpoints: Iterable[Endpoint]):
         self._app, self._uploads, self._open_requests = app, uploads, 0
         endpoints = list(endpoints)
         self._by_name = {endpoint.name: endpoint for endpoint in endpoints}
         self._by_number = {endpoint.number: endpoint for endpoint in endpoints}
-        self._sessions: OrderedDict[str, None] = OrderedDict()  # sessions and events that have results to wait for
+        self._sessions: OrderedDict[str, None] = OrderedDict()  # sessions and events with results
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        """Answer one request, by gradio or with a refusal."""
+        """Pass a valid request to gradio, or answer with an error."""
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
@@ -72,16 +72,16 @@ class Guard:
         self._open_requests += 1
         try:
             if self._open_requests > MAX_OPEN_REQUESTS:
-                raise Refusal(503, "Too many requests are open; close some pages, or try again in a while.")
+                raise Refusal(503, "Too many requests are open. Close some pages, or try again later.")
             await self._answer(scope, receive, answer)
         except Refusal as refusal:
             report("refused", where, refusal)
             await answer.refuse(refusal.status, str(refusal))
-        except Gone:
+        except ClientDisconnected:
             pass
         except Exception as error:
-            report("error", where, in_one_line(error))
-            await answer.refuse(500, "The server met an unexpected error; its terminal says more.")
+            report("error", where, format_error(error))
+            await answer.refuse(500, "Unexpected server error. See the terminal of the server.")
         else:
             if answer.error:
                 report("refused", where, f"status {answer.error}")
@@ -94,7 +94,7 @@ class Guard:
         check_sender(scope["method"], path, headers)
         if scope["method"] in ("GET", "HEAD"):
             query = self._checked_query(path, scope["query_string"])
-            if path == "/gradio_api/upload_progress":  # gradio's own would wait for uploads that gradio does not see
+            if path == "/gradio_api/upload_progress":  # gradio would wait for uploads that it does not see
                 return await answer.send_all(200, b"text/event-stream", b'data: {"msg": "done"}\n\n')
             return await self._app(self._cleaned(scope, query), receive, answer.pass_on)
         if scope["method"] != "POST":
@@ -102,18 +102,18 @@ class Guard:
         if path == "/gradio_api/upload":
             stored = await self._uploads.store(headers, receive)
             return await answer.send_all(200, b"application/json", json.dumps([stored]).encode())
-        check = self._check_of(path)
+        check = self._body_check(path)
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "The body must be JSON, with Content-Type: application/json.")
-        chunks = [chunk async for chunk in body_of(headers, receive, MAX_JSON_BYTES)]
+        chunks = [chunk async for chunk in read_body(headers, receive, MAX_JSON_BYTES)]
         body = check(strict_json(b"".join(chunks)))
         self._remember(body.get("session_hash"))
         answer.before_body = self._remember_event
-        await self._app(self._cleaned(scope, {}), replayed(json.dumps(body).encode(), receive), answer.pass_on)
+        await self._app(self._cleaned(scope, {}), replay_body(json.dumps(body).encode(), receive), answer.pass_on)
 
     def _checked_query(self, path: str, query: bytes) -> dict[str, str]:
-        """The query of a GET request as gradio may see it; raises Refusal for addresses that the page does not use."""
-        if _PAGE_PARTS.fullmatch(path) or path == "/gradio_api/upload_progress":
+        """The allowed part of the query of a GET request. Raises Refusal for paths that the page does not use."""
+        if _PAGE_PATHS.fullmatch(path) or path == "/gradio_api/upload_progress":
             return {}
         if path.startswith("/gradio_api/file="):
             if not self._uploads.is_served(path.partition("=")[2]):
@@ -128,11 +128,11 @@ class Guard:
         else:
             raise Refusal(404, _MESSAGES[404])
         if session not in self._sessions:
-            raise Refusal(404, "Nothing was asked for under this session.")
+            raise Refusal(404, "This session has no requests.")
         return {"session_hash": session} if path == "/gradio_api/queue/data" else {}
 
-    def _check_of(self, path: str) -> Callable[[dict], dict]:
-        """What turns the body of a POST request into the one that gradio may see."""
+    def _body_check(self, path: str) -> Callable[[dict], dict]:
+        """The function that checks the body of a POST request to this path and returns the body for gradio."""
         if path == "/gradio_api/queue/join":
             return lambda body: self._call(body, self._endpoint(body.get("fn_index")), needs_session=True)
         if found := re.fullmatch(rf"/gradio_api/call/({_NAME})/?", path):
@@ -141,31 +141,31 @@ class Guard:
         if found := re.fullmatch(rf"/gradio_api/run/({_NAME})/?", path):
             return lambda body: self._direct_call(body, found[1])
         if path == "/gradio_api/cancel":
-            return lambda body: {"session_hash": _session(body), "fn_index": self._endpoint(body.get("fn_index")).number,
-                                 "event_id": _session(body, "event_id")}
+            return lambda body: {"session_hash": _checked_id(body), "fn_index": self._endpoint(body.get("fn_index")).number,
+                                 "event_id": _checked_id(body, "event_id")}
         if path == "/gradio_api/reset":
-            return lambda body: {"event_id": _session(body, "event_id")}
+            return lambda body: {"event_id": _checked_id(body, "event_id")}
         raise Refusal(404, _MESSAGES[404])
 
     def _endpoint(self, key: object) -> Endpoint:
         endpoint = self._by_name.get(key) if isinstance(key, str) else self._by_number.get(key) if type(key) is int else None
         if endpoint is None:
-            raise Refusal(404, f"There is no such endpoint; there are {', '.join(sorted(self._by_name))}.")
+            raise Refusal(404, f"Unknown endpoint; allowed: {', '.join(sorted(self._by_name))}.")
         return endpoint
 
     def _direct_call(self, body: dict, name: str) -> dict:
         endpoint = self._endpoint(name if body.get("fn_index") is None else body["fn_index"])
         if endpoint.is_queued:
-            raise Refusal(404, f"The endpoint {endpoint.name} is called through /gradio_api/call/{endpoint.name}.")
+            raise Refusal(404, f"Call the endpoint {endpoint.name} through /gradio_api/call/{endpoint.name}.")
         return self._call(body, endpoint)
 
     def _call(self, body: dict, endpoint: Endpoint, needs_session: bool = False) -> dict:
         data = body.get("data")
         if not isinstance(data, list) or len(data) != endpoint.arguments:
-            raise Refusal(400, f"The body must hold a list `data` of the {endpoint.arguments} arguments of {endpoint.name}.")
-        checked = {"data": [self._upload(value) if endpoint.takes_upload else _plain(value) for value in data], "fn_index": endpoint.number}
+            raise Refusal(400, f"The body must have a list `data` with the {endpoint.arguments} arguments of {endpoint.name}.")
+        checked = {"data": [self._upload(value) if endpoint.takes_upload else _check_value(value) for value in data], "fn_index": endpoint.number}
         if needs_session or body.get("session_hash") is not None:
-            checked["session_hash"] = _session(body)
+            checked["session_hash"] = _checked_id(body)
         return checked
 
     def _upload(self, value: object) -> dict | None:
@@ -173,7 +173,7 @@ class Guard:
             return None
         path = value.get("path") if isinstance(value, dict) else None
         if path not in self._uploads:
-            raise Refusal(400, "Only images that were uploaded to this page are read. Upload the image, then try again.")
+            raise Refusal(400, "The image was not uploaded to this page. Upload it, then try again.")
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
     def _remember(self, session: object) -> None:
@@ -189,42 +189,42 @@ class Guard:
 
     @staticmethod
     def _cleaned(scope: dict, query: dict[str, str]) -> dict:
-        """The request without headers that gradio believes or that no longer fit, and with a query of known fields only."""
+        """The request without headers that gradio trusts or that no longer apply, and with only this query."""
         headers = [(name, value) for name, value in scope["headers"] if not _DROPPED_HEADERS.fullmatch(name.lower())]
         return {**scope, "headers": headers, "query_string": urlencode(query).encode(), "raw_path": scope["path"].encode()}
 
 def check_sender(method: str, path: str, headers: Headers) -> None:
-    """Raise Refusal unless the request comes from the demo's own page or from a program of this machine.
+    """Raise Refusal unless the request comes from the demo's own page or from a program on this machine.
 
-    To listen on 127.0.0.1 is not enough: the user's browser carries requests of foreign pages there. Such a page gives itself away by
-    Host, when its name resolves to this machine (DNS rebinding), by Origin or by Sec-Fetch-Site. Links from elsewhere to the page work.
+    Listening on 127.0.0.1 is not enough, because the user's browser also sends requests of other pages there. Such requests are detected by
+    Host if the page's name resolves to this machine (DNS rebinding), by Origin or by Sec-Fetch-Site. Links from other pages are allowed.
     """
     hosts = headers.getlist("host")
     if len(hosts) != 1 or not re.fullmatch(rf"({'|'.join(map(re.escape, HOSTS))})(:\d{{1,5}})?", hosts[0]):
-        raise Refusal(403, f"This page is served as {' and as '.join(HOSTS)} only.")
+        raise Refusal(403, f"This page is served only as {' and '.join(HOSTS)}.")
     if any(origin != f"http://{hosts[0]}" for origin in headers.getlist("origin")):
-        raise Refusal(403, "Pages of other origins are not answered.")
+        raise Refusal(403, "Requests from pages of other origins are not allowed.")
     is_link = (method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
                and headers.get("sec-fetch-dest") == "document")
     if not is_link and any(site not in ("same-origin", "none") for site in headers.getlist("sec-fetch-site")):
-        raise Refusal(403, "Pages of other origins are not answered.")
+        raise Refusal(403, "Requests from pages of other origins are not allowed.")
 
 
-def _plain(value: object, in_list: bool = False) -> object:
-    """The argument itself, when it is null, true, false, a number, a text or a list of these."""
+def _check_value(value: object, in_list: bool = False) -> object:
+    """The value if it is null, true, false, a number, a text or a list of these. Raises Refusal otherwise."""
     if isinstance(value, list) and not in_list and len(value) <= MAX_TEXT:
-        return [_plain(item, in_list=True) for item in value]
+        return [_check_value(item, in_list=True) for item in value]
     is_number = isinstance(value, (int, float)) and abs(value) < 2**63 and math.isfinite(value)
     is_text = isinstance(value, str) and len(value) <= MAX_TEXT and not re.search("[\ud800-\udfff]", value)
     if value is None or is_number or is_text:
         return value
-    raise Refusal(400, "The arguments must be numbers, texts, true, false, null, or lists of these; files are taken by reconstruct only.")
+    raise Refusal(400, "The arguments must be numbers, texts, true, false, null, or lists of these. Only reconstruct accepts files.")
 
 
-def _session(body: dict, field: str = "session_hash") -> str:
+def _checked_id(body: dict, field: str = "session_hash") -> str:
     value = body.get(field)
     if not isinstance(value, str) or not re.fullmatch(_SESSION, value):
-        raise Refusal(400, f"The body needs a {field} of letters, digits, - and _, at most 64 of them.")
+        raise Refusal(400, f"The body needs a {field} of at most 64 letters, digits, - and _.")
     return value
 
 

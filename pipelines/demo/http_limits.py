@@ -1,4 +1,4 @@
-"""The parts of HTTP that the demo's guard needs: bodies within limits, strict JSON, answers that always carry a message, idle connections."""
+"""HTTP functions of the demo's guard: size and time limits of bodies, strict JSON, error messages, and a limit on idle connections."""
 
 import asyncio
 import json
@@ -11,11 +11,11 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
-IDLE_SECONDS = 10.0  # without a byte of a request that is not complete
-BODY_SECONDS = 120.0  # for a whole body
-CHECK_SECONDS = 1.0  # between two looks at the open connections
+IDLE_SECONDS = 10.0  # without a byte of an incomplete request
+BODY_SECONDS = 120.0  # for a complete body
+CHECK_SECONDS = 1.0  # between checks of the open connections
 
-# The page may load nothing from elsewhere, and no other page may show it in a frame.
+# The page must not load anything from other servers, and other pages must not show it in a frame.
 _ADDED_HEADERS = [
     (b"content-security-policy", b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'; "
      b"base-uri 'self'; frame-ancestors 'none'"),
@@ -24,31 +24,31 @@ _ADDED_HEADERS = [
 
 
 class Refusal(Exception):
-    """A request that the guard does not pass on; carries the HTTP status and the message for the sender."""
+    """A request that the guard rejects, with the HTTP status and the message for the sender."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
         self.status = status
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The sender closed the connection before the request was complete."""
 
 
 def report(kind: str, where: str, message: object) -> None:
-    """Print one line on stderr; what a sender chose cannot add lines or control codes to it."""
+    """Print one line to stderr. Line breaks and control characters from the sender are escaped."""
     print(f"{kind}: {ascii(where)[1:-1][:200]}: {ascii(str(message))[1:-1][:400]}", file=sys.stderr, flush=True)
 
 
-def in_one_line(error: BaseException) -> str:
-    """Type and text of an error, and the place that raised it."""
+def format_error(error: BaseException) -> str:
+    """Format an error in one line: its type, its text, and the file and line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    location = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{location}"
 
 
 class Answer:
-    """Sends the answer to one request: with the guard's headers, and with a message in place of gradio's own errors."""
+    """Sends the response to one request, with the guard's headers, and with a message instead of gradio's errors."""
 
     def __init__(self, send: Callable):
         self._send, self._has_started, self._is_complete = send, False, False
@@ -56,7 +56,7 @@ class Answer:
         self.before_body: Callable[[bytes], None] | None = None
 
     async def pass_on(self, message: dict) -> None:
-        """Send a part of gradio's answer, or keep an error of it back."""
+        """Send a part of gradio's response, or store the status in `error` if it is an error."""
         if message["type"] == "http.response.start":
             if message["status"] >= 400:
                 self.error = message["status"]
@@ -67,32 +67,32 @@ class Answer:
             return
         elif message["type"] == "http.response.body":
             self._is_complete = not message.get("more_body")
-            if self.before_body:  # before the sender can ask for what the answer names
+            if self.before_body:  # before the sender can use an id in the response
                 self.before_body(message.get("body", b""))
         await self._send(message)
 
     async def send_all(self, status: int, content_type: bytes, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-        """Send a whole answer."""
+        """Send a complete response."""
         self._has_started = self._is_complete = True
         headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode()), *headers, *_ADDED_HEADERS]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def refuse(self, status: int, message: str) -> None:
-        """Send a refusal and close the connection, which may still bring the rest of the request; a started answer just ends."""
+        """Send an error and close the connection, which may still carry the rest of the request. End a response that has already started."""
         if not self._has_started:
-            text = json.dumps({"error": message, "detail": message}).encode()  # gradio's page reads one of the two
+            text = json.dumps({"error": message, "detail": message}).encode()  # gradio's page reads one of the two fields
             await self.send_all(status, b"application/json", text, [(b"connection", b"close")])
         elif not self._is_complete:
             self._is_complete = True
             await self._send({"type": "http.response.body", "body": b""})
 
 
-async def body_of(headers: Headers, receive: Callable, limit: int) -> AsyncIterator[bytes]:
-    """The chunks of a request body; raises Refusal when it is too large or takes too long."""
+async def read_body(headers: Headers, receive: Callable, limit: int) -> AsyncIterator[bytes]:
+    """Yield the chunks of a request body. Raises Refusal if it is larger than `limit` bytes or takes too long."""
     too_large = Refusal(413, f"The body is larger than {limit:,} bytes.")
-    announced = headers.get("content-length", "")
-    if re.fullmatch(r"[0-9]+", announced) and (len(announced) > 15 or int(announced) > limit):
+    content_length = headers.get("content-length", "")
+    if re.fullmatch(r"[0-9]+", content_length) and (len(content_length) > 15 or int(content_length) > limit):
         raise too_large
     loop, size = asyncio.get_running_loop(), 0
     end = loop.time() + BODY_SECONDS
@@ -100,9 +100,9 @@ async def body_of(headers: Headers, receive: Callable, limit: int) -> AsyncItera
         try:
             message = await asyncio.wait_for(receive(), min(IDLE_SECONDS, max(0.0, end - loop.time())))
         except TimeoutError:
-            raise Refusal(408, "The rest of the request did not come in time.") from None
+            raise Refusal(408, "The rest of the request did not arrive in time.") from None
         if message["type"] == "http.disconnect":
-            raise Gone
+            raise ClientDisconnected
         size += len(message.get("body", b""))
         if size > limit:
             raise too_large
@@ -111,18 +111,18 @@ async def body_of(headers: Headers, receive: Callable, limit: int) -> AsyncItera
             return
 
 
-def replayed(body: bytes, receive: Callable) -> Callable:
-    """A receive function that brings `body`, and afterwards what `receive` brings: the end of the connection."""
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+def replay_body(body: bytes, receive: Callable) -> Callable:
+    """An ASGI receive function that returns `body` first, and then the messages of `receive`: the end of the connection."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> dict:
-        return waiting.pop() if waiting else await receive()
+        return messages.pop() if messages else await receive()
 
     return replay
 
 
 def strict_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; raises Refusal where parsers differ: for repeated names, NaN, and encodings other than UTF-8."""
+    """Parse the JSON object in a body. Raises Refusal if parsers may disagree: repeated names, NaN, or an encoding other than UTF-8."""
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         names = dict(pairs)
         if len(names) != len(pairs):
@@ -135,17 +135,17 @@ def strict_json(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError):
-        raise Refusal(400, "The body is not valid JSON in UTF-8 with each name once.") from None
+        raise Refusal(400, "The body is not valid JSON in UTF-8 with unique names.") from None
     if not isinstance(value, dict):
         raise Refusal(400, "The body must be a JSON object.")
     return value
 
 
 async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
-    """Close connections of uvicorn that bring no complete request head for IDLE_SECONDS; runs until it is cancelled.
+    """Close connections of uvicorn that send no complete request head for IDLE_SECONDS. Runs until cancelled.
 
-    uvicorn limits only the time between two requests. It waits without a limit for the first request, for the rest of a head, and for
-    the rest of a body that nobody reads.
+    uvicorn limits only the time between two requests. It waits without limit for the first request, for the rest of a head, and for the rest of
+    an unread body.
     """
     loop, idle_since = asyncio.get_running_loop(), {}
     while True:

@@ -1,4 +1,4 @@
-"""What a request to the demo may ask for: the fields of the page within their bounds, and images of a size that the demo can decode."""
+"""Checks requests to the demo: the fields of the page and their bounds, and the format and size of uploaded images."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from PIL import Image
@@ -18,31 +19,59 @@ from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_range, nearest_name
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 MAX_IMAGES = 64
-MAX_PIXELS = MAX_IMAGES * 256**2  # of all images of one request
-MAX_SEED = 2**53 - 1  # the largest whole number that a page counts exactly
-MAX_UPLOAD_PIXELS = 16_000_000  # decoded: 16-bit ones take 24 bytes each on the way to 8 bits
-MAX_JPEG_PIXELS = 64_000_000  # in the file; those of more than MAX_UPLOAD_PIXELS are decoded at a fraction of their size
-# The formats that browsers show. Others are not opened: some take minutes to decode, or more memory than the image size suggests.
+MAX_PIXELS = MAX_IMAGES * 256**2  # in all images of a request
+MAX_SEED = 2**53 - 1  # the largest integer that JavaScript represents exactly
+MAX_UPLOAD_PIXELS = 16_000_000  # after decoding; the conversion of 16-bit images to 8 bits needs 24 bytes per pixel
+MAX_JPEG_PIXELS = 64_000_000  # in the file; JPEGs with more than MAX_UPLOAD_PIXELS are decoded at a reduced size
+# Formats that browsers display. Others are rejected: some take minutes to decode, or more memory than the image size suggests.
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 DECODING_SECONDS = 20.0
 TOO_SLOW = "it takes longer than {:g} s to decode"
-STOP_SECONDS = 0.05  # between two checks of the stop flag
-JPEG_BLOCK_BYTES = 512  # read by the JPEG decoder at a time; a progressive JPEG can encode a pass over all pixels in under 100 bytes
+STOP_SECONDS = 0.05  # between checks of the stop flag
+JPEG_BLOCK_BYTES = 512  # per read of the JPEG decoder; a progressive JPEG can encode a pass over all pixels in under 100 bytes
 _DECODER = ThreadPoolExecutor(1, "decoder")
 
 
 def image_limit(pipe: ImageGenerationPipeline) -> int:
-    """Images that one request may ask for: 64, fewer where they are large."""
+    """The largest number of images in a request: 64, or fewer if they are large."""
     return max(1, min(MAX_IMAGES, MAX_PIXELS // pipe.tokenizer.transform.image_size**2))
 
 
-def checked_request(pipe: ImageGenerationPipeline, classes: object, number: object, seed: object, temperature: object, top_k: object,
-                    top_p: object, guidance: object) -> tuple[list[str], int, int, dict[str, float]]:
-    """Classes, number, seed and sampling as `generate` takes them; a seed of None is a new one.
+@dataclass(frozen=True)
+class Control:
+    """A slider of the page for one field of SamplingConfig."""
 
-    Raises InputError for what the fields of the page cannot hold.
+    name: str
+    """The field."""
+    minimum: float
+    maximum: float
+    step: float
+
+    @property
+    def label(self) -> str:
+        """The label on the page, such as "Guidance scale"."""
+        return self.name.replace("_", "-" if len(self.name) <= 5 else " ").capitalize()
+
+
+def sampling_controls(pipe: ImageGenerationPipeline) -> list[Control]:
+    """The sliders of the page: the fields of SamplingConfig with a slider, guidance last. They reach at least to the recommended settings."""
+    controls = []
+    for field in sorted(fields(SamplingConfig), key=lambda field: field.name.startswith("guidance_")):
+        if "slider" in field.metadata:
+            minimum, maximum, step = field.metadata["slider"]
+            largest = pipe.tokenizer.config.codebook_size if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
+            controls.append(Control(field.name, minimum, largest, step))
+    return controls
+
+
+def checked_request(pipe: ImageGenerationPipeline, classes: object, number: object, seed: object,
+                    *settings: object) -> tuple[list[str], int, int, dict[str, float]]:
+    """Check the fields of the page and return classes, number, seed and sampling settings. A random seed replaces a seed of None.
+
+    `settings` are the values of sampling_controls. Raises InputError for values that the fields do not allow.
     """
     names = pipe.class_names or []
     if not isinstance(classes or [], list) or not all(isinstance(name, str) for name in classes or []):
@@ -51,19 +80,17 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
         if name not in names:
             nearest = nearest_name(name, names)
             raise InputError(f"There is no class {shown_value(name)}.{f' Did you mean {nearest!r}?' if nearest else ''}")
-    sampling = {"temperature": checked_number("Temperature", temperature, 0, largest_temperature(pipe)),
-                "top_k": checked_number("Top-k", top_k, 0, pipe.tokenizer.config.codebook_size, is_whole=True),
-                "top_p": checked_number("Top-p", top_p, 0.01, 1),
-                "guidance_scale": checked_number("Guidance scale", guidance, 0, largest_guidance(pipe))}
+    sampling = {control.name: checked_number(control.label, value, control.minimum, control.maximum, is_whole=control.step == 1)
+                for control, value in zip(sampling_controls(pipe), settings, strict=True)}
     if sampling["guidance_scale"] != 1 and not (names and pipe.prior.vocabulary.label_drop):
-        raise InputError(f"Guidance scale is {guidance}; this prior cannot be guided, so it must be 1.")
+        raise InputError(f"Guidance scale is {sampling['guidance_scale']}; it must be 1, because this prior does not support guidance.")
     count = checked_number(number_label(pipe), number, 1, image_limit(pipe), is_whole=True)
     seed = secrets.randbelow(2**31) if seed is None else checked_number("Seed", seed, 0, MAX_SEED, is_whole=True)
     return classes or [], count, seed, sampling
 
 
 def checked_number(label: str, given: object, at_least: float, at_most: float, is_whole: bool = False) -> float:
-    """The number that a field of the page holds; raises InputError for anything else, and outside of the bounds."""
+    """The number in a field of the page. Raises InputError if it is not a number, not a whole number if `is_whole`, or out of bounds."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise InputError(f"{label} is {shown_value(given)}; it must be a number.")
     check_range(label, given, at_least=at_least, at_most=at_most)
@@ -73,30 +100,20 @@ def checked_number(label: str, given: object, at_least: float, at_most: float, i
 
 
 def number_label(pipe: ImageGenerationPipeline) -> str:
-    """What the field for the number of images is called."""
+    """The label of the field for the number of images."""
     return "Images of each class" if pipe.class_names else "Images"
 
 
-def largest_temperature(pipe: ImageGenerationPipeline) -> float:
-    """The largest temperature that the page offers."""
-    return max(2, pipe.sampling.temperature)
-
-
-def largest_guidance(pipe: ImageGenerationPipeline) -> float:
-    """The largest guidance scale that the page offers."""
-    return max(10, pipe.sampling.guidance_scale)
-
-
 def shown_value(given: object) -> str:
-    """A value as an error message shows it, at most 60 characters."""
+    """Format a value for an error message, with at most 60 characters."""
     return text if len(text := repr(given)) <= 60 else f"{text[:57]}..."
 
 
 def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, side: int) -> Image.Image | None:
-    """The image in an uploaded file, or None once `stop` is set. Raises UnreadableImage for files that this page does not accept.
+    """Read an uploaded image. Returns None once `stop` is set. Raises UnreadableImage for files that the page does not accept.
 
-    A second thread decodes the image, because decoders written in C cannot be interrupted. After a stop, that thread still finishes the image,
-    which takes seconds at most. The worker is free immediately. The next upload waits for the thread.
+    A second thread decodes the image, because decoders written in C cannot be interrupted. After a stop, the worker is free immediately, while
+    that thread finishes the image, which takes seconds at most. The next upload waits for it.
     """
     try:
         content = Path(path).read_bytes()
@@ -104,10 +121,11 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
         raise InputError("This upload is no longer stored. Upload the image again.") from None
     if "AVIF" in Image.OPEN and Image.OPEN["AVIF"][1](content[:16]) is True:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
-            bound_size(header, side)
+            limit_decoded_size(header, side)
         content = avif_as_png(path, stop)
     with StoppableFile(content, stop) as file:
-        decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS, before_decoding=lambda image: bound_size(image, side))
+        decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS,
+                                   before_decoding=lambda image: limit_decoded_size(image, side))
         while not stop.is_set():
             try:
                 return decoding.result(timeout=STOP_SECONDS)
@@ -120,7 +138,7 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
 
 
 def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
-    """The bytes of an AVIF file as PNG, decoded by another process; empty once `stop` is set.
+    """Convert an AVIF file to the bytes of a PNG in another process. Returns empty bytes once `stop` is set.
 
     Raises UnreadableImage if the file cannot be decoded or takes longer than DECODING_SECONDS.
     """
@@ -143,22 +161,22 @@ def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
     return b""
 
 
-def bound_size(image: Image.Image, side: int) -> None:
-    """Ask the decoder of a large JPEG for fewer pixels, still four for each of `side`; raise UnreadableImage for images that stay too large."""
+def limit_decoded_size(image: Image.Image, side: int) -> None:
+    """Reduce the decoded size of a large JPEG, to at least 4 * `side` pixels per side. Raises UnreadableImage if an image is too large."""
     width, height = image.size
     if image.format in ("JPEG", "MPO"):
         image.decodermaxblock = JPEG_BLOCK_BYTES
     if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
     if image.width * image.height > MAX_UPLOAD_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels, more than the {MAX_UPLOAD_PIXELS // 10**6} million that this page takes "
-                              f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); save it smaller")
+        raise UnreadableImage(f"{width} x {height} pixels, more than the {MAX_UPLOAD_PIXELS // 10**6} million that this page accepts "
+                              f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); reduce its size")
 
 
 class StoppableFile(io.BytesIO):
-    """A file with the given content that refuses further reads once `stop` is set, or after DECODING_SECONDS.
+    """An in-memory file whose reads fail once `stop` is set, or after DECODING_SECONDS.
 
-    That ends the decoders that work through a file piece by piece, among them the slow ones, which are written in Python.
+    This ends decoders that read a file in pieces. They include the slow ones, which are written in Python.
     """
 
     def __init__(self, content: bytes, stop: threading.Event):
@@ -166,10 +184,10 @@ class StoppableFile(io.BytesIO):
         self._stop, self._end = stop, math.inf
 
     def read(self, size: int | None = -1) -> bytes:
-        """The next bytes; raises UnreadableImage when there is no more time for them."""
+        """The next bytes. Raises UnreadableImage after a stop or a timeout."""
         if self._stop.is_set():
             raise UnreadableImage("stopped")
-        self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # counted from the first read: the decoder may be busy before that
+        self._end = min(self._end, time.monotonic() + DECODING_SECONDS)  # from the first read, because the decoder may be busy before
         if time.monotonic() > self._end:
             raise UnreadableImage(TOO_SLOW.format(DECODING_SECONDS))
         return super().read(size)

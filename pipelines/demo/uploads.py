@@ -1,4 +1,4 @@
-"""The files that the demo's server keeps: uploads under names that nobody can guess, results of gradio beside them, all within a limit."""
+"""Stores the files of the demo's server: uploads under unguessable names next to gradio's results, with a limit on their total size."""
 
 import asyncio
 import contextlib
@@ -14,47 +14,47 @@ from typing import BinaryIO
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartParser
 
-from pipelines.demo.http_limits import IDLE_SECONDS, Gone, Refusal, body_of, in_one_line, report
+from pipelines.demo.http_limits import IDLE_SECONDS, ClientDisconnected, Refusal, format_error, read_body, report
 
 MAX_UPLOAD_BYTES = 2**26
-MAX_STORED_BYTES = 2**30  # uploads and results together; the oldest ones make room
-BYTES_PER_FILE = 2**13  # what the smallest file and its folder take on a disk
+MAX_STORED_BYTES = 2**30  # uploads and results together; the oldest ones are deleted first
+BYTES_PER_FILE = 2**13  # disk space of the smallest file and its folder
 MAX_UPLOADS_AT_ONCE = 8
-SWEEP_SECONDS = 60.0  # between two looks at the stored files
+SWEEP_SECONDS = 60.0  # between checks of the stored files
 _FOLDER = re.compile(r"[0-9a-f]{64}")
 
 
 class Uploads:
-    """The files in `folder`; `paths` are those that were uploaded, which gradio deletes after a day."""
+    """The files in `folder`. `paths` are the uploads, which gradio deletes after a day."""
 
     def __init__(self, folder: Path, paths: set[str]):
         self._folder, self._paths = folder, paths
         self._slots = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
-        self._lock = threading.Lock()  # one thread at a time checks for free space and takes it
-        self._stored = 0  # bytes found at the last scan of the folder, plus the uploads since then
+        self._lock = threading.Lock()  # one thread at a time checks for free space and reserves it
+        self._stored = 0  # bytes found by the last scan of the folder, plus later uploads
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, str) and path in self._paths
 
     def is_served(self, path: str) -> bool:
-        """Whether the path is that of an upload or of a result."""
+        """Whether a path is an upload or a result."""
         name = Path(path)
         try:
             return (name.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(name.parent.name))
                     and str(name) == path and name.is_file() and not name.is_symlink())
-        except (OSError, ValueError):  # no file can have this name
+        except (OSError, ValueError):  # not a valid file name
             return False
 
     async def store(self, headers: Headers, receive: Callable) -> str:
-        """The path of a file that a form brings, stored under a name that nobody can guess."""
+        """Store the file of an upload form under an unguessable name and return its path. Raises Refusal for invalid forms and full disks."""
         if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Refusal(415, "An upload must be a form with one file, with Content-Type: multipart/form-data.")
         try:
             await asyncio.wait_for(self._slots.acquire(), IDLE_SECONDS)
         except TimeoutError:
-            raise Refusal(503, "Too many uploads are under way; try again in a while.") from None
+            raise Refusal(503, "Too many uploads are in progress. Try again later.") from None
         try:
-            chunks = body_of(headers, receive, MAX_UPLOAD_BYTES)
+            chunks = read_body(headers, receive, MAX_UPLOAD_BYTES)
             form = await MultiPartParser(headers, chunks, max_files=1, max_fields=4, max_part_size=1000).parse()
             files = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
             if not files:
@@ -62,11 +62,11 @@ class Uploads:
             path = self._folder / secrets.token_hex(32) / safe_name(files[0].filename or "")
             await asyncio.to_thread(self._write, files[0].file, path)
             await form.close()
-        except (Refusal, Gone):
+        except (Refusal, ClientDisconnected):
             raise
         except OSError as error:
             raise Refusal(507, f"The upload cannot be stored: {error.strerror}.") from None
-        except Exception:  # the parser meets what is no form with errors of any type
+        except Exception:  # for an invalid form, the parser raises errors of any type
             raise Refusal(400, "An upload must be a form with one file.") from None
         finally:
             self._slots.release()
@@ -85,7 +85,7 @@ class Uploads:
                 shutil.copyfileobj(file, stored)
 
     def _make_room(self) -> None:
-        # Make room for two uploads of the largest size. Otherwise, each small upload near the limit would scan the whole folder.
+        # Free space for two uploads of the largest size. Otherwise, near the limit, each small upload would scan the whole folder.
         removed, self._stored = make_room(self._folder, MAX_STORED_BYTES - 2 * MAX_UPLOAD_BYTES)
         self._paths.difference_update(map(str, removed))
 
@@ -94,25 +94,25 @@ class Uploads:
             self._make_room()
 
     async def keep_room(self) -> None:
-        """Keep the stored files within their limit; runs until it is cancelled."""
+        """Keep the stored files within their limit. Runs until cancelled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await asyncio.to_thread(self._sweep)
             except Exception as error:  # the next sweep may succeed; without sweeps the disk would fill up
-                report("error", "stored files", in_one_line(error))
+                report("error", "stored files", format_error(error))
 
 
 def safe_name(name: str) -> str:
-    """A file name that a browser chose, reduced to letters, digits, dots, - and _, at most 80 of them."""
+    """Reduce a file name from a browser to letters, digits, dots, - and _, at most 80 characters."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", os.path.basename(name.replace("\\", "/")))[-80:].lstrip(".")
     return name or "image"
 
 
 def make_room(folder: Path, limit: int) -> tuple[list[Path], int]:
-    """Delete the oldest uploads and results until those in the folder are no larger than `limit` bytes.
+    """Delete the oldest uploads and results until the folder holds no more than `limit` bytes.
 
-    Returns the deleted paths and the number of bytes left. Other threads, including gradio's, may delete files and folders meanwhile.
+    Returns the deleted paths and the number of remaining bytes. Other threads, including gradio's, may delete files and folders meanwhile.
     """
     files = []
     for parent in [entry.path for entry in os.scandir(folder) if _FOLDER.fullmatch(entry.name)]:
@@ -125,7 +125,7 @@ def make_room(folder: Path, limit: int) -> tuple[list[Path], int]:
     for _, path, size in sorted(files):
         if total <= limit:
             break
-        with contextlib.suppress(OSError):  # another request may have deleted it, or stored a second file beside it
+        with contextlib.suppress(OSError):  # another request may have deleted the file, or stored a second file in the folder
             path.unlink()
             path.parent.rmdir()
         removed.append(path)

@@ -1,1 +1,1 @@
-"""The output folders of `generate` and `reconstruct`."""
+"""The output folders of `vqmosaic generate` and `vqmosaic reconstruct`."""

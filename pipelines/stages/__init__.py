@@ -1,1 +1,1 @@
-"""The stages of a run and the chain that runs them in turn."""
+"""The stages of a run, and the chain that runs them one after another."""

@@ -1,4 +1,4 @@
-"""The whole chain of a recipe: every stage in turn, finished ones skipped, interrupted ones resumed. Loads torch only when there is work."""
+"""Runs all stages of a recipe. Skips finished stages and resumes interrupted ones. Imports torch only if there is work to do."""
 
 import dataclasses
 import shlex
@@ -12,21 +12,21 @@ from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import save_recipe
 from vqmosaic.runs.launch import processes_to_start, run_stage
 from vqmosaic.runs.run_folder import STAGES, RunFolder
-from vqmosaic.runs.stage_records import judge, redo, write_record
-from vqmosaic.training.budget import duration
+from vqmosaic.runs.stage_records import decide_action, redo, write_record
+from vqmosaic.training.budget import format_duration
 
 MODULES = {"tokenizer": "stage1_tokenizer.train", "tokens": "pipelines.stages.preprocess", "prior": "pipelines.stages.train_prior"}
 
 
 def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: str | None = None, redo_stage: str | None = None) -> int:
-    """Exit code of the chain: 0 when every stage is finished, else that of the stage that stopped."""
+    """Run all stages. Returns exit code 0 when all are finished, otherwise the exit code of the stage that stopped."""
     run, processes = RunFolder(Path(recipe.run_dir)), processes_to_start(processes, accelerate_config)
     check_chain(recipe, processes, redo_stage)
-    redo_from(recipe, redo_stage)
+    delete_stages_from(recipe, redo_stage)
     record_recipe(recipe)
     seconds: dict[str, float] = {}
     for stage in STAGES:
-        if judge(run, recipe, stage, inputs_of(recipe, stage)) == "skip":
+        if decide_action(run, recipe, stage, inputs_of(recipe, stage)) == "skip":
             print(f"{stage}: finished already, {run.export(stage)}")
             continue
         started = time.monotonic()
@@ -40,29 +40,29 @@ def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: s
     if seconds or not run.summary.exists():
         finish(recipe, run, seconds)
     else:
-        print(f"nothing to do: {run.root} is finished, its numbers are in {run.summary}{hint_at_budgets(recipe)}")
+        print(f"nothing to do: {run.root} is finished; results in {run.summary}{longer_training_hint(recipe)}")
     return 0
 
 
-def hint_at_budgets(recipe: Recipe) -> str:
-    """How to train longer, for a run whose time ended the training."""
+def longer_training_hint(recipe: Recipe) -> str:
+    """A sentence that says how to train longer, or "" if the recipe has no time budgets."""
     minutes = recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes
     if None in minutes:
         return ""
     option = f"--minutes {sum(minutes) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {minutes[0] * 2:g}"
-    return f". Its budget: {minutes[0]:g} minutes for the tokenizer and {minutes[1]:g} for the prior; to train longer, add {option} --redo tokens"
+    return f". The budget was {minutes[0]:g} minutes for the tokenizer and {minutes[1]:g} for the prior. To train longer, add {option} --redo tokens"
 
 
 def record_recipe(recipe: Recipe) -> Path:
-    """The run's recipe.yaml, written; refused while another process is at work in the run folder, since that one goes on with its own."""
+    """Write the run's recipe.yaml and return its path. Raises InputError while another process, which has its own recipe, uses the run folder."""
     run = RunFolder(Path(recipe.run_dir))
     with run.lock():
         save_recipe(recipe, run.recipe)
     return run.recipe
 
 
-def redo_from(recipe: Recipe, stage: str | None) -> None:
-    """Delete what a stage and those after it have made, where that was asked for."""
+def delete_stages_from(recipe: Recipe, stage: str | None) -> None:
+    """Delete the results of a stage and of all later stages. Does nothing if `stage` is None."""
     if stage is None:
         return
     run = RunFolder(Path(recipe.run_dir))
@@ -72,16 +72,16 @@ def redo_from(recipe: Recipe, stage: str | None) -> None:
 
 
 def bundle_run(recipe: Recipe) -> Path:
-    """Bundle the tokenizer and the prior of a run into its pipeline/."""
+    """Bundle the tokenizer and the prior of a run into <run_dir>/pipeline, and return that path."""
     from pipelines.bundle import make_bundle
 
     run = RunFolder(Path(recipe.run_dir))
     with run.lock():
         inputs = inputs_of(recipe, "pipeline")
-        judge(run, recipe, "pipeline", inputs)
+        decide_action(run, recipe, "pipeline", inputs)
         started, sampling = time.monotonic(), recipe.sampling
         if sampling.guidance_scale != 1 and read_vocabulary(run.export("prior"))["class_names"] is None:
-            print(f"sampling.guidance_scale {sampling.guidance_scale:g} is left out of the bundle: the images have no classes to guide to")
+            print(f"the bundle does not use sampling.guidance_scale {sampling.guidance_scale:g}, because the images have no classes")
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
         folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling)
         write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
@@ -90,7 +90,7 @@ def bundle_run(recipe: Recipe) -> Path:
 
 
 def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
-    """Measure the finished run, print what was measured and how long each part took, and say what to try next."""
+    """Measure a finished run, and print the results, the seconds of each stage and the next commands to try."""
     from pipelines.bundle import read_bundle
     from pipelines.stages.summary import summarize, summary_table
 
@@ -100,14 +100,14 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     summary["seconds_of_this_call"] = {name: round(value, 1) for name, value in seconds.items()}
     write_json(run.summary, summary)
     print(f"\nmeasured ({run.summary}):\n{summary_table(summary)}")
-    print("\ntime:\n" + "\n".join(f"    {name:<24} {duration(value)}" for name, value in seconds.items()))
-    print(f"    {'all together':<24} {duration(sum(seconds.values()))}")
+    print("\ntime:\n" + "\n".join(f"    {name:<24} {format_duration(value)}" for name, value in seconds.items()))
+    print(f"    {'total':<24} {format_duration(sum(seconds.values()))}")
     names = example_classes(read_bundle(run.export("pipeline"))["class_names"] or [])
     classes = f"--classes {shlex.quote(names)} " if names else ""
-    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext, try:\n"
+    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext steps:\n"
           f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out {run.root}/samples/\n    vqmosaic demo {run.root}")
 
 
 def example_classes(names: list[str]) -> str:
-    """Two class names (or the only one) in the format of --classes; empty without classes. Of ten classes, the fourth and the eighth."""
+    """Two class names (or the only one) in the format of --classes, or "" without classes. Of ten classes: the fourth and the eighth."""
     return ",".join(names[index] for index in sorted({len(names) * 3 // 10, len(names) * 7 // 10})) if names else ""

@@ -1,4 +1,4 @@
-"""How much a recipe has to train on, for the fields that follow from it (vqmosaic/recipes/fields_from_data.py)."""
+"""Counts the training images of a recipe, from which other fields follow (vqmosaic/recipes/fields_from_data.py)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,11 @@ from vqmosaic.recipes.fields_from_data import DataSize
 
 
 def count_images(recipe: Mapping[str, Any]) -> DataSize | None:
-    """The size of a recipe's data, given its fields by dotted name: of its tokens if they were made elsewhere or no data set is named."""
+    """The data size of a recipe, given its fields by dotted name. None if unknown.
+
+    Counts stored tokens if the recipe names tokens of another run, or if it names no data set and this run has tokens. Otherwise counts the
+    images.
+    """
     if recipe["prior_training.tokens"] is not None:
         return count_stored_images(recipe)
     counted = count_training_images(recipe)

@@ -1,4 +1,4 @@
-"""`vqmosaic train-prior RECIPE --overfit N`: checks the request, then runs the overfit test. Loads torch only after the checks."""
+"""Implements `vqmosaic train-prior RECIPE --overfit N`: checks the request, then runs the overfit test. Imports torch after the checks."""
 
 import argparse
 
@@ -8,13 +8,13 @@ from vqmosaic.errors import InputError, check_range
 
 
 def overfit_prior(options: argparse.Namespace, images: int) -> int:
-    """Exit code: 0 if the recipe's prior memorizes that many images in about a minute, otherwise 1. Writes nothing.
+    """Exit code 0 if the recipe's prior memorizes this number of images within about a minute, otherwise 1. Writes nothing.
 
-    Raises InputError for options that cannot be combined with it, and if there are no tokens.
+    Raises InputError for options that cannot be combined with --overfit, and if there are no tokens.
     """
     for name in ("redo", "accelerate_config"):
         if getattr(options, name) is not None:
-            raise InputError(f"--{name} does not go with --overfit, which runs in one process and leaves the run as it is; leave it out.")
+            raise InputError(f"--{name} cannot be combined with --overfit, which runs in one process and does not change the run. Leave it out.")
     check_range("--processes with --overfit", options.processes, at_least=1, at_most=1)
     check_range("--overfit", images, at_least=1)
     inputs_of(options.recipe, "prior")

@@ -1,11 +1,11 @@
-"""Encode the images of a recipe to token shards.
+"""Encodes the images of a recipe to token shards.
 
     vqmosaic preprocess digits
     vqmosaic preprocess cifar10 --processes 8
 
-Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. The images are permuted by a recorded seed before they are cut into
-shards, because data sets are often stored class by class. Shard s holds the images at positions [s*n, (s+1)*n), whoever writes it, so
-any number of processes gives the same bytes, and a run that was killed goes on with the shards that are missing.
+Writes <run_dir>/tokens/train and <run_dir>/tokens/validation. The images are permuted with a recorded seed before they are divided into
+shards, because data sets are often stored class by class. Shard s holds the images at positions [s*n, (s+1)*n). So any number of processes
+writes the same bytes, and after an interruption only the missing shards are written.
 """
 
 import dataclasses
@@ -33,28 +33,28 @@ from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
-from vqmosaic.runs.accelerator import held_by_main_process, keep_process_group, set_threads
+from vqmosaic.runs.accelerator import keep_process_group, lock_run_folder, set_threads
 from vqmosaic.runs.devices import available_cores, default_device
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import check_world_size, run_worker
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.runs.stage_records import StageRecord, judge, load_record, write_record
+from vqmosaic.runs.stage_records import StageRecord, decide_action, load_record, write_record
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted, is_or_are
 
 GRID_NAME = "image"
 SOURCE_ORDER = "order of the sources"
-"""The name of the permutation in the stage record. Records of version 0.1.0, which did not permute, do not have it."""
+"""Name of the permutation in the stage record. Missing in records of version 0.1.0, which did not permute."""
 
 
 def preprocess(recipe: Recipe) -> None:
-    """Write the token shards of both splits, from where an earlier call stopped."""
+    """Write the token shards of both splits that an earlier call has not written."""
     state = PartialState(cpu=default_device().type == "cpu")
     check_world_size(state.num_processes)
-    set_threads(recipe.tokens.threads)  # before anything is computed: the number decides how sums round
+    set_threads(recipe.tokens.threads)  # before any computation: the number of threads affects the rounding of sums
     run = RunFolder(Path(recipe.run_dir))
     try:
-        with StopFlag() as stop, held_by_main_process(run):
+        with StopFlag() as stop, lock_run_folder(run):
             preprocess_locked(recipe, run, state, stop)
     finally:
         keep_process_group()
@@ -62,23 +62,23 @@ def preprocess(recipe: Recipe) -> None:
 
 
 def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop: StopFlag) -> None:
-    """The preprocessing itself, while this process holds the run folder."""
+    """The part of `preprocess` that runs while this process holds the lock of the run folder."""
     report, started = Reporter("tokens", state.is_main_process), time.monotonic()
     folder = tokenizer_folder(recipe)
-    check_tokenizer_has_ids(recipe, folder)  # again, for a launcher of the user's own
+    check_tokenizer_has_ids(recipe, folder)  # again, because a user's own launcher skips the checks of the command line
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened, splits, data_set = stop.wait_or_leave(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
+    opened, splits, data_set = stop.wait_or_raise(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
     check_same_data(run, recipe, opened)
-    if judge(run, recipe, "tokens", inputs) == "skip":
+    if decide_action(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
     order_seed = ORDER_SEED
-    if before is not None and SOURCE_ORDER not in before.inputs:  # version 0.1.0 began these shards
+    if before is not None and SOURCE_ORDER not in before.inputs:  # version 0.1.0 started these shards
         order_seed = None
-        report("these shards were begun in the order of the data set and are finished in the same order; `--redo tokens` writes them in a "
+        report("these shards were started in the order of the data set and are finished in that order. `--redo tokens` writes them in a "
                "permuted order, which mixes the classes of training batches")
     else:
         inputs[SOURCE_ORDER] = f"seed {order_seed}"
@@ -89,26 +89,27 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     check_class_order(run, splits)
     if data_set == splits.fingerprint:
         inputs |= splits.unread_input
-    state.wait_for_everyone()  # all processes have read the record before it is written again
+    state.wait_for_everyone()  # until all processes have read the record, which is written next
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
     views = training_views(recipe.tokens)
     report.table("plan", {
-        "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on ({splits.how})",
+        "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on "
+                  f"({splits.validation_origin})",
         "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
     writers = []
-    former = data_set != splits.fingerprint  # what vqmosaic 0.1.0 has begun goes on with the identities that it recorded
+    former = data_set != splits.fingerprint  # shards started by vqmosaic 0.1.0 continue with its data set identities
     for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, former):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
     state.wait_for_everyone()
     if state.is_main_process:
-        for writer in writers:  # all processes' together, before a manifest makes anything complete
-            refuse_if_too_many_unreadable(skipped_by_all(writer), writer.header.num_sources, recipe.data)
+        for writer in writers:  # for the shards of all processes, before a manifest marks a split as complete
+            refuse_if_too_many_unreadable(read_skipped_sources(writer), writer.header.num_sources, recipe.data)
         for writer in writers:
             manifest = writer.finish()
             report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
@@ -116,46 +117,45 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
             for entry in manifest.skipped[:10]:
                 report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
             if manifest.skipped:
-                report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again, and stores those that can be read by then")
+                report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again and stores those that are readable then")
         write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
     state.wait_for_everyone()
 
 
 def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
-    """The images as opened, the images in their recorded form, and the fingerprint of the latter.
+    """The images as opened, the images as recorded, and the fingerprint of the latter in the recorded format.
 
-    Without a record, the second result has the class order of the tokenizer. The fingerprint has the form of the recorded one. Reads some bytes
-    of each image.
+    Without a record, the second result has the class order of the tokenizer. Reads a few bytes of each image.
     """
     opened = open_splits(recipe.data)
-    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_order_of(tokenizer.class_names)
-    return opened, splits, splits.fingerprint_like(before.inputs.get("data set") if before is not None else None)
+    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_class_order_of(tokenizer.class_names)
+    return opened, splits, splits.comparable_fingerprint(before.inputs.get("data set") if before is not None else None)
 
 
 def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
-    """Raise InputError where this run's own tokenizer was trained on other images than those that are here now."""
+    """Raise InputError if the images have changed since this run's own tokenizer was trained."""
     record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
     recorded = record.inputs.get("data set") if record is not None else None
-    if recorded is not None and splits.as_recorded(record.inputs).fingerprint_like(recorded) != recorded:
-        raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Put it back, train anew with "
-                         f"--redo tokenizer, or say that this tokenizer is meant with --tokens.tokenizer {run.export('tokenizer')}.")
+    if recorded is not None and splits.as_recorded(record.inputs).comparable_fingerprint(recorded) != recorded:
+        raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Restore it, train again with "
+                         f"--redo tokenizer, or use this tokenizer anyway with --tokens.tokenizer {run.export('tokenizer')}.")
 
 
 def check_class_order(run: RunFolder, splits: ImageSplits) -> None:
-    """Raise InputError if finished shards have the classes of the data set in another order, because new shards would have other labels."""
+    """Raise InputError if finished shards have the same classes in another order, because new shards would have other labels."""
     for split in SPLITS:
         folder = run.export("tokens") / split
         recorded = TokenShardManifest.load(folder).class_names if (folder / MANIFEST_NAME).is_file() else None
         names = splits.class_names
         if recorded != names and sorted(recorded or ()) == sorted(names or ()):
-            raise InputError(f"{folder}: these tokens have their classes in the order {listed_names(recorded)}, but new tokens would be in the "
-                             f"order {listed_names(names)}. Make the tokens and all later stages again with --redo tokens, or use another "
+            raise InputError(f"{folder}: the classes of these tokens are in the order {listed_names(recorded)}, but those of new tokens would be in "
+                             f"the order {listed_names(names)}. Rerun the tokens and all later stages with --redo tokens, or use another "
                              "--run_dir.")
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What the shards of one split are made from: the same plan gives the same bytes."""
+    """Everything that determines the shards of one split. The same plan gives the same bytes."""
 
     header: ShardSetHeader
     source: ImageSource
@@ -164,9 +164,9 @@ class SplitPlan:
 
 def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device,
                 order_seed: int | None = ORDER_SEED, former: bool = False) -> list[SplitPlan]:
-    """The plans of the training split, with the views of the recipe, and of the validation split, whose one view is the untouched image.
+    """The plans of the training split, with the views of the recipe, and of the validation split, whose only view is the unchanged image.
 
-    `former` makes them with the identities of the data set that vqmosaic 0.1.0 recorded.
+    `former` selects the data set identities that vqmosaic 0.1.0 recorded.
     """
     grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
                 depth=tokenizer.config.depth)
@@ -183,11 +183,11 @@ def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, 
 
 def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, state: PartialState, stop: StopFlag,
                 report: Reporter) -> None:
-    """Write this process's share of one split's shards, leaving out those that are complete already."""
+    """Write this process's part of the shards of one split. Complete shards are skipped."""
     own = range(state.process_index, writer.num_shards, state.num_processes)
     missing = [shard for shard in own if not writer.is_complete(shard)]
     if len(missing) < len(own):
-        report(f"{writer.folder}: {len(own) - len(missing)} of {counted(len(own), 'shard')} {is_or_are(len(own) - len(missing))} complete already")
+        report(f"{writer.folder}: {len(own) - len(missing)} of {counted(len(own), 'shard')} {is_or_are(len(own) - len(missing))} already complete")
     skipped: dict[str, str] = {}
     images = sum(len(writer.header.source_range(shard)) for shard in missing)
     with progress_bar(images, 0, writer.header.split, "image", state.is_main_process) as bar:
@@ -199,10 +199,13 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
 
 def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
                skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """Encode the sources of one shard into it. Gives each index with its ids (V, T) when they are stored, or with the reason when it is skipped;
-    `skipped` takes source -> reason."""
+    """Encode the sources of one shard and add them to it.
+
+    Yields each index with its ids (V, T) after they are stored, or with the error if the image is skipped. Adds skipped images to `skipped`
+    (source -> reason).
+    """
     source = split.source
-    for index, ids_VT in encoded(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
+    for index, ids_VT in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
         if isinstance(ids_VT, UnreadableImage):
             shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
             skipped[source.source_name(index)] = str(ids_VT)
@@ -212,68 +215,68 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
         yield index, ids_VT
 
 
-def skipped_by_all(writer: TokenShardWriter) -> dict[str, str]:
-    """Source -> reason of everything that finished shards leave out."""
+def read_skipped_sources(writer: TokenShardWriter) -> dict[str, str]:
+    """Source -> reason of all images that the finished shards skip."""
     sidecars = (ShardSidecar.load(writer.folder, shard_name(shard)) for shard in range(writer.num_shards))
     return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
 
 
-def encoded(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
-            stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """(index, ids (V, T)) for each source in order, or (index, why it cannot be read)."""
+def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
+                   stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+    """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones."""
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
-    # beside an encoder that has all cores, a thread would take them from it, and Python's lock between any two of its operations
+    # if the encoder uses all cores, a decoding thread would compete with it for cores and for Python's global lock
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
-    coming = decoded(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
+    decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
     for _ in batches:
-        batch, rows_NVCHW, reasons = stop.wait_or_leave(lambda: next(coming), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-        ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # R rows: each view of each image
+        batch, rows_NVCHW, errors = stop.wait_or_raise(lambda: next(decoded), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+        ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # one row per view of each image
         ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
-        yield from ((index, ids_VT if reason is None else reason) for index, ids_VT, reason in zip(batch, ids_NVT, reasons, strict=True))
+        yield from ((index, ids_VT if error is None else error) for index, ids_VT, error in zip(batch, ids_NVT, errors, strict=True))
 
 
-def decoded(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: ImageTokenizer, threads: int,
-            ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
-    """For each batch its indices, its rows (N, V, C, H, W) float32, zeros where an image is unreadable, and for each image None or why it is.
+def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: ImageTokenizer, threads: int,
+                   ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
+    """Yield the indices of each batch, its rows (N, V, C, H, W) float32 (zeros for unreadable images), and an error or None for each image.
 
-    Each thread decodes a part: a task for each image would spend much of what one of 32 pixels takes on the way from thread to thread. They
-    are `ahead` batches ahead of the caller. With one thread and none ahead the caller's own thread decodes.
+    The threads work `ahead` batches ahead of the caller. With one thread and ahead 0, the calling thread decodes. Each thread decodes a part of a
+    batch. With a task per image, passing tasks between threads would take a large part of the decoding time of 32-pixel images.
     """
     size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
     def decode(part: Sequence[int], rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
-        reasons, pixels = [], {}
-        for slot, index in enumerate(part):
-            reasons.append(None)
+        errors, pixels = [], {}
+        for position, index in enumerate(part):
+            errors.append(None)
             try:
-                pixels[slot] = tokenizer.transform.resize_views(source.read(index), views)
+                pixels[position] = tokenizer.transform.resize_views(source.read(index), views)
             except UnreadableImage as error:
-                reasons[-1] = UnreadableImage(str(error))  # the error itself would keep the frames it passed through, and their images, alive
+                errors[-1] = UnreadableImage(str(error))  # a copy, because the traceback of the original keeps images in memory
         if pixels:
             rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()  # in numpy, as in to_tensor
-        return reasons
+        return errors
 
-    coming: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
+    pending: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for batch in [*batches, *[range(0)] * ahead]:  # the empty ones push out the last of the others
+        for batch in [*batches, *[range(0)] * ahead]:  # the empty batches flush the last ones
             rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)
             if threads == 1 and not ahead:
                 yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
                 continue
-            in_part = max(1, -(-len(batch) // threads))
-            coming.append((batch, rows_NVCHW, [pool.submit(decode, batch[start:start + in_part], rows_NVCHW[start:start + in_part])
-                                               for start in range(0, len(batch), in_part)]))
-            if len(coming) > ahead:
-                batch, rows_NVCHW, parts = coming.popleft()
-                yield batch, rows_NVCHW, [reason for part in parts for reason in part.result()]
+            part_size = max(1, -(-len(batch) // threads))
+            pending.append((batch, rows_NVCHW, [pool.submit(decode, batch[start:start + part_size], rows_NVCHW[start:start + part_size])
+                                                for start in range(0, len(batch), part_size)]))
+            if len(pending) > ahead:
+                batch, rows_NVCHW, parts = pending.popleft()
+                yield batch, rows_NVCHW, [error for part in parts for error in part.result()]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
-    """Ids (N, T) of images (N, C, H, W), always computed `batch_size` at a time so that the shape cannot change the rounding."""
+    """Ids (N, T) of images (N, C, H, W). Every batch is padded to `batch_size` images, because rounding may depend on the batch shape."""
     missing = -len(rows_NCHW) % batch_size
     filled_NCHW = torch.cat([rows_NCHW, torch.zeros(missing, *rows_NCHW.shape[1:])]) if missing else rows_NCHW
     ids = [tokenizer.encode(piece.to(tokenizer.device)).flatten(1).cpu() for piece in filled_NCHW.split(batch_size)]
@@ -281,12 +284,12 @@ def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: 
 
 
 def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path) -> None:
-    """Raise InputError where the recipe's images are not of the size the tokenizer was made for."""
+    """Raise InputError if the image size or another image field of the recipe differs from that of the tokenizer."""
     for field in dataclasses.fields(tokenizer.transform):
         given, needed = getattr(recipe.data, field.name, None), getattr(tokenizer.transform, field.name)
         if given is not None and given != needed:
-            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}; "
-                             f"set data.{field.name} to {needed}.")
+            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}. "
+                             f"Set data.{field.name} to {needed}.")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is checked before a stage starts anything slow: without torch, in well under a second, unless a function says otherwise."""
+"""Checks made before a stage starts slow work. They need no torch and well under a second, unless a docstring says otherwise."""
 
 import os
 from itertools import pairwise
@@ -13,20 +13,20 @@ from vqmosaic.errors import InputError, check_range, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split
 from vqmosaic.runs.run_folder import STAGES, RunFolder
-from vqmosaic.runs.stage_records import judge, load_record
+from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import CheckpointFolder
 from vqmosaic.training.tracking import check_trackers
 
 TRAINING_SECTIONS = {"tokenizer": "tokenizer_training", "prior": "prior_training"}
 USUAL_ARCHITECTURES = ("grid_transformer", "llama", "gpt2", "qwen3")
-ROTARY_ARCHITECTURES = {"grid_transformer": 4, "llama": 2, "qwen3": 2}  # what the width of a head must be a multiple of
+ROTARY_ARCHITECTURES = {"grid_transformer": 4, "llama": 2, "qwen3": 2}  # the head width must be a multiple of this
 
 
 def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True, redo: str | None = None) -> str:
-    """What will happen to a stage ("start", "resume", "skip" or "compare", as judge says); InputError where it could not start.
+    """The action for a stage ("start", "resume", "skip" or "compare", see decide_action). Raises InputError if the stage cannot start.
 
-    That is so, too, where its recipe differs from what its folder was made with, unless `redo` names it or a stage before it.
-    `alone` also looks for what the stage reads from other stages; in a chain those are made first.
+    The stage also cannot start if its folder was made with another recipe, unless `redo` names this stage or an earlier one. With `alone`, the
+    inputs from other stages must exist; in a chain, they are made first.
     """
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
@@ -37,87 +37,87 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
         check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
     inputs = inputs_of(recipe, stage) if alone else None
-    verdict = "start" if is_redone else judge(run, recipe, stage, inputs)
+    action = "start" if is_redone else decide_action(run, recipe, stage, inputs)
     section = TRAINING_SECTIONS.get(stage)
     if section is not None:
         check_batch_split(recipe, section, processes)
         check_trackers(section, getattr(recipe, section).trackers)
-        if verdict != "skip" and not is_redone:
+        if action != "skip" and not is_redone:
             check_resume(recipe, stage, section)
-    if stage == "tokenizer" and verdict != "skip":
-        check_init_from(recipe, resumes=verdict in ("resume", "compare"))
+    if stage == "tokenizer" and action != "skip":
+        check_init_from(recipe, resumes=action in ("resume", "compare"))
         if recipe.tokenizer_training.perceptual_weight and recipe.tokenizer_training.perceptual_loss == "lpips":
             resolve_perceptual_weights(recipe.tokenizer_training.perceptual_weights)
-    if stage == "prior" and verdict != "skip":
+    if stage == "prior" and action != "skip":
         check_architecture(recipe)
         if alone:
             check_own_tokens(recipe)
-    return verdict
+    return action
 
 
 def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
-    """Raise InputError where the chain could not run through, before its first stage starts.
+    """Raise InputError before the first stage starts if a later part of the chain would fail.
 
-    Takes seconds where the prior is still to be trained: its configuration is made once with transformers.
+    If the prior is not trained yet, this takes seconds, because transformers makes its configuration.
     """
     for field, value, commands in (("tokens.tokenizer", recipe.tokens.tokenizer, "preprocess, train-prior, bundle"),
                                    ("prior_training.tokens", recipe.prior_training.tokens, "train-prior, bundle")):
         if value is not None:
-            raise InputError(f"{field} is {value!r}, made elsewhere, but `vqmosaic run` makes every part of the run itself. "
-                             f"Leave it out, or run the stages that are left one by one: {commands}.")
-    verdicts = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
-    check_parts_fit(recipe, verdicts)
-    check_nothing_in_vain(recipe, verdicts)
-    if verdicts["prior"] != "skip":
+            raise InputError(f"{field} is {value!r}, but `vqmosaic run` makes every part of the run itself. "
+                             f"Leave it out, or run the remaining stages one by one: {commands}.")
+    actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
+    check_parts_fit(recipe, actions)
+    check_no_stale_stage(recipe, actions)
+    if actions["prior"] != "skip":
         check_prior(recipe)
 
 
-def check_parts_fit(recipe: Recipe, verdicts: dict[str, str]) -> None:
-    """Raise InputError for the first stage that was made from other parts than the finished stages before it hold now."""
+def check_parts_fit(recipe: Recipe, actions: dict[str, str]) -> None:
+    """Raise InputError for the first stage whose recorded inputs differ from the current results of the finished stages before it."""
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
-        if verdicts[stage] not in ("skip", "compare"):
-            return  # what follows is judged when this stage is finished
-        if verdicts[following] != "start":
-            judge(run, recipe, following, inputs_of(recipe, following))
+        if actions[stage] not in ("skip", "compare"):
+            return  # later stages are checked when this stage is finished
+        if actions[following] != "start":
+            decide_action(run, recipe, following, inputs_of(recipe, following))
 
 
 def check_own_tokens(recipe: Recipe) -> None:
-    """Raise InputError if the run's tokens were not made with the run's tokenizer, which was trained again since."""
+    """Raise InputError if the run's tokenizer was trained again after the run's tokens were made."""
     run = RunFolder(Path(recipe.run_dir))
     if recipe.prior_training.tokens is not None or recipe.tokens.tokenizer is not None or not (run.export("tokenizer") / "config.json").is_file():
         return
     tokens = TokenShardManifest.load(run.export("tokens") / "train").token_fingerprint
     if tokens != token_fingerprint_of_tokenizer(run.export("tokenizer")):
-        raise InputError(f"{run.export('tokens')} was made with another tokenizer than {run.export('tokenizer')} is now, so a prior trained on these "
-                         "tokens would not fit it. Encode the images again (`vqmosaic preprocess` with --redo tokens), or name the tokenizer of "
-                         "these tokens with --tokens.tokenizer.")
+        raise InputError(f"{run.export('tokens')} was made with another tokenizer than the current {run.export('tokenizer')}, so a prior trained on "
+                         "these tokens would not fit it. Encode the images again (`vqmosaic preprocess` with --redo tokens), or set "
+                         "--tokens.tokenizer to the tokenizer of these tokens.")
 
 
-def check_nothing_in_vain(recipe: Recipe, verdicts: dict[str, str]) -> None:
-    """Raise InputError where a finished stage would go on and then not fit what was made from it before."""
+def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
+    """Raise InputError if a finished stage would train further while the next stage was made from its earlier result."""
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
         record = load_record(run, stage)
-        has_grown = verdicts[stage] == "resume" and record.finished and run.export(stage).exists()
-        if has_grown and verdicts[following] != "start":
-            raise InputError(f"{run.root}: the budget of stage {stage} has grown, and stage {following} was made from its earlier result. "
-                             f"Add --redo {following}, which makes this stage and those after it again, or choose another --run_dir.")
+        has_grown = actions[stage] == "resume" and record.finished and run.export(stage).exists()
+        if has_grown and actions[following] != "start":
+            raise InputError(f"{run.root}: the budget of stage {stage} has grown, but stage {following} was made from its earlier result. "
+                             f"Add --redo {following}, which reruns {following} and all later stages, or choose another --run_dir.")
 
 
 def check_can_write(field: str, folder: Path) -> None:
-    """Raise InputError where a folder is a file, or cannot be made because of what it would lie in. Makes nothing."""
+    """Raise InputError if a path is a file, or cannot be created because its parent is a file or not writable. Creates nothing."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{field} is {str(folder)!r}, which is a file; set {field} to a folder.")
+        raise InputError(f"{field} is {str(folder)!r}, which is a file. Set {field} to a folder.")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise InputError(f"{field} is {str(folder)!r}, but {existing} is a file; set {field} to a folder that can be made.")
+        raise InputError(f"{field} is {str(folder)!r}, but {existing} is a file. Set {field} to a folder that can be created.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{field} is {str(folder)!r}, but {existing} cannot be written; set {field} to a folder that can.")
+        raise InputError(f"{field} is {str(folder)!r}, but {existing} is not writable. Set {field} to a writable folder.")
 
 
 def check_resume(recipe: Recipe, stage: str, section: str) -> None:
-    """Raise InputError where a training could not go on from the checkpoint that `resume` names."""
+    """Raise InputError if training cannot continue from the checkpoint that `resume` names."""
     resume = getattr(recipe, section).resume
     checkpoints = CheckpointFolder(RunFolder(Path(recipe.run_dir)).checkpoints(stage))
     if resume == "never":
@@ -125,23 +125,26 @@ def check_resume(recipe: Recipe, stage: str, section: str) -> None:
     elif resume == "auto":
         run = RunFolder(Path(recipe.run_dir))
         record = load_record(run, stage)
-        if record is not None:  # whether a checkpoint is whole is found out by the training, since reading them takes time
-            checkpoints.check_not_lost(stage, run.export(stage), record.finished, look_inside=False)
+        if record is not None:  # training verifies the files of the checkpoints, because reading them takes time
+            checkpoints.check_can_continue(stage, run.export(stage), record.finished, verify_files=False)
     elif not (Path(resume) / "checksums.json").is_file():
         nearest = nearest_name(resume, ("auto", "never"))
         hint = f" Did you mean {nearest!r}?" if nearest else ""
-        known = ", ".join(map(str, checkpoints.all())) or "none so far"
-        raise InputError(f"{section}.resume is {resume!r}, which is no checkpoint (a folder with checksums.json); allowed: auto, never "
-                         f"or a checkpoint; this run has: {known}.{hint}")
+        known = ", ".join(map(str, checkpoints.all())) or "none"
+        raise InputError(f"{section}.resume is {resume!r}, which is not a checkpoint (a folder with checksums.json); allowed: auto, never "
+                         f"or a checkpoint. Checkpoints of this run: {known}.{hint}")
 
 
 def check_architecture(recipe: Recipe) -> None:
-    """Raise InputError for a prior.architecture that transformers does not know. Takes a second or two for all but the usual ones."""
+    """Raise InputError for an unknown prior.architecture, or a head width that it does not support.
+
+    Takes a second or two for architectures other than the usual ones.
+    """
     given, (_, width, heads) = recipe.prior.architecture, recipe.prior.sizes
     divisor = ROTARY_ARCHITECTURES.get(given, 1)
     if "head_dim" not in recipe.prior.options and width // heads % divisor:
-        raise InputError(f"prior.width is {width} and prior.heads is {heads}, which gives heads of {width // heads} dimensions; {given} rotates "
-                         f"pairs of them, so that must be a multiple of {divisor}: set prior.width to a multiple of {divisor * heads}.")
+        raise InputError(f"prior.width is {width} and prior.heads is {heads}, so each head has {width // heads} dimensions. The rotary embedding of "
+                         f"{given} needs a multiple of {divisor}. Set prior.width to a multiple of {divisor * heads}.")
     if given in USUAL_ARCHITECTURES:
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
@@ -154,7 +157,7 @@ def check_architecture(recipe: Recipe) -> None:
 
 
 def check_prior(recipe: Recipe) -> None:
-    """Raise InputError where transformers cannot configure the prior of a recipe. Loads torch and transformers."""
+    """Raise InputError if transformers cannot configure the prior of a recipe. Imports torch and transformers."""
     from stage2_prior.model.causal_lm import make_config
     from stage2_prior.vocabulary import Vocabulary
 
@@ -164,12 +167,12 @@ def check_prior(recipe: Recipe) -> None:
 
 
 def check_image(path: Path) -> None:
-    """Raise InputError for a path that is no image by its first bytes; the pixels are read later."""
+    """Raise InputError unless the path is an image file. Reads only the header."""
     from PIL import Image
 
     check_readable(path)
     if not path.is_file():
-        what = "is a folder; give the images in it" if path.is_dir() else "does not exist"
+        what = "is a folder. Give the images in it" if path.is_dir() else "does not exist"
         nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None
         hint = f" Did you mean {str(path.parent / nearest)!r}?" if nearest else ""
         raise InputError(f"image {str(path)!r} {what}.{hint}")

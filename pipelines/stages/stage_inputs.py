@@ -1,4 +1,4 @@
-"""What each stage of a run starts from, looked up without torch: where it lies, and its fingerprint."""
+"""Finds the inputs of each stage of a run: their folders and fingerprints. Needs no torch."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from vqmosaic.errors import InputError
 from vqmosaic.files.json_files import read_object
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe
-from vqmosaic.recipes.tokenizer_sections import CONTINUOUS, QUANTIZER_NAMES
+from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, QUANTIZER_NAMES
 
-WITH_IDS = tuple(name for name in QUANTIZER_NAMES if name not in CONTINUOUS)
+DISCRETE_QUANTIZERS = tuple(name for name in QUANTIZER_NAMES if name not in CONTINUOUS_QUANTIZERS)
 
 
 def tokenizer_folder(recipe: Recipe) -> Path:
-    """The tokenizer that preprocessing uses: the recipe's, or this run's own."""
+    """The folder of the tokenizer used in preprocessing: tokens.tokenizer of the recipe, or the tokenizer of this run."""
     return Path(recipe.tokens.tokenizer or Path(recipe.run_dir) / "tokenizer")
 
 
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
-    """The token fingerprint in a tokenizer's config.json; InputError where there is no tokenizer."""
+    """The token fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
     return _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")["token_fingerprint"]
 
 
@@ -27,33 +27,33 @@ def full_fingerprint_of_tokenizer(folder: Path) -> str:
     """The full fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
     content = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
     if "full_fingerprint" not in content:
-        raise InputError(f"{folder / 'config.json'} has no full_fingerprint; copy the tokenizer again from where it was made.")
+        raise InputError(f"{folder / 'config.json'} has no full_fingerprint. Copy the tokenizer again from its original folder.")
     return content["full_fingerprint"]
 
 
 def token_fingerprint_of_prior(folder: Path) -> str:
-    """The token fingerprint in a prior's vocabulary.json; InputError where there is no prior."""
+    """The token fingerprint in a prior's vocabulary.json. Raises InputError if there is no prior."""
     return read_vocabulary(folder)["token_fingerprint"]
 
 
 def read_vocabulary(folder: Path) -> dict:
-    """The content of a prior's vocabulary.json; InputError where there is no prior."""
+    """The content of a prior's vocabulary.json. Raises InputError if there is no prior."""
     return _read(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
-    """Raise InputError where the tokenizer that preprocessing uses gives no ids: by the recipe, and by config.json of its folder if given."""
-    def refusal(what: str, field: str) -> InputError:
-        return InputError(f"{what} is {CONTINUOUS[0]!r}, whose latents are continuous: without ids there is nothing to store as tokens and no prior "
-                          f"to train over them. Set {field} one of: {', '.join(WITH_IDS)}. (train-tokenizer and reconstruct work without ids.)")
+    """Raise InputError if the tokenizer used in preprocessing has a continuous quantizer, according to the recipe or config.json in `folder`."""
+    def continuous_error(what: str, field: str) -> InputError:
+        return InputError(f"{what} is {CONTINUOUS_QUANTIZERS[0]!r}, whose latents are continuous. Token shards and priors need discrete ids. "
+                          f"Set {field} one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
 
-    if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS:
-        raise refusal("tokenizer.quantizer", "it to")
+    if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS_QUANTIZERS:
+        raise continuous_error("tokenizer.quantizer", "it to")
     if folder is None:
         return
     network = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer").get("network")
-    if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS:
-        raise refusal(f"tokenizer.quantizer of the tokenizer in {folder}", "tokens.tokenizer to the folder of a tokenizer with")
+    if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS_QUANTIZERS:
+        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", "tokens.tokenizer to the folder of a tokenizer with")
 
 
 def _read(path: Path, what: str, command: str) -> dict:
@@ -61,15 +61,15 @@ def _read(path: Path, what: str, command: str) -> dict:
     for name in (path.name, "model.safetensors"):
         in_parts = name == "model.safetensors" and what == "prior" and (path.parent / f"{name}.index.json").is_file()
         if not (path.parent / name).is_file() and not in_parts:
-            raise InputError(f"{path.parent} is no {what}: {name} is missing. `{command}` makes one.")
-    content = read_object(path, f"copy the {what} again from where it was made")
+            raise InputError(f"{path.parent} is not a {what}: {name} is missing. `{command}` writes one.")
+    content = read_object(path, f"copy the {what} again from its original folder")
     if "token_fingerprint" not in content:
-        raise InputError(f"{path.parent} is no {what}: {path.name} has no token_fingerprint. `{command}` makes one.")
+        raise InputError(f"{path.parent} is not a {what}: {path.name} has no token_fingerprint. `{command}` writes one.")
     return content
 
 
 def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:
-    """Name -> fingerprint of what a stage reads from other stages; InputError names what is missing. The data set is not looked at."""
+    """Name -> fingerprint of the inputs of a stage from other stages, without the data set. Raises InputError for missing inputs."""
     if stage == "tokens":
         return {"tokenizer": token_fingerprint_of_tokenizer(tokenizer_folder(recipe))}
     if stage == "prior":

@@ -1,4 +1,4 @@
-"""The end of a run: samples.png, reconstructions.png, summary.json and the table of what was measured."""
+"""Measures a finished run: samples.png, reconstructions.png, summary.json and the printed table."""
 
 import dataclasses
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from pipelines.bundle import evenly_spread
+from pipelines.bundle import evenly_spaced_classes
 from pipelines.doctor import processor_name
-from pipelines.generate import ImageGenerationPipeline, images_together
-from pipelines.stages.measures import DigitsJudge, measure_generation
+from pipelines.generate import ImageGenerationPipeline, tokenizer_batch_size
+from pipelines.stages.measures import DigitsClassifier, measure_generation
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
@@ -32,20 +32,20 @@ LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def summarize(recipe: Recipe) -> dict[str, Any]:
-    """The numbers of a finished run, for summary.json; writes the pictures."""
+    """Write the pictures of a finished run, and return its measures for summary.json."""
     run = RunFolder(Path(recipe.run_dir))
     pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
     splits = open_splits(recipe.data)
     save_samples(pipe, recipe, run.root / "samples.png")
     validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
     images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
-    together = images_together(pipe.tokenizer.transform.image_size)
-    restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(part.to(pipe.device)).cpu() for part in images_BCHW.split(together)])
+    batch_size = tokenizer_batch_size(pipe.tokenizer.transform.image_size)
+    restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(batch_BCHW.to(pipe.device)).cpu() for batch_BCHW in images_BCHW.split(batch_size)])
     save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
 
     reader = TokenShardReader(run.export("tokens") / "train")
     is_digits = resolve_source(recipe.data) == "digits"
-    judge = DigitsJudge([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
+    classifier = DigitsClassifier([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
     tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
     tokens, codes = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
     summary = {
@@ -55,8 +55,8 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "tokenizer_export": recipe.tokenizer_training.export,
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
         "sampling": dataclasses.asdict(pipe.sampling),
-        "generation": measure_generation(pipe, reader, recipe.seed, judge),
-        **({"classifier_accuracy_on_held_out_scans": judge.accuracy} if judge else {}),
+        "generation": measure_generation(pipe, reader, recipe.seed, classifier),
+        **({"classifier_accuracy_on_held_out_scans": classifier.accuracy} if classifier else {}),
         "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},
@@ -68,14 +68,14 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
     """The validation record of the weights that a stage exported, including their step.
 
     Args:
-        export: which weights the recipe exports, "best" or "last".
-        error: the measure that decides which weights are best. Used only if the stage record does not name the exported step, as in older versions.
+        export: the weights that the recipe exports, "best" or "last".
+        error: the metric that selects the best weights. Used only if the stage record has no exported step, as in older versions.
     """
     validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
     step = load_record(run, stage).exported_step
     if not validations:
-        raise InputError(f"{run.logs(stage) / 'metrics.jsonl'} has no validations, so the numbers of stage {stage} are not known; put the file back, "
-                         f"or make the stage anew with --redo {stage}.")
+        raise InputError(f"{run.logs(stage) / 'metrics.jsonl'} has no validations, so the metrics of stage {stage} are unknown. Restore the "
+                         f"file, or rerun the stage with --redo {stage}.")
     if step is None:
         finite = [record for record in validations if math.isfinite(record[error])]
         step = min(finite, key=lambda record: record[error])["step"] if finite and export == "best" else validations[-1]["step"]
@@ -84,40 +84,40 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
 
 
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
-    """A picture of samples: a row for each of ten classes, evenly spread over all of them, or just rows."""
+    """Save a picture of samples with one row for each of up to ten evenly spaced classes, or ten rows without classes."""
     names = pipe.class_names
-    labels = evenly_spread(len(names), ROWS) if names else None
+    labels = evenly_spaced_classes(len(names), ROWS) if names else None
     rows = len(labels) if names else ROWS
     out = pipe(labels, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
-    picture = image_grid([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
+    picture = tile_images([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
     save_picture(picture, path)
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The numbers of a run as lines a person reads."""
+    """The summary of a run as a text table."""
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
     rows = [
-        ("tokens of an image", f"{tokens['count']} of {counted(tokens['codebook_size'], 'code')}, {tokens['bits_per_image']:.0f} bits"),
+        ("tokens per image", f"{tokens['count']} of {counted(tokens['codebook_size'], 'code')}, {tokens['bits_per_image']:.0f} bits"),
         ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
-                                       f"{images_of(tokenizer)})"),
+                                       f"{format_image_count(tokenizer)})"),
         ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
         ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,}"
-                              f"{images_of(prior)})"),
+                              f"{format_image_count(prior)})"),
     ]
-    for name, numbers in summary["generation"].items():
-        words = [f"{numbers['copies']:.1%} copies", f"{numbers['distinct']:.1%} distinct"]
-        if "class_agreement" in numbers:
-            words = [f"{numbers['class_agreement']:.1%} of the class asked for", *words, f"spread {numbers['spread']:.2f} of the scans'"]
-        rows.append((f"{numbers['samples']} samples, {name}", ", ".join(words)))
+    for name, measures in summary["generation"].items():
+        words = [f"{measures['copies']:.1%} copies", f"{measures['distinct']:.1%} distinct"]
+        if "class_agreement" in measures:
+            words = [f"{measures['class_agreement']:.1%} of the requested class", *words, f"spread {measures['spread']:.2f} relative to the scans"]
+        rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
 
 
-def images_of(numbers: dict[str, Any]) -> str:
-    """On how many images a validation was measured, in words that follow its step; nothing for one of version 0.1.0, which did not record it."""
-    return f", {counted(numbers['images'], 'image')}" if "images" in numbers else ""
+def format_image_count(record: dict[str, Any]) -> str:
+    """The number of images of a validation record, such as ", 500 images". Empty for records of version 0.1.0, which have no number."""
+    return f", {counted(record['images'], 'image')}" if "images" in record else ""
 
 
 def read_summary(run: RunFolder) -> dict[str, Any]:
-    """summary.json of a finished run."""
+    """The content of summary.json of a finished run."""
     return json.loads(run.summary.read_text())

@@ -1,8 +1,8 @@
-"""Stage 2 training with pictures: the prior's samples, decoded by the run's tokenizer after each validation.
+"""Trains the prior (stage 2) and saves a picture of decoded samples after each validation.
 
     vqmosaic train-prior digits
 
-Without a tokenizer (tokens made elsewhere), the training makes no pictures.
+Without a tokenizer (tokens of another program), training saves no pictures.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.bundle import evenly_spread
-from pipelines.generate import decoded_in_parts
+from pipelines.bundle import evenly_spaced_classes
+from pipelines.generate import decode_in_batches
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import tokenizer_folder
 from stage1_tokenizer.image_files.images import to_uint8
-from stage1_tokenizer.pictures import image_grid, save_picture, viewing_scale
+from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
@@ -35,32 +35,32 @@ ROWS, COLUMNS = 10, 8
 
 
 def sample_pictures(recipe: Recipe) -> OnValidation | None:
-    """A callback that saves a picture of decoded samples, or None where there is no tokenizer and in all but the main process."""
+    """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one."""
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
         return None
     tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
     training, world_size = recipe.prior_training, int(os.environ.get("WORLD_SIZE", "1"))
-    together = max(1, training.batch_size // training.accumulation_steps // world_size // 2)  # with guidance an image is two rows of a batch
+    batch_size = max(1, training.batch_size // training.accumulation_steps // world_size // 2)  # with guidance, an image takes two rows
 
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
-            return  # tokens of another tokenizer: there is nothing to decode them with
+            return  # the tokens come from another tokenizer, so this one cannot decode them
         num_classes = prior.vocabulary.num_classes
         sampling = recipe.sampling
-        if not num_classes or prior.vocabulary.label_drop == 0:  # no null class was learnt that guidance could compare with
+        if not num_classes or prior.vocabulary.label_drop == 0:  # guidance needs a null class, which this prior does not learn
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        labels = evenly_spread(num_classes, ROWS) or [NO_CLASS] * 4
+        labels = evenly_spaced_classes(num_classes, ROWS) or [NO_CLASS] * 4
         classes, seeds, pixels = [label for label in labels for _ in range(COLUMNS)], image_seeds(recipe.seed, len(labels) * COLUMNS), []
-        for start in range(0, len(seeds), together):
-            part = slice(start, start + together)
+        for start in range(0, len(seeds), batch_size):
+            batch = slice(start, start + batch_size)
             try:
-                ids_BT = prior.sample(classes[part] if num_classes else None, sampling, seeds[part], lambda done, total: not stop.signal)
+                ids_BT = prior.sample(classes[batch] if num_classes else None, sampling, seeds[batch], lambda done, total: not stop.signal)
             except SamplingStopped:
                 return
-            pixels += [to_uint8(images.cpu()) for images in decoded_in_parts(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
+            pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
         pixels = np.concatenate(pixels)
-        picture = image_grid([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
+        picture = tile_images([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
 
     return torch.no_grad()(save)

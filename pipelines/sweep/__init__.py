@@ -1,1 +1,1 @@
-"""`vqmosaic sweep`: the choice of sampling settings by Frechet distance."""
+"""`vqmosaic sweep`: chooses sampling settings by Frechet distance."""

@@ -1,4 +1,4 @@
-"""A random subset of a stream of rows, in bounded memory."""
+"""Draws a random subset of a stream of rows in bounded memory."""
 
 import numpy as np
 import torch
@@ -7,10 +7,10 @@ from vqmosaic.seeding import generator
 
 
 class RandomSubset:
-    """A random subset of `size` rows of a stream, all subsets equally likely (reservoir sampling: Vitter 1985, algorithm R).
+    """A uniformly random subset of `size` rows of a stream (reservoir sampling: Vitter 1985, algorithm R).
 
-    Which rows are kept depends on their positions in the stream and on `seed_parts`, not on how they are split into batches. A stream of at most
-    `size` rows is kept whole and in order.
+    The choice of rows depends on their positions in the stream and on `seed_parts`, not on the batches. If the stream has at most `size` rows, all
+    rows are kept, in order.
     """
 
     def __init__(self, size: int, *seed_parts: int | str):
@@ -21,7 +21,7 @@ class RandomSubset:
     def update(self, rows_BF: torch.Tensor) -> None:
         """Add the next rows (B, F) of the stream."""
         positions_B = np.arange(self.count, self.count + len(rows_BF))
-        # row n goes to a random slot from 0 to n, and is left out if that is not one of the `size` slots
+        # row n goes to a random slot from 0 to n, and is dropped if the slot is not below `size`
         slots_B = np.where(positions_B < self.size, positions_B, (self._generator.random(len(rows_BF)) * (positions_B + 1)).astype(np.int64))
         for row_F, slot in zip(rows_BF, slots_B.tolist(), strict=True):
             if slot < self.size:
@@ -29,5 +29,5 @@ class RandomSubset:
         self.count += len(rows_BF)
 
     def rows(self) -> torch.Tensor:
-        """The rows (min(size, count), F) that were kept."""
+        """The kept rows (min(size, count), F)."""
         return torch.stack(self._rows)

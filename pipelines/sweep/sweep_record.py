@@ -1,9 +1,9 @@
-"""The record of a sweep: with what it was made, and the result of each combination, written as it comes. Loads no torch.
+"""Reads and writes the record of a sweep: its setup, and the result of each combination as soon as it is available. Does not load torch.
 
     sweep.json
-        setup        what decides the numbers: parts of the pipeline, feature extractor, real images, number of images, seed, classes
-        reference    how many real images were compared with
-        results      for each combination its settings, distances, seconds, device and library versions
+        setup        everything that affects the distances: pipeline parts, feature extractor, real images, number of images, seed, classes
+        reference    the number of real images that were used
+        results      for each combination, its settings, distances, seconds, device and library versions
 """
 
 import dataclasses
@@ -23,37 +23,37 @@ FORMAT = "vqmosaic.sweep"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "setup", "reference", "results")
 RESULT_FIELDS = ("settings", "frechet_distance", "kernel_distance", "kernel_deviation", "images", "seconds", "device", "versions")
-"""Fields of one result. The first four are needed for a ranking."""
+"""Fields of one result. The first four are required, because the ranking uses them."""
 
 
 class SweepRecord:
-    """A sweep's JSON file. Each result is added to it whole, so that a sweep that is stopped goes on with what is missing."""
+    """The JSON file of a sweep. Each result is added when it is complete, so a stopped sweep can continue with the missing combinations."""
 
     def __init__(self, path: Path, content: dict[str, Any]):
         self.path, self.content = path, content
 
     @classmethod
     def open(cls, path: Path, setup: Mapping[str, Any]) -> "SweepRecord":
-        """The record in a file, or a fresh one that is not written yet.
+        """The record in a file, or a new record that is not written yet.
 
         Raises:
-            ValueError: the file is something else, or a sweep with another setup, whose numbers could not be compared with new ones.
+            ValueError: the file is not a sweep record, or it has another setup, so that its distances are not comparable with new ones.
         """
         setup, content = json.loads(json.dumps(setup)), read_sweep(path)
         if content is None:
             return cls(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "setup": setup, "reference": None, "results": []})
         if content["setup"] != setup:
-            raise InputError(f"{path} was made with another setup, so its numbers cannot be compared with new ones: "
-                             f"{differences_in_words(list(differing(content['setup'], setup)))}. "
-                             "Give another --out, or delete the file to start anew.")
+            raise InputError(f"{path} was made with another setup, so its distances are not comparable with new ones: "
+                             f"{describe_setup_differences(list(iterate_differences(content['setup'], setup)))}. "
+                             "Give another --out, or delete the file to start a new sweep.")
         return cls(path, content)
 
     def result_of(self, sampling: SamplingConfig) -> dict[str, Any] | None:
-        """The result of a combination that was measured."""
+        """The result of a combination, or None if it was not measured yet."""
         return next((result for result in self.content["results"] if self.settings_of(result) == sampling), None)
 
     def settings_of(self, result: Mapping[str, Any]) -> SamplingConfig:
-        """The settings of a result. Settings that the record does not have keep their defaults."""
+        """The settings of a result. Settings that are missing from the record have their default values."""
         return from_fields(SamplingConfig, result["settings"], f"{self.path}: settings", result.get("versions", {}).get("vqmosaic"))
 
     def add(self, sampling: SamplingConfig, **numbers: Any) -> None:
@@ -62,71 +62,71 @@ class SweepRecord:
         write_json(self.path, self.content)
 
     def ranked(self) -> list[dict[str, Any]]:
-        """All results, the lowest Frechet distance first; of equal ones the one that was measured first."""
+        """All results in ascending order of Frechet distance. Equal distances keep the order in which they were measured."""
         return sorted(self.content["results"], key=lambda result: result["frechet_distance"])
 
 
 def read_sweep(path: Path) -> dict[str, Any] | None:
-    """What is in the record of a sweep, None where there is no file; InputError for a file that is something else."""
+    """The content of a sweep record, or None if the file does not exist. Raises InputError if it is not a sweep record."""
     check_readable(path)
     if not path.exists():
         return None
-    content = read_object(path, "give another --out, or delete it to start anew")
+    content = read_object(path, "give another --out, or delete it to start a new sweep")
     if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise InputError(f"{path} is no record of a sweep that this vqmosaic reads; give another --out.")
+        raise InputError(f"{path} is not a sweep record that this version of vqmosaic can read; give another --out.")
     check_fields(content, (*FIELDS, VERSION_FIELD), str(path), written_by(content), FIELDS)
     for number, result in enumerate(content["results"]):
         check_fields(result, RESULT_FIELDS, f"{path}: results[{number}]", written_by(result.get("versions")), RESULT_FIELDS[:4])
     return content
 
 
-def differing(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value there, value here) of the leaves in which two nested mappings differ."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in dict.fromkeys([*there, *here]):
-            yield from differing(there.get(key), here.get(key), f"{name}.{key}" if name else key)
-    elif there != here:
-        yield name, there, here
+def iterate_differences(recorded: Any, current: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted name, recorded value, current value) for each leaf in which two nested mappings differ."""
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        for key in dict.fromkeys([*recorded, *current]):
+            yield from iterate_differences(recorded.get(key), current.get(key), f"{name}.{key}" if name else key)
+    elif recorded != current:
+        yield name, recorded, current
 
 
-def is_about_the_pipeline(name: str) -> bool:
+def is_pipeline_field(name: str) -> bool:
     """Whether a dotted name in a record belongs to a fingerprint of the pipeline (see part_fingerprints)."""
     return name.partition(".")[0] == "pipeline"
 
 
-def other_pipeline(differences: Sequence[tuple[str, Any, Any]]) -> str:
-    """A clause that says which parts of a recorded pipeline have changed. It leaves out the fingerprints, which mean nothing to a reader."""
+def describe_pipeline_change(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """A clause that names the changed parts of a recorded pipeline. It omits the fingerprints, which are not useful to the user."""
     names = {name for name, _, _ in differences}
     parts = [part for part, fingerprints in (("tokenizer", {"pipeline.tokens", "pipeline.tokenizer"}), ("prior", {"pipeline.prior"}))
              if names & fingerprints]
     return "the pipeline is a different one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
 
 
-def differences_in_words(differences: Sequence[tuple[str, Any, Any]]) -> str:
-    """The differences between a recorded setup and another one. Fingerprints and digests are named without their values."""
-    words = [other_pipeline(differences)] if any(is_about_the_pipeline(name) for name, _, _ in differences) else []
-    for name, there, here in differences:
-        if is_about_the_pipeline(name):
+def describe_setup_differences(differences: Sequence[tuple[str, Any, Any]]) -> str:
+    """A message with the differences between a recorded setup and the current one. It omits the values of fingerprints and digests."""
+    clauses = [describe_pipeline_change(differences)] if any(is_pipeline_field(name) for name, _, _ in differences) else []
+    for name, recorded, current in differences:
+        if is_pipeline_field(name):
             continue
-        is_digest = any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) for value in (there, here))
-        words.append(f"{name} differs" if is_digest else f"{name} was {there!r}, now {here!r}")
-    return "; ".join(words)
+        is_digest = any(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) for value in (recorded, current))
+        clauses.append(f"{name} differs" if is_digest else f"{name} was {recorded!r}, now it is {current!r}")
+    return "; ".join(clauses)
 
 
-def settings_in_words(settings: dict[str, Any], names: list[str]) -> str:
-    """The named settings, for a line that a person reads."""
+def format_settings(settings: dict[str, Any], names: list[str]) -> str:
+    """The settings with these names as text, for printed lines."""
     return ", ".join(f"{name} {settings[name]:g}" if isinstance(settings[name], float | int) else f"{name} {settings[name]}" for name in names)
 
 
-def varied(results: list[dict[str, Any]]) -> list[str]:
-    """Names of the settings in which results differ; all names where they do not differ."""
+def varying_settings(results: list[dict[str, Any]]) -> list[str]:
+    """Names of the settings that differ between results, or all names if none differ."""
     names = list(results[0]["settings"])
     return [name for name in names if len({json.dumps(result["settings"][name]) for result in results}) > 1] or names
 
 
 def ranking_table(results: list[dict[str, Any]]) -> str:
-    """Ranked results as lines: rank, the settings that differ, Frechet distance, kernel distance with its deviation over subsets."""
-    names = varied(results)
+    """A text table of ranked results: rank, the settings that differ, Frechet distance, kernel distance ± standard deviation over subsets."""
+    names = varying_settings(results)
     rows = [["", *names, "Frechet", "kernel"]]
     for rank, result in enumerate(results, start=1):
         values = [f"{value:g}" if isinstance(value := result["settings"][name], float | int) else str(value) for name in names]

@@ -1,12 +1,12 @@
-"""`vqmosaic audit`: token shards proved whole, and held against the data set they were made from."""
+"""`vqmosaic audit`: checks token shards, compares them with the data set they were made from, and repairs them on request."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.tokens.origin import is_imported, readable_now, recipe_of, run_root
-from token_shards.audit import LISTED_AT_MOST, audit_tokens
+from pipelines.tokens.origin import find_readable, find_run, is_imported, load_run_recipe
+from token_shards.audit import MAX_LISTED_PROBLEMS, audit_tokens
 from token_shards.manifest import SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipes.recipe import Recipe
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) -> int:
-    """Exit code 0 when nothing is wrong, 1 when something is; prints every problem.
+    """Print every problem. Returns the exit code: 0 without problems, else 1.
 
-    The data set of `recipe`, or of the run that the folder lies in, tells which sources and labels there should be, and whether images that were
-    skipped can be read now. With `repair` the broken shards, and those that lack such images, are encoded again first. That needs the recipe, its
-    tokenizer and its data set; InputError says why where it cannot be.
+    Sources, labels and skipped images are compared with the data set of `recipe` or, by default, of the run that contains the folder. `repair` first
+    re-encodes damaged shards, and shards with skipped images that can be read now. It needs the recipe, its tokenizer and its data set, and raises
+    InputError if the repair is not possible.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; give a tokens folder, such as runs/digits/tokens.")
@@ -29,21 +29,21 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         folder = folder / "tokens"
     if repair:
         repair_run(folder, recipe)
-    compared, splits = "nothing: no recipe is known for this folder, give --recipe", {}
+    reference, splits = "no data set: the recipe of this folder is not known; give --recipe", {}
     try:
-        recipe = recipe or recipe_of(folder)
+        recipe = recipe or load_run_recipe(folder)
         if is_imported(folder):
-            compared = "nothing: these tokens were imported"
+            reference = "no data set: these tokens were imported"
         elif recipe is not None:
-            splits, compared = sources_of(recipe, folder), f"the data set of {recipe.run_dir}"
+            splits, reference = open_sources(recipe, folder), f"the data set of {recipe.run_dir}"
     except InputError as error:
-        compared = f"nothing: {error}"
+        reference = f"no data set: {error}"
     reports = audit_tokens(folder, expected_sources(splits))
-    print(f"compared with {compared}")
+    print(f"compared with {reference}")
     for split, report in reports.items():
         if split in splits:
             report.problems.extend([*changed_images(folder, split, splits[split]), *skipped_but_readable(folder, split, splits[split])])
-        verdict = "whole" if report.passed else counted(len(report.problems), "problem")
+        verdict = "no problems" if report.passed else counted(len(report.problems), "problem")
         print(f"{split}: {counted(report.samples, 'sample')} in {counted(report.shards, 'shard')}, {report.skipped} skipped: {verdict}")
         for problem in report.problems:
             print(f"    {problem}")
@@ -51,14 +51,14 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
 
 
 def repair_run(folder: Path, recipe: Recipe | None) -> None:
-    """Repair a tokens folder or one of its splits by its run's recipe, or by the one that was given."""
+    """Repair a tokens folder or the folder of one split with the given recipe or, by default, with the recipe of its run."""
     if is_imported(folder):
-        raise InputError(f"{folder} holds imported tokens, which cannot be encoded again; run `import-tokens` again, which rewrites what is damaged.")
+        raise InputError(f"{folder} contains imported tokens, which cannot be encoded again. Run `import-tokens` again to rewrite damaged shards.")
     if recipe is None:
-        recipe = recipe_of(folder)
+        recipe = load_run_recipe(folder)
         if recipe is None:
-            raise InputError(f"{folder} lies in no run folder, so nothing says what to repair it from; give --recipe.")
-        recipe.run_dir = str(run_root(folder))  # as it lies now, which the recipe need not say: from another directory, or after a move
+            raise InputError(f"{folder} is not in a run folder, so its recipe is not known; give --recipe.")
+        recipe.run_dir = str(find_run(folder))  # the recipe's own run_dir is wrong after a move, or relative to another directory
     from pipelines.tokens.repair import repair_tokens
 
     repaired = repair_tokens(folder, recipe)
@@ -66,17 +66,17 @@ def repair_run(folder: Path, recipe: Recipe | None) -> None:
     print(f"repaired: {counted(count, 'shard')} {'was' if count == 1 else 'were'} encoded again")
 
 
-def sources_of(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
-    """The images of both splits, with classes in the order of the shards in `folder` (a tokens folder, or the folder of one split)."""
+def open_sources(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
+    """The images of both splits, with the class order of the shards in `folder` (a tokens folder, or the folder of one split)."""
     from stage1_tokenizer.data.open_data import open_splits
 
     splits = open_splits(recipe.data)
     for path in (folder, *(folder / split for split in SPLITS)):
         with suppress(InputError):  # the audit reports what is wrong with this manifest
-            splits = splits.in_order_of(TokenShardManifest.load(path).class_names)
+            splits = splits.in_class_order_of(TokenShardManifest.load(path).class_names)
     sources = {"train": splits.train, "validation": splits.validation}
     for source in sources.values():
-        source.identity  # noqa: B018  (kept by the source; InputError here, where the caller expects one, if an image cannot be read)
+        source.identity  # noqa: B018  (computed and cached here, where the caller handles the InputError of an unreadable image)
     return sources
 
 
@@ -86,35 +86,35 @@ def expected_sources(splits: Mapping[str, "ImageSource"]) -> dict[str, Iterable[
 
 
 def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]:
-    """What is wrong where the images of a split are others than those that were encoded, whatever their names."""
-    from stage1_tokenizer.data.image_sources import identity_like
+    """A problem if the images of a split have changed since they were encoded, even if their names have not."""
+    from stage1_tokenizer.data.image_sources import comparable_identity
 
     try:
         manifest = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder)
     except InputError:
-        return []  # the audit has said so
+        return []  # the audit has reported it
     recorded, names = manifest.dataset, source.class_names
     if manifest.class_names != names and sorted(manifest.class_names or ()) == sorted(names or ()):
-        return [f"the tokens have their classes in the order {listed_names(manifest.class_names)}, but the data set has them in the order "
-                f"{listed_names(names)}."]
-    now = identity_like(source, recorded)
-    if all(recorded.get(key) == value for key, value in now.items() if key != "path"):
+        return [f"the class order of the tokens is {listed_names(manifest.class_names)}, but the data set has {listed_names(names)}."]
+    current = comparable_identity(source, recorded)
+    if all(recorded.get(key) == value for key, value in current.items() if key != "path"):
         return []
-    return [f"the images are not those that were encoded: names, labels, sizes or contents differ (sha256 {recorded.get('sha256')} then, "
-            f"{now['sha256']} now)."]
+    return [f"the images have changed since they were encoded: names, labels, sizes or contents differ (sha256 was {recorded.get('sha256')}, "
+            f"is now {current['sha256']})."]
 
 
 def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> list[str]:
-    """A text for each image of a split that its shards leave out as unreadable although it can be read now.
+    """A message for each image of a split that was skipped as unreadable but can be read now.
 
-    A read error of a network file system may have passed. Without this, such an image would be left out of every training.
+    The cause may have been a temporary read error of a network file system. Such an image would otherwise be missing from all later training.
     """
     folder = folder / split if (folder / split).is_dir() else folder
     try:
         manifest = TokenShardManifest.load(folder)
-    except InputError:  # the audit has said so
+    except InputError:  # the audit has reported it
         return []
-    found = readable_now(source, manifest.skipped)
-    texts = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), and can be read now; --repair encodes it."
-             for record in found]
-    return texts if len(texts) <= LISTED_AT_MOST else [*texts[:LISTED_AT_MOST], f"... and {len(texts) - LISTED_AT_MOST} more like the last."]
+    found = find_readable(source, manifest.skipped)
+    problems = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), but can be read now; --repair encodes it."
+                for record in found]
+    return problems if len(problems) <= MAX_LISTED_PROBLEMS else [
+        *problems[:MAX_LISTED_PROBLEMS], f"... and {len(problems) - MAX_LISTED_PROBLEMS} more problems of this kind."]

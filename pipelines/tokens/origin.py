@@ -1,4 +1,4 @@
-"""Where the tokens in a folder come from: the run they belong to, and the images that they were made of. Loads no torch."""
+"""Finds the origin of the tokens in a folder: their run, its recipe, and the images they were made from. Does not load torch."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def is_imported(folder: Path) -> bool:
-    """Whether the shards were made of tokens from elsewhere, of which a run's data set knows nothing; a broken manifest does not tell."""
+    """Whether the tokens were imported, so that no data set belongs to them. False if no manifest can be read."""
     for split_folder in (folder, *(folder / split for split in SPLITS)):
         if (split_folder / MANIFEST_NAME).is_file():
             try:
@@ -25,25 +25,25 @@ def is_imported(folder: Path) -> bool:
     return False
 
 
-def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of the run that a tokens folder or one of its splits lies in."""
-    root = run_root(folder)
+def load_run_recipe(folder: Path) -> Recipe | None:
+    """The recipe of the run that contains a tokens folder or the folder of one split, or None."""
+    root = find_run(folder)
     return None if root is None else load_recipe(str(root))
 
 
-def run_root(folder: Path) -> Path | None:
-    """The run that a tokens folder or one of its splits lies in."""
+def find_run(folder: Path) -> Path | None:
+    """The folder of the run that contains a tokens folder or the folder of one split, or None."""
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
-def readable_now(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
-    """Those of the records of skipped images (of a manifest or a sidecar) whose image can be read now."""
+def find_readable(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
+    """The records of skipped images (from a manifest or a sidecar) whose image can be read now."""
     from stage1_tokenizer.image_files.images import UnreadableImage
 
     found = []
     for record in skipped:
         if record["index"] >= len(source) or source.source_name(record["index"]) != record["source"]:
-            continue  # of another data set, which the comparison of names reports
+            continue  # the data set has changed; the comparison of names reports it
         with suppress(UnreadableImage):
             source.read(record["index"])
             found.append(record)

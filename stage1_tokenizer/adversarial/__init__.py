@@ -1,1 +1,1 @@
-"""The discriminator of a VQ-GAN: network, losses, augmentation, and when it takes part."""
+"""VQGAN training: discriminator, adversarial losses, augmentation and schedule."""

@@ -1,15 +1,15 @@
-"""Losses of a VQ-GAN by name, on logits of a discriminator, and the weight that balances them. All in float32.
+"""Adversarial losses by name, on discriminator logits, and the adaptive weight of VQGAN. All in float32.
 
-Larger logits mean "real". With D = sigmoid(logit), the losses that are minimised are
+Larger logits mean "real". With D = sigmoid(logit), discriminator and generator minimise
 
     name              discriminator                                         generator           source
     hinge             1/2 (mean max(0, 1 - real) + mean max(0, 1 + fake))   -mean fake          Lim & Ye 2017, the default of taming-transformers
     vanilla           -1/2 (mean log D(real) + mean log(1 - D(fake)))       mean log(1 - D)     Goodfellow et al. 2014, eq. 1: the minimax game
     non_saturating    as vanilla                                            -mean log D         Goodfellow et al. 2014, section 3
 
-Other programs mean other things by `vanilla`: taming-transformers pairs that discriminator loss with -mean fake, pix2pix with
--mean log D. Here it is the game as it was first written, whose generator learns least from what the discriminator sees through;
-whoever comes from either of them wants hinge or non_saturating. The discriminator's losses carry taming's factor 1/2.
+Other code uses the name `vanilla` differently: taming-transformers pairs this discriminator loss with -mean fake, pix2pix with
+-mean log D. Here it is the original minimax game, whose generator gradient vanishes for images that the discriminator recognises as fake.
+To reproduce taming-transformers use hinge; for pix2pix use non_saturating. Discriminator losses have the factor 1/2 of taming-transformers.
 """
 
 import torch
@@ -36,36 +36,36 @@ GENERATOR_LOSSES = {
 
 
 def discriminator_loss(name: str, real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    """What the discriminator minimises, a float32 scalar: it falls as real logits rise and as fake logits fall.
+    """Discriminator loss, a float32 scalar. It decreases as real logits rise and as fake logits fall.
 
     Args:
         name: hinge, vanilla or non_saturating.
-        real_logits, fake_logits: of any shape, say (B, 1, h, w); the mean is over all places. Fakes are to be made from detached images.
+        real_logits, fake_logits: of any shape, such as (B, 1, h, w); averaged over all elements. Compute fake_logits from detached images.
     """
     return DISCRIMINATOR_LOSSES[name](real_logits.float(), fake_logits.float())
 
 
 def generator_loss(name: str, fake_logits: torch.Tensor) -> torch.Tensor:
-    """What the generator minimises, a float32 scalar: it falls as the logits of its images rise.
+    """Generator loss, a float32 scalar. It decreases as the logits of the generated images rise.
 
     Args:
         name: hinge, vanilla or non_saturating.
-        fake_logits: of any shape, from a discriminator whose own parameters are frozen, but not under no_grad.
+        fake_logits: of any shape, from a discriminator with frozen parameters, but not under no_grad.
     """
     return GENERATOR_LOSSES[name](fake_logits.float())
 
 
 def adaptive_weight(reconstruction_loss: torch.Tensor, adversarial_loss: torch.Tensor, last_layer: torch.Tensor, limit: float) -> torch.Tensor:
-    """The factor that gives the adversarial loss as large a gradient at the last layer as the reconstruction loss has (Esser et al. 2021, eq. 7).
+    """The adaptive weight lambda of the adversarial loss (VQGAN, Esser et al. 2021, eq. 7). Equalizes both gradient norms at the last layer.
 
-    A detached float32 scalar in [0, limit]: |grad reconstruction| / (|grad adversarial| + 1e-6). Without any adversarial gradient it is the
-    limit (or 0, where there is no reconstruction gradient either), which then multiplies nothing. Where a gradient is not finite it is 0, so
-    that the discriminator has no say in that step; the losses themselves stay what they are, for the trainer to refuse.
+    A detached float32 scalar in [0, limit]: |grad reconstruction| / (|grad adversarial| + 1e-6). If the adversarial gradient is zero, the weight
+    is the limit (or 0 if the reconstruction gradient is zero too), which then has no effect. If a gradient is not finite, the weight is 0, so the
+    adversarial loss has no effect in that step. The losses keep their non-finite values, and the trainer refuses the step.
 
     Args:
-        reconstruction_loss, adversarial_loss: scalars that both depend on last_layer; their graphs are kept for the backward that follows.
+        reconstruction_loss, adversarial_loss: scalars that depend on last_layer. Their graphs are retained for the backward that follows.
         last_layer: the decoder's last weight, requiring grad.
-        limit: the largest factor allowed; taming-transformers has 10,000.
+        limit: the largest weight allowed; 10,000 in taming-transformers.
     """
     norms = [torch.linalg.vector_norm(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].detach().float())
              for loss in (reconstruction_loss, adversarial_loss)]

@@ -1,6 +1,6 @@
-"""A PatchGAN discriminator (Isola et al. 2017), laid out like that of pix2pix and taming-transformers, but with norms that see one image.
+"""A PatchGAN discriminator (Isola et al. 2017) with the layout of pix2pix and taming-transformers, but without batch norm.
 
-Batch norm would make the verdict on an image depend on its neighbours in the batch, and on how a batch is split over processes.
+Batch norm would make the logits of an image depend on the other images in the batch, and on how the batch is split over processes.
 """
 
 import math
@@ -11,27 +11,27 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, patch_grid
+from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, patches_per_side
 from vqmosaic.seeding import derive_seed
 
-LARGEST_MULTIPLIER = 8
-SLOPE = 0.2
+MAX_WIDTH_MULTIPLIER = 8
+LEAKY_SLOPE = 0.2
 
 
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w), one for each overlapping patch; larger means "real".
 
-    config.layers convolutions 4x4 of stride 2, one of stride 1, and one to a single channel, with leaky rectifiers between them. The first one
-    has no norm. Weights start as N(0, 0.02), drawn from `seed`; the global generators are left as they were.
+    config.layers 4x4 convolutions of stride 2, one of stride 1, and one to a single channel, with leaky ReLUs between them. The first has no
+    norm. Weights are drawn from N(0, 0.02) with `seed`; the global random state does not change.
 
-    With config.spectral_norm the estimates of the singular vectors are buffers, and part of the state_dict. No forward changes them; commit()
-    moves them on once, after an accepted step: so a refused step changes nothing, and micro-batches make no difference.
+    With config.spectral_norm (Miyato et al. 2018), the estimated singular vectors are buffers in the state_dict. Forward passes do not change
+    them. commit() runs one power iteration after an accepted step, so refused steps and micro-batches have no effect on them.
     """
 
     def __init__(self, config: AdversarialConfig, image_channels: int, seed: int):
         super().__init__()
         self.config = config
-        widths = [config.channels * min(2**index, LARGEST_MULTIPLIER) for index in range(config.layers + 1)]
+        widths = [config.channels * min(2**index, MAX_WIDTH_MULTIPLIER) for index in range(config.layers + 1)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "discriminator"))
             self.blocks = nn.ModuleList()
@@ -39,7 +39,7 @@ class PatchDiscriminator(nn.Module):
             for index, width in enumerate(widths):
                 convolution = self._convolution(channels, width, stride=2 if index < config.layers else 1)
                 norm = [nn.GroupNorm(group_count(width), width)] if index > 0 and config.norm == "group" else []
-                self.blocks.append(nn.Sequential(convolution, *norm, nn.LeakyReLU(SLOPE)))
+                self.blocks.append(nn.Sequential(convolution, *norm, nn.LeakyReLU(LEAKY_SLOPE)))
                 channels = width
             self.conv_out = self._convolution(channels, 1, stride=1)
 
@@ -53,13 +53,13 @@ class PatchDiscriminator(nn.Module):
         return self.features(images_BCHW)[0]
 
     def features(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (B, 1, h, w), and the feature map after each rectifier: config.layers + 1 of them, from fine to coarse.
+        """Logits (B, 1, h, w), and the config.layers + 1 feature maps after each leaky ReLU, from fine to coarse.
 
         Raises:
             ValueError: the images are too small for config.layers.
         """
-        patch_grid(min(images_BCHW.shape[2:]), self.config.layers)
-        with parametrize.cached():  # a weight is normalized once a forward, outside autocast
+        patches_per_side(min(images_BCHW.shape[2:]), self.config.layers)
+        with parametrize.cached():  # normalize each weight once per forward, outside autocast
             self._normalize_weights(images_BCHW.device.type)
             maps: list[torch.Tensor] = []
             features = images_BCHW
@@ -68,22 +68,22 @@ class PatchDiscriminator(nn.Module):
                 maps.append(features)
             return self.conv_out(features), maps              # (B, 1, h, w)
 
-    def _normalize_weights(self, device_type: str, move_on: bool = False) -> None:
-        """Divide the weights by their singular values, in float32; `move_on` lets the estimates of these follow the weights first."""
+    def _normalize_weights(self, device_type: str, update_estimates: bool = False) -> None:
+        """Divide the weights by their largest singular values, in float32. With `update_estimates`, runs a power iteration first."""
         with torch.autocast(device_type, enabled=False):
-            for convolution in self._normalized():
-                convolution.parametrizations.weight.train(move_on)
-                _ = convolution.weight  # computed here, and cached where that is asked for
+            for convolution in self._normalized_convolutions():
+                convolution.parametrizations.weight.train(update_estimates)
+                _ = convolution.weight  # computed here; parametrize.cached() keeps it
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Let the estimates of the singular vectors follow the weights, after an accepted step."""
-        self._normalize_weights(self.conv_out.bias.device.type, move_on=True)
+        """Update the estimated singular vectors by one power iteration, after an accepted step."""
+        self._normalize_weights(self.conv_out.bias.device.type, update_estimates=True)
 
-    def _normalized(self) -> Iterator[nn.Module]:
+    def _normalized_convolutions(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if parametrize.is_parametrized(module, "weight"))
 
 
 def group_count(width: int) -> int:
-    """Groups of a GroupNorm over this many channels: at most 32, each of at least four channels."""
+    """Number of GroupNorm groups for `width` channels: at most 32, with at least four channels each."""
     return math.gcd(32, width // 4)

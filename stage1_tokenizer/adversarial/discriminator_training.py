@@ -1,4 +1,4 @@
-"""The discriminator's side of a training step: what it says to the tokenizer, and how it learns."""
+"""Adversarial losses of a training step, for the tokenizer and for the discriminator."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,17 +8,17 @@ import torch.distributed as dist
 from torch import nn
 
 from stage1_tokenizer.adversarial.adversarial_losses import adaptive_weight, discriminator_loss, generator_loss
-from stage1_tokenizer.adversarial.differentiable_augmentation import augment_alike, augment_images
+from stage1_tokenizer.adversarial.differentiable_augmentation import augment_images, augment_pair
 from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
 from stage1_tokenizer.perceptual import feature_matching_loss
 from vqmosaic.recipes.tokenizer_sections import AdversarialConfig
 
 
 class Adversary:
-    """The losses between a discriminator and a tokenizer.
+    """The losses between a tokenizer and a discriminator.
 
-    `discriminator` is the bare module, asked in the tokenizer's half of a step, with its own weights frozen; `wrapped` is what
-    Accelerate made of it, used in its own half, where its gradients are averaged over the processes.
+    `discriminator` is the plain module. The tokenizer's loss uses it with frozen weights. `wrapped` is the same module wrapped by Accelerate. The
+    discriminator's loss uses it, so that gradients are averaged over processes.
     """
 
     def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: nn.Parameter,
@@ -27,14 +27,16 @@ class Adversary:
 
     def generator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, reconstruction: torch.Tensor,
                         share: float, feature_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What is added to the tokenizer's loss, and its parts by name for the log.
+        """The adversarial part of the tokenizer's loss, and its terms by name for the log.
 
-        `reconstruction` is the loss to balance against, `share` how much of its weight the adversarial loss has now, `feature_weight` the
-        weight of feature matching (0 for none), which rises with it.
+        Args:
+            reconstruction: the loss that the adaptive weight balances against.
+            share: the current fraction of the adversarial weight, in [0, 1]. Also scales feature matching.
+            feature_weight: weight of feature matching, 0 for none.
         """
         self.discriminator.requires_grad_(False)
-        # alike, so that features of a picture are compared with those of the same picture
-        fake_BCHW, real_BCHW = augment_alike(reconstructions_BCHW.float(), images_BCHW, self.config.augmentations)
+        # shared draws, so that feature matching compares an image and its reconstruction under the same augmentation
+        fake_BCHW, real_BCHW = augment_pair(reconstructions_BCHW.float(), images_BCHW, self.config.augmentations)
         with self.autocast():
             logits_B1hw, fake_features = self.discriminator.features(fake_BCHW)
             if feature_weight:
@@ -56,7 +58,7 @@ class Adversary:
         return total, terms
 
     def discriminator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The discriminator's own loss on images and, detached, their reconstructions; and what it says of both on average."""
+        """The discriminator's loss on images and detached reconstructions, and its terms (with mean logits) by name for the log."""
         self.discriminator.requires_grad_(True)
         both = torch.cat([images_BCHW, reconstructions_BCHW.detach().to(images_BCHW.dtype)])
         real_B1hw, fake_B1hw = self.wrapped(augment_images(both, self.config.augmentations)).float().chunk(2)

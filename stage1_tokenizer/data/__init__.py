@@ -1,1 +1,1 @@
-"""Images of a data set: sources, labels, splits, augmentation and batches."""
+"""The images of a data set: sources, labels, splits, augmentation and batches."""

@@ -1,4 +1,4 @@
-"""Training augmentation: a random View of an image, drawn in a fixed order and applied by the code that applies all views."""
+"""Training augmentation: draws a random View of an image, always with the same number of random draws."""
 
 import numpy as np
 from PIL import Image
@@ -8,14 +8,15 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 def is_augmented(data: DataConfig) -> bool:
-    """Whether training sees anything but the identity view."""
+    """Whether the recipe turns on any augmentation."""
     return data.crop_scale < 1 or data.flip or data.shift > 0
 
 
 def random_view(data: DataConfig, rng: np.random.Generator) -> View:
-    """A view drawn within the bounds of the recipe; the same six draws whatever is turned on, so options do not disturb each other.
+    """A random view within the bounds of the recipe.
 
-    With data.crop_scale = 1 the crop stays in the centre: nothing is cropped at random, and resized images can be kept.
+    There are always six draws, so turning on one option does not change the draws of the others. With data.crop_scale = 1, the crop is always
+    the centre crop, so resized images can be cached.
     """
     scale, x, y, flip, shift_x, shift_y = rng.random(6).tolist()
     crops = data.crop_scale < 1
@@ -24,12 +25,12 @@ def random_view(data: DataConfig, rng: np.random.Generator) -> View:
 
 
 def augment(image: Image.Image | np.ndarray, transform: ImageTransform, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """The image as uint8 (H, W, C) through a random view.
+    """A random view of the image as uint8 (H, W, C).
 
-    `image` is a PIL image, or, only while data.crop_scale is 1, the uint8 array that transform.resize made of it: both give the same.
+    `image` is a PIL image. With data.crop_scale = 1 it may also be the uint8 array from transform.resize, which gives the same result.
     """
     view = random_view(data, rng)
     if isinstance(image, np.ndarray):
-        assert data.crop_scale == 1, "a resized image has lost what a random crop would look at"
+        assert data.crop_scale == 1, "random crops need the original image, not the resized one"
         return flip_and_shift(image, view)
     return transform.resize(image, view)

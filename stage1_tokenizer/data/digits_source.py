@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels, installed with the package, so nothing is downloaded."""
+"""scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels. They are installed with the package, so nothing is downloaded."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stage1_tokenizer.data.image_sources import ImageSplits, cut_validation
+from stage1_tokenizer.data.image_sources import ImageSplits, hold_out_validation
 from stage1_tokenizer.image_files.images import read_image
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 class DigitsSource:
-    """One split of the digits; names are row numbers in scikit-learn's array."""
+    """One split of the digits. Names are row numbers in scikit-learn's array."""
 
     def __init__(self, split: str, rows: np.ndarray, pixels_NHW: np.ndarray, labels: np.ndarray, data: DataConfig):
         self.split = split
@@ -34,7 +34,7 @@ class DigitsSource:
 
     @property
     def former_identity(self) -> dict[str, Any]:
-        return self.identity  # which always held the pixels, and no path that could change
+        return self.identity  # the same as in version 0.1.0, which already digested the pixels; no path can change
 
     def with_class_order(self, order: Sequence[int]) -> "DigitsSource":
         return self  # the classes have only one order
@@ -56,11 +56,11 @@ class DigitsSource:
 
 
 def open_digits(data: DataConfig) -> ImageSplits:
-    """The digits, with a validation split cut by a hash of the row number."""
+    """The digits, with a validation split that is held out by a hash of the row number."""
     pixels_NHW, labels_N = load_scans()
-    train, validation, how = cut_validation(range(len(pixels_NHW)), labels_N.tolist(), data)
+    train, validation, origin = hold_out_validation(range(len(pixels_NHW)), labels_N.tolist(), data)
     return ImageSplits(DigitsSource("train", train, pixels_NHW, labels_N, data),
-                       DigitsSource("validation", validation, pixels_NHW, labels_N, data), how)
+                       DigitsSource("validation", validation, pixels_NHW, labels_N, data), origin)
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
@@ -68,4 +68,4 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # scanned as counts from 0 to 16
+    return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # values are counts from 0 to 16

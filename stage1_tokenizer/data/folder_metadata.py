@@ -1,4 +1,4 @@
-"""metadata.csv or metadata.jsonl beside the images of a folder: a row for each image, with its file_name and perhaps its class."""
+"""Reads metadata.csv or metadata.jsonl beside the images of a folder: one row per image, with its file_name and optionally its class."""
 
 import csv
 import json
@@ -16,11 +16,11 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|nan", re.IGNORECASE)
-"""Strings such as 007 and 1_0 are names, not numbers: as numbers they would be the classes 7 and 10."""
+"""Matches no strings such as 007 and 1_0. They are names: as numbers they would become the classes 7 and 10."""
 
 
 class FolderMetadata:
-    """The rows of the metadata files at the top of a data set and of its split folders; names are relative to the data set."""
+    """The rows of the metadata files at the top of a data set and of its split folders. Names are relative to the data set."""
 
     def __init__(self, root: Path, folders: list[str]):
         self.paths = [path for folder in folders for name in METADATA_NAMES if (path := root / folder / name).is_file()]
@@ -37,21 +37,21 @@ class FolderMetadata:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns beside file_name."""
+        """Names of the columns other than file_name."""
         return list(dict.fromkeys(name for row in self._rows.values() for name in row if name != _FILE_NAME))
 
     def labels(self, names: list[str], column: str) -> list[Any]:
-        """The stored value of each image; None for images without a value.
+        """The value of `column` for each image; None for images without a value.
 
-        Raises InputError if the column holds no classes, if an image has two classes, or if no row names an image.
+        Raises InputError if the column does not hold classes, if an image has two classes, or if no row names an image.
         """
         if not self._rows:
-            raise InputError(f"data.label_column is {column!r}, but {self.paths[0]} holds no rows. Fix or remove this file.")
+            raise InputError(f"data.label_column is {column!r}, but {self.paths[0]} has no rows. Fix or remove this file.")
         check_name(f"data.label_column (for {self.paths[0]})", column, self.columns)
         for name, row in self._repeated:
             if row.get(column) != self._rows[name].get(column):
                 raise InputError(f"{self.paths[0]}: {name!r} has several rows, with {column} {self._rows[name].get(column)!r} and "
-                                 f"{row.get(column)!r}. An image can have only one class: fix the file, or choose another data.label_column.")
+                                 f"{row.get(column)!r}. An image can have only one class. Fix the file, or choose another data.label_column.")
         if names and not any(_key(name) in self._rows for name in names):
             raise InputError(f"data.label_column is {column!r}, but no row of {self.paths[0]} names an image: rows name files such as "
                              f"{next(iter(self._rows))!r}, but the images have names such as {names[0]!r}. Give paths relative to the metadata file.")
@@ -59,16 +59,16 @@ class FolderMetadata:
         try:
             sorted_classes(values)
         except (ValueError, TypeError) as error:
-            raise InputError(f"data.label_column is {column!r}, which holds no classes in {self.paths[0]} ({error}); allowed: whole numbers, "
-                             "texts, true and false.") from None
+            raise InputError(f"data.label_column is {column!r}, which does not hold classes in {self.paths[0]} ({error}); allowed: whole numbers, "
+                             "strings, true and false.") from None
         return values
 
-    def without_image(self, names: Iterable[str]) -> list[str]:
-        """The file names in the rows that match no image."""
+    def names_without_image(self, names: Iterable[str]) -> list[str]:
+        """The file names in rows without a matching image."""
         return sorted(set(self._rows) - set(map(_key, names)))
 
     def hint(self) -> str:
-        """Words that name the columns that look like labels."""
+        """A message that names the columns that look like labels; "" if there are none."""
         distinct = {}
         for column in self.columns:
             try:
@@ -80,7 +80,7 @@ class FolderMetadata:
 
 
 def _key(name: str) -> str:
-    """The normalized form of a name, by which rows and images are compared: no . or .. in between, and forward slashes."""
+    """A name in the normalized form that matches rows with images: forward slashes, and no . or .. parts."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 
@@ -88,28 +88,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
-                rows = _with_numbers([{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(file)])
+                rows = _convert_numbers([{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(file)])
             else:
-                rows = [_parsed(number, line) for number, line in enumerate(file, 1) if line.strip()]
+                rows = [_parse_line(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except PermissionError as error:
         raise permission_denied(path) from error
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}); it tells the classes of the images beside it. Mend it or take it away.") from None
+        raise InputError(f"{path} cannot be read ({error}); it names the classes of the images beside it. Fix or remove this file.") from None
     if not all(isinstance(row, dict) and row.get(_FILE_NAME) for row in rows):
         found = f" Its first row has: {printable(', '.join(map(str, rows[0])))}." if isinstance(rows[0], dict) else ""
-        raise InputError(f"{path} has rows without {_FILE_NAME}, the path of an image relative to the file. Mend it or take it away.{found}")
+        raise InputError(f"{path} has rows without {_FILE_NAME}, the path of an image relative to the file. Fix or remove this file.{found}")
     return rows
 
 
-def _parsed(number: int, line: str) -> Any:
+def _parse_line(number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
 
 
-def _with_numbers(rows: list[dict[str, str | None]]) -> list[dict[str, Any]]:
-    """Rows of texts, with numbers in the columns that hold nothing else, so that classes 2 and 10 are in that order."""
+def _convert_numbers(rows: list[dict[str, str | None]]) -> list[dict[str, Any]]:
+    """The rows, with columns that hold only numbers converted from strings, so that class 2 comes before class 10."""
     for column in rows[0] if rows else ():
         if column == _FILE_NAME:
             continue

@@ -1,6 +1,6 @@
-"""Hugging Face data sets: by name on the hub, or a local folder (or file) of parquet or arrow.
+"""Hugging Face data sets: a name on the hub, or a local parquet or arrow file, or a folder of them.
 
-Only images.py decodes: the rows give the stored bytes, so the rules for EXIF, alpha and depth are the same as for files.
+Rows are read as stored bytes, and images.py decodes them. So the rules for EXIF, alpha and bit depth are the same as for image files.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from PIL import Image
 from stage1_tokenizer.data.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes, text_order
 from stage1_tokenizer.data.content_digest import content_digest, file_digest
 from stage1_tokenizer.data.data_location import TABLE_SUFFIXES, VALIDATION_SPLITS, local_path, nearest_sibling
-from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, combined_digest, cut_validation
+from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_out_validation, update_digest
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_name
@@ -37,14 +37,14 @@ _FINGERPRINT_ROWS = 256
 
 
 class HuggingFaceSource:
-    """One split of a data set; names are row numbers of the stored split."""
+    """One split of a data set. Names are row numbers of the stored split."""
 
-    def __init__(self, split: str, rows: datasets.Dataset, picked: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None,
+    def __init__(self, split: str, rows: datasets.Dataset, row_numbers: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None,
                  data: DataConfig):
         self.split = split
         self.class_names = class_names
         self._rows = rows.with_format("arrow")  # one column, the stored images
-        self._picked, self._labels = picked, labels
+        self._row_numbers, self._labels = row_numbers, labels
         path = local_path(data)
         self._folder = path if path.is_dir() else path.parent if path.is_file() else None
         self._name = str(path.resolve()) if path.exists() else data.path
@@ -52,30 +52,30 @@ class HuggingFaceSource:
         self._unread: frozenset[int] | None = None
 
     @cached_property
-    def _found(self) -> list[tuple[int | None, bytes | None, bool]]:
-        return list(map_in_threads(self._digest, range(len(self)), bar=f"looking at {self.split}"))
+    def _image_digests(self) -> list[tuple[int | None, bytes | None, bool]]:
+        return list(map_in_threads(self._digest, range(len(self)), bar=f"checking {self.split}"))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         # The library's own fingerprint depends on paths and times. This digest is the same on every machine.
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        digest.update(self._picked.astype("<i8").tobytes())
+        digest.update(self._row_numbers.astype("<i8").tobytes())
         if self._labels is not None:
-            digest.update(self._labels[self._picked].astype("<i8").tobytes())
+            digest.update(self._labels[self._row_numbers].astype("<i8").tobytes())
         unread = self._unread
         if unread is None:
-            unread = [index for index, (_, content, is_named) in enumerate(self._found) if content is None and is_named]
-        combined_digest(digest, ([] for _ in self._found), [(size, content) for size, content, _ in self._found], unread)
+            unread = [index for index, (_, content, is_named) in enumerate(self._image_digests) if content is None and is_named]
+        update_digest(digest, ([] for _ in self._image_digests), [(size, content) for size, content, _ in self._image_digests], unread)
         return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest(),
                 **({"unread": sorted(unread)} if unread else {})}
 
     @cached_property
     def former_identity(self) -> dict[str, Any]:
-        # of all images the labels and the stored sizes, of a few hundred the bytes
+        # Covers the labels and stored sizes of all images, and the bytes of up to _FINGERPRINT_ROWS images.
         digest = hashlib.sha256(json.dumps([self.class_names, len(self._rows)]).encode())
-        digest.update(self._picked.astype("<i8").tobytes())
+        digest.update(self._row_numbers.astype("<i8").tobytes())
         if self._labels is not None:
-            digest.update(self._labels[self._picked].astype("<i8").tobytes())
+            digest.update(self._labels[self._row_numbers].astype("<i8").tobytes())
         digest.update(_stored_sizes(self._column).astype("<i8").tobytes())
         for position in np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int):
             stored = self._stored(position)
@@ -83,29 +83,29 @@ class HuggingFaceSource:
         return {"kind": "huggingface", "path": self._name, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
 
     def with_class_order(self, order: Sequence[int]) -> "HuggingFaceSource":
-        new = np.append(np.argsort(order), -1)  # label -1 (no class) reads the last entry, and stays -1
-        return changed_copy(self, class_names=[self.class_names[before] for before in order],
-                            _labels=None if self._labels is None else new[self._labels])
+        new_labels = np.append(np.argsort(order), -1)  # label -1 (no class) indexes the last entry, so it stays -1
+        return changed_copy(self, class_names=[self.class_names[old] for old in order],
+                            _labels=None if self._labels is None else new_labels[self._labels])
 
     def with_unread(self, unread: Iterable[int]) -> "HuggingFaceSource":
         return changed_copy(self, _unread=frozenset(unread))
 
     def __len__(self) -> int:
-        return len(self._picked)
+        return len(self._row_numbers)
 
     def source_name(self, index: int) -> str:
-        return str(self._picked[index])
+        return str(self._row_numbers[index])
 
     def label(self, index: int) -> int | None:
         if self._labels is None:
             return None
-        label = int(self._labels[self._picked[index]])
+        label = int(self._labels[self._row_numbers[index]])
         return label if label >= 0 else None
 
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         stored = self._stored(index)
         if stored is None:
-            raise UnreadableImage("the row holds no image")
+            raise UnreadableImage("the row has no image")
         if not isinstance(stored, str):
             return read_image(stored, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
         path = self._path(stored)
@@ -115,28 +115,28 @@ class HuggingFaceSource:
             raise UnreadableImage(f"{str(path)!r}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        columns = ("_column", "_bytes")  # pickled, they would hold the images themselves
+        columns = ("_column", "_bytes")  # pickling them would copy the images
         return {name: value for name, value in vars(self).items() if name not in columns}
 
     @cached_property
     def _column(self) -> pyarrow.ChunkedArray:
-        # The table lies on the disk, so its column takes no memory, and a row of it a fifth of the time that the library's own view of one takes.
+        # The table is memory-mapped, so its column takes no memory. Reading a row from it takes a fifth of the time of indexing the Dataset.
         return self._rows[:].column(0)
 
     @cached_property
     def _bytes(self) -> pyarrow.ChunkedArray:
-        # of a column of records by itself, for a row of it takes a quarter of the time of a record
+        # In a column of structs, reading only the field takes a quarter of the time of reading the struct.
         return pyarrow.compute.struct_field(self._column, "bytes") if pyarrow.types.is_struct(self._column.type) else self._column
 
     def _path(self, stored: str) -> Path:
-        """The file that a row names: relative to the folder of the tables, or else to the working directory."""
+        """The file that a row names, relative to the folder of the tables, or else to the working directory."""
         path = Path(stored)
-        inside = self._folder / path if self._folder is not None else path  # which is `path` where that is absolute
+        inside = self._folder / path if self._folder is not None else path  # an absolute path stays as it is
         return path if path.exists() and not inside.exists() else inside
 
     def _digest(self, index: int) -> tuple[int | None, bytes | None, bool]:
-        """(size in bytes, content_digest, whether the row names a file) of a row's image. Images stored in the table are not copied."""
-        stored = self._bytes[int(self._picked[index])]
+        """(size in bytes, content_digest, whether the row names a file) of an image. Images stored in the table are not copied."""
+        stored = self._bytes[int(self._row_numbers[index])]
         if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
             content = stored.as_buffer()
             return content.size, content_digest(memoryview(content)), False
@@ -144,7 +144,8 @@ class HuggingFaceSource:
         return (None, None, False) if path is None else (*file_digest(self._path(path)), True)
 
     def _stored(self, index: int) -> bytes | str | None:
-        row = int(self._picked[index])
+        """The stored bytes of an image, or the path that its row names; None if the row has no image."""
+        row = int(self._row_numbers[index])
         if (value := self._bytes[row].as_py()) is not None:
             return value
         record = self._column[row].as_py()
@@ -152,7 +153,7 @@ class HuggingFaceSource:
 
 
 def open_huggingface(data: DataConfig) -> ImageSplits:
-    """The images of a Hugging Face data set. Raises InputError for splits and columns it does not have, and without a connection."""
+    """The images of a Hugging Face data set. Raises InputError for missing splits or columns, and if the hub cannot be reached."""
     splits = _load(data)
     check_name(f"data.train_split (for data.path {data.path!r})", data.train_split, splits)
     validation_split = data.validation_split
@@ -162,7 +163,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         check_name(f"data.validation_split (for data.path {data.path!r})", validation_split, splits)
         if validation_split == data.train_split:
             raise InputError(f"data.train_split and data.validation_split are both {validation_split!r}; give two different splits of "
-                             f"{', '.join(splits)}, or leave data.validation_split out to have one cut by a hash.")
+                             f"{', '.join(splits)}, or remove data.validation_split to hold out a validation split by a hash.")
     train = splits[data.train_split]
     image_column = _image_column(train, data)
     label_column = _label_column(train, data)
@@ -177,10 +178,10 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
 
     train_labels = to_index(train)
     if validation_split is None:
-        picked, held_out, how = cut_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
+        kept, held_out, origin = hold_out_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
         stored = images(train)
-        return ImageSplits(HuggingFaceSource(data.train_split, stored, picked, train_labels, class_names, data),
-                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), how, notes, order)
+        return ImageSplits(HuggingFaceSource(data.train_split, stored, kept, train_labels, class_names, data),
+                           HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), origin, notes, order)
     validation = splits[validation_split]
     check_name(f"data.image_column (in split {validation_split!r} of data.path {data.path!r})", image_column, validation.column_names)
     for split, rows in ((data.train_split, train), (validation_split, validation)):
@@ -191,11 +192,11 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         unknown = sorted(set(validation_labels.tolist()) - set(train_labels.tolist()) - {-1})
         if unknown:
             raise InputError(f"data.path {data.path!r}: class {class_names[unknown[0]]!r} has images in {validation_split!r} but none in "
-                             f"{data.train_split!r}, so it cannot be trained on.")
+                             f"{data.train_split!r}, so it cannot be learned.")
     return ImageSplits(
         HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
         HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
-        f"validation: the {counted(len(validation), 'image')} of the split {validation_split!r}", notes, order)
+        f"validation: {counted(len(validation), 'image')} in the split {validation_split!r}", notes, order)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
@@ -212,36 +213,36 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         elif local:
-            loaded = datasets.load_dataset(str(path.resolve()))  # it takes "." for a name
+            loaded = datasets.load_dataset(str(path.resolve()))  # the library would read "." as a name on the hub
         else:
             loaded = _load_from_hub(data.path)
     except InputError:
         raise
-    except Exception as error:  # the library raises many types, and wraps those of others
+    except Exception as error:  # the library raises errors of many types, its own and those of other libraries
         if local:
             cause = error
-            while cause.__cause__ is not None:  # the library's own error says little: "An error occurred while generating the dataset"
+            while cause.__cause__ is not None:  # the library's own error is vague: "An error occurred while generating the dataset"
                 cause = cause.__cause__
             reason = f"{type(cause).__name__}: {cause}"
             if re.search(r"[*?\[\]]", str(path.resolve())):
-                reason += ". The library takes * ? [ ] in a path for patterns: rename the folder, or give the name of a link to it."
+                reason += ". The library reads * ? [ ] in a path as patterns. Rename the folder, or give the path of a link to it."
             raise InputError(f"data.path {data.path!r} cannot be loaded as a Hugging Face data set: {reason}") from error
         raise InputError(_hub_failure(data, error)) from error
     finally:
         if bars:
             datasets.enable_progress_bars()
-    loaded = loaded.with_format(None)  # one that was saved in another format would give tensors for labels
+    loaded = loaded.with_format(None)  # a data set that was saved with another format would return labels as tensors
     return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {data.train_split: loaded}
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
-    """The data set from the hub, or from its cache where the hub cannot be reached; the library alone would retry for 25 seconds."""
+    """The data set from the hub, or from the local cache if the hub cannot be reached. Without this check, the library would retry for 25 seconds."""
     import huggingface_hub.constants as hub
 
     endpoint = urlsplit(hub.ENDPOINT)
     before = hub.HF_HUB_OFFLINE
     try:
-        if not before and not urllib.request.getproxies():  # behind a proxy a direct connection proves nothing
+        if not before and not urllib.request.getproxies():  # behind a proxy, a failed direct connection does not mean that the hub is unreachable
             try:
                 socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=_CONNECT_SECONDS).close()
             except OSError:
@@ -254,37 +255,37 @@ def _load_from_hub(name: str) -> datasets.DatasetDict:
 def _hub_failure(data: DataConfig, error: Exception) -> str:
     nearest = nearest_sibling(local_path(data))
     neighbour = f" (nearest: {nearest!r})" if nearest else ""
-    return (f"data.path is {data.path!r}, which is no local folder{neighbour} and could not be loaded from the Hugging Face hub: "
-            f"{type(error).__name__}: {error}. Check the name and the connection (a private data set needs `hf auth login`); without a "
+    return (f"data.path is {data.path!r}, which is not a local folder{neighbour} and cannot be loaded from the Hugging Face hub: "
+            f"{type(error).__name__}: {error}. Check the name and the connection (a private data set needs `hf auth login`). Without a "
             "connection, copy the data set to this machine and give --data.path its folder of parquet files.")
 
 
 def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
-    """The column with the images: the one of type Image, else the one that holds bytes."""
+    """The column with the images: data.image_column, else the only column of type Image, else the only column of bytes."""
     given = f"data.image_column (for data.path {data.path!r})"
     if data.image_column:
         check_name(given, data.image_column, rows.column_names)
         feature = rows.features[data.image_column]
-        if not _stores_images(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # texts are paths of images
-            raise InputError(f"{given} is {data.image_column!r}, which holds {feature}, no images.")
+        if not _stores_images(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # strings are image paths
+            raise InputError(f"{given} is {data.image_column!r}, which holds {feature}, not images.")
         return data.image_column
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     found = typed or [name for name, feature in rows.features.items() if _stores_images(feature)]
     if len(found) != 1:
-        raise InputError(f"{given} is not given, and {len(found) or 'no'} columns hold images; name one of: "
+        raise InputError(f"{given} is not given, and {len(found) or 'no'} columns hold images; give one of: "
                          f"{', '.join(found or rows.column_names)}.")
     return found[0]
 
 
 def _stores_images(feature: Any) -> bool:
-    # parquet files written without the library carry no Image type: the same struct, or plain bytes
+    # Parquet files that another library wrote have no Image type. They hold the same struct, or plain bytes.
     if isinstance(feature, dict):
         return {"bytes", "path"} <= set(feature)
     return isinstance(feature, datasets.Image) or (isinstance(feature, datasets.Value) and "binary" in feature.dtype)
 
 
 def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
-    """The column with the classes: the one of type ClassLabel, else one with a usual name; None where there is none."""
+    """The column with the classes: data.label_column, else the only one of type ClassLabel, else one named in LABEL_NAMES; None if there is none."""
     if not data.use_labels:
         return None
     given = f"data.label_column (for data.path {data.path!r})"
@@ -299,7 +300,7 @@ def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) > 1:
-        raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; name one, or set --data.use_labels false.")
+        raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; give one of them, or set --data.use_labels false.")
     named = (name for name in LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]) and _holds_classes(rows, name))
     return found[0] if found else next(named, None)
 
@@ -311,7 +312,7 @@ def _stores_classes(feature: Any) -> bool:
 
 
 def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
-    """Whether none of the column's values is a number with a fraction."""
+    """Whether all values of a column are classes: none is a number with a fraction."""
     if "float" not in rows.features[column].dtype:
         return True
     try:
@@ -321,7 +322,7 @@ def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
 
 
 def _hint(rows: datasets.Dataset, image_column: str) -> str:
-    """Words that name the columns that look like class labels."""
+    """A message that names the columns that look like class labels; "" if there are none."""
     names = [name for name, feature in rows.features.items() if name != image_column and _stores_classes(feature) and _holds_classes(rows, name)]
     table = rows.select_columns(names).with_format("arrow")[:] if names else None
     return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
@@ -329,13 +330,13 @@ def _hint(rows: datasets.Dataset, image_column: str) -> str:
 
 def _classes(train: datasets.Dataset,
              column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None], tuple[int, ...] | None]:
-    """The class names, the function that gives a split's class indices (int64, -1 for rows without a class), and the text_order of the classes."""
+    """(class names, to_index, text_order of the classes). to_index maps a split to its class indices: int64, -1 for rows without a class."""
     if column is None:
         return None, lambda rows: None, None
     feature = train.features[column]
     values = set(map(class_of, train[column][:])) - {None}
     if isinstance(feature, datasets.ClassLabel):
-        values = range(len(feature.names)) if values - {-1} else ()  # public test splits mark withheld classes by -1
+        values = range(len(feature.names)) if values - {-1} else ()  # public test splits use -1 for classes that are not published
         index_of = {-1: -1} | {value: value for value in values}
         names, order = list(feature.names), None
     else:
@@ -354,15 +355,15 @@ def _classes(train: datasets.Dataset,
             raise InputError(f"data.label_column {column!r}: class number {unknown[0]} has no name; the data set names {len(names)} classes, "
                              "numbered from 0, and -1 means no class. Choose another column, or set --data.use_labels false.")
         if unknown:
-            raise InputError(f"data.label_column {column!r}: the class {unknown[0]!r} has images in the validation split but none in the "
-                             "training split, so it cannot be trained on.")
+            raise InputError(f"data.label_column {column!r}: class {unknown[0]!r} has images in the validation split but none in the "
+                             "training split, so it cannot be learned.")
         return np.array([index_of.get(value, -1) for value in given], np.int64)
 
     return names, to_index, order
 
 
 def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
-    """Bytes of every row's image as stored (int64, -1 where there are none), from the column's offsets alone."""
+    """The size of each stored image in bytes (int64, -1 for rows without bytes). Reads only the offsets of the column."""
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
     if pyarrow.types.is_null(stored.type):

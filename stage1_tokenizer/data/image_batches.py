@@ -1,8 +1,8 @@
-"""The images of each training step and of each validation, as float32 batches on the CPU.
+"""Batches of images for training and validation, as float32 tensors on the CPU.
 
-The training stream is the concatenation of epoch permutations f(seed, epoch). Step s takes its positions [s*B, (s+1)*B) and each
-rank a contiguous slice of them; a sample's augmentation is f(seed, epoch, index). So any step can be computed from its number
-alone, whatever the number of workers, and a resumed run sees what an uninterrupted one would have seen.
+The training stream is the concatenation of epoch permutations f(seed, epoch). Step s uses the positions [s*B, (s+1)*B), and each rank a
+contiguous slice of them. The augmentation of a sample is f(seed, epoch, index). So a batch depends only on the number of its step, not on the
+number of workers, and a resumed run sees the same images as an uninterrupted one.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stage1_tokenizer.data.augmentation import augment, is_augmented
-from stage1_tokenizer.data.image_cache import ResizedImages, megabytes
+from stage1_tokenizer.data.image_cache import ResizedImages, resized_megabytes
 from stage1_tokenizer.data.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, to_tensor
 from vqmosaic.errors import InputError, printable
@@ -30,10 +30,11 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.runs.interruption import EXIT_CODES, StopFlag
 from vqmosaic.seeding import derive_seed, generator, permutation
 
-_ATTEMPTS = 100
+_MAX_ATTEMPTS = 100
+"""Images to try for one sample: its own, then random substitutes while they are unreadable."""
 _PREFETCHED_BATCHES = 4
-LONGEST_WAIT_SECONDS = 600
-"""Seconds after which a training gives up waiting for the processes that decode its images."""
+MAX_WAIT_SECONDS = 600
+"""The longest time that training waits for a batch from the processes that decode images."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class ImageBatch:
     images_BCHW: Tensor
     """float32 in [-1, 1], on the CPU."""
     unreadable: list[tuple[str, str]]
-    """(source name, reason) of the images that others took the place of in this batch."""
+    """(source name, reason) of the unreadable images that were replaced by others in this batch."""
 
 
 class UpcomingBatch(Iterator[ImageBatch]):
-    """An iterator over batches that can wait for its next batch before all processes agree whether to use it."""
+    """An iterator over batches that can wait for the next batch before all processes agree whether to use it."""
 
     def __init__(self, batches: Iterator[ImageBatch]):
         self._batches = batches
@@ -55,7 +56,7 @@ class UpcomingBatch(Iterator[ImageBatch]):
         self._error: Exception | None = None
 
     def wait(self, stop: StopFlag) -> None:
-        """Wait until the next batch is ready; the first signal ends the wait. An error is stored and raised when the batch is taken."""
+        """Wait until the next batch is ready or a signal arrives. An error is stored, and raised when the batch is requested."""
         if self._next is None and self._error is None:
             try:
                 self._next = stop.wait_for(lambda: next(self._batches))
@@ -70,86 +71,86 @@ class UpcomingBatch(Iterator[ImageBatch]):
 
 
 class _Samples:
-    """The map (epoch, index) -> augmented image, in the form that DataLoader sends to its workers."""
+    """A map-style data set for DataLoader: (epoch, index) -> augmented image."""
 
-    def __init__(self, source: ImageSource, transform: ImageTransform, data: DataConfig, seed: int, kept: ResizedImages | None = None):
-        self.source, self.transform, self.data, self.seed, self.kept = source, transform, data, seed, kept
+    def __init__(self, source: ImageSource, transform: ImageTransform, data: DataConfig, seed: int, cache: ResizedImages | None = None):
+        self.source, self.transform, self.data, self.seed, self.cache = source, transform, data, seed, cache
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-        """uint8 (H, W, C), and the unreadable images met on the way; no image when every substitute was unreadable too."""
+        """uint8 (H, W, C), and the unreadable images that were tried first. The image is None if all substitutes are unreadable too."""
         epoch, index = sample
         unreadable = []
-        for attempt in range(_ATTEMPTS):
-            taken = index if attempt == 0 else derive_seed("substitute", self.seed, epoch, index, attempt) % len(self.source)
+        for attempt in range(_MAX_ATTEMPTS):
+            candidate = index if attempt == 0 else derive_seed("substitute", self.seed, epoch, index, attempt) % len(self.source)
             try:
-                image = self.kept.read(taken) if self.kept else self.source.read(taken)
+                image = self.cache.read(candidate) if self.cache else self.source.read(candidate)
             except UnreadableImage as error:
-                unreadable.append((self.source.source_name(taken), str(error)))
+                unreadable.append((self.source.source_name(candidate), str(error)))
                 continue
-            if self.kept and not is_augmented(self.data):
+            if self.cache and not is_augmented(self.data):
                 return image, unreadable
             return augment(image, self.transform, self.data, generator("augment", self.seed, epoch, index)), unreadable
         return None, unreadable
 
-    def batch(self, wanted: list[tuple[int, int]]) -> "_Collated":
+    def batch(self, samples: list[tuple[int, int]]) -> "_Collated":
         """The collated samples, decoded in this process."""
-        if self.kept:
-            self.kept.prepare([index for _, index in wanted])
-        return _collate([self[sample] for sample in wanted])
+        if self.cache:
+            self.cache.prepare([index for _, index in samples])
+        return _collate([self[sample] for sample in samples])
 
 
 class TrainingImages:
     """The endless stream of training batches over one source.
 
-    Where the recipe crops nothing at random and the resized images fit in data.cache_megabytes, each is decoded once, by
-    threads, and no worker process is needed. Otherwise data.workers processes decode ahead of the training.
+    If the recipe has no random crops and the resized images fit in data.cache_megabytes, threads decode each image once, and no worker process
+    is needed. Otherwise, data.workers processes decode images ahead of training.
     """
 
     def __init__(self, source: ImageSource, transform: ImageTransform, data: DataConfig, seed: int):
         self.source, self.transform, self.data, self.seed = source, transform, data, seed
         self.unreadable: dict[str, str] = {}
-        """Unreadable images met so far: source name -> reason."""
-        # A random crop looks at the original: what was resized for the centre crop could not serve it.
-        keeps = data.crop_scale == 1 and megabytes(len(source), transform) <= data.cache_megabytes
-        self._kept = ResizedImages(source, transform) if keeps else None
+        """Unreadable images found so far: source name -> reason."""
+        # Random crops need the original images. The cache only has those resized for the centre crop.
+        fits = data.crop_scale == 1 and resized_megabytes(len(source), transform) <= data.cache_megabytes
+        self._cache = ResizedImages(source, transform) if fits else None
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(len(source), "order", seed, epoch))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def sample(self, position: int) -> tuple[int, int]:
-        """(epoch, index in the source) at a position of the stream."""
+        """(epoch, index in the source) of the sample at a position of the stream."""
         epoch, offset = divmod(position, len(self.source))
         return epoch, int(self._order(epoch)[offset])
 
     def batches(self, first_step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[ImageBatch]:
         """This rank's batches from `first_step` on, without end.
 
-        `batch_size` counts the images of a step over all ranks. Raises InputError when world_size does not divide it, and, from
-        the iterator, when more images are unreadable than data.max_unreadable allows. Closing the iterator ends what runs ahead.
+        `batch_size` is the number of images in a step, over all ranks. Raises InputError if world_size does not divide it. The iterator raises
+        InputError if more images are unreadable than data.max_unreadable allows. Closing the iterator stops the threads or processes that decode.
         """
         if batch_size % world_size:
-            raise InputError(f"batch_size is {batch_size}, for {world_size} processes together; it must be a multiple of their number.")
+            raise InputError(f"batch_size {batch_size} is not divisible by {world_size} processes. Use a multiple of {world_size}.")
         return self._batches(first_step, batch_size, rank, batch_size // world_size)
 
-    def _batches(self, first_step: int, batch_size: int, rank: int, share: int) -> Iterator[ImageBatch]:
-        def wanted() -> Iterator[list[tuple[int, int]]]:
-            start = first_step * batch_size + rank * share
+    def _batches(self, first_step: int, batch_size: int, rank: int, rank_batch_size: int) -> Iterator[ImageBatch]:
+        def sample_lists() -> Iterator[list[tuple[int, int]]]:
+            start = first_step * batch_size + rank * rank_batch_size
             while True:
-                yield [self.sample(position) for position in range(start, start + share)]
+                yield [self.sample(position) for position in range(start, start + rank_batch_size)]
                 start += batch_size
 
-        samples = _Samples(self.source, self.transform, self.data, self.seed, self._kept)
-        workers = 0 if self._kept else self.data.workers
-        collated = _from_workers(samples, wanted(), workers) if workers else _from_thread(samples, wanted())
+        samples = _Samples(self.source, self.transform, self.data, self.seed, self._cache)
+        workers = 0 if self._cache else self.data.workers
+        collated = _from_workers(samples, sample_lists(), workers) if workers else _from_thread(samples, sample_lists())
         for pixels_BHWC, unreadable in collated:
-            self._note(dict(unreadable))
+            self._add_unreadable(dict(unreadable))
             if pixels_BHWC is None:
-                raise InputError(f"{_ATTEMPTS} images in a row are unreadable, the last one {printable(unreadable[-1][0])} ({unreadable[-1][1]}); "
-                                 "`vqmosaic check-data` lists all of them.")
+                raise InputError(f"{_MAX_ATTEMPTS} images in a row are unreadable, the last one {printable(unreadable[-1][0])} "
+                                 f"({unreadable[-1][1]}); `vqmosaic check-data` lists all of them.")
             yield ImageBatch(to_tensor(pixels_BHWC), unreadable)
 
-    def _note(self, unreadable: dict[str, str]) -> None:
+    def _add_unreadable(self, unreadable: dict[str, str]) -> None:
         if unreadable.keys() - self.unreadable.keys():
             self.unreadable.update(unreadable)
             refuse_if_too_many_unreadable(self.unreadable, len(self.source), self.data)
@@ -159,10 +160,10 @@ _Collated = tuple[np.ndarray | None, list[tuple[str, str]]]
 
 
 def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> _Collated:
-    """uint8 (B, H, W, C), a quarter of what float32 would cost on its way between processes, and the unreadable images.
+    """uint8 (B, H, W, C), and the unreadable images. uint8 takes a quarter of the bytes of float32 on the way between processes.
 
-    An array, because it goes through a pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker), the worker's error
-    is lost and the training waits for ever.
+    The pixels are an array because arrays go through a pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker),
+    the worker's error is lost and training waits forever.
     """
     unreadable = [entry for _, entries in samples for entry in entries]
     if any(pixels is None for pixels, _ in samples):
@@ -170,21 +171,21 @@ def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> 
     return np.stack([pixels for pixels, _ in samples]), unreadable
 
 
-def _from_thread(samples: _Samples, wanted: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
-    """The batches in the order wanted; a thread makes the next one while the caller works with this one."""
-    coming = _in_thread(samples.batch, next(wanted))
+def _from_thread(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
+    """One batch per list of samples, in order. A thread prepares the next batch while the caller uses the current one."""
+    upcoming = _run_in_thread(samples.batch, next(sample_lists))
     while True:
-        batch = coming.result()
-        coming = _in_thread(samples.batch, next(wanted))
+        batch = upcoming.result()
+        upcoming = _run_in_thread(samples.batch, next(sample_lists))
         try:
             yield batch
         except GeneratorExit:
-            wait([coming])  # the caller goes on with other work, which the thread would slow down
+            wait([upcoming])  # the thread would slow down the caller's next work
             raise
 
 
-def _in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
-    """The future result of call(argument) from a daemon thread. Python does not wait for the thread, which may be stuck reading a file."""
+def _run_in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
+    """A future for call(argument) in a daemon thread. Python does not wait for this thread at exit, because it may be stuck reading a file."""
     future = Future()
 
     def run() -> None:
@@ -197,26 +198,26 @@ def _in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
     return future
 
 
-def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[_Collated]:
-    """The batches in the order wanted; processes make the next few.
+def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]], workers: int) -> Iterator[_Collated]:
+    """One batch per list of samples, in order. Worker processes prepare the next few.
 
-    Raises InputError if they give no batch for LONGEST_WAIT_SECONDS, or if one of them was killed.
+    Raises InputError if the workers return no batch for MAX_WAIT_SECONDS, or if one of them was killed.
     """
-    # DataLoader draws seeds for its workers, which nothing here uses: a generator of its own keeps it off the global one.
-    loader = DataLoader(samples, batch_sampler=wanted, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
-                        worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=LONGEST_WAIT_SECONDS)
-    others = multiprocessing.active_children()
-    running = [iter(loader)]
-    processes = [process for process in multiprocessing.active_children() if process not in others]
-    # Workers that ignore SIGTERM would outlast multiprocessing's own clean-up at exit: dropping the iterator ends them in order.
-    atexit.register(running.clear)
+    # DataLoader draws seeds for its workers, which nothing here uses. With its own generator, it does not draw from the global one.
+    loader = DataLoader(samples, batch_sampler=sample_lists, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
+                        worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=MAX_WAIT_SECONDS)
+    earlier_children = multiprocessing.active_children()
+    iterators = [iter(loader)]
+    processes = [process for process in multiprocessing.active_children() if process not in earlier_children]
+    # The workers ignore SIGTERM, so multiprocessing cannot end them at exit. Dropping the iterator ends them in order.
+    atexit.register(iterators.clear)
     try:
         while True:
             try:
-                batch = next(running[0])
+                batch = next(iterators[0])
             except RuntimeError as error:
-                raise InputError(f"the processes that decode images (data.workers = {workers}) gave no batch: {error}. If the images are on a "
-                                 "network file system, check it; if memory is short, lower data.workers. The same command continues from the last "
+                raise InputError(f"the processes that decode images (data.workers = {workers}) returned no batch: {error}. If the images are on a "
+                                 "network file system, check it. If memory is short, lower data.workers. The same command continues from the last "
                                  "checkpoint.") from error
             yield batch
     except GeneratorExit:
@@ -225,16 +226,16 @@ def _from_workers(samples: _Samples, wanted: Iterator[list[tuple[int, int]]], wo
         _kill(processes)
         raise
     finally:
-        for each in running:  # none if Python is exiting
-            each._shutdown_workers()  # what dropping the iterator does, also where the traceback of an error still holds it
-        running.clear()
-        atexit.unregister(running.clear)
+        for iterator in iterators:  # none if Python is exiting
+            iterator._shutdown_workers()  # dropping the iterator does the same, but the traceback of an error may still hold it
+        iterators.clear()
+        atexit.unregister(iterators.clear)
         for process in processes:
             process.kill()  # a stuck worker ignores the loader's SIGTERM, and multiprocessing would wait for it at exit
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:
-    """Kill the workers of a loader, without its SIGCHLD handler, which would raise an error for each of them."""
+    """Kill the workers of a loader, with its SIGCHLD handler disabled, because that would raise an error for each of them."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -247,15 +248,15 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C and `timeout` signal the whole process group. The parent finishes its step and saves, for which it needs its workers.
+    # Ctrl-C and `timeout` signal the whole process group. The parent needs its workers to finish the step before it saves.
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
 
 
 class ValidationImages:
-    """The same images at every validation: the first `limit` in an order by a hash of their names.
+    """The same images at every validation: the first `limit` when sorted by a hash of their names.
 
-    A larger limit adds images to those of a smaller one. Unreadable images are left out and named in `unreadable`.
+    A larger limit adds images to those of a smaller limit. Unreadable images are skipped and listed in `unreadable`.
     """
 
     def __init__(self, source: ImageSource, transform: ImageTransform, limit: int | None = None, *, cache_megabytes: int = 128):
@@ -263,12 +264,12 @@ class ValidationImages:
         names = [source.source_name(index) for index in range(len(source))]
         self.indices = sorted(range(len(names)), key=lambda index: derive_seed("validation order", names[index]))[:limit]
         self.unreadable: dict[str, str] = {}
-        """Unreadable images met so far: source name -> reason."""
-        keeps = megabytes(len(self.indices), transform) <= cache_megabytes
-        self._kept = ResizedImages(source, transform) if keeps else None
+        """Unreadable images found so far: source name -> reason."""
+        fits = resized_megabytes(len(self.indices), transform) <= cache_megabytes
+        self._cache = ResizedImages(source, transform) if fits else None
 
     def first(self, count: int) -> "ValidationImages":
-        """The first `count` of these images; they share what is kept in memory."""
+        """The first `count` of these images. They share the cache."""
         fewer = copy.copy(self)
         fewer.indices, fewer.unreadable = self.indices[:count], {}
         return fewer
@@ -277,9 +278,9 @@ class ValidationImages:
         return len(self.indices)
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, int]]:
-        """(images_BCHW, B) over this rank's contiguous share, `batch_size` at a time; together the ranks give each image once.
+        """(images_BCHW, B) over this rank's contiguous share, with at most `batch_size` images each. The shares of all ranks cover each image once.
 
-        Shares differ by at most one image, so ranks may differ by one batch: add up over the ranks after the loop, not in it.
+        Shares differ by at most one image, so ranks may differ by one batch. Reduce over the ranks after the loop, not inside it.
         """
         share = self.indices[rank * len(self) // world_size:(rank + 1) * len(self) // world_size]
         for start in range(0, len(share), batch_size):
@@ -288,7 +289,7 @@ class ValidationImages:
                 yield to_tensor(np.stack(pixels_BHWC)), len(pixels_BHWC)
 
     def _readable(self, indices: list[int]) -> list[np.ndarray]:
-        images = self._kept or ResizedImages(self.source, self.transform)
+        images = self._cache or ResizedImages(self.source, self.transform)
         images.prepare(indices)
         pixels = []
         for index in indices:

@@ -1,6 +1,6 @@
-"""Images with names and labels, wherever they come from: what every source offers, and the two splits of a data set.
+"""The interface of all image sources (images with names and labels), and the two splits of a data set.
 
-The kinds of sources are in digits_source.py, folder_source.py and huggingface_source.py. open_data.py opens the one that a recipe names.
+The kinds of sources are in digits_source.py, folder_source.py and huggingface_source.py. open_data.py opens the data set of a recipe.
 """
 
 import copy
@@ -20,11 +20,11 @@ from vqmosaic.seeding import derive_seed
 from vqmosaic.wording import counted
 
 UNREAD_IMAGES = "unread images"
-"""The key in a stage record for the images whose contents are not part of the data set's fingerprint."""
+"""The key in a stage record for images whose contents are not part of the data set's fingerprint."""
 
 
 class ImageSource(Protocol):
-    """One split: images by index. Sources are cheap to open, can be sent to worker processes and read from several threads."""
+    """One split: images by index. Sources are cheap to open, can be pickled for worker processes, and can be read from several threads."""
 
     split: str
     """The name of the split in the data set."""
@@ -33,21 +33,21 @@ class ImageSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What these images are, wherever they lie, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
+        """Identifies the images wherever they are stored, as JSON: kind, version, split, count, and sha256 of names, labels, sizes and contents.
 
-        Of long contents some bytes are digested (content_digest.py): a change of others that keeps the size goes unnoticed. `unread` lists the
-        images that are missing or lack read permission, if there are any. Their contents are not part of the identity.
+        Only some bytes of long contents are digested (content_digest.py): changes to other bytes go unnoticed unless the size changes. `unread`
+        lists the images that are missing or lack read permission, if there are any. Their contents are not part of the identity.
         """
 
     @property
     def former_identity(self) -> dict[str, Any]:
-        """The identity in the form of vqmosaic 0.1.0, to compare with what it has recorded."""
+        """The identity in the format of vqmosaic 0.1.0, to compare with its records."""
 
     def with_class_order(self, order: Sequence[int]) -> Self:
         """The same images with their classes in another order: class i of the result is class order[i] of this source."""
 
     def with_unread(self, unread: Iterable[int]) -> Self:
-        """The same images with an identity that leaves out the contents of the `unread` images, even if they can be read now."""
+        """The same images with an identity without the contents of the `unread` images, even if they can be read now."""
 
     def __len__(self) -> int: ...
 
@@ -55,10 +55,10 @@ class ImageSource(Protocol):
         """The image's name, unique in the split: its path relative to data.path, or its row number."""
 
     def label(self, index: int) -> int | None:
-        """The index of the image's class in class_names, or None."""
+        """The index of the image's class in class_names; None for an image without a class."""
 
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
-        """The upright 8-bit image in mode RGB or L; raises UnreadableImage with the reason. read_image explains before_decoding."""
+        """The upright 8-bit image in mode RGB or L. Raises UnreadableImage with the reason. See read_image for before_decoding."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class ImageSplits:
 
     train: ImageSource
     validation: ImageSource
-    how: str
-    """A sentence that says where the validation images come from."""
+    validation_origin: str
+    """A message that says where the validation images come from."""
     notes: tuple[str, ...] = ()
-    """Sentences on what was left out and on what may be meant in another way."""
+    """Messages about ignored files and about layouts with another possible meaning."""
     text_order: tuple[int, ...] | None = None
-    """The indices of the classes in the order of version 0.1.0, which sorted digits as text; None if they have that order already."""
+    """The indices of the classes in the order of version 0.1.0, which sorted numbers as text; None if the order is the same."""
 
     @property
     def class_names(self) -> list[str] | None:
@@ -81,11 +81,11 @@ class ImageSplits:
 
     @property
     def fingerprint(self) -> str:
-        """What a stage records of its data set: the digest of both identities."""
+        """The digest of both identities, which a stage records."""
         return fingerprint({"train": self.train.identity, "validation": self.validation.identity})
 
-    def fingerprint_like(self, recorded: str | None) -> str:
-        """The fingerprint to compare with a recorded one: that of the former identities if those were recorded, else `fingerprint`."""
+    def comparable_fingerprint(self, recorded: str | None) -> str:
+        """The fingerprint to compare with a recorded one: in the format of vqmosaic 0.1.0 if that was recorded, else `fingerprint`."""
         if recorded in (None, self.fingerprint):
             return self.fingerprint
         former = fingerprint({"train": self.train.former_identity, "validation": self.validation.former_identity})
@@ -93,14 +93,14 @@ class ImageSplits:
 
     @property
     def unread_input(self) -> dict[str, str]:
-        """The entry for missing or forbidden images that a stage records beside the fingerprint; empty if there are none."""
+        """The entry about missing or forbidden images that a stage records with the fingerprint; empty if there are none."""
         unread = {name: source.identity.get("unread", []) for name, source in (("train", self.train), ("validation", self.validation))}
         return {UNREAD_IMAGES: json.dumps(unread)} if any(unread.values()) else {}
 
     def as_recorded(self, inputs: Mapping[str, str]) -> "ImageSplits":
-        """These images as a stage recorded them in `inputs`: with its class order, and with the same images left out of the identity.
+        """These images as a stage recorded them in `inputs`: with the same class order, and with the same unread images.
 
-        If the record is about other images, these images are returned unchanged.
+        Returns these splits unchanged if the record is about other images.
         """
         recorded = inputs.get("data set")
         if recorded is None:
@@ -111,11 +111,11 @@ class ImageSplits:
         for splits, plain in ((same, self), (same.sorted_as_text(), self.sorted_as_text())):
             if splits.fingerprint == recorded:
                 return splits
-            if splits.fingerprint_like(recorded) == recorded:  # by version 0.1.0, which recorded nothing of unread images
+            if splits.comparable_fingerprint(recorded) == recorded:  # recorded by version 0.1.0, which did not record unread images
                 return plain
         return self
 
-    def in_order_of(self, class_names: list[str] | None) -> "ImageSplits":
+    def in_class_order_of(self, class_names: list[str] | None) -> "ImageSplits":
         """These images with their classes sorted as text if that gives the recorded `class_names`; otherwise unchanged."""
         as_text = self.sorted_as_text()
         return as_text if class_names == as_text.class_names else self
@@ -128,10 +128,10 @@ class ImageSplits:
                                    validation=self.validation.with_class_order(self.text_order), text_order=None)
 
 
-def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity to compare with a recorded one: in the form of vqmosaic 0.1.0 if that has recorded it, else in today's.
+def comparable_identity(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity to compare with a recorded one: in the format of vqmosaic 0.1.0 if that version recorded it, else in the current format.
 
-    Images whose contents were left out of the recorded identity are left out again.
+    It leaves out the contents of the same unread images as the recorded identity.
     """
     if not recorded:
         return source.identity
@@ -139,7 +139,7 @@ def identity_like(source: ImageSource, recorded: Mapping[str, Any]) -> dict[str,
 
 
 def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
-    """A copy of a source with changed attributes, and without the cached identities, which depend on the former attributes."""
+    """A copy of a source with changed attributes, and without the cached identities, which depend on the original attributes."""
     changed = copy.copy(source)
     for name in ("identity", "former_identity"):
         vars(changed).pop(name, None)
@@ -147,22 +147,22 @@ def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
     return changed
 
 
-def combined_digest(digest: Any, entries: Iterable[list], found: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
-    """Update a hash with the entry, size and content digest of each image. Images in `unread` add only their entry."""
+def update_digest(digest: Any, entries: Iterable[list], contents: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
+    """Update a hash with the entry of each image and its `contents`: (size, content digest). Images in `unread` add only their entry."""
     unread = frozenset(unread)
-    for index, (entry, (size, content)) in enumerate(zip(entries, found, strict=True)):
+    for index, (entry, (size, content)) in enumerate(zip(entries, contents, strict=True)):
         known = [None, None] if index in unread else [size, content and content.hex()]
         digest.update(json.dumps([*entry, *known]).encode())
 
 
-def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
-    """Indices of the training and of the validation images, each in order, and the sentence that says how.
+def hold_out_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
+    """The indices of the training images, those of the validation images, each in order, and a message that describes the split.
 
-    A hash of each image's own name decides, so that adding images moves none from one side to the other. Two exceptions:
-    the last image of a class stays in training, and one image goes to validation where the hash takes none.
+    A hash of each image's own name decides, so adding images does not move others between the splits. There are two exceptions:
+    the last image of a class stays in the training split, and if the hash chooses no image for validation, one image is chosen.
     """
     if len(names) < 2:
-        raise InputError(f"data.path {data.path!r} holds {len(names)} image; at least 2 are needed, one to train and one to validate on.")
+        raise InputError(f"data.path {data.path!r} holds {len(names)} image; at least 2 are needed, one for training and one for validation.")
     million = 1_000_000
     hashes = np.array([derive_seed("validation", name) % million for name in names])
     held_out = hashes < data.validation_fraction * million
@@ -173,23 +173,23 @@ def cut_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None
         if held_out[members].all():
             held_out[members[int(np.argmax(hashes[members]))]] = False
     if not held_out.any():
-        # not the last of its class, unless every class has only one image
+        # Do not take the last image of a class, unless every class has only one image.
         candidates = [index for members in classes.values() if len(members) > 1 for index in members] or list(range(len(names)))
         held_out[min(candidates, key=hashes.__getitem__)] = True
     kind = "path" if isinstance(names[0], str) else "row number"
-    how = (f"validation: {int(held_out.sum())} of {counted(len(names), 'image')}, cut from the training split by a hash of {kind} "
-           f"(data.validation_fraction = {data.validation_fraction:g})")
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out), how
+    origin = (f"validation: {int(held_out.sum())} of {counted(len(names), 'image')}, held out from the training split by a hash of the {kind} "
+              f"(data.validation_fraction = {data.validation_fraction:g})")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out), origin
 
 
 def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
-    """Raise InputError when more images are unreadable (name -> reason) than data.max_unreadable allows.
+    """Raise InputError if more images are unreadable than data.max_unreadable allows. `unreadable` maps names to reasons.
 
-    A single one never stops a run, however few images there are, unless data.max_unreadable is 0.
+    A single unreadable image never stops a run, however few images there are, unless data.max_unreadable is 0.
     """
     allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
     if len(unreadable) <= allowed:
         return
     examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "
-                     f"For example: {examples}. `vqmosaic check-data` lists all of them; remove them, or raise data.max_unreadable.")
+                     f"For example: {examples}. `vqmosaic check-data` lists all of them. Remove them, or raise data.max_unreadable.")

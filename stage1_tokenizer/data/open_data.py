@@ -1,4 +1,4 @@
-"""Opens the data set that a recipe names. Imports only the kind of source that is needed."""
+"""Opens the data set of a recipe. Imports only the module for its kind of source."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,18 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 def open_splits(data: DataConfig) -> ImageSplits:
-    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts it cannot use."""
+    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts that it cannot use."""
     source = check_data_path(data)
     if source == "digits":
-        from stage1_tokenizer.data.digits_source import open_digits as open_kind
+        from stage1_tokenizer.data.digits_source import open_digits as open_source
     elif source == "folder":
-        from stage1_tokenizer.data.folder_source import open_folder as open_kind
+        from stage1_tokenizer.data.folder_source import open_folder as open_source
     else:
-        from stage1_tokenizer.data.huggingface_source import open_huggingface as open_kind
-    return open_kind(data)
+        from stage1_tokenizer.data.huggingface_source import open_huggingface as open_source
+    return open_source(data)
 
 
 def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
-    """The number of images in the data set of a recipe, given its fields by dotted name; None where no data set is named."""
+    """The number of training images of a recipe, given as its fields by dotted name; None if the recipe names no data set."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
     return None if data.source == "auto" and data.path is None else DataSize(len(open_splits(data).train))

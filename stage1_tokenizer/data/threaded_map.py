@@ -1,4 +1,4 @@
-"""Many images read at once: an ordered map over threads, which pays because decoding and resizing leave Python's lock."""
+"""An ordered map over threads, to read many images at once. It is faster than a loop because decoding and resizing release Python's lock."""
 
 import sys
 from collections import deque
@@ -8,19 +8,19 @@ from typing import Any
 
 from vqmosaic.runs.devices import available_cores
 
-_LARGEST_CHUNK = 64  # items in one task: single small images would spend their time in the queue
-_MOST_THREADS = 16
+_MAX_CHUNK_ITEMS = 64  # items in one task: with one small image per task, most of the time would go into the queue
+_MAX_THREADS = 16
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: str | None = None) -> Iterator[Any]:
-    """function(item) for each item, in order; the threads keep some results ahead of the reader, never all.
+    """Yields function(item) for each item, in order. The threads compute a limited number of results ahead of the reader.
 
-    `bar` is the text of a progress bar, shown where stderr is a terminal.
+    `bar` is the text of a progress bar, which is shown if stderr is a terminal.
     """
     if len(items) < 2:
         return map(function, items)
-    threads = min(available_cores(), _MOST_THREADS)
-    results = _in_chunks(function, items, max(1, min(_LARGEST_CHUNK, len(items) // threads)), threads)
+    threads = min(available_cores(), _MAX_THREADS)
+    results = _map_in_chunks(function, items, max(1, min(_MAX_CHUNK_ITEMS, len(items) // threads)), threads)
     if bar and sys.stderr.isatty():
         from tqdm import tqdm
 
@@ -28,7 +28,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: st
     return results
 
 
-def _in_chunks(function: Callable[[Any], Any], items: Sequence[Any], chunk: int, threads: int) -> Iterator[Any]:
+def _map_in_chunks(function: Callable[[Any], Any], items: Sequence[Any], chunk: int, threads: int) -> Iterator[Any]:
     pool, pending = ThreadPoolExecutor(threads), deque()
     try:
         for start in range(0, len(items), chunk):

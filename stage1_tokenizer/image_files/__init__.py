@@ -1,1 +1,1 @@
-"""Reading image files to pixels, whatever the format and depth."""
+"""Reads image files of all supported formats and bit depths as pixels."""

@@ -1,8 +1,8 @@
-"""Images from anywhere to uint8 arrays and float32 tensors in [-1, 1], by one set of rules for every part of the system.
+"""Converts images to uint8 arrays and to float32 tensors in [-1, 1]. All parts of the system use these functions, so all follow the same rules.
 
     read_image        any file, bytes or PIL image -> an upright 8-bit PIL image in mode RGB or L
-    ImageTransform    that image, seen through a View -> uint8 (H, W, C) -> float32 (C, H, W) in [-1, 1]
-    to_uint8, to_pil  the way back
+    ImageTransform    a View of that image -> uint8 (H, W, C) -> float32 (C, H, W) in [-1, 1]
+    to_uint8, to_pil  tensors -> uint8 arrays or PIL images
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from stage1_tokenizer.image_files.stored_values import UnreadableImage, honour_header
+from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.recipes.field_types import as_integer
@@ -29,37 +29,38 @@ from vqmosaic.recipes.view_lists import POSITIONS, VIEW_SETS
 
 MAX_PIXELS = DataConfig.max_pixels
 
-# Formats that Pillow decodes by itself. Others stay shut: EPS, for one, would start an interpreter on what may be a hostile file.
+# Formats that Pillow decodes itself. Other formats are refused: EPS, for example, would start an interpreter on a file that may be hostile.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
 _ORIENTATION_TAG = 0x0112
 _TILE_WIDTH_TAG, _TILE_LENGTH_TAG = 322, 323
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+_TRANSPOSE_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
-"""Fields that ImageTransform.to_dict writes."""
+"""The keys of ImageTransform.to_dict."""
 
 
 def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, channels: int = 3, max_pixels: int = MAX_PIXELS,
                before_decoding: Callable[[Image.Image], object] | None = None, formats: Sequence[str] | None = None) -> Image.Image:
-    """The image upright and in 8 bits, in mode RGB (channels=3) or L (channels=1).
+    """The upright 8-bit image in mode RGB (channels=3) or L (channels=1).
 
-    EXIF rotation is applied, transparency is laid on white, 16-bit values are divided by 257, palettes, CMYK and 1-bit are
-    converted; scales, white levels and transparent colours are those that the file states (stored_values.py). Of an animation the
-    first frame is taken. The pixel limit is checked on the header, before anything is decoded.
-    Pillow has a limit of its own, about 179 million pixels (PIL.Image.MAX_IMAGE_PIXELS), that max_pixels cannot raise.
+    Applies the EXIF rotation, composites transparency on white, divides 16-bit values by 257, and converts palettes, CMYK and 1-bit images.
+    Uses the scale, white level and transparent colour from the header (stored_values.py). Reads the first frame of an animation. The limit
+    max_pixels is checked on the header, before anything is decoded. Pillow has its own limit, about 179 million pixels
+    (PIL.Image.MAX_IMAGE_PIXELS), which max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
-    formats limits the Pillow formats that are opened; by default, these are all formats that a data set may hold.
+    formats limits the Pillow formats that are opened. By default, all formats that are allowed in a data set are opened.
 
-    Raises UnreadableImage with the reason. What this function returned passes through it unchanged.
+    Raises UnreadableImage with the reason. Images that this function returned are returned unchanged.
     """
     mode = {1: "L", 3: "RGB"}[channels]
-    if _is_plain(file, mode):
+    if _is_converted(file, mode):
         return file
     try:
         if isinstance(file, Image.Image):
-            return _plain(file, mode, max_pixels)
+            return _convert(file, mode, max_pixels)
         if isinstance(file, (bytes, bytearray, memoryview)):
             if not len(file):
                 raise UnreadableImage("the file is empty")
@@ -73,21 +74,21 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
         with Image.open(file, formats=_formats() if formats is None else [name for name in _formats() if name in formats]) as image:
             if before_decoding:
                 before_decoding(image)
-            return _plain(image, mode, max_pixels)
+            return _convert(image, mode, max_pixels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(_why_unidentified(file, formats)) from None
+        raise UnreadableImage(_reason_unidentified(file, formats)) from None
     except PermissionError:
         raise UnreadableImage(str(permission_denied(file))) from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"too many pixels for Pillow: {error}") from None
-    except Exception as error:  # decoders meet corrupt bytes with errors of any type; none of them may end a run
+    except Exception as error:  # decoders raise errors of any type for corrupt bytes, and none of them may end a run
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
 
 
-def _why_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str] | None) -> str:
+def _reason_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str] | None) -> str:
     with contextlib.suppress(OSError, struct.error):  # some of Pillow's format tests do not check that there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:
             stream.seek(0)
@@ -101,29 +102,30 @@ def _why_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str
     return "not an image of a known format, or its header is corrupt"
 
 
-def _is_plain(image: Any, mode: str) -> bool:
-    # a PIL image in memory, not one bound to a file, without metadata that could ask for a rotation
+def _is_converted(image: Any, mode: str) -> bool:
+    # a PIL image in memory that is not bound to a file, and without metadata such as an EXIF rotation
     return type(image) is Image.Image and image.mode == mode and not image.info
 
 
-def _plain(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
+def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
+    """The upright 8-bit image in `mode`. Checks the limit on pixels before decoding."""
     width, height = stored_size(image)
     if width * height > max_pixels:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
-        raise UnreadableImage(f"it has no pixels: {width} x {height}")
-    honour = honour_header(image)
+        raise UnreadableImage(f"the image has no pixels: {width} x {height}")
+    correct = header_correction(image)
     image.load()
-    orientation = _orientation(image)  # read after the pixels: a PNG may carry EXIF at its end, and TIFF is turned by Pillow itself
-    image = _flattened(_eight_bit(honour(image))).convert(mode)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    image.info = {}  # it holds the EXIF of the original, by which a second reader would turn the image again
+    orientation = _orientation(image)  # read after the pixels: a PNG may have EXIF at its end, and Pillow rotates TIFF itself
+    image = _composite_on_white(_to_8_bits(correct(image))).convert(mode)
+    if orientation in _TRANSPOSE_BY_ORIENTATION:
+        image = image.transpose(_TRANSPOSE_BY_ORIENTATION[orientation])
+    image.info = {}  # it has the EXIF data of the original, so reading the image again would rotate it twice
     return image
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height that the decoder of an opened file works with: those of the image, or of a TIFF's tile where that is larger."""
+    """The width and height that the decoder of an opened file works on: those of the image, or of a TIFF tile if it is larger."""
     tags = getattr(image, "tag_v2", {})
     sizes = zip(image.size, (tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)), strict=True)
     return tuple(max(side, tile if isinstance(tile, int) and image.width * image.height else 0) for side, tile in sizes)
@@ -132,22 +134,22 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata raises anything, and says nothing about the pixels
+    except Exception:  # broken metadata can raise any error, while the pixels may be intact
         return 1
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image with 8-bit values where they were 16 or 32 bits wide; others pass."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 or 32 bits per value, converted to 8 bits. Other images are returned unchanged."""
     if image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):  # also false for nan
-            raise UnreadableImage("floating-point pixels outside [0, 1]; their white level is not known")
+            raise UnreadableImage("floating-point pixels outside [0, 1]; their white level is unknown")
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise UnreadableImage("32-bit pixels outside 0..65535; their white level is not known")
+        raise UnreadableImage("32-bit pixels outside 0..65535; their white level is unknown")
     grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -155,11 +157,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _flattened(image: Image.Image) -> Image.Image:
-    """The image on a white ground where it has transparency; others pass."""
+def _composite_on_white(image: Image.Image) -> Image.Image:
+    """An image with transparency, composited on white. Other images are returned unchanged."""
     if not image.has_transparency_data:
         return image
-    if image.mode == "La":  # premultiplied grey knows no direct way to RGBA
+    if image.mode == "La":  # Pillow cannot convert premultiplied grey directly to RGBA
         image = image.convert("LA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
 
@@ -172,24 +174,24 @@ def _formats() -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One way to look at an image: which square of it, mirrored or not, moved or not."""
+    """A square crop of an image, optionally flipped and shifted."""
 
     crop_scale: float = 1.0
     """Side of the square crop relative to the short side of the image."""
     x: float = 0.5
-    """Where the crop lies from left (0) to right (1), as a share of the room that is left."""
+    """Horizontal position of the crop: 0 is at the left edge of the image, 0.5 in the centre, 1 at the right edge."""
     y: float = 0.5
-    """Where the crop lies from top (0) to bottom (1), as a share of the room that is left."""
+    """Vertical position of the crop: 0 is at the top edge of the image, 0.5 in the centre, 1 at the bottom edge."""
     flip: bool = False
-    """Mirror left and right."""
+    """Flip left and right."""
     shift_x: int = 0
-    """Pixels of the final image by which it is moved to the right, after the flip; edges are repeated."""
+    """Shift to the right, after the flip, in pixels of the resized image. The edge is repeated."""
     shift_y: int = 0
-    """Pixels of the final image by which it is moved down; edges are repeated."""
+    """Shift down in pixels of the resized image. The edge is repeated."""
 
     def __post_init__(self):
         if not (0 < self.crop_scale <= 1 and 0 <= self.x <= 1 and 0 <= self.y <= 1):
-            raise InputError(f"{self}: crop_scale must be above 0 and at most 1, x and y at least 0 and at most 1.")
+            raise InputError(f"{self}: crop_scale must be above 0 and at most 1; x and y must be at least 0 and at most 1.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -200,7 +202,7 @@ IDENTITY = View()
 
 
 def training_views(tokens: TokensConfig) -> list[View]:
-    """The views of each training image that a recipe stores, in stored order: those of a named set, or those that it lists."""
+    """The views of each training image that preprocessing stores, in stored order. The recipe names a set of views or lists them."""
     if isinstance(tokens.views, str):
         return named_views(tokens.views, tokens.view_shift, tokens.view_crop_scale)
     views = []
@@ -211,45 +213,45 @@ def training_views(tokens: TokensConfig) -> list[View]:
 
 
 def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
-    """The views of a named set (VIEW_SETS). All sets but ten-crop begin with the identity.
+    """The views of a named set (VIEW_SETS). All sets except ten-crop begin with the identity view.
 
-    shifts are the identity and its eight neighbours at `shift` pixels. wide-shifts are the 25 views that are up to two such steps away in each
-    direction. With the prefix flip+, the mirror images of all these views follow.
-    ten-crop are the centre and the four corners at `crop_scale` and then their mirror images (Krizhevsky et al. 2012; stored as
-    tokens: LlamaGen, Sun et al. 2024).
+    shifts: the identity and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to two such steps in each
+    direction. With the prefix flip+, the flipped versions of all these views follow.
+    ten-crop: the centre and the four corners at `crop_scale`, then their flipped versions (Krizhevsky et al. 2012; stored as tokens: LlamaGen,
+    Sun et al. 2024).
     """
     check_name("tokens.views", name, VIEW_SETS)
     if name == "ten-crop":
-        places = [POSITIONS[place] for place in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
-        return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in places]
+        positions = [POSITIONS[position] for position in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
+        return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in positions]
     steps = [step * shift for step in ((0, -1, 1, -2, 2) if "wide" in name else (0, -1, 1) if "shifts" in name else (0,))]
     flips = (False, True) if "flip" in name else (False,)
     return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in steps for shift_x in steps]
 
 
 def flip_and_shift(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
-    """The uint8 image (H, W, C) mirrored and moved as the view says; its crop is not looked at."""
+    """The uint8 image (H, W, C) with the flip and shift of the view. Ignores the crop of the view."""
     height, width = pixels_HWC.shape[:2]
     if view.flip:
         pixels_HWC = pixels_HWC[:, ::-1]
     if view.shift_y:
-        pixels_HWC = pixels_HWC.take(_shifted(height, view.shift_y), axis=0)
+        pixels_HWC = pixels_HWC.take(_shifted_indices(height, view.shift_y), axis=0)
     if view.shift_x:
-        pixels_HWC = pixels_HWC.take(_shifted(width, view.shift_x), axis=1)
+        pixels_HWC = pixels_HWC.take(_shifted_indices(width, view.shift_x), axis=1)
     return np.ascontiguousarray(pixels_HWC)
 
 
 @functools.lru_cache(maxsize=256)
-def _shifted(size: int, shift: int) -> np.ndarray:
-    """Positions to read from so that a row moves by `shift` and its edge is repeated."""
+def _shifted_indices(size: int, shift: int) -> np.ndarray:
+    """The indices that shift an axis of `size` pixels by `shift` and repeat its edge."""
     return np.clip(np.arange(size) - shift, 0, size - 1)
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """The one way in which images are brought to one size: antialiased bicubic resize of the short side, centre crop.
+    """Resizes images to one size: antialiased bicubic resize of the short side, and centre crop.
 
-    Validation, preprocessing and the pipeline use it as it is; training uses it with a random View.
+    Validation, preprocessing and the pipeline use it without a View. Training uses it with a random View.
     """
 
     image_size: int
@@ -260,27 +262,27 @@ class ImageTransform:
     def __post_init__(self):
         if as_integer("image_size", self.image_size) < 1 or self.channels not in (1, 3):
             raise InputError(f"image_size is {self.image_size} and channels is {self.channels}; "
-                             "allowed: at least 1 pixel, and 1 (grey) or 3 (RGB) channels.")
+                             "allowed: an image_size of at least 1, and channels 1 (grey) or 3 (RGB).")
 
     def __call__(self, image: Image.Image, view: View = IDENTITY) -> Tensor:
         """The image as float32 (C, H, W) in [-1, 1]."""
         return to_tensor(self.resize(image, view))
 
     def resize(self, image: Image.Image, view: View = IDENTITY) -> np.ndarray:
-        """The image as uint8 (H, W, C), resized and cropped in one go, then mirrored and moved; any PIL image is accepted."""
+        """The view of an image as uint8 (H, W, C): cropped and resized in one step, then flipped and shifted. Accepts any PIL image."""
         image = read_image(image, channels=self.channels)
         width, height = image.size
         side = min(width, height) * view.crop_scale
         left, top = (width - side) * view.x, (height - side) * view.y
-        if view.crop_scale == 1:  # whole pixels, so that an image that has the right size already is not blurred
+        if view.crop_scale == 1:  # whole pixels, so that an image that already has the right size is not blurred
             left, top = round(left), round(top)
-        # Only the box is resampled: a strip of 1 x 100,000 pixels never becomes one of 32 x 3,200,000.
+        # Only the box is resampled, so a strip of 1 x 100,000 pixels does not become one of 32 x 3,200,000.
         box = (left, top, min(left + side, width), min(top + side, height))
         resized = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
         return flip_and_shift(np.array(resized).reshape(self.image_size, self.image_size, self.channels), view)
 
     def resize_views(self, image: Image.Image, views: Sequence[View]) -> np.ndarray:
-        """The image in all of the views as uint8 (V, H, W, C), each as `resize` gives it; views of the same crop are resized once."""
+        """All views of an image as uint8 (V, H, W, C), each the same as from `resize`. Views with the same crop are resized only once."""
         image, resized, pixels = read_image(image, channels=self.channels), {}, []
         for view in views:
             crop = View(crop_scale=view.crop_scale, x=view.x, y=view.y)
@@ -290,12 +292,12 @@ class ImageTransform:
         return np.stack(pixels)
 
     def to_dict(self) -> dict[str, Any]:
-        """The transform as it stands in a tokenizer's config."""
+        """The transform as a dictionary for the tokenizer's config."""
         return {"image_size": self.image_size, "channels": self.channels, "resampling": "bicubic"}
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageTransform":
-        """The transform that to_dict described; raises InputError for anything it does not know."""
+        """The inverse of to_dict. Raises InputError for unknown or missing keys and for another resampling."""
         if set(config) != {*TRANSFORM_FIELDS} or config["resampling"] != "bicubic":
             raise InputError(f"transform is {config}; allowed: image_size, channels and resampling = 'bicubic'.")
         return cls(config["image_size"], config["channels"])
@@ -303,7 +305,7 @@ class ImageTransform:
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (..., H, W, C) as contiguous float32 (..., C, H, W) in [-1, 1]."""
-    # In numpy: on a busy machine torch's threads wait 20 ms for each other over what takes one of them 0.3 ms.
+    # numpy, not torch: on a busy machine, torch's threads wait 20 ms for each other, and a single thread needs only 0.3 ms.
     scaled = np.moveaxis(pixels, -1, -3).astype(np.float32, order="C")
     scaled /= np.float32(127.5)
     scaled -= np.float32(1.0)
@@ -322,9 +324,9 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
 
 
 def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform, size: int) -> Iterator[Tensor]:
-    """Yields the given images as float32 (B, C, H, W) in [-1, 1] at the transform's size, at most `size` of them at a time.
+    """Yields images as float32 batches (B, C, H, W) in [-1, 1] at the transform's size, with B at most `size`.
 
-    `images` is one PIL image, a list of them, or a floating-point tensor (B, C, H, W) that already has this size and range. PIL images are
+    `images` is a PIL image, a list of PIL images, or a floating-point tensor (B, C, H, W) that already has this size and range. PIL images are
     converted one batch at a time. Raises InputError for anything else.
     """
     shape = (transform.channels, transform.image_size, transform.image_size)
@@ -333,8 +335,8 @@ def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: 
         if images.ndim != 4 or images.shape[1:] != shape or not len(images) or not images.is_floating_point():
             raise InputError(f"images is a {images.dtype} tensor of shape {tuple(images.shape)}; {allowed}.")
         low, high = images.min().item(), images.max().item()
-        if not (low >= -1.001 and high <= 1.001):  # room for the rounding of bfloat16; also false for nan
-            raise InputError(f"images holds values from {low:g} to {high:g}; {allowed}. From 0..255, divide by 127.5 and subtract 1.")
+        if not (low >= -1.001 and high <= 1.001):  # with a tolerance for bfloat16 rounding; also false for nan
+            raise InputError(f"images holds values from {low:g} to {high:g}; {allowed}. For values in 0..255, divide by 127.5 and subtract 1.")
         yield from (part.float() for part in images.split(size))
         return
     images = [images] if isinstance(images, Image.Image) else images

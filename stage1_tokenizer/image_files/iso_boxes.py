@@ -1,4 +1,4 @@
-"""Reads the boxes of JPEG 2000, AVIF and other ISO media files. Each box has a size, a type of four letters, and a content."""
+"""Reads the boxes of JPEG 2000, AVIF and other ISO media files. Each box has a size, a four-letter type, and a content."""
 
 import struct
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 
 def iso_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, start, end) of the content of each box between two positions of a file. Moves the position of the file."""
+    """Yields (type, start, end) of the content of each box between two positions of a file. Moves the file position."""
     while start + 8 <= end:
         file.seek(start)
         size, kind = struct.unpack(">I4s", file.read(8))

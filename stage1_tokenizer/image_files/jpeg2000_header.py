@@ -1,6 +1,6 @@
-"""What the header of a JPEG 2000 file says about its samples: depths, colour space, palette and the roles of the channels.
+"""Reads the header of a JPEG 2000 file: bit depths, colour space, palette and the roles of the channels (ITU-T T.800, annex I).
 
-Pillow reads little of this (ITU-T T.800, annex I): it takes channels in stored order, and treats 255 as white at every depth.
+Pillow reads little of this. It uses channels in stored order, and treats 255 as white at every bit depth.
 """
 
 import struct
@@ -28,7 +28,7 @@ class Jpeg2000Header:
 
 
 def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
-    """The header of an opened file. Keeps the position of the file. Raises struct.error for a truncated header."""
+    """The header of an opened file. Restores the file position. Raises struct.error for a truncated header."""
     position, header = file.tell(), Jpeg2000Header()
     try:
         file.seek(0)
@@ -65,6 +65,6 @@ def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:
 
 
 def _depths(file: BinaryIO) -> list[int]:
-    """Bits of each component, from the marker segment SIZ at the current position of the file."""
+    """Bits of each component, from the marker segment SIZ at the current file position."""
     components = struct.unpack(">36xH", file.read(38))[0]
     return [(size & 0x7F) + 1 for size, _, _ in struct.iter_unpack(">BBB", file.read(3 * components))]

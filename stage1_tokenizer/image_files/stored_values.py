@@ -1,8 +1,8 @@
-"""What the header of an image file says about its numbers and Pillow passes over: white levels, inverted scales, transparent colours, alpha.
+"""Applies header fields of image files that Pillow ignores: white levels, inverted scales, transparent colours and alpha.
 
 These rules complete Pillow's tables of modes (in the plugin for each format). Colour profiles, gamma and HDR transfer functions
-(ICC, gAMA, cHRM, cICP) are not applied: numbers are taken as they are, which for nearly all files is sRGB. check-data reports the others
-(colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as Pillow does.
+(ICC, gAMA, cHRM, cICP) are not applied: values are used as stored, which is sRGB for nearly all files. check-data reports the other files
+(colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as in Pillow.
 """
 
 import io
@@ -16,22 +16,22 @@ from PIL import Image, ImagePalette, PngImagePlugin, TiffImagePlugin, features
 
 from stage1_tokenizer.image_files.jpeg2000_header import Jpeg2000Header, read_jpeg2000_header
 
-# PNG files of image editors carry profiles and workflows of several megabytes, which Pillow refuses together with their pixels.
-# There is still a limit: a file with a chunk that would unpack to more is refused, and Pillow's own for all texts together stays.
+# Image editors write PNG files with profiles and workflows of several megabytes, and Pillow refuses to read such files.
+# This sets a higher limit on the decompressed size of one chunk. Pillow's limit on all texts together still applies.
 PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
 # For uncompressed TIFF, Pillow's own decoder reads missing strips as black or as bytes of the header, 16-bit planes as 8-bit planes, and
-# YCbCr as RGB. libtiff, which decodes compressed TIFF anyway, refuses missing strips and reads the other two correctly.
+# YCbCr as RGB. libtiff, which decodes all compressed TIFF files, refuses missing strips and reads the other two correctly.
 TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
 
-# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same bytes: 1 MB of EXIF can take 4 GB.
-# For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
+# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same bytes: 1 MB of EXIF can take 4 GB
+# of memory. For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
 MAX_EXIF_BYTES = 2**16  # the size limit of a JPEG segment
 _load_exif = Image.Exif.load
 Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
 _SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
-_TAGS_OF_PIXELS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
+_PIXEL_TAGS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
 _WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
 _NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS"}
 _BMP_RLE4, _PILLOW_MAJOR = 2, int(PIL.__version__.split(".")[0])
@@ -42,14 +42,14 @@ _TGA_NO_ALPHA, _TGA_PREMULTIPLIED = (0, 1, 2), 4
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be used; the message is the reason in words, without the name of the file."""
+    """An image cannot be used. The message is the reason, without the file name."""
 
 
-def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """The function to call with the image once it is loaded, which gives it with its header honoured.
+def header_correction(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """A function that applies the header of an image to its pixels. Call it with the image after loading the pixels.
 
-    Call this before the pixels are loaded, and before anything is decoded. For an image that is already loaded, only the parts of the header
-    that Pillow keeps are honoured. Raises UnreadableImage if the header says that the numbers have no known black and white.
+    Call header_correction before the pixels are loaded, and before anything is decoded. For an image that is already loaded, only the parts of
+    the header that Pillow keeps are applied. Raises UnreadableImage if the header leaves the levels of black and white unknown.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
                    "JPEG2000": _jpeg2000}.get(image.format)
@@ -57,7 +57,7 @@ def honour_header(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
 
 
 def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
-    """Make the decoder unpack the pixels in another raw mode than Pillow chose. The raw mode is its first argument."""
+    """Make the decoder unpack the pixels in another raw mode than Pillow chose. The raw mode is the first decoder argument."""
     image.tile = [tile._replace(args=(raw_mode, *tile.args[1:])) for tile in image.tile]
 
 
@@ -67,7 +67,8 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         return None  # without transparency, or already loaded
     if image.mode in ("1", "P"):
         stored = png_chunk(image, b"tRNS")
-        # At a depth of 1, Pillow reads all 16 bits. It takes alpha that ends in byte 10 (a line feed in its pattern) for a single entry.
+        # At a bit depth of 1, Pillow reads all 16 bits of the value. With a palette, it misreads alpha that ends in byte 10 (a line feed in its
+        # pattern) as a single transparent entry.
         image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
     if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
         return None  # with a palette, or 16-bit grey (see images.py)
@@ -76,19 +77,19 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         low_bytes = _low_bytes(image)
         return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low_bytes != np.array(transparent))
 
-    # Samples of 2 and 4 bits are loaded as 8 bits, the transparent one is not; bits beyond the depth mean nothing.
-    levels = {"L;2": 3, "L;4": 15}.get(raw_mode, 255)
-    as_loaded = tuple((value & levels) * (255 // levels) for value in np.atleast_1d(transparent).tolist())
+    # Pillow scales samples of 2 and 4 bits to 8 bits, but not the transparent value. Its bits beyond the depth have no meaning.
+    max_value = {"L;2": 3, "L;4": 15}.get(raw_mode, 255)
+    scaled = tuple((value & max_value) * (255 // max_value) for value in np.atleast_1d(transparent).tolist())
 
-    def honour(loaded: Image.Image) -> Image.Image:
-        loaded.info["transparency"] = as_loaded if loaded.mode == "RGB" else as_loaded[0]
+    def correct(loaded: Image.Image) -> Image.Image:
+        loaded.info["transparency"] = scaled if loaded.mode == "RGB" else scaled[0]
         return loaded
 
-    return honour
+    return correct
 
 
 def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
-    """The content of the last chunk of a type before the pixels, which is the one that decoders use; b"" if there is none."""
+    """The content of the last chunk of a type before the pixels, which decoders use; b"" if there is none."""
     file, position, found = image.fp, image.fp.tell(), b""
     try:
         file.seek(8)
@@ -107,7 +108,7 @@ def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
 
 
 def _low_bytes(image: Image.Image) -> np.ndarray:
-    """The lower bytes (H, W, 3) of a PNG of 16 bits a sample, from the same file decoded as if the bytes of a sample were swapped."""
+    """The low bytes (H, W, 3) of a PNG with 16 bits per sample. Decodes the file again as if the bytes of each sample were swapped."""
     position = image.fp.tell()
     image.fp.seek(0)
     content = image.fp.read()
@@ -118,7 +119,7 @@ def _low_bytes(image: Image.Image) -> np.ndarray:
 
 
 def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
-    """The image with the pixels transparent that do not differ in any channel."""
+    """The image with pixels made transparent where `differs_HWC` is False in all channels."""
     image = image.convert("RGB")
     image.info.pop("transparency", None)
     image.putalpha(Image.fromarray(np.where(differs_HWC.any(axis=2), 255, 0).astype(np.uint8)))
@@ -129,15 +130,15 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     tags = image.tag_v2
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
     if image.tile and (repeated := _repeated_tags(image)):
-        raise UnreadableImage(f"a TIFF that gives tag {repeated[0]} more than once; decoders disagree on which value counts")
+        raise UnreadableImage(f"a TIFF with tag {repeated[0]} more than once; decoders disagree on which value to use")
     if tags.get(_SUBFILE_TYPE, 0) in _PREVIEWS and (image.is_animated or _SUBFILES in tags):
         raise UnreadableImage("a TIFF whose first page is a preview or a mask of another page (tag NewSubfileType)")
-    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # as signed 32 bits Pillow writes values of 16 bits: see images.py
-        raise UnreadableImage("a TIFF of signed numbers; their black and white levels are not known")
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # Pillow writes 16-bit values as signed 32-bit values (see images.py)
+        raise UnreadableImage("a TIFF of signed values; their black and white levels are unknown")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
-        raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow does not convert without libtiff")
+        raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow cannot convert without libtiff")
     if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
-        raise UnreadableImage("a TIFF of other inks than CMYK, or of CMYK with a range of its own (tag InkSet or DotRange)")
+        raise UnreadableImage("a TIFF with inks other than CMYK, or with its own range of CMYK values (tag InkSet or DotRange)")
     levels = tuple(map(float, tags.get(_REFERENCE_LEVELS, ())))
     if photometric == _RGB and levels not in ((), (0, 2**bits - 1) * 3, (0, 255, 128, 255, 128, 255)):  # the last tuple is a leftover from YCbCr
         raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
@@ -151,16 +152,16 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if image.mode.startswith("I;16") and (is_inverted or bits < 16):
         white = 2**bits - 1
 
-        def honour(loaded: Image.Image) -> Image.Image:
+        def correct(loaded: Image.Image) -> Image.Image:
             values = np.asarray(loaded).astype(np.float64)
             return Image.fromarray(np.round((white - values if is_inverted else values) * (65535 / white)).astype(np.int32))
 
-        return honour
-    return None  # Pillow's table has the others
+        return correct
+    return None  # Pillow reads all other modes correctly
 
 
 def _repeated_tags(image: Image.Image) -> list[int]:
-    """The tags about pixels that the first page of a TIFF holds more than once. Pillow uses the last value, libtiff may use the first."""
+    """The _PIXEL_TAGS that the first page of a TIFF has more than once. Pillow uses the last value, but libtiff may use the first."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(0)
@@ -171,8 +172,8 @@ def _repeated_tags(image: Image.Image) -> list[int]:
         count = struct.unpack(order + "Q", file.read(8))[0] if is_big else struct.unpack(order + "H", file.read(2))[0]
         size = 20 if is_big else 12
         entries = file.read(size * min(count, 65535))
-        tags = [struct.unpack_from(order + "H", entries, at)[0] for at in range(0, len(entries) - size + 1, size)]
-        return sorted(tag for tag in _TAGS_OF_PIXELS if tags.count(tag) > 1)
+        tags = [struct.unpack_from(order + "H", entries, offset)[0] for offset in range(0, len(entries) - size + 1, size)]
+        return sorted(tag for tag in _PIXEL_TAGS if tags.count(tag) > 1)
     finally:
         file.seek(position)
 
@@ -187,25 +188,25 @@ def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if not has_alpha:
         return None
     bits = descriptor & 0x0F
-    # In a 16-bit pixel, the bit that is not part of a colour means opaque to some writers and transparent to others.
+    # In a 16-bit pixel, one bit is not part of a colour. Some writers use it to mean opaque, and others to mean transparent.
     is_declared = bits > 0 and "15" not in str(image.tile[0][3][0]) and not (image.mode == "P" and bits < 8)
 
-    def honour(loaded: Image.Image) -> Image.Image:
+    def correct(loaded: Image.Image) -> Image.Image:
         if loaded.mode == "P":
             loaded = loaded.convert("RGBA")
         alpha = loaded.getchannel("A")
-        # Many writers declare no bits of alpha and mean it all the same; where all of it is zero they do not.
+        # Many writers store alpha without declaring it. If all of it is zero, it is not meant as alpha.
         if attributes in _TGA_NO_ALPHA or (not is_declared and attributes is None and alpha.getextrema() == (0, 0)):
             return loaded.convert("RGB" if loaded.mode == "RGBA" else "L")
         if attributes == _TGA_PREMULTIPLIED:
             return Image.frombytes("RGBa", loaded.size, loaded.convert("RGBA").tobytes()).convert("RGBA")
         return loaded
 
-    return honour
+    return correct
 
 
 def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
-    """The image descriptor, whose lower four bits give the bits of alpha, and the attributes type of the extension area if there is one."""
+    """(image descriptor, attributes type). The low four bits of the descriptor are the bits of alpha. The type is None without an extension area."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(17)
@@ -224,14 +225,14 @@ def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
 
 def _ppm(image: Image.Image) -> None:
     if image.info.get("scale", 1.0) != 1:
-        raise UnreadableImage(f"floating-point pixels in a scale of {image.info['scale']:g}; their white level is not known")
+        raise UnreadableImage(f"floating-point pixels with a scale of {image.info['scale']:g}; their white level is unknown")
 
 
 def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     if image.tile and image.info.get("compression") == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
-        raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 reads it")
+        raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 can read it")
     if image.tile and image.mode in ("1", "L") and (bits := _bmp_bits(image)) != {"1": 1, "L": 8}[image.mode]:
-        # If the palette is black and white, or the first greys, Pillow assumes 1 or 8 bits a pixel, whatever the header says.
+        # If the palette is black and white, or begins the scale of greys, Pillow assumes 1 or 8 bits per pixel and ignores the header.
         greys = [0, 255] if image.mode == "1" else range(2**bits)
         image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
         _set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
@@ -241,6 +242,7 @@ def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 
 def _bmp_bits(image: Image.Image) -> int:
+    """Bits per pixel of a BMP."""
     file, position = image.fp, image.fp.tell()
     try:
         file.seek(14 if image.format == "BMP" else 0)
@@ -258,20 +260,20 @@ def _has_odd_run(image: Image.Image) -> bool:
         codes = file.read()
     finally:
         file.seek(position)
-    at = 0
-    while at + 1 < len(codes):
-        count, value = codes[at], codes[at + 1]
-        at += 2
+    offset = 0
+    while offset + 1 < len(codes):
+        count, value = codes[offset], codes[offset + 1]
+        offset += 2
         if count or value == 0:
             continue
         if value == 1:
             return False
         if value == 2:
-            at += 2
+            offset += 2
         elif value % 2:
             return True
         else:
-            at += (value + 3) // 4 * 2  # padded to whole words
+            offset += (value + 3) // 4 * 2  # padded to whole 16-bit words
     return False
 
 
@@ -280,18 +282,18 @@ def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         return None  # around a transparent frame, Pillow keeps the image transparent
     extents, background = image.tile[0][1], image.info.get("background")
     if background is None:
-        ground = (255, 255, 255)  # without a colour table for it, the area around the frame is transparent
+        fill = (255, 255, 255)  # without a background colour, the area around the frame is transparent
     elif image.global_palette is None:
-        ground = (background,) * 3
+        fill = (background,) * 3
     else:
-        ground = tuple(image.global_palette.palette[3 * background:3 * background + 3])
+        fill = tuple(image.global_palette.palette[3 * background:3 * background + 3])
 
-    def honour(loaded: Image.Image) -> Image.Image:
-        whole = Image.new("RGB", loaded.size, ground)
-        whole.paste(loaded.convert("RGB").crop(extents), extents)
-        return whole
+    def correct(loaded: Image.Image) -> Image.Image:
+        canvas = Image.new("RGB", loaded.size, fill)
+        canvas.paste(loaded.convert("RGB").crop(extents), extents)
+        return canvas
 
-    return honour
+    return correct
 
 
 def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
@@ -302,9 +304,9 @@ def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None
     order, alpha = _jpeg2000_channels(header, image.mode, colours)
     if header.colour_space not in (None, _JP2_SRGB, _JP2_GREY, _JP2_SYCC, _JP2_BILEVEL) \
             and not (header.colour_space == _JP2_CMYK and image.mode == "CMYK"):
-        raise UnreadableImage(f"a JPEG 2000 in colours that Pillow does not convert (EnumCS {header.colour_space})")
+        raise UnreadableImage(f"a JPEG 2000 in a colour space that Pillow does not convert (EnumCS {header.colour_space})")
     if max(header.depths, default=8) > 8 and image.mode != "I;16":
-        raise UnreadableImage("a JPEG 2000 of more than 8 bits in colour or with alpha, whose white Pillow reads as black")
+        raise UnreadableImage("a JPEG 2000 with colour or alpha and more than 8 bits; Pillow reads its white as black")
     is_plain = order == list(range(colours)) and alpha is None and min(header.depths, default=8) >= 8
     if header.has_palette and not (image.mode in ("P", "PA") and is_plain and header.palette_columns == sorted(header.palette_columns)):
         raise UnreadableImage("a JPEG 2000 with a palette that Pillow does not apply")
@@ -313,7 +315,7 @@ def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None
     if header.colour_space == _JP2_SYCC and not (order == [0, 1, 2] and min(header.depths) >= 8):
         raise UnreadableImage("a JPEG 2000 in YCbCr with fewer than 8 bits or another channel order, which Pillow does not convert")
 
-    def honour(loaded: Image.Image) -> Image.Image:
+    def correct(loaded: Image.Image) -> Image.Image:
         bands = [band if depth >= 8 else band.point([(value >> 8 - depth) * 255 // (2**depth - 1) for value in range(256)])
                  for band, depth in zip(loaded.split(), header.depths, strict=True)]
         coloured = Image.merge("RGB", [bands[channel] for channel in order]) if colours == 3 else bands[order[0]]
@@ -326,11 +328,11 @@ def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None
             return Image.frombytes("RGBa", coloured.size, coloured.tobytes()).convert("RGBA")
         return coloured
 
-    return honour
+    return correct
 
 
 def _jpeg2000_channels(header: Jpeg2000Header, mode: str, colours: int) -> tuple[list[int], tuple[int, int] | None]:
-    """The channel of each colour, in the order of the colours, and (channel, type) of alpha or None."""
+    """The channel of each colour, in the order of the colours, and (channel, type) of alpha, or None without alpha."""
     if header.channels is None or mode in ("P", "PA"):
         return list(range(colours)), (colours, _JP2_ALPHA) if mode in ("LA", "RGBA") else None
     by_colour = {association or 1: channel for channel, (kind, association) in header.channels.items() if kind == 0}

@@ -1,4 +1,4 @@
-"""Quantizers by name. Each turns latents into ids and back; see protocol.py for what all of them do."""
+"""Quantizers by name. Each maps latents to ids and ids back to latents. protocol.py defines their interface."""
 
 from stage1_tokenizer.quantizers.ema import EMAQuantizer
 from stage1_tokenizer.quantizers.fsq import FSQQuantizer
@@ -11,9 +11,8 @@ from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.residual import ResidualQuantizer
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 
-QUANTIZERS: dict[str, type[Quantizer]] = {
-    "ema": EMAQuantizer, "gradient": GradientQuantizer, "simvq": SimVQQuantizer, "gumbel": GumbelQuantizer, "fsq": FSQQuantizer,
-    "lfq": LFQQuantizer, "ibq": IBQQuantizer, "residual": ResidualQuantizer, "kl": KLBottleneck}
+QUANTIZERS: dict[str, type[Quantizer]] = {quantizer.KIND: quantizer for quantizer in (
+    EMAQuantizer, GradientQuantizer, SimVQQuantizer, GumbelQuantizer, FSQQuantizer, LFQQuantizer, IBQQuantizer, ResidualQuantizer, KLBottleneck)}
 
 __all__ = ["QUANTIZERS", "EMAQuantizer", "FSQQuantizer", "GradientQuantizer", "GumbelQuantizer", "IBQQuantizer", "KLBottleneck", "LFQQuantizer",
            "Quantizer", "QuantizerOutput", "ResidualQuantizer", "SimVQQuantizer"]

@@ -1,6 +1,6 @@
-"""No quantization: the Gaussian bottleneck of a variational autoencoder (Kingma and Welling 2013; as in Rombach et al. 2022), a baseline."""
+"""Gaussian VAE bottleneck without quantization, as a baseline (Kingma and Welling 2013; as in Rombach et al. 2022)."""
 
-from typing import ClassVar, NoReturn, Self
+from typing import ClassVar, NoReturn
 
 import torch
 
@@ -14,34 +14,30 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 class KLBottleneck(Quantizer):
-    """Mean and log-variance (D each) by a learnt 1x1 projection; a sample in training, by torch's global generator, the mean in evaluation.
+    """Predicts mean and log-variance (D each) with a learned 1x1 projection. Samples with torch's global generator in training, else the mean.
 
-    The loss is kl_weight * KL(N(mean, variance) || N(0, 1)) as a mean over all latent values, so that the weight means the same on any grid.
-    There are no ids; codebook_size is not used.
+    The loss is kl_weight * KL(N(mean, variance) || N(0, 1)), averaged over all latent values, so kl_weight does not depend on the grid size.
+    There are no ids. codebook_size is not used.
     """
 
+    KIND = "kl"
     has_ids: ClassVar[bool] = False
 
-    def __init__(self, codebook_size: int, code_dim: int, *, kl_weight: float = 1e-6, seed: int = 0):
-        super().__init__()
-        self.codebook_size, self.code_dim, self.kl_weight = codebook_size, code_dim, kl_weight
-        self.projection = seeded_linear(code_dim, 2 * code_dim, seed, "projection")
-
-    @classmethod
-    def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
-        return cls(config.codebook_size, config.code_dim, kl_weight=config.kl_weight, seed=seed)
+    def __init__(self, config: TokenizerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.projection = seeded_linear(self.code_dim, 2 * self.code_dim, self.seed, "projection")
 
     def forward(self, latents_BDhw: torch.Tensor) -> QuantizerOutput:
         with full_precision(latents_BDhw.device):
             mean_BhwD, log_variance_BhwD = self.projection(latents_BDhw.float().permute(0, 2, 3, 1)).chunk(2, dim=-1)
             log_variance_BhwD = log_variance_BhwD.clamp(*LOG_VARIANCE_RANGE)
-            loss = self.kl_weight * 0.5 * (mean_BhwD.square() + log_variance_BhwD.exp() - 1 - log_variance_BhwD).mean()
-            drawn_BhwD = mean_BhwD
+            loss = self.config.kl_weight * 0.5 * (mean_BhwD.square() + log_variance_BhwD.exp() - 1 - log_variance_BhwD).mean()
+            sample_BhwD = mean_BhwD
             if self.training:
-                drawn_BhwD = mean_BhwD + (log_variance_BhwD / 2).exp() * torch.randn_like(mean_BhwD)
-        return QuantizerOutput(drawn_BhwD.permute(0, 3, 1, 2), None, loss)
+                sample_BhwD = mean_BhwD + (log_variance_BhwD / 2).exp() * torch.randn_like(mean_BhwD)
+        return QuantizerOutput(sample_BhwD.permute(0, 3, 1, 2), None, loss)
 
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> NoReturn:
         """Raise InputError: the latents are continuous."""
-        raise InputError("tokenizer.quantizer is kl, whose latents are continuous: there are no ids, and none can be turned into latents. "
-                         "Train a tokenizer with another tokenizer.quantizer, such as ema, for tokens.")
+        raise InputError("tokenizer.quantizer is kl, whose latents are continuous, so there are no ids to decode. "
+                         "For tokens, train a tokenizer with another tokenizer.quantizer, such as ema.")

@@ -1,48 +1,42 @@
-"""Lookup-free quantization: a code is the signs of a few dimensions (Yu et al. 2023, MAGVIT-v2, section 3.1)."""
-
-from typing import Self
+"""Lookup-free quantization (LFQ; MAGVIT-v2, Yu et al. 2023, section 3.1): a code is the sign of each dimension."""
 
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.quantizers.entropies import entropy_of_bits
+from stage1_tokenizer.quantizers.entropies import entropy_loss_of_bits
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
-from vqmosaic.recipes.quantizer_sizes import bits_of
+from vqmosaic.recipes.quantizer_sizes import lfq_bits
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class LFQQuantizer(ImplicitCodebookQuantizer):
-    """Codes of `bits_of(codebook_size)` entries -1 and 1; the id has the first one as its most significant bit.
+    """Codes with `lfq_bits(codebook_size)` entries -1 or 1. The first entry is the most significant bit of the id.
 
     The loss is commitment_weight * |z - sg(e)|^2 + entropy_weight * (mean entropy of a vector's code - entropy_diversity * entropy of
-    the codes of all vectors), where a code's probability falls with its squared distance over entropy_temperature. These bits are
-    independent, so that no N x K matrix and no codebook is built. Each rank and micro-batch takes the entropy over its own vectors.
+    the codes of all vectors), with code probabilities softmax(-|z - e|^2 / entropy_temperature). The bits are then independent, so neither an
+    N x K matrix nor a codebook is needed. The entropies are computed over the vectors of each rank and micro-batch.
 
     Raises:
-        ValueError: codebook_size is no power of two.
+        ValueError: codebook_size is not a power of two.
     """
 
-    def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, entropy_weight: float = 0.1,
-                 entropy_diversity: float = 1.0, entropy_temperature: float = 0.1, seed: int = 0):
-        bits = bits_of(codebook_size)
-        super().__init__(codebook_size, code_dim, bits, seed)
-        self.commitment_weight, self.entropy_weight = commitment_weight, entropy_weight
-        self.entropy_diversity, self.entropy_temperature = entropy_diversity, entropy_temperature
-        self.register_buffer("steps_F", 2 ** torch.arange(bits - 1, -1, -1), persistent=False)
+    KIND = "lfq"
 
-    @classmethod
-    def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
-        return cls(config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, entropy_weight=config.entropy_weight,
-                   entropy_diversity=config.entropy_diversity, entropy_temperature=config.entropy_temperature, seed=seed)
+    def __init__(self, config: TokenizerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_buffer("bit_values_F", 2 ** torch.arange(self.codebook_dim - 1, -1, -1), persistent=False)
+
+    def dimension_of_codes(self) -> int:
+        return lfq_bits(self.codebook_size)
 
     def quantize(self, values_BhwF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        ids_Bhw = ((values_BhwF > 0) * self.steps_F).sum(-1)
-        loss = self.commitment_weight * F.mse_loss(values_BhwF, self.ids_to_codes(ids_Bhw))
-        if self.entropy_weight:
-            # |z + 1|^2 - |z - 1|^2 = 4 z is how much nearer 1 is than -1
-            logits_NF = 4 * values_BhwF.reshape(-1, self.own_dim) / self.entropy_temperature
-            loss = loss + self.entropy_weight * entropy_of_bits(logits_NF, self.entropy_diversity)
+        ids_Bhw = ((values_BhwF > 0) * self.bit_values_F).sum(-1)
+        loss = self.config.commitment_weight * F.mse_loss(values_BhwF, self.ids_to_codes(ids_Bhw))
+        if self.config.entropy_weight:
+            # the logit of a bit is the difference of squared distances: |z + 1|^2 - |z - 1|^2 = 4 z
+            logits_NF = 4 * values_BhwF.reshape(-1, self.codebook_dim) / self.config.entropy_temperature
+            loss = loss + self.config.entropy_weight * entropy_loss_of_bits(logits_NF, self.config.entropy_diversity)
         return ids_Bhw, values_BhwF, loss
 
     def ids_to_codes(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
-        return (ids_Bhw[..., None] // self.steps_F % 2).float() * 2 - 1
+        return (ids_Bhw[..., None] // self.bit_values_F % 2).float() * 2 - 1

@@ -1,7 +1,7 @@
-"""Nearest-code search and k-means in full float32, whatever autocast, TF32 or matmul-precision flags say.
+"""Nearest-code search and k-means in full float32, regardless of autocast, TF32 and matmul-precision flags.
 
-bf16 distances pick a wrong code for 1-5 % of vectors. The N x K matrix of distances is never held: vectors and codes are
-worked off in pieces, on a CPU of a size that stays in its cache.
+bf16 distances pick a wrong code for 1-5 % of vectors. The search processes chunks of vectors and codes, so the N x K matrix of distances is
+never stored. On a CPU, the chunks fit in its cache.
 """
 
 from collections.abc import Iterator
@@ -11,63 +11,63 @@ import torch
 
 from vqmosaic.seeding import derive_seed
 
-# Bytes of codes and of scores worked on at a time. On a CPU both stay in its cache; a GPU should want few large pieces (not measured).
+# Bytes of codes and of scores per chunk. On a CPU both fit in the cache. A GPU should prefer few large chunks (not measured).
 WORKING_SET_BYTES = {"cpu": (2**20, 4 * 2**20)}
 LARGE_WORKING_SET_BYTES = (16 * 2**20, 32 * 2**20)
-GROUP = 64
+SCORES_PER_GROUP = 64
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """A context in which a device's float32 matrix products and convolutions are float32: no autocast, no TF32, no bf16 inside."""
+    """Context manager for exact float32 matrix products and convolutions on a device: no autocast, TF32 or bf16."""
     if device.type == "cuda":
         flags = {torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
     else:
         flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.mkldnn.conv: torch.backends.mkldnn}
-    # a flag that was never set reads as the wider one above it; written back as read, it would no longer follow that one
-    before = {flag: "none" if flag.fp32_precision == wider.fp32_precision else flag.fp32_precision
-              for flag, wider in flags.items() if flag.fp32_precision != "ieee"}
+    # An unset flag reads as the value of its parent. Writing that value back would stop it from following the parent, so write "none".
+    previous = {flag: "none" if flag.fp32_precision == parent.fp32_precision else flag.fp32_precision
+              for flag, parent in flags.items() if flag.fp32_precision != "ieee"}
     try:
-        for flag in before:
+        for flag in previous:
             flag.fp32_precision = "ieee"
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device_type=device.type, enabled=False):
                 yield
-        else:  # entering autocast costs as much as a small operator
+        else:  # entering an autocast context costs as much as a small operator
             yield
     finally:
-        for flag, precision in before.items():
+        for flag, precision in previous.items():
             flag.fp32_precision = precision
 
 
 @torch.no_grad()
 def nearest_codes(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor) -> torch.Tensor:
-    """Ids (N,) int64 of the code with the smallest Euclidean distance to each vector, the first one where several are as near.
+    """Int64 ids (N,) of the code nearest to each vector by Euclidean distance (van den Oord et al. 2017, eq. 1). The first code wins ties.
 
-    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, of which the first term does not change the order.
+    |x - c|^2 = |x|^2 - 2 x.c + |c|^2, where the first term does not affect the order.
     """
     with full_precision(vectors_ND.device):
-        return lowest_scores(vectors_ND, codebook_KD, codebook_KD.float().square().sum(1).mul_(0.5))
+        return lowest_score_ids(vectors_ND, codebook_KD, codebook_KD.float().square().sum(1).mul_(0.5))
 
 
 @torch.no_grad()
-def lowest_scores(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offsets_K: torch.Tensor) -> torch.Tensor:
-    """Ids (N,) int64 of the code with the smallest offset - x.c for each vector, the first one where several are as small."""
+def lowest_score_ids(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offsets_K: torch.Tensor) -> torch.Tensor:
+    """Int64 ids (N,) of the code c with the smallest offset - x.c for each vector x. The first code wins ties."""
     with full_precision(vectors_ND.device):
         vectors_ND, codebook_KD, offsets_K = vectors_ND.float(), codebook_KD.float(), offsets_K.float()
         codes_bytes, scores_bytes = WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES)
-        codes = min(len(codebook_KD), max(GROUP, codes_bytes // (4 * codebook_KD.shape[1]) // GROUP * GROUP))
+        codes = min(len(codebook_KD), max(SCORES_PER_GROUP, codes_bytes // (4 * codebook_KD.shape[1]) // SCORES_PER_GROUP * SCORES_PER_GROUP))
         rows = min(len(vectors_ND), max(16, scores_bytes // (4 * codes)))
         scores = torch.empty(rows * codes, device=vectors_ND.device)
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
         for start in range(0, len(vectors_ND), max(1, rows)):
-            piece_nD = vectors_ND[start:start + rows]
+            chunk_nD = vectors_ND[start:start + rows]
             best_n, ids_n = None, None
             for first in range(0, len(codebook_KD), codes):
                 codes_kD = codebook_KD[first:first + codes]
-                scores_nk = scores[:len(piece_nD) * len(codes_kD)].view(len(piece_nD), -1)
-                torch.addmm(offsets_K[first:first + codes], piece_nD, codes_kD.T, alpha=-1, out=scores_nk)
-                lowest_n, at_n = lowest(scores_nk)
+                scores_nk = scores[:len(chunk_nD) * len(codes_kD)].view(len(chunk_nD), -1)
+                torch.addmm(offsets_K[first:first + codes], chunk_nD, codes_kD.T, alpha=-1, out=scores_nk)
+                lowest_n, at_n = row_minima(scores_nk)
                 if best_n is None:
                     best_n, ids_n = lowest_n, at_n
                 else:
@@ -77,28 +77,28 @@ def lowest_scores(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offsets_K
     return ids_N
 
 
-def lowest(scores_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and index of the smallest entry of each row: of groups first, which processors do many at a time, then inside the best group."""
-    if scores_nk.shape[1] % GROUP:
+def row_minima(scores_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Value and index of the smallest entry of each row. Searches groups first (a vectorized reduction), then inside the best group."""
+    if scores_nk.shape[1] % SCORES_PER_GROUP:
         return scores_nk.min(1)
-    groups_ngG = scores_nk.view(len(scores_nk), -1, GROUP)
+    groups_ngG = scores_nk.view(len(scores_nk), -1, SCORES_PER_GROUP)
     lowest_n, group_n = groups_ngG.amin(2).min(1)
     rows_n = torch.arange(0, groups_ngG.shape[0] * groups_ngG.shape[1], groups_ngG.shape[1], device=scores_nk.device)
-    inside_n = scores_nk.view(-1, GROUP).index_select(0, rows_n.add_(group_n)).argmin(1)
-    return lowest_n, inside_n.add_(group_n, alpha=GROUP)
+    inside_n = scores_nk.view(-1, SCORES_PER_GROUP).index_select(0, rows_n.add_(group_n)).argmin(1)
+    return lowest_n, inside_n.add_(group_n, alpha=SCORES_PER_GROUP)
 
 
 def random_codebook(codebook_size: int, code_dim: int, seed: int) -> torch.Tensor:
-    """A seeded codebook (K, D) of vectors whose expected length is 1."""
+    """A random codebook (K, D) from a seed. The expected squared length of a code is 1."""
     rng = torch.Generator().manual_seed(derive_seed(seed, "codebook"))
     return torch.randn(codebook_size, code_dim, generator=rng) * code_dim**-0.5
 
 
 @torch.no_grad()
 def kmeans(vectors_ND: torch.Tensor, codebook_size: int, seed: int, iterations: int = 10) -> torch.Tensor:
-    """Codebook (K, D) by Lloyd's iterations from a seeded choice of vectors; an empty cluster takes a vector at random.
+    """Codebook (K, D) by Lloyd's algorithm, initialized with randomly chosen vectors. Empty clusters are reset to random vectors.
 
-    With fewer vectors than codes, the rest of the codes are the vectors again with a little noise.
+    With fewer vectors than codes, the vectors are repeated with a little noise.
     """
     vectors_ND = vectors_ND.float()
     rng = torch.Generator().manual_seed(derive_seed(seed, "kmeans"))
@@ -118,7 +118,7 @@ def kmeans(vectors_ND: torch.Tensor, codebook_size: int, seed: int, iterations: 
 
 
 def code_sums(vectors_ND: torch.Tensor, ids_N: torch.Tensor, codebook_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each code the number of its vectors (K,) float32 and their sum (K, D) float32."""
+    """Float32 counts (K,) and sums (K, D) of the vectors assigned to each code."""
     counts_K = torch.bincount(ids_N, minlength=codebook_size).float()
     sums_KD = torch.zeros(codebook_size, vectors_ND.shape[1], device=vectors_ND.device).index_add_(0, ids_N, vectors_ND.float())
     return counts_K, sums_KD

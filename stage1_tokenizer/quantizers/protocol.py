@@ -1,21 +1,21 @@
-"""What every quantizer offers: forward / commit / discard, ids back to latents."""
+"""The interface of all quantizers: forward, commit, discard, ids_to_latents."""
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 @dataclass
 class QuantizerOutput:
-    """quantized (B, D, h, w) float32 with a gradient to the latents, ids int64 in [0, K), loss a scalar.
+    """Quantized latents (B, D, h, w) float32 with a gradient to the latents, int64 ids in [0, K), and a scalar loss.
 
-    ids are (B, h, w); (B, h, w, depth) where the quantizer's depth is greater than 1; None where it has no ids.
+    ids have shape (B, h, w), or (B, h, w, depth) if depth is greater than 1. None if the quantizer has no ids.
     """
 
     quantized: torch.Tensor
@@ -24,50 +24,67 @@ class QuantizerOutput:
 
 
 class Quantizer(nn.Module, ABC):
-    """Base of the quantizers. A forward in training only gathers statistics; commit() after an accepted optimizer step
-    applies them (all-reduced once), discard() after a refused step forgets them.
+    """Base class of the quantizers. A forward pass in training only collects statistics. After an accepted optimizer step, commit() applies
+    them with one all-reduce. After a refused step, discard() drops them.
 
-    Constructors take `codebook_size` and `code_dim`, and keyword arguments named like the fields of TokenizerConfig.
+    Args:
+        config: the tokenizer section of a recipe. Fields that belong to other quantizers are ignored.
+        seed: determines the random initialization.
+
+    The arguments of version 0.1.0 still work, with a DeprecationWarning: `codebook_size`, `code_dim` and fields of TokenizerConfig by keyword.
     """
 
+    KIND: ClassVar[str]
+    """The name of this quantizer in `tokenizer.quantizer`."""
+
     TRAINING_ONLY: ClassVar[tuple[str, ...]] = ()
-    """Names of buffers that only training needs; an export leaves them out."""
+    """Names of buffers that only training needs. An export omits them."""
     CODES: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters that are codes. All other parameters are network weights, like those of encoder and decoder."""
+    """Names of the parameters that are codes. All other parameters are network weights, as in encoder and decoder."""
     has_ids: ClassVar[bool] = True
     depth: int = 1
     codebook_size: int
     code_dim: int
 
+    def __init__(self, config: TokenizerConfig | int, code_dim: int | None = None, *, seed: int = 0, **fields):
+        super().__init__()
+        if not isinstance(config, TokenizerConfig):
+            warnings.warn(f"{type(self).__name__}(codebook_size, code_dim) is deprecated. Pass a TokenizerConfig.", DeprecationWarning, stacklevel=3)
+            config = TokenizerConfig(quantizer=self.KIND, codebook_size=config, code_dim=code_dim, **fields)
+        elif code_dim is not None or fields:
+            raise TypeError("code_dim and other fields are part of the TokenizerConfig")
+        self.config, self.codebook_size, self.code_dim, self.seed = config, config.codebook_size, config.code_dim, seed
+
     @classmethod
-    @abstractmethod
-    def from_config(cls, config: "TokenizerConfig", seed: int) -> Self:
-        """The quantizer that a recipe's tokenizer section describes."""
+    def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
+        """Deprecated: call the class with the same arguments."""
+        warnings.warn(f"{cls.__name__}.from_config is deprecated. Call {cls.__name__}(config, seed=seed).", DeprecationWarning, stacklevel=2)
+        return cls(config, seed=seed)
 
     def initialize(self, latents_ND: torch.Tensor) -> None:
-        """Start from real latents; called by the trainer before step 0, with the same latents on every rank."""
+        """Initialize the codes from latents (N, D). The trainer calls it before step 0 with the same latents on every rank."""
 
     def set_progress(self, share: float) -> None:
-        """Told by the trainer before each step which share of the training is done, in [0, 1]; for what is annealed."""
+        """Update annealed values. The trainer calls it before each step with the training progress in [0, 1]."""
 
     def commit(self) -> None:
-        """Apply what the forwards since the last commit gathered."""
+        """Apply the statistics collected by forward passes since the last commit."""
 
     def discard(self) -> None:
-        """Forget what the forwards since the last commit gathered."""
+        """Drop the statistics collected by forward passes since the last commit."""
 
     def restart_averages(self) -> None:
-        """Let what commit() moves start from the codes as they are; called after they were loaded from an export."""
+        """Reset the moving averages to the current codes. Called after loading an export, which lacks the averages."""
 
     @abstractmethod
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
-        """Latents (B, D, h, w) float32 of ids (B, h, w), or (B, h, w, depth)."""
+        """Convert ids (B, h, w), or (B, h, w, depth), to float32 latents (B, D, h, w)."""
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Parameters that are codes, including those of inner quantizers."""
         return [getattr(module, name) for module in self.modules() if isinstance(module, Quantizer) for name in module.CODES]
 
     def training_only_names(self) -> set[str]:
-        """Dotted names, inside this module, of the buffers that an export leaves out."""
+        """State dict names, relative to this module, of the buffers that an export omits."""
         return {f"{prefix}.{name}".lstrip(".") for prefix, module in self.named_modules() if isinstance(module, Quantizer)
                 for name in module.TRAINING_ONLY}

@@ -1,4 +1,4 @@
-"""Linear layers whose start depends on a seed alone."""
+"""Linear layers whose initialization depends only on a seed."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from vqmosaic.seeding import derive_seed
 
 
 def seeded_linear(inputs: int, outputs: int, *seed_parts: int | str) -> nn.Linear:
-    """torch's linear layer with its usual start drawn from f(seed parts); the global random state stays as it is."""
+    """A torch.nn.Linear initialized from a seed derived from seed_parts. Does not change the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(*seed_parts))
         return nn.Linear(inputs, outputs)

@@ -1,6 +1,4 @@
-"""SimVQ: a frozen codebook behind a learnt linear map (Zhu et al. 2024, "Addressing representation collapse ... with one linear layer")."""
-
-from typing import Self
+"""SimVQ (Zhu et al. 2024): a frozen codebook transformed by one learned linear layer."""
 
 import torch
 import torch.nn.functional as F
@@ -10,34 +8,24 @@ from stage1_tokenizer.quantizers.nearest_code import full_precision, random_code
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
-SMALLEST_SINGULAR_VALUE = 1e-3  # of the largest; directions that the map hardly reaches are left out when it is inverted
+PINV_RTOL = 1e-3  # the pseudo-inverse drops singular values below this fraction of the largest
 
 
 class SimVQQuantizer(NearestCodeQuantizer):
-    """Nearest code of W c_1 ... W c_K: the codes c (K, D) are never learnt, the map W (D, D) is, so that all codes move together.
+    """Nearest code of W c_1 ... W c_K. The rows c (K, D) are frozen and W (D, D) is learned, so all codes move together.
 
-    W starts as the identity. The codes are random until initialize() puts the k-means of real latents in their place. A code that is
-    dead all the same (rare: that is the point of SimVQ) is revived by moving its frozen row to where W leads onto a latent, by the
-    pseudo-inverse of W; the others do not move.
+    W starts as the identity. The rows are random until initialize() replaces them by k-means centres of latents. Codes rarely die: that is the
+    point of SimVQ. A dead code is revived by setting its frozen row to the pseudo-inverse of W applied to a latent. Other codes do not move.
     """
 
-    # All codes are linear in W: decay would shrink them, and an average of W would move the codes that were revived by its pseudo-inverse.
+    KIND = "simvq"
+    # All codes are linear in W. Weight decay would shrink them, and averaging W would move codes that were revived by its pseudo-inverse.
     CODES = ("projection",)
 
-    def __init__(self, codebook_size: int, code_dim: int, *, commitment_weight: float = 0.25, codebook_weight: float = 1.0,
-                 ema_decay: float = 0.99, l2_normalize: bool = False, rotation_trick: bool = False, diveq: bool = False,
-                 revival_threshold: float = 0.03, seed: int = 0):
-        super().__init__(codebook_size, code_dim, commitment_weight=commitment_weight, ema_decay=ema_decay, l2_normalize=l2_normalize,
-                         rotation_trick=rotation_trick, diveq=diveq, revival_threshold=revival_threshold, seed=seed)
-        self.codebook_weight = codebook_weight
-        self.register_buffer("frozen_codebook", random_codebook(codebook_size, code_dim, seed))
-        self.projection = nn.Parameter(torch.eye(code_dim))
-
-    @classmethod
-    def from_config(cls, config: TokenizerConfig, seed: int) -> Self:
-        return cls(config.codebook_size, config.code_dim, commitment_weight=config.commitment_weight, codebook_weight=config.codebook_weight,
-                   ema_decay=config.ema_decay, l2_normalize=config.l2_normalize, rotation_trick=config.rotation_trick, diveq=config.diveq,
-                   revival_threshold=config.revival_threshold, seed=seed)
+    def __init__(self, config: TokenizerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_buffer("frozen_codebook", random_codebook(self.codebook_size, self.code_dim, self.seed))
+        self.projection = nn.Parameter(torch.eye(self.code_dim))
 
     def codes(self) -> torch.Tensor:
         with full_precision(self.projection.device):
@@ -47,9 +35,9 @@ class SimVQQuantizer(NearestCodeQuantizer):
         self.frozen_codebook.copy_(codebook_KD)
         self.projection.copy_(torch.eye(self.code_dim))
 
-    def _replace(self, reached_K: torch.Tensor, heirs_KD: torch.Tensor) -> None:
-        if not reached_K.any():
+    def _replace(self, revived_K: torch.Tensor, replacements_KD: torch.Tensor) -> None:
+        if not revived_K.any():
             return
         with full_precision(self.projection.device):
-            origins_KD = heirs_KD @ torch.linalg.pinv(self.projection, rtol=SMALLEST_SINGULAR_VALUE).T
-        self.frozen_codebook.copy_(torch.where(reached_K[:, None], origins_KD, self.frozen_codebook))
+            frozen_codes_KD = replacements_KD @ torch.linalg.pinv(self.projection, rtol=PINV_RTOL).T
+        self.frozen_codebook.copy_(torch.where(revived_K[:, None], frozen_codes_KD, self.frozen_codebook))

@@ -1,1 +1,1 @@
-"""Sampling tokens: decoding with a key-value cache and drawing from logits."""
+"""Token sampling: decoding with a key-value cache, and sampling from logits."""

@@ -1,8 +1,8 @@
-"""What the known architectures compute for one token of each row, from the weights of their modules: Llama and this project's GridTransformer.
+"""The layers of Llama and of this project's GridTransformer for one token per row, computed directly from the weights of their modules.
 
-`layers_of` is strict: a model with a module, weight, hook or option that is not known here has none, and is sampled through itself.
+`make_decoder_layers` is strict: it returns None for a model with an unknown module, weight, hook or option. Then the model itself is called.
 
-In comments: N rows, D width, A heads, d width of a head, S positions.
+In comments: N rows, D width, A heads, d head dimension, S positions.
 """
 
 from abc import ABC, abstractmethod
@@ -20,15 +20,15 @@ from vqmosaic.kernels.decoding_products import Product
 
 
 def rotate_halves(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Llama's heads, whose first half makes pairs with the second, rotated by the place of their token; the first half's sines are negative."""
+    """Rotate Llama's heads, which pair the first half with the second. The sines of the first half are negative."""
     return torch.addcmul(heads_NAd * cosines, heads_NAd.roll(heads_NAd.shape[-1] // 2, dims=-1), sines)
 
 
 class DecoderLayers(ABC):
-    """What both architectures have in common: their sizes, and that nothing but `embed`, `enter`, `heads` and `feed_forward` tells them apart."""
+    """Base class of the architectures, which differ in `embed`, `add_layer_embedding`, `queries_keys_values` and `feed_forward`."""
 
     MODULES: tuple[type, ...] = ()
-    """All modules that a model may consist of, apart from activations."""
+    """The module types that a model may contain, apart from activations."""
 
     def __init__(self, blocks: nn.ModuleList, head: nn.Linear, num_codes: int, rows: int):
         self.count, self.blocks = len(blocks), blocks
@@ -38,28 +38,28 @@ class DecoderLayers(ABC):
     @classmethod
     @abstractmethod
     def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether this class computes what the model does."""
+        """Whether this class computes the same function as the model."""
 
     @abstractmethod
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """What goes into the first layer (N, D)."""
+        """The input of the first layer (N, D)."""
 
-    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
-        """What a layer makes of its input (N, D) before everything else; the ids are classes at position 0."""
+    def add_layer_embedding(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """The input (N, D) of a layer, plus the layer's own embedding of the ids if it has one. `is_class`: the ids are classes, at position 0."""
         return x_ND
 
     @abstractmethod
-    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
-              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+                            position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
 
     @abstractmethod
-    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward block of a layer adds (N, D)."""
+    def feed_forward(self, layer: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """The output (N, D) of a layer's feed-forward block."""
 
 
 class LlamaLayers(DecoderLayers):
-    """Of transformers' LlamaForCausalLM, with grouped queries, biases and rotations that depend on the position alone."""
+    """Layers of transformers' LlamaForCausalLM, with grouped queries, biases, and rotations that depend only on the position."""
 
     MODULES = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm,
                llama.LlamaRotaryEmbedding, nn.Linear, nn.Embedding, nn.ModuleList)
@@ -83,7 +83,7 @@ class LlamaLayers(DecoderLayers):
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether the model is a Llama whose rotations stay as they are at the start."""
+        """Whether the model is a Llama whose rotary frequencies do not change."""
         return (type(model) is llama.LlamaForCausalLM and model.model.rotary_emb.rope_type in cls.ROTATIONS
                 and model.model.embed_tokens.max_norm is None)
 
@@ -91,21 +91,21 @@ class LlamaLayers(DecoderLayers):
         """The embedding of the ids (N, D)."""
         return F.embedding(ids_N, self.embedding.weight)
 
-    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
-              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+                            position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
-        hidden = self.query_key_value[number](self.attention_norm[number](x_ND)).unflatten(-1, (-1, self.head_width))
+        hidden = self.query_key_value[layer](self.attention_norm[layer](x_ND)).unflatten(-1, (-1, self.head_width))
         rotated_NAd = rotate_halves(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
         return *rotated_NAd.split((self.query_heads, self.key_heads), dim=1), hidden[:, -self.key_heads:]
 
-    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
-        """What the gated block adds (N, D)."""
-        gate, up = self.gate_up[number](self.feed_forward_norm[number](x_ND)).chunk(2, dim=-1)
-        return self.down[number](self.blocks[number].mlp.act_fn(gate) * up)
+    def feed_forward(self, layer: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """The output (N, D) of the gated feed-forward block."""
+        gate, up = self.gate_up[layer](self.feed_forward_norm[layer](x_ND)).chunk(2, dim=-1)
+        return self.down[layer](self.blocks[layer].mlp.act_fn(gate) * up)
 
 
 class GridLayers(DecoderLayers):
-    """Of this project's GridTransformer."""
+    """Layers of this project's GridTransformer."""
 
     MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
     WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
@@ -113,7 +113,7 @@ class GridLayers(DecoderLayers):
 
     def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
         super().__init__(model.blocks, model.head, num_codes, rows)
-        self.embedding, self.places, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
+        self.embedding, self.position_embedding, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
         self.first_class, self.key_heads = model.config.num_codes, model.config.num_attention_heads
         self.head_width = model.config.hidden_size // self.key_heads
         self.attention_in = [Product([block.attention_in], rows) for block in self.blocks]
@@ -124,26 +124,26 @@ class GridLayers(DecoderLayers):
 
     @classmethod
     def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether the model is a GridTransformer with the weights that are known here."""
+        """Whether the model is a GridTransformer with exactly the known weights."""
         return type(model) is grid.GridTransformer and all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"}
                                                          == cls.WEIGHTS for block in model.blocks)
 
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """The embedding of the ids and of the place to predict (N, D)."""
-        return F.embedding(ids_N, self.embedding.weight) + self.places.weight[position]
+        """The sum of the embeddings of the ids and of the predicted position (N, D)."""
+        return F.embedding(ids_N, self.embedding.weight) + self.position_embedding.weight[position]
 
-    def enter(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
-        """The input (N, D) with the layer's own embedding of the ids, or of classes where it has no others."""
-        block = self.blocks[number]
+    def add_layer_embedding(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
+        """The input (N, D), plus the layer's own embedding of the ids, or of only the classes if it has no other embeddings."""
+        block = self.blocks[layer]
         if block.embeds_all_ids:
             return x_ND + block.stream_embedding(ids_N)
         return x_ND + block.stream_embedding((ids_N - self.first_class).clamp_min(0)) if is_class else x_ND
 
-    def heads(self, number: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
-              position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
+                            position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (N, A, d)."""
-        block = self.blocks[number]
-        hidden = self.attention_in[number](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
+        block = self.blocks[layer]
+        hidden = self.attention_in[layer](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
         heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
         query_NAd, key_NAd = rotate(heads, self.rotations[position]).unbind(1)
         value_NAd = hidden[:, 2]
@@ -151,27 +151,27 @@ class GridLayers(DecoderLayers):
             value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)
         return query_NAd, key_NAd, value_NAd
 
-    def feed_forward(self, number: int, x_ND: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward block adds (N, D)."""
-        hidden = self.feed_forward_in[number](self.blocks[number].feed_forward_norm(x_ND))
-        return self.feed_forward_out[number](F.relu(hidden).square())
+    def feed_forward(self, layer: int, x_ND: torch.Tensor) -> torch.Tensor:
+        """The output (N, D) of the feed-forward block."""
+        hidden = self.feed_forward_in[layer](self.blocks[layer].feed_forward_norm(x_ND))
+        return self.feed_forward_out[layer](F.relu(hidden).square())
 
 
 def rms_norm(module: nn.Module):
-    """A LlamaRMSNorm in one operator: the same function, and in float32 the same numbers up to rounding."""
+    """A LlamaRMSNorm as one operator. In float32, results are equal up to rounding."""
     return lambda x_ND: F.rms_norm(x_ND, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def layers_of(model: nn.Module, num_codes: int, rows: int, length: int) -> DecoderLayers | None:
-    """The layers of a model that this file knows in every part, or None."""
-    for layers in (LlamaLayers, GridLayers):
-        if type(model) in layers.MODULES and is_plain(model, layers.MODULES) and layers.fits(model):
-            return layers(model, num_codes, rows, length)
+def make_decoder_layers(model: nn.Module, num_codes: int, rows: int, length: int) -> DecoderLayers | None:
+    """The decoder layers of a fully known model, or None."""
+    for layers_class in (LlamaLayers, GridLayers):
+        if type(model) in layers_class.MODULES and is_plain(model, layers_class.MODULES) and layers_class.fits(model):
+            return layers_class(model, num_codes, rows, length)
     return None
 
 
 def is_plain(model: nn.Module, modules: tuple[type, ...]) -> bool:
-    """Whether a model is nothing but these modules and activations, with nothing added from outside, on one device in one number format."""
+    """Whether a model has only these modules and activations, no hooks but dropout, no autocast, no replaced `forward`, one device, one dtype."""
     first = next(model.parameters())
     if torch.is_autocast_enabled(first.device.type):
         return False

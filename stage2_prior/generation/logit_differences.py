@@ -1,4 +1,4 @@
-"""How far the logits that sampling sees are from those of the float32 model: what a narrower number format or a faster path costs."""
+"""Measures the difference between the logits used in sampling and those of the float32 model: the cost of a narrower dtype or a faster path."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from stage2_prior.prior import TokenPrior
 
 
 def step_logits(prior: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence[int]) -> torch.Tensor:
-    """Logits (B, T, K), float32, as sampling sees them step by step, for ids that are given instead of drawn."""
+    """Float32 logits (B, T, K), computed step by step as in sampling, for given ids."""
     vocabulary, device = prior.vocabulary, next(prior.parameters()).device
     ids_BT = ids_BT.to(device)
     ids_B = vocabulary.condition_ids(torch.tensor(class_indices, dtype=torch.int64, device=device))
@@ -25,7 +25,7 @@ def step_logits(prior: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence
 
 
 def largest_logit_difference(prior: TokenPrior, reference: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence[int]) -> float:
-    """The largest difference between logits of `prior`, as sampling sees them, and of `reference` in one plain forward pass, for given ids."""
+    """The largest difference between the logits of `prior`, computed as in sampling, and those of `reference` in one forward pass, for given ids."""
     device = next(reference.parameters()).device
     with torch.inference_mode(), evaluation_mode(reference.model):
         expected_BTK = reference(ids_BT.to(device), torch.tensor(class_indices, dtype=torch.int64, device=device)).float()

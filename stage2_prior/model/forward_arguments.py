@@ -25,7 +25,7 @@ def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor
     for name in [name for name, value in others.items() if value is not None and value is not False]:
         raise InputError(f"A grid_transformer does not support the argument {name}: {REASONS.get(name, 'it is unknown; leave it out')}.")
     if not isinstance(output_hidden_states, bool):
-        raise InputError(f"output_hidden_states is {output_hidden_states!r}; allowed: True, which returns those of all blocks, and False.")
+        raise InputError(f"output_hidden_states is {output_hidden_states!r}; allowed: True, to return the hidden states of all blocks, and False.")
     if input_ids is None or input_ids.dim() != 2:
         raise InputError(f"input_ids is {'missing' if input_ids is None else f'of shape {tuple(input_ids.shape)}'}; a grid_transformer needs ids of "
                          "shape (batch, sequence).")
@@ -37,12 +37,12 @@ def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor
                          "sequences of one length and leave attention_mask out.")
 
 
-def check_length(cache: Cache | None, length: int, longest: int) -> None:
-    """Raise InputError for a cache with a sliding window or without room for `length` more ids, and for more than `longest` ids in all.
+def check_length(cache: Cache | None, length: int, max_length: int) -> None:
+    """Raise InputError for a cache with a sliding window or without room for `length` more ids, and for more than `max_length` ids in total.
 
-    Only the device knows how many ids a static cache holds. If there are too many, torch raises an IndexError.
+    The number of ids in a static cache is known only on the device. If there are too many, torch raises an IndexError.
     """
-    seen, room = 0, longest
+    past_length, room = 0, max_length
     if cache is not None:
         if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
             raise InputError(f"past_key_values is a {type(cache).__name__}; allowed: caches of transformers for decoders, such as DynamicCache and "
@@ -50,13 +50,13 @@ def check_length(cache: Cache | None, length: int, longest: int) -> None:
         if any(cache.is_sliding):
             raise InputError("past_key_values has a sliding window; in a grid_transformer each token attends to all tokens before it. Use a cache "
                              "without a window.")
-        seen, room = cache.get_seq_length(), cache.get_max_length(0)
-        seen = 0 if isinstance(seen, torch.Tensor) else seen
-    if seen + length > longest:
-        raise InputError(f"The sequence has {seen + length} ids, including those in the cache; allowed: {longest}, the class and the tokens of all "
-                         "grids.")
-    if 0 <= room < seen + length:
-        raise InputError(f"past_key_values has room for {room} ids, but needs room for {seen + length}; use max_cache_len {longest}.")
+        past_length, room = cache.get_seq_length(), cache.get_max_length(0)
+        past_length = 0 if isinstance(past_length, torch.Tensor) else past_length
+    if past_length + length > max_length:
+        raise InputError(f"The sequence has {past_length + length} ids, including those in the cache; allowed: {max_length}, the class and the "
+                         "tokens of all grids.")
+    if 0 <= room < past_length + length:
+        raise InputError(f"past_key_values has room for {room} ids, but needs room for {past_length + length}; use max_cache_len {max_length}.")
 
 
 def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor, num_codes: int) -> None:
@@ -72,7 +72,7 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: 
     if labels.is_meta or torch.compiler.is_compiling():
         return
     targets = labels[:, 1:]
-    wrong = targets[((targets < 0) | (targets >= num_codes)) & (targets != IGNORED_LABEL)]
-    if len(wrong):
-        raise InputError(f"labels hold {int(wrong[0])} after the first position; allowed: codes from 0 to {num_codes - 1}, and {IGNORED_LABEL} for "
+    invalid = targets[((targets < 0) | (targets >= num_codes)) & (targets != IGNORED_LABEL)]
+    if len(invalid):
+        raise InputError(f"labels hold {int(invalid[0])} after the first position; allowed: codes from 0 to {num_codes - 1}, and {IGNORED_LABEL} for "
                          "positions to ignore. A class is never predicted: it stands first, and the first label is not used.")

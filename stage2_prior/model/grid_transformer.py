@@ -1,19 +1,20 @@
-"""GridTransformer: this project's own causal language model for the tokens of images, registered with transformers' auto classes.
+"""GridTransformer: this project's causal language model for image tokens, registered with transformers' auto classes.
 
-What differs from a language model for text:
+Differences from a language model for text:
 
-- Positions are places in a grid. Keys are rotated by the place of the token they hold and queries by the place of the token they are to predict
-  (rows in one half of each head, columns in the other; after RoFormer, Su et al. 2021, in two axes), so that "the one above" looks the same
-  everywhere, at the beginning of a row too. A learnt embedding of the place to predict is added at the input.
-- Each block adds its own embedding of the class to the class token, which all later positions attend to: the class enters at every depth, and
-  the key-value cache holds all of it.
-- Where the codebook is not too large, the last blocks, or all, do that for every id, and again for its value (embeddings of a layer's own as
-  in Gemma 3n, Google 2025; of values as in modded-nanogpt, Jordan et al. 2024), so what a token is need not be carried beside what becomes of
-  it. Looking up costs next to nothing. The feed-forward blocks, which do cost, give up as many weights: steps are shorter, and teach more.
-- Queries and keys are normalized in each head (Dehghani et al. 2023), which keeps attention logits bounded at high learning rates.
-- Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass, where RMSNorm takes five on a CPU.
+- Rotary embedding in two axes (after RoFormer, Su et al. 2021): rows in one half of each head, columns in the other. Keys are rotated by the
+  coordinates of their token, queries by the coordinates of the token they predict, so "the token above" has the same offset everywhere, even at the
+  start of a row. A learned embedding of the predicted position is added at the input.
+- Each block adds its own class embedding to the class token, which all later positions attend to. The class enters at every depth, and the
+  key-value cache holds all of it.
+- If the codebook is not too large, the last blocks, or all, have such an embedding for every id, and a second one that is added to the attention
+  values (per-layer embeddings as in Gemma 3n, Google 2025; value embeddings as in modded-nanogpt, Jordan et al. 2024), so the residual stream need
+  not carry the identity of the token. Lookups cost almost nothing. The feed-forward blocks, which are expensive, have as many parameters less: steps
+  are faster, and the model learns more per step.
+- Queries and keys are normalized in each head (Dehghani et al. 2023), which bounds attention logits at high learning rates.
+- Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass on a CPU, where RMSNorm needs five.
 
-In comments: B batch, S sequence (class token and tokens), D width, A heads, d width of a head, p its pairs, K codes of all grids together.
+In comments: B batch, S sequence (class token and tokens), D width, A heads, d head dimension, p pairs of a head, K codes of all grids together.
 """
 
 import torch
@@ -36,154 +37,154 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from stage2_prior.model.forward_arguments import check_arguments, check_labels, check_length
-from stage2_prior.model.grid_attention import KERNELS, attend, compiled_passes, passes_for, project, queries_keys_values
+from stage2_prior.model.grid_attention import EAGER_KERNELS, attend, compiled_kernels, project, queries_keys_values, select_kernels
 from vqmosaic.errors import InputError
 from vqmosaic.kernels.embedding_lookup import Occurrences, lookup
 
 MODEL_TYPE = "grid_transformer"
-NUMBERS = 2**18
-"""Numbers that are looked at together in a feed-forward block, a part of a processor's cache."""
+CHUNK_ELEMENTS = 2**18
+"""Elements processed at a time by SquaredReLU on a CPU. A chunk fits in its cache."""
 
 
 class GridTransformerConfig(PreTrainedConfig):
-    """Sizes of a GridTransformer; the base makes it a dataclass. `grids` and `num_codes` say what the ids and their positions mean."""
+    """Configuration of a GridTransformer; the base class makes it a dataclass. `grids` and `num_codes` define the meaning of positions and ids."""
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own name and kind)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (name and type from transformers)
 
     vocab_size: int = 523
-    """All ids, V: codes, classes, null class."""
+    """Number of ids, V: codes, classes, null class."""
     num_codes: int = 512
-    """Ids below this are codes; those from here on are classes, the last of them the null class."""
+    """Ids below this are codes. The others are classes; the last one is the null class."""
     grids: list | tuple = ((8, 8, 1),)
     """[height, width, depth] of each grid, in the order of their tokens."""
     hidden_size: int = 256
     """Width of the residual stream, D."""
     num_hidden_layers: int = 6
-    """Blocks."""
+    """Number of blocks."""
     num_attention_heads: int = 4
-    """Heads, A; D / A must be a multiple of 4."""
+    """Number of heads, A. D / A must be a multiple of 4."""
     intermediate_size: int = 1024
     """Width of the feed-forward blocks."""
     embedding_blocks: int = 0
-    """How many blocks, the last ones, have embeddings of all ids, and not of the classes alone."""
+    """Number of blocks, counted from the last, with embeddings of all ids. The others have only class embeddings."""
     max_position_embeddings: int = 65
-    """1 + T."""
+    """1 + T: the class and the tokens."""
     rope_theta: float = 100.0
-    """The slowest rotation turns by about 1 / rope_theta a place; grids are some tens of places wide."""
+    """Base of the rotary frequencies. The slowest rotation is about 1 / rope_theta per row or column; grids have some tens of them."""
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in norms."""
     embd_pdrop: float = 0.0
     """Dropout on the embedded tokens."""
     resid_pdrop: float = 0.0
-    """Dropout on what each attention and feed-forward block adds."""
+    """Dropout on the output of each attention and feed-forward block."""
     tie_word_embeddings: bool = False
-    """Always false: ids at the input and at the output have matrices of their own."""
+    """Always false: input embeddings and output head are separate matrices."""
     use_cache: bool = True
     """Whether forward returns a key-value cache."""
     bos_token_id: int | None = None
-    """None: a sequence begins with its class."""
+    """None: a sequence starts with its class."""
     eos_token_id: int | None = None
     """None: a sequence ends after T tokens."""
     pad_token_id: int | None = None
-    """None: all sequences are of one length."""
+    """None: all sequences have the same length."""
 
     def __post_init__(self, **kwargs):
         head_width = self.hidden_size // self.num_attention_heads
         if self.hidden_size % self.num_attention_heads or head_width % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives heads of {head_width} "
-                             "dimensions; a grid_transformer rotates pairs of them in two axes, so it must be a multiple of 4")
+            raise ValueError(f"hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads} gives a head dimension of "
+                             f"{head_width}; a grid_transformer rotates pairs of dimensions in two axes, so it must be a multiple of 4")
         tokens = sum(height * width * depth for height, width, depth in self.grids)
         if self.max_position_embeddings != 1 + tokens:
             raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids {self.grids} "
-                             f"make {1 + tokens}")
+                             f"need {1 + tokens}")
         if self.embedding_blocks not in range(self.num_hidden_layers + 1):
             raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_hidden_layers}, the number of blocks")
         if self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings is true; a grid_transformer has a matrix for its logits of its own")
+            raise ValueError("tie_word_embeddings is true; a grid_transformer has a separate output head, so it must be false")
         super().__post_init__(**kwargs)
 
 
-def places_of_tokens(grids: list[list[int]]) -> torch.Tensor:
-    """Row and column (T, 2) of each token, in places of the largest grid; those of smaller grids lie at the centres of what they cover."""
-    most_rows, most_columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
-    places = []
+def token_coordinates(grids: list[list[int]]) -> torch.Tensor:
+    """Row and column (T, 2) of each token, in units of the largest grid. A token of a smaller grid is at the centre of the area it covers."""
+    max_rows, max_columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
+    coordinates = []
     for height, width, depth in grids:
-        rows = (torch.arange(height) + 0.5) * (most_rows / height) - 0.5
-        columns = (torch.arange(width) + 0.5) * (most_columns / width) - 0.5
-        grid_places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
-        places.append(grid_places.repeat_interleave(depth, dim=0))
-    return torch.cat(places)
+        rows = (torch.arange(height) + 0.5) * (max_rows / height) - 0.5
+        columns = (torch.arange(width) + 0.5) * (max_columns / width) - 0.5
+        grid_coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
+        coordinates.append(grid_coordinates.repeat_interleave(depth, dim=0))
+    return torch.cat(coordinates)
 
 
-def embeddings_and_feed_forward(layers: int, width: int, vocabulary: int, embedding_blocks: int | None = None) -> tuple[int, int]:
-    """How many blocks have embeddings of all ids, unless that is given, and the width that this leaves to the feed-forward blocks.
+def split_parameter_budget(layers: int, width: int, vocabulary: int, embedding_blocks: int | None = None) -> tuple[int, int]:
+    """Split parameters between embeddings and feed-forward blocks. Returns the number of blocks with embeddings and the feed-forward width.
 
-    Together they have no more numbers than feed-forward blocks of the usual 4 D without any, so that a model has the size it is known by. About
-    half of these are given up (5/8 at most): with a larger vocabulary fewer blocks have embeddings, and with one of more than 8 D, none.
-    Raises ValueError for a given number that leaves nothing.
+    The budget is that of feed-forward blocks of width 4 D without embeddings, so that a preset has its nominal size. Unless `embedding_blocks` is
+    given, about half of the budget (5/8 at most) goes to embeddings: a larger vocabulary means fewer blocks with embeddings, and more than 8 D ids
+    mean none. Raises ValueError if `embedding_blocks` leaves no parameters to the feed-forward blocks.
     """
-    step = max(1, min(width // 4, 64))  # processors like multiples of 64
+    step = max(1, min(width // 4, 64))  # multiples of 64 are fast
     if embedding_blocks is None:
-        affordable = layers * width / vocabulary  # blocks with embeddings, for a width of D less in all feed-forward blocks
+        affordable = layers * width / vocabulary  # embedding blocks for the price of a width of D in all feed-forward blocks
         embedding_blocks = min(layers, round(2 * affordable), int(2.5 * affordable)) if vocabulary <= 8 * width else 0
     feed_forward = int(4 * width - embedding_blocks * vocabulary / layers) // step * step
     if feed_forward <= 0:
-        raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves nothing to feed-forward blocks of the usual size; "
+        raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves no parameters to the feed-forward blocks; "
                          f"allowed: 0 to {int((4 * width - step) * layers / vocabulary)}, or more with an intermediate_size")
     return embedding_blocks, feed_forward
 
 
 def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
-    """Cosines and sines (S, 2, p, 2) by which queries (0) and keys (1) at S = 1 + T positions are rotated; the class stands at (-1, -1)."""
-    tokens_T2 = places_of_tokens(config.grids)
+    """Cosines and sines (S, 2, p, 2) that rotate queries (0) and keys (1) at S = 1 + T positions. The class has the coordinates (-1, -1)."""
+    tokens_T2 = token_coordinates(config.grids)
     class_12 = torch.full((1, 2), -1.0)
     keys_S2 = torch.cat([class_12, tokens_T2])
-    queries_S2 = torch.cat([tokens_T2, tokens_T2[-1:]])  # after the last token there is nothing left to predict
+    queries_S2 = torch.cat([tokens_T2, tokens_T2[-1:]])  # the last token predicts nothing
     pairs_per_axis = config.hidden_size // config.num_attention_heads // 4
     frequencies = config.rope_theta ** -(torch.arange(pairs_per_axis) / pairs_per_axis)
-    places_S22 = torch.stack([queries_S2, keys_S2], dim=1)                          # S, query or key, axis
-    angles = (places_S22[..., None] * frequencies).flatten(2).float()               # S, 2, p: pairs of rows, then of columns
+    coordinates_S22 = torch.stack([queries_S2, keys_S2], dim=1)                     # S, query or key, axis
+    angles = (coordinates_S22[..., None] * frequencies).flatten(2).float()          # S, 2, p: pairs of rows, then of columns
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with the gradient 2 relu(x), some rows at a time, where autograd's own way, over a power and a threshold, goes over x five times."""
+    """relu(x)^2 with the gradient 2 relu(x), in chunks of rows. Autograd of relu(x).square() would pass over x five times."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        """The function, of any shape."""
+        """relu(x)^2 for x of any shape."""
         ctx.save_for_backward(x)
         result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for part, into in zip(some_rows(x), some_rows(result), strict=True):
-            torch.clamp_min(part, 0, out=into).square_()
+        for chunk, out in zip(row_chunks(x), row_chunks(result), strict=True):
+            torch.clamp_min(chunk, 0, out=out).square_()
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of its input."""
+        """The gradient of x."""
         x, = ctx.saved_tensors
         result, zero = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_zeros(())
-        for part, outer, into in zip(some_rows(x), some_rows(gradient), some_rows(result), strict=True):
-            torch.addcmul(zero, outer, torch.clamp_min(part, 0, out=into), value=2, out=into)
+        for chunk, grad, out in zip(row_chunks(x), row_chunks(gradient), row_chunks(result), strict=True):
+            torch.addcmul(zero, grad, torch.clamp_min(chunk, 0, out=out), value=2, out=out)
         return result
 
 
-def some_rows(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Parts of x, taken as rows of its last dimension, of about NUMBERS each; on a GPU and for the compiler the whole."""
+def row_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Split x, as rows of its last dimension, into chunks of about CHUNK_ELEMENTS; a single chunk on a GPU and under torch.compile."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows.split(max(1, NUMBERS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
+    return rows.split(max(1, CHUNK_ELEMENTS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
 
 
 class GridBlock(GradientCheckpointingLayer):
-    """Embeddings, attention, feed-forward: each around a skip connection."""
+    """Embeddings, attention and feed-forward, each added to the residual stream."""
 
     def __init__(self, config: GridTransformerConfig, layer: int):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
-        self.passes = KERNELS
+        self.kernels = EAGER_KERNELS
         self.embeds_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
         self.stream_embedding = nn.Embedding(config.vocab_size - (0 if self.embeds_all_ids else config.num_codes), width)
         self.value_embedding = nn.Embedding(config.vocab_size, width) if self.embeds_all_ids else None
@@ -197,48 +198,48 @@ class GridBlock(GradientCheckpointingLayer):
     def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
                 mask_SS: torch.Tensor | None = None, occurrences: Occurrences | None = None, is_start: torch.Tensor | None = None,
                 past_key_values: Cache | None = None) -> torch.Tensor:
-        """The residual stream (B, S, D) after the block; `classes_B` is None where the class token is in the cache already.
+        """The residual stream (B, S, D) after the block. `classes_B` is None if the class token is already in the cache.
 
-        `is_start`, for static caches: a bool scalar on the device that says whether the sequence starts with `classes_B`.
-        The cache goes by transformers' name, and by keyword: so activation checkpointing finds it, and leaves it out.
+        `is_start`, for static caches: a bool scalar on the device, True if the sequence starts with `classes_B`.
+        The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
         if self.embeds_all_ids:
-            x_BSD = added(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
+            x_BSD = add_residual(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
         elif classes_B is not None:
             classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
             x_BSD = x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
-        # a cache goes on being read where there are no passes, so its pairs are never half-split
-        passes = passes_for(x_BSD, self.attention_in, self.passes) if past_key_values is None else None
-        hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, passes)           # B, S, 3 D
+        # plain operators may read the cache later, so its pairs are never half-split
+        kernels = select_kernels(x_BSD, self.attention_in, self.kernels) if past_key_values is None else None
+        hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, kernels)          # B, S, 3 D
         value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.embeds_all_ids else None
-        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, passes)
+        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, kernels)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)                               # B, A, S, d each
         mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
-        x_BSD = added(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
+        x_BSD = add_residual(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
         hidden = SquaredReLU.apply(self.feed_forward_in(self.feed_forward_norm(x_BSD)))               # B, S, intermediate
-        return added(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
+        return add_residual(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
 
 
-def added(x_BSD: torch.Tensor, new_BSD: torch.Tensor) -> torch.Tensor:
-    """The sum, in the place of what is new where that has the stream's format: fresh memory costs a CPU as much as the sum."""
-    return new_BSD.add_(x_BSD) if new_BSD.dtype == x_BSD.dtype else x_BSD + new_BSD
+def add_residual(x_BSD: torch.Tensor, output_BSD: torch.Tensor) -> torch.Tensor:
+    """x + output, in place in `output` if the dtypes are equal: on a CPU, allocating memory takes as long as the addition."""
+    return output_BSD.add_(x_BSD) if output_BSD.dtype == x_BSD.dtype else x_BSD + output_BSD
 
 
-class WidenToVocabulary(LogitsProcessor):
-    """Gives the ids that have no logits, the class ids, a score of -inf."""
+class PadToVocabulary(LogitsProcessor):
+    """Pads scores with -inf for the class ids, which have no logits."""
 
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (N, V) of scores (N, K)."""
+        """Scores (N, V) from scores (N, K)."""
         return F.pad(scores, (0, self.vocabulary - scores.shape[-1]), value=-torch.inf)
 
 
 class GridTransformer(PreTrainedModel, GenerationMixin):
-    """The causal language model: ids (B, S), a class id first, to logits (B, S, K): a class is never to be predicted.
+    """The causal language model: ids (B, S), a class id first, to logits (B, S, K) of codes. Classes are never predicted.
 
     Use it through TokenPrior, or like any transformers model.
     """
@@ -246,7 +247,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     config_class = GridTransformerConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GridBlock"]  # noqa: RUF012 (transformers' own name and kind)
+    _no_split_modules = ["GridBlock"]  # noqa: RUF012 (name and type from transformers)
     _supports_sdpa = True
 
     def __init__(self, config: GridTransformerConfig):
@@ -262,7 +263,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings are normal, matrices too, of variance 1 over inputs; what writes into the residual stream is zero: blocks start as nothing."""
+        """Embeddings are normal. Matrices are normal with variance 1 / inputs; those that write into the residual stream are zero."""
         if isinstance(module, GridBlock):
             for matrix in (module.attention_out, module.feed_forward_out):
                 nn.init.zeros_(matrix.weight)
@@ -278,25 +279,25 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return self.token_embedding
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The matrix that makes logits."""
+        """The output head, which computes the logits."""
         return self.head
 
-    def compile_passes(self) -> None:
-        """Train in bf16 on a CPU with what lies between the products of attention compiled; compiled whole, blocks are no faster there."""
+    def compile_kernels(self) -> None:
+        """Compile the attention kernels for training in bf16 on a CPU. Compiling whole blocks is no faster there."""
         for block in self.blocks:
-            block.passes = compiled_passes()
+            block.kernels = compiled_kernels()
 
     def rotations(self, device: torch.device) -> torch.Tensor:
-        """The rotations on a device; computed once. (Buffers outside of checkpoints would be lost when transformers loads a model.)"""
+        """The rotation tables on a device, computed once. (transformers loses non-persistent buffers when it loads a model.)"""
         if device not in self._rotations:
-            with torch.inference_mode(False):  # first asked for in sampling, they must still be fit for training
+            with torch.inference_mode(False):  # tables that are first computed in sampling must support autograd
                 self._rotations[device] = rotation_tables(self.config).to(device)
         return self._rotations[device]
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' `generate`. Scores cover the whole vocabulary, as beam search and `compute_transition_scores` expect."""
         self.rotations(self.device)  # cached before any compiled call: the next run of a CUDA graph would overwrite them
-        processors = [*(logits_processor or []), WidenToVocabulary(self.config.vocab_size)]
+        processors = [*(logits_processor or []), PadToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **unused) -> torch.Tensor | None:
@@ -336,13 +337,13 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             raise InputError("Training with gradient checkpointing cannot use a cache. Set use_cache False, or call eval() first.")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        seen, length, keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, and all keys of attention, filled or not
+        past_length, length, num_keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, all keys of attention (filled or not)
         check_length(past_key_values, length, self.config.max_position_embeddings)
         if past_key_values is not None:
-            seen, (keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
-        is_static = isinstance(seen, torch.Tensor)  # `seen` is then a tensor on the device, and the first block changes it
-        positions_S = torch.arange(length, device=input_ids.device) + seen if is_static else \
-            torch.arange(seen, seen + length, device=input_ids.device)
+            past_length, (num_keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
+        is_static = isinstance(past_length, torch.Tensor)  # `past_length` is then a tensor on the device, and the first block changes it
+        positions_S = torch.arange(length, device=input_ids.device) + past_length if is_static else \
+            torch.arange(past_length, past_length + length, device=input_ids.device)
         occurrences = None
         if torch.is_grad_enabled() and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             occurrences = Occurrences.of(input_ids, self.config.vocab_size)
@@ -350,13 +351,13 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         x_BSD = x_BSD + self.position_embedding(positions_S)                                          # B, S, D
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-            x_BSD = x_BSD.bfloat16()  # half of the memory to pass over in each block; for GPUs it was not measured
-        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if is_static or seen == 0 else None
-        is_start = seen == 0 if is_static else None
-        rotations_S2p2 = self.rotations(input_ids.device)[positions_S if is_static else slice(seen, seen + length)]
+            x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
+        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if is_static or past_length == 0 else None
+        is_start = past_length == 0 if is_static else None
+        rotations_S2p2 = self.rotations(input_ids.device)[positions_S if is_static else slice(past_length, past_length + length)]
         mask_SS = None
-        if is_static or keys > seen + length or (seen and length > 1):
-            mask_SS = torch.arange(keys, device=input_ids.device) <= positions_S[:, None]             # S, keys
+        if is_static or num_keys > past_length + length or (past_length and length > 1):
+            mask_SS = torch.arange(num_keys, device=input_ids.device) <= positions_S[:, None]         # S, keys
         hidden_states = [] if output_hidden_states else None
         for block in self.blocks:
             if hidden_states is not None:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: temporary name, flush to disk, rename."""
+"""Writes files and folders atomically: to a temporary name, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -9,20 +9,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vqmosaic.files.full_disks import naming_full_disks, size_of
-from vqmosaic.files.permissions import give_usual_permissions, naming_denied_permissions
+from vqmosaic.files.full_disks import explain_full_disk, size_of
+from vqmosaic.files.permissions import explain_permission_errors, give_usual_permissions
 
 TEMPORARY_PREFIX = ".partial-"
 
 
 def temporary_sibling(path: Path) -> Path:
-    """The hidden name beside `path` under which it is written before the rename."""
+    """The hidden temporary path beside `path` that is written first and then renamed."""
     return path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
 
 
 @contextmanager
 def removed_on_failure(partial: Path) -> Iterator[Path]:
-    """Gives a temporary file or folder, and removes it where the block raises, so that a full disk is not full of what cannot be used."""
+    """Remove a temporary file or folder if the block raises, so that a full disk is not filled with unusable files."""
     try:
         yield partial
     except BaseException:
@@ -35,7 +35,7 @@ def removed_on_failure(partial: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Force a file's or a folder entry's bytes to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,25 +43,25 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees all of it or the one before."""
-    with naming_full_disks(path.parent, len(content)), removed_on_failure(temporary_sibling(path)) as partial:
+    """Write a file atomically: a reader sees either all of it or the previous file."""
+    with explain_full_disk(path.parent, len(content)), removed_on_failure(temporary_sibling(path)) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         publish(partial, path)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON (ASCII, in the order given) whole or not at all."""
+    """Write JSON (ASCII, keys in the given order) atomically."""
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished temporary file or folder the usual permissions, flush it and rename it to its real name, replacing an older one."""
+    """Give a finished temporary file or folder the usual permissions, flush it, and rename it to `path`, which it replaces."""
     give_usual_permissions(partial)
-    with naming_full_disks(path.parent):  # some file systems notice only when they flush
+    with explain_full_disk(path.parent):  # some file systems report a full disk only at the flush
         _publish(partial, path)
 
 
@@ -69,7 +69,7 @@ def _publish(partial: Path, path: Path) -> None:
     if partial.is_dir():
         for inner in sorted(partial.rglob("*")):
             flush_to_disk(inner)
-        if path.exists():  # a folder cannot be replaced in one step: the old one goes only when the new one is on disk
+        if path.exists():  # a folder cannot be replaced in one step, so the old one is removed only when the new one is on disk
             discarded = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
             shutil.rmtree(discarded, ignore_errors=True)
             flush_to_disk(partial)
@@ -83,10 +83,10 @@ def _publish(partial: Path, path: Path) -> None:
     flush_to_disk(path.parent)
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder and everything in it. The copies get the usual permissions of new files, whatever permissions the source has."""
-    with naming_full_disks(target.parent, lambda: size_of(source)):
+    """Copy a folder recursively. The copies get the usual permissions of new files, not those of the source."""
+    with explain_full_disk(target.parent, lambda: size_of(source)):
         target.mkdir(parents=True)
         for path in sorted(source.iterdir()):
             if path.is_dir():
@@ -95,8 +95,8 @@ def copy_folder(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """SHA-256 of the contents of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Fingerprints of what an artefact was made with, so that artefacts that do not belong together cannot be joined."""
+"""Fingerprints of configurations and weights, so that artefacts that do not belong together are not combined."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from vqmosaic.errors import InputError
 
 
 def fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> str:
-    """Hex sha256 over a configuration and named float32 arrays (sorted names, shapes, bytes)."""
+    """SHA-256 (hex) of a configuration and named float32 arrays: sorted names, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(arrays or {}):
         array = np.ascontiguousarray(arrays[name], dtype=np.float32)
@@ -21,8 +21,8 @@ def fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | No
 
 
 def check_same_tokens(first: str, first_path: Any, second: str, second_path: Any) -> None:
-    """Raise InputError with both values and paths unless two token fingerprints are equal."""
+    """Raise InputError, with both values and paths, unless two token fingerprints are equal."""
     if first != second:
         raise InputError(f"{first_path} and {second_path} do not belong together: their token fingerprints are {first[:16]}... and "
-                         f"{second[:16]}... A prior works only with the tokenizer whose tokens it was trained on; give the matching one, "
-                         "or preprocess and train the prior again with this tokenizer.")
+                         f"{second[:16]}... A prior works only with the tokenizer whose tokens it was trained on. Use that "
+                         "tokenizer, or preprocess and train the prior again with this one.")

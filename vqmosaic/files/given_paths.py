@@ -1,4 +1,4 @@
-"""Checks paths that users give. Strings that cannot be paths are refused before anything looks for the file. Loads no torch."""
+"""Checks paths from users: strings that cannot be paths are refused before anything opens the file. Loads no torch."""
 
 import argparse
 import errno
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from vqmosaic.errors import InputError, printable
 
-_SHOWN = 80
+_MAX_SHOWN_CHARACTERS = 80
 
 
 def check_path(field: str, text: str) -> None:
     """Raise InputError for a string that cannot be a path: empty, with a null byte, too long, through a file, or in a loop of links.
 
-    A path that does not exist is fine. `field` is the field or option that gave the string, for the message.
+    A path that does not exist is valid. `field` is the name of the field or option in the message.
     """
     reason = path_problem(text)
     if reason is not None:
-        shown = printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+        shown = printable(text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}...")
         raise InputError(f"{field} is {shown!r}, {reason}.")
 
 
@@ -29,15 +29,15 @@ def path_problem(text: str) -> str | None:
         return "which is empty; give a path, such as . for the working directory"
     try:
         os.stat(os.path.expanduser(text))
-    except ValueError:  # the string itself is invalid, whatever is on the disk
+    except ValueError:  # the string itself is invalid
         return "which cannot be a path: it contains a null byte or characters that no name can contain"
     except OSError as error:
-        return reason_of(error)
+        return impossible_path_reason(error)
     return None
 
 
-def reason_of(error: OSError) -> str | None:
-    """The clause for an error that says that a path cannot exist; None for other errors."""
+def impossible_path_reason(error: OSError) -> str | None:
+    """The reason as a clause, if an error reports that a path cannot exist; None for other errors."""
     if error.errno == errno.ENAMETOOLONG:
         return "which is too long for a path: most file systems allow 255 bytes for a name and 4,095 for the whole path"
     if error.errno == errno.ELOOP:
@@ -49,20 +49,20 @@ def reason_of(error: OSError) -> str | None:
 
 
 def given_path(text: str) -> Path:
-    """The path in an argument of a command. Use this as a type for argparse."""
+    """Convert an argument of a command to a Path. For use as an argparse type."""
     reason = path_problem(text)
     if reason is not None:
-        raise argparse.ArgumentTypeError(f"{printable(text[:_SHOWN])!r} was given, {reason}")
+        raise argparse.ArgumentTypeError(f"{printable(text[:_MAX_SHOWN_CHARACTERS])!r} was given, {reason}")
     return Path(text)
 
 
 @contextmanager
-def naming_impossible_paths() -> Iterator[None]:
-    """Turn an OSError which says that a path cannot exist into an InputError that shows the path."""
+def explain_impossible_paths() -> Iterator[None]:
+    """Turn an OSError for a path that cannot exist into an InputError that shows the path."""
     try:
         yield
     except OSError as error:
-        reason = reason_of(error) if isinstance(error.filename, str | bytes) else None
+        reason = impossible_path_reason(error) if isinstance(error.filename, str | bytes) else None
         if reason is None:
             raise
-        raise InputError(f"a path is {printable(os.fsdecode(error.filename)[:_SHOWN])!r}, {reason}.") from error
+        raise InputError(f"a path is {printable(os.fsdecode(error.filename)[:_MAX_SHOWN_CHARACTERS])!r}, {reason}.") from error

@@ -1,4 +1,4 @@
-"""Strict reading of JSON files: a file with unknown fields is refused, with the fields and the version that wrote it."""
+"""Reads JSON files strictly: the error for unknown fields names the fields and the version that wrote the file."""
 
 import dataclasses
 import json
@@ -9,37 +9,37 @@ from typing import Any, TypeVar
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
-from vqmosaic.files.permissions import naming_denied_permissions
+from vqmosaic.files.permissions import explain_permission_errors
 
 T = TypeVar("T")
 VERSION_FIELD = "vqmosaic"
-"""The field in which a file says which version of vqmosaic wrote it."""
+"""The field with the version of vqmosaic that wrote the file."""
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises InputError, which ends with the remedy, if the file holds anything else, and FileNotFoundError."""
+    """The mapping in a JSON file. Raises InputError, which ends with `remedy`, if the file contains anything else, and FileNotFoundError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); {remedy}.") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; {remedy}.")
+        raise InputError(f"{path} does not contain a JSON object; {remedy}.")
     return content
 
 
 def written_by(content: Any) -> str | None:
-    """The version of vqmosaic that wrote a file; None if its content does not say."""
+    """The version of vqmosaic that wrote a file, from its content; None if it has none."""
     version = content.get(VERSION_FIELD) if isinstance(content, Mapping) else None
     return version if isinstance(version, str) else None
 
 
 def version_hint(version: str | None) -> str:
-    """A sentence for the end of an error about the version that wrote a file; empty if it is this version."""
+    """A sentence to append to an error, about the version that wrote a file; empty if it is this version."""
     if version == __version__:
         return ""
-    author = "another version of vqmosaic" if version is None else f"vqmosaic {version}"
-    return f" The file was written by {author}; this is {__version__}. Update vqmosaic, or write the file again with this version."
+    writer = "another version of vqmosaic" if version is None else f"vqmosaic {version}"
+    return f" The file was written by {writer}; this is {__version__}. Update vqmosaic, or write the file again with this version."
 
 
 def is_later(version: str | None) -> bool:
@@ -66,13 +66,13 @@ def check_fields(content: Any, known: Iterable[str], where: str, version: str | 
 
 
 def from_fields(cls: type[T], content: Any, where: str, version: str | None = None, required: Collection[str] | None = None) -> T:
-    """An object of a dataclass from the fields in a file. Fields that the file does not have keep their defaults.
+    """Construct a dataclass object from the fields in a file. Fields that are not in the file keep their defaults.
 
     Args:
         required: fields that the file must have; by default those without a default value.
 
     Raises:
-        InputError: the file has unknown or missing fields, or values that the class refuses. The message names the file and the fields, and the
+        InputError: the file has unknown or missing fields, or values that the class refuses. The message names the file, the fields and the
             version that wrote it.
     """
     fields = dataclasses.fields(cls)
@@ -85,4 +85,4 @@ def from_fields(cls: type[T], content: Any, where: str, version: str | None = No
         hint = version_hint(version) if version is not None else ""
         raise InputError(f"{where}: {error}{hint}") from None
     except (TypeError, AttributeError) as error:  # such as a number in place of text
-        raise InputError(f"{where} does not fit: {error}.{version_hint(version)}") from None
+        raise InputError(f"{where} is invalid: {error}.{version_hint(version)}") from None

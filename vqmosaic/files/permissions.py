@@ -1,4 +1,4 @@
-"""File permissions: new files get the usual permissions, and a denied permission is reported as such. Loads no torch."""
+"""File permissions: gives new files the usual permissions, and explains permission errors. Loads no torch."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from vqmosaic.errors import InputError
 
 
 class PermissionDenied(InputError):
-    """The user may not read or write a file. It has a class of its own because some callers replace missing or damaged files."""
+    """The user may not read or write a file. This is a separate class because some callers replace missing or damaged files."""
 
 
 def current_umask() -> int:
@@ -20,7 +20,7 @@ def current_umask() -> int:
     with suppress(OSError):
         if match := re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE):
             return int(match[1], 8)
-    umask = os.umask(0o077)  # other systems only return it when it is set; a file that another thread creates in between is private
+    umask = os.umask(0o077)  # other systems only return it when it is set; 0077 keeps files private that another thread creates in between
     os.umask(umask)
     return umask
 
@@ -43,7 +43,7 @@ def give_usual_permissions(path: Path) -> None:
 
 
 @contextmanager
-def naming_denied_permissions() -> Iterator[None]:
+def explain_permission_errors() -> Iterator[None]:
     """Turn a PermissionError about a file into PermissionDenied, which names the user, the action and the file. Also works as a decorator."""
     try:
         yield
@@ -60,7 +60,7 @@ def check_readable(*paths: Path) -> None:
     Paths that do not exist and hidden files in a folder are skipped. Call this before a library that would report the file as missing or damaged.
     """
     for path in paths:
-        with naming_denied_permissions(), suppress(FileNotFoundError, NotADirectoryError):
+        with explain_permission_errors(), suppress(FileNotFoundError, NotADirectoryError):
             is_folder = stat.S_ISDIR(path.stat().st_mode)
             for file in (found for found in sorted(path.iterdir()) if not found.name.startswith(".")) if is_folder else [path]:
                 if file.is_file():
@@ -70,15 +70,15 @@ def check_readable(*paths: Path) -> None:
 def permission_denied(path: str | bytes | os.PathLike) -> PermissionDenied:
     """The error for a path that the user may not read or write. It names the file or folder that denies access, its owner and its mode."""
     path = Path(os.fsdecode(path)).absolute()
-    closed = next((folder for folder in reversed(path.parents) if not _may(folder, os.X_OK)), None)
-    if closed is not None:
-        blocking, verb = closed, "enter the folder"
+    locked = next((folder for folder in reversed(path.parents) if not _has_access(folder, os.X_OK)), None)
+    if locked is not None:
+        blocking, verb = locked, "enter the folder"
     elif not path.exists():
         blocking, verb = path.parent, "write into the folder"
     elif path.is_dir():
-        blocking, verb = path, "write into the folder" if _may(path, os.R_OK | os.X_OK) else "list the folder"
+        blocking, verb = path, "write into the folder" if _has_access(path, os.R_OK | os.X_OK) else "list the folder"
     else:
-        blocking, verb = path, "write" if _may(path, os.R_OK) else "read"
+        blocking, verb = path, "write" if _has_access(path, os.R_OK) else "read"
     about = f" for {path}" if blocking != path else ""
     status = blocking.stat()
     return PermissionDenied(f"permission denied{about}: the user {_user_name(os.geteuid())} may not {verb} {blocking} (owner "
@@ -86,12 +86,12 @@ def permission_denied(path: str | bytes | os.PathLike) -> PermissionDenied:
                             "or run as a user with access.")
 
 
-def _may(path: Path, access: int) -> bool:
+def _has_access(path: Path, access: int) -> bool:
     return os.access(path, access, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _user_name(user: int) -> str:
     try:
         return pwd.getpwuid(user).pw_name
-    except KeyError:  # a container may not know the users of the machine
+    except KeyError:  # containers may not know the users of the host
         return str(user)

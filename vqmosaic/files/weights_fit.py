@@ -1,17 +1,17 @@
-"""Whether named weights fit a network: what every strict loading says when they do not."""
+"""Compares named weights with those that a network needs, for the error messages of strict loading."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-LISTED = 8
+MAX_LISTED = 8
 
 
-def misfits(found: Mapping[str, Any], expected: Mapping[str, Any], optional: Collection[str] = ()) -> str:
-    """Missing, unexpected and wrongly shaped tensors in words, the first few of them; empty where all fit. `optional` names may be on either side."""
-    spared = set(optional)
-    problems = [f"missing {name}" for name in expected.keys() - found.keys() - spared]
-    problems += [f"unexpected {name}" for name in found.keys() - expected.keys() - spared]
+def describe_mismatches(found: Mapping[str, Any], expected: Mapping[str, Any], optional: Collection[str] = ()) -> str:
+    """List the first missing, unexpected and wrongly shaped tensors as text; empty if all fit. `optional` names may be missing on either side."""
+    ignored = set(optional)
+    problems = [f"missing {name}" for name in expected.keys() - found.keys() - ignored]
+    problems += [f"unexpected {name}" for name in found.keys() - expected.keys() - ignored]
     problems += [f"{name} has shape {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
                  for name in expected.keys() & found.keys() if found[name].shape != expected[name].shape]
-    more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-    return "; ".join(sorted(problems)[:LISTED]) + more
+    more = f" and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(sorted(problems)[:MAX_LISTED]) + more

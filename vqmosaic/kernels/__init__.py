@@ -1,1 +1,1 @@
-"""Faster versions of operations on some devices, each beside its plain reference."""
+"""Operations that are faster than torch's on some devices. Each falls back to torch's own elsewhere."""

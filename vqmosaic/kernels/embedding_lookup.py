@@ -1,6 +1,6 @@
-"""Rows of a table of embeddings, for training on a CPU by a gradient that is several times as fast as torch's own.
+"""Embedding lookup for training on a CPU, with a gradient that is several times as fast as torch's.
 
-In comments: N ids of a batch, V ids that there are, D width.
+Shape suffixes: N ids in a batch, V vocabulary size, D width.
 """
 
 from typing import NamedTuple
@@ -12,37 +12,37 @@ from torch.autograd.function import once_differentiable
 
 
 class Occurrences(NamedTuple):
-    """Where each id stands in a batch: by it the gradient of a table is added up in one pass, id by id. Computed once for all tables."""
+    """The positions of each id in a batch. With them, the gradient of a table is summed in one pass, id by id. Computed once for all tables."""
 
     order_N: torch.Tensor
     """The positions of id 0, then those of id 1, and so on."""
     offsets_V: torch.Tensor
-    """Where the positions of each id begin in that order."""
+    """Where the positions of each id begin in order_N."""
 
     @classmethod
     def of(cls, ids: torch.Tensor, vocabulary: int) -> "Occurrences":
-        """Of ids of any shape, which should be below `vocabulary`; the lookup itself refuses others."""
+        """The occurrences of ids of any shape. Ids must be below `vocabulary`; the lookup itself raises an error for others."""
         sorted_N, order_N = ids.flatten().sort(stable=True)
         return cls(order_N, torch.searchsorted(sorted_N, torch.arange(vocabulary, device=ids.device)))
 
 
 def lookup(embedding: nn.Module, ids: torch.Tensor, occurrences: Occurrences | None, dtype: torch.dtype) -> torch.Tensor:
-    """Rows (..., D) of an embedding in a format; by Lookup where `occurrences` are given and nothing was added to the embedding from outside."""
-    if occurrences is None or not is_untouched(embedding, nn.Embedding):
+    """Rows (..., D) of an embedding in `dtype`. Uses EmbeddingLookup if `occurrences` are given and the embedding is an unmodified nn.Embedding."""
+    if occurrences is None or not is_unmodified(embedding, nn.Embedding):
         return embedding(ids).to(dtype)
-    return Lookup.apply(embedding.weight, ids, occurrences, dtype)
+    return EmbeddingLookup.apply(embedding.weight, ids, occurrences, dtype)
 
 
-class Lookup(torch.autograd.Function):
-    """Rows of a table, which is put into their format before; it is read in half of the time then, where that is the shorter one.
+class EmbeddingLookup(torch.autograd.Function):
+    """Rows of a table in `dtype`. The table is converted first, because a 16-bit table is read in half of the time.
 
-    What they get for a gradient is added up in float32, then rounded to its format, as matrices' gradients are; torch's kernel adds one by one to a
-    table in memory.
+    The gradients of the rows are summed in float32 and then rounded to their own dtype, like the gradients of matrices. torch's kernel adds them one
+    by one to a table in memory.
     """
 
     @staticmethod
     def forward(ctx, table_VD: torch.Tensor, ids: torch.Tensor, occurrences: Occurrences, dtype: torch.dtype) -> torch.Tensor:
-        """(..., D) for ids of any shape; IndexError for one that the table has not."""
+        """Rows (..., D) for ids of any shape. Raises IndexError for an id outside the table."""
         ctx.save_for_backward(*occurrences)
         ctx.dtype = table_VD.dtype
         return F.embedding(ids, table_VD.to(dtype))
@@ -55,6 +55,6 @@ class Lookup(torch.autograd.Function):
         return F.embedding_bag(order_N, gradient.flatten(0, -2), offsets_V, mode="sum").to(ctx.dtype), None, None, None
 
 
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of a kind itself, without hooks or a forward of its own: only then its weights say all that it does."""
+def is_unmodified(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of class `kind`, without hooks and without a replaced forward, so that its weights determine its output."""
     return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)

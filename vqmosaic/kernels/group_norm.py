@@ -1,7 +1,7 @@
-"""GroupNorm with swish after it, for training in bf16 on a CPU with channels that come last, the memory order that its convolutions like.
+"""GroupNorm, optionally followed by swish, for bf16 training on a CPU in channels_last, the memory format that is fastest for convolutions.
 
-torch's kernels for that order are slow there, all but the one for the forward pass over large pictures, and that of the gradient up to ten times as
-slow as for the other order (torch 2.13): changing the order before and after costs less by far.
+torch's channels_last kernels for GroupNorm are slow on CPUs, except the forward pass for large images. The backward pass is up to ten times as slow
+as in the contiguous format (torch 2.13). Changing the format before and after costs far less.
 """
 
 import torch
@@ -11,27 +11,28 @@ from torch.autograd.function import once_differentiable
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with 32 groups and eps 1e-6, with or without swish, x sigmoid(x), after it."""
+    """GroupNorm with 32 groups and eps 1e-6, optionally followed by swish, x sigmoid(x)."""
 
     def __init__(self, channels: int):
         super().__init__(32, channels, eps=1e-6)
 
     def forward(self, x_BCHW: torch.Tensor, swish: bool = False) -> torch.Tensor:
-        """(B, C, H, W) of the input's memory order, and of its format where autocast does not choose another."""
+        """(B, C, H, W) in the memory format of the input, and in its dtype unless autocast chooses another."""
         in_bf16_on_cpu = x_BCHW.device.type == "cpu" and x_BCHW.dtype == torch.bfloat16 and x_BCHW.requires_grad
         if in_bf16_on_cpu and torch.compiler.is_compiling():
-            normed = self.as_line(x_BCHW)
+            normed = self.as_affine(x_BCHW)
             return F.silu(normed).to(x_BCHW.dtype) if swish else normed.to(x_BCHW.dtype)
         if in_bf16_on_cpu and x_BCHW.is_contiguous(memory_format=torch.channels_last):
             return ReorderedGroupNorm.apply(x_BCHW, self.weight, self.bias, self.num_groups, self.eps, swish)
         normed = super().forward(x_BCHW)
         return F.silu(normed) if swish else normed
 
-    def as_line(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """GroupNorm in float32 as torch.compile makes few passes of it: channels of an image times one number, plus another.
+    def as_affine(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """GroupNorm in float32 as a scale and a shift for each channel of each image, which torch.compile turns into few passes over the data.
 
-        What channels of a group have in common goes from and to channels by products with a matrix, whose results the compiler computes once and not
-        for each element. In float64, for a variance is the small difference of large numbers, and products in float32 may be set to be less exact.
+        Means over groups, and their way back to channels, are products with a matrix (C, G): the compiler computes their results once and not for
+        each element. They are in float64, because a variance is the small difference of large numbers, and float32 products may have been set to a
+        lower precision.
         """
         x_BCHW = x_BCHW.float()
         channels = x_BCHW.shape[1]
@@ -47,13 +48,13 @@ class GroupNorm(nn.GroupNorm):
 
 
 class ReorderedGroupNorm(torch.autograd.Function):
-    """GroupNorm of channels that come last, by the kernels for channels that come first."""
+    """GroupNorm of a channels_last tensor, computed by the kernels for contiguous tensors."""
 
     @staticmethod
     def forward(ctx, x_BCHW: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, groups: int, eps: float, swish: bool) -> torch.Tensor:
-        """(B, C, H, W), channels last."""
+        """(B, C, H, W) in channels_last."""
         batch, channels, height, width = x_BCHW.shape
-        if height * width < 1024:  # for more, torch has a fast kernel for this order
+        if height * width < 1024:  # for larger images, torch has a fast channels_last kernel
             x_BCHW = x_BCHW.contiguous()
         normed, mean, scale = torch.native_group_norm(x_BCHW, weight_C, bias_C, batch, channels, height * width, groups, eps)
         ctx.save_for_backward(x_BCHW, normed if swish else None, mean, scale, weight_C)
@@ -71,6 +72,6 @@ class ReorderedGroupNorm(torch.autograd.Function):
             if gradient_BCHW.stride() != normed.stride():
                 gradient_BCHW = torch.empty_like(normed).copy_(gradient_BCHW)
             gradient_BCHW = torch.ops.aten.silu_backward(gradient_BCHW, normed)
-        into_x, into_weight, into_bias = torch.ops.aten.native_group_norm_backward(
+        gradient_of_x, gradient_of_weight, gradient_of_bias = torch.ops.aten.native_group_norm_backward(
             gradient_BCHW.contiguous(), x_BCHW.contiguous(), mean, scale, weight_C, batch, channels, height * width, ctx.groups, (True, True, True))
-        return into_x.contiguous(memory_format=torch.channels_last), into_weight, into_bias, None, None, None
+        return gradient_of_x.contiguous(memory_format=torch.channels_last), gradient_of_weight, gradient_of_bias, None, None, None

@@ -1,4 +1,4 @@
-"""Type checks for arguments and fields. Numbers of other libraries become Python numbers; text in place of a number raises InputError."""
+"""Type checks for arguments and fields. Numbers from other libraries become Python numbers; text in place of a number raises InputError."""
 
 import dataclasses
 import operator
@@ -8,7 +8,7 @@ from typing import Any
 
 from vqmosaic.errors import InputError
 
-TYPES = {int: "an integer", float: "a number", bool: "true or false"}
+TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def as_integer(name: str, given: Any) -> int:
@@ -49,9 +49,9 @@ CONVERSIONS = {int: as_integer, float: as_number, bool: as_boolean}
 
 
 def check_types(section: Any, name: str) -> None:
-    """Convert the fields of a dataclass that are numbers, booleans or lists of these. Errors name the section and the field.
+    """Check and convert the fields of a dataclass that are numbers, booleans or lists of these. Errors name the section and the field.
 
-    Fields of other types are left alone.
+    Fields of other types stay unchanged.
     """
     for field in dataclasses.fields(section):
         given, type_ = getattr(section, field.name), field.type
@@ -65,5 +65,5 @@ def check_types(section: Any, name: str) -> None:
         elif typing.get_origin(type_) is list and typing.get_args(type_)[0] in CONVERSIONS:
             kind = typing.get_args(type_)[0]
             if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
-                raise InputError(f"{full_name} is {given!r}; it must be a list, and each entry {TYPES[kind]}.")
+                raise InputError(f"{full_name} is {given!r}; it must be a list, and each entry {TYPE_NAMES[kind]}.")
             setattr(section, field.name, [CONVERSIONS[kind](f"{full_name}: an entry", entry) for entry in given])

@@ -1,7 +1,7 @@
 """Rules that choose recipe fields from the data. With `fit_to_data: true`, they set the fields that neither the recipe nor the command line sets.
 
-Each rule is one function. It gives its fields values, each with a reason, and may read fields that were set before. The rules know the image
-size, the number of training images and the device. The plan of a training prints the chosen values. A run keeps the values it started with:
+Each rule is one function. It yields a value and a reason for each of its fields, and may read fields that are already set. The rules use the image
+size, the number of training images and the device. The plan of each training prints the chosen values. A run keeps the values it started with:
 stages/<stage>.json records them.
 """
 
@@ -22,21 +22,21 @@ from vqmosaic.runs.run_folder import STAGES, RunFolder
 ASSUMED_IMAGES = 5000
 """Number of training images to assume if the data set is not known, as in `vqmosaic run image_folder --help`."""
 BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
-"""The fields between which `minutes` is divided, and the share of each."""
+"""The fields among which `minutes` is divided, and the share of each."""
 PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
-"""The grid that the rules aim at: tokens of 8 x 8 pixels, but at least 8 and at most 16 of them along one side."""
+"""The target grid: tokens of 8 x 8 pixels, but at least 8 and at most 16 tokens along one side."""
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
-"""Bounds of the codebook size, and how many tokens the training images should have for each code."""
+"""Bounds of the codebook size, and the target number of training tokens per code."""
 FEW_IMAGES, MANY_IMAGES = 2000, 25_000
-"""Augmentation is strong below the first number of training images, weak from the second on, and medium in between."""
+"""Augmentation is strong below FEW_IMAGES training images, weak from MANY_IMAGES on, and medium in between."""
 EPOCHS_OF_ONE_VIEW = 8
-"""Epochs after which a prior overfits to images that are stored in one view. With more views, it is this times the square root of their number."""
-PLANNED = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
-"""For each training, the sections whose chosen fields its plan prints."""
+"""Epochs after which a prior overfits if each image is stored in one view. With V views, it is this number times sqrt(V)."""
+SECTIONS_IN_PLAN = {"tokenizer": ("data", "tokenizer", "tokenizer_training"), "prior": ("tokens", "prior", "prior_training")}
+"""For each training stage, the sections whose chosen fields its plan prints."""
 
 
 class DataSize(NamedTuple):
-    """How much there is to train on."""
+    """The amount of training data."""
 
     images: int
     """Number of training images."""
@@ -49,7 +49,7 @@ CountImages = Callable[[Mapping[str, Any]], DataSize | None]
 
 
 class Facts:
-    """What the rules know about data and device. Each fact is looked up when a rule first needs it, because a look-up takes time.
+    """Facts about data and device for the rules. Each fact is looked up when a rule first needs it, because a look-up takes time.
 
     `given` holds the names of the fields that the recipe file or an option sets.
     """
@@ -59,7 +59,7 @@ class Facts:
 
     @cached_property
     def data(self) -> DataSize:
-        """How much there is to train on."""
+        """The amount of training data."""
         return self._count() or DataSize(ASSUMED_IMAGES)
 
     @property
@@ -74,13 +74,13 @@ class Facts:
 
     @property
     def device(self) -> str:
-        """The device in words."""
+        """The device, as text for a reason."""
         return "a GPU" if self.on_gpu else "a CPU"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The value that a rule gives to a field, and why."""
+    """A value that a rule chose for a field, and the reason."""
 
     field: str
     value: Any
@@ -96,7 +96,7 @@ class Rule:
 
 
 def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """`minutes` is divided between the two trainings."""
+    """Divide `minutes` between the two training stages."""
     minutes = recipe["minutes"]
     if minutes is not None:
         check_range("minutes", minutes, above=0)
@@ -105,53 +105,53 @@ def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Pixels along one side of a token: the power of two that brings the grid closest to the target."""
+    """Choose the pixels along one side of a token: the power of two whose grid is closest to the target."""
     size = recipe["data.image_size"]
     check_range("data.image_size", size, at_least=16)
-    goal = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
-    fitting = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
-    step = min(fitting, key=lambda step: abs(math.log2(size / step / goal)))
-    if size // step > 2 * LARGEST_SIDE:
-        raise InputError(f"data.image_size is {size}, which makes {size // step} x {size // step} tokens, because {step} is the largest power of two "
-                         f"that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
-    reason = f"{size} pixels make {size // step} x {size // step} tokens"
+    target_side = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
+    candidates = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
+    downsampling = min(candidates, key=lambda candidate: abs(math.log2(size / candidate / target_side)))
+    if size // downsampling > 2 * LARGEST_SIDE:
+        raise InputError(f"data.image_size is {size}, which makes {size // downsampling} x {size // downsampling} tokens, because {downsampling} is "
+                         f"the largest power of two that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
+    reason = f"{size} pixels make {size // downsampling} x {size // downsampling} tokens"
     halvings = max(0, len(recipe["tokenizer.channel_multipliers"]) - 1) if "tokenizer.channel_multipliers" in facts.given else 0
-    yield Choice("tokenizer.patch_size", min(max(1, step // 2**halvings), max(PATCH_SIZES)), reason)
+    yield Choice("tokenizer.patch_size", min(max(1, downsampling // 2**halvings), max(PATCH_SIZES)), reason)
     check_range("tokenizer.patch_size", recipe["tokenizer.patch_size"], at_least=1)
-    levels = 1 + round(math.log2(max(1, step // recipe["tokenizer.patch_size"])))
+    levels = 1 + round(math.log2(max(1, downsampling // recipe["tokenizer.patch_size"])))
     yield Choice("tokenizer.channel_multipliers", [1] * levels, reason)
 
 
 def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Codebook size by the number of tokens in the training images."""
-    step = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
-    tokens = max(1, facts.images * (recipe["data.image_size"] // step) ** 2)
+    """Choose the codebook size by the number of tokens in the training images."""
+    downsampling = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
+    tokens = max(1, facts.images * (recipe["data.image_size"] // downsampling) ** 2)
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
 
 
 def gradient_path(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """DiVeQ for quantizers that look for the nearest code."""
+    """Use DiVeQ with quantizers that look up the nearest code."""
     quantizer, rotation = recipe["tokenizer.quantizer"], recipe["tokenizer.rotation_trick"]
     yield Choice("tokenizer.diveq", quantizer in (*NEAREST_CODE_KINDS, "residual") and not rotation,
                  f"for quantizer {quantizer}" + (" with rotation_trick" if rotation else ""))
 
 
 def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Width, depth and batch by device."""
+    """Choose width, depth and batch size by device."""
     yield Choice("tokenizer.channels", 128 if facts.on_gpu else 64, f"for {facts.device}")
     changes_width = set(recipe["tokenizer.channel_multipliers"]) != {1}
     yield Choice("tokenizer.residual_blocks", 2 if facts.on_gpu else int(changes_width), f"for {facts.device}")
-    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {facts.device}: many steps of few images learn most")
+    yield Choice("tokenizer_training.batch_size", 64 if facts.on_gpu else 16, f"for {facts.device}: many steps with small batches learn most")
 
 
 def random_shifts(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Random shifts of the training images, unless there are many images."""
+    """Shift the training images at random, unless there are many images."""
     yield Choice("data.shift", recipe["data.image_size"] // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
 
 
 def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """The fewer the images, the more views are stored for the prior."""
+    """Store more views for the prior if there are fewer images."""
     flips = "flip+" if recipe["data.flip"] else ""
     if facts.images < FEW_IMAGES:
         views = f"{flips}wide-shifts"
@@ -160,23 +160,23 @@ def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     else:
         views = "flip" if recipe["data.flip"] else "none"
     yield Choice("tokens.views", views, f"{facts.images:,} training images, data.flip is {str(recipe['data.flip']).lower()}")
-    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 32), f"a part of a token, for images of {recipe['data.image_size']} pixels")
+    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 32), f"less than a token, for images of {recipe['data.image_size']} pixels")
 
 
 def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """A prior soon overfits to few images. Training ends before that, at a low learning rate."""
+    """Choose dropout, batch size and steps. A prior soon overfits to few images, so its training ends before that, at a low learning rate."""
     images, views = facts.images, facts.data.views
     if views is None and isinstance(recipe["tokens.views"], list):
         views = max(1, len(recipe["tokens.views"]))
     elif views is None:
-        check_name("tokens.views, unless it is a list of records,", recipe["tokens.views"], tuple(VIEW_COUNTS))
+        check_name("tokens.views (if not a list of records)", recipe["tokens.views"], tuple(VIEW_COUNTS))
         views = VIEW_COUNTS[recipe["tokens.views"]]
     yield Choice("prior.dropout", 0.2 if images < FEW_IMAGES else 0.1, f"{images:,} training images")
     yield Choice("prior_training.batch_size", 64 if facts.on_gpu else 32, f"for {facts.device}")
     check_range("prior_training.batch_size", recipe["prior_training.batch_size"], at_least=1)
     epochs = round(EPOCHS_OF_ONE_VIEW * math.sqrt(views))
     yield Choice("prior_training.max_steps", math.ceil(epochs * images / recipe["prior_training.batch_size"]),
-                 f"{epochs} epochs of {images:,} training images, one view of each an epoch; more would overfit")
+                 f"{epochs} epochs of {images:,} training images, one view of each image per epoch; more epochs would overfit")
 
 
 BUDGET_RULE = Rule(tuple(BUDGETS), time_budgets)
@@ -189,47 +189,47 @@ RULES = (
     Rule(("tokens.views", "tokens.view_shift"), stored_views),
     Rule(("prior.dropout", "prior_training.batch_size", "prior_training.max_steps"), prior_training),
 )
-"""The rules of `fit_to_data`, in their order."""
+"""The rules of `fit_to_data`, in the order in which they run."""
 
 
 def rules_of(recipe: Mapping[str, Any]) -> tuple[Rule, ...]:
-    """The rules that hold for a recipe."""
+    """The rules that apply to a recipe."""
     return (BUDGET_RULE, *(RULES if recipe["fit_to_data"] else ()))
 
 
-def set_open_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Mapping[str, Any]) -> None:
-    """Set a recipe's fields, by dotted name, that are not given: to the recorded value, or to what a rule chooses.
+def fill_unset_fields(recipe: MutableMapping[str, Any], facts: Facts, recorded: Mapping[str, Any]) -> None:
+    """Set the fields (dotted names) that are not in `facts.given`: to the recorded value, or else to the value that a rule chooses.
 
-    A rule is asked only if one of its fields is open, so a recipe that gives all of them needs no data set.
+    A rule runs only if one of its fields is still unset, so a recipe that sets all of them needs no data set.
     """
     for rule in rules_of(recipe):
         missing = [field for field in rule.fields if field not in facts.given]
         for field in missing:
             if field in recorded:
                 recipe[field] = recorded[field]
-        still_open = [field for field in missing if field not in recorded]
-        if not still_open:
+        still_unset = [field for field in missing if field not in recorded]
+        if not still_unset:
             continue
-        for choice in rule.choose(recipe, facts):  # the rule goes on after its field has got its value, and can read it
-            if choice.field in still_open:
+        for choice in rule.choose(recipe, facts):  # the rule is a generator: it continues after its field is set, and can read the value
+            if choice.field in still_unset:
                 recipe[choice.field] = choice.value
 
 
-def recorded_fields(run_dir: str, redone: str | None) -> dict[str, Any]:
-    """The fields with which the stages of a run were started, except the stage `redone` and the stages after it."""
+def recorded_fields(run_dir: str, redo_stage: str | None) -> dict[str, Any]:
+    """The fields with which the stages of a run were started, except `redo_stage` and the stages after it."""
     fields: dict[str, Any] = {}
-    for stage in STAGES[:STAGES.index(redone) if redone in STAGES else len(STAGES)]:
+    for stage in STAGES[:STAGES.index(redo_stage) if redo_stage in STAGES else len(STAGES)]:
         path = RunFolder(Path(run_dir)).record(stage)
         if path.is_file():
-            recorded = read_object(path, f"make the stage again with --redo {stage}").get("fields")
+            recorded = read_object(path, f"run the stage again with --redo {stage}").get("fields")
             fields = (recorded if isinstance(recorded, dict) else {}) | fields
     return {name: value for name, value in fields.items() if value is not None}
 
 
 def describe_choices(recipe: Recipe, stage: str, data: DataSize, on_gpu: bool) -> dict[str, str]:
-    """For the plan of the training of a stage: its fields that follow from the data, with the reasons."""
+    """The fields that the rules choose for the training of a stage, with values and reasons, as lines of its plan."""
     values = {field.name: field.value for field in recipe_fields(recipe)}
     chosen = [choice for rule in rules_of(values) for choice in rule.choose(values, Facts(lambda: data, lambda: on_gpu))]
     return {choice.field: f"{values[choice.field]}: {choice.reason}" if choice.value == values[choice.field]
             else f"{values[choice.field]}, as set; the rule gives {choice.value}"
-            for choice in chosen if choice.field.partition(".")[0] in PLANNED[stage]}
+            for choice in chosen if choice.field.partition(".")[0] in SECTIONS_IN_PLAN[stage]}

@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 
 class PriorSizes(NamedTuple):
-    """What decides how large a prior is."""
+    """The sizes of a prior network."""
 
     layers: int
     width: int
     heads: int
 
 
-PRESETS = {  # those above tiny are LlamaGen's (Sun et al. 2024)
+PRESETS = {  # all except tiny are LlamaGen's (Sun et al. 2024)
     "tiny": PriorSizes(6, 256, 4),
     "B": PriorSizes(12, 768, 12),
     "L": PriorSizes(24, 1024, 16),
@@ -23,7 +23,7 @@ PRESETS = {  # those above tiny are LlamaGen's (Sun et al. 2024)
 DEFAULT_PRESET = "tiny"
 
 
-def sizes_of(preset: str | None, layers: int | None, width: int | None, heads: int | None) -> PriorSizes:
+def resolve_sizes(preset: str | None, layers: int | None, width: int | None, heads: int | None) -> PriorSizes:
     """The sizes of a preset, or of the default preset. Sizes that are not None replace those of the preset."""
     given = {"layers": layers, "width": width, "heads": heads}
     return PRESETS[preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})

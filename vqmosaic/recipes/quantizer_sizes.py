@@ -1,55 +1,56 @@
-"""Which codebook sizes the quantizers without a learnt codebook can have: levels of fsq, bits of lfq. No torch."""
+"""Codebook sizes that the quantizers without a learned codebook support: levels of fsq, bits of lfq. Loads no torch."""
 
 from functools import cache
 
 from vqmosaic.errors import InputError
 
-FEWEST_LEVELS, MOST_LEVELS = 3, 8
+MIN_LEVELS, MAX_LEVELS = 3, 8
+"""Bounds for the number of levels in one dimension of fsq."""
 
 
 @cache
-def _levels(size: int, most: int) -> tuple[int, ...] | None:
-    """The factorisation of `size` into levels of at most `most`, largest first, with the largest smallest level; None where there is none."""
+def _factorize(size: int, max_level: int) -> tuple[int, ...] | None:
+    """The most even factorization of `size` into levels of at most `max_level`, largest level first; None if there is none."""
     if size == 1:
         return ()
-    found = [(level, *rest) for level in range(min(most, size), FEWEST_LEVELS - 1, -1)
-             if size % level == 0 and (rest := _levels(size // level, level)) is not None]
+    found = [(level, *rest) for level in range(min(max_level, size), MIN_LEVELS - 1, -1)
+             if size % level == 0 and (rest := _factorize(size // level, level)) is not None]
     return max(found, key=lambda levels: (levels[-1], -len(levels))) if found else None
 
 
-def _products_of_small_primes(most: int) -> set[int]:
-    """All products of 2, 3, 5 and 7 up to `most`: no other size can have levels."""
+def _products_of_small_primes(limit: int) -> set[int]:
+    """All products of 2, 3, 5 and 7 up to `limit`. No other size can be factorized into levels."""
     sizes = {1}
     for prime in (2, 3, 5, 7):
         for size in list(sizes):
-            while (size := size * prime) <= most:
+            while (size := size * prime) <= limit:
                 sizes.add(size)
     return sizes
 
 
-def levels_of(codebook_size: int) -> list[int]:
-    """Levels of each dimension of fsq, whose product is the codebook size: 3 to 8 each, as even as they can be (240 -> 8, 6, 5).
+def fsq_levels(codebook_size: int) -> list[int]:
+    """Levels of each fsq dimension: 3 to 8 each, as even as possible, with the codebook size as their product (240 -> 8, 6, 5).
 
     Raises:
-        ValueError: there are none; names the nearest sizes that can be had.
+        InputError: there is no such product. The message names the nearest sizes that have one.
     """
-    levels = _levels(codebook_size, MOST_LEVELS)
+    levels = _factorize(codebook_size, MAX_LEVELS)
     if levels:
         return list(levels)
-    smooth = sorted(size for size in _products_of_small_primes(2 * codebook_size + FEWEST_LEVELS) if size > 1 and _levels(size, MOST_LEVELS))
-    below, above = max((size for size in smooth if size < codebook_size), default=None), min(size for size in smooth if size > codebook_size)
-    raise InputError(f"tokenizer.codebook_size is {codebook_size}, which is no product of levels from {FEWEST_LEVELS} to {MOST_LEVELS}, as "
-                     f"tokenizer.quantizer fsq needs; nearest: {' or '.join(str(size) for size in (below, above) if size)}.")
+    possible = sorted(size for size in _products_of_small_primes(2 * codebook_size + MIN_LEVELS) if size > 1 and _factorize(size, MAX_LEVELS))
+    below, above = max((size for size in possible if size < codebook_size), default=None), min(size for size in possible if size > codebook_size)
+    raise InputError(f"tokenizer.codebook_size is {codebook_size}, but tokenizer.quantizer fsq needs a product of levels from {MIN_LEVELS} to "
+                     f"{MAX_LEVELS}; nearest: {' or '.join(str(size) for size in (below, above) if size)}.")
 
 
-def bits_of(codebook_size: int) -> int:
-    """Bits of an lfq code.
+def lfq_bits(codebook_size: int) -> int:
+    """Number of bits of an lfq code.
 
     Raises:
-        ValueError: the size is no power of two; names the nearest ones.
+        InputError: the size is not a power of two. The message names the nearest ones.
     """
     bits = codebook_size.bit_length() - 1
     if codebook_size != 2**bits:
-        raise InputError(f"tokenizer.codebook_size is {codebook_size}, which is no power of two, as tokenizer.quantizer lfq needs; "
+        raise InputError(f"tokenizer.codebook_size is {codebook_size}, but tokenizer.quantizer lfq needs a power of two; "
                          f"nearest: {2**bits} or {2 ** (bits + 1)}.")
     return bits

@@ -1,4 +1,4 @@
-"""Reading recipes: a shipped name or a YAML file, dotted overrides from the command line, errors in words. Loads no torch."""
+"""Reads recipes from a shipped name, a YAML file or a run folder, with overrides from the command line, and writes them. Loads no torch."""
 
 import argparse
 import dataclasses
@@ -18,21 +18,21 @@ from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.files.given_paths import check_path
 from vqmosaic.files.json_files import is_later, version_hint
-from vqmosaic.files.permissions import naming_denied_permissions
-from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, recorded_fields, rules_of, set_open_fields
+from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, fill_unset_fields, recorded_fields, rules_of
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 
-WORDS_OF_TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list in brackets",
-                  "dict": "a mapping", "NoneType": "null"}
-WRITTEN_BY = "# written by vqmosaic "
-PATHS_START_FROM = "# relative paths start from "
+TYPE_DESCRIPTIONS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list in brackets",
+                     "dict": "a mapping", "NoneType": "null"}
+VERSION_COMMENT = "# written by vqmosaic "
+WORKING_DIRECTORY_COMMENT = "# relative paths start from "
 PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
                "tokenizer_training.resume", "prior_training.tokens", "prior_training.resume")
-"""Fields that may hold a path. data.path may be the name of a data set too, and resume may be auto or never."""
+"""Fields that may hold a path. data.path may also be the name of a data set, and resume may be auto or never."""
 SHIPPED_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
-SHOWN_RUNS = 12
-"""Largest number of run folders in an error."""
+MAX_LISTED_RUNS = 12
+"""Largest number of run folders in an error message."""
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -43,7 +43,7 @@ def shipped_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by a path, a shipped name or a run folder. Raises InputError, which lists the recipes and run folders."""
+    """The file of a recipe, given by its path, a shipped name or a run folder. If there is none, InputError lists the recipes and run folders."""
     check_path("the recipe", name)
     path = Path(name)
     if path.is_dir() and (path / "recipe.yaml").is_file():
@@ -55,15 +55,15 @@ def find_recipe(name: str) -> Path:
     runs = run_folders_near(path)
     nearest = None if path.is_dir() else nearest_name(name, runs) if os.sep in name else nearest_name(name, [*shipped_names(), *runs])
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    what = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
-    here = f" Run folders: {', '.join(runs[:SHOWN_RUNS])}{' ...' if len(runs) > SHOWN_RUNS else ''}." if runs else ""
+    problem = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
+    run_list = f" Run folders: {', '.join(runs[:MAX_LISTED_RUNS])}{' ...' if len(runs) > MAX_LISTED_RUNS else ''}." if runs else ""
     if path.is_dir():
         hint = f" To train on the images in it: image_folder --data.path {shlex.quote(name)}"
-    raise InputError(f"{name!r} {what}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{here}{hint}")
+    raise InputError(f"{name!r} {problem}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{run_list}{hint}")
 
 
 def run_folders_near(path: Path) -> list[str]:
-    """The run folders in `path` if it is a folder; otherwise those beside it and in runs/. Written as a user would type them."""
+    """The run folders in `path` if it is a folder, else those beside it and in runs/, as a user would type them."""
     folders = {path} if path.is_dir() else {path.parent, Path("runs")}
     return sorted(str(recipe.parent) for folder in folders for recipe in folder.glob("*/recipe.yaml"))
 
@@ -74,48 +74,51 @@ def section_names() -> list[str]:
 
 
 def field_names() -> dict[str, bool]:
-    """Dotted names of everything a recipe can set; True where it is a section of its own or takes free entries."""
+    """Dotted names of all fields and sections of a recipe. The value is True for sections and for fields that take free entries."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
     names.update({entry.name: True for entry in dataclasses.fields(Recipe) if "." not in entry.name and entry.name not in names})
     return names
 
 
 def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
-    """Give a parser one option for each field of a recipe, with the field's own sentence as help."""
+    """Add one option to the parser for each field of a recipe. The docstring under the field is the help text."""
     parser.add_class_arguments(Recipe, as_group=False)
 
 
-@naming_denied_permissions()
+@explain_permission_errors()
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = (),
-                count_images: CountImages | None = None, redone: str | None = None) -> Recipe:
+                count_images: CountImages | None = None, redo_stage: str | None = None) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
 
-    The recipe.yaml in a run folder gives the same recipe as the folder. The run_dir of both is the folder, wherever it is now.
-    Relative paths start from the working directory, except those in a run folder: they start where they did when its recipe was recorded.
-    `other_options` are the caller's own, such as --processes, which may be what a name that no field has was meant for.
-    Fields that are not set may be chosen from the data (fields_from_data.py). `count_images` counts the training images, given the fields by name.
-    Fields of stages that have started keep their recorded values, except those of the stage `redone` and of the stages after it.
+    The recipe.yaml in a run folder gives the same recipe as the folder. The run_dir of both is the folder at its current location.
+    Relative paths start from the working directory. Those in the recipe of a run folder start from the same folder as when it was recorded.
+    Fields that are not set may be chosen from the data (fields_from_data.py).
+    Fields of stages that have started keep their recorded values, except those of `redo_stage` and of the stages after it.
 
-    Raises InputError for unknown keys (with the nearest valid one), wrong types and combinations that cannot work.
+    Args:
+        other_options: options of the caller that are not recipe fields, such as --processes. Errors suggest them for misspelled names.
+        count_images: counts the training images, given the fields by name.
+
+    Raises InputError for unknown keys (with the nearest valid one), wrong types and invalid combinations.
     """
     path, overrides = find_recipe(name), list(overrides or [])
-    check_keys_of_file(path)
-    check_names_of_options(overrides, other_options)
+    check_file_keys(path)
+    check_option_names(overrides, other_options)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_argument("--recipe_file", action="config")
     add_recipe_options(parser)
     try:
-        # a run folder is where it lies now, whatever it was called when its recipe was written; overrides come last, so that they win
-        place = [f"--run_dir={path.parent}", *paths_as_recorded(path)] if is_of_run_folder(name, path) else []
-        values = parser.parse_args([f"--recipe_file={path}", *place, *overrides])
+        # a run folder may have been moved since its recipe was written; the user's overrides come last and take precedence
+        location = [f"--run_dir={path.parent}", *recorded_path_overrides(path)] if is_run_folder_recipe(name, path) else []
+        values = parser.parse_args([f"--recipe_file={path}", *location, *overrides])
         values.pop("recipe_file", None)
         check_paths(values)
-        fit_to_data(values, path, overrides, count_images, redone)
+        fit_to_data(values, path, overrides, count_images, redo_stage)
         sections = parser.instantiate(values)
     except InputError as error:
         raise type(error)(f"{error} (recipe {path})") from None
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise InputError(words_of(error, path)) from None
+        raise InputError(describe_parse_error(error, path)) from None
     return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
 
 
@@ -126,14 +129,14 @@ def check_paths(values: Mapping[str, Any]) -> None:
             check_path(name, values[name])
 
 
-def is_of_run_folder(name: str, path: Path) -> bool:
-    """Whether the recipe at `path` is that of a run folder: `name` is the folder, or the recipe.yaml in a folder that holds a run."""
+def is_run_folder_recipe(name: str, path: Path) -> bool:
+    """Whether the recipe at `path` belongs to a run folder: `name` is the folder, or the recipe.yaml in a folder that contains a run."""
     is_folder = path == Path(name) / "recipe.yaml"
-    return is_folder or (path.name == "recipe.yaml" and any((path.parent / made).exists() for made in (".lock", "stages")))
+    return is_folder or (path.name == "recipe.yaml" and any((path.parent / marker).exists() for marker in (".lock", "stages")))
 
 
 def recipe_help(name: str | None = None) -> str:
-    """What can be set in a recipe: every field with its sentence, its type and its value in the recipe `name` (by default the built-in one)."""
+    """The help for recipe fields: description, type and default. The defaults are the values in the recipe `name`, if it is given."""
     parser = jsonargparse.ArgumentParser(prog="vqmosaic", add_help=False, usage=argparse.SUPPRESS)
     add_recipe_options(parser)
     for action in parser._actions:
@@ -141,7 +144,7 @@ def recipe_help(name: str | None = None) -> str:
             action.help = argparse.SUPPRESS
     if name is not None:
         values = {field.name: field.value for field in recipe_fields(load_recipe(name))}
-        given = flattened(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), field_names())
+        given = leaf_names(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), field_names())
         chosen = {field for rule in rules_of(values) for field in rule.fields} - set(given)
         parser.set_defaults(values)
         for action in parser._actions:
@@ -150,25 +153,34 @@ def recipe_help(name: str | None = None) -> str:
     return parser.format_help().strip()
 
 
+def field_help(section: type) -> dict[str, str]:
+    """The sentence under each field of a section's dataclass, escaped for argparse."""
+    parser = jsonargparse.ArgumentParser(add_help=False)
+    parser.add_class_arguments(section)
+    return {action.dest: " ".join((action.help or "").split()).replace("%", "%%") for action in parser._actions}
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as YAML, which load_recipe reads back as an equal recipe. Comments at the top name the version and the working directory."""
-    comments = f"{WRITTEN_BY}{__version__}\n{PATHS_START_FROM}{json.dumps(os.getcwd())}\n"
+    """Write a recipe as YAML. load_recipe reads an equal recipe from it. Comments at the top give the version and the working directory."""
+    comments = f"{VERSION_COMMENT}{__version__}\n{WORKING_DIRECTORY_COMMENT}{json.dumps(os.getcwd())}\n"
     write_bytes(path, f"{comments}{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
 
 
-def paths_as_recorded(path: Path) -> list[str]:
-    """Overrides for the relative paths in the recipe of a run folder that mean something else from this working directory.
+def recorded_path_overrides(path: Path) -> list[str]:
+    """Overrides for the relative paths in a run folder's recipe that lead to something else from the current working directory.
 
-    They start from the folder that the recorded run_dir started from, seen from where the run folder lies now, which follows a project that was
-    moved or copied; else from the working directory that is recorded. Paths that exist in neither are left alone, since they may be names.
+    They start from the folder that the recorded run_dir started from. It is derived from the run folder's current location, so it is correct for a
+    project that was moved or copied. If a path does not exist there, it starts from the recorded working directory. Paths that exist in neither
+    folder stay unchanged, because they may be names.
     """
     text = path.read_text(encoding="utf-8")
     content, folders = yaml.safe_load(text), []
     run_dir = Path(os.path.normpath(str(content.get("run_dir") or ".")))
     if run_dir.parts and not run_dir.is_absolute() and ".." not in run_dir.parts:
         count = len(run_dir.parts)
-        folders += [Path(*place.parts[:-count]) for place in (path.parent.absolute(), path.parent.resolve()) if place.parts[-count:] == run_dir.parts]
-    recorded = next((line.removeprefix(PATHS_START_FROM) for line in text.splitlines()[:2] if line.startswith(PATHS_START_FROM)), None)
+        folders += [Path(*run.parts[:-count]) for run in (path.parent.absolute(), path.parent.resolve()) if run.parts[-count:] == run_dir.parts]
+    recorded = next((line.removeprefix(WORKING_DIRECTORY_COMMENT) for line in text.splitlines()[:2]
+                     if line.startswith(WORKING_DIRECTORY_COMMENT)), None)
     if recorded is not None:
         folders.append(Path(json.loads(recorded)))
     overrides = []
@@ -177,16 +189,16 @@ def paths_as_recorded(path: Path) -> list[str]:
         value = content.get(section, {}).get(name)
         if not isinstance(value, str) or not value or value in ("auto", "never") or value.startswith("~") or os.path.isabs(value):
             continue
-        found = next((place for folder in folders if os.path.exists(place := os.path.normpath(folder / value))), None)
+        found = next((full for folder in folders if os.path.exists(full := os.path.normpath(folder / value))), None)
         if found is not None and found != os.path.abspath(value):
             overrides.append(f"--{field}={found}")
     return overrides
 
 
-def only_became_absolute(before: Any, now: Any) -> bool:
-    """Whether one of two paths is the other with folders before it, as where a run folder is used from another directory.
+def may_be_same_path(before: Any, now: Any) -> bool:
+    """Whether one path is absolute and ends with the other, relative one, as when a run folder is used from another directory.
 
-    What lies at both is not compared here: inputs of a stage are, by their fingerprints.
+    This does not compare the contents of the two paths. Stage inputs are compared by their fingerprints elsewhere.
     """
     if not isinstance(before, str) or not isinstance(now, str) or os.path.isabs(before) == os.path.isabs(now):
         return False
@@ -195,8 +207,8 @@ def only_became_absolute(before: Any, now: Any) -> bool:
     return not parts or list(Path(os.path.normpath(absolute)).parts[-len(parts):]) == parts
 
 
-def check_keys_of_file(path: Path) -> None:
-    """Raise InputError for YAML that does not parse or names a field that does not exist."""
+def check_file_keys(path: Path) -> None:
+    """Raise InputError for a file that is not valid YAML, or that sets an unknown field or a field twice."""
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
@@ -204,17 +216,17 @@ def check_keys_of_file(path: Path) -> None:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
+        raise InputError(f"{path} does not contain a recipe: a recipe is a mapping of sections such as data, tokenizer, prior.")
     if repeated:
-        raise InputError(f"{path} sets {repeated[0]} more than once, and YAML would keep only the last value. Write each field and section once.")
+        raise InputError(f"{path} sets {repeated[0]} more than once, and YAML would keep only the last value. Set each field and section once.")
     known = field_names()
     for section in section_names():
         if section in content and not isinstance(content[section], dict):
-            raise InputError(f"{path} sets {section} to {content[section]!r}; it is a section: a mapping of its fields, or left out.")
-    version = text.partition("\n")[0].removeprefix(WRITTEN_BY) if text.startswith(WRITTEN_BY) else None
-    for key in flattened(content, known):
+            raise InputError(f"{path} sets {section} to {content[section]!r}; it is a section. Give a mapping of its fields, or remove it.")
+    version = text.partition("\n")[0].removeprefix(VERSION_COMMENT) if text.startswith(VERSION_COMMENT) else None
+    for key in leaf_names(content, known):
         try:
-            check_known(key, known, f"{path} sets {key}")
+            check_field_name(key, known, f"{path} sets {key}")
         except InputError as error:
             raise InputError(f"{error}{version_hint(version) if is_later(version) else ''}") from None
 
@@ -230,38 +242,38 @@ def repeated_keys(node: yaml.Node, prefix: str = "") -> list[str]:
     return repeated
 
 
-def check_names_of_options(options: list[str], other_options: Sequence[str]) -> None:
+def check_option_names(options: list[str], other_options: Sequence[str]) -> None:
     """Raise InputError for an override of a field that does not exist."""
     known = field_names()
     expect_value = False
     for option in options:
         if option.startswith("--"):
             name = option[2:].partition("=")[0]
-            check_known(name, known, option.partition("=")[0], other_options)
+            check_field_name(name, known, option.partition("=")[0], other_options)
             if name in section_names():
                 first = next(field for field in known if field.startswith(f"{name}."))
-                raise InputError(f"--{name} is a section of a recipe; set its fields one by one, such as --{first}.")
+                raise InputError(f"--{name} is a section of a recipe; set its fields, such as --{first}.")
             expect_value = "=" not in option
         elif not expect_value:
-            raise InputError(f"{option!r} was not expected here; a field is set by --section.field value, such as --data.path photos.")
+            raise InputError(f"{option!r} was not expected here. Set a field with --section.field value, such as --data.path photos.")
         else:
             expect_value = False
     if expect_value:
         raise InputError(f"{options[-1]} needs a value.")
 
 
-def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], count_images: CountImages | None, redone: str | None) -> None:
-    """Set the fields that neither the recipe file nor an option sets, by the rules of fields_from_data.py."""
+def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], count_images: CountImages | None, redo_stage: str | None) -> None:
+    """Set the fields that neither the recipe file nor an option sets, with the rules of fields_from_data.py."""
     if not values["fit_to_data"] and values["minutes"] is None:
         return
     in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
-    given = in_options | set(flattened(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
-    recorded = recorded_fields(values["run_dir"], redone)
-    if "minutes" in in_options:  # a new budget, divided again
+    given = in_options | set(leaf_names(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
+    recorded = recorded_fields(values["run_dir"], redo_stage)
+    if "minutes" in in_options:  # a new budget: divide it again
         given -= BUDGETS.keys() - in_options
         recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
     facts = Facts(lambda: count_images(values), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
-    set_open_fields(values, facts, recorded)
+    fill_unset_fields(values, facts, recorded)
 
 
 def has_gpu() -> bool:
@@ -271,8 +283,8 @@ def has_gpu() -> bool:
     return default_device().type != "cpu"
 
 
-def check_known(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
-    """Raise InputError with the nearest valid name unless `name` is a field, a section or a free entry of one."""
+def check_field_name(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
+    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of prior.options."""
     if name in known or any(free and name.startswith(f"{field}.") for field, free in known.items() if field == "prior.options"):
         return
     nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
@@ -285,18 +297,18 @@ def check_known(name: str, known: dict[str, bool], given_as: str, other_options:
     raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
 
 
-def flattened(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves of nested mappings; a field that takes free entries is one leaf."""
+def leaf_names(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
+    """Dotted names of the leaves of nested mappings. A field that takes free entries is one leaf."""
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
         is_section = name not in known or (known[name] and name != "prior.options")
-        names += flattened(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
+        names += leaf_names(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
     return names
 
 
-def words_of(error: Exception, path: Path) -> str:
-    """The message of a parsing library's error as one sentence that names the field, what was given and what is allowed."""
+def describe_parse_error(error: Exception, path: Path) -> str:
+    """Rewrite a parsing library's error as one sentence that names the field, the given value and the allowed types."""
     text = " ".join(str(error).split())
     match = re.search(r'Parser key "([^"]+)"[:.]?\s*(.*)', text)
     if not match:
@@ -307,7 +319,7 @@ def words_of(error: Exception, path: Path) -> str:
     if union or single:
         types, given = (re.findall(r"'(\w+)'", union[1]), union[2]) if union else ([single[1]], single[2])
         is_yaml_word = given in ("False", "True") and "str" in types
-        hint = ' YAML reads no, off, yes and on as false and true; write them in quotes: "no".' if is_yaml_word else ""
+        hint = ' YAML reads no, off, yes and on as false and true. Write them in quotes: "no".' if is_yaml_word else ""
         given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))
-        reason = f"{given} was given; it must be {' or '.join(WORDS_OF_TYPES.get(name, name) for name in types)}.{hint}"
+        reason = f"{given} was given; it must be {' or '.join(TYPE_DESCRIPTIONS.get(name, name) for name in types)}.{hint}"
     return f"{field}: {reason} (recipe {path})"

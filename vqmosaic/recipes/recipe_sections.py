@@ -1,7 +1,8 @@
-"""The sections of a recipe: keyword-only dataclasses, a sentence for every field, checked at construction, no torch.
+"""Recipe sections for data, tokens, prior and sampling, as keyword-only dataclasses. Constructors check the values. Loads no torch.
 
-Field metadata says how a change of the field is judged when a stage is run again (vqmosaic/runs/stage_records.py):
-a budget may grow, an unrecorded field may change freely, a place may change where the same data lie there, anything else makes it a different run.
+The docstring under a field is its help text. Field metadata says whether a field may change when a stage is run again
+(vqmosaic/runs/stage_records.py): a budget may grow, an unrecorded field may change freely, a place may change if the data is the same. Any other
+change makes it a different run.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.field_types import check_types
-from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, sizes_of
+from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
 SOURCES = ("auto", "digits", "folder", "huggingface")
@@ -21,57 +22,57 @@ MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 def budget(default: Any) -> Any:
     """A field that may grow when a finished or interrupted stage is run again."""
-    return field(default=default, metadata={"judged": "budget"})
+    return field(default=default, metadata={"change_policy": "budget"})
 
 
 def unrecorded(default: Any) -> Any:
-    """A field that changes no result, so it may differ when a stage is run again."""
-    return field(default=default, metadata={"judged": "unrecorded"})
+    """A field that affects no result, so it may change when a stage is run again."""
+    return field(default=default, metadata={"change_policy": "unrecorded"})
 
 
 def place(default: Any) -> Any:
-    """A field that says where data lie: it may differ when a stage is run again, if the data are the same."""
-    return field(default=default, metadata={"judged": "place"})
+    """A field that gives the location of data. It may change when a stage is run again, if the data is the same."""
+    return field(default=default, metadata={"change_policy": "place"})
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Where the images come from and how they are brought to one size."""
+    """The data set, its splits, and how images are resized and augmented."""
 
     source: str = "auto"
-    """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto: by looking at path."""
+    """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto (chosen by path)."""
     path: str | None = place(None)
-    """A folder of images (class sub-folders or none), a folder of parquet or arrow files, or a Hugging Face data set name."""
+    """A folder of images (with or without class sub-folders), a folder of parquet or arrow files, or the name of a Hugging Face data set."""
     image_column: str | None = None
-    """Hugging Face data only: the column with the images; found by its type if not given."""
+    """Hugging Face data only: the column with the images. By default, it is found by its type."""
     label_column: str | None = None
-    """The column with the class labels, found by its type or name in Hugging Face data; for folders, a column of metadata.csv beside the images."""
+    """The column with the class labels. Hugging Face data: by default found by type or name. Folders: a column of metadata.csv beside the images."""
     use_labels: bool = True
-    """Read class labels where there are some; false trains an unconditional prior."""
+    """Read class labels if there are any; false trains an unconditional prior."""
     train_split: str = "train"
-    """The split to train on; for folders, a sub-folder of this or another usual name (Training), if there is one; . is the whole folder."""
+    """The split to train on. For folders: the sub-folder of this or another usual name (Training), if there is one; . is the whole folder."""
     validation_split: str | None = None
-    """The split to validate on; if not given and there is none by a usual name, one is cut by a hash of path or row number."""
+    """The split to validate on. If it is not given and no split has a usual name, images are selected by a hash of their path or row number."""
     validation_fraction: float = 0.05
-    """Share of the images that the hash puts into the validation split, where one has to be cut."""
+    """Fraction of the images that the hash selects for validation, if the data has no validation split."""
     image_size: int = 32
-    """Height and width in pixels to which every image is brought (short side resized, centre cropped)."""
+    """Height and width of images in pixels. The short side is resized to this size, and the centre is cropped."""
     channels: int = 3
     """3 for RGB, 1 for grey."""
     crop_scale: float = 1.0
-    """Training augmentation: smallest side of the random crop relative to the whole short side; 1 crops nothing away."""
+    """Training augmentation: smallest side of the random crop, relative to the short side of the image; 1 turns it off."""
     flip: bool = False
-    """Training augmentation: mirror left and right half of the time; leave it off where that changes the meaning."""
+    """Training augmentation: mirror half of the images left to right. Leave it off if that changes their meaning."""
     shift: int = 0
-    """Training augmentation: largest random shift in pixels, in each direction, edges repeated."""
+    """Training augmentation: largest random shift in pixels in each direction. Edge pixels are repeated."""
     max_pixels: int = 100_000_000
-    """An image with more pixels than this is refused as a decompression bomb."""
+    """Images with more pixels than this are refused as decompression bombs."""
     max_unreadable: float = unrecorded(0.01)
-    """Share of unreadable images past which a run stops instead of replacing or skipping them."""
+    """Largest fraction of unreadable images, which are replaced or skipped. With more of them, the run stops."""
     workers: int = unrecorded(1)
-    """Processes that decode images beside the training process; 0 decodes in the training process."""
+    """Additional processes that decode images; 0 decodes in the training process."""
     cache_megabytes: int = unrecorded(512)
-    """Decoded training images are kept in memory when all of them fit in this much; 0 keeps none."""
+    """Keep decoded training images in memory if all of them fit in this many megabytes; 0 keeps none."""
 
     def __post_init__(self):
         check_types(self, "data")
@@ -87,63 +88,63 @@ class DataConfig:
         check_range("data.workers", self.workers, at_least=0)
         check_range("data.cache_megabytes", self.cache_megabytes, at_least=0)
         if self.source in ("folder", "huggingface") and not self.path:
-            raise InputError(f"data.path is not given, and data.source is {self.source!r}; give --data.path a folder of images "
+            raise InputError(f"data.path is not given, but data.source is {self.source!r}; set --data.path to a folder of images "
                              "or the name of a Hugging Face data set.")
         if self.source == "digits" and self.path:
-            raise InputError(f"data.path is {self.path!r}, but data.source is 'digits', which reads no path; "
-                             "set --data.source auto to train on that path, or leave data.path out.")
+            raise InputError(f"data.path is {self.path!r}, but data.source is 'digits', which needs no path; "
+                             "set --data.source auto to train on that path, or remove data.path.")
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What the training of both stages has in common."""
+    """Training settings that both stages share."""
 
     max_steps: int | None = budget(10_000)
-    """Optimizer steps to train for; none trains by max_minutes alone."""
+    """Number of optimizer steps; null trains until max_minutes is over."""
     max_minutes: float | None = budget(None)
-    """Wall-clock budget in minutes. It begins with the first step and includes validation; a resumed run continues with the time left."""
+    """Wall-clock budget in minutes. It starts with the first step and includes validation. A resumed run continues with the time left."""
     batch_size: int = 128
-    """Images in one optimizer step, over all processes and accumulation steps together."""
+    """Images per optimizer step, summed over all processes and accumulation steps."""
     accumulation_steps: int = 1
-    """Parts in which each process works through its share of the batch, to save memory."""
+    """Number of parts into which each process splits its share of the batch, to save memory."""
     optimizer: str = "adamw"
-    """adamw, or muon: orthogonalized momentum for the matrices inside the network, AdamW for the rest, at one learning rate."""
+    """adamw, or muon: orthogonalized momentum for the matrices inside the network, AdamW for the rest, with the same learning rate."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     learning_rate_batch: int | None = None
-    """The batch size that learning_rate was found for: another batch_size scales it by the square root of their ratio; null takes it as it is."""
+    """Batch size for which learning_rate was tuned. The rate is scaled by the square root of batch_size over this; null turns scaling off."""
     learning_rate_schedule: str = "cosine"
-    """How the learning rate falls after its rise: cosine or linear."""
+    """Decay of the learning rate after the warmup: cosine or linear."""
     final_learning_rate: float = 0.05
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end, as a fraction of the peak."""
     warmup_fraction: float = 0.05
-    """Share of the training over which the learning rate rises."""
+    """Fraction of the training over which the learning rate rises."""
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    """Decay of AdamW's first and second moment."""
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: float = 0.0
-    """AdamW's weight decay, on matrices only (no biases, no norms)."""
+    """AdamW's weight decay. It applies to matrices only, not to biases and norms."""
     gradient_clip: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Largest norm of the gradients. Larger gradients are scaled down to it."""
     weight_ema_decay: float = 0.999
-    """Decay of the moving average of the weights, which is what is validated and exported; 0 turns it off."""
+    """Decay of the moving average of the weights, which is validated and exported; 0 turns it off."""
     mixed_precision: str = "auto"
-    """auto (bf16 where the device has it, else no), no, bf16 or fp16."""
+    """auto (bf16 if the device supports it, else no), no, bf16 or fp16."""
     validate_every: int = 500
-    """Steps between validations; the last step is always validated. Under a time budget, one is also due every 4 % of it."""
+    """Steps between validations. The last step is always validated. With a time budget, a validation also runs every 4 % of it."""
     validation_images: int = 1000
-    """Images of the validation split that each validation looks at; fewer if a time budget is too short for them."""
+    """Images per validation, from the validation split; fewer if a time budget is too short for them."""
     max_refused_steps: int = unrecorded(20)
-    """Steps with a non-finite loss or gradient, which change nothing, after which the run stops."""
+    """Largest number of steps with a non-finite loss or gradient. Such steps are skipped. With more of them, the run stops."""
     checkpoint_every: int = unrecorded(500)
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints. The last step always writes one."""
     keep_checkpoints: int = unrecorded(2)
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints to keep."""
     resume: str = unrecorded("auto")
-    """auto (the newest complete checkpoint), never (refused while one exists), or the path of a checkpoint."""
+    """auto (the newest complete checkpoint), never (an error if there is one), or the path of a checkpoint."""
     log_every: int = unrecorded(20)
     """Steps between lines in metrics.jsonl."""
-    trackers: list[str] = field(default_factory=list, metadata={"judged": "unrecorded"})
-    """Trackers of Accelerate that get the same numbers, such as tensorboard or wandb; they must be installed."""
+    trackers: list[str] = field(default_factory=list, metadata={"change_policy": "unrecorded"})
+    """Accelerate trackers that get the same numbers, such as tensorboard or wandb. They must be installed."""
 
     SECTION = "training"
 
@@ -151,7 +152,7 @@ class TrainingConfig:
         name = self.SECTION
         check_types(self, name)
         if self.max_steps is None and self.max_minutes is None:
-            raise InputError(f"{name}.max_steps and {name}.max_minutes are both none; give at least one of them.")
+            raise InputError(f"{name}.max_steps and {name}.max_minutes are both null; set at least one of them.")
         if self.max_steps is not None:
             check_range(f"{name}.max_steps", self.max_steps, at_least=1)
         if self.max_minutes is not None:
@@ -169,7 +170,7 @@ class TrainingConfig:
         check_range(f"{name}.final_learning_rate", self.final_learning_rate, at_least=0, at_most=1)
         check_range(f"{name}.warmup_fraction", self.warmup_fraction, at_least=0, below=1)
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise InputError(f"{name}.adam_betas is {self.adam_betas}; it must be two numbers of at least 0 and below 1.")
+            raise InputError(f"{name}.adam_betas is {self.adam_betas}; it must be two numbers, each at least 0 and below 1.")
         check_range(f"{name}.weight_decay", self.weight_decay, at_least=0)
         check_range(f"{name}.gradient_clip", self.gradient_clip, above=0)
         check_range(f"{name}.weight_ema_decay", self.weight_ema_decay, at_least=0, below=1)
@@ -178,74 +179,74 @@ class TrainingConfig:
 
     @property
     def learning_rate_factor(self) -> float:
-        """What learning rates are multiplied with: sqrt(batch_size / learning_rate_batch), the rule for Adam (Malladi et al. 2022, 2205.10287)."""
+        """Factor for all learning rates: sqrt(batch_size / learning_rate_batch), the rule for Adam (Malladi et al. 2022, 2205.10287)."""
         return 1.0 if self.learning_rate_batch is None else (self.batch_size / self.learning_rate_batch) ** 0.5
 
 
 @dataclass(kw_only=True)
 class TokensConfig:
-    """How preprocessing writes token shards."""
+    """Settings of the preprocessing that writes token shards."""
 
     tokenizer: str | None = unrecorded(None)
-    """A tokenizer folder made elsewhere; null takes this run's own tokenizer/."""
+    """A tokenizer folder from another run or source; null uses this run's tokenizer/."""
     views: list[Any] | str = "none"
-    """Variants of each training image that are stored: none, flip, shifts (by view_shift pixels, 9 in all), wide-shifts (by up to two such steps, 25
-    in all), flip+shifts (18), flip+wide-shifts (50), ten-crop (centre and corners at view_crop_scale, each also mirrored), or a list of records, each
-    with any of crop_scale, position, flip and shift."""
+    """Stored variants of each training image: none, flip, shifts (by view_shift pixels, 9 in all), wide-shifts (by up to two such steps, 25 in all),
+    flip+shifts (18), flip+wide-shifts (50), ten-crop (centre and corners at view_crop_scale, each also mirrored), or a list of records, each with any
+    of crop_scale, position, flip and shift."""
     view_shift: int = 1
-    """Pixels by which the shifts views move the image, in each of eight directions."""
+    """Pixels by which shifts and wide-shifts move the image in each of eight directions."""
     view_crop_scale: float = 0.875
-    """Side of the crops of ten-crop relative to the short side of the image."""
+    """Side of the ten-crop crops, relative to the short side of the image."""
     images_per_shard: int = 1000
-    """Source images in one shard; best a multiple of batch_size, since the last batch of each is filled up to that."""
+    """Source images per shard. Best a multiple of batch_size, because the last batch of each shard is padded to batch_size."""
     batch_size: int = 64
-    """Images encoded at a time; the shape never varies, so encoding again gives the same bytes."""
+    """Images encoded at a time. All batches have this size, so encoding again gives the same bytes."""
     threads: int = 2
-    """CPU threads of each process; fixed, since another number may round a latent across a code's border."""
+    """CPU threads per process. The number is fixed because rounding depends on it, and rounding can change the nearest code."""
 
     def __post_init__(self):
         check_types(self, "tokens")
         if isinstance(self.views, list):
             self.views = checked_views("tokens.views", self.views)
         else:
-            check_name("tokens.views, unless it is a list of records,", self.views, VIEW_SETS)
+            check_name("tokens.views (if not a list of records)", self.views, VIEW_SETS)
         check_range("tokens.view_crop_scale", self.view_crop_scale, above=0, at_most=1)
         for key in ("view_shift", "images_per_shard", "batch_size", "threads"):
             check_range(f"tokens.{key}", getattr(self, key), at_least=1)
 
     @property
     def mirrors(self) -> bool:
-        """True where one of the stored views is a mirror image."""
+        """Whether one of the stored views is a mirror image."""
         return any(view["flip"] for view in self.views) if isinstance(self.views, list) else self.views in MIRRORED_SETS
 
 
 @dataclass(kw_only=True)
 class PriorConfig:
-    """The stage 2 network: a transformers causal language model, stock or our own, over the vocabulary of tokens and classes."""
+    """The stage 2 network: a causal language model over the vocabulary of tokens and classes."""
 
     architecture: str = "llama"
-    """grid_transformer (our own), or a model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
+    """grid_transformer (of this project), or a model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
     preset: str | None = None
-    """A named size: tiny (about 5M parameters; what null means), B (86M with 1,024 codes), L, XL or XXL."""
+    """A named size: tiny (about 5M parameters; the default), B (86M with 1,024 codes), L, XL or XXL."""
     width: int | None = None
-    """Width of the residual stream; null takes the preset's."""
+    """Width of the residual stream; null uses the preset's."""
     layers: int | None = None
-    """Number of transformer layers; null takes the preset's."""
+    """Number of transformer layers; null uses the preset's."""
     heads: int | None = None
-    """Attention heads, of which width must be a multiple; null takes the preset's."""
+    """Number of attention heads, which must divide width; null uses the preset's."""
     dropout: float = 0.1
-    """Dropout on the embedded tokens, on what each attention and feed-forward block adds and, in stock models, on attention weights."""
+    """Dropout on token embeddings, on the output of each attention and feed-forward block and, in transformers models, on attention weights."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Further entries of the model's transformers configuration, as transformers names them; of grid_transformer also embedding_blocks, how many of
-    its last blocks have embeddings of all ids (null: as many as half of its feed-forward blocks pay for)."""
+    """Further entries of the model's transformers configuration, under their names in transformers. grid_transformer also has embedding_blocks, the
+    number of last blocks with embeddings of all ids (null: as many as can replace about half of the feed-forward parameters)."""
 
     def __post_init__(self):
         check_types(self, "prior")
         if self.preset is not None:
             check_name("prior.preset", self.preset, tuple(PRESETS))
             if None not in (self.width, self.layers, self.heads):
-                raise InputError(f"prior.preset is {self.preset!r}, and prior.width {self.width}, prior.layers {self.layers} and prior.heads "
-                                 f"{self.heads} are given as well, so nothing of it would be used; leave it out, or set those to null.")
+                raise InputError(f"prior.preset is {self.preset!r}, but prior.width {self.width}, prior.layers {self.layers} and prior.heads "
+                                 f"{self.heads} replace all of its sizes; remove the preset, or set some of them to null.")
         for key, value in self.sizes._asdict().items():
             check_range(f"prior.{key}", value, at_least=1)
         if self.sizes.width % self.sizes.heads:
@@ -254,33 +255,33 @@ class PriorConfig:
 
     @property
     def sizes(self) -> PriorSizes:
-        """The sizes that are given, and for the others those of the preset."""
-        return sizes_of(self.preset, self.layers, self.width, self.heads)
+        """The given sizes, and those of the preset for the others."""
+        return resolve_sizes(self.preset, self.layers, self.width, self.heads)
 
 
 @dataclass(kw_only=True)
 class PriorTrainingConfig(TrainingConfig):
-    """How stage 2 is trained."""
+    """Settings of the stage 2 training."""
 
     tokens: str | None = unrecorded(None)
-    """A folder of token shards made elsewhere; null takes this run's own tokens/."""
+    """A folder of token shards from another run or source; null uses this run's tokens/."""
     label_drop: float = 0.1
-    """Share of the samples whose class is replaced by the null class, which guidance needs; 0 makes guidance impossible."""
+    """Fraction of the samples whose class is replaced by the null class. Guidance needs this; 0 makes guidance impossible."""
     token_noise: float = 0.0
-    """Share of the input tokens that is replaced by random codes in training. The targets stay unchanged. Delays overfitting to few images."""
+    """Fraction of the input tokens replaced by random codes in training. The targets stay unchanged. It delays overfitting to few images."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's denominator, added to the loss so that logits do not drift; 1e-4 is usual, 0 is off."""
+    """Weight of the squared log of the softmax denominator in the loss, which keeps logits from drifting; 1e-4 is usual, 0 turns it off."""
     activation_checkpointing: bool = unrecorded(False)
-    """Keep only what goes into each transformer layer and compute the rest again in the backward pass: less memory, about a third more time."""
+    """Store only the inputs of each transformer layer and recompute the rest in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile (of a grid_transformer in bf16 on a CPU, what lies between its products): takes up to a
-    minute or so at each start, so measure whether it pays back on your machine."""
+    """Compile each transformer layer with torch.compile (for a grid_transformer in bf16 on a CPU: the operations between its matrix products).
+    It takes up to a minute or so at each start, so measure whether it pays off on your machine."""
     first_loss_tolerance: float = unrecorded(0.5)
-    """How far, in nats per token, the loss of a fresh prior on its first batch may be from ln(codes) before the run is stopped."""
+    """Largest difference, in nats per token, between ln(codes) and the loss of a new prior on its first batch. If it is larger, the run stops."""
     window_shards: int = 16
-    """Shards among which samples are shuffled; bounds the memory of the reader."""
+    """Number of shards among which samples are shuffled. It bounds the memory of the reader."""
     export: str = "best"
-    """Which weights become prior/: best (lowest validation NLL) or last; the other is kept beside the checkpoints."""
+    """Weights to export to prior/: best (lowest validation NLL) or last. The others are kept beside the checkpoints."""
 
     SECTION = "prior_training"
 
@@ -294,27 +295,32 @@ class PriorTrainingConfig(TrainingConfig):
         check_name("prior_training.export", self.export, ("best", "last"))
 
 
+def slider(default: float, minimum: float, maximum: float | None, step: float) -> Any:
+    """A sampling setting that the web demo shows as a slider. Without a maximum, it goes up to the codebook size."""
+    return field(default=default, metadata={"slider": (minimum, maximum, step)})
+
+
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn from the prior; a bundle carries it as the recommended settings."""
+    """Settings for sampling tokens from the prior. A pipeline folder stores them as its recommended settings."""
 
-    guidance_scale: float = 1.0
-    """Classifier-free guidance: logits = null + scale * (conditional - null); 1 is off."""
+    guidance_scale: float = slider(1.0, 0, 10, 0.1)
+    """Classifier-free guidance: logits = null + scale * (conditional - null); 1 turns it off."""
     guidance_schedule: str = "constant"
-    """How the scale goes from 1 at the first token to guidance_scale at the last, 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1): constant
-    (f = 1 everywhere), linear (p), cosine ((1 - cos(pi p)) / 2) or power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
+    """Scale at token t: 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1). The functions f are constant (1), linear (p), cosine
+    ((1 - cos(pi p)) / 2) and power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
     guidance_power: float = 2.75
-    """Of the power-cosine schedule: the larger, the later guidance sets in."""
+    """power-cosine only: exponent of the schedule. Larger values start guidance later."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """[start, stop] as shares of the T tokens outside of which guidance is off (Kynkaanniemi et al. 2024); after stop, a token costs half as much."""
-    temperature: float = 1.0
-    """Divides the logits; 0, or any value below 1e-6, takes the likeliest token."""
-    top_k: int = 0
-    """Only the k likeliest tokens are drawn from; 0 is off."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together reach this probability are drawn from; 1 is off."""
-    min_p: float = 0.0
-    """Only tokens of at least this share of the likeliest one's probability are drawn from (Nguyen et al. 2024); 0 is off."""
+    """[start, stop] as fractions of the T tokens. Guidance is off outside (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
+    temperature: float = slider(1.0, 0, 2, 0.01)
+    """Divisor of the logits; 0, or any value below 1e-6, selects the most likely token."""
+    top_k: int = slider(0, 0, None, 1)
+    """Sample only from the k most likely tokens; 0 turns it off."""
+    top_p: float = slider(1.0, 0.01, 1, 0.01)
+    """Sample only from the most likely tokens that together reach this probability; 1 turns it off."""
+    min_p: float = slider(0.0, 0, 1, 0.01)
+    """Sample only from tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 turns it off."""
 
     def __post_init__(self):
         check_types(self, "sampling")

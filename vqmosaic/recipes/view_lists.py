@@ -1,4 +1,4 @@
-"""The stored views that a recipe can ask for: names of sets, and records that a user lists one by one. Loads no torch."""
+"""The views that a recipe can store: named sets, and records that a user lists one by one. Loads no torch."""
 
 from typing import Any
 
@@ -12,23 +12,22 @@ POSITIONS = {
     "center": (0.5, 0.5), "top-left": (0.0, 0.0), "top": (0.5, 0.0), "top-right": (1.0, 0.0), "left": (0.0, 0.5), "right": (1.0, 0.5),
     "bottom-left": (0.0, 1.0), "bottom": (0.5, 1.0), "bottom-right": (1.0, 1.0),
 }
-"""Where a crop lies, as shares (x, y) of the room that is left beside and below it."""
+"""Offset (x, y) of a crop as fractions of the largest possible offset: (0, 0) is the top left, (1, 1) the bottom right."""
 FIELDS = ("crop_scale", "position", "flip", "shift")
 
 
 def checked_views(field: str, records: list) -> list[dict[str, Any]]:
-    """The records of a list of views with all four fields: crop_scale, position, flip and shift, defaults filled in.
+    """The records of a list of views, completed to all four fields: crop_scale, position, flip and shift.
 
-    Raises InputError, naming the entry by its number from 0 on, for anything that is no view, and for the same view twice.
+    Raises InputError for a record that is not a view and for a repeated view. The message names the entry by its index.
     """
     if not records:
         raise InputError(f"{field} is an empty list; give at least one record, such as {{flip: false}}, or one of: {', '.join(VIEW_SETS)}.")
     checked: list[dict[str, Any]] = []
-    for number, record in enumerate(records):
-        view = _checked_view(f"{field}[{number}]", record)
+    for index, record in enumerate(records):
+        view = _checked_view(f"{field}[{index}]", record)
         if view in checked:
-            raise InputError(f"{field}[{number}] is the same view as {field}[{checked.index(view)}]; a view listed twice would only be stored "
-                             "twice. Take one of them out.")
+            raise InputError(f"{field}[{index}] is the same view as {field}[{checked.index(view)}]. Remove one of them.")
         checked.append(view)
     return checked
 
@@ -47,12 +46,12 @@ def _checked_view(entry: str, record: Any) -> dict[str, Any]:
     if not isinstance(flip, bool):
         raise InputError(f"{entry}.flip is {flip!r}; it must be true or false.")
     if not isinstance(shift, (list, tuple)) or len(shift) != 2 or any(isinstance(step, bool) or not isinstance(step, int) for step in shift):
-        raise InputError(f"{entry}.shift is {shift!r}; it must be two whole numbers of pixels, to the right and down, such as [1, 0].")
+        raise InputError(f"{entry}.shift is {shift!r}; it must be two integers, the pixels to the right and down, such as [1, 0].")
     return {"crop_scale": float(scale), "position": position, "flip": flip, "shift": list(shift)}
 
 
 def check_shifts_fit(field: str, views: str | list[dict[str, Any]], image_size: int) -> None:
-    """Raise InputError, naming the entry, where a listed view moves the image by half of its size or more."""
-    for number, view in enumerate(views if isinstance(views, list) else ()):
+    """Raise InputError, which names the entry, if a listed view shifts the image by half of its size or more."""
+    for index, view in enumerate(views if isinstance(views, list) else ()):
         for step in view["shift"]:
-            check_range(f"{field}[{number}].shift: each of its numbers", step, above=-image_size / 2, below=image_size / 2)
+            check_range(f"{field}[{index}].shift: an entry", step, above=-image_size / 2, below=image_size / 2)

@@ -1,6 +1,6 @@
-"""The default device, the number of cores, and devices and number formats by name.
+"""Finds the default device and the number of CPU cores, and converts names to devices and dtypes.
 
-Separate from devices.py, so that generation loads no training code.
+Separate from accelerator.py, so that generation loads no training code.
 """
 
 import os
@@ -31,16 +31,17 @@ def as_device(device: torch.device | str) -> torch.device:
 
 
 def available_cores() -> int:
-    """Processor cores that this process may use: an equal share where torchrun started several on this machine."""
+    """The number of CPU cores that this process may use: an equal share of all cores if torchrun started several processes on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def default_device() -> torch.device:
-    """The accelerator this machine has, else the CPU; a torch built for CUDA names cuda even where there is none.
+    """The accelerator of this machine if it has one, otherwise the CPU.
 
-    Also the CPU if accelerate's launcher was configured with `use_cpu`: accelerate then trains on the CPU, and everything else must use it too.
-    Apple's mps is left aside: it has no float64, in which probabilities are summed up.
+    `is_available` is needed because torch with CUDA reports cuda as the current accelerator even without a GPU. Also the CPU if accelerate's
+    launcher was configured with `use_cpu`: accelerate then trains on the CPU, and everything else must use it too. Apple's mps is not used: it
+    has no float64, in which probabilities are summed.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
         return torch.device("cpu")

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP ask a stage to save and stop; a flag is polled in every loop. A second signal ends it at once."""
+"""Handles SIGTERM, SIGINT and SIGHUP. The first signal sets a flag that every loop polls to save and stop. A second one ends the process."""
 
 import ctypes
 import os
@@ -10,49 +10,49 @@ from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 GRACE_SECONDS = 3.0
-"""Seconds after a second signal at which a process ends that could not react to the first one."""
+"""Seconds from a second signal until a process is ended that could not react to the first one."""
 PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
-    """A stage saved its state and stopped because a signal asked it to; carries the exit code for that signal.
+    """Raised when a stage has saved its state and stops because of a signal. `exit_code` is the exit code for that signal.
 
-    Like KeyboardInterrupt, it is not an Exception, so that code that handles any failure of a library does not catch it.
+    Like KeyboardInterrupt, it is not an Exception, so that `except Exception` does not catch it.
     """
 
     def __init__(self, signal_number: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {where}. The same command goes on from there.")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {where}. Run the same command to continue from there.")
         self.exit_code = EXIT_CODES[signal_number]
 
 
-def heeded_signals() -> list[int]:
-    """The signals that stop a stage: all of EXIT_CODES, but not SIGHUP where it is ignored, as under nohup."""
+def handled_signals() -> list[int]:
+    """The signals that stop a stage: all of EXIT_CODES, without SIGHUP if it is ignored, as under nohup."""
     return [number for number in EXIT_CODES if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class StopFlag:
-    """A context in which SIGTERM, SIGINT and SIGHUP set `.signal` instead of ending the process.
+    """Context manager in which SIGTERM, SIGINT and SIGHUP set `.signal` instead of ending the process.
 
-    Python runs signal handlers between two instructions of the main thread, which never come where that thread waits inside a library, for example
-    for another process. So a thread of its own counts signals too, and ends the process GRACE_SECONDS after the second one.
+    Python runs signal handlers in the main thread, between two bytecode instructions. They do not run while that thread waits inside a library, for
+    example for another process. So a second thread also counts signals, and ends the process GRACE_SECONDS after the second one.
 
-    Outside the main thread no signal can be heeded: `.signal` stays 0 there.
+    Python only allows signal handlers in the main thread. In other threads `.signal` stays 0.
     """
 
     def __enter__(self) -> "StopFlag":
         self.signal, self._is_waiting = 0, False
-        self._before = {}
+        self._previous_handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in heeded_signals()}
-            self._reading_end, self._writing_end = os.pipe()
-            os.set_blocking(self._writing_end, False)
-            self._wakeup_before = signal.set_wakeup_fd(self._writing_end, warn_on_full_buffer=False)
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in handled_signals()}
+            self._read_fd, self._write_fd = os.pipe()
+            os.set_blocking(self._write_fd, False)
+            self._previous_wakeup_fd = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
         return self
 
-    def _remember(self, number, _frame) -> None:
+    def _on_signal(self, number, _frame) -> None:
         self.signal = number
-        for each in self._before:
+        for each in self._previous_handlers:
             signal.signal(each, signal.SIG_DFL)
         if self._is_waiting:
             self._is_waiting = False
@@ -73,10 +73,10 @@ class StopFlag:
         finally:
             self._is_waiting = False
 
-    def wait_or_leave(self, call: Callable[[], Any], where: str) -> Any:
+    def wait_or_raise(self, call: Callable[[], Any], where: str) -> Any:
         """The result of `call`, as in `wait_for`. Raises Interrupted if a signal has arrived; `where` says what is kept.
 
-        An error after a signal is treated as its effect: Ctrl-C in a terminal also ends compilers and other child processes.
+        An error after a signal counts as caused by it: Ctrl-C in a terminal also ends compilers and other child processes.
         """
         try:
             result = self.wait_for(call)
@@ -89,40 +89,40 @@ class StopFlag:
         return result
 
     def _watch(self) -> None:
-        """Read the numbers of signals, which the interpreter writes as they come, until a 0 or the second one."""
+        """Read the signal numbers that the interpreter writes to the pipe, until a 0 or the second signal of EXIT_CODES."""
         received = 0
         while received < 2:
-            number = os.read(self._reading_end, 1)[0]
+            number = os.read(self._read_fd, 1)[0]
             if number == 0:
-                os.close(self._reading_end)
+                os.close(self._read_fd)
                 return
             received += number in EXIT_CODES
         time.sleep(GRACE_SECONDS)
         os._exit(EXIT_CODES[number])
 
     def __exit__(self, *_) -> None:
-        if not self._before:
+        if not self._previous_handlers:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
-        os.write(self._writing_end, b"\0")
-        os.close(self._writing_end)
+        signal.set_wakeup_fd(self._previous_wakeup_fd, warn_on_full_buffer=False)
+        os.write(self._write_fd, b"\0")
+        os.close(self._write_fd)
 
 
 def die_with_parent(ancestor: int) -> None:
-    """Ask the kernel (Linux) to kill this process when its parent goes, so that no worker is left behind.
+    """Ask the kernel (Linux) to kill this process when its parent ends, so that no worker is left behind.
 
-    `ancestor` is the process that started it, directly or through a launcher: where that is gone already, this one ends at once.
+    `ancestor` is the ID of the process that started this one, directly or through a launcher. If it has already ended, this one exits immediately.
     """
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):  # not Linux: the launcher's own clean-up has to do
+    except (OSError, AttributeError):  # not Linux: only the launcher's own clean-up is left
         return
     try:
         os.kill(ancestor, 0)
         is_gone = os.getppid() == 1 != ancestor
     except ProcessLookupError:
         is_gone = True
-    if is_gone:  # it went before the request reached the kernel
+    if is_gone:  # it ended before prctl was called
         os._exit(1)

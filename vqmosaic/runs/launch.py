@@ -1,8 +1,8 @@
-"""Starting a stage with one or more processes. Loads no torch; the stage's own module does.
+"""Starts a stage in one or more processes. Loads no torch; the stage's own module does.
 
-One process runs in place. More run under Accelerate's launcher in a session of their own: signals are forwarded to
-the workers themselves (the launcher loses them), their exit codes and last words come back through a folder (the
-launcher loses those too), and they die with their parent.
+One process runs in place. Several processes run under Accelerate's launcher, in a session of their own. The launcher loses signals, exit codes and
+error messages, so signals are forwarded to the workers directly, and exit codes and messages come back through files in a folder. Workers are
+killed when their parent ends.
 """
 
 import contextlib
@@ -22,73 +22,74 @@ from typing import NamedTuple
 import yaml
 
 from vqmosaic.errors import InputError, nearest_name
-from vqmosaic.files.full_disks import DiskFull, naming_any_full_disk, naming_full_disks
-from vqmosaic.files.given_paths import check_path, naming_impossible_paths
-from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, heeded_signals
-from vqmosaic.files.permissions import naming_denied_permissions
+from vqmosaic.files.full_disks import DiskFull, explain_any_full_disk, explain_full_disk
+from vqmosaic.files.given_paths import check_path, explain_impossible_paths
+from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, handled_signals
 from vqmosaic.runs.process_settings import set_up_process
 
-PROCESSES_ASKED_FOR = "VQMOSAIC_PROCESSES"
-WORKER_FOLDER = "VQMOSAIC_WORKER_FOLDER"
-LAUNCHER_NAME = "launcher"
-LAST_SECONDS = 20.0
-"""For which a launcher may tidy up after its workers."""
+PROCESSES_VARIABLE = "VQMOSAIC_PROCESSES"
+WORKER_FOLDER_VARIABLE = "VQMOSAIC_WORKER_FOLDER"
+LAUNCHER_FILE = "launcher"
+"""The file in the worker folder with the launcher's process ID."""
+LAUNCHER_EXIT_SECONDS = 20.0
+"""Seconds that the launcher may take to exit after its workers have ended."""
 KILL_SECONDS = GRACE_SECONDS + 1.0
-"""Seconds after a second signal at which workers that are still there are killed."""
-INHERITED_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
+"""Seconds from a second signal until workers that are still running are killed."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
                    "PMI_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_SIZE",
                    "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-"""Variables by which launchers tell a process its place in a group. torch and Accelerate would wait for the others."""
+"""Environment variables in which launchers pass the rank of a process. If they are set, torch and Accelerate wait for the other ranks."""
 SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 
 
 def run_stage(module: str, arguments: list[str], processes: int | None = None, accelerate_config: str | None = None) -> int:
-    """Exit code of a stage's `main(arguments)` run by this process, or by several workers under Accelerate's launcher.
+    """Run a stage's `main(arguments)` in this process, or in several workers under Accelerate's launcher, and return the exit code.
 
-    `processes` counts those of all machines; None leaves it to the accelerate configuration, and without one is 1.
+    `processes` is the total over all machines. None uses the number in the accelerate configuration, or 1 without a configuration.
     """
     processes = processes_to_start(processes, accelerate_config)
     drop_inherited_ranks()
     if processes == 1 and accelerate_config is None:
-        return guarded(lambda: importlib.import_module(module).main(arguments))
+        return exit_code_of(lambda: importlib.import_module(module).main(arguments))
     command = [sys.executable, "-c", "from vqmosaic.runs.launch import launch_quietly; launch_quietly()"]
     environment, machines = dict(os.environ), 1
     if accelerate_config is not None:
         path = find_accelerate_config(accelerate_config)
         command += ["--config_file", str(path), "--num_processes", str(processes)]
         machines = read_accelerate_config(path).machines
-    else:  # without --multi_gpu the launcher starts one process on a CPU machine, and says nothing
+    else:  # without --multi_gpu the launcher silently starts one process on a CPU machine
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment[PROCESSES_ASKED_FOR] = str(processes)
+    environment[PROCESSES_VARIABLE] = str(processes)
     protect_imports(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) * machines // processes)))
-    with naming_full_disks(Path(tempfile.gettempdir())):
+    with explain_full_disk(Path(tempfile.gettempdir())):
         temporary = tempfile.TemporaryDirectory(prefix="vqmosaic-workers-")
     with temporary as folder:
-        environment[WORKER_FOLDER] = folder
+        environment[WORKER_FOLDER_VARIABLE] = folder
         return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
 
 
 def drop_inherited_ranks() -> None:
-    """Take variables of another launcher's group out of the environment, and say so: this command starts its own processes."""
-    inherited = {name: os.environ.pop(name) for name in INHERITED_RANKS if name in os.environ}
+    """Remove the rank variables of another launcher from the environment and print a note: this command starts its own processes."""
+    inherited = {name: os.environ.pop(name) for name in RANK_VARIABLES if name in os.environ}
     if inherited:
-        words = ", ".join(f"{name}={value}" for name, value in inherited.items())
-        print(f"note: {words} in the environment ignored: `vqmosaic` starts its own processes (--processes). Under a launcher of your own, start "
-              "the stage's module instead, such as `accelerate launch -m stage2_prior.train RECIPE`.", file=sys.stderr)
+        variables = ", ".join(f"{name}={value}" for name, value in inherited.items())
+        print(f"note: ignoring {variables} in the environment: `vqmosaic` starts its own processes (--processes). To use another launcher, start "
+              "the stage's module, for example `accelerate launch -m stage2_prior.train RECIPE`.", file=sys.stderr)
 
 
 def protect_imports(environment: dict[str, str]) -> None:
-    """Keep modules of the working directory, such as a user's own pipelines/ or accelerate.py, from being imported in the place of the real ones."""
+    """Prevent modules in the working directory, such as a user's own pipelines/ or accelerate.py, from shadowing the real ones."""
     environment["PYTHONSAFEPATH"] = "1"
     root = str(Path(__file__).resolve().parents[2])
-    if os.path.samefile(root, os.getcwd()):  # a checkout that is not installed is found by the working directory alone
+    if os.path.samefile(root, os.getcwd()):  # a checkout that is not installed is only importable from the working directory
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
 
 
 def find_accelerate_config(name: str) -> Path:
-    """The file of an accelerate configuration given by a path or by the name of one that comes with the package; InputError lists those."""
+    """The file of an accelerate configuration, given its path or the name of a shipped one. Otherwise raises InputError, which lists the names."""
     check_path("--accelerate_config", name)
     if Path(name).is_file():
         return Path(name)
@@ -98,22 +99,22 @@ def find_accelerate_config(name: str) -> Path:
     names = sorted(path.stem for path in SHIPPED_ACCELERATE_CONFIGS.glob("*.yaml"))
     nearest = nearest_name(name, names)
     hint = f" Did you mean {nearest!r}?" if nearest else ""
-    raise InputError(f"--accelerate_config is {name!r}, which is no file and none of the shipped configurations: {', '.join(names)}; "
-                     f"`accelerate config` writes one.{hint}")
+    raise InputError(f"--accelerate_config is {name!r}, which is neither a file nor one of the shipped configurations: {', '.join(names)}. "
+                     f"`accelerate config` writes a file.{hint}")
 
 
 class AccelerateConfig(NamedTuple):
-    """What an accelerate configuration says that is needed before it is used."""
+    """The fields of an accelerate configuration that are needed to start the launcher."""
 
     processes: int | None
-    """Of all machines together; None where it does not say."""
+    """Total over all machines; None if the configuration does not set it."""
     machines: int
 
 
 def processes_to_start(processes: int | None, accelerate_config: str | None) -> int:
-    """How many processes, over all machines: what `processes` says, else the accelerate configuration, else 1.
+    """The number of processes over all machines: `processes`, else the number in the accelerate configuration, else 1.
 
-    Raises InputError for a configuration that is none or says no number, and for a number that its machines cannot share.
+    Raises InputError if the configuration is invalid or sets no number, or if the number is not divisible by its number of machines.
     """
     if accelerate_config is None:
         return 1 if processes is None else processes
@@ -121,31 +122,31 @@ def processes_to_start(processes: int | None, accelerate_config: str | None) -> 
     config = read_accelerate_config(path)
     name, count = ("num_processes", config.processes) if processes is None else ("--processes", processes)
     if count is None:
-        raise InputError(f"--accelerate_config {path} says no num_processes; add it, or give --processes.")
+        raise InputError(f"--accelerate_config {path} does not set num_processes; add it, or give --processes.")
     if count % config.machines:
         below = count // config.machines * config.machines
-        raise InputError(f"{name} is {count}, and {path} is for {config.machines} machines; it must be a multiple of that, the nearest: "
+        raise InputError(f"{name} is {count}, but {path} is for {config.machines} machines. Use a multiple of {config.machines}; the nearest: "
                          f"{f'{below}, ' if below else ''}{below + config.machines}.")
     return count
 
 
 def read_accelerate_config(path: Path) -> AccelerateConfig:
-    """The numbers of processes and machines in an accelerate configuration; InputError where it is none."""
+    """The numbers of processes and machines in an accelerate configuration. Raises InputError if the file is invalid."""
     try:
         content = yaml.safe_load(path.read_text())
         processes = content.get("num_processes", 1 if content["distributed_type"] == "NO" else None)
         config = AccelerateConfig(None if processes is None else int(processes), int(content.get("num_machines", 1)))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"--accelerate_config {path} is no accelerate configuration: {' '.join(str(error).split())}; "
+        raise InputError(f"--accelerate_config {path} is not an accelerate configuration: {' '.join(str(error).split())}. "
                          "`accelerate config` writes one.") from error
     for name, number in (("num_processes", config.processes), ("num_machines", config.machines)):
         if number is not None and number < 1:
-            raise InputError(f"--accelerate_config {path} says {name} is {number}; it must be at least 1.")
+            raise InputError(f"--accelerate_config {path} sets {name} to {number}; it must be at least 1.")
     return config
 
 
 def launch_quietly() -> None:
-    """Accelerate's launcher without its traceback for a worker that failed or was stopped: the worker has said why itself."""
+    """Run Accelerate's launcher without its traceback for a worker that failed or was stopped: the worker itself has reported the reason."""
     from accelerate.commands.launch import main
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -158,64 +159,64 @@ def launch_quietly() -> None:
 
 
 def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path, count: int) -> int:
-    """Run the launcher of `count` workers, forward signals to those that registered in `folder`, return their exit code."""
-    own, launcher, asked_to_stop, to_pass_on = os.getpid(), None, [], []
+    """Run the launcher of `count` workers, forward signals to the workers that have registered in `folder`, and return their exit code."""
+    parent, launcher, received_signals, pending_signals = os.getpid(), None, [], []
 
-    def pass_on() -> None:
-        while launcher is not None and to_pass_on:
-            number = to_pass_on.pop(0)
+    def forward_signals() -> None:
+        while launcher is not None and pending_signals:
+            number = pending_signals.pop(0)
             workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
             for process in workers or [launcher.pid]:
                 try:
-                    os.kill(process, number if workers else signal.SIGTERM)  # a launcher that is importing would print what SIGINT interrupts
+                    os.kill(process, number if workers else signal.SIGTERM)  # SIGINT would make a launcher that still imports print a traceback
                 except ProcessLookupError:
                     continue
 
-    def take(number, _frame):
-        asked_to_stop.append(number)
-        to_pass_on.append(number)
-        pass_on()
+    def on_signal(number, _frame):
+        received_signals.append(number)
+        pending_signals.append(number)
+        forward_signals()
 
-    before = {number: signal.signal(number, take) for number in heeded_signals()}
+    previous_handlers = {number: signal.signal(number, on_signal) for number in handled_signals()}
     try:
-        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(own))
-        write_note(folder / LAUNCHER_NAME, str(launcher.pid))
-        pass_on()  # what came while there was nobody to tell
-        wait_for_launcher(launcher, folder, count, asked_to_stop)
+        launcher = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=lambda: die_with_parent(parent))
+        write_note(folder / LAUNCHER_FILE, str(launcher.pid))
+        forward_signals()  # signals that came before the launcher started
+        wait_for_launcher(launcher, folder, count, received_signals)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    if all_went_well(folder, count):  # whatever became of launchers afterwards: one goes on alone when that of the first machine has gone
+    if all_succeeded(folder, count):  # even if the launcher was killed while it waited for the first machine's, which had ended
         return 0
     codes = exit_codes(folder)
     failures = [code for code in codes if code]
-    for known in (2, *(EXIT_CODES[number] for number in asked_to_stop)):  # what a stage means to say goes before what the launcher made of it
+    for known in (2, *(EXIT_CODES[number] for number in received_signals)):  # a stage's own exit code goes before one caused by the launcher
         if known in failures:
-            print_words(folder, known)
+            print_message(folder, known)
             return known
-    if len(codes) == count and all(code in EXIT_CODES.values() for code in codes):  # another machine was asked, and all stopped together
-        print_words(folder, codes[0])
+    if len(codes) == count and all(code in EXIT_CODES.values() for code in codes):  # a signal on another machine
+        print_message(folder, codes[0])
         return codes[0]
-    if launcher.returncode and asked_to_stop:  # before there was a worker that could have saved anything
-        return EXIT_CODES[asked_to_stop[0]]
-    failures = [code for code in failures if code not in EXIT_CODES.values()]  # nobody asked: the launcher ended the others after one died
+    if launcher.returncode and received_signals:  # stopped before any worker could have saved
+        return EXIT_CODES[received_signals[0]]
+    failures = [code for code in failures if code not in EXIT_CODES.values()]  # no signal came: the launcher ended the others after one died
     if launcher.returncode and not failures:
         if any(folder.glob("*.pid")):
             print("error: a worker process was killed (often: out of memory).", file=sys.stderr)
         else:
-            print("error: the worker processes did not start; what is printed above says why.", file=sys.stderr)
+            print("error: the worker processes did not start; see the output above.", file=sys.stderr)
     return failures[0] if failures else (launcher.returncode and 1)
 
 
-def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, asked_to_stop: list[int]) -> None:
-    """Wait until the launcher has ended; once all of its workers have said how they ended, for LAST_SECONDS at most.
+def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, received_signals: list[int]) -> None:
+    """Wait until the launcher has ended. After all of its workers have reported their exit codes, wait for LAUNCHER_EXIT_SECONDS at most.
 
-    Launchers of several machines wait for each other at the end, for five minutes where one is gone already. After a second signal
-    (`asked_to_stop` grows as they come), workers and launcher are killed within KILL_SECONDS.
+    At the end, launchers of several machines wait for each other, for five minutes if one has already ended. After a second signal
+    (`received_signals` grows as signals come), workers and launcher are killed within KILL_SECONDS.
     """
     deadline = kill_at = None
     while True:
-        if kill_at is None and len(asked_to_stop) > 1:
+        if kill_at is None and len(received_signals) > 1:
             kill_at = time.monotonic() + KILL_SECONDS
         if kill_at is not None and time.monotonic() > kill_at:
             for process in [*(int(text) for path in folder.glob("*.pid") if (text := path.read_text())), launcher.pid]:
@@ -226,64 +227,64 @@ def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, aske
             return
         except subprocess.TimeoutExpired:
             if deadline is None and len(exit_codes(folder)) == count:
-                deadline = time.monotonic() + LAST_SECONDS
+                deadline = time.monotonic() + LAUNCHER_EXIT_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 launcher.kill()
 
 
 def exit_codes(folder: Path) -> list[int]:
-    """Of the workers that have ended, as far as they could say so."""
+    """The exit codes of the workers that have reported one."""
     return [int(text) for path in sorted(folder.glob("*.exit")) if (text := path.read_text())]
 
 
-def all_went_well(folder: Path, count: int) -> bool:
-    """Whether all workers, so many, have ended with 0."""
+def all_succeeded(folder: Path, count: int) -> bool:
+    """Whether all `count` workers have exited with 0."""
     codes = exit_codes(folder)
     return len(codes) == count and not any(codes)
 
 
-def print_words(folder: Path, code: int) -> None:
-    """Print what the first of the workers that ended with this code had to say; the others said the same, or followed it."""
+def print_message(folder: Path, code: int) -> None:
+    """Print the message of the first worker that exited with this code. The others have the same message, or stopped because of that worker."""
     for path in sorted(folder.glob("*.exit")):
-        words = path.with_suffix(".words")
-        if int(path.read_text()) == code and words.exists():
-            print(words.read_text(), file=sys.stderr)
+        message_file = path.with_suffix(".words")
+        if int(path.read_text()) == code and message_file.exists():
+            print(message_file.read_text(), file=sys.stderr)
             return
 
 
 def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     """Entry point of `python -m <stage>`: run main as a worker of a launcher or alone, and exit with its code."""
     set_up_process()
-    folder = os.environ.get(WORKER_FOLDER) and Path(os.environ[WORKER_FOLDER])
+    folder = os.environ.get(WORKER_FOLDER_VARIABLE) and Path(os.environ[WORKER_FOLDER_VARIABLE])
     rank = int(os.environ.get("RANK", "0"))
     if folder:
-        die_with_parent(int((folder / LAUNCHER_NAME).read_text()))
+        die_with_parent(int((folder / LAUNCHER_FILE).read_text()))
 
     def work() -> None:
         if folder:
             write_note(folder / f"{rank}.pid", str(os.getpid()))
-        main(arguments or no_recipe())
+        main(arguments or raise_missing_recipe())
 
-    code = guarded(work, folder / f"{rank}.words" if folder else None)
+    code = exit_code_of(work, folder / f"{rank}.words" if folder else None)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # whoever read it has gone
+        with contextlib.suppress(OSError):  # the reader has closed it
             stream.flush()
     if folder:
         with contextlib.suppress(DiskFull):  # the exit code of the launcher tells the parent that something failed
             write_note(folder / f"{rank}.exit", str(code))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # at once: taken apart in order, it could wait for ever for torch's thread that holds a tensor
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # not sys.exit: its clean-up can wait forever for a torch thread that holds a tensor
         os._exit(code)
-    leave(code)
+    exit_process(code)
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write one of the small files with which workers and parent inform each other. Raises DiskFull, which names the folder."""
-    with naming_full_disks(path.parent):
+    """Write one of the small files by which workers and parent communicate. Raises DiskFull, which names the folder."""
+    with explain_full_disk(path.parent):
         path.write_text(text)
 
 
-def leave(code: int) -> None:
-    """End the process with this exit code. After a signal, end it immediately: Python would wait for threads that are stuck reading a file."""
+def exit_process(code: int) -> None:
+    """Exit with this code. After a signal, skip Python's clean-up: it would wait for threads that are stuck reading a file."""
     if code in EXIT_CODES.values():
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # closed
@@ -292,48 +293,48 @@ def leave(code: int) -> None:
     sys.exit(code)
 
 
-def no_recipe() -> list[str]:
-    """Raises InputError: a stage was started without the recipe that its first argument has to be."""
-    raise InputError("no recipe was given; give a shipped name such as digits, a YAML file or a run folder, and overrides after it.")
+def raise_missing_recipe() -> list[str]:
+    """Raise InputError: a stage was started without a recipe, its first argument."""
+    raise InputError("no recipe was given; give a shipped name such as digits, a YAML file or a run folder, followed by overrides.")
 
 
-def guarded(run: Callable[[], None], words: Path | None = None) -> int:
-    """Exit code of a call: 0, 2 with words for bad input, 143 or 130 after a signal, 1 with a traceback for anything else.
+def exit_code_of(run: Callable[[], None], message_file: Path | None = None) -> int:
+    """Call `run` and return the exit code: 0, 2 with a message for bad input, 143 or 130 after a signal, 1 with a traceback for anything else.
 
-    The words go to stderr, or into the file `words` for a parent that prints them once for all of its workers.
+    The message goes to stderr, or to `message_file` for a parent that prints it once for all of its workers.
     """
-    def say(text: str) -> None:
-        if words is not None:
+    def report(text: str) -> None:
+        if message_file is not None:
             with contextlib.suppress(DiskFull):
-                write_note(words, text)
+                write_note(message_file, text)
                 return
         print(text, file=sys.stderr)
 
     try:
-        with naming_denied_permissions(), naming_any_full_disk(), naming_impossible_paths():
+        with explain_permission_errors(), explain_any_full_disk(), explain_impossible_paths():
             run()
         return 0
     except InputError as error:
-        say(f"error: {error}")
+        report(f"error: {error}")
         return 2
     except Interrupted as stop:
-        say(str(stop))
+        report(str(stop))
         return stop.exit_code
-    except KeyboardInterrupt:  # before the stage could take note of signals
+    except KeyboardInterrupt:  # before the stage installed its signal handlers
         return EXIT_CODES[signal.SIGINT]
     except BrokenPipeError:  # such as `vqmosaic run digits | head`
         with contextlib.suppress(OSError):
-            say("error: the output was closed by the program that read it, so the command stopped.")
+            report("error: the output was closed by the program that read it, so the command stopped.")
         return 1
     except Exception:
-        report = traceback.format_exc()
-        if words is None or not another_has_spoken(words.parent):
-            print(report, file=sys.stderr)
+        trace = traceback.format_exc()
+        if message_file is None or not another_worker_reported(message_file.parent):
+            print(trace, file=sys.stderr)
         return 1
 
 
-def another_has_spoken(folder: Path, seconds: float = 2.0) -> bool:
-    """Whether a worker leaves words within a moment: then the failure of this one is only that the connection to it is gone."""
+def another_worker_reported(folder: Path, seconds: float = 2.0) -> bool:
+    """Whether another worker writes a message within `seconds`. If so, this one failed only because it lost the connection to that one."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if any(folder.glob("*.words")):
@@ -343,8 +344,8 @@ def another_has_spoken(folder: Path, seconds: float = 2.0) -> bool:
 
 
 def check_world_size(world_size: int) -> None:
-    """Raise InputError when the launcher started another number of processes than was asked for."""
-    asked = os.environ.get(PROCESSES_ASKED_FOR)
-    if asked is not None and int(asked) != world_size:
-        raise InputError(f"--processes {asked} was asked for, but {world_size} were started; check the accelerate installation and its "
+    """Raise InputError if the launcher started another number of processes than --processes."""
+    expected = os.environ.get(PROCESSES_VARIABLE)
+    if expected is not None and int(expected) != world_size:
+        raise InputError(f"--processes is {expected}, but {world_size} were started; check the accelerate installation and its "
                          "environment variables.")

@@ -1,4 +1,4 @@
-"""Where everything of one run lies, and the lock that keeps two processes from writing to the same folder. Loads no torch."""
+"""The paths in a run folder, and the lock that keeps two processes from writing to the same folder. Loads no torch."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqmosaic.errors import InputError
-from vqmosaic.files.full_disks import FULL, disk_full, is_quota, naming_full_disks
+from vqmosaic.files.full_disks import DISK_FULL_ERRNOS, disk_full, explain_full_disk, is_quota
 
 STAGES = ("tokenizer", "tokens", "prior", "pipeline")
 LOCK_WAIT_SECONDS = 10.0
@@ -22,34 +22,34 @@ class RunFolder:
     root: Path
 
     def export(self, stage: str) -> Path:
-        """What the stage makes for others: tokenizer/, tokens/, prior/ or pipeline/."""
+        """The result of a stage, which later stages read: tokenizer/, tokens/, prior/ or pipeline/."""
         return self.root / stage
 
     def checkpoints(self, stage: str) -> Path:
-        """Training state of a stage, needed only to go on training."""
+        """Training state of a stage, needed only to continue training."""
         return self.root / "checkpoints" / stage
 
     def logs(self, stage: str) -> Path:
-        """metrics.jsonl and pictures of a stage."""
+        """metrics.jsonl and sample images of a stage."""
         return self.root / "logs" / stage
 
     def record(self, stage: str) -> Path:
-        """What a stage was last run with (vqmosaic/runs/stage_records.py)."""
+        """The recipe fields and inputs of a stage's last run (vqmosaic/runs/stage_records.py)."""
         return self.root / "stages" / f"{stage}.json"
 
     @property
     def recipe(self) -> Path:
-        """The whole recipe of the newest call, so that the run folder can be given in a recipe's place."""
+        """The complete recipe of the last command, so that a run folder can be given in place of a recipe."""
         return self.root / "recipe.yaml"
 
     @property
     def summary(self) -> Path:
-        """The numbers of the whole chain."""
+        """The metrics of all stages together."""
         return self.root / "summary.json"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process; a restart right after a kill waits, a second run is refused."""
+        """Lock the run for this process. Waits up to LOCK_WAIT_SECONDS, for a killed process to end, then raises InputError."""
         with locked(self.root, "run_dir"):
             yield
 
@@ -64,16 +64,16 @@ def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None
         lock: the lock file, by default .lock in the folder `path`. It is not deleted, and contains the ID of the last process.
 
     Raises:
-        ValueError: another process holds the lock for longer than LOCK_WAIT_SECONDS, or the lock file cannot be written or locked.
+        InputError: another process holds the lock for longer than LOCK_WAIT_SECONDS, or the lock file cannot be written or locked.
     """
     lock = path / ".lock" if lock is None else lock
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "a+")  # noqa: SIM115, closed by the block below
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in DISK_FULL_ERRNOS:
             raise disk_full(lock.parent, quota=is_quota(error)) from error
-        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a place that can be written.") from None
+        raise InputError(f"{given_as} {path} cannot be written: {error.strerror}. Set {given_as} to a writable path.") from None
     with file:
         deadline = time.monotonic() + LOCK_WAIT_SECONDS
         while True:
@@ -86,12 +86,12 @@ def locked(path: Path, given_as: str, lock: Path | None = None) -> Iterator[None
                     raise InputError(f"{given_as} {path} is in use by process {file.read().strip() or '?'}; wait for it, stop it, "
                                      f"or set another {given_as}.") from None
                 time.sleep(0.2)
-            except OSError as error:  # such as a network file system without locks
-                raise InputError(f"{given_as} {path} cannot be locked: {error.strerror}. Set {given_as} to a place on another "
+            except OSError as error:  # for example a network file system without locks
+                raise InputError(f"{given_as} {path} cannot be locked: {error.strerror}. Set {given_as} to a path on another "
                                  "file system.") from None
         file.truncate(0)
         file.write(str(os.getpid()))
-        with naming_full_disks(lock.parent):
+        with explain_full_disk(lock.parent):
             file.flush()
         yield
 
@@ -105,4 +105,4 @@ def is_locked(folder: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # `locked` reports what is wrong with the folder
+        return False  # `locked` reports the error

@@ -1,1 +1,1 @@
-"""Training: what both stages share. Time budgets, checkpoints, validation schedule, optimizers, logging."""
+"""The parts of training that both stages share: time budgets, checkpoints, validation schedule, optimizers, logging."""

@@ -1,4 +1,4 @@
-"""How far a training has come, by steps or by the clock, and the learning rate that follows from it."""
+"""The budget of a training in steps or minutes: its progress, speed and remaining time."""
 
 import math
 import time
@@ -8,13 +8,13 @@ from vqmosaic.recipes.recipe_sections import TrainingConfig
 from vqmosaic.wording import counted
 
 FEW_STEPS = 100
-"""The plan warns if a time budget has time for fewer steps than this."""
+"""The plan warns if a time budget allows fewer steps than this."""
 
 
 class Budget:
-    """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes); the time already spent survives a resume.
+    """Progress in [0, 1] = max(step / max_steps, elapsed / max_minutes). After a resume, the time spent before still counts.
 
-    The clock runs from `start`, which is called at the first step, so start-up uses none of the budget.
+    `start` starts the clock. It is called at the first step, so start-up uses none of the budget.
     """
 
     def __init__(self, max_steps: int | None, max_minutes: float | None, elapsed_seconds: float = 0.0):
@@ -37,23 +37,15 @@ class Budget:
         return self._elapsed_before + self.session_seconds
 
     def ends_by_clock(self, step: int, elapsed_seconds: float) -> bool:
-        """Whether, at the pace so far, the time will be over before the steps are."""
+        """Whether the time will run out before the steps do, at the speed so far."""
         return self.max_seconds is not None and (not self.max_steps or elapsed_seconds / self.max_seconds >= step / self.max_steps)
 
     def progress(self, step: int, elapsed_seconds: float) -> float:
-        """Share of the budget that is used; `elapsed_seconds` is rank 0's, the same on all ranks."""
+        """The fraction of the budget that is used. `elapsed_seconds` is rank 0's, the same on all ranks."""
         by_steps = step / self.max_steps if self.max_steps else 0.0
         by_clock = elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
         return min(1.0, max(by_steps, by_clock))
 
-
-def learning_rate_share(progress: float, warmup_fraction: float, final_share: float, schedule: str = "cosine") -> float:
-    """Learning rate as a share of its peak: a linear rise over `warmup_fraction`, then half a cosine, or a straight line, down to `final_share`."""
-    if progress < warmup_fraction:
-        return max(progress, 1e-3 * warmup_fraction) / warmup_fraction
-    falling = (progress - warmup_fraction) / (1 - warmup_fraction)
-    remaining = {"cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)), "linear": lambda p: 1 - p}[schedule](min(1.0, falling))
-    return final_share + (1 - final_share) * remaining
 
 
 class Pace:
@@ -67,7 +59,7 @@ class Pace:
         self._ends: deque[float] = deque()
 
     def start(self) -> None:
-        """Note that the first step begins."""
+        """Start the clock if it is not running yet. Called before the first step."""
         if self._started is None:
             self._started = time.monotonic()
 
@@ -82,14 +74,14 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float:
-        """The average; over all steps as long as there is none after the first WARM_UP_STEPS. There must be at least one step."""
+        """The average; over all steps until there are steps after the first WARM_UP_STEPS. There must be at least one step."""
         if len(self._ends) > 1:
             return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return (time.monotonic() - self._started) / self._steps
 
 
-def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:
-    """Seconds that the rest of training will take at this pace."""
+def remaining_seconds(seconds_per_step: float, budget: Budget, step: int) -> float:
+    """The expected seconds until the end of the budget at this speed."""
     bounds = []
     if budget.max_steps is not None:
         bounds.append((budget.max_steps - step) * seconds_per_step)
@@ -98,8 +90,8 @@ def expected_time(seconds_per_step: float, budget: Budget, step: int) -> float:
     return max(0.0, min(bounds))
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words a person reads: 42 s, 3 min 05 s, 2 h 10 min."""
+def format_duration(seconds: float) -> str:
+    """Seconds as text: 42 s, 3 min 05 s, 2 h 10 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -108,14 +100,14 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def epochs(training: TrainingConfig, steps: int, images: int) -> str:
-    """The number of epochs, for the plan. `steps` is the total number of steps; under a time budget, it is estimated from a trial step."""
+def describe_epochs(training: TrainingConfig, steps: int, images: int) -> str:
+    """The number of epochs as text, for the plan. `steps` is the total number; under a time budget, it is estimated from a trial step."""
     number = f"{steps * training.batch_size / images:.1f}"
     return f"about {number}, from the trial step" if training.max_minutes else number
 
 
-def warn_of_few_steps(training: TrainingConfig, steps: int, seconds_per_step: float) -> str | None:
-    """A warning if the time budget has time for fewer than FEW_STEPS steps; None if it has time for more, or if max_steps ends the training."""
+def few_steps_warning(training: TrainingConfig, steps: int, seconds_per_step: float) -> str | None:
+    """A warning if the time budget allows fewer than FEW_STEPS steps; None if it allows more, or if max_steps ends the training."""
     if training.max_minutes is None or steps >= min(FEW_STEPS, training.max_steps or FEW_STEPS):
         return None
     minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)

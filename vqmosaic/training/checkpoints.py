@@ -1,10 +1,12 @@
-"""Training checkpoints: complete or absent, checksummed, the last few kept. Loads no torch until one is written or read.
+"""Writes, finds and checks training checkpoints: complete or absent, with checksums, only the newest few kept.
+
+Loads no torch until a checkpoint is written or read.
 
 checkpoints/<stage>/step-00000500/
     model.safetensors, optimizer.bin, ...   Accelerate's state
-    weights_ema.safetensors                 the averaged weights, where there are some
-    trainer_state.json                      a few named numbers
-    checksums.json                          size and sha256 of all of the above
+    weights_ema.safetensors                 the averaged weights, if weights are averaged
+    trainer_state.json                      the fields of TrainerState
+    checksums.json                          size and sha256 of all files above
 """
 
 import json
@@ -17,22 +19,22 @@ from typing import Any, TypeVar
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import TEMPORARY_PREFIX, publish, removed_on_failure, sha256_of_file, temporary_sibling, write_json
-from vqmosaic.files.full_disks import naming_full_disks, size_of
+from vqmosaic.files.full_disks import explain_full_disk, size_of
 from vqmosaic.files.json_files import VERSION_FIELD, from_fields, read_object, written_by
 from vqmosaic.files.permissions import check_readable
 
 T = TypeVar("T")
 
 
-def broken_files(checkpoint: Path) -> list[str]:
-    """The problems of a checkpoint folder in words; empty if it is whole. Raises PermissionDenied if it cannot be read."""
+def checkpoint_problems(checkpoint: Path) -> list[str]:
+    """The problems of a checkpoint folder in words; empty if it is complete. Raises PermissionDenied if it cannot be read."""
     check_readable(checkpoint)
     try:
         checksums = json.loads((checkpoint / "checksums.json").read_text())
     except (OSError, ValueError):
         return ["checksums.json is missing or unreadable"]
     if not isinstance(checksums, dict) or any(not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys() for entry in checksums.values()):
-        return ["checksums.json holds something other than sizes and digests"]
+        return ["checksums.json contains something other than sizes and digests"]
     problems = []
     for name, entry in checksums.items():
         path = checkpoint / name
@@ -45,69 +47,69 @@ def broken_files(checkpoint: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """The checkpoints of one stage, of which the newest `keep` are kept."""
+    """The checkpoints of one stage. Only the newest `keep` are kept."""
 
     root: Path
     keep: int = 2
 
     def all(self) -> list[Path]:
-        """Checkpoint folders, oldest first. Raises PermissionDenied if they cannot be listed, because training would otherwise start anew."""
+        """Checkpoint folders, oldest first. Raises PermissionDenied if they cannot be listed, because training would otherwise restart at step 0."""
         check_readable(self.root)
         return sorted(path for path in self.root.glob("step-*") if path.is_dir())
 
     def choose(self, resume: str, report: Callable[[str], None] = print) -> Path | None:
-        """The checkpoint to go on from: the newest whole one for auto, none for never, or the given path.
+        """The checkpoint to resume from: the newest complete one for "auto", none for "never", or the given path.
 
         Raises:
-            InputError: never was asked for while a checkpoint exists, or the given path is no whole checkpoint.
+            InputError: `resume` is "never" and a checkpoint exists, or the given path is not a complete checkpoint.
         """
         if resume == "never":
             if self.all():
                 raise InputError(f"resume is 'never', but {self.all()[-1]} exists; set resume to auto, delete it, or use --redo.")
             return None
         if resume != "auto":
-            problems = broken_files(Path(resume))
+            problems = checkpoint_problems(Path(resume))
             if problems:
-                raise InputError(f"resume is {resume!r}, which is no whole checkpoint: {'; '.join(problems)}. "
-                                 f"Whole ones here: {[str(path) for path in self.all() if not broken_files(path)] or 'none'}.")
+                raise InputError(f"resume is {resume!r}, which is not a complete checkpoint: {'; '.join(problems)}. "
+                                 f"Complete checkpoints here: {[str(path) for path in self.all() if not checkpoint_problems(path)] or 'none'}.")
             return Path(resume)
         for checkpoint in reversed(self.all()):
-            problems = broken_files(checkpoint)
+            problems = checkpoint_problems(checkpoint)
             if not problems:
                 return checkpoint
-            report(f"warning: {checkpoint} is not whole ({'; '.join(problems)}); taking the one before it")
+            report(f"warning: {checkpoint} is not complete ({'; '.join(problems)}); trying the one before it")
         return None
 
-    def check_not_lost(self, stage: str, export: Path, finished: bool, look_inside: bool = True) -> None:
-        """Raise InputError where a stage has made its export, or did so once, and no checkpoint is left to continue from.
+    def check_can_continue(self, stage: str, export: Path, finished: bool, verify_files: bool = True) -> None:
+        """Raise InputError if a stage has written its export, which may be gone, but no checkpoint is left to continue from.
 
-        A training from step 0 would replace the export with another one. `look_inside` reads the checkpoints; without it any will do.
+        A training from step 0 would replace the export. `verify_files` requires a complete checkpoint; without it, any checkpoint is enough.
         """
-        made = str(export) if export.exists() else f"an export in {export}, which is gone" if finished else None
-        left = self.all()
-        if made is None or (left and not look_inside) or any(not broken_files(checkpoint) for checkpoint in reversed(left)):
+        written = str(export) if export.exists() else f"an export in {export}, which is gone" if finished else None
+        checkpoints = self.all()
+        if written is None or (checkpoints and not verify_files) or any(not checkpoint_problems(checkpoint) for checkpoint in reversed(checkpoints)):
             return
-        what = f"none of the checkpoints in {self.root} is whole" if left else f"{self.root} holds no checkpoint any more"
-        raise InputError(f"stage {stage} has made {made}, and {what}, so the training cannot continue: it would begin at step 0, and "
-                         f"another export would take the place of this one. Put the checkpoints back, or make the stage anew with --redo {stage} "
-                         "(which redoes what follows it too).")
+        reason = f"none of the checkpoints in {self.root} is complete" if checkpoints else f"there is no checkpoint left in {self.root}"
+        raise InputError(f"stage {stage} has written {written}, but {reason}, so the training cannot continue: it would restart at step 0 and "
+                         f"replace this export. Put the checkpoints back, or repeat the stage with --redo {stage} "
+                         "(which also repeats the stages after it).")
 
     def write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of state["step"] from all ranks; `save_more(folder)` adds files on rank 0.
+        """Write the checkpoint of state["step"]. All ranks call this; `save_more(folder)` adds files on rank 0.
 
-        Checkpoints of later steps, left over where training went on from an older one, are removed: they are of another course.
+        Checkpoints of later steps are deleted. They are left over from before training was resumed from an older checkpoint.
         """
         final = self.root / f"step-{state['step']:08d}"
         partial = temporary_sibling(final)
-        with naming_full_disks(self.root, lambda: self._expected_bytes(accelerator)), removed_on_failure(partial):
+        with explain_full_disk(self.root, lambda: self._expected_bytes(accelerator)), removed_on_failure(partial):
             self._write(accelerator, state, save_more, partial, final)
         return final
 
     def _expected_bytes(self, accelerator) -> int:
-        """About how large a checkpoint is: as the newest one, or four numbers for each weight (itself, two moments, the average)."""
-        found = self.all()
-        if found:
-            return size_of(found[-1])
+        """Approximate size of a checkpoint: that of the newest one, or four values for each weight (itself, two moments, the average)."""
+        existing = self.all()
+        if existing:
+            return size_of(existing[-1])
         return sum(4 * parameter.numel() * parameter.element_size() for model in accelerator._models for parameter in model.parameters())
 
     def _write(self, accelerator, state: dict[str, Any], save_more: Callable[[Path], None], partial: Path, final: Path) -> None:
@@ -135,22 +137,22 @@ class CheckpointFolder:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The named numbers of a checkpoint."""
+    """The trainer state of a checkpoint, by field name."""
     return _read_state(checkpoint)[0]
 
 
 def restore_state(checkpoint: Path, cls: type[T]) -> T:
-    """The named numbers of a checkpoint as an object of the dataclass `cls`. Fields that the checkpoint does not have keep their defaults."""
+    """The trainer state of a checkpoint as an object of the dataclass `cls`. Fields that the checkpoint does not have keep their defaults."""
     state, version = _read_state(checkpoint)
     return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)
 
 
 def version_of(checkpoint: Path) -> str | None:
-    """The version of vqmosaic that wrote a checkpoint, where it says so."""
+    """The version of vqmosaic that wrote a checkpoint; None if unknown."""
     return _read_state(checkpoint)[1]
 
 
 def _read_state(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-    """The named numbers, and the version of vqmosaic that wrote them (None if unknown)."""
+    """The trainer state, and the version of vqmosaic that wrote it (None if unknown)."""
     content = read_object(checkpoint / "trainer_state.json", "give another checkpoint")
     return {name: value for name, value in content.items() if name != VERSION_FIELD}, written_by(content)

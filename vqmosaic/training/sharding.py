@@ -1,6 +1,6 @@
-"""Training with weights, gradients and optimizer state divided over the GPUs: FSDP2, asked for in an accelerate configuration (configs/accelerate).
+"""Training with weights, gradients and optimizer state sharded over the GPUs: FSDP2, enabled in an accelerate configuration (configs/accelerate).
 
-Everything here is called on all processes together, unless it says otherwise.
+All processes call these functions together, unless a docstring says otherwise.
 """
 
 import os
@@ -21,27 +21,27 @@ SHARDED_STAGES = ("prior",)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the weights only."""
+    """Whether each process holds only a part of the weights (FSDP)."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def set_up_sharding(accelerator: Accelerator, stage: str, optimizer: str) -> None:
-    """Check what the accelerate configuration says of FSDP, if anything, and add that gradients are summed in float32.
+    """Check the FSDP settings of the accelerate configuration, if any, and set that gradients are summed in float32.
 
-    Raises InputError where it could not be kept, where checkpoints could not be read safely, and for a stage that does not do it.
+    Raises InputError if FSDP would not take effect, if checkpoints could not be read safely, and for a stage that does not support FSDP.
     """
     if not is_sharded(accelerator):
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-            raise InputError(f"the accelerate configuration asks for FSDP, which accelerate does on several GPUs only, and this is "
-                             f"{accelerator.num_processes} x {accelerator.device.type}: every process would hold all weights without a word. "
-                             "Take a configuration without FSDP, such as several_gpus or two_cpu_processes.")
+            raise InputError(f"the accelerate configuration enables FSDP, which accelerate supports only on several GPUs, but this is "
+                             f"{accelerator.num_processes} x {accelerator.device.type}: every process would silently hold all weights. "
+                             "Use a configuration without FSDP, such as several_gpus or two_cpu_processes.")
         return
     if stage not in SHARDED_STAGES:
-        raise InputError(f"the accelerate configuration asks for FSDP, which stage {stage} does not do: a tokenizer fits on one GPU. Run it with "
-                         "--processes alone, or with a configuration without FSDP, such as several_gpus.")
+        raise InputError(f"the accelerate configuration enables FSDP, which stage {stage} does not support: a tokenizer fits on one GPU. Use "
+                         "--processes alone, or a configuration without FSDP, such as several_gpus.")
     if optimizer != "adamw":
-        raise InputError(f"{stage}_training.optimizer is {optimizer!r}, which needs whole matrices, and with FSDP each process has a part of them; "
-                         f"set {stage}_training.optimizer adamw, or take an accelerate configuration without FSDP, such as several_gpus.")
+        raise InputError(f"{stage}_training.optimizer is {optimizer!r}, which needs complete matrices, but with FSDP each process has only a part; "
+                         f"set {stage}_training.optimizer adamw, or use an accelerate configuration without FSDP, such as several_gpus.")
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise InputError(f"the accelerate configuration has fsdp_version {plugin.fsdp_version}; set it to 2.")
@@ -51,36 +51,36 @@ def set_up_sharding(accelerator: Accelerator, stage: str, optimizer: str) -> Non
     if plugin.activation_checkpointing:
         raise InputError("the accelerate configuration has fsdp_activation_checkpointing, which changes the names in checkpoints; set it to "
                          f"false and {stage}_training.activation_checkpointing to true.")
-    # the logits are a view, and nothing writes into them
+    # harmless: the logits are a view, but nothing writes into them
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # accelerate's own sums in bf16
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)  # accelerate's own policy sums in bf16
 
 
 def shard_like_trained(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model (a copy of the trained one) with its weights divided in the same way, in place."""
+    """Shard a copy of the trained model in the same way as the trained model, in place."""
     return fsdp2_prepare_model(accelerator, model)
 
 
-def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a sharded model put together on the CPU, on the main process; empty on the others."""
+def gather_full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The full state of a sharded model, gathered on the CPU of the main process; empty on the others."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    release(model)
+    reshard(model)
     return weights
 
 
-def load_whole_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give every process its parts of the main process's weights; what the others pass is not looked at."""
+def load_full_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give every process its shards of the main process's weights. The weights that other processes pass are ignored."""
     set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def release(model: nn.Module) -> None:
-    """Let go of the whole weights that a forward pass without a backward pass leaves behind. Needs no other process."""
+def reshard(model: nn.Module) -> None:
+    """Free the full weights that a forward pass without a backward pass leaves behind. One process can call this alone."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def whole(value: torch.Tensor) -> torch.Tensor:
-    """A tensor that may be sharded, as a plain one that is the same on all processes."""
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, as a plain tensor that is the same on all processes."""
     return value.full_tensor() if isinstance(value, DTensor) else value

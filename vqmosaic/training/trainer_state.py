@@ -1,11 +1,11 @@
-"""The numbers in a checkpoint besides the weights and the optimizer state."""
+"""The part of a checkpoint that is neither weights nor optimizer state."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class TrainerState:
-    """All numbers that a resumed training needs besides the weights and the optimizer state."""
+    """Everything that a resumed training needs besides the weights and the optimizer state."""
 
     step: int = 0
     elapsed_seconds: float = 0.0
@@ -26,6 +26,6 @@ class TrainerState:
     best_step: int = 0
     best_validation: float = float("inf")
     guard: dict[str, float] = field(default_factory=dict)
-    """What the guard over an adversarial training has counted (stage1_tokenizer/adversarial/guard.py)."""
+    """Numbers that belong to one stage. In stage 1, the state of the adversarial guard."""
     processes: int = 1
     threads: int = 1

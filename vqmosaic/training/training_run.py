@@ -1,6 +1,6 @@
-"""The mechanism that the training of both stages shares: resume, budget, refusal of non-finite steps, checkpoints, signals.
+"""The parts of training that both stages share: resume, budget, refusal of non-finite steps, checkpoints, signals.
 
-The step itself, and everything that is learnt, stands in each stage's own train.py.
+The training step itself is in each stage's own train.py.
 """
 
 import copy
@@ -16,38 +16,39 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vqmosaic.errors import InputError
-from vqmosaic.files.full_disks import naming_full_disks
+from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipes.recipe_sections import TrainingConfig
 from vqmosaic.runs.accelerator import keep_process_group, make_accelerator, set_threads
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
-from vqmosaic.training.budget import Budget, Pace, duration, expected_time, learning_rate_share
+from vqmosaic.training.budget import Budget, Pace, format_duration, remaining_seconds
 from vqmosaic.training.checkpoints import CheckpointFolder, restore_state
+from vqmosaic.training.learning_rate import learning_rate_share
 from vqmosaic.training.muon import Muon
 from vqmosaic.training.sharding import (
+    full_tensor,
+    gather_full_weights,
     is_sharded,
-    load_whole_weights,
-    release,
+    load_full_weights,
+    reshard,
     set_up_sharding,
     shard_like_trained,
-    whole,
-    whole_weights,
 )
 from vqmosaic.training.tracking import LINE_SECONDS, MetricsLog, Reporter, terminal_bar
 from vqmosaic.training.trainer_state import TrainerState
 from vqmosaic.training.validation_schedule import ValidationSchedule
-from vqmosaic.training.weight_averaging import averaged
+from vqmosaic.training.weight_averaging import make_average
 from vqmosaic.wording import counted, is_or_are
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FIRST_LINE_SECONDS = 10.0
-"""Seconds of training after which the first estimate from warm steps is printed."""
+"""Seconds of training after which the first estimate of the remaining time from real steps is printed."""
 
 
 class TrainingRun:
-    """One stage's training in progress. Made, then given the model by prepare(), then driven by the loop in train.py."""
+    """The training of one stage. Create it, pass the model to prepare(), then call the other methods from the loop in train.py."""
 
     def __init__(self, recipe: Recipe, stage: str, training: TrainingConfig, stop: StopFlag):
         self.recipe, self.stage, self.training, self.stop = recipe, stage, training, stop
@@ -61,29 +62,29 @@ class TrainingRun:
         self.report = Reporter(stage, self.is_main)
         self.checkpoints = CheckpointFolder(self.folder.checkpoints(stage), training.keep_checkpoints)
         self.state = TrainerState(processes=self.world_size, threads=set_threads())
-        self.saved_step, self.has_warned_of_codebook = -1, False
+        self.saved_step = -1
         self.resumed_from: Path | None = None
 
     # --- before step 0 -----------------------------------------------------------------------------------------------------
 
     def wait_before_training(self, call: Callable[[], Any]) -> Any:
         """The result of `call`. A signal raises Interrupted immediately, because there is nothing to save yet."""
-        return self.stop.wait_or_leave(call, f"{self.stage} was still starting, so no step was lost")
+        return self.stop.wait_or_raise(call, f"{self.stage} was still starting, so no step was lost")
 
-    def prepare(self, model: nn.Module, rival: nn.Module | None = None, rival_learning_rate: float | None = None) -> nn.Module:
-        """Set up optimizer, weight average and wrapping, go on from a checkpoint if there is one; returns the model to call.
+    def prepare(self, model: nn.Module, second: nn.Module | None = None, second_learning_rate: float | None = None) -> nn.Module:
+        """Set up optimizers, weight average and wrapping, and resume from a checkpoint if there is one. Returns the wrapped model to call.
 
-        `rival` is a second model with an optimizer of its own (a discriminator): checkpointed with the first, never averaged or exported.
+        `second` is another model with its own optimizer, such as a discriminator. It is saved in checkpoints, but never averaged or exported.
         """
-        self._whole = copy.deepcopy(model) if self.is_sharded and self.is_main else None
+        self._full_copy = copy.deepcopy(model) if self.is_sharded and self.is_main else None
         model.to(self.accelerator.device)
         self.unwrapped = model
-        self.average = averaged(model, self.training.weight_ema_decay) if self.training.weight_ema_decay else None
-        models = [model] if rival is None else [model, rival.to(self.accelerator.device)]
-        peaks = [self.training.learning_rate, rival_learning_rate or self.training.learning_rate][:len(models)]
+        self.average = make_average(model, self.training.weight_ema_decay) if self.training.weight_ema_decay else None
+        models = [model] if second is None else [model, second.to(self.accelerator.device)]
+        peaks = [self.training.learning_rate, second_learning_rate or self.training.learning_rate][:len(models)]
         self.peak_learning_rates = [peak * self.training.learning_rate_factor for peak in peaks]
         prepared = self.accelerator.prepare(*models, *map(self._optimizer, models))
-        self.model, self.rival = prepared[0], prepared[1] if rival is not None else None
+        self.model, self.second_model = prepared[0], prepared[1] if second is not None else None
         self.optimizers = list(prepared[len(models):])
         if self.is_sharded and self.average is not None:
             shard_like_trained(self.accelerator, self.average.module)
@@ -98,7 +99,7 @@ class TrainingRun:
         return self.model
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The recipe's optimizer over what can be trained; weight decay on matrices only, and not on codes. A rival always has AdamW."""
+        """The optimizer for the trainable parameters. Weight decay only applies to matrices that are not codes. A second model gets AdamW."""
         training = self.training
         codes = {id(parameter) for parameter in codebook_parameters(model)}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -115,37 +116,37 @@ class TrainingRun:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What the first model's optimizer trains."""
+        """The parameters that the first model's optimizer updates."""
         return parameters_of(self.optimizers[0])
 
     @property
     def validated_model(self) -> nn.Module:
-        """The model that is validated and exported: the weight average, or the model itself where there is none."""
+        """The model that is validated and exported: the weight average, or the model itself if there is no average."""
         return self.average.module if self.average is not None else self.unwrapped
 
-    def whole_model(self) -> nn.Module | None:
-        """The validated model with all of its weights on the main process, to be saved and sampled from; for all processes to call.
+    def full_model(self) -> nn.Module | None:
+        """The validated model with all of its weights, to save and to sample from. All processes must call this.
 
-        None on the other processes where the weights are divided over them (FSDP); then it is a copy, good until the next call.
+        With sharded weights (FSDP), it is None on all but the main process, where it is a copy that is valid until the next call.
         """
         if not self.is_sharded:
             return self.validated_model
-        weights = whole_weights(self.validated_model)
-        if self._whole is not None:
-            self._whole.load_state_dict(weights)
-            self._whole.to(self.accelerator.device).eval()
-        return self._whole
+        weights = gather_full_weights(self.validated_model)
+        if self._full_copy is not None:
+            self._full_copy.load_state_dict(weights)
+            self._full_copy.to(self.accelerator.device).eval()
+        return self._full_copy
 
     def end_sharding(self) -> None:
-        """Before the export: `validated_model` becomes the whole model, on the main process. Nothing can be trained after that."""
+        """Make `validated_model` the full model on the main process, for the export. Training cannot continue after this."""
         if self.is_sharded:
-            self.unwrapped, self.average = self.whole_model(), None
+            self.unwrapped, self.average = self.full_model(), None
 
     def check_checkpoints(self) -> None:
-        """Raise InputError where the checkpoints of a stage that has made its export are lost. Called before the stage's record is written anew."""
+        """Raise InputError if the stage has written its export and lost its checkpoints. Call this before the stage's record is overwritten."""
         record = load_record(self.folder, self.stage)
         if record is not None and self.training.resume == "auto":
-            self.checkpoints.check_not_lost(self.stage, self.folder.export(self.stage), record.finished)
+            self.checkpoints.check_can_continue(self.stage, self.folder.export(self.stage), record.finished)
 
     def _resume(self) -> None:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
@@ -154,20 +155,20 @@ class TrainingRun:
         saved = restore_state(checkpoint, TrainerState)
         if saved.processes != self.world_size:
             raise InputError(f"{checkpoint} was written by {counted(saved.processes, 'process')}, now there {is_or_are(self.world_size)} "
-                             f"{self.world_size}; go on with --processes {saved.processes}.")
+                             f"{self.world_size}. Continue with --processes {saved.processes}.")
         try:
-            self.accelerator.load_state(str(checkpoint))  # reads with weights_only: tensors and numbers, never an object's own code
+            self.accelerator.load_state(str(checkpoint))  # uses weights_only: loads tensors and numbers, never runs code
             if self.average is not None and self.is_sharded:
-                load_whole_weights(self.average, load_file(checkpoint / "weights_ema.safetensors") if self.is_main else {})
+                load_full_weights(self.average, load_file(checkpoint / "weights_ema.safetensors") if self.is_main else {})
             elif self.average is not None:
                 self.average.load_state_dict(load_file(checkpoint / "weights_ema.safetensors"))
         except pickle.UnpicklingError as error:
-            raise InputError(f"{checkpoint} holds more than tensors and numbers, which is never loaded: no training here wrote such files. "
-                             f"Delete it to go on from the one before it, or start anew with --redo {self.stage}.") from error
+            raise InputError(f"{checkpoint} contains more than tensors and numbers. Such files are never loaded, and vqmosaic does not write them. "
+                             f"Delete it to resume from the one before it, or start over with --redo {self.stage}.") from error
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"{checkpoint} does not fit this recipe: {' '.join(str(error).split())[:500]}. Give {self.training.SECTION}.resume "
-                             f"the path of a checkpoint of this very stage and recipe, or start anew with --redo {self.stage}, also "
-                             "if an earlier version of vqmosaic wrote it.") from error
+            raise InputError(f"{checkpoint} does not fit this recipe: {' '.join(str(error).split())[:500]}. Set {self.training.SECTION}.resume "
+                             f"to a checkpoint of this stage and recipe. Otherwise, or if an earlier version of vqmosaic wrote it, "
+                             f"start over with --redo {self.stage}.") from error
         if saved.step == 0:  # version 0.1.0 counted the start-up, which may have used up the whole budget
             saved.elapsed_seconds = 0.0
         self.state = saved
@@ -190,18 +191,18 @@ class TrainingRun:
         clocks = [self.budget.elapsed_seconds, self.state.validation_seconds] if self.is_main else [0.0, 0.0]
         self.budget.start()
         self.pace.start()
-        facts = torch.tensor([float(self.stop.signal), *clocks], dtype=torch.float64)
+        values = torch.tensor([float(self.stop.signal), *clocks], dtype=torch.float64)
         if self.world_size > 1:
-            facts = self.accelerator.gather(facts[None].float().to(self.accelerator.device)).amax(0)
-        signal_number, self.state.elapsed_seconds, self.state.validation_seconds = int(facts[0]), float(facts[1]), float(facts[2])
+            values = self.accelerator.gather(values[None].float().to(self.accelerator.device)).amax(0)
+        signal_number, self.state.elapsed_seconds, self.state.validation_seconds = int(values[0]), float(values[1]), float(values[2])
         return signal_number, self.budget.progress(self.state.step, self.state.elapsed_seconds)
 
     def due(self, every: int, finished: bool) -> bool:
-        """Whether something that happens every so many steps, and at the last one, happens now."""
+        """Whether an action is due that happens every `every` steps and at the last step."""
         return self.state.step > 0 and (finished or self.state.step % every == 0)
 
     def end_step(self) -> None:
-        """Count a step, refused or not, and report progress: with a bar on a terminal, with a line every LINE_SECONDS elsewhere."""
+        """Count a step, refused or not, and report progress: by a bar on a terminal, by a line every LINE_SECONDS elsewhere."""
         self.state.step += 1
         self.bar.update()
         self.pace.step()
@@ -209,7 +210,7 @@ class TrainingRun:
             return
         self._next_line = self.budget.session_seconds + LINE_SECONDS
         pace = self.pace.seconds_per_step
-        left = f"{pace * 1000:.0f} ms per step overall, about {duration(expected_time(pace, self.budget, self.state.step))} left"
+        left = f"{pace * 1000:.0f} ms per step overall, about {format_duration(remaining_seconds(pace, self.budget, self.state.step))} left"
         if not self.bar.disable:
             self.bar.set_postfix_str(left)
             return
@@ -219,26 +220,26 @@ class TrainingRun:
         self.report(f"step {self.state.step:,}{of_steps}{loss}, {left}")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
-                       rival_learns: bool = False) -> tuple[bool, float, float]:
-        """Clip, check and apply the gradients: (accepted, gradient norm, learning rate). A non-finite step changes nothing.
+                       update_second: bool = False) -> tuple[bool, float, float]:
+        """Clip, check and apply the gradients. Returns (accepted, gradient norm, learning rate). A non-finite step changes nothing.
 
-        `commit` is called after an accepted step and before the average follows it, so that the average has the newest codebook.
-        With `rival_learns`, the second model takes its step together with the first, or neither does.
+        `commit` is called after an accepted step and before the average is updated, so that the average has the newest codebook.
+        With `update_second`, both models are updated, or neither is.
 
         Raises:
             InputError: more steps were refused than max_refused_steps allows.
         """
-        training, learning = self.training, self.optimizers[:1 + rival_learns]
+        training, updated_optimizers = self.training, self.optimizers[:1 + update_second]
         share = learning_rate_share(progress, training.warmup_fraction, training.final_learning_rate, training.learning_rate_schedule)
-        for optimizer, peak in zip(learning, self.peak_learning_rates[:len(learning)], strict=True):
+        for optimizer, peak in zip(updated_optimizers, self.peak_learning_rates[:len(updated_optimizers)], strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
-        norms = [self._clip(optimizer) for optimizer in learning]
+        norms = [self._clip(optimizer) for optimizer in updated_optimizers]
         is_finite = torch.isfinite(torch.stack([*norms, loss])).all()
         accepted = float(self.accelerator.reduce((~is_finite).float(), "sum")) == 0
-        scaler = self.accelerator.scaler  # of fp16: it skips a step with a non-finite gradient itself, and then lowers its scale
+        scaler = self.accelerator.scaler  # for fp16: skips a step with a non-finite gradient itself, and then lowers its scale
         if accepted or (scaler is not None and not torch.isfinite(norms[0])):
-            for optimizer in learning:
+            for optimizer in updated_optimizers:
                 optimizer.step()
         elif scaler is not None:
             scaler.update()
@@ -255,14 +256,14 @@ class TrainingRun:
         return accepted, float(norms[0]), self.peak_learning_rates[0] * share
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """The norm of the gradients before they are scaled down to gradient_clip, a plain tensor."""
+        """Scale the gradients down to gradient_clip. Returns their norm before, as a plain tensor."""
         limit = self.training.gradient_clip
-        if self.is_sharded:  # accelerate compares the list with the model's own, in which only the very same objects in the same order are comparable
-            return whole(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))
+        if self.is_sharded:  # accelerate compares the list with the model's parameters, so it must have the same objects in the same order
+            return full_tensor(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))
         self.accelerator.unscale_gradients()
         parameters = parameters_of(optimizer)
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if not norm <= limit:  # torch's clip_grad_norm_ multiplies by 1 otherwise, which takes as long
+        if not norm <= limit:  # torch's clip_grad_norm_ would multiply by 1, which takes as long
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
@@ -271,50 +272,50 @@ class TrainingRun:
         self.state.refused_steps += 1
         self.report(f"warning: step {self.state.step} refused: loss {float(loss):g}, gradient norm {', '.join(f'{float(norm):g}' for norm in norms)} "
                     f"({self.state.refused_steps} refused so far)")
-        searching = scaler is not None and scaler.get_scale() >= 1  # a scale that is too large is no fault of the training's
-        if self.state.refused_steps > limit and not searching:
+        is_lowering_scale = scaler is not None and scaler.get_scale() >= 1  # the loss scale may be too large, not the loss
+        if self.state.refused_steps > limit and not is_lowering_scale:
             raise InputError(f"{counted(self.state.refused_steps, 'step')} had a non-finite loss or gradient, more than "
-                             f"{section}.max_refused_steps = {limit}; weights are as they were before them. Lower "
+                             f"{section}.max_refused_steps = {limit}. They did not change the weights. Lower "
                              f"{section}.learning_rate, or set {section}.mixed_precision to no.")
 
     # --- saving ------------------------------------------------------------------------------------------------------------
 
     def save(self, save_more: Callable[[Path], None] = lambda folder: None) -> None:
-        """Write a checkpoint of this step, unless there is one already. `save_more(folder)` adds files, on the main process."""
+        """Write a checkpoint of this step, unless there is one already. `save_more(folder)` adds files on the main process."""
         if self.saved_step == self.state.step:
             return
-        release(self.unwrapped)
+        reshard(self.unwrapped)
         averages = None
         if self.average is not None:
-            averages = whole_weights(self.average) if self.is_sharded else self.average.state_dict()
+            averages = gather_full_weights(self.average) if self.is_sharded else self.average.state_dict()
 
-        def add(folder: Path) -> None:
-            if averages is not None:  # cloned: safetensors takes neither tied nor channels_last tensors
+        def save_extra(folder: Path) -> None:
+            if averages is not None:  # cloned because safetensors accepts neither tied nor channels_last tensors
                 weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in averages.items()}
                 save_file(weights, folder / "weights_ema.safetensors")
             save_more(folder)
 
-        self.checkpoints.write(self.accelerator, dataclasses.asdict(self.state), add)
+        self.checkpoints.write(self.accelerator, dataclasses.asdict(self.state), save_extra)
         self.saved_step = self.state.step
 
     def interrupted(self, signal_number: int) -> Interrupted:
-        """The exception that ends a stage which a signal asked to stop, after its state was saved."""
+        """The exception to raise after a signal, when the state has been saved."""
         return Interrupted(signal_number, f"{self.stage} saved at step {self.state.step:,} in {self.checkpoints.root}")
 
     def finish(self) -> None:
-        """Close the bar, and wait until all processes have come so far."""
+        """Close the bar and wait for all processes."""
         self.bar.close()
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """Close the trackers and leave the process group, whatever became of the training."""
+        """Close the trackers and leave the process group, even if training failed."""
         keep_process_group()
-        with naming_full_disks(self.folder.logs(self.stage)):
+        with explain_full_disk(self.folder.logs(self.stage)):
             self.accelerator.end_training()
 
 
 def codebook_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that a model says are codes, which are neither decayed nor averaged."""
+    """Parameters that the model declares to be codes. They are neither decayed nor averaged."""
     return getattr(model, "codebook_parameters", list)()
 
 
@@ -338,5 +339,5 @@ def matrix_stacks(model: nn.Module) -> list[nn.Parameter]:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All parameters that an optimizer moves."""
+    """All parameters that an optimizer updates."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

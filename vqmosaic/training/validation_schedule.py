@@ -1,4 +1,4 @@
-"""When to validate, and on how many images. Under a time budget, validations come often enough and take a bounded share of the time."""
+"""Decides when to validate, and on how many images. Under a time budget, validations are frequent enough and take a bounded share of the time."""
 
 import math
 import time
@@ -24,7 +24,7 @@ PLANNED_TIME_SHARE = 0.075
 FEW_IMAGES = 32
 """The plan warns if a validation uses fewer images than this, or fewer images than there are classes."""
 FEWEST_IMAGES = 16
-"""Smallest number of images in a validation, however short the budget is. If there are fewer, a validation looks at all of them."""
+"""Smallest number of images in a validation, however short the budget is. If there are fewer, a validation uses all of them."""
 
 
 class ValidationSchedule:
@@ -60,9 +60,9 @@ class ValidationSchedule:
         return chosen
 
     def _time_a_few(self, limit: int, validate: Callable[[int], Any]) -> None:
-        """Choose the number of images that the time budget has time for, from a trial on a few of them."""
+        """Choose the number of images that fits the time budget, by timing a validation on a few of them."""
         trial = min(limit, 2 * self.micro_batch * self.accelerator.num_processes)
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first one is a warm-up
             started = time.monotonic()
             validate(trial)
             seconds = time.monotonic() - started
@@ -72,11 +72,11 @@ class ValidationSchedule:
         self.state.validation_images, self.state.seconds_per_validation = int(measured[0]), float(measured[1])
 
     def describe(self) -> str:
-        """When to validate and on how many images, in words for the plan."""
+        """When validations happen and on how many images, as text for the plan."""
         every = "every step" if self.training.validate_every == 1 else f"every {self.training.validate_every:,} steps"
         if self.budget.max_seconds is None:
             return every
-        return (f"every {INTERVAL:.0%} of the time budget, and {every} where there is time; {counted(self.state.validation_images, 'image')}, "
+        return (f"every {INTERVAL:.0%} of the time budget, and {every} if there is time; {counted(self.state.validation_images, 'image')}, "
                 f"less than {TIME_SHARE:.0%} of the time")
 
     def warn_of_few_images(self, chosen: int, available: int, classes: int) -> str | None:
@@ -109,9 +109,9 @@ class ValidationSchedule:
         by_time = state.elapsed_seconds - state.validated_seconds >= INTERVAL * self.budget.max_seconds
         if not self.budget.ends_by_clock(state.step, state.elapsed_seconds):
             return by_steps or by_time
-        one = state.validation_seconds / state.validations if state.validations else state.seconds_per_validation
-        available = TIME_SHARE * (state.elapsed_seconds + one) - state.validation_seconds
-        return (by_time and one <= available) or (by_steps and 2 * one <= available)
+        expected = state.validation_seconds / state.validations if state.validations else state.seconds_per_validation
+        available = TIME_SHARE * (state.elapsed_seconds + expected) - state.validation_seconds
+        return (by_time and expected <= available) or (by_steps and 2 * expected <= available)
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -131,8 +131,8 @@ class ValidationSchedule:
         elapsed = self.budget.elapsed_seconds
         finished = self.budget.progress(self.state.step, elapsed) >= 1
         newest = self._picture_seconds[-1] if self._picture_seconds else 0.0
-        with_this = self.state.validation_seconds + sum(self._picture_seconds) + newest
-        if self.budget.max_seconds is None or finished or with_this <= TIME_SHARE * elapsed:
+        total_seconds = self.state.validation_seconds + sum(self._picture_seconds) + newest
+        if self.budget.max_seconds is None or finished or total_seconds <= TIME_SHARE * elapsed:
             started = time.monotonic()
             make()
             self._picture_seconds.append(time.monotonic() - started)

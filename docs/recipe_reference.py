@@ -1,0 +1,56 @@
+"""Writes docs/recipe_reference.md: every field of a recipe with its type, its default and the sentence under it in the dataclass."""
+
+import argparse
+import dataclasses
+import inspect
+from pathlib import Path
+
+import jsonargparse
+
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_files import add_recipe_options, shipped_names
+
+INTRODUCTION = f"""# Recipe reference
+
+A recipe is a YAML file with these fields, in these sections. Set a field on the command line by its dotted name, such as
+`--tokenizer.codebook_size 1024`, or in the file:
+
+```yaml
+tokenizer:
+  codebook_size: 1024
+```
+
+The defaults below are those of an empty recipe. Each shipped recipe ({', '.join(f'`{name}`' for name in shipped_names())}) sets its own:
+`vqmosaic run NAME --help` shows them.
+"""
+
+
+def write_recipe_reference(path: Path) -> None:
+    """Write the page. The file changes only if its content does, so that Sphinx rebuilds no more than it must."""
+    text = recipe_reference()
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def recipe_reference() -> str:
+    """The page in Markdown."""
+    parser = jsonargparse.ArgumentParser(add_help=False)
+    add_recipe_options(parser)
+    actions = {action.dest: action for action in parser._actions}
+    parts = [INTRODUCTION]
+    top = [entry.name for entry in dataclasses.fields(Recipe) if not dataclasses.is_dataclass(entry.type)]
+    parts.append("## Top level\n\n" + "\n".join(entry(actions[name], name) for name in top))
+    for section in dataclasses.fields(Recipe):
+        if dataclasses.is_dataclass(section.type):
+            fields = [name for name in actions if name.startswith(f"{section.name}.")]
+            about = inspect.cleandoc(section.type.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+            parts.append(f"## {section.name}\n\n{about}\n\n" + "\n".join(entry(actions[name], name.partition(".")[2]) for name in fields))
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def entry(action: argparse.Action, name: str) -> str:
+    """One field as a Markdown list item."""
+    kind = getattr(action, "_typehint", None) or action.type
+    shown = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "").replace("NoneType", "None")
+    default = "null" if action.default is None else repr(action.default) if isinstance(action.default, str) else str(action.default)
+    return f"- **`{name}`** ({shown or kind}, default `{default}`): {' '.join((action.help or '').split())}"
