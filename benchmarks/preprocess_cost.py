@@ -26,7 +26,7 @@ import torch
 from benchmarks import cifar10
 from benchmarks.measuring import ratio, record, time_alternately, use_two_cpu_threads
 from pipelines.stages.preprocess import preprocess
-from stage1_tokenizer.image_files.images import IDENTITY, ImageTransform, View, read_image, to_tensor, training_views
+from stage1_tokenizer.image_files.images import CENTER_VIEW, ImageTransform, View, read_image, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -60,7 +60,7 @@ def batches(stored: list[bytes], views: list[View], transform: ImageTransform, r
 def alone(stored: dict[str, list[bytes]], recipe: Recipe, tokenizer: ImageTokenizer, ahead: bool) -> None:
     """Decode and encode all images. With `ahead`, a thread decodes the next batch meanwhile."""
     with ThreadPoolExecutor(1) as pool:
-        for split, split_views in (("train", training_views(recipe.tokens)), ("test", [IDENTITY])):
+        for split, split_views in (("train", training_views(recipe.tokens)), ("test", [CENTER_VIEW])):
             upcoming = None
             for decode in batches(stored[split], split_views, tokenizer.transform, recipe.tokens.batch_size):
                 if not ahead:

@@ -68,18 +68,20 @@ class Request(NamedTuple):
 
 @dataclass
 class GenerationOutput:
-    """Generated images.
-
-    images have the requested output type. token_ids are int64 (B, h, w), or (B, h, w, depth), on the CPU. seeds and class_indices have an entry
-    per image. stopped is True if the callback stopped the sampling. places are the positions of the images in the request, starting at 0.
-    """
+    """Generated images. If the callback stopped the sampling, there are none, but seeds and class_indices are those of the whole request."""
 
     images: list[Image.Image] | Any = field(default_factory=list)
+    """The images in the requested output type. Empty after a stop."""
     token_ids: torch.Tensor | None = None
+    """int64 (B, h, w), or (B, h, w, depth), on the CPU. None after a stop."""
     seeds: list[int] = field(default_factory=list)
+    """The seed of each image."""
     class_indices: list[int] | None = None
+    """The class index of each image; None if the request has no classes."""
     stopped: bool = False
+    """True if the callback stopped the sampling."""
     places: range = range(0)
+    """The positions of the images in the request, starting at 0. Empty after a stop."""
 
 
 class ImageGenerationPipeline:
@@ -128,7 +130,7 @@ class ImageGenerationPipeline:
             make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
 
     def _has_loaded_weights(self, source: Path) -> bool:
-        """Whether tokenizer and prior still have the weights of the folder, that is, were neither trained further nor replaced."""
+        """Whether tokenizer and prior still have the weights in the folder. Loads both models again and compares. False if loading fails."""
         try:
             return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
                     and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
@@ -150,15 +152,15 @@ class ImageGenerationPipeline:
                  compile: bool = False, **settings: Any) -> GenerationOutput:
         """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
 
-        Returns all images at once. `batches` yields them one batch at a time.
+        Returns all images together. `batches` yields them one batch at a time.
 
         Args:
             class_labels: class names (strings) or indices (integers). None for a pipeline without classes, or for unconditional images.
             num_images_per_label: images per label.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
-            callback: called as callback(done, total) after each token. If it returns False, sampling stops: out.stopped is True and out.images
-                is empty.
+            callback: called as callback(done, total) after each token position of each batch. total is the number of batches times the tokens
+                per image. If it returns False, sampling stops: out.stopped is True and out.images is empty.
             batch_size: images sampled in parallel.
             compile: record the step of the prior as a CUDA graph. This is faster for small batches on CUDA and has no effect on other devices.
             settings: guidance_scale, temperature, top_k, top_p, min_p and the other fields of SamplingConfig. None, or a setting that is not
@@ -169,11 +171,8 @@ class ImageGenerationPipeline:
             ValueError: an unknown class, a setting out of range or of the wrong type, or guidance without class_labels.
         """
         if positional:
-            if len(positional) > len(FORMER_POSITIONS):
-                raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
-            warnings.warn(f"pass {', '.join(FORMER_POSITIONS[:len(positional)])} by keyword", DeprecationWarning, stacklevel=2)
-            former = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile, **settings}
-            return self(class_labels, num_images_per_label, seed, **former | dict(zip(FORMER_POSITIONS, positional, strict=False)))
+            keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile, **settings}
+            return self(class_labels, num_images_per_label, seed, **keywords | keywords_from_former_positions(positional))
         request = self._check_request(class_labels, num_images_per_label, seed, settings)
         try:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
@@ -188,12 +187,15 @@ class ImageGenerationPipeline:
         """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
 
         Args:
-            skip: called with the positions of each batch in the request before sampling starts. Batches for which it returns True are skipped.
+            skip: called with the positions of each batch in the request before sampling starts. Batches for which it returns True are skipped,
+                and the callback's total does not count them.
             settings: guidance_scale, temperature and the other sampling settings of `__call__`.
-            others: as in `__call__`. If the callback returns False, the iterator raises stage2_prior.generation.sampling.SamplingStopped.
+
+        The other arguments are those of `__call__`. If the callback returns False, the iterator raises
+        stage2_prior.generation.sampling.SamplingStopped.
 
         Raises:
-            ValueError: as in `__call__`.
+            ValueError: as in `__call__`, before the first batch.
         """
         request = self._check_request(class_labels, num_images_per_label, seed, settings)
         return self._sample_batches(request, output_type, callback, batch_size, compile, skip)
@@ -221,18 +223,18 @@ class ImageGenerationPipeline:
 
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
                         compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
-        """Check the arguments at once and return an iterator that samples one batch at a time."""
+        """Check the arguments immediately and return an iterator that samples one batch at a time."""
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
         compile, total = as_boolean("compile", compile), len(request.seeds)
         batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
         batches = [positions for positions in batches if skip is None or not skip(positions)]
-        tokens = self.prior.vocabulary.num_tokens
+        tokens_per_image = self.prior.vocabulary.num_tokens
 
-        def sample() -> Iterator[GenerationOutput]:
+        def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             for number, positions in enumerate(batches):
-                def report(done: int, _: int, number=number) -> bool | None:
-                    return callback(number * tokens + done, len(batches) * tokens)
+                def report(done: int, _: int, number=number) -> bool | None:  # the default keeps the number of this batch
+                    return callback(number * tokens_per_image + done, len(batches) * tokens_per_image)
 
                 batch = slice(positions.start, positions.stop)
                 classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
@@ -249,16 +251,23 @@ class ImageGenerationPipeline:
         return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
     def logit_difference(self, token_ids: torch.Tensor, class_indices: Sequence[int] | None) -> float:
-        """The largest absolute difference between the logits used in sampling and those of the float32 weights in the folder, for sampled ids.
+        """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
 
-        Raises ValueError if the pipeline was not loaded from a folder.
+        Loads the prior again from the folder, in float32.
+
+        Args:
+            token_ids: the ids of the images, (B, h, w) or (B, h, w, depth), such as out.token_ids.
+            class_indices: the class index of each image. None for unconditional images.
+
+        Raises:
+            ValueError: the pipeline was not loaded from a folder.
         """
         if self._source is None:
             raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with. Load a saved pipeline.")
         reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
         classes = [NO_CLASS] * len(token_ids) if class_indices is None else list(class_indices)
-        return max(largest_logit_difference(self.prior, reference, token_ids[start:start + MAX_BATCH_IMAGES].flatten(1),
-                                            classes[start:start + MAX_BATCH_IMAGES]) for start in range(0, len(token_ids), MAX_BATCH_IMAGES))
+        batches = [slice(start, start + MAX_BATCH_IMAGES) for start in range(0, len(token_ids), MAX_BATCH_IMAGES)]
+        return max(largest_logit_difference(self.prior, reference, token_ids[batch].flatten(1), classes[batch]) for batch in batches)
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
         """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU."""
@@ -266,7 +275,8 @@ class ImageGenerationPipeline:
 
     def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
         """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images."""
-        batches = decode_in_batches(self.tokenizer, torch.atleast_1d(torch.as_tensor(token_ids)))
+        token_ids = torch.atleast_1d(torch.as_tensor(token_ids))  # a scalar cannot be split; the tokenizer refuses it with a clear message
+        batches = decode_in_batches(self.tokenizer, token_ids)
         return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
@@ -280,11 +290,20 @@ class ImageGenerationPipeline:
                 raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
                                  f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
             return None
-        label = class_labels if isinstance(class_labels, str) else as_index(class_labels)
-        labels = list(class_labels) if label is None else [label]
+        single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)
+        labels = list(class_labels) if single_label is None else [single_label]
         if not labels:
             raise InputError("class_labels is empty; give class names or indices, or None.")
         return [index for index in class_indices(self.class_names, labels) for _ in range(count)]
+
+
+def keywords_from_former_positions(positional: Sequence[Any]) -> dict[str, Any]:
+    """Name the deprecated positional arguments of a call of the pipeline, and warn its caller. Raises TypeError if there are too many."""
+    if len(positional) > len(FORMER_POSITIONS):
+        raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
+    keywords = dict(zip(FORMER_POSITIONS, positional, strict=False))
+    warnings.warn(f"pass {', '.join(keywords)} by keyword", DeprecationWarning, stacklevel=3)
+    return keywords
 
 
 def to_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:

@@ -1,4 +1,7 @@
-"""Finds the initial weights for fine-tuning (tokenizer_training.init_from) and checks that they match the recipe. Does not import torch."""
+"""Finds the initial weights for fine-tuning (tokenizer_training.init_from) and checks that they match the recipe.
+
+Importing this module does not load torch.
+"""
 
 import hashlib
 import json
@@ -19,8 +22,8 @@ FIELD = "tokenizer_training.init_from"
 TOKENIZER_FORMAT = "vqmosaic.image_tokenizer"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
-TRANSFORM_FIELDS = ("image_size", "channels")
-"""The fields of section data that affect the tokens. The token fingerprint covers no other field of that section."""
+DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels")
+"""The fields of section data on which the tokens depend. The token fingerprint covers no other field of that section."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def locate_initial_weights(path: str) -> InitialWeights:
     """Find the weights at a path. Reads only file names and small files.
 
     Raises:
-        ValueError: the path does not exist, or is not a tokenizer folder, a checkpoint or a run folder with a tokenizer.
+        InputError: the path does not exist, or is not a tokenizer folder, a checkpoint or a run folder with a tokenizer.
     """
     given = Path(path).expanduser()
     if not given.is_dir():
@@ -64,14 +67,14 @@ def locate_initial_weights(path: str) -> InitialWeights:
 def check_init_from(recipe: Recipe, resumes: bool = False) -> None:
     """Raise InputError if tokenizer_training.init_from is set and its weights cannot match the recipe. Reads no tensors.
 
-    If training `resumes` from its own checkpoint, the initial weights may have been deleted.
+    When training resumes from its own checkpoint (`resumes`), missing initial weights are not an error.
     """
     path, run = recipe.tokenizer_training.init_from, RunFolder(Path(recipe.run_dir))
     if path is None or (resumes and not Path(path).expanduser().exists() and any(run.checkpoints("tokenizer").glob("step-*"))):
         return
     found = locate_initial_weights(path)
-    for own in (run.export("tokenizer"), run.checkpoints("tokenizer"), run.export("pipeline")):
-        if found.folder.resolve().is_relative_to(own.resolve()):
+    for output in (run.export("tokenizer"), run.checkpoints("tokenizer"), run.export("pipeline")):
+        if found.folder.resolve().is_relative_to(output.resolve()):
             raise InputError(f"{FIELD} is {path!r}, which this run writes and --redo deletes. Set run_dir to another folder, "
                              "or copy the weights elsewhere.")
     check_same_network(found, recipe.tokenizer)
@@ -97,22 +100,22 @@ def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
                          f"weights, or {FIELD} to weights of this network.")
 
 
-def check_same_transform(found: InitialWeights, own: Mapping[str, Any]) -> None:
+def check_same_transform(found: InitialWeights, data: Mapping[str, Any]) -> None:
     """Raise InputError unless the weights were trained with the recipe's image size and channels.
 
     For training the decoder alone (train_parts decoder), where the tokens must not change. Weights whose size or channels are unknown are refused.
 
     Args:
-        own: the recipe's values, by field name of section data.
+        data: the recipe's image_size and channels, by field name of section data. Other fields are ignored.
     """
     theirs = found.config.get("transform", {})
-    for name in TRANSFORM_FIELDS:
+    for name in DATA_FIELDS_THAT_DECIDE_TOKENS:
         if name not in theirs:
             raise InputError(f"tokenizer_training.train_parts is 'decoder', which must not change the tokens, but the data.{name} that the weights "
                              f"in {found.folder} were trained with is unknown. Set {FIELD} to a tokenizer folder or to the checkpoint "
                              "inside the run that wrote it (<run_dir>/checkpoints/tokenizer), or tokenizer_training.train_parts to all.")
-        if theirs[name] != own[name]:
-            raise InputError(f"data.{name} is {own[name]!r}, but the weights of {FIELD} ({found.folder}) were trained with {theirs[name]!r}, "
+        if theirs[name] != data[name]:
+            raise InputError(f"data.{name} is {data[name]!r}, but the weights of {FIELD} ({found.folder}) were trained with {theirs[name]!r}, "
                              "and tokenizer_training.train_parts decoder must not change the tokens. "
                              f"Set data.{name} to {theirs[name]!r}, or tokenizer_training.train_parts to all.")
 
@@ -120,8 +123,10 @@ def check_same_transform(found: InitialWeights, own: Mapping[str, Any]) -> None:
 def fingerprint_of_initial_weights(path: str) -> str:
     """The full fingerprint of a tokenizer folder, or the sha256 of a checkpoint's checksums.json.
 
+    If config.json has no full fingerprint, this is "None". Loading the tokenizer raises InputError then.
+
     Raises:
-        ValueError: see `locate_initial_weights`.
+        InputError: see `locate_initial_weights`.
     """
     found = locate_initial_weights(path)
     if found.is_export:
@@ -131,14 +136,15 @@ def fingerprint_of_initial_weights(path: str) -> str:
 
 def _recorded_config(checkpoint: Path) -> dict[str, Any]:
     """{"network": fields, "transform": fields} from the stage record of the checkpoint's run. Empty if there is no such record."""
-    run = RunFolder(checkpoint.absolute().parents[2]) if len(checkpoint.absolute().parents) > 2 else None
-    if run is None or run.checkpoints("tokenizer") != checkpoint.absolute().parent:
+    parents = checkpoint.absolute().parents
+    run = RunFolder(parents[2]) if len(parents) > 2 else None  # a checkpoint is <run_dir>/checkpoints/tokenizer/step-...
+    if run is None or run.checkpoints("tokenizer") != parents[0]:
         return {}
     record = load_record(run, "tokenizer")
     if record is None:
         return {}
     return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
-            "transform": {name: record.fields[f"data.{name}"] for name in TRANSFORM_FIELDS if f"data.{name}" in record.fields}}
+            "transform": {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if f"data.{name}" in record.fields}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

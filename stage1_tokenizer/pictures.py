@@ -12,7 +12,12 @@ GAP_PIXELS = 2
 
 
 def tile_images(rows: list[np.ndarray], scale: int = 1) -> Image.Image:
-    """One picture from rows of images of equal size. Each row is uint8 (n, H, W, C); each pixel becomes scale x scale pixels."""
+    """One picture with each row of images below the previous one, on white, with gaps of GAP_PIXELS between the images.
+
+    Args:
+        rows: uint8 (n, H, W, C) each. H, W and C are the same in all rows; n may differ.
+        scale: each pixel of the result, gaps included, becomes scale x scale pixels.
+    """
     height, width, channels = rows[0].shape[1:]
     columns = max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height + GAP_PIXELS) + GAP_PIXELS, columns * (width + GAP_PIXELS) + GAP_PIXELS, channels), 255, dtype=np.uint8)

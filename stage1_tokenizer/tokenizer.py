@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stage1_tokenizer.image_files.images import TRANSFORM_FIELDS, ImageTransform
+from stage1_tokenizer.image_files.images import TRANSFORM_KEYS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.nearest_code import full_precision
@@ -219,7 +219,7 @@ class ImageTokenizer(nn.Module):
         content = read_config(folder)
         where, version = folder / "config.json", written_by(content)
         config = from_fields(TokenizerConfig, content["network"], f"{where}: network", version)
-        check_fields(content["transform"], TRANSFORM_FIELDS, f"{where}: transform", version, TRANSFORM_FIELDS)
+        check_fields(content["transform"], TRANSFORM_KEYS, f"{where}: transform", version, TRANSFORM_KEYS)
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
         try:
             weights = load_file(folder / "model.safetensors")

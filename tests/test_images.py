@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from stage1_tokenizer.data.augmentation import augment, random_view
 from stage1_tokenizer.image_files.images import (
-    IDENTITY,
+    CENTER_VIEW,
     ImageTransform,
     UnreadableImage,
     View,
@@ -181,7 +181,7 @@ def test_pixel_limit_is_checked_on_the_header():
 def test_any_shape_becomes_one_size(size, channels):
     image = noise(*size, "RGB" if channels == 3 else "L")
     transform = ImageTransform(32, channels)
-    for view in (IDENTITY, View(crop_scale=0.05, x=0.0, y=1.0), View(crop_scale=0.37, x=1.0, y=0.3, flip=True, shift_x=3)):
+    for view in (CENTER_VIEW, View(crop_scale=0.05, x=0.0, y=1.0), View(crop_scale=0.37, x=1.0, y=0.3, flip=True, shift_x=3)):
         tensor = transform(image, view)
         assert tensor.shape == (channels, 32, 32) and tensor.dtype == torch.float32 and tensor.is_contiguous()
         assert tensor.min() >= -1 and tensor.max() <= 1
@@ -232,15 +232,15 @@ def test_views_are_what_they_say():
 
 
 def test_named_views():
-    assert named_views("none", 1) == [IDENTITY]
-    assert named_views("flip", 1) == [IDENTITY, View(flip=True)]
+    assert named_views("none", 1) == [CENTER_VIEW]
+    assert named_views("flip", 1) == [CENTER_VIEW, View(flip=True)]
     shifts = named_views("shifts", 2)
-    assert shifts[0] == IDENTITY and len(set(shifts)) == 9
+    assert shifts[0] == CENTER_VIEW and len(set(shifts)) == 9
     assert {(view.shift_x, view.shift_y) for view in shifts} == {(x, y) for x in (-2, 0, 2) for y in (-2, 0, 2)}
     both = named_views("flip+shifts", 1)
-    assert both[0] == IDENTITY and len(set(both)) == 18 and sum(view.flip for view in both) == 9
+    assert both[0] == CENTER_VIEW and len(set(both)) == 18 and sum(view.flip for view in both) == 9
     wide = named_views("wide-shifts", 3)
-    assert wide[0] == IDENTITY and len(set(wide)) == 25 and {view.shift_x for view in wide} == {-6, -3, 0, 3, 6}
+    assert wide[0] == CENTER_VIEW and len(set(wide)) == 25 and {view.shift_x for view in wide} == {-6, -3, 0, 3, 6}
     assert set(named_views("flip+wide-shifts", 1)) == {*named_views("wide-shifts", 1), *(dataclasses.replace(view, flip=True)
                                                                                         for view in named_views("wide-shifts", 1))}
     with pytest.raises(InputError, match=r"flips.*allowed.*Did you mean"):
@@ -261,7 +261,7 @@ def test_ten_crop_is_the_corners_and_the_centre_of_the_image_and_their_mirror_im
 
 def test_listed_views_are_what_their_records_say():
     tokens = TokensConfig(views=[{}, {"crop_scale": 0.5, "position": "bottom-left"}, {"flip": True, "shift": [1, -2]}])
-    assert training_views(tokens) == [IDENTITY, View(crop_scale=0.5, x=0.0, y=1.0), View(flip=True, shift_x=1, shift_y=-2)]
+    assert training_views(tokens) == [CENTER_VIEW, View(crop_scale=0.5, x=0.0, y=1.0), View(flip=True, shift_x=1, shift_y=-2)]
     assert training_views(TokensConfig(views="flip+shifts", view_shift=2)) == named_views("flip+shifts", 2)
 
 

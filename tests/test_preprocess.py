@@ -24,7 +24,7 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.data import digits_source
 from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.image_files.images import IDENTITY, training_views
+from stage1_tokenizer.image_files.images import CENTER_VIEW, training_views
 from tests.test_resume import die_at
 from tests.test_two_processes import processes_with
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
@@ -98,7 +98,7 @@ def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_r
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__views=views))
     preprocess(recipe)
     tokenizer, splits = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), open_splits(recipe.data)
-    expected_views = {"train": training_views(recipe.tokens), "validation": [IDENTITY]}
+    expected_views = {"train": training_views(recipe.tokens), "validation": [CENTER_VIEW]}
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         reader = TokenShardReader(tmp_path / "run/tokens" / split)
         manifest = reader.manifest

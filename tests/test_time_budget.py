@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipelines.stages.train_prior import sample_pictures
+from pipelines.stages.train_prior import make_picture_saver
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
@@ -317,7 +317,7 @@ def test_few_validation_images_raise_no_false_alarm_about_the_codebook(tmp_path,
 def test_sample_pictures_work_on_no_more_images_than_a_training_step(tiny_run, tmp_path, monkeypatch):
     rows, decoded = [], []
     recipe = tiny_recipe(tiny_run, prior_training__batch_size=64, prior_training__accumulation_steps=16)
-    save, prior = sample_pictures(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
+    save, prior = make_picture_saver(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
     sample, decode = prior.sample, ImageTokenizer.decode
     monkeypatch.setattr(prior, "sample", lambda classes, sampling, seeds, callback: rows.append(2 * len(seeds)) or sample(classes, sampling, seeds,
                                                                                                                          callback))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipelines.stages.stage_checks import check_before_start
-from pipelines.stages.train_prior import COLUMNS, ROWS, sample_pictures
+from pipelines.stages.train_prior import COLUMNS, ROWS, make_picture_saver
 from pipelines.stages.train_prior import main as train_prior_with_pictures
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
@@ -509,7 +509,7 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
 def test_a_signal_cuts_sample_pictures_short(tiny_run, run_dir, tmp_path):
     """And guidance is left out where the prior knows no null class."""
     recipe = tiny_recipe(run_dir, tokens__tokenizer=tiny_run / "tokenizer", sampling__guidance_scale=2.0)
-    save, prior = sample_pictures(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
+    save, prior = make_picture_saver(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
     with StopFlag() as stop:
         save(prior, 1, tmp_path, stop)
         for vocabulary in (dataclasses.replace(prior.vocabulary, label_drop=0.0), dataclasses.replace(prior.vocabulary, token_fingerprint="other")):

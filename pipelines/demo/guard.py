@@ -26,15 +26,24 @@ from pipelines.demo.uploads import Uploads
 
 HOSTS = ("127.0.0.1", "localhost")
 MAX_JSON_BYTES = 2**18
-MAX_TEXT = 1000  # characters in a text, items in a list
-MAX_SESSIONS = 20_000
+MAX_ARGUMENT_LENGTH = 1000  # characters in a text, items in a list
+MAX_KNOWN_IDS = 20_000
 MAX_OPEN_REQUESTS = 400  # each page keeps up to two streams open
 
-_SESSION = r"[A-Za-z0-9_-]{1,64}"
+_ID = r"[A-Za-z0-9_-]{1,64}"  # of a session or an event
 _NAME = r"[A-Za-z0-9_-]{1,64}"
-_PAGE_PATHS = re.compile(
-    r"/|/theme\.css|/manifest\.json|/favicon\.ico|/robots\.txt|/config/?|/gradio_api/(info|startup-events|theme\.css)|"
-    rf"/(assets|static)/([A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*|/gradio_api/heartbeat/{_SESSION}")
+_PAGE_PATHS = re.compile("|".join([
+    r"/",
+    r"/theme\.css",
+    r"/manifest\.json",
+    r"/favicon\.ico",
+    r"/robots\.txt",
+    r"/config/?",
+    r"/gradio_api/(info|startup-events|theme\.css)",
+    rf"/gradio_api/heartbeat/{_ID}",
+    # folder names have no dots, and a file name does not start with one, so that no part of a path is ".." or a hidden file
+    r"/(assets|static)/([A-Za-z0-9_-]+/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*",
+]))
 _DROPPED_HEADERS = re.compile(rb"x-forwarded-.*|forwarded|x-gradio-.*|range|content-length|content-encoding|transfer-encoding")
 _MESSAGES = {404: "This path does not exist.", 405: "This path does not support this method.",
              503: "Too many requests are waiting. Try again later."}
@@ -60,7 +69,7 @@ class Guard:
         endpoints = list(endpoints)
         self._by_name = {endpoint.name: endpoint for endpoint in endpoints}
         self._by_number = {endpoint.number: endpoint for endpoint in endpoints}
-        self._sessions: OrderedDict[str, None] = OrderedDict()  # sessions and events with results
+        self._known_ids: OrderedDict[str, None] = OrderedDict()  # of sessions and events, whose results may be read; the newest last
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Pass a valid request to gradio, or answer with an error."""
@@ -68,28 +77,29 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer, where = Answer(send), f"{scope['method']} {scope['path']}"
+        answer, request = Answer(send), f"{scope['method']} {scope['path']}"
         self._open_requests += 1
         try:
             if self._open_requests > MAX_OPEN_REQUESTS:
                 raise Refusal(503, "Too many requests are open. Close some pages, or try again later.")
-            await self._answer(scope, receive, answer)
+            await self._check_and_pass_on(scope, receive, answer)
         except Refusal as refusal:
-            report("refused", where, refusal)
+            report("refused", request, refusal)
             await answer.refuse(refusal.status, str(refusal))
         except ClientDisconnected:
             pass
         except Exception as error:
-            report("error", where, format_error(error))
+            report("error", request, format_error(error))
             await answer.refuse(500, "Unexpected server error. See the terminal of the server.")
         else:
-            if answer.error:
-                report("refused", where, f"status {answer.error}")
+            if answer.error:  # gradio answered with this error status; its response was not sent
+                report("refused", request, f"status {answer.error}")
                 await answer.refuse(answer.error, _MESSAGES.get(answer.error, "The server cannot answer this request."))
         finally:
             self._open_requests -= 1
 
-    async def _answer(self, scope: dict, receive: Callable, answer: Answer) -> None:
+    async def _check_and_pass_on(self, scope: dict, receive: Callable, answer: Answer) -> None:
+        """Check a request and pass it to gradio, or answer it here. Raises Refusal if the request is not allowed."""
         path, headers = scope["path"], Headers(scope=scope)
         check_sender(scope["method"], path, headers)
         if scope["method"] in ("GET", "HEAD"):
@@ -107,8 +117,8 @@ class Guard:
             raise Refusal(415, "The body must be JSON, with Content-Type: application/json.")
         chunks = [chunk async for chunk in read_body(headers, receive, MAX_JSON_BYTES)]
         body = check(strict_json(b"".join(chunks)))
-        self._remember(body.get("session_hash"))
-        answer.before_body = self._remember_event
+        self._remember_id(body.get("session_hash"))
+        answer.before_body = self._remember_event  # gets the response before the page does, which may ask for the event at once
         await self._app(self._cleaned(scope, {}), replay_body(json.dumps(body).encode(), receive), answer.pass_on)
 
     def _checked_query(self, path: str, query: bytes) -> dict[str, str]:
@@ -119,56 +129,61 @@ class Guard:
             if not self._uploads.is_served(path.partition("=")[2]):
                 raise Refusal(403, "Only uploads and results of this page are served.")
             return {}
-        session = ""
         if path == "/gradio_api/queue/data":
-            session = parse_qs(query.decode("latin-1")).get("session_hash", [""])[0]
-        elif found := re.fullmatch(rf"/gradio_api/call/({_NAME})/({_SESSION})", path):
-            self._endpoint(found[1])
-            session = found[2]
+            known_id = parse_qs(query.decode("latin-1")).get("session_hash", [""])[0]
+        elif found := re.fullmatch(rf"/gradio_api/call/({_NAME})/({_ID})", path):
+            self._find_endpoint(found[1])
+            known_id = found[2]
         else:
             raise Refusal(404, _MESSAGES[404])
-        if session not in self._sessions:
+        if known_id not in self._known_ids:
             raise Refusal(404, "This session has no requests.")
-        return {"session_hash": session} if path == "/gradio_api/queue/data" else {}
+        return {"session_hash": known_id} if path == "/gradio_api/queue/data" else {}
 
     def _body_check(self, path: str) -> Callable[[dict], dict]:
         """The function that checks the body of a POST request to this path and returns the body for gradio."""
         if path == "/gradio_api/queue/join":
-            return lambda body: self._call(body, self._endpoint(body.get("fn_index")), needs_session=True)
+            return lambda body: self._checked_call(body, self._find_endpoint(body.get("fn_index")), needs_session=True)
         if found := re.fullmatch(rf"/gradio_api/call/({_NAME})/?", path):
-            endpoint = self._endpoint(found[1])
-            return lambda body: {key: value for key, value in self._call(body, endpoint).items() if key in ("data", "session_hash")}
+            endpoint = self._find_endpoint(found[1])
+            return lambda body: {key: value for key, value in self._checked_call(body, endpoint).items() if key in ("data", "session_hash")}
         if found := re.fullmatch(rf"/gradio_api/run/({_NAME})/?", path):
-            return lambda body: self._direct_call(body, found[1])
+            return lambda body: self._checked_direct_call(body, found[1])
         if path == "/gradio_api/cancel":
-            return lambda body: {"session_hash": _checked_id(body), "fn_index": self._endpoint(body.get("fn_index")).number,
+            return lambda body: {"session_hash": _checked_id(body), "fn_index": self._find_endpoint(body.get("fn_index")).number,
                                  "event_id": _checked_id(body, "event_id")}
         if path == "/gradio_api/reset":
             return lambda body: {"event_id": _checked_id(body, "event_id")}
         raise Refusal(404, _MESSAGES[404])
 
-    def _endpoint(self, key: object) -> Endpoint:
+    def _find_endpoint(self, key: object) -> Endpoint:
+        """The endpoint with this name or number. Raises Refusal if there is none."""
+        # `type(key) is int` excludes true and false, which isinstance accepts as integers
         endpoint = self._by_name.get(key) if isinstance(key, str) else self._by_number.get(key) if type(key) is int else None
         if endpoint is None:
             raise Refusal(404, f"Unknown endpoint; allowed: {', '.join(sorted(self._by_name))}.")
         return endpoint
 
-    def _direct_call(self, body: dict, name: str) -> dict:
-        endpoint = self._endpoint(name if body.get("fn_index") is None else body["fn_index"])
+    def _checked_direct_call(self, body: dict, name: str) -> dict:
+        """The body for gradio of a call outside the queue. Raises Refusal unless the endpoint allows it and the arguments are valid."""
+        endpoint = self._find_endpoint(name if body.get("fn_index") is None else body["fn_index"])
         if endpoint.is_queued:
             raise Refusal(404, f"Call the endpoint {endpoint.name} through /gradio_api/call/{endpoint.name}.")
-        return self._call(body, endpoint)
+        return self._checked_call(body, endpoint)
 
-    def _call(self, body: dict, endpoint: Endpoint, needs_session: bool = False) -> dict:
+    def _checked_call(self, body: dict, endpoint: Endpoint, needs_session: bool = False) -> dict:
+        """The body for gradio of a call of this endpoint. Raises Refusal unless the arguments and the session are valid."""
         data = body.get("data")
         if not isinstance(data, list) or len(data) != endpoint.arguments:
             raise Refusal(400, f"The body must have a list `data` with the {endpoint.arguments} arguments of {endpoint.name}.")
-        checked = {"data": [self._upload(value) if endpoint.takes_upload else _check_value(value) for value in data], "fn_index": endpoint.number}
+        check_argument = self._checked_upload if endpoint.takes_upload else _checked_value
+        checked = {"data": [check_argument(value) for value in data], "fn_index": endpoint.number}
         if needs_session or body.get("session_hash") is not None:
             checked["session_hash"] = _checked_id(body)
         return checked
 
-    def _upload(self, value: object) -> dict | None:
+    def _checked_upload(self, value: object) -> dict | None:
+        """The argument for gradio of an uploaded file, or None if none is given. Raises Refusal unless it is an upload of this page."""
         if value is None:
             return None
         path = value.get("path") if isinstance(value, dict) else None
@@ -176,22 +191,25 @@ class Guard:
             raise Refusal(400, "The image was not uploaded to this page. Upload it, then try again.")
         return {"path": path, "meta": {"_type": "gradio.FileData"}}
 
-    def _remember(self, session: object) -> None:
-        if isinstance(session, str):
-            self._sessions[session] = None
-            self._sessions.move_to_end(session)
-            while len(self._sessions) > MAX_SESSIONS:
-                self._sessions.popitem(last=False)
+    def _remember_id(self, known_id: object) -> None:
+        """Add the id of a session or an event, if it is a string. The oldest ids are forgotten."""
+        if isinstance(known_id, str):
+            self._known_ids[known_id] = None
+            self._known_ids.move_to_end(known_id)
+            while len(self._known_ids) > MAX_KNOWN_IDS:
+                self._known_ids.popitem(last=False)
 
-    def _remember_event(self, answer: bytes) -> None:
+    def _remember_event(self, response_body: bytes) -> None:
+        """Add the id of the event that a response of gradio names. Other responses are ignored."""
         with contextlib.suppress(ValueError, AttributeError):
-            self._remember(json.loads(answer).get("event_id"))
+            self._remember_id(json.loads(response_body).get("event_id"))
 
     @staticmethod
     def _cleaned(scope: dict, query: dict[str, str]) -> dict:
         """The request without headers that gradio trusts or that no longer apply, and with only this query."""
         headers = [(name, value) for name, value in scope["headers"] if not _DROPPED_HEADERS.fullmatch(name.lower())]
         return {**scope, "headers": headers, "query_string": urlencode(query).encode(), "raw_path": scope["path"].encode()}
+
 
 def check_sender(method: str, path: str, headers: Headers) -> None:
     """Raise Refusal unless the request comes from the demo's own page or from a program on this machine.
@@ -210,21 +228,20 @@ def check_sender(method: str, path: str, headers: Headers) -> None:
         raise Refusal(403, "Requests from pages of other origins are not allowed.")
 
 
-def _check_value(value: object, in_list: bool = False) -> object:
+def _checked_value(value: object, in_list: bool = False) -> object:
     """The value if it is null, true, false, a number, a text or a list of these. Raises Refusal otherwise."""
-    if isinstance(value, list) and not in_list and len(value) <= MAX_TEXT:
-        return [_check_value(item, in_list=True) for item in value]
-    is_number = isinstance(value, (int, float)) and abs(value) < 2**63 and math.isfinite(value)
-    is_text = isinstance(value, str) and len(value) <= MAX_TEXT and not re.search("[\ud800-\udfff]", value)
+    if isinstance(value, list) and not in_list and len(value) <= MAX_ARGUMENT_LENGTH:
+        return [_checked_value(item, in_list=True) for item in value]
+    is_number = isinstance(value, (int, float)) and abs(value) < 2**63 and math.isfinite(value)  # true and false are integers in Python
+    is_text = isinstance(value, str) and len(value) <= MAX_ARGUMENT_LENGTH and not re.search("[\ud800-\udfff]", value)
     if value is None or is_number or is_text:
         return value
     raise Refusal(400, "The arguments must be numbers, texts, true, false, null, or lists of these. Only reconstruct accepts files.")
 
 
 def _checked_id(body: dict, field: str = "session_hash") -> str:
+    """The id in this field of a body. Raises Refusal unless it is a valid id."""
     value = body.get(field)
-    if not isinstance(value, str) or not re.fullmatch(_SESSION, value):
+    if not isinstance(value, str) or not re.fullmatch(_ID, value):
         raise Refusal(400, f"The body needs a {field} of at most 64 letters, digits, - and _.")
     return value
-
-

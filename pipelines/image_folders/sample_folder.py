@@ -1,6 +1,7 @@
-"""The output folder of `vqmosaic generate`: one PNG per image, grid.png, and samples.json, which records the request. Needs no torch.
+"""The output folder of `vqmosaic generate`: one PNG per image, grid.png, and samples.json, which records the request.
 
 After an interruption, the same command writes the missing images. A folder never holds images of two requests.
+Importing this module does not load torch.
 """
 
 import dataclasses
@@ -74,10 +75,13 @@ class SampleFolder:
                 "num": self.num, "seed": self.seed, "sampling": dataclasses.asdict(self.sampling), "dtype": self.dtype}
 
     def existing_files(self) -> set[str]:
-        """Names of the files of this request that exist: images and grid.
+        """Check that the folder is free for this request, and list the files of this request that exist: images and grid.
+
+        The files may be incomplete; see `complete_files`.
 
         Raises:
-            ValueError: the folder contains images of another request, or files that would be replaced and are not in a record.
+            InputError: the folder contains images of another request; its samples.json cannot be read as a record; or there is no samples.json,
+                but files with the names of this request exist and would be replaced.
         """
         expected, existing = {*self.names, GRID_NAME}, files_in(self.out)
         remedy = f"Give another --out, or delete these images and {RECORD_NAME}."
@@ -116,10 +120,13 @@ class SampleFolder:
         return {name for name in self.existing_files() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
 
     def is_finished(self) -> bool:
-        """Whether all images and the grid exist and are complete. If so, prints a line. Raises as `existing_files` does."""
-        if len(self.existing_files()) < len(self.names) + 1 or len(self.complete_files()) < len(self.names) + 1:
-            return False
+        """Whether all images and the grid exist and are complete. If so, prints that there is nothing to do.
+
+        Counts the files first, which is fast, and reads them only if none is missing. Raises as `existing_files` does.
+        """
         total = len(self.names)
+        if len(self.existing_files()) < total + 1 or len(self.complete_files()) < total + 1:
+            return False
         print(f"nothing to do: {self.out} already contains {'the' if total == 1 else 'all'} {counted(total, 'image')} of this request")
         return True
 
@@ -139,10 +146,11 @@ def find_output_folder(samples: SampleFolder) -> SampleFolder:
         candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
         try:
             candidate.existing_files()
-            if (candidate.out / RECORD_NAME).exists() or not is_locked(candidate.out):
-                return candidate
         except InputError:
             continue
+        if not (candidate.out / RECORD_NAME).exists() and is_locked(candidate.out):
+            continue
+        return candidate
 
 
 def files_in(out: Path) -> set[str]:
@@ -151,7 +159,10 @@ def files_in(out: Path) -> set[str]:
 
 
 def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
-    """Raise InputError if `names`, existing files that would be replaced and are in no record of an earlier call, is not empty."""
+    """Raise InputError if `names` is not empty. The caller gives the existing files that would be replaced and that no record lists.
+
+    `record` is the file name of the record, for the message.
+    """
     if names:
         others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
         raise InputError(f"--out {out} contains {min(names)}{others} that would be replaced and that no {record} lists. "
@@ -168,7 +179,7 @@ def make_folder(out: Path) -> None:
 
 
 def file_name(class_name: str) -> str:
-    """Convert a class name to the first part of a file name."""
+    """Convert a class name to the first part of a file name: letters, digits, _ and -; other characters become _."""
     return shorten_name(re.sub(r"[^\w-]+", "_", class_name)) or "class"
 
 
@@ -182,7 +193,10 @@ def shorten_name(name: str) -> str:
 
 
 def reconstruction_names(paths: Sequence[Path]) -> list[str]:
-    """The PNG name for the reconstruction of each file: its own, shortened if long, with _, _2, _3 and so on added if it is taken or is grid."""
+    """The PNG name for the reconstruction of each file: the file's own name, shortened if it is long.
+
+    A repeated name becomes name_, name_2, name_3 and so on; "grid" counts as taken.
+    """
     taken, copies, names = {Path(GRID_NAME).stem}, Counter(), []
     for path in paths:
         name = stem = shorten_name(path.stem)
@@ -203,7 +217,10 @@ def report_damaged(out: Path, names: set[str]) -> None:
 
 
 def format_option(option: str, value: Any, class_names: list[str] | None) -> str:
-    """Format the value of an option of `generate` as the user would type it."""
+    """Format the value of an option of `generate` for a message, about as the user would type it. Long lists of classes are cut.
+
+    `class_names` are the names for the indices in option `classes`; None if they are not known.
+    """
     if value is None:
         return "not given"
     if isinstance(value, float):

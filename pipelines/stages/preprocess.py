@@ -25,7 +25,7 @@ from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.image_files.images import IDENTITY, UnreadableImage, View, to_tensor, training_views
+from stage1_tokenizer.image_files.images import CENTER_VIEW, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar
@@ -57,7 +57,7 @@ def preprocess(recipe: Recipe) -> None:
         with StopFlag() as stop, lock_run_folder(run):
             preprocess_locked(recipe, run, state, stop)
     finally:
-        keep_process_group()
+        keep_process_group()  # delays the destructor of the group, which could deadlock, until this process ends
         state.destroy_process_group()
 
 
@@ -69,15 +69,15 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened, splits, data_set = stop.wait_or_raise(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
-    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_set}
+    opened, splits, data_fingerprint = stop.wait_or_raise(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
+    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
-    order_seed = ORDER_SEED
-    if before is not None and SOURCE_ORDER not in before.inputs:  # version 0.1.0 started these shards
-        order_seed = None
+    is_unpermuted = before is not None and SOURCE_ORDER not in before.inputs  # version 0.1.0 started these shards
+    order_seed = None if is_unpermuted else ORDER_SEED
+    if is_unpermuted:
         report("these shards were started in the order of the data set and are finished in that order. `--redo tokens` writes them in a "
                "permuted order, which mixes the classes of training batches")
     else:
@@ -87,12 +87,28 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     if before is None and splits.class_names != opened.class_names:
         report(f"note: the classes are sorted as text ({listed_names(splits.class_names)}), as in the tokenizer {folder}")
     check_class_order(run, splits)
-    if data_set == splits.fingerprint:
+    is_former = data_fingerprint != splits.fingerprint  # version 0.1.0 started these shards, so they keep its data set identities
+    if not is_former:
         inputs |= splits.unread_input
     state.wait_for_everyone()  # until all processes have read the record, which is written next
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
+    report_plan(recipe, tokenizer, splits, state, report)
+    writers = []
+    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, is_former):
+        writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
+        write_split(writer, split, tokenizer, recipe, state, stop, report)
+        writers.append(writer)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_manifests(writers, recipe, run, report)
+        write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
+    state.wait_for_everyone()
+
+
+def report_plan(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, state: PartialState, report: Reporter) -> None:
+    """Print the number of images, views and tokens, and the devices."""
     views = training_views(recipe.tokens)
     report.table("plan", {
         "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on "
@@ -100,26 +116,23 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
-    writers = []
-    former = data_set != splits.fingerprint  # shards started by vqmosaic 0.1.0 continue with its data set identities
-    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, former):
-        writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
-        write_split(writer, split, tokenizer, recipe, state, stop, report)
-        writers.append(writer)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        for writer in writers:  # for the shards of all processes, before a manifest marks a split as complete
-            refuse_if_too_many_unreadable(read_skipped_sources(writer), writer.header.num_sources, recipe.data)
-        for writer in writers:
-            manifest = writer.finish()
-            report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
-                   f"{len(manifest.skipped)} skipped")
-            for entry in manifest.skipped[:10]:
-                report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
-            if manifest.skipped:
-                report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again and stores those that are readable then")
-        write_record(run, recipe, "tokens", inputs, finished=True, seconds=time.monotonic() - started)
-    state.wait_for_everyone()
+
+
+def write_manifests(writers: Sequence[TokenShardWriter], recipe: Recipe, run: RunFolder, report: Reporter) -> None:
+    """Write the manifests of the splits, whose shards are complete, and print the numbers of images and the first skipped images.
+
+    Raises InputError, before any manifest marks a split as complete, if the processes together skipped too many images.
+    """
+    for writer in writers:
+        refuse_if_too_many_unreadable(read_skipped_sources(writer), writer.header.num_sources, recipe.data)
+    for writer in writers:
+        manifest = writer.finish()
+        report(f"{writer.folder}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}, "
+               f"{len(manifest.skipped)} skipped")
+        for entry in manifest.skipped[:10]:
+            report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
+        if manifest.skipped:
+            report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again and stores those that are readable then")
 
 
 def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
@@ -172,7 +185,7 @@ def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, 
                 depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
     plans = []
-    for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [IDENTITY])):
+    for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [CENTER_VIEW])):
         header = ShardSetHeader(
             split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names,
             dataset=source.former_identity if former else source.identity, grids=[grid], views=[view.to_dict() for view in views],
@@ -199,20 +212,20 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
 
 def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
                skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """Encode the sources of one shard and add them to it.
+    """Encode the sources of one shard and add them to it, one for each step of this iterator. Read it to its end, or the shard stays incomplete.
 
     Yields each index with its ids (V, T) after they are stored, or with the error if the image is skipped. Adds skipped images to `skipped`
     (source -> reason).
     """
     source = split.source
-    for index, ids_VT in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
-        if isinstance(ids_VT, UnreadableImage):
-            shard.skip(index=index, source=source.source_name(index), reason=str(ids_VT))
-            skipped[source.source_name(index)] = str(ids_VT)
+    for index, outcome in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
+        if isinstance(outcome, UnreadableImage):
+            shard.skip(index=index, source=source.source_name(index), reason=str(outcome))
+            skipped[source.source_name(index)] = str(outcome)
             refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
         else:
-            shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index), ids={GRID_NAME: ids_VT})
-        yield index, ids_VT
+            shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index), ids={GRID_NAME: outcome})
+        yield index, outcome
 
 
 def read_skipped_sources(writer: TokenShardWriter) -> dict[str, str]:
@@ -226,7 +239,7 @@ def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View
     """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones."""
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
-    # if the encoder uses all cores, a decoding thread would compete with it for cores and for Python's global lock
+    # if the encoder uses all cores, a decoding thread would compete with it for cores and for the GIL
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
     decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
     for _ in batches:
@@ -257,29 +270,40 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
             rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()  # in numpy, as in to_tensor
         return errors
 
+    def empty_rows(batch: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(len(batch), len(views), channels, size, size)
+
+    def submit(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor, list[Future]]:
+        rows_NVCHW, part_size = empty_rows(batch), -(-len(batch) // threads)
+        return batch, rows_NVCHW, [pool.submit(decode, batch[start:start + part_size], rows_NVCHW[start:start + part_size])
+                                   for start in range(0, len(batch), part_size)]
+
+    def finish(batch: Sequence[int], rows_NVCHW: torch.Tensor, parts: list[Future]) -> tuple[Sequence[int], torch.Tensor, list]:
+        return batch, rows_NVCHW, [error for part in parts for error in part.result()]
+
+    if threads == 1 and not ahead:
+        for batch in batches:
+            rows_NVCHW = empty_rows(batch)
+            yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
+        return
     pending: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
-        for batch in [*batches, *[range(0)] * ahead]:  # the empty batches flush the last ones
-            rows_NVCHW = torch.zeros(len(batch), len(views), channels, size, size)
-            if threads == 1 and not ahead:
-                yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
-                continue
-            part_size = max(1, -(-len(batch) // threads))
-            pending.append((batch, rows_NVCHW, [pool.submit(decode, batch[start:start + part_size], rows_NVCHW[start:start + part_size])
-                                                for start in range(0, len(batch), part_size)]))
+        for batch in batches:
+            pending.append(submit(batch))
             if len(pending) > ahead:
-                batch, rows_NVCHW, parts = pending.popleft()
-                yield batch, rows_NVCHW, [error for part in parts for error in part.result()]
+                yield finish(*pending.popleft())
+        while pending:
+            yield finish(*pending.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file
 
 
 def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
     """Ids (N, T) of images (N, C, H, W). Every batch is padded to `batch_size` images, because rounding may depend on the batch shape."""
-    missing = -len(rows_NCHW) % batch_size
-    filled_NCHW = torch.cat([rows_NCHW, torch.zeros(missing, *rows_NCHW.shape[1:])]) if missing else rows_NCHW
-    ids = [tokenizer.encode(piece.to(tokenizer.device)).flatten(1).cpu() for piece in filled_NCHW.split(batch_size)]
+    padding = -len(rows_NCHW) % batch_size
+    padded_NCHW = torch.cat([rows_NCHW, torch.zeros(padding, *rows_NCHW.shape[1:])]) if padding else rows_NCHW
+    ids = [tokenizer.encode(piece.to(tokenizer.device)).flatten(1).cpu() for piece in padded_NCHW.split(batch_size)]
     return torch.cat(ids)[:len(rows_NCHW)].numpy()
 
 

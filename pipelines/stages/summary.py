@@ -1,4 +1,4 @@
-"""Measures a finished run: samples.png, reconstructions.png, summary.json and the printed table."""
+"""Draws samples.png and reconstructions.png of a finished run, collects its measures for summary.json, and formats them as a text table."""
 
 import dataclasses
 import json
@@ -28,29 +28,34 @@ from vqmosaic.training.tracking import read_metrics
 from vqmosaic.wording import counted
 
 ROWS, COLUMNS = 10, 10
+PICTURE_IMAGES = 16
+"""Number of validation images in reconstructions.png."""
 LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
 
 
 def summarize(recipe: Recipe) -> dict[str, Any]:
-    """Write the pictures of a finished run, and return its measures for summary.json."""
+    """Write the pictures of a finished run, and return the content of summary.json."""
     run = RunFolder(Path(recipe.run_dir))
     pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
     splits = open_splits(recipe.data)
     save_samples(pipe, recipe, run.root / "samples.png")
-    validation = ValidationImages(splits.validation, pipe.tokenizer.transform, 16)
-    images_BCHW = torch.cat([images for images, _ in validation.batches(16, 0, 1)])
+    validation = ValidationImages(splits.validation, pipe.tokenizer.transform, limit=PICTURE_IMAGES)
+    images_BCHW = torch.cat([images for images, _ in validation.batches(batch_size=PICTURE_IMAGES)])
     batch_size = tokenizer_batch_size(pipe.tokenizer.transform.image_size)
     restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(batch_BCHW.to(pipe.device)).cpu() for batch_BCHW in images_BCHW.split(batch_size)])
     save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
 
     reader = TokenShardReader(run.export("tokens") / "train")
-    is_digits = resolve_source(recipe.data) == "digits"
-    classifier = DigitsClassifier([int(splits.validation.source_name(index)) for index in range(len(splits.validation))]) if is_digits else None
+    classifier = None
+    if resolve_source(recipe.data) == "digits":
+        # The source name of a digit is its row number. The classifier trains on the other rows and reports its accuracy on these.
+        held_out_rows = [int(splits.validation.source_name(index)) for index in range(len(splits.validation))]
+        classifier = DigitsClassifier(held_out_rows)
     tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
-    tokens, codes = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
+    num_tokens, codebook_size = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
     summary = {
         "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
-        "tokens": {"count": tokens, "codebook_size": codes, "bits_per_image": tokens * math.log2(codes)},
+        "tokens": {"count": num_tokens, "codebook_size": codebook_size, "bits_per_image": num_tokens * math.log2(codebook_size)},
         "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
         "tokenizer_export": recipe.tokenizer_training.export,
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
@@ -65,7 +70,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
 
 
 def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> dict[str, Any]:
-    """The validation record of the weights that a stage exported, including their step.
+    """The validation record of the weights that a stage exported, including their step. The last validation if there is none of that step.
 
     Args:
         export: the weights that the recipe exports, "best" or "last".
@@ -86,11 +91,13 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
     """Save a picture of samples with one row for each of up to ten evenly spaced classes, or ten rows without classes."""
     names = pipe.class_names
-    labels = evenly_spaced_classes(len(names), ROWS) if names else None
-    rows = len(labels) if names else ROWS
-    out = pipe(labels, COLUMNS if names else rows * COLUMNS, seed=recipe.seed, output_type="np")
-    picture = tile_images([out.images[start:start + COLUMNS] for start in range(0, rows * COLUMNS, COLUMNS)], viewing_scale(out.images.shape[1]))
-    save_picture(picture, path)
+    if names:
+        labels = evenly_spaced_classes(len(names), ROWS)
+        out = pipe(labels, num_images_per_label=COLUMNS, seed=recipe.seed, output_type="np")
+    else:
+        out = pipe(num_images_per_label=ROWS * COLUMNS, seed=recipe.seed, output_type="np")
+    rows = [out.images[start:start + COLUMNS] for start in range(0, len(out.images), COLUMNS)]
+    save_picture(tile_images(rows, viewing_scale(out.images.shape[1])), path)
 
 
 def summary_table(summary: dict[str, Any]) -> str:

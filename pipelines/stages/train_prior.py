@@ -2,7 +2,7 @@
 
     vqmosaic train-prior digits
 
-Without a tokenizer (tokens of another program), training saves no pictures.
+Without a tokenizer (tokens of another program), or with one that did not make the tokens, training saves no pictures.
 """
 
 import dataclasses
@@ -32,10 +32,16 @@ from vqmosaic.runs.launch import run_worker
 from vqmosaic.seeding import image_seeds
 
 ROWS, COLUMNS = 10, 8
+"""Largest number of rows of a picture, one for each class, and the number of images per row."""
+UNCONDITIONAL_ROWS = 4
+"""Number of rows if the prior has no classes."""
 
 
-def sample_pictures(recipe: Recipe) -> OnValidation | None:
-    """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one."""
+def make_picture_saver(recipe: Recipe) -> OnValidation | None:
+    """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one.
+
+    The callback saves nothing if the prior's tokens come from another tokenizer, or if a signal stops it.
+    """
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
         return None
@@ -43,6 +49,7 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
     training, world_size = recipe.prior_training, int(os.environ.get("WORLD_SIZE", "1"))
     batch_size = max(1, training.batch_size // training.accumulation_steps // world_size // 2)  # with guidance, an image takes two rows
 
+    @torch.no_grad()
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
             return  # the tokens come from another tokenizer, so this one cannot decode them
@@ -50,12 +57,18 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
         sampling = recipe.sampling
         if not num_classes or prior.vocabulary.label_drop == 0:  # guidance needs a null class, which this prior does not learn
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        labels = evenly_spaced_classes(num_classes, ROWS) or [NO_CLASS] * 4
-        classes, seeds, pixels = [label for label in labels for _ in range(COLUMNS)], image_seeds(recipe.seed, len(labels) * COLUMNS), []
+        labels = evenly_spaced_classes(num_classes, ROWS) or [NO_CLASS] * UNCONDITIONAL_ROWS
+        classes = [label for label in labels for _ in range(COLUMNS)]
+        seeds = image_seeds(recipe.seed, len(classes))
+        pixels = []
+
+        def should_continue(done: int, total: int) -> bool:
+            return not stop.signal
+
         for start in range(0, len(seeds), batch_size):
             batch = slice(start, start + batch_size)
             try:
-                ids_BT = prior.sample(classes[batch] if num_classes else None, sampling, seeds[batch], lambda done, total: not stop.signal)
+                ids_BT = prior.sample(classes[batch] if num_classes else None, sampling, seeds[batch], should_continue)
             except SamplingStopped:
                 return
             pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
@@ -63,13 +76,13 @@ def sample_pictures(recipe: Recipe) -> OnValidation | None:
         picture = tile_images([pixels[start:start + COLUMNS] for start in range(0, len(pixels), COLUMNS)], viewing_scale(pixels.shape[1]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
 
-    return torch.no_grad()(save)
+    return save
 
 
 def main(arguments: list[str]) -> None:
     """Entry point: a recipe and its overrides."""
     recipe = load_recipe(arguments[0], arguments[1:], count_images=count_images)
-    train(recipe, sample_pictures(recipe))
+    train(recipe, make_picture_saver(recipe))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pipelines.generate import ImageGenerationPipeline, decode_in_batches
 from pipelines.sweep.feature_extractors import FeatureExtractor, FeatureNetwork, load_feature_extractor
 from pipelines.sweep.random_subset import RandomSubset
 from pipelines.sweep.sweep_plan import SweepRequest, containing_folder
-from pipelines.sweep.sweep_record import SweepRecord, format_settings, ranking_table, read_sweep, varying_settings
+from pipelines.sweep.sweep_record import SETTING_NAMES, SweepRecord, format_settings, ranking_table, read_sweep, varying_settings
 from stage1_tokenizer.data.data_location import image_files
 from stage1_tokenizer.data.folder_source import FolderSource, class_name
 from stage1_tokenizer.data.image_batches import ValidationImages
@@ -147,7 +147,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
 def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Distances, real: ValidationImages,
                          counts: list[int] | None, record: SweepRecord, missing: list[SamplingConfig]) -> None:
     """Measure the combinations that are missing from the record, and add each to the record as soon as it is done."""
-    names = varying_settings([{"settings": vars(sampling)} for sampling in request.combinations])
+    names = varying_settings(request.combinations)
     classes = None if counts is None else [index for index, count in enumerate(counts) for _ in range(count)]
     with StopFlag() as stop:
         for images_BCHW, _ in until_stopped(real.batches(request.batch_size), stop, record):
@@ -156,7 +156,7 @@ def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, d
         record.content["reference"] = {"images": distances.subsets[True].count, "unreadable": sorted(real.unreadable)}
         for remaining, sampling in zip(reversed(range(len(missing))), missing, strict=True):
             started = time.monotonic()
-            settings = format_settings(vars(sampling), names)
+            settings = format_settings(sampling, names)
             with progress_bar(request.images, 0, settings, "image") as bar:
                 for images_BCHW in until_stopped(generate_batches(pipe, sampling, classes, request, stop), stop, record):
                     distances.update(images_BCHW, real=False)
@@ -199,12 +199,13 @@ def report_and_recommend(request: SweepRequest, record: SweepRecord) -> None:
     ranked = record.ranked()
     others = len(ranked) - len(request.combinations)
     earlier = f", with {counted(others, 'combination')} of earlier sweeps" if others else ""
-    print(f"\nranked ({request.record}{earlier}):\n{ranking_table(ranked)}")
+    print(f"\nranked ({request.record}{earlier}):\n{ranking_table(record)}")
     by_kernel = min(ranked, key=lambda result: result["kernel_distance"])
     if by_kernel is not ranked[0]:
-        print(f"the kernel distance ranks another combination first: {format_settings(by_kernel['settings'], varying_settings(ranked))}")
+        names = varying_settings([record.settings_of(result) for result in ranked])
+        print(f"the kernel distance ranks another combination first: {format_settings(record.settings_of(by_kernel), names)}")
     best = record.settings_of(ranked[0])
-    settings = format_settings(vars(best), list(vars(best)))
+    settings = format_settings(best, SETTING_NAMES)
     if request.keep:
         print(f"best: {settings}\n--keep: the recommended settings in {request.folder / 'pipeline.json'} were not changed")
         return
@@ -235,7 +236,8 @@ def open_reference(request: SweepRequest, transform: ImageTransform, class_names
         needs_proportions = class_names is not None and not has_prior_classes(source) and request.data is not None
         validation = open_splits(request.data).in_class_order_of(class_names).validation if needs_proportions else None
     if len(source) < 2:
-        raise InputError(f"there is {len(source)} real image to compare with ({description}); a distance needs at least 2.")
+        raise InputError(f"there {is_or_are(len(source))} {counted(len(source), 'real image')} to compare with ({description}); a distance needs at "
+                         "least 2.")
     return source, next(filter(has_prior_classes, (source, validation)), None), description
 
 

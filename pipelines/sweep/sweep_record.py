@@ -1,9 +1,10 @@
-"""Reads and writes the record of a sweep: its setup, and the result of each combination as soon as it is available. Does not load torch.
+"""Reads and writes the record of a sweep, and ranks its results. Each result is written as soon as it is measured. Does not load torch.
 
     sweep.json
-        setup        everything that affects the distances: pipeline parts, feature extractor, real images, number of images, seed, classes
-        reference    the number of real images that were used
-        results      for each combination, its settings, distances, seconds, device and library versions
+        setup        everything but the sampling settings that affects the distances: pipeline parts, feature extractor, real images, the number,
+                     seed, classes and data type of the generated images, and the parameters of the kernel distance
+        reference    the number of real images that were used, and the names of the unreadable ones
+        results      for each combination: settings, distances, number of images, seconds, device and library versions
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 FORMAT = "vqmosaic.sweep"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "setup", "reference", "results")
-RESULT_FIELDS = ("settings", "frechet_distance", "kernel_distance", "kernel_deviation", "images", "seconds", "device", "versions")
-"""Fields of one result. The first four are required, because the ranking uses them."""
+REQUIRED_RESULT_FIELDS = ("settings", "frechet_distance", "kernel_distance", "kernel_deviation")
+"""Fields that every result must have, because the ranking uses them."""
+RESULT_FIELDS = (*REQUIRED_RESULT_FIELDS, "images", "seconds", "device", "versions")
+SETTING_NAMES = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
 class SweepRecord:
@@ -37,7 +40,7 @@ class SweepRecord:
         """The record in a file, or a new record that is not written yet.
 
         Raises:
-            ValueError: the file is not a sweep record, or it has another setup, so that its distances are not comparable with new ones.
+            InputError: the file is not a sweep record, or it has another setup, so that its distances are not comparable with new ones.
         """
         setup, content = json.loads(json.dumps(setup)), read_sweep(path)
         if content is None:
@@ -76,7 +79,7 @@ def read_sweep(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path} is not a sweep record that this version of vqmosaic can read; give another --out.")
     check_fields(content, (*FIELDS, VERSION_FIELD), str(path), written_by(content), FIELDS)
     for number, result in enumerate(content["results"]):
-        check_fields(result, RESULT_FIELDS, f"{path}: results[{number}]", written_by(result.get("versions")), RESULT_FIELDS[:4])
+        check_fields(result, RESULT_FIELDS, f"{path}: results[{number}]", written_by(result.get("versions")), REQUIRED_RESULT_FIELDS)
     return content
 
 
@@ -97,6 +100,7 @@ def is_pipeline_field(name: str) -> bool:
 def describe_pipeline_change(differences: Sequence[tuple[str, Any, Any]]) -> str:
     """A clause that names the changed parts of a recorded pipeline. It omits the fingerprints, which are not useful to the user."""
     names = {name for name, _, _ in differences}
+    # pipeline.tokens is the fingerprint of the part of the tokenizer that determines the ids, pipeline.tokenizer that of the whole tokenizer
     parts = [part for part, fingerprints in (("tokenizer", {"pipeline.tokens", "pipeline.tokenizer"}), ("prior", {"pipeline.prior"}))
              if names & fingerprints]
     return "the pipeline is a different one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
@@ -113,23 +117,29 @@ def describe_setup_differences(differences: Sequence[tuple[str, Any, Any]]) -> s
     return "; ".join(clauses)
 
 
-def format_settings(settings: dict[str, Any], names: list[str]) -> str:
+def format_value(value: Any) -> str:
+    """The value of a setting as text."""
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+def format_settings(sampling: SamplingConfig, names: Sequence[str]) -> str:
     """The settings with these names as text, for printed lines."""
-    return ", ".join(f"{name} {settings[name]:g}" if isinstance(settings[name], float | int) else f"{name} {settings[name]}" for name in names)
+    return ", ".join(f"{name} {format_value(getattr(sampling, name))}" for name in names)
 
 
-def varying_settings(results: list[dict[str, Any]]) -> list[str]:
-    """Names of the settings that differ between results, or all names if none differ."""
-    names = list(results[0]["settings"])
-    return [name for name in names if len({json.dumps(result["settings"][name]) for result in results}) > 1] or names
+def varying_settings(combinations: Sequence[SamplingConfig]) -> Sequence[str]:
+    """Names of the settings that differ between combinations, or all names if none differ."""
+    return [name for name in SETTING_NAMES if len({json.dumps(getattr(sampling, name)) for sampling in combinations}) > 1] or SETTING_NAMES
 
 
-def ranking_table(results: list[dict[str, Any]]) -> str:
-    """A text table of ranked results: rank, the settings that differ, Frechet distance, kernel distance ± standard deviation over subsets."""
-    names = varying_settings(results)
+def ranking_table(record: SweepRecord) -> str:
+    """A text table of the ranked results: rank, the settings that differ, Frechet distance, kernel distance ± standard deviation over subsets."""
+    ranked = record.ranked()
+    combinations = [record.settings_of(result) for result in ranked]
+    names = varying_settings(combinations)
     rows = [["", *names, "Frechet", "kernel"]]
-    for rank, result in enumerate(results, start=1):
-        values = [f"{value:g}" if isinstance(value := result["settings"][name], float | int) else str(value) for name in names]
+    for rank, (result, sampling) in enumerate(zip(ranked, combinations, strict=True), start=1):
+        values = [format_value(getattr(sampling, name)) for name in names]
         kernel = f"{result['kernel_distance']:.6g} ± {result['kernel_deviation']:.2g}"
         rows.append([f"{rank}.", *values, f"{result['frechet_distance']:.6g}", kernel])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -1,4 +1,7 @@
-"""Finds the origin of the tokens in a folder: their run, its recipe, and the images they were made from. Does not load torch."""
+"""Finds the origin of the tokens in a folder: their run, its recipe, and the images they were made from.
+
+Importing this module does not load torch.
+"""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,18 +35,24 @@ def load_run_recipe(folder: Path) -> Recipe | None:
 
 
 def find_run(folder: Path) -> Path | None:
-    """The folder of the run that contains a tokens folder or the folder of one split, or None."""
+    """The run folder of a tokens folder or of the folder of one split; None if the tokens are outside a run.
+
+    It is the parent of `folder`, or the parent's parent, that contains recipe.yaml.
+    """
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
 def find_readable(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
-    """The records of skipped images (from a manifest or a sidecar) whose image can be read now."""
+    """The records of skipped images (from a manifest or a sidecar) whose image can be read now. Tries to read each of them. Loads torch.
+
+    Leaves out records whose index has another name in `source`, or none.
+    """
     from stage1_tokenizer.image_files.images import UnreadableImage
 
     found = []
     for record in skipped:
         if record["index"] >= len(source) or source.source_name(record["index"]) != record["source"]:
-            continue  # the data set has changed; the comparison of names reports it
+            continue  # the data set has changed; the audit compares the names and reports it
         with suppress(UnreadableImage):
             source.read(record["index"])
             found.append(record)

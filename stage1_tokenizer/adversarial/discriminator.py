@@ -21,11 +21,13 @@ LEAKY_SLOPE = 0.2
 class PatchDiscriminator(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to logits (B, 1, h, w), one for each overlapping patch; larger means "real".
 
-    config.layers 4x4 convolutions of stride 2, one of stride 1, and one to a single channel, with leaky ReLUs between them. The first has no
-    norm. Weights are drawn from N(0, 0.02) with `seed`; the global random state does not change.
+    config.layers 4x4 convolutions of stride 2, one of stride 1, and one of stride 1 to a single channel, with leaky ReLUs between them. With
+    config.norm == "group", GroupNorm follows every convolution except the first and the last. Weights are drawn with `seed` from a normal
+    distribution of standard deviation 0.02. The global random state does not change.
 
-    With config.spectral_norm (Miyato et al. 2018), the estimated singular vectors are buffers in the state_dict. Forward passes do not change
-    them. commit() runs one power iteration after an accepted step, so refused steps and micro-batches have no effect on them.
+    With config.spectral_norm (Miyato et al. 2018), each weight is divided by an estimate of its largest singular value. The singular vectors of
+    the estimate are buffers in the state_dict. Forward passes do not change them. Training calls commit() after each accepted optimizer step, that
+    is, a step with finite loss and gradients. So refused steps have no effect on them, and several micro-batches count as one step.
     """
 
     def __init__(self, config: AdversarialConfig, image_channels: int, seed: int):
@@ -53,14 +55,14 @@ class PatchDiscriminator(nn.Module):
         return self.features(images_BCHW)[0]
 
     def features(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits (B, 1, h, w), and the config.layers + 1 feature maps after each leaky ReLU, from fine to coarse.
+        """Logits (B, 1, h, w), and the feature map after each of the config.layers + 1 leaky ReLUs, from fine to coarse.
 
         Raises:
             ValueError: the images are too small for config.layers.
         """
         patches_per_side(min(images_BCHW.shape[2:]), self.config.layers)
-        with parametrize.cached():  # normalize each weight once per forward, outside autocast
-            self._normalize_weights(images_BCHW.device.type)
+        with parametrize.cached():  # the weights are computed here, outside autocast, and kept for this forward pass
+            self._compute_weights(images_BCHW.device.type, run_power_iteration=False)
             maps: list[torch.Tensor] = []
             features = images_BCHW
             for block in self.blocks:
@@ -68,22 +70,28 @@ class PatchDiscriminator(nn.Module):
                 maps.append(features)
             return self.conv_out(features), maps              # (B, 1, h, w)
 
-    def _normalize_weights(self, device_type: str, update_estimates: bool = False) -> None:
-        """Divide the weights by their largest singular values, in float32. With `update_estimates`, runs a power iteration first."""
+    def _compute_weights(self, device_type: str, run_power_iteration: bool) -> None:
+        """Compute the weights with spectral norm, in float32. Inside parametrize.cached(), torch keeps them.
+
+        With `run_power_iteration`, torch's spectral_norm is in training mode: computing a weight first updates its singular vectors.
+        """
         with torch.autocast(device_type, enabled=False):
             for convolution in self._normalized_convolutions():
-                convolution.parametrizations.weight.train(update_estimates)
-                _ = convolution.weight  # computed here; parametrize.cached() keeps it
+                convolution.parametrizations.weight.train(run_power_iteration)
+                _ = convolution.weight  # reading the attribute computes the weight
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Update the estimated singular vectors by one power iteration, after an accepted step."""
-        self._normalize_weights(self.conv_out.bias.device.type, update_estimates=True)
+        """Update the estimated singular vectors by one power iteration. Call this after each accepted optimizer step."""
+        self._compute_weights(self.conv_out.bias.device.type, run_power_iteration=True)
 
     def _normalized_convolutions(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if parametrize.is_parametrized(module, "weight"))
 
 
 def group_count(width: int) -> int:
-    """Number of GroupNorm groups for `width` channels: at most 32, with at least four channels each."""
+    """Number of GroupNorm groups for `width` channels, a multiple of 4: the largest power of two up to 32 that divides width / 4.
+
+    So each group has at least four channels.
+    """
     return math.gcd(32, width // 4)

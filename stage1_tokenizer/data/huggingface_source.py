@@ -37,7 +37,7 @@ _FINGERPRINT_ROWS = 256
 
 
 class HuggingFaceSource:
-    """One split of a data set. Names are row numbers of the stored split."""
+    """One split of a data set. Each image is named by its row number in the stored split."""
 
     def __init__(self, split: str, rows: datasets.Dataset, row_numbers: np.ndarray, labels: np.ndarray | None, class_names: list[str] | None,
                  data: DataConfig):
@@ -49,7 +49,7 @@ class HuggingFaceSource:
         self._folder = path if path.is_dir() else path.parent if path.is_file() else None
         self._name = str(path.resolve()) if path.exists() else data.path
         self._channels, self._max_pixels = data.channels, data.max_pixels
-        self._unread: frozenset[int] | None = None
+        self._unread: frozenset[int] | None = None  # indices; None: `identity` finds the files whose bytes cannot be read
 
     @cached_property
     def _image_digests(self) -> list[tuple[int | None, bytes | None, bool]]:
@@ -57,26 +57,28 @@ class HuggingFaceSource:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """See ImageSource. The first call reads a few bytes of every image (content_digest.py)."""
         # The library's own fingerprint depends on paths and times. This digest is the same on every machine.
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         digest.update(self._row_numbers.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._row_numbers].astype("<i8").tobytes())
         unread = self._unread
-        if unread is None:
-            unread = [index for index, (_, content, is_named) in enumerate(self._image_digests) if content is None and is_named]
-        update_digest(digest, ([] for _ in self._image_digests), [(size, content) for size, content, _ in self._image_digests], unread)
+        if unread is None:  # files whose bytes could not be read; a row without an image is not among them
+            unread = [index for index, (_, content, is_file_path) in enumerate(self._image_digests) if content is None and is_file_path]
+        contents = [(size, content) for size, content, _ in self._image_digests]
+        update_digest(digest, entries=[[]] * len(self), contents=contents, unread=unread)  # empty: row numbers and labels are in the digest already
         return {"kind": "huggingface", "version": 2, "split": self.split, "count": len(self), "sha256": digest.hexdigest(),
                 **({"unread": sorted(unread)} if unread else {})}
 
     @cached_property
     def former_identity(self) -> dict[str, Any]:
-        # Covers the labels and stored sizes of all images, and the bytes of up to _FINGERPRINT_ROWS images.
+        """See ImageSource. Covers the labels of all images, the sizes of all rows, and the bytes of up to _FINGERPRINT_ROWS images."""
         digest = hashlib.sha256(json.dumps([self.class_names, len(self._rows)]).encode())
         digest.update(self._row_numbers.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._row_numbers].astype("<i8").tobytes())
-        digest.update(_stored_sizes(self._column).astype("<i8").tobytes())
+        digest.update(_byte_sizes(self._column).astype("<i8").tobytes())
         for position in np.linspace(0, len(self) - 1, min(len(self), _FINGERPRINT_ROWS)).astype(int):
             stored = self._stored(position)
             digest.update(stored if isinstance(stored, bytes) else str(stored).encode())
@@ -135,7 +137,7 @@ class HuggingFaceSource:
         return path if path.exists() and not inside.exists() else inside
 
     def _digest(self, index: int) -> tuple[int | None, bytes | None, bool]:
-        """(size in bytes, content_digest, whether the row names a file) of an image. Images stored in the table are not copied."""
+        """(size in bytes, content_digest, is_file_path) of an image; (None, None, False) if the row has none. Does not copy stored images."""
         stored = self._bytes[int(self._row_numbers[index])]
         if stored.is_valid and not isinstance(stored, pyarrow.StringScalar | pyarrow.LargeStringScalar):
             content = stored.as_buffer()
@@ -170,7 +172,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     class_names, to_index, order = _classes(train, label_column)
     notes = (hint,) if class_names is None and data.use_labels and (hint := _hint(train, image_column)) else ()
 
-    def images(rows: datasets.Dataset) -> datasets.Dataset:
+    def undecoded_images(rows: datasets.Dataset) -> datasets.Dataset:
         rows = rows.select_columns([image_column])
         if isinstance(rows.features[image_column], datasets.Image):
             return rows.cast_column(image_column, datasets.Image(decode=False))
@@ -179,7 +181,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     train_labels = to_index(train)
     if validation_split is None:
         kept, held_out, origin = hold_out_validation(range(len(train)), None if train_labels is None else train_labels.tolist(), data)
-        stored = images(train)
+        stored = undecoded_images(train)
         return ImageSplits(HuggingFaceSource(data.train_split, stored, kept, train_labels, class_names, data),
                            HuggingFaceSource("validation", stored, held_out, train_labels, class_names, data), origin, notes, order)
     validation = splits[validation_split]
@@ -194,13 +196,13 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
             raise InputError(f"data.path {data.path!r}: class {class_names[unknown[0]]!r} has images in {validation_split!r} but none in "
                              f"{data.train_split!r}, so it cannot be learned.")
     return ImageSplits(
-        HuggingFaceSource(data.train_split, images(train), np.arange(len(train)), train_labels, class_names, data),
-        HuggingFaceSource(validation_split, images(validation), np.arange(len(validation)), validation_labels, class_names, data),
+        HuggingFaceSource(data.train_split, undecoded_images(train), np.arange(len(train)), train_labels, class_names, data),
+        HuggingFaceSource(validation_split, undecoded_images(validation), np.arange(len(validation)), validation_labels, class_names, data),
         f"validation: {counted(len(validation), 'image')} in the split {validation_split!r}", notes, order)
 
 
 def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
-    """The splits by name."""
+    """Load the data set and return its splits by name; without splits, all of it is the training split. Raises InputError with the cause."""
     path = local_path(data)
     check_readable(path, *(found for suffix in TABLE_SUFFIXES for found in path.rglob(f"*{suffix}")))
     local = path.exists()
@@ -236,7 +238,7 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
 
 
 def _load_from_hub(name: str) -> datasets.DatasetDict:
-    """The data set from the hub, or from the local cache if the hub cannot be reached. Without this check, the library would retry for 25 seconds."""
+    """The data set from the hub, or from the local cache if a test of the connection fails. Without the test, the library would retry for 25 s."""
     import huggingface_hub.constants as hub
 
     endpoint = urlsplit(hub.ENDPOINT)
@@ -266,18 +268,18 @@ def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
     if data.image_column:
         check_name(given, data.image_column, rows.column_names)
         feature = rows.features[data.image_column]
-        if not _stores_images(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # strings are image paths
+        if not _has_image_type(feature) and not (isinstance(feature, datasets.Value) and "string" in feature.dtype):  # strings are image paths
             raise InputError(f"{given} is {data.image_column!r}, which holds {feature}, not images.")
         return data.image_column
     typed = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    found = typed or [name for name, feature in rows.features.items() if _stores_images(feature)]
+    found = typed or [name for name, feature in rows.features.items() if _has_image_type(feature)]
     if len(found) != 1:
         raise InputError(f"{given} is not given, and {len(found) or 'no'} columns hold images; give one of: "
                          f"{', '.join(found or rows.column_names)}.")
     return found[0]
 
 
-def _stores_images(feature: Any) -> bool:
+def _has_image_type(feature: Any) -> bool:
     # Parquet files that another library wrote have no Image type. They hold the same struct, or plain bytes.
     if isinstance(feature, dict):
         return {"bytes", "path"} <= set(feature)
@@ -291,27 +293,27 @@ def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
     given = f"data.label_column (for data.path {data.path!r})"
     if data.label_column:
         check_name(given, data.label_column, rows.column_names)
-        if not _stores_classes(rows.features[data.label_column]):
+        if not _has_class_type(rows.features[data.label_column]):
             raise InputError(f"{given} is {data.label_column!r}, which holds {rows.features[data.label_column]}; "
                              "allowed: class labels, whole numbers, strings, true and false.")
-        if not _holds_classes(rows, data.label_column):
+        if not _has_only_class_values(rows, data.label_column):
             raise InputError(f"{given} is {data.label_column!r}, which holds numbers with fractions; "
                              "allowed: class labels, whole numbers, strings, true and false.")
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) > 1:
         raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; give one of them, or set --data.use_labels false.")
-    named = (name for name in LABEL_NAMES if name in rows.features and _stores_classes(rows.features[name]) and _holds_classes(rows, name))
+    named = (name for name in LABEL_NAMES if name in rows.features and _has_class_type(rows.features[name]) and _has_only_class_values(rows, name))
     return found[0] if found else next(named, None)
 
 
-def _stores_classes(feature: Any) -> bool:
+def _has_class_type(feature: Any) -> bool:
     if isinstance(feature, datasets.ClassLabel):
         return True
     return isinstance(feature, datasets.Value) and any(kind in feature.dtype for kind in ("int", "string", "bool", "float"))
 
 
-def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
+def _has_only_class_values(rows: datasets.Dataset, column: str) -> bool:
     """Whether all values of a column are classes: none is a number with a fraction."""
     if "float" not in rows.features[column].dtype:
         return True
@@ -323,14 +325,19 @@ def _holds_classes(rows: datasets.Dataset, column: str) -> bool:
 
 def _hint(rows: datasets.Dataset, image_column: str) -> str:
     """A message that names the columns that look like class labels; "" if there are none."""
-    names = [name for name, feature in rows.features.items() if name != image_column and _stores_classes(feature) and _holds_classes(rows, name)]
+    names = [name for name, feature in rows.features.items()
+             if name != image_column and _has_class_type(feature) and _has_only_class_values(rows, name)]
     table = rows.select_columns(names).with_format("arrow")[:] if names else None
     return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
 
 
 def _classes(train: datasets.Dataset,
              column: str | None) -> tuple[list[str] | None, Callable[[datasets.Dataset], np.ndarray | None], tuple[int, ...] | None]:
-    """(class names, to_index, text_order of the classes). to_index maps a split to its class indices: int64, -1 for rows without a class."""
+    """(class names, to_index, text_order). The names and text_order are None without a column, or if no row has a class.
+
+    to_index returns the class index of each row of a split: int64, -1 for rows without a class; None if there are no classes.
+    text_order is ImageSplits.text_order: the order of the classes in version 0.1.0, or None if it is the same.
+    """
     if column is None:
         return None, lambda rows: None, None
     feature = train.features[column]
@@ -362,8 +369,8 @@ def _classes(train: datasets.Dataset,
     return names, to_index, order
 
 
-def _stored_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
-    """The size of each stored image in bytes (int64, -1 for rows without bytes). Reads only the offsets of the column."""
+def _byte_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:
+    """The number of bytes of each stored image (int64, -1 for rows without bytes). Reads only the offsets of the column."""
     if pyarrow.types.is_struct(stored.type):
         stored = pyarrow.compute.struct_field(stored, "bytes")
     if pyarrow.types.is_null(stored.type):

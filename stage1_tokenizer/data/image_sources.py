@@ -85,7 +85,7 @@ class ImageSplits:
         return fingerprint({"train": self.train.identity, "validation": self.validation.identity})
 
     def comparable_fingerprint(self, recorded: str | None) -> str:
-        """The fingerprint to compare with a recorded one: in the format of vqmosaic 0.1.0 if that was recorded, else `fingerprint`."""
+        """The fingerprint in the format of vqmosaic 0.1.0 if it equals `recorded`, else `fingerprint`."""
         if recorded in (None, self.fingerprint):
             return self.fingerprint
         former = fingerprint({"train": self.train.former_identity, "validation": self.validation.former_identity})
@@ -106,13 +106,13 @@ class ImageSplits:
         if recorded is None:
             return self
         unread = json.loads(inputs.get(UNREAD_IMAGES, "{}"))
-        same = dataclasses.replace(self, train=self.train.with_unread(unread.get("train", ())),
-                                   validation=self.validation.with_unread(unread.get("validation", ())))
-        for splits, plain in ((same, self), (same.sorted_as_text(), self.sorted_as_text())):
-            if splits.fingerprint == recorded:
-                return splits
-            if splits.comparable_fingerprint(recorded) == recorded:  # recorded by version 0.1.0, which did not record unread images
-                return plain
+        with_unread = dataclasses.replace(self, train=self.train.with_unread(unread.get("train", ())),
+                                          validation=self.validation.with_unread(unread.get("validation", ())))
+        for candidate, as_opened in ((with_unread, self), (with_unread.sorted_as_text(), self.sorted_as_text())):
+            if candidate.fingerprint == recorded:  # recorded in the current format
+                return candidate
+            if candidate.comparable_fingerprint(recorded) == recorded:  # recorded by version 0.1.0, which did not record unread images
+                return as_opened
         return self
 
     def in_class_order_of(self, class_names: list[str] | None) -> "ImageSplits":
@@ -139,7 +139,10 @@ def comparable_identity(source: ImageSource, recorded: Mapping[str, Any]) -> dic
 
 
 def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
-    """A copy of a source with changed attributes, and without the cached identities, which depend on the original attributes."""
+    """A copy of a source with changed attributes, and without its cached identities, which depend on the original attributes.
+
+    The source must define `identity` and `former_identity` as cached_property, which stores the values in vars(source).
+    """
     changed = copy.copy(source)
     for name in ("identity", "former_identity"):
         vars(changed).pop(name, None)
@@ -150,19 +153,20 @@ def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
 def update_digest(digest: Any, entries: Iterable[list], contents: Sequence[tuple[int | None, bytes | None]], unread: Iterable[int]) -> None:
     """Update a hash with the entry of each image and its `contents`: (size, content digest). Images in `unread` add only their entry."""
     unread = frozenset(unread)
-    for index, (entry, (size, content)) in enumerate(zip(entries, contents, strict=True)):
-        known = [None, None] if index in unread else [size, content and content.hex()]
-        digest.update(json.dumps([*entry, *known]).encode())
+    for index, (entry, (size, content_digest)) in enumerate(zip(entries, contents, strict=True)):
+        size_and_digest = [None, None] if index in unread else [size, content_digest and content_digest.hex()]
+        digest.update(json.dumps([*entry, *size_and_digest]).encode())
 
 
 def hold_out_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
-    """The indices of the training images, those of the validation images, each in order, and a message that describes the split.
+    """The indices of the training images, the indices of the validation images, both ascending, and a message that describes the split.
 
-    A hash of each image's own name decides, so adding images does not move others between the splits. There are two exceptions:
-    the last image of a class stays in the training split, and if the hash chooses no image for validation, one image is chosen.
+    A hash of each image's name decides, so adding images does not move others between the splits. There are two exceptions. Every class keeps at
+    least one training image, unless every class has only one image. If the hash chooses no image for validation, one image is chosen.
     """
     if len(names) < 2:
-        raise InputError(f"data.path {data.path!r} holds {len(names)} image; at least 2 are needed, one for training and one for validation.")
+        raise InputError(f"data.path {data.path!r} holds {counted(len(names), 'image')}; at least 2 are needed, one for training and one for "
+                         "validation.")
     million = 1_000_000
     hashes = np.array([derive_seed("validation", name) % million for name in names])
     held_out = hashes < data.validation_fraction * million
@@ -183,7 +187,7 @@ def hold_out_validation(names: Sequence[int | str], labels: Sequence[Hashable] |
 
 
 def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
-    """Raise InputError if more images are unreadable than data.max_unreadable allows. `unreadable` maps names to reasons.
+    """Raise InputError if a larger fraction of the `total` images is unreadable than data.max_unreadable. `unreadable` maps names to reasons.
 
     A single unreadable image never stops a run, however few images there are, unless data.max_unreadable is 0.
     """

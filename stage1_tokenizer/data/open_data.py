@@ -13,15 +13,18 @@ def open_splits(data: DataConfig) -> ImageSplits:
     """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts that it cannot use."""
     source = check_data_path(data)
     if source == "digits":
-        from stage1_tokenizer.data.digits_source import open_digits as open_source
-    elif source == "folder":
-        from stage1_tokenizer.data.folder_source import open_folder as open_source
-    else:
-        from stage1_tokenizer.data.huggingface_source import open_huggingface as open_source
-    return open_source(data)
+        from stage1_tokenizer.data.digits_source import open_digits
+        return open_digits(data)
+    if source == "folder":
+        from stage1_tokenizer.data.folder_source import open_folder
+        return open_folder(data)
+    from stage1_tokenizer.data.huggingface_source import open_huggingface
+    return open_huggingface(data)
 
 
 def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
     """The number of training images of a recipe, given as its fields by dotted name; None if the recipe names no data set."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
-    return None if data.source == "auto" and data.path is None else DataSize(len(open_splits(data).train))
+    if data.source == "auto" and data.path is None:  # digits needs no path; for the other sources, open_splits reports a missing path
+        return None
+    return DataSize(len(open_splits(data).train))

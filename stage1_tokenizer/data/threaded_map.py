@@ -1,4 +1,4 @@
-"""An ordered map over threads, to read many images at once. It is faster than a loop because decoding and resizing release Python's lock."""
+"""An ordered map over threads, to read many images at once. It is faster than a loop because decoding and resizing release the GIL."""
 
 import sys
 from collections import deque
@@ -13,9 +13,9 @@ _MAX_THREADS = 16
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: str | None = None) -> Iterator[Any]:
-    """Yields function(item) for each item, in order. The threads compute a limited number of results ahead of the reader.
+    """Returns an iterator over function(item) for each item, in order. The threads compute a limited number of results ahead of the reader.
 
-    `bar` is the text of a progress bar, which is shown if stderr is a terminal.
+    `bar` is the text of a progress bar, which is shown if stderr is a terminal. With fewer than two items, there are no threads and no bar.
     """
     if len(items) < 2:
         return map(function, items)

@@ -37,8 +37,7 @@ _TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
-
-TRANSFORM_FIELDS = ("image_size", "channels", "resampling")
+TRANSFORM_KEYS = ("image_size", "channels", "resampling")
 """The keys of ImageTransform.to_dict."""
 
 
@@ -52,8 +51,10 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     (PIL.Image.MAX_IMAGE_PIXELS), which max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
     formats limits the Pillow formats that are opened. By default, all formats that are allowed in a data set are opened.
+    For a PIL image, before_decoding and formats are ignored. If it already has the mode and no metadata, as all results of this function do,
+    it is returned unchanged, without a check of max_pixels.
 
-    Raises UnreadableImage with the reason. Images that this function returned are returned unchanged.
+    Raises UnreadableImage with the reason.
     """
     mode = {1: "L", 3: "RGB"}[channels]
     if _is_converted(file, mode):
@@ -95,7 +96,7 @@ def _reason_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[
             prefix = stream.read(16)
         for name in _formats():
             accepts = Image.OPEN[name][1]
-            if accepts is not None and accepts(prefix) is True:
+            if accepts is not None and accepts(prefix) is True:  # some format tests return a message instead of False
                 if formats is not None and name not in formats:
                     return f"it is {name}, but only {', '.join(sorted(formats))} are accepted here"
                 return f"a {name} file of a kind that Pillow does not read, or its header is corrupt"
@@ -103,7 +104,7 @@ def _reason_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[
 
 
 def _is_converted(image: Any, mode: str) -> bool:
-    # a PIL image in memory that is not bound to a file, and without metadata such as an EXIF rotation
+    """Whether an object is a PIL image in `mode`, not bound to a file, and without metadata such as an EXIF rotation."""
     return type(image) is Image.Image and image.mode == mode and not image.info
 
 
@@ -114,10 +115,10 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         raise UnreadableImage(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
     if not width * height:
         raise UnreadableImage(f"the image has no pixels: {width} x {height}")
-    correct = header_correction(image)
+    apply_header = header_correction(image)  # before `load`, because it may read the file and set up the decoder
     image.load()
     orientation = _orientation(image)  # read after the pixels: a PNG may have EXIF at its end, and Pillow rotates TIFF itself
-    image = _composite_on_white(_to_8_bits(correct(image))).convert(mode)
+    image = _composite_on_white(_to_8_bits(apply_header(image))).convert(mode)
     if orientation in _TRANSPOSE_BY_ORIENTATION:
         image = image.transpose(_TRANSPOSE_BY_ORIENTATION[orientation])
     image.info = {}  # it has the EXIF data of the original, so reading the image again would rotate it twice
@@ -125,10 +126,17 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """The width and height that the decoder of an opened file works on: those of the image, or of a TIFF tile if it is larger."""
-    tags = getattr(image, "tag_v2", {})
-    sizes = zip(image.size, (tags.get(_TILE_WIDTH_TAG, 0), tags.get(_TILE_LENGTH_TAG, 0)), strict=True)
-    return tuple(max(side, tile if isinstance(tile, int) and image.width * image.height else 0) for side, tile in sizes)
+    """The width and height in pixels that the decoder of an opened file needs memory for. A TIFF tile may be larger than the image.
+
+    An image without pixels keeps its own size.
+    """
+    tags = getattr(image, "tag_v2", {})  # only TIFF files have tags
+    tile_sides = [tags.get(tag) for tag in (_TILE_WIDTH_TAG, _TILE_LENGTH_TAG)]
+    if not image.width * image.height:
+        return image.width, image.height
+    # a tag is missing without tiles, and not an integer in some corrupt files
+    width, height = (max(side, tile) if isinstance(tile, int) else side for side, tile in zip(image.size, tile_sides, strict=True))
+    return width, height
 
 
 def _orientation(image: Image.Image) -> int:
@@ -142,7 +150,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """An image of 16 or 32 bits per value, converted to 8 bits. Other images are returned unchanged."""
     if image.mode == "F":
         values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):  # also false for nan
+        if not (values.min() >= 0 and values.max() <= 1):  # in this form, nan is refused too
             raise UnreadableImage("floating-point pixels outside [0, 1]; their white level is unknown")
         return Image.fromarray(np.round(values * 255).astype(np.uint8))
     if not image.mode.startswith("I"):
@@ -198,7 +206,10 @@ class View:
         return asdict(self)
 
 
-IDENTITY = View()
+CENTER_VIEW = View()
+"""The largest square in the centre of the image, neither flipped nor shifted."""
+_SHIFT_STEPS = {"shifts": (0, -1, 1), "wide-shifts": (0, -1, 1, -2, 2)}
+"""The shifts along each axis, in steps of `shift` pixels. Sets that are not listed have no shifts."""
 
 
 def training_views(tokens: TokensConfig) -> list[View]:
@@ -213,10 +224,10 @@ def training_views(tokens: TokensConfig) -> list[View]:
 
 
 def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
-    """The views of a named set (VIEW_SETS). All sets except ten-crop begin with the identity view.
+    """The views of a named set (VIEW_SETS). All sets except ten-crop begin with CENTER_VIEW.
 
-    shifts: the identity and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to two such steps in each
-    direction. With the prefix flip+, the flipped versions of all these views follow.
+    none: only this view. shifts: this view and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to two
+    such steps in each direction. flip, or the prefix flip+: the flipped versions of all these views follow.
     ten-crop: the centre and the four corners at `crop_scale`, then their flipped versions (Krizhevsky et al. 2012; stored as tokens: LlamaGen,
     Sun et al. 2024).
     """
@@ -224,9 +235,9 @@ def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view
     if name == "ten-crop":
         positions = [POSITIONS[position] for position in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
         return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in positions]
-    steps = [step * shift for step in ((0, -1, 1, -2, 2) if "wide" in name else (0, -1, 1) if "shifts" in name else (0,))]
-    flips = (False, True) if "flip" in name else (False,)
-    return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in steps for shift_x in steps]
+    shifts = [step * shift for step in _SHIFT_STEPS.get(name.removeprefix("flip+"), (0,))]
+    flips = (False, True) if name.startswith("flip") else (False,)
+    return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in shifts for shift_x in shifts]
 
 
 def flip_and_shift(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
@@ -264,11 +275,11 @@ class ImageTransform:
             raise InputError(f"image_size is {self.image_size} and channels is {self.channels}; "
                              "allowed: an image_size of at least 1, and channels 1 (grey) or 3 (RGB).")
 
-    def __call__(self, image: Image.Image, view: View = IDENTITY) -> Tensor:
+    def __call__(self, image: Image.Image, view: View = CENTER_VIEW) -> Tensor:
         """The image as float32 (C, H, W) in [-1, 1]."""
         return to_tensor(self.resize(image, view))
 
-    def resize(self, image: Image.Image, view: View = IDENTITY) -> np.ndarray:
+    def resize(self, image: Image.Image, view: View = CENTER_VIEW) -> np.ndarray:
         """The view of an image as uint8 (H, W, C): cropped and resized in one step, then flipped and shifted. Accepts any PIL image."""
         image = read_image(image, channels=self.channels)
         width, height = image.size
@@ -298,7 +309,7 @@ class ImageTransform:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageTransform":
         """The inverse of to_dict. Raises InputError for unknown or missing keys and for another resampling."""
-        if set(config) != {*TRANSFORM_FIELDS} or config["resampling"] != "bicubic":
+        if set(config) != {*TRANSFORM_KEYS} or config["resampling"] != "bicubic":
             raise InputError(f"transform is {config}; allowed: image_size, channels and resampling = 'bicubic'.")
         return cls(config["image_size"], config["channels"])
 
@@ -323,11 +334,12 @@ def to_pil(images_BCHW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels) for pixels in to_uint8(images_BCHW)]
 
 
-def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform, size: int) -> Iterator[Tensor]:
-    """Yields images as float32 batches (B, C, H, W) in [-1, 1] at the transform's size, with B at most `size`.
+def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: ImageTransform, batch_size: int) -> Iterator[Tensor]:
+    """Yields images as float32 batches (B, C, H, W) in [-1, 1] at the transform's size, with B at most `batch_size`.
 
     `images` is a PIL image, a list of PIL images, or a floating-point tensor (B, C, H, W) that already has this size and range. PIL images are
-    converted one batch at a time. Raises InputError for anything else.
+    converted one batch at a time. Raises InputError for anything else. As this is a generator, nothing is checked before its first batch is
+    requested, and an unreadable image is an error only in its own batch.
     """
     shape = (transform.channels, transform.image_size, transform.image_size)
     allowed = f"allowed: a PIL image, a list of PIL images, or a floating-point tensor (B, {shape[0]}, {shape[1]}, {shape[2]}) in [-1, 1]"
@@ -335,18 +347,18 @@ def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: 
         if images.ndim != 4 or images.shape[1:] != shape or not len(images) or not images.is_floating_point():
             raise InputError(f"images is a {images.dtype} tensor of shape {tuple(images.shape)}; {allowed}.")
         low, high = images.min().item(), images.max().item()
-        if not (low >= -1.001 and high <= 1.001):  # with a tolerance for bfloat16 rounding; also false for nan
+        if not (low >= -1.001 and high <= 1.001):  # with a tolerance for bfloat16 rounding; in this form, nan is refused too
             raise InputError(f"images holds values from {low:g} to {high:g}; {allowed}. For values in 0..255, divide by 127.5 and subtract 1.")
-        yield from (part.float() for part in images.split(size))
+        yield from (part.float() for part in images.split(batch_size))
         return
     images = [images] if isinstance(images, Image.Image) else images
     if not isinstance(images, Sequence) or not len(images) or not all(isinstance(image, Image.Image) for image in images):
         kinds = sorted({type(image).__name__ for image in images}) if isinstance(images, (list, tuple)) else None
         given = type(images).__name__ if kinds is None else f"a list of {', '.join(kinds) or 'nothing'}"
         raise InputError(f"images is {given}; {allowed}.")
-    for start in range(0, len(images), size):
+    for start in range(0, len(images), batch_size):
         pixels = []
-        for index, image in enumerate(images[start:start + size], start):
+        for index, image in enumerate(images[start:start + batch_size], start):
             try:
                 pixels.append(transform.resize(image))
             except UnreadableImage as error:

@@ -6,15 +6,19 @@ from typing import BinaryIO
 
 
 def iso_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (type, start, end) of the content of each box between two positions of a file. Moves the file position."""
+    """Lists the boxes between two positions of a file. Yields (type, start, end) of the content of each box, and moves the file position.
+
+    A box that extends beyond `end` is clipped there. The list ends without an error at a box whose size is smaller than its header. Raises
+    struct.error if the file ends within the header of a box.
+    """
     while start + 8 <= end:
         file.seek(start)
-        size, kind = struct.unpack(">I4s", file.read(8))
-        content = start + 8
-        if size == 1:
-            size, content = struct.unpack(">Q", file.read(8))[0], start + 16
-        stop = end if size == 0 else min(start + size, end)
-        if stop < content:
+        size, box_type = struct.unpack(">I4s", file.read(8))
+        content_start = start + 8
+        if size == 1:  # the size follows the type, as 64 bits
+            size, content_start = struct.unpack(">Q", file.read(8))[0], start + 16
+        box_end = end if size == 0 else min(start + size, end)  # size 0: the last box, which extends to the end
+        if box_end < content_start:
             return
-        yield kind, content, stop
-        start = stop
+        yield box_type, content_start, box_end
+        start = box_end

@@ -6,13 +6,16 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that tracks a moving average of its weights. The decay rises as (1 + n) / (10 + n) up to `decay`. Buffers are copied."""
+    """An AveragedModel in eval mode, without gradients, which holds a moving average of the model's weights.
+
+    The first update copies the weights. Update n + 1 uses the decay min(decay, (1 + n) / (10 + n)). Every update copies the buffers.
+    """
 
     @torch.no_grad()
-    def lerp(averages, current, count):
-        warm_decay = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(averages, current, 1 - warm_decay)
+    def move_towards(averages: list[torch.Tensor], weights: list[torch.Tensor], num_updates: torch.Tensor) -> None:
+        warm_decay = min(decay, (1 + int(num_updates)) / (10 + int(num_updates)))
+        torch._foreach_lerp_(averages, weights, 1 - warm_decay)
 
-    copy = AveragedModel(model, multi_avg_fn=lerp)
-    copy.requires_grad_(False)
-    return copy.eval()
+    average = AveragedModel(model, multi_avg_fn=move_towards)
+    average.requires_grad_(False)
+    return average.eval()
