@@ -35,7 +35,7 @@ print(recipe.tokenizer)
 
 # %%
 splits = open_splits(recipe.data)
-print(splits.how)
+print(splits.validation_origin)
 splits.train.read(0).resize((96, 96), Image.Resampling.NEAREST)
 
 # %% [markdown]

@@ -171,8 +171,11 @@ class ImageGenerationPipeline:
             ValueError: an unknown class, a setting out of range or of the wrong type, or guidance without class_labels.
         """
         if positional:
-            keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile, **settings}
-            return self(class_labels, num_images_per_label, seed, **keywords | keywords_from_former_positions(positional))
+            former = keywords_from_former_positions(positional)
+            keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size}
+            if twice := former.keys() & settings.keys():
+                raise TypeError(f"{', '.join(sorted(twice))} given both by position and by keyword")
+            return self(class_labels, num_images_per_label, seed, compile=compile, **settings, **keywords | former)
         request = self._check_request(class_labels, num_images_per_label, seed, settings)
         try:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))

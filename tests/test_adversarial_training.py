@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stage1_tokenizer import train as train_module
-from stage1_tokenizer.adversarial.adversarial_losses import discriminator_training as adversary_module
+from stage1_tokenizer.adversarial import discriminator_training as adversary_module
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError

@@ -233,7 +233,7 @@ def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
     assert {"seed", "data.shift", "tokenizer.quantizer", "tokens.views", "prior.width", "sampling.top_p"} <= read
     assert "run_dir" not in read and "data.workers" not in read and "tokenizer_training.resume" not in read
     steps = fields_read(recipe, "tokenizer")["tokenizer_training.max_steps"]
-    assert (steps.value, steps.judged) == (6, "budget")
+    assert (steps.value, steps.change_policy) == (6, "budget")
     assert "data.shift" not in fields_read(recipe, "tokens")
 
 

@@ -21,10 +21,11 @@ from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import read_bundle, recommend
 from pipelines.command_line import dispatch
 from pipelines.sweep import sweep as sweep_module
+from pipelines.sweep import sweep_plan
 from pipelines.sweep.feature_extractors import load_feature_extractor
 from pipelines.sweep.feature_file import resolve_feature_file
 from pipelines.sweep.random_subset import RandomSubset
-from pipelines.sweep.sweep import Distances, class_counts, open_all_images, run_sweep, sweep_plan
+from pipelines.sweep.sweep import Distances, class_counts, open_all_images, run_sweep
 from pipelines.sweep.sweep_plan import SweepRequest, combine, parse_values, sweepable_fields
 from pipelines.sweep.sweep_record import SweepRecord
 from stage1_tokenizer import ImageTokenizer
@@ -358,12 +359,13 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(known_copy, features, tmp_
 def test_ctrl_c_leaves_a_whole_record(known_copy, features):
     """With SIGINT in a process of its own: exit code 130, words, no traceback."""
     pipeline, real = known_copy
-    code = ("import os, signal, sys\nfrom pipelines import command_line, sweep_record\nadd = sweep_record.SweepRecord.add\n"
+    code = ("import os, signal, sys\nfrom pipelines import command_line\nfrom pipelines.sweep import sweep_record\n"
+            "add = sweep_record.SweepRecord.add\n"
             "def add_and_stop(record, *args, **numbers):\n    add(record, *args, **numbers)\n    os.kill(os.getpid(), signal.SIGINT)\n"
             "sweep_record.SweepRecord.add = add_and_stop\nsys.argv[0] = 'vqmosaic'\ncommand_line.main()\n")
     result = run_code(code, "sweep", pipeline, "--real", real, "--features", features, "--images", 20, "--temperature", "1,2")
     assert result.returncode == 130 and "Traceback" not in result.stderr, result.stderr
-    assert "1 combination is in" in result.stderr and "The same command goes on" in result.stderr
+    assert "1 combination is in" in result.stderr and "Run the same command to continue" in result.stderr
     assert len(results_of(pipeline.parent / "sweep.json")) == 1
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage1_tokenizer.quantizers", "stage2_prior", "pipelines")
+PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
 EVERY_MODULE = (
     "import importlib, pkgutil\n"
     f"for name in {PACKAGES!r}:\n"
     "    package = importlib.import_module(name)\n"
-    "    for module in pkgutil.iter_modules(package.__path__, name + '.'):\n"
+    "    for module in pkgutil.walk_packages(package.__path__, name + '.'):\n"
     "        importlib.import_module(module.name)\n"
     "        print(module.name, importlib.import_module(module.name).__file__)\n"
 )

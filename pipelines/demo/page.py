@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import functools
 import html
+import inspect
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from pipelines.demo.guard import Endpoint, Guard
 from pipelines.demo.http_limits import close_idle_connections, format_error, report
 from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, read_upload, sampling_controls
+from pipelines.demo.token_map import format_shape, token_map
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
@@ -44,7 +46,6 @@ HOST = "127.0.0.1"
 MAX_WAITING = 8
 MAX_OPEN_PAGES = 500  # number of pages whose state gradio keeps
 UPDATE_SECONDS = 0.2  # between updates of the progress bar; an update per token would slow down sampling
-GOLDEN_ANGLE = 137.508  # degrees between the hues of successive ids, which keeps them distinguishable
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
 .pixels .grid-wrap { max-height: none !important; }
@@ -185,21 +186,6 @@ def split_grids(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (ids,) if ids.ndim == 2 else ids.unbind(-1)
 
 
-def format_shape(shape: Sequence[int]) -> str:
-    """Format a shape, such as "4 x 4"."""
-    return " x ".join(map(str, shape))
-
-
-def token_map(ids_hw: torch.Tensor) -> str:
-    """HTML of a token grid. Equal ids have equal colours. Grids up to 8 x 8 show the ids; larger ones show them as tooltips."""
-    cells, columns = "", ids_hw.shape[1]
-    for code in ids_hw.flatten().tolist():
-        colour = f"hsl({code * GOLDEN_ANGLE % 360:.0f} 60% 78%)"
-        cells += f'<span style="background: {colour}" title="{code}">{code if columns <= 8 else ""}</span>'
-    style = f"grid-template-columns: repeat({columns}, minmax(0, 1fr)); font-size: {min(0.8, 5 / columns):.2f}rem"
-    return f'<div class="tokens" style="{style}">{cells}</div>'
-
-
 def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str | None) -> gr.Slider:
     """The slider of a sampling setting. `unguided` says why guidance is off, if it is."""
     is_off = unguided is not None and control.name.startswith("guidance_")
@@ -207,6 +193,15 @@ def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str
     info = unguided if is_off else "0 selects the most likely token." if control.name == "temperature" else f"{default:g} is off."
     return gr.Slider(control.minimum, control.maximum, value=default if is_off else getattr(recommended, control.name), step=control.step,
                      label=control.label, info=info, interactive=not is_off)
+
+
+def generate_signature(controls: list[Control]) -> inspect.Signature:
+    """The signature of the handler of Generate, from which gradio takes the argument names of the API and where it passes request and progress."""
+    names = ["classes", "number", "seed", "new_seed", *(control.name for control in controls)]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    parameters.append(inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request))
+    parameters.append(inspect.Parameter("progress", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=gr.Progress()))
+    return inspect.Signature(parameters)
 
 
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Blocks:
@@ -254,13 +249,15 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
         async def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> tuple | None:
             return await worker.run(request.session_hash, work, lambda ahead: progress(0, desc=f"waiting for {ahead} earlier requests"))
 
-        async def on_generate(classes, number, seed, new_seed, request: gr.Request, progress=gr.Progress(),  # noqa: B008 (gradio looks for it here)
-                              *settings):
+        async def on_generate(classes, number, seed, new_seed, *settings_request_progress):
+            *settings, request, progress = settings_request_progress
             with show_errors_on_page("generate"):
                 # In a thread, because finding the nearest of a thousand class names takes most of a second and would block other requests.
                 checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, *settings)
                 outputs = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
                 return outputs or (*[gr.skip()] * 3, "Stopped before it started.", gr.skip())
+
+        on_generate.__signature__ = generate_signature(controls)
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             with show_errors_on_page("reconstruct"):

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from stage1_tokenizer.quantizers.protocol import Quantizer
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.seeding import derive_seed
 
 REVIVAL_CANDIDATES = 1024
@@ -23,8 +22,8 @@ class CodebookQuantizer(Quantizer):
 
     TRAINING_ONLY = ("ema_counts", "commits")
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.register_buffer("ema_counts", torch.ones(self.codebook_size))
         self.register_buffer("commits", torch.zeros((), dtype=torch.int64))
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -4,7 +4,6 @@ import torch
 
 from stage1_tokenizer.quantizers.nearest_code import code_sums, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 LAPLACE_EPS = 1e-5
 
@@ -15,8 +14,8 @@ class EMAQuantizer(NearestCodeQuantizer):
     KIND = "ema"
     TRAINING_ONLY = ("ema_counts", "ema_sums", "commits")
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         codebook_KD = self.normalize(random_codebook(self.codebook_size, self.code_dim, self.seed))
         self.register_buffer("codebook", codebook_KD)
         self.register_buffer("ema_sums", codebook_KD.clone())

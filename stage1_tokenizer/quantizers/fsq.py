@@ -7,7 +7,6 @@ import torch
 
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
 from vqmosaic.recipes.quantizer_sizes import fsq_levels
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 BOUND_EPS = 1e-3  # widens the range, so that rounding reaches the outermost levels before tanh saturates
 
@@ -21,8 +20,8 @@ class FSQQuantizer(ImplicitCodebookQuantizer):
 
     KIND = "fsq"
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         levels = fsq_levels(self.codebook_size)
         levels_F = torch.tensor(levels)
         self.register_buffer("levels_F", levels_F, persistent=False)

@@ -5,7 +5,6 @@ from torch import nn
 
 from stage1_tokenizer.quantizers.nearest_code import random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class GradientQuantizer(NearestCodeQuantizer):
@@ -17,8 +16,8 @@ class GradientQuantizer(NearestCodeQuantizer):
     KIND = "gradient"
     CODES = ("codebook",)
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.codebook = nn.Parameter(self.normalize(random_codebook(self.codebook_size, self.code_dim, self.seed)))
 
     def codes(self) -> torch.Tensor:

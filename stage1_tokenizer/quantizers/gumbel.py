@@ -10,7 +10,6 @@ from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, stra
 from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_score_ids, nearest_codes, random_codebook
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 FINAL_TEMPERATURE_RATIO = 1 / 16  # final / initial temperature (Ramesh et al. 2021, appendix A.2)
 KL_SCALE = 0.005
@@ -29,8 +28,8 @@ class GumbelQuantizer(Quantizer):
     KIND = "gumbel"
     CODES = ("codebook",)
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.temperature = self.config.gumbel_temperature
         self.to_logits = seeded_linear(self.code_dim, self.codebook_size, self.seed, "to_logits")
         self.codebook = nn.Parameter(random_codebook(self.codebook_size, self.code_dim, self.seed))

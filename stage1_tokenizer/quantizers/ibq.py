@@ -9,7 +9,6 @@ from stage1_tokenizer.quantizers.entropies import entropy_loss_of_logits
 from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, straight_through_softmax
 from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_score_ids, random_codebook
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class IBQQuantizer(CodebookQuantizer):
@@ -27,8 +26,8 @@ class IBQQuantizer(CodebookQuantizer):
     KIND = "ibq"
     CODES = ("codebook",)
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.codebook = nn.Parameter(random_codebook(self.codebook_size, self.code_dim, self.seed))
 
     def forward(self, latents_BDhw: torch.Tensor) -> QuantizerOutput:

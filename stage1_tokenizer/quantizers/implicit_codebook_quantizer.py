@@ -9,7 +9,6 @@ from stage1_tokenizer.quantizers.gradient_paths import straight_through
 from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class ImplicitCodebookQuantizer(Quantizer):
@@ -19,8 +18,8 @@ class ImplicitCodebookQuantizer(Quantizer):
     There are no statistics, so commit() and discard() do nothing.
     """
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.codebook_dim = self.dimension_of_codes()
         is_identity = self.code_dim == self.codebook_dim
         self.project_in = nn.Identity() if is_identity else seeded_linear(self.code_dim, self.codebook_dim, self.seed, "project_in")

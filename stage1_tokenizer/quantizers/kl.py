@@ -8,7 +8,6 @@ from stage1_tokenizer.quantizers.nearest_code import full_precision
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -23,8 +22,8 @@ class KLBottleneck(Quantizer):
     KIND = "kl"
     has_ids: ClassVar[bool] = False
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.projection = seeded_linear(self.code_dim, 2 * self.code_dim, self.seed, "projection")
 
     def forward(self, latents_BDhw: torch.Tensor) -> QuantizerOutput:

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from stage1_tokenizer.quantizers.entropies import entropy_loss_of_bits
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
 from vqmosaic.recipes.quantizer_sizes import lfq_bits
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class LFQQuantizer(ImplicitCodebookQuantizer):
@@ -22,8 +21,8 @@ class LFQQuantizer(ImplicitCodebookQuantizer):
 
     KIND = "lfq"
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.register_buffer("bit_values_F", 2 ** torch.arange(self.codebook_dim - 1, -1, -1), persistent=False)
 
     def dimension_of_codes(self) -> int:

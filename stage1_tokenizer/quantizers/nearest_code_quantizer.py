@@ -9,7 +9,6 @@ from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
 from stage1_tokenizer.quantizers.gradient_paths import choose_gradient_path
 from stage1_tokenizer.quantizers.nearest_code import code_sums, kmeans, nearest_codes
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
 class NearestCodeQuantizer(CodebookQuantizer):
@@ -19,8 +18,8 @@ class NearestCodeQuantizer(CodebookQuantizer):
     by default, through the rotation from latent to code with rotation_trick, or without its component along the error with diveq.
     """
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.pass_gradient = choose_gradient_path(self.config.rotation_trick, self.config.diveq)
 
     @abstractmethod

@@ -46,11 +46,14 @@ class Quantizer(nn.Module, ABC):
     codebook_size: int
     code_dim: int
 
-    def __init__(self, config: TokenizerConfig | int, code_dim: int | None = None, *, seed: int = 0, **fields):
+    def __init__(self, config: TokenizerConfig | int | None = None, code_dim: int | None = None, *, seed: int = 0, **fields):
         super().__init__()
         if not isinstance(config, TokenizerConfig):
-            warnings.warn(f"{type(self).__name__}(codebook_size, code_dim) is deprecated. Pass a TokenizerConfig.", DeprecationWarning, stacklevel=3)
-            config = TokenizerConfig(quantizer=self.KIND, codebook_size=config, code_dim=code_dim, **fields)
+            inner_calls = sum("__init__" in vars(base) for base in type(self).__mro__[:type(self).__mro__.index(Quantizer)])
+            warnings.warn(f"{type(self).__name__}(codebook_size, code_dim) is deprecated. Pass a TokenizerConfig.", DeprecationWarning,
+                          stacklevel=2 + inner_calls)
+            sizes = {"codebook_size": config, "code_dim": code_dim}
+            config = TokenizerConfig(quantizer=self.KIND, **{name: size for name, size in sizes.items() if size is not None}, **fields)
         elif code_dim is not None or fields:
             raise TypeError("code_dim and other fields are part of the TokenizerConfig")
         self.config, self.codebook_size, self.code_dim, self.seed = config, config.codebook_size, config.code_dim, seed

@@ -13,7 +13,6 @@ from stage1_tokenizer.quantizers.nearest_code import kmeans, nearest_codes
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.seeding import derive_seed
 
 LEVEL_KINDS: dict[str, type[NearestCodeQuantizer]] = {"ema": EMAQuantizer, "gradient": GradientQuantizer, "simvq": SimVQQuantizer}
@@ -30,8 +29,8 @@ class ResidualQuantizer(Quantizer):
 
     KIND = "residual"
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.depth, self.shared = self.config.residual_depth, self.config.residual_shared
         self.pass_gradient = choose_gradient_path(self.config.rotation_trick, self.config.diveq)
         level_config = dataclasses.replace(self.config, quantizer=self.config.residual_kind, l2_normalize=False, rotation_trick=False, diveq=False)

@@ -6,7 +6,6 @@ from torch import nn
 
 from stage1_tokenizer.quantizers.nearest_code import full_precision, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
-from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 PINV_RTOL = 1e-3  # the pseudo-inverse drops singular values below this fraction of the largest
 
@@ -22,8 +21,8 @@ class SimVQQuantizer(NearestCodeQuantizer):
     # All codes are linear in W. Weight decay would shrink them, and averaging W would move codes that were revived by its pseudo-inverse.
     CODES = ("projection",)
 
-    def __init__(self, config: TokenizerConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.register_buffer("frozen_codebook", random_codebook(self.codebook_size, self.code_dim, self.seed))
         self.projection = nn.Parameter(torch.eye(self.code_dim))
 

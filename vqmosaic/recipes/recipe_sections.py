@@ -319,7 +319,7 @@ class SamplingConfig:
     """Sample only from the k most likely tokens; 0 turns it off."""
     top_p: float = slider(1.0, 0.01, 1, 0.01)
     """Sample only from the most likely tokens that together reach this probability; 1 turns it off."""
-    min_p: float = slider(0.0, 0, 1, 0.01)
+    min_p: float = 0.0
     """Sample only from tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 turns it off."""
 
     def __post_init__(self):
