@@ -145,7 +145,7 @@ def test_images_are_those_of_the_pipeline_in_the_order_of_the_classes(client, pi
 
 def test_the_python_code_gives_the_same_images(client, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    gallery, *_, code = client.predict(classes=["bee"], number=2, temperature=0.5, top_k=3, top_p=0.8, guidance=2.5, api_name="/generate")
+    gallery, *_, code = client.predict(classes=["bee"], number=2, temperature=0.5, top_k=3, top_p=0.8, guidance_scale=2.5, api_name="/generate")
     names: dict = {}
     exec(code, names)
     assert [pixels(image).tolist() for image in names["out"].images] == [pixels(shown["image"]).tolist() for shown in gallery]

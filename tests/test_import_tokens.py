@@ -211,9 +211,9 @@ GOOD = IDS_NVT[0].tolist()
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    ({"class_id": 1, "tokens": [GOOD[0], [*GOOD[1][:-1], CODES]]}, rf"line 18: ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
-    ({"class_id": 1, "tokens": [GOOD[0], [-1, *GOOD[1][1:]]]}, "line 18: ids run from -1"),
-    ({"class_id": 1, "tokens": [GOOD[0][:-1], GOOD[1][:-1]]}, "line 18 has 2 views of 15 tokens, the rows before it have 2 of 16"),
+    ({"class_id": 1, "tokens": [GOOD[0], [*GOOD[1][:-1], CODES]]}, rf"line 18: the ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
+    ({"class_id": 1, "tokens": [GOOD[0], [-1, *GOOD[1][1:]]]}, "line 18: the ids run from -1"),
+    ({"class_id": 1, "tokens": [GOOD[0][:-1], GOOD[1][:-1]]}, "line 18 has 2 views of 15 tokens, but the rows before it have 2 of 16"),
     ({"class_id": 1, "tokens": GOOD[0]}, "line 18 has 1 view of 16"),
     ({"class_id": 1, "tokens": [GOOD[0], GOOD[1][:-1]]}, "line 18: .*unequal lengths"),
     ({"class_id": 1, "tokens": [GOOD[0], [0.5, *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),

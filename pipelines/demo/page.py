@@ -225,7 +225,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                                    label=number_label(pipe), info=f"At most {limit} images in total.")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
                 new_seed = gr.Checkbox(True, label="Use a new seed each time")
-                controls = [sampling_slider(control, settings, unguided) for control in sampling_controls(pipe)]
+                sliders = [sampling_slider(control, settings, unguided) for control in sampling_controls(pipe)]
             with gr.Column(scale=5, min_width=320):
                 with gr.Row():
                     generate_button = gr.Button("Generate", variant="primary")
@@ -257,7 +257,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                 outputs = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
                 return outputs or (*[gr.skip()] * 3, "Stopped before it started.", gr.skip())
 
-        on_generate.__signature__ = generate_signature(controls)
+        on_generate.__signature__ = generate_signature(sampling_controls(pipe))
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             with show_errors_on_page("reconstruct"):
@@ -270,7 +270,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
             worker.stop(request.session_hash)
 
         generate_button.click(
-            on_generate, [classes, number, seed, new_seed, *controls], [gallery, grid, seed, report, code],
+            on_generate, [classes, number, seed, new_seed, *sliders], [gallery, grid, seed, report, code],
             preprocess=False,  # its error messages do not name the field, and it prints a traceback
             api_name="generate", concurrency_limit=None, show_progress_on=gallery)
         stop_button.click(on_stop, api_name="stop", queue=False)

@@ -1,6 +1,6 @@
 """Named sizes of priors, in one table."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class PriorSizes(NamedTuple):
@@ -23,7 +23,16 @@ PRESETS = {  # all except tiny are LlamaGen's (Sun et al. 2024)
 DEFAULT_PRESET = "tiny"
 
 
-def resolve_sizes(preset: str | None, layers: int | None, width: int | None, heads: int | None) -> PriorSizes:
-    """The sizes of a preset, or of the default preset. Sizes that are not None replace those of the preset."""
-    given = {"layers": layers, "width": width, "heads": heads}
-    return PRESETS[preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})
+class SizeFields(Protocol):
+    """The fields of PriorConfig that decide its size."""
+
+    preset: str | None
+    layers: int | None
+    width: int | None
+    heads: int | None
+
+
+def resolve_sizes(prior: SizeFields) -> PriorSizes:
+    """The sizes of the preset, or of the default preset. Sizes that are not None replace those of the preset."""
+    given = {"layers": prior.layers, "width": prior.width, "heads": prior.heads}
+    return PRESETS[prior.preset or DEFAULT_PRESET]._replace(**{name: value for name, value in given.items() if value is not None})

@@ -256,7 +256,7 @@ class PriorConfig:
     @property
     def sizes(self) -> PriorSizes:
         """The given sizes, and those of the preset for the others."""
-        return resolve_sizes(self.preset, self.layers, self.width, self.heads)
+        return resolve_sizes(self)
 
 
 @dataclass(kw_only=True)
