@@ -46,6 +46,9 @@ bench: install
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_step --nanogpt $(NANOGPT) --record)
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.prior_quality --nanogpt $(NANOGPT) $(if $(TOKENS),--tokens $(TOKENS)) --record)
 	$(if $(NANOGPT),$(BIN)/python -m benchmarks.image_folder --nanogpt $(NANOGPT) --images 3000 --size 32 --minutes 4 --record)
+	$(if $(NANOGPT),$(BIN)/python -m benchmarks.image_folder --nanogpt $(NANOGPT) --images 20000 --size 64 --minutes 4 --record)
+	$(BIN)/python -m benchmarks.image_folder --images 3000 --size 64 --minutes 15 --only new before --record
+	$(BIN)/python -m benchmarks.small_folder_prior --record
 	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 

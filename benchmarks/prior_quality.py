@@ -218,7 +218,7 @@ def report(rows: dict[str, dict[str, float]], pictures: dict[str, torch.Tensor],
     for name, file in files.items():
         save_picture(tile_images(list(pictures[name].numpy()), 2), folder / file)
     lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items()),
-              "", f"Each trained for {options.minutes:g} minutes. Samples, a class a row: "
+              "", f"Each trained for {options.minutes:g} minutes. Samples, one class per row: "
               + ", ".join(f"[{name}]({file})" for name, file in files.items()) + "."]
     record("Prior quality on CIFAR-10 in equal time", lines, ("transformers", "torchmetrics"))
     return int(not all(checks.values()))

@@ -130,9 +130,9 @@ def main() -> int:
                     for name, factor in required_speedups.items())]
     if len(required_speedups) == 1:
         lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 products")
-    lines += ["", f"Matrix products take about {matmul_share:.0%} of the peer's step here: a step of nothing else would be about "
-                  f"{1 / matmul_share:.2f} times as fast. Ours, of the same size, has fewer of them: {embedding_share:.0%} of its weights "
-                  "are looked up, not multiplied; what it learns is measured by benchmarks.prior_quality."]
+    lines += ["", f"Matrix products take about {matmul_share:.0%} of the peer's step here. A step without anything else would be about "
+                  f"{1 / matmul_share:.2f} times as fast. Our model has the same size but fewer matrix products: {embedding_share:.0%} of its "
+                  "weights are embeddings, which are looked up and not multiplied. `benchmarks.prior_quality` measures what it learns."]
     record("Training step of the prior" + (f", {options.turn} steps a turn" if options.turn > 1 else ""), lines, ("transformers", "accelerate"))
     return int(any(factors[name] < factor for name, factor in required_speedups.items()))
 

@@ -223,11 +223,12 @@ def main() -> int:
             checks.append((share < MAX_WAITING_SHARE, f"a step of batch {batch_size} waits less than {MAX_WAITING_SHARE:.0%} for data",
                            f"{share:.2%}"))
     text += ["", *(f"- {'kept' if kept else 'NOT kept'}: {promise}: {found}" for kept, promise, found in checks), "",
-             f"{IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, made up, all in the page cache; one shuffled epoch in batches of "
-             f"{BATCH} in one process, opening included, median of {ROUNDS} alternations; the JSON lines are held in memory whole. "
-             f"The steps are those of a grid_transformer of preset tiny with AdamW{', in bf16' if cpu_has_bf16() else ''} (benchmarks.prior_step): "
-             f"the first {', '.join(f'{count} of batch {size}' for size, count in STEPS.items())}, the opening of the first window of shards "
-             "included."]
+             f"The data are synthetic: {IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, all in the page cache. The table shows one "
+             f"shuffled epoch in batches of {BATCH} in one process, including opening, as the median of {ROUNDS} alternating rounds. The JSON lines "
+             f"are held in memory as a whole. The training steps are those of a grid_transformer of preset tiny with "
+             f"AdamW{', in bf16' if cpu_has_bf16() else ''} (`benchmarks.prior_step`): "
+             f"the first {' and the first '.join(f'{count} with batch {size}' for size, count in STEPS.items())}, including the opening of the first "
+             "window of shards."]
     record("Token shards", text, ("webdataset", "numpy"))
     return int(not all(kept for kept, _, _ in checks))
 

@@ -2,44 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**17
-"""Logits processed at a time on a CPU. The float32 intermediates of a chunk fit in its cache."""
+from vqmosaic.kernels.chunked_cross_entropy import ChunkedCrossEntropy, can_use_chunked_cross_entropy
 
 
 def next_token_loss(logits_BTK: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats per token, in float32."""
     logits_NK, ids_N = logits_BTK.flatten(0, 1), ids_BT.flatten()
-    if logits_NK.device.type == "cpu" and logits_NK.requires_grad and not torch.compiler.is_compiling():
+    if can_use_chunked_cross_entropy(logits_NK):
         return ChunkedCrossEntropy.apply(logits_NK, ids_N)
     return F.cross_entropy(logits_NK.float(), ids_N)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy that also computes its gradient in the forward pass, in chunks of rows: float32 intermediates stay in the CPU's cache."""
-
-    @staticmethod
-    def forward(ctx, logits_NK: torch.Tensor, ids_N: torch.Tensor) -> torch.Tensor:
-        """The mean loss, a float32 scalar."""
-        losses_N = logits_NK.new_empty(len(ids_N), dtype=torch.float32)
-        gradient_NK = torch.empty_like(logits_NK)
-        chunk_rows = max(1, CHUNK_ELEMENTS // logits_NK.shape[1])
-        for logits, ids, losses, gradient in zip(*(each.split(chunk_rows) for each in (logits_NK, ids_N, losses_N, gradient_NK)), strict=True):
-            log_probabilities = logits.float().log_softmax(dim=-1)
-            losses.copy_(log_probabilities.gather(1, ids[:, None])[:, 0])
-            probabilities = log_probabilities.exp_()
-            probabilities.scatter_add_(1, ids[:, None], probabilities.new_full((len(ids), 1), -1.0))
-            torch.div(probabilities, len(ids_N), out=gradient)
-        ctx.save_for_backward(gradient_NK)
-        return -losses_N.mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The gradient of the logits."""
-        gradient_NK, = ctx.saved_tensors
-        return gradient_NK if float(gradient) == 1 else gradient_NK * gradient, None  # 1 except with gradient accumulation
 
 
 def z_loss(logits_BTK: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from stage2_prior.losses import next_token_loss, z_loss
-from stage2_prior.model.grid_attention import MAX_MATMUL_LENGTH
 from stage2_prior.model.grid_transformer import GridTransformer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TrainingBatch
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError
+from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH
 from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.runs.accelerator import check_compiler
 from vqmosaic.training.training_run import TrainingRun
@@ -74,7 +74,7 @@ def describe_embeddings(config: PreTrainedConfig) -> str:
 
 
 def trains_with_matmul_attention(model: PreTrainedModel, device: torch.device, precision: str) -> bool:
-    """Whether a model trains with MatmulAttention (grid_attention.py)."""
+    """Whether a model trains with MatmulAttention (vqmosaic/kernels/matmul_attention.py)."""
     return (isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16"
             and model.config.max_position_embeddings - 1 <= MAX_MATMUL_LENGTH)  # the last id of a sequence is not an input
 

@@ -1,4 +1,7 @@
-"""One thread for every test and every process that a test starts: two threads each would fight over two cores."""
+"""Fixtures and settings for all tests.
+
+Tests and the processes that they start use one thread each, because parallel test workers share few cores.
+"""
 
 import os
 import shutil
@@ -16,7 +19,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped where there is none."""
+    """Skip tests marked gpu on machines without a GPU."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -26,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Whatever a test before has set: threads gain nothing on models this small, and wait for each other on a busy machine."""
+    """Run each test with one thread, whatever earlier tests have set. Small models gain nothing from more, and threads wait on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,13 +38,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
-    """The folder of one finished tiny digits run, made once for all tests, which only read it."""
+    """The folder of a finished tiny digits run. All tests share it, so they must not change it."""
     return make_tiny_run(tmp_path_factory.mktemp("tiny") / "run")
 
 
 @pytest.fixture
 def tiny_copy(tiny_run, tmp_path) -> Path:
-    """A copy of the finished tiny run that a test may change; its recipe's run_dir is the copy."""
+    """A copy of the finished tiny run that a test may change. The run_dir in its recipe is the copy."""
     copy = tmp_path / "run"
     shutil.copytree(tiny_run, copy)
     recipe = copy / "recipe.yaml"

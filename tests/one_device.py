@@ -1,14 +1,14 @@
-"""Errors for tensors on the wrong device, on a machine without a GPU.
+"""Detects tensors on the wrong device on machines without a GPU.
 
     with one_device(torch.device("meta")):
         model.to("meta")(images.to("meta"))
 
-Tensors on the device `meta` have shapes, dtypes and gradients, but no data. torch's kernels for them accept many mixtures of devices that CUDA
-refuses, so a dispatch mode checks the tensors of each operator, also in the backward pass. It also refuses the few mixtures that CUDA accepts,
-such as indices on the CPU: they wait for a copy and are nearly always a mistake. On other devices, torch checks this itself.
+Tensors on the device `meta` have shapes, dtypes and gradients, but no data. torch's meta kernels accept many combinations of devices that CUDA
+kernels refuse, so a dispatch mode checks the tensors of each operator, also in the backward pass. It also refuses the few combinations that CUDA
+accepts, such as indices on the CPU: they wait for a copy and are nearly always a mistake. On other devices, torch checks this itself.
 
-FakeTensorMode with the device `cuda` would also take the branches for CUDA. It needs a torch built for CUDA: in a build for CPUs, modules cannot be
-moved to `cuda` and the backward pass ends the process.
+FakeTensorMode with the device `cuda` would also take the branches for CUDA, but it needs a torch built for CUDA: in a CPU build, modules cannot be
+moved to `cuda` and the backward pass crashes the process.
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,10 @@ class OneDevice(TorchDispatchMode):
 
 @contextmanager
 def one_device(device: torch.device) -> Iterator[None]:
-    """A context in which tensors on several devices are an error.
+    """Raise WrongDevice if an operator gets tensors on several devices.
 
-    On `meta`, autocast does nothing, because torch has none there. transformers does not check for packed sequences, which needs data.
+    On `meta`, autocast does nothing, because torch does not support it there, and transformers does not check for packed sequences, because that
+    needs data.
     """
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
 

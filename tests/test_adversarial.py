@@ -1,4 +1,4 @@
-"""Adversarial losses: their numbers, signs and gradients, who learns from which, and the adaptive weight."""
+"""Adversarial losses: values, signs and gradients, which network they train, and the adaptive weight."""
 
 import math
 
@@ -25,27 +25,27 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def test_every_name_of_the_recipe_has_a_loss():
+def test_every_loss_name_has_a_function():
     assert set(DISCRIMINATOR_LOSSES) == set(GENERATOR_LOSSES) == set(ADVERSARIAL_LOSSES)
 
 
-# --- numbers by hand -----------------------------------------------------------------------------------------------------------
+# --- values and gradients ------------------------------------------------------------------------------------------------------
 
 
-def test_discriminator_losses_by_hand():
+def test_discriminator_loss_values():
     assert discriminator_loss("hinge", REAL, FAKE).item() == pytest.approx(0.5 * ((0.5 + 0) / 2 + (0.75 + 2) / 2))
     entropy = -0.5 * ((math.log(sigmoid(0.5)) + math.log(sigmoid(2))) / 2 + (math.log(1 - sigmoid(-0.25)) + math.log(1 - sigmoid(1))) / 2)
     for name in ("vanilla", "non_saturating"):
         assert discriminator_loss(name, REAL, FAKE).item() == pytest.approx(entropy)
 
 
-def test_generator_losses_by_hand():
+def test_generator_loss_values():
     assert generator_loss("hinge", FAKE).item() == pytest.approx(-0.375)
     assert generator_loss("vanilla", FAKE).item() == pytest.approx((math.log(1 - sigmoid(-0.25)) + math.log(1 - sigmoid(1))) / 2)
     assert generator_loss("non_saturating", FAKE).item() == pytest.approx(-(math.log(sigmoid(-0.25)) + math.log(sigmoid(1))) / 2)
 
 
-def test_gradients_by_hand():
+def test_loss_gradients():
     expected = {"hinge": ([-0.25, 0.0], [0.25, 0.25], [-0.5, -0.5])}
     for name in ("vanilla", "non_saturating"):
         expected[name] = ([-(1 - sigmoid(0.5)) / 4, -(1 - sigmoid(2)) / 4], [sigmoid(-0.25) / 4, sigmoid(1) / 4], None)
@@ -54,15 +54,15 @@ def test_gradients_by_hand():
     for name, (by_real, by_fake, by_generator) in expected.items():
         real, fake = REAL.clone().requires_grad_(), FAKE.clone().requires_grad_()
         found = (*torch.autograd.grad(discriminator_loss(name, real, fake), (real, fake)), *torch.autograd.grad(generator_loss(name, fake), fake))
-        for gradient, numbers in zip(found, (by_real, by_fake, by_generator), strict=True):
-            torch.testing.assert_close(gradient, torch.tensor(numbers))
+        for gradient, expected_values in zip(found, (by_real, by_fake, by_generator), strict=True):
+            torch.testing.assert_close(gradient, torch.tensor(expected_values))
 
 
-# --- signs, minima, sizes --------------------------------------------------------------------------------------------------------
+# --- signs, minima, saturation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_real_and_fake_both_teach_and_the_right_way(name):
+def test_signs_of_gradients(name):
     real, fake = (torch.zeros(2, 1, 3, 3).requires_grad_() for _ in range(2))
     by_real, by_fake = torch.autograd.grad(discriminator_loss(name, real, fake), (real, fake))
     assert (by_real < 0).all() and (by_fake > 0).all()  # descent raises real logits and lowers fake ones
@@ -71,7 +71,7 @@ def test_real_and_fake_both_teach_and_the_right_way(name):
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_the_minimum_is_where_it_should_be(name):
+def test_minima_of_losses(name):
     grid = torch.linspace(-4, 4, 81)
     by_real = torch.stack([discriminator_loss(name, value, torch.tensor(0.0)) for value in grid])
     by_fake = torch.stack([discriminator_loss(name, torch.tensor(0.0), value) for value in grid])
@@ -79,14 +79,14 @@ def test_the_minimum_is_where_it_should_be(name):
     assert by_real[0] > by_real[40] > by_real.min() and by_real[-1] == by_real.min()
     assert by_fake[-1] > by_fake[40] > by_fake.min() and by_fake[0] == by_fake.min()
     assert (by_generator.diff() < 0).all()
-    if name == "hinge":  # nothing more to gain past the margins
+    if name == "hinge":  # it is constant beyond the margins
         assert (by_real[grid >= 1] == by_real.min()).all() and (by_fake[grid <= -1] == by_fake.min()).all()
-    else:  # a discriminator that cannot tell them apart says D = 1/2
-        undecided = torch.stack([discriminator_loss(name, value, value) for value in grid])
-        assert grid[undecided.argmin()].item() == pytest.approx(0, abs=1e-6) and undecided.min().item() == pytest.approx(math.log(2))
+    else:  # with equal logits for real and fake, D = 1/2 is optimal
+        equal_logits_loss = torch.stack([discriminator_loss(name, value, value) for value in grid])
+        assert grid[equal_logits_loss.argmin()].item() == pytest.approx(0, abs=1e-6) and equal_logits_loss.min().item() == pytest.approx(math.log(2))
 
 
-def test_only_the_minimax_generator_is_left_alone_when_seen_through():
+def test_only_the_vanilla_generator_loss_saturates():
     gradients = {}
     for name in ADVERSARIAL_LOSSES:
         fake = torch.tensor([-12.0], requires_grad=True)
@@ -105,34 +105,34 @@ def test_losses_are_float32_and_finite_for_any_logits(name):
         assert torch.isfinite(logits.grad).all()
 
 
-# --- who learns ------------------------------------------------------------------------------------------------------------------
+# --- which network is trained ----------------------------------------------------------------------------------------------------
 
 
-def tiny_pair() -> tuple[nn.Conv2d, PatchDiscriminator, torch.Tensor]:
+def tiny_networks() -> tuple[nn.Conv2d, PatchDiscriminator, torch.Tensor]:
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(AdversarialConfig(weight=0.1, layers=1, channels=8, spectral_norm=True), 3, seed=0)
     return nn.Conv2d(3, 3, 3, padding=1), discriminator, torch.rand(2, 3, 8, 8) * 2 - 1
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_each_half_of_a_step_teaches_one_side(name):
-    generator, discriminator, images = tiny_pair()
+def test_generator_and_discriminator_losses_update_separate_networks(name):
+    generator, discriminator, images = tiny_networks()
     discriminator.requires_grad_(False)
     fakes = generator(images)
     generator_loss(name, discriminator(fakes)).backward()
     assert all(parameter.grad is None for parameter in discriminator.parameters())
     assert all(parameter.grad.abs().sum() > 0 for parameter in generator.parameters())
-    kept = [parameter.grad.clone() for parameter in generator.parameters()]
+    generator_gradients = [parameter.grad.clone() for parameter in generator.parameters()]
     discriminator.requires_grad_(True)
     real, fake = discriminator(torch.cat([images, fakes.detach()])).chunk(2)
     discriminator_loss(name, real, fake).backward()
-    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(generator.parameters(), kept, strict=True))
+    assert all(torch.equal(parameter.grad, before) for parameter, before in zip(generator.parameters(), generator_gradients, strict=True))
     assert all(parameter.grad is not None for parameter in discriminator.parameters())
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_a_discriminator_learns_to_tell_apart_and_a_generator_to_pass(name):
-    _, discriminator, images = tiny_pair()
+def test_losses_train_a_discriminator_and_fool_it(name):
+    _, discriminator, images = tiny_networks()
     fakes = images.flip(1) * 0.2
     parameters = list(discriminator.parameters())
     for _ in range(30):
@@ -151,24 +151,24 @@ def test_a_discriminator_learns_to_tell_apart_and_a_generator_to_pass(name):
 # --- adaptive weight ---------------------------------------------------------------------------------------------------------------
 
 
-def losses_of(weight: torch.Tensor, reconstruction: float = 3.0, adversarial: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two losses whose gradients at the last layer are (3, 0, 4) and (0, 2, 0), each times its factor."""
+def two_losses(weight: torch.Tensor, reconstruction: float = 3.0, adversarial: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two losses with the gradients (3, 0, 4) * reconstruction / 3 and (0, 2, 0) * adversarial at the last layer."""
     output = weight * torch.tensor([1.0, 2.0, 1.0])
     return (reconstruction / 3 * (3 * output[0] + 4 * output[2])), adversarial * output[1]
 
 
-def test_the_adaptive_weight_is_the_ratio_of_the_gradients():
+def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     last_layer = torch.ones(3, requires_grad=True)
-    reconstruction, adversarial = losses_of(last_layer)
+    reconstruction, adversarial = two_losses(last_layer)
     weight = adaptive_weight(reconstruction, adversarial, last_layer, 10.0)
     assert weight.item() == pytest.approx(5 / (2 + GRADIENT_EPS))
     assert weight.dtype == torch.float32 and weight.shape == () and not weight.requires_grad and last_layer.grad is None
-    (reconstruction + weight * adversarial).backward()  # the graphs are still there
+    (reconstruction + weight * adversarial).backward()  # the graphs were retained
     torch.testing.assert_close(last_layer.grad, torch.tensor([3.0, 2 * weight.item(), 4.0]))
 
 
-def test_the_adaptive_weight_of_a_network_is_that_of_its_gradients():
-    generator, discriminator, images = tiny_pair()
+def test_adaptive_weight_of_a_network():
+    generator, discriminator, images = tiny_networks()
     discriminator.requires_grad_(False)
     fakes = generator(images)
     losses = (fakes - images).abs().mean(), generator_loss("hinge", discriminator(fakes))
@@ -176,11 +176,11 @@ def test_the_adaptive_weight_of_a_network_is_that_of_its_gradients():
     assert adaptive_weight(*losses, generator.weight, 1e9).item() == pytest.approx(norms[0] / (norms[1] + GRADIENT_EPS), rel=1e-5)
 
 
-def test_the_adaptive_weight_is_clamped_and_finite():
+def test_adaptive_weight_is_clamped_and_finite():
     last_layer = torch.ones(3, requires_grad=True)
 
     def weight(**factors):
-        return adaptive_weight(*losses_of(last_layer, **factors), last_layer, 10.0).item()
+        return adaptive_weight(*two_losses(last_layer, **factors), last_layer, 10.0).item()
 
     assert weight(reconstruction=300) == 10
     assert weight(adversarial=0) == 10
@@ -190,17 +190,17 @@ def test_the_adaptive_weight_is_clamped_and_finite():
         assert weight(adversarial=bad) == 0 and weight(reconstruction=bad) == 0
 
 
-def test_the_adaptive_weight_is_float32_under_autocast():
-    generator, discriminator, images = tiny_pair()
+def test_adaptive_weight_is_float32_under_autocast():
+    generator, discriminator, images = tiny_networks()
     discriminator.requires_grad_(False)
 
-    def weight_of_step():
+    def compute_weight():
         fakes = generator(images)
         return adaptive_weight((fakes.float() - images).abs().mean(), generator_loss("hinge", discriminator(fakes)), generator.weight, 1e9)
 
-    expected = weight_of_step()
+    expected = compute_weight()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        weight = weight_of_step()
+        weight = compute_weight()
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight, expected, rtol=0.1, atol=0)
 
@@ -208,7 +208,7 @@ def test_the_adaptive_weight_is_float32_under_autocast():
 # --- feature matching ----------------------------------------------------------------------------------------------------------------
 
 
-def test_feature_matching_by_hand_counts_layers_alike():
+def test_feature_matching_weights_layers_equally():
     real = [torch.tensor([[[[1.0, -3.0]]]]), torch.tensor([[[[200.0]]]])]
     fake = [torch.tensor([[[[2.0, -3.0]]]]), torch.tensor([[[[100.0]]]])]
     assert feature_matching_loss(real, fake).item() == pytest.approx((0.5 / 2 + 100 / 200) / 2, rel=1e-5)
@@ -216,8 +216,8 @@ def test_feature_matching_by_hand_counts_layers_alike():
     torch.testing.assert_close(scaled, feature_matching_loss(real, fake), rtol=1e-5, atol=0)
 
 
-def test_feature_matching_teaches_the_generator_only_and_is_float32():
-    generator, discriminator, images = tiny_pair()
+def test_feature_matching_trains_only_the_generator_and_is_float32():
+    generator, discriminator, images = tiny_networks()
     discriminator.requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         real = discriminator.features(images.requires_grad_())[1]

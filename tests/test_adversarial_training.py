@@ -1,4 +1,4 @@
-"""VQ-GAN trainings of a few steps: when the discriminator joins, what is saved, how a run made to go wrong is caught, exact resume."""
+"""Short VQ-GAN trainings: the schedule of the discriminator, checkpoints and exports, exact resume, the guard against failing runs."""
 
 import contextlib
 import copy
@@ -20,13 +20,13 @@ from vqmosaic.training.checkpoints import CheckpointFolder, read_state
 from vqmosaic.training.tracking import read_metrics
 from vqmosaic.training.training_run import TrainingRun
 
-RIVAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.15, "adversarial__ramp": 0.3, "adversarial__layers": 1,
-         "adversarial__channels": 16, "tokenizer_training__max_steps": 10, "tokenizer_training__validate_every": 2,
-         "tokenizer_training__checkpoint_every": 1, "tokenizer_training__keep_checkpoints": 20, "tokenizer_training__weight_ema_decay": 0.5}
+ADVERSARIAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.15, "adversarial__ramp": 0.3, "adversarial__layers": 1,
+               "adversarial__channels": 16, "tokenizer_training__max_steps": 10, "tokenizer_training__validate_every": 2,
+               "tokenizer_training__checkpoint_every": 1, "tokenizer_training__keep_checkpoints": 20, "tokenizer_training__weight_ema_decay": 0.5}
 
 
 def train(run_dir: Path, **changes) -> Path:
-    train_module.train(tiny_recipe(run_dir, **RIVAL | changes))
+    train_module.train(tiny_recipe(run_dir, **ADVERSARIAL | changes))
     return run_dir
 
 
@@ -38,8 +38,8 @@ def checkpoint(run_dir: Path, step: int) -> Path:
     return RunFolder(run_dir).checkpoints("tokenizer") / f"step-{step:08d}"
 
 
-def train_until(run_dir: Path, steps: int, **changes) -> None:
-    """The training stopped by a signal after so many steps, which writes a checkpoint of that step."""
+def train_until_interrupted(run_dir: Path, steps: int, **changes) -> None:
+    """Train and stop as if by a signal after `steps` steps, which writes a checkpoint."""
     original = TrainingRun.sync
 
     def sync(run):
@@ -57,14 +57,14 @@ def state_files(folder: Path) -> dict[str, bytes]:
             if path.suffix in (".safetensors", ".bin") and not path.name.startswith(("random", "scheduler"))}
 
 
-def assert_same_end(straight: Path, resumed: Path, step: int) -> None:
-    """All weights, both optimizers, the guard and what was written down on the way are the same."""
-    first, second = (state_files(checkpoint(run, step)) for run in (straight, resumed))
+def assert_same_results(uninterrupted: Path, resumed: Path, step: int) -> None:
+    """Weights, optimizers, the guard's state and metrics are equal."""
+    first, second = (state_files(checkpoint(run, step)) for run in (uninterrupted, resumed))
     assert first.keys() == second.keys() and len(first) >= 6
     assert {name for name in first if first[name] != second[name]} == set()
-    assert read_state(checkpoint(straight, step))["guard"] == read_state(checkpoint(resumed, step))["guard"]
+    assert read_state(checkpoint(uninterrupted, step))["guard"] == read_state(checkpoint(resumed, step))["guard"]
     for kind in ("train", "validation"):
-        first, second = ([record | {"seconds": 0} for record in records(run, kind)] for run in (straight, resumed))
+        first, second = ([record | {"seconds": 0} for record in records(run, kind)] for run in (uninterrupted, resumed))
         assert first == second
 
 
@@ -73,25 +73,25 @@ def finished(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("vqgan") / "run")
 
 
-def test_it_joins_at_its_step_learns_silently_then_speaks(finished):
+def test_discriminator_starts_at_its_step_and_affects_the_generator_after_warmup(finished):
     for record in records(finished):
-        step = record["step"] - 1  # a record is written after its step
+        step = record["step"] - 1  # records are written after their step
         assert ("discriminator_loss" in record) == (step >= 3), record
-        assert ("adversarial_loss" in record) == (step >= 5), "the warm-up is silent"
+        assert ("adversarial_loss" in record) == (step >= 5), "the generator has no adversarial loss during warmup"
     weights = {step: load_file(checkpoint(finished, step) / "model_1.safetensors") for step in (1, 3, 4, 10)}
-    moved = {(first, second): any(not torch.equal(tensor, weights[second][name]) for name, tensor in weights[first].items())
-             for first, second in ((1, 3), (3, 4), (4, 10))}
-    assert moved == {(1, 3): False, (3, 4): True, (4, 10): True}
+    has_changed = {(first, second): any(not torch.equal(tensor, weights[second][name]) for name, tensor in weights[first].items())
+                   for first, second in ((1, 3), (3, 4), (4, 10))}
+    assert has_changed == {(1, 3): False, (3, 4): True, (4, 10): True}
 
 
-def test_the_plan_prints_the_resolved_steps(tmp_path, capsys):
+def test_plan_prints_the_resolved_steps(tmp_path, capsys):
     train(tmp_path / "run", tokenizer_training__max_steps=4)
     out = capsys.readouterr().out
     assert "joins at step 2, affects the tokenizer from step 2, with full weight 0.5 from step 3" in out
     assert "the discriminator joins at step 2" in out
 
 
-def test_the_checkpoint_holds_both_and_the_export_inference_weights_alone(finished):
+def test_checkpoint_contains_both_networks_and_export_only_the_tokenizer(finished):
     names = {path.name for path in checkpoint(finished, 10).iterdir()}
     assert {"model.safetensors", "model_1.safetensors", "optimizer.bin", "optimizer_1.bin", "best.safetensors"} <= names
     exported = load_file(finished / "tokenizer/model.safetensors")
@@ -99,7 +99,7 @@ def test_the_checkpoint_holds_both_and_the_export_inference_weights_alone(finish
     ImageTokenizer.from_pretrained(finished / "tokenizer")
 
 
-def test_best_and_last_are_kept_side_by_side(finished, tmp_path):
+def test_best_and_last_weights_are_exported(finished, tmp_path):
     errors = {record["step"]: record["reconstruction_l2"] for record in records(finished, "validation")}
     best = min(errors, key=errors.get)
     assert read_state(checkpoint(finished, 10))["best_step"] == best
@@ -109,43 +109,44 @@ def test_best_and_last_are_kept_side_by_side(finished, tmp_path):
         for name, tensor in load_file(export / "model.safetensors").items():
             assert torch.equal(tensor, averaged[f"module.{name}"]), name
     other = train(tmp_path / "run", tokenizer_training__export="best")
-    for one, another in ((other / "tokenizer", folder / "best"), (RunFolder(other).checkpoints("tokenizer") / "last", finished / "tokenizer")):
-        assert (one / "model.safetensors").read_bytes() == (another / "model.safetensors").read_bytes()
+    for folder_1, folder_2 in ((other / "tokenizer", folder / "best"), (RunFolder(other).checkpoints("tokenizer") / "last", finished / "tokenizer")):
+        assert (folder_1 / "model.safetensors").read_bytes() == (folder_2 / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"adversarial__spectral_norm": "true", "adversarial__augmentations": "[color,translation,cutout]", "tokenizer__dropout": 0.1,
          "tokenizer_training__perceptual_loss": "discriminator_features", "tokenizer_training__perceptual_weight": 0.1,
          "tokenizer_training__accumulation_steps": 2}])
-def test_resumed_at_any_phase_it_ends_like_a_straight_run(changes, tmp_path):
-    """Stopped before the discriminator joins, in its warm-up and in the ramp; all weights, both optimizers and the guard's counters are the same."""
-    straight = train(tmp_path / "straight", **changes)
+def test_resumed_training_matches_an_uninterrupted_one(changes, tmp_path):
+    """Training is stopped before the discriminator starts, during its warmup and during the ramp."""
+    uninterrupted = train(tmp_path / "straight", **changes)
     resumed = tmp_path / "resumed"
     for steps in (2, 4, 7):
-        train_until(resumed, steps, **changes)
+        train_until_interrupted(resumed, steps, **changes)
     train(resumed, **changes)
-    assert_same_end(straight, resumed, 10)
-    speaking = [record for record in records(straight) if "adversarial_loss" in record]
-    named = [record for record in records(straight) if record.get("discriminator_features", 0) > 0]
-    assert speaking and named == (speaking if "tokenizer_training__perceptual_loss" in changes else []), "feature matching is logged by its name"
+    assert_same_results(uninterrupted, resumed, 10)
+    with_generator_loss = [record for record in records(uninterrupted) if "adversarial_loss" in record]
+    with_features = [record for record in records(uninterrupted) if record.get("discriminator_features", 0) > 0]
+    assert with_generator_loss and with_features == (with_generator_loss if "tokenizer_training__perceptual_loss" in changes else [])
 
 
-# --- runs made to go wrong ---------------------------------------------------------------------------------------------------------
+# --- failing runs ------------------------------------------------------------------------------------------------------------------
 
-RUINED = {"adversarial__weight": 10_000, "adversarial__balance": "fixed", "adversarial__warmup": 0, "adversarial__ramp": 0, "adversarial__start": 0.5,
-          "tokenizer_training__max_steps": 16, "tokenizer_training__learning_rate": 0.02, "tokenizer_training__warmup_fraction": 0}
+FAILING = {"adversarial__weight": 10_000, "adversarial__balance": "fixed", "adversarial__warmup": 0, "adversarial__ramp": 0,
+           "adversarial__start": 0.5, "tokenizer_training__max_steps": 16, "tokenizer_training__learning_rate": 0.02,
+           "tokenizer_training__warmup_fraction": 0}
 
 
 @pytest.fixture(scope="module")
-def ruined(tmp_path_factory) -> tuple[Path, str]:
-    """The folder of a finished training with a fixed balance and far too much weight, and what it printed."""
+def failing_run(tmp_path_factory) -> tuple[Path, str]:
+    """The run folder and output of a training with a fixed adversarial weight that is much too large."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        return train(tmp_path_factory.mktemp("ruined") / "run", **RUINED), out.getvalue()
+        return train(tmp_path_factory.mktemp("ruined") / "run", **FAILING), out.getvalue()
 
 
-def test_a_discriminator_that_ruins_the_pictures_is_turned_down(ruined):
-    """Validation worsens, the guard halves the weight and says so, the best weights are older."""
-    run_dir, out = ruined
+def test_guard_lowers_the_adversarial_weight_when_validation_worsens(failing_run):
+    """The guard halves the weight and reports it, and the best weights are from before."""
+    run_dir, out = failing_run
     assert "the guard halved the adversarial weight, now 5000" in out
     state = read_state(checkpoint(run_dir, 16))
     assert state["guard"]["halvings"] >= 1 and state["best_step"] <= 8
@@ -153,35 +154,35 @@ def test_a_discriminator_that_ruins_the_pictures_is_turned_down(ruined):
     assert weights[0] == 10_000 and weights[-1] <= 5000
 
 
-def test_resumed_after_a_halving_it_ends_like_a_straight_run(ruined, tmp_path):
-    """Stopped while the guard still waits after its first halving; the weight stays halved, and whether it is halved again comes out the same."""
-    straight, resumed = ruined[0], tmp_path / "resumed"
-    halvings = {step: read_state(checkpoint(straight, step))["guard"]["halvings"] for step in range(1, 17)}
+def test_resume_after_a_halving_matches_an_uninterrupted_training(failing_run, tmp_path):
+    """Training is stopped while the guard pauses after its first halving. Later halvings must be the same."""
+    uninterrupted, resumed = failing_run[0], tmp_path / "resumed"
+    halvings = {step: read_state(checkpoint(uninterrupted, step))["guard"]["halvings"] for step in range(1, 17)}
     step = min(step for step, count in halvings.items() if count) + 1
-    train_until(resumed, step, **RUINED)
+    train_until_interrupted(resumed, step, **FAILING)
     guard = read_state(checkpoint(resumed, step))["guard"]
     assert guard["halvings"] == 1 and guard["pause"] > 0 and step < 16
-    train(resumed, **RUINED)
+    train(resumed, **FAILING)
     assert {record["adversarial_weight"] for record in records(resumed) if record["step"] == step + 1} == {5000}
-    assert_same_end(straight, resumed, 16)
+    assert_same_results(uninterrupted, resumed, 16)
 
 
-def test_a_training_that_stands_still_brings_the_discriminator_in(tmp_path, capsys):
+def test_discriminator_starts_early_at_a_plateau(tmp_path, capsys):
     run_dir = train(tmp_path / "run", adversarial__start=0.95, adversarial__start_at_plateau="true", tokenizer_training__learning_rate=1e-9)
     assert "reconstruction has reached a plateau" in capsys.readouterr().out
     assert read_state(checkpoint(run_dir, 10))["guard"]["joined_at"] < 0.95
 
 
-@pytest.mark.parametrize("whose", ["discriminator_loss", "generator_loss"])
-def test_a_non_finite_loss_of_either_side_changes_neither(whose, tmp_path, monkeypatch, capsys):
-    original, calls = getattr(adversary_module, whose), []
+@pytest.mark.parametrize("loss_name", ["discriminator_loss", "generator_loss"])
+def test_step_with_a_non_finite_loss_updates_neither_network(loss_name, tmp_path, monkeypatch, capsys):
+    original, calls = getattr(adversary_module, loss_name), []
 
-    def spoiled(*arguments):
+    def nan_at_one_call(*arguments):
         calls.append(1)
         result = original(*arguments)
-        return result * torch.nan if len(calls) == {"discriminator_loss": 5, "generator_loss": 3}[whose] else result
+        return result * torch.nan if len(calls) == {"discriminator_loss": 5, "generator_loss": 3}[loss_name] else result
 
-    monkeypatch.setattr(adversary_module, whose, spoiled)
+    monkeypatch.setattr(adversary_module, loss_name, nan_at_one_call)
     run_dir = train(tmp_path / "run")
     assert "refused" in capsys.readouterr().out
     states = [read_state(path)["refused_steps"] for path in CheckpointFolder(RunFolder(run_dir).checkpoints("tokenizer")).all()]
@@ -189,7 +190,7 @@ def test_a_non_finite_loss_of_either_side_changes_neither(whose, tmp_path, monke
     before, after = (checkpoint(run_dir, number) for number in (step, step + 1))
     for name in ("model.safetensors", "model_1.safetensors", "weights_ema.safetensors"):
         assert (before / name).read_bytes() == (after / name).read_bytes(), name
-    assert states[-1] == 1, "one spoiled step costs one step"
+    assert states[-1] == 1, "only the step with the non-finite loss is skipped"
     for name in ("model.safetensors", "model_1.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(checkpoint(run_dir, 10) / name).values() if tensor.is_floating_point())
 
@@ -203,34 +204,34 @@ def test_a_non_finite_loss_of_either_side_changes_neither(whose, tmp_path, monke
     ({"adversarial__augmentations": "[colour]"}, "Did you mean 'color'"),
     ({"tokenizer_training__train_parts": "decoder"}, "init_from"),
 ])
-def test_what_cannot_be_is_refused_in_words(changes, words, tmp_path):
+def test_invalid_combinations_are_refused(changes, words, tmp_path):
     with pytest.raises(InputError, match=words):
-        tiny_recipe(tmp_path / "run", **RIVAL | changes)
+        tiny_recipe(tmp_path / "run", **ADVERSARIAL | changes)
 
 
-def test_a_codebook_that_hardly_anything_uses_raises_the_alarm_with_remedies(tmp_path, monkeypatch, capsys):
-    def spread(tokenizer, *_):
+def test_low_codebook_usage_prints_a_warning_with_remedies(tmp_path, monkeypatch, capsys):
+    def spread_codes(tokenizer, *_):
         for buffer in (tokenizer.quantizer.codebook, tokenizer.quantizer.ema_sums):
             buffer.add_(100 * torch.arange(32)[:, None])
 
-    monkeypatch.setattr(train_module, "initialize_codebook", spread)
+    monkeypatch.setattr(train_module, "initialize_codebook", spread_codes)
     train(tmp_path / "run", adversarial__weight=0, tokenizer__revival_threshold=0, tokenizer__ema_decay=0.999999,
           tokenizer_training__weight_ema_decay=0, tokenizer_training__max_steps=2)
     assert "warning: only 3.1% of the codebook is in use at step 2. Remedies: a smaller tokenizer.codebook_size" in capsys.readouterr().out
 
 
-def test_the_alarm_is_raised_once_and_again_at_the_end(tmp_path, capsys):
+def test_usage_warning_is_printed_once_and_at_the_end(tmp_path, capsys):
     train(tmp_path / "run", adversarial__weight=0, tokenizer_training__usage_alarm=1, tokenizer_training__max_steps=8,
           tokenizer_training__validate_every=2, tokenizer_training__validation_images=8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "of the codebook is in use" in line]
     assert len(lines) == 2 and "at step 2" in lines[0] and "at step 8" in lines[1]
 
 
-# --- speed-ups that must change nothing ----------------------------------------------------------------------------------------------
+# --- optimizations that must not change results --------------------------------------------------------------------------------------
 
 
-def test_memory_order_changes_nothing_but_rounding(tmp_path):
-    """At 64 channels: with 32, a bias before a norm of one channel a group has no true gradient, and follows rounding."""
+def test_channels_last_matches_contiguous_up_to_rounding(tmp_path):
+    """With 64 channels. With 32, groups have one channel, so the true gradient of a bias before the norm is 0 and only rounding is left."""
     runs = [train(tmp_path / flag, tokenizer_training__channels_last=flag, tokenizer_training__max_steps=4, adversarial__weight=0,
                   tokenizer__channels=64) for flag in ("true", "false")]
     first, second = (load_file(checkpoint(run, 4) / "model.safetensors") for run in runs)
@@ -239,14 +240,14 @@ def test_memory_order_changes_nothing_but_rounding(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_like_the_plain_one_with_a_discriminator(tmp_path):
+def test_compiled_training_with_a_discriminator_matches_eager(tmp_path):
     compiled = []
     original = train_module.compile_networks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "compile_networks", lambda *networks: (original(*networks), compiled.extend(networks)))
         runs = [train(tmp_path / flag, tokenizer_training__compile=flag, tokenizer_training__max_steps=6, tokenizer__channels=64)
                 for flag in ("true", "false")]
-    encoder, decoder = compiled  # once
+    encoder, decoder = compiled  # compile_networks is called once
     assert encoder._compiled_call_impl is not None and "features" in vars(decoder) and "features" not in vars(copy.deepcopy(decoder))
     losses = [[record["reconstruction_loss"] for record in records(run)] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

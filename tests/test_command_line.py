@@ -1,6 +1,6 @@
-"""The vqmosaic command as a user meets it: answers within seconds, in words, with the right exit code; and what its commands write.
+"""The vqmosaic command: messages, exit codes, response times, and the files that its commands write.
 
-Most calls are processes of their own. Those that would load torch again and again are made in this one, by `dispatch`.
+Most tests start a process. Calls that import torch run in this process through `dispatch`, because the import is slow.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import default_device
 
-HELP_SECONDS, ERROR_SECONDS = 1.5, 4.0  # what is promised; a machine that does other things meanwhile gets twice that
+HELP_SECONDS, ERROR_SECONDS = 1.5, 4.0  # the target; a busy machine is allowed SLACK times as much
 SLACK = 2.0
 
 
 def timed(*arguments: object, **environment: str):
-    """A call, its result and its seconds; the seconds are printed for `pytest -s` and `-rP`."""
+    """Run the command and return its result and duration in seconds, which `pytest -s` and `-rP` show."""
     started = time.monotonic()
     result = command(*arguments, **environment)
     seconds = time.monotonic() - started
@@ -40,8 +40,8 @@ def timed(*arguments: object, **environment: str):
     return result, seconds
 
 
-def refused(*arguments: object, **environment: str) -> str:
-    """The words with which a call is refused: on stderr, exit code 2, no traceback, in time."""
+def error_message(*arguments: object, **environment: str) -> str:
+    """The message of a call that must fail: on stderr, with exit code 2, without a traceback, in time."""
     result, seconds = timed(*arguments, **environment)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr and result.stderr.startswith("error: ") and not result.stdout
@@ -55,7 +55,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def nowhere(tmp_path_factory) -> Path:
-    """An empty folder with one text file in it."""
+    """A folder that contains only a text file."""
     folder = tmp_path_factory.mktemp("nowhere")
     (folder / "file.txt").write_text("not an image")
     return folder
@@ -66,42 +66,42 @@ def nowhere(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("arguments", [["--help"], [], ["help"], ["run", "--help"], ["run", "digits", "--help"], ["generate", "--help"],
                                        ["bundle", "--help"], ["--version"]], ids=" ".join)
-def test_help_answers_at_once(arguments):
+def test_help_is_fast(arguments):
     result, seconds = timed(*arguments)
     assert result.returncode == 0 and result.stdout and not result.stderr
     assert seconds < SLACK * HELP_SECONDS
 
 
-def test_the_overview_names_every_command_and_recipe():
-    said = command("--help").stdout
+def test_overview_lists_commands_and_recipes():
+    stdout = command("--help").stdout
     for word in ("run", "train-tokenizer", "preprocess", "train-prior", "bundle", "generate", "reconstruct", "check-data", "audit", "demo", "doctor",
                  "digits", "cifar10", "image_folder", "imagenet256"):
-        assert word in said
+        assert word in stdout
     assert command("--version").stdout.strip() == __version__
 
 
-def test_the_help_of_a_recipe_shows_its_own_values():
-    said = " ".join(command("run", "digits", "--help").stdout.split())
-    assert "--tokenizer.codebook_size" in said and "default: runs/digits)" in said and "those of digits" in said
+def test_recipe_help_shows_its_values():
+    stdout = " ".join(command("run", "digits", "--help").stdout.split())
+    assert "--tokenizer.codebook_size" in stdout and "default: runs/digits)" in stdout and "those of digits" in stdout
 
 
 @pytest.mark.parametrize("name", ["run", "train-prior"])
-def test_the_help_of_a_recipe_explains_what_is_no_field_of_it(name):
-    said = " ".join(command(name, "--help").stdout.split())
-    for words in ("--processes N number of processes", "--accelerate_config FILE Accelerate configuration",
+def test_recipe_help_shows_options_that_are_not_fields(name):
+    stdout = " ".join(command(name, "--help").stdout.split())
+    for option in ("--processes N number of processes", "--accelerate_config FILE Accelerate configuration",
                   "--redo STAGE delete and rerun this stage (tokenizer, "):
-        assert words in said
-    assert ("--overfit N only check that" in said) == (name == "train-prior")
+        assert option in stdout
+    assert ("--overfit N only check that" in stdout) == (name == "train-prior")
 
 
-def test_a_command_without_its_recipe():
+def test_run_without_recipe_prints_usage():
     result = command("run")
     assert result.returncode == 2 and "usage: vqmosaic run RECIPE" in result.stdout
 
 
-# --- wrong things ------------------------------------------------------------------------------------------------------------
+# --- invalid calls -----------------------------------------------------------------------------------------------------------
 
-WRONG = {
+INVALID_CALLS = {
     "command": (["generat"], ["'generat'", "reconstruct", "Did you mean 'generate'?"]),
     "recipe name": (["run", "digts"], ["'digts'", "cifar10", "Did you mean 'digits'?"]),
     "run folder missing": (["train-prior", "{nowhere}/runs/b"], ["neither a recipe nor a run folder", "Shipped recipes: cifar10", "YAML file"]),
@@ -137,10 +137,10 @@ WRONG = {
     "processes": (["run", "digits", "--processes", "0"], ["--processes is 0", "at least 1"]),
     "processes that do not divide": (["train-tokenizer", "digits", "--processes=3", "--run_dir={nowhere}/r", "--tokenizer_training.batch_size=64"],
                                      ["tokenizer_training.batch_size is 64", "3 processes", "66"]),
-    "processes that are no number": (["run", "digits", "--processes", "two"], ["--processes", "'two'"]),
+    "processes not a number": (["run", "digits", "--processes", "two"], ["--processes", "'two'"]),
     "accelerate config": (["run", "digits", "--accelerate_config", "{nowhere}/no.yaml"], ["--accelerate_config", "no.yaml"]),
     "redo": (["run", "digits", "--redo", "priors"], ["--redo is 'priors'", "tokenizer, tokens, prior, pipeline", "Did you mean 'prior'?"]),
-    "redo of what is read": (["train-prior", "digits", "--redo", "tokenizer"], ["--redo tokenizer", "the input of train-prior", "--redo prior"]),
+    "redo of an input": (["train-prior", "digits", "--redo", "tokenizer"], ["--redo tokenizer", "the input of train-prior", "--redo prior"]),
     "inputs of preprocess": (["preprocess", "digits", "--run_dir", "{nowhere}/r"], ["r/tokenizer is not a tokenizer", "vqmosaic train-tokenizer"]),
     "inputs of train-prior": (["train-prior", "digits", "--run_dir", "{nowhere}/r"], ["r/tokens/train", "vqmosaic preprocess"]),
     "inputs of bundle": (["bundle", "digits", "--run_dir", "{nowhere}/r"], ["r/prior is not a prior", "vqmosaic train-prior"]),
@@ -159,7 +159,7 @@ WRONG = {
     "class like a digit": (["generate", "{run}", "--classes", "²"], ["no class '²'"]),
     "no class": (["generate", "{run}", "--classes", "3,"], ["no class ''"]),
     "num": (["generate", "{run}", "--num", "0"], ["--num is 0", "at least 1"]),
-    "num that is no number": (["generate", "{run}", "--num", "four"], ["--num", "'four'"]),
+    "num not a number": (["generate", "{run}", "--num", "four"], ["--num", "'four'"]),
     "temperature": (["generate", "{run}", "--temperature", "-1"], ["--temperature is -1", "at least 0"]),
     "infinite guidance": (["generate", "{run}", "--guidance_scale", "inf"], ["--guidance_scale is inf"]),
     "top_k": (["generate", "{run}", "--top_k", "33"], ["--top_k is 33", "32"]),
@@ -169,8 +169,8 @@ WRONG = {
     "dtype": (["generate", "{run}", "--dtype", "half"], ["--dtype", "'half'", "bfloat16"]),
     "option": (["generate", "{run}", "--clases", "3"], ["--clases", "Did you mean --classes?"]),
     "image missing": (["reconstruct", "{run}", "{nowhere}/fil.txt"], ["fil.txt' does not exist", "Did you mean", "file.txt"]),
-    "image that is none": (["reconstruct", "{run}", "{nowhere}/file.txt"], ["file.txt' cannot be read"]),
-    "image that is a folder": (["reconstruct", "{run}", "{nowhere}"], ["is a folder"]),
+    "image unreadable": (["reconstruct", "{run}", "{nowhere}/file.txt"], ["file.txt' cannot be read"]),
+    "image is a folder": (["reconstruct", "{run}", "{nowhere}"], ["is a folder"]),
     "no image": (["reconstruct", "{run}"], ["IMAGE"]),
     "reconstruct without a pipeline": (["reconstruct", "{nowhere}", "{nowhere}/file.txt"], ["has no finished pipeline"]),
     "audit path": (["audit", "/nowhere/at/all"], ["/nowhere/at/all does not exist"]),
@@ -182,20 +182,20 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_thing_is_answered_in_words(name, nowhere, tiny_run):
-    arguments, expected = WRONG[name]
-    words = refused(*(argument.format(nowhere=nowhere, run=tiny_run) if isinstance(argument, str) else argument for argument in arguments))
-    assert all(part.replace("{run}", str(tiny_run)) in words for part in expected), words
-    assert not (nowhere / "r").exists() and not (nowhere / "p").exists(), "nothing is left behind by a call that is refused"
+@pytest.mark.parametrize("name", INVALID_CALLS)
+def test_invalid_call_is_rejected(name, nowhere, tiny_run):
+    arguments, expected = INVALID_CALLS[name]
+    message = error_message(*(argument.format(nowhere=nowhere, run=tiny_run) if isinstance(argument, str) else argument for argument in arguments))
+    assert all(part.replace("{run}", str(tiny_run)) in message for part in expected), message
+    assert not (nowhere / "r").exists() and not (nowhere / "p").exists(), "a rejected call leaves no files behind"
 
 
-def test_a_pair_that_does_not_belong_together(tiny_run, tmp_path):
+def test_bundle_rejects_mismatched_parts(tiny_run, tmp_path):
     recipe = tiny_recipe(tmp_path)
     ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=16, channels=1), seed=1).save_pretrained(tmp_path / "tokenizer")
-    words = refused("bundle", "--tokenizer", tmp_path / "tokenizer", "--prior", tiny_run / "prior", "--out", tmp_path / "pipeline")
+    message = error_message("bundle", "--tokenizer", tmp_path / "tokenizer", "--prior", tiny_run / "prior", "--out", tmp_path / "pipeline")
     for folder, name in ((tmp_path / "tokenizer", "config.json"), (tiny_run / "prior", "vocabulary.json")):
-        assert str(folder) in words and json.loads((folder / name).read_text())["token_fingerprint"][:16] in words
+        assert str(folder) in message and json.loads((folder / name).read_text())["token_fingerprint"][:16] in message
     assert not (tmp_path / "pipeline").exists()
 
 
@@ -206,27 +206,27 @@ def test_a_pair_that_does_not_belong_together(tiny_run, tmp_path):
     ({"prior__layers": 2}, ["prior.layers = 1, now it is 2", "--redo prior"]),
     ({"tokenizer_training__max_steps": 9}, ["stage tokenizer has grown", "--redo tokens"]),
 ], ids=str)
-def test_a_recipe_that_changed_under_a_finished_run(changes, expected, tiny_run):
+def test_changed_recipe_of_a_finished_run_is_rejected(changes, expected, tiny_run):
     recipe = (tiny_run / "recipe.yaml").read_bytes()
-    words = refused("run", "digits", *tiny_overrides(tiny_run, **changes))
-    assert all(part in words for part in expected), words
+    message = error_message("run", "digits", *tiny_overrides(tiny_run, **changes))
+    assert all(part in message for part in expected), message
     assert (tiny_run / "recipe.yaml").read_bytes() == recipe
 
 
-def test_damaged_files_are_told_in_words(tiny_copy, tiny_run):
+def test_damaged_files_are_reported(tiny_copy, tiny_run):
     (tiny_copy / "pipeline" / "pipeline.json").write_text("{")
-    assert "pipeline.json is not JSON" in refused("generate", tiny_copy)
+    assert "pipeline.json is not JSON" in error_message("generate", tiny_copy)
     (tiny_copy / "tokenizer" / "config.json").write_text("[]")
-    assert "does not contain a JSON object" in refused("preprocess", tiny_copy, "--redo", "tokens")
+    assert "does not contain a JSON object" in error_message("preprocess", tiny_copy, "--redo", "tokens")
     (tiny_copy / "prior" / "model.safetensors").unlink()
     parts = ("--tokenizer", tiny_run / "tokenizer", "--prior", tiny_copy / "prior")
-    assert "model.safetensors is missing" in refused("bundle", *parts, "--out", tiny_copy / "joined")
+    assert "model.safetensors is missing" in error_message("bundle", *parts, "--out", tiny_copy / "joined")
 
 
-# --- what the commands do ----------------------------------------------------------------------------------------------------
+# --- valid calls -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_does_nothing_but_say_so(tiny_run):
+def test_rerunning_a_finished_run_does_nothing(tiny_run):
     started = time.monotonic()
     probe = ("import sys\nfrom pipelines.command_line import dispatch\n"
              f"code = dispatch(['run', {str(tiny_run)!r}])\nassert code == 0 and 'torch' not in sys.modules\n")
@@ -239,22 +239,22 @@ def test_a_second_run_does_nothing_but_say_so(tiny_run):
 
 
 @pytest.mark.parametrize("stage_command", ["train-tokenizer", "preprocess", "train-prior"])
-def test_a_finished_stage_says_so(stage_command, tiny_run, capsys):
+def test_rerunning_a_finished_stage_does_nothing(stage_command, tiny_run, capsys):
     assert dispatch([stage_command, str(tiny_run)]) == 0
     assert "finished already" in capsys.readouterr().out
 
 
-def test_generate_writes_an_image_for_each_and_a_grid(tiny_run, tmp_path):
+def test_generate_writes_images_and_a_grid(tiny_run, tmp_path):
     result, _ = timed("generate", tiny_run, "--classes", "3,7", "--num", "3", "--seed", "7", "--out", tmp_path / "out")
     assert result.returncode == 0 and result.stdout.strip() == f"wrote 6 images and grid.png to {tmp_path / 'out'}" and not result.stderr
     assert set(pictures(tmp_path / "out")) == {"3-0.png", "3-1.png", "3-2.png", "7-0.png", "7-1.png", "7-2.png", "grid.png"}
     with Image.open(tmp_path / "out" / "3-0.png") as image:
         assert image.size == (16, 16) and image.mode == "L"
     with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.width > grid.height, "a row for each class"
+        assert grid.width > grid.height, "one row per class"
 
 
-def test_the_same_seed_gives_the_same_files(tiny_run, tmp_path):
+def test_same_seed_gives_the_same_files(tiny_run, tmp_path):
     def generated(name: str, *arguments: str) -> dict[str, bytes]:
         assert dispatch(["generate", str(tiny_run), "--out", str(tmp_path / name), *arguments]) == 0
         return pictures(tmp_path / name)
@@ -263,23 +263,23 @@ def test_the_same_seed_gives_the_same_files(tiny_run, tmp_path):
     assert generated("b", "--classes", "3,7", "--num", "2", "--seed", "7") == first
     assert generated("c", "--classes", "3,7", "--num", "2", "--seed", "8") != first
     more = generated("d", "--classes", "3", "--num", "5", "--seed", "7")
-    assert (more["3-0.png"], more["3-1.png"]) == (first["3-0.png"], first["3-1.png"]), "more images change none of the first"
+    assert (more["3-0.png"], more["3-1.png"]) == (first["3-0.png"], first["3-1.png"]), "earlier images do not depend on --num"
     assert len({more[name] for name in more}) == 6
 
 
-def test_a_class_asked_for_twice_loses_no_image(tiny_run, tmp_path):
+def test_repeated_class_gets_distinct_files(tiny_run, tmp_path):
     assert dispatch(["generate", str(tiny_run), "--classes", "3,3", "--num", "2", "--out", str(tmp_path)]) == 0
     assert set(pictures(tmp_path)) == {"3-0.png", "3-1.png", "3-2.png", "3-3.png", "grid.png"}
 
 
-def test_generate_takes_every_class_by_default_and_a_pipeline_folder(tiny_run, tmp_path, capsys):
+def test_generate_from_a_pipeline_folder_uses_all_classes_by_default(tiny_run, tmp_path, capsys):
     assert dispatch(["generate", str(tiny_run / "pipeline"), "--num", "1", "--out", str(tmp_path), "--temperature", "0.9", "--top_k", "5",
                      "--top_p", "0.9", "--guidance_scale", "1", "--dtype", "bfloat16", "--device", "cpu"]) == 0
     assert set(pictures(tmp_path)) == {f"{digit}-0.png" for digit in range(10)} | {"grid.png"}
     assert "wrote 10 images" in capsys.readouterr().out
 
 
-def test_reconstruct_writes_each_image_under_its_name(tiny_run, tmp_path, capsys):
+def test_reconstruct_names_files_after_the_images(tiny_run, tmp_path, capsys):
     for number, (folder, mode, size) in enumerate((("a", "RGB", (40, 30)), ("b", "RGBA", (8, 8)), ("b", "L", (16, 16)))):
         (tmp_path / folder).mkdir(exist_ok=True)
         pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], *([len(mode)] if len(mode) > 1 else [])), dtype=np.uint8)
@@ -290,30 +290,31 @@ def test_reconstruct_writes_each_image_under_its_name(tiny_run, tmp_path, capsys
     assert set(pictures(tmp_path / "out")) == {"same.png", "same_.png", "grid_.png", "grid.png"}
 
 
-def test_audit_compares_with_the_data_of_the_run(tiny_run, capsys):
+def test_audit_compares_with_the_data_set_of_the_run(tiny_run, capsys):
     assert dispatch(["audit", str(tiny_run)]) == 0
     assert capsys.readouterr().out.splitlines() == [f"compared with the data set of {tiny_run}",
                                                     "train: 1,418 samples in 4 shards, 0 skipped: no problems",
                                                     "validation: 379 samples in 1 shard, 0 skipped: no problems"]
 
 
-def test_audit_tells_every_problem_and_exits_with_1(tiny_copy, capsys):
+def test_audit_reports_problems_and_exits_with_1(tiny_copy, capsys):
     shard = tiny_copy / "tokens" / "train" / "shard-000001.tar"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     assert dispatch(["audit", str(tiny_copy / "tokens")]) == 1
-    said = capsys.readouterr().out
-    assert "shard-000001.tar" in said and said.count("no problems") == 1 and "validation: 379 samples in 1 shard, 0 skipped: no problems" in said
+    stdout = capsys.readouterr().out
+    assert "shard-000001.tar" in stdout and stdout.count("no problems") == 1
+    assert "validation: 379 samples in 1 shard, 0 skipped: no problems" in stdout
 
 
-def test_audit_holds_against_another_data_set_and_a_single_split(tiny_run, capsys):
+def test_audit_of_a_single_split_and_with_another_data_set(tiny_run, capsys):
     assert dispatch(["audit", str(tiny_run / "tokens" / "train")]) == 0
     assert "train: 1,418" in capsys.readouterr().out
     assert dispatch(["audit", str(tiny_run), "--recipe", "digits", "--data.validation_fraction", "0.5"]) == 1
 
 
-def test_check_data_counts_and_names_what_is_unreadable(tmp_path, capsys):
+def test_check_data_lists_unreadable_images(tmp_path, capsys):
     for number in range(5):
         (tmp_path / "cat").mkdir(exist_ok=True)
         Image.new("RGB", (9, 9), (number, 0, 0)).save(tmp_path / "cat" / f"{number}.png")
@@ -321,28 +322,28 @@ def test_check_data_counts_and_names_what_is_unreadable(tmp_path, capsys):
     assert dispatch(arguments) == 0 and "5 of 5 images are readable" in capsys.readouterr().out
     (tmp_path / "cat" / "3.png").write_bytes(b"broken")
     assert dispatch(arguments) == 1
-    said = capsys.readouterr().out
-    assert "unreadable: cat/3.png" in said and "4 of 5 images are readable" in said
+    stdout = capsys.readouterr().out
+    assert "unreadable: cat/3.png" in stdout and "4 of 5 images are readable" in stdout
 
 
-def test_doctor_tells_versions_device_and_recipes(capsys):
+def test_doctor_prints_versions_device_and_recipes(capsys):
     assert dispatch(["doctor"]) == 0
-    said = capsys.readouterr().out
+    stdout = capsys.readouterr().out
     for word in ("torch", "transformers", "gradio", "threads 1 of",
                  "mixed_precision auto is", "recipes: cifar10, cifar10_vqgan, digits", __version__):
-        assert word in said
+        assert word in stdout
     if default_device().type == "cpu":
         cores = os.cpu_count()
-        assert f"    cpu: {processor_name()}, {cores} core{'' if cores == 1 else 's'}\n" in said
+        assert f"    cpu: {processor_name()}, {cores} core{'' if cores == 1 else 's'}\n" in stdout
 
 
-def test_the_example_classes_match_the_readme():
+def test_example_classes_match_the_readme():
     digits = [str(digit) for digit in range(10)]
     assert f"--classes {example_classes(digits)} --num 8 --seed 7" in (ROOT / "README.md").read_text()
     assert [example_classes(names) for names in ([], ["cat"], ["cat", "dog"], ["a", "b", "c"])] == ["", "cat", "cat,dog", "a,c"]
 
 
-def test_without_out_the_output_folder_is_printed(tiny_run, tmp_path, monkeypatch, capsys):
+def test_default_output_folder_is_printed(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("L", (16, 16)).save("one.png")
     assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0
@@ -351,38 +352,38 @@ def test_without_out_the_output_folder_is_printed(tiny_run, tmp_path, monkeypatc
     assert capsys.readouterr().out.startswith(f"without --out, the images are written to {tmp_path / 'reconstructions'}\n")
 
 
-def test_doctor_helps_where_something_is_missing(monkeypatch, capsys):
+def test_doctor_says_how_to_install_a_missing_package(monkeypatch, capsys):
     from pipelines import doctor
 
     monkeypatch.setattr(doctor, "installed_version", lambda package: None if package == "torch" else "1.0")
     assert dispatch(["doctor"]) == 0
-    said = capsys.readouterr().out
-    assert "torch          MISSING" in said and "to fix: pip install torch" in said and "mixed_precision" not in said
+    stdout = capsys.readouterr().out
+    assert "torch          MISSING" in stdout and "to fix: pip install torch" in stdout and "mixed_precision" not in stdout
 
 
 def test_bundle_joins_parts_given_by_path(tiny_run, tmp_path, capsys):
     arguments = ["bundle", "--tokenizer", str(tiny_run / "tokenizer"), "--prior", str(tiny_run / "prior"), "--out", str(tmp_path / "joined")]
     result, seconds = timed(*arguments)
     assert result.returncode == 0 and result.stdout.strip() == f"bundled {tmp_path / 'joined'}" and seconds < SLACK * ERROR_SECONDS
-    assert dispatch([*arguments, "--guidance_scale", "2", "--top_k", "8"]) == 0, "an older pipeline is replaced"
+    assert dispatch([*arguments, "--guidance_scale", "2", "--top_k", "8"]) == 0, "an existing pipeline is replaced"
     content = json.loads((tmp_path / "joined" / "pipeline.json").read_text())
     assert content["sampling"] == dataclasses.asdict(SamplingConfig(guidance_scale=2.0, top_k=8))
     assert dispatch(["generate", str(tmp_path / "joined"), "--num", "1", "--classes", "3", "--out", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["joined", "out"], "no temporary folders are left"
 
 
-def test_stages_one_by_one_with_parts_of_another_run(tiny_run, tmp_path, capsys):
+def test_single_stages_with_the_tokenizer_of_another_run(tiny_run, tmp_path, capsys):
     own = tiny_overrides(tmp_path / "b", tokens__tokenizer=tiny_run / "tokenizer", prior__layers=2)
     assert dispatch(["preprocess", "digits", *own]) == 0
     assert dispatch(["train-prior", "digits", *own]) == 0
     assert dispatch(["bundle", "digits", *own]) == 0
-    assert dispatch(["bundle", str(tmp_path / "b")]) == 0, "the run folder's own recipe knows the parts"
+    assert dispatch(["bundle", str(tmp_path / "b")]) == 0, "the recipe in the run folder names the parts"
     for shard in sorted((tiny_run / "tokens" / "train").glob("*.tar")):
         assert (tmp_path / "b" / "tokens" / "train" / shard.name).read_bytes() == shard.read_bytes()
     assert dispatch(["generate", str(tmp_path / "b"), "--num", "1", "--classes", "3", "--out", str(tmp_path / "out")]) == 0
 
 
-def test_redo_prior_makes_the_prior_and_the_bundle_anew(tiny_copy, capsys):
+def test_redo_prior_reruns_prior_and_bundle(tiny_copy, capsys):
     def times(*names: str) -> list[int]:
         return [(tiny_copy / name).stat().st_mtime_ns for name in names]
 
@@ -390,8 +391,8 @@ def test_redo_prior_makes_the_prior_and_the_bundle_anew(tiny_copy, capsys):
     before = times(*kept)
     prior = (tiny_copy / "prior" / "model.safetensors").read_bytes()
     assert dispatch(["run", "digits", *tiny_overrides(tiny_copy, prior__layers=2), "--redo", "prior"]) == 0
-    said = capsys.readouterr().out
-    assert "--redo prior: removed prior, pipeline" in said and said.count("finished already") == 2
+    stdout = capsys.readouterr().out
+    assert "--redo prior: removed prior, pipeline" in stdout and stdout.count("finished already") == 2
     assert times(*kept) == before
     assert (tiny_copy / "prior" / "model.safetensors").read_bytes() != prior
     assert (tiny_copy / "pipeline" / "prior" / "model.safetensors").read_bytes() == (tiny_copy / "prior" / "model.safetensors").read_bytes()
@@ -399,25 +400,25 @@ def test_redo_prior_makes_the_prior_and_the_bundle_anew(tiny_copy, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_images_without_classes_go_through_the_recipe_for_folders(tmp_path, capsys):
+def test_image_folder_without_classes(tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(40):
         pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{number}.png")
     assert dispatch(["run", "image_folder", *tiny_overrides(tmp_path / "run", data__path=photos)]) == 0
-    said = capsys.readouterr().out
-    assert "does not use sampling.guidance_scale 1.5" in said and "classes                       none" in said
+    stdout = capsys.readouterr().out
+    assert "does not use sampling.guidance_scale 1.5" in stdout and "classes                       none" in stdout
     assert Vocabulary.load(tmp_path / "run" / "prior").class_names is None
     assert dispatch(["generate", str(tmp_path / "run"), "--num", "3", "--out", str(tmp_path / "out")]) == 0
     assert set(pictures(tmp_path / "out")) == {"sample-0.png", "sample-1.png", "sample-2.png", "grid.png"}
-    for asked in (["--classes", "cat"], ["--guidance_scale", "2"]):
+    for options in (["--classes", "cat"], ["--guidance_scale", "2"]):
         with pytest.raises(InputError, match="class"):
-            dispatch(["generate", str(tmp_path / "run"), *asked])
+            dispatch(["generate", str(tmp_path / "run"), *options])
 
 
 @pytest.mark.slow
-def test_the_whole_chain_in_a_process_of_its_own(tmp_path):
+def test_run_and_rerun_in_a_subprocess(tmp_path):
     result, _ = timed("run", "digits", *tiny_overrides(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     for word in ("measured", "reconstruction, validation", "\n    total  ", "samples.png", "vqmosaic generate"):
@@ -429,9 +430,9 @@ def test_the_whole_chain_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "6000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_how_threads_wait_is_settled_before_torch_is_loaded_unless_the_user_did(given, expected):
+def test_spin_count_is_set_before_torch_is_imported_unless_given(given, expected):
     program = ("import atexit, os, sys; from pipelines.command_line import main; assert 'torch' not in sys.modules; "
                "sys.argv = ['vqmosaic', '--version']; atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'))); main()")
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    finished = subprocess.run([sys.executable, "-c", program], env=kept | given, capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    finished = subprocess.run([sys.executable, "-c", program], env=environment | given, capture_output=True, text=True, check=True)
     assert finished.stdout.split() == [__version__, expected]

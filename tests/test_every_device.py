@@ -49,9 +49,9 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TOKENIZER = {"codebook_size": 64, "code_dim": 5, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1], "residual_blocks": 1}
 SIZE, ROWS = 16, 4
 CASES: dict[str, Callable[[torch.device], object]] = {}
-"""What runs on every device, by name. A case returns the tensors, modules and losses that must be on its device."""
+"""Cases for every device, by name. A case returns the tensors, modules and losses that must be on its device."""
 DATA_DEPENDENT: dict[str, tuple[Callable[[torch.device], object], str]] = {}
-"""What needs data, and why."""
+"""Cases that need data, with the reason."""
 
 
 def case(*variants: dict, reason: str | None = None):
@@ -86,7 +86,7 @@ def autocast_on(device: torch.device, wanted: bool):
     return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-def clip(model: nn.Module) -> torch.Tensor:
+def clip_gradients(model: nn.Module) -> torch.Tensor:
     """The norm of the gradients before they are clipped to a norm of 0.5. Like TrainingRun._clip, but without the check that needs data."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -102,14 +102,14 @@ def random_lpips(device: torch.device) -> LPIPS:
 
 @functools.cache
 def random_weights(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, torch.Tensor]:
-    """Weights by name, of a variance that keeps features finite."""
+    """Weights by name, with a variance that keeps features finite."""
     return {name: torch.randn(shape) * (2 / max(1, torch.Size(shape[1:]).numel())) ** 0.5 for name, shape in shapes}
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------------------
 
 KINDS = [{"quantizer": kind} for kind in QUANTIZER_NAMES]
-WITH_IDS = [kind for kind in KINDS if kind["quantizer"] != "kl"]
+KINDS_WITH_IDS = [kind for kind in KINDS if kind["quantizer"] != "kl"]
 OPTIONS = [{"quantizer": "ema", option: True} for option in ("l2_normalize", "rotation_trick", "diveq")]
 OPTIONS += [{"quantizer": "residual", "residual_kind": "simvq", "residual_shared": False, "l2_normalize": True}]
 
@@ -124,7 +124,7 @@ def tokenizer_training_step(device, loss="l1", in_bf16=False, **fields):
         output = tokenizer(images_BCHW.contiguous(memory_format=torch.channels_last))
     total = reconstruction_loss(loss, output.reconstructions, images_BCHW) + output.quantizer.loss
     total.backward()
-    norm = clip(tokenizer)
+    norm = clip_gradients(tokenizer)
     tokenizer.quantizer.discard()
     return tokenizer, output.reconstructions, output.quantizer.quantized, output.quantizer.ids, total, norm
 
@@ -142,18 +142,18 @@ def vq_gan_training_step(device, in_bf16=False, **settings):
     with autocast_on(device, in_bf16):
         output = tokenizer(images_BCHW)
     reconstruction = reconstruction_loss("l1", output.reconstructions, images_BCHW) + perceptual(output.reconstructions, images_BCHW)
-    added, terms = adversary.generator_terms(images_BCHW, output.reconstructions, reconstruction, 0.5, 0.3)
+    added, generator_metrics = adversary.generator_terms(images_BCHW, output.reconstructions, reconstruction, 0.5, 0.3)
     (reconstruction + output.quantizer.loss + added).backward()
     with autocast_on(device, in_bf16):
-        rival_loss, more = adversary.discriminator_terms(images_BCHW, output.reconstructions)
-    rival_loss.backward()
-    norms = clip(tokenizer), clip(discriminator)
+        discriminator_loss, discriminator_metrics = adversary.discriminator_terms(images_BCHW, output.reconstructions)
+    discriminator_loss.backward()
+    norms = clip_gradients(tokenizer), clip_gradients(discriminator)
     discriminator.commit()
-    return tokenizer, discriminator, perceptual, *terms.values(), *more.values(), *norms
+    return tokenizer, discriminator, perceptual, *generator_metrics.values(), *discriminator_metrics.values(), *norms
 
 
 @case({"channels_last": True, "parts": "all"}, {"channels_last": False, "parts": "decoder"})
-def timed_step_of_the_plan(device, channels_last, parts):
+def measured_step(device, channels_last, parts):
     tokenizer, config = tokenizer_on(device), AdversarialConfig(weight=0.5, layers=1, channels=16)
     discriminator = PatchDiscriminator(config, 3, seed=0).to(device)
     run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, channels_last=channels_last, train_parts=parts), unwrapped=tokenizer,
@@ -164,7 +164,7 @@ def timed_step_of_the_plan(device, channels_last, parts):
 
 
 @case(*KINDS, *OPTIONS)
-def start_of_the_codebook(device, **fields):
+def codebook_initialization(device, **fields):
     tokenizer = tokenizer_on(device, **fields)
     tokenizer.quantizer.initialize(torch.randn(50, 5).to(device))  # fewer vectors than codes
     tokenizer.quantizer.initialize(torch.randn(300, 5).to(device))
@@ -172,7 +172,7 @@ def start_of_the_codebook(device, **fields):
 
 
 @case(*({"quantizer": kind} for kind in ("ema", "gradient", "ibq", "residual")), {"quantizer": "residual", "residual_shared": False})
-def commit_with_its_counter_on_the_cpu(device, **fields):
+def commit_with_a_cpu_counter(device, **fields):
     """Counting and revival after a step, without the one check that needs data."""
     tokenizer = tokenizer_on(device, **fields).train()
     for module in tokenizer.quantizer.modules():
@@ -184,17 +184,17 @@ def commit_with_its_counter_on_the_cpu(device, **fields):
     return tokenizer
 
 
-@case(*WITH_IDS)
+@case(*KINDS_WITH_IDS)
 def images_to_ids(device, **fields):
     return tokenizer_on(device, **fields).encode(images_on(device))
 
 
 @case({})
-def images_through_latents(device):
+def reconstruction_without_ids(device):
     return tokenizer_on(device, quantizer="kl").reconstruct(images_on(device))
 
 
-@case(*WITH_IDS)
+@case(*KINDS_WITH_IDS)
 def ids_to_images(device, **fields):
     """ImageTokenizer.decode without the check that needs data."""
     tokenizer = tokenizer_on(device, **fields)
@@ -223,7 +223,7 @@ def prior_training_step(device, architecture, checkpointing=False, in_bf16=False
         logits_BTK = prior(ids_BT, classes_B)
     loss = next_token_loss(logits_BTK, ids_BT) + 1e-4 * z_loss(logits_BTK)
     loss.backward()
-    return prior, logits_BTK, loss, clip(prior), prior.loss(ids_BT)
+    return prior, logits_BTK, loss, clip_gradients(prior), prior.loss(ids_BT)
 
 
 def vocabulary_ids(device: torch.device, prior: TokenPrior) -> torch.Tensor:
@@ -256,15 +256,15 @@ def steps_with_the_static_cache_of_transformers(device, architecture, cuts, **op
 
 def sampling_steps(device: torch.device, prior: TokenPrior, decoder: ReferenceDecoder | StaticDecoder,
                    is_recorded: bool = False) -> list[torch.Tensor]:
-    """Guided images, half of the rows with their class and half without. Like sample_tokens, but without the check that needs data."""
+    """Sampling with guidance: half of the rows have a class. Like sample_tokens, but without the check that needs data."""
     vocabulary, drawn = prior.vocabulary, []
     sampling = SamplingConfig(temperature=0.9, top_k=5, top_p=0.9, min_p=0.01)
     ids_N = vocabulary.condition_ids(torch.tensor([0, 1, -1, -1]).to(device))
     for position, (start, stop) in enumerate(vocabulary.position_ranges()):
         if position == 5:
             decoder.keep_first(2)
-        place = torch.full((1,), position, device=device) if is_recorded and position else position
-        logits_NK = decoder.step(ids_N[:decoder.rows], place)[:, start:stop].float()
+        step_position = torch.full((1,), position, device=device) if is_recorded and position else position
+        logits_NK = decoder.step(ids_N[:decoder.rows], step_position)[:, start:stop].float()
         logits_BK = apply_guidance(*logits_NK.chunk(2), 2.0) if decoder.rows == 4 else logits_NK[:2]
         drawn.append(draw_ids(logits_BK, torch.rand(2, dtype=torch.float64).to(device), sampling))
         ids_N = vocabulary.to_vocabulary_at(position, drawn[-1].repeat(2))
@@ -277,7 +277,7 @@ STATIC = [*PRIORS, {"architecture": "llama", "num_key_value_heads": 2}]
 @case(*STATIC, *(prior | {"is_recorded": True} for prior in STATIC), *(prior | {"dtype": torch.bfloat16} for prior in STATIC[:2]),
       *(prior | {"grids": 2} for prior in PRIORS[:2]))
 def sampling_steps_with_static_decoder(device, architecture, is_recorded=False, dtype=torch.float32, grids=1, **options):
-    """`is_recorded`: with the position on the device, as for CUDA graphs."""
+    """With `is_recorded`, the position is on the device, as for CUDA graphs."""
     prior = make_prior(architecture, TWO_GRIDS if grids == 2 else GRIDS, **options).to(device, dtype)
     with torch.inference_mode():
         layers = (LlamaLayers if architecture == "llama" else GridLayers)(prior.model, prior.vocabulary.num_codes, 4, prior.vocabulary.num_tokens)
@@ -298,11 +298,11 @@ def logits_of_given_ids(device, architecture, **options):
     return step_logits(prior, ids_on(torch.device("cpu"), prior)[0], [0, 1, 2, -1])
 
 
-# --- what needs data ---------------------------------------------------------------------------------------------------------
+# --- data-dependent cases ----------------------------------------------------------------------------------------------------
 
 
-@case(*WITH_IDS[:3], {"quantizer": "ibq"}, {"quantizer": "residual"}, reason="The number of commits decides which latents may revive codes.")
-def commit_of_a_codebook(device, **fields):
+@case(*KINDS_WITH_IDS[:3], {"quantizer": "ibq"}, {"quantizer": "residual"}, reason="The number of commits decides which latents may revive codes.")
+def codebook_commit(device, **fields):
     tokenizer = tokenizer_on(device, **fields).train()
     for _ in range(2):  # two micro-batches
         tokenizer(images_on(device))
@@ -310,7 +310,7 @@ def commit_of_a_codebook(device, **fields):
     return tokenizer
 
 
-@case(*WITH_IDS, reason="The smallest and the largest id are compared with the codebook.")
+@case(*KINDS_WITH_IDS, reason="The smallest and the largest id are compared with the codebook.")
 def decode(device, **fields):
     tokenizer = tokenizer_on(device, **fields)
     return tokenizer.decode(tokenizer.encode(images_on(device)))
@@ -330,18 +330,18 @@ def generate(device, architecture, cache, **options):
 
 
 @case(*PRIORS, reason="The difference is returned as a number.")
-def difference_of_logits(device, architecture, **options):
+def logit_difference(device, architecture, **options):
     prior = make_prior(architecture, **options).to(device)
     largest_logit_difference(prior, prior, ids_on(device, prior)[0], [0, 1, 2, -1])
 
 
 @case(*PRIORS, reason="The logits of two sequences are compared.")
-def check_that_a_model_is_causal(device, architecture, **options):
+def causality_check(device, architecture, **options):
     check_causal(make_prior(architecture, **options).to(device).model, architecture)
 
 
 @case(*PRIORS, reason="The first loss is returned as a number.")
-def first_loss_of_the_plan(device, architecture, **options):
+def measured_step_and_loss(device, architecture, **options):
     prior = make_prior(architecture, **options).to(device)
     run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, z_loss=1e-4), optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
                           accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward(), reduce=lambda value, how: value))
@@ -394,29 +394,29 @@ def tensors_of(result: object) -> list[torch.Tensor]:
 
 
 def run_on(function: Callable[[torch.device], object], name: str) -> None:
-    """Run a case on a device, with an error for every tensor that is on another one."""
+    """Run a case on a device. Tensors on another device are an error."""
     device = torch.device(name)
     torch.manual_seed(0)
     with one_device(device):
         result = function(device)
-    # torch's averaged model counts on the CPU
+    # scalars may be on the CPU, such as the counter of AveragedModel
     assert {tensor.device.type for tensor in tensors_of(result) if tensor.dim()} <= {device.type}
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu", CUDA])
 @pytest.mark.parametrize("name", CASES)
-def test_everything_stays_on_one_device(name, device):
+def test_case_stays_on_one_device(name, device):
     run_on(CASES[name], device)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_data_dependent_cases_stay_on_one_device(name, device):
+def test_data_dependent_case_stays_on_one_device(name, device):
     run_on(DATA_DEPENDENT[name][0], device)
 
 
 @pytest.mark.parametrize("name", DATA_DEPENDENT)
-def test_data_dependent_cases_fail_on_meta(name):
+def test_data_dependent_case_fails_on_meta(name):
     """A case that works on `meta` belongs to CASES."""
     # Reading data from `meta` raises different types for different operators in torch, so the message is checked too.
     with pytest.raises((RuntimeError, NotImplementedError, ValueError), match=r"(?i)meta|supported devices") as error:
@@ -426,38 +426,38 @@ def test_data_dependent_cases_fail_on_meta(name):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_a_whole_run_on_a_gpu(tmp_path):
-    """Includes validation, checkpoints and pictures, which the cases leave out."""
+def test_complete_run_on_a_gpu(tmp_path):
+    """Includes validation, checkpoints and images, which the cases omit."""
     assert default_device().type == "cuda"
     make_tiny_run(tmp_path)
 
 
-# --- the check itself --------------------------------------------------------------------------------------------------------
+# --- tests of the check ------------------------------------------------------------------------------------------------------
 
 FACTORIES = [
     ("arange", "tokenizer_training_step(quantizer=ema)"), ("arange", "prior_training_step(architecture=grid_transformer)"),
-    ("zeros", "start_of_the_codebook(quantizer=ema)"), ("empty", "tokenizer_training_step(quantizer=ema)"),
+    ("zeros", "codebook_initialization(quantizer=ema)"), ("empty", "tokenizer_training_step(quantizer=ema)"),
     ("ones", "tokenizer_training_step(quantizer=lfq)"), ("rand", "vq_gan_training_step(augmentations=['color', 'translation', 'cutout'])"),
     ("randint", "vq_gan_training_step(augmentations=['color', 'translation', 'cutout'])"),
 ]
 
 
 @pytest.mark.parametrize(("factory", "name"), FACTORIES)
-def test_a_tensor_created_without_its_device_is_detected(factory, name):
-    """As if the project's sources forgot the argument `device`."""
-    made = getattr(torch, factory)
+def test_tensor_created_without_a_device_is_detected(factory, name):
+    """Simulates source code that omits the argument `device`."""
+    original = getattr(torch, factory)
 
-    def forgetful(*args, device=None, **kwargs):
-        return made(*args, **kwargs)
+    def factory_without_device(*args, device=None, **kwargs):
+        return original(*args, **kwargs)
 
-    # Two correct outcomes: our mode reports mixed devices, or torch refuses to copy a `meta` tensor to the CPU before that.
-    with patch(f"torch.{factory}", forgetful), pytest.raises((WrongDevice, NotImplementedError), match=r"cpu and meta|copy out of meta"):
+    # Either OneDevice reports mixed devices, or torch refuses to copy a `meta` tensor to the CPU first.
+    with patch(f"torch.{factory}", factory_without_device), pytest.raises((WrongDevice, NotImplementedError), match=r"cpu and meta|copy out of meta"):
         run_on(CASES[name], "meta")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
 def test_weights_left_on_another_device_are_detected(architecture):
-    def left_behind(device: torch.device) -> torch.Tensor:
+    def forward_with_cpu_norm(device: torch.device) -> torch.Tensor:
         prior = make_prior(architecture).to(device)
         model = prior.model if architecture == "grid_transformer" else prior.model.model
         norm = model.final_norm if architecture == "grid_transformer" else model.norm
@@ -465,7 +465,7 @@ def test_weights_left_on_another_device_are_detected(architecture):
         return prior(ids_on(device, prior)[0])
 
     with pytest.raises(WrongDevice, match="cpu and meta"):
-        run_on(left_behind, "meta")
+        run_on(forward_with_cpu_norm, "meta")
 
 
 def test_cached_tables_on_another_device_are_detected():
@@ -476,7 +476,7 @@ def test_cached_tables_on_another_device_are_detected():
                 run_on(CASES[name], "meta")
 
 
-class ForgetsItsDeviceInBackward(torch.autograd.Function):
+class BackwardWithoutDevice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x * 2
@@ -486,7 +486,7 @@ class ForgetsItsDeviceInBackward(torch.autograd.Function):
         return gradient * torch.ones(gradient.shape)
 
 
-MIXTURES = {
+MIXED_OPERATIONS = {
     "sum": lambda here, there: here(3) + there(3),
     "product": lambda here, there: here(2, 2) @ there(2, 2),
     "convolution": lambda here, there: F.conv2d(here(1, 2, 4, 4), there(3, 2, 3, 3)),
@@ -500,17 +500,17 @@ MIXTURES = {
     "cat": lambda here, there: torch.cat([here(2), there(2)]),
     "mask": lambda here, there: F.scaled_dot_product_attention(*(here(1, 2, 3, 4) for _ in range(3)), attn_mask=there(3, 3).bool()),
     "scalar in a list": lambda here, there: torch.stack([here(), there()]),
-    "gradient": lambda here, there: ForgetsItsDeviceInBackward.apply(here(3).requires_grad_()).sum().backward(),
+    "gradient": lambda here, there: BackwardWithoutDevice.apply(here(3).requires_grad_()).sum().backward(),
 }
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_mixed_devices_are_an_error(name):
+@pytest.mark.parametrize("name", MIXED_OPERATIONS)
+def test_mixed_devices_raise_an_error(name):
     with one_device(torch.device("meta")), pytest.raises(WrongDevice, match="cpu and meta"):
-        MIXTURES[name](lambda *shape: torch.ones(shape, device="meta"), lambda *shape: torch.ones(shape))
+        MIXED_OPERATIONS[name](lambda *shape: torch.ones(shape, device="meta"), lambda *shape: torch.ones(shape))
 
 
-def test_copies_and_scalars_may_come_from_the_cpu():
+def test_copies_and_scalars_from_the_cpu_are_allowed():
     with one_device(torch.device("meta")):
         here = torch.ones(3).to("meta")
         here.copy_(torch.ones(3))
@@ -518,7 +518,7 @@ def test_copies_and_scalars_may_come_from_the_cpu():
         here[0] = torch.tensor(2.0)
 
 
-def test_full_precision_knows_the_flags_of_cuda():
+def test_full_precision_sets_cuda_flags():
     """They can be set without a GPU."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [flag.fp32_precision for flag in flags]

@@ -1,4 +1,4 @@
-"""Feature extractors from files: what goes into them, what must come out, and what is refused before anything slow."""
+"""Feature extractors from files: preprocessing, checks of the features, and invalid files."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Pooled(nn.Module):
-    """The image in 4 x 4 squares of their mean, of the first channel: 16 features of uint8 images."""
+    """The first channel averaged over a 4 x 4 grid: 16 features of uint8 images."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool2d(images.float() / 255, 4)[:, 0].flatten(1)
@@ -32,14 +32,14 @@ def scripted(module: nn.Module, path: Path) -> Path:
 
 
 class Raw(nn.Module):
-    """The pixels as they come, so that a test sees them."""
+    """Returns the input pixels as features."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         assert images.dtype == torch.uint8
         return images.double().flatten(1)
 
 
-def test_torchscript_gets_uint8_rgb_in_the_pipeline_s_own_size(tmp_path):
+def test_torchscript_receives_uint8_rgb_of_the_pipeline_size(tmp_path):
     extractor = load_feature_extractor(resolve_feature_file(scripted(Raw(), tmp_path / "raw.pt"), None), 8, CPU)
     assert extractor.num_features == 3 * 8 * 8
     grey_B1HW = torch.arange(2 * 64, dtype=torch.uint8).view(2, 1, 8, 8)
@@ -49,7 +49,7 @@ def test_torchscript_gets_uint8_rgb_in_the_pipeline_s_own_size(tmp_path):
     assert torch.equal(extractor(colour_B3HW), colour_B3HW.double().flatten(1))
 
 
-def test_a_network_that_gives_features_on_request_is_asked(tmp_path):
+def test_return_features_argument_is_used(tmp_path):
     class Classifier(nn.Module):
         def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
             features = images.float().mean((2, 3))
@@ -59,21 +59,21 @@ def test_a_network_that_gives_features_on_request_is_asked(tmp_path):
 
 
 class Unpooled(nn.Module):
-    """Maps instead of features."""
+    """Returns feature maps instead of vectors."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.float()[:, :, :1, :1]
 
 
 class Blind(nn.Module):
-    """Sees nothing."""
+    """Returns the same features for all images."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.ones(len(images), 4)
 
 
 class WantsFloats(nn.Module):
-    """A convolution, which takes no integers."""
+    """A convolution, which does not accept integers."""
 
     def __init__(self):
         super().__init__()
@@ -88,8 +88,8 @@ class WantsFloats(nn.Module):
     (Blind(), "equal features for a noise image and a black image"),
     (WantsFloats(), r"fails on a batch of two 8 x 8 images \(uint8, 0 to 255\)"),
 ], ids=["maps", "blind", "floats"])
-def test_what_gives_no_features_is_refused_before_anything_slow(module, words, tmp_path):
-    with pytest.raises(InputError, match=words):
+def test_networks_without_usable_features_are_rejected_on_loading(module, message, tmp_path):
+    with pytest.raises(InputError, match=message):
         load_feature_extractor(resolve_feature_file(scripted(module, tmp_path / "module.pt"), None), 8, CPU)
 
 
@@ -104,7 +104,7 @@ def feature_file(path: Path) -> FeatureFile:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "wrapped.pth"])
-def test_weights_of_a_named_network(suffix, tmp_path):
+def test_weights_of_a_named_network_are_loaded(suffix, tmp_path):
     trained = small_network().module
     with torch.no_grad():
         for parameter in trained.parameters():
@@ -119,11 +119,11 @@ def test_weights_of_a_named_network(suffix, tmp_path):
     assert extractor.num_features == 5 and not extractor.training and not any(p.requires_grad for p in extractor.parameters())
     pixels_BCHW = torch.full((2, 3, 20, 20), 51, dtype=torch.uint8)
     normalised_B3HW = torch.tensor([(0.2 - 0.5) / 0.2, (0.2 - 0.4) / 0.25, (0.2 - 0.3) / 0.5]).view(1, 3, 1, 1).expand(2, -1, 12, 10)
-    assert torch.allclose(extractor(pixels_BCHW).float(), trained(normalised_B3HW), atol=1e-5), "scaled, resized, normalised"
-    assert torch.allclose(extractor(pixels_BCHW[:, :1]), extractor(pixels_BCHW)), "grey is repeated"
+    assert torch.allclose(extractor(pixels_BCHW).float(), trained(normalised_B3HW), atol=1e-5), "pixels are scaled, resized and normalised"
+    assert torch.allclose(extractor(pixels_BCHW[:, :1]), extractor(pixels_BCHW)), "grey images are repeated to 3 channels"
 
 
-def test_images_are_resized_as_by_the_image_transform():
+def test_images_are_resized_like_the_image_transform():
     seen = []
     network = small_network()
     hooked = nn.Identity()
@@ -141,32 +141,32 @@ def test_images_are_resized_as_by_the_image_transform():
     ({"headless.weight": torch.zeros(1)}, r"unexpected headless\.weight"),
     ({"0.bias": torch.zeros(7)}, r"0\.bias has shape \(7,\), not \(5,\)"),
 ], ids=["missing", "unexpected", "like a head", "shape"])
-def test_weights_that_do_not_fit_are_listed(change, words, tmp_path):
+def test_mismatched_weights_are_listed(change, message, tmp_path):
     weights = {name: tensor for name, tensor in {**small_network().module.state_dict(), **change}.items() if tensor is not None}
     save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(InputError, match=rf"does not contain the weights of --features_model small: {words}"):
+    with pytest.raises(InputError, match=rf"does not contain the weights of --features_model small: {message}"):
         load_feature_extractor(feature_file(tmp_path / "weights.safetensors"), 8, CPU, small_network)
 
 
-def test_files_that_are_something_else_are_told(tmp_path, monkeypatch):
+def test_files_of_another_kind_are_rejected(tmp_path, monkeypatch):
     features = scripted(Pooled(), tmp_path / "pooled.pt")
-    class Evil:
+    class MaliciousPickle:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
 
-    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    torch.save({"a": MaliciousPickle()}, tmp_path / "evil.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pt").write_text("not a network")
     with pytest.raises(InputError, match=r"not a TorchScript module.*add --features_model NAME"):
         load_feature_extractor(resolve_feature_file(tmp_path / "text.pt", None), 8, CPU)
     with pytest.raises(InputError, match="not a TorchScript module"):
         load_feature_extractor(resolve_feature_file(tmp_path / "evil.pth", None), 8, CPU)
-    for name, words in (("evil.pth", "not a weights file"), ("list.pth", "does not contain only named tensors"), ("text.pt", "not a weights file")):
-        with pytest.raises(InputError, match=words):
+    for name, message in (("evil.pth", "not a weights file"), ("list.pth", "does not contain only named tensors"), ("text.pt", "not a weights file")):
+        with pytest.raises(InputError, match=message):
             load_feature_extractor(feature_file(tmp_path / name), 8, CPU, small_network)
     with pytest.raises(InputError, match="For a TorchScript file, omit --features_model"):
         load_feature_extractor(feature_file(features), 8, CPU, small_network)
-    assert not (tmp_path / "ran").exists(), "no pickle was run"
+    assert not (tmp_path / "ran").exists(), "no pickle was executed"
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs timm, but timm is not installed: pip install 'vqmosaic"):

@@ -1,4 +1,4 @@
-"""A full disk is reported with its folder and the bytes, nothing unfinished stays on it, and the same call continues once there is room."""
+"""Full disks: errors name the folder and the needed bytes, no partial files remain, and the same command continues once there is space."""
 
 import errno
 import os
@@ -49,10 +49,10 @@ def fail(error: Exception) -> None:
 @pytest.mark.parametrize("write", [
     write_to_full_device, save_to_full_device,
     lambda: fail(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")),  # safetensors
-    lambda: fail(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")),  # torch, where it opens the file
+    lambda: fail(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")),  # torch, if it opens the file itself
     lambda: fail(OSError(errno.EDQUOT, "Disk quota exceeded")),
 ])
-def test_whatever_says_that_a_disk_is_full_is_understood(write, tmp_path):
+def test_all_errors_for_full_disks_are_recognized(write, tmp_path):
     with pytest.raises(DiskFull) as caught, explain_full_disk(tmp_path, 3 * 2**20):
         write()
     assert f"no space left in {tmp_path}" in str(caught.value) and "3.0 MiB needed" in str(caught.value)
@@ -60,13 +60,13 @@ def test_whatever_says_that_a_disk_is_full_is_understood(write, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError(errno.EIO, "Input/output error"), ValueError("28")])
-def test_other_errors_stay_what_they_are(error, tmp_path):
+def test_other_errors_are_not_changed(error, tmp_path):
     with pytest.raises(type(error)) as caught, explain_full_disk(tmp_path, 1):
         fail(error)
     assert caught.value is error
 
 
-def test_the_outer_writer_says_how_much_is_needed_altogether(tmp_path):
+def test_the_outermost_known_size_is_reported(tmp_path):
     with pytest.raises(DiskFull, match=rf"in {tmp_path}: .* 5\.0 GiB needed"), explain_full_disk(tmp_path, 5 * 2**30), \
             explain_full_disk(tmp_path / "inner", 10):
         write_to_full_device()
@@ -75,11 +75,11 @@ def test_the_outer_writer_says_how_much_is_needed_altogether(tmp_path):
         write_to_full_device()
 
 
-def test_the_command_ends_with_words_and_no_traceback_whoever_writes(tmp_path, capsys):
+def test_the_command_reports_a_full_disk_without_traceback(tmp_path, capsys):
     assert exit_code_of(write_to_full_device) == 2
     assert exit_code_of(lambda: fail(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file")))) == 2
-    written = capsys.readouterr().err
-    assert "Traceback" not in written and "Free space: " in written and f"error: no space left in {tmp_path}: " in written
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and "Free space: " in err and f"error: no space left in {tmp_path}: " in err
 
 
 def test_sizes_have_units():
@@ -106,20 +106,20 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("what", WRITERS)
-def test_a_full_disk_is_named_by_every_writer_and_keeps_nothing_unfinished(what, tmp_path, tiny_run, monkeypatch):
+@pytest.mark.parametrize("writer", WRITERS)
+def test_writers_report_a_full_disk_and_leave_no_partial_files(writer, tmp_path, tiny_run, monkeypatch):
     def fsync(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if what != "checkpoint" or path.name == f"{TEMPORARY_PREFIX}step-00000002":
+        if writer != "checkpoint" or path.name == f"{TEMPORARY_PREFIX}step-00000002":
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(DiskFull, match=f"no space left in {tmp_path}.* free.*the same command again"):
-        WRITERS[what](tmp_path, tiny_run)
+        WRITERS[writer](tmp_path, tiny_run)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TEMPORARY_PREFIX in str(path)]
 
 
-def test_a_copy_says_how_large_all_of_it_is(tmp_path, monkeypatch):
+def test_copying_reports_the_size_of_the_whole_folder(tmp_path, monkeypatch):
     (tmp_path / "source").mkdir()
     for name in "ab":
         (tmp_path / "source" / name).write_bytes(bytes(2048))
@@ -128,7 +128,7 @@ def test_a_copy_says_how_large_all_of_it_is(tmp_path, monkeypatch):
         copy_folder(tmp_path / "source", tmp_path / "copy")
 
 
-def test_the_line_of_a_metric_and_the_lock_name_their_folder(tmp_path, monkeypatch):
+def test_metrics_and_locks_report_their_folder(tmp_path, monkeypatch):
     from vqmosaic.training.tracking import MetricsLog
 
     class Accelerator:
@@ -145,7 +145,7 @@ def test_the_line_of_a_metric_and_the_lock_name_their_folder(tmp_path, monkeypat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own of 600 KB, where this user may make one."""
+    """A file system of 600 KB. Skips the test if this user cannot mount one."""
     folder = tmp_path / "small"
     folder.mkdir()
     if os.geteuid() or not shutil.which("mount") or \
@@ -156,19 +156,19 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_on_a_disk_that_is_really_full_the_command_says_so_and_continues_later(small_disk):
-    words = ("train-tokenizer", "digits", *tiny_overrides(small_disk / "run", tokenizer_training__keep_checkpoints=8))
-    stopped = command(*words)
+def test_training_stops_on_a_full_disk_and_continues_later(small_disk):
+    arguments = ("train-tokenizer", "digits", *tiny_overrides(small_disk / "run", tokenizer_training__keep_checkpoints=8))
+    stopped = command(*arguments)
     assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
     assert f"error: no space left in {small_disk}/run" in stopped.stderr and "needed" in stopped.stderr
     subprocess.run(["mount", "-o", "remount,size=60m", small_disk], check=True)
-    continued = command(*words)
+    continued = command(*arguments)
     assert continued.returncode == 0, continued.stderr
     assert (small_disk / "run/tokenizer/model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_images_on_a_disk_that_is_really_full(small_disk, tiny_run):
+def test_generation_stops_on_a_full_disk_and_works_later(small_disk, tiny_run):
     filler = small_disk / "filler"
     with suppress(OSError), open(filler, "wb") as file:
         for _ in range(200):
@@ -176,15 +176,15 @@ def test_images_on_a_disk_that_is_really_full(small_disk, tiny_run):
             file.flush()
     with open(filler, "r+b") as file:
         file.truncate(filler.stat().st_size - 16384)
-    words = ("generate", tiny_run, "--num", "4", "--out", small_disk / "samples")
-    stopped = command(*words)
+    arguments = ("generate", tiny_run, "--num", "4", "--out", small_disk / "samples")
+    stopped = command(*arguments)
     assert stopped.returncode == 2 and f"error: no space left in {small_disk}/samples" in stopped.stderr and "Traceback" not in stopped.stderr
     filler.unlink()
-    assert command(*words).returncode == 0
+    assert command(*arguments).returncode == 0
 
 
 class TrackersWithFullDisk:
-    """The part of an Accelerator that MetricsLog and TrainingRun.end use. Its calls raise an error for a full disk, without a file name."""
+    """The part of an Accelerator that MetricsLog and TrainingRun.end use. Its methods raise an error for a full disk without a file name."""
 
     log_with, is_main_process = ["tensorboard"], True
 
@@ -197,7 +197,7 @@ class TrackersWithFullDisk:
     end_training = log
 
 
-def test_a_full_disk_under_a_tracker_is_reported(tmp_path):
+def test_full_disks_in_trackers_are_reported(tmp_path):
     metrics = MetricsLog(TrackersWithFullDisk(), tmp_path / "logs", 0, 0, {})
     with pytest.raises(DiskFull, match=rf"no space left in {tmp_path}/logs: "):
         metrics.write(1, "train", loss=1.0)
@@ -206,7 +206,7 @@ def test_a_full_disk_under_a_tracker_is_reported(tmp_path):
         TrainingRun.end(run)
 
 
-def test_a_full_disk_under_the_notes_of_workers_is_reported(tmp_path, capsys):
+def test_full_disks_in_notes_of_workers_are_reported(tmp_path, capsys):
     (tmp_path / "0.pid").symlink_to("/dev/full")
     (tmp_path / "0.words").symlink_to("/dev/full")
     assert exit_code_of(lambda: write_note(tmp_path / "0.pid", "1"), tmp_path / "0.words") == 2

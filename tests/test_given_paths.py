@@ -1,4 +1,4 @@
-"""For every argument that is a path: a string that cannot be a path gives an error and exit code 2, before anything is read or written."""
+"""Arguments that are paths: a string that cannot be a path gives an error and exit code 2, before anything is read or written."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 from pipelines.command_line import dispatch
 from vqmosaic.runs.launch import exit_code_of
 
-IMPOSSIBLE = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
-              "through a file": ("FILE/x", "is a file"), "loop of links": ("LOOP/x", "loop of links")}
-COMMANDS_WITH_PATHS = {
+INVALID_PATHS = {"empty": ("", "empty"), "long name": ("x" * 300, "too long"), "long path": ("x/" * 3000, "too long"),
+                 "through a file": ("FILE/x", "is a file"), "loop of links": ("LOOP/x", "loop of links")}
+COMMANDS = {
     "recipe": ["run", "PATH"], "run_dir": ["run", "digits", "--run_dir", "PATH"], "data.path": ["check-data", "image_folder", "--data.path", "PATH"],
     "tokenizer of tokens": ["preprocess", "digits", "--tokens.tokenizer", "PATH"],
     "tokens": ["train-prior", "digits", "--prior_training.tokens", "PATH"],
@@ -30,22 +30,22 @@ COMMANDS_WITH_PATHS = {
 }
 
 
-@pytest.mark.parametrize("kind", IMPOSSIBLE)
-@pytest.mark.parametrize("name", COMMANDS_WITH_PATHS)
-def test_a_string_that_cannot_be_a_path_is_refused(name, kind, tmp_path, tiny_run, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", INVALID_PATHS)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_invalid_paths_are_refused(name, kind, tmp_path, tiny_run, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("FILE").write_text("seed: 1\n")
     Path("LOOP").symlink_to("LOOP")
-    arguments = [part.replace("PATH", IMPOSSIBLE[kind][0]).replace("RUN", str(tiny_run)) for part in COMMANDS_WITH_PATHS[name]]
+    arguments = [part.replace("PATH", INVALID_PATHS[kind][0]).replace("RUN", str(tiny_run)) for part in COMMANDS[name]]
     if name == "recipe file":  # arguments cannot contain a null byte, but files can
         Path("FILE").write_text('data: {path: "a\\0b", source: folder}\n')
     assert exit_code_of(lambda: dispatch(arguments)) == 2
-    words = capsys.readouterr().err
-    assert words.startswith("error: ") and len(words) < 2000 and "Errno" not in words
-    assert (IMPOSSIBLE[kind][1] if name != "recipe file" else "null byte") in words, words
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and len(err) < 2000 and "Errno" not in err
+    assert (INVALID_PATHS[kind][1] if name != "recipe file" else "null byte") in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "LOOP"], "nothing is written"
 
 
-def test_the_error_for_an_impossible_path_names_it(capsys):
+def test_reading_a_too_long_path_gives_a_clear_error(capsys):
     assert exit_code_of(lambda: Path("/" + "x" * 300).read_bytes()) == 2
     assert "too long" in capsys.readouterr().err

@@ -7,24 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stage2_prior.model import grid_attention, grid_transformer
+from stage2_prior.model import grid_transformer
 from stage2_prior.model.causal_lm import make_config
-from stage2_prior.model.grid_attention import (
-    EAGER_KERNELS,
-    MAX_MATMUL_LENGTH,
-    MatmulAttention,
-    attend,
-    can_use_matmul_attention,
-    compiled_kernels,
-    project,
-    queries_keys_values,
-    rotate,
-    select_kernels,
-)
+from stage2_prior.model.grid_attention import attend, queries_keys_values, rotate
 from stage2_prior.model.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
-    SquaredReLU,
     rotation_tables,
     split_parameter_budget,
     token_coordinates,
@@ -34,7 +22,11 @@ from stage2_prior.prior_setup import describe_embeddings
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
+from vqmosaic.kernels import matmul_attention, squared_relu
 from vqmosaic.kernels.embedding_lookup import EmbeddingLookup, Occurrences, lookup
+from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH, MatmulAttention, can_use_matmul_attention
+from vqmosaic.kernels.rotary import EAGER_KERNELS, compiled_kernels, project, select_kernels
+from vqmosaic.kernels.squared_relu import SquaredReLU
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.wording import counted
 
@@ -168,7 +160,7 @@ def test_the_gradient_of_the_squared_relu_is_that_of_its_formula(monkeypatch):
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.equal(SquaredReLU.apply(x), x.relu().square())
     assert torch.autograd.gradcheck(SquaredReLU.apply, x)
-    monkeypatch.setattr(grid_transformer, "CHUNK_ELEMENTS", 10)  # chunks of two rows, the last of one
+    monkeypatch.setattr(squared_relu, "CHUNK_ELEMENTS", 10)  # chunks of two rows, the last of one
     assert torch.equal(SquaredReLU.apply(x.T), x.T.relu().square()) and torch.autograd.gradcheck(SquaredReLU.apply, x)
 
 
@@ -322,7 +314,7 @@ def test_longer_sequences_go_by_passes_and_torchs_attention(monkeypatch):
     """Gradients agree with those by products, up to the rounding of bf16."""
     model, found = trained_looking(GridTransformer(config_of())), []
     for longest in (MAX_MATMUL_LENGTH, 4):
-        monkeypatch.setattr(grid_attention, "MAX_MATMUL_LENGTH", longest)
+        monkeypatch.setattr(matmul_attention, "MAX_MATMUL_LENGTH", longest)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             logits_BSK = model(sequences(model, 2), use_cache=False).logits

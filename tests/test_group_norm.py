@@ -1,4 +1,4 @@
-"""GroupNorm with swish gives the same by whichever kernels and in whichever memory order, and so do its gradients."""
+"""GroupNorm with swish: values and gradients are equal for all kernels and memory formats."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def norm_of(channels: int) -> GroupNorm:
 
 @pytest.mark.parametrize("swish", [True, False])
 @pytest.mark.parametrize("shape", [(2, 32, 32, 40), (3, 64, 5, 7), (2, 96, 1, 1), (1, 32, 8, 8)])
-def test_in_bf16_with_channels_last_it_is_the_norm_of_float32_up_to_rounding(shape, swish):
+def test_bf16_channels_last_matches_float32_up_to_rounding(shape, swish):
     norm = norm_of(shape[1])
     x, gradient = images(shape, 1, torch.bfloat16).requires_grad_(), images(shape, 2, torch.bfloat16)
     found = norm(x, swish=swish)
@@ -39,8 +39,8 @@ def test_in_bf16_with_channels_last_it_is_the_norm_of_float32_up_to_rounding(sha
         assert (ours.float() - theirs).abs().max() <= 0.01 * theirs.abs().max()
 
 
-def test_the_formula_for_the_compiler_is_the_norm():
-    """Also where the mean is thirty times the deviation, and products of float32 are allowed to be inexact; its gradient too."""
+def test_as_affine_matches_forward():
+    """Values and gradients, for a mean of thirty standard deviations and with reduced precision of float32 products."""
     norm, x = norm_of(64), (images((2, 64, 6, 5), 3, torch.float32) + 90).requires_grad_()
     gradient, before = images((2, 64, 6, 5), 5, torch.float32), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -55,7 +55,7 @@ def test_the_formula_for_the_compiler_is_the_norm():
 
 
 @pytest.mark.slow
-def test_compiled_in_bf16_it_is_the_norm_of_float32_up_to_rounding():
+def test_compiled_bf16_matches_float32_up_to_rounding():
     norm = norm_of(64)
     x, gradient = images((2, 64, 8, 8), 1, torch.bfloat16).requires_grad_(), images((2, 64, 8, 8), 2, torch.bfloat16)
     exact = x.detach().float().requires_grad_()
@@ -67,15 +67,15 @@ def test_compiled_in_bf16_it_is_the_norm_of_float32_up_to_rounding():
         assert (ours.float() - theirs).abs().max() <= 0.01 * theirs.abs().max()
 
 
-def test_in_float32_it_is_torchs_own():
+def test_float32_equals_torch_group_norm():
     norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
     assert torch.equal(norm(x), F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)) and torch.equal(norm(x, swish=True), F.silu(norm(x)))
 
 
-def test_attention_of_few_places_in_bf16_equals_torchs_operator_with_its_gradients():
-    numbers = torch.Generator().manual_seed(4)
-    query, key, value = inputs = [torch.randn(3, 16, 32, generator=numbers).bfloat16().requires_grad_() for _ in range(3)]
-    gradient = torch.randn(3, 16, 32, generator=numbers).bfloat16()
+def test_bf16_attention_of_short_sequences_matches_torch():
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = inputs = [torch.randn(3, 16, 32, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    gradient = torch.randn(3, 16, 32, generator=generator).bfloat16()
     found, expected = attention(query, key, value), F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
     for ours, theirs in zip((found, *torch.autograd.grad(found, inputs, gradient)), (expected, *torch.autograd.grad(expected, inputs, gradient)),
                             strict=True):

@@ -1,4 +1,4 @@
-"""Tokens from elsewhere: each layout read as it was written, wrong rows named before anything is written, and the way to a prior and back."""
+"""import-tokens and export-tokens: layouts, checks before writing, resuming, and training a prior on imported tokens."""
 
 import json
 import os
@@ -27,11 +27,11 @@ RNG = np.random.default_rng(0)
 IDS_NVT = RNG.integers(0, CODES, (ROWS, VIEWS, TOKENS))
 LABELS_N = np.arange(ROWS) % CLASSES
 LABELS = LABELS_N.tolist()
-NAMED = ("--codebook_size", CODES, "--token_fingerprint", "made-up")
+COMMON = ("--codebook_size", CODES, "--token_fingerprint", "made-up")
 
 
-def run(*words: object) -> int:
-    return dispatch([str(word) for word in words])
+def run(*arguments: object) -> int:
+    return dispatch([str(argument) for argument in arguments])
 
 
 def write_lines(path: Path, records: list) -> Path:
@@ -55,7 +55,7 @@ def as_lines(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
 
 
 def as_files(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
-    """What extract_codes_c2i.py leaves: codes (1, V, T) and labels (1,) of int64."""
+    """The output of extract_codes_c2i.py: codes (1, V, T) and labels (1,) of int64."""
     for row, ids_VT in enumerate(ids_NVT):
         write_array(folder / f"llama/digits16_codes/{row}.npy", ids_VT[None])
         write_array(folder / f"llama/digits16_labels/{row}.npy", LABELS_N[row:row + 1])
@@ -71,7 +71,7 @@ def as_flat_array(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
 
 
 def stored(tokens: Path) -> dict[int, tuple[np.ndarray, int]]:
-    """Row of the source -> its stored views (V, T) and label, over both splits."""
+    """Stored views (V, T) and label of each source row, from both splits."""
     found = {}
     for split in ("train", "validation"):
         reader = TokenShardReader(tokens / split)
@@ -91,7 +91,7 @@ def stored(tokens: Path) -> dict[int, tuple[np.ndarray, int]]:
 
 @pytest.mark.parametrize(("layout", "views", "first_row"), [(as_lines, 2, 1), (as_files, 2, 0), (as_array, 2, 0), (as_flat_array, 1, 0)])
 def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, views, first_row, capsys):
-    assert run("import-tokens", *layout(tmp_path), *NAMED, "--out", tmp_path / "tokens", "--images_per_shard", 7) == 0
+    assert run("import-tokens", *layout(tmp_path), *COMMON, "--out", tmp_path / "tokens", "--images_per_shard", 7) == 0
     found = stored(tmp_path / "tokens")
     assert sorted(found) == list(range(first_row, ROWS + first_row))
     for row, (ids_VT, label) in found.items():
@@ -107,14 +107,14 @@ def test_every_row_is_stored_once_with_its_views_and_label(tmp_path, layout, vie
         run("audit", tmp_path / "tokens", "--repair")
 
 
-def test_imported_tokens_are_known_by_the_manifest_that_is_left(tmp_path):
-    run("import-tokens", *as_array(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+def test_imported_tokens_are_recognized_by_the_other_manifest(tmp_path):
+    run("import-tokens", *as_array(tmp_path), *COMMON, "--out", tmp_path / "tokens")
     (tmp_path / "tokens" / "train" / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="imported tokens, which cannot be encoded again"):
         run("audit", tmp_path / "tokens", "--repair")
 
 
-def test_the_layouts_of_the_same_tokens_have_the_same_fingerprint(tmp_path):
+def test_fingerprint_does_not_depend_on_the_layout(tmp_path):
     seen = set()
     for number, layout in enumerate((as_lines, as_files, as_array)):
         run("import-tokens", *layout(tmp_path), "--codebook_size", CODES, "--out", tmp_path / str(number))
@@ -126,7 +126,7 @@ def test_the_layouts_of_the_same_tokens_have_the_same_fingerprint(tmp_path):
     assert TokenShardManifest.load(tmp_path / "changed/train").token_fingerprint not in seen
 
 
-def test_lines_may_lack_a_last_line_end_or_have_blank_ones_after_it(tmp_path):
+def test_trailing_newlines_and_blank_lines_are_optional(tmp_path):
     text = "\n".join(json.dumps(record) for record in records_of())
     for ending in ("", "\n", "\r\n\n  \n"):
         path = tmp_path / "tokens.jsonl"
@@ -145,9 +145,9 @@ GRIDS_NVhw = IDS_NVT.reshape(ROWS, VIEWS, GRID_SIZE, GRID_SIZE)
     (as_array, ["--height", GRID_SIZE, "--width", GRID_SIZE]),
 ], ids=["array", "lines", "files", "array with its size"])
 @pytest.mark.parametrize("views", [1, VIEWS])
-def test_ids_that_keep_the_shape_of_their_grid_are_read_as_the_grid(tmp_path, write, options, views):
+def test_ids_with_grid_shape_define_the_grid(tmp_path, write, options, views):
     ids = GRIDS_NVhw if views > 1 else GRIDS_NVhw[:, 0]
-    assert run("import-tokens", *write(tmp_path, ids), *NAMED, *options, "--out", tmp_path / "tokens") == 0
+    assert run("import-tokens", *write(tmp_path, ids), *COMMON, *options, "--out", tmp_path / "tokens") == 0
     found = stored(tmp_path / "tokens")
     for row in range(ROWS):
         np.testing.assert_array_equal(found[row + min(found)][0], IDS_NVT[row, :views])  # lines are counted from 1
@@ -155,95 +155,95 @@ def test_ids_that_keep_the_shape_of_their_grid_are_read_as_the_grid(tmp_path, wr
     assert (grid.height, grid.width) == (GRID_SIZE, GRID_SIZE)
 
 
-def test_as_many_views_as_tokens_are_read_where_the_size_of_the_grid_is_given(tmp_path):
+def test_grid_size_options_resolve_ambiguous_shapes(tmp_path):
     ids_NVT = IDS_NVT.reshape(ROWS, VIEWS * 4, 4)[:, :4]
-    assert run("import-tokens", *as_array(tmp_path, ids_NVT), *NAMED, "--height", 2, "--width", 2, "--out", tmp_path / "tokens") == 0
+    assert run("import-tokens", *as_array(tmp_path, ids_NVT), *COMMON, "--height", 2, "--width", 2, "--out", tmp_path / "tokens") == 0
     manifest = TokenShardManifest.load(tmp_path / "tokens/train")
     assert len(manifest.views) == 4 and (manifest.grids[0].height, manifest.grids[0].width) == (2, 2)
     np.testing.assert_array_equal(stored(tmp_path / "tokens")[5][0], ids_NVT[5])
 
 
-def test_a_list_of_class_names_may_be_longer_than_the_name_of_a_file(tmp_path):
+def test_class_name_lists_may_exceed_the_file_name_limit(tmp_path):
     names = [f"a class with the number {number}" for number in range(40)]
-    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--class_names", ",".join(names), "--out", tmp_path / "tokens") == 0
+    assert run("import-tokens", *as_lines(tmp_path), *COMMON, "--class_names", ",".join(names), "--out", tmp_path / "tokens") == 0
     assert TokenShardManifest.load(tmp_path / "tokens/train").class_names == names
 
 
 @pytest.mark.parametrize("name", ["tokens.json", "tokens.jsonl"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_array_is_called_one(tmp_path, name, indent):
+def test_json_arrays_are_rejected(tmp_path, name, indent):
     path = tmp_path / name
     path.write_text(json.dumps(records_of(), indent=indent))
     with pytest.raises(InputError, match=f"{name} is a JSON array; expected JSON lines"):
-        run("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
+        run("import-tokens", path, *COMMON, "--out", tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("name", ["codes.npz", "codes.npy", "codes"])
-def test_an_npz_file_is_called_one_and_its_arrays_are_named(tmp_path, name):
+def test_npz_files_are_rejected_with_their_array_names(tmp_path, name):
     np.savez(tmp_path / "codes.npz", ids=IDS_NVT, labels=LABELS_N)
     (tmp_path / "codes.npz").rename(tmp_path / name)
     with pytest.raises(InputError, match=r"such as an npz file\. Save one array .*NAME is one of 'ids', 'labels'"):
-        run("import-tokens", tmp_path / name, "--unlabelled", *NAMED, "--out", tmp_path / "tokens")
+        run("import-tokens", tmp_path / name, "--unlabelled", *COMMON, "--out", tmp_path / "tokens")
 
 
-def test_validation_of_its_own_class_names_and_images_without_a_class(tmp_path):
+def test_validation_file_class_names_and_unlabelled_images(tmp_path):
     names = write_lines(tmp_path / "names.txt", [f"class {number}" for number in range(7)])
     held_out = write_lines(tmp_path / "held-out.jsonl", records_of(IDS_NVT[:9, :1], [*LABELS[:8], None]))
-    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--validation", held_out, "--class_names", names, "--out", tmp_path / "tokens") == 0
+    assert run("import-tokens", *as_lines(tmp_path), *COMMON, "--validation", held_out, "--class_names", names, "--out", tmp_path / "tokens") == 0
     train_reader, held_out_reader = TokenShardReader(tmp_path / "tokens/train"), TokenShardReader(tmp_path / "tokens/validation")
     assert (len(train_reader), len(held_out_reader)) == (ROWS, 9)
-    np.testing.assert_array_equal(held_out_reader.sequential(0, 9).ids_BT, IDS_NVT[:9, 0])  # the order within a shard is that of the rows
+    np.testing.assert_array_equal(held_out_reader.sequential(0, 9).ids_BT, IDS_NVT[:9, 0])  # a shard keeps the order of the rows
     assert held_out_reader.labels_N.tolist() == [*LABELS[:8], -1]
     assert train_reader.manifest.class_names == held_out_reader.manifest.class_names == [f"class {number}" for number in range(7)]
-    assert run("import-tokens", *as_lines(tmp_path), *NAMED, "--unlabelled", "--out", tmp_path / "plain") == 0
+    assert run("import-tokens", *as_lines(tmp_path), *COMMON, "--unlabelled", "--out", tmp_path / "plain") == 0
     assert TokenShardManifest.load(tmp_path / "plain/train").class_names is None
     assert (TokenShardReader(tmp_path / "plain/train").labels_N == -1).all()
 
 
-# --- what cannot be used -----------------------------------------------------------------------------------------------------
+# --- invalid input -----------------------------------------------------------------------------------------------------------
 
 
 def with_record(row: int, record: object) -> list:
     return [*records_of()[:row], record, *records_of()[row + 1:]]
 
 
-GOOD = IDS_NVT[0].tolist()
+VALID_IDS = IDS_NVT[0].tolist()
 
 
 @pytest.mark.parametrize(("record", "words"), [
-    ({"class_id": 1, "tokens": [GOOD[0], [*GOOD[1][:-1], CODES]]}, rf"line 18: the ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
-    ({"class_id": 1, "tokens": [GOOD[0], [-1, *GOOD[1][1:]]]}, "line 18: the ids run from -1"),
-    ({"class_id": 1, "tokens": [GOOD[0][:-1], GOOD[1][:-1]]}, "line 18 has 2 views of 15 tokens, but the rows before it have 2 of 16"),
-    ({"class_id": 1, "tokens": GOOD[0]}, "line 18 has 1 view of 16"),
-    ({"class_id": 1, "tokens": [GOOD[0], GOOD[1][:-1]]}, "line 18: .*unequal lengths"),
-    ({"class_id": 1, "tokens": [GOOD[0], [0.5, *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
-    ({"class_id": 1, "tokens": [GOOD[0], ["7", *GOOD[1][1:]]]}, "line 18: the tokens are not all integers"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0], [*VALID_IDS[1][:-1], CODES]]}, rf"line 18: the ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0], [-1, *VALID_IDS[1][1:]]]}, "line 18: the ids run from -1"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0][:-1], VALID_IDS[1][:-1]]}, "line 18 has 2 views of 15 tokens, but the rows before it have 2 of 16"),
+    ({"class_id": 1, "tokens": VALID_IDS[0]}, "line 18 has 1 view of 16"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0], VALID_IDS[1][:-1]]}, "line 18: .*unequal lengths"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0], [0.5, *VALID_IDS[1][1:]]]}, "line 18: the tokens are not all integers"),
+    ({"class_id": 1, "tokens": [VALID_IDS[0], ["7", *VALID_IDS[1][1:]]]}, "line 18: the tokens are not all integers"),
     ({"class_id": 1, "tokens": []}, "line 18: the tokens have the shape"),
     ({"class_id": 1}, "line 18: expected an object"),
-    ({"tokens": GOOD}, "line 18 has no class_id"),
-    ({"class_id": 1.0, "tokens": GOOD}, "line 18: class_id is 1.0; allowed: an integer, or null"),
-    ({"class_id": True, "tokens": GOOD}, "line 18: class_id is True"),
-    ({"class_id": -1, "tokens": GOOD}, "line 18: the label is -1; allowed: 0 to 999999 without --class_names"),
-    ({"class_id": 2**31 - 1, "tokens": GOOD}, "line 18: the label is 2147483647; allowed: 0 to 999999"),
+    ({"tokens": VALID_IDS}, "line 18 has no class_id"),
+    ({"class_id": 1.0, "tokens": VALID_IDS}, "line 18: class_id is 1.0; allowed: an integer, or null"),
+    ({"class_id": True, "tokens": VALID_IDS}, "line 18: class_id is True"),
+    ({"class_id": -1, "tokens": VALID_IDS}, "line 18: the label is -1; allowed: 0 to 999999 without --class_names"),
+    ({"class_id": 2**31 - 1, "tokens": VALID_IDS}, "line 18: the label is 2147483647; allowed: 0 to 999999"),
     ('{"class_id": 1, "tokens": [3, 4', "line 18 is not JSON"),
     ("", "line 18 is blank; each line must be an image"),
     ("[" * 100_000, "line 18 is not JSON"),
     ("17", "line 18: expected an object"),
 ])
-def test_a_wrong_line_is_named_before_anything_is_written(tmp_path, record, words):
+def test_invalid_lines_are_reported_before_writing(tmp_path, record, message):
     path = write_lines(tmp_path / "tokens.jsonl", with_record(17, record))
-    with pytest.raises(InputError, match=words) as caught:
-        run("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
-    assert str(path) in str(caught.value) and not (tmp_path / "tokens").exists()
+    with pytest.raises(InputError, match=message) as error:
+        run("import-tokens", path, *COMMON, "--out", tmp_path / "tokens")
+    assert str(path) in str(error.value) and not (tmp_path / "tokens").exists()
 
 
-def spoil_files(folder: Path, name: str, array: np.ndarray | None) -> list[object]:
+def damaged_files(folder: Path, name: str, array: np.ndarray | None) -> list[object]:
     source = as_files(folder)
     path = folder / "llama" / name
     if array is None:
         path.unlink()
     else:
-        np.save(path, array, allow_pickle=array.dtype.kind == "O")  # a pickle is written here, and must not be read
+        np.save(path, array, allow_pickle=array.dtype.kind == "O")  # object arrays are pickled and must not be loaded
     return source
 
 
@@ -259,9 +259,9 @@ def spoil_files(folder: Path, name: str, array: np.ndarray | None) -> list[objec
     ("digits16_labels/17.npy", np.array([1, 2]), r"digits16_labels/17\.npy is int64 with the shape \(2,\); expected one integer"),
     ("digits16_labels/17.npy", np.array([0.5]), "expected one integer"),
 ])
-def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array, words):
-    with pytest.raises(InputError, match=words):
-        run("import-tokens", *spoil_files(tmp_path, name, array), *NAMED, "--out", tmp_path / "tokens")
+def test_invalid_files_are_reported_before_writing(tmp_path, name, array, message):
+    with pytest.raises(InputError, match=message):
+        run("import-tokens", *damaged_files(tmp_path, name, array), *COMMON, "--out", tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
@@ -279,57 +279,57 @@ def test_a_wrong_file_is_named_before_anything_is_written(tmp_path, name, array,
     (IDS_NVT[:, :, :15], LABELS_N, "15 tokens per view, which is not a square number; give --height and --width"),
     (IDS_NVT[:1], LABELS_N[:1], "has 1 row; at least 2 are needed"),
 ])
-def test_a_wrong_array_is_refused_before_anything_is_written(tmp_path, codes, labels, words):
+def test_invalid_arrays_are_reported_before_writing(tmp_path, codes, labels, message):
     given = [] if labels is None else ["--labels", write_array(tmp_path / "labels.npy", labels)]
-    with pytest.raises(InputError, match=words):
-        run("import-tokens", write_array(tmp_path / "codes.npy", codes), *given, *NAMED, "--out", tmp_path / "tokens")
+    with pytest.raises(InputError, match=message):
+        run("import-tokens", write_array(tmp_path / "codes.npy", codes), *given, *COMMON, "--out", tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
 @pytest.mark.parametrize(("options", "words"), [
     ([], "--codebook_size is not given"),
-    ([*NAMED, "--height", 4], "--height is 4 and --width is None; give both"),
-    ([*NAMED, "--height", 2, "--width", 4], "the grid 2 x 4 x 1 of --height and --width has 8"),
-    ([*NAMED, "--validation_fraction", 1.5], "--validation_fraction is 1.5"),
-    ([*NAMED, "--validation_labels", "x.npy"], "but --validation is not given"),
-    ([*NAMED, "--class_names", "a,b,c"], "line 4: the label is 3; allowed: 0 to 2, as in --class_names"),
-    ([*NAMED, "--class_names", "a,b,a"], "'a' is repeated"),
-    ([*NAMED, "--class_names", "a,,b"], "a name is empty"),
-    ([*NAMED, "--unlabelled", "--class_names", "a,b"], "no row of .* has a label"),
-    ([*NAMED, "--tokenizer", "x"], "--tokenizer and --token_fingerprint are both given"),
+    ([*COMMON, "--height", 4], "--height is 4 and --width is None; give both"),
+    ([*COMMON, "--height", 2, "--width", 4], "the grid 2 x 4 x 1 of --height and --width has 8"),
+    ([*COMMON, "--validation_fraction", 1.5], "--validation_fraction is 1.5"),
+    ([*COMMON, "--validation_labels", "x.npy"], "but --validation is not given"),
+    ([*COMMON, "--class_names", "a,b,c"], "line 4: the label is 3; allowed: 0 to 2, as in --class_names"),
+    ([*COMMON, "--class_names", "a,b,a"], "'a' is repeated"),
+    ([*COMMON, "--class_names", "a,,b"], "a name is empty"),
+    ([*COMMON, "--unlabelled", "--class_names", "a,b"], "no row of .* has a label"),
+    ([*COMMON, "--tokenizer", "x"], "--tokenizer and --token_fingerprint are both given"),
     (["--codebook_size", CODES, "--token_fingerprint", "a b"], "allowed: 1 to 200 letters"),
-    ([*NAMED, "--labels", "nowhere.npy"], "'nowhere.npy', which does not exist"),
+    ([*COMMON, "--labels", "nowhere.npy"], "'nowhere.npy', which does not exist"),
     (["--tokenizer", "nowhere"], "nowhere is not a tokenizer"),
 ])
-def test_options_that_do_not_fit_are_refused(tmp_path, options, words):
-    with pytest.raises(InputError, match=words):
+def test_invalid_options_are_rejected(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
         run("import-tokens", *as_lines(tmp_path), *options, "--out", tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
 
 
-def test_the_command_answers_bad_input_with_words_and_loads_no_torch(tmp_path):
+def test_command_reports_invalid_input_and_does_not_load_torch(tmp_path):
     path = write_lines(tmp_path / "tokens.jsonl", with_record(17, "{"))
-    result = command("import-tokens", path, *NAMED, "--out", tmp_path / "tokens")
+    result = command("import-tokens", path, *COMMON, "--out", tmp_path / "tokens")
     assert result.returncode == 2 and result.stderr.startswith("error: ") and "line 18 is not JSON" in result.stderr
     source = as_lines(tmp_path)[0]
     code = ("import sys\nfrom pipelines.command_line import dispatch\n"
-            f"dispatch({['import-tokens', str(source), *map(str, NAMED), '--out', str(tmp_path / 'tokens')]})\n"
+            f"dispatch({['import-tokens', str(source), *map(str, COMMON), '--out', str(tmp_path / 'tokens')]})\n"
             f"dispatch({['export-tokens', str(tmp_path / 'tokens/train'), '--out', str(tmp_path / 'out.jsonl')]})\n"
             "print('torch' in sys.modules)")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.splitlines()[-1] == "False"
 
 
-# --- killed, and run again ---------------------------------------------------------------------------------------------------
+# --- interruption ------------------------------------------------------------------------------------------------------------
 
 
-def shards_of(folder: Path) -> dict[str, bytes]:
+def file_contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("finished", [0, 5])
-def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
-    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
+def test_resumed_import_writes_the_same_bytes(tmp_path, finished):
+    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *COMMON, "--images_per_shard", 5, "--out")]
     assert run(*call, tmp_path / "straight") == 0
     killed = tmp_path / "killed"
     code = ("import os, signal\nfrom pathlib import Path\nfrom token_shards.sidecar import ShardSidecar\nsave = ShardSidecar.save\n"
@@ -343,80 +343,80 @@ def test_a_killed_import_goes_on_and_leaves_the_same_bytes(tmp_path, finished):
     assert len(before) == finished and len(list(killed.glob("train/shard-*.tar"))) == finished + 1
     assert not (killed / "train/manifest.json").exists()
     assert run(*call, killed) == 0
-    assert shards_of(killed) == shards_of(tmp_path / "straight")
-    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items()), "what was finished is not written again"
-    assert run(*call, killed) == 0  # finished already: nothing changes
-    assert shards_of(killed) == shards_of(tmp_path / "straight")
+    assert file_contents(killed) == file_contents(tmp_path / "straight")
+    assert all(path.stat().st_mtime_ns == mtime for path, mtime in before.items()), "finished shards are not rewritten"
+    assert run(*call, killed) == 0  # already finished: nothing changes
+    assert file_contents(killed) == file_contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("pattern", ["train/manifest.json", "train/*", "*/shard-00000[13].*", "nothing"])
-def test_an_import_of_version_0_1_0_continues_in_the_order_of_its_rows(tmp_path, pattern, monkeypatch):
+def test_imports_of_version_0_1_0_continue_in_row_order(tmp_path, pattern, monkeypatch):
     """Version 0.1.0 did not permute rows."""
-    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out")]
+    call = [str(word) for word in ("import-tokens", *as_lines(tmp_path), *COMMON, "--images_per_shard", 5, "--out")]
     with monkeypatch.context() as patch:
         patch.setattr(import_tokens, "ORDER_SEED", None)
         run(*call, tmp_path / "old")
-    before = shards_of(tmp_path / "old")
+    before = file_contents(tmp_path / "old")
     assert b"order_seed" not in before["train/manifest.json"]
     for path in (tmp_path / "old").glob(pattern):
         path.unlink()
     assert run(*call, tmp_path / "old") == 0
-    assert shards_of(tmp_path / "old") == before
+    assert file_contents(tmp_path / "old") == before
     run(*call, tmp_path / "new")
     assert TokenShardManifest.load(tmp_path / "new/train").order_seed == import_tokens.ORDER_SEED
-    assert shards_of(tmp_path / "new")["train/shard-000000.tar"] != before["train/shard-000000.tar"]
+    assert file_contents(tmp_path / "new")["train/shard-000000.tar"] != before["train/shard-000000.tar"]
 
 
-def test_a_signal_ends_an_import_between_two_images(tmp_path, monkeypatch):
-    lines_read, calls = TokenLines.read, []
+def test_signal_stops_an_import_between_images(tmp_path, monkeypatch):
+    read, calls = TokenLines.read, []
 
     def read_and_signal(self, row):
         calls.append(row)
-        if len(calls) == ROWS + 20:  # in the second reading
+        if len(calls) == ROWS + 20:  # in the second pass over the lines
             os.kill(os.getpid(), signal.SIGTERM)
-        return lines_read(self, row)
+        return read(self, row)
 
     monkeypatch.setattr(TokenLines, "read", read_and_signal)
-    with pytest.raises(Interrupted) as caught:
-        run("import-tokens", *as_lines(tmp_path), *NAMED, "--images_per_shard", 5, "--out", tmp_path / "tokens")
-    assert caught.value.exit_code == 143 and list(tmp_path.rglob("shard-*.json"))
+    with pytest.raises(Interrupted) as error:
+        run("import-tokens", *as_lines(tmp_path), *COMMON, "--images_per_shard", 5, "--out", tmp_path / "tokens")
+    assert error.value.exit_code == 143 and list(tmp_path.rglob("shard-*.json"))
     assert not list(tmp_path.rglob(".partial-*")) and not list(tmp_path.rglob("manifest.json"))
 
 
 def test_other_shards_are_not_overwritten(tmp_path, tiny_run):
-    source, run_before = as_lines(tmp_path), shards_of(tiny_run / "tokens")
+    source, run_before = as_lines(tmp_path), file_contents(tiny_run / "tokens")
     with pytest.raises(InputError, match="contains other token shards"):
-        run("import-tokens", *source, *NAMED, "--out", tiny_run / "tokens")
-    assert shards_of(tiny_run / "tokens") == run_before
-    run("import-tokens", *source, *NAMED, "--out", tmp_path / "tokens")
-    before = shards_of(tmp_path / "tokens")
+        run("import-tokens", *source, *COMMON, "--out", tiny_run / "tokens")
+    assert file_contents(tiny_run / "tokens") == run_before
+    run("import-tokens", *source, *COMMON, "--out", tmp_path / "tokens")
+    before = file_contents(tmp_path / "tokens")
     with pytest.raises(InputError, match="imported with other options"):
-        run("import-tokens", *source, *NAMED, "--class_names", "a,b,c,d,e", "--out", tmp_path / "tokens")
+        run("import-tokens", *source, *COMMON, "--class_names", "a,b,c,d,e", "--out", tmp_path / "tokens")
     (tmp_path / "tokens/train/manifest.json").unlink()
     with pytest.raises(InputError, match="imported with other options"):
-        run("import-tokens", *source, *NAMED, "--images_per_shard", 9, "--out", tmp_path / "tokens")
-    run("import-tokens", *source, *NAMED, "--out", tmp_path / "tokens")
-    assert shards_of(tmp_path / "tokens") == before
+        run("import-tokens", *source, *COMMON, "--images_per_shard", 9, "--out", tmp_path / "tokens")
+    run("import-tokens", *source, *COMMON, "--out", tmp_path / "tokens")
+    assert file_contents(tmp_path / "tokens") == before
 
 
 # --- export ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_what_is_exported_and_imported_again_is_the_same(tmp_path, views):
+def test_export_reverses_import(tmp_path, views):
     labels = [None if row == 11 else label for row, label in enumerate(LABELS)]
     source = write_lines(tmp_path / "tokens.jsonl", records_of(IDS_NVT[:, :views], labels))
-    run("import-tokens", source, *NAMED, "--validation", source, "--images_per_shard", 13, "--out", tmp_path / "tokens")
+    run("import-tokens", source, *COMMON, "--validation", source, "--images_per_shard", 13, "--out", tmp_path / "tokens")
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "back.jsonl") == 0
-    assert (tmp_path / "back.jsonl").read_text() == source.read_text(), "in the order of the rows, not in the order of the shards"
+    assert (tmp_path / "back.jsonl").read_text() == source.read_text(), "in row order, not in shard order"
     assert run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "flat.jsonl", "--one_view_a_line") == 0
     lines = [json.loads(line) for line in (tmp_path / "flat.jsonl").read_text().splitlines()]
     np.testing.assert_array_equal([line["tokens"] for line in lines], IDS_NVT[:, :views].reshape(-1, TOKENS))
     assert [line["class_id"] for line in lines] == [label for label in labels for _ in range(views)]
 
 
-def test_export_refuses_what_it_would_lose(tmp_path):
-    run("import-tokens", *as_lines(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+def test_export_rejects_existing_files_and_folders_without_shards(tmp_path):
+    run("import-tokens", *as_lines(tmp_path), *COMMON, "--out", tmp_path / "tokens")
     (tmp_path / "mine.jsonl").write_text("kept")
     with pytest.raises(InputError, match="which exists"):
         run("export-tokens", tmp_path / "tokens/train", "--out", tmp_path / "mine.jsonl")
@@ -425,11 +425,11 @@ def test_export_refuses_what_it_would_lose(tmp_path):
     assert (tmp_path / "mine.jsonl").read_text() == "kept" and not list(tmp_path.glob("*new.jsonl"))
 
 
-# --- the way to images -------------------------------------------------------------------------------------------------------
+# --- training and bundling ---------------------------------------------------------------------------------------------------
 
 
-def test_a_prior_learns_imported_tokens_and_is_bundled_with_no_other_tokenizer(tmp_path, tiny_run):
-    run("import-tokens", *as_files(tmp_path), *NAMED, "--out", tmp_path / "tokens")
+def test_prior_trains_on_imported_tokens_and_rejects_another_tokenizer(tmp_path, tiny_run):
+    run("import-tokens", *as_files(tmp_path), *COMMON, "--out", tmp_path / "tokens")
     recipe = tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens")
     train(recipe)
     prior = TokenPrior.from_pretrained(tmp_path / "run/prior")
@@ -441,22 +441,22 @@ def test_a_prior_learns_imported_tokens_and_is_bundled_with_no_other_tokenizer(t
     assert not (tmp_path / "pipeline").exists()
 
 
-def test_tokens_that_come_back_with_their_tokenizer_make_a_pipeline(tmp_path, tiny_run):
+def test_reimported_tokens_with_their_tokenizer_make_a_pipeline(tmp_path, tiny_run):
     for split in ("train", "validation"):
         run("export-tokens", tiny_run / "tokens" / split, "--out", tmp_path / f"{split}.jsonl")
-    both = (tmp_path / "train.jsonl", "--validation", tmp_path / "validation.jsonl", "--tokenizer", tiny_run / "tokenizer")
-    run("import-tokens", *both, "--out", tmp_path / "tokens")
+    arguments = (tmp_path / "train.jsonl", "--validation", tmp_path / "validation.jsonl", "--tokenizer", tiny_run / "tokenizer")
+    run("import-tokens", *arguments, "--out", tmp_path / "tokens")
     original, imported = (TokenShardReader(folder / "train") for folder in (tiny_run / "tokens", tmp_path / "tokens"))
     assert imported.manifest.token_fingerprint == original.manifest.token_fingerprint
     assert imported.manifest.grids == original.manifest.grids
-    of_imported, of_original = (reader.samples(np.argsort(reader.indices_N)) for reader in (imported, original))
-    np.testing.assert_array_equal(of_imported.ids_BT, of_original.ids_BT)
-    np.testing.assert_array_equal(of_imported.labels_B, of_original.labels_B)
+    imported_batch, original_batch = (reader.samples(np.argsort(reader.indices_N)) for reader in (imported, original))
+    np.testing.assert_array_equal(imported_batch.ids_BT, original_batch.ids_BT)
+    np.testing.assert_array_equal(imported_batch.labels_B, original_batch.labels_B)
     train(tiny_recipe(tmp_path / "run", prior_training__tokens=tmp_path / "tokens"))
     assert make_bundle(tiny_run / "tokenizer", tmp_path / "run/prior", tmp_path / "pipeline", SamplingConfig()).is_dir()
-    for option, words in (("--codebook_size", "has 32; omit --codebook_size"), ("--height", "give both")):
-        with pytest.raises(InputError, match=words):
-            run("import-tokens", *both, option, 7, "--out", tmp_path / "other")
+    for option, message in (("--codebook_size", "has 32; omit --codebook_size"), ("--height", "give both")):
+        with pytest.raises(InputError, match=message):
+            run("import-tokens", *arguments, option, 7, "--out", tmp_path / "other")
     short = write_lines(tmp_path / "short.jsonl", records_of(IDS_NVT[:, :, :9]))
     with pytest.raises(InputError, match=r"9 tokens per view, but the grid 4 x 4 x 1 of the tokenizer in .* has 16"):
         run("import-tokens", short, "--tokenizer", tiny_run / "tokenizer", "--out", tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Fine-tuning's start: weights found by a path, checked against the recipe, loaded strictly, and never a pickle."""
+"""Initial weights for fine-tuning: finding them by a path, checks against the recipe, strict loading, no pickles."""
 
 import dataclasses
 import hashlib
@@ -25,13 +25,13 @@ CONFIG = tiny_recipe("unused").tokenizer
 CHECKPOINT = "checkpoints/tokenizer/step-00000006"
 
 
-def fresh(**changes) -> ImageTokenizer:
-    """A tokenizer of the tiny recipe with other random weights than the tiny run started from."""
+def make_tokenizer(**changes) -> ImageTokenizer:
+    """A tokenizer of the tiny recipe with a seed that differs from the tiny run's."""
     return ImageTokenizer(dataclasses.replace(CONFIG, **changes), ImageTransform(image_size=16, channels=1), seed=9)
 
 
 def rewrite(checkpoint: Path, name: str, weights: dict[str, torch.Tensor] | None) -> None:
-    """Replace or delete a weight file of a checkpoint, and its entry among the checksums."""
+    """Replace or delete a weight file of a checkpoint, and update its checksum."""
     checksums = json.loads((checkpoint / "checksums.json").read_text())
     if weights is None:
         (checkpoint / name).unlink()
@@ -44,21 +44,21 @@ def rewrite(checkpoint: Path, name: str, weights: dict[str, torch.Tensor] | None
 
 @pytest.fixture
 def checkpoint(tiny_run, tmp_path) -> Path:
-    """A copy, out of its run, of the tiny run's last checkpoint, to spoil."""
+    """A copy of the tiny run's last checkpoint outside of its run, which a test may change."""
     return Path(shutil.copytree(tiny_run / CHECKPOINT, tmp_path / "step-00000006"))
 
 
-# --- what a path leads to ----------------------------------------------------------------------------------------------------
+# --- finding weights ---------------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_folders_run_folders_pipelines_and_checkpoints_are_found(tiny_run):
+def test_tokenizer_run_and_pipeline_folders_and_checkpoints_are_found(tiny_run):
     for path in (tiny_run, tiny_run / "tokenizer"):
         found = locate_initial_weights(str(path))
         assert found.is_export and found.folder == tiny_run / "tokenizer"
     assert locate_initial_weights(str(tiny_run / "pipeline")).folder == tiny_run / "pipeline/tokenizer"
     found = locate_initial_weights(str(tiny_run / CHECKPOINT))
     assert not found.is_export and found.file == tiny_run / CHECKPOINT / "weights_ema.safetensors"
-    assert found.config["network"]["codebook_size"] == CONFIG.codebook_size, "as the run of the checkpoint recorded it"
+    assert found.config["network"]["codebook_size"] == CONFIG.codebook_size, "the config comes from the run's record"
     assert found.config["transform"] == {"image_size": 16, "channels": 1}
 
 
@@ -69,99 +69,99 @@ def test_tokenizer_folders_run_folders_pipelines_and_checkpoints_are_found(tiny_
     ("{run}/logs", ["none of these"]),
     ("{run}/checkpoints/tokenizer", ["none of these", "Did you mean the checkpoint", "step-00000006"]),
 ], ids=["missing", "file", "prior", "folder", "all checkpoints"])
-def test_other_paths_are_refused_in_words(path, words, tiny_run):
+def test_other_paths_are_refused(path, words, tiny_run):
     with pytest.raises(InputError) as caught:
         locate_initial_weights(path.format(run=tiny_run))
     assert all(word in str(caught.value) for word in ["tokenizer_training.init_from is", *words])
 
 
-def test_of_a_checkpoint_outside_a_run_with_a_record_nothing_is_known(checkpoint, tiny_copy):
+def test_checkpoint_without_a_stage_record_has_an_unknown_config(checkpoint, tiny_copy):
     (tiny_copy / "stages/tokenizer.json").unlink()
     for path in (checkpoint, tiny_copy / CHECKPOINT):
         assert locate_initial_weights(str(path)).config == {}
-        assert read_initial_weights(str(path), CONFIG), "the strict loading will tell"
+        assert read_initial_weights(str(path), CONFIG), "loading checks the weights strictly"
 
 
-def test_an_unfinished_run_offers_its_checkpoint(tiny_copy):
+def test_error_for_an_unfinished_run_suggests_its_checkpoint(tiny_copy):
     shutil.rmtree(tiny_copy / "tokenizer")
     shutil.rmtree(tiny_copy / "pipeline")
     with pytest.raises(InputError, match=r"Did you mean the checkpoint '.*step-00000006'"):
         locate_initial_weights(str(tiny_copy))
 
 
-# --- what is loaded ----------------------------------------------------------------------------------------------------------
+# --- loading -----------------------------------------------------------------------------------------------------------------
 
 
-def test_an_export_gives_the_tokenizer_back_and_its_averages_start_from_the_codes(tiny_run):
+def test_loading_an_export_restarts_codebook_averages(tiny_run):
     weights = read_initial_weights(str(tiny_run / "tokenizer"), CONFIG)
     assert weights.keys() == load_file(tiny_run / "tokenizer/model.safetensors").keys()
-    tokenizer, original = fresh(), ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
+    tokenizer, original = make_tokenizer(), ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     load_initial_weights(tokenizer, str(tiny_run))
-    own, expected = tokenizer.state_dict(), original.state_dict()
-    assert own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in weights)
-    assert torch.equal(tokenizer.quantizer.ema_sums, tokenizer.quantizer.codebook), "not those of the random codebook it was made with"
+    loaded, expected = tokenizer.state_dict(), original.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in weights)
+    assert torch.equal(tokenizer.quantizer.ema_sums, tokenizer.quantizer.codebook), "not the averages of the random codebook"
     assert tokenizer.training and all(parameter.requires_grad for parameter in tokenizer.parameters())
 
 
-def test_of_a_checkpoint_the_average_is_taken_with_all_that_training_needs(tiny_run):
-    tokenizer = fresh()
+def test_loading_a_checkpoint_uses_averaged_weights_and_training_state(tiny_run):
+    tokenizer = make_tokenizer()
     load_initial_weights(tokenizer, str(tiny_run / CHECKPOINT))
     average = load_file(tiny_run / CHECKPOINT / "weights_ema.safetensors")
-    own = tokenizer.state_dict()
-    assert {f"module.{name}" for name in own} == average.keys() - {"n_averaged"} and tokenizer.training_only_names() <= own.keys()
-    assert all(torch.equal(own[name], average[f"module.{name}"]) for name in own)
+    loaded = tokenizer.state_dict()
+    assert {f"module.{name}" for name in loaded} == average.keys() - {"n_averaged"} and tokenizer.training_only_names() <= loaded.keys()
+    assert all(torch.equal(loaded[name], average[f"module.{name}"]) for name in loaded)
     exported = load_file(tiny_run / "tokenizer/model.safetensors")
-    assert all(torch.equal(own[name], exported[name]) for name in exported), "the last checkpoint holds what was exported"
+    assert all(torch.equal(loaded[name], exported[name]) for name in exported), "the last checkpoint contains the exported weights"
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_without_an_average_the_model_itself_is_taken_whatever_it_was_wrapped_in(prefix, checkpoint):
-    live = load_file(checkpoint / "model.safetensors")
+def test_checkpoint_without_an_average_loads_the_model_weights(prefix, checkpoint):
+    model_weights = load_file(checkpoint / "model.safetensors")
     rewrite(checkpoint, "weights_ema.safetensors", None)
-    rewrite(checkpoint, "model.safetensors", {f"{prefix}{name}": tensor for name, tensor in live.items()})
-    tokenizer = fresh()
+    rewrite(checkpoint, "model.safetensors", {f"{prefix}{name}": tensor for name, tensor in model_weights.items()})
+    tokenizer = make_tokenizer()
     load_initial_weights(tokenizer, str(checkpoint))
-    assert all(torch.equal(tensor, live[name]) for name, tensor in tokenizer.state_dict().items())
+    assert all(torch.equal(tensor, model_weights[name]) for name, tensor in tokenizer.state_dict().items())
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["tokenizer", CHECKPOINT], ids=["export", "checkpoint"])
-def test_another_network_is_named_field_by_field(path, tiny_run):
-    other = dataclasses.replace(CONFIG, codebook_size=64, l2_normalize=True, dropout=0.5)
+def test_error_for_another_network_lists_differing_fields(path, tiny_run):
+    other_config = dataclasses.replace(CONFIG, codebook_size=64, l2_normalize=True, dropout=0.5)
     with pytest.raises(InputError) as caught:
-        read_initial_weights(str(tiny_run / path), other)
+        read_initial_weights(str(tiny_run / path), other_config)
     words = str(caught.value)
     assert "tokenizer.codebook_size is 64 in the recipe and 32 in the weights" in words
     assert "tokenizer.l2_normalize is True in the recipe and False in the weights" in words
     assert "Set tokenizer.codebook_size, tokenizer.l2_normalize to the values of the weights" in words
-    assert "dropout" not in words, "what only shapes the learning may change"
+    assert "dropout" not in words, "training-only fields may differ"
 
 
-def test_what_only_shapes_the_learning_may_change(tiny_run):
-    tokenizer = fresh(dropout=0.1, commitment_weight=1.0, ema_decay=0.9, revival_threshold=0.0, residual_depth=2)
+def test_training_only_fields_may_differ(tiny_run):
+    tokenizer = make_tokenizer(dropout=0.1, commitment_weight=1.0, ema_decay=0.9, revival_threshold=0.0, residual_depth=2)
     load_initial_weights(tokenizer, str(tiny_run))
 
 
-def test_names_and_shapes_that_do_not_fit_are_listed(checkpoint):
+def test_mismatched_weights_are_listed(checkpoint):
     weights = load_file(checkpoint / "weights_ema.safetensors")
     del weights["module.encoder.conv_in.bias"]
     weights["module.encoder.extra"] = torch.zeros(1)
     weights["module.quantizer.codebook"] = torch.zeros(3, 8)
     rewrite(checkpoint, "weights_ema.safetensors", weights)
-    tokenizer = fresh()
+    tokenizer = make_tokenizer()
     before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
     with pytest.raises(InputError) as caught:
         load_initial_weights(tokenizer, str(checkpoint))
     for word in ("missing encoder.conv_in.bias", "unexpected encoder.extra", "quantizer.codebook has shape (3, 8), not (32, 8)"):
         assert word in str(caught.value)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items()), "nothing of it was loaded"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tokenizer.state_dict().items()), "no weight was loaded"
 
 
-def test_a_checkpoint_of_the_prior_is_refused(tiny_run):
+def test_checkpoint_of_a_prior_is_refused(tiny_run):
     with pytest.raises(InputError, match=r"missing .* and \d+ more"):
-        load_initial_weights(fresh(), str(tiny_run / CHECKPOINT.replace("tokenizer", "prior")))
+        load_initial_weights(make_tokenizer(), str(tiny_run / CHECKPOINT.replace("tokenizer", "prior")))
 
 
 def test_damaged_weights_are_refused(checkpoint, tiny_copy):
@@ -177,7 +177,7 @@ def test_damaged_weights_are_refused(checkpoint, tiny_copy):
         read_initial_weights(str(tiny_copy), CONFIG)
 
 
-def test_a_pickle_in_place_of_the_weights_is_not_read(checkpoint):
+def test_pickle_file_is_not_loaded(checkpoint):
     (checkpoint / "weights_ema.safetensors").write_bytes(b"\x80\x04N.")
     checksums = json.loads((checkpoint / "checksums.json").read_text())
     checksums["weights_ema.safetensors"] = {"size": 4, "sha256": hashlib.sha256(b"\x80\x04N.").hexdigest()}
@@ -186,10 +186,10 @@ def test_a_pickle_in_place_of_the_weights_is_not_read(checkpoint):
         read_initial_weights(str(checkpoint), CONFIG)
 
 
-# --- before anything slow ----------------------------------------------------------------------------------------------------
+# --- checks before training --------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
+def test_initial_weights_are_checked_before_the_stage_starts(tiny_run, tmp_path):
     def check(init_from, **changes):
         return check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=init_from, **changes), "tokenizer")
 
@@ -201,17 +201,17 @@ def test_the_tokenizer_stage_is_checked_before_it_starts(tiny_run, tmp_path):
     for path in (tiny_run, tiny_run / CHECKPOINT):
         with pytest.raises(InputError, match=r"data.channels is 3, but .* trained with 1\. Set data.channels to 1"):
             check(path, data__channels=3)
-        assert check(path, data__image_size=32) == "start", "the network takes images of any size"
+        assert check(path, data__image_size=32) == "start", "the network accepts images of any size"
     check_init_from(tiny_recipe(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("path", ["", "tokenizer", "pipeline", CHECKPOINT])
-def test_a_run_does_not_start_from_what_it_writes_itself(path, tiny_run):
+def test_run_cannot_start_from_its_own_outputs(path, tiny_run):
     with pytest.raises(InputError, match="which this run writes"):
         check_init_from(tiny_recipe(tiny_run, tokenizer_training__init_from=tiny_run / path))
 
 
-def test_a_finished_stage_does_not_ask_for_what_it_started_from(tiny_run, tmp_path):
+def test_finished_stage_does_not_need_its_initial_weights(tiny_run, tmp_path):
     source = shutil.copytree(tiny_run / "tokenizer", tmp_path / "source")
     run = shutil.copytree(tiny_run, tmp_path / "run")
     recipe = tiny_recipe(run, tokenizer_training__init_from=source)
@@ -222,7 +222,7 @@ def test_a_finished_stage_does_not_ask_for_what_it_started_from(tiny_run, tmp_pa
     assert check_before_start(recipe, "tokenizer") == "skip"
 
 
-def test_an_unfinished_stage_asks_for_what_it_started_from_only_where_it_has_no_checkpoint(tiny_run, tmp_path):
+def test_unfinished_stage_needs_its_initial_weights_only_without_a_checkpoint(tiny_run, tmp_path):
     source = shutil.copytree(tiny_run / "tokenizer", tmp_path / "source")
     run = shutil.copytree(tiny_run, tmp_path / "run")
     recipe = tiny_recipe(run, tokenizer_training__init_from=source)
@@ -240,7 +240,7 @@ def test_an_unfinished_stage_asks_for_what_it_started_from_only_where_it_has_no_
         check_before_start(recipe, "tokenizer")
 
 
-def test_fingerprints_tell_weights_apart(tiny_run, checkpoint):
+def test_fingerprints_depend_on_the_weights(tiny_run, checkpoint):
     config = json.loads((tiny_run / "tokenizer/config.json").read_text())
     assert fingerprint_of_initial_weights(str(tiny_run)) == config["full_fingerprint"]
     before = fingerprint_of_initial_weights(str(checkpoint))
@@ -251,19 +251,19 @@ def test_fingerprints_tell_weights_apart(tiny_run, checkpoint):
     assert fingerprint_of_initial_weights(str(checkpoint)) != before
 
 
-def test_locating_loads_no_torch(tiny_run):
+def test_fingerprinting_does_not_import_torch(tiny_run):
     code = ("import sys\nfrom stage1_tokenizer.find_initial_weights import fingerprint_of_initial_weights\n"
             f"fingerprint_of_initial_weights({str(tiny_run)!r})\nassert not {{'torch', 'safetensors', 'numpy'}} & sys.modules.keys()")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-# --- fine-tuning itself ------------------------------------------------------------------------------------------------------
+# --- fine-tuning -------------------------------------------------------------------------------------------------------------
 
 DECODER = {"tokenizer_training__train_parts": "decoder", "tokenizer_training__max_steps": 2}
 
 
 @pytest.mark.parametrize("path", ["", CHECKPOINT], ids=["run", "checkpoint"])
-def test_a_decoder_is_tuned_and_the_tokens_still_fit(path, tiny_run, tmp_path):
+def test_decoder_fine_tuning_keeps_the_token_fingerprint(path, tiny_run, tmp_path):
     from stage1_tokenizer.train import train
 
     train(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, **DECODER))
@@ -271,30 +271,30 @@ def test_a_decoder_is_tuned_and_the_tokens_still_fit(path, tiny_run, tmp_path):
     assert after.token_fingerprint == before.token_fingerprint and after.full_fingerprint != before.full_fingerprint
 
 
-def refusals(recipe) -> list[str]:
-    """What the check before the start and the training itself, as under a launcher of the user's own, say to a recipe."""
+def error_messages(recipe) -> list[str]:
+    """Errors of the check before the start, and of the training itself, which other launchers call directly."""
     from stage1_tokenizer.train import train
 
     words = []
-    for refuse in (lambda: check_before_start(recipe, "tokenizer"), lambda: train(recipe)):
+    for call in (lambda: check_before_start(recipe, "tokenizer"), lambda: train(recipe)):
         with pytest.raises(InputError) as caught:
-            refuse()
+            call()
         words.append(str(caught.value))
     return words
 
 
 @pytest.mark.parametrize("path", ["tokenizer", CHECKPOINT], ids=["export", "checkpoint"])
-def test_a_decoder_alone_is_not_tuned_on_images_of_another_size(path, tiny_run, tmp_path):
-    """The network would take them, but its tokens, and so the fingerprint that priors know, would be others."""
-    for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, data__image_size=32, **DECODER)):
+def test_decoder_fine_tuning_with_another_image_size_is_refused(path, tiny_run, tmp_path):
+    """Images of another size would change the tokens and the fingerprint that priors check."""
+    for words in error_messages(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, data__image_size=32, **DECODER)):
         for word in ("data.image_size is 32", str(tiny_run / path), "trained with 16", "Set data.image_size to 16",
                      "tokenizer_training.train_parts to all"):
             assert word in words
     assert not (tmp_path / "run/stages/tokenizer.json").exists() and not (tmp_path / "run/tokenizer").exists()
 
 
-def test_a_decoder_alone_is_not_tuned_where_nothing_tells_the_size_of_the_images(checkpoint, tmp_path):
-    for words in refusals(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint, **DECODER)):
+def test_decoder_fine_tuning_with_an_unknown_image_size_is_refused(checkpoint, tmp_path):
+    for words in error_messages(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint, **DECODER)):
         for word in ("train_parts is 'decoder'", "data.image_size that the weights", str(checkpoint), "a tokenizer folder",
                      "<run_dir>/checkpoints/tokenizer", "tokenizer_training.train_parts to all"):
             assert word in words

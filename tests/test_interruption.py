@@ -1,4 +1,4 @@
-"""Signals and surroundings that a process meets: stuck in a library, under nohup, in a thread, with foreign variables, without output."""
+"""Signals in blocked libraries, under nohup and during waits; training in a thread, with foreign environment variables, without output."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from vqmosaic.runs.accelerator import set_threads
 from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, StopFlag
 from vqmosaic.runs.launch import KILL_SECONDS, RANK_VARIABLES, exit_code_of
 
-STUCK = """
+BLOCKED_PROCESS = """
 import ctypes, sys
 from vqmosaic.runs.interruption import StopFlag
 libc, lock = ctypes.CDLL(None), (ctypes.c_char * 64)()
@@ -31,18 +31,18 @@ libc.pthread_mutex_init(lock, None)
 libc.pthread_mutex_lock(lock)
 with StopFlag():
     print("stuck", flush=True)
-    libc.pthread_mutex_lock(lock)  # waits for ever, as for a process that never joins a collective; Python's handlers never run
+    libc.pthread_mutex_lock(lock)  # blocks forever, like a collective that another process never joins; Python's handlers do not run
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_library(number):
-    process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def test_a_second_signal_ends_a_process_that_is_blocked_in_a_library(number):
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED_PROCESS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "stuck\n"
-    time.sleep(0.5)  # from the line to the lock
+    time.sleep(0.5)  # until it waits for the lock
     process.send_signal(number)
     time.sleep(0.3)
-    assert process.poll() is None, "the first signal asks"
+    assert process.poll() is None, "the first signal does not end the process"
     process.send_signal(number)
     started = time.monotonic()
     assert process.wait(timeout=20) == EXIT_CODES[number]
@@ -50,9 +50,9 @@ def test_a_second_signal_ends_a_process_that_is_stuck_inside_a_library(number):
 
 
 @pytest.mark.slow
-def test_workers_that_are_stuck_are_killed_after_a_second_signal(tmp_path, monkeypatch, capfd):
+def test_blocked_workers_are_killed_after_a_second_signal(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    sent = []
+    sent_at = []
 
     def send() -> None:
         while len(list(tmp_path.glob("*.ready"))) < 2:
@@ -60,56 +60,56 @@ def test_workers_that_are_stuck_are_killed_after_a_second_signal(tmp_path, monke
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)
-        sent.append(time.monotonic())
+        sent_at.append(time.monotonic())
 
     threading.Thread(target=send, daemon=True).start()
     assert run_own_stage("stuck", tmp_path) == 143
-    assert time.monotonic() - sent[0] < KILL_SECONDS + 3
+    assert time.monotonic() - sent_at[0] < KILL_SECONDS + 3
     pids = [int(path.read_text()) for path in tmp_path.glob("*.ready")]
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_the_end_of_a_terminal_saves_like_sigterm_but_not_under_nohup():
+def test_sighup_stops_training_except_under_nohup():
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.signal == signal.SIGHUP
     assert Interrupted(signal.SIGHUP, "x").exit_code == 129
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
     try:
         with StopFlag() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.signal
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, previous)
 
 
-def test_a_flag_leaves_nothing_behind():
-    def left() -> tuple[int, int]:
+def test_stop_flag_leaves_no_threads_files_or_handlers():
+    def threads_and_files() -> tuple[int, int]:
         return sum(thread.name == "signals" for thread in threading.enumerate()), len(os.listdir("/proc/self/fd"))
 
-    handlers, files = {number: signal.getsignal(number) for number in EXIT_CODES}, left()[1]
+    handlers, files = {number: signal.getsignal(number) for number in EXIT_CODES}, threads_and_files()[1]
     for _ in range(20):
         with StopFlag():
             pass
     deadline = time.monotonic() + 5
-    while (left()[0] or left()[1] > files) and time.monotonic() < deadline:
+    while (threads_and_files()[0] or threads_and_files()[1] > files) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert left()[0] == 0 and left()[1] <= files and {number: signal.getsignal(number) for number in EXIT_CODES} == handlers
+    assert threads_and_files()[0] == 0 and threads_and_files()[1] <= files and {number: signal.getsignal(number) for number in EXIT_CODES} == handlers
 
 
-def test_a_stage_can_be_trained_in_a_thread(tmp_path):
-    failed = []
+def test_training_works_in_a_thread(tmp_path):
+    errors = []
 
     def train() -> None:
         try:
             train_tokenizer.train(tiny_recipe(tmp_path, tokenizer_training__max_steps=1))
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=train)
     thread.start()
     thread.join()
-    assert not failed and (tmp_path / "tokenizer/config.json").is_file()
+    assert not errors and (tmp_path / "tokenizer/config.json").is_file()
 
 
 @pytest.mark.slow
@@ -121,8 +121,8 @@ def test_rank_variables_of_another_launcher_are_ignored_with_a_note(tmp_path):
 
 
 @pytest.mark.slow
-def test_modules_of_the_working_directory_are_not_imported_by_workers(tmp_path, monkeypatch, capfd):
-    """As where vqmosaic is installed: found by the interpreter's path, and called in a folder of the user's own."""
+def test_workers_do_not_import_modules_from_the_working_directory(tmp_path, monkeypatch, capfd):
+    """As in an installation: vqmosaic is on the Python path and runs in a folder of the user."""
     for name in ("accelerate.py", "pipelines.py", "yaml.py", "stage1_tokenizer.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -133,7 +133,7 @@ def test_modules_of_the_working_directory_are_not_imported_by_workers(tmp_path, 
 
 
 @pytest.mark.slow
-def test_workers_that_do_not_start_are_not_said_to_be_killed(tmp_path, monkeypatch, capfd):
+def test_workers_that_do_not_start_are_not_reported_as_killed(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launch, "protect_imports", lambda environment: environment.update(PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1"))
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['accelerate'] = None")
@@ -143,24 +143,24 @@ def test_workers_that_do_not_start_are_not_said_to_be_killed(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("text", "threads"), [("2", 2), ("1,4", 1), (" 2 , 1 ", 2)])
-def test_the_number_of_threads_may_be_a_list_for_nested_levels(text, threads, monkeypatch):
-    before = set_threads()
+def test_omp_num_threads_may_be_a_list(text, threads, monkeypatch):
+    previous = set_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     try:
         assert set_threads() == threads
     finally:
-        set_threads(before)
+        set_threads(previous)
 
 
 @pytest.mark.parametrize("text", ["many", "0", "-1", "2.5"])
-def test_another_number_of_threads_is_refused_by_name(text, monkeypatch):
+def test_invalid_omp_num_threads_is_refused(text, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     with pytest.raises(InputError, match=f"OMP_NUM_THREADS is '{text}'"):
         set_threads()
 
 
 def run_in_shell(tmp_path, arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    overrides = " ".join(f"'{each}'" for each in tiny_overrides(tmp_path, tokenizer_training__max_steps=1))
+    overrides = " ".join(f"'{override}'" for override in tiny_overrides(tmp_path, tokenizer_training__max_steps=1))
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(["bash", "-c", f"{sys.executable} -m vqmosaic train-tokenizer digits {overrides} {arguments}"], cwd=tmp_path, env=variables,
                           capture_output=True, text=True, timeout=120)
@@ -168,19 +168,19 @@ def run_in_shell(tmp_path, arguments: str, **environment: str) -> subprocess.Com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [">&-", ">&- 2>&-", "< /dev/null"])
-def test_a_closed_output_does_not_stop_a_stage(arguments, tmp_path):
+def test_training_works_with_closed_output_or_empty_input(arguments, tmp_path):
     result = run_in_shell(tmp_path, arguments)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "tokenizer/config.json").is_file()
 
 
 @pytest.mark.slow
-def test_python_without_docstrings_and_assertions_works(tmp_path):
+def test_training_works_without_docstrings_and_assertions(tmp_path):
     result = run_in_shell(tmp_path, "", PYTHONOPTIMIZE="2")
     assert result.returncode == 0, result.stderr
 
 
-def test_an_output_that_is_closed_meanwhile_ends_with_a_sentence():
+def test_a_broken_pipe_gives_an_error_message():
     def broken() -> None:
         raise BrokenPipeError
 
@@ -189,7 +189,7 @@ def test_an_output_that_is_closed_meanwhile_ends_with_a_sentence():
     assert "the output was closed by the program that read it" in err.getvalue()
 
 
-# --- waits that the first signal ends ------------------------------------------------------------------------------------------------------
+# --- interrupted waits ---------------------------------------------------------------------------------------------------------------------
 
 
 def signal_soon(number: int = signal.SIGTERM, seconds: float = 0.3) -> None:
@@ -204,17 +204,17 @@ def test_the_first_signal_ends_a_wait(number):
         started = time.monotonic()
         assert stop.wait_for(threading.Event().wait) is None and stop.signal == number
         assert time.monotonic() - started < 5
-        assert stop.wait_for(lambda: 3) is None, "nothing is started after a signal"
-        with pytest.raises(Interrupted, match="all is kept") as stopped:
+        assert stop.wait_for(lambda: 3) is None, "nothing starts after a signal"
+        with pytest.raises(Interrupted, match="all is kept") as caught:
             stop.wait_or_raise(lambda: 3, "all is kept")
-        assert stopped.value.exit_code == EXIT_CODES[number]
+        assert caught.value.exit_code == EXIT_CODES[number]
 
 
 def test_except_exception_does_not_catch_an_interruption():
     assert not issubclass(Interrupted, Exception)
 
 
-STUCK_IMAGES = """
+BLOCKED_READS = """
 import os, sys, time
 from pathlib import Path
 from stage1_tokenizer.data.folder_source import FolderSource
@@ -232,8 +232,8 @@ run_worker(train.main, sys.argv[2:])
 """
 
 
-def train_until_stuck(tmp_path, workers: int) -> subprocess.Popen:
-    """A training whose images can no longer be read after step 2. The cache holds none of them, or they are decoded in threads."""
+def train_until_blocked(tmp_path, workers: int) -> subprocess.Popen:
+    """Start training, block all image reads after step 2, and return the process once it waits for them. No images are cached."""
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(400):
@@ -241,7 +241,7 @@ def train_until_stuck(tmp_path, workers: int) -> subprocess.Popen:
     overrides = tiny_overrides(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__workers=workers,
                                data__cache_megabytes=0, tokenizer_training__max_steps=1000, tokenizer_training__checkpoint_every=1000,
                                tokenizer_training__validate_every=1000)
-    process = subprocess.Popen([sys.executable, "-c", STUCK_IMAGES, str(tmp_path), "digits", *overrides], cwd=ROOT, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED_READS, str(tmp_path), "digits", *overrides], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run/logs/tokenizer/metrics.jsonl"
     deadline = time.monotonic() + 90
@@ -257,20 +257,20 @@ def train_until_stuck(tmp_path, workers: int) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_first_signal_ends_the_wait_for_images_and_saves_the_last_step(workers, tmp_path):
-    process = train_until_stuck(tmp_path, workers)
+def test_the_first_signal_ends_the_wait_for_images_and_saves_a_checkpoint(workers, tmp_path):
+    process = train_until_blocked(tmp_path, workers)
     steps = (tmp_path / "run/logs/tokenizer/metrics.jsonl").read_text().count('"train"')
     process.send_signal(signal.SIGINT)
     started = time.monotonic()
-    _, words = process.communicate(timeout=60)
-    assert process.returncode == 130, words
-    assert time.monotonic() - started < 20, "the process does not wait for the workers"
-    assert f"stopped by SIGINT; tokenizer saved at step {steps}" in words
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert time.monotonic() - started < 20, "the process does not wait for its data workers"
+    assert f"stopped by SIGINT; tokenizer saved at step {steps}" in err
     [checkpoint] = (tmp_path / "run/checkpoints/tokenizer").glob("step-*")
     assert checkpoint.name == f"step-{steps:08d}" and (checkpoint / "checksums.json").is_file()
 
 
-def test_a_compiler_that_a_signal_ended_is_not_reported_as_broken(tmp_path, monkeypatch):
+def test_an_interrupted_compiler_is_not_reported_as_broken(tmp_path, monkeypatch):
     """Ctrl-C in a terminal also reaches the compiler, which then fails."""
     def interrupted_compiler(*_, **__):
         def fail(_):
@@ -281,9 +281,9 @@ def test_a_compiler_that_a_signal_ended_is_not_reported_as_broken(tmp_path, monk
         return fail
 
     monkeypatch.setattr(torch, "compile", interrupted_compiler)
-    with pytest.raises(Interrupted) as stopped:
+    with pytest.raises(Interrupted) as caught:
         train_tokenizer.train(tiny_recipe(tmp_path, tokenizer_training__compile="true"))
-    assert stopped.value.exit_code == 130 and "SIGINT" in str(stopped.value)
+    assert caught.value.exit_code == 130 and "SIGINT" in str(caught.value)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda _: (_ for _ in ()).throw(RuntimeError("no g++")))
     with pytest.raises(InputError, match=r"torch\.compile does not work on this machine: no g\+\+"):
         train_tokenizer.train(tiny_recipe(tmp_path, tokenizer_training__compile="true"))

@@ -1,4 +1,4 @@
-"""A field of a later version is refused, with file, field and version. Fields that an older file does not have keep their defaults."""
+"""Files of other versions: an unknown field is an error with file, field and version; fields missing in older files keep their defaults."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def run(tiny_run, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def at(content: Any, *keys: str | int) -> Any:
+def item_at(content: Any, *keys: str | int) -> Any:
     for key in keys:
         content = content[key]
     return content
@@ -57,7 +57,7 @@ def sweep_results(path: Path) -> list:
     return [record.settings_of(result) for result in record.content["results"]]
 
 
-# file, where in it a field is added, how it is read, whether the file itself says which version wrote it
+# name -> (file, where a field is added to it, how it is read)
 FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
     "tokenizer": ("tokenizer/config.json", (), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
     "network": ("tokenizer/config.json", ("network",), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
@@ -83,25 +83,26 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_an_unknown_field_is_named_with_the_version_that_wrote_it(run, name, keys, read):
+def test_unknown_field_error_names_file_field_and_version(run, name, keys, read):
     read(run)
     path = run / name
     content = json.loads(path.read_text())
-    at(content, *keys)["of_later"] = 3
-    at(content, *keys[:2] if keys[:1] == ("results",) else ()).update({"versions": {"vqmosaic": LATER}} if "results" in keys else {"vqmosaic": LATER})
+    item_at(content, *keys)["of_later"] = 3
+    versioned = item_at(content, *keys[:2] if keys[:1] == ("results",) else ())
+    versioned.update({"versions": {"vqmosaic": LATER}} if "results" in keys else {"vqmosaic": LATER})
     path.write_text(json.dumps(content))
     with pytest.raises(InputError) as caught:
         read(run)
-    words = str(caught.value)
-    assert str(path) in words and "unknown fields: of_later" in words, words
-    assert f"written by vqmosaic {LATER}; this is {__version__}. Update vqmosaic" in words, words
+    message = str(caught.value)
+    assert str(path) in message and "unknown fields: of_later" in message, message
+    assert f"written by vqmosaic {LATER}; this is {__version__}. Update vqmosaic" in message, message
 
 
 @pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_unknown_fields_in_a_file_without_a_version_are_named(run, name, keys, read):
+def test_unknown_field_in_a_file_without_version(run, name, keys, read):
     path = run / name
     content = json.loads(path.read_text())
-    at(content, *keys)["of_later"] = 3
+    item_at(content, *keys)["of_later"] = 3
     content.pop("vqmosaic", None)
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"unknown fields: of_later"):
@@ -119,10 +120,10 @@ def test_unknown_fields_in_a_file_without_a_version_are_named(run, name, keys, r
     ("stages/prior.json", (), "inputs", FILES["stage record"][2]),
     ("sweep.json", ("results", 0), "settings", FILES["sweep"][2]),
 ])
-def test_a_missing_field_is_named(run, name, keys, field, read):
+def test_missing_field_error_names_file_and_field(run, name, keys, field, read):
     path = run / name
     content = json.loads(path.read_text())
-    del at(content, *keys)[field]
+    del item_at(content, *keys)[field]
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match=f"missing fields: {field}") as caught:
         read(run)
@@ -131,14 +132,14 @@ def test_a_missing_field_is_named(run, name, keys, field, read):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 @pytest.mark.parametrize(("name", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
-def test_unexpected_content_of_a_file_is_an_input_error(run, name, keys, read, text):
+def test_invalid_file_content_is_an_input_error(run, name, keys, read, text):
     (run / name).write_text(text)
     with pytest.raises(InputError) as caught:
         read(run)
     assert str(run / name) in str(caught.value)
 
 
-def test_missing_newer_fields_of_older_files_keep_their_defaults(run):
+def test_fields_missing_in_older_files_keep_their_defaults(run):
     path = run / "pipeline/pipeline.json"
     content = json.loads(path.read_text())
     content["sampling"] = {"temperature": 0.5}
@@ -149,29 +150,29 @@ def test_missing_newer_fields_of_older_files_keep_their_defaults(run):
     assert restore_state(run / CHECKPOINT, TrainerState) == TrainerState(step=6, elapsed_seconds=1.5)
 
 
-def test_a_recipe_field_that_a_later_version_recorded_is_refused(run):
+def test_unknown_recipe_field_in_a_stage_record(run):
     record = RunFolder(run).record("prior")
     content = json.loads(record.read_text())
     content["fields"]["prior.of_later"] = 3
     record.write_text(json.dumps(content | {"vqmosaic": LATER}))
     with pytest.raises(InputError, match=f"unknown fields prior.of_later.*vqmosaic {LATER}"):
         decide_action(RunFolder(run), tiny_recipe(run), "prior", None)
-    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # a field that was removed since has no effect
+    record.write_text(json.dumps(content | {"vqmosaic": "0.0.9"}))  # fields of earlier versions may have been removed since and are ignored
     assert decide_action(RunFolder(run), tiny_recipe(run), "prior", None) == "skip"
 
 
-def test_a_recipe_of_a_later_version_names_it(run):
+def test_unknown_field_in_a_recipe_of_a_later_version(run):
     path = run / "recipe.yaml"
     text = path.read_text()
     assert text.startswith(f"# written by vqmosaic {__version__}\n")
     path.write_text(text.replace(__version__, LATER, 1).replace("prior:\n", "prior:\n  of_later: 3\n"))
     with pytest.raises(InputError, match=rf"no field 'prior.of_later'.*written by vqmosaic {LATER}"):
         load_recipe(str(run))
-    path.write_text(text.partition("\n")[2])  # as 0.1.0 wrote it
+    path.write_text(text.partition("\n")[2])  # version 0.1.0 wrote no such line
     assert load_recipe(str(run)).run_dir == str(run)
 
 
-def test_an_option_of_a_later_grid_transformer_is_not_ignored(tmp_path):
+def test_unknown_option_of_a_later_grid_transformer(tmp_path):
     tiny_prior("grid_transformer").save_pretrained(tmp_path)
 
     def save_as(version: str, **changes) -> None:
@@ -188,7 +189,7 @@ def test_an_option_of_a_later_grid_transformer_is_not_ignored(tmp_path):
         TokenPrior.from_pretrained(tmp_path)
 
 
-def test_a_value_that_only_a_later_version_knows_names_it_too(run):
+def test_unknown_value_in_a_file_of_a_later_version(run):
     path = run / "tokenizer/config.json"
     content = json.loads(path.read_text())
     content["network"]["quantizer"] = "of_later"
@@ -197,13 +198,13 @@ def test_a_value_that_only_a_later_version_knows_names_it_too(run):
         ImageTokenizer.from_pretrained(run / "tokenizer")
 
 
-def test_values_of_another_type_are_an_input_error():
+def test_values_of_wrong_type_are_an_input_error():
     for content in (None, 3, [1], {"temperature": "warm"}, {"guidance_interval": 3}):
         with pytest.raises(InputError, match=r"here\.json"):
             from_fields(SamplingConfig, content, "here.json")
 
 
-def test_versions_are_compared_by_their_numbers():
+def test_versions_are_compared_numerically():
     assert is_later("0.10.0") and is_later("1.0") and is_later(LATER)
     assert not is_later(__version__) and not is_later("0.0.9") and not is_later(None)
     assert version_hint(__version__) == "" and "another version" in version_hint(None)

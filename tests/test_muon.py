@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates for the matrices inside a network, AdamW for all else, and trainings with it that resume exactly."""
+"""Muon: orthogonal updates for matrices inside a network, AdamW for other parameters, and exact resume."""
 
 import copy
 import dataclasses
@@ -25,58 +25,58 @@ from vqmosaic.training.training_run import TrainingRun, inner_matrices
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (2, 20, 5), (1, 1, 7)])
-def test_singular_values_become_about_one_and_directions_stay(shape):
+def test_orthogonalize_keeps_singular_vectors_and_sets_singular_values_near_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
-    inside = u.mT @ orthogonalize([matrices])[0] @ vh.mT
-    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
-    values = inside.diagonal(dim1=1, dim2=2)
+    in_singular_basis = u.mT @ orthogonalize([matrices])[0] @ vh.mT
+    assert (in_singular_basis - torch.diag_embed(in_singular_basis.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+    values = in_singular_basis.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_matrix_of_one_direction_stays_bounded(dtype):
-    """Its one singular value is the norm, at the edge of what the polynomials are made for, and rounding must not push it over."""
-    draw = torch.Generator().manual_seed(5)
-    for stack in (torch.randn(400, 1, 576, generator=draw), torch.randn(50, 48, 1, generator=draw) @ torch.randn(50, 1, 64, generator=draw)):
+def test_orthogonalize_bounds_matrices_of_rank_one(dtype):
+    """The only singular value equals the norm, which is the upper limit of the polynomials' range. Rounding must not exceed it."""
+    generator = torch.Generator().manual_seed(5)
+    for stack in (torch.randn(400, 1, 576, generator=generator), torch.randn(50, 48, 1, generator=generator) @ torch.randn(50, 1, 64, generator=generator)):
         values = torch.linalg.svdvals(orthogonalize([stack.to(dtype)])[0].float())[:, 0]
         assert values.min() > 0.6 and values.max() < 1.4
 
 
-def test_the_short_way_of_many_matrices_leads_where_the_long_way_of_each_does():
-    draw = torch.Generator().manual_seed(4)
-    stacks = [torch.randn(shape, generator=draw) for shape in ((2, 6, 54), (1, 12, 6), (2, 6, 6))]
+def test_orthogonalize_matches_orthogonalize_directly():
+    generator = torch.Generator().manual_seed(4)
+    stacks = [torch.randn(shape, generator=generator) for shape in ((2, 6, 54), (1, 12, 6), (2, 6, 6))]
     for stack, update in zip(stacks, orthogonalize(stacks), strict=True):
         torch.testing.assert_close(update, muon.orthogonalize_directly(stack.double()).float(), rtol=0, atol=1e-5)
 
 
-def gradients(parameters: list[nn.Parameter], seed: int) -> None:
-    noise = torch.Generator().manual_seed(seed)
+def set_random_gradients(parameters: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=noise)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def test_it_steps_as_torch_does_where_torch_can(monkeypatch):
-    """torch.optim.Muon, for matrices only, in bfloat16, and with one polynomial for all of its five iterations."""
+def test_muon_matches_torch_optim_muon(monkeypatch):
+    """torch.optim.Muon takes matrices only, computes in bfloat16 and uses one polynomial for all five iterations."""
     monkeypatch.setattr(muon, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
     start = torch.randn(16, 48, generator=torch.Generator().manual_seed(1))
     own, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     ours = Muon([own], [], lr=0.1, weight_decay=0.2, dtype=torch.bfloat16)
     theirs = torch.optim.Muon([other], lr=0.1, weight_decay=0.2, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
-        gradients([own], step)
-        gradients([other], step)
+        set_random_gradients([own], step)
+        set_random_gradients([other], step)
         ours.step()
         theirs.step()
     assert (own - other).norm() < 0.02 * (own - start).norm()
 
 
-def test_a_kernel_is_stepped_as_the_matrix_it_flattens_to():
+def test_convolution_kernel_is_updated_like_its_flattened_matrix():
     start = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(2))
     kernel, matrix = nn.Parameter(start.to(memory_format=torch.channels_last)), nn.Parameter(start.flatten(1).clone())
     optimizers = [Muon([parameter], [], lr=0.1) for parameter in (kernel, matrix)]
     for step in range(3):
-        gradients([kernel], step)
+        set_random_gradients([kernel], step)
         matrix.grad = kernel.grad.flatten(1).clone()
         for optimizer in optimizers:
             optimizer.step()
@@ -85,30 +85,30 @@ def test_a_kernel_is_stepped_as_the_matrix_it_flattens_to():
 
 
 @pytest.mark.parametrize("largest", [2**23, 100, 1])
-def test_each_of_many_is_stepped_as_if_it_were_alone(largest, monkeypatch):
+def test_batched_updates_match_separate_optimizers(largest, monkeypatch):
     monkeypatch.setattr(muon, "MAX_GRAM_ELEMENTS", largest)
-    draw = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     shapes = [(6, 10), (4, 4), (10, 6), (6, 4, 3, 3), (6, 10), (4, 9)]
-    starts = [torch.randn(shape, generator=draw) for shape in shapes]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
     starts[3] = starts[3].to(memory_format=torch.channels_last)
     together, alone = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     optimizers = [Muon(together, [], lr=0.1, weight_decay=0.1), *(Muon([parameter], [], lr=0.1, weight_decay=0.1) for parameter in alone)]
     for step in range(2):
-        gradients(together, step)
-        gradients(alone, step)
+        set_random_gradients(together, step)
+        set_random_gradients(alone, step)
         for optimizer in optimizers:
             optimizer.step()
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_stack_is_updated_like_its_matrices():
-    """Also if one of them has had no gradient so far, like an expert that no token chose."""
+def test_stack_is_updated_like_its_matrices():
+    """Including a matrix with zero gradients, like an expert that no token chose."""
     start_ERC = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(6))
     stack, matrices = nn.Parameter(start_ERC.clone()), [nn.Parameter(matrix.clone()) for matrix in start_ERC]
     optimizers = [Muon([stack], [], stacks=[stack], lr=0.1, weight_decay=0.1), Muon(matrices, [], lr=0.1, weight_decay=0.1)]
     for step in range(3):
-        gradients([stack], step)
+        set_random_gradients([stack], step)
         stack.grad *= torch.tensor([1.0, 1000.0, 0.0])[:, None, None]
         for matrix, gradient in zip(matrices, stack.grad.clone(), strict=True):
             matrix.grad = gradient
@@ -119,52 +119,52 @@ def test_a_stack_is_updated_like_its_matrices():
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_kernels_of_all_convolutions_are_one_matrix_each(dimensions):
+def test_kernels_of_all_convolutions_are_updated_as_one_matrix(dimensions):
     convolution = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dimensions - 1](4, 6, 3)
     assert [parameter is convolution.weight for parameter in inner_matrices(convolution, matrices_of(convolution))] == [True]
     start = convolution.weight.detach().clone()
     optimizer = Muon([convolution.weight], [], lr=0.1)
-    gradients([convolution.weight], 0)
+    set_random_gradients([convolution.weight], 0)
     gradient = convolution.weight.grad.clone()
     optimizer.step()
     check_first_step((start - convolution.weight.detach()).flatten(1), gradient.flatten(1), learning_rate=0.1)
 
 
 def check_first_step(update_RC: torch.Tensor, gradient_RC: torch.Tensor, learning_rate: float) -> None:
-    """Muon's first step moves a matrix along the singular vectors of its gradient, by nearly equal values of the size of AdamW's updates."""
+    """Muon's first update has the singular vectors of the gradient, nearly equal singular values, and the RMS of AdamW's updates."""
     u, values, vh = torch.linalg.svd(gradient_RC, full_matrices=False)
-    inside = u.mT @ update_RC @ vh.mT / (learning_rate * muon.ADAMW_UPDATE_RMS * max(update_RC.shape) ** 0.5)
-    moved = inside.diagonal()[values > 0.015 * values.norm()]  # three iterations are too few for smaller ones
+    in_singular_basis = u.mT @ update_RC @ vh.mT / (learning_rate * muon.ADAMW_UPDATE_RMS * max(update_RC.shape) ** 0.5)
+    moved = in_singular_basis.diagonal()[values > 0.015 * values.norm()]  # smaller values need more than three iterations
     assert len(moved) > 0.8 * len(values) and moved.min() > 0.6 and moved.max() < 1.35
-    assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
+    assert (in_singular_basis - torch.diag(in_singular_basis.diagonal())).abs().max() < 1e-3
 
 
-def test_a_parameter_in_an_order_of_its_own_is_refused_and_not_silently_left_as_it_is():
+def test_non_contiguous_parameter_is_refused():
     transposed = nn.Parameter(torch.randn(4, 6).T)
     transposed.grad = torch.ones(6, 4)
     with pytest.raises(ValueError, match=r"shape \(6, 4\) and strides \(1, 6\)"):
         Muon([transposed], [], lr=0.1).step()
 
 
-def test_everything_else_is_stepped_by_adamw_bit_for_bit():
+def test_other_parameters_match_torch_adamw_exactly():
     own, other = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
     matrix = nn.Parameter(torch.eye(3))
     ours = Muon([matrix], [{"params": [own], "weight_decay": 0.3}], lr=0.1, betas=(0.8, 0.9))
     theirs = torch.optim.AdamW([other], lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, fused=True)
     for step in range(3):
-        gradients([own, matrix], step)
-        gradients([other], step)
+        set_random_gradients([own, matrix], step)
+        set_random_gradients([other], step)
         ours.step()
         theirs.step()
     assert torch.equal(own, other) and not torch.equal(matrix, torch.eye(3))
 
 
-def test_a_step_that_a_gradient_scaler_calls_off_changes_nothing():
-    """torch's GradScaler leaves it to fused optimizers to skip the step."""
+def test_step_skipped_by_a_grad_scaler_changes_nothing():
+    """GradScaler expects fused optimizers to skip steps themselves."""
     parameters = [nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(4))]
     optimizer = Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.1)
     for overflowed in (True, False):
-        gradients(parameters, 0)
+        set_random_gradients(parameters, 0)
         before = copy.deepcopy(parameters)
         if overflowed:
             parameters[0].grad[0, 0] = torch.inf
@@ -174,17 +174,17 @@ def test_a_step_that_a_gradient_scaler_calls_off_changes_nothing():
         assert all(parameter.isfinite().all() for parameter in parameters)
 
 
-def test_a_loaded_state_goes_on_bit_for_bit():
+def test_optimization_continues_identically_from_a_state_dict():
     parameters = [nn.Parameter(torch.randn(5, 9, generator=torch.Generator().manual_seed(3))), nn.Parameter(torch.ones(4))]
     optimizer = Muon(parameters[:1], [{"params": parameters[1:]}], lr=0.05)
     for step in range(2):
-        gradients(parameters, step)
+        set_random_gradients(parameters, step)
         optimizer.step()
     copies = copy.deepcopy(parameters)
     again = Muon(copies[:1], [{"params": copies[1:]}], lr=0.05)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each, its_parameters in ((optimizer, parameters), (again, copies)):
-        gradients(its_parameters, 9)
+        set_random_gradients(its_parameters, 9)
         each.step()
     assert all(map(torch.equal, parameters, copies))
 
@@ -198,12 +198,12 @@ def matrices_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.ndim >= 2]
 
 
-def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
+def test_embeddings_and_output_layers_of_a_prior_use_adamw(tmp_path):
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     prior = TokenPrior.from_config(tiny_recipe(tmp_path).prior, vocabulary, seed=0)
     inner = names_of(prior, inner_matrices(prior, matrices_of(prior)))
-    left = names_of(prior, matrices_of(prior)) - inner
-    assert left == {"model.model.embed_tokens.weight", "model.lm_head.weight"} and any("q_proj" in name for name in inner)
+    adamw_names = names_of(prior, matrices_of(prior)) - inner
+    assert adamw_names == {"model.model.embed_tokens.weight", "model.lm_head.weight"} and any("q_proj" in name for name in inner)
     own = TokenPrior.from_config(dataclasses.replace(tiny_recipe(tmp_path).prior, architecture="grid_transformer"), vocabulary, seed=0)
     inner = names_of(own, inner_matrices(own, matrices_of(own)))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in inner} == {"attention_in", "attention_out", "feed_forward_in", "feed_forward_out"}
@@ -213,19 +213,19 @@ def test_embeddings_and_logits_of_a_prior_are_left_to_adamw(tmp_path):
     ("llama", {"embed_tokens", "lm_head"}), ("gpt2", {"wte", "wpe", "lm_head"}), ("gpt_neox", {"embed_in", "lm_head"}),
     ("opt", {"embed_tokens", "embed_positions", "lm_head"}), ("mixtral", {"embed_tokens", "lm_head"})])
 @pytest.mark.parametrize("tied", [False, True])
-def test_embeddings_and_heads_are_found_by_type(architecture, left, tied, tmp_path):
-    """Whatever their names are, and also if one matrix is both."""
+def test_embeddings_and_output_layers_are_detected_in_every_architecture(architecture, adamw_names, tied, tmp_path):
+    """Detection does not depend on names and includes tied matrices."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     options = {"tie_word_embeddings": tied} | EXPERTS.get(architecture, {})
     recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(options), prior__dropout=0)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, seed=0)
     found = names_of(prior, matrices_of(prior)) - names_of(prior, inner_matrices(prior, matrices_of(prior)))
-    names = {name.split(".")[-2].replace("embed_out", "lm_head") for name in found}  # versions of transformers name GPT-NeoX's head differently
-    assert names == (left - {"lm_head"} if tied else left)
+    names = {name.split(".")[-2].replace("embed_out", "lm_head") for name in found}  # GPT-NeoX's head has different names in different versions of transformers
+    assert names == (adamw_names - {"lm_head"} if tied else adamw_names)
 
 
 class Experts(nn.Module):
-    """One parameter of each kind that models outside of this project have."""
+    """One parameter of each kind that occurs in models of other projects."""
 
     def __init__(self):
         super().__init__()
@@ -238,8 +238,8 @@ class Experts(nn.Module):
         return [self.up_proj]
 
 
-def test_tables_tokens_and_biases_are_left_to_adamw():
-    """They are not factors of a matrix product, so there is nothing to orthogonalize."""
+def test_tables_tokens_and_biases_use_adamw():
+    """They are not factors of matrix products."""
     model = Experts()
     assert names_of(model, inner_matrices(model, matrices_of(model))) == {"up_proj", "linear.weight", "convolution.weight"}
 
@@ -252,8 +252,8 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize("architecture", [*EXPERTS, "gpt2", "llama"])
-def test_each_matrix_of_a_transformers_prior_is_orthogonalized_by_itself(architecture, tmp_path):
-    """Experts are stored as stacks (E, R, C), and the linear layers of GPT-2 are stored transposed. Gradients of experts differ in size."""
+def test_each_matrix_of_a_transformers_prior_is_orthogonalized_separately(architecture, tmp_path):
+    """Experts are stored as stacks (E, R, C), and GPT-2's linear layers are stored transposed. The gradients of experts differ in scale."""
     vocabulary = Vocabulary(grids=[Grid("image", 8, 2, 2)], class_names=["a"], token_fingerprint="none", label_drop=0.1)
     recipe = tiny_recipe(tmp_path, prior__architecture=architecture, prior__options=json.dumps(EXPERTS.get(architecture, {})),
                          prior__dropout=0, prior_training__optimizer="muon", prior_training__weight_decay=0, prior_training__learning_rate=0.01,
@@ -262,7 +262,7 @@ def test_each_matrix_of_a_transformers_prior_is_orthogonalized_by_itself(archite
     run = TrainingRun(recipe, "prior", recipe.prior_training, StopFlag())
     run.prepare(prior)
     before = {name: parameter.detach().clone() for name, parameter in prior.named_parameters()}
-    gradients(list(prior.parameters()), 1)
+    set_random_gradients(list(prior.parameters()), 1)
     experts = {name for name, parameter in prior.named_parameters() if parameter.ndim == 3}
     for name in experts:
         parameter = prior.get_parameter(name)
@@ -279,7 +279,7 @@ def test_each_matrix_of_a_transformers_prior_is_orthogonalized_by_itself(archite
             check_first_step(update_RC, gradient_RC, learning_rate)
 
 
-def test_a_discriminator_and_codes_are_left_to_adamw(tmp_path):
+def test_discriminator_and_codes_use_adamw(tmp_path):
     recipe = tiny_recipe(tmp_path, tokenizer_training__optimizer="muon", tokenizer__quantizer="gradient")
     tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels))
     run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, StopFlag())
@@ -291,7 +291,7 @@ def test_a_discriminator_and_codes_are_left_to_adamw(tmp_path):
     assert len(run.parameters) == len(list(tokenizer.parameters()))
 
 
-def test_a_training_with_muon_resumes_bit_for_bit(tmp_path):
+def test_training_with_muon_resumes_exactly(tmp_path):
     ends = []
     for name, budgets in (("straight", [6]), ("in parts", [2, 5, 6])):
         for steps in budgets:

@@ -1,4 +1,4 @@
-"""New files have the permissions that the umask allows. A denied permission is reported as such, with the file and the user."""
+"""New files have the permissions that the umask allows. Errors for denied permissions name the file and the user."""
 
 import json
 import os
@@ -49,11 +49,11 @@ NOBODY = 65534
 
 @contextmanager
 def umask(mask: int):
-    before = os.umask(mask)
+    previous = os.umask(mask)
     try:
         yield
     finally:
-        os.umask(before)
+        os.umask(previous)
 
 
 def modes(folder: Path) -> dict[str, int]:
@@ -70,8 +70,8 @@ def check_modes(folder: Path, mask: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
-def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path, mask):
-    """Exports of three stages, shards, checkpoints, logs, pictures, records, the pipeline and what is generated from it."""
+def test_all_files_of_a_run_follow_the_umask(tmp_path, mask):
+    """Exports of all stages, shards, checkpoints, logs, pictures, records, the pipeline and images generated with it."""
     run = tmp_path / "run"
     code = (f"import os; os.umask({mask})\nfrom tests.tiny import make_tiny_run\nmake_tiny_run({str(run)!r})\n"
             f"from pipelines.command_line import dispatch\nrun = {str(run)!r}\n"
@@ -87,13 +87,13 @@ def test_everything_that_a_run_writes_has_the_permissions_of_new_files(tmp_path,
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
-def test_saved_parts_have_the_permissions_of_new_files(tmp_path, tiny_run, mask):
-    for path in (copy := shutil.copytree(tiny_run / "pipeline", tmp_path / "source")).rglob("*"):
+def test_saved_models_follow_the_umask(tmp_path, tiny_run, mask):
+    for path in (source := shutil.copytree(tiny_run / "pipeline", tmp_path / "source")).rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
     with umask(mask):
         out = tmp_path / "out"
-        make_bundle(copy / "tokenizer", copy / "prior", out / "bundle", SamplingConfig())
-        pipe = ImageGenerationPipeline.from_pretrained(copy, device="cpu")
+        make_bundle(source / "tokenizer", source / "prior", out / "bundle", SamplingConfig())
+        pipe = ImageGenerationPipeline.from_pretrained(source, device="cpu")
         pipe.save_pretrained(out / "copied")
         ImageGenerationPipeline(pipe.tokenizer, pipe.prior).save_pretrained(out / "saved")
         pipe.prior.save_pretrained(out / "prior")
@@ -103,12 +103,12 @@ def test_saved_parts_have_the_permissions_of_new_files(tmp_path, tiny_run, mask)
 def test_a_read_only_folder_can_be_bundled(tmp_path, tiny_run):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     (tmp_path / "tokenizer").chmod(0o555)
-    for _ in range(2):  # the second one replaces the first
+    for _ in range(2):  # the second call replaces the bundle of the first
         make_bundle(tmp_path / "tokenizer", tiny_run / "prior", tmp_path / "out", SamplingConfig())
     check_modes(tmp_path / "out", current_umask())
 
 
-def test_publishing_adds_permissions_and_takes_none_away(tmp_path):
+def test_publishing_adds_permissions_and_removes_none(tmp_path):
     folder = tmp_path / ".partial-folder"
     folder.mkdir(mode=0o700)
     for name, mode in (("private", 0o600), ("program", 0o755), ("shared", 0o664)):
@@ -121,11 +121,11 @@ def test_publishing_adds_permissions_and_takes_none_away(tmp_path):
     with umask(0o022):
         publish(folder, tmp_path / "folder")
     found = modes(tmp_path)
-    assert found["outside"] == 0o600 and found["folder"] == 0o2755, "links are not followed, the group of a shared folder stays"
+    assert found["outside"] == 0o600 and found["folder"] == 0o2755, "links are not followed, and the setgid bit is kept"
     assert [found[f"folder/{name}"] for name in ("private", "program", "shared")] == [0o644, 0o755, 0o664]
 
 
-def test_the_umask_is_read_without_changing_it():
+def test_reading_the_umask_does_not_change_it():
     for mask in (0o022, 0o002, 0o077):
         with umask(mask):
             assert current_umask() == mask and os.umask(mask) == mask
@@ -150,7 +150,7 @@ def as_nobody():
 
 
 @pytest.fixture
-def place():
+def folder():
     """A folder that other users may enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
@@ -163,137 +163,135 @@ def deny(path: Path) -> Path:
 
 
 READERS = {
-    "tokenizer config": ("run/tokenizer/config.json", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
-    "tokenizer weights": ("run/tokenizer/model.safetensors", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
-    "tokenizer folder": ("run/tokenizer", lambda place: ImageTokenizer.from_pretrained(place / "run/tokenizer")),
-    "tokenizer fingerprint": ("run/tokenizer/config.json", lambda place: token_fingerprint_of_tokenizer(place / "run/tokenizer")),
-    "prior config": ("run/prior/config.json", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
-    "prior weights": ("run/prior/model.safetensors", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
-    "prior digests": ("run/prior/digests.json", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
-    "prior folder": ("run/prior", lambda place: TokenPrior.from_pretrained(place / "run/prior")),
-    "prior fingerprint": ("run/prior/model.safetensors", lambda place: token_fingerprint_of_prior(place / "run/prior")),
-    "vocabulary": ("run/prior/vocabulary.json", lambda place: Vocabulary.load(place / "run/prior")),
-    "pipeline": ("run/pipeline/pipeline.json", lambda place: ImageGenerationPipeline.from_pretrained(place / "run", device="cpu")),
-    "pipeline folder": ("run/pipeline", lambda place: find_pipeline(place / "run")),
-    "run folder": ("run", lambda place: find_pipeline(place / "run")),
-    "tokenizer of a run": ("run/pipeline/tokenizer", lambda place: find_tokenizer(place / "run")),
-    "manifest": ("run/tokens/train/manifest.json", lambda place: TokenShardManifest.load(place / "run/tokens/train")),
-    "sidecar": ("run/tokens/train/shard-000000.json", lambda place: ShardSidecar.load(place / "run/tokens/train", "shard-000000.tar")),
-    "sidecar for the reader": ("run/tokens/train/shard-000001.json", lambda place: TokenShardReader(place / "run/tokens/train")),
-    "shard for the reader": ("run/tokens/train/shard-000001.tar", lambda place: TokenShardReader(place / "run/tokens/train")),
-    "shard for the audit": ("run/tokens/train/shard-000001.tar", lambda place: audit_folder(place / "run/tokens/train")),
-    "sidecar for a repair": ("run/tokens/train/shard-000001.json", lambda place: load_sidecar(place / "run/tokens/train", "shard-000001.tar")),
-    "sidecar for the writer": ("run/tokens/train/shard-000001.json", lambda place: TokenShardWriter(
-        place / "run/tokens/train", TokenShardManifest.load(place / "run/tokens/train").header).is_complete(1)),
+    "tokenizer config": ("run/tokenizer/config.json", lambda folder: ImageTokenizer.from_pretrained(folder / "run/tokenizer")),
+    "tokenizer weights": ("run/tokenizer/model.safetensors", lambda folder: ImageTokenizer.from_pretrained(folder / "run/tokenizer")),
+    "tokenizer folder": ("run/tokenizer", lambda folder: ImageTokenizer.from_pretrained(folder / "run/tokenizer")),
+    "tokenizer fingerprint": ("run/tokenizer/config.json", lambda folder: token_fingerprint_of_tokenizer(folder / "run/tokenizer")),
+    "prior config": ("run/prior/config.json", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
+    "prior weights": ("run/prior/model.safetensors", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
+    "prior digests": ("run/prior/digests.json", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
+    "prior folder": ("run/prior", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
+    "prior fingerprint": ("run/prior/model.safetensors", lambda folder: token_fingerprint_of_prior(folder / "run/prior")),
+    "vocabulary": ("run/prior/vocabulary.json", lambda folder: Vocabulary.load(folder / "run/prior")),
+    "pipeline": ("run/pipeline/pipeline.json", lambda folder: ImageGenerationPipeline.from_pretrained(folder / "run", device="cpu")),
+    "pipeline folder": ("run/pipeline", lambda folder: find_pipeline(folder / "run")),
+    "run folder": ("run", lambda folder: find_pipeline(folder / "run")),
+    "tokenizer of a run": ("run/pipeline/tokenizer", lambda folder: find_tokenizer(folder / "run")),
+    "manifest": ("run/tokens/train/manifest.json", lambda folder: TokenShardManifest.load(folder / "run/tokens/train")),
+    "sidecar": ("run/tokens/train/shard-000000.json", lambda folder: ShardSidecar.load(folder / "run/tokens/train", "shard-000000.tar")),
+    "sidecar for the reader": ("run/tokens/train/shard-000001.json", lambda folder: TokenShardReader(folder / "run/tokens/train")),
+    "shard for the reader": ("run/tokens/train/shard-000001.tar", lambda folder: TokenShardReader(folder / "run/tokens/train")),
+    "shard for the audit": ("run/tokens/train/shard-000001.tar", lambda folder: audit_folder(folder / "run/tokens/train")),
+    "sidecar for a repair": ("run/tokens/train/shard-000001.json", lambda folder: load_sidecar(folder / "run/tokens/train", "shard-000001.tar")),
+    "sidecar for the writer": ("run/tokens/train/shard-000001.json", lambda folder: TokenShardWriter(
+        folder / "run/tokens/train", TokenShardManifest.load(folder / "run/tokens/train").header).is_complete(1)),
     "checkpoint": ("run/checkpoints/prior/step-00000006/model.safetensors",
-                   lambda place: checkpoint_problems(place / "run/checkpoints/prior/step-00000006")),
+                   lambda folder: checkpoint_problems(folder / "run/checkpoints/prior/step-00000006")),
     "newest checkpoint": ("run/checkpoints/prior/step-00000006/checksums.json",
-                          lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
-    "checkpoints": ("run/checkpoints/prior", lambda place: CheckpointFolder(place / "run/checkpoints/prior").choose("auto")),
-    "stage record": ("run/stages/prior.json", lambda place: load_record(RunFolder(place / "run"), "prior")),
-    "recipe": ("run/recipe.yaml", lambda place: load_recipe(str(place / "run"))),
-    "initial weights": ("run/tokenizer/model.safetensors", lambda place: locate_initial_weights(str(place / "run"))),
-    "initial config": ("run/tokenizer/config.json", lambda place: locate_initial_weights(str(place / "run/tokenizer"))),
-    "image folder": ("images/cat", lambda place: open_splits(DataConfig(source="folder", path=str(place / "images")))),
-    "image folder's names": ("images/cat", lambda place: check_data_path(DataConfig(source="folder", path=str(place / "images")))),
-    "metadata of a folder": ("images/metadata.csv", lambda place: open_splits(DataConfig(path=str(place / "images"), label_column="kind"))),
-    "table of a data set": ("tables/data.parquet", lambda place: open_splits(DataConfig(path=str(place / "tables")))),
-    "features": ("features.pt", lambda place: resolve_feature_file(place / "features.pt", None)),
-    "perceptual weights": ("weights.safetensors", lambda place: perceptual._read_weights(place / "weights.safetensors", {"a": (1,)})),
-    "npy file": ("codes.npy", lambda place: open_foreign_tokens(place / "codes.npy", None, True)),
-    "JSON lines": ("codes.jsonl", lambda place: open_foreign_tokens(place / "codes.jsonl", None, True)),
+                          lambda folder: CheckpointFolder(folder / "run/checkpoints/prior").choose("auto")),
+    "checkpoints": ("run/checkpoints/prior", lambda folder: CheckpointFolder(folder / "run/checkpoints/prior").choose("auto")),
+    "stage record": ("run/stages/prior.json", lambda folder: load_record(RunFolder(folder / "run"), "prior")),
+    "recipe": ("run/recipe.yaml", lambda folder: load_recipe(str(folder / "run"))),
+    "initial weights": ("run/tokenizer/model.safetensors", lambda folder: locate_initial_weights(str(folder / "run"))),
+    "initial config": ("run/tokenizer/config.json", lambda folder: locate_initial_weights(str(folder / "run/tokenizer"))),
+    "image folder": ("images/cat", lambda folder: open_splits(DataConfig(source="folder", path=str(folder / "images")))),
+    "image folder's names": ("images/cat", lambda folder: check_data_path(DataConfig(source="folder", path=str(folder / "images")))),
+    "metadata of a folder": ("images/metadata.csv", lambda folder: open_splits(DataConfig(path=str(folder / "images"), label_column="kind"))),
+    "table of a data set": ("tables/data.parquet", lambda folder: open_splits(DataConfig(path=str(folder / "tables")))),
+    "features": ("features.pt", lambda folder: resolve_feature_file(folder / "features.pt", None)),
+    "perceptual weights": ("weights.safetensors", lambda folder: perceptual._read_weights(folder / "weights.safetensors", {"a": (1,)})),
+    "npy file": ("codes.npy", lambda folder: open_foreign_tokens(folder / "codes.npy", None, True)),
+    "JSON lines": ("codes.jsonl", lambda folder: open_foreign_tokens(folder / "codes.jsonl", None, True)),
 }
 
 
 @pytest.mark.parametrize(("name", "read"), READERS.values(), ids=list(READERS))
-def test_an_unreadable_file_is_reported_as_permission_denied(place, tiny_run, name, read):
-    copy_folder(tiny_run, place / "run")
-    (place / "images/cat").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(place / "images/cat/0.png")
-    (place / "images/metadata.csv").write_text("file_name,kind\ncat/0.png,cat\n")
-    save_file({"a": torch.zeros(1)}, place / "weights.safetensors")
-    (place / "weights.safetensors").chmod(0o644)
-    (place / "features.pt").write_bytes(b"code")
-    (place / "tables").mkdir()
-    (place / "tables/data.parquet").write_bytes(b"table")
-    np.save(place / "codes.npy", np.zeros((2, 4), dtype=np.int64))
-    (place / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
-    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # a library that is imported late lies where only root may read
-        read_before(read, place)
-    path = deny(place / name)
+def test_an_unreadable_file_is_reported_as_permission_denied(folder, tiny_run, name, read):
+    copy_folder(tiny_run, folder / "run")
+    (folder / "images/cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "images/cat/0.png")
+    (folder / "images/metadata.csv").write_text("file_name,kind\ncat/0.png,cat\n")
+    save_file({"a": torch.zeros(1)}, folder / "weights.safetensors")
+    (folder / "weights.safetensors").chmod(0o644)
+    (folder / "features.pt").write_bytes(b"code")
+    (folder / "tables").mkdir()
+    (folder / "tables/data.parquet").write_bytes(b"table")
+    np.save(folder / "codes.npy", np.zeros((2, 4), dtype=np.int64))
+    (folder / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
+    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # imports libraries now, which another user may not be able to read
+        import_libraries(read, folder)
+    path = deny(folder / name)
     with as_nobody(), pytest.raises(PermissionDenied) as caught:
-        read(place)
-    words = str(caught.value)
+        read(folder)
+    message = str(caught.value)
     user = "nobody" if os.geteuid() == 0 else ""
-    assert "permission denied" in words and user in words and str(path) in words and "mode 0000" in words
+    assert "permission denied" in message and user in message and str(path) in message and "mode 0000" in message
     path.chmod(0o755)
 
 
-def test_the_identity_always_leaves_out_an_image_that_lacked_permission(place):
-    """When permission is granted later, the data set is still the same, and its other images are compared as before."""
-    (place / "images/cat").mkdir(parents=True)
+def test_granting_permission_later_keeps_the_recorded_identity(folder):
+    """If permission is granted later, the data set still matches the recorded one. Changes of its other images are still detected."""
+    (folder / "images/cat").mkdir(parents=True)
     for number in range(4):
-        Image.new("L", (8, 8), number).save(place / f"images/cat/{number}.png")
-    data = DataConfig(path=str(place / "images"), use_labels=False, train_split=".")
-    denied = place / "images" / open_splits(data).train.source_name(0)
+        Image.new("L", (8, 8), number).save(folder / f"images/cat/{number}.png")
+    data = DataConfig(path=str(folder / "images"), use_labels=False, train_split=".")
+    denied = folder / "images" / open_splits(data).train.source_name(0)
     denied.chmod(0)
     with as_nobody():
         splits = open_splits(data)
         inputs = {"data set": splits.fingerprint, **splits.unread_input}
     assert json.loads(inputs["unread images"]) == {"train": [0], "validation": []}
     denied.chmod(0o644)
-    now = open_splits(data)
-    assert now.fingerprint != inputs["data set"] and not now.unread_input
-    assert now.as_recorded(inputs).fingerprint == inputs["data set"] and now.as_recorded(inputs).unread_input.items() <= inputs.items()
-    changed = place / "images" / now.train.source_name(1)
+    reopened = open_splits(data)
+    assert reopened.fingerprint != inputs["data set"] and not reopened.unread_input
+    assert reopened.as_recorded(inputs).fingerprint == inputs["data set"] and reopened.as_recorded(inputs).unread_input.items() <= inputs.items()
+    changed = folder / "images" / reopened.train.source_name(1)
     changed.write_bytes(denied.read_bytes())
     assert open_splits(data).as_recorded(inputs).fingerprint != inputs["data set"]
 
 
-def read_before(read, place: Path) -> None:
+def import_libraries(read, folder: Path) -> None:
     with suppress(ValueError):
-        read(place)
+        read(folder)
 
 
-def test_an_unreadable_image_is_not_reported_as_corrupt(place):
-    Image.new("RGB", (8, 8)).save(place / "image.png")
-    read_image(place / "image.png")
-    deny(place / "image.png")
+def test_an_unreadable_image_is_not_reported_as_corrupt(folder):
+    Image.new("RGB", (8, 8)).save(folder / "image.png")
+    read_image(folder / "image.png")
+    deny(folder / "image.png")
     with as_nobody(), pytest.raises(UnreadableImage, match=r"^permission denied: the user .* may not read .*image\.png") as caught:
-        read_image(place / "image.png")
+        read_image(folder / "image.png")
     assert "corrupt" not in str(caught.value)
 
 
-def test_a_folder_without_write_permission_is_named(place, tiny_run):
+def test_folders_without_write_permission_are_named(folder, tiny_run):
     tokenizer, prior = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), TokenPrior.from_pretrained(tiny_run / "prior")
-    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # once with permission, so that late imports happen now
+    with umask(0), tempfile.TemporaryDirectory() as elsewhere:  # imports libraries while they are readable
         tokenizer.save_pretrained(Path(elsewhere) / "tokenizer")
         prior.save_pretrained(Path(elsewhere) / "prior")
-    place.chmod(0o555)
-    for save in (lambda: tokenizer.save_pretrained(place / "new"), lambda: prior.save_pretrained(place / "new"),
-                 lambda: write_json(place / "new.json", {})):
+    folder.chmod(0o555)
+    for save in (lambda: tokenizer.save_pretrained(folder / "new"), lambda: prior.save_pretrained(folder / "new"),
+                 lambda: write_json(folder / "new.json", {})):
         with as_nobody(), pytest.raises(PermissionDenied) as caught:
             save()
-        assert f"may not write into the folder {place} (owner" in str(caught.value)
-    assert not list(place.iterdir())
-    place.chmod(0o755)
+        assert f"may not write into the folder {folder} (owner" in str(caught.value)
+    assert not list(folder.iterdir())
+    folder.chmod(0o755)
 
 
-def test_the_command_ends_without_a_traceback(place, capsys):
-    (place / "file").write_text("x")
-    deny(place / "file")
+def test_the_command_reports_denied_permission_without_traceback(folder, capsys):
+    (folder / "file").write_text("x")
+    deny(folder / "file")
     with as_nobody():
-        code = exit_code_of(lambda: (place / "file").read_text())
+        code = exit_code_of(lambda: (folder / "file").read_text())
     assert code == 2
-    words = capsys.readouterr().err
-    assert words.startswith("error: permission denied: the user") and f"may not read {place / 'file'}" in words and "Traceback" not in words
+    err = capsys.readouterr().err
+    assert err.startswith("error: permission denied: the user") and f"may not read {folder / 'file'}" in err and "Traceback" not in err
 
 
-def test_an_unreadable_image_on_the_command_line(tmp_path, tiny_run):
+def test_reconstruct_reports_an_unreadable_image(tmp_path, tiny_run):
     if os.geteuid() == 0:
         pytest.skip("root may read everything, and another user cannot start Python from root's home")
     deny(tmp_path / "image.png")
     result = command("reconstruct", tiny_run, tmp_path / "image.png", "--out", tmp_path / "out")
     assert result.returncode == 2 and "permission denied" in result.stderr and "known format" not in result.stderr
-
-

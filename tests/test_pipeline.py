@@ -1,4 +1,4 @@
-"""ImageGenerationPipeline on one tiny finished run: what it takes, gives, promises and refuses, and the files it leaves."""
+"""ImageGenerationPipeline on a tiny finished run: arguments, outputs, errors and saved files."""
 
 import dataclasses
 import json
@@ -31,20 +31,20 @@ def pipe(tiny_run) -> ImageGenerationPipeline:
 
 @pytest.fixture(scope="module")
 def scans() -> list[Image.Image]:
-    """Real digits in sizes and modes of their own."""
+    """Scans of digits in different sizes and modes."""
     images = [Image.fromarray(scan) for scan in load_scans()[0][:5]]
     return [images[0], images[1].convert("RGB"), images[2].resize((30, 20)), images[3].convert("RGBA"), images[4].resize((16, 16))]
 
 
 def prior_like(pipe: ImageGenerationPipeline, **changes) -> TokenPrior:
-    """A fresh prior over the pipeline's vocabulary with some of it changed."""
+    """A new prior for the vocabulary of the pipeline with `changes`."""
     return TokenPrior.from_config(tiny_recipe("unused").prior, dataclasses.replace(pipe.prior.vocabulary, **changes), 0).eval()
 
 
 # --- generation --------------------------------------------------------------------------------------------------------------
 
 
-def test_labels_by_name_and_index_come_label_by_label(pipe):
+def test_labels_by_name_and_index(pipe):
     out = pipe(class_labels=["3", 7], num_images_per_label=3, seed=7)
     assert isinstance(out, GenerationOutput) and not out.stopped
     assert out.class_indices == [3, 3, 3, 7, 7, 7]
@@ -55,14 +55,14 @@ def test_labels_by_name_and_index_come_label_by_label(pipe):
 
 
 @pytest.mark.parametrize("labels", ["3", 3, ["3"], [3], np.int64(3), np.array([3]), torch.tensor(3), torch.tensor([3]), (3,)], ids=repr)
-def test_a_label_may_be_given_in_many_ways(pipe, labels):
+def test_accepted_types_of_labels(pipe, labels):
     assert pipe(labels, 1, seed=1).class_indices == [3]
 
 
-def test_a_string_is_a_name_and_an_integer_an_index():
+def test_strings_are_names_and_integers_are_indices():
     names = ["7", "cat", "2"]
     assert class_indices(names, ["7", "2", 1]) == [0, 2, 1]
-    assert class_indices(names, labels_from_text(names, "7,2, 1")) == [0, 2, 1], "typed: a class name first, else an index"
+    assert class_indices(names, labels_from_text(names, "7,2, 1")) == [0, 2, 1], "text is a class name if there is one, else an index"
     assert labels_from_text(None, "cat,3") == ["cat", 3]
     numbers = [str(number) for number in range(1, 13)]
     assert class_indices(numbers, labels_from_text(numbers, "12,1")) == [11, 0]
@@ -70,23 +70,23 @@ def test_a_string_is_a_name_and_an_integer_an_index():
         class_indices(numbers, labels_from_text(numbers, "0"))
 
 
-def test_class_names_with_commas_can_be_typed():
+def test_class_names_with_commas_are_parsed():
     names = ["tench, Tinca tinca", "tench", "great white shark, white shark", "white shark"]
     assert labels_from_text(names, "tench, Tinca tinca") == [names[0]]
     assert labels_from_text(names, " tench ,great white shark, white shark,3,white shark") == ["tench", names[2], 3, "white shark"]
     assert labels_from_text(names, "tench,,²") == ["tench", "", "²"]
 
 
-def test_equal_seeds_give_equal_images_and_others_do_not(pipe):
+def test_seed_determines_the_images(pipe):
     first, again, other = (pipe([3, 4], 4, seed=seed) for seed in (5, 5, 6))
     assert torch.equal(first.token_ids, again.token_ids)
     assert [image.tobytes() for image in first.images] == [image.tobytes() for image in again.images]
     assert not torch.equal(first.token_ids, other.token_ids)
     drawn, drawn_again = pipe(3, 2), pipe(3, 2)
-    assert drawn.seeds != drawn_again.seeds, "without a seed each call draws one"
+    assert drawn.seeds != drawn_again.seeds, "each call without a seed draws a new one"
 
 
-def test_an_image_does_not_depend_on_its_neighbours(pipe):
+def test_images_do_not_depend_on_the_batch(pipe):
     whole = pipe([3, 7], 5, seed=11)
     for batch_size in (1, 3, 10):
         parts = pipe([3, 7], 5, seed=11, batch_size=batch_size)
@@ -105,24 +105,24 @@ def test_output_types(pipe):
         pipe(3, output_type="png")
 
 
-def test_settings_left_out_are_the_recommended_ones(pipe):
+def test_recommended_settings_are_the_defaults(pipe):
     assert pipe.sampling == SamplingConfig(guidance_scale=1.5)
     default = pipe(3, 8, seed=3)
     assert torch.equal(default.token_ids, pipe(3, 8, seed=3, guidance_scale=1.5, temperature=1.0, top_k=0, top_p=1.0).token_ids)
     for changed in ({"guidance_scale": 30.0}, {"temperature": 0.05}, {"top_k": 1}, {"top_p": 0.05}):
         assert not torch.equal(default.token_ids, pipe(3, 8, seed=3, **changed).token_ids), changed
-    assert torch.equal(pipe(3, 2, seed=3, top_k=1).token_ids, pipe(3, 2, seed=4, temperature=0.0).token_ids), "the likeliest token either way"
+    assert torch.equal(pipe(3, 2, seed=3, top_k=1).token_ids, pipe(3, 2, seed=4, temperature=0.0).token_ids), "both take the most likely token"
 
 
-def test_images_of_any_class(pipe):
+def test_images_without_labels(pipe):
     out = pipe(num_images_per_label=3, seed=2)
     assert out.class_indices is None and out.token_ids.shape == (3, GRID_SIZE, GRID_SIZE)
 
 
-def test_the_callback_counts_tokens_and_stops(pipe):
+def test_callback_counts_tokens_and_can_stop(pipe):
     calls = []
     out = pipe([3, 4], 3, seed=1, batch_size=4, callback=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 32) for done in range(1, 33)] and not out.stopped, "None goes on; two batches of 16 tokens"
+    assert calls == [(done, 32) for done in range(1, 33)] and not out.stopped, "None continues; two batches of 16 tokens"
 
     seen = []
     stopped = pipe([3, 4], 3, seed=1, batch_size=4, callback=lambda done, total: seen.append(done) or done < 20)
@@ -130,7 +130,7 @@ def test_the_callback_counts_tokens_and_stops(pipe):
     assert pipe([3, 4], 3, seed=1, callback=lambda done, total: True).stopped is False
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ({"class_labels": "cat"}, r"no class 'cat'; there are 10: 0, 1, 2"),
     ({"class_labels": "33"}, r"no class '33'.*Did you mean '3'\?"),
     ({"class_labels": 10}, r"class index 10 does not exist; allowed: 0 to 9"),
@@ -157,12 +157,12 @@ def test_the_callback_counts_tokens_and_stops(pipe):
     ({"class_labels": 3, "guidance_interval": "0.1,0.5"}, r"guidance_interval is '0.1,0.5'; it must be a list"),
     ({"class_labels": 3, "compile": "false"}, r"compile is 'false'; it must be true or false"),
 ], ids=str)
-def test_what_cannot_be_is_refused_in_words(pipe, arguments, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_are_rejected(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
         pipe(**arguments)
 
 
-def test_numbers_of_other_libraries_are_accepted(pipe):
+def test_numpy_and_torch_numbers_are_accepted(pipe):
     expected = pipe([3, 4], 2, seed=7, temperature=0.5, top_k=9, guidance_scale=2.0, guidance_interval=[0.25, 0.75])
     same = pipe(np.array([3, 4]), np.int64(2), seed=np.uint32(7), temperature=np.float32(0.5), top_k=torch.tensor(9), guidance_scale=np.float64(2),
                 guidance_interval=np.array([0.25, 0.75]), batch_size=np.int64(64), compile=np.bool_(False))
@@ -171,26 +171,26 @@ def test_numbers_of_other_libraries_are_accepted(pipe):
     assert torch.equal(same.token_ids, expected.token_ids)
 
 
-@pytest.mark.parametrize(("guidance", "words"), [
+@pytest.mark.parametrize(("guidance", "message"), [
     ({"guidance_scale": 2.0}, "guidance_scale is 2.0, but no class_labels are given"),
     ({"guidance_scale": 0}, "guidance_scale is 0, but no class_labels are given"),
     ({"guidance_schedule": "linear"}, "guidance_schedule is linear, but no class_labels are given"),
     ({"guidance_scale": 2.0, "guidance_interval": [0.1, 0.5]}, r"guidance_scale is 2.0 and guidance_interval is \[0.1, 0.5\], but no class_labels"),
 ], ids=str)
-def test_guidance_without_classes_is_refused(pipe, guidance, words):
+def test_guidance_without_labels_is_rejected(pipe, guidance, message):
     for call in (pipe, pipe.batches):
-        with pytest.raises(InputError, match=rf"{words}.* guidance has no effect; give class_labels, or leave it out"):
+        with pytest.raises(InputError, match=rf"{message}.* guidance has no effect; give class_labels, or leave it out"):
             call(num_images_per_label=2, seed=1, **guidance)
-    assert pipe.sampling.guidance_scale == 1.5, "the recommended guidance is left out silently"
+    assert pipe.sampling.guidance_scale == 1.5, "recommended guidance is dropped without an error"
     off = pipe(num_images_per_label=2, seed=1, guidance_scale=1.0)
     assert torch.equal(off.token_ids, pipe(num_images_per_label=2, seed=1).token_ids)
 
 
-# --- a batch at a time -------------------------------------------------------------------------------------------------------
+# --- batches -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pil", "np", "pt"])
-def test_batches_give_the_images_of_a_call(pipe, kind):
+def test_batches_give_the_same_images_as_one_call(pipe, kind):
     whole = pipe([3, 7], 5, seed=11, output_type=kind, batch_size=4, temperature=0.8)
     parts = list(pipe.batches([3, 7], 5, 11, output_type=kind, batch_size=4, temperature=0.8))
     assert [part.places for part in parts] == [range(4), range(4, 8), range(8, 10)] and whole.places == range(10)
@@ -205,30 +205,30 @@ def test_batches_can_be_skipped_and_stopped_by_the_callback(pipe):
     whole, calls = list(pipe.batches([3, 7], 5, 11, batch_size=4)), []
     last = list(pipe.batches([3, 7], 5, 11, batch_size=4, skip=lambda places: places.start < 8, callback=lambda *now: calls.append(now)))
     assert len(last) == 1 and last[0].places == range(8, 10) and torch.equal(last[0].token_ids, whole[2].token_ids)
-    assert calls == [(done, 16) for done in range(1, 17)], "batches that are left out do not count"
+    assert calls == [(done, 16) for done in range(1, 17)], "skipped batches do not count"
     assert list(pipe.batches([3, 7], 5, 11, skip=lambda places: True)) == []
     stopped = pipe.batches([3, 7], 5, 11, batch_size=4, callback=lambda done, total: done < 20)
-    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "finished batches were yielded"
+    assert torch.equal(next(stopped).token_ids, whole[0].token_ids), "finished batches are yielded"
     with pytest.raises(SamplingStopped):
         next(stopped)
 
 
-def test_batches_checks_arguments_at_once(pipe):
-    for arguments, words in (({"class_labels": "cat"}, "no class 'cat'"), ({"class_labels": 3, "temperatur": 0.9}, "Did you mean 'temperature'"),
+def test_batches_checks_arguments_before_iteration(pipe):
+    for arguments, message in (({"class_labels": "cat"}, "no class 'cat'"), ({"class_labels": 3, "temperatur": 0.9}, "Did you mean 'temperature'"),
                              ({"class_labels": 3, "batch_size": 0}, "batch_size is 0"), ({"class_labels": 3, "output_type": "png"}, "output_type")):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             pipe.batches(**arguments)
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------------------
 
 
-def test_decode_gives_the_generated_images_back(pipe):
+def test_decode_restores_the_generated_images(pipe):
     out = pipe([3, 4], 2, seed=9)
     assert [image.tobytes() for image in pipe.decode(out.token_ids)] == [image.tobytes() for image in out.images]
 
 
-def test_encode_takes_an_image_a_list_and_a_tensor(pipe, scans):
+def test_encode_accepts_image_list_and_tensor(pipe, scans):
     ids_Bhw = pipe.encode(scans)
     assert ids_Bhw.shape == (5, GRID_SIZE, GRID_SIZE) and ids_Bhw.dtype == torch.int64 and ids_Bhw.device.type == "cpu"
     for number, scan in enumerate(scans):
@@ -243,29 +243,29 @@ def test_reconstruct_is_encode_then_decode(pipe, scans):
     assert [image.tobytes() for image in restored] == [image.tobytes() for image in pipe.decode(pipe.encode(scans))]
 
 
-def test_ids_that_are_none_are_refused(pipe):
+def test_invalid_ids_and_shapes_are_rejected(pipe):
     with pytest.raises(ValueError, match=rf"token ids run from 0 to {CODES}; allowed: 0 to {CODES - 1}"):
         pipe.decode(torch.tensor([[[0, CODES]]]))
     with pytest.raises(ValueError, match=r"shape \(1, 1, 8, 8\).*\(B, 1, 16, 16\)"):
         pipe.encode(torch.zeros(1, 1, 8, 8))
 
 
-# --- number formats ----------------------------------------------------------------------------------------------------------
+# --- dtypes ------------------------------------------------------------------------------------------------------------------
 
 
-def test_with_bf16_the_encoder_stays_exact(tiny_run, pipe, scans, tmp_path):
-    narrow = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=torch.bfloat16)
-    formats = {name: parameter.dtype for name, parameter in narrow.tokenizer.state_dict().items()}
+def test_encoder_stays_float32_with_bfloat16(tiny_run, pipe, scans, tmp_path):
+    pipe_bf16 = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=torch.bfloat16)
+    formats = {name: parameter.dtype for name, parameter in pipe_bf16.tokenizer.state_dict().items()}
     assert {formats[name] for name in formats if name.startswith(("encoder.", "quant_conv.", "quantizer."))} <= {torch.float32, torch.int64}
     assert {formats[name] for name in formats if name.startswith(("decoder.", "post_quant_conv."))} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in narrow.prior.parameters()} == {torch.bfloat16}
-    assert torch.equal(narrow.encode(scans), pipe.encode(scans))
-    assert narrow.tokenizer.token_fingerprint == pipe.tokenizer.token_fingerprint == narrow.prior.vocabulary.token_fingerprint
+    assert {parameter.dtype for parameter in pipe_bf16.prior.parameters()} == {torch.bfloat16}
+    assert torch.equal(pipe_bf16.encode(scans), pipe.encode(scans))
+    assert pipe_bf16.tokenizer.token_fingerprint == pipe.tokenizer.token_fingerprint == pipe_bf16.prior.vocabulary.token_fingerprint
 
-    out = narrow([3, 4], 2, seed=1, output_type="pt")
+    out = pipe_bf16([3, 4], 2, seed=1, output_type="pt")
     assert out.images.dtype == torch.float32 and out.images.isfinite().all()
-    narrow.save_pretrained(tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tiny_run / "pipeline"), "the files as exported, whatever the weights are cast to"
+    pipe_bf16.save_pretrained(tmp_path / "copy")
+    assert files_of(tmp_path / "copy") == files_of(tiny_run / "pipeline"), "saved files do not depend on dtype"
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
@@ -277,20 +277,20 @@ def test_dtype_can_be_given_by_name(tiny_run, name):
     assert ImageTokenizer.from_pretrained(tiny_run / "tokenizer", "cpu", name).decoder.conv_out.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     ({"dtype": "bfloat"}, r"dtype is 'bfloat'; allowed: float32, bfloat16, float16, float64.*Did you mean 'bfloat16'"),
     ({"dtype": "int8"}, r"dtype is 'int8'; allowed"), ({"dtype": torch.int64}, r"dtype is torch.int64; allowed"),
     ({"dtype": 16}, r"dtype is 16; allowed"),
     ({"device": "gpu"}, "device is 'gpu'"), ({"device": 1.5}, r"device is '?1.5"), ({"device": ["cpu"]}, "device is"),
 ], ids=str)
-def test_an_unknown_dtype_or_device_is_refused(tiny_run, arguments, words):
+def test_unknown_dtype_or_device_is_rejected(tiny_run, arguments, message):
     for load, folder in ((ImageGenerationPipeline.from_pretrained, tiny_run), (TokenPrior.from_pretrained, tiny_run / "prior"),
                          (ImageTokenizer.from_pretrained, tiny_run / "tokenizer")):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             load(folder, **arguments)
 
 
-def test_seeds_and_sizes_as_text_are_refused_by_constructors(pipe):
+def test_constructors_reject_strings_for_integers(pipe):
     config, transform = pipe.tokenizer.config, pipe.tokenizer.transform
     with pytest.raises(InputError, match="seed is '1'; it must be an integer"):
         ImageTokenizer(config, transform, seed="1")
@@ -307,7 +307,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_saved_from_disk_and_from_memory_it_is_the_same(tiny_run, pipe, tmp_path):
+def test_pipelines_from_disk_and_from_memory_save_the_same_weights(tiny_run, pipe, tmp_path):
     original = files_of(tiny_run / "pipeline")
     pipe.save_pretrained(tmp_path / "from_disk")
     assert files_of(tmp_path / "from_disk") == original
@@ -324,7 +324,7 @@ def test_saved_from_disk_and_from_memory_it_is_the_same(tiny_run, pipe, tmp_path
     assert torch.equal(reloaded(["3", 7], 2, seed=7).token_ids, pipe(["3", 7], 2, seed=7).token_ids)
 
 
-def test_settings_changed_in_memory_are_saved_with_it(tiny_run, tmp_path):
+def test_changed_sampling_settings_are_saved(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     pipe = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
     pipe.sampling = SamplingConfig(top_k=5)
@@ -336,16 +336,16 @@ def test_saving_replaces_a_pipeline_but_nothing_else(pipe, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     in_memory = ImageGenerationPipeline(pipe.tokenizer, pipe.prior, pipe.sampling)
-    for one in (pipe, in_memory):
+    for candidate in (pipe, in_memory):
         with pytest.raises(ValueError, match="would be lost"):
-            one.save_pretrained(tmp_path / "mine")
-        one.save_pretrained(tmp_path / "new")
+            candidate.save_pretrained(tmp_path / "mine")
+        candidate.save_pretrained(tmp_path / "new")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
 
 
-def test_nothing_that_is_exported_holds_a_pickle(tiny_run, tmp_path):
-    """Every file is JSON or safetensors by content, and a pipeline folder needs no other file."""
+def test_exported_files_contain_no_pickle(tiny_run, tmp_path):
+    """Every file is JSON or safetensors by content, and a pipeline folder is self-contained."""
     for folder in (tiny_run / "pipeline", tiny_run / "tokenizer", tiny_run / "prior"):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             assert not path.is_symlink()
@@ -354,12 +354,12 @@ def test_nothing_that_is_exported_holds_a_pickle(tiny_run, tmp_path):
             else:
                 assert path.name == "model.safetensors", path
                 with safe_open(path, "pt") as content:
-                    assert all(content.get_tensor(name).dtype == torch.float32 for name in content.keys())  # noqa: SIM118, it is no dict
+                    assert all(content.get_tensor(name).dtype == torch.float32 for name in content.keys())  # noqa: SIM118, not a dict
     shutil.copytree(tiny_run / "pipeline", tmp_path / "moved")
     assert ImageGenerationPipeline.from_pretrained(tmp_path / "moved", device="cpu")(3, seed=1).token_ids.shape == (1, GRID_SIZE, GRID_SIZE)
 
 
-def test_token_shards_and_checkpoints_hold_no_pickled_arrays(tiny_run):
+def test_token_shards_contain_no_pickled_arrays(tiny_run):
     import io
     import tarfile
 
@@ -373,7 +373,7 @@ def test_token_shards_and_checkpoints_hold_no_pickled_arrays(tiny_run):
                     assert member.name.endswith(".json") and json.loads(content)
 
 
-# --- parts that do not belong together ---------------------------------------------------------------------------------------
+# --- mismatched parts --------------------------------------------------------------------------------------------------------
 
 
 def other_tokenizer(folder: Path) -> ImageTokenizer:
@@ -382,7 +382,7 @@ def other_tokenizer(folder: Path) -> ImageTokenizer:
     return tokenizer
 
 
-def test_a_mismatched_pair_is_refused_everywhere(tiny_run, pipe, tmp_path):
+def test_mismatched_parts_are_rejected(tiny_run, pipe, tmp_path):
     other = other_tokenizer(tmp_path / "other")
     both = (other.token_fingerprint[:16], pipe.tokenizer.token_fingerprint[:16])
     with pytest.raises(ValueError, match="do not belong together") as in_memory:
@@ -400,13 +400,13 @@ def test_a_mismatched_pair_is_refused_everywhere(tiny_run, pipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_that_was_never_saved_is_told_so(pipe):
+def test_unsaved_tokenizer_is_rejected(pipe):
     fresh = ImageTokenizer(tiny_recipe("unused").tokenizer, ImageTransform(image_size=16, channels=1))
     with pytest.raises(ValueError, match="no token fingerprint yet"):
         ImageGenerationPipeline(fresh, pipe.prior)
 
 
-def test_a_decoder_finetuned_later_still_fits(tiny_run, pipe, tmp_path):
+def test_tokenizer_with_finetuned_decoder_still_fits(tiny_run, pipe, tmp_path):
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     with torch.no_grad():
         tokenizer.decoder.conv_out.weight.mul_(0.5)
@@ -430,7 +430,7 @@ def test_guidance_needs_label_drop(tiny_run, pipe, tmp_path):
         make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig(guidance_scale=2.0))
 
 
-def test_a_pipeline_without_classes(tiny_run, pipe, tmp_path):
+def test_pipeline_without_classes(tiny_run, pipe, tmp_path):
     prior_like(pipe, class_names=None, label_drop=0.0).save_pretrained(tmp_path / "prior")
     make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig(top_k=9))
     unlabelled = ImageGenerationPipeline.from_pretrained(tmp_path / "out", device="cpu")
@@ -445,10 +445,10 @@ def test_a_pipeline_without_classes(tiny_run, pipe, tmp_path):
         make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "again", SamplingConfig(guidance_scale=2.0))
 
 
-# --- finding and opening -----------------------------------------------------------------------------------------------------
+# --- finding and loading -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_or_its_pipeline_folder_is_found(tiny_run, tmp_path):
+def test_find_pipeline_accepts_run_and_pipeline_folders(tiny_run, tmp_path):
     assert find_pipeline(tiny_run) == find_pipeline(str(tiny_run / "pipeline")) == tiny_run / "pipeline"
     with pytest.raises(ValueError, match="has no finished pipeline"):
         find_pipeline(tmp_path)
@@ -457,27 +457,27 @@ def test_a_run_or_its_pipeline_folder_is_found(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", torch.device("meta")], ids=str)
-def test_a_device_that_is_not_there(tiny_run, device):
+def test_unavailable_device_is_rejected(tiny_run, device):
     with pytest.raises(ValueError, match=r"device is .*; this machine has: cpu"):
         ImageGenerationPipeline.from_pretrained(tiny_run, device=device)
 
 
-@pytest.mark.parametrize(("name", "spoil", "words"), [
+@pytest.mark.parametrize(("name", "corrupt", "message"), [
     ("pipeline.json", lambda content: content.replace("vqmosaic.pipeline", "other.pipeline"), "says format 'other.pipeline'"),
     ("pipeline.json", lambda content: content.replace('"format_version": 1', '"format_version": 9'), "version 9"),
     ("pipeline.json", lambda content: content[:20], "is not JSON"),
     ("pipeline.json", lambda content: content.replace('"top_p": 1.0', '"top_p": 7.0'), "top_p is 7"),
     ("tokenizer/config.json", lambda content: content.replace('"format_version": 1', '"format_version": 9'), "version 9"),
 ], ids=["format", "version", "cut short", "settings", "tokenizer"])
-def test_a_spoilt_folder_is_told_in_words(tiny_run, tmp_path, name, spoil, words):
+def test_invalid_pipeline_files_are_rejected(tiny_run, tmp_path, name, corrupt, message):
     shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     path = tmp_path / "pipeline" / name
-    path.write_text(spoil(path.read_text()))
-    with pytest.raises(ValueError, match=words):
+    path.write_text(corrupt(path.read_text()))
+    with pytest.raises(ValueError, match=message):
         ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
 
 
-def test_weights_that_changed_since_the_export_are_refused(tiny_run, tmp_path):
+def test_weights_changed_since_export_are_rejected(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     path = tmp_path / "pipeline" / "tokenizer" / "model.safetensors"
     content = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""From images to token shards: the same bytes whoever writes them and however often it is killed, and nothing left out in silence."""
+"""Preprocessing images to token shards: reproducible bytes, resuming, unreadable images and several processes."""
 
 import dataclasses
 import json
@@ -58,12 +58,12 @@ def fields(tiny_run: Path, photos: Path, **changes) -> dict:
             "tokens__images_per_shard": PER_SHARD, "tokens__batch_size": 8, "tokens__views": "shifts", **changes}
 
 
-def files(run_dir: Path) -> dict[str, bytes]:
+def token_files(run_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted((run_dir / "tokens").rglob("*")) if path.is_file()}
 
 
 def assert_same_files(first: Path, second: Path) -> None:
-    expected, found = files(first), files(second)
+    expected, found = token_files(first), token_files(second)
     assert expected.keys() == found.keys()
     assert [name for name in expected if expected[name] != found[name]] == []
 
@@ -73,12 +73,12 @@ def training_source(photos: Path):
 
 
 def index_in(photos: Path, shard: int, place: int) -> int:
-    """The source index of the n-th training image of a shard."""
+    """The source index of the n-th training image in a shard."""
     return int(sorted(permuted_sources(len(training_source(photos)), ORDER_SEED)[shard * PER_SHARD:(shard + 1) * PER_SHARD])[place])
 
 
 def corrupt(photos: Path, *places: tuple[int, int]) -> list[str]:
-    """Cut the n-th training image of these shards short; returns their names."""
+    """Truncate training images, given by shard and place in the shard. Returns their names."""
     source = training_source(photos)
     names = [source.source_name(index_in(photos, *place)) for place in places]
     for name in names:
@@ -87,14 +87,14 @@ def corrupt(photos: Path, *places: tuple[int, int]) -> list[str]:
     return names
 
 
-# --- what is stored ----------------------------------------------------------------------------------------------------------------
+# --- stored tokens -----------------------------------------------------------------------------------------------------------------
 
 
 LISTED = [{"crop_scale": 0.75, "position": "top-left"}, {"flip": True, "shift": [2, 0]}]
 
 
 @pytest.mark.parametrize("views", ["none", "flip+shifts", "ten-crop", LISTED], ids=str)
-def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_run, photos, tmp_path):
+def test_stored_ids_match_the_views_in_the_manifest(views, tiny_run, photos, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__views=views))
     preprocess(recipe)
     tokenizer, splits = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), open_splits(recipe.data)
@@ -109,16 +109,16 @@ def test_stored_ids_are_those_of_the_views_that_the_manifest_names(views, tiny_r
         assert len(manifest.shards) == -(-len(source) // PER_SHARD)
         order = reader.indices_N.tolist()
         assert sorted(order) == list(range(len(source)))
-        assert (order != sorted(order)) == (len(manifest.shards) > 1), "permuted over the shards, and ascending inside each shard"
+        assert (order != sorted(order)) == (len(manifest.shards) > 1), "permuted over shards, ascending within a shard"
         assert reader.labels_N.tolist() == [source.label(index) for index in order]
         for number, view in enumerate(expected_views[split]):
             images_BCHW = torch.stack([tokenizer.transform(source.read(index), view) for index in order])
             stored_BT = torch.from_numpy(reader.sequential(0, len(reader), number).ids_BT)
             same = stored_BT == tokenizer.encode(images_BCHW).flatten(1)
-            assert same.float().mean() > 0.998, "beyond rounding at a near tie, in a batch of another shape"
+            assert same.float().mean() > 0.998, "equal except for near ties, which round differently in another batch shape"
 
 
-def test_rows_are_encoded_at_one_shape_whatever_their_number(tiny_run):
+def test_rows_are_encoded_in_batches_of_fixed_shape(tiny_run):
     tokenizer, shapes = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), []
     tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     rows_NCHW = torch.rand(19, 1, 16, 16) * 2 - 1
@@ -128,8 +128,8 @@ def test_rows_are_encoded_at_one_shape_whatever_their_number(tiny_run):
 
 
 @pytest.mark.parametrize(("threads", "ahead"), [(1, 2), (3, 0), (3, 2), (2, 5)])
-def test_any_number_of_threads_decodes_the_same_rows_in_the_same_order(threads, ahead, tiny_run, photos, tmp_path):
-    """Which of these a machine takes depends on its cores."""
+def test_decoding_does_not_depend_on_the_number_of_threads(threads, ahead, tiny_run, photos, tmp_path):
+    """The values in use depend on the number of cores."""
     corrupt(photos, (0, 2), (1, 1))
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     source, views = open_splits(recipe.data).train, training_views(recipe.tokens)[:2]
@@ -145,7 +145,7 @@ def test_any_number_of_threads_decodes_the_same_rows_in_the_same_order(threads, 
     assert results(threads, ahead) == expected
 
 
-def test_a_second_call_does_nothing_but_say_so(tiny_run, photos, tmp_path, capsys):
+def test_rerunning_a_finished_run_does_nothing(tiny_run, photos, tmp_path, capsys):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/tokens").rglob("*")}
@@ -157,8 +157,8 @@ def test_a_second_call_does_nothing_but_say_so(tiny_run, photos, tmp_path, capsy
 # --- shards of version 0.1.0, which did not permute ------------------------------------------------------------------------------------
 
 
-def as_version_0_1_0_left_it(run_dir: Path) -> None:
-    """Its stage record does not mention an order."""
+def remove_recorded_source_order(run_dir: Path) -> None:
+    """Remove the source order from the stage record. Version 0.1.0 did not record it."""
     path = RunFolder(run_dir).record("tokens")
     record = json.loads(path.read_text())
     del record["inputs"][module.SOURCE_ORDER]
@@ -166,16 +166,16 @@ def as_version_0_1_0_left_it(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["nothing", "shards", "all tokens"])
-def test_shards_that_version_0_1_0_wrote_or_began_keep_their_order(lost, tiny_run, photos, tmp_path, monkeypatch, capsys):
+def test_shards_of_version_0_1_0_keep_their_order(lost, tiny_run, photos, tmp_path, monkeypatch, capsys):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     with monkeypatch.context() as patch:
         patch.setattr(module, "ORDER_SEED", None)
         preprocess(recipe)
-    as_version_0_1_0_left_it(tmp_path / "run")
-    before = files(tmp_path / "run")
+    remove_recorded_source_order(tmp_path / "run")
+    before = token_files(tmp_path / "run")
     assert TokenShardManifest.load(tmp_path / "run/tokens/train").order_seed is None
     train = tmp_path / "run/tokens/train"
-    if lost == "shards":  # killed in the middle
+    if lost == "shards":  # the run was killed
         path = RunFolder(tmp_path / "run").record("tokens")
         path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
         for path in [*train.glob("manifest.json"), *train.glob("shard-00000[2-9].*"), *(tmp_path / "run/tokens/validation").iterdir()]:
@@ -185,25 +185,25 @@ def test_shards_that_version_0_1_0_wrote_or_began_keep_their_order(lost, tiny_ru
     capsys.readouterr()
     for _ in range(2):
         preprocess(recipe)
-        assert files(tmp_path / "run") == before
-    words = capsys.readouterr().out
-    assert words.count("started in the order of the data set") == (lost != "nothing") and words.count("finished already") == 1 + (lost == "nothing")
+        assert token_files(tmp_path / "run") == before
+    output = capsys.readouterr().out
+    assert output.count("started in the order of the data set") == (lost != "nothing") and output.count("finished already") == 1 + (lost == "nothing")
     redo(RunFolder(tmp_path / "run"), "tokens")
     preprocess(recipe)
     assert TokenShardManifest.load(train).order_seed == ORDER_SEED
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------------------------
+# --- invalid input and unreadable images ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("field", "given", "needed"), [("image_size", 32, 16), ("channels", 3, 1)])
-def test_images_that_the_tokenizer_was_not_made_for_are_refused(field, given, needed, tiny_run, photos, tmp_path):
+def test_image_settings_that_differ_from_the_tokenizer_are_rejected(field, given, needed, tiny_run, photos, tmp_path):
     with pytest.raises(InputError, match=rf"data.{field} is {given}.*trained with {needed}\. Set data.{field} to {needed}"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, **{f"data__{field}": given})))
     assert not (tmp_path / "run/tokens").exists()
 
 
-def test_another_tokenizer_under_finished_tokens_is_refused(tiny_run, photos, tmp_path):
+def test_another_tokenizer_is_rejected_for_finished_tokens(tiny_run, photos, tmp_path):
     preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos)))
     other = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     other.quantizer.codebook[0] += 1
@@ -212,7 +212,7 @@ def test_another_tokenizer_under_finished_tokens_is_refused(tiny_run, photos, tm
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__tokenizer=tmp_path / "other")))
 
 
-def test_other_images_under_finished_tokens_are_refused(tiny_run, photos, tmp_path):
+def test_other_images_are_rejected_for_finished_tokens(tiny_run, photos, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)
     Image.new("L", (20, 20)).save(photos / "ant/new.png")
@@ -220,10 +220,10 @@ def test_other_images_under_finished_tokens_are_refused(tiny_run, photos, tmp_pa
         preprocess(recipe)
 
 
-def test_a_corrupt_image_is_listed_as_skipped_with_the_reason(tiny_run, photos, tmp_path, capsys):
+def test_corrupt_image_is_skipped_with_a_reason(tiny_run, photos, tmp_path, capsys):
     name, = corrupt(photos, (1, 2))
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
-    preprocess(recipe)  # one of 28, more than data.max_unreadable = 1 %: but a single one stops nothing
+    preprocess(recipe)  # 1 of 28 exceeds data.max_unreadable = 1 %, but a single image is allowed
     manifest = TokenShardManifest.load(tmp_path / "run/tokens/train")
     assert [(entry["index"], entry["source"]) for entry in manifest.skipped] == [(index_in(photos, 1, 2), name)]
     assert "truncated" in manifest.skipped[0]["reason"] or "corrupt" in manifest.skipped[0]["reason"]
@@ -235,7 +235,7 @@ def test_a_corrupt_image_is_listed_as_skipped_with_the_reason(tiny_run, photos, 
 
 @pytest.mark.parametrize(("places", "limit", "stops"), [
     ([(0, 1), (0, 3)], 0.01, True), ([(0, 1), (3, 3)], 0.01, True), ([(0, 1), (3, 3)], 0.1, False), ([(2, 0)], 0.0, True)])
-def test_past_the_limit_the_run_stops_in_words_and_is_not_complete(places, limit, stops, tiny_run, photos, tmp_path):
+def test_too_many_unreadable_images_stop_the_run(places, limit, stops, tiny_run, photos, tmp_path):
     names = corrupt(photos, *places)
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, data__max_unreadable=limit))
     if not stops:
@@ -247,12 +247,12 @@ def test_past_the_limit_the_run_stops_in_words_and_is_not_complete(places, limit
     assert all(name in str(error.value) for name in names)
     assert not list((tmp_path / "run/tokens").rglob("manifest.json"))
     in_one_shard = len({shard for shard, _ in places}) == 1
-    assert bool(list((tmp_path / "run/tokens").rglob("shard-*"))) == (places[0][0] > 0 or not in_one_shard), "it stops where it is known"
+    assert bool(list((tmp_path / "run/tokens").rglob("shard-*"))) == (places[0][0] > 0 or not in_one_shard), "the run stops as soon as the limit is exceeded"
     assert not json.loads(RunFolder(tmp_path / "run").record("tokens").read_text())["finished"]
 
 
-def test_the_limit_counts_what_earlier_calls_and_other_processes_skipped(tiny_run, photos, tmp_path, monkeypatch):
-    """Each call meets one unreadable image, which it may; together there are two, which is too many."""
+def test_limit_includes_images_skipped_by_earlier_runs(tiny_run, photos, tmp_path, monkeypatch):
+    """Each run finds one unreadable image, which is allowed. Two images exceed the limit."""
     corrupt(photos, (0, 1), (3, 3))
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     at_image(2 * PER_SHARD, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
@@ -267,7 +267,7 @@ def test_the_limit_counts_what_earlier_calls_and_other_processes_skipped(tiny_ru
 # --- audit ---------------------------------------------------------------------------------------------------------------------------
 
 
-def test_audit_passes_and_fails_after_the_data_set_was_relabelled(tiny_copy, monkeypatch, capsys):
+def test_audit_detects_relabelled_images(tiny_copy, monkeypatch, capsys):
     assert audit_run(tiny_copy / "tokens") == 0
     assert "train: 1,418 samples in 4 shards, 0 skipped: no problems" in capsys.readouterr().out
     load_scans = digits_source.load_scans
@@ -283,11 +283,11 @@ def test_audit_passes_and_fails_after_the_data_set_was_relabelled(tiny_copy, mon
     assert "label" in capsys.readouterr().out
 
 
-# --- stopped and killed --------------------------------------------------------------------------------------------------------------
+# --- interruption --------------------------------------------------------------------------------------------------------------------
 
 
 def at_image(number: int, action, monkeypatch) -> None:
-    """Do something when this many images have been added to shards."""
+    """Call `action` when this many images have been encoded."""
     original, added = module.encode_sources, []
 
     def encoded(*arguments):
@@ -300,11 +300,11 @@ def at_image(number: int, action, monkeypatch) -> None:
     monkeypatch.setattr(module, "encode_sources", encoded)
 
 
-def run_and_die(run_dir: Path, changes: dict, death: tuple[str, int] | None) -> None:
-    """One preprocessing in this process, which is not the tests' own."""
+def preprocess_and_die(run_dir: Path, changes: dict, kill_point: tuple[str, int] | None) -> None:
+    """Preprocess in a child process and kill it at `kill_point`, if given."""
     with open(os.devnull, "w") as sys.stdout:
-        if death:
-            die_at(*death)
+        if kill_point:
+            die_at(*kill_point)
         preprocess(tiny_recipe(run_dir, **changes))
         os._exit(0)
 
@@ -317,31 +317,31 @@ def fork_server():
 
 
 FINISH = "token_shards.writer:TokenShardWriter.finish"
-DEATHS = [("token_shards.writer:ShardInProgress.add", PER_SHARD + 4), ("token_shards.writer:publish", 2),
+KILL_POINTS = [("token_shards.writer:ShardInProgress.add", PER_SHARD + 4), ("token_shards.writer:publish", 2),
           ("token_shards.sidecar:ShardSidecar.save", 1), (FINISH, 1), (FINISH, 2), ("pipelines.stages.preprocess:write_record", 2)]
-"""Inside a shard, between its last byte and its rename, between rename and sidecar, before each manifest, before the record."""
+"""Inside a shard, before its rename, before its sidecar, before each manifest, and before the stage record."""
 
 
-def test_killed_at_any_moment_it_goes_on_and_writes_the_same_bytes(tiny_run, photos, tmp_path, fork_server):
+def test_killed_runs_resume_and_write_the_same_bytes(tiny_run, photos, tmp_path, fork_server):
     corrupt(photos, (0, 2))
     changes = fields(tiny_run, photos)
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
     killed, finished_before = tmp_path / "killed", {}
-    for death in [*DEATHS, None]:
-        process = fork_server.Process(target=run_and_die, args=(killed, changes, death))
+    for kill_point in [*KILL_POINTS, None]:
+        process = fork_server.Process(target=preprocess_and_die, args=(killed, changes, kill_point))
         process.start()
         process.join(60)
-        assert process.exitcode == (-signal.SIGKILL if death else 0), death
+        assert process.exitcode == (-signal.SIGKILL if kill_point else 0), kill_point
         finished = {path: path.stat().st_mtime_ns for path in (killed / "tokens").rglob("shard-*") if path.with_suffix(".json").exists()}
-        assert finished_before.items() <= finished.items(), f"finished shards were written again after {death}"
-        assert not death or len(finished) > len(finished_before) or len(finished) >= 10 or death == DEATHS[2]
+        assert finished_before.items() <= finished.items(), f"finished shards were rewritten after {kill_point}"
+        assert not kill_point or len(finished) > len(finished_before) or len(finished) >= 10 or kill_point == KILL_POINTS[2]
         finished_before = finished
     assert_same_files(tmp_path / "straight", killed)
 
 
 @pytest.mark.parametrize(("number", "code", "cores"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 64)])
-def test_a_signal_keeps_finished_shards_and_the_rerun_completes_them(number, code, cores, tiny_run, photos, tmp_path, monkeypatch, capsys):
-    """On a processor with one core and with many, by turns and decoding ahead, which write the same bytes."""
+def test_signal_keeps_finished_shards_for_the_next_run(number, code, cores, tiny_run, photos, tmp_path, monkeypatch, capsys):
+    """With one core, decoding and encoding alternate. With many cores, images are decoded ahead. Both write the same bytes."""
     changes = fields(tiny_run, photos)
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
     monkeypatch.setattr(module, "available_cores", lambda: cores)
@@ -379,16 +379,16 @@ def test_any_number_of_processes_writes_the_same_bytes(tiny_run, photos, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_together_may_not_skip_too_many(tiny_run, photos, tmp_path):
-    corrupt(photos, (0, 1), (1, 3))  # one for each of them
+def test_limit_applies_to_all_processes_together(tiny_run, photos, tmp_path):
+    corrupt(photos, (0, 1), (1, 3))  # one for each process
     process = start(tmp_path / "run", fields(tiny_run, photos), 2)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2 and err.count("error: 2 of ") == 1 and "images are unreadable" in err and "Traceback" not in err
     assert not list((tmp_path / "run/tokens").rglob("manifest.json"))
 
 
-def caught_in_the_middle(tiny_run: Path, tmp_path: Path) -> tuple[dict[str, object], subprocess.Popen, Path]:
-    """What the recipe changes, two processes at work in tmp_path/killed, and where some shards of theirs lie; the whole is in tmp_path/one."""
+def start_and_wait_for_shards(tiny_run: Path, tmp_path: Path) -> tuple[dict[str, object], subprocess.Popen, Path]:
+    """(changes, process, train): two workers that have written some shards to `train` in tmp_path/killed. tmp_path/one has the complete tokens."""
     changes = {"tokens__tokenizer": tiny_run / "tokenizer", "tokens__images_per_shard": 50, "tokens__views": "shifts"}
     preprocess(tiny_recipe(tmp_path / "one", **changes))
     process = start(tmp_path / "killed", changes, 2)
@@ -399,9 +399,9 @@ def caught_in_the_middle(tiny_run: Path, tmp_path: Path) -> tuple[dict[str, obje
 
 
 @pytest.mark.slow
-def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(tiny_run, tmp_path):
-    """The digits, whose shards take long enough to be caught in the middle."""
-    changes, process, train = caught_in_the_middle(tiny_run, tmp_path)
+def test_three_processes_complete_a_killed_run_of_two(tiny_run, tmp_path):
+    """Preprocessing the digits takes long enough to kill it halfway."""
+    changes, process, train = start_and_wait_for_shards(tiny_run, tmp_path)
     process.kill()
     process.communicate()
     finished = {path: path.stat().st_mtime_ns for path in train.glob("shard-*.json")}
@@ -414,8 +414,8 @@ def test_two_killed_processes_are_taken_over_by_three_and_leave_what_one_writes(
 
 
 @pytest.mark.slow
-def test_a_single_process_that_dies_ends_the_others_and_the_rest_is_done_by_one(tiny_run, tmp_path):
-    changes, process, train = caught_in_the_middle(tiny_run, tmp_path)
+def test_killed_worker_stops_the_run_and_one_process_completes_it(tiny_run, tmp_path):
+    changes, process, train = start_and_wait_for_shards(tiny_run, tmp_path)
     command_lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in processes_with(str(tmp_path / "killed"))}
     workers = [pid for pid, line in command_lines.items() if "pipelines.stages.preprocess" in line and "launch_quietly" not in line]
     os.kill(max(workers), signal.SIGKILL)
@@ -428,28 +428,28 @@ def test_a_single_process_that_dies_ends_the_others_and_the_rest_is_done_by_one(
     assert_same_files(tmp_path / "one", tmp_path / "killed")
 
 
-def test_dataclass_fields_of_the_transform_are_all_compared(tiny_run):
-    """check_tokenizer_fits reads the recipe's fields by the transform's names; a renamed one would be compared no more."""
+def test_recipe_has_all_fields_of_the_transform(tiny_run):
+    """check_tokenizer_fits looks up recipe fields by the names of the transform's fields. A renamed field would no longer be compared."""
     recipe = tiny_recipe("unused")
     assert all(hasattr(recipe.data, field.name) for field in dataclasses.fields(ImageTokenizer.from_pretrained(tiny_run / "tokenizer").transform))
 
 
 @pytest.mark.parametrize("cores", [1, 64])
-def test_the_first_signal_ends_the_wait_for_an_image(cores, tiny_run, photos, tmp_path, monkeypatch):
-    """As if a network file system did not answer, in the main thread or in the threads that decode ahead of the encoder."""
-    file_system_is_back, read, seen = threading.Event(), FolderSource.read, []
+def test_first_signal_interrupts_a_blocked_read(cores, tiny_run, photos, tmp_path, monkeypatch):
+    """Simulates a network file system that does not respond, in the main thread or in the threads that decode ahead."""
+    unblock, read, indices = threading.Event(), FolderSource.read, []
 
-    def stuck(self, index):
-        seen.append(index)
-        if len(seen) == 2 * PER_SHARD + 1:
+    def blocking_read(self, index):
+        indices.append(index)
+        if len(indices) == 2 * PER_SHARD + 1:
             threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-            file_system_is_back.wait()
+            unblock.wait()
         return read(self, index)
 
     monkeypatch.setattr(module, "available_cores", lambda: cores)
-    monkeypatch.setattr(FolderSource, "read", stuck)
+    monkeypatch.setattr(FolderSource, "read", blocking_read)
     started = time.monotonic()
     with pytest.raises(Interrupted, match="finished shards are kept"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos)))
     assert time.monotonic() - started < 30
-    file_system_is_back.set()
+    unblock.set()

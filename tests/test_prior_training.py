@@ -14,12 +14,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from pipelines.command_line import dispatch
-from stage2_prior import losses
 from stage2_prior import overfit as overfitting
 from stage2_prior import prior_setup as training_start
 from stage2_prior import train as train_prior
 from stage2_prior.losses import next_token_loss, z_loss
-from stage2_prior.model.grid_attention import MAX_MATMUL_LENGTH, compiled_kernels
 from stage2_prior.overfit import conditional_entropy, overfit, overfit_recipe
 from stage2_prior.prior import TokenPrior
 from stage2_prior.prior_setup import (
@@ -37,6 +35,9 @@ from tests.tiny import ROOT, tiny_recipe
 from token_shards import Grid, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file, write_json
+from vqmosaic.kernels import chunked_cross_entropy
+from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH
+from vqmosaic.kernels.rotary import compiled_kernels
 from vqmosaic.recipes.recipe_sections import PriorConfig, PriorTrainingConfig
 from vqmosaic.runs.accelerator import make_accelerator
 from vqmosaic.runs.launch import find_accelerate_config, processes_to_start
@@ -125,7 +126,7 @@ def test_a_training_with_recomputed_activations_ends_with_the_same_weights_and_m
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_the_loss_in_parts_is_the_cross_entropy_with_its_gradient(dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 60)  # chunks of four rows, the last of two
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK_ELEMENTS", 60)  # chunks of four rows, the last of two
     numbers = torch.Generator().manual_seed(3)
     logits_BTK = (torch.randn(2, 5, 13, generator=numbers) * 3).to(dtype)
     logits_BTK[..., 12] = -torch.inf  # as the logits of smaller grids are padded

@@ -1,4 +1,4 @@
-"""Losses, gradients and codes of the quantizers against formulas written out by hand or by brute force."""
+"""Losses, gradients and codes of the quantizers match explicit formulas or brute force."""
 
 import itertools
 import math
@@ -25,8 +25,8 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("beta, weight", [(0.25, 1.0), (0.0, 1.0), (1.5, 0.0), (0.5, 2.0)])
-def test_gradient_losses_by_hand_beta_pulls_latents_and_codebook_weight_codes(beta, weight):
-    """2 beta (z - e) / ND arrives at the latents, 2 weight (e - z) / ND at the codes, and nothing of either at the other."""
+def test_gradient_quantizer_loss_and_gradients(beta, weight):
+    """The gradient is 2 beta (z - e) / ND for latents and 2 weight (e - z) / ND for codes, without cross terms."""
     module = QUANTIZERS["gradient"](24, D, commitment_weight=beta, codebook_weight=weight).train()
     latents_BDhw = latents().requires_grad_()
     output = module(latents_BDhw)
@@ -34,11 +34,11 @@ def test_gradient_losses_by_hand_beta_pulls_latents_and_codebook_weight_codes(be
     difference_BDhw = (latents_BDhw - module.ids_to_latents(output.ids)).detach()
     torch.testing.assert_close(output.loss.detach(), (beta + weight) * difference_BDhw.square().mean())
     torch.testing.assert_close(latents_BDhw.grad, beta * 2 * difference_BDhw / latents_BDhw.numel())
-    by_hand_KD = torch.zeros(24, D).index_add_(0, output.ids.flatten(), -weight * 2 * rows(difference_BDhw) / latents_BDhw.numel())
-    torch.testing.assert_close(module.codebook.grad, by_hand_KD)
+    expected_KD = torch.zeros(24, D).index_add_(0, output.ids.flatten(), -weight * 2 * rows(difference_BDhw) / latents_BDhw.numel())
+    torch.testing.assert_close(module.codebook.grad, expected_KD)
 
 
-def test_simvq_learns_the_map_alone():
+def test_simvq_trains_the_projection_only():
     module, latents_BDhw = QUANTIZERS["simvq"](24, D, commitment_weight=0.25, codebook_weight=2.0).train(), latents()
     with torch.no_grad():
         module.projection.copy_(normal(D, D))
@@ -52,28 +52,28 @@ def test_simvq_learns_the_map_alone():
     assert not module.frozen_codebook.requires_grad
 
 
-def test_residual_loss_is_the_mean_of_its_levels_on_what_is_left_over():
+def test_residual_loss_is_the_mean_over_levels():
     module, latents_BDhw = QUANTIZERS["residual"](24, D, residual_depth=3, residual_kind="gradient", commitment_weight=0.5), latents()
     output = module(latents_BDhw)
-    left_over, losses = latents_BDhw, []
+    remainder, losses = latents_BDhw, []
     for index in range(3):
         codes = module.levels[index].codebook.detach()[output.ids[..., index]].permute(0, 3, 1, 2)
-        left_over = left_over - codes
-        losses.append(1.5 * left_over.square().mean())
+        remainder = remainder - codes
+        losses.append(1.5 * remainder.square().mean())
     torch.testing.assert_close(output.loss.detach(), torch.stack(losses).mean())
-    torch.testing.assert_close(output.quantized.detach(), latents_BDhw - left_over)
+    torch.testing.assert_close(output.quantized.detach(), latents_BDhw - remainder)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 6])
-def test_rotation_trick_is_the_matrix_of_the_paper(dim):
-    """R = I - 2 r r' + 2 q^ z^' with r along z^ + q^ (Fifty et al. 2024, section 4.2): orthogonal, and R z = q; gradients go by its transpose."""
+def test_rotation_trick_matches_the_matrix_of_the_paper(dim):
+    """R = I - 2 r r' + 2 q^ z^' with r along z^ + q^ (Fifty et al. 2024, section 4.2) is orthogonal, and R z = q. Gradients use its transpose."""
     latents_ND, codes_ND, downstream_ND = normal(50, dim), 2 * normal(50, dim, seed=1), normal(50, dim, seed=2)
     if dim == 1:
-        codes_ND = codes_ND.abs() * latents_ND.sign()  # opposite directions have no rotation in one dimension
+        codes_ND = codes_ND.abs() * latents_ND.sign()  # in one dimension, no rotation maps a vector to the opposite one
     latents_ND.requires_grad_()
-    turned_ND = apply_rotation_trick(codes_ND, latents_ND)
-    assert torch.equal(turned_ND, codes_ND)
-    (turned_ND * downstream_ND).sum().backward()
+    rotated_ND = apply_rotation_trick(codes_ND, latents_ND)
+    assert torch.equal(rotated_ND, codes_ND)
+    (rotated_ND * downstream_ND).sum().backward()
     for z, q, g, found in zip(latents_ND.detach().double(), codes_ND.double(), downstream_ND.double(), latents_ND.grad, strict=True):
         z_unit, q_unit = z / z.norm(), q / q.norm()
         r = (z_unit + q_unit) / (z_unit + q_unit).norm()
@@ -84,17 +84,17 @@ def test_rotation_trick_is_the_matrix_of_the_paper(dim):
         torch.testing.assert_close(found.double(), scaled.T @ g, rtol=1e-3, atol=1e-4)
 
 
-def test_rotation_trick_stays_finite_without_a_direction():
+def test_rotation_trick_is_finite_for_zero_and_opposite_vectors():
     latents_ND = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1e-30, 0.0]], requires_grad=True)
     codes_ND = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [1.0, 1.0]])
-    turned_ND = apply_rotation_trick(codes_ND, latents_ND)
-    assert torch.equal(turned_ND, codes_ND)
-    turned_ND.sum().backward()
+    rotated_ND = apply_rotation_trick(codes_ND, latents_ND)
+    assert torch.equal(rotated_ND, codes_ND)
+    rotated_ND.sum().backward()
     assert torch.isfinite(latents_ND.grad).all() and torch.equal(latents_ND.grad[[0, 1, 3]], torch.ones(3, 2))
 
 
-def test_diveq_leaves_out_the_gradient_along_the_error():
-    """Its values are the codes; of a gradient g arrives g - (g u) u at latents, and (g u) u at codes that learn, u the direction of the error."""
+def test_diveq_splits_the_gradient_along_the_error():
+    """Outputs are the codes. With u the direction of the error, latents get the gradient g - (g u) u, and learned codes get (g u) u."""
     latents_ND, codes_ND, downstream_ND = normal(50, 6).requires_grad_(), normal(50, 6, seed=1).requires_grad_(), normal(50, 6, seed=2)
     moved_ND = apply_diveq(codes_ND, latents_ND)
     assert torch.equal(moved_ND, codes_ND)
@@ -105,7 +105,7 @@ def test_diveq_leaves_out_the_gradient_along_the_error():
     torch.testing.assert_close(codes_ND.grad, along_ND)
 
 
-def test_diveq_passes_straight_through_where_a_latent_is_its_code():
+def test_diveq_is_straight_through_where_a_latent_equals_its_code():
     latents_ND = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
     apply_diveq(latents_ND.detach().clone(), latents_ND).sum().backward()
     assert torch.equal(latents_ND.grad, torch.ones(2, 2))
@@ -115,22 +115,22 @@ def test_diveq_passes_straight_through_where_a_latent_is_its_code():
 
 
 @pytest.mark.parametrize("size, levels", [(240, [8, 6, 5]), (1000, [8, 5, 5, 5]), (8, [8]), (3, [3]), (64, [8, 8]), (512, [8, 8, 8])])
-def test_fsq_levels_and_all_codes(size, levels):
-    """Every id is a point of its own on the grid; an even number of levels L has -1 but not 1, as round(L / 2) steps fit below zero only."""
+def test_fsq_levels_and_codes(size, levels):
+    """Each id is a different point of the grid. With an even number of levels, the grid contains -1 but not 1."""
     assert fsq_levels(size) == levels
     module = QUANTIZERS["fsq"](size, len(levels))
     codes_KF = rows(module.ids_to_latents(torch.arange(size)[None, :, None]))
     grid = [[(step - level // 2) / (level // 2) for step in range(level)] for level in reversed(levels)]
-    by_hand_KF = torch.tensor([values[::-1] for values in itertools.product(*grid)])  # the first dimension counts fastest
-    torch.testing.assert_close(codes_KF, by_hand_KF)
+    expected_KF = torch.tensor([values[::-1] for values in itertools.product(*grid)])  # the first dimension varies fastest
+    torch.testing.assert_close(codes_KF, expected_KF)
 
 
-def test_fsq_rounds_to_known_values():
+def test_fsq_rounding():
     module = QUANTIZERS["fsq"](40, 2)  # 8 and 5 levels
     assert fsq_levels(40) == [8, 5]
     values = torch.tensor([[-99.0, -99.0], [99.0, 99.0], [0.0, 0.0], [0.15, 0.3], [-0.15, -0.3], [0.3, 0.6]])
     output = module(values.T[None, :, :, None])
-    # 8 levels: tanh(z + atanh(0.5 / 3.5035)) * 3.5035 - 0.5, so that 0 is 0; 5 levels: tanh(z) * 2.002
+    # 8 levels: tanh(z + atanh(0.5 / 3.5035)) * 3.5035 - 0.5, which maps 0 to 0; 5 levels: tanh(z) * 2.002
     steps = [[-4, -2], [3, 2], [0, 0], [1 if math.tanh(0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5 > 0.5 else 0, 1],
              [round(math.tanh(-0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5), -1], [1, 1]]
     assert output.ids.flatten().tolist() == [(first + 4) + 8 * (second + 2) for first, second in steps]
@@ -142,53 +142,53 @@ def test_fsq_rounds_to_known_values():
 
 
 def brute_force(vectors_Nb: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes of all ids, mean entropy of a vector's code and entropy of the mean, over the table of all squared distances."""
+    """All codes, the mean entropy per vector and the entropy of the mean, from all squared distances."""
     codes_Kb = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=vectors_Nb.shape[1])), dtype=torch.float64)
     distances_NK = (vectors_Nb.double()[:, None] - codes_Kb).square().sum(-1)
     probabilities_NK = (-distances_NK / temperature).softmax(-1)
-    each = -torch.special.xlogy(probabilities_NK, probabilities_NK).sum(1).mean()
+    mean_entropy = -torch.special.xlogy(probabilities_NK, probabilities_NK).sum(1).mean()
     mean_K = probabilities_NK.mean(0)
-    return codes_Kb, each, -torch.special.xlogy(mean_K, mean_K).sum()
+    return codes_Kb, mean_entropy, -torch.special.xlogy(mean_K, mean_K).sum()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 @pytest.mark.parametrize("diversity, temperature", [(0.0, 1.0), (1.0, 0.1), (0.7, 4.0)])
-def test_lfq_against_brute_force_over_all_codes(bits, diversity, temperature):
+def test_lfq_matches_brute_force_over_all_codes(bits, diversity, temperature):
     entropy_fields = {"entropy_weight": 0.3, "entropy_diversity": diversity, "entropy_temperature": temperature}
     module = QUANTIZERS["lfq"](2**bits, bits, commitment_weight=0.25, **entropy_fields)
     latents_BDhw = 0.3 * latents(code_dim=bits)
-    codes_Kb, each, whole = brute_force(rows(latents_BDhw), temperature)
+    codes_Kb, mean_entropy, entropy_of_mean = brute_force(rows(latents_BDhw), temperature)
     output = module(latents_BDhw)
-    assert torch.equal(output.ids.flatten(), torch.cdist(rows(latents_BDhw).double(), codes_Kb).argmin(1)), "signs are the nearest code"
+    assert torch.equal(output.ids.flatten(), torch.cdist(rows(latents_BDhw).double(), codes_Kb).argmin(1)), "the signs are the nearest code"
     assert torch.equal(rows(output.quantized), codes_Kb[output.ids.flatten()].float())
     commitment = (rows(latents_BDhw) - rows(output.quantized)).square().mean()
-    torch.testing.assert_close(output.loss.double(), 0.25 * commitment + 0.3 * (each - diversity * whole), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss.double(), 0.25 * commitment + 0.3 * (mean_entropy - diversity * entropy_of_mean), rtol=1e-5, atol=1e-5)
 
 
-def test_lfq_entropy_gradient_is_that_of_brute_force():
+def test_lfq_entropy_gradient_matches_brute_force():
     logits_Nb = normal(30, 5).requires_grad_()
     entropies.entropy_loss_of_bits(logits_Nb, 0.7).backward()
-    again_Nb = logits_Nb.detach().double().requires_grad_()
-    _, each, whole = brute_force_of_logits(again_Nb)
-    (each - 0.7 * whole).backward()
-    torch.testing.assert_close(logits_Nb.grad.double(), again_Nb.grad, rtol=1e-4, atol=1e-6)
+    double_logits_Nb = logits_Nb.detach().double().requires_grad_()
+    _, mean_entropy, entropy_of_mean = brute_force_of_logits(double_logits_Nb)
+    (mean_entropy - 0.7 * entropy_of_mean).backward()
+    torch.testing.assert_close(logits_Nb.grad.double(), double_logits_Nb.grad, rtol=1e-4, atol=1e-6)
 
 
 def brute_force_of_logits(logits_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return brute_force(logits_Nb / 4, 1.0)  # 4 z / temperature is the logit of a bit
+    return brute_force(logits_Nb / 4, 1.0)  # the logit of a bit is 4 z / temperature
 
 
-def test_batch_entropy_by_groups_bounds_the_exact_one_and_meets_it_on_even_use(monkeypatch):
+def test_grouped_batch_entropy_is_an_upper_bound_and_exact_for_uniform_use(monkeypatch):
     logits_Nb = 3 * normal(200, 10)
     exact = entropies.batch_entropy_of_bits(logits_Nb)
     monkeypatch.setattr(entropies, "MAX_EXACT_CODES", 2**6)
-    by_groups = entropies.batch_entropy_of_bits(logits_Nb)
-    assert float(exact) <= float(by_groups) <= 10 * math.log(2) + 1e-4
+    grouped = entropies.batch_entropy_of_bits(logits_Nb)
+    assert float(exact) <= float(grouped) <= 10 * math.log(2) + 1e-4
     assert float(entropies.batch_entropy_of_bits(torch.zeros(7, 10))) == pytest.approx(10 * math.log(2), rel=1e-5)
 
 
-def test_a_huge_implicit_codebook_is_never_built():
-    """2^30 codes: any tensor with an entry for each would be 4 GiB."""
+def test_large_lfq_codebook_is_never_materialized():
+    """A tensor with one entry for each of 2^30 codes would take 4 GiB."""
     module = QUANTIZERS["lfq"](2**30, 30).train()
     output = module(latents(code_dim=30).requires_grad_())
     output.loss.backward()
@@ -197,16 +197,16 @@ def test_a_huge_implicit_codebook_is_never_built():
     assert sum(buffer.numel() for buffer in module.buffers()) < 100
 
 
-def test_losses_that_stay_finite_far_out():
+def test_lfq_loss_and_gradient_are_finite_for_large_latents():
     module = QUANTIZERS["lfq"](2**8, 8).train()
-    far = (1e4 * latents(code_dim=8)).requires_grad_()
-    output = module(far)
+    large_latents = (1e4 * latents(code_dim=8)).requires_grad_()
+    output = module(large_latents)
     output.loss.backward()
-    assert torch.isfinite(output.loss) and torch.isfinite(far.grad).all()
+    assert torch.isfinite(output.loss) and torch.isfinite(large_latents.grad).all()
 
 
-def test_ibq_by_hand():
-    """One-hot of the largest inner product in value, softmax in gradient (Shi et al. 2024, section 3.2); entropies of sharpened logits."""
+def test_ibq_matches_its_formulas():
+    """A one-hot argmax with the gradient of the softmax (Shi et al. 2024, section 3.2), and entropies of sharpened logits."""
     fields = {"commitment_weight": 0.25, "codebook_weight": 2.0, "entropy_weight": 0.3, "entropy_diversity": 0.7, "entropy_temperature": 0.5}
     module, latents_BDhw, downstream_ND = QUANTIZERS["ibq"](24, D, **fields).train(), latents().requires_grad_(), normal(100, D, seed=5)
     output = module(latents_BDhw)
@@ -226,11 +226,11 @@ def test_ibq_by_hand():
     torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rows(latents_BDhw.grad), vectors_ND.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(module.codebook.grad, codebook_KD.grad, rtol=1e-3, atol=1e-4)
-    assert (module.codebook.grad.abs().sum(1) > 0).all(), "every code learns, chosen or not"
+    assert (module.codebook.grad.abs().sum(1) > 0).all(), "all codes get a gradient, not only chosen ones"
 
 
 @pytest.mark.parametrize("kind, size", [("lfq", 64), ("ibq", 24)])
-def test_entropy_terms_can_be_switched_off(kind, size):
-    both, none, no_batch = (QUANTIZERS[kind](size, D, **fields).train()(latents()).loss.detach()
-                            for fields in ({}, {"entropy_weight": 0.0}, {"entropy_diversity": 0.0}))
-    assert both < no_batch and none < no_batch
+def test_entropy_terms_can_be_disabled(kind, size):
+    with_entropy, without_entropy, without_diversity = (QUANTIZERS[kind](size, D, **fields).train()(latents()).loss.detach()
+                                                        for fields in ({}, {"entropy_weight": 0.0}, {"entropy_diversity": 0.0}))
+    assert with_entropy < without_diversity and without_entropy < without_diversity

@@ -1,4 +1,4 @@
-"""What all kinds of quantizers keep: ids lead back, gradients arrive, states add up over micro-batches and processes, dead codes come back."""
+"""Properties of all quantizers: decoding of ids, gradients, states over micro-batches and processes, revival of dead codes."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stage1_tokenizer.quantizers import QUANTIZERS, Quantizer, gumbel
 from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from tests.test_quantizer import as_latents, assert_equal, buffers, clusters, latents, lowered
+from tests.test_quantizer import as_latents, assert_equal, buffers, clusters, latents, reduced_precision
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import NEAREST_CODE_KINDS, QUANTIZER_NAMES, TokenizerConfig
 
 D = 6
-OFF = {"entropy_diversity": 0.0}  # a batch's entropy is no mean over its parts
+NO_DIVERSITY = {"entropy_diversity": 0.0}  # the entropy of a batch is not the mean over its micro-batches
 CASES = {
     "ema": {"quantizer": "ema"},
     "ema, l2, rotation": {"quantizer": "ema", "l2_normalize": True, "rotation_trick": True},
@@ -31,9 +31,9 @@ CASES = {
     "gumbel": {"quantizer": "gumbel"},
     "fsq": {"quantizer": "fsq", "codebook_size": 240},
     "fsq, own dimension": {"quantizer": "fsq", "codebook_size": 4096 * 2, "code_dim": 5},
-    "lfq": {"quantizer": "lfq", "codebook_size": 2**D, **OFF},
-    "lfq, projected": {"quantizer": "lfq", "codebook_size": 16, **OFF},
-    "ibq": {"quantizer": "ibq", **OFF},
+    "lfq": {"quantizer": "lfq", "codebook_size": 2**D, **NO_DIVERSITY},
+    "lfq, projected": {"quantizer": "lfq", "codebook_size": 16, **NO_DIVERSITY},
+    "ibq": {"quantizer": "ibq", **NO_DIVERSITY},
     "residual": {"quantizer": "residual", "residual_depth": 3},
     "residual, one level": {"quantizer": "residual", "residual_depth": 1, "residual_kind": "gradient"},
     "residual, shared, l2, rotation": {"quantizer": "residual", "residual_depth": 3, "residual_kind": "gradient", "residual_shared": True,
@@ -55,7 +55,7 @@ def batch(module: Quantizer, count: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 def backward(module: Quantizer, latents_BDhw: torch.Tensor, scale: float = 1.0) -> None:
-    """Gradients of the quantizer's loss and of a downstream loss that is a mean over images."""
+    """Accumulate gradients of the quantizer's loss and of a downstream loss that is a mean over images."""
     output = module(latents_BDhw if latents_BDhw.requires_grad else latents_BDhw.requires_grad_())
     weights_BDhw = torch.linspace(-1, 1, output.quantized[0].numel()).view_as(output.quantized[0])
     (scale * (output.loss + (output.quantized * weights_BDhw).mean())).backward()
@@ -66,7 +66,7 @@ def gradients(module: Quantizer) -> dict[str, torch.Tensor]:
 
 
 def step(module: Quantizer, latents_BDhw: torch.Tensor, parts: int = 1, learning_rate: float = 0.05) -> None:
-    """One plain SGD step over micro-batches and the commit after it."""
+    """An SGD step over micro-batches, and a commit."""
     for part in latents_BDhw.chunk(parts):
         backward(module, part, 1 / parts)
     descend(module, learning_rate)
@@ -94,13 +94,13 @@ def no_noise(monkeypatch):
 # --- names and construction ------------------------------------------------------------------------------------------------------
 
 
-def test_every_name_of_a_recipe_has_a_quantizer():
+def test_cases_cover_every_quantizer():
     assert set(QUANTIZERS) == set(QUANTIZER_NAMES)
     assert {CASES[case]["quantizer"] for case in CASES} == set(QUANTIZER_NAMES) - {"kl"}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_seed_gives_one_start_and_leaves_the_global_random_state_alone(case):
+def test_initialization_depends_on_the_seed_and_keeps_the_global_rng_state(case):
     state = torch.random.get_rng_state()
     first, second = make(case), make(case)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -108,7 +108,7 @@ def test_a_seed_gives_one_start_and_leaves_the_global_random_state_alone(case):
 
 
 @pytest.mark.parametrize("kind, size, words", [("fsq", 1000, []), ("fsq", 509, ["509", "504", "512"]), ("lfq", 1000, ["1000", "512", "1024"])])
-def test_impossible_codebook_sizes_are_refused_with_the_nearest_ones(kind, size, words):
+def test_impossible_codebook_sizes_are_refused_with_the_nearest_valid_sizes(kind, size, words):
     if not words:
         assert QUANTIZERS[kind](size, D).codebook_size == size
         return
@@ -117,7 +117,7 @@ def test_impossible_codebook_sizes_are_refused_with_the_nearest_ones(kind, size,
     assert all(word in str(caught.value) for word in words)
 
 
-def test_an_unknown_kind_of_levels_is_refused():
+def test_unknown_residual_kind_is_refused():
     with pytest.raises(InputError, match="residual_kind"):
         QUANTIZERS["residual"](24, D, residual_kind="fsq")
 
@@ -127,9 +127,9 @@ def test_an_unknown_kind_of_levels_is_refused():
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_ids_lie_in_range_and_lead_back_to_what_forward_gave(case, training):
+def test_ids_are_in_range_and_decode_to_the_quantized_latents(case, training):
     module = make(case).train(training)
-    for _ in range(2):  # fresh, and started on latents
+    for _ in range(2):  # before and after initialize
         latents_BDhw = batch(module)
         output = module(latents_BDhw)
         depth = (module.depth,) if module.depth > 1 else ()
@@ -142,7 +142,7 @@ def test_ids_lie_in_range_and_lead_back_to_what_forward_gave(case, training):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != SAMPLED])
-def test_evaluation_picks_the_ids_of_training(case):
+def test_ids_are_equal_in_training_and_evaluation(case):
     module = make(case)
     assert torch.equal(module(batch(module)).ids, module.eval()(batch(module)).ids)
 
@@ -158,19 +158,19 @@ def test_gradients_reach_the_latents_and_every_parameter(case):
 
 
 @pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "fsq, own dimension", "lfq", "residual", "residual of simvq"])
-def test_the_decoder_gradient_arrives_once(case):
+def test_the_decoder_gradient_is_passed_through_once(case):
     module = make(case, commitment_weight=0.0, codebook_weight=0.0, entropy_weight=0.0)
     latents_BDhw = batch(module).requires_grad_()
     downstream = torch.randn(latents_BDhw.shape, generator=torch.Generator().manual_seed(0))
     (module(latents_BDhw).quantized * downstream).sum().backward()
-    if case == "fsq, own dimension":  # through tanh
+    if case == "fsq, own dimension":  # tanh scales the gradient
         assert (latents_BDhw.grad * downstream >= 0).all()
     else:
         assert torch.equal(latents_BDhw.grad, downstream)
 
 
 class Bf16Products(TorchDispatchMode):
-    """A processor that makes float32 matrix products of bf16 numbers wherever the flags let it; the one at hand may not, whatever they say."""
+    """Computes float32 matrix products from bf16 inputs where the flags allow it. Some CPUs ignore the flags."""
 
     PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.linear)
 
@@ -180,8 +180,8 @@ class Bf16Products(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def crowded(case: str) -> tuple[Quantizer, torch.Tensor]:
-    """A quantizer in evaluation whose weights are not where they started, and latents some of which lie between two of its codes."""
+def crowded_case(case: str) -> tuple[Quantizer, torch.Tensor]:
+    """A quantizer in evaluation mode with perturbed weights, and latents of which some lie between two codes."""
     module = make(case, code_dim=CASES[case].get("code_dim", 32)).eval()
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -193,41 +193,41 @@ def crowded(case: str) -> tuple[Quantizer, torch.Tensor]:
 @pytest.mark.parametrize("how", ["autocast", "set_float32_matmul_precision", "one backend", "all backends"])
 @pytest.mark.parametrize("case", CASES)
 def test_ids_do_not_depend_on_precision_settings(case, how):
-    module, latents_BDhw = crowded(case)
+    module, latents_BDhw = crowded_case(case)
     expected = module(latents_BDhw)
-    with Bf16Products(), lowered(how), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+    with Bf16Products(), reduced_precision(how), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
         output = module(latents_BDhw)
-        back = module.ids_to_latents(output.ids)
+        decoded = module.ids_to_latents(output.ids)
     assert torch.equal(output.ids, expected.ids)
-    assert torch.equal(output.quantized, expected.quantized) and torch.equal(back, expected.quantized)
-    assert output.quantized.dtype == output.loss.dtype == back.dtype == torch.float32
+    assert torch.equal(output.quantized, expected.quantized) and torch.equal(decoded, expected.quantized)
+    assert output.quantized.dtype == output.loss.dtype == decoded.dtype == torch.float32
 
 
 @pytest.mark.parametrize("how", ["set_float32_matmul_precision", "one backend", "all backends"])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "fsq, own dimension"])  # which has no product at all
-def test_ids_would_depend_on_precision_settings_without_the_guard(case, how, monkeypatch):
-    """The vectors of the test above can tell: where nothing keeps products in float32, some of them get another id."""
-    module, latents_BDhw = crowded(case)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "fsq, own dimension"])  # it has no matrix product
+def test_ids_depend_on_precision_settings_without_full_precision(case, how, monkeypatch):
+    """Checks the inputs of the test above: without full_precision, some ids change."""
+    module, latents_BDhw = crowded_case(case)
     expected = module(latents_BDhw)
     for name, loaded in list(sys.modules.items()):
         if name.startswith("stage1_tokenizer.quantizers.") and hasattr(loaded, "full_precision"):
             monkeypatch.setattr(loaded, "full_precision", lambda device: contextlib.nullcontext())
-    with Bf16Products(), lowered(how):
+    with Bf16Products(), reduced_precision(how):
         output = module(latents_BDhw)
     assert not torch.equal(output.ids, expected.ids)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_non_finite_latents_give_ids_in_range_and_show_in_what_a_trainer_sees(case):
+def test_non_finite_latents_give_valid_ids_and_a_non_finite_output(case):
     module = make(case)
     before = buffers(module)
-    for bad in (torch.nan, torch.inf):
-        spoiled = batch(module)
-        spoiled[1, 2] = bad
-        output = module(spoiled)
+    for non_finite in (torch.nan, torch.inf):
+        bad_latents = batch(module)
+        bad_latents[1, 2] = non_finite
+        output = module(bad_latents)
         assert output.ids.min() >= 0 and output.ids.max() < module.codebook_size
-        is_seen = not torch.isfinite(output.loss + output.quantized.sum())
-        assert is_seen or (bad == torch.inf and case.startswith("fsq")), "tanh makes a finite number of infinity"
+        is_detected = not torch.isfinite(output.loss + output.quantized.sum())
+        assert is_detected or (non_finite == torch.inf and case.startswith("fsq")), "tanh maps infinity to a finite number"
         module.discard()
     assert_equal(buffers(module), before)
 
@@ -236,7 +236,7 @@ def test_non_finite_latents_give_ids_in_range_and_show_in_what_a_trainer_sees(ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_forward_changes_nothing_discard_forgets_and_evaluation_gathers_nothing(case):
+def test_buffers_change_only_in_a_commit_after_training_forwards(case):
     module = make(case)
     before = buffers(module)
     module(batch(module))
@@ -251,7 +251,7 @@ def test_forward_changes_nothing_discard_forgets_and_evaluation_gathers_nothing(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_four_micro_batches_are_like_the_whole_batch(case, no_noise):
+def test_micro_batches_match_one_large_batch(case, no_noise):
     whole, parts = (make(case, revival_threshold=0.5, ema_decay=0.8) for _ in range(2))
     for count in range(3):
         latents_BDhw = batch(whole, 8, seed=count)
@@ -265,28 +265,28 @@ def test_four_micro_batches_are_like_the_whole_batch(case, no_noise):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_saved_quantizer_goes_on_as_if_nothing_had_happened(case, no_noise):
-    straight, copied = make(case, revival_threshold=0.5), make(case, revival_threshold=0.5)
+def test_training_continues_identically_from_a_state_dict(case, no_noise):
+    uninterrupted, copied = make(case, revival_threshold=0.5), make(case, revival_threshold=0.5)
     for count in range(2):
-        step(straight, batch(straight, seed=count))
-    copied.load_state_dict(straight.state_dict())
+        step(uninterrupted, batch(uninterrupted, seed=count))
+    copied.load_state_dict(uninterrupted.state_dict())
     for count in range(2, 4):
-        for module in (straight, copied):
+        for module in (uninterrupted, copied):
             step(module, batch(module, seed=count))
-    assert_equal(straight.state_dict(), copied.state_dict())
+    assert_equal(uninterrupted.state_dict(), copied.state_dict())
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_export_without_what_only_training_needs_decides_the_ids(case):
+def test_export_without_training_only_tensors_gives_the_same_ids(case):
     trained, loaded = make(case), make(case)
     for count in range(2):
         step(trained, batch(trained, seed=count))
-    left_out = trained.training_only_names()
-    assert left_out <= trained.state_dict().keys()
-    assert not left_out & {name for name, _ in trained.named_parameters()}
-    export = {name: tensor for name, tensor in trained.state_dict().items() if name not in left_out}
-    assert all(tensor.dtype == torch.float32 for tensor in export.values()), "an export is float32 alone"
-    loaded.load_state_dict(export | {name: loaded.state_dict()[name] for name in left_out})
+    training_only = trained.training_only_names()
+    assert training_only <= trained.state_dict().keys()
+    assert not training_only & {name for name, _ in trained.named_parameters()}
+    export = {name: tensor for name, tensor in trained.state_dict().items() if name not in training_only}
+    assert all(tensor.dtype == torch.float32 for tensor in export.values()), "exports contain float32 only"
+    loaded.load_state_dict(export | {name: loaded.state_dict()[name] for name in training_only})
     loaded.restart_averages()
     first, second = trained.eval()(batch(trained)), loaded.eval()(batch(loaded))
     assert torch.equal(first.ids, second.ids) and torch.equal(first.quantized, second.quantized)
@@ -308,8 +308,8 @@ def code_rows(module: CodebookQuantizer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "residual", "residual, shared ema", "residual of simvq"])
-def test_usage_on_clustered_vectors(case):
-    """Half of all codes start where no vector is; revival brings them back to work, and the optimizer does not undo it."""
+def test_revival_restores_codebook_usage_on_clustered_vectors(case):
+    """Half of the codes start far from all vectors. The optimizer must not undo the revival."""
     module, latents_BDhw = make(case, codebook_size=64, residual_depth=2, ema_decay=0.9), as_latents(clusters(64, 50))
     for each in codebooks(module):
         code_rows(each)[32:] += 100
@@ -322,11 +322,11 @@ def test_usage_on_clustered_vectors(case):
         optimizer.zero_grad()
         module.commit()
     for ids in [output.ids] if "shared" in case else level_ids(module, output.ids):
-        assert len(ids.unique()) / 64 > 0.8, "in the last step: over several, codes that come and go would count as well"
+        assert len(ids.unique()) / 64 > 0.8, "usage in the last step; usage over several steps would also count codes that are used only briefly"
 
 
 @pytest.mark.parametrize("case", ["gradient", "gradient, l2", "simvq", "simvq, l2", "ibq", "residual, one level", "residual of simvq"])
-def test_a_dead_code_is_revived_and_lives_on(case):
+def test_dead_codes_are_revived_once_without_changing_other_codes(case):
     module, vectors_ND = make(case, revival_threshold=0.03), clusters(24, 40)
     module.initialize(vectors_ND)
     first, dead = codebooks(module)[0], [3, 17]
@@ -339,25 +339,25 @@ def test_a_dead_code_is_revived_and_lives_on(case):
     before = code_rows(first).clone()
     module(as_latents(vectors_ND))
     module.commit()
-    assert torch.equal(code_rows(first)[others], before[others]), "the others do not move"
-    assert first.ema_counts[dead].tolist() == pytest.approx([float(first.ema_counts.mean())] * 2, rel=0.2), "not dead again in the next step"
+    assert torch.equal(code_rows(first)[others], before[others]), "other codes do not change"
+    assert first.ema_counts[dead].tolist() == pytest.approx([float(first.ema_counts.mean())] * 2, rel=0.2), "revived codes start at the mean count"
     codes_KD = first.codebook.detach() if case == "ibq" else first.codes().detach()
     seen_ND = first.normalize(vectors_ND) if case != "ibq" else torch.nn.functional.normalize(vectors_ND, dim=-1) * before.norm(dim=-1).max()
     for code in dead:
-        assert (codes_KD[code] - seen_ND).norm(dim=1).min() < 1e-3, "a revived code is one of the batch's vectors"
-    first.config.ema_decay = 0.9  # without any use it would be dead again, and moved elsewhere, in the eighth step
-    counts_K, placed = first.ema_counts.clone(), code_rows(first)[dead].clone()
+        assert (codes_KD[code] - seen_ND).norm(dim=1).min() < 1e-3, "a revived code is a vector of the batch"
+    first.config.ema_decay = 0.9  # unused codes would be dead again at step 8 and be revived elsewhere
+    counts_K, codes_before = first.ema_counts.clone(), code_rows(first)[dead].clone()
     for _ in range(15):
         used_K = torch.bincount(level_ids(module, module(as_latents(vectors_ND)).ids)[0].flatten(), minlength=24)
         counts_K.lerp_(used_K.float(), 0.1)
         module.commit()
-    assert (used_K[dead] > 0).all(), "to the last step"
-    assert torch.equal(code_rows(first)[dead], placed)
-    torch.testing.assert_close(first.ema_counts[dead], counts_K[dead], msg=lambda text: f"a second revival would set the count anew: {text}")
+    assert (used_K[dead] > 0).all(), "revived codes are still used in the last step"
+    assert torch.equal(code_rows(first)[dead], codes_before)
+    torch.testing.assert_close(first.ema_counts[dead], counts_K[dead], msg=lambda text: f"a second revival would reset the count: {text}")
 
 
 @pytest.mark.parametrize("case", ["ema", "gradient", "simvq", "gumbel", "ibq", "residual", "residual, shared ema"])
-def test_initialize_makes_good_use_of_the_codebook_at_once(case):
+def test_initialize_uses_most_codes_and_lowers_the_error(case):
     module, vectors_ND = make(case, codebook_size=64, residual_depth=2).eval(), clusters(64, 50)
     latents_BDhw = as_latents(vectors_ND)
     random_error = float((module(latents_BDhw).quantized.detach() - latents_BDhw).square().mean())
@@ -368,23 +368,23 @@ def test_initialize_makes_good_use_of_the_codebook_at_once(case):
     assert float((output.quantized.detach() - latents_BDhw).square().mean()) < (0.9 if case == "ibq" else 0.2) * random_error
 
 
-def test_levels_differ_and_each_brings_the_sum_nearer():
+def test_each_residual_level_lowers_the_error():
     module, vectors_ND = make("residual", codebook_size=16), latents(16).permute(0, 2, 3, 1).reshape(-1, D)
     assert not torch.equal(module.levels[0].codebook, module.levels[1].codebook)
     module.initialize(vectors_ND)
     ids_Bhwd = module(as_latents(vectors_ND)).ids
-    left_over, errors = as_latents(vectors_ND), []
+    remainder, errors = as_latents(vectors_ND), []
     for index in range(3):
-        left_over = left_over - module.level(index).ids_to_latents(ids_Bhwd[..., index])
-        errors.append(float(left_over.square().mean()))
+        remainder = remainder - module.level(index).ids_to_latents(ids_Bhwd[..., index])
+        errors.append(float(remainder.square().mean()))
     assert errors[2] < 0.8 * errors[1] < 0.64 * errors[0]
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------------------
 
 
-def halves(rank: int, folder: str) -> None:
-    """What one of two processes does with its half of each batch: backward, mean of gradients over ranks, step, commit."""
+def train_on_half_batches(rank: int, folder: str) -> None:
+    """Run by each of two processes on its half of each batch: backward, mean of gradients over ranks, step, commit."""
     torch.set_num_threads(1)
     gumbel.gumbel_noise = torch.zeros_like
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -403,8 +403,8 @@ def halves(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_on_halves_are_like_one_on_the_whole(tmp_path, no_noise):
-    multiprocessing.spawn(halves, (str(tmp_path),), nprocs=2)
+def test_two_processes_match_one_process(tmp_path, no_noise):
+    multiprocessing.spawn(train_on_half_batches, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for case in CASES:
         module = make(case, revival_threshold=0.5, ema_decay=0.8)
@@ -414,7 +414,7 @@ def test_two_processes_on_halves_are_like_one_on_the_whole(tmp_path, no_noise):
         assert_close(dict(module.state_dict()), dict(first[case]))
 
 
-def test_a_residual_commits_all_levels_in_one_all_reduce(monkeypatch):
+def test_residual_commits_all_levels_in_one_all_reduce(monkeypatch):
     calls = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -426,20 +426,20 @@ def test_a_residual_commits_all_levels_in_one_all_reduce(monkeypatch):
     assert len(calls) == 1
 
 
-# --- kinds with something of their own ----------------------------------------------------------------------------------------------
+# --- specific quantizers -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gumbel", "ibq"])
-def test_kinds_that_need_all_probabilities_refuse_more_than_fits(kind, monkeypatch):
+def test_probabilities_of_all_codes_that_exceed_the_memory_limit_are_refused(kind, monkeypatch):
     module = make(kind)
     monkeypatch.setattr("stage1_tokenizer.quantizers.gradient_paths.ALL_CODES_LIMIT_BYTES", 4 * 24 * 99)
     module(batch(module, 3))
     with pytest.raises(InputError, match=r"100 vectors x 24 codes.*accumulation_steps"):
         module(batch(module, 4))
-    module.eval()(batch(module, 4))  # works in pieces
+    module.eval()(batch(module, 4))  # evaluation works in chunks
 
 
-def test_gumbel_draws_by_the_global_generator_and_cools_down():
+def test_gumbel_uses_the_global_rng_and_anneals_its_temperature():
     module = make("gumbel")
     torch.manual_seed(1)
     first = module(batch(module)).ids
@@ -454,15 +454,15 @@ def test_gumbel_draws_by_the_global_generator_and_cools_down():
     assert torch.equal(module.eval()(batch(module)).ids, module(batch(module)).ids)
 
 
-def test_gumbel_loss_is_the_divergence_from_uniform():
+def test_gumbel_loss_is_the_kl_divergence_from_uniform():
     module = make("gumbel", entropy_weight=2.0)
     vectors_ND = batch(module).permute(0, 2, 3, 1).reshape(-1, D)
     probabilities_NK = module.to_logits(vectors_ND).softmax(-1)
-    by_hand = (probabilities_NK * (probabilities_NK * 24).log()).sum(1).mean()
-    assert float(module(batch(module)).loss.detach()) == pytest.approx(2 * 0.005 * float(by_hand.detach()), rel=1e-4)
+    expected = (probabilities_NK * (probabilities_NK * 24).log()).sum(1).mean()
+    assert float(module(batch(module)).loss.detach()) == pytest.approx(2 * 0.005 * float(expected.detach()), rel=1e-4)
 
 
-def test_kl_draws_in_training_takes_the_mean_in_evaluation_and_has_no_ids():
+def test_kl_samples_in_training_uses_the_mean_in_evaluation_and_has_no_ids():
     module = QUANTIZERS["kl"](TokenizerConfig(quantizer="kl", code_dim=D, kl_weight=0.5)).train()
     latents_BDhw = latents().requires_grad_()
     torch.manual_seed(0)
@@ -483,7 +483,7 @@ def test_kl_draws_in_training_takes_the_mean_in_evaluation_and_has_no_ids():
     module.discard()
 
 
-def test_nearest_code_kinds_are_those_of_the_recipe():
+def test_nearest_code_kinds_match_the_recipe():
     from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
     from stage1_tokenizer.quantizers.residual import LEVEL_KINDS
 

@@ -1,4 +1,4 @@
-"""Codes of a quantizer are neither averaged nor decayed. Its other parameters are network weights, which are averaged and decayed."""
+"""Codes of a quantizer are neither averaged nor decayed. Its other parameters are averaged and decayed like network weights."""
 
 from types import SimpleNamespace
 
@@ -48,31 +48,31 @@ def test_every_kind_is_listed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantizer_lists_its_codes(kind, tmp_path):
+def test_codebook_parameters_lists_all_codes(kind, tmp_path):
     tokenizer = tokenizer_of(recipe_of(kind, tmp_path))
-    chosen = {id(parameter) for parameter in tokenizer.codebook_parameters()}
+    code_ids = {id(parameter) for parameter in tokenizer.codebook_parameters()}
     names = dict(tokenizer.quantizer.named_parameters())
-    codes = {name for name, parameter in names.items() if id(parameter) in chosen}
+    codes = {name for name, parameter in names.items() if id(parameter) in code_ids}
     assert (codes, names.keys() - codes) == KINDS[kind][1:]
-    assert len(chosen) == len(codes), "all codes lie in the quantizer"
+    assert len(code_ids) == len(codes), "all codes belong to the quantizer"
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_the_weight_average_averages_layers_and_copies_codes(kind, tmp_path):
+def test_weight_average_averages_layers_and_copies_codes(kind, tmp_path):
     decay, steps = 0.15, 3
     train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=steps, checkpoint_every=1, keep_checkpoints=steps, weight_ema_decay=decay,
                                     max_minutes="null", warmup_fraction=0, learning_rate=0.01))
-    _, codes, layers = KINDS[kind]
+    _, codes, layer_names = KINDS[kind]
     expected: dict[str, torch.Tensor] = {}
     for step in range(1, steps + 1):
         checkpoint = RunFolder(tmp_path).checkpoints("tokenizer") / f"step-{step:08d}"
         live, average = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "weights_ema"))
         warmed = min(decay, step / (9 + step))  # (1 + n) / (10 + n) at update n, counted from 0; update 0 copies
-        for name in (f"quantizer.{name}" for name in codes | layers):
+        for name in (f"quantizer.{name}" for name in codes | layer_names):
             is_copied = step == 1 or name.removeprefix("quantizer.") in codes
             expected[name] = live[name] if is_copied else torch.lerp(expected[name], live[name], 1 - warmed)
             torch.testing.assert_close(average[f"module.{name}"], expected[name], rtol=1e-6, atol=1e-7)
-    for name in layers:
+    for name in layer_names:
         assert not torch.equal(average[f"module.quantizer.{name}"], live[f"quantizer.{name}"])
     for name in codes:
         assert torch.equal(average[f"module.quantizer.{name}"], live[f"quantizer.{name}"])
@@ -80,7 +80,7 @@ def test_the_weight_average_averages_layers_and_copies_codes(kind, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", LEARNING)
-def test_weight_decay_shrinks_matrices_of_layers_only(kind, optimizer, tmp_path):
+def test_weight_decay_applies_to_layer_matrices_only(kind, optimizer, tmp_path):
     """A step with zero gradients changes weights by decay only."""
     recipe = recipe_of(kind, tmp_path, optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, warmup_fraction=0, gradient_clip=1)
     tokenizer = tokenizer_of(recipe)
@@ -97,7 +97,7 @@ def test_weight_decay_shrinks_matrices_of_layers_only(kind, optimizer, tmp_path)
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.5 * learning_rate if is_decayed else 1))
 
 
-def test_muon_updates_the_layers_of_a_quantizer_and_not_its_codes(tmp_path):
+def test_muon_updates_layers_but_not_codes(tmp_path):
     for kind in LEARNING:
         recipe = recipe_of(kind, tmp_path / kind, optimizer="muon")
         tokenizer = tokenizer_of(recipe)
@@ -111,8 +111,8 @@ def test_muon_updates_the_layers_of_a_quantizer_and_not_its_codes(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", WITH_LAYERS)
-def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, tmp_path, monkeypatch):
-    """The groups of its optimizer state are different and must not be mixed up."""
+def test_checkpoint_with_layers_grouped_as_codes_is_refused(kind, optimizer, tmp_path, monkeypatch):
+    """Its optimizer state has other parameter groups."""
     with monkeypatch.context() as patched:
         patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=2, optimizer=optimizer))
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_counted_layers_as_codes_is_refused(kind, optimizer, t
         train_tokenizer.train(recipe_of(kind, tmp_path, max_steps=3, optimizer=optimizer))
 
 
-def test_quantizers_without_layers_keep_their_checkpoints(tmp_path, monkeypatch):
+def test_quantizers_without_layers_resume_older_checkpoints(tmp_path, monkeypatch):
     for kind in ("gradient", "simvq"):
         with monkeypatch.context() as patched:
             patched.setattr(ImageTokenizer, "codebook_parameters", lambda self: list(self.quantizer.parameters()))
@@ -129,11 +129,11 @@ def test_quantizers_without_layers_keep_their_checkpoints(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", LEARNING)
-def test_codes_must_be_equal_on_all_processes_and_layers_may_round(kind, tmp_path):
+def test_replica_check_requires_equal_codes_but_not_equal_layers(kind, tmp_path):
     tokenizer, seen = tokenizer_of(recipe_of(kind, tmp_path)), []
 
     def check() -> None:
-        """Compare this rank with the values that earlier calls recorded for other ranks."""
+        """Compare the parameters with those of earlier calls, which stand for other ranks."""
         gather = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: seen.append(own) or torch.cat(seen))
         train_tokenizer.check_replicas_agree(tokenizer, SimpleNamespace(world_size=2, accelerator=gather, state=SimpleNamespace(step=0)))
 
@@ -151,8 +151,8 @@ def test_codes_must_be_equal_on_all_processes_and_layers_may_round(kind, tmp_pat
             check()
 
 
-def test_layers_inside_a_quantizer_are_linear(tmp_path):
-    """A new kind must list its codes: only linear layers may count as network weights."""
+def test_quantizer_layers_are_linear(tmp_path):
+    """All parameters outside of linear layers must be listed as codes, which a new quantizer could forget."""
     for kind in KINDS:
         quantizer = tokenizer_of(recipe_of(kind, tmp_path)).quantizer
         codes = {id(parameter) for parameter in quantizer.codebook_parameters()}

@@ -1,4 +1,4 @@
-"""The commands in README.md and docs/ are understood and their Python runs, on a real (tiny) run."""
+"""Commands in README.md and docs/ are valid, and their Python snippets run on a tiny finished run."""
 
 import json
 import os
@@ -26,7 +26,7 @@ SNIPPETS = list(dict.fromkeys(block for language, block in BLOCKS if language ==
 
 @pytest.fixture
 def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
-    """A folder with everything that the documentation's commands name."""
+    """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for index in range(10):
@@ -36,7 +36,7 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     (tmp_path / "runs").mkdir()
     for run in ("quickstart", "photos", "a", "b"):
         (tmp_path / "runs" / run).mkdir(parents=True)
-        for child in tiny_run.iterdir():  # a folder of its own: commands write images into it
+        for child in tiny_run.iterdir():  # links in a new folder, because commands write into it
             (tmp_path / "runs" / run / child.name).symlink_to(child)
     for name, rows in (("pretokenized", 12), ("validation", 4)):
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
@@ -46,7 +46,7 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_the_documentation_has_commands_and_snippets():
+def test_documentation_has_commands_and_snippets():
     assert len(COMMANDS) >= 12 and len(SNIPPETS) >= 3
     assert {command.split()[0] for command in COMMANDS} <= {"make", "vqmosaic", "source"}
 
@@ -55,13 +55,14 @@ def test_the_documentation_has_commands_and_snippets():
 def test_python_snippet_runs(number, workplace, tiny_run):
     codes = int(re.search(r'"codebook_size": (\d+)', (tiny_run / "tokenizer" / "config.json").read_text())[1])
     program = SNIPPETS[number].replace("128 + 3", f"{codes} + 3")
-    done = subprocess.run([sys.executable, "-c", program], cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", program], cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("vqmosaic ")])
 def test_command_works(command, workplace, monkeypatch):
-    """Commands that train are taken as far as their checks; all others are carried out."""
+    """Commands that train are only parsed and checked. All others run."""
     words = shlex.split(command)[1:]
     if "--help" in words:
         with pytest.raises(SystemExit) as stop:
@@ -71,11 +72,11 @@ def test_command_works(command, workplace, monkeypatch):
         recipe = command_line.parse_recipe_command(words[0], words[1:])[0].recipe
         assert recipe.data.path or recipe.data.source == "digits" or recipe.prior_training.tokens
     else:
-        begun = []
-        monkeypatch.setattr("pipelines.demo.page.serve", lambda folder, **_: begun.append("demo"))
-        monkeypatch.setattr("pipelines.sweep.sweep.run_sweep", lambda request: begun.append("sweep") or 0)
+        calls = []
+        monkeypatch.setattr("pipelines.demo.page.serve", lambda folder, **_: calls.append("demo"))
+        monkeypatch.setattr("pipelines.sweep.sweep.run_sweep", lambda request: calls.append("sweep") or 0)
         assert command_line.dispatch(words) == 0
-        assert bool(begun) == (words[0] in ("demo", "sweep"))
+        assert bool(calls) == (words[0] in ("demo", "sweep"))
 
 
 def test_make_targets_exist():
@@ -94,23 +95,23 @@ def test_linked_files_exist(page):
     assert not missing
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_the_notebook_runs_on_a_finished_run(workplace, tiny_run):
+def test_notebook_runs_on_a_finished_run(workplace, tiny_run):
     shutil.copytree(tiny_run, workplace / "runs" / "notebook")
     overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=workplace, capture_output=True, text=True,
+    result = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=workplace, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
-    assert done.returncode == 0, done.stderr
-    assert "nothing to do" in done.stdout and "tensor" in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "nothing to do" in result.stdout and "tensor" in result.stdout
 
 
 @pytest.mark.slow
-def test_the_notebook_trains(tmp_path):
+def test_notebook_trains(tmp_path):
     overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
-    done = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=tmp_path, capture_output=True, text=True,
+    result = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "notebook" / "samples.png").is_file()

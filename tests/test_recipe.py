@@ -1,4 +1,4 @@
-"""The recipe: defaults, files, overrides, words for what cannot be, and that every field is told about and read somewhere."""
+"""Recipes: defaults, YAML files, overrides, error messages, and that every field is documented and used."""
 
 import ast
 import dataclasses
@@ -16,34 +16,34 @@ from vqmosaic.recipes.tokenizer_sections import TokenizerConfig, TokenizerTraini
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
 RECIPE_FILES = {"recipe.py", "recipe_sections.py", "tokenizer_sections.py", "recipe_files.py"}
-READ_THROUGH = {
+SECTION_VARIABLES = {
     "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"},
     "tokenizer_training": {"tokenizer_training", "training"}, "adversarial": {"adversarial", "config"},
     "tokens": {"tokens"}, "prior": {"prior"}, "prior_training": {"prior_training", "training"}, "sampling": {"sampling"},
 }
-"""Section -> the names under which the code holds it; `recipe.data.path` and `data.path` both count as reading data.path."""
+"""Section -> names of the variables that hold it; `recipe.data.path` and `data.path` both count as reading data.path."""
 
 
 def fields_of(recipe: Recipe) -> dict[str, object]:
     return {field.name: field.value for field in recipe_fields(recipe)}
 
 
-FIXED = [  # what the cases below count on, whatever is found to be best for the digits
+FIXED_FIELDS = [  # values that the cases below assume, whatever the shipped recipe digits sets
     "--data.image_size=16", "--tokenizer.channel_multipliers=[1,2,2]", "--tokenizer.codebook_size=128", "--tokenizer_training.batch_size=64",
     "--prior.width=128", "--prior.heads=4", "--prior_training.batch_size=64", "--tokens.views=shifts", "--sampling.guidance_scale=1.5"]
 
 
-def refused(*overrides: str, recipe: str = "digits") -> str:
-    """The words with which a recipe is refused."""
+def error_message(*overrides: str, recipe: str = "digits") -> str:
+    """The message of the InputError that a recipe with these overrides raises."""
     with pytest.raises(InputError) as caught:
-        load_recipe(recipe, [*(FIXED if recipe == "digits" else []), *overrides])
+        load_recipe(recipe, [*(FIXED_FIELDS if recipe == "digits" else []), *overrides])
     return str(caught.value)
 
 
 # --- files and overrides -----------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_a_recipe():
+def test_default_recipe_is_valid():
     recipe = Recipe()
     assert recipe.data == DataConfig() and recipe.tokenizer == TokenizerConfig() and recipe.sampling == SamplingConfig()
     assert recipe.num_tokens == 64 and recipe.tokenizer.downsampling == 4
@@ -56,7 +56,7 @@ def test_every_shipped_recipe_loads(name):
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_learning_rates_of_shipped_recipes_follow_the_batch(name):
+def test_learning_rates_of_shipped_recipes_scale_with_batch_size(name):
     for section in ("tokenizer_training", "prior_training"):
         shipped = getattr(load_recipe(name), section)
         assert shipped.learning_rate_factor == 1
@@ -64,7 +64,7 @@ def test_learning_rates_of_shipped_recipes_follow_the_batch(name):
         assert smaller.learning_rate_factor == 0.5
 
 
-def test_the_recipes_are_shipped():
+def test_names_of_shipped_recipes():
     assert shipped_names() == ["cifar10", "cifar10_vqgan", "digits", "image_folder", "imagenet256", "imagenet256_convnext"]
 
 
@@ -72,7 +72,7 @@ def test_the_recipes_are_shipped():
     ["--tokenizer.codebook_size", "64", "--seed", "5"],
     ["--seed=5", "--tokenizer.codebook_size=64"],
 ])
-def test_an_override_wins_wherever_it_stands(overrides, tmp_path):
+def test_overrides_change_only_the_given_fields(overrides, tmp_path):
     recipe = load_recipe("digits", overrides)
     before = load_recipe("digits")
     assert (before.tokenizer.codebook_size, before.seed) != (64, 5)
@@ -81,7 +81,7 @@ def test_an_override_wins_wherever_it_stands(overrides, tmp_path):
     assert changed == {"tokenizer.codebook_size", "seed"}
 
 
-def test_of_two_overrides_the_last_one_wins():
+def test_last_override_of_a_field_wins():
     assert load_recipe("digits", ["--seed=1", "--seed", "2"]).seed == 2
 
 
@@ -102,23 +102,23 @@ def test_yaml_round_trip(name, tmp_path):
     recipe = load_recipe(name, overrides)
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
-    assert load_recipe(str(tmp_path)) == recipe, "a run folder stands for its recipe"
+    assert load_recipe(str(tmp_path)) == recipe, "a run folder can be given in place of its recipe"
     assert load_recipe(str(tmp_path), ["--seed=9"]) == dataclasses.replace(recipe, seed=9)
 
 
-# --- what is refused, and in which words -------------------------------------------------------------------------------------
+# --- invalid recipes ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_recipe_is_answered_with_the_nearest():
-    words = refused(recipe="digts")
-    assert "'digts'" in words and "'digits'" in words and "imagenet256" in words
+def test_unknown_recipe_error_suggests_the_nearest_name():
+    message = error_message(recipe="digts")
+    assert "'digts'" in message and "'digits'" in message and "imagenet256" in message
 
 
-def test_an_unknown_key_on_the_command_line():
-    words = refused("--tokenizer.codebok_size", "64")
-    assert "tokenizer.codebok_size" in words and "Did you mean tokenizer.codebook_size?" in words and "code_dim" in words
-    assert "Did you mean data.path?" in refused("--data.pth=x")
-    assert "Sections: run_dir, seed, minutes, fit_to_data, data" in refused("--frobnicate", "1")
+def test_unknown_field_error_suggests_the_nearest_field():
+    message = error_message("--tokenizer.codebok_size", "64")
+    assert "tokenizer.codebok_size" in message and "Did you mean tokenizer.codebook_size?" in message and "code_dim" in message
+    assert "Did you mean data.path?" in error_message("--data.pth=x")
+    assert "Sections: run_dir, seed, minutes, fit_to_data, data" in error_message("--frobnicate", "1")
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -136,17 +136,17 @@ def test_an_unknown_key_on_the_command_line():
     ("data: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ("tokenizer_training: {mixed_precision: no}", 'Write them in quotes: "no"'),
 ])
-def test_a_wrong_file(text, expected, tmp_path):
+def test_invalid_recipe_file_is_rejected(text, expected, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    words = refused(recipe=str(path))
-    assert str(path) in words and expected in words
+    message = error_message(recipe=str(path))
+    assert str(path) in message and expected in message
 
 
-def test_a_file_that_is_no_text(tmp_path):
+def test_binary_recipe_file_is_rejected(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\x00\x81")
-    assert "not valid YAML" in refused(recipe=str(path))
+    assert "not valid YAML" in error_message(recipe=str(path))
 
 
 @pytest.mark.parametrize(("field", "given", "allowed"), [
@@ -160,19 +160,19 @@ def test_a_file_that_is_no_text(tmp_path):
     ("tokenizer.channel_multipliers", "[1,two]", "an integer"),
     ("prior.options", "3", "a mapping"),
 ])
-def test_a_wrong_type_is_told_with_the_field_and_both_sides(field, given, allowed):
-    words = refused(f"--{field}", given)
-    assert field in words and given.strip("[]").split(",")[-1] in words and allowed in words and "class" not in words
+def test_wrong_type_error_names_field_value_and_allowed_type(field, given, allowed):
+    message = error_message(f"--{field}", given)
+    assert field in message and given.strip("[]").split(",")[-1] in message and allowed in message and "class" not in message
 
 
-def test_words_that_are_no_option():
-    assert "'extra' was not expected" in refused("extra")
-    assert "needs a value" in refused("--seed")
-    assert "--data is a section" in refused("--data", "other.yaml")
+def test_invalid_command_line_arguments_are_rejected():
+    assert "'extra' was not expected" in error_message("extra")
+    assert "needs a value" in error_message("--seed")
+    assert "--data is a section" in error_message("--data", "other.yaml")
 
 
 @pytest.mark.parametrize(("overrides", "expected"), [
-    # both numbers, the field, and what to set it to
+    # two fields that do not fit: the message names both values and a fix
     (["--data.image_size=18"], ["data.image_size is 18", "3 levels", "multiple of 4", "set data.image_size to 16"]),
     (["--tokenizer.channel_multipliers=[1,1,1,1,1]"], ["data.image_size is 16", "5 levels", "multiple of 16", "set data.image_size to 32"]),
     (["--data.flip=true"], ["data.flip", "'digits'"]),
@@ -220,12 +220,12 @@ def test_words_that_are_no_option():
     (["--seed=-1"], ["seed is -1", "at least 0"]),
     (["--run_dir="], ["run_dir", "empty"]),
 ])
-def test_combinations_are_refused_with_the_fields_and_numbers(overrides, expected):
-    words = refused(*overrides)
-    assert all(part in words for part in expected), words
+def test_invalid_values_are_rejected_with_field_and_value(overrides, expected):
+    message = error_message(*overrides)
+    assert all(part in message for part in expected), message
 
 
-def test_combinations_are_checked_at_construction_too():
+def test_values_are_checked_at_construction():
     for make, field in ((lambda: PriorConfig(width=10, heads=3), "prior.width"), (lambda: TokenizerConfig(channels=33), "tokenizer.channels"),
                         (lambda: Recipe(data=DataConfig(image_size=30)), "data.image_size"), (lambda: SamplingConfig(top_p=2), "sampling.top_p"),
                         (lambda: TokenizerTrainingConfig(batch_size=0), "tokenizer_training.batch_size"),
@@ -234,7 +234,7 @@ def test_combinations_are_checked_at_construction_too():
             make()
 
 
-def test_a_batch_that_does_not_divide_over_processes():
+def test_batch_size_must_be_divisible_by_processes():
     recipe = load_recipe("digits", ["--tokenizer_training.accumulation_steps=2", "--tokenizer_training.batch_size=64"])
     check_batch_split(recipe, "tokenizer_training", 4)
     with pytest.raises(InputError, match=r"tokenizer_training.batch_size is 64.*3 processes.*accumulation_steps 2; set it to 66"):
@@ -248,7 +248,7 @@ def test_sections_are_keyword_only():
             config(1)
 
 
-def test_numbers_that_are_none_are_refused():
+def test_check_range_rejects_values_out_of_range():
     for number in (math.nan, math.inf, -math.inf):
         with pytest.raises(InputError, match="the field is"):
             check_range("the field", number, at_least=0)
@@ -263,11 +263,11 @@ def test_nearest_names():
         check_name("it", "prio", ["tokenizer", "prior"])
 
 
-# --- every field is told about, judged, and read -----------------------------------------------------------------------------
+# --- every field is documented, has a change policy and is used --------------------------------------------------------------
 
 
 def documented_fields(source: str) -> dict[str, dict[str, str | None]]:
-    """Class -> field -> the sentence under it, of the dataclasses in a source file."""
+    """Class -> field -> the docstring under it, for the dataclasses in a source file."""
     found: dict[str, dict[str, str | None]] = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
@@ -283,7 +283,7 @@ def is_sentence(text: str | None) -> bool:
     return text is not None and text.strip().endswith(".") and len(text.split()) >= 3
 
 
-def test_every_field_has_a_sentence():
+def test_every_field_is_documented():
     documented = {owner: fields for name in ("recipe_sections", "tokenizer_sections", "recipe")
                   for owner, fields in documented_fields((ROOT / f"vqmosaic/recipes/{name}.py").read_text()).items()}
     documented.pop("RecipeField")
@@ -291,70 +291,70 @@ def test_every_field_has_a_sentence():
     assert known <= {name for fields in documented.values() for name in fields}
     without = [f"{owner}.{name}" for owner, fields in documented.items() for name, text in fields.items() if not is_sentence(text)]
     assert not without
-    spoilt = documented_fields('class A:\n    x: int = 1\n    """What x is."""\n    y: int = 2\n')
-    assert is_sentence(spoilt["A"]["x"]) and not is_sentence(spoilt["A"]["y"]), "the test itself must be able to fail"
+    example = documented_fields('class A:\n    x: int = 1\n    """What x is."""\n    y: int = 2\n')
+    assert is_sentence(example["A"]["x"]) and not is_sentence(example["A"]["y"]), "check that this test can fail"
 
 
-def test_the_help_shows_every_field_with_its_sentence():
-    words = " ".join(recipe_help().split())
-    assert all(f"--{name} " in words for name in fields_of(Recipe()))
-    assert "Weight beta of the commitment loss" in words and "default: 512" in words
+def test_help_lists_every_field():
+    shown = " ".join(recipe_help().split())
+    assert all(f"--{name} " in shown for name in fields_of(Recipe()))
+    assert "Weight beta of the commitment loss" in shown and "default: 512" in shown
 
 
-def test_the_help_of_a_recipe_shows_its_own_values(tmp_path):
+def test_help_of_a_recipe_shows_its_values(tmp_path):
     (tmp_path / "mine.yaml").write_text("fit_to_data: true\ntokenizer: {codebook_size: 77}\n")
     described = dict(text.strip().split(" ", 1) for text in " ".join(recipe_help(str(tmp_path / "mine.yaml")).split()).split(" --") if " " in text)
     assert "default: 77" in described["tokenizer.codebook_size"] and "Chosen by a rule" not in described["tokenizer.codebook_size"]
     assert "Chosen by a rule" in described["tokenizer.patch_size"] and "Chosen by a rule" not in described["data.image_size"]
 
 
-def test_how_a_change_of_each_field_is_judged():
-    judged: dict[str, set[str]] = {}
+def test_change_policy_of_every_field():
+    policies: dict[str, set[str]] = {}
     for field in recipe_fields(Recipe()):
-        judged.setdefault(field.change_policy, set()).add(field.name)
+        policies.setdefault(field.change_policy, set()).add(field.name)
     training = ("tokenizer_training", "prior_training")
-    assert judged["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
-    assert judged["unrecorded"] == {
+    assert policies["budget"] == {f"{section}.{name}" for section in training for name in ("max_steps", "max_minutes")}
+    assert policies["unrecorded"] == {
         "run_dir", "minutes", "fit_to_data",
         "data.workers", "data.cache_megabytes", "data.max_unreadable", "tokens.tokenizer", "prior_training.tokens",
         "prior_training.activation_checkpointing", "prior_training.first_loss_tolerance",
         "tokenizer_training.usage_alarm", "tokenizer_training.perceptual_weights",
         *(f"{section}.{name}" for section in training
           for name in ("max_refused_steps", "checkpoint_every", "keep_checkpoints", "resume", "log_every", "trackers"))}
-    assert set(judged) == {"budget", "unrecorded", "place", "same"} and judged["place"] == {"data.path"}
-    assert {"seed", "data.source", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= judged["same"]
+    assert set(policies) == {"budget", "unrecorded", "place", "same"} and policies["place"] == {"data.path"}
+    assert {"seed", "data.source", "tokenizer.codebook_size", "prior.width", "sampling.top_p", "prior_training.batch_size"} <= policies["same"]
 
 
 def unread_fields(sources: list[str]) -> set[str]:
-    """Fields of a recipe that none of the sources reads as an attribute of what may be its section."""
-    read: set[tuple[str, str]] = set()  # (name of what is looked into, attribute)
+    """Recipe fields that no source reads as an attribute of a variable that may hold their section."""
+    read: set[tuple[str, str]] = set()  # (variable, attribute)
     for source in sources:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
                 read.add((owner, node.attr))
     unread = set()
-    for name in fields_of(Recipe()).keys() - {"minutes", "fit_to_data"}:  # fields_from_data.py reads them, before there is a Recipe
+    for name in fields_of(Recipe()).keys() - {"minutes", "fit_to_data"}:  # fields_from_data.py reads them before the Recipe is constructed
         section, _, field = name.rpartition(".")
-        if not any((owner, field) in read for owner in READ_THROUGH[section]):
+        if not any((owner, field) in read for owner in SECTION_VARIABLES[section]):
             unread.add(name)
     return unread
 
 
-def test_every_field_is_read_somewhere():
+def test_every_field_is_used():
     paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")) if path.name not in RECIPE_FILES]
     sources = [path.read_text() for path in paths]
     assert unread_fields(sources) == set()
 
-    # the test itself must be able to fail: without the only file that reads it, a field is found unread
-    without_losses = [text for path, text in zip(paths, sources, strict=True) if (path.parent.name, path.name) != ("stage1_tokenizer", "train.py")]
-    assert "tokenizer_training.usage_alarm" in unread_fields(without_losses)
+    # check that this test can fail: without the only file that reads it, a field counts as unread
+    without_train = [text for path, text in zip(paths, sources, strict=True) if (path.parent.name, path.name) != ("stage1_tokenizer", "train.py")]
+    assert "tokenizer_training.usage_alarm" in unread_fields(without_train)
     assert "sampling.top_k" in unread_fields(["sampling.temperature", "other.top_k"])
     assert "sampling.top_k" not in unread_fields(["print(self.sampling.top_k)"])
 
 
-def test_a_run_folder_that_was_moved_is_the_run_dir_of_its_recipe(tmp_path):
-    """And not the folder of before, which would be written to, or taken for finished."""
+def test_run_dir_follows_a_moved_run_folder(tmp_path):
+    """The former folder must not be written to or taken for the finished run."""
     before, now = tmp_path / "before", tmp_path / "now"
     before.mkdir()
     save_recipe(load_recipe("digits", [f"--run_dir={before}", "--seed=5"]), before / "recipe.yaml")
@@ -362,12 +362,12 @@ def test_a_run_folder_that_was_moved_is_the_run_dir_of_its_recipe(tmp_path):
     recipe = load_recipe(str(now))
     assert recipe.run_dir == str(now) and recipe.seed == 5
     assert load_recipe(str(now), ["--run_dir", "elsewhere"]).run_dir == "elsewhere"
-    assert load_recipe(str(now / "recipe.yaml")).run_dir == str(before), "a file is only a recipe"
+    assert load_recipe(str(now / "recipe.yaml")).run_dir == str(before), "a recipe file keeps its run_dir"
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with data, a tokenizer and a run whose recipe has relative paths; the working directory is another one, which has data of its own."""
+    """A folder with data, a tokenizer and a run with relative paths in its recipe. The working directory is another folder, with its own data."""
     root = tmp_path / "project"
     for name in ("project/photos", "project/tokenizer", "project/runs/x", "elsewhere/photos"):
         (tmp_path / name).mkdir(parents=True)
@@ -375,7 +375,7 @@ def project(tmp_path, monkeypatch):
     recipe = load_recipe("image_folder", ["--data.path=photos", "--tokens.tokenizer=./tokenizer", "--run_dir=runs/x",
                                           "--tokenizer_training.perceptual_weights=not/there"])
     save_recipe(recipe, root / "runs/x/recipe.yaml")
-    assert load_recipe("runs/x") == recipe, "where it was recorded, nothing changes"
+    assert load_recipe("runs/x") == recipe, "paths stay as they are in the folder where they were recorded"
     monkeypatch.chdir(tmp_path / "elsewhere")
     return root
 
@@ -385,41 +385,41 @@ def paths_of(run) -> tuple[str | None, ...]:
     return recipe.data.path, recipe.tokens.tokenizer, recipe.tokenizer_training.perceptual_weights, recipe.tokenizer_training.resume
 
 
-def test_relative_paths_of_a_run_folder_start_where_they_did_when_it_was_recorded(project, tmp_path):
+def test_relative_paths_of_a_run_start_where_it_was_recorded(project, tmp_path):
     expected = (str(project / "photos"), str(project / "tokenizer"), "not/there", "auto")
     assert paths_of(project / "runs/x") == paths_of("../project/runs/x") == expected
     (tmp_path / "link").symlink_to(project / "runs/x")
     assert paths_of(tmp_path / "link") == expected
-    assert load_recipe(str(project / "runs/x"), ["--data.path", "photos"]).data.path == "photos", "what is given now starts from here"
-    assert load_recipe(str(project / "runs/x/recipe.yaml")).data.path == "photos", "a file is only a recipe"
+    assert load_recipe(str(project / "runs/x"), ["--data.path", "photos"]).data.path == "photos", "an override is relative to the working directory"
+    assert load_recipe(str(project / "runs/x/recipe.yaml")).data.path == "photos", "paths of a recipe file are not resolved"
 
 
-def test_relative_paths_follow_a_project_that_was_moved(project, tmp_path):
+def test_relative_paths_follow_a_moved_project(project, tmp_path):
     now = project.rename(tmp_path / "moved")
     assert paths_of(now / "runs/x")[:2] == (str(now / "photos"), str(now / "tokenizer"))
 
 
-def test_relative_paths_stay_where_the_data_is_when_only_the_run_folder_is_moved(project, tmp_path):
+def test_relative_paths_stay_if_only_the_run_folder_is_moved(project, tmp_path):
     now = (project / "runs/x").rename(tmp_path / "scratch")
     assert paths_of(now)[:2] == (str(project / "photos"), str(project / "tokenizer"))
 
 
-def test_relative_paths_of_a_recipe_of_version_0_1_0_start_where_its_run_dir_did(project):
+def test_relative_paths_of_a_version_0_1_0_recipe(project):
     path = project / "runs/x/recipe.yaml"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if not line.startswith("#")))
     assert paths_of(project / "runs/x")[:2] == (str(project / "photos"), str(project / "tokenizer"))
 
 
-def test_the_name_of_a_data_set_in_a_run_folder_stays_a_name(project, monkeypatch):
+def test_data_set_name_is_not_resolved_as_a_path(project, monkeypatch):
     monkeypatch.chdir(project)
     save_recipe(load_recipe("image_folder", ["--data.path=owner/name", "--run_dir=runs/x"]), project / "runs/x/recipe.yaml")
     monkeypatch.chdir("/")
     assert paths_of(project / "runs/x")[0] == "owner/name"
 
 
-def test_the_fields_that_may_hold_a_path_are_texts():
-    texts = {field.name for field in recipe_fields(Recipe()) if field.value is None or isinstance(field.value, str)}
-    assert set(PATH_FIELDS) <= texts
+def test_path_fields_hold_strings():
+    strings = {field.name for field in recipe_fields(Recipe()) if field.value is None or isinstance(field.value, str)}
+    assert set(PATH_FIELDS) <= strings
 
 
 @pytest.mark.parametrize(("before", "now", "same"), [
@@ -427,17 +427,17 @@ def test_the_fields_that_may_hold_a_path_are_texts():
     (".", "/a", True), ("photos", "/a/others", False), ("a/photos", "/b/photos", False), ("photos", "pictures", False), ("/a", "/b", False),
     ("photos", None, False), (None, "/a", False),
 ])
-def test_a_path_that_only_became_absolute_is_no_other_path(before, now, same):
+def test_may_be_same_path(before, now, same):
     assert may_be_same_path(before, now) is same
 
 
-def test_a_folder_that_only_has_the_name_of_a_recipe_is_not_its_run_dir(tmp_path, monkeypatch):
+def test_folder_named_like_a_recipe_is_not_its_run_dir(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("digits").run_dir != "digits"
 
 
-# --- types, for sections that are made in Python -----------------------------------------------------------------------------
+# --- types of values given in Python -----------------------------------------------------------------------------------------
 
 
 SECTIONS = [entry for entry in dataclasses.fields(Recipe) if dataclasses.is_dataclass(entry.type)]
@@ -446,7 +446,7 @@ TYPED = [(section.name, section.type, field) for section in SECTIONS for field i
 
 
 @pytest.mark.parametrize(("section", "type_", "field"), TYPED, ids=lambda value: getattr(value, "name", None) or str(value))
-def test_text_and_wrong_types_are_refused_by_name(section, type_, field):
+def test_wrong_types_are_rejected_with_field_name(section, type_, field):
     is_list = getattr(field.type, "__origin__", None) is list
     wrong = ["3", "false"] if is_list or bool not in (field.type, *getattr(field.type, "__args__", ())) else ["false", 1]
     for value in ([wrong[:1], "1,2"] if is_list else wrong):
@@ -466,7 +466,7 @@ def test_numpy_numbers_become_python_numbers():
 
 
 @pytest.mark.parametrize("given", ["4", None, True, [4]])
-def test_check_range_refuses_values_that_are_not_numbers(given):
+def test_check_range_rejects_values_that_are_not_numbers(given):
     with pytest.raises(InputError, match=r"count is .*; it must be a number, at least 1"):
         check_range("count", given, at_least=1)
 

@@ -1,4 +1,4 @@
-"""Damaged token shards are made again, byte for byte, and nothing but what was damaged is written; where that cannot be, it is refused."""
+"""audit --repair: damaged shards are restored byte for byte, intact shards are not rewritten, and impossible repairs are rejected."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ COUNT, PER_SHARD = 50, 6
 
 @pytest.fixture(scope="module")
 def written(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
-    """(run, photos): a run whose tokens were preprocessed from photos, one of them unreadable."""
+    """(run, photos): a run with the tokens of these photos, one of which is unreadable."""
     folder = tmp_path_factory.mktemp("repair")
     rng = np.random.default_rng(0)
     for number in range(COUNT):
@@ -50,7 +50,7 @@ def written(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def run(written, tmp_path) -> Path:
-    """A copy of the run that a test may damage; what its recipe says of the run's place is out of date."""
+    """A copy of the run that a test may damage. The run_dir in its recipe is that of the original."""
     return Path(shutil.copytree(written[0], tmp_path / "copy"))
 
 
@@ -58,17 +58,17 @@ def recipe_in(run: Path, *overrides: str) -> Recipe:
     return load_recipe(str(run), list(overrides))
 
 
-def content(run: Path) -> dict[str, bytes]:
+def token_files(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "tokens").rglob("*")) if path.is_file()}
 
 
-def written_at(run: Path) -> dict[str, tuple[int, int]]:
+def shard_states(run: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(run / "tokens")): (path.stat().st_ino, path.stat().st_mtime_ns) for path in (run / "tokens").rglob("shard-*")}
 
 
 @pytest.fixture
 def encoded_sources(monkeypatch) -> list[list[int]]:
-    """The sources of each shard that is encoded while the test runs."""
+    """Source indices of each shard that is encoded during the test."""
     original, seen = module.encode_sources, []
 
     def encoded(source, indices, *others):
@@ -116,19 +116,19 @@ DAMAGES = {
 
 
 def assert_repaired(run: Path, written: Path, broken: set[str], before: dict) -> None:
-    """The tokens are as they were written, and only the broken shards are other files than `before`."""
-    assert content(run) == content(written)
-    again = {name.removesuffix(".json").removesuffix(".tar") for name, place in written_at(run).items() if before.get(name) != place}
-    assert again == broken
+    """Check that the tokens equal the original ones and that only the broken shards were written since `before`."""
+    assert token_files(run) == token_files(written)
+    rewritten = {name.removesuffix(".json").removesuffix(".tar") for name, state in shard_states(run).items() if before.get(name) != state}
+    assert rewritten == broken
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_one_damage_is_repaired_and_nothing_else_is_written(damage, run, written, encoded_sources, capsys):
+def test_only_damaged_shards_are_rewritten(damage, run, written, encoded_sources, capsys):
     shards = len(list((run / "tokens/train").glob("shard-*.tar")))
-    harm, broken = DAMAGES[damage]
-    before = written_at(run)
-    harm(run / "tokens/train")
-    before = {name: place for name, place in before.items() if written_at(run).get(name) == place}
+    apply_damage, broken = DAMAGES[damage]
+    before = shard_states(run)
+    apply_damage(run / "tokens/train")
+    before = {name: state for name, state in before.items() if shard_states(run).get(name) == state}
     assert audit_run(run) == 1
     assert audit_run(run, repair=True) == 0
     header = TokenShardManifest.load(run / "tokens/train").header
@@ -137,21 +137,21 @@ def test_one_damage_is_repaired_and_nothing_else_is_written(damage, run, written
     assert f"repaired: {counted(len(broken), 'shard')}" in capsys.readouterr().out
 
 
-def test_all_damages_at_once_by_the_command(run, written):
-    """In a process of its own, as a user does it, with the manifests of both splits gone."""
+def test_command_repairs_several_damages(run, written):
+    """In a subprocess, with the manifests of both splits missing."""
     train, validation = run / "tokens/train", run / "tokens/validation"
-    before = written_at(run)
+    before = shard_states(run)
     for damage in ("strays", "deleted", "flipped", "cut short", "manifest deleted"):
         DAMAGES[damage][0](train)
     relabel(validation / "shard-000000.json")
     (validation / "manifest.json").unlink()
-    done = command("audit", run / "tokens", "--repair")
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    assert "shard-000099.tar is not part of the shard set and is removed" in done.stdout and done.stdout.count(": no problems") == 2
+    result = command("audit", run / "tokens", "--repair")
+    assert result.returncode == 0 and not result.stderr, result.stdout + result.stderr
+    assert "shard-000099.tar is not part of the shard set and is removed" in result.stdout and result.stdout.count(": no problems") == 2
     assert_repaired(run, written[0], {"train/shard-000000", "train/shard-000001", "train/shard-000002", "validation/shard-000000"}, before)
 
 
-def test_one_split_can_be_repaired_alone_and_a_whole_one_is_left_alone(run, written, encoded_sources):
+def test_intact_splits_are_unchanged_and_one_split_can_be_repaired(run, written, encoded_sources):
     before = {path: path.stat().st_mtime_ns for path in (run / "tokens").rglob("*") if path.is_file()}
     assert audit_run(run, repair=True) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (run / "tokens").rglob("*") if path.is_file()} and not encoded_sources
@@ -159,48 +159,48 @@ def test_one_split_can_be_repaired_alone_and_a_whole_one_is_left_alone(run, writ
     flip_byte(run / "tokens/train/shard-000000.tar")
     assert audit_run(run / "tokens/validation", repair=True) == 0
     assert encoded_sources == [TokenShardManifest.load(run / "tokens/validation").source_indices(0)]
-    assert audit_run(run) == 1, "the other split was not asked for"
+    assert audit_run(run) == 1, "the other split was not repaired"
 
 
-def test_what_is_still_wrong_after_the_repair_decides_the_exit_code(run, capsys):
-    (run / "tokens/train/shard-000099.tar").mkdir()  # a folder, which a repair does not delete
+def test_exit_code_reports_problems_that_remain_after_the_repair(run, capsys):
+    (run / "tokens/train/shard-000099.tar").mkdir()  # a repair does not delete folders
     assert audit_run(run, repair=True) == 1
     assert "shard-000099.tar: this file is not listed" in capsys.readouterr().out
 
 
-def lose_a_shard(tokens: Path) -> None:
+def delete_shard(tokens: Path) -> None:
     (tokens / "train/shard-000002.tar").unlink()
 
 
-def lose_a_manifest_and_a_shard(tokens: Path) -> None:
+def delete_manifest_and_sidecar(tokens: Path) -> None:
     (tokens / "train/manifest.json").unlink()
     (tokens / "train/shard-000002.json").unlink()
 
 
-def lose_sidecars(tokens: Path) -> None:
+def delete_sidecars(tokens: Path) -> None:
     for path in (tokens / "train").glob("shard-*.json"):
         path.unlink()
 
 
-@pytest.mark.parametrize("lose", [lose_a_shard, lose_a_manifest_and_a_shard, lose_sidecars, lambda tokens: shutil.rmtree(tokens / "train")],
+@pytest.mark.parametrize("delete", [delete_shard, delete_manifest_and_sidecar, delete_sidecars, lambda tokens: shutil.rmtree(tokens / "train")],
                          ids=["shard", "manifest and shard", "sidecars", "split"])
-def test_shards_of_version_0_1_0_are_repaired_in_their_own_order(lose, run, tmp_path, monkeypatch):
+def test_shards_of_version_0_1_0_are_repaired_in_data_set_order(delete, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module, "ORDER_SEED", None)
         preprocess(recipe_in(run, f"--run_dir={tmp_path / 'old'}"))
-    before = content(tmp_path / "old")
+    before = token_files(tmp_path / "old")
     assert b"order_seed" not in before["tokens/train/manifest.json"]
-    lose(tmp_path / "old/tokens")
+    delete(tmp_path / "old/tokens")
     assert audit_run(tmp_path / "old", recipe_in(run), repair=True) == 0
-    assert content(tmp_path / "old") == before
+    assert token_files(tmp_path / "old") == before
 
 
-# --- read errors that passed -----------------------------------------------------------------------------------------------------------
+# --- temporary read errors -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def flaky_run(written, tmp_path, monkeypatch) -> tuple[Path, dict[str, list[str]]]:
-    """A run like `written`, in which three images could not be read for a while; and their names by split."""
+    """(run, names by split): a run like `written`, during which these three images were temporarily unreadable."""
     recipe = recipe_in(written[0], f"--run_dir={tmp_path / 'flaky'}", "--data.max_unreadable=0.5")
     splits = open_splits(recipe.data)
     names = {"train": [splits.train.source_name(index) for index in (2, 30)], "validation": [splits.validation.source_name(1)]}
@@ -217,32 +217,32 @@ def flaky_run(written, tmp_path, monkeypatch) -> tuple[Path, dict[str, list[str]
     return tmp_path / "flaky", names
 
 
-def test_an_image_whose_read_error_passed_is_named_by_audit_and_stored_by_repair(flaky_run, written, capsys):
+def test_images_that_became_readable_are_reported_by_audit_and_added_by_repair(flaky_run, written, capsys):
     run, names = flaky_run
     capsys.readouterr()
     assert audit_run(run) == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in (*names["train"], *names["validation"]):
-        assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), but can be read now" in said
-    assert "3 skipped: 2 problems" in said and "1 skipped: 1 problem" in said, "an image that is still broken is not a problem"
+        assert f"{name}: it was skipped as unreadable (truncated, corrupt or not accessible: Input/output error), but can be read now" in output
+    assert "3 skipped: 2 problems" in output and "1 skipped: 1 problem" in output, "images that are still unreadable are not problems"
     assert audit_run(run, repair=True) == 0
-    assert content(run) == content(written[0]), "byte for byte as if the error had not been"
+    assert token_files(run) == token_files(written[0]), "the same bytes as without the error"
     assert "2 skipped images can be read now" in capsys.readouterr().out
     assert audit_run(run / "tokens/train") == 0
 
 
-def test_a_broken_shard_is_repaired_though_what_it_left_out_can_be_read_now(flaky_run, written):
+def test_broken_shards_are_repaired_although_skipped_images_became_readable(flaky_run, written):
     run, _ = flaky_run
     for path in (run / "tokens/train").glob("shard-*.tar"):
         flip_byte(path)
     (run / "tokens/validation/manifest.json").unlink()
     (run / "tokens/validation/shard-000000.tar").unlink()
     assert audit_run(run, repair=True) == 0
-    assert content(run) == content(written[0])
+    assert token_files(run) == token_files(written[0])
 
 
 @pytest.mark.parametrize("name", ["publish", "ShardSidecar.save", "TokenShardWriter.finish"])
-def test_taking_images_in_can_be_killed_and_called_again(name, flaky_run, written, monkeypatch):
+def test_adding_images_can_be_interrupted_and_rerun(name, flaky_run, written, monkeypatch):
     run, _ = flaky_run
     owner, _, attribute = f"token_shards.writer.{name}".rpartition(".")
     with monkeypatch.context() as patch:
@@ -250,29 +250,29 @@ def test_taking_images_in_can_be_killed_and_called_again(name, flaky_run, writte
         with pytest.raises(KeyboardInterrupt):
             audit_run(run, repair=True)
     assert audit_run(run, repair=True) == 0
-    assert content(run) == content(written[0])
+    assert token_files(run) == token_files(written[0])
 
 
-def test_images_are_not_taken_in_where_others_come_out_different(flaky_run, monkeypatch):
+def test_images_are_not_added_if_reencoding_changes_other_ids(flaky_run, monkeypatch):
     run, _ = flaky_run
-    before, read = content(run), FolderSource.read
+    before, read = token_files(run), FolderSource.read
     monkeypatch.setattr(FolderSource, "read", lambda source, index: ImageOps.invert(read(source, index)))
     with pytest.raises(InputError, match=r"shard-00000\d\.tar: re-encoding changed the ids of "):
         audit_run(run, repair=True)
-    assert content(run) == before
+    assert token_files(run) == before
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------------------
+# --- rejected repairs ------------------------------------------------------------------------------------------------------------------
 
 
-def refusal(run: Path, *overrides: str) -> str:
-    """The words that refuse a repair, which must have written nothing."""
+def rejection_message(run: Path, *overrides: str) -> str:
+    """The message of a rejected repair, which must not change any file."""
     (run / "tokens/train/shard-000001.tar").unlink()
-    before = content(run)
-    with pytest.raises(InputError) as caught:
+    before = token_files(run)
+    with pytest.raises(InputError) as error:
         audit_run(run, recipe_in(run, *overrides) if overrides else None, repair=True)
-    assert content(run) == before
-    return str(caught.value)
+    assert token_files(run) == before
+    return str(error.value)
 
 
 @pytest.mark.parametrize(("override", "words"), [
@@ -281,42 +281,42 @@ def refusal(run: Path, *overrides: str) -> str:
     ("--tokens.views=none", "views was "), ("--tokens.images_per_shard=7", "images_per_shard was 6, now it is 7"),
     ("--data.validation_fraction=0.3", "num_sources was "),
 ])
-def test_another_recipe_is_refused_with_the_field(override, words, run):
-    assert words in refusal(run, override)
+def test_changed_recipe_fields_are_reported(override, message, run):
+    assert message in rejection_message(run, override)
 
 
-def test_another_tokenizer_is_refused(run, tiny_run, tmp_path):
+def test_another_tokenizer_is_rejected(run, tiny_run, tmp_path):
     other = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     other.quantizer.codebook[0] += 1
     other.save_pretrained(tmp_path / "other")
-    words = refusal(run, f"--tokens.tokenizer={tmp_path / 'other'}")
-    assert "token_fingerprint was" in words and other.token_fingerprint in words and "--tokens.tokenizer" in words
-    for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone know it, too
+    message = rejection_message(run, f"--tokens.tokenizer={tmp_path / 'other'}")
+    assert "token_fingerprint was" in message and other.token_fingerprint in message and "--tokens.tokenizer" in message
+    for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone suffice
         manifest.unlink()
     with pytest.raises(InputError, match=r"the manifest is missing, and \d+ of \d+ sidecars were written with another tokenizer"):
         audit_run(run, recipe_in(run, f"--tokens.tokenizer={tmp_path / 'other'}"), repair=True)
 
 
-def test_a_split_with_other_views_is_refused_though_the_other_split_would_fit(run):
-    """Validation does not depend on tokens.views, so it says nothing of them."""
+def test_other_views_are_rejected_although_validation_matches(run):
+    """Validation tokens do not depend on tokens.views, so their manifest cannot reveal the change."""
     (run / "tokens/train/manifest.json").unlink()
     (run / "tokens/train/shard-000001.tar").unlink()
-    before = content(run)
+    before = token_files(run)
     with pytest.raises(InputError, match=r"tokens/train: the manifest is missing, and \d+ of \d+ sidecars"):
         audit_run(run, recipe_in(run, "--tokens.views=none"), repair=True)
-    assert content(run) == before
+    assert token_files(run) == before
 
 
-def test_another_data_set_is_refused(run, written, tmp_path):
+def test_another_data_set_is_rejected(run, written, tmp_path):
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     Image.new("L", (20, 20)).save(photos / "a/new.png")
-    assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
+    assert "dataset.sha256 was" in rejection_message(run, f"--data.path={photos}")
 
 
-def test_changed_pixels_of_equal_size_are_noticed(run, written, tmp_path, capsys):
+def test_changed_images_of_equal_file_size_are_detected(run, written, tmp_path, capsys):
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     moved = recipe_in(run, f"--data.path={photos}")
-    assert audit_run(run, moved) == 0, "the same images elsewhere"
+    assert audit_run(run, moved) == 0, "the same images in another folder"
     changed = photos / open_splits(moved.data).train.source_name(PER_SHARD)
     content = changed.read_bytes()
     Image.new("L", (24, 20), 255).save(changed)
@@ -324,11 +324,11 @@ def test_changed_pixels_of_equal_size_are_noticed(run, written, tmp_path, capsys
     capsys.readouterr()
     assert audit_run(run, moved) == 1
     assert "1 skipped: 1 problem\n    the images have changed since they were encoded" in capsys.readouterr().out
-    assert "dataset.sha256 was" in refusal(run, f"--data.path={photos}")
+    assert "dataset.sha256 was" in rejection_message(run, f"--data.path={photos}")
 
 
-def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, tiny_run, tmp_path):
-    """Its name, its size and the bytes that the identity of the data set knows are the same."""
+def test_undetected_changes_of_an_image_fail_when_its_shard_is_encoded(run, written, tiny_run, tmp_path):
+    """The name, the size and the digested bytes of the image are unchanged, so the identity of the data set is the same."""
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     recipe = recipe_in(run, f"--data.path={photos}", f"--run_dir={tmp_path / 'own'}")
     second_shard = TokenShardManifest.load(run / "tokens/train").source_indices(1)
@@ -342,18 +342,18 @@ def test_an_image_that_changed_in_silence_is_refused_at_its_shard(run, written, 
     shard.unlink()
     with pytest.raises(InputError, match=rf"re-encoding gave a different file: .*{digest}.*An image has changed"):
         audit_run(tmp_path / "own", recipe, repair=True)
-    assert not shard.exists() and (tmp_path / "own/tokens/train/manifest.json").exists(), "what is left stays as it is"
+    assert not shard.exists() and (tmp_path / "own/tokens/train/manifest.json").exists(), "the other files are kept"
 
 
 @pytest.mark.parametrize("order_seed", [None, module.ORDER_SEED])
-def test_what_version_0_1_0_wrote_is_finished_and_repaired_in_its_own_form(order_seed, run, written, tmp_path, monkeypatch, capsys):
-    """Also with permuted sources, which came before the identity without a path."""
+def test_tokens_of_version_0_1_0_are_completed_and_repaired_in_their_format(order_seed, run, written, tmp_path, monkeypatch, capsys):
+    """Also with permuted sources, which were introduced before identities without a path."""
     recipe = recipe_in(run, f"--data.path={written[1]}", f"--run_dir={tmp_path / 'old'}")
-    with monkeypatch.context() as earlier:
-        earlier.setattr(FolderSource, "identity", FolderSource.former_identity)
-        earlier.setattr(module, "ORDER_SEED", order_seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "identity", FolderSource.former_identity)
+        patch.setattr(module, "ORDER_SEED", order_seed)
         preprocess(recipe)
-    old, before = tmp_path / "old", content(tmp_path / "old")
+    old, before = tmp_path / "old", token_files(tmp_path / "old")
     assert json.loads(before["tokens/train/manifest.json"])["dataset"]["path"] == str(written[1])
     record = old / "stages/tokens.json"
     recorded = json.loads(record.read_text())
@@ -366,36 +366,36 @@ def test_what_version_0_1_0_wrote_is_finished_and_repaired_in_its_own_form(order
     assert "finished already" in capsys.readouterr().out and audit_run(old) == 0
     for damage in ("deleted", "manifest deleted"):
         DAMAGES[damage][0](old / "tokens/train")
-        assert audit_run(old, repair=True) == 0 and content(old) == before
+        assert audit_run(old, repair=True) == 0 and token_files(old) == before
     for name in ("shard-000002.tar", "shard-000002.json", "manifest.json"):  # as if the old version had been interrupted
         (old / "tokens/train" / name).unlink()
     record.write_text(json.dumps(recorded | {"finished": False}))
     capsys.readouterr()
     preprocess(recipe)
-    assert "6 of 7 shards are already complete" in capsys.readouterr().out and content(old) == before
+    assert "6 of 7 shards are already complete" in capsys.readouterr().out and token_files(old) == before
     assert json.loads(record.read_text())["inputs"] == recorded["inputs"]
 
 
-def test_a_folder_that_says_nothing_is_refused(run):
+def test_folder_without_manifests_and_sidecars_is_rejected(run):
     for path in [*run.rglob("tokens/*/manifest.json"), *run.rglob("tokens/*/shard-*.json")]:
         path.unlink()
-    assert "no manifest and no readable sidecar is left" in refusal(run)
+    assert "no manifest and no readable sidecar is left" in rejection_message(run)
 
 
-def test_a_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
-    alone = Path(shutil.copytree(run / "tokens", tmp_path / "elsewhere/tokens"))
-    flip_byte(alone / "train/shard-000002.tar")
+def test_folder_outside_of_a_run_needs_a_recipe(run, written, tmp_path):
+    tokens = Path(shutil.copytree(run / "tokens", tmp_path / "elsewhere/tokens"))
+    flip_byte(tokens / "train/shard-000002.tar")
     with pytest.raises(InputError, match="give --recipe"):
-        audit_run(alone, repair=True)
-    assert audit_run(alone, recipe_in(run), repair=True) == 0
-    assert content(alone.parent) == content(written[0])
+        audit_run(tokens, repair=True)
+    assert audit_run(tokens, recipe_in(run), repair=True) == 0
+    assert token_files(tokens.parent) == token_files(written[0])
 
 
-# --- images that could not be opened at all --------------------------------------------------------------------------------------------------
+# --- images that could not be opened --------------------------------------------------------------------------------------------------
 
 
 def run_with_unread_image(tiny_run: Path, photos: Path, folder: Path) -> tuple[Recipe, Path]:
-    """The recipe of a run over a copy of the photos, one of which is a dead link, and the path of that link."""
+    """(recipe, link): a preprocessed run on a copy of the photos, one of which is a broken link."""
     shutil.copytree(photos, folder / "photos")
     recipe = tiny_recipe(folder / "run", data__source="folder", data__path=folder / "photos", data__validation_fraction=0.2,
                          tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=PER_SHARD, tokens__batch_size=8, data__max_unreadable=0.1)
@@ -406,13 +406,13 @@ def run_with_unread_image(tiny_run: Path, photos: Path, folder: Path) -> tuple[R
     return recipe, link
 
 
-def test_an_image_that_could_not_be_opened_is_added_when_it_can(tiny_run, written, tmp_path, capsys):
+def test_unopened_image_is_added_once_it_can_be_opened(tiny_run, written, tmp_path, capsys):
     recipe, link = run_with_unread_image(tiny_run, written[1], tmp_path)
     run, name = tmp_path / "run", "/".join(link.parts[-2:])
     assert TokenShardManifest.load(run / "tokens/train").dataset["unread"] == [3] and "unread" not in TokenShardManifest.load(
         run / "tokens/validation").dataset
     assert audit_run(run) == 0
-    before = content(run)
+    before = token_files(run)
     preprocess(recipe)
     (tmp_path / "away.png").rename(tmp_path / "target.png")
     capsys.readouterr()
@@ -420,17 +420,17 @@ def test_an_image_that_could_not_be_opened_is_added_when_it_can(tiny_run, writte
     problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert len(problems) == 1 and name in problems[0] and "--repair encodes it" in problems[0]
     preprocess(recipe)
-    assert "finished already" in capsys.readouterr().out and content(run) == before
+    assert "finished already" in capsys.readouterr().out and token_files(run) == before
     assert audit_run(run, repair=True) == 0
     assert [entry["source"] for entry in TokenShardManifest.load(run / "tokens/train").skipped] == [
         entry["source"] for entry in TokenShardManifest.load(written[0] / "tokens/train").skipped]
-    assert audit_run(run) == 0 and audit_run(run, repair=True) == 0, "the record of the data set stays what it was"
+    assert audit_run(run) == 0 and audit_run(run, repair=True) == 0, "the recorded identity of the data set is unchanged"
     other = tmp_path / "photos" / open_splits(recipe.data).train.source_name(5)
     other.write_bytes(other.read_bytes()[:-20] + bytes(20))
-    assert audit_run(run) == 1, "a change of another image is still seen"
+    assert audit_run(run) == 1, "changes of other images are still detected"
 
 
-def test_training_continues_when_an_image_can_be_opened_again(tiny_run, written, tmp_path, capsys):
+def test_training_continues_after_an_image_can_be_opened_again(tiny_run, written, tmp_path, capsys):
     recipe, _ = run_with_unread_image(tiny_run, written[1], tmp_path)
     train_tokenizer.train(dataclasses.replace(recipe, tokens=dataclasses.replace(recipe.tokens, tokenizer=None)))
     (tmp_path / "away.png").rename(tmp_path / "target.png")
@@ -440,18 +440,18 @@ def test_training_continues_when_an_image_can_be_opened_again(tiny_run, written,
     assert "resumed at step 6" in capsys.readouterr().out
 
 
-def test_identities_of_readable_images_have_not_changed(written, tmp_path):
-    """Earlier records have no list of unread images."""
+def test_identities_of_readable_data_sets_are_unchanged(written, tmp_path):
+    """Records made before unread images were listed stay valid."""
     shutil.copytree(written[1], tmp_path / "photos")
     recipe = tiny_recipe(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__validation_fraction=0.2)
     source = open_splits(recipe.data).train
-    lines = [json.dumps([source.source_name(index), source.label(index), *before_hex(tmp_path / "photos" / source.source_name(index))])
+    lines = [json.dumps([source.source_name(index), source.label(index), *size_and_digest(tmp_path / "photos" / source.source_name(index))])
              for index in range(len(source))]
     digest = hashlib.sha256("".join([json.dumps(source.class_names), *lines]).encode()).hexdigest()
     assert source.identity == {"kind": "folder", "version": 2, "split": "train", "count": len(source), "sha256": digest}
     assert comparable_identity(source, source.identity) == source.identity
 
 
-def before_hex(path: Path) -> tuple[int, str]:
+def size_and_digest(path: Path) -> tuple[int, str]:
     size, content = file_digest(path)
     return size, content.hex()

@@ -1,4 +1,4 @@
-"""Each shipped recipe builds its model, loss and loader, at its own image size and grid, with narrow networks; one step of both stages."""
+"""Every shipped recipe takes a step in both stages, at its own image size and grid, with narrow networks."""
 
 import math
 
@@ -24,12 +24,12 @@ NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
 GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512), "imagenet256": (16, 16384),
          "imagenet256_convnext": (16, 16384)}
-"""Tokens along one side, and codes."""
+"""Recipe -> (tokens along one side, codes)."""
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of a few PNGs of different sizes in two classes."""
+    """A folder of PNGs of different sizes in two classes."""
     folder = tmp_path_factory.mktemp("photos")
     for number in range(12):
         path = folder / ("cat", "dog")[number % 2] / f"{number}.png"
@@ -50,7 +50,7 @@ def vocabulary_of(recipe: Recipe, class_names: list[str] | None) -> Vocabulary:
     return Vocabulary(grids=[grid], class_names=class_names, token_fingerprint="0" * 64, label_drop=recipe.prior_training.label_drop)
 
 
-def test_there_is_a_grid_for_every_recipe():
+def test_grids_cover_every_recipe():
     assert set(GRIDS) == set(shipped_names())
 
 
@@ -78,8 +78,8 @@ def test_both_stages_take_a_step(name, photos):
     assert output.reconstructions.shape == images_BCHW.shape and output.quantizer.ids.shape == (2, side, side)
     loss = reconstruction_loss(recipe.tokenizer_training.reconstruction_loss, output.reconstructions, images_BCHW) + output.quantizer.loss
     loss.backward()
-    without = [key for key, parameter in tokenizer.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    assert not without and all(parameter.grad.isfinite().all() for parameter in tokenizer.parameters() if parameter.requires_grad)
+    without_gradient = [key for key, parameter in tokenizer.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not without_gradient and all(parameter.grad.isfinite().all() for parameter in tokenizer.parameters() if parameter.requires_grad)
     tokenizer.quantizer.commit()
     ids_BT = tokenizer.encode(images_BCHW).flatten(1)
     assert ids_BT.shape == (2, recipe.num_tokens) and 0 <= ids_BT.min() <= ids_BT.max() < codes
@@ -93,7 +93,7 @@ def test_both_stages_take_a_step(name, photos):
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_the_full_sizes_can_be_configured(name):
+def test_full_size_priors_can_be_configured(name):
     recipe = load_recipe(name)
     config, _ = make_config(recipe.prior, vocabulary_of(recipe, ["cat"]))
     assert config.hidden_size == recipe.prior.sizes.width and config.max_position_embeddings == 1 + GRIDS[name][0] ** 2
@@ -101,7 +101,7 @@ def test_the_full_sizes_can_be_configured(name):
 
 @pytest.mark.parametrize("name", shipped_names())
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_any_budget_works(name, steps):
+def test_learning_rates_are_positive_with_few_steps(name, steps):
     recipe = load_recipe(name, [f"--tokenizer_training.max_steps={steps}", f"--prior_training.max_steps={steps}"])
     for training in (recipe.tokenizer_training, recipe.prior_training):
         rates = [learning_rate_share(step / steps, training.warmup_fraction, training.final_learning_rate, training.learning_rate_schedule)
@@ -109,18 +109,18 @@ def test_any_budget_works(name, steps):
         assert all(0 < rate <= 1 for rate in rates)
 
 
-def test_the_digits_are_a_real_compression():
+def test_digits_tokens_compress_the_images():
     recipe = load_recipe("digits")
     assert recipe.tokenizer.codebook_size >= 64 and recipe.num_tokens * math.log2(recipe.tokenizer.codebook_size) <= 128
-    assert recipe.tokenizer_training.max_minutes is None and recipe.prior_training.max_minutes is None, "steps, not minutes, are its budget"
+    assert recipe.tokenizer_training.max_minutes is None and recipe.prior_training.max_minutes is None, "the budget is in steps, not minutes"
 
 
-def test_the_vqgan_recipe_is_cifar10_with_a_discriminator():
-    plain, rival = load_recipe("cifar10"), load_recipe("cifar10_vqgan")
-    assert rival.adversarial.weight > 0 and plain.adversarial.weight == 0
-    assert (plain.data, plain.tokenizer, plain.prior) == (rival.data, rival.tokenizer, rival.prior)
+def test_vqgan_recipe_is_cifar10_with_a_discriminator():
+    plain, vqgan = load_recipe("cifar10"), load_recipe("cifar10_vqgan")
+    assert vqgan.adversarial.weight > 0 and plain.adversarial.weight == 0
+    assert (plain.data, plain.tokenizer, plain.prior) == (vqgan.data, vqgan.tokenizer, vqgan.prior)
 
 
-def test_the_imagenet_recipe_is_f16():
+def test_imagenet_recipe_downsamples_by_16():
     recipe = load_recipe("imagenet256")
     assert recipe.tokenizer.downsampling == 16 and recipe.num_tokens == 256

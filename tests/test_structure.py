@@ -1,4 +1,4 @@
-"""What may import what, what loads when, and habits that hold over all sources. Reads the sources; starts a few processes."""
+"""Checks of the sources: allowed imports, modules that load lazily, and coding conventions. Parses the sources and starts a few processes."""
 
 import ast
 import functools
@@ -13,17 +13,17 @@ import pytest
 
 from tests.tiny import ROOT
 
-MAY_IMPORT = {
+ALLOWED_IMPORTS = {
     "vqmosaic": {"vqmosaic"},
     "token_shards": {"token_shards", "vqmosaic"},
     "stage1_tokenizer": {"stage1_tokenizer", "vqmosaic"},
     "stage2_prior": {"stage2_prior", "token_shards", "vqmosaic"},
     "pipelines": {"pipelines", "stage1_tokenizer", "stage2_prior", "token_shards", "vqmosaic"},
 }
-"""The arrows of ARCHITECTURE.md; tests and benchmarks are imported by nothing."""
-OWN = {*MAY_IMPORT, "configs", "tests", "benchmarks"}
-SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
-OPTIONAL = {"gradio", "starlette", "uvicorn", "diffusers", "lpips", "torchvision", "tensorboard", "wandb", "matplotlib", "torch_fidelity"}
+"""The allowed imports between packages, as in ARCHITECTURE.md. No package imports tests or benchmarks."""
+OWN_PACKAGES = {*ALLOWED_IMPORTS, "configs", "tests", "benchmarks"}
+SOURCES = sorted(path for package in ALLOWED_IMPORTS for path in (ROOT / package).rglob("*.py"))
+OPTIONAL_LIBRARIES = {"gradio", "starlette", "uvicorn", "diffusers", "lpips", "torchvision", "tensorboard", "wandb", "matplotlib", "torch_fidelity"}
 MAX_LINES = 380
 
 
@@ -37,7 +37,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Dotted names of all imports, at the top or inside functions, and of module names given to importlib.import_module or as stages."""
+    """Dotted names of all imports, including those inside functions."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -50,27 +50,27 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def dotted_strings(tree: ast.Module) -> set[str]:
-    """Strings that are nothing but the dotted path of one of the own modules, or of something in one."""
+    """Strings that are the dotted path of a module of this project, or of a name in one."""
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    dotted = {text for text in texts if re.fullmatch(rf"({'|'.join(MAY_IMPORT)})(\.\w+)+", text)}
+    dotted = {text for text in texts if re.fullmatch(rf"({'|'.join(ALLOWED_IMPORTS)})(\.\w+)+", text)}
     modules = {name_of(path).removesuffix(".py").replace("/", ".") for path in SOURCES}
     return {text for text in dotted if text in modules or text.rpartition(".")[0] in modules}
 
 
 def packages_of(names: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names} & OWN
+    return {name.partition(".")[0] for name in names} & OWN_PACKAGES
 
 
 # --- imports -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_import_arrows(path):
-    package = path.relative_to(ROOT).parts[0] if path.name != "__main__.py" else "pipelines"  # the command is in pipelines
-    assert packages_of(imported(tree_of(path)) | dotted_strings(tree_of(path))) <= MAY_IMPORT[package]
+def test_imports_between_packages_are_allowed(path):
+    package = path.relative_to(ROOT).parts[0] if path.name != "__main__.py" else "pipelines"  # __main__ only calls the command, which is in pipelines
+    assert packages_of(imported(tree_of(path)) | dotted_strings(tree_of(path))) <= ALLOWED_IMPORTS[package]
 
 
-def test_the_arrows_can_be_broken():
+def test_forbidden_imports_are_detected():
     tree = ast.parse("def late():\n    from stage1_tokenizer.image_files.images import View\n"
                      "HOME = {'x': 'pipelines.stages.chain'}\nimport benchmarks.speed")
     assert packages_of(imported(tree) | dotted_strings(tree)) == {"stage1_tokenizer", "pipelines", "benchmarks"}
@@ -80,30 +80,30 @@ def module_of(path: Path) -> str:
     return name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def in_cycles(imports: dict[str, set[str]]) -> set[str]:
+def modules_in_cycles(imports: dict[str, set[str]]) -> set[str]:
     """The modules that are part of an import cycle or depend on one."""
-    left = {module: {name for name in names if name in imports} - {module} for module, names in imports.items()}
-    while leaves := {module for module, names in left.items() if not names}:
-        left = {module: names - leaves for module, names in left.items() if module not in leaves}
-    return set(left)
+    remaining = {module: {name for name in names if name in imports} - {module} for module, names in imports.items()}
+    while leaves := {module for module, names in remaining.items() if not names}:
+        remaining = {module: names - leaves for module, names in remaining.items() if module not in leaves}
+    return set(remaining)
 
 
 def test_no_import_cycles():
-    assert not in_cycles({module_of(path): imported(tree_of(path)) for path in SOURCES if path.name != "__init__.py"})
+    assert not modules_in_cycles({module_of(path): imported(tree_of(path)) for path in SOURCES if path.name != "__init__.py"})
 
 
-def test_import_cycles_are_found():
-    assert in_cycles({"a": {"b"}, "b": {"c", "torch"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
+def test_import_cycles_are_detected():
+    assert modules_in_cycles({"a": {"b"}, "b": {"c", "torch"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
 
 
-def test_no_folder_holds_too_many_files():
+def test_no_folder_has_too_many_files():
     counts = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in SOURCES}}
     assert max(counts.values()) <= 18, counts
 
 
-def test_every_package_is_watched_and_shipped():
+def test_all_packages_are_checked_and_in_the_wheel():
     found = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks", "configs"}
-    assert found == set(MAY_IMPORT)
+    assert found == set(ALLOWED_IMPORTS)
     import tomllib
 
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -112,16 +112,16 @@ def test_every_package_is_watched_and_shipped():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_optional_libraries_are_imported_where_used(path):
-    if name_of(path).startswith("pipelines/demo"):  # the modules of the demo extra, themselves imported where used
+def test_optional_libraries_are_imported_lazily(path):
+    if name_of(path).startswith("pipelines/demo"):  # modules of the demo extra, which are imported lazily themselves
         return
-    at_the_top = {name for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)
+    top_level = {name for node in tree_of(path).body if isinstance(node, ast.Import | ast.ImportFrom)
                   for name in imported(ast.Module(body=[node], type_ignores=[]))}
-    assert not {name.partition(".")[0] for name in at_the_top} & OPTIONAL
+    assert not {name.partition(".")[0] for name in top_level} & OPTIONAL_LIBRARIES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_classes_are_not_chosen_by_dotted_strings(path):
+def test_classes_are_not_selected_by_dotted_strings(path):
     lazy_tables = {"stage2_prior/__init__.py"}
     stages = {"pipelines/stages/chain.py": {"stage1_tokenizer.train", "pipelines.stages.preprocess", "pipelines.stages.train_prior"}}
     if name_of(path) not in lazy_tables:
@@ -130,11 +130,11 @@ def test_classes_are_not_chosen_by_dotted_strings(path):
     assert not calls or path.name == "__init__.py" or name_of(path) == "vqmosaic/runs/launch.py"
 
 
-# --- what is loaded when -----------------------------------------------------------------------------------------------------
+# --- loaded modules ----------------------------------------------------------------------------------------------------------
 
 
 def modules_after(code: str) -> set[str]:
-    """Names in sys.modules of a fresh process after it ran `code`."""
+    """Names in sys.modules of a new process after it ran `code`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     report = "\nimport sys, json\nprint('MODULES' + json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code + report], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -143,13 +143,13 @@ def modules_after(code: str) -> set[str]:
 
 
 def called(*arguments: str) -> str:
-    """Code that makes one call of the command, whatever its exit code."""
+    """Code that runs the vqmosaic command and ignores its exit code."""
     return (f"from pipelines.command_line import main\nimport sys\nsys.argv = ['vqmosaic', *{list(arguments)}]\n"
             "try:\n    main()\nexcept SystemExit:\n    pass")
 
 
 def loaded(modules: set[str], *names: str) -> set[str]:
-    """Which of the named packages or modules are among those in sys.modules, themselves or as a part."""
+    """The packages or modules in `names` that were loaded, or of which a submodule was loaded. `modules` are the names in sys.modules."""
     return {name for name in names if any(module == name or module.startswith(f"{name}.") for module in modules)}
 
 
@@ -169,14 +169,14 @@ SLOW = ("torch", "transformers", "accelerate", "datasets", "pyarrow", "sklearn",
     called("preprocess", "digits", "--run_dir=/tmp/vqmosaic-there-is-no-such-run"),
     called("generate", "/nowhere/at/all"),
 ], ids=["packages", "recipe", "sampling config", "help", "run help", "recipe name", "key", "combination", "path", "missing input", "pipeline"])
-def test_nothing_slow_is_loaded(code):
+def test_slow_libraries_are_not_loaded(code):
     assert not loaded(modules_after(code), *SLOW)
 
 
-def test_generating_loads_no_training_and_no_data_set_code(tiny_run):
+def test_generation_loads_no_training_or_data_set_code(tiny_run):
     modules = modules_after("from pipelines import ImageGenerationPipeline\n"
                             f"pipe = ImageGenerationPipeline.from_pretrained({str(tiny_run)!r})\npipe('3')")
-    own = {module for module in modules if module.partition(".")[0] in MAY_IMPORT}
+    own = {module for module in modules if module.partition(".")[0] in ALLOWED_IMPORTS}
     training = {"stage1_tokenizer.train", "stage2_prior.train", "stage2_prior.token_batches", "pipelines.stages.preprocess", "pipelines.stages.chain",
                 "pipelines.stages.train_prior", "pipelines.command_line",
                 "vqmosaic.training.training_run", "vqmosaic.training.checkpoints", "vqmosaic.training.tracking", "vqmosaic.runs.accelerator",
@@ -190,7 +190,7 @@ def test_generating_loads_no_training_and_no_data_set_code(tiny_run):
                       "accelerate.commands.launch")
 
 
-def test_a_plain_folder_needs_no_data_set_library(tmp_path):
+def test_image_folders_need_no_data_set_library(tmp_path):
     code = f"""
 from pathlib import Path
 from PIL import Image
@@ -207,22 +207,22 @@ next(TrainingImages(open_splits(data).train, ImageTransform(image_size=16, chann
     assert not loaded(modules_after(code), "datasets", "pyarrow", "gradio", "sklearn", "transformers", "torchvision")
 
 
-# --- habits ------------------------------------------------------------------------------------------------------------------
+# --- conventions -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_files_are_short_and_named_for_what_they_do(path):
+def test_files_are_short_and_have_specific_names(path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_LINES, f"{lines} lines"
     assert not re.search(r"(^|_)(utils?|helpers?|misc|common)(_|$)", path.stem)
 
 
 def unsafe_loading(tree: ast.Module) -> list[str]:
-    """Imports of pickle and its kin, and calls that would let something read one."""
-    readers = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
+    """Imports of pickle and similar modules, and calls that may unpickle or execute data."""
+    pickle_modules = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"}
-    only_caught = used == {"UnpicklingError"}  # the error of a checkpoint that is no checkpoint: it may be caught
-    found = [f"imports {name}" for name in imported(tree) if name.partition(".")[0] in readers and not (name == "pickle" and only_caught)]
+    only_error = used == {"UnpicklingError"}  # torch.load raises this error for files that are no checkpoint, so it may be caught
+    found = [f"imports {name}" for name in imported(tree) if name.partition(".")[0] in pickle_modules and not (name == "pickle" and only_error)]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -244,12 +244,12 @@ def unsafe_loading(tree: ast.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_nothing_unpickles(path):
+def test_sources_never_unpickle(path):
     assert not unsafe_loading(tree_of(path))
 
 
-def test_unsafe_loading_is_found():
-    for line in (  # These lines are parsed and never run. They prove that the check can fail for each kind of unsafe loading.
+def test_unsafe_loading_is_detected():
+    for line in (  # These lines are parsed, never run. The check must detect each of them.
             "import pickle", "from pickle import loads", "import pickle\npickle.UnpicklingError, pickle.load", "from dill import loads",
             "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "np.load(path, allow_pickle=True)", "yaml.load(text)",
             "accelerator.register_for_checkpointing(state)", "eval(text)"):
@@ -258,15 +258,15 @@ def test_unsafe_loading_is_found():
 
 
 @functools.cache
-def told_by_protocols() -> set[str]:
-    """Methods that a protocol or a base class tells about, or torch does, wherever they are implemented."""
+def documented_in_base_classes() -> set[str]:
+    """Methods that a protocol, a base class or torch documents, so that implementations need no docstring."""
     classes = [node for path in SOURCES for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)]
     bases = {ast.unparse(base) for node in classes for base in node.bases}
     protocols = [node for node in classes if node.name in bases or any(ast.unparse(base) == "Protocol" for base in node.bases)]
     return {"forward"} | {inner.name for node in protocols for inner in node.body if isinstance(inner, ast.FunctionDef) and ast.get_docstring(inner)}
 
 
-def without_docstring(tree: ast.Module) -> list[str]:
+def missing_docstrings(tree: ast.Module) -> list[str]:
     """Public modules, functions, classes and methods without a docstring."""
     missing = [] if ast.get_docstring(tree) else ["the module"]
     for node in tree.body:
@@ -275,22 +275,22 @@ def without_docstring(tree: ast.Module) -> list[str]:
         if not ast.get_docstring(node):
             missing.append(node.name)
         for inner in node.body if isinstance(node, ast.ClassDef) else []:
-            is_public = isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_") and inner.name not in told_by_protocols()
+            is_public = isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_") and inner.name not in documented_in_base_classes()
             if is_public and not ast.get_docstring(inner):
                 missing.append(f"{node.name}.{inner.name}")
     return missing
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_everything_public_has_a_docstring(path):
-    assert not without_docstring(tree_of(path))
+def test_public_names_have_docstrings(path):
+    assert not missing_docstrings(tree_of(path))
 
 
-def test_a_missing_docstring_is_found():
-    assert without_docstring(ast.parse("class A:\n    def b(self):\n        pass")) == ["the module", "A", "A.b"]
+def test_missing_docstrings_are_detected():
+    assert missing_docstrings(ast.parse("class A:\n    def b(self):\n        pass")) == ["the module", "A", "A.b"]
 
 
 @pytest.mark.parametrize("stage", ["stage1_tokenizer/train.py", "stage2_prior/train.py", "pipelines/stages/preprocess.py",
                                    "pipelines/stages/train_prior.py"])
-def test_scripts_say_how_they_are_run(stage):
+def test_scripts_document_their_command(stage):
     assert "    vqmosaic " in ast.get_docstring(tree_of(ROOT / stage), clean=False)

@@ -16,15 +16,14 @@ from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.tracking import read_metrics
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
-"""The result of the validation at each step. Steps 4 and 6 are equal after the rounding of metrics.jsonl."""
-
+"""Step -> validation error. Steps 4 and 6 are equal after rounding in metrics.jsonl."""
 
 BEST = {"tokenizer_training__validate_every": 2, "tokenizer_training__export": "best"}
 
 
 @pytest.fixture
 def scripted_errors(monkeypatch):
-    """The validations of both stages return ERRORS, so the best step is neither the first nor the last. Everything else is measured."""
+    """Both stages validate with ERRORS, so the best step is neither the first nor the last. All other metrics are measured."""
     def scripted(validate, measure: str):
         errors = iter(ERRORS.values())
         return lambda *arguments: validate(*arguments) | {measure: next(errors)}
@@ -39,22 +38,22 @@ def validation_of(run_dir: Path, stage: str, step: int) -> dict:
     return {name: value for name, value in record.items() if name != "kind"}
 
 
-def test_the_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsys):
+def test_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsys):
     exports, run = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}, RunFolder(tmp_path / "run")
     changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
                for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
     assert run_chain(tiny_recipe(run.root, **changes)) == 0
-    summary, said = json.loads(run.summary.read_text()), capsys.readouterr().out
-    lines = {line.partition("  ")[0]: line for line in map(str.strip, said.partition("measured (")[2].splitlines())}
+    summary, output = json.loads(run.summary.read_text()), capsys.readouterr().out
+    lines = {line.partition("  ")[0]: line for line in map(str.strip, output.partition("measured (")[2].splitlines())}
     for stage, (export, other, step) in exports.items():
         assert summary[stage] == validation_of(run.root, stage, step) and summary[f"{stage}_export"] == export
-        exported, left = (load_file(folder / "model.safetensors") for folder in (run.export(stage), run.checkpoints(stage) / other))
-        assert any(not tensor.equal(left[name]) for name, tensor in exported.items()), "best and last are different weights"
+        exported, not_exported = (load_file(folder / "model.safetensors") for folder in (run.export(stage), run.checkpoints(stage) / other))
+        assert any(not tensor.equal(not_exported[name]) for name, tensor in exported.items()), "best and last are different weights"
     assert lines["reconstruction, validation"].endswith("(step 6, 64 images)") and lines["prior, validation"].endswith("(step 8, 64 images)")
 
 
-def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scripted_errors):
-    """After more steps, the newest export counts. If a record does not name the exported step, the log is used."""
+def test_exported_validation_after_longer_training(tmp_path, scripted_errors):
+    """The newest export counts. If the record does not name the exported step, it is taken from the log."""
     run = RunFolder(tmp_path / "run")
     for max_steps, best in ((4, 4), (8, 6), (10, 10)):
         train_tokenizer.train(tiny_recipe(run.root, tokenizer_training__max_steps=max_steps, **BEST))
@@ -66,10 +65,10 @@ def test_a_longer_training_and_a_record_without_the_exported_step(tmp_path, scri
         assert exported_validation(run, "tokenizer", export, "reconstruction_l2")["step"] == step
     path = run.logs("tokenizer") / "metrics.jsonl"
     path.write_text(path.read_text().replace('"reconstruction_l2": 0.2', '"reconstruction_l2": NaN'))
-    assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two steps that are equal in the log"
+    assert exported_validation(run, "tokenizer", "best", "reconstruction_l2")["step"] == 4, "the first of two steps with equal errors in the log"
 
 
-def test_samples_without_a_judge_are_spread_over_all_classes():
+def test_evenly_spaced_classes():
     assert evenly_spaced_classes(3, 100) == [0, 1, 2] and evenly_spaced_classes(100, 100) == list(range(100))
     chosen = evenly_spaced_classes(1000, 100)
     assert chosen == list(range(0, 1000, 10))

@@ -1,4 +1,4 @@
-"""vqmosaic sweep: which settings win, that a stopped sweep goes on, what the bundle keeps, what is refused."""
+"""vqmosaic sweep: ranking of settings, resuming, the record in the bundle, and invalid arguments."""
 
 import importlib.metadata
 import json
@@ -53,7 +53,7 @@ def sweep(*arguments: object) -> int:
 
 
 def results_of(path: Path) -> dict[str, tuple[float, ...]]:
-    """Settings as JSON -> distances of a record."""
+    """Distances in a record, by settings as JSON."""
     names = ("frechet_distance", "kernel_distance", "kernel_deviation")
     return {json.dumps(result["settings"]): tuple(result[name] for name in names) for result in json.loads(path.read_text())["results"]}
 
@@ -62,14 +62,14 @@ def bundle_of(run: Path) -> dict:
     return json.loads((run / "pipeline" / "pipeline.json").read_text())
 
 
-# --- which settings win ------------------------------------------------------------------------------------------------------
+# --- ranking -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def known(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
     """(pipeline, folder of images): a prior trained to imitate a known distribution, and images drawn from that distribution.
 
-    Every token of class c is code c with probability 3/4, code c + 10 with 1/4. The images lie in folders of their classes, in unequal numbers.
+    Every token of class c is code c with probability 3/4, code c + 10 with 1/4. The images are stored in class folders, in unequal numbers.
     """
     folder = tmp_path_factory.mktemp("known")
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
@@ -96,32 +96,32 @@ def known(tiny_run, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def known_copy(known, tmp_path) -> tuple[Path, Path]:
-    """The same with a pipeline that a test may change."""
+    """`known` with a copy of the pipeline that a test may change."""
     shutil.copytree(known[0], tmp_path / "pipeline")
     return tmp_path / "pipeline", known[1]
 
 
-def test_the_truly_better_settings_win_and_are_recommended(known_copy, features, capsys):
+def test_best_settings_win_and_are_recommended(known_copy, features, capsys):
     pipeline, real = known_copy
-    recommend_before = read_bundle(pipeline)["sampling"]
+    sampling_before = read_bundle(pipeline)["sampling"]
     assert sweep(pipeline, "--real", real, "--features", features, "--images", 280, "--temperature", "100,1,0", "--device", "cpu") == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     record = json.loads((pipeline.parent / "sweep.json").read_text())
     frechet = {result["settings"]["temperature"]: result["frechet_distance"] for result in record["results"]}
     kernel = {result["settings"]["temperature"]: result["kernel_distance"] for result in record["results"]}
-    assert frechet[1.0] < 0.5 * min(frechet[0.0], frechet[100.0]), "the likeliest token alone has no variety, temperature 100 is noise"
+    assert frechet[1.0] < 0.5 * min(frechet[0.0], frechet[100.0]), "temperature 0 has no variety, temperature 100 is noise"
     assert kernel[1.0] < 0.5 * min(kernel[0.0], kernel[100.0])
     assert record["setup"]["images_of_class"] == [10 + 4 * label for label in range(10)], "the proportions of the real images"
 
     content = read_bundle(pipeline)
-    assert content["sampling"] == {**recommend_before, "temperature": 1.0} and content["sweep"] == record
-    assert "warning: 280 generated and 280 real images" in said and "kernel" in said
-    table = [line.split() for line in said.partition("ranked (")[2].splitlines()[1:5]]
+    assert content["sampling"] == {**sampling_before, "temperature": 1.0} and content["sweep"] == record
+    assert "warning: 280 generated and 280 real images" in output and "kernel" in output
+    table = [line.split() for line in output.partition("ranked (")[2].splitlines()[1:5]]
     assert table[0] == ["temperature", "Frechet", "kernel"] and [row[0] for row in table[1:]] == ["1.", "2.", "3."]
     assert table[1][1] == "1" and [float(row[2]) for row in table[1:]] == pytest.approx(sorted(frechet.values()), rel=1e-5)
 
 
-def test_generating_without_options_uses_what_was_chosen(known_copy, features, tmp_path):
+def test_generation_uses_the_chosen_settings_by_default(known_copy, features, tmp_path):
     pipeline, real = known_copy
     assert sweep(pipeline, "--real", real, "--features", features, "--images", 20, "--top_k", "1,2", "--temperature", "1", "--top_p", "0.9") == 0
     chosen = read_bundle(pipeline)["sampling"]
@@ -133,7 +133,7 @@ def test_generating_without_options_uses_what_was_chosen(known_copy, features, t
     assert dispatch(["generate", str(pipeline), "--num", "1", "--classes", "3", "--out", str(tmp_path / "samples")]) == 0
 
 
-def test_equal_seeds_give_equal_numbers_and_others_do_not(known, features, tmp_path):
+def test_equal_seeds_give_equal_distances(known, features, tmp_path):
     pipeline, real = known
     common = (pipeline, "--real", real, "--features", features, "--images", 30, "--temperature", "1,2", "--keep", "--device", "cpu")
     for name, options in {"first": (), "again": (), "batches": ("--batch_size", 7), "other": ("--seed", 1)}.items():
@@ -141,11 +141,11 @@ def test_equal_seeds_give_equal_numbers_and_others_do_not(known, features, tmp_p
     first, again, batches, other = (results_of(tmp_path / name) for name in ("first", "again", "batches", "other"))
     assert first == again and len(first) == 2
     for settings, distances in first.items():
-        assert batches[settings] == pytest.approx(distances, rel=1e-6), "an image does not depend on those it is sampled with"
+        assert batches[settings] == pytest.approx(distances, rel=1e-6), "images do not depend on the batch size"
         assert other[settings][0] != distances[0]
 
 
-def test_the_run_s_validation_images_are_the_reference(tiny_copy, features, capsys):
+def test_validation_images_of_the_run_are_the_default_reference(tiny_copy, features, capsys):
     before = bundle_of(tiny_copy)
     assert sweep(tiny_copy, "--features", features, "--images", 20, "--temperature", "0.5,1") == 0
     assert "379 images, the validation split of digits" in capsys.readouterr().out
@@ -162,14 +162,14 @@ def test_the_run_s_validation_images_are_the_reference(tiny_copy, features, caps
 
 
 @pytest.mark.parametrize("inside", [".", "pipeline"])
-def test_a_run_is_found_from_inside(inside, tiny_copy, features, monkeypatch):
+def test_run_is_found_from_inside_its_folder(inside, tiny_copy, features, monkeypatch):
     monkeypatch.chdir(tiny_copy / inside)
     assert sweep(".", "--features", features, "--images", 10, "--temperature", "1") == 0
     assert (tiny_copy / "sweep.json").is_file() and bundle_of(tiny_copy)["sweep"]["setup"]["real"]["kind"] == "digits"
     assert not (tiny_copy / "pipeline" / "sweep.json").exists()
 
 
-def test_without_settings_guidance_is_compared(tiny_copy, features, capsys):
+def test_guidance_is_compared_by_default(tiny_copy, features, capsys):
     assert sweep(tiny_copy, "--features", features, "--images", 10, "--dry_run") == 0
     assert f"each of {len(sweep_plan.GUIDANCE_GRID['guidance_scale'])} combinations" in capsys.readouterr().out
 
@@ -177,8 +177,8 @@ def test_without_settings_guidance_is_compared(tiny_copy, features, capsys):
 # --- distances ---------------------------------------------------------------------------------------------------------------
 
 
-def test_distances_are_those_of_the_formulas(features):
-    """Against the closed form by another way (eigenvalues of a symmetric matrix), and the unbiased kernel estimator over all images."""
+def test_distances_match_the_formulas(features):
+    """Compare with the closed form, computed from eigenvalues of a symmetric matrix, and with the unbiased kernel estimator over all images."""
     extractor = load_feature_extractor(resolve_feature_file(features, None), 16, CPU)
     distances, draw = Distances(extractor), torch.Generator().manual_seed(0)
     real_BCHW, fake_BCHW = (torch.rand(60, 1, 16, 16, generator=draw) * scale - shift for scale, shift in ((2, 1), (1, 0.7)))
@@ -198,11 +198,11 @@ def test_distances_are_those_of_the_formulas(features):
     assert result["kernel_distance"] == pytest.approx(unbiased, rel=1e-9)
 
     distances.update(real_BCHW, real=False)
-    assert distances.result(seed=0)["frechet_distance"] == pytest.approx(0, abs=1e-6), "the generated images before are forgotten, the real ones kept"
+    assert distances.result(seed=0)["frechet_distance"] == pytest.approx(0, abs=1e-6), "earlier generated images are dropped, real images are kept"
 
 
 class FirstPixels(nn.Module):
-    """A stand-in for a feature extractor: the first four pixels, in [0, 1]."""
+    """A fake feature extractor that returns the first four pixels, in [0, 1]."""
 
     num_features = 4
 
@@ -225,18 +225,18 @@ def distances_in_order(real_order: list[int], fake_order: list[int], batch_size:
 
 
 @pytest.mark.parametrize("real, fake", [(1, 4), (4, 1), (4, 4)])
-def test_equal_distributions_have_no_kernel_distance_in_any_number_or_order(real, fake, monkeypatch):
-    """Images come class by class, so the first images belong to the first classes."""
+def test_distances_of_equal_distributions_are_zero_for_any_number_of_images(real, fake, monkeypatch):
+    """Images are sorted by class, so the first images belong to the first classes."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 2000)
     real_order, fake_order = (sorted(list(range(10)) * 200 * times) for times in (real, fake))
     result = distances_in_order(real_order, fake_order)
     assert abs(result["kernel_distance"]) < 0.005 and result["frechet_distance"] < 0.005
     assert distances_in_order(real_order, sorted(list(range(5)) * 400 * fake))["kernel_distance"] > 0.1, "five classes are another distribution"
-    assert distances_in_order(real_order, fake_order, batch_size=77) == pytest.approx(result, rel=1e-9), "batches do not matter"
+    assert distances_in_order(real_order, fake_order, batch_size=77) == pytest.approx(result, rel=1e-9), "independent of the batch size"
 
 
 def test_each_combination_is_measured_independently(monkeypatch):
-    """A sweep that continues from its record measures fewer combinations in one process and must find the same numbers."""
+    """A resumed sweep measures fewer combinations in one process, but must give the same distances."""
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 100)
     real_BCHW, fake_BCHW = class_images(list(range(10)) * 15, 0), class_images(list(range(10)) * 30, 1)
     distances = Distances(FirstPixels())
@@ -249,15 +249,15 @@ def test_each_combination_is_measured_independently(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 30])
-def test_a_random_subset_of_few_rows_is_all_of_them_in_order(count):
+def test_random_subset_keeps_few_rows_in_order(count):
     subset, rows_BF = RandomSubset(30, "test"), torch.arange(2 * count).view(-1, 2)
     for part in rows_BF.split(4):
         subset.update(part)
     assert subset.count == count and (count == 0 or torch.equal(subset.rows(), rows_BF))
 
 
-def test_a_random_subset_takes_every_position_equally_often():
-    """1,000 draws of 20 rows out of 100: each is drawn 200 times, within four standard deviations of 12.6."""
+def test_random_subset_is_uniform_over_positions():
+    """In 1,000 draws of 20 rows out of 100, each row is drawn 200 times, within four standard deviations of 12.6."""
     drawn = torch.zeros(100)
     for seed in range(1000):
         subset = RandomSubset(20, seed)
@@ -269,8 +269,8 @@ def test_a_random_subset_takes_every_position_equally_often():
     assert (drawn - 200).abs().max() < 51
 
 
-def test_a_record_of_the_first_images_only_is_refused(known_copy, features, monkeypatch):
-    """Its kernel distances cannot be compared with new ones if there are more images than are kept."""
+def test_record_with_only_the_first_images_is_rejected(known_copy, features, monkeypatch):
+    """Its kernel distances are not comparable with new ones if there are more than KERNEL_IMAGES images."""
     pipeline, real = known_copy
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 50)
     common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--device", "cpu")
@@ -286,7 +286,7 @@ def test_a_record_of_the_first_images_only_is_refused(known_copy, features, monk
     assert "images_chosen" not in json.loads((pipeline.parent / "few.json").read_text())["setup"]["kernel"]
 
 
-def test_features_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_features_are_rejected(tmp_path):
     class Divides(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return 1 / (images.float().mean((2, 3)) - 255)
@@ -298,7 +298,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
 
 @dataclass
 class Labelled:
-    """A source of which only the labels are asked for."""
+    """An image source with labels only."""
 
     labels: list[int | None]
 
@@ -309,29 +309,29 @@ class Labelled:
         return self.labels[index]
 
 
-def test_classes_come_in_the_proportions_of_the_data():
+def test_class_counts_follow_the_proportions_of_the_data():
     names = ["a", "b", "c"]
     assert class_counts(names, Labelled([0] * 6 + [2] * 2), 4)[0] == [3, 0, 1]
-    assert class_counts(names, Labelled([0, 1, 2, None, None]), 5)[0] == [2, 2, 1], "rests go to the lower class"
-    assert class_counts(names, Labelled([0] * 5 + [1] * 3 + [2] * 2), 3)[0] == [1, 1, 1], "the largest rests first"
-    counts, words = class_counts(names, None, 7)
-    assert counts == [3, 2, 2] and "equal proportions" in words
+    assert class_counts(names, Labelled([0, 1, 2, None, None]), 5)[0] == [2, 2, 1], "equal remainders go to the lower class"
+    assert class_counts(names, Labelled([0] * 5 + [1] * 3 + [2] * 2), 3)[0] == [1, 1, 1], "largest remainders first"
+    counts, description = class_counts(names, None, 7)
+    assert counts == [3, 2, 2] and "equal proportions" in description
     assert class_counts(None, None, 7) == (None, "without classes")
     for images in range(2, 60):
         assert sum(class_counts(names, Labelled([0] * 7 + [1] * 5 + [2] * 3), images)[0]) == images
     few, _ = class_counts([str(number) for number in range(1000)], None, 100)
-    assert sum(few) == 100 and max(few) == 1 and 25 < sum(few[:500]) < 75, "fewer images than classes: not those of the first classes"
+    assert sum(few) == 100 and max(few) == 1 and 25 < sum(few[:500]) < 75, "fewer images than classes are not limited to the first classes"
 
 
-# --- going on ----------------------------------------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stopped_sweep_goes_on_with_what_is_missing(known_copy, features, tmp_path, monkeypatch):
+def test_stopped_sweep_resumes_with_the_missing_combinations(known_copy, features, tmp_path, monkeypatch):
     pipeline, real = known_copy
     common = (pipeline, "--real", real, "--features", features, "--images", 20, "--device", "cpu")
-    whole = tmp_path / "whole.json"
-    assert sweep(*common, "--temperature", "0.5,1,2", "--out", whole, "--keep") == 0
-    assert "sweep" not in read_bundle(pipeline), "--keep"
+    complete = tmp_path / "whole.json"
+    assert sweep(*common, "--temperature", "0.5,1,2", "--out", complete, "--keep") == 0
+    assert "sweep" not in read_bundle(pipeline), "--keep leaves the bundle unchanged"
 
     before, add = (pipeline / "pipeline.json").read_bytes(), SweepRecord.add
     with monkeypatch.context() as patched:
@@ -347,17 +347,17 @@ def test_a_stopped_sweep_goes_on_with_what_is_missing(known_copy, features, tmp_
     monkeypatch.setattr(SweepRecord, "add", lambda record, sampling, **numbers: (
         measured.append(sampling.temperature), add(record, sampling, **numbers)))
     assert sweep(*common, "--temperature", "0.5,1,2") == 0
-    assert measured == [1.0, 2.0] and json.loads(record.read_text())["results"][0] == first[0], "what is finished is not redone"
-    assert results_of(record) == results_of(whole)
+    assert measured == [1.0, 2.0] and json.loads(record.read_text())["results"][0] == first[0], "finished combinations are not measured again"
+    assert results_of(record) == results_of(complete)
     assert read_bundle(pipeline)["sweep"] == json.loads(record.read_text())
 
-    assert sweep(*common, "--temperature", "1,2") == 0 and measured == [1.0, 2.0], "nothing is missing"
-    assert sweep(*common, "--temperature", "1,4") == 0 and measured == [1.0, 2.0, 4.0], "a grid may grow"
+    assert sweep(*common, "--temperature", "1,2") == 0 and measured == [1.0, 2.0], "nothing to measure"
+    assert sweep(*common, "--temperature", "1,4") == 0 and measured == [1.0, 2.0, 4.0], "a grid may be extended"
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_whole_record(known_copy, features):
-    """With SIGINT in a process of its own: exit code 130, words, no traceback."""
+def test_ctrl_c_leaves_a_complete_record(known_copy, features):
+    """SIGINT to a subprocess: exit code 130 and a message without traceback."""
     pipeline, real = known_copy
     code = ("import os, signal, sys\nfrom pipelines import command_line\nfrom pipelines.sweep import sweep_record\n"
             "add = sweep_record.SweepRecord.add\n"
@@ -374,12 +374,12 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known, features, tmp_path):
+def test_real_images_may_move_and_records_of_version_0_1_0_are_resumed(known, features, tmp_path):
     pipeline, real = known
-    record, elsewhere = tmp_path / "record.json", shutil.copytree(real, tmp_path / "elsewhere")
+    record, moved = tmp_path / "record.json", shutil.copytree(real, tmp_path / "elsewhere")
     common = ("--features", features, "--temperature", "1", "--keep", "--out", record, "--images", 20)
     assert sweep(pipeline, "--real", real, *common) == 0
-    assert sweep(pipeline, "--real", elsewhere, *common) == 0 and len(results_of(record)) == 1
+    assert sweep(pipeline, "--real", moved, *common) == 0 and len(results_of(record)) == 1
     content = json.loads(record.read_text())
     transform = content["setup"]["real"]["transform"]
     names = ImageTokenizer.from_pretrained(pipeline / "tokenizer").class_names
@@ -393,21 +393,21 @@ def test_real_images_may_lie_elsewhere_and_records_of_version_0_1_0_go_on(known,
         sweep(pipeline, "--real", real, *common)
 
 
-def test_a_finished_sweep_says_that_nothing_was_measured(known_copy, features, capsys, monkeypatch):
+def test_rerunning_a_finished_sweep_measures_nothing(known_copy, features, capsys, monkeypatch):
     pipeline, real = known_copy
     common = (pipeline, "--real", real, "--features", features, "--images", 20, "--temperature", "1,2")
     assert sweep(*common) == 0 and "nothing was measured" not in capsys.readouterr().out
     monkeypatch.setattr(ImageGenerationPipeline, "batches", None)
     assert sweep(*common) == 0
-    said = capsys.readouterr().out
-    assert "nothing to do: 2 combinations are in the record already, so nothing was measured" in said and "ranked (" in said
+    output = capsys.readouterr().out
+    assert "nothing to do: 2 combinations are in the record already, so nothing was measured" in output and "ranked (" in output
     monkeypatch.setattr("vqmosaic.runs.run_folder.LOCK_WAIT_SECONDS", 0.3)
     record = pipeline.parent / "sweep.json"
     with locked(record, "--out", record.with_name(".lock-sweep.json")), pytest.raises(InputError, match=f"--out {record} is in use by process"):
         sweep(*common)
 
 
-def test_another_setup_is_refused(known, features, tmp_path):
+def test_another_setup_is_rejected(known, features, tmp_path):
     pipeline, real = known
     record = tmp_path / "record.json"
     common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--out", record)
@@ -421,20 +421,20 @@ def test_another_setup_is_refused(known, features, tmp_path):
     with pytest.raises(InputError, match=r"features\.sha256 differs"):
         sweep(*common, "--images", 20, "--features", other)
     assert record.read_bytes() == content
-    for text, words in (("{", "is not JSON"), ('{"format": "something"}', "not a sweep record"), ("[]", "does not contain a JSON object")):
+    for text, message in (("{", "is not JSON"), ('{"format": "something"}', "not a sweep record"), ("[]", "does not contain a JSON object")):
         record.write_text(text)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=words):
-            patch.setattr("pipelines.sweep.sweep.run_sweep", None)  # refused before that
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=message):
+            patch.setattr("pipelines.sweep.sweep.run_sweep", None)  # must not be reached
             sweep(*common, "--images", 20)
         assert record.read_text() == text
 
 
-def test_a_dry_run_writes_nothing(known_copy, features, capsys):
+def test_dry_run_writes_nothing(known_copy, features, capsys):
     pipeline, real = known_copy
     before = (pipeline / "pipeline.json").read_bytes()
     assert sweep(pipeline, "--real", real, "--features", features, "--temperature", "1,2", "--top_k", "0,5", "--dry_run") == 0
-    said = capsys.readouterr().out
-    assert "16 of pooled.pt" in said and "10,000 images for each of 4 combinations" in said and "nothing was measured" in said
+    output = capsys.readouterr().out
+    assert "16 of pooled.pt" in output and "10,000 images for each of 4 combinations" in output and "nothing was measured" in output
     assert (pipeline / "pipeline.json").read_bytes() == before and sorted(path.name for path in pipeline.parent.iterdir()) == ["pipeline"]
 
 
@@ -449,13 +449,13 @@ def swept(known_copy, features) -> Path:
     return pipeline
 
 
-def test_a_copy_keeps_the_record_while_it_is_true(swept, tiny_run, tmp_path):
+def test_copies_keep_the_record_if_parts_and_settings_match(swept, tiny_run, tmp_path):
     record = read_bundle(swept)["sweep"]
     pipe = ImageGenerationPipeline.from_pretrained(swept, device="cpu")
     pipe.save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "pipeline.json").read_bytes() == (swept / "pipeline.json").read_bytes()
     make_bundle(swept / "tokenizer", swept / "prior", tmp_path / "changed", SamplingConfig(top_k=3))
-    assert "sweep" not in read_bundle(tmp_path / "changed"), "these settings were chosen by no sweep"
+    assert "sweep" not in read_bundle(tmp_path / "changed"), "no sweep chose these settings"
     shutil.copytree(swept, tmp_path / "replaced")
     make_bundle(tiny_run / "tokenizer", tiny_run / "prior", tmp_path / "replaced", pipe.sampling)
     assert "sweep" not in read_bundle(tmp_path / "replaced"), "another prior"
@@ -464,14 +464,14 @@ def test_a_copy_keeps_the_record_while_it_is_true(swept, tiny_run, tmp_path):
     assert read_bundle(swept)["sweep"] == record, "the same parts bundled again"
 
 
-def test_a_record_of_other_parts_is_refused(swept, tiny_copy):
+def test_record_of_other_parts_is_rejected(swept, tiny_copy):
     before = bundle_of(tiny_copy)
     with pytest.raises(InputError, match="has changed since the sweep started"):
         recommend(tiny_copy / "pipeline", SamplingConfig(top_k=3), read_bundle(swept)["sweep"])
     assert bundle_of(tiny_copy) == before
 
 
-def test_a_damaged_pipeline_can_still_be_replaced(tiny_run, tmp_path):
+def test_damaged_pipeline_can_be_replaced(tiny_run, tmp_path):
     shutil.copytree(tiny_run / "pipeline", tmp_path / "pipeline")
     for text in ("{", '{"format": "vqmosaic.pipeline", "format_version": 1, "sweep": {"setup": {}}}'):
         (tmp_path / "pipeline" / "pipeline.json").write_text(text)
@@ -479,8 +479,8 @@ def test_a_damaged_pipeline_can_still_be_replaced(tiny_run, tmp_path):
         assert read_bundle(tmp_path / "pipeline")["sampling"]["top_k"] == 3
 
 
-def test_a_sweep_with_the_weights_of_a_named_network(known, tmp_path):
-    """The whole way with a state dict; the network is made by a function in timm's place."""
+def test_sweep_with_weights_of_a_named_network(known, tmp_path):
+    """End to end with a state dict. A function replaces timm."""
     pipeline, real = known
     save_file(small_network().module.state_dict(), tmp_path / "weights.safetensors")
     request = SweepRequest(folder=pipeline, combinations=[SamplingConfig(), SamplingConfig(temperature=100.0)], features=feature_file(
@@ -494,16 +494,16 @@ def test_a_sweep_with_the_weights_of_a_named_network(known, tmp_path):
     assert record["results"][0]["frechet_distance"] < record["results"][1]["frechet_distance"]
 
 
-# --- what is asked for -------------------------------------------------------------------------------------------------------
+# --- arguments ---------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
+def test_numeric_sampling_settings_can_be_swept():
     fields = sweepable_fields()
     assert {"guidance_scale": float, "temperature": float, "top_k": int, "top_p": float}.items() <= fields.items()
     assert set(fields.values()) == {int, float}
     combinations = combine(SamplingConfig(top_p=0.5), {"guidance_scale": (1.0, 2.0), "top_k": (0, 5)})
-    assert [(one.guidance_scale, one.top_k, one.top_p) for one in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
-    assert parse_values("top_p", float, "1, 0.5,1.0") == (1.0, 0.5), "each value once"
+    assert [(combination.guidance_scale, combination.top_k, combination.top_p) for combination in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
+    assert parse_values("top_p", float, "1, 0.5,1.0") == (1.0, 0.5), "duplicates are removed"
     with pytest.raises(InputError, match=r"--top_k is '5,x'; it must be integers separated by commas"):
         parse_values("top_k", int, "5,x")
 
@@ -525,27 +525,27 @@ def test_settings_to_compare_are_the_numbers_of_the_sampling_settings():
     (["--out", "/dev/null/sweep.json"], r"--out: '/dev/null/sweep\.json' was given, but /dev/null is a file"),
     (["--device", "gpu"], r"device is 'gpu'; this machine has: cpu"),
 ], ids=str)
-def test_what_cannot_be_is_refused_in_words(tiny_run, features, arguments, words):
-    with pytest.raises(InputError, match=words):
+def test_invalid_arguments_are_rejected(tiny_run, features, arguments, message):
+    with pytest.raises(InputError, match=message):
         sweep(tiny_run, "--features", features, "--keep", *arguments)
     assert not (tiny_run / "sweep.json").exists()
 
 
-def test_guidance_is_refused_where_the_prior_cannot_be_guided(tiny_run, features, tmp_path, capsys):
+def test_guidance_is_rejected_for_priors_without_guidance(tiny_run, features, tmp_path, capsys):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
-    for name, changes, words in (("undropped", {"label_drop": 0.0}, "was trained without label drop"),
+    for name, changes, message in (("undropped", {"label_drop": 0.0}, "was trained without label drop"),
                                  ("unlabelled", {"class_names": None, "label_drop": 0.0}, "has no classes")):
         prior_like(pipe, **changes).save_pretrained(tmp_path / name / "prior")
         make_bundle(tiny_run / "tokenizer", tmp_path / name / "prior", tmp_path / name / "pipeline", SamplingConfig())
         common = (tmp_path / name / "pipeline", "--features", features, "--recipe", tiny_run, "--images", 10)
-        with pytest.raises(InputError, match=rf"--guidance_scale is 2.*{words}\. Set --guidance_scale to 1"):
+        with pytest.raises(InputError, match=rf"--guidance_scale is 2.*{message}\. Set --guidance_scale to 1"):
             sweep(*common, "--guidance_scale", "1,2")
         assert sweep(*common, "--temperature", "1,2") == 0 and read_bundle(tmp_path / name / "pipeline")["sweep"]
-        assert sweep(*common, "--dry_run", "--out", tmp_path / name / "other.json") == 0, "without settings temperature is compared"
+        assert sweep(*common, "--dry_run", "--out", tmp_path / name / "other.json") == 0, "temperature is compared by default"
         assert f"each of {len(sweep_plan.TEMPERATURE_GRID['temperature'])} combinations" in capsys.readouterr().out
 
 
-def test_a_pipeline_on_its_own_needs_real_images(known, features, tmp_path):
+def test_pipeline_outside_of_a_run_needs_real_images(known, features, tmp_path):
     pipeline, _ = known
     with pytest.raises(InputError, match=r"is not in a run folder.*give --recipe.*or --real"):
         sweep(pipeline, "--features", features)
@@ -557,7 +557,7 @@ def test_a_pipeline_on_its_own_needs_real_images(known, features, tmp_path):
         sweep(pipeline, "--features", features, "--real", tmp_path / "one")
 
 
-def test_a_folder_of_real_images_is_taken_whole(tmp_path):
+def test_all_real_images_of_a_folder_are_used(tmp_path):
     transform = ImageTransform(image_size=16, channels=1)
     for name in ("b/1.png", "a/2.png", "a/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -571,7 +571,7 @@ def test_a_folder_of_real_images_is_taken_whole(tmp_path):
     assert open_all_images(tmp_path, transform, ["a", "b", "c"]).class_names is None
 
 
-def test_unreadable_real_images_are_left_out_and_named(known, features, tmp_path):
+def test_unreadable_real_images_are_skipped_and_recorded(known, features, tmp_path):
     pipeline, real = known
     shutil.copytree(real, tmp_path / "real")
     (tmp_path / "real" / "0" / "broken.png").write_bytes(b"no image")
@@ -584,7 +584,7 @@ def test_unreadable_real_images_are_left_out_and_named(known, features, tmp_path
         sweep(*common, "--out", tmp_path / "other.json")
 
 
-def test_help_and_wrong_input_load_nothing_slow():
+def test_help_and_invalid_input_load_no_slow_modules():
     assert not loaded(modules_after(called("sweep", "/nowhere/at/all", "--features", "x.pt")), *SLOW)
     result = command("sweep", "--help")
     assert result.returncode == 0 and all(f"--{name}" in result.stdout for name in sweepable_fields())

@@ -1,4 +1,4 @@
-"""The reader at scale: little is done before the first batch, memory is that of a window, and ranks and workers share the stream out exactly."""
+"""TokenShardReader at scale: cheap opening, memory bounded by the window, and exact partitioning over ranks and workers."""
 
 import copy
 import hashlib
@@ -37,21 +37,21 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def parsed(monkeypatch) -> list[str]:
-    """Names of the sidecars that were understood, one entry for each time."""
-    names, understand = [], ShardSidecar.from_bytes
+    """Names of the parsed sidecars, with one entry per parse."""
+    names, parse = [], ShardSidecar.from_bytes
 
-    def counted(content, path):
+    def parse_and_record(content, path):
         names.append(path.name)
-        return understand(content, path)
+        return parse(content, path)
 
-    monkeypatch.setattr(ShardSidecar, "from_bytes", counted)
+    monkeypatch.setattr(ShardSidecar, "from_bytes", parse_and_record)
     return names
 
 
-# --- what opening costs, and what is kept ----------------------------------------------------------------------------------------
+# --- cost of opening and reading ----------------------------------------------------------------------------------------------
 
 
-def test_opening_understands_one_sidecar_and_reading_those_of_the_window(folder, parsed):
+def test_sidecars_are_parsed_when_the_window_needs_them(folder, parsed):
     reader = TokenShardReader(folder, seed=1, window_shards=WINDOW)
     assert parsed == ["shard-000000.json"]
     parsed.clear()
@@ -59,11 +59,11 @@ def test_opening_understands_one_sidecar_and_reading_those_of_the_window(folder,
     assert 1 <= len(parsed) <= WINDOW
     for start in range(12, SAMPLES, 12):
         reader.read(range(start, start + 12))
-    assert len(parsed) == len(set(parsed)) == SAMPLES // PER_SHARD, "each once in an epoch"
+    assert len(parsed) == len(set(parsed)) == SAMPLES // PER_SHARD, "each sidecar is parsed once per epoch"
     assert len(reader._indexes) <= 2 * WINDOW + 1 and len(reader._maps) <= 2 * WINDOW + 1
 
 
-def test_a_window_wider_than_the_limit_of_open_maps_understands_each_sidecar_once(folder, parsed, monkeypatch):
+def test_sidecars_are_parsed_once_if_the_window_exceeds_the_open_maps(folder, parsed, monkeypatch):
     monkeypatch.setattr(reader_module, "MAX_OPEN_MAPS", 2)
     reader = TokenShardReader(folder, seed=1, window_shards=24)
     parsed.clear()
@@ -73,7 +73,7 @@ def test_a_window_wider_than_the_limit_of_open_maps_understands_each_sidecar_onc
     assert len(parsed) == len(set(parsed)) == SAMPLES // PER_SHARD
 
 
-def test_far_positions_cost_no_more_than_near_ones(folder, parsed):
+def test_reading_cost_does_not_depend_on_the_position(folder, parsed):
     reader = TokenShardReader(folder, seed=1, window_shards=WINDOW)
     parsed.clear()
     epoch = 10**9
@@ -97,7 +97,7 @@ def test_labels_of_all_samples_in_stored_order(folder):
     (lambda sidecar: sidecar.update(header_fingerprint="f" * 64), "its header fingerprint is f+"),
     (lambda sidecar: sidecar.update(count=PER_SHARD - 1), "each list must have one entry for each of its 9 samples"),
 ])
-def test_a_sidecar_that_the_manifest_vouches_for_is_still_checked_when_it_is_read(folder, tmp_path, change, words):
+def test_invalid_sidecars_with_a_matching_digest_are_rejected(folder, tmp_path, change, message):
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     path = damaged / "shard-000007.json"
     content = json.loads(path.read_text())
@@ -107,14 +107,14 @@ def test_a_sidecar_that_the_manifest_vouches_for_is_still_checked_when_it_is_rea
     edit_manifest(damaged, lambda manifest: manifest["shards"][7].update(sidecar_sha256=digest))
     reader = TokenShardReader(damaged)
     reader.sequential(0, 7 * PER_SHARD)
-    with pytest.raises(InputError, match=rf"shard-000007.json.*{words}"):
+    with pytest.raises(InputError, match=rf"shard-000007.json.*{message}"):
         reader.sequential(7 * PER_SHARD, 8 * PER_SHARD)
 
 
-def test_a_shard_that_goes_away_after_opening_is_named(folder, tmp_path):
-    own = shutil.copytree(folder, tmp_path / "own")
-    reader = TokenShardReader(own)
-    (own / "shard-000007.json").unlink()
+def test_sidecar_deleted_after_opening_is_reported(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "own")
+    reader = TokenShardReader(copied)
+    (copied / "shard-000007.json").unlink()
     with pytest.raises(InputError, match=r"shard-000007\.json is missing"):
         reader.sequential(70, 80)
 
@@ -122,8 +122,8 @@ def test_a_shard_that_goes_away_after_opening_is_named(folder, tmp_path):
 # --- ranks and workers -------------------------------------------------------------------------------------------------------
 
 
-class StepsOfRank(torch.utils.data.Dataset):
-    """Step s of a rank, as a DataLoader's workers ask for them."""
+class RankBatches(torch.utils.data.Dataset):
+    """The batches of one rank as a map-style dataset for DataLoader workers."""
 
     def __init__(self, batches: TokenBatches, steps: int, batch_size: int, rank: int, world_size: int):
         self.batches, self.steps = batches, steps
@@ -136,15 +136,15 @@ class StepsOfRank(torch.utils.data.Dataset):
         return self.batches.batch(step, **self.arguments)
 
 
-def batches_of(folder) -> TokenBatches:
+def make_batches(folder) -> TokenBatches:
     vocabulary = Vocabulary(grids=[GRID], class_names=CLASSES, token_fingerprint=HEADER.token_fingerprint)
     return TokenBatches(TokenShardReader(folder, seed=4, window_shards=WINDOW), vocabulary, seed=4, label_drop=0.2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("batch_size", [7, 32])
-def test_every_rank_has_as_many_steps_and_the_samples_of_an_epoch_come_once(folder, world_size, batch_size):
-    steps = -(-2 * SAMPLES // batch_size)  # two epochs, whose border may lie inside a step
+def test_ranks_partition_each_epoch_into_slices_of_nearly_equal_size(folder, world_size, batch_size):
+    steps = -(-2 * SAMPLES // batch_size)  # two epochs; the first may end inside a step
     readers = [TokenShardReader(folder, seed=4, window_shards=WINDOW) for _ in range(world_size)]
     seen, sizes = [], set()
     for step in range(steps):
@@ -152,25 +152,25 @@ def test_every_rank_has_as_many_steps_and_the_samples_of_an_epoch_come_once(fold
             batch = reader.read(range(*rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)))
             sizes.add(len(batch.samples_B))
             seen += zip(batch.epochs_B.tolist(), batch.samples_B.tolist(), strict=True)
-    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1, "no rank starves, in no step"
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1, "every rank has samples in every step"
     assert sorted(seen[:2 * SAMPLES]) == [(epoch, sample) for epoch in (0, 1) for sample in range(SAMPLES)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_workers_of_a_loader_give_what_one_process_gives(folder, rank):
-    steps, batches = 9, batches_of(folder)
-    dataset = StepsOfRank(batches, steps, 30, rank, 2)
-    batches.batch(0, 30)  # shards are mapped here before the workers are forked
+def test_loader_workers_return_the_same_batches_as_one_process(folder, rank):
+    steps, batches = 9, make_batches(folder)
+    dataset = RankBatches(batches, steps, 30, rank, 2)
+    batches.batch(0, 30)  # maps shards before the workers are forked
     loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
-    fresh = batches_of(folder)
+    fresh = make_batches(folder)
     assert len(loaded) == steps
     for step, (ids_BT, classes_B, _) in enumerate(loaded):
         expected_ids_BT, expected_classes_B, _ = fresh.batch(step, 30, rank, 2)
         assert torch.equal(ids_BT, expected_ids_BT) and torch.equal(classes_B, expected_classes_B)
 
 
-def test_label_drop_of_a_batch_costs_the_same_whatever_the_size_of_the_data(folder, monkeypatch):
-    batches, size = batches_of(folder), 10**12
+def test_label_drop_memory_does_not_depend_on_the_data_set_size(folder, monkeypatch):
+    batches, size = make_batches(folder), 10**12
     monkeypatch.setattr(TokenShardReader, "__len__", lambda reader: size)
     epochs_B, samples_B = np.repeat([3, 10**12], 4000), np.tile(size - 1 - np.arange(4000), 2)
     tracemalloc.start()
@@ -178,16 +178,16 @@ def test_label_drop_of_a_batch_costs_the_same_whatever_the_size_of_the_data(fold
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20 and dropped_B.shape == (8000,) and dropped_B.dtype == bool
-    of_early, of_late = dropped_B.reshape(2, 4000)
-    assert [of_early.mean(), of_late.mean()] == pytest.approx([0.2, 0.2], abs=0.03)
-    assert (of_early & of_late).mean() == pytest.approx(0.04, abs=0.015)
+    early, late = dropped_B.reshape(2, 4000)
+    assert [early.mean(), late.mean()] == pytest.approx([0.2, 0.2], abs=0.03)
+    assert (early & late).mean() == pytest.approx(0.04, abs=0.015)
     backwards = slice(None, None, -3)
-    assert (batches.dropped(epochs_B[backwards], samples_B[backwards]) == dropped_B[backwards]).all(), "whatever else is in the batch"
+    assert (batches.dropped(epochs_B[backwards], samples_B[backwards]) == dropped_B[backwards]).all(), "independent of the rest of the batch"
 
 
-def test_going_on_anywhere_equals_running_through(folder):
-    in_one_go = batches_of(folder)
-    through = [in_one_go.batch(step, 28) for step in range(30)]
-    for step in (0, 8, 9, 17, 29):  # epochs of 240 end inside steps 8 and 17
-        ids_BT, classes_B, _ = batches_of(folder).batch(step, 28)
-        assert torch.equal(ids_BT, through[step][0]) and torch.equal(classes_B, through[step][1])
+def test_resuming_at_any_step_gives_the_same_batches(folder):
+    batches = make_batches(folder)
+    expected = [batches.batch(step, 28) for step in range(30)]
+    for step in (0, 8, 9, 17, 29):  # epochs of 240 samples end inside steps 8 and 17
+        ids_BT, classes_B, _ = make_batches(folder).batch(step, 28)
+        assert torch.equal(ids_BT, expected[step][0]) and torch.equal(classes_B, expected[step][1])

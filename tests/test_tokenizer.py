@@ -1,4 +1,4 @@
-"""The image tokenizer: ids and images, files that are taken strictly or refused, and a network laid out like taming's VQModel."""
+"""The image tokenizer: encoding and decoding, strict loading, fingerprints, and the layers of taming's VQModel."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TINY = {"codebook_size": K, "code_dim": D, "latent_channels": 16, "channels": 32
 
 
 def make(seed: int = 0, **fields) -> ImageTokenizer:
-    """A tokenizer whose codebook lies where the latents are, so that many codes are in use."""
+    """A tokenizer whose codebook is initialized from latents, so that many codes are used."""
     tokenizer = ImageTokenizer(TokenizerConfig(**TINY | fields), ImageTransform(SIZE, CHANNELS), ["cat", "dog"], seed).eval()
     with torch.no_grad():
         latents_BDhw = tokenizer.latents(images(32, seed=1))
@@ -48,7 +48,7 @@ def folder(tmp_path) -> Path:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Change the weights of a folder; `change` gets the dict of tensors."""
+    """Apply `change` to the dict of tensors in a folder's weight file."""
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -57,36 +57,36 @@ def rewrite(folder: Path, change) -> None:
 # --- images and ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_encode_and_decode_give_what_forward_gives(tokenizer):
+def test_encode_and_decode_match_forward(tokenizer):
     images_BCHW = images()
     output = tokenizer(images_BCHW)
     ids_Bhw = tokenizer.encode(images_BCHW)
     assert ids_Bhw.shape == (4, 4, 4) and ids_Bhw.dtype == torch.int64
     assert ids_Bhw.min() >= 0 and ids_Bhw.max() < K and len(ids_Bhw.unique()) > 10
     assert torch.equal(ids_Bhw, output.quantizer.ids)
-    images_again_BCHW = tokenizer.decode(ids_Bhw)
-    assert images_again_BCHW.shape == images_BCHW.shape and images_again_BCHW.dtype == torch.float32
-    assert torch.equal(images_again_BCHW, output.reconstructions)
+    decoded_BCHW = tokenizer.decode(ids_Bhw)
+    assert decoded_BCHW.shape == images_BCHW.shape and decoded_BCHW.dtype == torch.float32
+    assert torch.equal(decoded_BCHW, output.reconstructions)
 
 
-def test_an_image_alone_gets_the_ids_that_it_gets_in_a_batch(tokenizer):
+def test_encode_does_not_depend_on_the_batch(tokenizer):
     images_BCHW = images()
-    alone = torch.cat([tokenizer.encode(image[None]) for image in images_BCHW])
-    assert torch.equal(alone, tokenizer.encode(images_BCHW))
+    one_by_one = torch.cat([tokenizer.encode(image[None]) for image in images_BCHW])
+    assert torch.equal(one_by_one, tokenizer.encode(images_BCHW))
 
 
-def test_encode_is_float32_and_without_dropout_whatever_surrounds_it():
+def test_encode_ignores_autocast_training_mode_and_dtype():
     tokenizer = make(dropout=0.5)
     expected = tokenizer.encode(images())
     tokenizer.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(images()), expected)
-    assert tokenizer.training and not tokenizer.quantizer._pending, "encode leaves no trace in a training"
+    assert tokenizer.training and not tokenizer.quantizer._pending, "encode does not affect training"
     assert torch.equal(tokenizer.encode(images().double()), expected)
 
 
 @pytest.mark.parametrize("shape", [(4, CHANNELS, SIZE, 2 * SIZE), (4, 1, SIZE, SIZE), (CHANNELS, SIZE, SIZE)])
-def test_images_of_another_size_are_refused(tokenizer, shape):
+def test_images_with_a_wrong_shape_are_refused(tokenizer, shape):
     with pytest.raises(InputError, match=re.escape(f"(B, {CHANNELS}, {SIZE}, {SIZE})")):
         tokenizer.encode(torch.zeros(shape))
 
@@ -99,11 +99,11 @@ def test_ids_out_of_range_are_refused(tokenizer, bad):
         tokenizer.decode(ids_Bhw)
 
 
-def test_no_ids_give_no_images(tokenizer):
+def test_decode_of_an_empty_batch(tokenizer):
     assert tokenizer.decode(torch.zeros(0, 4, 4, dtype=torch.int64)).shape == (0, CHANNELS, SIZE, SIZE)
 
 
-def test_a_seed_gives_one_tokenizer_and_leaves_the_global_random_state_alone():
+def test_weights_depend_on_the_seed_and_keep_the_global_rng_state():
     state = torch.random.get_rng_state()
     first, second, other = (ImageTokenizer(TokenizerConfig(**TINY), ImageTransform(SIZE), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -115,7 +115,7 @@ def test_a_seed_gives_one_tokenizer_and_leaves_the_global_random_state_alone():
 # --- files -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_tokenizer_gives_the_same_bits(tokenizer, tmp_path):
+def test_saving_and_loading_is_bit_exact(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     loaded = ImageTokenizer.from_pretrained(tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
@@ -129,13 +129,13 @@ def test_a_saved_tokenizer_gives_the_same_bits(tokenizer, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "saved/model.safetensors").read_bytes()
 
 
-def test_the_file_holds_inference_weights_alone_in_float32(folder, tokenizer):
+def test_export_contains_float32_inference_weights_only(folder, tokenizer):
     weights = load_file(folder / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert not tokenizer.training_only_names() & weights.keys() and "quantizer.codebook" in weights
 
 
-def test_saving_replaces_an_older_tokenizer_but_nothing_else(tokenizer, tmp_path):
+def test_saving_replaces_a_tokenizer_but_no_other_folder(tokenizer, tmp_path):
     make(seed=5).save_pretrained(tmp_path / "tokenizer")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert ImageTokenizer.from_pretrained(tmp_path / "tokenizer").full_fingerprint == tokenizer.full_fingerprint
@@ -148,7 +148,7 @@ def test_saving_replaces_an_older_tokenizer_but_nothing_else(tokenizer, tmp_path
     assert (tmp_path / "photos/holiday.jpg").exists()
 
 
-def test_weights_that_do_not_fit_are_listed(folder):
+def test_mismatched_weights_are_listed(folder):
     def change(weights):
         del weights["encoder.conv_in.bias"]
         weights["encoder.conv_in.colour"] = torch.zeros(1)
@@ -162,21 +162,21 @@ def test_weights_that_do_not_fit_are_listed(folder):
 
 
 @pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quantizer.codebook", "decoder.conv_out.weight"])
-def test_a_changed_weight_is_refused(folder, name):
+def test_modified_weight_is_refused(folder, name):
     rewrite(folder, lambda weights: weights[name].view(-1)[0].add_(1e-3))
     with pytest.raises(InputError, match="has changed since it was exported"):
         ImageTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("length", [0, 5, 1000])
-def test_a_file_cut_short_is_refused_in_words(folder, length):
+def test_truncated_file_is_refused(folder, length):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(InputError, match="truncated"):
         ImageTokenizer.from_pretrained(folder)
 
 
-def test_a_folder_that_is_no_tokenizer_is_refused_in_words(folder, tmp_path):
+def test_folder_without_a_tokenizer_or_of_a_later_version_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="is not a tokenizer"):
         ImageTokenizer.from_pretrained(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -185,40 +185,40 @@ def test_a_folder_that_is_no_tokenizer_is_refused_in_words(folder, tmp_path):
         ImageTokenizer.from_pretrained(folder)
 
 
-def test_only_what_decides_ids_is_in_the_token_fingerprint(tmp_path):
+def test_token_fingerprint_covers_only_what_determines_ids(tmp_path):
     tokenizer = make()
     tokenizer.save_pretrained(tmp_path / "first")
-    of_tokens, full = tokenizer.token_fingerprint, tokenizer.full_fingerprint
+    token_fingerprint_before, full_fingerprint_before = tokenizer.token_fingerprint, tokenizer.full_fingerprint
     with torch.no_grad():
         tokenizer.decoder.conv_out.bias.add_(0.1)
     tokenizer.save_pretrained(tmp_path / "decoder")
-    assert tokenizer.token_fingerprint == of_tokens and tokenizer.full_fingerprint != full
+    assert tokenizer.token_fingerprint == token_fingerprint_before and tokenizer.full_fingerprint != full_fingerprint_before
     with torch.no_grad():
         tokenizer.quantizer.codebook[0, 0] += 0.1
     tokenizer.save_pretrained(tmp_path / "codebook")
-    assert tokenizer.token_fingerprint != of_tokens
+    assert tokenizer.token_fingerprint != token_fingerprint_before
     tokenizer = make()
     tokenizer.transform = ImageTransform(2 * SIZE, CHANNELS)
     tokenizer.save_pretrained(tmp_path / "transform")
-    assert tokenizer.token_fingerprint != of_tokens
-    learning = make(dropout=0.1, commitment_weight=1.0, ema_decay=0.5, revival_threshold=0.0)
-    learning.save_pretrained(tmp_path / "learning")
-    assert learning.token_fingerprint == of_tokens, "how it was trained does not matter, what it computes does"
+    assert tokenizer.token_fingerprint != token_fingerprint_before
+    other_training = make(dropout=0.1, commitment_weight=1.0, ema_decay=0.5, revival_threshold=0.0)
+    other_training.save_pretrained(tmp_path / "learning")
+    assert other_training.token_fingerprint == token_fingerprint_before, "training settings do not change the fingerprint"
 
 
-def test_a_bf16_decoder_keeps_ids_fingerprints_and_the_float32_encoder(folder):
+def test_bf16_changes_the_decoder_only(folder):
     exact = ImageTokenizer.from_pretrained(folder)
-    low = ImageTokenizer.from_pretrained(folder, dtype=torch.bfloat16)
-    dtypes = {name: tensor.dtype for name, tensor in low.state_dict().items() if tensor.is_floating_point()}
+    bf16_tokenizer = ImageTokenizer.from_pretrained(folder, dtype=torch.bfloat16)
+    dtypes = {name: tensor.dtype for name, tensor in bf16_tokenizer.state_dict().items() if tensor.is_floating_point()}
     for name, dtype in dtypes.items():
         assert dtype == (torch.bfloat16 if name.startswith(("decoder.", "post_quant_conv.")) else torch.float32), name
-    ids_Bhw = low.encode(images(16))
+    ids_Bhw = bf16_tokenizer.encode(images(16))
     assert torch.equal(ids_Bhw, exact.encode(images(16)))
-    assert (low.token_fingerprint, low.full_fingerprint) == (exact.token_fingerprint, exact.full_fingerprint)
-    decoded = low.decode(ids_Bhw)
+    assert (bf16_tokenizer.token_fingerprint, bf16_tokenizer.full_fingerprint) == (exact.token_fingerprint, exact.full_fingerprint)
+    decoded = bf16_tokenizer.decode(ids_Bhw)
     assert decoded.dtype == torch.float32
     assert (decoded - exact.decode(ids_Bhw)).abs().mean() < 0.02
-    assert torch.equal(low(images(16)).reconstructions.float(), decoded)
+    assert torch.equal(bf16_tokenizer(images(16)).reconstructions.float(), decoded)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------------------
@@ -229,17 +229,17 @@ def conv_shapes(module: nn.Module) -> list[tuple[int, ...]]:
 
 
 def block(channels_in: int, channels_out: int) -> list[tuple[int, ...]]:
-    """taming's ResnetBlock: conv1, conv2, and nin_shortcut where the width changes."""
+    """Convolutions of taming's ResnetBlock: conv1, conv2, and nin_shortcut if the width changes."""
     return [(channels_out, channels_in, 3, 3), (channels_out, channels_out, 3, 3),
             *([(channels_out, channels_in, 1, 1)] if channels_in != channels_out else [])]
 
 
 def attention(channels: int) -> list[tuple[int, ...]]:
-    """taming's AttnBlock: q, k, v, proj_out."""
+    """Convolutions of taming's AttnBlock: q, k, v, proj_out."""
     return 4 * [(channels, channels, 1, 1)]
 
 
-def test_without_blocks_in_the_levels_the_middle_is_what_the_encoder_has():
+def test_layers_without_residual_blocks():
     config = TokenizerConfig(**TINY | {"residual_blocks": 0, "channel_multipliers": [1, 1], "attention_levels": [1]})
     tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
     middle = [*block(32, 32), *attention(32), *block(32, 32)]
@@ -250,9 +250,9 @@ def test_without_blocks_in_the_levels_the_middle_is_what_the_encoder_has():
     assert tokenizer.decode(tokenizer.encode(images_BCHW)).shape == images_BCHW.shape
 
 
-def test_the_convolutions_are_those_of_a_vqmodel_of_the_same_configuration():
-    """taming VQModel with ddconfig ch 32, ch_mult [1, 2, 2], num_res_blocks 2, attn_resolutions [4], z_channels 16, resolution 16,
-    in_channels 3, and embed_dim 6, written out layer by layer from taming/modules/diffusionmodules/model.py."""
+def test_layers_match_taming_vqmodel():
+    """The layers of taming/modules/diffusionmodules/model.py for ddconfig ch 32, ch_mult [1, 2, 2], num_res_blocks 2, attn_resolutions [4],
+    z_channels 16, resolution 16, in_channels 3, and embed_dim 6."""
     config = TokenizerConfig(**TINY | {"residual_blocks": 2})
     encoder = [(32, 3, 3, 3),
                *block(32, 32), *block(32, 32), (32, 32, 3, 3),                                                         # level 0, downsample
@@ -269,20 +269,20 @@ def test_the_convolutions_are_those_of_a_vqmodel_of_the_same_configuration():
     assert tokenizer.quant_conv.weight.shape == (6, 16, 1, 1) and tokenizer.post_quant_conv.weight.shape == (16, 6, 1, 1)
     norms = [layer for layer in tokenizer.modules() if isinstance(layer, nn.GroupNorm)]
     blocks_of_encoder, attentions_of_encoder, blocks_of_decoder, attentions_of_decoder = 6 + 2, 2 + 1, 9 + 2, 3 + 1
-    expected = 2 * (blocks_of_encoder + blocks_of_decoder) + attentions_of_encoder + attentions_of_decoder + 2  # and one before each conv_out
+    expected = 2 * (blocks_of_encoder + blocks_of_decoder) + attentions_of_encoder + attentions_of_decoder + 2  # plus one before each conv_out
     assert len(norms) == expected
     assert {(norm.num_groups, norm.eps, norm.affine) for norm in norms} == {(32, 1e-6, True)}
 
 
-def test_without_attention_there_is_none():
+def test_attention_can_be_disabled():
     config = TokenizerConfig(**TINY | {"attention_levels": [], "middle_attention": False})
     tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS))
     pointwise = [shape for shape in conv_shapes(tokenizer) if shape[2:] == (1, 1)]
     assert len(pointwise) == 2 + 1 + 1  # quant_conv, post_quant_conv, and the shortcuts of 32 -> 64 and 64 -> 32
 
 
-def test_attention_is_that_of_its_1x1_convolutions():
-    """The same as with the convolutions themselves, in both memory orders."""
+def test_attention_block_matches_its_1x1_convolutions():
+    """In both memory formats."""
     block = AttentionBlock(TokenizerConfig(**TINY), 32)
     for x_BCHW in (images := torch.randn(2, 32, 6, 4), images.to(memory_format=torch.channels_last)):
         normed_BCHW = block.norm(x_BCHW)
@@ -292,8 +292,8 @@ def test_attention_is_that_of_its_1x1_convolutions():
         torch.testing.assert_close(block(x_BCHW), expected_BCHW, rtol=1e-4, atol=1e-5)
 
 
-def test_a_convnext_block_computes_what_the_paper_draws():
-    """Depthwise convolution, norm over channels, to four times the width and back, written out on the same weights; no GroupNorm is left anywhere."""
+def test_convnext_block_matches_the_paper():
+    """Depthwise convolution, LayerNorm over channels, and a feed-forward block of four times the width. No layer uses GroupNorm."""
     config = TokenizerConfig(**TINY | {"block": "convnext"})
     tokenizer = ImageTokenizer(config, ImageTransform(SIZE, CHANNELS)).eval()
     assert not any(isinstance(layer, (nn.GroupNorm, ResidualBlock)) for layer in tokenizer.modules())
@@ -310,16 +310,16 @@ def test_a_convnext_block_computes_what_the_paper_draws():
     assert block.widen.weight.shape == (256, 64)
 
 
-def test_convnext_blocks_have_less_than_half_of_the_weights():
-    of_blocks = []
+def test_convnext_blocks_have_less_than_half_of_the_parameters():
+    parameter_counts = []
     for block in ("resnet", "convnext"):
         tokenizer = ImageTokenizer(TokenizerConfig(channels=96, channel_multipliers=[1], block=block), ImageTransform(SIZE, CHANNELS))
         blocks = (*tokenizer.encoder.levels.parameters(), *tokenizer.decoder.levels.parameters())
-        of_blocks.append(sum(parameter.numel() for parameter in blocks))
-    assert of_blocks[1] < 0.5 * of_blocks[0]
+        parameter_counts.append(sum(parameter.numel() for parameter in blocks))
+    assert parameter_counts[1] < 0.5 * parameter_counts[0]
 
 
-def test_a_tokenizer_of_convnext_blocks_survives_a_folder_and_keeps_ids(tmp_path):
+def test_convnext_tokenizer_can_be_saved_and_loaded(tmp_path):
     tokenizer, images_BCHW = make(block="convnext"), images()
     ids_Bhw = tokenizer.encode(images_BCHW)
     assert len(ids_Bhw.unique()) > 10
@@ -332,13 +332,13 @@ def test_a_tokenizer_of_convnext_blocks_survives_a_folder_and_keeps_ids(tmp_path
                                tokenizer.decode(ids_Bhw), rtol=1e-4, atol=1e-5)
 
 
-def test_an_unknown_block_is_refused_with_the_names_there_are():
+def test_unknown_block_is_refused():
     with pytest.raises(InputError, match=r"tokenizer\.block.*'convnex'.*resnet, convnext"):
         TokenizerConfig(block="convnex")
 
 
 def test_downsampling_pads_right_and_bottom():
-    """With a kernel that picks its upper left corner, output (i, j) is input (2i, 2j): symmetric padding would give (2i - 1, 2j - 1)."""
+    """With a kernel that is 1 in its upper left corner, output (i, j) is input (2i, 2j). Symmetric padding would give (2i - 1, 2j - 1)."""
     layer, x_BCHW = Downsample(1), torch.arange(64.0).view(1, 1, 8, 8)
     with torch.no_grad():
         layer.conv.weight.zero_()
@@ -359,8 +359,8 @@ def test_upsampling_repeats_pixels():
         assert torch.equal(layer(x_BCHW), x_BCHW.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
-def test_the_residual_block_and_the_attention_compute_what_tamings_do():
-    """taming's forward passes, written out again on the same weights."""
+def test_residual_and_attention_blocks_match_taming():
+    """Against taming's forward passes with the same weights."""
     config = TokenizerConfig(**TINY | {"attention_levels": [0], "channel_multipliers": [2]})
     encoder = Encoder(config, CHANNELS).eval()
     residual, attend = encoder.levels[0][0], encoder.levels[0][1]
@@ -380,7 +380,7 @@ def test_the_residual_block_and_the_attention_compute_what_tamings_do():
         torch.testing.assert_close(attend(expected), expected + attend.out(mixed), rtol=1e-4, atol=1e-5)
 
 
-def test_last_layer_is_the_weight_nearest_to_the_pixels(tokenizer):
+def test_last_layer_is_the_weight_of_the_output_convolution(tokenizer):
     decoder = Decoder(TokenizerConfig(**TINY), CHANNELS)
     assert decoder.last_layer is decoder.conv_out.weight and decoder.last_layer.shape == (CHANNELS, 32, 3, 3)
     assert list(dict(decoder.named_parameters()))[-2:] == ["conv_out.weight", "conv_out.bias"]
@@ -388,14 +388,14 @@ def test_last_layer_is_the_weight_nearest_to_the_pixels(tokenizer):
     assert gradient.abs().sum() > 0
 
 
-def test_every_field_of_the_configuration_travels(folder):
+def test_config_file_contains_every_field(folder):
     content = json.loads((folder / "config.json").read_text())
     assert content["network"] == dataclasses.asdict(TokenizerConfig(**TINY))
     assert content["transform"] == {"image_size": SIZE, "channels": CHANNELS, "resampling": "bicubic"}
 
 
-def test_a_loaded_tokenizer_goes_on_learning_from_its_own_codebook(tmp_path):
-    """The export holds no moving averages; started from those of a random codebook, one commit would throw every code away."""
+def test_loaded_tokenizer_keeps_its_codebook_in_training(tmp_path):
+    """Exports contain no moving averages. With averages of a random codebook, the first commit would overwrite all codes."""
     from stage1_tokenizer.image_files.images import ImageTransform
     from stage1_tokenizer.tokenizer import ImageTokenizer
     from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
@@ -407,6 +407,6 @@ def test_a_loaded_tokenizer_goes_on_learning_from_its_own_codebook(tmp_path):
     loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
     before = loaded.quantizer.codebook.clone()
     loaded.train()
-    loaded.quantizer(before.T.reshape(1, 4, 4, 4))  # each code once, so that nothing should move
+    loaded.quantizer(before.T.reshape(1, 4, 4, 4))  # each code is used once, so no code should move
     loaded.quantizer.commit()
     assert torch.allclose(loaded.quantizer.codebook, before, atol=1e-3)

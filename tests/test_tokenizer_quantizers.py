@@ -1,4 +1,4 @@
-"""The image tokenizer with each kind of quantizer: files, fingerprints, ids with a depth, latents without ids."""
+"""The image tokenizer with each quantizer: saving and loading, fingerprints, ids with a depth, latents without ids."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, QUANTIZER_NAMES
 
 FIELDS = {"codebook_size": 64, "code_dim": 5, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1], "residual_blocks": 1}
 
-# Written by vqmosaic 2ba233c, which knew no quantizer but ema and none of the fields that came with the others.
+# Written by vqmosaic 2ba233c, which had only the quantizer ema and its fields.
 EARLIEST_CONFIG = """{
   "format": "vqmosaic.image_tokenizer", "format_version": 1, "vqmosaic": "0.1.0",
   "network": {"quantizer": "ema", "codebook_size": 16, "code_dim": 4, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1],
@@ -35,11 +35,11 @@ def fingerprints(tokenizer: ImageTokenizer) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", QUANTIZER_NAMES)
-def test_a_folder_gives_the_same_tokenizer_back(kind, tmp_path):
+def test_every_quantizer_can_be_saved_and_loaded(kind, tmp_path):
     tokenizer = make(kind)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
-    if kind == "kl":  # a product of so few columns is rounded by where memory lies, on some processors; nothing after it makes ids of it
+    if kind == "kl":  # on some CPUs, rounding of narrow matrix products depends on memory alignment
         torch.testing.assert_close(loaded.reconstruct(images()), tokenizer.reconstruct(images()), rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(loaded.reconstruct(images()), tokenizer.reconstruct(images()))
@@ -51,23 +51,23 @@ def test_a_folder_gives_the_same_tokenizer_back(kind, tmp_path):
         torch.testing.assert_close(loaded.decode(ids), tokenizer.forward(images()).reconstructions.detach())
 
 
-def test_a_tokenizer_without_ids_says_so_and_reconstructs():
+def test_tokenizer_without_ids_refuses_encode_and_decode_but_reconstructs():
     tokenizer = make("kl")
-    for refused in (lambda: tokenizer.encode(images()), lambda: tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))):
+    for call in (lambda: tokenizer.encode(images()), lambda: tokenizer.decode(torch.zeros(1, 8, 8, dtype=torch.int64))):
         with pytest.raises(InputError, match=r"kl.*continuous"):
-            refused()
+            call()
     assert tokenizer(images()).quantizer.ids is None
     assert tokenizer.reconstruct(images()).shape == images().shape
 
 
 @pytest.mark.parametrize("kind, shape, words", [("residual", (1, 8, 8), r"\(1, 8, 8\).*\(B, h, w, 4\)"), ("residual", (1, 8, 8, 3), "B, h, w, 4"),
                                                 ("ema", (1, 8, 8, 1), r"\(B, h, w\)")])
-def test_ids_of_another_depth_are_refused(kind, shape, words):
+def test_ids_with_a_wrong_depth_are_refused(kind, shape, words):
     with pytest.raises(InputError, match=words):
         make(kind).decode(torch.zeros(shape, dtype=torch.int64))
 
 
-def test_a_folder_from_before_the_newer_fields_loads_and_keeps_its_fingerprints(tmp_path):
+def test_folder_of_an_earlier_version_loads_with_its_fingerprints(tmp_path):
     config = json.loads(EARLIEST_CONFIG)
     tokenizer = ImageTokenizer(TokenizerConfig(**config["network"]), ImageTransform(8, 1), None)
     names = sorted(tokenizer.state_dict().keys() - {"quantizer.ema_counts", "quantizer.ema_sums", "quantizer.commits"})
@@ -75,21 +75,21 @@ def test_a_folder_from_before_the_newer_fields_loads_and_keeps_its_fingerprints(
     weights = {name: ((torch.arange(tensor.numel()) % 7 - 3) / 8).view_as(tensor) for name, tensor in weights.items()}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(EARLIEST_CONFIG)
-    loaded = ImageTokenizer.from_pretrained(tmp_path)  # refuses weights of another fingerprint than config.json says
+    loaded = ImageTokenizer.from_pretrained(tmp_path)  # checks the fingerprints in config.json
     assert (loaded.token_fingerprint, loaded.full_fingerprint) == (config["token_fingerprint"], config["full_fingerprint"])
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["token_fingerprint"] == config["token_fingerprint"] and again["network"].keys() > config["network"].keys()
 
 
-def test_newer_fields_that_shape_the_network_enter_the_fingerprint_where_they_are_set():
+def test_only_fields_that_affect_the_network_change_fingerprints():
     assert fingerprints(make("ema")) == fingerprints(make("ema", gumbel_temperature=2.0, rotation_trick=True, codebook_weight=3.0, kl_weight=1.0))
     assert fingerprints(make("residual"))[0] != fingerprints(make("residual", residual_shared=True))[0]
     assert set(ALWAYS_FINGERPRINTED_FIELDS) | set(LEARNING_FIELDS) <= vars(TokenizerConfig()).keys()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in QUANTIZER_NAMES if kind != "kl"])
-def test_everything_of_the_quantizer_that_an_export_holds_decides_the_ids(kind):
+def test_token_fingerprint_covers_all_exported_quantizer_tensors(kind):
     tokenizer = make(kind)
     before = fingerprints(tokenizer)
     exported = {name for name in tokenizer._export_weights() if name.startswith("quantizer.")}
@@ -102,7 +102,7 @@ def test_everything_of_the_quantizer_that_an_export_holds_decides_the_ids(kind):
             assert after[0] != before[0], name
 
 
-def test_every_field_of_the_section_is_read_by_name():
-    """Quantizers read the fields that a recipe gives them as `config.<field>`."""
+def test_every_config_field_is_used():
+    """Some source file reads it as `config.<field>`."""
     sources = "".join(path.read_text() for path in Path(__file__).parent.parent.joinpath("stage1_tokenizer").rglob("*.py"))
     assert [name for name in vars(TokenizerConfig()) if f"config.{name}" not in sources] == []

@@ -1,4 +1,4 @@
-"""The tokenizer's validation metrics are the published ones: PSNR and SSIM of images in [0, 1], whatever the range of the network."""
+"""Validation metrics of the tokenizer: PSNR and SSIM of images in [0, 1], although the network uses [-1, 1]."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from stage1_tokenizer.validation import validate
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
-class Batches:
-    """Validation images that are given as one tensor."""
+class TensorImages:
+    """Validation images from one tensor."""
 
     def __init__(self, images_BCHW: torch.Tensor):
         self.images_BCHW = images_BCHW
@@ -29,20 +29,20 @@ class Batches:
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """Measures reconstructions of images, both in [0, 1]: the tokenizer that is validated gives exactly these reconstructions."""
+def measure_metrics(monkeypatch):
+    """Returns a function that validates a tokenizer with the given reconstructions, with all images in [0, 1]."""
     def measure(images_01: torch.Tensor, restored_01: torch.Tensor, batch_size: int = 2) -> dict[str, float]:
         tokenizer = ImageTokenizer(TokenizerConfig(quantizer="kl", latent_channels=16, channels=32, channel_multipliers=[1, 1]),
                                    ImageTransform(image_size=images_01.shape[-1], channels=images_01.shape[1]))
-        answers = iter((restored_01 * 2 - 1).split(batch_size))
+        reconstructions = iter((restored_01 * 2 - 1).split(batch_size))
         monkeypatch.setattr(ImageTokenizer, "forward", lambda self, images: TokenizerOutput(
-            next(answers), QuantizerOutput(images, None, torch.zeros(()))))
-        return validate(tokenizer, Batches(images_01 * 2 - 1), batch_size, Accelerator(cpu=True))
+            next(reconstructions), QuantizerOutput(images, None, torch.zeros(()))))
+        return validate(tokenizer, TensorImages(images_01 * 2 - 1), batch_size, Accelerator(cpu=True))
     return measure
 
 
 def photographs(channels: int, size: int) -> torch.Tensor:
-    """Crops of scikit-learn's two photographs in [0, 1]."""
+    """Crops of scikit-learn's sample images, in [0, 1]."""
     crops = [np.asarray(load_sample_image(name))[top:top + size, left:left + size] for name in ("china.jpg", "flower.jpg")
              for top, left in ((100, 200), (200, 300))]
     images_BCHW = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
@@ -50,7 +50,7 @@ def photographs(channels: int, size: int) -> torch.Tensor:
 
 
 def ssim_by_scipy(first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> float:
-    """Mean SSIM by the formula of Wang et al. 2004 (equation 13): Gaussian windows of 11 x 11 and deviation 1.5, images in [0, 1]."""
+    """Mean SSIM of Wang et al. 2004 (equation 13) of images in [0, 1], with 11 x 11 Gaussian windows of standard deviation 1.5."""
     def local_mean(values_HW: np.ndarray) -> np.ndarray:
         return gaussian_filter(values_HW, 1.5, mode="mirror", truncate=5 / 1.5)
 
@@ -64,26 +64,26 @@ def ssim_by_scipy(first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> float:
     return float(np.mean(means))
 
 
-def test_ssim_of_two_flat_greys_is_their_luminance_term(measured):
-    """The closed form is 0.9968. For images in [-1, 1] it would be negative, because the two greys lie on different sides of 0."""
+def test_ssim_of_constant_images_is_the_luminance_term(measure_metrics):
+    """It is 0.9968 here. For images in [-1, 1] it would be negative, because the two values would have different signs."""
     grey = torch.full((2, 1, 32, 32), 0.5)
     expected = (2 * 0.48 * 0.52 + 0.01**2) / (0.48**2 + 0.52**2 + 0.01**2)
-    assert measured(grey - 0.02, grey + 0.02)["ssim"] == pytest.approx(expected, abs=5e-4)
+    assert measure_metrics(grey - 0.02, grey + 0.02)["ssim"] == pytest.approx(expected, abs=5e-4)
 
 
 @pytest.mark.parametrize("channels, size", [(1, 16), (3, 16), (1, 64), (3, 64)])
 @pytest.mark.parametrize("change", ["noise", "brighter", "blurred"])
-def test_ssim_and_psnr_follow_the_formulas(channels, size, change, measured):
+def test_ssim_and_psnr_match_their_formulas(channels, size, change, measure_metrics):
     images_BCHW = photographs(channels, size)
     noise_BCHW = 0.1 * torch.randn(images_BCHW.shape, generator=torch.Generator().manual_seed(0))
     restored_BCHW = {"noise": images_BCHW + noise_BCHW, "brighter": images_BCHW + 0.1,
                      "blurred": torch.nn.functional.avg_pool2d(images_BCHW, 3, 1, 1)}[change].clamp(0, 1)
-    numbers = measured(images_BCHW, restored_BCHW, batch_size=3)
-    assert numbers["ssim"] == pytest.approx(ssim_by_scipy(images_BCHW, restored_BCHW), abs=1e-4)
-    assert numbers["psnr"] == pytest.approx(-10 * float((images_BCHW - restored_BCHW).double().square().mean().log10()), abs=1e-3)
-    assert numbers["reconstruction_l2"] == pytest.approx(4 * 10 ** (-numbers["psnr"] / 10), rel=1e-4), "of images in [-1, 1]"
+    metrics = measure_metrics(images_BCHW, restored_BCHW, batch_size=3)
+    assert metrics["ssim"] == pytest.approx(ssim_by_scipy(images_BCHW, restored_BCHW), abs=1e-4)
+    assert metrics["psnr"] == pytest.approx(-10 * float((images_BCHW - restored_BCHW).double().square().mean().log10()), abs=1e-3)
+    assert metrics["reconstruction_l2"] == pytest.approx(4 * 10 ** (-metrics["psnr"] / 10), rel=1e-4), "L2 is computed on images in [-1, 1]"
 
 
-def test_ssim_of_equal_images_is_one(measured):
+def test_ssim_of_identical_images_is_one(measure_metrics):
     images_BCHW = photographs(3, 32)
-    assert measured(images_BCHW, images_BCHW)["ssim"] == pytest.approx(1, abs=1e-6)
+    assert measure_metrics(images_BCHW, images_BCHW)["ssim"] == pytest.approx(1, abs=1e-6)

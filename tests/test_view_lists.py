@@ -1,4 +1,4 @@
-"""Lists of views in a recipe: parsed from a file and from the command line, written back to an equal one, refused by entry."""
+"""Lists of views in a recipe: parsing from files and the command line, saving, and validation."""
 
 import pytest
 
@@ -6,18 +6,18 @@ from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_files import load_recipe, save_recipe
 from vqmosaic.recipes.recipe_sections import TokensConfig
 
-PLAIN = {"crop_scale": 1.0, "position": "center", "flip": False, "shift": [0, 0]}
+DEFAULT_VIEW = {"crop_scale": 1.0, "position": "center", "flip": False, "shift": [0, 0]}
 
 
-def test_a_list_goes_through_file_command_line_and_back(tmp_path):
+def test_lists_are_parsed_and_saved(tmp_path):
     (tmp_path / "mine.yaml").write_text("tokens:\n  views:\n  - {}\n  - flip: true\n    crop_scale: 0.5\n    position: top-right\n")
     recipe = load_recipe(str(tmp_path / "mine.yaml"))
-    assert recipe.tokens.views == [PLAIN, {"crop_scale": 0.5, "position": "top-right", "flip": True, "shift": [0, 0]}]
+    assert recipe.tokens.views == [DEFAULT_VIEW, {"crop_scale": 0.5, "position": "top-right", "flip": True, "shift": [0, 0]}]
     assert recipe.tokens.mirrors
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_recipe(str(tmp_path / "saved.yaml")) == recipe
     given = load_recipe("digits", ["--tokens.views=[{shift: [1, 0]}, {shift: [0, -1], crop_scale: 1}]"]).tokens
-    assert given.views == [PLAIN | {"shift": [1, 0]}, PLAIN | {"shift": [0, -1]}] and not given.mirrors
+    assert given.views == [DEFAULT_VIEW | {"shift": [1, 0]}, DEFAULT_VIEW | {"shift": [0, -1]}] and not given.mirrors
     assert load_recipe(str(tmp_path / "saved.yaml"), ["--tokens.views", "ten-crop"]).tokens.views == "ten-crop"
 
 
@@ -31,8 +31,8 @@ def test_a_list_goes_through_file_command_line_and_back(tmp_path):
     ([{"flip": True}, {}, {"flip": True, "shift": [0, 0]}], r"tokens.views\[2\] is the same view as tokens.views\[0\]"),
     ("ten-crops", "a list of records.*'ten-crops'.*Did you mean 'ten-crop'"),
 ])
-def test_what_is_no_list_of_views_is_refused(views, words):
-    with pytest.raises(InputError, match=words):
+def test_invalid_lists_are_rejected(views, message):
+    with pytest.raises(InputError, match=message):
         TokensConfig(views=views)
 
 
@@ -40,6 +40,6 @@ def test_what_is_no_list_of_views_is_refused(views, words):
     ("--tokens.views=[{}, {shift: [16, 0]}]", r"tokens.views\[1\].shift: an entry is 16; it must be above -16"),
     ("--tokens.views=[{flip: true}]", "tokens.views mirrors images"), ("--tokens.views=ten-crop", "tokens.views mirrors images"),
     ("--tokens.view_crop_scale=1.5", "tokens.view_crop_scale is 1.5")])
-def test_what_does_not_fit_the_recipe_is_refused(override, words):
-    with pytest.raises(InputError, match=words):
+def test_views_that_conflict_with_the_recipe_are_rejected(override, message):
+    with pytest.raises(InputError, match=message):
         load_recipe("digits", ["--data.image_size=32", override])

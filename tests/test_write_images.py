@@ -1,4 +1,4 @@
-"""The output of `generate` and `reconstruct`: bounded memory, sortable names, safe interruptions, and requests that do not mix."""
+"""Output of `generate` and `reconstruct`: bounded memory, sortable names, safe interruptions, and one request per folder."""
 
 import json
 import os
@@ -26,11 +26,11 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import EXIT_CODES
 from vqmosaic.runs.launch import exit_code_of
 
-NUM, TOTAL = 13, 130  # images of each of ten classes: two whole batches of 64 and a part of a third
+NUM, TOTAL = 13, 130  # images of each of ten classes: two full batches of 64 and a part of a third
 
 
 def generate(run: Path, out: Path, *arguments: object) -> int:
-    """Exit code of the command in this process."""
+    """Run the command in this process and return its exit code."""
     return exit_code_of(lambda: dispatch(["generate", str(run), "--num", str(NUM), "--out", str(out), *map(str, arguments)]))
 
 
@@ -39,8 +39,8 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_run, tmp_path_factory) -> dict[str, bytes]:
-    """The files of the request when nothing interrupts it."""
+def uninterrupted(tiny_run, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a request that nothing interrupts."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert generate(tiny_run, out) == 0
     return pictures(out)
@@ -48,7 +48,7 @@ def whole(tiny_run, tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture
 def after_files(monkeypatch):
-    """after_files(n, act): calls act() once n pictures are written; after_files.written counts them."""
+    """after_files(n, act): call act() after n pictures are written; after_files.written counts them."""
     class Counter:
         written, at, act = 0, None, None
 
@@ -82,7 +82,7 @@ def kill() -> None:
 # --- generate: interruptions -------------------------------------------------------------------------------------------------
 
 
-def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, whole, after_files, capsys):
+def test_request_interrupted_twice_gives_the_same_files(tiny_run, tmp_path, uninterrupted, after_files, capsys):
     out = tmp_path / "out"
     after_files(5, interrupt)
     assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
@@ -97,14 +97,14 @@ def test_a_request_interrupted_twice_gives_the_same_bytes(tiny_run, tmp_path, wh
     after_files(None, None)
     capsys.readouterr()
     assert generate(tiny_run, out) == 0
-    said = capsys.readouterr().out
-    assert f"continuing: 71 of {TOTAL} images are already in {out}" in said
-    assert f"wrote 59 images and grid.png to {out}, which now contains all 130" in said
-    assert pictures(out) == whole
+    output = capsys.readouterr().out
+    assert f"continuing: 71 of {TOTAL} images are already in {out}" in output
+    assert f"wrote 59 images and grid.png to {out}, which now contains all 130" in output
+    assert pictures(out) == uninterrupted
 
 
 @pytest.mark.parametrize("number", list(EXIT_CODES))
-def test_a_signal_between_tokens_stops_without_waiting_for_the_batch(number, tiny_run, tmp_path, monkeypatch, capsys):
+def test_signal_stops_in_the_middle_of_a_batch(number, tiny_run, tmp_path, monkeypatch, capsys):
     sample, calls = TokenPrior.sample, []
 
     def interrupted(self, classes, sampling, seeds, callback, compile=False):
@@ -120,7 +120,7 @@ def test_a_signal_between_tokens_stops_without_waiting_for_the_batch(number, tin
     assert f"64 of {TOTAL} images are written" in capsys.readouterr().err
 
 
-def test_existing_images_are_not_sampled_again(tiny_run, tmp_path, whole, monkeypatch):
+def test_only_batches_with_missing_images_are_sampled(tiny_run, tmp_path, uninterrupted, monkeypatch):
     out = tmp_path / "out"
     assert generate(tiny_run, out) == 0
     sample, asked = TokenPrior.sample, []
@@ -128,32 +128,32 @@ def test_existing_images_are_not_sampled_again(tiny_run, tmp_path, whole, monkey
     (out / "5-03.png").unlink()  # place 68 of the request, in the second batch
     times = {path: path.stat().st_mtime_ns for path in out.glob("?-*.png")}
     assert generate(tiny_run, out) == 0
-    assert asked == [64] and pictures(out) == whole
+    assert asked == [64] and pictures(out) == uninterrupted
     assert {path: path.stat().st_mtime_ns for path in times} == times, "the other files of its batch are kept"
 
 
-def test_a_missing_grid_is_written_without_sampling(tiny_run, tmp_path, whole, monkeypatch):
+def test_missing_grid_is_written_without_sampling(tiny_run, tmp_path, uninterrupted, monkeypatch):
     assert generate(tiny_run, tmp_path / "out") == 0
     (tmp_path / "out" / "grid.png").unlink()
-    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
-    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == whole
+    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("the pipeline must not be loaded"))
+    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == uninterrupted
 
 
-def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
+def test_rerunning_a_finished_request_does_nothing(tiny_run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
     assert "measured on 8 images" in capsys.readouterr().out
-    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("nothing has to be loaded"))
+    monkeypatch.setattr(ImageGenerationPipeline, "from_pretrained", lambda *_: pytest.fail("the pipeline must not be loaded"))
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert generate(tiny_run, out, "--dtype", "bfloat16") == 0
     assert capsys.readouterr().out.strip() == f"nothing to do: {out} already contains all {TOTAL} images of this request"
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
-# --- generate: requests that do not mix --------------------------------------------------------------------------------------
+# --- generate: one request per folder ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changed", "words"), [
+@pytest.mark.parametrize(("changed", "expected"), [
     (["--seed", "1"], ["--seed was 0, now 1"]),
     (["--num", "14"], ["--num was 13, now 14"]),
     (["--classes", "3,7"], ["--classes was all classes, now 3,7"]),
@@ -161,19 +161,19 @@ def test_a_finished_request_says_so(tiny_run, tmp_path, monkeypatch, capsys):
     (["--guidance_interval", "0", "0.8"], ["--guidance_interval was 0 1, now 0 0.8"]),
     (["--dtype", "bfloat16"], ["--dtype was float32, now bfloat16"]),
 ], ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
-def test_another_request_is_refused(changed, words, tiny_run, tmp_path, after_files, capsys):
+def test_another_request_in_the_same_folder_is_rejected(changed, expected, tiny_run, tmp_path, after_files, capsys):
     out = tmp_path / "out"
     after_files(3, interrupt)
     assert generate(tiny_run, out) == 143
     before = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert generate(tiny_run, out, *changed) == 2
-    said = capsys.readouterr().err
-    assert all(part in said for part in (f"--out {out} contains the images of another request", "Give another --out", *words)), said
+    output = capsys.readouterr().err
+    assert all(part in output for part in (f"--out {out} contains the images of another request", "Give another --out", *expected)), output
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_without_out_each_request_gets_a_folder_of_its_own(tiny_run, tmp_path, monkeypatch, capsys):
+def test_each_request_gets_its_own_default_folder(tiny_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for arguments in ([], ["--seed", "1"], ["--temperature", "0.5"], [], ["--seed", "1"]):
         assert exit_code_of(lambda arguments=arguments: dispatch(["generate", str(tiny_run), "--num", "1", *arguments])) == 0
@@ -182,14 +182,14 @@ def test_without_out_each_request_gets_a_folder_of_its_own(tiny_run, tmp_path, m
     assert capsys.readouterr().out.count("nothing to do: samples") == 2
 
 
-def test_a_request_without_images_reserves_no_folder(tiny_copy, tmp_path, monkeypatch):
-    """As after a pipeline that could not be loaded, or a stop before the first image."""
+def test_request_without_images_does_not_reserve_the_folder(tiny_copy, tmp_path, monkeypatch):
+    """The pipeline cannot be loaded, or a signal comes before the first image."""
     weights = tiny_copy / "pipeline/prior/model.safetensors"
-    whole_weights = weights.read_bytes()
-    weights.write_bytes(whole_weights[:-1] + bytes([whole_weights[-1] ^ 1]))
+    valid_weights = weights.read_bytes()
+    weights.write_bytes(valid_weights[:-1] + bytes([valid_weights[-1] ^ 1]))
     out = tmp_path / "out"
     assert generate(tiny_copy, out) == 2 and not (out / "samples.json").exists()
-    weights.write_bytes(whole_weights)
+    weights.write_bytes(valid_weights)
     monkeypatch.setattr(ImageGenerationPipeline, "batches", lambda *arguments, **rest: os.kill(os.getpid(), signal.SIGTERM) or iter(()))
     assert generate(tiny_copy, out) == EXIT_CODES[signal.SIGTERM] and (out / "samples.json").exists()
     monkeypatch.undo()
@@ -197,24 +197,24 @@ def test_a_request_without_images_reserves_no_folder(tiny_copy, tmp_path, monkey
     assert json.loads((out / "samples.json").read_text())["request"]["seed"] == 5
 
 
-def test_another_pipeline_is_refused_and_another_recommendation_too(tiny_copy, tmp_path, capsys):
+def test_changed_pipeline_or_recommended_settings_are_rejected(tiny_copy, tmp_path, capsys):
     assert generate(tiny_copy, tmp_path / "out") == 0
     content = json.loads((tiny_copy / "pipeline" / "pipeline.json").read_text())
     content["sampling"]["top_p"] = 0.5
     (tiny_copy / "pipeline" / "pipeline.json").write_text(json.dumps(content))
     assert generate(tiny_copy, tmp_path / "out") == 2
     assert "--top_p was 1, now 0.5" in capsys.readouterr().err
-    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "only the values of the settings count"
+    assert generate(tiny_copy, tmp_path / "out", "--top_p", 1) == 0, "equal values count, not where they are set"
     weights = tiny_copy / "pipeline" / "prior" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert generate(tiny_copy, tmp_path / "out", "--top_p", 1, "--seed", 4) == 2
-    said = capsys.readouterr().err
-    assert "another request: the pipeline is a different one: its prior differs; --seed was 0, now 4. Give another --out" in said
-    assert not re.search("[0-9a-f]{16}", said.replace(str(tmp_path), "")), "digests mean nothing to a reader"
+    output = capsys.readouterr().err
+    assert "another request: the pipeline is a different one: its prior differs; --seed was 0, now 4. Give another --out" in output
+    assert not re.search("[0-9a-f]{16}", output.replace(str(tmp_path), "")), "the message contains no digests"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other", "format_version": 1, "request": {}}'])
-def test_an_invalid_record_is_refused(content, tiny_run, tmp_path, capsys):
+def test_invalid_record_is_rejected(content, tiny_run, tmp_path, capsys):
     (tmp_path / "samples.json").write_text(content)
     assert generate(tiny_run, tmp_path) == 2
     assert "samples.json is not a record of generated images" in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
     assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
 
 
-# --- one process at a time, damaged files --------------------------------------------------------------------------
+# --- locks and damaged files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def holder(monkeypatch):
         process.stdout.close()
 
 
-def test_a_second_process_in_one_folder_is_refused(tiny_run, photos, tmp_path, holder, whole, capsys):
+def test_locked_folder_is_rejected(tiny_run, photos, tmp_path, holder, uninterrupted, capsys):
     out = tmp_path / "out"
     process = holder(out)
     assert generate(tiny_run, out) == 2
@@ -263,10 +263,10 @@ def test_a_second_process_in_one_folder_is_refused(tiny_run, photos, tmp_path, h
     assert not pictures(out) and not list(out.glob("*.json"))
     process.kill()
     process.wait()
-    assert generate(tiny_run, out) == 0 and pictures(out) == whole, "the lock of a killed process does not block others"
+    assert generate(tiny_run, out) == 0 and pictures(out) == uninterrupted, "the lock of a killed process does not block others"
 
 
-def test_without_out_a_folder_that_another_process_has_locked_is_skipped(tiny_run, tmp_path, monkeypatch, holder):
+def test_locked_default_folder_is_skipped(tiny_run, tmp_path, monkeypatch, holder):
     monkeypatch.chdir(tmp_path)
     holder(tmp_path / "samples")
     assert dispatch(["generate", str(tiny_run), "--num", "1", "--classes", "3"]) == 0
@@ -283,48 +283,48 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_images_are_written_again(damage, tiny_run, tmp_path, whole, capsys):
+def test_damaged_images_are_written_again(damage, tiny_run, tmp_path, uninterrupted, capsys):
     out = tmp_path / "out"
     assert generate(tiny_run, out) == 0
     times = {path: path.stat().st_mtime_ns for path in out.glob("?-*.png")}
     damage(out / "5-03.png")
     capsys.readouterr()
     assert generate(tiny_run, out) == 0
-    said = capsys.readouterr().out
-    assert f"1 file in {out} is damaged or replaced and will be written again: 5-03.png" in said
-    assert f"wrote 1 image and grid.png to {out}, which now contains all 130" in said
-    assert pictures(out) == whole
+    output = capsys.readouterr().out
+    assert f"1 file in {out} is damaged or replaced and will be written again: 5-03.png" in output
+    assert f"wrote 1 image and grid.png to {out}, which now contains all 130" in output
+    assert pictures(out) == uninterrupted
     assert [path.name for path in times if path.stat().st_mtime_ns != times[path]] == ["5-03.png"]
 
 
-def test_a_damaged_grid_and_damaged_reconstructions_are_written_again(tiny_run, photos, tmp_path, whole, capsys):
+def test_damaged_grid_and_reconstructions_are_written_again(tiny_run, photos, tmp_path, uninterrupted, capsys):
     assert generate(tiny_run, tmp_path / "out") == 0
-    (tmp_path / "out" / "grid.png").write_bytes(whole["grid.png"][:100])
-    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == whole
+    (tmp_path / "out" / "grid.png").write_bytes(uninterrupted["grid.png"][:100])
+    assert generate(tiny_run, tmp_path / "out") == 0 and pictures(tmp_path / "out") == uninterrupted
     out = tmp_path / "reconstructions"
     assert reconstruct(tiny_run, photos[:3], out) == 0
     before = pictures(out)
     (out / "001.png").write_bytes(b"garbage")
     capsys.readouterr()
     assert reconstruct(tiny_run, photos[:3], out) == 0 and pictures(out) == before
-    said = capsys.readouterr().out
-    assert "1 file in" in said and "written again: 001.png" in said and "wrote 1 reconstruction and grid.png" in said
+    output = capsys.readouterr().out
+    assert "1 file in" in output and "written again: 001.png" in output and "wrote 1 reconstruction and grid.png" in output
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------------
 
 
-def most_alive(objects_seen: list, found: list) -> None:
-    found.append(sum(reference() is not None for reference in objects_seen))
+def count_alive(references: list, counts: list) -> None:
+    counts.append(sum(reference() is not None for reference in references))
 
 
-def test_generate_holds_a_batch_whatever_the_number_of_images(tiny_run, tmp_path, monkeypatch):
-    batches, decode, seen, alive, decoded = ImageGenerationPipeline.batches, ImageTokenizer.decode, [], [], []
+def test_memory_of_generate_does_not_depend_on_the_number_of_images(tiny_run, tmp_path, monkeypatch):
+    batches, decode, references, alive, decoded = ImageGenerationPipeline.batches, ImageTokenizer.decode, [], [], []
 
     def watched(self, *arguments, **settings):
         for batch in batches(self, *arguments, **settings):
-            seen.append(weakref.ref(batch.images))
-            most_alive(seen, alive)
+            references.append(weakref.ref(batch.images))
+            count_alive(references, alive)
             yield batch
 
     def counted(self, ids_Bhw):
@@ -334,35 +334,35 @@ def test_generate_holds_a_batch_whatever_the_number_of_images(tiny_run, tmp_path
     monkeypatch.setattr(ImageGenerationPipeline, "batches", watched)
     monkeypatch.setattr(ImageTokenizer, "decode", counted)
     assert dispatch(["generate", str(tiny_run), "--classes", "3", "--num", "320", "--out", str(tmp_path)]) == 0
-    assert len(seen) == 5 and max(alive) <= 3 and max(decoded) <= 64
+    assert len(references) == 5 and max(alive) <= 3 and max(decoded) <= 64
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "128 of the images"
+        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "128 images"
 
 
-def test_reconstruct_holds_a_batch_whatever_the_number_of_images(tiny_run, tmp_path, monkeypatch):
+def test_memory_of_reconstruct_does_not_depend_on_the_number_of_images(tiny_run, tmp_path, monkeypatch):
     paths = []
     for number in range(200):
         paths.append(tmp_path / f"{number:03d}.png")
         Image.new("L", (16, 16), number).save(paths[-1])
-    reconstruct, seen, alive, sizes = ImageTokenizer.reconstruct, [], [], []
+    reconstruct, references, alive, sizes = ImageTokenizer.reconstruct, [], [], []
 
     def watched(self, images_BCHW):
         sizes.append(len(images_BCHW))
-        seen.extend((weakref.ref(images_BCHW), weakref.ref(result := reconstruct(self, images_BCHW))))
-        most_alive(seen, alive)
+        references.extend((weakref.ref(images_BCHW), weakref.ref(result := reconstruct(self, images_BCHW))))
+        count_alive(references, alive)
         return result
 
     monkeypatch.setattr(ImageTokenizer, "reconstruct", watched)
     assert write_images.write_reconstructions(tiny_run / "tokenizer", paths, tmp_path / "out", "cpu", "float32") == 0
     assert sum(sizes) == 200 and max(sizes) <= 64 and max(alive) <= 3
     with Image.open(tmp_path / "out" / "grid.png") as grid:
-        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "64 of the images and their reconstructions"
+        assert grid.size == ((8 * 18 + 2) * 4, (16 * 18 + 2) * 4), "64 images and their reconstructions"
 
 
 @pytest.mark.parametrize("size", [16, 64, 256, 512, 1024, 4096])
 @pytest.mark.parametrize(("count", "columns"), [(50_000, 50), (50_000, 8), (50_000, 50_000), (3, 1), (1, 1)])
 @pytest.mark.parametrize("rows_each", [1, 2])
-def test_a_grid_is_bounded_in_images_and_pixels(size, count, columns, rows_each):
+def test_size_of_a_grid_is_bounded(size, count, columns, rows_each):
     rows = write_images.grid_rows(count, columns, size, rows_each)
     assert rows and all(rows) and max(max(row) for row in rows) < count
     width, height = max(map(len, rows)), len(rows) * rows_each
@@ -381,7 +381,7 @@ def test_names_sort_in_the_order_of_the_request():
     assert SampleFolder(labels=[1, 0, 1], num=1, **request).names == ["c-0.png", "a_b-0.png", "c-1.png"]
 
 
-def test_reconstructions_of_equal_names_get_distinct_short_names():
+def test_images_of_equal_names_get_distinct_short_names():
     paths = [Path(f"{folder}/image.jpg") for folder in range(2000)] + [Path("image_2.png"), Path("grid.png"), Path("a.b.png")]
     names = reconstruction_names(paths)
     assert len(set(names)) == len(names) and names[:3] == ["image.png", "image_.png", "image_2.png"] and max(map(len, names)) <= len("image_2000.png")
@@ -420,7 +420,7 @@ def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_pa
     assert after_files.written == 150 - 64 - 9 + 1 and pictures(out) == pictures(tmp_path / "whole")
 
 
-def test_reconstructions_of_other_images_replace_those_of_equal_names(tiny_run, photos, tmp_path):
+def test_reconstructions_of_changed_images_are_replaced(tiny_run, photos, tmp_path):
     out = tmp_path / "out"
     assert reconstruct(tiny_run, photos[:3], out) == 0
     before = pictures(out)
@@ -432,10 +432,10 @@ def test_reconstructions_of_other_images_replace_those_of_equal_names(tiny_run, 
     tokenizer.post_quant_conv.weight.data *= 0.5
     tokenizer.save_pretrained(tmp_path / "other")
     assert reconstruct(tmp_path / "other", photos[:1], out) == 0
-    assert set(pictures(out)) == {"000.png", "grid.png"}, "nothing of another tokenizer is left"
+    assert set(pictures(out)) == {"000.png", "grid.png"}, "reconstructions of the other tokenizer are removed"
 
 
-def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_run, photos, tmp_path, capsys):
+def test_reconstruct_does_not_replace_originals_or_unknown_files(tiny_run, photos, tmp_path, capsys):
     before = pictures(photos[0].parent)
     assert reconstruct(tiny_run, photos[:2], photos[0].parent) == 2
     assert "would replace the original image" in capsys.readouterr().err
@@ -445,21 +445,21 @@ def test_reconstructions_replace_neither_their_originals_nor_unknown_files(tiny_
     assert "001.png that would be replaced and that no reconstructions.json lists" in capsys.readouterr().err
     assert pictures(photos[0].parent) == before and (tmp_path / "out" / "001.png").read_text() == "mine"
     assert reconstruct(tiny_run, photos[2:4], tmp_path / "out") == 0
-    assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2, "a record of other images does not name it"
+    assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2, "the record lists other images only"
     assert (tmp_path / "out" / "001.png").read_text() == "mine"
 
 
-def test_an_image_with_broken_pixels_is_named(tiny_run, photos, tmp_path):
+def test_error_names_an_unreadable_image(tiny_run, photos, tmp_path):
     photos[70].write_bytes(photos[70].read_bytes()[:60])
     with pytest.raises(InputError, match=r"070.png' cannot be read"):
         dispatch(["reconstruct", str(tiny_run), *map(str, photos), "--out", str(tmp_path / "out")])
     assert len(pictures(tmp_path / "out")) == 64
 
 
-# --- the pipeline's own methods ----------------------------------------------------------------------------------------------
+# --- pipeline methods --------------------------------------------------------------------------------------------------------
 
 
-def test_the_pipeline_processes_a_few_images_at_a_time(tiny_run, photos, monkeypatch):
+def test_pipeline_methods_split_large_batches(tiny_run, photos, monkeypatch):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     images = []
     for path in photos[:10]:

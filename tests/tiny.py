@@ -1,8 +1,8 @@
-"""A whole run on the digits made small: overrides of the shipped recipe, and the run itself, about a second of training on one thread.
+"""A small digits run for tests: overrides of the shipped recipe, and functions that run it. It trains for about a second on one thread.
 
     from tests.tiny import make_tiny_run, tiny_overrides, tiny_recipe
 
-The session fixture `tiny_run` (tests/conftest.py) is one finished run for all tests; `tiny_copy` is a copy to spoil.
+The session fixture `tiny_run` (tests/conftest.py) is a finished run that all tests share; `tiny_copy` is a copy that a test may change.
 """
 
 import os
@@ -30,11 +30,11 @@ SETTINGS = {
     "prior_training.export": "best",
     "sampling.guidance_scale": 1.5, "sampling.temperature": 1.0, "sampling.top_k": 0, "sampling.top_p": 1.0,
 }
-"""What makes the digits recipe tiny: 16 tokens of 32 codes, six steps a stage, a checkpoint every two."""
+"""Overrides that make the digits recipe small: 16 tokens, 32 codes, six steps per stage, a checkpoint every two steps."""
 
 
 def tiny_overrides(run_dir: Path | str, **changes: object) -> list[str]:
-    """Command line overrides of a tiny digits run; `changes` name fields with two underscores for the dot: prior__layers=2."""
+    """Command line overrides for a tiny digits run. In the names of `changes`, two underscores stand for a dot: prior__layers=2."""
     settings = {"run_dir": run_dir, **SETTINGS, **{name.replace("__", "."): value for name, value in changes.items()}}
     return [f"--{name}={value}" for name, value in settings.items()]
 
@@ -45,14 +45,14 @@ def tiny_recipe(run_dir: Path | str, **changes: object) -> Recipe:
 
 
 def command(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-    """One call of the vqmosaic command in a process of its own, from the project's root, with one thread."""
+    """Run the vqmosaic command in a new process, from the project root, with one thread."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, "-m", "pipelines.command_line", *map(str, arguments)], cwd=ROOT, env=variables,
                           capture_output=True, text=True, timeout=timeout)
 
 
 def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
-    """The folder of a finished tiny digits run, made by the whole chain in this process."""
+    """Run all stages of a tiny digits run in this process and return the run folder."""
     from pipelines.stages.chain import run_chain
 
     assert run_chain(tiny_recipe(run_dir, **changes)) == 0

@@ -6,7 +6,7 @@ In comments: B batch, S sequence (class token and tokens), K codes.
 from typing import Any
 
 import torch
-from transformers import Cache, EncoderDecoderCache
+from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
 from vqmosaic.errors import InputError
 
@@ -17,6 +17,18 @@ REASONS = {
 }
 IGNORED_LABEL = -100
 """The label of positions that the loss ignores, as in transformers."""
+
+
+def check_call(config: PreTrainedConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor | None,
+               logits_to_keep: int | torch.Tensor, output_hidden_states: bool | None, others: dict[str, Any]) -> bool:
+    """Check all arguments but the cache. Returns `output_hidden_states`, or that of the configuration if it is None."""
+    if output_hidden_states is None:
+        output_hidden_states = config.output_hidden_states
+    others.setdefault("output_attentions", config.output_attentions)
+    check_arguments(input_ids, attention_mask, output_hidden_states, others)
+    if labels is not None:
+        check_labels(labels, input_ids, logits_to_keep, config.num_codes)
+    return output_hidden_states
 
 
 def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, output_hidden_states: bool,

@@ -20,12 +20,10 @@ In comments: B batch, S sequence (class token and tokens), D width, A heads, d h
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    DynamicCache,
     GenerationMixin,
     LogitsProcessor,
     PreTrainedConfig,
@@ -36,14 +34,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from stage2_prior.model.forward_arguments import check_arguments, check_labels, check_length
-from stage2_prior.model.grid_attention import EAGER_KERNELS, attend, compiled_kernels, project, queries_keys_values, select_kernels
+from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, new_positions, select_rotations
+from stage2_prior.model.forward_arguments import check_call
+from stage2_prior.model.grid_attention import attend, queries_keys_values
 from vqmosaic.errors import InputError
-from vqmosaic.kernels.embedding_lookup import Occurrences, lookup
+from vqmosaic.kernels.embedding_lookup import Occurrences, find_occurrences, lookup
+from vqmosaic.kernels.rotary import EAGER_KERNELS, compiled_kernels, project, select_kernels
+from vqmosaic.kernels.squared_relu import squared_relu
 
 MODEL_TYPE = "grid_transformer"
-CHUNK_ELEMENTS = 2**18
-"""Elements processed at a time by SquaredReLU on a CPU. A chunk fits in its cache."""
 
 
 class GridTransformerConfig(PreTrainedConfig):
@@ -148,35 +147,6 @@ def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 with the gradient 2 relu(x), in chunks of rows. Autograd of relu(x).square() would pass over x five times."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        """relu(x)^2 for x of any shape."""
-        ctx.save_for_backward(x)
-        result = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for chunk, out in zip(row_chunks(x), row_chunks(result), strict=True):
-            torch.clamp_min(chunk, 0, out=out).square_()
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of x."""
-        x, = ctx.saved_tensors
-        result, zero = torch.empty_like(x, memory_format=torch.contiguous_format), x.new_zeros(())
-        for chunk, grad, out in zip(row_chunks(x), row_chunks(gradient), row_chunks(result), strict=True):
-            torch.addcmul(zero, grad, torch.clamp_min(chunk, 0, out=out), value=2, out=out)
-        return result
-
-
-def row_chunks(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split x, as rows of its last dimension, into chunks of about CHUNK_ELEMENTS; a single chunk on a GPU and under torch.compile."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows.split(max(1, CHUNK_ELEMENTS // x.shape[-1])) if x.device.type == "cpu" and not torch.compiler.is_compiling() else (rows,)
-
-
 class GridBlock(GradientCheckpointingLayer):
     """Embeddings, attention and feed-forward, each added to the residual stream."""
 
@@ -204,22 +174,34 @@ class GridBlock(GradientCheckpointingLayer):
         The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
+        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_B, occurrences, is_start)
+        query, key, value = self.attention_inputs(x_BSD, ids_BS, rotations_S2p2, occurrences, past_key_values)
+        mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
+        x_BSD = add_residual(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
+        hidden = squared_relu(self.feed_forward_in(self.feed_forward_norm(x_BSD)))                    # B, S, intermediate
+        return add_residual(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
+
+    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, occurrences: Occurrences | None,
+                             is_start: torch.Tensor | None) -> torch.Tensor:
+        """The residual stream (B, S, D) with the block's own embedding of all ids, or of the class alone."""
         if self.embeds_all_ids:
-            x_BSD = add_residual(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
-        elif classes_B is not None:
-            classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
-            x_BSD = x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, length - 1)).to(x_BSD.dtype)
+            return add_residual(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
+        if classes_B is None:
+            return x_BSD
+        classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
+        return x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, x_BSD.shape[1] - 1)).to(x_BSD.dtype)
+
+    def attention_inputs(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, rotations_S2p2: torch.Tensor, occurrences: Occurrences | None,
+                         past_key_values: Cache | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of the new positions (B, A, S, d), and keys and values of all positions, those in the cache included."""
         # plain operators may read the cache later, so its pairs are never half-split
         kernels = select_kernels(x_BSD, self.attention_in, self.kernels) if past_key_values is None else None
         hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, kernels)          # B, S, 3 D
         value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.embeds_all_ids else None
         query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, kernels)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer)                               # B, A, S, d each
-        mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
-        x_BSD = add_residual(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
-        hidden = SquaredReLU.apply(self.feed_forward_in(self.feed_forward_norm(x_BSD)))               # B, S, intermediate
-        return add_residual(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
+            key, value = past_key_values.update(key, value, self.layer)
+        return query, key, value
 
 
 def add_residual(x_BSD: torch.Tensor, output_BSD: torch.Tensor) -> torch.Tensor:
@@ -324,40 +306,16 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         of each block, the last one after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones, because all
         sequences have the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        others.setdefault("output_attentions", self.config.output_attentions)
-        check_arguments(input_ids, attention_mask, output_hidden_states, others)
-        if labels is not None:
-            check_labels(labels, input_ids, logits_to_keep, self.config.num_codes)
-        checkpoints = self.training and any(block.gradient_checkpointing for block in self.blocks)
-        if use_cache is None:
-            use_cache = self.config.use_cache and labels is None and not checkpoints
-        if checkpoints and (use_cache or past_key_values is not None):
-            raise InputError("Training with gradient checkpointing cannot use a cache. Set use_cache False, or call eval() first.")
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        past_length, length, num_keys = 0, input_ids.shape[1], 0  # ids in the cache, new ids, all keys of attention (filled or not)
-        check_length(past_key_values, length, self.config.max_position_embeddings)
-        if past_key_values is not None:
-            past_length, (num_keys, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
-        is_static = isinstance(past_length, torch.Tensor)  # `past_length` is then a tensor on the device, and the first block changes it
-        positions_S = torch.arange(length, device=input_ids.device) + past_length if is_static else \
-            torch.arange(past_length, past_length + length, device=input_ids.device)
-        occurrences = None
-        if torch.is_grad_enabled() and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            occurrences = Occurrences.of(input_ids, self.config.vocab_size)
-        x_BSD = lookup(self.token_embedding, input_ids, occurrences, self.token_embedding.weight.dtype)
-        x_BSD = x_BSD + self.position_embedding(positions_S)                                          # B, S, D
-        x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
-        if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
-            x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
-        classes_B = (input_ids[:, 0] - self.config.num_codes).clamp_min(0) if is_static or past_length == 0 else None
-        is_start = past_length == 0 if is_static else None
-        rotations_S2p2 = self.rotations(input_ids.device)[positions_S if is_static else slice(past_length, past_length + length)]
-        mask_SS = None
-        if is_static or num_keys > past_length + length or (past_length and length > 1):
-            mask_SS = torch.arange(num_keys, device=input_ids.device) <= positions_S[:, None]         # S, keys
+        output_hidden_states = check_call(self.config, input_ids, attention_mask, labels, logits_to_keep, output_hidden_states, others)
+        length, device = input_ids.shape[1], input_ids.device
+        past_key_values = choose_cache(self, past_key_values, length, use_cache, labels)
+        past_length, num_keys = count_keys(past_key_values, length)
+        positions_S = new_positions(past_length, length, device)
+        occurrences = find_occurrences(input_ids, self.config.vocab_size)
+        x_BSD = self.embed_ids(input_ids, positions_S, occurrences)
+        classes_B, is_start = self.starting_classes(input_ids, past_length)
+        rotations_S2p2 = select_rotations(self.rotations(device), positions_S, past_length, length)
+        mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
         hidden_states = [] if output_hidden_states else None
         for block in self.blocks:
             if hidden_states is not None:
@@ -366,11 +324,26 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
         logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits_BSK, labels, vocab_size=self.config.num_codes, num_items_in_batch=num_items_in_batch)
+        loss = None if labels is None else self.loss_function(logits_BSK, labels, vocab_size=self.config.num_codes,
+                                                              num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSK, past_key_values=past_key_values,
                                       hidden_states=None if hidden_states is None else (*hidden_states, x_BSD))
+
+    def embed_ids(self, ids_BS: torch.Tensor, positions_S: torch.Tensor, occurrences: Occurrences | None) -> torch.Tensor:
+        """The sum of the embeddings of the ids and of the predicted positions (B, S, D), with dropout: the start of the residual stream."""
+        x_BSD = lookup(self.token_embedding, ids_BS, occurrences, self.token_embedding.weight.dtype)
+        x_BSD = x_BSD + self.position_embedding(positions_S)
+        x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
+        if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
+            x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
+        return x_BSD
+
+    def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`classes_B` and `is_start` of GridBlock.forward."""
+        is_static = isinstance(past_length, torch.Tensor)
+        classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_static or past_length == 0 else None
+        is_start = past_length == 0 if is_static else None
+        return classes_B, is_start
 
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)

@@ -26,6 +26,13 @@ class Occurrences(NamedTuple):
         return cls(order_N, torch.searchsorted(sorted_N, torch.arange(vocabulary, device=ids.device)))
 
 
+def find_occurrences(ids: torch.Tensor, vocabulary: int) -> Occurrences | None:
+    """The occurrences of ids of any shape where EmbeddingLookup applies: in training on a CPU, but not under torch.compile. None elsewhere."""
+    if torch.is_grad_enabled() and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        return Occurrences.of(ids, vocabulary)
+    return None
+
+
 def lookup(embedding: nn.Module, ids: torch.Tensor, occurrences: Occurrences | None, dtype: torch.dtype) -> torch.Tensor:
     """Rows (..., D) of an embedding in `dtype`. Uses EmbeddingLookup if `occurrences` are given and the embedding is an unmodified nn.Embedding."""
     if occurrences is None or not is_unmodified(embedding, nn.Embedding):
