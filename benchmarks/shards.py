@@ -223,9 +223,9 @@ def main() -> int:
             checks.append((share < MAX_WAITING_SHARE, f"a step of batch {batch_size} waits less than {MAX_WAITING_SHARE:.0%} for data",
                            f"{share:.2%}"))
     text += ["", *(f"- {'kept' if kept else 'NOT kept'}: {promise}: {found}" for kept, promise, found in checks), "",
-             f"The data are synthetic: {IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, all in the page cache. The table shows one "
-             f"shuffled epoch in batches of {BATCH} in one process, including opening, as the median of {ROUNDS} alternating rounds. The JSON lines "
-             f"are held in memory as a whole. The training steps are those of a grid_transformer of preset tiny with "
+             f"The data are synthetic: {IMAGES:,} images x {VIEWS} views x {SIDE**2} ids of {CODES} codes, all in the page cache. The table shows "
+             f"one shuffled epoch in batches of {BATCH} in one process, including opening, as the median of {ROUNDS} alternating rounds. The JSON "
+             f"lines are held in memory as a whole. The training steps are those of a grid_transformer of preset tiny with "
              f"AdamW{', in bf16' if cpu_has_bf16() else ''} (`benchmarks.prior_step`): "
              f"the first {' and the first '.join(f'{count} with batch {size}' for size, count in STEPS.items())}, including the opening of the first "
              "window of shards."]

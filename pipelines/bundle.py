@@ -24,6 +24,7 @@ from pipelines.stages.stage_inputs import (
     token_fingerprint_of_tokenizer,
 )
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
+from stage2_prior.vocabulary import why_unguided
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, nearest_name
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
@@ -121,8 +122,7 @@ def check_replaceable(out: Path) -> None:
 
 def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], prior: Path) -> None:
     """Raise InputError if a prior with this vocabulary.json does not support the sampling settings."""
-    if sampling.guidance_scale != 1 and (vocabulary["class_names"] is None or vocabulary["label_drop"] == 0):
-        why = "has no classes" if vocabulary["class_names"] is None else "was trained without label drop"
+    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary["class_names"], vocabulary["label_drop"])):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
     codes = max(grid["codebook_size"] for grid in vocabulary["grids"])
     if sampling.top_k > codes:

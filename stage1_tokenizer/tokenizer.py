@@ -17,7 +17,7 @@ from torch import nn
 from stage1_tokenizer.image_files.images import TRANSFORM_KEYS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
-from stage1_tokenizer.quantizers.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling, write_json

@@ -10,7 +10,7 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
-from stage1_tokenizer.quantizers.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.training.tracking import progress_lines

@@ -28,6 +28,13 @@ NO_CLASS = -1
 """Class index of the null class."""
 
 
+def why_unguided(class_names: list[str] | None, label_drop: float) -> str | None:
+    """Why a prior does not support guidance, to follow "the prior". None if it does."""
+    if class_names is None:
+        return "was trained without classes"
+    return "was trained with label_drop 0 and has not learned the null class that guidance needs" if label_drop == 0 else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
     """The ids of a prior, and which ids are possible at each of the T positions after the class token."""

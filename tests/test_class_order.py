@@ -1,4 +1,4 @@
-"""Classes are in natural order (2 before 10). What was made when digits were sorted as text keeps that order, byte for byte."""
+"""Classes are in natural order (2 before 10). Runs of version 0.1.0, which sorted them as text, keep their order and bytes."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ AS_TEXT = sorted(NATURAL)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Five images of each of the classes 0 to 11, with one folder for each class."""
+    """Five images of each of the classes 0 to 11, in one folder per class."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for number in range(5 * CLASSES):
@@ -42,8 +42,8 @@ def photos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def earlier(monkeypatch):
-    """Sorts classes as text, as they were before, for the duration of a test."""
+def text_order(monkeypatch):
+    """Sort classes as text during a test, as version 0.1.0 did."""
     with monkeypatch.context() as patch:
         patch.setattr(class_labels, "natural_key", lambda text: text)
         yield patch
@@ -53,12 +53,12 @@ def recipe_for(photos: Path, run: Path, **changes: object) -> Recipe:
     return tiny_recipe(run, data__source="folder", data__path=photos, tokens__images_per_shard=8, **changes)
 
 
-def names_in(run: Path) -> tuple[list[str], list[str]]:
-    """The classes of a run's tokenizer and of its tokens."""
+def class_names_of(run: Path) -> tuple[list[str], list[str]]:
+    """The class names of the tokenizer and of the tokens of a run."""
     return ImageTokenizer.from_pretrained(run / "tokenizer").class_names, TokenShardManifest.load(run / "tokens/train").class_names
 
 
-def content(run: Path) -> dict[str, bytes]:
+def token_files(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "tokens").rglob("*")) if path.is_file()}
 
 
@@ -73,10 +73,10 @@ def test_numbers_in_names_are_compared_as_numbers(ordered):
     for seed in range(5):
         shuffled = np.random.default_rng(seed).permutation(np.array(ordered, dtype=object)).tolist()
         assert sorted_classes(shuffled) == ordered
-    assert len({str(natural_key(name)) for name in ordered}) == len(ordered), "no two names are equal"
+    assert len({str(natural_key(name)) for name in ordered}) == len(ordered), "the keys are unique"
 
 
-def test_every_kind_of_data_has_the_natural_order(photos, tmp_path):
+def test_all_sources_have_natural_order(photos, tmp_path):
     assert open_splits(DataConfig(path=str(photos))).class_names == NATURAL
     names = [f"{number % CLASSES}" for number in range(5 * CLASSES)]
     stored = [(photos / name / f"{index:02}.png").read_bytes() for index, name in enumerate(names)]
@@ -85,7 +85,7 @@ def test_every_kind_of_data_has_the_natural_order(photos, tmp_path):
     table = open_splits(DataConfig(path=str(tmp_path / "tables")))
     assert table.class_names == NATURAL and [table.train.label(0), table.train.label(10)] == [int(table.train.source_name(0)) % CLASSES,
                                                                                               int(table.train.source_name(10)) % CLASSES]
-    for text in (False, True):  # numbers, and names with numbers in them
+    for text in (False, True):  # numbers, and names that contain numbers
         folder = tmp_path / f"flat-{text}"
         folder.mkdir()
         lines = [f"{index:02}.png,{'kind ' * text}{7 * int(name)}" for index, name in enumerate(names)]
@@ -93,11 +93,11 @@ def test_every_kind_of_data_has_the_natural_order(photos, tmp_path):
             (folder / f"{index:02}.png").write_bytes(image)
         (folder / "metadata.csv").write_text("\n".join(["file_name,kind", *lines]))
         splits = open_splits(DataConfig(path=str(folder), label_column="kind"))
-        assert splits.class_names == [f"{'kind ' * text}{7 * number}" for number in range(CLASSES)], "numbers with gaps are classes one by one"
+        assert splits.class_names == [f"{'kind ' * text}{7 * number}" for number in range(CLASSES)], "gaps between numbers add no classes"
         assert splits.train.label(0) == int(splits.train.source_name(0)[:2]) % CLASSES
 
 
-def test_another_order_changes_names_and_indices_together(photos):
+def test_sorting_as_text_changes_names_and_labels_together(photos):
     splits = open_splits(DataConfig(path=str(photos)))
     as_text = splits.sorted_as_text()
     assert as_text.class_names == AS_TEXT and as_text.fingerprint != splits.fingerprint
@@ -110,7 +110,7 @@ def test_another_order_changes_names_and_indices_together(photos):
     assert splits.as_recorded({"data set": "another"}) is splits
 
 
-def test_records_in_the_earlier_order_are_recognized(photos, tmp_path, earlier):
+def test_records_in_text_order_are_recognized(photos, tmp_path, text_order):
     names = [f"{number % CLASSES}" for number in range(5 * CLASSES)]
     stored = [(photos / name / f"{index:02}.png").read_bytes() for index, name in enumerate(names)]
     (tmp_path / "tables").mkdir()
@@ -129,88 +129,88 @@ def test_records_in_the_earlier_order_are_recognized(photos, tmp_path, earlier):
             assert [found.train.label(index) for index in range(len(found.train))] == [before.train.label(index) for index in range(len(found.train))]
 
 
-# --- runs that have begun in the earlier order --------------------------------------------------------------------------------------------
+# --- runs in text order ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def made_earlier(photos, tmp_path_factory) -> Path:
-    """A run whose tokenizer and tokens were made when digits were sorted as text."""
+def text_order_run(photos, tmp_path_factory) -> Path:
+    """A run whose tokenizer and tokens have classes sorted as text."""
     run = tmp_path_factory.mktemp("earlier") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(class_labels, "natural_key", lambda text: text)
         train_tokenizer.train(recipe_for(photos, run, tokenizer_training__max_steps=2))
         preprocess(recipe_for(photos, run, tokenizer_training__max_steps=2))
-    assert names_in(run) == (AS_TEXT, AS_TEXT)
+    assert class_names_of(run) == (AS_TEXT, AS_TEXT)
     return run
 
 
 @pytest.fixture
-def earlier_run(made_earlier, tmp_path) -> Path:
-    return Path(shutil.copytree(made_earlier, tmp_path / "run"))
+def text_order_copy(text_order_run, tmp_path) -> Path:
+    return Path(shutil.copytree(text_order_run, tmp_path / "run"))
 
 
-def test_a_new_run_has_the_natural_order(photos, tmp_path, made_earlier):
+def test_new_run_has_natural_order(photos, tmp_path, text_order_run):
     recipe = recipe_for(photos, tmp_path / "new", tokenizer_training__max_steps=1)
     train_tokenizer.train(recipe)
     preprocess(recipe)
-    assert names_in(tmp_path / "new") == (NATURAL, NATURAL) and audit_run(tmp_path / "new") == 0
+    assert class_names_of(tmp_path / "new") == (NATURAL, NATURAL) and audit_run(tmp_path / "new") == 0
 
 
-def test_an_earlier_run_continues_in_its_order(photos, earlier_run, capsys):
-    before = content(earlier_run)
-    assert audit_run(earlier_run) == 0, "the labels are compared in the order of the shards"
-    longer = recipe_for(photos, earlier_run, tokenizer_training__max_steps=4)
+def test_run_in_text_order_continues_in_text_order(photos, text_order_copy, capsys):
+    before = token_files(text_order_copy)
+    assert audit_run(text_order_copy) == 0, "labels are compared in the class order of the shards"
+    longer = recipe_for(photos, text_order_copy, tokenizer_training__max_steps=4)
     preprocess(longer)
-    assert "finished already" in capsys.readouterr().out and content(earlier_run) == before
+    assert "finished already" in capsys.readouterr().out and token_files(text_order_copy) == before
     train_tokenizer.train(longer)
     assert "resumed at step 2" in capsys.readouterr().out
-    assert names_in(earlier_run) == (AS_TEXT, AS_TEXT)
+    assert class_names_of(text_order_copy) == (AS_TEXT, AS_TEXT)
 
 
 @pytest.mark.parametrize("lost", ["record", "nothing"])
-def test_unfinished_tokens_are_finished_in_their_order(photos, earlier_run, lost):
-    """Without a record of the tokens, the order is that of the tokenizer."""
-    before = content(earlier_run)
+def test_unfinished_tokens_in_text_order_are_completed_in_text_order(photos, text_order_copy, lost):
+    """Without a stage record of the tokens, the class order is that of the tokenizer."""
+    before = token_files(text_order_copy)
     for name in ("manifest.json", "shard-000001.tar"):
-        (earlier_run / "tokens/train" / name).unlink()
-    record = earlier_run / "stages/tokens.json"
+        (text_order_copy / "tokens/train" / name).unlink()
+    record = text_order_copy / "stages/tokens.json"
     if lost == "record":
         record.unlink()
-        shutil.rmtree(earlier_run / "tokens")
+        shutil.rmtree(text_order_copy / "tokens")
     else:
         record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
-    preprocess(recipe_for(photos, earlier_run, tokenizer_training__max_steps=2))
-    assert content(earlier_run) == before
+    preprocess(recipe_for(photos, text_order_copy, tokenizer_training__max_steps=2))
+    assert token_files(text_order_copy) == before
 
 
 @pytest.mark.parametrize("manifests", ["here", "lost"])
-def test_shards_in_the_earlier_order_are_repaired_to_the_same_bytes(earlier_run, manifests):
-    before = content(earlier_run)
-    (earlier_run / "tokens/train/shard-000001.tar").write_bytes(b"damaged")
+def test_shards_in_text_order_are_repaired_to_the_same_bytes(text_order_copy, manifests):
+    before = token_files(text_order_copy)
+    (text_order_copy / "tokens/train/shard-000001.tar").write_bytes(b"damaged")
     if manifests == "lost":
         for split in ("train", "validation"):
-            (earlier_run / "tokens" / split / "manifest.json").unlink()
-    assert audit_run(earlier_run, load_recipe(str(earlier_run)), repair=True) == 0
-    assert content(earlier_run) == before
+            (text_order_copy / "tokens" / split / "manifest.json").unlink()
+    assert audit_run(text_order_copy, load_recipe(str(text_order_copy)), repair=True) == 0
+    assert token_files(text_order_copy) == before
 
 
-def test_tokens_of_an_earlier_tokenizer_have_its_order(photos, made_earlier, tmp_path, capsys):
-    preprocess(recipe_for(photos, tmp_path / "new", tokens__tokenizer=made_earlier / "tokenizer"))
+def test_tokens_have_the_class_order_of_their_tokenizer(photos, text_order_run, tmp_path, capsys):
+    preprocess(recipe_for(photos, tmp_path / "new", tokens__tokenizer=text_order_run / "tokenizer"))
     assert "note: the classes are sorted as text (0, 1, 10, 11, 2" in capsys.readouterr().out
-    assert content(tmp_path / "new") == content(made_earlier)
+    assert token_files(tmp_path / "new") == token_files(text_order_run)
 
 
-def test_shards_in_another_order_are_not_relabelled(photos, earlier_run, tmp_path):
+def test_shards_in_another_order_are_not_relabelled(photos, text_order_copy, tmp_path):
     recipe = recipe_for(photos, tmp_path / "natural", tokenizer_training__max_steps=1)
     train_tokenizer.train(recipe)
-    before = content(earlier_run)
-    (earlier_run / "stages/tokens.json").unlink()
+    before = token_files(text_order_copy)
+    (text_order_copy / "stages/tokens.json").unlink()
     with pytest.raises(InputError, match=r"in the order 0, 1, 10, 11, 2, .*would be in the order 0, 1, 2, 3, .*--redo tokens"):
-        preprocess(recipe_for(photos, earlier_run, tokens__tokenizer=tmp_path / "natural/tokenizer"))
-    assert content(earlier_run) == before
+        preprocess(recipe_for(photos, text_order_copy, tokens__tokenizer=tmp_path / "natural/tokenizer"))
+    assert token_files(text_order_copy) == before
 
 
-def test_class_proportions_fit_a_prior_with_the_earlier_order(photos):
+def test_class_counts_in_text_order(photos):
     labelled = open_splits(DataConfig(path=str(photos))).in_class_order_of(AS_TEXT).train
-    counts, clause = class_counts(labelled.class_names, labelled, 48)
-    assert sum(counts) == 48 and "proportions of the" in clause
+    counts, description = class_counts(labelled.class_names, labelled, 48)
+    assert sum(counts) == 48 and "proportions of the" in description

@@ -1,4 +1,4 @@
-"""Images that state another colour space than sRGB are reported. Their pixel values are not converted."""
+"""Images in a colour space other than sRGB are reported. Their pixel values are not converted."""
 
 import io
 import struct
@@ -27,12 +27,12 @@ def linear_profile() -> bytes:
     return bytes(content)
 
 
-def stated(content: bytes) -> str | None:
+def colour_space_of(content: bytes) -> str | None:
     with Image.open(io.BytesIO(content)) as image:
         return other_colour_space(image)
 
 
-def saved(kind: str, **options) -> bytes:
+def encoded(kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, kind, **options)
     return buffer.getvalue()
@@ -43,18 +43,18 @@ NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", pytest.param("AVIF", marks=NEEDS_AVIF)])
 def test_profiles_that_change_colours_are_reported(kind):
-    assert stated(saved(kind)) is stated(saved(kind, icc_profile=SRGB)) is None
-    assert stated(saved(kind, icc_profile=linear_profile())).endswith("(ICC profile)")
-    assert stated(saved(kind, icc_profile=b"no profile")) is None
+    assert colour_space_of(encoded(kind)) is colour_space_of(encoded(kind, icc_profile=SRGB)) is None
+    assert colour_space_of(encoded(kind, icc_profile=linear_profile())).endswith("(ICC profile)")
+    assert colour_space_of(encoded(kind, icc_profile=b"no profile")) is None
 
 
 def test_grey_profiles_are_checked_too():
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 100).save(buffer, "PNG", icc_profile=SRGB)
-    assert stated(buffer.getvalue()) is None
+    assert colour_space_of(buffer.getvalue()) is None
 
 
-@pytest.mark.parametrize(("chunks", "words"), [
+@pytest.mark.parametrize(("chunks", "expected"), [
     ([(b"gAMA", struct.pack(">I", 45455))], None), ([(b"gAMA", struct.pack(">I", 100_000))], "gamma 1 (gAMA)"),
     ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000))], None),
     ([(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))], None),
@@ -62,38 +62,38 @@ def test_grey_profiles_are_checked_too():
     ([(b"cICP", bytes([1, 13, 0, 1]))], None), ([(b"cICP", bytes([9, 16, 0, 1]))], "BT.2020 PQ (code points)"),
     ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], "Display P3 (code points)"), ([(b"cICP", b"")], None),
 ])
-def test_png_chunks(chunks, words):
+def test_colour_space_of_png_chunks(chunks, expected):
     content = png(8, 2, ROW, *chunks)
-    assert stated(content) == words
+    assert colour_space_of(content) == expected
     assert np.asarray(read_image(content)).tobytes() == ROW, "the pixel values are not converted"
 
 
-def test_tiff_tags():
+def test_colour_space_of_tiff_tags():
     def with_tags(**tags) -> bytes:
         directory = TiffImagePlugin.ImageFileDirectory_v2()
         for name, value in tags.items():
             directory[{"curve": 301, "white": 318, "primaries": 319}[name]] = value
-        return saved("TIFF", tiffinfo=directory)
+        return encoded("TIFF", tiffinfo=directory)
 
-    assert stated(with_tags(curve=tuple(257 * value for value in range(256)))) == "a custom curve (TransferFunction)"
-    assert stated(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
-    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06))) is None
-    assert stated(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "custom primaries"
+    assert colour_space_of(with_tags(curve=tuple(257 * value for value in range(256)))) == "a custom curve (TransferFunction)"
+    assert colour_space_of(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
+    assert colour_space_of(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.3, 0.6, 0.15, 0.06))) is None
+    assert colour_space_of(with_tags(white=(0.3127, 0.329), primaries=(0.64, 0.33, 0.21, 0.71, 0.15, 0.06))) == "custom primaries"
 
 
 @NEEDS_AVIF
-def test_avif_code_points():
-    content = saved("AVIF")
-    at = content.index(b"nclx") + 4
-    assert stated(content[:at] + struct.pack(">HH", 9, 18) + content[at + 4:]) == "BT.2020 HLG (code points)"
+def test_colour_space_of_avif_code_points():
+    content = encoded("AVIF")
+    position = content.index(b"nclx") + 4
+    assert colour_space_of(content[:position] + struct.pack(">HH", 9, 18) + content[position + 4:]) == "BT.2020 HLG (code points)"
 
 
 def test_adobe_rgb_is_detected_in_exif():
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
-    assert stated(saved("JPEG", exif=exif)) == "Adobe RGB (EXIF)"
+    assert colour_space_of(encoded("JPEG", exif=exif)) == "Adobe RGB (EXIF)"
     exif.get_ifd(0x8769)[0xA005] = {1: "R98"}
-    assert stated(saved("JPEG", exif=exif)) is None
+    assert colour_space_of(encoded("JPEG", exif=exif)) is None
 
 
 def test_check_data_counts_and_reports_colour_spaces(tmp_path):

@@ -1,4 +1,4 @@
-"""Decoding: the fused paths against the models' own, for every option they take; what is sent to the model itself; weights that change."""
+"""Decoders: the static decoder matches the models for all supported options, and modified models use the reference decoder."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ CLASSES = [0, 2, 1, -1, 0]
 def make_prior(architecture="llama", grids=GRIDS, **options):
     vocabulary = Vocabulary(grids=grids, class_names=["ant", "bee", "cat"], token_fingerprint="f" * 64, label_drop=0.1)
     prior = TokenPrior.from_config(PriorConfig(architecture=architecture, width=32, layers=2, heads=4, options=options), vocabulary, seed=0).eval()
-    shake(prior)
+    perturb_weights(prior)
     return prior
 
 
-def shake(prior, seed=0):
-    """Change every weight in place, norms, biases and matrices that start at zero among them, so that each one decides logits."""
+def perturb_weights(prior, seed=0):
+    """Add noise to every weight in place, so that norms, biases and zero-initialized matrices affect the logits too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in prior.parameters():
@@ -60,7 +60,7 @@ FUSED = [
 
 @pytest.mark.parametrize(("architecture", "options"), FUSED)
 @pytest.mark.parametrize("grids", [GRIDS, TWO_GRIDS])
-def test_the_fused_path_gives_the_logits_of_the_model(architecture, options, grids):
+def test_static_decoder_matches_the_model(architecture, options, grids):
     prior = make_prior(architecture, grids, **options)
     assert isinstance(decoder_of(prior), StaticDecoder)
     ids_BT = random_ids(prior)
@@ -70,48 +70,48 @@ def test_the_fused_path_gives_the_logits_of_the_model(architecture, options, gri
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], *FUSED[-3:]])
-def test_a_position_on_the_device_is_the_same_step(architecture, options, dtype):
+def test_positions_as_tensors_match_positions_as_integers(architecture, options, dtype):
     prior = make_prior(architecture, **options).to(dtype)
     ids_BT = random_ids(prior)
     inputs_BT = torch.cat([prior.vocabulary.condition_ids(torch.tensor(CLASSES))[:, None], ids_BT[:, :-1]], dim=1)
-    plain, recordable = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
+    plain, with_tensor_positions = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
     with torch.inference_mode():
         for position in range(9):
             expected = plain.step(inputs_BT[:, position], position)
-            found = recordable.step(inputs_BT[:, position], position if position == 0 else torch.tensor([position]))
+            found = with_tensor_positions.step(inputs_BT[:, position], position if position == 0 else torch.tensor([position]))
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer", "qwen3"])
-def test_the_first_rows_go_on_alone(architecture):
+def test_keep_first_continues_with_the_first_rows(architecture):
     prior = make_prior(architecture)
     ids_BT = random_ids(prior)
     inputs_BT = torch.cat([prior.vocabulary.condition_ids(torch.tensor(CLASSES))[:, None], ids_BT[:, :-1]], dim=1)
-    whole, part = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
+    all_rows, first_rows = decoder_of(prior, len(CLASSES)), decoder_of(prior, len(CLASSES))
     with torch.inference_mode():
         for position in range(9):
-            expected = whole.step(inputs_BT[:, position], position)
-            found = part.step(inputs_BT[:part.rows, position], position)
-            torch.testing.assert_close(found, expected[:part.rows], rtol=0, atol=1e-5)
+            expected = all_rows.step(inputs_BT[:, position], position)
+            found = first_rows.step(inputs_BT[:first_rows.rows, position], position)
+            torch.testing.assert_close(found, expected[:first_rows.rows], rtol=0, atol=1e-5)
             if position == 3:
-                part.keep_first(2)
-    assert part.rows == 2 and len(found) == 2
+                first_rows.keep_first(2)
+    assert first_rows.rows == 2 and len(found) == 2
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_dropped_null_rows_change_nothing(architecture):
+def test_dropping_null_rows_after_the_guidance_interval_changes_nothing(architecture):
     prior, seeds = make_prior(architecture), [1, 2, 3]
-    until, whole = SamplingConfig(guidance_scale=3.0, guidance_interval=[0.0, 0.5]), SamplingConfig(guidance_scale=3.0)
+    half, always = SamplingConfig(guidance_scale=3.0, guidance_interval=[0.0, 0.5]), SamplingConfig(guidance_scale=3.0)
     unguided = prior.sample([0, 1, 2], SamplingConfig(), seeds)
-    ids_BT, guided = prior.sample([0, 1, 2], until, seeds), prior.sample([0, 1, 2], whole, seeds)
-    assert torch.equal(ids_BT[:, :5], guided[:, :5])  # positions 0 to 4 begin before half of the nine
+    ids_BT, guided = prior.sample([0, 1, 2], half, seeds), prior.sample([0, 1, 2], always, seeds)
+    assert torch.equal(ids_BT[:, :5], guided[:, :5])  # positions 0 to 4 of 9 are in the interval
     assert not torch.equal(ids_BT, guided) and not torch.equal(ids_BT, unguided)
-    hook = prior.model.register_forward_hook(lambda module, inputs, output: None)  # through the model itself
-    assert torch.equal(prior.sample([0, 1, 2], until, seeds), ids_BT)
+    hook = prior.model.register_forward_hook(lambda module, inputs, output: None)  # a hook selects the reference decoder
+    assert torch.equal(prior.sample([0, 1, 2], half, seeds), ids_BT)
     hook.remove()
 
 
-def test_weights_that_change_are_never_stale():
+def test_changed_weights_are_used():
     prior = make_prior()
     ids_BT = random_ids(prior)
     first = step_logits(prior, ids_BT, CLASSES)
@@ -126,7 +126,7 @@ def test_weights_that_change_are_never_stale():
     assert (step_logits(prior, ids_BT, CLASSES) - first).abs().max() > 1e-3
 
 
-def add_adapter(prior):
+def replace_layer_class(prior):
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
@@ -141,20 +141,20 @@ def replace_forward(prior):
 
 
 @pytest.mark.parametrize("change", [
-    add_adapter, replace_forward,
+    replace_layer_class, replace_forward,
     lambda prior: prior.model.model.layers[0].register_forward_hook(lambda module, inputs, output: output + 1),
     lambda prior: prior.model.lm_head.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
     lambda prior: prior.model.lm_head.to(torch.float64),
     lambda prior: nn.utils.parametrizations.weight_norm(prior.model.lm_head),
 ])
-def test_what_was_added_from_outside_goes_through_the_model(change):
+def test_modified_models_use_the_reference_decoder(change):
     prior = make_prior()
     assert isinstance(decoder_of(prior), StaticDecoder)
     change(prior)
     assert isinstance(decoder_of(prior), ReferenceDecoder)
 
 
-def test_under_autocast_and_for_other_architectures_too():
+def test_autocast_and_other_architectures_use_the_reference_decoder():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert isinstance(decoder_of(make_prior()), ReferenceDecoder)
     for architecture in ("gpt2", "qwen3"):
@@ -163,14 +163,14 @@ def test_under_autocast_and_for_other_architectures_too():
     assert isinstance(decoder_of(dynamic), ReferenceDecoder)
 
 
-def test_dropout_of_a_training_model_does_not_send_it_the_slow_way():
+def test_model_in_training_mode_uses_the_static_decoder():
     prior = make_prior().train()
     assert isinstance(decoder_of(prior), StaticDecoder)
     ids_BT = random_ids(prior)
     assert largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4 and prior.model.training
 
 
-def test_a_forward_pass_leaves_the_model_plain():
+def test_static_decoder_is_used_after_a_training_step():
     prior = make_prior()
     prior.loss(random_ids(prior), torch.tensor(CLASSES)).backward()
     assert isinstance(decoder_of(prior), StaticDecoder)
@@ -178,12 +178,12 @@ def test_a_forward_pass_leaves_the_model_plain():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 33, 130])
-def test_packed_products_are_products(rows, dtype):
+def test_packed_products_match_linear(rows, dtype):
     if not can_pack("cpu", dtype):
-        pytest.skip("this build of torch, or this processor, has no such products")
+        pytest.skip("this build of torch or this CPU does not support packed products")
     generator = torch.Generator().manual_seed(0)
     x_NK, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((rows, 40), (56, 40), (56,)))
-    packed = pack(weight, rows + 1)  # for another number of rows, as after the null rows are dropped
+    packed = pack(weight, rows + 1)  # packed for another number of rows, as when null rows are dropped
     for each in (None, bias):
         found = packed_product(dtype)(x_NK, packed, each)
         assert found.shape == (rows, 56) and found.is_contiguous() and found.dtype == dtype
@@ -192,7 +192,7 @@ def test_packed_products_are_products(rows, dtype):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_joined_products(monkeypatch, packed):
+def test_joined_products_match_separate_linears(monkeypatch, packed):
     monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 0)
     monkeypatch.setattr(decoding_products, "can_pack", lambda *_: packed and can_pack("cpu", torch.float32))
     torch.manual_seed(0)
@@ -204,7 +204,7 @@ def test_joined_products(monkeypatch, packed):
         torch.testing.assert_close(Product(linears, 4, outputs=30)(x_NK), expected[:, :30])
 
 
-def test_a_model_whose_matrices_are_packed(monkeypatch):
+def test_decoding_with_packed_matrices(monkeypatch):
     monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 0)
     for architecture in ("llama", "grid_transformer"):
         prior = make_prior(architecture)
@@ -215,15 +215,15 @@ def test_a_model_whose_matrices_are_packed(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
 @pytest.mark.parametrize("short", [0, 100])
-def test_bfloat16_is_reported_and_small(architecture, short, monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_FLOAT32_CACHE_LENGTH", short)  # keys and values of few positions in float32, of more in bf16
-    prior, narrow = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
-    assert decoder_of(narrow).keys.dtype == (torch.float32 if short else torch.bfloat16)
-    difference = largest_logit_difference(narrow, prior, random_ids(prior), CLASSES)
+def test_bfloat16_logit_difference_is_small(architecture, short, monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_FLOAT32_CACHE_LENGTH", short)  # short caches are float32, long caches bf16
+    prior, bf16_prior = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
+    assert decoder_of(bf16_prior).keys.dtype == (torch.float32 if short else torch.bfloat16)
+    difference = largest_logit_difference(bf16_prior, prior, random_ids(prior), CLASSES)
     assert 1e-3 < difference < 0.5
 
 
-def test_a_pipeline_takes_the_settings_and_says_what_bfloat16_costs(tiny_run, tmp_path, capsys):
+def test_pipeline_uses_sampling_settings_and_reports_the_bfloat16_difference(tiny_run, tmp_path, capsys):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     calls = []
     sample = pipe.prior.sample
@@ -238,7 +238,7 @@ def test_a_pipeline_takes_the_settings_and_says_what_bfloat16_costs(tiny_run, tm
     assert 0 < float(difference[1]) < 0.5
 
 
-def test_a_pipeline_of_before_these_settings_loads(tiny_copy):
+def test_pipeline_without_newer_sampling_settings_loads(tiny_copy):
     path = tiny_copy / "pipeline" / "pipeline.json"
     content = json.loads(path.read_text())
     content["sampling"] = {name: content["sampling"][name] for name in ("guidance_scale", "temperature", "top_k", "top_p")}
@@ -248,7 +248,7 @@ def test_a_pipeline_of_before_these_settings_loads(tiny_copy):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_a_recorded_graph_draws_the_same(architecture):
+def test_cuda_graph_matches_eager_sampling(architecture):
     prior = make_prior(architecture).to("cuda")
     sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.0, 0.7])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The demo's server attacked over HTTP: what it reads, where it connects, whom it answers, what it stores, how long it waits, what it says."""
+"""Attacks on the demo's server over HTTP: file access, connections, foreign origins, storage, timeouts, malicious images and error messages."""
 
 import asyncio
 import contextlib
@@ -37,20 +37,20 @@ GENERATE = [["ant"], 1, 0, False, 1, 0, 1, 1]
 META = {"_type": "gradio.FileData"}
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=b"}
-SEEN: list[tuple] | None = None  # audit events while a test watches
+AUDIT_EVENTS: list[tuple] | None = None  # audit events, if a test records them
 
 
-def remember(event: str, arguments: tuple) -> None:
-    """Audit hook: opened files and connections of this process, which is also that of the server. It cannot be removed again."""
-    if SEEN is not None and event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.sendto", "socket.getaddrinfo"):
-        SEEN.append((event, *map(str, arguments[-1:] if event == "socket.connect" else arguments[:2])))
+def record_audit_event(event: str, arguments: tuple) -> None:
+    """Audit hook that records opened files and connections of this process, which runs the server. Audit hooks cannot be removed."""
+    if AUDIT_EVENTS is not None and event in ("open", "os.listdir", "os.scandir", "socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        AUDIT_EVENTS.append((event, *map(str, arguments[-1:] if event == "socket.connect" else arguments[:2])))
 
 
-sys.addaudithook(remember)
+sys.addaudithook(record_audit_event)
 
 
 class Server:
-    """A served pipeline, and ways to ask it."""
+    """A served pipeline and methods that send it requests."""
 
     def __init__(self, folder: Path):
         self.pipe = SlowPipeline.from_pretrained(folder, "cpu")
@@ -66,7 +66,7 @@ class Server:
         return self.http.post(f"/gradio_api/call/{name}", json={"data": data})
 
     def result(self, name: str, data: list) -> tuple[str, object]:
-        """Event and data that a call ends with."""
+        """The last event of a call and its data."""
         text = self.http.get(f"/gradio_api/call/{name}/{self.call(name, data).json()['event_id']}").text
         event, line = re.findall(r"event: (\w+)\ndata: (.*)\n", text)[-1]
         return event, json.loads(line)
@@ -100,7 +100,7 @@ def picture(width: int = 20, height: int = 20, kind: str = "PNG", **options) -> 
 
 
 def all_routes(routes) -> list[tuple[str, str]]:
-    """Method and path of each route of an app, also of included routers."""
+    """Method and path of each route of an app and of its included routers."""
     found = []
     for route in routes:
         if hasattr(route, "original_router"):
@@ -110,11 +110,11 @@ def all_routes(routes) -> list[tuple[str, str]]:
     return found
 
 
-# --- what it reads and where it connects ---------------------------------------------------------------------------------------
+# --- file access and connections -----------------------------------------------------------------------------------------------
 
 
 def forged_files(target: str, upload: str) -> list:
-    """A file outside of the uploads, or an address, in the shapes in which gradio takes files, and in broken ones."""
+    """A file outside of the uploads, or an address, in the forms in which gradio accepts files, and in malformed ones."""
     return [
         {"path": target}, {"path": target, "meta": META}, {"path": target, "url": target, "meta": META}, {"url": target, "meta": META},
         {"path": upload, "url": target, "meta": META}, {"path": target, "meta": META, "is_stream": True}, {"path": target, "meta": {}},
@@ -139,20 +139,20 @@ class Chunked:
 
 
 @pytest.fixture
-def watched(server, tmp_path):
-    """Targets that nobody may touch: a readable image, and an address that listens. The test fails when one of them was touched."""
-    global SEEN
+def targets(server, tmp_path):
+    """Targets that the server must not access: a readable image, a listening address and an unknown host. The test fails if it accesses one."""
+    global AUDIT_EVENTS
     canary = tmp_path / "canary-7f3a.png"
     canary.write_bytes(picture())
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         listener.setblocking(False)
-        SEEN = []
+        AUDIT_EVENTS = []
         yield [str(canary), f"http://127.0.0.1:{listener.getsockname()[1]}/a.png", "http://outside.invalid/a.png"]
         wait_until(lambda: not server.page.worker._jobs)
         time.sleep(0.2)
-        events, SEEN = SEEN, None
+        events, AUDIT_EVENTS = AUDIT_EVENTS, None
         with pytest.raises(BlockingIOError):
             listener.accept()
     own = f"('127.0.0.1', {server.port})"
@@ -160,26 +160,26 @@ def watched(server, tmp_path):
     assert not [event for event in events if event[0] in ("socket.connect", "socket.sendto") and event[-1] != own]
 
 
-def test_no_argument_of_a_call_makes_it_read_a_file_or_call_an_address(server, watched):
+def test_call_arguments_cannot_access_files_or_addresses(server, targets):
     upload = server.upload(picture()).json()[0]
     numbers = {function.api_name: number for number, function in server.page.fns.items()}
-    for target in watched:
+    for target in targets:
         for forged in forged_files(target, upload):
             for name, arguments in (("reconstruct", [None]), ("generate", GENERATE), ("stop", [])):
                 for position in sorted({0, min(2, len(arguments)), len(arguments)}):
                     data = arguments[:position] + [forged] + arguments[position + 1:]
                     body = {"data": data, "fn_index": numbers[name], "session_hash": "attack"}
-                    for path, sent in ((f"call/{name}", {"data": data}), ("queue/join", body), (f"run/{name}", body)):
-                        answer = server.http.post(f"/gradio_api/{path}", json=sent)
-                        assert answer.status_code < 500 and (answer.status_code == 200 or answer.json()["error"])
+                    for path, json_body in ((f"call/{name}", {"data": data}), ("queue/join", body), (f"run/{name}", body)):
+                        response = server.http.post(f"/gradio_api/{path}", json=json_body)
+                        assert response.status_code < 500 and (response.status_code == 200 or response.json()["error"])
         wait_until(lambda: not server.page.worker._jobs)
 
 
-def test_no_endpoint_reads_a_file_or_calls_an_address(server, watched):
+def test_no_endpoint_accesses_files_or_addresses(server, targets):
     upload = server.upload(picture()).json()[0]
     routes = all_routes(server.page.app.routes)
     assert ("POST", "/gradio_api/queue/join") in routes and len(routes) > 60
-    for target in watched:
+    for target in targets:
         forged = {"path": target, "url": target, "meta": META}
         body = {"data": [forged], "fn_index": 3, "trigger_id": 26, "session_hash": "attack", "event_data": forged, "event_id": "x", "batched": True,
                 "simple_format": True, "path": target, "url": target, "fn_name": "read", "component_id": 26, "upload": forged, "hash": target}
@@ -197,21 +197,21 @@ def test_no_endpoint_reads_a_file_or_calls_an_address(server, watched):
                 filled = re.sub(r"\{[^}]*:path\}", target, path.replace("{api_name}", name))
                 filled = re.sub(r"\{[^}]+\}", "x", filled)
                 if filled.startswith(("/gradio_api/heartbeat", "/gradio_api/startup")) or filled.endswith("/reload"):
-                    continue  # streams without an end
+                    continue  # endless streams
                 for sent in bodies if method == "POST" else [{}]:
                     query = {"url": target, "path": target, "data": json.dumps([forged]), "deep_link": target, "session_hash": "nobody"}
-                    answer = server.http.request(method, filled, params=query, **sent)
-                    assert answer.status_code < 500, (method, filled)
+                    response = server.http.request(method, filled, params=query, **sent)
+                    assert response.status_code < 500, (method, filled)
     assert Path(upload).exists()
 
 
-def test_an_answer_does_not_tell_whether_a_file_exists(server, watched):
+def test_responses_do_not_reveal_whether_a_file_exists(server, targets):
     for path in ("/gradio_api/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):
-        here, nowhere = (server.http.get(path + target) for target in (watched[0], watched[0] + "x"))
-        assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text) and here.status_code in (403, 404)
-    here, nowhere = (server.call("reconstruct", [{"path": target, "meta": META}]) for target in (watched[0], watched[0] + "x"))
-    assert (here.status_code, here.text) == (nowhere.status_code, nowhere.text)
-    assert here.status_code == 400 and "was not uploaded to this page" in here.json()["error"]
+        existing, missing = (server.http.get(path + target) for target in (targets[0], targets[0] + "x"))
+        assert (existing.status_code, existing.text) == (missing.status_code, missing.text) and existing.status_code in (403, 404)
+    existing, missing = (server.call("reconstruct", [{"path": target, "meta": META}]) for target in (targets[0], targets[0] + "x"))
+    assert (existing.status_code, existing.text) == (missing.status_code, missing.text)
+    assert existing.status_code == 400 and "was not uploaded to this page" in existing.json()["error"]
 
 
 def test_only_uploads_and_results_are_served(server):
@@ -229,14 +229,14 @@ def test_only_uploads_and_results_are_served(server):
     (server.files / "tmp1234").unlink()
 
 
-def test_an_upload_has_a_name_that_nobody_can_guess(server):
+def test_uploads_get_unguessable_names(server):
     one, two = (server.upload(picture(), "../../../etc/pass wd\n.png").json()[0] for _ in range(2))
     assert one != two and re.fullmatch(rf"{re.escape(str(server.files))}/[0-9a-f]{{64}}/pass_wd_(0A)?\.png", one)
     assert Path(server.upload(b"", "..").json()[0]).name == "image"
     assert len(Path(server.upload(b"", "a" * 300).json()[0]).name) <= 80
 
 
-# --- whom it answers ---------------------------------------------------------------------------------------------------------
+# --- origins and hosts -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("headers", [
@@ -244,21 +244,21 @@ def test_an_upload_has_a_name_that_nobody_can_guess(server):
     {"Origin": ""}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example"},
     {"Host": "localhost@evil.example"}, {"Host": ""},
 ], ids=str)
-def test_pages_of_other_origins_are_refused(server, headers):
+def test_foreign_origins_and_hosts_are_refused(server, headers):
     before = server.stored()
     assert server.upload(picture(), **headers).status_code in (400, 403)
     assert server.stored() == before
-    for answer in (server.http.post("/gradio_api/call/generate", json={"data": GENERATE}, headers=headers),
+    for response in (server.http.post("/gradio_api/call/generate", json={"data": GENERATE}, headers=headers),
                    server.http.get("/config", headers=headers), server.http.get("/gradio_api/heartbeat/x", headers=headers)):
-        assert answer.status_code == 403 and answer.json()["error"]
+        assert response.status_code == 403 and response.json()["error"]
 
 
-def test_two_hosts_are_refused(server):
+def test_two_host_headers_are_refused(server):
     with server.connect(b"GET / HTTP/1.1\r\nHost: HOST\r\nHost: evil.example\r\n\r\n") as opened:
         assert opened.recv(100).split()[1] in (b"400", b"403")
 
 
-def test_the_own_page_and_links_to_it_are_answered(server):
+def test_requests_of_the_page_and_links_to_it_are_allowed(server):
     own = {"Origin": server.address, "Sec-Fetch-Site": "same-origin"}
     assert server.upload(picture(), **own).status_code == 200
     assert server.http.get("/config", headers=own).status_code == 200
@@ -270,15 +270,15 @@ def test_the_own_page_and_links_to_it_are_answered(server):
     assert server.http.get("/config", headers=forwarded).status_code == 200
 
 
-def test_no_page_can_show_it_in_a_frame(server):
-    for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
-        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"] and answer.headers["X-Frame-Options"] == "DENY"
+def test_the_page_cannot_be_framed(server):
+    for response in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
+        assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"] and response.headers["X-Frame-Options"] == "DENY"
 
 
 def test_other_pages_cannot_embed_the_demo_or_access_its_window(server):
-    for answer in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
-        assert answer.headers["Cross-Origin-Resource-Policy"] == answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-        assert "base-uri 'self'" in answer.headers["Content-Security-Policy"]
+    for response in (server.http.get("/"), server.http.get("/config"), server.http.get("/nothing"), server.upload(picture())):
+        assert response.headers["Cross-Origin-Resource-Policy"] == response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+        assert "base-uri 'self'" in response.headers["Content-Security-Policy"]
 
 
 def test_a_websocket_is_refused_with_one_log_line(server, capsys, caplog):
@@ -288,7 +288,7 @@ def test_a_websocket_is_refused_with_one_log_line(server, capsys, caplog):
     assert len(capsys.readouterr().err.splitlines()) == 1 and not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
-def test_request_headers_are_limited_whatever_parser_is_installed(server, monkeypatch):
+def test_request_headers_are_limited_with_any_installed_parser(server, monkeypatch):
     monkeypatch.setattr("uvicorn.protocols.http.auto.AutoHTTPProtocol", object)
     monkeypatch.setattr("uvicorn.protocols.websockets.auto.AutoWebSocketsProtocol", object)
     config = uvicorn.Config(server.page.app, log_config=None)
@@ -302,7 +302,7 @@ def test_request_headers_are_limited_whatever_parser_is_installed(server, monkey
                 time.sleep(0.001)
 
 
-# --- what it stores and how long it waits ----------------------------------------------------------------------------------------
+# --- storage and timeouts --------------------------------------------------------------------------------------------------------
 
 
 def test_uploads_and_results_together_stay_within_a_limit(server, monkeypatch):
@@ -315,9 +315,9 @@ def test_uploads_and_results_together_stay_within_a_limit(server, monkeypatch):
     assert server.http.get(f"/gradio_api/file={paths[0]}").status_code == 403
     start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
     for content in (bytes(61_000), Chunked(start + bytes(61_000))):
-        answer = server.http.post("/gradio_api/upload", content=content, headers=FORM)
-        assert answer.status_code == 413 and answer.json()["error"]
-    assert not list(server.files.glob("tmp*")), "parts of refused uploads are left"
+        response = server.http.post("/gradio_api/upload", content=content, headers=FORM)
+        assert response.status_code == 413 and response.json()["error"]
+    assert not list(server.files.glob("tmp*")), "parts of refused uploads remain"
 
 
 def uploads_in(folder: Path) -> demo_uploads.Uploads:
@@ -330,37 +330,37 @@ def store(uploads: demo_uploads.Uploads, size: int) -> Path:
     return path
 
 
-def test_uploads_at_the_same_time_stay_within_the_limit(tmp_path, monkeypatch):
+def test_concurrent_uploads_stay_within_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 1_000_000)
     monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 100_000)
-    uploads, most = uploads_in(tmp_path), 0
+    uploads, largest = uploads_in(tmp_path), 0
     copy = demo_uploads.shutil.copyfileobj
 
     def slow_copy(*files):
-        nonlocal most
+        nonlocal largest
         time.sleep(0.002)
         copy(*files)
-        most = max(most, sum(path.stat().st_size for path in tmp_path.glob("*/*") if path.exists()))
+        largest = max(largest, sum(path.stat().st_size for path in tmp_path.glob("*/*") if path.exists()))
 
     monkeypatch.setattr(demo_uploads.shutil, "copyfileobj", slow_copy)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: store(uploads, 90_000), range(60)))
-    assert 500_000 < most <= 1_000_000
+    assert 500_000 < largest <= 1_000_000
 
 
 def test_small_uploads_do_not_scan_the_folder_each_time(tmp_path, monkeypatch):
-    looks = []
+    scans = []
     make_room = demo_uploads.make_room
-    monkeypatch.setattr(demo_uploads, "make_room", lambda *arguments: (looks.append(1), make_room(*arguments))[1])
+    monkeypatch.setattr(demo_uploads, "make_room", lambda *arguments: (scans.append(1), make_room(*arguments))[1])
     monkeypatch.setattr(demo_uploads, "MAX_STORED_BYTES", 100 * demo_uploads.BYTES_PER_FILE)
     monkeypatch.setattr(demo_uploads, "MAX_UPLOAD_BYTES", 10 * demo_uploads.BYTES_PER_FILE)
     uploads = uploads_in(tmp_path)
     for _ in range(300):
         store(uploads, 1)
-    assert len(looks) <= 15 and len(list(tmp_path.iterdir())) <= 100
+    assert len(scans) <= 15 and len(list(tmp_path.iterdir())) <= 100
 
 
-def test_room_is_made_while_others_delete_folders(tmp_path, monkeypatch):
+def test_make_room_tolerates_concurrently_deleted_folders(tmp_path, monkeypatch):
     paths = [store(uploads_in(tmp_path), 10) for _ in range(5)]
     scandir = os.scandir
 
@@ -374,7 +374,7 @@ def test_room_is_made_while_others_delete_folders(tmp_path, monkeypatch):
     assert set(removed) == set(paths[1:]) and stored == 0 and not list(tmp_path.iterdir())
 
 
-def test_an_error_does_not_end_the_sweep_of_stored_files(tmp_path, monkeypatch, capsys):
+def test_errors_do_not_end_the_sweep_of_stored_files(tmp_path, monkeypatch, capsys):
     calls = []
 
     def fail(*_):
@@ -397,18 +397,18 @@ def test_a_file_name_that_is_too_long_is_refused(server):
     assert server.http.get(f"/gradio_api/file={upload.with_name('a' * 300)}").status_code == 403
 
 
-def test_forms_that_are_no_upload_are_refused_and_leave_nothing(server):
+def test_invalid_upload_forms_are_refused_and_store_nothing(server):
     before = server.stored()
     for sent in ({"files": {"other": ("a.png", picture())}}, {"data": {"files": "a.png"}},
                  {"files": [("files", ("a", b"a")), ("files", ("b", b"b"))]},
                  {"json": {}}, {"content": b"x", "headers": FORM}, {"content": b"x", "headers": {"Content-Type": "multipart/form-data"}},
                  {"data": {f"field{number}": "x" for number in range(9)}}):
-        answer = server.http.post("/gradio_api/upload", **sent)
-        assert answer.status_code in (400, 415) and answer.json()["error"], sent
+        response = server.http.post("/gradio_api/upload", **sent)
+        assert response.status_code in (400, 415) and response.json()["error"], sent
     assert server.stored() == before
 
 
-def test_requests_that_stay_incomplete_are_closed(server, monkeypatch):
+def test_incomplete_requests_are_closed(server, monkeypatch):
     monkeypatch.setattr(demo_http, "IDLE_SECONDS", 0.3)
     monkeypatch.setattr(demo_http, "CHECK_SECONDS", 0.1)
     head = b"POST /gradio_api/%s HTTP/1.1\r\nHost: HOST\r\nContent-Type: %s\r\nContent-Length: 1000\r\n\r\n"
@@ -430,7 +430,7 @@ def test_requests_that_stay_incomplete_are_closed(server, monkeypatch):
     assert server.upload(picture()).status_code == 200
 
 
-def test_requests_that_stay_open_are_limited(server, monkeypatch):
+def test_the_number_of_open_requests_is_limited(server, monkeypatch):
     monkeypatch.setattr(demo_guard, "MAX_OPEN_REQUESTS", 5)
     opened = [server.connect(b"GET /gradio_api/heartbeat/x HTTP/1.1\r\nHost: HOST\r\n\r\n") for _ in range(8)]
     statuses = sorted(connection.recv(1000).split()[1] for connection in opened)
@@ -440,26 +440,26 @@ def test_requests_that_stay_open_are_limited(server, monkeypatch):
     wait_until(lambda: server.http.get("/config").status_code == 200)
 
 
-def test_a_body_that_trickles_in_is_ended(server, monkeypatch):
+def test_slow_request_bodies_time_out(server, monkeypatch):
     monkeypatch.setattr(demo_http, "BODY_SECONDS", 0.5)
     with server.connect(b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\n"
                         b"Content-Length: 1000\r\n\r\n--b\r\nContent-Disposition: form-data; name=\"files\"; filename=\"a\"\r\n\r\n") as opened:
         opened.settimeout(0.05)
-        answer, end = b"", time.monotonic() + 8
-        while not answer and time.monotonic() < end:
+        response, end = b"", time.monotonic() + 8
+        while not response and time.monotonic() < end:
             opened.sendall(b"x")
             try:
-                answer = opened.recv(1000)
+                response = opened.recv(1000)
             except TimeoutError:
                 continue
-    assert answer.startswith(b"HTTP/1.1 408")
+    assert response.startswith(b"HTTP/1.1 408")
 
 
-# --- images that are larger than their file ------------------------------------------------------------------------------------
+# --- malicious and large images ------------------------------------------------------------------------------------------------
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A 16-bit grey PNG of zeros, a few hundred kilobytes for 100 million pixels."""
+    """A 16-bit grey PNG of zeros: a few hundred kilobytes for 100 million pixels."""
     def chunk(name: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
@@ -470,15 +470,15 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(server, monkeypatch):
+def test_a_decompression_bomb_is_refused_before_decoding(server, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
     upload = server.upload(bomb(10_000, 9_999)).json()[0]
-    event, answer = server.result("reconstruct", [{"path": upload}])
-    assert event == "error" and "10000 x 9999 pixels, more than the 16 million" in answer["error"]
-    assert "data." not in answer["error"] and "_" not in answer["error"]
+    event, response = server.result("reconstruct", [{"path": upload}])
+    assert event == "error" and "10000 x 9999 pixels, more than the 16 million" in response["error"]
+    assert "data." not in response["error"] and "_" not in response["error"]
 
 
-def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded(server, tmp_path, monkeypatch):
+def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_decoding(server, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were decoded"))
     strip = zlib.compress(bytes(100))
     entries = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: len(strip)}
@@ -487,18 +487,18 @@ def test_a_tiff_with_tiles_larger_than_the_image_is_refused_before_it_is_decoded
     content = b"II*\0" + (8 + len(strip)).to_bytes(4, "little") + strip + len(entries).to_bytes(2, "little") + body + bytes(4)
     with pytest.raises(UnreadableImage, match="30000 x 30000 pixels, more than"):
         read_image(content)
-    event, answer = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
-    assert event == "error" and "it is TIFF, but only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are accepted here" in answer["error"]
+    event, response = server.result("reconstruct", [{"path": server.upload(content).json()[0]}])
+    assert event == "error" and "it is TIFF, but only AVIF, BMP, GIF, JPEG, MPO, PNG, WEBP are accepted here" in response["error"]
 
 
 @pytest.mark.parametrize("kind", sorted(set(demo_requests.FORMATS) - {"MPO"}))
-def test_formats_that_browsers_show_are_taken(tmp_path, kind):
+def test_formats_of_browsers_are_accepted(tmp_path, kind):
     Image.new("L", (30, 20), 80).save(tmp_path / "image", kind)
     assert "PSNR" in demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")[3]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "TGA", "JPEG2000"])
-def test_formats_that_browsers_do_not_show_are_not_opened(tmp_path, monkeypatch, kind):
+def test_other_formats_are_not_opened(tmp_path, monkeypatch, kind):
     Image.new("L", (30, 20)).save(tmp_path / "image", kind)
     monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("it was opened"), Image.OPEN[kind][1]))
     with pytest.raises(UnreadableImage, match=f"it is {kind}, but only AVIF, .* are accepted here" if kind != "TGA" else "not an image of a known"):
@@ -506,7 +506,7 @@ def test_formats_that_browsers_do_not_show_are_not_opened(tmp_path, monkeypatch,
 
 
 def exif_bomb(size: int, entries: int) -> bytes:
-    """A TIFF directory in which each entry points to all of its bytes."""
+    """A TIFF directory in which every entry refers to all of its bytes."""
     records = b"".join(struct.pack("<HHII", tag, 7, size - 8, 8) for tag in range(1000, 1000 + entries))
     return (b"II*\0" + struct.pack("<IH", 8, entries) + records).ljust(size, b"\0")
 
@@ -517,21 +517,21 @@ def jpeg_segment(marker: int, content: bytes) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF"])
-def test_metadata_that_unpacks_to_gigabytes_takes_little_memory(tmp_path, kind):
+def test_metadata_bombs_use_little_memory(tmp_path, kind):
     if kind == "AVIF" and "AVIF" not in Image.SAVE:
         pytest.skip("this Pillow writes no AVIF")
-    bomb, path = exif_bomb(500_000, 2000), tmp_path / "image"
+    exif, path = exif_bomb(500_000, 2000), tmp_path / "image"
     image = Image.new("L", (16, 16))
     if kind == "TIFF":
-        path.write_bytes(bomb)
+        path.write_bytes(exif)
     elif kind == "JPEG":
         image.save(path, "JPEG")
         content = path.read_bytes()
-        start = content.index(b"\xff\xdb")  # drops the JFIF segment: without it, Pillow reads the EXIF data when it opens the file
-        segments = [jpeg_segment(0xE1, b"Exif\0\0" + bomb[at:at + 60_000]) for at in range(0, len(bomb), 60_000)]
+        start = content.index(b"\xff\xdb")  # without the JFIF segment, Pillow reads the EXIF data when it opens the file
+        segments = [jpeg_segment(0xE1, b"Exif\0\0" + exif[at:at + 60_000]) for at in range(0, len(exif), 60_000)]
         path.write_bytes(content[:2] + b"".join(segments) + content[start:])
     else:
-        image.save(path, kind, exif=bomb)
+        image.save(path, kind, exif=exif)
     tracemalloc.start()
     try:
         demo.reconstruct(tiny_pipeline(), threading.Event(), path)
@@ -552,17 +552,17 @@ def test_long_exif_data_still_rotates_the_image(tmp_path, kind):
     assert read_image(tmp_path / "image").size == (20, 30)
 
 
-def progressive_jpeg(passes: int) -> bytes:
-    """A JPEG of 16 million pixels with many passes over all of them, each of 30 bytes."""
+def progressive_jpeg(scans: int) -> bytes:
+    """A JPEG of 16 million pixels with many progressive scans of 30 bytes each."""
     file = io.BytesIO()
     Image.new("L", (4000, 3992), 128).save(file, "JPEG", progressive=True)
     content = file.getvalue()
     start = content.rindex(b"\xff\xda")
-    return content[:-2] + content[start:-2] * passes + content[-2:]
+    return content[:-2] + content[start:-2] * scans + content[-2:]
 
 
 @pytest.mark.parametrize("ending", ["stop", "time"])
-def test_decoding_a_jpeg_with_thousands_of_passes_ends_on_stop_and_timeout(tmp_path, monkeypatch, ending):
+def test_decoding_a_jpeg_with_thousands_of_scans_ends_on_stop_and_timeout(tmp_path, monkeypatch, ending):
     (tmp_path / "image.jpg").write_bytes(progressive_jpeg(5000))
     stop, pipe = threading.Event(), tiny_pipeline()
     monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
@@ -603,7 +603,7 @@ def test_an_avif_with_frames_larger_than_its_header_is_decoded_in_another_proces
     size = content.index(b"ispe") + 8
     (tmp_path / "image.avif").write_bytes(content[:size] + struct.pack(">II", 8, 8) + content[size + 8:])
 
-    decoded = []  # in the process of the server
+    decoded = []  # formats that are decoded in the server's process
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: (decoded.append(image.format), load(image))[1])
     monkeypatch.setattr(demo_requests, "MAX_UPLOAD_PIXELS", 10_000)
     with contextlib.suppress(UnreadableImage):  # only some versions of Pillow decode it
@@ -650,14 +650,14 @@ def test_a_deleted_upload_gives_a_clear_error(tmp_path):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "gone.png")
 
 
-def test_words_of_a_decoder_stay_on_the_terminal(server, capsys):
-    event, answer = server.result("reconstruct", [{"path": server.upload(picture()[:200]).json()[0]}])
-    assert event == "error" and answer["error"] == "This file cannot be read as an image: truncated, corrupt or not accessible."
+def test_messages_of_decoders_are_only_logged(server, capsys):
+    event, response = server.result("reconstruct", [{"path": server.upload(picture()[:200]).json()[0]}])
+    assert event == "error" and response["error"] == "This file cannot be read as an image: truncated, corrupt or not accessible."
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and re.search(r"not accessible: \w", err)
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
+def test_large_jpegs_are_decoded_at_reduced_size(tmp_path):
     decoded = []
     for kind, width in (("JPEG", 4500), ("JPEG", 9000), ("PNG", 4500)):
         Image.new("L", (width, 4000)).save(tmp_path / "large", kind)
@@ -671,10 +671,10 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     assert decoded[2].startswith("4500 x 4000 pixels, more than the 16 million")
     Image.new("L", (65_000, 300)).save(tmp_path / "strip", "JPEG")
     with Image.open(tmp_path / "strip") as image, pytest.raises(UnreadableImage):
-        demo_requests.limit_decoded_size(image, 256)  # an eighth of it would be smaller than what the tokenizer sees
+        demo_requests.limit_decoded_size(image, 256)  # an eighth of it would be smaller than the tokenizer's input
 
 
-def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, monkeypatch):
+def test_a_jpeg_decoded_at_reduced_size_has_similar_pixels(tmp_path, monkeypatch):
     rows, columns = np.mgrid[0:600, 0:800]
     smooth = (127 + 60 * np.sin(rows / 90)[..., None] + 60 * np.cos(columns / 70)[..., None] * np.ones(3)).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "image.jpg", quality=95)
@@ -686,9 +686,9 @@ def test_a_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(tmp_path, mon
 
 
 @pytest.mark.parametrize("ending", ["stop", "time"])
-def test_a_slow_decoder_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, ending):
+def test_a_slow_decoder_ends_on_stop_and_timeout(tmp_path, monkeypatch, ending):
     header = b"BM" + bytes(8) + (1078).to_bytes(4, "little") + struct.pack("<IiiHHIIiiII", 40, 4000, 3999, 1, 8, 1, 0, 0, 0, 256, 0)
-    (tmp_path / "slow.bmp").write_bytes(header + bytes(1024) + b"\x01\x05" * 15_990_000)  # Pillow decodes run lengths in Python
+    (tmp_path / "slow.bmp").write_bytes(header + bytes(1024) + b"\x01\x05" * 15_990_000)  # Pillow decodes run-length encoding in Python
     stop = threading.Event()
     monkeypatch.setattr(demo_requests, "DECODING_SECONDS", 0.3 if ending == "time" else 60)
     timer = threading.Timer(0.3, stop.set if ending == "stop" else int)
@@ -704,13 +704,13 @@ def test_a_slow_decoder_ends_by_stop_and_after_a_while(tmp_path, monkeypatch, en
 
 
 @pytest.mark.parametrize("stage", ["read_image", "encode", "decode"])
-def test_stop_is_heard_between_the_stages_of_a_reconstruction(tmp_path, monkeypatch, stage):
+def test_stop_works_between_the_stages_of_a_reconstruction(tmp_path, monkeypatch, stage):
     Image.new("L", (30, 30)).save(tmp_path / "image.png")
-    pipe, stop, begun = tiny_pipeline(), threading.Event(), []
+    pipe, stop, called = tiny_pipeline(), threading.Event(), []
 
     def stopping(name, function):
         def call(*arguments, **options):
-            begun.append(name)
+            called.append(name)
             if name == stage:
                 stop.set()
             return function(*arguments, **options)
@@ -720,14 +720,14 @@ def test_stop_is_heard_between_the_stages_of_a_reconstruction(tmp_path, monkeypa
     monkeypatch.setattr(pipe, "encode", stopping("encode", pipe.encode))
     monkeypatch.setattr(pipe, "decode", stopping("decode", pipe.decode))
     report = demo.reconstruct(pipe, stop, tmp_path / "image.png")[3]
-    assert begun[-1] == stage and (report == "Stopped.") == (stage != "decode")
+    assert called[-1] == stage and (report == "Stopped.") == (stage != "decode")
 
 
-# --- what it says ---------------------------------------------------------------------------------------------------------------
+# --- error messages -------------------------------------------------------------------------------------------------------------
 
 
-def wrong_requests() -> list[tuple[str, str, dict]]:
-    """Method, path and body of requests that are refused."""
+def invalid_requests() -> list[tuple[str, str, dict]]:
+    """Method, path and body of requests that must be refused."""
     join = "/gradio_api/queue/join"
     bodies = [{}, {"data": None}, {"data": {}}, {"data": "x"}, {"data": []}, {"data": GENERATE[:-1]}, {"data": [*GENERATE, 1]}, {"data": [GENERATE]}]
     posts = [(f"/gradio_api/call/{name}", body) for name in ("generate", "reconstruct") for body in bodies]
@@ -745,58 +745,58 @@ def wrong_requests() -> list[tuple[str, str, dict]]:
     return [("POST", path, {"json": body}) for path, body in posts] + [("GET", path, {}) for path in gets] + others
 
 
-def test_each_refusal_carries_a_message_and_one_line_of_the_log(server, capsys):
-    for method, path, body in wrong_requests():
+def test_each_refusal_has_a_message_and_one_log_line(server, capsys):
+    for method, path, body in invalid_requests():
         capsys.readouterr()
-        answer = server.http.request(method, path, **body)
-        assert 400 <= answer.status_code < 500, (method, path, body)
-        words = answer.json()["error"]
-        assert isinstance(words, str) and len(words) > 10 and answer.json()["detail"] == words
+        response = server.http.request(method, path, **body)
+        assert 400 <= response.status_code < 500, (method, path, body)
+        message = response.json()["error"]
+        assert isinstance(message, str) and len(message) > 10 and response.json()["detail"] == message
         out, err = capsys.readouterr()
         assert not out and len(err.splitlines()) == 1 and err.startswith("refused: "), (method, path, err)
 
 
-@pytest.mark.parametrize(("position", "value", "words"), [
+@pytest.mark.parametrize(("position", "value", "message"), [
     (0, ["dog"], "There is no class 'dog'"), (0, ["an"], "Did you mean 'ant'"), (0, [3], "must be a list of class names"),
     (0, "ant", "must be a list of class names"), (1, None, "Images of each class is None; it must be a number"), (1, 1.5, "must be a whole number"),
     (1, 65, "at most 64"), (2, -5, "Seed is -5; it must be at least 0"), (2, "7", "Seed is '7'; it must be a number"), (2, 2**60, "Seed is"),
     (2, [], "Seed is \\[\\]"), (4, True, "Temperature is True; it must be a number"), (4, -1, "Temperature"), (5, 99, "Top-k"), (6, 0, "Top-p"),
     (7, 11, "Guidance scale"), (7, "x" * 500, "Guidance scale is 'x{56}\\.\\.\\.; it"),
 ])
-def test_a_wrong_field_is_refused_in_the_words_of_the_page(server, capsys, position, value, words):
+def test_invalid_fields_are_refused_with_the_labels_of_the_page(server, capsys, position, value, message):
     calls = server.pipe.calls
-    event, answer = server.result("generate", GENERATE[:position] + [value] + GENERATE[position + 1:])
-    assert event == "error" and re.search(words, answer["error"]) and server.pipe.calls == calls
-    assert not re.search(r"_|[a-z]\.[a-z]", answer["error"]), "the name of an internal field"
+    event, response = server.result("generate", GENERATE[:position] + [value] + GENERATE[position + 1:])
+    assert event == "error" and re.search(message, response["error"]) and server.pipe.calls == calls
+    assert not re.search(r"_|[a-z]\.[a-z]", response["error"]), "the message contains the name of an internal field"
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and err.startswith("refused: generate: ")
 
 
-def test_other_requests_are_answered_while_a_wrong_class_name_is_looked_up(server, monkeypatch):
-    begun, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(demo_requests, "nearest_name", lambda *_: (begun.set(), go_on.wait(5), None)[2])
+def test_looking_up_a_wrong_class_name_does_not_block_other_requests(server, monkeypatch):
+    lookup_started, proceed = threading.Event(), threading.Event()
+    monkeypatch.setattr(demo_requests, "nearest_name", lambda *_: (lookup_started.set(), proceed.wait(5), None)[2])
     server.call("generate", [["dog"], *GENERATE[1:]])
-    assert begun.wait(5)
+    assert lookup_started.wait(5)
     started = time.monotonic()
     assert server.http.get("/nothing").status_code == 404 and time.monotonic() - started < 2
-    go_on.set()
+    proceed.set()
 
 
 @pytest.mark.parametrize(("class_names", "label_drop"), [(None, 0.1), (["ant"], 0.0)])
-def test_guidance_is_refused_where_it_cannot_work(class_names, label_drop):
+def test_unsupported_guidance_is_refused(class_names, label_drop):
     pipe = tiny_pipeline(class_names, label_drop)
     with pytest.raises(demo.InputError, match=r"^Guidance scale is 2; it must be 1, because this prior does not support guidance"):
         demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 2)
     assert demo_requests.checked_request(pipe, None, 1, 0, 1, 0, 1, 1)[2] == 0
 
 
-def test_an_unexpected_error_is_one_line_of_the_log_and_a_message_without_details(server, capsys, monkeypatch):
+def test_unexpected_errors_give_one_log_line_and_a_message_without_details(server, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("/secret/path\nerror: forged line")
 
     monkeypatch.setattr(SlowPipeline, "__call__", fail)
-    event, answer = server.result("generate", GENERATE)
-    assert event == "error" and "Unexpected server error" in answer["error"] and "secret" not in str(answer)
+    event, response = server.result("generate", GENERATE)
+    assert event == "error" and "Unexpected server error" in response["error"] and "secret" not in str(response)
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and "RuntimeError: /secret/path" in err and "test_demo_guard.py, line" in err
 
@@ -806,13 +806,13 @@ def test_an_unexpected_error_is_one_line_of_the_log_and_a_message_without_detail
     b"[" * 100_000, b'{"a":' * 100_000,
     b'{"a": ' + b"9" * 5000 + b"}", b'{"a": "\xff"}', '{"a": 1}'.encode("utf-16"), b'{"a": 1} x', b"\xef\xbb\xbf{}",
 ])
-def test_json_that_parsers_read_in_different_ways_is_refused(body):
+def test_ambiguous_json_is_refused(body):
     with pytest.raises(Refusal):
         strict_json(body)
 
 
 @pytest.mark.parametrize("value", [2**63, -2**70, "\ud800", "x" * 1001, [0] * 1001, [[0]], {"a": 0}], ids=repr)
-def test_arguments_that_no_field_holds_are_refused(server, value):
+def test_argument_values_that_no_field_accepts_are_refused(server, value):
     body = json.dumps({"data": [*GENERATE[:2], value, *GENERATE[3:]]})
-    answer = server.http.post("/gradio_api/call/generate", content=body, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 400 and answer.json()["error"].startswith("The arguments must be numbers, texts")
+    response = server.http.post("/gradio_api/call/generate", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400 and response.json()["error"].startswith("The arguments must be numbers, texts")

@@ -22,7 +22,7 @@ from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.losses import RECONSTRUCTION_LOSSES, reconstruction_loss
 from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights
-from stage1_tokenizer.quantizers.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.tokenizer_setup import measure_step_seconds
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder

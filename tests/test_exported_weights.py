@@ -1,4 +1,4 @@
-"""What save_pretrained writes can be loaded again. Otherwise saving fails with an error that names the weights, and leaves nothing behind."""
+"""save_pretrained writes weights that can be loaded. Otherwise it raises an error that names the weights, and writes nothing."""
 
 import copy
 from pathlib import Path
@@ -30,16 +30,16 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def same_tokenizer(saved: ImageTokenizer, reference: ImageTokenizer, folder: Path) -> bool:
+def save_and_compare(saved: ImageTokenizer, reference: ImageTokenizer, folder: Path) -> bool:
     saved.save_pretrained(folder)
-    loaded, left_out = ImageTokenizer.from_pretrained(folder), reference.training_only_names()
-    expected = {name: tensor for name, tensor in reference.state_dict().items() if name not in left_out}
+    loaded, training_only = ImageTokenizer.from_pretrained(folder), reference.training_only_names()
+    expected = {name: tensor for name, tensor in reference.state_dict().items() if name not in training_only}
     found = loaded.state_dict()
     return expected.keys() <= found.keys() and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank addition that replaces the original layer, as in peft."""
+    """Wraps a layer and adds a low-rank product, as in peft."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -55,14 +55,14 @@ def with_adapter(prior: TokenPrior) -> TokenPrior:
     return prior
 
 
-def in_int8(module: nn.Module, name: str) -> None:
-    """Replace a weight by int8 codes and their scale, as quantization libraries do."""
+def quantize_to_int8(module: nn.Module, name: str) -> None:
+    """Replace a weight by an int8 buffer, as quantization libraries do."""
     weight = getattr(module, name)
     delattr(module, name)
     module.register_buffer(name, (weight.detach() * 127).to(torch.int8))
 
 
-# --- harmless changes are undone ----------------------------------------------------------------------------------------------
+# --- harmless changes do not affect saved weights -----------------------------------------------------------------------------
 
 
 WRAPPINGS = {
@@ -83,25 +83,25 @@ WRAPPINGS = {
 def test_wrappers_and_lossless_casts_do_not_change_a_saved_tokenizer(tmp_path, wrap):
     reference, tokenizer = tiny_tokenizer(), tiny_tokenizer()
     wrap(tokenizer)
-    assert same_tokenizer(tokenizer, reference, tmp_path / "tokenizer")
+    assert save_and_compare(tokenizer, reference, tmp_path / "tokenizer")
 
 
 @pytest.mark.parametrize("kind", QUANTIZER_NAMES)
 def test_every_quantizer_can_be_saved_and_loaded(tmp_path, kind):
     tokenizer = tiny_tokenizer(quantizer=kind)
-    assert same_tokenizer(tokenizer, tokenizer, tmp_path / "tokenizer")
+    assert save_and_compare(tokenizer, tokenizer, tmp_path / "tokenizer")
 
 
-def test_a_tokenizer_cast_to_bf16_is_saved_in_float32(tmp_path):
+def test_bf16_tokenizer_is_saved_in_float32(tmp_path):
     tokenizer = tiny_tokenizer().to(torch.bfloat16)
-    assert same_tokenizer(tokenizer, copy.deepcopy(tokenizer).float(), tmp_path / "tokenizer")
+    assert save_and_compare(tokenizer, copy.deepcopy(tokenizer).float(), tmp_path / "tokenizer")
 
 
 def test_tied_weights_of_a_tokenizer_are_saved_separately(tmp_path):
     tokenizer = tiny_tokenizer()
     first, second = [name for name, parameter in tokenizer.named_parameters() if parameter.shape == (32,) and name.endswith("norm1.weight")][:2]
     tokenizer.get_submodule(second.rpartition(".")[0]).weight = tokenizer.get_parameter(first)
-    assert same_tokenizer(tokenizer, tokenizer, tmp_path / "tokenizer")
+    assert save_and_compare(tokenizer, tokenizer, tmp_path / "tokenizer")
 
 
 def compiled_layer(prior: TokenPrior) -> None:
@@ -136,14 +136,14 @@ def test_tied_weights_of_a_prior_stay_tied(tmp_path, architecture):
     assert torch.equal(loaded.model.get_input_embeddings().weight, prior.model.get_input_embeddings().weight.float())
 
 
-def test_one_part_cast_to_half_is_saved_in_float32(tmp_path):
+def test_half_precision_layer_is_saved_in_float32(tmp_path):
     prior = tiny_prior().eval()
     prior.model.lm_head.half()
     prior.save_pretrained(tmp_path / "prior")
     assert {parameter.dtype for parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "prior").parameters()} == {torch.float32}
 
 
-# --- weights that could not be loaded again are refused -------------------------------------------------------------------------------
+# --- weights that could not be loaded are refused -------------------------------------------------------------------------------------
 
 
 REFUSED_TOKENIZERS = {
@@ -151,14 +151,14 @@ REFUSED_TOKENIZERS = {
     "other layer": (lambda tokenizer: setattr(tokenizer.decoder, "conv_out", nn.Conv2d(32, 4, 3)), r"decoder.conv_out.bias has shape \(4,\)"),
     "no layer": (lambda tokenizer: setattr(tokenizer, "quant_conv", nn.Identity()), "missing quant_conv.bias"),
     "more": (lambda tokenizer: tokenizer.register_buffer("scale", torch.ones(1)), "unexpected scale"),
-    "int8": (lambda tokenizer: in_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight has dtype int8, not float32"),
+    "int8": (lambda tokenizer: quantize_to_int8(tokenizer.decoder.conv_out, "weight"), "decoder.conv_out.weight has dtype int8, not float32"),
     "no values": (lambda tokenizer: tokenizer.decoder.to("meta"), "decoder.conv_in.weight has no values"),
 }
 
 
 @pytest.mark.parametrize(("change", "words"), REFUSED_TOKENIZERS.values(), ids=list(REFUSED_TOKENIZERS))
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "over an older one"])
-def test_a_tokenizer_that_could_not_be_loaded_again_is_not_saved(tmp_path, change, words, exists):
+def test_tokenizer_that_could_not_be_loaded_is_not_saved(tmp_path, change, words, exists):
     tokenizer, folder = tiny_tokenizer(), tmp_path / "tokenizer"
     if exists:
         tokenizer.save_pretrained(folder)
@@ -171,8 +171,8 @@ def test_a_tokenizer_that_could_not_be_loaded_again_is_not_saved(tmp_path, chang
     assert not list(tmp_path.glob(".partial-*")) and (tokenizer.token_fingerprint, tokenizer.full_fingerprint) == fingerprints
 
 
-class Renamed(nn.Module):
-    """A model inside another one, as in peft. Attributes are passed on, and weights have longer names."""
+class PrefixedModel(nn.Module):
+    """Wraps a model, as in peft. It forwards attributes and adds a prefix to weight names."""
 
     def __init__(self, model):
         super().__init__()
@@ -195,9 +195,9 @@ def untied(prior: TokenPrior) -> None:
 
 REFUSED_PRIORS = {
     "adapter": (with_adapter, {}, r"missing model.layers.0.self_attn.q_proj.weight.*merge_and_unload"),
-    "wrapped by an adapter": (lambda prior: setattr(prior, "model", Renamed(prior.model)), {}, "missing lm_head.weight.*and 34 more"),
+    "wrapped by an adapter": (lambda prior: setattr(prior, "model", PrefixedModel(prior.model)), {}, "missing lm_head.weight.*and 34 more"),
     "parametrized": (lambda prior: parametrizations.orthogonal(prior.model.lm_head), {}, "unexpected lm_head.parametrizations"),
-    "int8": (lambda prior: in_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight has dtype int8, not float32"),
+    "int8": (lambda prior: quantize_to_int8(prior.model.lm_head, "weight"), {}, "lm_head.weight has dtype int8, not float32"),
     "no values": (lambda prior: prior.model.lm_head.to("meta"), {}, "lm_head.weight has no values"),
     "more ids": (lambda prior: setattr(prior.model, "lm_head", nn.Linear(32, 99, bias=False)), {}, r"lm_head.weight has shape \(99, 32\)"),
     "quantized": (lambda prior: setattr(prior.model.config, "quantization_config", {"quant_method": "any"}), {}, "it is quantized"),
@@ -208,7 +208,7 @@ REFUSED_PRIORS = {
 
 @pytest.mark.parametrize(("change", "fields", "words"), REFUSED_PRIORS.values(), ids=list(REFUSED_PRIORS))
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "over an older one"])
-def test_a_prior_that_could_not_be_loaded_again_is_not_saved(tmp_path, change, fields, words, exists):
+def test_prior_that_could_not_be_loaded_is_not_saved(tmp_path, change, fields, words, exists):
     prior, folder = tiny_prior(**fields), tmp_path / "prior"
     if exists:
         prior.save_pretrained(folder)
@@ -219,15 +219,15 @@ def test_a_prior_that_could_not_be_loaded_again_is_not_saved(tmp_path, change, f
     assert {path: path.read_bytes() for path in folder.rglob("*")} == before and folder.exists() == exists
 
 
-def test_a_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
+def test_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
     loaded = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     loaded.tokenizer.decoder = torch.compile(loaded.tokenizer.decoder)
     loaded.prior.model = torch.compile(loaded.prior.model)
     pipe = ImageGenerationPipeline(loaded.tokenizer, loaded.prior, loaded.sampling)
     pipe.save_pretrained(tmp_path / "pipeline")
-    again = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
-    assert torch.equal(again("3", 2, seed=1).token_ids, ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")("3", 2, seed=1).token_ids)
-    loaded.prior.register_buffer("stray", torch.ones(1))  # outside the model, so it is not part of a prior's folder
+    reloaded = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
+    assert torch.equal(reloaded("3", 2, seed=1).token_ids, ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")("3", 2, seed=1).token_ids)
+    loaded.prior.register_buffer("stray", torch.ones(1))  # outside of the model, so it is not saved
     loaded.prior.model = nn.Sequential()
     with pytest.raises(InputError, match="this prior cannot be saved"):
         pipe.save_pretrained(tmp_path / "other")
@@ -235,29 +235,29 @@ def test_a_pipeline_is_saved_without_wrappers_or_refused(tmp_path, tiny_run):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pipeline_that_was_trained_further_is_saved_with_its_new_weights(tmp_path, tiny_run, dtype):
+def test_fine_tuned_pipeline_is_saved_with_its_new_weights(tmp_path, tiny_run, dtype):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu", dtype=dtype)
     pipe.save_pretrained(tmp_path / "unchanged")
     for part in ("prior", "tokenizer"):
         path = f"pipeline/{part}/model.safetensors"
-        assert (tmp_path / "unchanged" / part / "model.safetensors").read_bytes() == (tiny_run / path).read_bytes(), "in float32, as exported"
+        assert (tmp_path / "unchanged" / part / "model.safetensors").read_bytes() == (tiny_run / path).read_bytes(), "weights stay float32"
     with torch.no_grad():
         pipe.prior.model.get_input_embeddings().weight.mul_(2)
     pipe.save_pretrained(tmp_path / "changed")
-    again = ImageGenerationPipeline.from_pretrained(tmp_path / "changed", device="cpu", dtype=dtype)
-    assert torch.equal(again.prior.model.get_input_embeddings().weight, pipe.prior.model.get_input_embeddings().weight)
+    reloaded = ImageGenerationPipeline.from_pretrained(tmp_path / "changed", device="cpu", dtype=dtype)
+    assert torch.equal(reloaded.prior.model.get_input_embeddings().weight, pipe.prior.model.get_input_embeddings().weight)
 
 
-def test_a_pipeline_can_be_saved_when_the_folder_it_came_from_is_gone(tiny_copy, tmp_path):
+def test_pipeline_can_be_saved_after_its_source_folder_is_gone(tiny_copy, tmp_path):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_copy, device="cpu")
     images = pipe(class_labels="3", seed=1, output_type="np").images
     (tiny_copy / "pipeline").rename(tmp_path / "elsewhere")
     pipe.save_pretrained(tmp_path / "saved")
-    again = ImageGenerationPipeline.from_pretrained(tmp_path / "saved", device="cpu")
-    assert (again(class_labels="3", seed=1, output_type="np").images == images).all()
+    reloaded = ImageGenerationPipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    assert (reloaded(class_labels="3", seed=1, output_type="np").images == images).all()
 
 
-def test_an_adapter_beside_a_prior_is_refused(tmp_path):
+def test_prior_folder_with_an_adapter_is_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds an adapter \(adapter_config.json\)"):

@@ -83,7 +83,7 @@ class WantsFloats(nn.Module):
         return self.convolution(images).mean((2, 3))
 
 
-@pytest.mark.parametrize(("module", "words"), [
+@pytest.mark.parametrize(("module", "message"), [
     (Unpooled(), r"returns the shape \(2, 3, 1, 1\) for a batch of two 8 x 8 images \(uint8, 0 to 255\); it must return \(2, F\)"),
     (Blind(), "equal features for a noise image and a black image"),
     (WantsFloats(), r"fails on a batch of two 8 x 8 images \(uint8, 0 to 255\)"),
@@ -135,7 +135,7 @@ def test_images_are_resized_like_the_image_transform():
     assert np.abs(seen[0][0].permute(1, 2, 0).numpy() * 255 - by_pillow).max() < 2, "antialiased bicubic; Pillow rounds between its two passes"
 
 
-@pytest.mark.parametrize(("change", "words"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"0.weight": None}, r"missing 0\.weight"),
     ({"1.extra": torch.zeros(1)}, r"unexpected 1\.extra"),
     ({"headless.weight": torch.zeros(1)}, r"unexpected headless\.weight"),

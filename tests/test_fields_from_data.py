@@ -146,7 +146,7 @@ def test_plan_shows_choices_with_reasons_and_fields_set_by_hand():
 
 def test_longer_training_hint():
     hint = longer_training_hint(load("--minutes=2"))
-    assert "1 minutes for the tokenizer and 1 for the prior" in hint and hint.endswith("add --minutes 4 --redo tokens")
+    assert "1 min for the tokenizer and 1 min for the prior" in hint and hint.endswith("add --minutes 4 --redo tokens")
     hint = longer_training_hint(load("--minutes=null", "--tokenizer_training.max_minutes=5", "--prior_training.max_minutes=5"))
     assert hint.endswith("add --tokenizer_training.max_minutes 10 --redo tokens")
     assert longer_training_hint(load("--prior_training.max_minutes=null")) == "", "time did not end the training"

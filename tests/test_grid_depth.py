@@ -1,4 +1,4 @@
-"""Several ids for each position (residual), other kinds of ids (fsq, lfq) and none at all (kl) through everything that comes after stage 1."""
+"""Runs with several ids per position (residual), with other kinds of ids (fsq, lfq), and without ids (kl)."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ KL = {"tokenizer__quantizer": "kl"}
 
 @pytest.fixture(scope="module")
 def residual_run(tmp_path_factory) -> Path:
-    """The folder of a finished tiny run with two ids for each position."""
+    """The folder of a finished tiny run with two ids per position."""
     return make_tiny_run(tmp_path_factory.mktemp("residual") / "run", **RESIDUAL)
 
 
@@ -44,14 +44,14 @@ def pipe(residual_run) -> ImageGenerationPipeline:
 
 
 def scans_as_images(transform: ImageTransform, count: int) -> torch.Tensor:
-    """Real digits (B, C, H, W) as the tokenizer sees them."""
+    """Transformed images (B, C, H, W) of digits."""
     return torch.stack([transform(Image.fromarray(scan)) for scan in load_scans()[0][:count]])
 
 
-# --- several ids for each position -------------------------------------------------------------------------------------------
+# --- several ids per position ------------------------------------------------------------------------------------------------
 
 
-def test_stored_ids_stand_position_by_position_with_the_depth_innermost(residual_run, pipe):
+def test_stored_ids_are_ordered_by_position_then_depth(residual_run, pipe):
     reader = TokenShardReader(residual_run / "tokens/validation")
     grid = reader.manifest.grids[0]
     assert (grid.codebook_size, grid.height, grid.width, grid.depth) == (CODES, GRID_SIZE, GRID_SIZE, DEPTH)
@@ -63,11 +63,11 @@ def test_stored_ids_stand_position_by_position_with_the_depth_innermost(residual
     source = open_splits(tiny_recipe("unused", **RESIDUAL).data).validation
     encoded = pipe.tokenizer.encode(torch.stack([pipe.tokenizer.transform(source.read(index)) for index in range(8)]))
     assert encoded.shape == (8, GRID_SIZE, GRID_SIZE, DEPTH)
-    assert (stored_BT == encoded.flatten(1)).float().mean() > 0.98, "beyond rounding at a near tie, in a batch of another shape"
+    assert (stored_BT == encoded.flatten(1)).float().mean() > 0.98, "near ties may differ by rounding in a batch of another shape"
     assert stored_BT[0, 1 * DEPTH + 1] == encoded[0, 0, 1, 1]
 
 
-def test_arrays_in_the_shards_have_all_ids_of_an_image(residual_run):
+def test_shard_arrays_contain_all_ids_of_an_image(residual_run):
     import io
     import tarfile
 
@@ -77,23 +77,23 @@ def test_arrays_in_the_shards_have_all_ids_of_an_image(residual_run):
     assert ids_VT.shape == (1, GRID_SIZE**2 * DEPTH) and ids_VT.dtype == np.uint16
 
 
-def test_the_prior_and_the_pipeline_know_the_depth(residual_run, pipe):
+def test_prior_pipeline_and_summary_include_the_depth(residual_run, pipe):
     assert pipe.prior.vocabulary.num_tokens == GRID_SIZE**2 * DEPTH == tiny_recipe("unused", **RESIDUAL).num_tokens
-    assert pipe.prior.vocabulary.num_codes == CODES, "one range of ids: the position says which of the codes of a place it is"
+    assert pipe.prior.vocabulary.num_codes == CODES, "all levels share one range of ids"
     assert pipe.tokenizer.grid_shape == (GRID_SIZE, GRID_SIZE, DEPTH)
     summary = json.loads((residual_run / "summary.json").read_text())
     assert summary["tokens"] == {"count": GRID_SIZE**2 * DEPTH, "codebook_size": CODES, "bits_per_image": GRID_SIZE**2 * DEPTH * 5}
     assert (residual_run / "samples.png").is_file() and list((residual_run / "logs/prior/samples").glob("*.png"))
 
 
-def test_generated_ids_have_the_depth_and_decode_to_the_images(pipe):
+def test_generated_ids_have_the_depth_and_decode_to_the_returned_images(pipe):
     calls = []
     out = pipe([3, "7"], 3, seed=5, batch_size=4, output_type="np", callback=lambda done, total: calls.append(total))
     assert out.token_ids.shape == (6, GRID_SIZE, GRID_SIZE, DEPTH) and out.token_ids.dtype == torch.int64
     assert 0 <= out.token_ids.min() <= out.token_ids.max() < CODES
     assert set(calls) == {2 * GRID_SIZE**2 * DEPTH}
     decoded = np.stack([np.asarray(image)[..., None] for image in pipe.decode(out.token_ids)])
-    assert np.abs(decoded.astype(int) - out.images).max() <= 1, "one rounding step at most, from a batch of another shape"
+    assert np.abs(decoded.astype(int) - out.images).max() <= 1, "a batch of another shape may differ by one rounding step"
     with pytest.raises(ValueError, match=rf"top_k is {CODES + 1}; allowed: 0 \(off\) to {CODES}"):
         pipe(3, top_k=CODES + 1)
 
@@ -110,20 +110,20 @@ def test_encode_decode_and_reconstruct_agree_with_the_forward_pass(pipe):
     assert restored == [image.tobytes() for image in pipe.decode(ids)]
 
 
-def test_the_second_id_matters(pipe):
+def test_second_id_affects_the_image(pipe):
     ids = pipe.encode(scans_as_images(pipe.tokenizer.transform, 1))
     other = ids.clone()
     other[..., 1] = (other[..., 1] + 1) % CODES
     assert not torch.equal(pipe.tokenizer.decode(ids), pipe.tokenizer.decode(other))
 
 
-def test_the_chain_is_finished(residual_run, capsys):
+def test_rerunning_a_finished_run_does_nothing(residual_run, capsys):
     assert run_chain(tiny_recipe(residual_run, **RESIDUAL)) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert dispatch(["audit", str(residual_run)]) == 0
 
 
-def test_a_residual_tokenizer_of_depth_1_has_plain_grids(tmp_path):
+def test_residual_tokenizer_of_depth_1_has_2d_grids(tmp_path):
     recipe = tiny_recipe(tmp_path, tokenizer__quantizer="residual", tokenizer__residual_depth=1)
     tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=16, channels=1)).eval()
     images_BCHW = scans_as_images(tokenizer.transform, 2)
@@ -132,7 +132,7 @@ def test_a_residual_tokenizer_of_depth_1_has_plain_grids(tmp_path):
     assert tokenizer.decode(ids_Bhw).shape == images_BCHW.shape
 
 
-def test_the_prior_is_configured_for_all_tokens_before_anything_starts(tmp_path, monkeypatch):
+def test_check_prior_counts_tokens_of_all_levels(tmp_path, monkeypatch):
     import stage2_prior.model.causal_lm
 
     seen = []
@@ -142,7 +142,7 @@ def test_the_prior_is_configured_for_all_tokens_before_anything_starts(tmp_path,
     assert seen == [GRID_SIZE**2 * DEPTH, GRID_SIZE**2]
 
 
-def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
+def test_demo_shows_a_token_map_for_each_level(pipe, tmp_path):
     pytest.importorskip("gradio")
     import re
     import threading
@@ -167,15 +167,15 @@ def test_the_demo_shows_a_map_for_each_level(pipe, tmp_path):
     ({"tokenizer__quantizer": "gradient"}, "codebook"),
     ({"tokenizer__rotation_trick": "true"}, "codebook"),
 ], ids=["simvq", "gradient", "ema, rotation"])
-def test_nearest_codes_that_learn_in_another_way_go_through_a_training(changes, learnt, tiny_run, tmp_path):
+def test_training_with_other_nearest_code_quantizers(changes, learnt, tiny_run, tmp_path):
     train(tiny_recipe(tmp_path / "run", **changes))
     checkpoints = sorted((tmp_path / "run/checkpoints/tokenizer").glob("step-*"))
     codes = [load_file(folder / "model.safetensors")[f"quantizer.{learnt}"] for folder in checkpoints]
-    assert len(codes) == 2 and not torch.equal(*codes), "what is learnt moves to the end"
-    records, usual = (read_metrics(folder / "logs/tokenizer/metrics.jsonl", "train") for folder in (tmp_path / "run", tiny_run))
+    assert len(codes) == 2 and not torch.equal(*codes), "the learned codes change until the last step"
+    records, default_records = (read_metrics(folder / "logs/tokenizer/metrics.jsonl", "train") for folder in (tmp_path / "run", tiny_run))
     assert len(records) == 6 and all(np.isfinite([record["quantizer_loss"], record["gradient_norm"]]).all() for record in records)
-    first, other = ([each[0][name] for name in ("quantizer_loss", "gradient_norm")] for each in (records, usual))
-    assert first != pytest.approx(other, rel=1e-4), "by a loss or a gradient that is not the default's"
+    first, other = ([each[0][name] for name in ("quantizer_loss", "gradient_norm")] for each in (records, default_records))
+    assert first != pytest.approx(other, rel=1e-4), "loss or gradients differ from the default"
     tokenizer = ImageTokenizer.from_pretrained(tmp_path / "run/tokenizer")
     images_BCHW = scans_as_images(tokenizer.transform, 16)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_nearest_codes_that_learn_in_another_way_go_through_a_training(changes, 
     {"tokenizer__quantizer": "ema", "tokenizer__rotation_trick": "true"},
     {**RESIDUAL, "tokenizer__residual_kind": "simvq", "tokenizer__residual_shared": "true"},
 ], ids=lambda changes: "-".join(map(str, changes.values())))
-def test_every_kind_of_ids_goes_through_the_chain(changes, tmp_path):
+def test_complete_run_with_every_kind_of_ids(changes, tmp_path):
     pipe = ImageGenerationPipeline.from_pretrained(make_tiny_run(tmp_path / "run", **changes), device="cpu")
     codes = changes.get("tokenizer__codebook_size", CODES)
     out = pipe(3, 2, seed=1)
@@ -213,7 +213,7 @@ def test_every_kind_of_ids_goes_through_the_chain(changes, tmp_path):
 
 @pytest.fixture(scope="module")
 def kl_run(tmp_path_factory) -> Path:
-    """A run folder with a trained kl tokenizer and nothing else."""
+    """A run folder with only a trained kl tokenizer."""
     folder = tmp_path_factory.mktemp("kl") / "run"
     train(tiny_recipe(folder, **KL))
     return folder
@@ -222,7 +222,7 @@ def kl_run(tmp_path_factory) -> Path:
 WHY = r"'kl', whose latents are continuous.*need discrete ids.*ema, gradient"
 
 
-def test_the_chain_is_refused_before_it_starts(tmp_path):
+def test_run_with_continuous_latents_is_refused_before_it_starts(tmp_path):
     with pytest.raises(InputError, match=rf"tokenizer.quantizer is {WHY}"):
         check_chain(tiny_recipe(tmp_path / "run", **KL), 1, None)
     with pytest.raises(InputError, match=WHY):
@@ -230,37 +230,37 @@ def test_the_chain_is_refused_before_it_starts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_preprocessing_is_refused_by_the_recipe(tmp_path):
+def test_preprocessing_with_a_continuous_tokenizer_in_the_recipe_is_refused(tmp_path):
     with pytest.raises(InputError, match=rf"tokenizer.quantizer is {WHY}"):
         check_before_start(tiny_recipe(tmp_path / "run", **KL), "tokens")
     assert check_before_start(tiny_recipe(tmp_path / "run", **KL), "tokenizer") == "start"
 
 
-def test_preprocessing_is_refused_by_the_tokenizer(kl_run, tmp_path):
+def test_preprocessing_with_a_given_continuous_tokenizer_is_refused(kl_run, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", tokens__tokenizer=kl_run / "tokenizer")
-    for refuse in (lambda: check_before_start(recipe, "tokens"), lambda: preprocess(recipe)):
+    for call in (lambda: check_before_start(recipe, "tokens"), lambda: preprocess(recipe)):
         with pytest.raises(InputError, match=rf"tokenizer in {kl_run}/tokenizer is {WHY}.*") as caught:
-            refuse()
+            call()
         assert "Set tokens.tokenizer to" in str(caught.value)
     assert not RunFolder(tmp_path / "run").export("tokens").exists()
 
 
-def test_preprocessing_is_refused_where_the_run_was_made_with_it(kl_run, tmp_path):
+def test_preprocessing_with_a_continuous_tokenizer_in_the_run_is_refused(kl_run, tmp_path):
     shutil.copytree(kl_run, tmp_path / "run")
     with pytest.raises(InputError, match=rf"tokenizer in {tmp_path}/run/tokenizer is {WHY}"):
         check_before_start(tiny_recipe(tmp_path / "run"), "tokens")
 
 
-def test_tokens_of_another_tokenizer_do_not_ask_for_the_recipes(tiny_run, tmp_path):
+def test_preprocessing_with_a_given_tokenizer_ignores_the_recipe(tiny_run, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", tokens__tokenizer=tiny_run / "tokenizer", **KL)
-    assert check_before_start(recipe, "tokens") == "start", "the recipe's own tokenizer has no part in it"
+    assert check_before_start(recipe, "tokens") == "start", "the recipe's tokenizer is not used"
 
 
-def test_a_tokenizer_without_ids_reconstructs(kl_run):
+def test_continuous_tokenizer_reconstructs_deterministically(kl_run):
     tokenizer = ImageTokenizer.from_pretrained(kl_run / "tokenizer")
     images_BCHW = scans_as_images(tokenizer.transform, 4)
     restored_BCHW = tokenizer.reconstruct(images_BCHW)
-    assert restored_BCHW.shape == images_BCHW.shape and torch.equal(restored_BCHW, tokenizer.reconstruct(images_BCHW)), "nothing is drawn"
+    assert restored_BCHW.shape == images_BCHW.shape and torch.equal(restored_BCHW, tokenizer.reconstruct(images_BCHW)), "no sampling"
     with torch.no_grad():
         torch.testing.assert_close(restored_BCHW, tokenizer(images_BCHW).reconstructions, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="no ids"):
@@ -270,7 +270,7 @@ def test_a_tokenizer_without_ids_reconstructs(kl_run):
 
 
 @pytest.mark.parametrize("given", ["", "tokenizer"])
-def test_the_reconstruct_command_needs_a_tokenizer_only(given, kl_run, tmp_path, capsys):
+def test_reconstruct_command_needs_only_a_tokenizer(given, kl_run, tmp_path, capsys):
     Image.fromarray(load_scans()[0][0]).save(tmp_path / "digit.png")
     assert dispatch(["reconstruct", str(kl_run / given), str(tmp_path / "digit.png"), "--out", str(tmp_path / "out")]) == 0
     assert "wrote 1 reconstruction " in capsys.readouterr().out
@@ -280,7 +280,7 @@ def test_the_reconstruct_command_needs_a_tokenizer_only(given, kl_run, tmp_path,
         assert np.array_equal(np.asarray(image), expected_HWC[..., 0])
 
 
-def test_tokenizers_are_found(tiny_run, kl_run, tmp_path):
+def test_find_tokenizer(tiny_run, kl_run, tmp_path):
     assert find_tokenizer(tiny_run) == find_tokenizer(tiny_run / "pipeline") == tiny_run / "pipeline/tokenizer"
     assert find_tokenizer(tiny_run / "tokenizer") == tiny_run / "tokenizer"
     assert find_tokenizer(kl_run) == find_tokenizer(str(kl_run / "tokenizer")) == kl_run / "tokenizer"
@@ -288,7 +288,7 @@ def test_tokenizers_are_found(tiny_run, kl_run, tmp_path):
         find_tokenizer(tmp_path / "none")
 
 
-def test_the_command_answers_in_words(tmp_path, capsys):
+def test_run_command_prints_the_error(tmp_path, capsys):
     from pipelines.command_line import main
 
     with pytest.raises(SystemExit) as ended, pytest.MonkeyPatch.context() as patch:

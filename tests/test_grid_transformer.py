@@ -1,4 +1,4 @@
-"""The project's own model: places of a grid, the class in every block, and a good citizen among transformers' models."""
+"""The GridTransformer: grid positions, class embeddings in every block, kernels, presets, and use with transformers."""
 
 import copy
 
@@ -40,42 +40,42 @@ def config_of(grids=((3, 4, 1),), **changes) -> GridTransformerConfig:
                                     **sizes, **changes})
 
 
-def trained_looking(model: GridTransformer) -> GridTransformer:
-    """With weights as after some training: fresh blocks add nothing."""
-    noise = torch.Generator().manual_seed(5)
+def with_perturbed_weights(model: GridTransformer) -> GridTransformer:
+    """The model in evaluation mode with perturbed weights, because new blocks add nothing to their inputs."""
+    rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.2)
+            parameter.add_(torch.randn(parameter.shape, generator=rng) * 0.2)
     return model.eval()
 
 
 @pytest.fixture
 def model() -> GridTransformer:
     torch.manual_seed(0)
-    return trained_looking(GridTransformer(config_of()))
+    return with_perturbed_weights(GridTransformer(config_of()))
 
 
 def sequences(model: GridTransformer, count: int = 3) -> torch.Tensor:
     """Ids (count, S): a class, then codes."""
-    noise = torch.Generator().manual_seed(6)
-    codes = torch.randint(CODES, (count, model.config.max_position_embeddings - 1), generator=noise)
+    rng = torch.Generator().manual_seed(6)
+    codes = torch.randint(CODES, (count, model.config.max_position_embeddings - 1), generator=rng)
     return torch.cat([CODES + torch.arange(count)[:, None] % CLASSES, codes], dim=1)
 
 
-def test_the_cache_gives_what_the_whole_sequence_gives(model):
+def test_cached_logits_match_the_full_sequence(model):
     ids_BS = sequences(model)
-    whole = model(ids_BS, use_cache=False).logits
+    full_logits = model(ids_BS, use_cache=False).logits
     for cuts in ([*range(1, ids_BS.shape[1])], [5], [1, 9]):
         cache, parts = None, []
         for part in torch.tensor_split(ids_BS, cuts, dim=1):
             output = model(part, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             parts.append(output.logits)
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(ids_BS, logits_to_keep=2).logits, whole[:, -2:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, dim=1), full_logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids_BS, logits_to_keep=2).logits, full_logits[:, -2:], rtol=0, atol=1e-5)
 
 
-def test_an_output_sees_the_past_alone(model):
+def test_attention_is_causal(model):
     ids_BS = sequences(model, 1)
     changed = ids_BS.clone()
     changed[0, 6] = (changed[0, 6] + 1) % CODES
@@ -84,8 +84,8 @@ def test_an_output_sees_the_past_alone(model):
     assert ((before - after)[:, 6:].abs().amax(dim=(0, 2)) > 1e-5).all()
 
 
-def test_each_block_has_the_class_to_itself(model):
-    """A change of one block's embedding of one class reaches the images of that class, at every position, and no others."""
+def test_class_embeddings_of_each_block_affect_only_their_class(model):
+    """Changing a class embedding of a block changes the logits at every position of images with this class, and of no others."""
     ids_BS = sequences(model)
     before = model(ids_BS).logits
     for block in model.blocks:
@@ -97,30 +97,30 @@ def test_each_block_has_the_class_to_itself(model):
         assert (difference[1] > 1e-4).all() and difference[0].max() == 0 and difference[2].max() == 0
 
 
-def test_the_place_above_looks_the_same_everywhere():
-    """The product of a rotated query and a rotated key depends on the offset between their places alone, at the beginning of a row too."""
+def test_rotary_products_depend_only_on_the_offset_in_the_grid():
+    """This includes offsets from the beginning of a row."""
     grids = ((4, 5, 1),)
     rotations_S2p2 = rotation_tables(config_of(grids))
-    noise = torch.Generator().manual_seed(7)
-    query, key = torch.randn(2, 2 * rotations_S2p2.shape[2], generator=noise)
+    rng = torch.Generator().manual_seed(7)
+    query, key = torch.randn(2, 2 * rotations_S2p2.shape[2], generator=rng)
 
-    def product(target: int, held: int) -> torch.Tensor:  # tokens are numbered from 0; the query that predicts `target` stands one before it
-        return rotate(query, rotations_S2p2[target, 0]) @ rotate(key, rotations_S2p2[held + 1, 1])
+    def query_key_product(target: int, source: int) -> torch.Tensor:  # the query that predicts token `target` is at the position before it
+        return rotate(query, rotations_S2p2[target, 0]) @ rotate(key, rotations_S2p2[source + 1, 1])
 
-    above = torch.stack([product(row * 5 + column, (row - 1) * 5 + column) for row in range(1, 4) for column in range(5)])
-    left = torch.stack([product(row * 5 + column, row * 5 + column - 1) for row in range(4) for column in range(1, 5)])
+    above = torch.stack([query_key_product(row * 5 + column, (row - 1) * 5 + column) for row in range(1, 4) for column in range(5)])
+    left = torch.stack([query_key_product(row * 5 + column, row * 5 + column - 1) for row in range(4) for column in range(1, 5)])
     torch.testing.assert_close(above, above[:1].expand_as(above), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(left, left[:1].expand_as(left), rtol=1e-4, atol=1e-4)
     assert (above[0] - left[0]).abs() > 1e-2
 
 
-def test_places_of_several_grids_and_of_depth():
+def test_coordinates_with_several_grids_and_depth():
     places = token_coordinates([[1, 2, 2], [2, 4, 1]])
-    assert places[:4].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.5, 2.5], [0.5, 2.5]], "centres of what a place of the smaller grid covers"
+    assert places[:4].tolist() == [[0.5, 0.5], [0.5, 0.5], [0.5, 2.5], [0.5, 2.5]], "centers of the area that a position of the smaller grid covers"
     assert places[4:].tolist() == [[row, column] for row in range(2) for column in range(4)]
 
 
-def test_transformers_loads_it_by_its_folder_alone(model, tmp_path):
+def test_auto_model_loads_a_saved_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert isinstance(loaded, GridTransformer) and torch.equal(loaded(sequences(model)).logits, model(sequences(model)).logits)
@@ -132,7 +132,7 @@ def prior_of(grids: list[Grid], **changes) -> TokenPrior:
     return TokenPrior.from_config(PriorConfig(**(settings | changes)), vocabulary, seed=0)
 
 
-def test_a_prior_of_two_grids_of_different_depth_learns_and_is_sampled(tmp_path):
+def test_prior_with_two_grids_trains_and_samples(tmp_path):
     prior = prior_of([Grid("coarse", 6, 2, 2), Grid("fine", 11, 2, 2, 2)])
     ids_BT = torch.randint(6, (16, 12), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -149,14 +149,14 @@ def test_a_prior_of_two_grids_of_different_depth_learns_and_is_sampled(tmp_path)
     assert torch.equal(TokenPrior.from_pretrained(tmp_path).sample([0, 1], SamplingConfig(guidance_scale=1.5), seeds=[1, 2]), drawn)
 
 
-def test_generate_of_transformers_draws_exactly_the_codes():
+def test_generate_returns_only_codes():
     prior = prior_of([Grid("image", 11, 3, 3)]).eval()
     torch.manual_seed(0)
     drawn = prior.model.generate(prior.vocabulary.condition_ids(torch.tensor([0, 2]))[:, None])
     assert drawn.shape == (2, 10) and drawn[:, 1:].max() < 11
 
 
-def test_the_gradient_of_the_squared_relu_is_that_of_its_formula(monkeypatch):
+def test_squared_relu_values_and_gradients(monkeypatch):
     x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.equal(SquaredReLU.apply(x), x.relu().square())
     assert torch.autograd.gradcheck(SquaredReLU.apply, x)
@@ -164,11 +164,11 @@ def test_the_gradient_of_the_squared_relu_is_that_of_its_formula(monkeypatch):
     assert torch.equal(SquaredReLU.apply(x.T), x.T.relu().square()) and torch.autograd.gradcheck(SquaredReLU.apply, x)
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_does_not_change_gradients():
     gradients = []
     for checkpointing in (False, True):
         prior = prior_of([Grid("image", 11, 3, 3)])
-        trained_looking(prior.model).train()
+        with_perturbed_weights(prior.model).train()
         if checkpointing:
             prior.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         prior.loss(torch.arange(9)[None].expand(2, 9).contiguous(), torch.tensor([0, 1])).backward()
@@ -177,9 +177,9 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_dropout_is_its_own_and_only_in_training():
+def test_dropout_is_active_only_in_training():
     prior = prior_of([Grid("image", 11, 3, 3)], dropout=0.5)
-    trained_looking(prior.model)
+    with_perturbed_weights(prior.model)
     ids_BT = torch.arange(9)[None]
     assert torch.equal(prior.eval()(ids_BT), prior.eval()(ids_BT)) and not torch.equal(prior.train()(ids_BT), prior.train()(ids_BT))
     assert not any(module._forward_hooks for module in prior.modules())
@@ -197,12 +197,12 @@ def test_dropout_is_its_own_and_only_in_training():
     ({"options": {"embedding_blocks": "many"}}, "embedding_blocks is many; allowed: 0 to 2"),
     ({"options": {"embedding_blocks": -1}}, "embedding_blocks is -1; allowed: 0 to 2"),
 ])
-def test_what_it_cannot_be_is_refused(changes, words):
+def test_invalid_configurations_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         prior_of([Grid("image", 11, 3, 3)], **changes)
 
 
-def test_presets_have_the_sizes_they_are_known_by():
+def test_presets_have_the_expected_number_of_parameters():
     tiny = TokenPrior.from_preset("tiny", codebook_size=512, num_classes=10, num_tokens=64)
     base = TokenPrior.from_preset("B", codebook_size=1024, num_classes=10, num_tokens=256)
     assert 4.8e6 < tiny.num_parameters < 5.2e6 and 85.5e6 < base.num_parameters < 87.5e6
@@ -216,8 +216,8 @@ def test_presets_have_the_sizes_they_are_known_by():
 @pytest.mark.parametrize(("preset", "known", "own", "llama"), [
     ("B", 111e6, 110_426_880, 110_136_576), ("L", 343e6, 336_139_264, 337_189_888),
     ("XL", 775e6, 750_675_200, 751_328_000), ("XXL", 1.4e9, 1_410_657_792, 1_409_468_928)])
-def test_presets_with_16384_codes_are_about_as_large_as_llamagen_says(preset, known, own, llama):
-    """Counted without weights. LlamaGen rounds the widths of its feed-forward blocks further up."""
+def test_preset_sizes_match_llamagen(preset, known, own, llama):
+    """LlamaGen's sizes differ because it rounds feed-forward widths up to larger multiples."""
     vocabulary = Vocabulary(grids=[Grid("image", 16384, 16, 16)], class_names=[*"0123456789"], token_fingerprint="none", label_drop=0.1)
     for architecture, expected in (("grid_transformer", own), ("llama", llama)):
         config, _ = make_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary)
@@ -226,15 +226,15 @@ def test_presets_with_16384_codes_are_about_as_large_as_llamagen_says(preset, kn
         assert prior.num_parameters == expected == pytest.approx(known, rel=0.04)
 
 
-def test_sizes_that_are_given_win_over_the_preset():
+def test_given_sizes_override_the_preset():
     assert PriorConfig(preset="B").sizes == (12, 768, 12)
     assert PriorConfig(preset="B", layers=3).sizes == (3, 768, 12) and PriorConfig().sizes == (6, 256, 4)
     with pytest.raises(InputError, match="replace all of its sizes"):
         PriorConfig(preset="B", layers=3, width=64, heads=2)
 
 
-def test_a_prior_that_was_sampled_first_can_still_be_trained(tmp_path):
-    """What is computed once, and kept, is computed in inference mode here."""
+def test_prior_can_be_trained_after_sampling(tmp_path):
+    """Tables that are cached in inference mode must not break the backward pass."""
     prior_of([Grid("image", 11, 3, 3)]).save_pretrained(tmp_path)
     prior = TokenPrior.from_pretrained(tmp_path)
     prior.sample([0], SamplingConfig(), seeds=[0])
@@ -242,50 +242,50 @@ def test_a_prior_that_was_sampled_first_can_still_be_trained(tmp_path):
     assert all(parameter.grad is not None for parameter in prior.parameters())
 
 
-def test_rotation_is_the_same_in_every_number_format():
+def test_rotation_matches_in_every_dtype():
     rotations_S2p2 = rotation_tables(config_of())
     heads = torch.randn(2, 13, 2, 3, 16, generator=torch.Generator().manual_seed(8))
     rotated = rotate(heads, rotations_S2p2[:, :, None])
     assert not torch.allclose(rotated, heads) and torch.allclose(rotated.norm(dim=-1), heads.norm(dim=-1))
-    in_double = rotate(heads.double(), rotations_S2p2[:, :, None])  # over cosines and sines, as torch.compile has it
-    torch.testing.assert_close(rotated.double(), in_double, rtol=1e-6, atol=1e-6)
+    rotated_in_float64 = rotate(heads.double(), rotations_S2p2[:, :, None])  # by cosines and sines, as in compiled code
+    torch.testing.assert_close(rotated.double(), rotated_in_float64, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
 
 
 @pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
 @pytest.mark.parametrize("with_embeddings", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_attention_for_training_on_a_cpu_equals_torchs_operators_with_its_gradients(dtype, tolerance, with_embeddings, passes):
-    numbers = torch.Generator().manual_seed(2)
+def test_cpu_attention_matches_torch_in_values_and_gradients(dtype, tolerance, with_embeddings, passes):
+    rng = torch.Generator().manual_seed(2)
     layer = torch.nn.Linear(32, 3 * 32, bias=False)
-    layer.weight.data = torch.randn(3 * 32, 32, generator=numbers)
-    inputs = [layer.weight, torch.randn(3, 13, 32, generator=numbers).to(dtype).requires_grad_()]
+    layer.weight.data = torch.randn(3 * 32, 32, generator=rng)
+    inputs = [layer.weight, torch.randn(3, 13, 32, generator=rng).to(dtype).requires_grad_()]
     if with_embeddings:
-        inputs.append(torch.randn(3, 13, 32, generator=numbers).to(dtype).requires_grad_())
-    embeddings_BSD, gradient_BSD = inputs[2] if with_embeddings else None, torch.randn(3, 13, 32, generator=numbers).to(dtype)
+        inputs.append(torch.randn(3, 13, 32, generator=rng).to(dtype).requires_grad_())
+    embeddings_BSD, gradient_BSD = inputs[2] if with_embeddings else None, torch.randn(3, 13, 32, generator=rng).to(dtype)
     rotations_S2p2 = rotation_tables(config_of())
 
-    def result(passes, attend) -> tuple[torch.Tensor, ...]:
+    def values_and_gradients(passes, attend) -> tuple[torch.Tensor, ...]:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             hidden_BSE = project(inputs[1], layer, 2, passes)
             parts = queries_keys_values(hidden_BSE, embeddings_BSD, rotations_S2p2, 2, 1e-5, passes)
         mixed_BSD = attend(*parts).transpose(1, 2).flatten(2)
         return mixed_BSD, *torch.autograd.grad(mixed_BSD, inputs, gradient_BSD)
 
-    def by_operators(query, key, value) -> torch.Tensor:
+    def torch_attention(query, key, value) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    for ours, theirs in zip(result(passes, MatmulAttention.apply), result(None, by_operators), strict=True):
+    for ours, theirs in zip(values_and_gradients(passes, MatmulAttention.apply), values_and_gradients(None, torch_attention), strict=True):
         assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
-def test_attention_by_products_is_for_short_sequences_in_bf16_with_gradients_alone():
+def test_matmul_attention_is_used_only_for_short_bf16_sequences_with_gradients():
     short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (MAX_MATMUL_LENGTH, MAX_MATMUL_LENGTH + 1))
     assert can_use_matmul_attention(short, short) and not can_use_matmul_attention(long, long) and not can_use_matmul_attention(short, long)
     assert not can_use_matmul_attention(short.detach(), short.detach()) and not can_use_matmul_attention(short.float(), short.float())
 
 
-def test_passes_are_for_training_in_bf16_and_halves_for_projections_that_are_nothing_else():
+def test_select_kernels_depends_on_dtype_gradients_and_hooks():
     halves, layer = EAGER_KERNELS._replace(half_split=True), torch.nn.Linear(8, 24, bias=False)
     x_BSD = torch.zeros(1, MAX_MATMUL_LENGTH + 1, 8, dtype=torch.bfloat16, requires_grad=True)
     assert select_kernels(x_BSD, layer, halves) is halves
@@ -295,24 +295,24 @@ def test_passes_are_for_training_in_bf16_and_halves_for_projections_that_are_not
 
 
 @pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
-def test_a_cache_that_was_filled_with_gradients_is_read_without_them(passes, monkeypatch):
-    model, calls = trained_looking(GridTransformer(config_of())), []
+def test_cache_filled_with_gradients_can_be_read_without_gradients(passes, monkeypatch):
+    model, calls = with_perturbed_weights(GridTransformer(config_of())), []
     for block in model.blocks:
         block.kernels = passes
     monkeypatch.setattr(grid_transformer, "attend", lambda *parts: calls.append(parts[0].grad_fn) or attend(*parts))
     ids_BS = sequences(model, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        whole = model(ids_BS, use_cache=False).logits
-        assert "QueriesKeysValues" in calls[0].name(), "the passes must be what this test is about"
+        full_logits = model(ids_BS, use_cache=False).logits
+        assert "QueriesKeysValues" in calls[0].name(), "the custom kernels must be used"
         begun = model(ids_BS[:, :5], use_cache=True)
         with torch.no_grad():
             rest = model(ids_BS[:, 5:], past_key_values=begun.past_key_values).logits
-    assert (torch.cat([begun.logits, rest], dim=1) - whole).abs().max() <= 0.03 * whole.abs().max()
+    assert (torch.cat([begun.logits, rest], dim=1) - full_logits).abs().max() <= 0.03 * full_logits.abs().max()
 
 
-def test_longer_sequences_go_by_passes_and_torchs_attention(monkeypatch):
-    """Gradients agree with those by products, up to the rounding of bf16."""
-    model, found = trained_looking(GridTransformer(config_of())), []
+def test_gradients_of_long_sequences_match_matmul_attention(monkeypatch):
+    """Up to rounding of bf16."""
+    model, found = with_perturbed_weights(GridTransformer(config_of())), []
     for longest in (MAX_MATMUL_LENGTH, 4):
         monkeypatch.setattr(matmul_attention, "MAX_MATMUL_LENGTH", longest)
         model.zero_grad()
@@ -324,9 +324,9 @@ def test_longer_sequences_go_by_passes_and_torchs_attention(monkeypatch):
         assert (found[1][name] - gradient).norm() <= 0.03 * gradient.norm(), name
 
 
-def test_a_model_in_bf16_learns_what_it_learns_in_float32():
-    """Under autocast, through attention, lookups and sums of its own: gradients agree up to the rounding of bf16."""
-    model = trained_looking(GridTransformer(config_of()))
+def test_gradients_under_autocast_match_float32():
+    """This includes the custom attention, embedding lookup and sums. Equal up to rounding of bf16."""
+    model = with_perturbed_weights(GridTransformer(config_of()))
     ids_BS = torch.cat([torch.full((4, 1), CODES + 1), torch.randint(CODES, (4, 12), generator=torch.Generator().manual_seed(1))], dim=1)
     gradients = []
     for enabled in (False, True):
@@ -341,12 +341,12 @@ def test_a_model_in_bf16_learns_what_it_learns_in_float32():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-def test_a_lookup_gives_rows_and_gradients_of_torchs_embedding(dtype, tolerance):
-    """Of ids in any order, some many times and some never, and for a gradient that is a part of a larger tensor."""
-    numbers = torch.Generator().manual_seed(4)
-    ids_BS = torch.randint(19, (5, 13), generator=numbers) ** 2 // 19
+def test_embedding_lookup_matches_torch_embedding(dtype, tolerance):
+    """With repeated and missing ids, and with a gradient that is a view of a larger tensor."""
+    rng = torch.Generator().manual_seed(4)
+    ids_BS = torch.randint(19, (5, 13), generator=rng) ** 2 // 19
     embedding = torch.nn.Embedding(19, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    gradient_BSD = torch.randn(5, 13, 18, generator=numbers).to(dtype)[..., 6:12]
+    gradient_BSD = torch.randn(5, 13, 18, generator=rng).to(dtype)[..., 6:12]
     found, expected = lookup(embedding, ids_BS, Occurrences.of(ids_BS, 19), dtype), embedding(ids_BS).to(dtype)
     assert "EmbeddingLookup" in found.grad_fn.name() and torch.equal(found, expected)
     (found,), (expected,) = (torch.autograd.grad(each, embedding.weight, gradient_BSD) for each in (found, expected))
@@ -354,14 +354,14 @@ def test_a_lookup_gives_rows_and_gradients_of_torchs_embedding(dtype, tolerance)
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_in_bf16_a_table_gets_its_gradient_in_float32():
-    """4,096 equal gradients of 1 / 64 add up, where a sum in bf16 would stop growing at 4."""
+def test_embedding_lookup_accumulates_gradients_in_float32():
+    """The sum of 4,096 gradients of 1 / 64 is 64. In bf16, the sum would stop growing at 4."""
     table_VD, ids = torch.zeros(3, 2, requires_grad=True), torch.ones(64, 64, dtype=torch.long)
     EmbeddingLookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
     assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
 
 
-def test_what_is_added_to_an_embedding_from_outside_is_not_passed_over(model):
+def test_forward_hooks_on_embeddings_are_applied(model):
     ids_BS = sequences(model, 2)
     before = model(ids_BS).logits
     for module in (model.token_embedding, model.blocks[1].value_embedding):
@@ -374,52 +374,52 @@ def test_what_is_added_to_an_embedding_from_outside_is_not_passed_over(model):
 
 @pytest.mark.parametrize("layers, width, vocabulary, blocks", [(6, 256, 523, 6), (6, 256, 1035, 3), (12, 768, 1035, 12), (12, 768, 5011, 4),
                                                                (12, 768, 16395, 0), (2, 32, 15, 2), (2, 256, 2011, 0), (2, 256, 700, 1)])
-def test_embeddings_are_paid_for_by_the_feed_forward_blocks(layers, width, vocabulary, blocks):
-    """With them the blocks have no more numbers than without, and hardly fewer."""
+def test_embeddings_and_feed_forward_blocks_share_a_parameter_budget(layers, width, vocabulary, blocks):
+    """The number of parameters is at most that of a model without embeddings, and at least 92 % of it."""
     chosen, intermediate = split_parameter_budget(layers, width, vocabulary)
-    plain, traded = 8 * layers * width**2, 2 * layers * width * intermediate + 2 * chosen * vocabulary * width
-    assert chosen == blocks and 0.92 * plain < traded <= plain and intermediate >= 1.5 * width
+    budget, used = 8 * layers * width**2, 2 * layers * width * intermediate + 2 * chosen * vocabulary * width
+    assert chosen == blocks and 0.92 * budget < used <= budget and intermediate >= 1.5 * width
 
 
 @pytest.mark.parametrize("kind", ["stream_embedding", "value_embedding"])
-def test_an_embedding_of_a_block_reaches_what_comes_after_its_token(model, kind):
+def test_block_embeddings_affect_only_positions_from_their_token_on(model, kind):
     assert [block.embeds_all_ids for block in model.blocks] == [False, True]
     ids_BS = sequences(model, 1)
-    before, held = model(ids_BS).logits, int(ids_BS[0, 4])
+    before, token_id = model(ids_BS).logits, int(ids_BS[0, 4])
     with torch.no_grad():
-        getattr(model.blocks[1], kind).weight[held] += torch.linspace(-3, 3, 32)
-    first = int((ids_BS[0] == held).nonzero()[0])
+        getattr(model.blocks[1], kind).weight[token_id] += torch.linspace(-3, 3, 32)
+    first = int((ids_BS[0] == token_id).nonzero()[0])
     difference = (model(ids_BS).logits - before).abs().amax(dim=(0, 2))
     assert (difference[:first] == 0).all() and (difference[first:] > 1e-4).all()
 
 
-def test_how_many_blocks_have_embeddings_can_be_given():
-    given = {(): (2, 112), (("embedding_blocks", None),): (2, 112), (("embedding_blocks", 0),): (0, 128), (("embedding_blocks", 1),): (1, 120),
+def test_number_of_blocks_with_embeddings_can_be_set():
+    cases = {(): (2, 112), (("embedding_blocks", None),): (2, 112), (("embedding_blocks", 0),): (0, 128), (("embedding_blocks", 1),): (1, 120),
              (("intermediate_size", 48),): (0, 48), (("intermediate_size", 48), ("embedding_blocks", 2)): (2, 48),
              (("num_hidden_layers", 1),): (1, 112)}
-    for options, expected in given.items():
+    for options, expected in cases.items():
         config = prior_of([Grid("image", 11, 3, 3)], options=dict(options)).model.config
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
         words = f", embeddings of all ids in {counted(expected[0], 'block')}, feed-forward {expected[1]} wide"
         assert describe_embeddings(config) == (words if expected[0] else "")
 
 
-def test_more_embeddings_than_the_size_pays_for_are_refused():
+def test_embeddings_beyond_the_parameter_budget_are_refused():
     with pytest.raises(InputError, match=r"prior.options: embedding_blocks 2, for 304 ids, .* allowed: 0 to 0, or more with an intermediate_size"):
         prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2})
     prior_of([Grid("image", 300, 3, 3)], options={"embedding_blocks": 2, "intermediate_size": 64})
     assert split_parameter_budget(12, 768, 16395, 2) == (2, 320)
 
 
-def test_logits_are_of_codes_alone(model):
+def test_logits_cover_only_codes(model):
     assert model(sequences(model)).logits.shape == (3, 13, CODES)
 
 
-def test_under_autocast_it_learns_as_in_float32():
+def test_loss_under_autocast_is_close_to_float32():
     losses = {}
     for name in ("float32", "bfloat16"):
         prior = prior_of([Grid("image", 11, 3, 3)], options={"embedding_blocks": 1})
-        trained_looking(prior.model).train()
+        with_perturbed_weights(prior.model).train()
         with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
             loss = prior.loss(torch.arange(9)[None].expand(2, 9).contiguous(), torch.tensor([0, 1]))
         loss.backward()
@@ -428,7 +428,7 @@ def test_under_autocast_it_learns_as_in_float32():
     assert losses["float32"] != losses["bfloat16"] and abs(losses["float32"] - losses["bfloat16"]) < 0.1 * losses["float32"]
 
 
-def test_a_folder_from_before_the_embeddings_says_what_to_do(tmp_path):
+def test_error_for_a_folder_without_embeddings_says_what_to_do(tmp_path):
     prior_of([Grid("image", 11, 3, 3)]).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     weights["blocks.0.query_key_value.weight"] = weights.pop("blocks.0.attention_in.weight")

@@ -1,4 +1,4 @@
-"""A GridTransformer follows the conventions of transformers for caches, labels, outputs and the Trainer, and refuses everything else."""
+"""GridTransformer follows the conventions of transformers for caches, labels, outputs and the Trainer, and refuses unsupported arguments."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stage2_prior.model.grid_transformer import GridTransformer
-from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, trained_looking
+from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, with_perturbed_weights
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
@@ -27,19 +27,19 @@ LENGTH = 13  # ids in a sequence of config_of's grid
 @pytest.fixture(params=[0, 1, 2], ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids"])
 def model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return trained_looking(GridTransformer(config_of(embedding_blocks=request.param)))
+    return with_perturbed_weights(GridTransformer(config_of(embedding_blocks=request.param)))
 
 
 @pytest.fixture
 def plain_model() -> GridTransformer:
     torch.manual_seed(0)
-    return trained_looking(GridTransformer(config_of()))
+    return with_perturbed_weights(GridTransformer(config_of()))
 
 
 @pytest.fixture
 def generating_model() -> GridTransformer:
     prior = prior_of([Grid("image", CODES, 3, 4)])
-    return trained_looking(prior.model)
+    return with_perturbed_weights(prior.model)
 
 
 # --- caches ------------------------------------------------------------------------------------------------------------------
@@ -47,25 +47,25 @@ def generating_model() -> GridTransformer:
 
 @pytest.mark.parametrize("room", [LENGTH, LENGTH + 20])
 @pytest.mark.parametrize("cuts", [[*range(1, LENGTH)], [5], [1, 9], [LENGTH - 1]], ids=str)
-def test_a_static_cache_gives_the_logits_of_the_whole_sequence(model, cuts, room):
+def test_static_cache_matches_the_full_sequence(model, cuts, room):
     ids_BS = sequences(model)
-    whole = model(ids_BS, use_cache=False).logits
+    full_logits = model(ids_BS, use_cache=False).logits
     cache = StaticCache(config=model.config, max_cache_len=room)
-    for _ in range(2):  # the second pass overwrites what the first one left in the cache
+    for _ in range(2):  # the second pass overwrites values of the first one
         parts = [model(part, past_key_values=cache).logits for part in torch.tensor_split(ids_BS, cuts, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, dim=1), full_logits, rtol=0, atol=1e-5)
         cache.reset()
 
 
 @pytest.mark.slow
-def test_a_step_with_a_static_cache_compiles_as_one_graph(model):
+def test_step_with_a_static_cache_compiles_without_graph_breaks(model):
     ids_BS = sequences(model)
-    whole, cache = model(ids_BS, use_cache=False).logits, StaticCache(config=model.config, max_cache_len=LENGTH)
+    full_logits, cache = model(ids_BS, use_cache=False).logits, StaticCache(config=model.config, max_cache_len=LENGTH)
     step = torch.compile(model.forward, fullgraph=True)
     with torch.no_grad():
         parts = [model(ids_BS[:, :1], past_key_values=cache).logits]
         parts += [step(ids_BS[:, position:position + 1], past_key_values=cache).logits for position in range(1, LENGTH)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), full_logits, rtol=0, atol=1e-5)
 
 
 GENERATE = {
@@ -78,11 +78,11 @@ GENERATE = {
 def test_generate_gives_the_same_ids_with_every_cache(generating_model, how):
     ids_BS = sequences(generating_model)[:, :5 if how == "from_five" else 1]
 
-    def drawn(**settings) -> torch.Tensor:
+    def generate(**settings) -> torch.Tensor:
         torch.manual_seed(1)
         return generating_model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | settings))
 
-    expected = drawn(use_cache=False)
+    expected = generate(use_cache=False)
     assert expected.shape[1] == LENGTH and expected[:, 1:].max() < CODES
     rows = len(expected)
     caches = {"default": {}, "static": {"cache_implementation": "static"}, "dynamic": {"cache_implementation": "dynamic"},
@@ -91,45 +91,45 @@ def test_generate_gives_the_same_ids_with_every_cache(generating_model, how):
               "growing": {"past_key_values": DynamicCache()}, "mask": {"attention_mask": torch.ones_like(ids_BS)}}
     if how == "from_five":
         caches |= {"chunks": {"prefill_chunk_size": 2}, "static chunks": {"prefill_chunk_size": 2, "cache_implementation": "static"}}
-    found = {name: drawn(**settings) for name, settings in caches.items()}
+    found = {name: generate(**settings) for name, settings in caches.items()}
     assert {name: torch.equal(ids, expected) for name, ids in found.items()} == dict.fromkeys(caches, True) and rows == len(found["static"])
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams", "beams_returned"])
-def test_scores_of_generate_are_those_of_the_logits(generating_model, how):
-    drawn = generating_model.generate(sequences(generating_model)[:, :1], do_sample=False, output_scores=True, return_dict_in_generate=True,
-                                      **GENERATE[how])
-    beams = {} if how == "greedy" else {"beam_indices": drawn.beam_indices}
-    found = generating_model.compute_transition_scores(drawn.sequences, drawn.scores, normalize_logits=how == "greedy", **beams)
-    expected = generating_model(drawn.sequences[:, :-1]).logits.log_softmax(-1).gather(-1, drawn.sequences[:, 1:, None])[..., 0]
+def test_scores_of_generate_match_the_logits(generating_model, how):
+    generated = generating_model.generate(sequences(generating_model)[:, :1], do_sample=False, output_scores=True, return_dict_in_generate=True,
+                                          **GENERATE[how])
+    beams = {} if how == "greedy" else {"beam_indices": generated.beam_indices}
+    found = generating_model.compute_transition_scores(generated.sequences, generated.scores, normalize_logits=how == "greedy", **beams)
+    expected = generating_model(generated.sequences[:, :-1]).logits.log_softmax(-1).gather(-1, generated.sequences[:, 1:, None])[..., 0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_generate_compiles_the_steps_of_a_static_cache(generating_model):
+def test_generate_with_a_compiled_static_cache(generating_model):
     """On a GPU, generate does this by default."""
     config = CompileConfig(mode="default", fullgraph=True)
     config._compile_all_devices = True
     ids_B1 = sequences(generating_model)[:, :1]
-    drawn = generating_model.generate(ids_B1, do_sample=False, cache_implementation="static", compile_config=config)
-    assert torch.equal(drawn, generating_model.generate(ids_B1, do_sample=False, use_cache=False))
+    generated = generating_model.generate(ids_B1, do_sample=False, cache_implementation="static", compile_config=config)
+    assert torch.equal(generated, generating_model.generate(ids_B1, do_sample=False, use_cache=False))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", GENERATE)
 def test_generate_on_a_gpu_gives_the_same_ids_with_every_cache(generating_model, how):
-    """Steps with a static cache are compiled there, and caches can be offloaded."""
+    """On a GPU, steps with a static cache are compiled, and caches can be offloaded."""
     model = generating_model.to("cuda")
     ids_BS = sequences(model)[:, :5 if how == "from_five" else 1].to("cuda")
     caches = {"static": {}, "offloaded_static": {}, "dynamic": {}, "offloaded": {}}
     if how == "from_five":
         caches["static"] = {"prefill_chunk_size": 2}
     for name, settings in caches.items():
-        drawn = []
+        generated = []
         for cache in ({"use_cache": False}, {"cache_implementation": name} | settings):
             torch.manual_seed(1)
-            drawn.append(model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | cache)))
-        assert torch.equal(*drawn), name
+            generated.append(model.generate(ids_BS, **({"do_sample": False} | GENERATE[how] | cache)))
+        assert torch.equal(*generated), name
 
 
 def test_continuous_batching_is_refused(generating_model):
@@ -152,7 +152,7 @@ def test_caches_that_cannot_hold_the_sequence_are_refused(plain_model):
             plain_model(ids, past_key_values=cache)
 
 
-def test_a_cache_is_returned_only_if_it_is_useful(plain_model):
+def test_cache_is_returned_only_when_useful(plain_model):
     ids_BS = sequences(plain_model)
     assert isinstance(plain_model(ids_BS).past_key_values, DynamicCache)
     assert plain_model(ids_BS, labels=ids_BS).past_key_values is None
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_refuses_a_cache(plain_model):
 # --- the loss ----------------------------------------------------------------------------------------------------------------
 
 
-def test_labels_give_the_loss_of_the_next_code(plain_model):
+def test_labels_give_the_next_token_loss(plain_model):
     ids_BS = sequences(plain_model)
     output = plain_model(ids_BS, labels=ids_BS)
     expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
@@ -187,9 +187,9 @@ def test_labels_give_the_loss_of_the_next_code(plain_model):
     torch.testing.assert_close(plain_model(ids_BS, labels=ids_BS, num_items_in_batch=7).loss, expected * 3 * (LENGTH - 1) / 7)
 
 
-def test_the_loss_equals_the_loss_of_the_prior():
+def test_loss_equals_the_loss_of_the_prior():
     prior = prior_of([Grid("image", CODES, 3, 4)])
-    trained_looking(prior.model)
+    with_perturbed_weights(prior.model)
     ids_BS = sequences(prior.model)
     own = prior.loss(ids_BS[:, 1:], ids_BS[:, 0] - CODES)
     torch.testing.assert_close(prior.model(ids_BS, labels=ids_BS).loss, own)
@@ -224,7 +224,7 @@ def test_labels_of_another_shape_or_with_logits_to_keep_are_refused(plain_model)
         plain_model(ids_BS, labels=ids_BS, logits_to_keep=1)
 
 
-def test_gradient_checkpointing_changes_no_gradient_of_the_loss(plain_model):
+def test_gradient_checkpointing_does_not_change_gradients(plain_model):
     ids_BS, gradients = sequences(plain_model), []
     for checkpointing in (False, True):
         plain_model.zero_grad()
@@ -240,7 +240,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_loss(plain_model):
 # --- other arguments and outputs ---------------------------------------------------------------------------------------------
 
 
-def test_a_mask_of_ones_changes_nothing_and_one_with_zeros_is_refused(plain_model):
+def test_attention_mask_of_ones_is_ignored_and_zeros_are_refused(plain_model):
     ids_BS = sequences(plain_model)
     for ones in (torch.ones_like(ids_BS), torch.ones(ids_BS.shape, dtype=torch.bool)):
         assert torch.equal(plain_model(ids_BS, attention_mask=ones).logits, plain_model(ids_BS).logits)
@@ -256,7 +256,7 @@ def test_a_mask_of_ones_changes_nothing_and_one_with_zeros_is_refused(plain_mode
             plain_model.generate(ids_BS[:, :4], attention_mask=zeros[:, :4], max_new_tokens=4, **settings)
 
 
-def test_the_last_hidden_state_gives_the_logits(plain_model):
+def test_hidden_states(plain_model):
     ids_BS = sequences(plain_model)
     output = plain_model(ids_BS, output_hidden_states=True)
     assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * 3
@@ -268,8 +268,8 @@ def test_the_last_hidden_state_gives_the_logits(plain_model):
     assert kept.hidden_states[-1].shape[1] == LENGTH and kept.logits.shape[1] == 1
     plain_model.config.output_hidden_states = True
     assert len(plain_model(ids_BS).hidden_states) == 3
-    drawn = plain_model.generate(ids_BS[:, :1], max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
-    assert [len(states) for states in drawn.hidden_states] == [3, 3]
+    generated = plain_model.generate(ids_BS[:, :1], max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
+    assert [len(states) for states in generated.hidden_states] == [3, 3]
 
 
 def test_return_dict_and_logits_to_keep(plain_model):
@@ -291,17 +291,17 @@ def test_unsupported_arguments_are_refused_by_name(plain_model, arguments, words
     ids_BS = sequences(plain_model)
     with pytest.raises(InputError, match=f"does not support the argument {words}"):
         plain_model(ids_BS, **arguments)
-    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None counts as not given"
+    assert plain_model(ids_BS, **dict.fromkeys(arguments)).logits.shape == (3, LENGTH, CODES), "None means not given"
 
 
-def test_a_configuration_that_asks_for_attention_weights_is_refused():
+def test_output_attentions_in_the_configuration_is_refused():
     model = GridTransformer(config_of(output_attentions=True))
     with pytest.raises(InputError, match="does not support the argument output_attentions"):
         model(sequences(model))
     assert model(sequences(model), output_attentions=False).attentions is None
 
 
-def test_a_choice_of_hidden_states_is_refused(plain_model):
+def test_list_of_hidden_states_is_refused(plain_model):
     with pytest.raises(InputError, match=r"output_hidden_states is \[1\]; allowed: True, .* and False"):
         plain_model(sequences(plain_model), output_hidden_states=[1])
 
@@ -318,7 +318,7 @@ def test_input_ids_are_required(plain_model):
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "gradient_checkpointing": True}],
                          ids=["plain", "accumulated_and_checkpointed"])
-def test_the_trainer_of_transformers_trains_it(tmp_path, settings):
+def test_trainer(tmp_path, settings):
     torch.manual_seed(0)
     model = GridTransformer(config_of())
     rows = sequences(model, 8)
@@ -330,7 +330,7 @@ def test_the_trainer_of_transformers_trains_it(tmp_path, settings):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    # the loss of a step is the mean over its tokens, however many micro-batches it is made of
+    # the loss of a step is the mean over its tokens, for any number of micro-batches
     assert losses[0] == pytest.approx(before, abs=0.02) and losses[-1] < before / 2
     model.eval()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(model(rows, labels=rows).loss.item(), abs=1e-3)
@@ -339,10 +339,10 @@ def test_the_trainer_of_transformers_trains_it(tmp_path, settings):
     assert isinstance(loaded, GridTransformer) and torch.equal(loaded(rows).logits, model(rows).logits)
 
 
-def test_label_smoothing_of_the_trainer_smooths_the_next_code(tmp_path):
+def test_trainer_label_smoothing(tmp_path):
     model = GridTransformer(config_of())
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, label_smoothing_factor=0.1)
     rows = sequences(model, 4)
-    loss = Trainer(model=model, args=arguments).compute_loss(trained_looking(model), {"input_ids": rows, "labels": rows})
+    loss = Trainer(model=model, args=arguments).compute_loss(with_perturbed_weights(model), {"input_ids": rows, "labels": rows})
     logits = model(rows).logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(loss, F.cross_entropy(logits, rows[:, 1:].flatten(), label_smoothing=0.1))

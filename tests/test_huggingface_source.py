@@ -1,4 +1,4 @@
-"""Hugging Face data: the same images as from a folder, and words for splits, columns and connections that are not there."""
+"""Hugging Face data sets: the same images as from a folder, labels, paths, fingerprints, and error messages."""
 
 import dataclasses
 import pickle
@@ -50,7 +50,7 @@ def write_parquet(path: Path, files: list[Path], labels: list, datasets, **featu
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
-def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
+def test_parquet_gives_the_same_images_as_a_folder(tmp_path, hub_cache):
     folder = write_classes(tmp_path / "photos", {"cat": 6, "dog": 5})
     files = sorted(folder.rglob("*.png"))
     labels = [["cat", "dog"].index(file.parent.name) for file in files]
@@ -60,26 +60,26 @@ def test_parquet_equals_the_same_images_from_a_folder(tmp_path, hub_cache):
     before = sorted(path.name for path in (tmp_path / "tables").iterdir())
     data = DataConfig(path=str(tmp_path / "tables"))
     splits = open_splits(data)
-    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == before, "nothing is written beside the data"
+    assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == before, "nothing is written to the data folder"
     assert splits.class_names == ["cat", "dog"] and "'test'" in splits.validation_origin and len(splits.validation) == 3
     assert names(splits.train) == [str(row) for row in range(11)]
     from_folder = open_splits(DataConfig(path=str(folder)))
     expected = contents(from_folder.train) | contents(from_folder.validation)
     assert list(contents(splits.train).values()) == [expected[file.relative_to(folder).as_posix()] for file in files]
-    assert "_column" in vars(splits.train) and "_column" not in splits.train.__getstate__(), "what is sent to workers holds no images"
+    assert "_column" in vars(splits.train) and "_column" not in splits.train.__getstate__(), "pickled sources contain no images"
     # DataLoader pickles a source to send it to workers. This pickle is made here, so loading it is safe.
     assert contents(pickle.loads(pickle.dumps(splits.train))) == contents(splits.train)
 
     seen, moved = contents(splits.train), tmp_path / "moved"
     (tmp_path / "tables").rename(moved)
-    again = open_splits(DataConfig(path=str(moved))).train.identity
-    assert again == splits.train.identity, "the digest depends on the images, not on where they lie"
-    cut = open_splits(DataConfig(path=str(moved / "train-00000-of-00001.parquet"), validation_fraction=0.3))
-    assert "row number" in cut.validation_origin and sorted(map(int, names(cut.train) + names(cut.validation))) == list(range(11))
-    assert contents(cut.train) | contents(cut.validation) == seen
+    identity = open_splits(DataConfig(path=str(moved))).train.identity
+    assert identity == splits.train.identity, "the digest depends on the images, not on their location"
+    held_out = open_splits(DataConfig(path=str(moved / "train-00000-of-00001.parquet"), validation_fraction=0.3))
+    assert "row number" in held_out.validation_origin and sorted(map(int, names(held_out.train) + names(held_out.validation))) == list(range(11))
+    assert contents(held_out.train) | contents(held_out.validation) == seen
 
 
-def test_tables_written_without_the_library(tmp_path, hub_cache):
+def test_tables_written_with_pyarrow(tmp_path, hub_cache):
     import pyarrow
     import pyarrow.parquet
 
@@ -93,7 +93,7 @@ def test_tables_written_without_the_library(tmp_path, hub_cache):
         assert splits.class_names == expected and splits.train.identity["count"] == 2
         seen = contents(splits.train) | contents(splits.validation)
         assert [seen[str(row)][0] for row in range(3)] == ([1, 0, 1] if expected == ["a", "b"] else [1, 0, None])
-        time.sleep(0.01)  # the library knows a changed file by its time
+        time.sleep(0.01)  # datasets detects changed files by their modification time
     missing = pyarrow.table({"picture": pyarrow.array([images[0], None, b"junk"]), "size": [1.0, 2.0, 3.0]})
     pyarrow.parquet.write_table(missing, tmp_path / "tables" / "a.parquet")
     splits = open_splits(DataConfig(path=str(tmp_path / "tables")))
@@ -105,7 +105,7 @@ def test_tables_written_without_the_library(tmp_path, hub_cache):
 
 
 def write_table(folder: Path, columns: dict, rows: int = 8) -> DataConfig:
-    """A table of images with these columns, written without the library."""
+    """Write a table of images with these columns, without datasets."""
     import pyarrow
     import pyarrow.parquet
 
@@ -121,13 +121,13 @@ def write_table(folder: Path, columns: dict, rows: int = 8) -> DataConfig:
 @pytest.mark.parametrize(("values", "expected", "labels"), [
     ([10.0, 2.0, None, 2.0] * 2, ["2", "10"], [1, 0, None, 0] * 2), ([1.0, 2.0, float("nan"), 2.0] * 2, ["1", "2"], [0, 1, None, 1] * 2),
     ([True, False] * 4, ["False", "True"], [1, 0] * 4), ([True, None] * 4, ["True"], [0, None] * 4)])
-def test_whole_numbers_as_floats_and_truth_values_are_classes(values, expected, labels, tmp_path, hub_cache):
+def test_integral_floats_and_booleans_are_classes(values, expected, labels, tmp_path, hub_cache):
     splits = open_splits(write_table(tmp_path / "tables", {"label": values}))
     seen = contents(splits.train) | contents(splits.validation)
     assert splits.class_names == expected and [seen[str(row)][0] for row in range(8)] == labels and not splits.notes
 
 
-def test_columns_that_look_like_labels_are_named(tmp_path, hub_cache):
+def test_columns_that_look_like_labels_are_reported(tmp_path, hub_cache):
     data = write_table(tmp_path / "tables", {"label": [0.5, 1.0] * 4, "caption": [f"picture {row}" for row in range(8)], "width": [9] * 8,
                                              "light": ["day", "night"] * 4, "category": ["cat", "dog"] * 4})
     splits = open_splits(data)
@@ -160,20 +160,20 @@ def test_paths_in_tables_are_relative_to_the_table(typed, as_text, tmp_path, hub
     seen, before = contents(splits.train) | contents(splits.validation), splits.fingerprint
     assert [seen[str(row)][1] for row in range(4)] == [Image.open(folder / path).tobytes() for path in paths]
     write_image(folder / paths[0], seed=5)
-    assert open_splits(data).fingerprint != before, "what the rows name is looked at"
+    assert open_splits(data).fingerprint != before, "the fingerprint depends on the files named in the rows"
     (folder / paths[0]).unlink()
     [(_, reason)] = check_data(data, lambda line: None)
     assert "img/000.png': " in reason and "No such file" in reason
 
 
-def test_the_working_directory_may_be_the_data_set(tmp_path, hub_cache, monkeypatch):
+def test_data_path_may_be_the_working_directory(tmp_path, hub_cache, monkeypatch):
     write_table(tmp_path / "tables", {"label": [0, 1] * 4})
     monkeypatch.chdir(tmp_path / "tables")
     assert len(open_splits(DataConfig(path=".")).train) == 7
 
 
 @pytest.mark.parametrize("row", [0, 3, 299])
-def test_changed_bytes_of_equal_size_are_noticed_in_every_row(row, tmp_path, hub_cache):
+def test_changed_bytes_of_equal_size_are_detected_in_every_row(row, tmp_path, hub_cache):
     import pyarrow
     import pyarrow.parquet
 
@@ -188,7 +188,7 @@ def test_changed_bytes_of_equal_size_are_noticed_in_every_row(row, tmp_path, hub
 
 
 @pytest.mark.parametrize("stored_as", [None, "numpy", "torch"])
-def test_saved_data_sets_are_read_too(stored_as, tmp_path, hub_cache):
+def test_data_sets_saved_to_disk_are_read(stored_as, tmp_path, hub_cache):
     folder = write_classes(tmp_path / "photos", {"x": 4})
     rows = {"image": [str(file) for file in sorted(folder.rglob("*.png"))], "label": [0, 0, 1, 1]}
     features = hub_cache.Features({"image": hub_cache.Image(), "label": hub_cache.ClassLabel(names=["a", "b"])})
@@ -200,20 +200,20 @@ def test_saved_data_sets_are_read_too(stored_as, tmp_path, hub_cache):
     assert [seen[str(row)][0] for row in range(4)] == [0, 0, 1, 1]
 
 
-def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub_cache):
+def test_invalid_splits_and_columns_are_rejected_with_suggestions(tmp_path, hub_cache):
     files = sorted(write_classes(tmp_path / "photos", {"x": 4}).rglob("*.png"))
     for split, labels in (("train", [0, 0, 0, 0]), ("validation", [0, 0, 1, 1])):
         write_parquet(tmp_path / "tables" / f"{split}-0.parquet", files, labels, hub_cache, kind=hub_cache.ClassLabel(names=["a", "b"]))
-    wrong = {"data.train_split.*'trian'.*Did you mean 'train'": {"train_split": "trian"},
-             "data.validation_split.*'tests'": {"validation_split": "tests"},
-             "data.image_column.*'img'.*Did you mean 'image'": {"image_column": "img"},
-             "data.image_column.*not images": {"image_column": "kind"},
-             "data.label_column.*'kinds'.*Did you mean 'kind'": {"label_column": "kinds"},
-             "data.label_column.*allowed: class labels": {"label_column": "image"},
-             "class 'b' has images in 'validation' but none in 'train'": {},
-             "both 'train'": {"validation_split": "train"}}
-    for words, fields in wrong.items():
-        with pytest.raises(InputError, match=words):
+    invalid = {"data.train_split.*'trian'.*Did you mean 'train'": {"train_split": "trian"},
+               "data.validation_split.*'tests'": {"validation_split": "tests"},
+               "data.image_column.*'img'.*Did you mean 'image'": {"image_column": "img"},
+               "data.image_column.*not images": {"image_column": "kind"},
+               "data.label_column.*'kinds'.*Did you mean 'kind'": {"label_column": "kinds"},
+               "data.label_column.*allowed: class labels": {"label_column": "image"},
+               "class 'b' has images in 'validation' but none in 'train'": {},
+               "both 'train'": {"validation_split": "train"}}
+    for message, fields in invalid.items():
+        with pytest.raises(InputError, match=message):
             open_splits(DataConfig(path=str(tmp_path / "tables"), **fields))
     assert open_splits(DataConfig(path=str(tmp_path / "tables"), use_labels=False)).class_names is None
     (tmp_path / "tables" / "train-0.parquet").write_bytes(b"broken")
@@ -221,7 +221,7 @@ def test_wrong_splits_and_columns_are_answered_with_the_right_ones(tmp_path, hub
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_class_numbers_without_a_name_are_refused(tmp_path, hub_cache):
+def test_class_numbers_without_a_name_are_rejected(tmp_path, hub_cache):
     import json
 
     import pyarrow
@@ -237,7 +237,7 @@ def test_class_numbers_without_a_name_are_refused(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_an_error_of_the_library_shows_its_cause(tmp_path, hub_cache):
+def test_errors_of_datasets_show_their_cause(tmp_path, hub_cache):
     import pyarrow
     import pyarrow.parquet
 
@@ -247,14 +247,14 @@ def test_an_error_of_the_library_shows_its_cause(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path)))
 
 
-def test_impossible_paths_in_tables_are_unreadable_images(tmp_path, hub_cache):
+def test_invalid_paths_in_tables_are_unreadable_images(tmp_path, hub_cache):
     (tmp_path / "tables").mkdir()
     hub_cache.Dataset.from_dict({"image": ["a\0b"] * 4}).to_parquet(tmp_path / "tables" / "train.parquet")
     data = DataConfig(path=str(tmp_path / "tables"), image_column="image")
     assert open_splits(data).fingerprint and len(check_data(data, lambda line: None)) == 4
 
 
-def test_without_a_connection_the_answer_is_quick_and_helps(tmp_path, hub_cache, monkeypatch):
+def test_missing_connection_is_reported_quickly(tmp_path, hub_cache, monkeypatch):
     import socket
 
     def unreachable(*args, **options):

@@ -1,4 +1,4 @@
-"""Images from the digits, folders and Hugging Face data: names, labels, splits, and words for what cannot be used."""
+"""Image sources for the digits and for folders: names, labels, splits, identities, and check-data."""
 
 import errno
 import hashlib
@@ -49,10 +49,10 @@ def names(source: ImageSource) -> list[str]:
     return [source.source_name(index) for index in range(len(source))]
 
 
-# --- where the images are ----------------------------------------------------------------------------------------------------
+# --- location ----------------------------------------------------------------------------------------------------------------
 
 
-def test_source_is_told_by_looking(tmp_path, monkeypatch):
+def test_source_is_detected_from_the_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "photos", {"cat": 1, "dog": 1})
     (tmp_path / "tables" / "data").mkdir(parents=True)
@@ -75,7 +75,7 @@ def test_source_is_told_by_looking(tmp_path, monkeypatch):
         resolve_source(DataConfig())
 
 
-def test_paths_are_checked_before_anything_slow(tmp_path):
+def test_check_data_path(tmp_path):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.txt").write_text("a")
     with pytest.raises(InputError, match=r"without images.* It holds 1 \.txt\.$"):
@@ -89,13 +89,13 @@ def test_paths_are_checked_before_anything_slow(tmp_path):
 
 def run_python(code: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=60, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+                            timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_a_folder_run_loads_no_data_set_library(tmp_path):
+def test_folders_do_not_load_data_set_libraries(tmp_path):
     folder = write_classes(tmp_path / "photos", {"cat": 3, "dog": 3})
     code = """if True:
         import sys
@@ -112,36 +112,36 @@ def test_a_folder_run_loads_no_data_set_library(tmp_path):
         assert not {"datasets", "pyarrow", "sklearn", "pandas"} & set(sys.modules)
         """
     assert "[4, 3, 16, 16]" in run_python(code, str(folder), "16")
-    # workers that are still running when the interpreter ends must neither hang it nor outlive it
+    # running workers must not delay the exit of the interpreter
     started = time.monotonic()
     run_python(code, str(folder), "0")
     assert time.monotonic() - started < 20
 
 
-# --- the cut -----------------------------------------------------------------------------------------------------------------
+# --- held-out validation -----------------------------------------------------------------------------------------------------
 
 
-def test_the_cut_is_stable_when_images_are_added():
+def test_held_out_images_stay_the_same_when_images_are_added():
     data = DataConfig(source="digits", validation_fraction=0.2)
     few = [f"a/{number}.png" for number in range(0, 1000, 2)]
     many = sorted(few + [f"a/{number}.png" for number in range(1, 1000, 2)])
     held_out = {}
     for listed in (few, many):
-        train, validation, how = hold_out_validation(listed, None, data)
+        train, validation, origin = hold_out_validation(listed, None, data)
         assert sorted([*train, *validation]) == list(range(len(listed)))
-        assert 0.15 < len(validation) / len(listed) < 0.25 and "hash of the path" in how and str(len(validation)) in how
+        assert 0.15 < len(validation) / len(listed) < 0.25 and "hash of the path" in origin and str(len(validation)) in origin
         held_out[len(listed)] = {listed[index] for index in validation}
     assert held_out[1000] & set(few) == held_out[500]
 
 
-def test_the_cut_leaves_something_on_both_sides():
+def test_both_splits_have_images_for_any_fraction():
     for fraction in (1e-6, 0.999999):
         data = DataConfig(source="digits", validation_fraction=fraction)
         for labels in (None, ["cat"] * 5 + ["dog"], list(range(6))):
             train, validation, _ = hold_out_validation(range(6), labels, data)
             assert len(train) and len(validation) and len(train) + len(validation) == 6
             if labels and len(set(labels)) == 2:
-                assert {labels[index] for index in train} == {"cat", "dog"}, "no class loses its last training image"
+                assert {labels[index] for index in train} == {"cat", "dog"}, "every class keeps a training image"
     with pytest.raises(InputError, match="at least 2"):
         hold_out_validation(["a.png"], None, DataConfig(source="digits"))
 
@@ -172,11 +172,11 @@ def test_folder_with_classes(tmp_path):
     (folder / "notes.txt").write_text("no image")
     splits = open_splits(DataConfig(path=str(folder), validation_fraction=0.2))
     assert splits.class_names == ["a cat", "cat", "dog"]
-    every = contents(splits.train) | contents(splits.validation)
-    assert len(every) == len(splits.train) + len(splits.validation) == 63 and "held out" in splits.validation_origin
+    images = contents(splits.train) | contents(splits.validation)
+    assert len(images) == len(splits.train) + len(splits.validation) == 63 and "held out" in splits.validation_origin
     assert names(splits.train) == sorted(names(splits.train))
-    assert every["dog/deeper/UPPER.JPG"][0] == 2 and every["cat/000.png"][0] == 1
-    assert every["cat/000.png"][1] == Image.open(folder / "cat" / "000.png").tobytes()
+    assert images["dog/deeper/UPPER.JPG"][0] == 2 and images["cat/000.png"][0] == 1
+    assert images["cat/000.png"][1] == Image.open(folder / "cat" / "000.png").tobytes()
     identity = splits.train.identity
     assert set(identity) == {"kind", "version", "split", "count", "sha256"} and identity["count"] == len(splits.train)
     write_image(folder / splits.train.source_name(0), seed=77, size=(20, 20))
@@ -200,7 +200,7 @@ def test_folder_without_classes(tmp_path):
 
 
 @pytest.mark.parametrize("validation", ["validation", "val", "valid", "test"])
-def test_split_sub_folders(tmp_path, validation):
+def test_split_subfolders(tmp_path, validation):
     write_classes(tmp_path / "train", {"cat": 3, "dog": 2})
     write_classes(tmp_path / validation, {"dog": 2})
     splits = open_splits(DataConfig(path=str(tmp_path)))
@@ -210,7 +210,7 @@ def test_split_sub_folders(tmp_path, validation):
     assert (splits.train.identity["split"], splits.validation.identity["split"]) == ("train", validation)
 
 
-def test_split_names_are_chosen_and_checked(tmp_path):
+def test_split_names_can_be_given_and_are_checked(tmp_path):
     write_classes(tmp_path / "train", {"cat": 30, "dog": 30})
     alone = open_splits(DataConfig(path=str(tmp_path)))
     assert alone.class_names == ["cat", "dog"] and "held out" in alone.validation_origin and len(alone.train) + len(alone.validation) == 60
@@ -218,8 +218,8 @@ def test_split_names_are_chosen_and_checked(tmp_path):
     with pytest.raises(InputError, match="may be a split or a class"):
         open_splits(DataConfig(path=str(tmp_path)))
     assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == ["held-out", "train"]
-    swapped = open_splits(DataConfig(path=str(tmp_path), train_split="train", validation_split="held-out"))
-    assert len(swapped.validation) == 2
+    given = open_splits(DataConfig(path=str(tmp_path), train_split="train", validation_split="held-out"))
+    assert len(given.validation) == 2
     with pytest.raises(InputError, match=r"data.validation_split is 'heldout'.*Did you mean 'held-out'"):
         open_splits(DataConfig(path=str(tmp_path), validation_split="heldout"))
     with pytest.raises(InputError, match=r"data.train_split is 'trian'.*Did you mean 'train'"):
@@ -231,7 +231,7 @@ def test_split_names_are_chosen_and_checked(tmp_path):
 @pytest.mark.parametrize(("train", "validation"), [
     ("Training", "Testing"), ("TRAIN", "Test"), ("train_set", "test_set"), ("TrainImages", "ValImages"), ("train2017", "val2017"),
     ("training", "Validation"), ("trainset", "testset"), ("train", "Val"), ("train-data", "dev")])
-def test_split_sub_folders_have_any_usual_name(train, validation, tmp_path):
+def test_common_names_of_split_subfolders_are_recognized(train, validation, tmp_path):
     write_classes(tmp_path / train, {"cat": 3, "dog": 2})
     write_classes(tmp_path / validation, {"dog": 2})
     splits = open_splits(DataConfig(path=str(tmp_path)))
@@ -239,30 +239,30 @@ def test_split_sub_folders_have_any_usual_name(train, validation, tmp_path):
     assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted([train, validation])
 
 
-@pytest.mark.parametrize(("folders", "words"), [
+@pytest.mark.parametrize(("folders", "message"), [
     (["Training", "Testing", "resting"], "some of which look like splits"), (["val", "test"], "some of which look like splits"),
     (["train2014", "train2017", "val2017"], "some of which look like splits"), (["train", "resting"], "may be a split or a class")])
-def test_sub_folders_that_may_be_splits_or_classes_are_refused(folders, words, tmp_path):
+def test_ambiguous_subfolders_are_rejected(folders, message, tmp_path):
     write_classes(tmp_path, dict.fromkeys(folders, 2))
-    with pytest.raises(InputError, match=f"{words}.*--data.train_split"):
+    with pytest.raises(InputError, match=f"{message}.*--data.train_split"):
         open_splits(DataConfig(path=str(tmp_path)))
     assert open_splits(DataConfig(path=str(tmp_path), train_split=".")).class_names == sorted(folders)
 
 
 @pytest.mark.parametrize("folders", [["resting", "training"], ["contest", "pretest"], ["set", "data"], ["latest", "values", "trains"]])
-def test_classes_with_names_like_splits_stay_classes(folders, tmp_path):
+def test_classes_with_names_similar_to_splits_remain_classes(folders, tmp_path):
     write_classes(tmp_path, dict.fromkeys(folders, 2))
     assert open_splits(DataConfig(path=str(tmp_path))).class_names == sorted(folders)
 
 
-def test_images_outside_of_the_splits_are_named(tmp_path):
+def test_images_outside_of_the_splits_are_reported(tmp_path):
     write_classes(tmp_path, {"train/cat": 2, "val/cat": 2, "test/cat": 3})
     write_image(tmp_path / "top.png")
     [note] = open_splits(DataConfig(path=str(tmp_path))).notes
     assert note == "4 images outside of train and val are not used, such as test/cat/000.png"
 
 
-def test_a_single_folder_around_the_classes_is_named(tmp_path):
+def test_single_parent_folder_of_the_classes_is_reported(tmp_path):
     write_classes(tmp_path / "PetImages", {"cat": 2, "dog": 2})
     splits = open_splits(DataConfig(path=str(tmp_path)))
     [note] = splits.notes
@@ -271,16 +271,16 @@ def test_a_single_folder_around_the_classes_is_named(tmp_path):
     assert not open_splits(DataConfig(path=str(tmp_path / "PetImages"))).notes
 
 
-def test_folders_of_thumbnails_and_archives_are_no_classes(tmp_path):
+def test_thumbnail_and_archive_folders_are_ignored(tmp_path):
     write_classes(tmp_path, {"cat": 3, "@eaDir/cat": 2, "cat/@eaDir/000.png": 1, "__MACOSX/cat": 2, "$RECYCLE.BIN": 1, "lost+found": 1})
     splits = open_splits(DataConfig(path=str(tmp_path)))
     assert splits.class_names == ["cat"] and len(splits.train) + len(splits.validation) == 3 and not splits.notes
 
 
-def test_every_suffix_of_the_formats_that_are_read(tmp_path):
+def test_all_suffixes_of_supported_formats_are_read(tmp_path):
     Image.init()
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in _formats()}
-    assert known | {".mpo", ".avif", ".avifs"} == IMAGE_SUFFIXES, "not every Pillow can read AVIF"
+    assert known | {".mpo", ".avif", ".avifs"} == IMAGE_SUFFIXES, "some builds of Pillow lack AVIF"
     written = set()
     for number, suffix in enumerate(sorted(IMAGE_SUFFIXES)):
         kind = Image.registered_extensions().get(suffix, "MPO")
@@ -288,14 +288,14 @@ def test_every_suffix_of_the_formats_that_are_read(tmp_path):
         try:
             Image.new(mode, (16, 16)).save(tmp_path / f"{number}{suffix.upper()}", kind)
             written.add(suffix)
-        except OSError:  # a format that this Pillow was built without
+        except OSError:  # this build of Pillow lacks the format
             continue
     assert {".jfif", ".jpe", ".jp2", ".tga", ".dib", ".pfm"} <= written
     lines = []
     assert not check_data(DataConfig(path=str(tmp_path)), lines.append) and f"{len(written)} of {len(written)} images are readable" in lines
 
 
-def test_what_is_left_out_is_counted_and_named(tmp_path):
+def test_ignored_files_are_counted_and_reported(tmp_path):
     write_classes(tmp_path, {"cat": 2, "dog": 2})
     for name in ("cat/a.heic", "cat/b.HEIC", "dog/c.heic", "notes.txt", "dog/without", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
@@ -308,7 +308,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_classes_of_metadata_beside_the_images(kind, tmp_path):
+def test_classes_from_metadata_files(kind, tmp_path):
     for number in range(8):
         write_image(tmp_path / "images" / f"{number}.png", number)
     rows = [{"file_name": f"images/{number}.png", "size": number / 2, "rank": [10, 2][number % 2], "kind": "ab"[number % 2]} for number in range(7)]
@@ -318,21 +318,21 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
         text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / f"metadata.{kind}").write_text(text)
     folder = {"path": str(tmp_path / "images"), "validation_fraction": 1e-6}
-    assert open_splits(DataConfig(**folder)).class_names is None, "the file lies elsewhere"
+    assert open_splits(DataConfig(**folder)).class_names is None, "the metadata file is in another folder"
     [note] = open_splits(DataConfig(**folder, label_column="kind")).notes
     assert note == "data.label_column 'kind' is not used: there is no metadata.csv or metadata.jsonl beside the images"
     (tmp_path / f"metadata.{kind}").rename(tmp_path / f"images/metadata.{kind}")
     (tmp_path / f"images/metadata.{kind}").write_text(text.replace("images/", ""))
-    unread = open_splits(DataConfig(**folder))
-    assert unread.class_names is None and not open_splits(DataConfig(**folder, use_labels=False)).notes
-    [note] = unread.notes
+    without_column = open_splits(DataConfig(**folder))
+    assert without_column.class_names is None and not open_splits(DataConfig(**folder, use_labels=False)).notes
+    [note] = without_column.notes
     assert note == (f"metadata.{kind}: no classes are read; columns that look like labels: 'rank' (2 values), 'kind' (2 values); "
                     "to read one, give --data.label_column rank")
-    for column, names_of in (("rank", ["2", "10"]), ("kind", ["a", "b"])):
+    for column, class_names in (("rank", ["2", "10"]), ("kind", ["a", "b"])):
         splits = open_splits(DataConfig(**folder, label_column=column))
         seen = contents(splits.train) | contents(splits.validation)
-        assert splits.class_names == names_of and not splits.notes
-        first = names_of.index("10" if column == "rank" else "a")
+        assert splits.class_names == class_names and not splits.notes
+        first = class_names.index("10" if column == "rank" else "a")
         assert [seen[f"{number}.png"][0] for number in range(8)] == [first, 1 - first] * 3 + [first, None]
     with pytest.raises(InputError, match=r"data.label_column \(for .*'kinds'.*Did you mean 'kind'"):
         open_splits(DataConfig(**folder, label_column="kinds"))
@@ -345,7 +345,7 @@ def test_classes_of_metadata_beside_the_images(kind, tmp_path):
     ([f"1234567890123456789{digit}" for digit in "3210"], [f"1234567890123456789{digit}" for digit in "0123"]),
     (["10", "2.0", "1e3", ""], ["2", "10", "1000"]), (["10", "nan", "2", "-1"], ["-1", "2", "10"]),
 ])
-def test_different_values_of_metadata_are_different_classes(values, classes, tmp_path):
+def test_distinct_metadata_values_are_distinct_classes(values, classes, tmp_path):
     write_classes(tmp_path, {".": 4})
     names = sorted(path.name for path in tmp_path.iterdir())
     (tmp_path / "metadata.csv").write_text("file_name,kind\n" + "".join(f"{name},{value}\n" for name, value in zip(names, values, strict=True)))
@@ -384,7 +384,7 @@ def test_metadata_rows_that_match_no_image_are_reported(tmp_path):
         open_splits(data)
 
 
-def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
+def test_unrelated_metadata_files_are_ignored(tmp_path):
     write_classes(tmp_path, {".": 4})
     (tmp_path / "metadata.csv").write_bytes(b"name,b\n\xff,2\n")
     assert open_splits(DataConfig(path=str(tmp_path))).class_names is None
@@ -392,7 +392,7 @@ def test_metadata_of_another_kind_is_no_obstacle(tmp_path):
         open_splits(DataConfig(path=str(tmp_path), label_column="b"))
 
 
-def test_links_and_files_without_an_image_do_not_end_a_run(tmp_path):
+def test_broken_links_and_special_files_are_reported_as_unreadable(tmp_path):
     write_classes(tmp_path, {"cat": 4, "dog": 4})
     (tmp_path / "cat" / "itself.png").symlink_to("itself.png")
     (tmp_path / "folder").symlink_to("folder")
@@ -419,7 +419,7 @@ def test_folders_may_be_nested_deeper_than_the_recursion_limit(tmp_path):
         sys.setrecursionlimit(before)
 
 
-def test_folders_that_leave_doubts(tmp_path):
+def test_inconsistent_folders_are_rejected(tmp_path):
     write_classes(tmp_path / "mixed", {"cat": 2})
     write_image(tmp_path / "mixed" / "top.png")
     with pytest.raises(InputError, match=r"both at the top.*'top.png'.*'cat'.*use_labels false"):
@@ -442,7 +442,7 @@ def fingerprint_of(path: Path, **fields) -> str:
     return open_splits(DataConfig(path=str(path), **fields)).fingerprint
 
 
-def test_a_data_set_is_known_again_wherever_it_lies(tmp_path):
+def test_fingerprint_does_not_depend_on_the_location(tmp_path):
     folder = write_classes(tmp_path / "photos", {"cat": 5, "dog": 5})
     before = fingerprint_of(folder)
     folder.rename(tmp_path / "scratch")
@@ -454,7 +454,7 @@ def test_a_data_set_is_known_again_wherever_it_lies(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["pixel", "other name", "other class", "size", "gone", "use_labels"])
-def test_another_data_set_is_not_taken_for_the_same(change, tmp_path):
+def test_fingerprint_changes_with_the_data(change, tmp_path):
     for number in range(8):
         path = tmp_path / "ab"[number % 2] / f"{number}.bmp"
         write_image(path, number)
@@ -472,27 +472,27 @@ def test_another_data_set_is_not_taken_for_the_same(change, tmp_path):
     assert fingerprint_of(tmp_path, use_labels=change != "use_labels") != before
 
 
-def test_start_middle_and_end_of_long_contents_are_digested(tmp_path):
+def test_start_middle_and_end_of_long_files_are_digested(tmp_path):
     content = bytearray(100_000)
     path = tmp_path / "a.bin"
 
     def digest() -> bytes:
         path.write_bytes(content)
         size, found = file_digest(path)
-        assert (size, found) == (len(content), content_digest(bytes(content))), "of a file as of bytes"
+        assert (size, found) == (len(content), content_digest(bytes(content))), "a file and its bytes have the same digest"
         return found
 
     before = digest()
-    for place, noticed in ((0, True), (4095, True), (50_000, True), (99_999, True), (30_000, False)):
+    for place, detected in ((0, True), (4095, True), (50_000, True), (99_999, True), (30_000, False)):
         content[place] ^= 1
-        assert (digest() != before) == noticed, place
+        assert (digest() != before) == detected, place
         content[place] ^= 1
     assert file_digest(tmp_path / "absent.bin") == (None, None)
     os.mkfifo(tmp_path / "pipe.png")
-    assert file_digest(tmp_path / "pipe.png") == (0, None), "not waited for"
+    assert file_digest(tmp_path / "pipe.png") == (0, None), "opening a pipe would block"
 
 
-def test_a_failing_file_system_does_not_pass_for_changed_images(tmp_path, monkeypatch):
+def test_file_system_errors_are_raised(tmp_path, monkeypatch):
     folder = write_classes(tmp_path, {"cat": 4})
 
     def stale(*arguments):
@@ -503,7 +503,7 @@ def test_a_failing_file_system_does_not_pass_for_changed_images(tmp_path, monkey
         fingerprint_of(folder)
 
 
-def test_what_version_0_1_0_recorded_is_compared_in_its_own_form(tmp_path):
+def test_identities_of_version_0_1_0_are_compared_in_their_format(tmp_path):
     folder = write_classes(tmp_path / "photos", {"cat": 4, "dog": 4})
     splits = open_splits(DataConfig(path=str(folder)))
     recorded = {}
@@ -526,7 +526,7 @@ def test_what_version_0_1_0_recorded_is_compared_in_its_own_form(tmp_path):
 # --- check-data --------------------------------------------------------------------------------------------------------------
 
 
-def test_check_data_names_what_is_unreadable(tmp_path):
+def test_check_data_lists_unreadable_images(tmp_path):
     folder = write_classes(tmp_path, {"cat": 20, "dog": 20})
     (folder / "dog" / "003.png").write_bytes(b"junk")
     (folder / "cat" / "big.jpg").write_bytes(b"")
@@ -534,12 +534,12 @@ def test_check_data_names_what_is_unreadable(tmp_path):
     lines = []
     found = check_data(DataConfig(path=str(folder)), lines.append)
     assert dict(found) == {"dog/003.png": "not an image of a known format, or its header is corrupt", "cat/big.jpg": "the file is empty"}
-    said = "\n".join(lines)
-    for words in ("2 classes: cat", "from 9 x 8 to 50 x 8 pixels", "40 of 42 images are readable", "hash of the path"):
-        assert words in said
+    output = "\n".join(lines)
+    for message in ("2 classes: cat", "from 9 x 8 to 50 x 8 pixels", "40 of 42 images are readable", "hash of the path"):
+        assert message in output
 
 
-def test_check_data_counts_exact_duplicates_inside_and_across_splits(tmp_path):
+def test_check_data_counts_exact_duplicates_within_and_across_splits(tmp_path):
     def write(name: str, value: int) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((4, 4, 3), value, dtype=np.uint8)).save(tmp_path / name)
@@ -557,26 +557,26 @@ def test_check_data_counts_exact_duplicates_inside_and_across_splits(tmp_path):
     write("val/cat/again.png", 10)
     lines.clear()
     check_data(DataConfig(path=str(tmp_path)), lines.append)
-    said = [line for line in lines if "duplicate" in line]
-    assert said[0].startswith("duplicates: 4 images have exactly the same pixels as another image; "
-                              "2 validation images are also in the training split")
-    assert said[1:] == ["duplicates: train/cat/2.png (train) = val/cat/seen twice.png (validation) = val/cat/seen.png (validation)",
-                        "duplicates: train/cat/1.png (train) = train/cat/copy.bmp (train)",
-                        "duplicates: val/cat/0.png (validation) = val/cat/again.png (validation)"]
+    output = [line for line in lines if "duplicate" in line]
+    assert output[0].startswith("duplicates: 4 images have exactly the same pixels as another image; "
+                                "2 validation images are also in the training split")
+    assert output[1:] == ["duplicates: train/cat/2.png (train) = val/cat/seen twice.png (validation) = val/cat/seen.png (validation)",
+                          "duplicates: train/cat/1.png (train) = train/cat/copy.bmp (train)",
+                          "duplicates: val/cat/0.png (validation) = val/cat/again.png (validation)"]
 
 
-def test_check_data_lists_a_few_duplicates_however_many_there_are(tmp_path):
+def test_check_data_limits_the_listed_duplicates(tmp_path):
     for number in range(40):
         (tmp_path / "cat").mkdir(exist_ok=True)
         Image.fromarray(np.full((4, 4), number // 4, dtype=np.uint8)).save(tmp_path / f"cat/{number}.png")
     lines = []
     check_data(DataConfig(path=str(tmp_path)), lines.append)
-    said = [line for line in lines if "duplicate" in line]
-    assert len(said) == 7 and said[0].startswith("duplicates: 30 images") and all("and 1 more" in line for line in said[1:6])
-    assert said[-1] == "duplicates: and 5 more groups"
+    output = [line for line in lines if "duplicate" in line]
+    assert len(output) == 7 and output[0].startswith("duplicates: 30 images") and all("and 1 more" in line for line in output[1:6])
+    assert output[-1] == "duplicates: and 5 more groups"
 
 
-def test_the_share_of_unreadable_images_has_a_limit():
+def test_fraction_of_unreadable_images_is_limited():
     data = DataConfig(source="digits", max_unreadable=0.1)
     refuse_if_too_many_unreadable({"a": "empty"}, 3, data)
     refuse_if_too_many_unreadable({str(number): "empty" for number in range(10)}, 100, data)
@@ -586,7 +586,7 @@ def test_the_share_of_unreadable_images_has_a_limit():
         refuse_if_too_many_unreadable({"a": "empty"}, 3, DataConfig(source="digits", max_unreadable=0.0))
 
 
-def test_images_that_will_be_enlarged_are_counted(tmp_path):
+def test_check_data_counts_images_that_will_be_enlarged(tmp_path):
     write_image(tmp_path / "a" / "0.png", size=(40, 30))
     write_image(tmp_path / "a" / "1.png", 1, size=(200, 150))
     lines = []

@@ -1,4 +1,4 @@
-"""Any image file becomes the same upright 8-bit pixels everywhere, and views are what they say."""
+"""Reading images as upright 8-bit pixels, the image transform, views, augmentation, and batches."""
 
 import dataclasses
 import io
@@ -57,7 +57,7 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "memory"])
-def test_all_exif_orientations_come_out_upright(orientation, kind):
+def test_exif_orientation_is_applied(orientation, kind):
     stored = UPRIGHT.transpose(STORED_AS[orientation]) if STORED_AS[orientation] is not None else UPRIGHT.copy()
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -68,10 +68,10 @@ def test_all_exif_orientations_come_out_upright(orientation, kind):
     else:
         read = read_image(encoded(stored, kind, exif=exif))
     assert read.size == UPRIGHT.size and read.tobytes() == UPRIGHT.tobytes()
-    assert read_image(read) is read, "a second reader must not turn it again"
+    assert read_image(read) is read, "the orientation is applied only once"
 
 
-def test_alpha_is_laid_on_white():
+def test_alpha_is_composited_on_white():
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     half.putpixel((1, 0), (255, 0, 0, 128))
     for kind in ("PNG", "WEBP"):
@@ -91,7 +91,7 @@ def test_alpha_is_laid_on_white():
     assert read.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_16_bit_scales_and_does_not_clip():
+def test_16_bit_values_are_scaled_and_not_clipped():
     values = np.array([[0, 257, 32896, 65535]], np.uint16)
     expected = [0, 1, 128, 255]
     for kind in ("PNG", "TIFF"):
@@ -101,8 +101,8 @@ def test_16_bit_scales_and_does_not_clip():
     assert values_of(read_image(Image.fromarray(values.astype(np.int32)), channels=1)) == expected
     colour = png(1, 1, 16, 2, b"\0" + np.array([65535, 32896, 0], ">u2").tobytes())
     assert read_image(colour).getpixel((0, 0)) == (255, 128, 0)
-    see_through = png(2, 1, 16, 0, b"\0" + np.array([257, 514], ">u2").tobytes(), (b"tRNS", struct.pack(">H", 257)))
-    assert values_of(read_image(see_through, channels=1)) == [255, 2]
+    transparent = png(2, 1, 16, 0, b"\0" + np.array([257, 514], ">u2").tobytes(), (b"tRNS", struct.pack(">H", 257)))
+    assert values_of(read_image(transparent, channels=1)) == [255, 2]
 
 
 def test_other_modes():
@@ -121,7 +121,7 @@ def test_other_modes():
     assert read_image(noise(4, 4), channels=1).mode == "L"
 
 
-def test_animation_gives_its_first_frame():
+def test_first_frame_of_animations_is_read():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "WEBP", "PNG"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
@@ -130,7 +130,7 @@ def test_animation_gives_its_first_frame():
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "TGA", "BMP", "GIF", "JPEG2000", "PPM", "WEBP"])
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA"])
-def test_images_that_are_already_loaded(kind, mode, tmp_path):
+def test_opened_and_loaded_images_are_read_like_their_files(kind, mode, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)).convert(mode)
     if (kind, mode) in {("JPEG2000", "P"), ("PPM", "P")}:
         pytest.skip("Pillow does not write it")
@@ -143,22 +143,22 @@ def test_images_that_are_already_loaded(kind, mode, tmp_path):
         assert read_image(opened).tobytes() == expected
 
 
-def test_unreadable_files_say_why(tmp_path):
+def test_unreadable_files_are_rejected_with_a_reason(tmp_path):
     jpeg = encoded(noise(64, 64), "JPEG")
     files = {"half.jpg": (jpeg[:len(jpeg) // 2], "truncated"), "text.png": (b"this is no image", "not an image"),
              "empty.png": (b"", "empty"), "header.png": (encoded(noise(9, 9))[:20], "corrupt"),
              "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image")}
-    for name, (content, words) in files.items():
+    for name, (content, message) in files.items():
         (tmp_path / name).write_bytes(content)
         for given in (tmp_path / name, str(tmp_path / name), content):
-            with pytest.raises(UnreadableImage, match=words):
+            with pytest.raises(UnreadableImage, match=message):
                 read_image(given)
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize("size", range(1, 20))
-def test_files_of_a_few_bytes_are_refused(size, tmp_path):
+def test_files_of_a_few_bytes_are_rejected(size, tmp_path):
     for content in (b"x" * size, bytes(size), b"\x89PNG\r\n\x1a\n"[:size], b"RIFF\4\0\0\0WEBP"[:size], b"II*\0\x08\0\0\0"[:size]):
         (tmp_path / "a.png").write_bytes(content)
         for file in (content, tmp_path / "a.png"):
@@ -166,8 +166,8 @@ def test_files_of_a_few_bytes_are_refused(size, tmp_path):
                 read_image(file)
 
 
-def test_pixel_limit_is_checked_on_the_header():
-    header_only = png(4000, 3000, 8, 2, b"")  # decoding it would fail, and say so
+def test_pixel_limit_is_checked_before_decoding():
+    header_only = png(4000, 3000, 8, 2, b"")  # decoding it would raise another error
     with pytest.raises(UnreadableImage, match=r"4000 x 3000 pixels, more than data.max_pixels = 1000"):
         read_image(header_only, max_pixels=1000)
     with pytest.raises(UnreadableImage, match="pixels"):
@@ -178,7 +178,7 @@ def test_pixel_limit_is_checked_on_the_header():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (400, 1), (1, 60_000), (2, 3), (33, 500), (31, 31), (1000, 900)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_shape_becomes_one_size(size, channels):
+def test_output_shape_does_not_depend_on_the_image_shape(size, channels):
     image = noise(*size, "RGB" if channels == 3 else "L")
     transform = ImageTransform(32, channels)
     for view in (CENTER_VIEW, View(crop_scale=0.05, x=0.0, y=1.0), View(crop_scale=0.37, x=1.0, y=0.3, flip=True, shift_x=3)):
@@ -188,31 +188,31 @@ def test_any_shape_becomes_one_size(size, channels):
         assert torch.equal(tensor, transform(image, view))
 
 
-def test_transform_keeps_what_has_the_right_size_and_crops_the_centre():
+def test_transform_keeps_images_of_the_right_size_and_crops_the_centre():
     image = noise(32, 32)
     assert np.array_equal(ImageTransform(32).resize(image), np.asarray(image))
     wide = noise(50, 32)
     assert np.array_equal(ImageTransform(32).resize(wide), np.asarray(wide)[:, 9:41])
     tall = noise(32, 51)
     assert np.array_equal(ImageTransform(32).resize(tall, View(y=1.0)), np.asarray(tall)[19:])
-    # antialiased: a fine chequerboard becomes grey instead of a pattern
+    # antialiasing turns a fine chequerboard into grey
     board = Image.fromarray((np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8))
     assert ImageTransform(32, 1)(board).abs().max() < 0.05
 
 
-def test_values_survive_the_way_to_tensors_and_back():
+def test_tensor_round_trip_keeps_values():
     pixels_BHWC = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     pixels_BHWC[0, 0, :2, 0] = 0, 255
     images_BCHW = to_tensor(pixels_BHWC)
     assert images_BCHW.shape == (2, 3, 16, 16) and images_BCHW.min() == -1 and images_BCHW.max() == 1
     assert np.array_equal(to_uint8(images_BCHW), pixels_BHWC)
-    assert np.array_equal(to_uint8(images_BCHW * 10)[0, 0, :2, 0], [0, 255]), "out of range is clamped, not wrapped"
+    assert np.array_equal(to_uint8(images_BCHW * 10)[0, 0, :2, 0], [0, 255]), "out-of-range values are clamped, not wrapped"
     assert np.array_equal(np.stack([np.asarray(image) for image in to_pil(images_BCHW)]), pixels_BHWC)
     assert to_pil(images_BCHW[:, :1])[0].mode == "L"
     assert to_uint8(images_BCHW.to(torch.bfloat16)).dtype == np.uint8
 
 
-def test_views_are_what_they_say():
+def test_views_flip_shift_and_crop():
     image = noise(16, 16)
     transform = ImageTransform(16)
     original = np.asarray(image)
@@ -247,7 +247,7 @@ def test_named_views():
         named_views("flips", 1)
 
 
-def test_ten_crop_is_the_corners_and_the_centre_of_the_image_and_their_mirror_images():
+def test_ten_crop_has_corners_centre_and_mirror_images():
     image = noise(32, 32)
     pixels = np.asarray(image)
     crops = ImageTransform(16).resize_views(image, named_views("ten-crop", crop_scale=0.5))
@@ -259,20 +259,20 @@ def test_ten_crop_is_the_corners_and_the_centre_of_the_image_and_their_mirror_im
     assert {view.crop_scale for view in training_views(TokensConfig(views="ten-crop"))} == {0.875}
 
 
-def test_listed_views_are_what_their_records_say():
+def test_listed_views_match_their_records():
     tokens = TokensConfig(views=[{}, {"crop_scale": 0.5, "position": "bottom-left"}, {"flip": True, "shift": [1, -2]}])
     assert training_views(tokens) == [CENTER_VIEW, View(crop_scale=0.5, x=0.0, y=1.0), View(flip=True, shift_x=1, shift_y=-2)]
     assert training_views(TokensConfig(views="flip+shifts", view_shift=2)) == named_views("flip+shifts", 2)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (40, 30), (25, 64)])
-def test_all_views_at_once_are_each_view_alone(size):
+def test_resize_views_equals_resize_of_each_view(size):
     image, transform = noise(*size), ImageTransform(16)
     views = [*named_views("flip+shifts"), *named_views("ten-crop"), View(crop_scale=0.875, x=1.0, flip=True, shift_y=3)]
     assert np.array_equal(transform.resize_views(image, views), [transform.resize(image, view) for view in views])
 
 
-def test_augmentation_stays_in_its_bounds_and_looks_the_same_from_memory():
+def test_augmentation_is_bounded_and_equal_for_cached_images():
     data = DataConfig(source="digits", flip=True, shift=2)
     transform = ImageTransform(32)
     image = noise(40, 60)
@@ -289,12 +289,12 @@ def test_augmentation_stays_in_its_bounds_and_looks_the_same_from_memory():
     assert not any(view.flip or view.shift_x or view.shift_y for view in views)
 
 
-def test_transform_travels_in_a_config():
+def test_transform_round_trip_through_a_dict():
     transform = ImageTransform(48, 1)
     assert ImageTransform.from_dict(transform.to_dict()) == transform
-    for wrong in ({"image_size": 32}, {**transform.to_dict(), "resampling": "nearest"}, {**transform.to_dict(), "crop": 1}):
+    for invalid in ({"image_size": 32}, {**transform.to_dict(), "resampling": "nearest"}, {**transform.to_dict(), "crop": 1}):
         with pytest.raises(InputError, match="allowed"):
-            ImageTransform.from_dict(wrong)
+            ImageTransform.from_dict(invalid)
     with pytest.raises(InputError, match="channels"):
         ImageTransform(32, 4)
 
@@ -303,7 +303,7 @@ def as_batch(images, transform) -> torch.Tensor:
     return torch.cat(list(as_batches(images, transform, 1)))
 
 
-def test_as_batches_takes_what_users_have():
+def test_as_batches_accepts_images_and_tensors():
     transform = ImageTransform(16)
     image = noise(20, 30, "L")
     one = as_batch(image, transform)
@@ -311,12 +311,12 @@ def test_as_batches_takes_what_users_have():
     assert as_batch([image, Image.new("RGBA", (5, 5))], transform).shape == (2, 3, 16, 16)
     tensor = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
     assert as_batch(tensor, transform).dtype == torch.float32
-    wrong = {"shape": torch.zeros(3, 16, 16), "shape (1, 3, 8, 8)": torch.zeros(1, 3, 8, 8),
-             "uint8": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "divide by 127.5": torch.full((1, 3, 16, 16), 200.0),
-             "nan": torch.full((1, 3, 16, 16), torch.nan), "a list of nothing": [], "ndarray": np.zeros((1, 3, 16, 16)), "str": ["a.png"]}
-    for words, images in wrong.items():
-        with pytest.raises(InputError) as caught:
+    invalid = {"shape": torch.zeros(3, 16, 16), "shape (1, 3, 8, 8)": torch.zeros(1, 3, 8, 8),
+               "uint8": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "divide by 127.5": torch.full((1, 3, 16, 16), 200.0),
+               "nan": torch.full((1, 3, 16, 16), torch.nan), "a list of nothing": [], "ndarray": np.zeros((1, 3, 16, 16)), "str": ["a.png"]}
+    for message, images in invalid.items():
+        with pytest.raises(InputError) as error:
             as_batch(images, transform)
-        assert words in str(caught.value) and "allowed" in str(caught.value)
+        assert message in str(error.value) and "allowed" in str(error.value)
     with pytest.raises(InputError, match="image 1 of images cannot be read: truncated"):
         as_batch([image, Image.open(io.BytesIO(encoded(noise(64, 64), "JPEG")[:2000]))], transform)

@@ -210,7 +210,7 @@ def with_record(row: int, record: object) -> list:
 VALID_IDS = IDS_NVT[0].tolist()
 
 
-@pytest.mark.parametrize(("record", "words"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"class_id": 1, "tokens": [VALID_IDS[0], [*VALID_IDS[1][:-1], CODES]]}, rf"line 18: the ids run from \d+ to {CODES}; allowed: 0 to {CODES - 1}"),
     ({"class_id": 1, "tokens": [VALID_IDS[0], [-1, *VALID_IDS[1][1:]]]}, "line 18: the ids run from -1"),
     ({"class_id": 1, "tokens": [VALID_IDS[0][:-1], VALID_IDS[1][:-1]]}, "line 18 has 2 views of 15 tokens, but the rows before it have 2 of 16"),
@@ -247,7 +247,7 @@ def damaged_files(folder: Path, name: str, array: np.ndarray | None) -> list[obj
     return source
 
 
-@pytest.mark.parametrize(("name", "array", "words"), [
+@pytest.mark.parametrize(("name", "array", "message"), [
     ("digits16_codes/17.npy", IDS_NVT[:1] + CODES, r"17\.npy: the ids run from"),
     ("digits16_codes/17.npy", IDS_NVT[:2], r"17\.npy has the shape \(2, 2, 16\); expected \(1, views, tokens\)"),
     ("digits16_codes/17.npy", IDS_NVT[:1, :1], r"17\.npy has 1 view of 16"),
@@ -265,7 +265,7 @@ def test_invalid_files_are_reported_before_writing(tmp_path, name, array, messag
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize(("codes", "labels", "words"), [
+@pytest.mark.parametrize(("codes", "labels", "message"), [
     (IDS_NVT * 1.0, LABELS_N, r"codes.npy is float64 with the shape \(60, 2, 16\); expected integers"),
     (IDS_NVT[0, 0], LABELS_N, r"codes.npy is int64 with the shape \(16,\)"),
     (IDS_NVT, LABELS_N[:-1], r"labels.npy is int64 with the shape \(59,\); expected 60 integers"),
@@ -286,7 +286,7 @@ def test_invalid_arrays_are_reported_before_writing(tmp_path, codes, labels, mes
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize(("options", "words"), [
+@pytest.mark.parametrize(("options", "message"), [
     ([], "--codebook_size is not given"),
     ([*COMMON, "--height", 4], "--height is 4 and --width is None; give both"),
     ([*COMMON, "--height", 2, "--width", 4], "the grid 2 x 4 x 1 of --height and --width has 8"),

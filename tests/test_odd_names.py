@@ -1,4 +1,4 @@
-"""Names of files and classes that are not UTF-8, hold control characters or are very long: they work, and print on one line."""
+"""File and class names that are not UTF-8, contain control characters or are very long."""
 
 import io
 import os
@@ -30,7 +30,7 @@ LATIN, FORGED = b"caf\xe9.png", b"a.png is unreadable\n40 of 40 images are reada
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Two classes, the name of one of which is not UTF-8, and images with odd names in both."""
+    """Two classes with oddly named images. The name of one class is not UTF-8."""
     rng = np.random.default_rng(0)
     for folder in (b"plain", b"stra\xdfe"):
         path = os.fsencode(tmp_path / "photos") + b"/" + folder
@@ -43,20 +43,20 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def test_names_for_messages():
+def test_printable_names():
     assert printable("größe 1/é.png") == "größe 1/é.png"
     assert printable("caf\udce9\n\x1b[2J\u202e") == r"caf\xe9\n\x1b[2J\u202e"
 
 
-def test_seeds_of_ordinary_names_are_those_of_version_0_1_0():
-    """So that no image moves from one split to the other."""
+def test_seeds_of_utf8_names_are_those_of_version_0_1_0():
+    """Other seeds would move images from one split to the other."""
     assert [derive_seed("validation", name) for name in ("cat/000.png", "katze/größe.png", 17)] == [
         1081042154422673631, 4029508031497277362, 5568982810398587030]
     assert derive_seed("validation order", "a\nb.png") == 2868284908469853193
     assert derive_seed("validation", "caf\udce9.png") != derive_seed("validation", "caf\udce8.png")
 
 
-def test_a_report_prints_what_the_output_cannot_show(monkeypatch):
+def test_reporter_escapes_characters_that_cannot_be_encoded(monkeypatch):
     for encoding in ("utf-8", "ascii"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
@@ -65,13 +65,13 @@ def test_a_report_prints_what_the_output_cannot_show(monkeypatch):
                                                             "skipped caf\\udce9 gr\\xf6\\xdfe\n")
 
 
-def test_images_with_odd_names_are_checked_and_trained_on(photos):
+def test_check_data_and_batches_with_odd_names(photos):
     data = DataConfig(path=str(photos), image_size=16, workers=0, validation_fraction=0.3)
     with open(os.fsencode(photos) + b"/plain/" + FORGED, "wb") as file:
         file.write(b"junk")
     lines: list[str] = []
     assert len(check_data(data, lines.append)) == 1
-    assert not any("\n" in line for line in lines) and "\n".join(lines).encode(), "lines that can be printed, none of them forged"
+    assert not any("\n" in line for line in lines) and "\n".join(lines).encode(), "names are printable and cannot add lines"
     assert "25 of 26 images are readable" in lines and any(r"readable\n40 of 40" in line for line in lines)
     splits = open_splits(data)
     assert splits.class_names == ["plain", r"stra\xdfe"]
@@ -84,7 +84,7 @@ def test_images_with_odd_names_are_checked_and_trained_on(photos):
         refuse_if_too_many_unreadable({"caf\udce9.png": "empty"}, 1, DataConfig(path="x", max_unreadable=0.0))
 
 
-def test_tokens_of_images_with_odd_names(photos, tiny_run, tmp_path):
+def test_preprocess_with_odd_names(photos, tiny_run, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", data__source="folder", data__path=photos, data__validation_fraction=0.3,
                          tokens__tokenizer=tiny_run / "tokenizer", tokens__images_per_shard=8, tokens__batch_size=8)
     preprocess(recipe)
@@ -94,18 +94,18 @@ def test_tokens_of_images_with_odd_names(photos, tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_command_prints_odd_names(encoding, photos):
-    done = command("check-data", "image_folder", "--data.path", photos, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0 and not done.stderr and "26 of 26 images are readable" in done.stdout
+def test_command_prints_odd_names(encoding, photos):
+    result = command("check-data", "image_folder", "--data.path", photos, PYTHONIOENCODING=encoding)
+    assert result.returncode == 0 and not result.stderr and "26 of 26 images are readable" in result.stdout
 
 
-def test_a_path_that_no_recipe_can_keep_is_refused(tmp_path):
+def test_recipe_paths_that_are_not_utf8_are_rejected(tmp_path):
     for field in ("data__path", "run_dir", "tokens__tokenizer"):
         with pytest.raises(InputError, match=r"is 'caf\\xe9', which is not UTF-8.*a link to it"):
             tiny_recipe(**{"run_dir": tmp_path, "data__source": "auto", "data__path": "here"} | {field: "caf\udce9"})
 
 
-def test_long_names_are_cut_and_stay_apart():
+def test_long_names_are_shortened_and_remain_distinct():
     assert shorten_name("a" * NAME_BYTES) == "a" * NAME_BYTES and file_name("two words") == "two_words"
     first, second = (file_name("ü" * 200 + end) for end in "ab")
     assert first != second and max(len(os.fsencode(name)) for name in (first, second)) <= NAME_BYTES

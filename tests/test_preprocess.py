@@ -247,7 +247,7 @@ def test_too_many_unreadable_images_stop_the_run(places, limit, stops, tiny_run,
     assert all(name in str(error.value) for name in names)
     assert not list((tmp_path / "run/tokens").rglob("manifest.json"))
     in_one_shard = len({shard for shard, _ in places}) == 1
-    assert bool(list((tmp_path / "run/tokens").rglob("shard-*"))) == (places[0][0] > 0 or not in_one_shard), "the run stops as soon as the limit is exceeded"
+    assert bool(list((tmp_path / "run/tokens").rglob("shard-*"))) == (places[0][0] > 0 or not in_one_shard), "stops as soon as the limit is exceeded"
     assert not json.loads(RunFolder(tmp_path / "run").record("tokens").read_text())["finished"]
 
 
@@ -300,7 +300,7 @@ def at_image(number: int, action, monkeypatch) -> None:
     monkeypatch.setattr(module, "encode_sources", encoded)
 
 
-def preprocess_and_die(run_dir: Path, changes: dict, kill_point: tuple[str, int] | None) -> None:
+def preprocess_in_child(run_dir: Path, changes: dict, kill_point: tuple[str, int] | None) -> None:
     """Preprocess in a child process and kill it at `kill_point`, if given."""
     with open(os.devnull, "w") as sys.stdout:
         if kill_point:
@@ -318,7 +318,7 @@ def fork_server():
 
 FINISH = "token_shards.writer:TokenShardWriter.finish"
 KILL_POINTS = [("token_shards.writer:ShardInProgress.add", PER_SHARD + 4), ("token_shards.writer:publish", 2),
-          ("token_shards.sidecar:ShardSidecar.save", 1), (FINISH, 1), (FINISH, 2), ("pipelines.stages.preprocess:write_record", 2)]
+               ("token_shards.sidecar:ShardSidecar.save", 1), (FINISH, 1), (FINISH, 2), ("pipelines.stages.preprocess:write_record", 2)]
 """Inside a shard, before its rename, before its sidecar, before each manifest, and before the stage record."""
 
 
@@ -328,7 +328,7 @@ def test_killed_runs_resume_and_write_the_same_bytes(tiny_run, photos, tmp_path,
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
     killed, finished_before = tmp_path / "killed", {}
     for kill_point in [*KILL_POINTS, None]:
-        process = fork_server.Process(target=preprocess_and_die, args=(killed, changes, kill_point))
+        process = fork_server.Process(target=preprocess_in_child, args=(killed, changes, kill_point))
         process.start()
         process.join(60)
         assert process.exitcode == (-signal.SIGKILL if kill_point else 0), kill_point

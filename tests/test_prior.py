@@ -1,4 +1,4 @@
-"""The prior on tiny real models: its start, its files, its dropout, and the batches it is trained on."""
+"""The prior with tiny models: initialization, configuration, dropout, saving and loading, training batches."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWrite
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import PriorConfig
 
-STOCK = ["llama", "gpt2", "qwen3"]
-ARCHITECTURES = [*STOCK, "grid_transformer"]
+TRANSFORMERS_MODELS = ["llama", "gpt2", "qwen3"]
+ARCHITECTURES = [*TRANSFORMERS_MODELS, "grid_transformer"]
 VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
                         token_fingerprint="f" * 64, label_drop=0.1)
 COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)
@@ -40,18 +40,18 @@ def random_batch(vocabulary=VOCABULARY, size=64, seed=0):
     return torch.from_numpy(ids_BT), torch.from_numpy(rng.integers(-1, vocabulary.num_classes, size))
 
 
-# --- the start ---------------------------------------------------------------------------------------------------------------
+# --- initialization and loss -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("width", [32, 512])
-def test_the_first_loss_is_near_ln_k(architecture, width):
+def test_initial_loss_is_near_ln_k(architecture, width):
     prior = tiny_prior(architecture, width=width).eval()
     with torch.no_grad():
         assert prior.loss(*random_batch()).item() == pytest.approx(math.log(48), rel=0.02)
 
 
-def test_logits_see_the_class_and_the_ids_before_and_nothing_else():
+def test_logits_depend_only_on_the_class_and_previous_ids():
     prior = tiny_prior().eval()
     ids_BT, _ = random_batch(size=2)
     ids_BT[1] = ids_BT[0]
@@ -61,12 +61,12 @@ def test_logits_see_the_class_and_the_ids_before_and_nothing_else():
         other_class_BTK = prior(ids_BT, torch.tensor([2, NO_CLASS]))
     assert logits_BTK.shape == (2, 9, 48)
     differs_T = (logits_BTK[0] - logits_BTK[1]).abs().amax(dim=1) > 1e-6
-    assert differs_T.tolist() == [False] * 5 + [True] * 4  # id 4 is first seen where id 5 is predicted
+    assert differs_T.tolist() == [False] * 5 + [True] * 4  # id 4 is first an input when id 5 is predicted
     assert ((logits_BTK - other_class_BTK).abs().amax(dim=(1, 2)) > 1e-6).all()
     torch.testing.assert_close(prior(ids_BT), prior(ids_BT, torch.tensor([NO_CLASS, NO_CLASS])))
 
 
-def test_the_loss_by_hand_with_two_grids():
+def test_loss_with_two_grids():
     prior = tiny_prior(vocabulary=TWO_GRIDS).eval()
     ids_BT, _ = random_batch(TWO_GRIDS, size=5)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_loss_by_hand_with_two_grids():
     assert loss.item() == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6, rel=0.02)
 
 
-def test_the_loss_is_float32_and_reaches_every_weight():
+def test_loss_is_float32_with_gradients_for_every_weight():
     prior = tiny_prior().to(torch.bfloat16)
     loss = prior.loss(*random_batch())
     assert loss.dtype == torch.float32
@@ -85,7 +85,7 @@ def test_the_loss_is_float32_and_reaches_every_weight():
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in prior.parameters())
 
 
-def test_equal_seeds_give_equal_weights_and_leave_the_global_stream_alone():
+def test_weights_depend_on_the_seed_and_keep_the_global_rng_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -95,7 +95,7 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_stream_alone():
     assert not torch.equal(first.model.get_output_embeddings().weight, other.model.get_output_embeddings().weight)
 
 
-def test_it_learns():
+def test_training_lowers_the_loss():
     prior = tiny_prior(dropout=0.0)
     ids_BT, classes_B = random_batch(size=8)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=1e-2)
@@ -122,7 +122,7 @@ def test_sizes_reach_the_configuration(architecture, expected):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
 
 
-def test_options_win():
+def test_options_override_sizes():
     prior = tiny_prior(options={"num_key_value_heads": 1, "intermediate_size": 40, "attention_dropout": 0.0})
     assert prior.model.config.num_key_value_heads == 1 and prior.model.model.layers[0].mlp.gate_proj.weight.shape == (40, 32)
     assert tiny_prior("gpt2", options={"hidden_size": 64}).model.config.n_embd == 64
@@ -140,7 +140,7 @@ def test_options_win():
     ({"architecture": "xlnet"}, "later"),
     ({"architecture": "mamba"}, "cannot be set: its configuration has no"),
 ])
-def test_what_cannot_work_is_refused_in_words(changes, words):
+def test_invalid_configurations_are_refused(changes, words):
     with pytest.raises(InputError, match=words):
         tiny_prior(**changes)
 
@@ -149,25 +149,25 @@ def test_what_cannot_work_is_refused_in_words(changes, words):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_dropout_works_in_training_only_and_adds_no_weights(architecture):
+def test_dropout_is_active_only_in_training_and_adds_no_weights(architecture):
     prior = tiny_prior(architecture, dropout=0.5)
     batch = random_batch(size=4)
     assert prior.training and not torch.equal(prior(*batch), prior(*batch))
     prior.eval()
     assert torch.equal(prior(*batch), prior(*batch))
     torch.testing.assert_close(prior(*batch), tiny_prior(architecture, dropout=0.0).eval()(*batch), rtol=0, atol=0)
-    stock = AutoModelForCausalLM.from_config(prior.model.config)
-    assert list(prior.model.state_dict()) == list(stock.state_dict())
+    unmodified = AutoModelForCausalLM.from_config(prior.model.config)
+    assert list(prior.model.state_dict()) == list(unmodified.state_dict())
 
 
-@pytest.mark.parametrize("architecture", STOCK)
-def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
-    # none on attention weights, where it can empty what the first position sees, and with it a whole row
+@pytest.mark.parametrize("architecture", TRANSFORMERS_MODELS)
+def test_dropout_is_applied_once_to_embeddings_and_each_block(architecture):
+    # without dropout of attention weights, which can zero the whole row of the first position
     no_attention_dropout = {"attn_pdrop" if architecture == "gpt2" else "attention_dropout": 0.0}
     prior = tiny_prior(architecture, dropout=0.25, options=no_attention_dropout)
     outputs = {}
 
-    def keep(name):
+    def save_output(name):
         def hook(module, inputs, output):
             outputs[name] = output[0] if isinstance(output, tuple) else output
         return hook
@@ -175,17 +175,17 @@ def test_dropout_comes_once_on_embeddings_and_on_each_block(architecture):
     attention, feed_forward = ("attn", "mlp") if architecture == "gpt2" else ("self_attn", "mlp")
     layers = prior.model.transformer.h if architecture == "gpt2" else prior.model.model.layers
     embedded = prior.model.transformer.drop if architecture == "gpt2" else prior.model.get_input_embeddings()
-    embedded.register_forward_hook(keep("embedded"))
+    embedded.register_forward_hook(save_output("embedded"))
     for number, layer in enumerate(layers):
-        getattr(layer, attention).register_forward_hook(keep(f"attention {number}"))
-        getattr(layer, feed_forward).register_forward_hook(keep(f"feed-forward {number}"))
+        getattr(layer, attention).register_forward_hook(save_output(f"attention {number}"))
+        getattr(layer, feed_forward).register_forward_hook(save_output(f"feed-forward {number}"))
     prior(*random_batch(size=64))
     assert len(outputs) == 5
-    for name, output in outputs.items():  # dropped once, a quarter is zero; twice, 44 % would be
+    for name, output in outputs.items():  # dropout once zeroes 25 %; twice would zero 44 %
         assert (output == 0).float().mean().item() == pytest.approx(0.25, abs=0.02), name
 
 
-def test_dropout_that_finds_no_place_is_refused(monkeypatch):
+def test_dropout_without_matching_blocks_is_refused(monkeypatch):
     monkeypatch.setattr("stage2_prior.model.causal_lm.BLOCK_NAMES", ("mlp",))
     with pytest.raises(InputError, match=r"2 attention and feed-forward blocks were found instead of 4\. Set prior\.dropout 0"):
         tiny_prior(dropout=0.1)
@@ -196,7 +196,7 @@ def test_dropout_that_finds_no_place_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_saved_and_loaded_it_gives_equal_logits(tmp_path, architecture):
+def test_saving_and_loading_is_bit_exact(tmp_path, architecture):
     prior, batch = tiny_prior(architecture).eval(), random_batch(size=4)
     prior.save_pretrained(tmp_path / "prior")
     loaded = TokenPrior.from_pretrained(tmp_path / "prior")
@@ -204,13 +204,13 @@ def test_saved_and_loaded_it_gives_equal_logits(tmp_path, architecture):
     assert torch.equal(loaded(*batch), prior(*batch))
     files = {"config.json", "digests.json", "generation_config.json", "model.safetensors", "vocabulary.json"}
     assert {path.name for path in (tmp_path / "prior").iterdir()} == files
-    loaded.save_pretrained(tmp_path / "prior")  # over itself
+    loaded.save_pretrained(tmp_path / "prior")  # over the same folder
     assert {path.name for path in (tmp_path / "prior").iterdir()} == files
     assert torch.equal(TokenPrior.from_pretrained(tmp_path / "prior", device="cpu")(*batch), prior(*batch))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_transformers_own_generate_draws_exactly_t_codes(tmp_path, architecture, capfd):
+def test_generate_of_transformers_returns_only_codes(tmp_path, architecture, capfd):
     tiny_prior(architecture).save_pretrained(tmp_path)
     transformers_logging.disable_progress_bar()
     try:
@@ -226,7 +226,7 @@ def test_transformers_own_generate_draws_exactly_t_codes(tmp_path, architecture,
     assert capfd.readouterr() == ("", "")
 
 
-def test_weights_are_written_in_float32_and_load_in_bfloat16(tmp_path):
+def test_weights_are_saved_in_float32_and_can_be_loaded_in_bfloat16(tmp_path):
     prior = tiny_prior().to(torch.bfloat16).eval()
     prior.save_pretrained(tmp_path)
     assert prior.model.dtype == torch.bfloat16
@@ -235,7 +235,7 @@ def test_weights_are_written_in_float32_and_load_in_bfloat16(tmp_path):
     assert TokenPrior.from_pretrained(tmp_path).model.dtype == torch.float32
     loaded = TokenPrior.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.model.dtype == torch.bfloat16
-    # not equal: `.to` casts the rotary frequencies as well, loading keeps them in float32
+    # not exactly equal: `.to` also casts the rotary frequencies, while loading keeps them in float32
     torch.testing.assert_close(loaded(*random_batch(size=4)), prior(*random_batch(size=4)), rtol=0, atol=0.01)
     assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
 
@@ -252,7 +252,7 @@ def change_weights(folder, change):
     (lambda weights: weights.update({"model.norm.weight": torch.ones(33)}), r"shape: model\.norm\.weight \(33,\) instead of \(32,\)"),
     (lambda weights: weights.pop("model.embed_tokens.weight"), r"missing: model\.embed_tokens\.weight"),
 ])
-def test_weights_that_do_not_fit_are_listed_and_refused(tmp_path, capfd, change, words):
+def test_mismatched_weights_are_listed_and_refused(tmp_path, capfd, change, words):
     tiny_prior().save_pretrained(tmp_path)
     change_weights(tmp_path, change)
     write_digests(tmp_path)
@@ -262,7 +262,7 @@ def test_weights_that_do_not_fit_are_listed_and_refused(tmp_path, capfd, change,
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocabulary.json"])
-def test_an_incomplete_folder_is_refused(tmp_path, name):
+def test_incomplete_folder_is_refused(tmp_path, name):
     tiny_prior().save_pretrained(tmp_path)
     (tmp_path / name).unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -283,7 +283,7 @@ def test_damaged_files_are_refused(tmp_path):
         TokenPrior.from_pretrained(tmp_path)
 
 
-def test_a_foreign_vocabulary_is_refused(tmp_path):
+def test_vocabulary_of_another_size_is_refused(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     TWO_GRIDS.save(tmp_path)
     write_digests(tmp_path)
@@ -296,7 +296,7 @@ def test_a_foreign_vocabulary_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def make_reader(tmp_path_factory):
-    """Real shards of samples that can be told apart: sample i has the ids i, i + 1, ... modulo K and the class i modulo 3."""
+    """Shards in which sample i has the ids i, i + 1, ... modulo K and the class i modulo 3."""
     @functools.cache
     def make(samples=70, labelled=True):
         folder = tmp_path_factory.mktemp("tokens")
@@ -315,7 +315,7 @@ def make_reader(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(make_reader, world_size):
+def test_batches_do_not_depend_on_the_number_of_ranks(make_reader, world_size):
     batches = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3)
     for step in range(12):
         ids_BT, classes_B, _ = batches.batch(step, 32)
@@ -325,7 +325,7 @@ def test_ranks_share_a_step_and_its_label_drop_whatever_their_number(make_reader
         assert torch.equal(torch.cat([part[1] for part in parts]), classes_B)
 
 
-def test_token_noise_replaces_its_share_of_the_inputs_and_no_target(make_reader):
+def test_token_noise_replaces_a_fraction_of_inputs_but_no_targets(make_reader):
     clean, noisy = (TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3, token_noise=noise) for noise in (0.0, 0.25))
     replaced = []
     for step in (0, 1, 200):
@@ -333,23 +333,23 @@ def test_token_noise_replaces_its_share_of_the_inputs_and_no_target(make_reader)
         assert torch.equal(batch.ids_BT, clean.batch(step, 256).ids_BT) and torch.equal(batch.classes_B, clean.batch(step, 256).classes_B)
         assert torch.equal(clean.batch(step, 256).inputs_BT, batch.ids_BT)
         assert batch.inputs_BT.min() >= 0 and batch.inputs_BT.max() < 48
-        assert torch.equal(batch.inputs_BT, torch.cat([noisy.batch(step, 256, rank, 3).inputs_BT for rank in range(3)])), "whatever the ranks"
+        assert torch.equal(batch.inputs_BT, torch.cat([noisy.batch(step, 256, rank, 3).inputs_BT for rank in range(3)])), "for any number of ranks"
         replaced.append((batch.inputs_BT != batch.ids_BT).float())
-    # one in 48 random codes equals the code that it replaces
+    # 1 of 48 random codes equals the code that it replaces
     assert torch.cat(replaced).mean() == pytest.approx(0.25 * 47 / 48, abs=0.02)
-    assert torch.cat(replaced).mean(0).numpy() == pytest.approx(0.25 * 47 / 48, abs=0.06), "at every place"
-    assert (replaced[0] * replaced[2]).mean() == pytest.approx((0.25 * 47 / 48) ** 2, abs=0.02), "other places in another epoch"
+    assert torch.cat(replaced).mean(0).numpy() == pytest.approx(0.25 * 47 / 48, abs=0.06), "equal at every position"
+    assert (replaced[0] * replaced[2]).mean() == pytest.approx((0.25 * 47 / 48) ** 2, abs=0.02), "independent in another epoch"
     with pytest.raises(InputError, match=r"prior_training\.token_noise is 1"):
         TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3, token_noise=1)
 
 
-def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
+def test_label_drop_fraction_and_independence_over_epochs(make_reader):
     reader = make_reader(samples=3000)
     batches = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2)
     dropped = [batches.dropped(np.full(3000, epoch), np.arange(3000)) for epoch in range(6)]
     assert [flags.mean() for flags in dropped] == pytest.approx([0.2] * 6, abs=0.03)
     assert (dropped[0] & dropped[1]).mean() == pytest.approx(0.04, abs=0.015)
-    assert (dropped[0][1:] & dropped[0][:-1]).mean() == pytest.approx(0.04, abs=0.015), "nor do neighbours go together"
+    assert (dropped[0][1:] & dropped[0][:-1]).mean() == pytest.approx(0.04, abs=0.015), "neighbors are independent"
     again = TokenBatches(reader, VOCABULARY, seed=7, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000))
     assert (again == dropped[4]).all()
     assert not (TokenBatches(reader, VOCABULARY, seed=8, label_drop=0.2).dropped(np.full(3000, 4), np.arange(3000)) == dropped[4]).all()
@@ -357,9 +357,9 @@ def test_label_drop_has_its_share_and_changes_from_epoch_to_epoch(make_reader):
         assert set(TokenBatches(reader, VOCABULARY, 7, label_drop).batch(0, 500)[1].tolist()) == expected
 
 
-def test_a_batch_larger_than_the_data_spans_epochs(make_reader):
+def test_batch_larger_than_the_data_spans_epochs(make_reader):
     ids_BT = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.0).batch(0, 7 * 70).ids_BT
-    assert np.bincount(ids_BT[:, 0], minlength=48).tolist() == [14] * 22 + [7] * 26  # samples 48 .. 69 have the first ids 0 .. 21 again
+    assert np.bincount(ids_BT[:, 0], minlength=48).tolist() == [14] * 22 + [7] * 26  # samples 48 to 69 have the first ids 0 to 21
 
 
 def test_unlabelled_data_has_no_class(make_reader):
@@ -373,14 +373,14 @@ def test_unlabelled_data_has_no_class(make_reader):
     ({"class_names": ["ant", "bee", "dog"]}, "class_names of the tokens"),
     ({"grids": [Grid(name="image", codebook_size=49, height=3, width=3)]}, "grids of the tokens"),
 ])
-def test_foreign_tokens_are_refused(make_reader, change, words):
+def test_tokens_that_do_not_match_the_vocabulary_are_refused(make_reader, change, words):
     with pytest.raises(InputError, match=words):
         TokenBatches(make_reader(), dataclasses.replace(VOCABULARY, **change), 0, 0.1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("limit", "expected"), [(None, 70), (50, 50), (1000, 70), (3, 3)])
-def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(make_reader, world_size, limit, expected):
+def test_validation_batches_cover_each_sample_once_with_equal_counts_per_rank(make_reader, world_size, limit, expected):
     per_rank = [list(validation_batches(make_reader(), 16, rank, world_size, limit)) for rank in range(world_size)]
     assert len({len(batches) for batches in per_rank}) == 1
     assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _ in batches)
@@ -390,5 +390,5 @@ def test_validation_sees_each_sample_once_in_as_many_batches_on_every_rank(make_
     assert all(NO_CLASS not in classes_B for batches in per_rank for _, classes_B in batches)
 
 
-def test_rank_slices_are_even():
+def test_rank_slices_are_balanced():
     assert [rank_slice(10, 20, rank, 3) for rank in range(3)] == [(10, 13), (13, 16), (16, 20)]

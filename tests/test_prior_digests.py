@@ -1,4 +1,4 @@
-"""Damaged, edited or replaced files of a prior are named when it is loaded or bundled."""
+"""Loading or bundling a prior with damaged, edited or replaced files raises an error that names the files."""
 
 import json
 import warnings
@@ -33,16 +33,16 @@ def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def zeros_inside(path: Path) -> None:
-    """Write 4 KiB of zeros into the middle of a file, like a lost block."""
+def zero_block(path: Path) -> None:
+    """Overwrite 4 KiB in the middle of a file with zeros, like a lost block of a disk."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle:middle + 4096] = bytes(4096)
     path.write_bytes(content)
 
 
-SPOILS = {
-    "zeros in the weights": ("model.safetensors", zeros_inside),
+CHANGES = {
+    "zeros in the weights": ("model.safetensors", zero_block),
     "one bit": ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))),
     "configuration": ("config.json", lambda path: edit(path, rms_norm_eps=0.1)),
     "generation": ("generation_config.json", lambda path: edit(path, max_new_tokens=8)),
@@ -51,28 +51,28 @@ SPOILS = {
 }
 
 
-@pytest.mark.parametrize(("name", "spoil"), SPOILS.values(), ids=list(SPOILS))
-def test_a_file_that_changed_is_named(folder, name, spoil):
+@pytest.mark.parametrize(("name", "spoil"), CHANGES.values(), ids=list(CHANGES))
+def test_error_for_a_changed_file_names_it(folder, name, spoil):
     TokenPrior.from_pretrained(folder)
     spoil(folder / name)
     with pytest.raises(InputError, match=f"has changed since it was saved \\(changed: {name}\\)\\. If its files are damaged"):
         TokenPrior.from_pretrained(folder)
 
 
-def test_files_that_are_missing_or_new_are_named(folder):
+def test_error_for_missing_and_added_files_names_them(folder):
     (folder / "generation_config.json").unlink()
     save_file(load_file(folder / "model.safetensors"), folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"missing: generation_config\.json; added: model-00001-of-00001\.safetensors"):
         TokenPrior.from_pretrained(folder)
 
 
-def test_files_without_effect_may_lie_beside_the_prior(folder):
+def test_unrelated_files_are_ignored(folder):
     (folder / "README.md").write_text("about this prior")
     TokenPrior.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_the_error_for_a_prior_trained_further_says_what_to_do(tmp_path, architecture):
+def test_error_for_a_fine_tuned_prior_says_what_to_do(tmp_path, architecture):
     folder = tmp_path / "prior"
     tiny_prior(architecture).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -86,28 +86,28 @@ def test_the_error_for_a_prior_trained_further_says_what_to_do(tmp_path, archite
     assert torch.equal(TokenPrior.from_pretrained(folder)(*random_batch(size=4)), expected(*random_batch(size=4)))
 
 
-def test_a_prior_in_several_files_is_checked_too(tmp_path, folder):
+def test_digests_cover_sharded_weights(tmp_path, folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
-    several = tmp_path / "several"
-    model.save_pretrained(several, max_shard_size="10KB")
-    Vocabulary.load(folder).save(several)
+    sharded = tmp_path / "several"
+    model.save_pretrained(sharded, max_shard_size="10KB")
+    Vocabulary.load(folder).save(sharded)
     with pytest.warns(UserWarning, match="has no digests.json"):
-        TokenPrior.from_pretrained(several)
+        TokenPrior.from_pretrained(sharded)
     from stage2_prior.digests import write_digests
 
-    write_digests(several)
-    before = fingerprint_of_weights(several)
-    assert len(list(several.glob("model-*.safetensors"))) > 2
-    assert torch.equal(TokenPrior.from_pretrained(several)(*random_batch(size=4)), TokenPrior.from_pretrained(folder)(*random_batch(size=4)))
-    assert token_fingerprint_of_prior(several) == token_fingerprint_of_prior(folder)
-    path = sorted(several.glob("model-*.safetensors"))[1]
+    write_digests(sharded)
+    before = fingerprint_of_weights(sharded)
+    assert len(list(sharded.glob("model-*.safetensors"))) > 2
+    assert torch.equal(TokenPrior.from_pretrained(sharded)(*random_batch(size=4)), TokenPrior.from_pretrained(folder)(*random_batch(size=4)))
+    assert token_fingerprint_of_prior(sharded) == token_fingerprint_of_prior(folder)
+    path = sorted(sharded.glob("model-*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match=f"changed: {path.name}"):
-        TokenPrior.from_pretrained(several)
-    assert fingerprint_of_weights(several) != before
+        TokenPrior.from_pretrained(sharded)
+    assert fingerprint_of_weights(sharded) != before
 
 
-def test_a_prior_of_an_earlier_version_loads_with_one_warning(folder, tmp_path):
+def test_prior_without_digests_loads_with_one_warning(folder, tmp_path):
     (folder / DIGESTS_NAME).unlink()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
@@ -121,21 +121,21 @@ def test_a_prior_of_an_earlier_version_loads_with_one_warning(folder, tmp_path):
         TokenPrior.from_pretrained(folder)
 
 
-def test_the_fingerprint_of_a_prior_is_the_digest_of_its_weights(tiny_run):
+def test_fingerprint_of_a_prior_is_the_digest_of_its_weights(tiny_run):
     expected = sha256_of_file(tiny_run / "prior/model.safetensors")
     assert part_fingerprints(tiny_run / "tokenizer", tiny_run / "prior")["prior"] == expected
     assert inputs_of(load_recipe(str(tiny_run)), "pipeline")["prior"] == expected
 
 
-def test_a_damaged_prior_is_not_bundled(tiny_run, tmp_path):
+def test_damaged_prior_is_not_bundled(tiny_run, tmp_path):
     copy_folder(tiny_run / "prior", tmp_path / "prior")
-    zeros_inside(tmp_path / "prior/model.safetensors")
+    zero_block(tmp_path / "prior/model.safetensors")
     with pytest.raises(InputError, match=r"changed: model\.safetensors"):
         make_bundle(tiny_run / "tokenizer", tmp_path / "prior", tmp_path / "out", SamplingConfig())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bundle_adds_digests_to_a_prior_of_an_earlier_version(tiny_run, tmp_path):
+def test_bundle_adds_missing_digests(tiny_run, tmp_path):
     copy_folder(tiny_run / "prior", tmp_path / "prior")
     (tmp_path / "prior" / DIGESTS_NAME).unlink()
     with pytest.warns(UserWarning, match="has no digests.json"):
@@ -144,15 +144,15 @@ def test_a_bundle_adds_digests_to_a_prior_of_an_earlier_version(tiny_run, tmp_pa
         warnings.simplefilter("error", UserWarning)
         ImageGenerationPipeline.from_pretrained(out, device="cpu").save_pretrained(tmp_path / "again")
         check_digests(tmp_path / "again/prior")
-    zeros_inside(tmp_path / "again/prior/model.safetensors")
+    zero_block(tmp_path / "again/prior/model.safetensors")
     with pytest.raises(InputError, match=r"changed: model\.safetensors"):
         ImageGenerationPipeline.from_pretrained(tmp_path / "again", device="cpu")
 
 
-# --- what else is loaded -----------------------------------------------------------------------------------------------------
+# --- tokenizers and pipelines ------------------------------------------------------------------------------------------------
 
 
-def test_edited_class_names_of_a_tokenizer_are_noticed(tiny_run, tmp_path):
+def test_edited_class_names_of_a_tokenizer_are_detected(tiny_run, tmp_path):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer/config.json"
     names = json.loads(path.read_text())["class_names"]
@@ -161,7 +161,7 @@ def test_edited_class_names_of_a_tokenizer_are_noticed(tiny_run, tmp_path):
         ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
 
 
-def test_a_tokenizer_of_an_earlier_version_has_no_digest_of_its_configuration(tiny_run, tmp_path):
+def test_tokenizer_without_a_config_digest_loads(tiny_run, tmp_path):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer/config.json"
     content = json.loads(path.read_text())
@@ -173,14 +173,14 @@ def test_a_tokenizer_of_an_earlier_version_has_no_digest_of_its_configuration(ti
 
 
 @pytest.mark.parametrize(("name", "value"), [("class_names", ["3", "7"]), ("token_fingerprint", "0" * 64)])
-def test_a_pipeline_that_names_another_prior_is_refused(tiny_run, tmp_path, name, value):
+def test_pipeline_that_does_not_match_its_prior_is_refused(tiny_run, tmp_path, name, value):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
     edit(tmp_path / "pipeline/pipeline.json", **{name: value})
     with pytest.raises(InputError, match=f"has another {name} than"):
         read_bundle(tmp_path / "pipeline")
 
 
-def test_the_sampling_settings_of_a_pipeline_may_be_edited(tiny_run, tmp_path):
+def test_sampling_settings_of_a_pipeline_can_be_edited(tiny_run, tmp_path):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
     path = tmp_path / "pipeline/pipeline.json"
     edit(path, sampling=json.loads(path.read_text())["sampling"] | {"temperature": 0.7})
@@ -188,7 +188,7 @@ def test_the_sampling_settings_of_a_pipeline_may_be_edited(tiny_run, tmp_path):
 
 
 def test_saving_removes_the_files_of_an_earlier_model(folder):
-    """Such as weights in parts, which transformers wrote, and adapters: with the new files they could not be loaded."""
+    """Such as sharded weights and adapters, which would conflict with the new files."""
     model, vocabulary = TokenPrior.from_pretrained(folder).model, Vocabulary.load(folder)
     model.save_pretrained(folder, max_shard_size="20KB")
     (folder / "adapter_config.json").write_text("{}")

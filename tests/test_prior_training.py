@@ -1,4 +1,4 @@
-"""The prior's training in depth: what saves memory and time changes no result, losses by hand, the first loss, validation, the overfit test."""
+"""Training of the prior: activation checkpointing, compilation, losses, the first-loss check, validation, overfit, accelerate configurations."""
 
 import dataclasses
 import hashlib
@@ -14,8 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 from pipelines.command_line import dispatch
-from stage2_prior import overfit as overfitting
-from stage2_prior import prior_setup as training_start
+from stage2_prior import overfit as overfit_module
+from stage2_prior import prior_setup
 from stage2_prior import train as train_prior
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.overfit import conditional_entropy, overfit, overfit_recipe
@@ -55,7 +55,7 @@ TWO_GRIDS = Vocabulary(grids=[Grid(name="coarse", codebook_size=8, height=1, wid
 
 @pytest.fixture
 def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens, in which nothing was trained."""
+    """A run folder with tokens but no trained models."""
     shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
     return tmp_path / "run"
 
@@ -70,7 +70,7 @@ def batch(size=8) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(run_dir: Path, **changes) -> Path:
-    """Train the prior in this process; `changes` without a section are of prior_training. Returns the newest checkpoint."""
+    """Train the prior and return the newest checkpoint. `changes` without a section belong to prior_training."""
     fields = {name if "__" in name else f"prior_training__{name}": value for name, value in changes.items()}
     train_prior.train(tiny_recipe(run_dir, **fields))
     return sorted(RunFolder(run_dir).checkpoints("prior").glob("step-*"))[-1]
@@ -94,8 +94,8 @@ def loss_and_gradients(prior: TokenPrior) -> tuple[torch.Tensor, dict[str, torch
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
 @pytest.mark.filterwarnings("error")
-def test_recomputed_activations_change_neither_loss_nor_gradients(architecture):
-    """With dropout, which has to fall on the same places again."""
+def test_activation_checkpointing_does_not_change_loss_or_gradients(architecture):
+    """Dropout must use the same mask again."""
     prior = tiny_prior(architecture, dropout=0.2)
     loss, gradients = loss_and_gradients(prior)
     calls = []
@@ -103,9 +103,9 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(architecture):
     loss_and_gradients(prior)
     assert len(calls) == 1
     recompute_activations(prior.model)
-    again, gradients_again = loss_and_gradients(prior)
-    assert len(calls) == 3, "the layer is computed a second time in the backward pass"
-    assert torch.equal(again, loss)
+    loss_again, gradients_again = loss_and_gradients(prior)
+    assert len(calls) == 3, "the backward pass computes the layer again"
+    assert torch.equal(loss_again, loss)
     assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
     prior.eval()
     with torch.no_grad():
@@ -113,35 +113,35 @@ def test_recomputed_activations_change_neither_loss_nor_gradients(architecture):
     assert len(calls) == 4
 
 
-def test_a_training_with_recomputed_activations_ends_with_the_same_weights_and_may_take_them_up_later(run_dir, tmp_path):
+def test_activation_checkpointing_gives_the_same_weights_and_can_be_switched_on_resume(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "plain")
     plain = train(tmp_path / "plain", prior__dropout=0.2)
     train(run_dir, prior__dropout=0.2, activation_checkpointing=True)
     shutil.rmtree(RunFolder(run_dir).checkpoints("prior") / "step-00000006")
     shutil.rmtree(run_dir / "prior")
-    found = train(run_dir, prior__dropout=0.2, activation_checkpointing=False)  # goes on from step 4
+    found = train(run_dir, prior__dropout=0.2, activation_checkpointing=False)  # resumes from step 4
     for name in ("model.safetensors", "weights_ema.safetensors"):
         assert (found / name).read_bytes() == (plain / name).read_bytes()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_the_loss_in_parts_is_the_cross_entropy_with_its_gradient(dtype, tolerance, monkeypatch):
+def test_chunked_loss_matches_cross_entropy_and_its_gradient(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(chunked_cross_entropy, "CHUNK_ELEMENTS", 60)  # chunks of four rows, the last of two
     numbers = torch.Generator().manual_seed(3)
     logits_BTK = (torch.randn(2, 5, 13, generator=numbers) * 3).to(dtype)
-    logits_BTK[..., 12] = -torch.inf  # as the logits of smaller grids are padded
+    logits_BTK[..., 12] = -torch.inf  # padding, as for smaller grids
     logits_BTK.requires_grad_()
     ids_BT = torch.randint(12, (2, 5), generator=numbers)
     found = next_token_loss(logits_BTK, ids_BT)
     expected = torch.nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found, next_token_loss(logits_BTK.detach(), ids_BT))
-    for factor in (1, 3):  # 3 as where losses are weighed, 1 as everywhere else
+    for factor in (1, 3):  # 3 as for weighted losses
         ours, theirs = (torch.autograd.grad(factor * loss, logits_BTK, retain_graph=True)[0] for loss in (found, expected))
         assert ours.dtype == dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max() and not ours[..., 12].any()
 
 
-def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
+def test_activation_checkpointing_of_an_unsupported_architecture_is_refused(monkeypatch):
     model = tiny_prior().model
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(InputError, match=r"prior_training\.activation_checkpointing is true, but llama does not support it"):
@@ -150,13 +150,13 @@ def test_an_architecture_that_cannot_recompute_is_refused_in_words(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("llama", True), ("grid_transformer", True)])
-def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(architecture, recomputed, run_dir, tmp_path):
+def test_compiled_training_matches_eager_and_does_not_affect_files(architecture, recomputed, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "plain")
     plain = train(tmp_path / "plain", prior__architecture=architecture, prior__dropout=0)
     calls = []
-    original = training_start.compile_layers
+    original = prior_setup.compile_layers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_start, "compile_layers", lambda model, *how: (original(model, *how), calls.append(model)))
+        patch.setattr(prior_setup, "compile_layers", lambda model, *how: (original(model, *how), calls.append(model)))
         found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
     assert all(layer._compiled_call_impl is not None for layer in transformer_layers(*calls))
     for name in ("model.safetensors", "weights_ema.safetensors"):
@@ -169,9 +169,9 @@ def test_compiled_layers_train_like_plain_ones_and_leave_no_trace_in_files(archi
 
 
 @pytest.mark.slow
-def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
+def test_compiled_grid_transformer_kernels_in_bf16_match_eager():
     prior = tiny_prior("grid_transformer", dropout=0.0)
-    with torch.no_grad():  # fresh blocks add nothing, and get no gradient
+    with torch.no_grad():  # new blocks add nothing and get no gradient
         for parameter in prior.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
     ids_BT, classes_B = batch()
@@ -188,7 +188,7 @@ def test_a_grid_transformer_in_bf16_compiles_its_passes_and_learns_the_same():
         assert plain.norm() > 0 and (plain - found).norm() <= 0.1 * plain.norm()
 
 
-def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):
+def test_compilation_without_a_compiler_is_refused(monkeypatch):
     import torch._inductor.config as inductor
 
     monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/no-compiler",))
@@ -198,7 +198,7 @@ def test_compilation_without_a_compiler_is_refused_in_words(monkeypatch):
     assert all(layer._compiled_call_impl is None for layer in transformer_layers(model))
 
 
-def test_the_plan_says_which_attention_is_used(run_dir, capsys):
+def test_plan_describes_the_attention(run_dir, capsys):
     model = tiny_prior().model
     assert describe_attention(model, torch.device("cpu"), "bf16") == "sdpa"
     words = describe_attention(model, torch.device("cuda"), "bf16")
@@ -210,7 +210,7 @@ def test_the_plan_says_which_attention_is_used(run_dir, capsys):
         torch.backends.cuda.enable_flash_sdp(True)
     own, cpu = tiny_prior("grid_transformer").model, torch.device("cpu")
     for extra, precision, expected in ((0, "bf16", "custom kernels"), (1, "bf16", "sdpa"), (0, "no", "sdpa")):
-        own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # the class before all ids, of which the last is never read
+        own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # inputs are the class and all ids except the last
         assert describe_attention(own, cpu, precision).startswith(expected)
     train(run_dir, max_steps=1)
     assert "    attention                     sdpa\n" in capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_the_plan_says_which_attention_is_used(run_dir, capsys):
 # --- losses, decay, learning rate ----------------------------------------------------------------------------------------------------
 
 
-def test_z_loss_by_hand():
+def test_z_loss_values_and_gradients():
     logits_BTK = torch.tensor([[[0.0, math.log(3.0)], [math.log(0.25), math.log(0.75)]], [[2.0, -torch.inf], [1.0, 1.0]]])
     expected = (math.log(4) ** 2 + 0 + 2.0**2 + (1 + math.log(2)) ** 2) / 4
     assert z_loss(logits_BTK).item() == pytest.approx(expected, rel=1e-6)
@@ -230,7 +230,7 @@ def test_z_loss_by_hand():
     torch.testing.assert_close(logits_BTK.grad, by_hand)
 
 
-def test_z_loss_is_logged_apart_and_pulls_the_denominator_to_one(run_dir, tmp_path):
+def test_z_loss_is_logged_separately_and_decreases(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "without")
     fields = {"prior__dropout": 0, "max_steps": 20, "learning_rate": 0.01}
     train(run_dir, z_loss=0.1, **fields)
@@ -242,7 +242,7 @@ def test_z_loss_is_logged_apart_and_pulls_the_denominator_to_one(run_dir, tmp_pa
     assert logged[-1]["nll"] == pytest.approx(without[-1]["nll"], abs=0.4)
 
 
-def test_weight_decay_is_on_matrices_only(run_dir, monkeypatch):
+def test_weight_decay_applies_to_matrices_only(run_dir, monkeypatch):
     runs = []
     original = TrainingRun.prepare
     monkeypatch.setattr(TrainingRun, "prepare", lambda self, *models: (runs.append(self), original(self, *models))[1])
@@ -255,7 +255,7 @@ def test_weight_decay_is_on_matrices_only(run_dir, monkeypatch):
     assert any(parameter.ndim == 1 for parameter in parameters.values())
 
 
-def test_the_learning_rate_follows_the_batch_by_a_rule_that_the_plan_prints(run_dir, capsys):
+def test_learning_rate_scales_with_the_batch_size(run_dir, capsys):
     training = PriorTrainingConfig(learning_rate=6e-4, batch_size=128, learning_rate_batch=32)
     assert training.learning_rate_factor == 2.0 and describe_learning_rate(training) == "0.0006 x sqrt(128 / 32) = 0.0012"
     assert describe_learning_rate(PriorTrainingConfig(learning_rate=6e-4, batch_size=128)) == "0.0006"
@@ -269,7 +269,7 @@ def test_the_learning_rate_follows_the_batch_by_a_rule_that_the_plan_prints(run_
 # --- the first loss ------------------------------------------------------------------------------------------------------------------
 
 
-def test_ln_k_over_several_grids_counts_tokens():
+def test_first_loss_check_with_several_grids():
     assert uniform_loss(VOCABULARY) == pytest.approx(math.log(48))
     assert uniform_loss(TWO_GRIDS) == pytest.approx((2 * math.log(8) + 4 * math.log(32)) / 6)
     assert check_first_loss(3.2, TWO_GRIDS, 0.5) == "3.200 nats per token; ln K is 3.004"
@@ -278,17 +278,17 @@ def test_ln_k_over_several_grids_counts_tokens():
             check_first_loss(wrong, TWO_GRIDS, 0.5)
 
 
-def test_a_fresh_prior_that_starts_far_from_ln_k_is_stopped_before_its_first_step(run_dir, capsys):
+def test_training_with_a_wrong_first_loss_stops_before_the_first_step(run_dir, capsys):
     wrong = {"prior__options": '{"tie_word_embeddings": true, "initializer_range": 1.0}'}
     with pytest.raises(InputError, match=r"first batch is \d+\.\d+ nats per token.*32 codes.*3\.466 \(ln K\).*prior\.options"):
         train(run_dir, **wrong)
     assert not list(RunFolder(run_dir).checkpoints("prior").glob("step-*"))
-    assert not RunFolder(run_dir).record("prior").exists(), "nothing was begun, so that the recipe may change"
-    train(run_dir, max_steps=2, first_loss_tolerance=1000, **wrong)  # who means it may have it
+    assert not RunFolder(run_dir).record("prior").exists(), "the stage has not started, so the recipe may change"
+    train(run_dir, max_steps=2, first_loss_tolerance=1000, **wrong)  # a larger tolerance allows it
     assert "nats per token; ln K is 3.466" in capsys.readouterr().out
 
 
-def test_the_first_loss_is_not_checked_on_a_resume(run_dir, capsys):
+def test_first_loss_is_not_checked_on_resume(run_dir, capsys):
     train(run_dir, max_steps=2)
     assert "first loss" in capsys.readouterr().out
     train(run_dir, max_steps=4, first_loss_tolerance=1e-9)
@@ -298,9 +298,9 @@ def test_the_first_loss_is_not_checked_on_a_resume(run_dir, capsys):
 # --- validation ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_validation_with_and_without_the_class_by_hand(tiny_run, capsys):
+def test_validation_metrics_with_and_without_the_class(tiny_run, capsys):
     prior = TokenPrior.from_pretrained(tiny_run / "prior")
-    with torch.no_grad():  # else six steps have taught it too little of classes to tell the two apart
+    with torch.no_grad():  # six training steps are too few to distinguish classes
         prior.model.get_input_embeddings().weight[prior.vocabulary.num_codes:] += 3 * torch.eye(11, 32)
     reader = TokenShardReader(tiny_run / "tokens/validation")
     accelerator = make_accelerator(tiny_recipe(tiny_run).prior_training, "")
@@ -318,7 +318,7 @@ def test_validation_with_and_without_the_class_by_hand(tiny_run, capsys):
     assert abs(numbers["nll"] - numbers["nll_without_class"]) > 1e-3
 
 
-def test_both_validations_are_logged_and_reported_where_the_null_class_was_learnt(run_dir, tmp_path, capsys):
+def test_validation_without_the_class_requires_label_drop(run_dir, tmp_path, capsys):
     shutil.copytree(run_dir, tmp_path / "conditional")
     train(run_dir, max_steps=2)
     assert "(without class " in capsys.readouterr().out
@@ -330,13 +330,13 @@ def test_both_validations_are_logged_and_reported_where_the_null_class_was_learn
     assert "nll" in record and not [name for name in record if "without_class" in name]
 
 
-def test_the_plan_says_how_many_classes_are_validated_on(run_dir, capsys):
+def test_plan_prints_the_number_of_validation_classes(run_dir, capsys):
     train(run_dir, max_steps=1, validation_images=30)
     assert "; 30 of 379 to validate on, 10 of 10 classes\n" in capsys.readouterr().out
 
 
-def write_by_class(tokens: Path) -> None:
-    """The run's training tokens in small shards, class by class and not permuted, as version 0.1.0 stored a folder of classes."""
+def store_by_class(tokens: Path) -> None:
+    """Rewrite the run's training tokens in small shards sorted by class, as version 0.1.0 stored a folder of classes."""
     reader = TokenShardReader(tokens / "train")
     of_all = reader.samples(np.argsort(reader.labels_N, kind="stable"))
     header = dataclasses.replace(reader.manifest.header, order_seed=None, images_per_shard=40, num_sources=len(reader))
@@ -350,16 +350,16 @@ def write_by_class(tokens: Path) -> None:
     writer.finish()
 
 
-def test_training_on_shards_stored_by_class_warns(run_dir, capsys):
+def test_training_on_shards_sorted_by_class_warns(run_dir, capsys):
     train(run_dir, max_steps=1)
     assert "stored by class" not in capsys.readouterr().out
-    write_by_class(run_dir / "tokens")
+    store_by_class(run_dir / "tokens")
     train(run_dir.with_name("other"), max_steps=1, tokens=run_dir / "tokens", window_shards=3)
     assert "warning: a batch of 16 holds " in capsys.readouterr().out
 
 
-def test_the_best_nll_of_other_validation_images_is_not_compared(run_dir, capsys):
-    """Version 0.1.0 validated on the first images. Their NLL cannot be compared with the NLL of the images chosen now."""
+def test_best_nll_of_other_validation_images_is_ignored(run_dir, capsys):
+    """Version 0.1.0 validated on the first images, so its NLL is not comparable."""
     checkpoint = train(run_dir, max_steps=3)
     state = read_state(checkpoint) | {"best_validation": 0.5, "best_step": 1}
     assert state.pop("validated_on") == "64, rule 1"
@@ -376,7 +376,7 @@ def test_the_best_nll_of_other_validation_images_is_not_compared(run_dir, capsys
 # --- the overfit test ---------------------------------------------------------------------------------------------------------------
 
 
-def test_what_keeps_from_learning_by_heart_is_left_out(tiny_run):
+def test_overfit_recipe_disables_regularization(tiny_run):
     recipe = tiny_recipe(tiny_run, prior__dropout=0.3, prior__options='{"attention_dropout": 0.2, "rms_norm_eps": 1e-5}',
                          prior_training__learning_rate=0.001, prior_training__learning_rate_batch=4, prior_training__accumulation_steps=8)
     own = overfit_recipe(recipe, 3, "/somewhere", 1.0)
@@ -386,7 +386,7 @@ def test_what_keeps_from_learning_by_heart_is_left_out(tiny_run):
     assert own.run_dir == "/somewhere" and recipe.prior.dropout == 0.3
 
 
-def test_what_the_class_leaves_open_by_hand():
+def test_conditional_entropy():
     a, b, c = [1, 2], [1, 3], [2, 2]
     assert conditional_entropy([a, b], [0, 1]) == 0
     assert conditional_entropy([a, b, c], [-1, -1, -1]) == pytest.approx(math.log(3))
@@ -394,37 +394,37 @@ def test_what_the_class_leaves_open_by_hand():
     assert conditional_entropy([a, b, c], [0, 0, 1]) == pytest.approx(2 * math.log(2) / 3)
 
 
-def contents(folder: Path) -> dict[str, str]:
+def file_hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_overfit_proves_a_set_up_and_touches_nothing_of_the_run(tiny_run, capsys):
-    before = contents(tiny_run)
+def test_overfit_memorizes_and_does_not_change_the_run(tiny_run, capsys):
+    before = file_hashes(tiny_run)
     assert dispatch(["train-prior", str(tiny_run), "--overfit", "4", "--prior_training.learning_rate", "0.01"]) == 0
     words = capsys.readouterr().out
     losses = [float(line.partition("NLL ")[2].split()[0]) for line in words.splitlines() if "] step " in line]
     assert losses[0] == pytest.approx(math.log(32), abs=0.1) and losses[-1] < 0.3 and losses == sorted(losses, reverse=True)
     assert "memorized after" in words
-    assert contents(tiny_run) == before
+    assert file_hashes(tiny_run) == before
 
 
-def test_overfit_takes_images_of_several_classes_from_shards_stored_by_class(tiny_run, tmp_path, capsys, monkeypatch):
+def test_overfit_uses_several_classes_from_shards_sorted_by_class(tiny_run, tmp_path, capsys, monkeypatch):
     shutil.copytree(tiny_run / "tokens", tmp_path / "tokens")
-    write_by_class(tmp_path / "tokens")
+    store_by_class(tmp_path / "tokens")
     seen = []
-    monkeypatch.setattr(overfitting, "conditional_entropy", lambda ids, classes: seen.append(set(classes)) or 0.0)
+    monkeypatch.setattr(overfit_module, "conditional_entropy", lambda ids, classes: seen.append(set(classes)) or 0.0)
     overfit(tiny_recipe(tiny_run, prior_training__tokens=tmp_path / "tokens"), 16, max_minutes=1e-3)
-    assert len(seen[0]) >= 5, "of ten"
+    assert len(seen[0]) >= 5, "of 10"
 
 
 @pytest.mark.parametrize("changes", [{"prior_training__learning_rate": 1e-9}, {"prior_training__z_loss": 1e4}], ids=["rate", "z-loss"])
-def test_overfit_fails_where_a_set_up_does_not_learn(changes, tiny_run, capsys):
+def test_overfit_fails_if_the_prior_does_not_learn(changes, tiny_run, capsys):
     assert overfit(tiny_recipe(tiny_run, **changes), 4, max_minutes=0.02) == 1
     words = capsys.readouterr().out
     assert "NOT memorized" in words and "a uniform distribution has 3.466" in words and "prior_training.learning_rate" in words
 
 
-def test_overfit_with_all_options_of_the_training(tiny_run, capsys):
+def test_overfit_with_all_training_options(tiny_run, capsys):
     recipe = tiny_recipe(tiny_run, prior__architecture="gpt2", prior_training__learning_rate=0.01, prior_training__activation_checkpointing=True,
                          prior_training__mixed_precision="bf16", prior_training__z_loss=1e-4)
     assert overfit(dataclasses.replace(recipe), 2) == 0
@@ -435,7 +435,7 @@ def test_overfit_with_all_options_of_the_training(tiny_run, capsys):
     (["--overfit", "0"], "--overfit is 0"), (["--overfit", "2000"], "--overfit is 2000; it must be at least 1 and at most 1418"),
     (["--overfit", "many"], "invalid int value"), (["--overfit", "2", "--processes", "2"], "--processes with --overfit is 2"),
     (["--overfit", "2", "--redo", "prior"], "--redo cannot be combined with --overfit")])
-def test_overfit_refuses_in_words(options, words, tiny_run, capsys):
+def test_overfit_with_invalid_options_is_refused(options, words, tiny_run, capsys):
     with pytest.raises(InputError) as refusal:
         dispatch(["train-prior", str(tiny_run), *options])
     assert words in str(refusal.value)
@@ -448,7 +448,7 @@ CONFIGS = {"one_gpu": ("NO", 1), "several_gpus": ("MULTI_GPU", 4), "several_node
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
+def test_accelerate_loads_shipped_configurations(name):
     assert {path.stem for path in (ROOT / "configs/accelerate").glob("*.yaml")} == set(CONFIGS)
     path = find_accelerate_config(name)
     config = load_config_from_file(str(path))
@@ -459,11 +459,11 @@ def test_shipped_accelerate_configurations_are_read_by_accelerate(name):
         from accelerate.commands.launch import launch_command_parser
 
         options = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
-        assert config.fsdp_config.keys() <= options, "accelerate passes on what it knows, and says nothing of the rest"
+        assert config.fsdp_config.keys() <= options, "accelerate silently ignores unknown options"
         assert config.fsdp_config["fsdp_version"] == 2
 
 
-def test_the_number_of_processes_is_the_one_given_then_the_configurations_then_one():
+def test_number_of_processes_comes_from_the_option_then_the_configuration():
     assert [processes_to_start(None, None), processes_to_start(3, None)] == [1, 3]
     assert [processes_to_start(None, "two_cpu_processes"), processes_to_start(1, "two_cpu_processes")] == [2, 1]
     assert [processes_to_start(None, "several_nodes"), processes_to_start(4, "several_nodes")] == [16, 4]
@@ -473,7 +473,7 @@ def test_the_number_of_processes_is_the_one_given_then_the_configurations_then_o
         processes_to_start(1, "several_nodes")
 
 
-def test_a_broken_accelerate_configuration_is_refused_whatever_processes_says(tmp_path):
+def test_broken_accelerate_configuration_is_refused_with_processes(tmp_path):
     wrong = tmp_path / "wrong.yaml"
     for text in ("- 1", "a: [", "distributed_type: MULTI_GPU\nnum_machines: two", "distributed_type: MULTI_GPU\nnum_machines: 0"):
         wrong.write_text(text)
@@ -481,7 +481,7 @@ def test_a_broken_accelerate_configuration_is_refused_whatever_processes_says(tm
             processes_to_start(4, str(wrong))
 
 
-def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
+def test_unknown_or_broken_accelerate_configuration_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"'several_gpu'.*shipped configurations: fsdp2, one_gpu.*Did you mean 'several_gpus'"):
         find_accelerate_config("several_gpu")
     wrong = tmp_path / "wrong.yaml"
@@ -492,6 +492,6 @@ def test_an_accelerate_configuration_that_is_none_is_refused_in_words(tmp_path):
             processes_to_start(None, str(wrong))
 
 
-def test_the_shortest_time_budget_has_one_step(run_dir):
+def test_shortest_time_budget_exports_a_prior(run_dir):
     train(run_dir, max_minutes=1e-6)
     assert RunFolder(run_dir).export("prior").exists()

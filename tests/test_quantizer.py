@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.quantizers import QUANTIZERS, EMAQuantizer, ema, nearest_code
+from stage1_tokenizer.quantizers import QUANTIZERS, EMAQuantizer, ema
 from stage1_tokenizer.quantizers.codebook_quantizer import REVIVAL_CANDIDATES
-from stage1_tokenizer.quantizers.nearest_code import code_sums, full_precision, kmeans, nearest_codes
+from stage1_tokenizer.quantizers.operations import nearest_code
+from stage1_tokenizer.quantizers.operations.nearest_code import code_sums, full_precision, kmeans, nearest_codes
 
 K, D = 24, 6
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -470,14 +471,14 @@ def test_codebook_depends_on_the_seed_and_keeps_the_global_rng_state():
 
 
 def test_training_continues_identically_from_a_state_dict():
-    straight = quantizer(revival_threshold=0.5)
+    uninterrupted = quantizer(revival_threshold=0.5)
     for step in range(3):
-        straight(latents(seed=step))
-        straight.commit()
+        uninterrupted(latents(seed=step))
+        uninterrupted.commit()
     copied = quantizer(revival_threshold=0.5)
-    copied.load_state_dict(straight.state_dict())
+    copied.load_state_dict(uninterrupted.state_dict())
     for step in range(3, 6):
-        for module in (straight, copied):
+        for module in (uninterrupted, copied):
             module(latents(seed=step))
             module.commit()
-    assert_equal(straight.state_dict(), copied.state_dict())
+    assert_equal(uninterrupted.state_dict(), copied.state_dict())

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.quantizers import QUANTIZERS, entropies
-from stage1_tokenizer.quantizers.gradient_paths import apply_diveq, apply_rotation_trick
-from stage1_tokenizer.quantizers.nearest_code import nearest_codes
+from stage1_tokenizer.quantizers import QUANTIZERS
+from stage1_tokenizer.quantizers.operations import entropies
+from stage1_tokenizer.quantizers.operations.gradient_paths import apply_diveq, apply_rotation_trick
+from stage1_tokenizer.quantizers.operations.nearest_code import nearest_codes
 from tests.test_quantizer import latents
 from vqmosaic.recipes.quantizer_sizes import fsq_levels
 

@@ -432,7 +432,7 @@ def test_residual_commits_all_levels_in_one_all_reduce(monkeypatch):
 @pytest.mark.parametrize("kind", ["gumbel", "ibq"])
 def test_probabilities_of_all_codes_that_exceed_the_memory_limit_are_refused(kind, monkeypatch):
     module = make(kind)
-    monkeypatch.setattr("stage1_tokenizer.quantizers.gradient_paths.ALL_CODES_LIMIT_BYTES", 4 * 24 * 99)
+    monkeypatch.setattr("stage1_tokenizer.quantizers.operations.gradient_paths.ALL_CODES_LIMIT_BYTES", 4 * 24 * 99)
     module(batch(module, 3))
     with pytest.raises(InputError, match=r"100 vectors x 24 codes.*accumulation_steps"):
         module(batch(module, 4))

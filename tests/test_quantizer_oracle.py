@@ -135,7 +135,7 @@ def copy_projections(ours: torch.nn.Module, reference: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("size, code_dim", [(64, 6), (256, D)])
 def test_lfq_matches(size, code_dim):
-    """The reference clamps probabilities at 1e-5 in the logarithm, which affects few at this temperature. Its logit of a code is 2 z.c / T."""
+    """The reference clamps probabilities at 1e-5 in the logarithm, which hardly matters at this temperature. Its logit of a code is 2 z.c / T."""
     ours = QUANTIZERS["lfq"](size, code_dim, commitment_weight=0.25, entropy_weight=0.3, entropy_diversity=0.7, entropy_temperature=2.0).train()
     reference = vqp.LFQ(codebook_size=size, dim=code_dim, commitment_loss_weight=0.25, entropy_loss_weight=0.3, diversity_gamma=0.7).train()
     copy_projections(ours, reference)

@@ -275,7 +275,7 @@ def rejection_message(run: Path, *overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(("override", "words"), [
+@pytest.mark.parametrize(("override", "message"), [
     ("--tokens.threads=2", "encoding.threads was 1, now it is 2 (set --tokens.threads 1)"),
     ("--tokens.batch_size=16", "encoding.batch_size was 8, now it is 16 (set --tokens.batch_size 8)"),
     ("--tokens.views=none", "views was "), ("--tokens.images_per_shard=7", "images_per_shard was 6, now it is 7"),
@@ -291,7 +291,7 @@ def test_another_tokenizer_is_rejected(run, tiny_run, tmp_path):
     other.save_pretrained(tmp_path / "other")
     message = rejection_message(run, f"--tokens.tokenizer={tmp_path / 'other'}")
     assert "token_fingerprint was" in message and other.token_fingerprint in message and "--tokens.tokenizer" in message
-    for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone suffice
+    for manifest in run.rglob("tokens/*/manifest.json"):  # the sidecars alone reveal the other tokenizer
         manifest.unlink()
     with pytest.raises(InputError, match=r"the manifest is missing, and \d+ of \d+ sidecars were written with another tokenizer"):
         audit_run(run, recipe_in(run, f"--tokens.tokenizer={tmp_path / 'other'}"), repair=True)
@@ -327,7 +327,7 @@ def test_changed_images_of_equal_file_size_are_detected(run, written, tmp_path, 
     assert "dataset.sha256 was" in rejection_message(run, f"--data.path={photos}")
 
 
-def test_undetected_changes_of_an_image_fail_when_its_shard_is_encoded(run, written, tiny_run, tmp_path):
+def test_repair_fails_if_an_image_changed_undetected(run, written, tiny_run, tmp_path):
     """The name, the size and the digested bytes of the image are unchanged, so the identity of the data set is the same."""
     photos = Path(shutil.copytree(written[1], tmp_path / "photos"))
     recipe = recipe_in(run, f"--data.path={photos}", f"--run_dir={tmp_path / 'own'}")

@@ -1,4 +1,4 @@
-"""Sampling: each pure function with five numbers, the loop against the plain forward pass, and what is refused."""
+"""Sampling: functions on logits, the sampling loop against a reference without a cache, and errors."""
 
 import dataclasses
 import itertools
@@ -28,9 +28,9 @@ from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.seeding import image_seeds, uniforms
 
 INF = math.inf
-NUMBERS = ("temperature", "guidance_scale", "guidance_power", "top_p", "min_p")
+NUMERIC_SETTINGS = ("temperature", "guidance_scale", "guidance_power", "top_p", "min_p")
 GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
-SHARP = {"initializer_range": 0.3}  # of untrained weights, so that logits differ enough to be worth comparing
+SHARP = {"initializer_range": 0.3}  # larger initial weights, so that logits differ clearly
 
 
 def tiny_prior(architecture="llama", label_drop=0.1, class_names=("ant", "bee", "cat"), grids=GRIDS):
@@ -44,7 +44,7 @@ def tiny_prior(architecture="llama", label_drop=0.1, class_names=("ant", "bee", 
 
 
 def reference_sample(prior, classes, seeds, sampling):
-    """One image after another, position by position, without a cache, with guidance from two separate passes."""
+    """Samples images one at a time without a cache, with guidance from two separate passes."""
     vocabulary, rows = prior.vocabulary, []
     for index, seed in zip(classes, seeds, strict=True):
         ids_1T = torch.zeros(1, vocabulary.num_tokens, dtype=torch.int64)
@@ -61,7 +61,7 @@ def reference_sample(prior, classes, seeds, sampling):
 # --- pure functions ----------------------------------------------------------------------------------------------------------
 
 
-def test_guidance_by_hand():
+def test_apply_guidance():
     conditional_BK, null_BK = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]]), torch.tensor([[0.0, 2.0, 1.0, 1.0, -2.0]])
     assert apply_guidance(conditional_BK, null_BK, 3.0).tolist() == [[3.0, 2.0, 7.0, -2.0, 1.0]]
     assert torch.equal(apply_guidance(conditional_BK, null_BK, 1.0), conditional_BK)
@@ -80,7 +80,7 @@ def test_guidance_by_hand():
     ({"guidance_schedule": "linear", "guidance_interval": [0.3, 1.0]}, [1.0, 1.0, 2.0, 2.5, 3.0]),
     ({"guidance_schedule": "linear", "guidance_scale": 0.0}, [1.0, 0.75, 0.5, 0.25, 0.0]),
 ])
-def test_guidance_schedules_by_hand(settings, expected):
+def test_guidance_schedules(settings, expected):
     assert guidance_scales(SamplingConfig(**{"guidance_scale": 3.0} | settings), 5) == pytest.approx(expected)
 
 
@@ -95,32 +95,32 @@ def test_guidance_of_a_single_token():
     ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval is \[0.5, 0.2\]; it must be two numbers"),
     ({"guidance_interval": [0.5]}, "must be two numbers"), ({"guidance_interval": [0.0, 1.5]}, "must be two numbers"),
     ({"min_p": 1.5}, "min_p is 1.5; it must be at least 0 and at most 1"),
-    *[({name: "0.9"}, rf"sampling.{name} is '0.9'; it must be a number") for name in NUMBERS],
-    *[({name: math.nan}, rf"{name} is nan") for name in NUMBERS],
+    *[({name: "0.9"}, rf"sampling.{name} is '0.9'; it must be a number") for name in NUMERIC_SETTINGS],
+    *[({name: math.nan}, rf"{name} is nan") for name in NUMERIC_SETTINGS],
     ({"temperature": None}, "temperature is None; it must be a number"), ({"temperature": True}, "temperature is True; it must be a number"),
     ({"top_k": "5"}, "top_k is '5'; it must be an integer"), ({"top_k": 2.5}, "top_k is 2.5; it must be an integer"),
     ({"guidance_interval": "0.1"}, "guidance_interval is '0.1'; it must be a list"),
     ({"guidance_interval": ["0", "1"]}, "guidance_interval: an entry is '0'; it must be a number"),
     ({"guidance_interval": [0.0, math.nan]}, "must be two numbers"),
 ])
-def test_settings_that_cannot_be_are_refused(settings, words):
+def test_invalid_settings_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         SamplingConfig(**settings)
 
 
-def test_numbers_of_other_libraries_become_python_numbers():
+def test_numpy_and_torch_numbers_become_python_numbers():
     sampling = SamplingConfig(temperature=np.float32(0.5), top_k=np.int64(3), top_p=torch.tensor(0.5), guidance_interval=np.array([0.25, 0.5]))
     assert sampling == SamplingConfig(temperature=0.5, top_k=3, top_p=0.5, guidance_interval=[0.25, 0.5])
     json.dumps(dataclasses.asdict(sampling))
 
 
-def test_temperature_by_hand():
+def test_apply_temperature():
     logits_BK = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]])
     assert apply_temperature(logits_BK, 0.5).tolist() == [[-4.0, -2.0, 0.0, -6.0, -8.0]]
     assert apply_temperature(logits_BK, 1e-44).softmax(-1).tolist() == [[0.0, 0.0, 1.0, 0.0, 0.0]]
 
 
-def test_top_k_by_hand():
+def test_keep_top_k():
     logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [0.0, 0.0, 7.0, 0.0, 9.0]])
     assert keep_top_k(logits_BK, 2).tolist() == [[-INF, 5.0, -INF, 4.0, -INF], [-INF, -INF, 7.0, -INF, 9.0]]
     assert keep_top_k(logits_BK, 3)[1].tolist() == [0.0, 0.0, 7.0, 0.0, 9.0]  # three zeros tie for the third place
@@ -130,7 +130,7 @@ def test_top_k_by_hand():
 
 @pytest.mark.parametrize(("p", "kept"), [(0.3, [1]), (0.39, [1]), (0.5, [1, 3]), (0.64, [1, 3]), (0.7, [1, 3, 4]), (0.95, [1, 3, 4, 0]),
                                          (0.999, [1, 3, 4, 0, 2]), (1e-9, [1]), (1.0, [0, 1, 2, 3, 4])])
-def test_top_p_by_hand(p, kept):
+def test_keep_top_p(p, kept):
     logits_BK = torch.tensor([[0.15, 0.40, 0.04, 0.25, 0.16]]).log()
     result_BK = keep_top_p(logits_BK, p)
     assert sorted(torch.isfinite(result_BK)[0].nonzero()[:, 0].tolist()) == sorted(kept)
@@ -138,20 +138,20 @@ def test_top_p_by_hand(p, kept):
 
 
 @pytest.mark.parametrize(("p", "kept"), [(0.0, [0, 1, 2, 3, 4]), (0.05, [0, 1, 2, 3, 4]), (0.2, [0, 1, 3, 4]), (0.5, [1, 3]), (0.7, [1]), (1.0, [1])])
-def test_min_p_by_hand(p, kept):
+def test_keep_min_p(p, kept):
     logits_BK = torch.tensor([[0.15, 0.40, 0.04, 0.25, 0.16]]).log()
     result_BK = keep_min_p(logits_BK, p)
     assert torch.isfinite(result_BK)[0].nonzero()[:, 0].tolist() == kept and result_BK[0, kept].tolist() == logits_BK[0, kept].tolist()
-    torch.testing.assert_close(torch.isfinite(keep_min_p(logits_BK + 100, p)), torch.isfinite(result_BK))  # logits are known up to a constant
+    torch.testing.assert_close(torch.isfinite(keep_min_p(logits_BK + 100, p)), torch.isfinite(result_BK))  # logits are defined up to a constant
     ids_B = draw_ids(logits_BK.expand(500, -1), torch.linspace(0, 1 - 1e-9, 500, dtype=torch.float64), SamplingConfig(min_p=p))
     assert sorted(set(ids_B.tolist())) == kept
 
 
-def test_top_p_takes_the_lower_of_equal_ids():
+def test_top_p_keeps_the_lower_of_equally_likely_ids():
     assert torch.isfinite(keep_top_p(torch.zeros(1, 5), 0.5)).tolist() == [[True, True, True, False, False]]
 
 
-def test_drawn_ids_have_the_distribution():
+def test_drawn_ids_follow_the_probabilities():
     probabilities_K = torch.tensor([0.1, 0.0, 0.4, 0.3, 0.2])
     uniforms_B = torch.from_numpy(uniforms([3], 50_000)[0])
     ids_B = invert_cumulative(probabilities_K.expand(50_000, -1), uniforms_B)
@@ -161,14 +161,14 @@ def test_drawn_ids_have_the_distribution():
 
 @pytest.mark.parametrize("probabilities", [[0.0, 0.2, 0.0, 0.8, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0],
                                            [1e-30, 0.0, 0.7, 0.3, 1e-30]])
-def test_uniforms_at_the_edges_never_draw_what_cannot_be(probabilities):
+def test_extreme_uniforms_never_draw_impossible_ids(probabilities):
     possible = [id for id, probability in enumerate(probabilities) if probability > 0]
     edges = torch.tensor([0.0, 5e-324, 0.5, 1 - 2**-53], dtype=torch.float64)
     ids_B = invert_cumulative(torch.tensor(probabilities).expand(4, -1), edges).tolist()
     assert ids_B[0] == possible[0] and set(ids_B) <= set(possible)
 
 
-def test_the_last_id_is_drawn_whatever_the_rounding():
+def test_rounding_never_draws_ids_beyond_the_last_possible_one():
     rng = np.random.default_rng(0)
     logits_BK = torch.from_numpy(rng.normal(size=(2000, 700)) * 3).float()
     logits_BK[:, -5:] = -INF
@@ -176,14 +176,14 @@ def test_the_last_id_is_drawn_whatever_the_rounding():
     assert ids_B.max() < 695 and torch.isfinite(logits_BK.gather(1, ids_B[:, None])).all()
 
 
-def test_temperature_zero_takes_the_likeliest():
+def test_temperature_zero_takes_the_most_likely_id():
     logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [9.0, 0.0, 7.0, 0.0, 8.0]])
     assert draw_ids(logits_BK, torch.tensor([0.99, 0.99], dtype=torch.float64), SamplingConfig(temperature=0, top_p=0.5)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-7, 1e-20, 1e-38, 1e-45, 1e-46, 1e-300, 5e-324])
 @pytest.mark.parametrize("others", [{}, {"top_k": 3}, {"top_p": 1e-300}, {"min_p": 1.0}])
-def test_a_tiny_temperature_is_greedy(temperature, others):
+def test_tiny_temperature_is_greedy(temperature, others):
     logits_BK = torch.tensor([[1.0, 5.0, 3.0, 4.0, 2.0], [9.0, 0.0, 7.0, -INF, 8.999]])
     for uniform in (0.0, 0.5, 1 - 2**-53):
         uniforms_B = torch.full((2,), uniform, dtype=torch.float64)
@@ -205,23 +205,23 @@ def test_no_setting_draws_an_impossible_id(temperature, others):
 
 @pytest.mark.parametrize("row", [[0.0, math.nan, 1.0], [math.nan] * 3, [0.0, INF, 1.0], [-INF] * 3])
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1.0, 1e300])
-def test_logits_from_which_nothing_can_be_drawn_are_an_error(row, temperature):
+def test_invalid_logits_raise_an_error(row, temperature):
     logits_BK = torch.tensor([[0.0, 1.0, 2.0], row])
     with pytest.raises(InputError, match=r"logits have a row with NaN, with \+inf, or with -inf only"):
         draw_ids(logits_BK, torch.tensor([0.5, 0.5], dtype=torch.float64), SamplingConfig(temperature=temperature))
 
 
-def test_nan_probabilities_give_no_id_outside_the_codebook():
-    """If sample_tokens reads the check of the logits only at the end, everything drawn before must still be a valid id."""
+def test_nan_probabilities_give_valid_ids():
+    """sample_tokens reads the check of the logits only at the end, so ids that are drawn before must be valid."""
     ids_B = invert_cumulative(torch.full((3, 5), math.nan), torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64))
     assert int(ids_B.min()) >= 0 and int(ids_B.max()) < 5
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------------
+# --- the sampling loop -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
-def test_cached_logits_equal_uncached(architecture):
+def test_cached_logits_match_uncached_logits(architecture):
     prior = tiny_prior(architecture)
     seen = []
     hook = prior.model.register_forward_hook(lambda module, inputs, output: seen.append(output.logits[:, -1, :24]))
@@ -239,13 +239,13 @@ def test_cached_logits_equal_uncached(architecture):
     SamplingConfig(guidance_scale=1.7, temperature=0.8, top_k=12, top_p=0.9, min_p=0.05),
     SamplingConfig(guidance_scale=4.0, guidance_schedule="power-cosine", guidance_interval=[0.2, 0.7]),
 ])
-def test_the_loop_does_what_the_plain_forward_pass_says(architecture, sampling):
+def test_sample_matches_a_reference_without_a_cache(architecture, sampling):
     prior, classes, seeds = tiny_prior(architecture), [0, 2, 1, NO_CLASS], image_seeds(7, 4)
     with torch.no_grad():
         assert torch.equal(prior.sample(classes, sampling, seeds), reference_sample(prior, classes, seeds, sampling))
 
 
-def test_two_grids_draw_each_from_its_own_codes():
+def test_each_grid_samples_its_own_codes():
     grids = [Grid(name="coarse", codebook_size=3, height=1, width=2), Grid(name="fine", codebook_size=17, height=2, width=2)]
     prior, sampling = tiny_prior(grids=grids), SamplingConfig(guidance_scale=2.0, top_k=15)
     classes, seeds = [0, 1, 2] * 20, image_seeds(1, 60)
@@ -256,7 +256,7 @@ def test_two_grids_draw_each_from_its_own_codes():
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_an_image_does_not_depend_on_its_neighbours(guidance_scale):
+def test_samples_do_not_depend_on_the_batch(guidance_scale):
     prior, sampling = tiny_prior(), SamplingConfig(guidance_scale=guidance_scale)
     classes, seeds = [0, 1, 2, 0, 1, 2, 1], image_seeds(3, 7)
     ids_BT = prior.sample(classes, sampling, seeds)
@@ -266,7 +266,7 @@ def test_an_image_does_not_depend_on_its_neighbours(guidance_scale):
     assert len({tuple(row) for row in ids_BT.tolist()}) == 7
 
 
-def test_guidance_one_is_off_bit_for_bit():
+def test_guidance_adds_rows_only_while_it_is_active():
     prior, rows = tiny_prior(), []
     hook = prior.model.register_forward_hook(lambda module, inputs, output: rows.append(len(output.logits)))
     plain = prior.sample([0, 1], SamplingConfig(), [5, 6])
@@ -276,27 +276,27 @@ def test_guidance_one_is_off_bit_for_bit():
     assert set(rows) == {4}  # with and without the class in one batch
     rows.clear()
     prior.sample([0, 1], SamplingConfig(guidance_scale=1.5, guidance_interval=[0.3, 0.6]), [5, 6])
-    assert rows == [4] * 6 + [2] * 3  # what has no class is needed until the last guided position, and no longer
+    assert rows == [4] * 6 + [2] * 3  # rows without a class are dropped after the last guided position
     hook.remove()
 
 
 @pytest.mark.parametrize("classes", [None, [NO_CLASS, NO_CLASS], torch.tensor([NO_CLASS, NO_CLASS])])
 @pytest.mark.parametrize("scale", [0.0, 1.5])
-def test_guidance_without_any_class_is_refused(classes, scale):
+def test_guidance_without_classes_is_refused(classes, scale):
     prior = tiny_prior()
     with pytest.raises(InputError, match=rf"guidance_scale is {scale:g}, but no image has a class, so guidance has no effect"):
         prior.sample(classes, SamplingConfig(guidance_scale=scale), [5, 6])
     assert prior.sample(classes, SamplingConfig(), [5, 6]).shape == (2, 9)
 
 
-def test_temperature_zero_is_greedy_whatever_the_seed():
+def test_temperature_zero_is_greedy_for_every_seed():
     prior, greedy = tiny_prior(), SamplingConfig(temperature=0)
     ids_BT = prior.sample([0, 1], greedy, [5, 6])
     assert torch.equal(prior.sample([0, 1], greedy, [7, 8]), ids_BT)
     assert torch.equal(prior(ids_BT, torch.tensor([0, 1])).argmax(-1), ids_BT)
 
 
-def test_a_prior_without_classes():
+def test_prior_without_classes():
     prior = tiny_prior(class_names=None, label_drop=0.0)
     ids_BT = prior.sample(None, SamplingConfig(), image_seeds(0, 50))
     assert ids_BT.shape == (50, 9) and ids_BT.dtype == torch.int64 and ids_BT.min() >= 0 and ids_BT.max() <= 23
@@ -306,7 +306,7 @@ def test_a_prior_without_classes():
         prior.sample(None, SamplingConfig(guidance_scale=2.0), [1])
 
 
-def test_the_mode_comes_back_and_dropout_is_off():
+def test_sampling_disables_dropout_and_restores_training_mode():
     prior = tiny_prior()
     expected = prior.sample([0, 1], SamplingConfig(), [5, 6])
     prior.train()
@@ -315,10 +315,10 @@ def test_the_mode_comes_back_and_dropout_is_off():
     with pytest.raises(SamplingStopped):
         prior.sample([0, 1], SamplingConfig(), [5, 6], callback=lambda done, total: False)
     assert all(module.training for module in prior.modules())
-    prior.loss(expected, torch.tensor([0, 1])).backward()  # nothing of inference mode stays behind
+    prior.loss(expected, torch.tensor([0, 1])).backward()  # no inference tensors are left
 
 
-def test_the_callback_counts_and_stops():
+def test_callback_gets_progress_and_can_stop_sampling():
     prior, calls = tiny_prior(), []
     prior.sample([0], SamplingConfig(), [5], callback=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 9) for done in range(1, 10)]
@@ -328,21 +328,21 @@ def test_the_callback_counts_and_stops():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_bfloat16_draws_what_float32_does_up_to_its_rounding(architecture):
-    """After the same ids all but a few lie where float32's distribution passes the image's uniform, and those near there. (With a guidance scale
-    of 1.5 instead, a sixth would lie elsewhere, up to 0.4 of the probability away.)"""
+def test_bfloat16_samples_match_float32_up_to_rounding(architecture):
+    """Given the same previous ids, most bf16 ids are those that the image's uniform draws from float32 probabilities, and the others are close
+    in cumulative probability. As a comparison, logits with a guidance scale of 1.5 change a sixth of the ids, by up to 0.4."""
     prior, classes, seeds = tiny_prior(architecture), [0, 1, 2] * 20, image_seeds(0, 60)
     ids_BT = tiny_prior(architecture).to(torch.bfloat16).sample(classes, SamplingConfig(guidance_scale=2.0), seeds)
     with torch.no_grad():
         logits_BTK = apply_guidance(prior(ids_BT, torch.tensor(classes)), prior(ids_BT), 2.0)
     probabilities_BTK, uniforms_BT = logits_BTK.double().softmax(dim=-1), torch.from_numpy(uniforms(seeds, 9))
     upper_BT, width_BT = (each.gather(2, ids_BT[:, :, None])[:, :, 0] for each in (probabilities_BTK.cumsum(dim=-1), probabilities_BTK))
-    away_BT = torch.maximum(uniforms_BT - upper_BT, upper_BT - width_BT - uniforms_BT).clamp_min(0)
-    assert 0 < (away_BT > 0).double().mean() < 0.08 and away_BT.max() < 0.2
+    distances_BT = torch.maximum(uniforms_BT - upper_BT, upper_BT - width_BT - uniforms_BT).clamp_min(0)
+    assert 0 < (distances_BT > 0).double().mean() < 0.08 and distances_BT.max() < 0.2
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0)])
-def test_weights_that_are_not_numbers_are_loud(sampling):
+def test_nan_weights_raise_an_error(sampling):
     prior = tiny_prior()
     with torch.no_grad():
         prior.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
@@ -350,7 +350,7 @@ def test_weights_that_are_not_numbers_are_loud(sampling):
         prior.sample([0], sampling, [1])
 
 
-def test_non_finite_logits_at_a_single_position_are_an_error(monkeypatch):
+def test_non_finite_logits_at_a_single_position_raise_an_error(monkeypatch):
     """An overflow of the last layer alone leaves nothing in the cache, so later positions do not show it."""
     prior = tiny_prior()
     calls = itertools.count()
@@ -361,7 +361,7 @@ def test_non_finite_logits_at_a_single_position_are_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [1e38, 1e39, 1e300])
-def test_guidance_that_overflows_is_named(scale):
+def test_error_for_overflowing_guidance_names_guidance_scale(scale):
     with pytest.raises(InputError, match=r"guidance_scale is 1e\+\d+, which makes logits infinite; lower it"):
         tiny_prior().sample([0], SamplingConfig(guidance_scale=scale), [1])
 
@@ -381,12 +381,12 @@ def test_guidance_that_overflows_is_named(scale):
     ("0", SamplingConfig(), [1], r"class_indices is '0'; give a list of integers"),
     ([0], {"temperature": 0.9}, [1], r"sampling is \{'temperature': 0.9\}; give a SamplingConfig"),
 ])
-def test_requests_that_cannot_be_served_are_refused(classes, sampling, seeds, words):
+def test_invalid_arguments_are_refused(classes, sampling, seeds, words):
     with pytest.raises(InputError, match=words):
         tiny_prior().sample(classes, sampling, seeds)
 
 
-def test_integers_of_other_libraries_are_accepted():
+def test_numpy_and_torch_integers_are_accepted():
     prior = tiny_prior()
     expected = prior.sample([0, 2], SamplingConfig(), [5, 6])
     for classes, seeds in ((np.array([0, 2]), np.array([5, 6])), ((np.int64(0), np.int64(2)), (np.uint8(5), 6)), (torch.tensor([0, 2]), range(5, 7))):
@@ -395,10 +395,10 @@ def test_integers_of_other_libraries_are_accepted():
         prior.sample([0], SamplingConfig(), [1], compile="no")
 
 
-def test_without_label_drop_there_is_no_guidance_and_no_null_class():
+def test_guidance_and_missing_classes_are_refused_without_label_drop():
     prior = tiny_prior(label_drop=0.0)
     prior.sample(torch.tensor([0]), SamplingConfig(), [1])
-    with pytest.raises(InputError, match=r"guidance_scale is 2.* label_drop 0.* null class is untrained"):
+    with pytest.raises(InputError, match=r"guidance_scale is 2.* label_drop 0.* null class"):
         prior.sample([0], SamplingConfig(guidance_scale=2.0), [1])
     with pytest.raises(InputError, match=r"has no class.* label_drop 0"):
         prior.sample(None, SamplingConfig(), [1])

@@ -1,4 +1,4 @@
-"""When a stage starts, goes on, is skipped or is refused, and what --redo removes."""
+"""When a stage starts, resumes, is skipped or is refused, and what --redo removes."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from vqmosaic.runs.stage_records import decide_action, fields_read, has_grown, l
 
 
 def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[str, str] | None = None, **changes) -> RunFolder:
-    """A run folder in which one stage was run with the tiny recipe."""
+    """A run folder with the record of one stage of the tiny recipe."""
     run = RunFolder(folder)
     write_record(run, tiny_recipe(folder, **changes), stage, inputs or {}, finished=finished, seconds=1.25)
     if finished:
@@ -31,7 +31,7 @@ def run_with(folder: Path, stage: str, *, finished: bool = True, inputs: dict[st
     return run
 
 
-def refused(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, **changes) -> str:
+def refusal_message(run: RunFolder, stage: str, inputs: dict[str, str] | None = None, **changes) -> str:
     with pytest.raises(InputError) as caught:
         decide_action(run, tiny_recipe(run.root, **changes), stage, inputs or {})
     return str(caught.value)
@@ -53,7 +53,7 @@ def test_a_stage_starts_then_resumes_then_is_skipped(stage, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
+def test_a_finished_stage_without_its_export_resumes(stage, tmp_path):
     run = run_with(tmp_path, stage)
     run.export(stage).rmdir()
     assert decide_action(run, tiny_recipe(tmp_path), stage, {}) == "resume"
@@ -61,7 +61,7 @@ def test_a_finished_stage_whose_export_is_gone_is_made_again(stage, tmp_path):
 
 @pytest.mark.parametrize("place", ["elsewhere", "project"])
 def test_a_run_folder_works_from_another_directory(place, tmp_path, monkeypatch, capsys):
-    """Its relative data path is neither looked for there nor taken for a change, by the stage, by audit and by a longer training."""
+    """Stages, audit and longer training neither resolve the relative data path against the new directory nor treat it as changed."""
     rng = np.random.default_rng(0)
     for number in range(24):
         path = tmp_path / f"project/photos/{'ab'[number % 2]}/{number}.png"
@@ -82,39 +82,39 @@ def test_a_run_folder_works_from_another_directory(place, tmp_path, monkeypatch,
     assert "resumed at step 2" in capsys.readouterr().out
 
 
-# --- what changed ------------------------------------------------------------------------------------------------------------
+# --- changes -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_from_before_a_field_means_its_default(tmp_path):
-    """So that a training which is resumed does not change on the way."""
+def test_fields_missing_from_a_record_have_their_default(tmp_path):
+    """A field that a later version adds does not change a resumed training."""
     run = run_with(tmp_path, "tokenizer", finished=False)
     content = json.loads(run.record("tokenizer").read_text())
     del content["fields"]["tokenizer.diveq"]
     run.record("tokenizer").write_text(json.dumps(content))
     assert decide_action(run, tiny_recipe(tmp_path), "tokenizer", {}) == "resume"
-    said = refused(run, "tokenizer", **{"tokenizer.diveq": True})
-    assert "tokenizer.diveq = False, now it is True" in said
+    message = refusal_message(run, "tokenizer", **{"tokenizer.diveq": True})
+    assert "tokenizer.diveq = False, now it is True" in message
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_grown_budget_goes_on(finished, tmp_path):
+def test_a_larger_budget_resumes(finished, tmp_path):
     run = run_with(tmp_path, "tokenizer", finished=finished)
     assert decide_action(run, tiny_recipe(tmp_path, tokenizer_training__max_steps=7), "tokenizer", {}) == "resume"
     unlimited = tiny_recipe(tmp_path, tokenizer_training__max_steps="null", tokenizer_training__max_minutes=1)
-    with pytest.raises(InputError, match="max_minutes"):  # from no limit by the clock to one
+    with pytest.raises(InputError, match="max_minutes"):  # a new time limit does not extend an unlimited budget
         decide_action(run, unlimited, "tokenizer", {})
 
 
-def test_what_is_larger_as_a_budget():
+def test_has_grown_compares_budgets():
     assert has_grown(3, 4) and has_grown(3, None) and not has_grown(4, 3) and not has_grown(3, 3) and not has_grown(None, 3)
 
 
-def test_a_shrunk_budget_is_refused(tmp_path):
-    words = refused(run_with(tmp_path, "prior"), "prior", prior_training__max_steps=5)
-    assert "prior_training.max_steps = 6, now it is 5" in words and "a budget can only grow" in words and "--redo prior" in words
+def test_a_smaller_budget_is_refused(tmp_path):
+    message = refusal_message(run_with(tmp_path, "prior"), "prior", prior_training__max_steps=5)
+    assert "prior_training.max_steps = 6, now it is 5" in message and "a budget can only grow" in message and "--redo prior" in message
 
 
-@pytest.mark.parametrize(("stage", "changes", "words"), [
+@pytest.mark.parametrize(("stage", "changes", "change"), [
     ("tokenizer", {"tokenizer__code_dim": 9}, "tokenizer.code_dim = 8, now it is 9"),
     ("tokenizer", {"seed": 3}, "seed = 0, now it is 3"),
     ("tokenizer", {"data__shift": 2}, "data.shift = 1, now it is 2"),
@@ -126,45 +126,45 @@ def test_a_shrunk_budget_is_refused(tmp_path):
     ("prior", {"prior_training__label_drop": 0.2}, "prior_training.label_drop = 0.1, now it is 0.2"),
     ("pipeline", {"sampling__top_k": 5}, "sampling.top_k = 0, now it is 5"),
 ])
-def test_a_changed_field_is_refused_with_both_values(stage, changes, words, tmp_path):
+def test_a_changed_field_is_refused_with_both_values(stage, changes, change, tmp_path):
     run = run_with(tmp_path, stage)
-    told = refused(run, stage, **changes)
-    assert words in told and f"stage {stage}" in told and f"--redo {stage}" in told and "--run_dir" in told and str(tmp_path) in told
+    message = refusal_message(run, stage, **changes)
+    assert change in message and f"stage {stage}" in message and f"--redo {stage}" in message and "--run_dir" in message and str(tmp_path) in message
 
 
 @pytest.mark.parametrize(("stage", "changes"), [
     ("tokenizer", {"data__workers": 3, "tokenizer_training__checkpoint_every": 5, "tokenizer_training__resume": "never",
                    "tokenizer_training__log_every": 7, "tokenizer_training__keep_checkpoints": 9, "data__cache_megabytes": 1}),
     ("tokenizer", {"tokenizer_training__trackers": "[tensorboard]", "run_dir": "elsewhere"}),
-    ("tokenizer", {"prior__layers": 2, "tokens__views": "shifts", "sampling__top_k": 5}),  # what other stages read
+    ("tokenizer", {"prior__layers": 2, "tokens__views": "shifts", "sampling__top_k": 5}),  # fields of other stages
     ("tokens", {"tokens__tokenizer": "a/tokenizer", "data__shift": 2, "tokenizer_training__max_steps": 5, "seed": 3}),
     ("prior", {"prior_training__tokens": "some/tokens", "data__shift": 2, "tokenizer__code_dim": 9}),
     ("pipeline", {"prior__layers": 2, "seed": 3}),
 ])
-def test_what_changes_no_result_may_change(stage, changes, tmp_path):
+def test_fields_that_do_not_affect_results_may_change(stage, changes, tmp_path):
     assert decide_action(run_with(tmp_path, stage), tiny_recipe(**{"run_dir": tmp_path, **changes}), stage, {}) == "skip"
 
 
 def test_a_changed_input_is_refused_with_both_fingerprints(tmp_path):
     run = run_with(tmp_path, "tokens", inputs={"tokenizer": "aaa", "data set": "ddd"})
     recipe = tiny_recipe(tmp_path)
-    assert decide_action(run, recipe, "tokens", {"tokenizer": "aaa"}) == "skip", "a data set that nobody looked at is not judged"
+    assert decide_action(run, recipe, "tokens", {"tokenizer": "aaa"}) == "skip", "a data set without a fingerprint is not compared"
     assert decide_action(run, recipe, "tokens", {"tokenizer": "aaa", "data set": "ddd"}) == "skip"
-    words = refused(run, "tokens", {"tokenizer": "bbb"})
-    assert "tokenizer = 'aaa', now it is 'bbb'" in words and "--redo tokens" in words
+    message = refusal_message(run, "tokens", {"tokenizer": "bbb"})
+    assert "tokenizer = 'aaa', now it is 'bbb'" in message and "--redo tokens" in message
 
 
-def test_a_data_set_may_lie_elsewhere_if_it_is_the_same(tmp_path):
+def test_a_moved_data_set_is_accepted_if_it_is_the_same(tmp_path):
     run = run_with(tmp_path, "tokens", inputs={"data set": "ddd"}, data__source="auto", data__path="here")
     moved = {"data__source": "auto", "data__path": "there"}
     recipe = tiny_recipe(tmp_path, **moved)
-    assert decide_action(run, recipe, "tokens", None) == "compare", "the stage itself has to look at the data set"
+    assert decide_action(run, recipe, "tokens", None) == "compare", "the stage itself must compare the data set"
     assert decide_action(run, recipe, "tokens", {"data set": "ddd"}) == "skip"
-    assert "data set = 'ddd', now it is 'eee'" in refused(run, "tokens", {"data set": "eee"}, **moved)
+    assert "data set = 'ddd', now it is 'eee'" in refusal_message(run, "tokens", {"data set": "eee"}, **moved)
     unfinished = run_with(tmp_path / "2", "tokenizer", finished=False, inputs={"data set": "ddd"}, data__source="auto", data__path="here")
     assert decide_action(unfinished, recipe, "tokenizer", None) == "resume"
     unknown = run_with(tmp_path / "3", "tokens", data__source="auto", data__path="here")
-    assert "data.path = 'here', now it is 'there'" in refused(unknown, "tokens", **moved), "nothing was recorded to compare with"
+    assert "data.path = 'here', now it is 'there'" in refusal_message(unknown, "tokens", **moved), "no fingerprint was recorded"
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def recorded_data_set(run: Path) -> str:
     return load_record(RunFolder(run), "tokenizer").inputs["data set"]
 
 
-def test_a_training_goes_on_with_a_data_set_that_was_moved_and_not_with_another(photos, tmp_path, capsys):
+def test_training_resumes_with_a_moved_data_set_but_not_with_a_changed_one(photos, tmp_path, capsys):
     def recipe(**changes):
         return tiny_recipe(tmp_path / "run", data__source="folder", **changes)
 
@@ -200,12 +200,12 @@ def test_a_training_goes_on_with_a_data_set_that_was_moved_and_not_with_another(
             train(recipe(data__path=moved, tokenizer_training__max_steps=steps))
 
 
-def test_a_training_of_version_0_1_0_goes_on_and_records_contents_from_then_on(photos, tmp_path, monkeypatch, capsys):
+def test_training_of_version_0_1_0_resumes_and_then_records_contents(photos, tmp_path, monkeypatch, capsys):
     def recipe(steps: int):
         return tiny_recipe(tmp_path / "run", data__source="folder", data__path=photos, tokenizer_training__max_steps=steps)
 
-    with monkeypatch.context() as earlier:
-        earlier.setattr(FolderSource, "identity", FolderSource.former_identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderSource, "identity", FolderSource.former_identity)
         train(recipe(2))
     before = recorded_data_set(tmp_path / "run")
     capsys.readouterr()
@@ -218,7 +218,7 @@ def test_a_training_of_version_0_1_0_goes_on_and_records_contents_from_then_on(p
     assert "finished already" in capsys.readouterr().out
 
 
-def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):
+def test_records_with_other_fields_are_accepted(tmp_path):
     run = run_with(tmp_path, "prior")
     content = json.loads(run.record("prior").read_text())
     del content["fields"]["prior.options"]
@@ -227,7 +227,7 @@ def test_a_record_of_a_version_with_other_fields_is_no_obstacle(tmp_path):
     assert decide_action(run, tiny_recipe(tmp_path), "prior", {}) == "skip"
 
 
-def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
+def test_recorded_fields_belong_to_stages(tmp_path):
     recipe = tiny_recipe(tmp_path)
     read = {name for stage in STAGES for name in fields_read(recipe, stage)}
     assert {"seed", "data.shift", "tokenizer.quantizer", "tokens.views", "prior.width", "sampling.top_p"} <= read
@@ -240,8 +240,8 @@ def test_every_field_but_the_unrecorded_ones_belongs_to_a_stage(tmp_path):
 # --- redo --------------------------------------------------------------------------------------------------------------------
 
 
-def made(run: RunFolder) -> set[str]:
-    """The stages of which anything is left."""
+def stages_with_files(run: RunFolder) -> set[str]:
+    """The stages of which any file or folder exists."""
     parts = {stage: (run.record(stage), run.export(stage), run.checkpoints(stage), run.logs(stage)) for stage in STAGES}
     return {stage for stage, paths in parts.items() if any(path.exists() for path in paths)}
 
@@ -257,53 +257,53 @@ def full_run(folder: Path) -> RunFolder:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_redo_removes_the_stage_and_what_follows(stage, tmp_path):
+def test_redo_removes_the_stage_and_all_later_stages(stage, tmp_path):
     run = full_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    cleared = list(STAGES[STAGES.index(stage):])
-    assert redo(run, stage) == cleared
-    assert made(run) == set(STAGES) - set(cleared)
+    removed = list(STAGES[STAGES.index(stage):])
+    assert redo(run, stage) == removed
+    assert stages_with_files(run) == set(STAGES) - set(removed)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert redo(run, stage) == []
 
 
-def test_a_redo_that_is_killed_leaves_nothing_that_passes_for_finished(tmp_path, monkeypatch):
+def test_an_interrupted_redo_can_be_repeated(tmp_path, monkeypatch):
     run = full_run(tmp_path)
 
-    def die(path):
+    def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vqmosaic.runs.stage_records.shutil.rmtree", die)
+    monkeypatch.setattr("vqmosaic.runs.stage_records.shutil.rmtree", interrupt)
     with pytest.raises(KeyboardInterrupt):
         redo(run, "tokens")
     monkeypatch.undo()
-    assert made(run) == set(STAGES), "nothing but the last stage may have been touched"
+    assert stages_with_files(run) == set(STAGES), "only files of the last stage may be missing"
     assert run.record("tokenizer").exists() and run.record("tokens").exists()
-    assert redo(run, "tokens") == ["tokens", "prior", "pipeline"] and made(run) == {"tokenizer"}
+    assert redo(run, "tokens") == ["tokens", "prior", "pipeline"] and stages_with_files(run) == {"tokenizer"}
 
 
-def test_nothing_is_removed_before_everything_is_checked(tiny_copy):
+def test_redo_removes_nothing_if_a_check_fails(tiny_copy):
     run = RunFolder(tiny_copy)
     with pytest.raises(InputError, match="is not divisible by 7 processes"):
         run_chain(tiny_recipe(tiny_copy), processes=7, redo_stage="tokenizer")
-    assert made(run) == set(STAGES)
-    with pytest.raises(InputError, match=r"tokenizer\.code_dim = 8, now it is 9"):  # a stage before the one that is redone
+    assert stages_with_files(run) == set(STAGES)
+    with pytest.raises(InputError, match=r"tokenizer\.code_dim = 8, now it is 9"):  # in a stage before the one to redo
         run_chain(tiny_recipe(tiny_copy, tokenizer__code_dim=9), redo_stage="prior")
-    assert made(run) == set(STAGES)
+    assert stages_with_files(run) == set(STAGES)
 
 
 # --- the chain ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_finished_run_is_skipped_as_a_whole(tiny_run, capsys):
+def test_rerunning_a_finished_run_does_nothing(tiny_run, capsys):
     recipe = tiny_recipe(tiny_run)
     assert {stage: check_before_start(recipe, stage) for stage in STAGES} == dict.fromkeys(STAGES, "skip")
     assert run_chain(recipe) == 0
-    said = capsys.readouterr().out
-    assert said.count("finished already") == 4 and "nothing to do" in said
+    output = capsys.readouterr().out
+    assert output.count("finished already") == 4 and "nothing to do" in output
 
 
-def test_a_longer_budget_is_told_what_it_makes_stale_before_anything_is_trained(tiny_copy):
+def test_a_larger_budget_is_refused_if_it_makes_later_stages_stale(tiny_copy):
     longer = tiny_recipe(tiny_copy, tokenizer_training__max_steps=8)
     with pytest.raises(InputError, match=r"stage tokenizer has grown.*Add --redo tokens"):
         check_chain(longer, 1, None)
@@ -312,18 +312,18 @@ def test_a_longer_budget_is_told_what_it_makes_stale_before_anything_is_trained(
         check_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), 1, None)
 
 
-def test_redo_with_a_longer_budget_goes_on_from_the_checkpoint(tiny_copy, capsys):
+def test_redo_with_a_larger_budget_resumes_from_the_checkpoint(tiny_copy, capsys):
     before = json.loads((tiny_copy / "summary.json").read_text())
     assert run_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), redo_stage="pipeline") == 0
-    said = capsys.readouterr().out
-    assert "--redo pipeline: removed pipeline" in said and "resumed at step 6" in said
-    assert said.count("finished already") == 2
+    output = capsys.readouterr().out
+    assert "--redo pipeline: removed pipeline" in output and "resumed at step 6" in output
+    assert output.count("finished already") == 2
     after = json.loads((tiny_copy / "summary.json").read_text())
     assert before["prior"]["step"] <= 6 < after["prior"]["step"]
     assert check_before_start(tiny_recipe(tiny_copy, prior_training__max_steps=8), "pipeline") == "skip"
 
 
-def test_an_export_that_was_deleted_comes_back_the_same(tiny_copy, tiny_run, capsys):
+def test_deleted_exports_are_restored_bit_for_bit(tiny_copy, tiny_run, capsys):
     shutil.rmtree(tiny_copy / "prior")
     shutil.rmtree(tiny_copy / "tokens")
     assert run_chain(tiny_recipe(tiny_copy)) == 0
@@ -331,7 +331,7 @@ def test_an_export_that_was_deleted_comes_back_the_same(tiny_copy, tiny_run, cap
         assert (tiny_copy / name).read_bytes() == (tiny_run / name).read_bytes(), name
 
 
-def test_the_inputs_of_a_stage_are_named_where_they_are_missing(tmp_path):
+def test_missing_inputs_of_a_stage_are_named(tmp_path):
     recipe = tiny_recipe(tmp_path)
     assert inputs_of(recipe, "tokenizer") == {}
     for stage, command in (("tokens", "train-tokenizer"), ("prior", "preprocess"), ("pipeline", "train-prior")):
@@ -339,7 +339,7 @@ def test_the_inputs_of_a_stage_are_named_where_they_are_missing(tmp_path):
             inputs_of(recipe, stage)
 
 
-def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch):
+def test_a_locked_run_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vqmosaic.runs.run_folder.LOCK_WAIT_SECONDS", 0.3)
     run = RunFolder(tmp_path)
     with run.lock(), pytest.raises(InputError, match=r"is in use by process \d+"), run.lock():
@@ -350,7 +350,7 @@ def test_two_processes_do_not_share_a_run_folder(tmp_path, monkeypatch):
         delete_stages_from(tiny_recipe(tmp_path), "tokens")
 
 
-def test_a_run_folder_that_cannot_be_made(tmp_path):
+def test_a_run_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(InputError, match=r"run_dir.*file"):
@@ -360,13 +360,13 @@ def test_a_run_folder_that_cannot_be_made(tmp_path):
 
 
 def test_tokens_of_an_earlier_tokenizer_are_refused_before_anything_is_removed(tiny_copy):
-    """The tokenizer was trained again alone, with a longer budget. The pipeline holds the only copy of the earlier one."""
+    """Only the tokenizer was trained again, with a larger budget. The pipeline has the only copy of the earlier tokenizer."""
     longer = {"tokenizer_training__max_steps": 8, "prior_training__max_steps": 8}
     train(tiny_recipe(tiny_copy, **longer))
     recipe = tiny_recipe(tiny_copy, **longer)
-    for redone in (None, "pipeline", "prior"):
+    for redo_stage in (None, "pipeline", "prior"):
         with pytest.raises(InputError, match=r"stage tokens was run with tokenizer.*--redo tokens"):
-            run_chain(recipe, redo_stage=redone)
+            run_chain(recipe, redo_stage=redo_stage)
     assert (tiny_copy / "pipeline/pipeline.json").is_file() and (tiny_copy / "prior/config.json").is_file()
     with pytest.raises(InputError, match=r"tokens was made with another tokenizer than .*--redo tokens"):
         check_before_start(recipe, "prior")

@@ -257,7 +257,7 @@ def test_random_subset_keeps_few_rows_in_order(count):
 
 
 def test_random_subset_is_uniform_over_positions():
-    """In 1,000 draws of 20 rows out of 100, each row is drawn 200 times, within four standard deviations of 12.6."""
+    """In 1,000 draws of 20 rows out of 100, each row is drawn 200 times on average, with a standard deviation of 12.6."""
     drawn = torch.zeros(100)
     for seed in range(1000):
         subset = RandomSubset(20, seed)
@@ -502,13 +502,13 @@ def test_numeric_sampling_settings_can_be_swept():
     assert {"guidance_scale": float, "temperature": float, "top_k": int, "top_p": float}.items() <= fields.items()
     assert set(fields.values()) == {int, float}
     combinations = combine(SamplingConfig(top_p=0.5), {"guidance_scale": (1.0, 2.0), "top_k": (0, 5)})
-    assert [(combination.guidance_scale, combination.top_k, combination.top_p) for combination in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
+    assert [(item.guidance_scale, item.top_k, item.top_p) for item in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
     assert parse_values("top_p", float, "1, 0.5,1.0") == (1.0, 0.5), "duplicates are removed"
     with pytest.raises(InputError, match=r"--top_k is '5,x'; it must be integers separated by commas"):
         parse_values("top_k", int, "5,x")
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
+@pytest.mark.parametrize(("arguments", "message"), [
     (["--temperature", "1,-1"], r"--temperature is -1"),
     (["--top_k", f"0,{CODES + 1}"], rf"--top_k is {CODES + 1}, but the prior in .* has {CODES} codes"),
     (["--guidance_power", "1,2"], r"--guidance_power has no effect.*'constant'.*Only power-cosine"),
@@ -534,7 +534,7 @@ def test_invalid_arguments_are_rejected(tiny_run, features, arguments, message):
 def test_guidance_is_rejected_for_priors_without_guidance(tiny_run, features, tmp_path, capsys):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     for name, changes, message in (("undropped", {"label_drop": 0.0}, "was trained without label drop"),
-                                 ("unlabelled", {"class_names": None, "label_drop": 0.0}, "has no classes")):
+                                   ("unlabelled", {"class_names": None, "label_drop": 0.0}, "has no classes")):
         prior_like(pipe, **changes).save_pretrained(tmp_path / name / "prior")
         make_bundle(tiny_run / "tokenizer", tmp_path / name / "prior", tmp_path / name / "pipeline", SamplingConfig())
         common = (tmp_path / name / "pipeline", "--features", features, "--recipe", tiny_run, "--images", 10)

@@ -1,4 +1,4 @@
-"""Training under a time budget: the start of the clock, the frequency of validations, printed progress, and memory of one micro-batch."""
+"""Training under a time budget: the start of the clock, the frequency of validations, printed progress, and the memory of one micro-batch."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def train(stage: str, run_dir: Path, **changes) -> list[dict]:
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The time that all clocks show. A test changes it."""
+    """The time that all clocks return. Tests can change it."""
     now = [1000.0]
     for module in (budget_module, tracking, validation_schedule):
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
@@ -65,7 +65,7 @@ def test_start_up_uses_none_of_the_time_budget(stage, run_dir, monkeypatch):
     module, trial = STAGES[stage], {"tokenizer": "measure_step_seconds", "prior": "time_and_loss_of_one_step"}[stage]
     original = getattr(module, trial)
 
-    def slow(*arguments):  # stands for k-means of a large codebook, or for torch.compile
+    def slow(*arguments):  # like k-means of a large codebook, or torch.compile
         time.sleep(3)
         return original(*arguments)
 
@@ -76,21 +76,21 @@ def test_start_up_uses_none_of_the_time_budget(stage, run_dir, monkeypatch):
 
 
 @both_stages
-def test_validation_and_k_means_work_on_no_more_images_than_a_training_step(stage, run_dir, monkeypatch):
-    parts, model = Counter(), {"tokenizer": ImageTokenizer, "prior": TokenPrior}[stage]
+def test_validation_and_k_means_use_micro_batches(stage, run_dir, monkeypatch):
+    batches, model = Counter(), {"tokenizer": ImageTokenizer, "prior": TokenPrior}[stage]
     methods = {"tokenizer": ("forward", "latents"), "prior": ("forward",)}[stage]
 
     def counting(original):
         def counted(self, inputs, *more):
-            parts["train" if self.training else "eval", len(inputs)] += 1
+            batches["train" if self.training else "eval", len(inputs)] += 1
             return original(self, inputs, *more)
         return counted
 
     for name in methods:
         monkeypatch.setattr(model, name, counting(getattr(model, name)))
     train(stage, run_dir, max_steps=2, batch_size=32, accumulation_steps=8, validation_images=20)
-    assert {size for _, size in parts} == {4}
-    assert parts["eval", 4] >= 20 / 4
+    assert {size for _, size in batches} == {4}
+    assert batches["eval", 4] >= 20 / 4
 
 
 @both_stages
@@ -102,13 +102,13 @@ def test_a_short_time_budget_validates_before_validate_every(stage, run_dir, cap
 
 
 def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> ValidationSchedule:
-    """The schedule of a training that has not begun, with a budget in seconds."""
+    """The validation schedule of a new training with a budget in seconds."""
     training = tiny_recipe("unused", **{f"prior_training__{name}": value for name, value in changes.items()}).prior_training
     budget = Budget(max_steps, None if seconds is None else seconds / 60)
     return ValidationSchedule(training, TrainerState(), budget, Accelerator(cpu=True), micro_batch=16)
 
 
-@pytest.mark.parametrize(("max_steps", "max_minutes", "steps", "epochs", "warned"), [
+@pytest.mark.parametrize(("max_steps", "max_minutes", "steps", "epochs", "has_warning"), [
     (200, "null", 200, "2.0", False),
     (20, "null", 20, "0.2", False),
     ("null", 2, 40, "about 0.4, from the trial step", True),
@@ -116,16 +116,16 @@ def schedule(seconds: float | None, max_steps: int | None = None, **changes) -> 
     (30, 2, 30, "about 0.3, from the trial step", False),
     (10**6, 2, 100, "about 1.0, from the trial step", False),
 ], ids=str)
-def test_the_plan_shows_what_the_budget_has_time_for(max_steps, max_minutes, steps, epochs, warned):
+def test_the_plan_shows_steps_and_epochs_of_the_budget(max_steps, max_minutes, steps, epochs, has_warning):
     changes = {"prior_training__max_steps": max_steps, "prior_training__max_minutes": max_minutes, "prior_training__batch_size": 10}
     training = tiny_recipe("unused", **changes).prior_training
     assert budget_module.describe_epochs(training, steps, 1000) == epochs
     warning = budget_module.few_steps_warning(training, steps, seconds_per_step=3.0)
-    assert (warning is not None) == warned
-    assert not warned or ("max_minutes 2 has time for about 40 steps" in warning and "100 steps take about 5 minutes" in warning)
+    assert (warning is not None) == has_warning
+    assert not has_warning or ("max_minutes 2 has time for about 40 steps" in warning and "100 steps take about 5 minutes" in warning)
 
 
-@pytest.mark.parametrize(("chosen", "available", "classes", "words"), [
+@pytest.mark.parametrize(("chosen", "available", "classes", "message"), [
     (2, 2, 0, "only 2 images to validate on. .* raise data.validation_fraction"),
     (1, 1, 0, "only 1 image to validate on"),
     (64, 64, 100, "only 64 images to validate on, fewer than the 100 classes"),
@@ -133,23 +133,23 @@ def test_the_plan_shows_what_the_budget_has_time_for(max_steps, max_minutes, ste
     (16, 500, 0, "raise prior_training.max_minutes"),
     (64, 500, 10, None), (32, 32, 2, None),
 ])
-def test_a_validation_on_few_images_gets_a_warning(chosen, available, classes, words):
+def test_few_validation_images_give_a_warning(chosen, available, classes, message):
     warning = schedule(60, validation_images=64).warn_of_few_images(chosen, available, classes)
-    assert re.search(words, warning) if words else warning is None
+    assert re.search(message, warning) if message else warning is None
 
 
 @both_stages
 def test_the_plan_warns_of_few_steps_and_few_validation_images(stage, run_dir, capsys):
     train(stage, run_dir, max_steps="null", max_minutes=0.001, validation_images=20)
-    said = capsys.readouterr().out
-    assert re.search(rf"warning: {stage}_training.max_minutes 0.001 has time for about \d+ steps? \(", said)
-    assert re.search(r"warning: only \d+ images to validate on\.", said) and re.search(r"epochs +about \d\.\d, from the trial step", said)
+    out = capsys.readouterr().out
+    assert re.search(rf"warning: {stage}_training.max_minutes 0.001 has time for about \d+ steps? \(", out)
+    assert re.search(r"warning: only \d+ images to validate on\.", out) and re.search(r"epochs +about \d\.\d, from the trial step", out)
 
 
-@pytest.mark.parametrize(("one", "every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])
-def test_validations_under_a_time_budget_are_frequent_and_bounded(one, every, clock):
-    """One step per second for 1,000 s. A validation takes `one` seconds: as long as choose_images plans, or far more."""
-    began, validations = clock[0], schedule(1000, validate_every=every)
+@pytest.mark.parametrize(("validation_seconds", "validate_every"), [(3.0, 10**6), (3.0, 30), (3.0, 5), (90.0, 10**6)])
+def test_validations_under_a_time_budget_are_frequent_and_bounded(validation_seconds, validate_every, clock):
+    """One step per second for 1,000 s. A validation takes as long as choose_images plans, or far longer."""
+    start, validations = clock[0], schedule(1000, validate_every=validate_every)
     state, budget, starts = validations.state, validations.budget, [0.0]
     state.seconds_per_validation = 3.0
     budget.start()
@@ -159,23 +159,23 @@ def test_validations_under_a_time_budget_are_frequent_and_bounded(one, every, cl
         if validations.due(finished):
             starts.append(state.elapsed_seconds)
             with validations.clock():
-                clock[0] += one
+                clock[0] += validation_seconds
                 validations.record()
         if finished:
             break
         state.step += 1
         clock[0] += 1
     assert starts[-1] >= 1000, "the last step is validated"
-    in_validation = one * (len(starts) - 1)
-    if one == 3.0:
+    in_validation = validation_seconds * (len(starts) - 1)
+    if validation_seconds == 3.0:
         assert max(later - earlier for earlier, later in pairwise(starts)) <= 50
-        assert in_validation <= TIME_SHARE * (clock[0] - began)
+        assert in_validation <= TIME_SHARE * (clock[0] - start)
     else:
-        assert in_validation - one <= TIME_SHARE * 1000, "the last one always takes place"
-    assert len(starts) > 20 if one == 3.0 else len(starts) == 3
+        assert in_validation - validation_seconds <= TIME_SHARE * 1000, "the last validation always runs"
+    assert len(starts) > 20 if validation_seconds == 3.0 else len(starts) == 3
 
 
-def test_where_the_steps_end_first_validations_are_those_of_validate_every(clock):
+def test_validate_every_applies_if_the_steps_end_first(clock):
     validations = schedule(1200, max_steps=60, validate_every=20)
     state = validations.state
     state.seconds_per_validation = 5.0
@@ -190,7 +190,7 @@ def test_where_the_steps_end_first_validations_are_those_of_validate_every(clock
     assert due == [20, 40, 60]
 
 
-def test_a_validation_that_a_signal_cut_short_is_due_again(clock):
+def test_an_interrupted_validation_is_due_again(clock):
     validations = schedule(1000)
     state = validations.state
     state.step, state.elapsed_seconds, state.seconds_per_validation = 7, 41.0, 3.0
@@ -200,46 +200,46 @@ def test_a_validation_that_a_signal_cut_short_is_due_again(clock):
     assert state.validations == state.validation_seconds == 0 and validations.due(finished=False)
 
 
-def test_the_best_validation_is_forgotten_where_the_images_are_others(clock):
+def test_the_best_validation_is_reset_if_the_images_change(clock):
     def validate(count: int) -> None:
         clock[0] += count * 0.5
 
     def resumed(state: TrainerState, seconds: float | None, limit: int = 1000) -> ValidationSchedule:
-        later = schedule(seconds, 100, validation_images=limit)
-        later.state = state
-        return later
+        validations = schedule(seconds, 100, validation_images=limit)
+        validations.state = state
+        return validations
 
     first = schedule(3600)
     first.choose_images(3000, validate)
     state = first.state
     assert not first.has_other_images
     state.best_validation = state.validated_step = 5
-    again = resumed(state, 7200)
-    assert again.choose_images(3000, validate) == 21 and not again.has_other_images and state.best_validation == 5
+    longer = resumed(state, 7200)
+    assert longer.choose_images(3000, validate) == 21 and not longer.has_other_images and state.best_validation == 5
     without_minutes = resumed(state, None)
     assert without_minutes.choose_images(3000, validate) == 1000 and without_minutes.has_other_images and state.best_validation == math.inf
 
-    for rule, available, forgotten in ((1, 3000, True), (1, 800, False), (0, 3000, False)):  # what version 0.1.0 left has no `validated_on`
-        old = resumed(TrainerState(validated_step=5, best_validation=5.0), None)
-        old.choose_images(available, validate, rule)
-        assert old.has_other_images == forgotten == (old.state.best_validation == math.inf)
+    for rule, available, is_reset in ((1, 3000, True), (1, 800, False), (0, 3000, False)):  # states of version 0.1.0 have no `validated_on`
+        earlier = resumed(TrainerState(validated_step=5, best_validation=5.0), None)
+        earlier.choose_images(available, validate, rule)
+        assert earlier.has_other_images == is_reset == (earlier.state.best_validation == math.inf)
 
 
-def test_a_time_budget_decides_how_many_images_are_validated(clock):
+def test_the_time_budget_limits_the_number_of_validation_images(clock):
     def validate(count: int) -> None:
         clock[0] += count * 0.5  # seconds per image
 
-    hour = schedule(3600, validation_images=5000)
-    assert hour.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL * 3600 / 0.5) == 21
-    hour.budget = Budget(None, 600)
-    assert hour.choose_images(3000, validate) == 21, "a longer budget keeps the number of images, because the best weights are chosen by them"
-    assert hour.choose_images(7, validate) == 7
+    validations = schedule(3600, validation_images=5000)
+    assert validations.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL * 3600 / 0.5) == 21
+    validations.budget = Budget(None, 600)
+    assert validations.choose_images(3000, validate) == 21, "a larger budget keeps the number of images, because they select the best weights"
+    assert validations.choose_images(7, validate) == 7
     assert schedule(60).choose_images(3000, validate) == FEWEST_IMAGES
     assert schedule(10**6, validation_images=40).choose_images(3000, validate) == 40
     assert schedule(None, max_steps=100, validation_images=50).choose_images(3000, lambda count: pytest.fail("there is nothing to time")) == 50
 
 
-def test_pictures_that_take_long_are_left_out_until_the_end(clock):
+def test_slow_pictures_are_skipped_until_the_end(clock):
     validations, made = schedule(1000), []
     validations.budget.start()
 
@@ -250,7 +250,7 @@ def test_pictures_that_take_long_are_left_out_until_the_end(clock):
     while validations.budget.elapsed_seconds < 1000:
         clock[0] += 40
         validations.make_pictures(make)
-    assert made == [40, 630, 900, 1010], "the first, then as long as they take at most a tenth of the time, and the last"
+    assert made == [40, 630, 900, 1010], "the first, those that take at most a tenth of the time, and the last"
 
 
 @both_stages
@@ -270,7 +270,7 @@ def test_a_resumed_training_keeps_its_number_of_validation_images(stage, run_dir
 
 
 @both_stages
-def test_saving_the_best_weights_counts_as_time_of_validations(stage, run_dir, monkeypatch):
+def test_saving_the_best_weights_counts_as_validation_time(stage, run_dir, monkeypatch):
     original = best_weights.save_weights
     monkeypatch.setattr(best_weights, "save_weights", lambda *arguments: time.sleep(0.3) or original(*arguments))
     train(stage, run_dir, max_steps=3, max_minutes=10)
@@ -279,7 +279,7 @@ def test_saving_the_best_weights_counts_as_time_of_validations(stage, run_dir, m
 
 @both_stages
 @pytest.mark.slow
-def test_two_processes_keep_to_a_time_budget(stage, run_dir):
+def test_two_processes_stay_within_the_time_budget(stage, run_dir):
     name = {"tokenizer": "train-tokenizer", "prior": "train-prior"}[stage]
     result = command(name, "digits", *tiny_overrides(run_dir, **{f"{stage}_training__max_steps": "null", f"{stage}_training__max_minutes": 0.1}),
                      "--processes", "2")
@@ -288,8 +288,8 @@ def test_two_processes_keep_to_a_time_budget(stage, run_dir):
     assert state["validations"] > 2 and state["validated_step"] == state["step"] and 6 <= state["elapsed_seconds"] < 20
 
 
-def test_a_start_that_version_010_counted_uses_no_budget(run_dir):
-    """Stopped before the first step, its checkpoint has the time of the start-up, which may be all that there is."""
+def test_start_up_time_counted_by_version_0_1_0_uses_no_budget(run_dir):
+    """A checkpoint from before the first step contains the time of the start-up, which may exceed the whole budget."""
     checkpoint = RunFolder(run_dir).checkpoints("prior")
     train("prior", run_dir, max_steps=1, max_minutes=5)
     (path,) = CheckpointFolder(checkpoint).all()
@@ -301,7 +301,7 @@ def test_a_start_that_version_010_counted_uses_no_budget(run_dir):
     assert records[-1]["step"] == 2
 
 
-def test_a_finished_tokenizer_whose_logs_are_gone_is_exported_again(tmp_path):
+def test_a_finished_tokenizer_without_logs_is_exported_again(tmp_path):
     train("tokenizer", tmp_path)
     shutil.rmtree(tmp_path / "logs")
     shutil.rmtree(tmp_path / "tokenizer")
@@ -309,12 +309,12 @@ def test_a_finished_tokenizer_whose_logs_are_gone_is_exported_again(tmp_path):
     assert (tmp_path / "tokenizer/config.json").is_file()
 
 
-def test_few_validation_images_raise_no_false_alarm_about_the_codebook(tmp_path, capsys):
+def test_few_validation_images_give_no_warning_about_codebook_usage(tmp_path, capsys):
     train("tokenizer", tmp_path, max_steps=40, learning_rate=0.003, validation_images=2, usage_alarm=0.6)
     assert "of the codebook is in use" not in capsys.readouterr().out
 
 
-def test_sample_pictures_work_on_no_more_images_than_a_training_step(tiny_run, tmp_path, monkeypatch):
+def test_sample_pictures_use_micro_batches(tiny_run, tmp_path, monkeypatch):
     rows, decoded = [], []
     recipe = tiny_recipe(tiny_run, prior_training__batch_size=64, prior_training__accumulation_steps=16)
     save, prior = make_picture_saver(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
@@ -327,7 +327,7 @@ def test_sample_pictures_work_on_no_more_images_than_a_training_step(tiny_run, t
     assert max(rows) <= 4 and max(decoded) <= 4 and sum(decoded) == 80
 
 
-def test_the_pace_leaves_the_first_steps_out(clock):
+def test_pace_excludes_the_first_steps(clock):
     pace, averages = Pace(), []
     pace.start()
     for seconds in (9.0, 5.0, 3.0, 2.0, 2.0, 0.5, 0.7):
@@ -343,13 +343,13 @@ def test_progress_is_printed_if_the_output_is_not_a_terminal(stage, run_dir, mon
     monkeypatch.setattr(training_run, "LINE_SECONDS", 0.0)
     records = train(stage, run_dir, max_steps=8)
     lines = [line for line in capsys.readouterr().out.splitlines() if "per step overall" in line]
-    assert len(lines) == 8, "every step"
+    assert len(lines) == 8, "one line per step"
     loss = {"tokenizer": "reconstruction_loss", "prior": "nll"}[stage]
     logged = {record["step"]: record[loss] for record in records if record["kind"] == "train"}
     assert f"step 7 of 8, training {loss} {logged[6]:.4g} at step 6, " in lines[6] and lines[6].endswith("s left")
 
 
-def test_progress_lines_replace_a_bar(clock, monkeypatch):
+def test_progress_lines_replace_the_progress_bar(clock, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(tracking.sys, "stderr", out)
     lines = tracking.progress_bar(5000, 1000, "train", "image")
@@ -362,7 +362,7 @@ def test_progress_lines_replace_a_bar(clock, monkeypatch):
 
 
 @both_stages
-def test_long_validations_and_k_means_print_lines_too(stage, run_dir, monkeypatch, capsys):
+def test_long_validations_and_k_means_print_progress_lines(stage, run_dir, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "LINE_SECONDS", 0.0)
     train(stage, run_dir, max_steps=1, batch_size=16, validation_images=64)
     err = capsys.readouterr().err.splitlines()
@@ -386,7 +386,7 @@ def test_a_tokenizer_that_learned_nothing_is_exported_with_a_warning(learning_ra
     assert f"the squared error of the exported tokenizer is {last['reconstruction_l2']:.4g}. A flat grey image has" in capsys.readouterr().out
 
 
-def test_the_variance_of_the_validation_images_is_that_of_their_pixels(tmp_path, capsys):
+def test_validation_variance_is_the_variance_of_the_pixels(tmp_path, capsys):
     numbers = train("tokenizer", tmp_path, max_steps=60, learning_rate=0.003, weight_ema_decay=0)[-1]
     recipe = tiny_recipe(tmp_path)
     images = ValidationImages(open_splits(recipe.data).validation, ImageTransform(16, recipe.data.channels), 64)
@@ -400,9 +400,9 @@ def test_a_prior_that_learned_is_exported_without_a_warning(run_dir, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_codebook_with_more_codes_than_vectors_is_warned_about(tmp_path, capsys):
+def test_a_codebook_with_more_codes_than_vectors_gives_a_warning(tmp_path, capsys):
     train_tokenizer.train(tiny_recipe(tmp_path, tokenizer__quantizer="fsq", tokenizer__codebook_size=32768, tokenizer__code_dim=5,
                                       tokenizer_training__max_steps=1))
-    words = "warning: tokenizer.codebook_size is 32,768, but the 1,418 training images have only 22,688 latent vectors (4 x 4 each)"
+    warning = "warning: tokenizer.codebook_size is 32,768, but the 1,418 training images have only 22,688 latent vectors (4 x 4 each)"
     out = capsys.readouterr().out
-    assert words in out and out.index("plan") < out.index(words) < out.index("step 1:")
+    assert warning in out and out.index("plan") < out.index(warning) < out.index("step 1:")

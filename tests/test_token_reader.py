@@ -90,7 +90,7 @@ def test_labels_of_all_samples_in_stored_order(folder):
     assert copy.deepcopy(reader).labels_N.tolist() == reader.labels_N.tolist()
 
 
-@pytest.mark.parametrize(("change", "words"), [
+@pytest.mark.parametrize(("change", "message"), [
     (lambda sidecar: sidecar["offsets"].update(image=[offset + 1 for offset in sidecar["offsets"]["image"]]), "offsets of grid 'image' do not fit"),
     (lambda sidecar: sidecar["offsets"].update(image=[10**9] * PER_SHARD), "offsets of grid 'image' do not fit"),
     (lambda sidecar: sidecar.update(offsets={}), "offsets of grid 'image' do not fit"),

@@ -220,7 +220,7 @@ def test_finish_removes_shards_of_a_former_larger_set(damaged):
     assert audit_folder(damaged).passed
 
 
-@pytest.mark.parametrize(("change", "words"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"index": 10}, "source index 10 belongs to another shard"),
     ({"index": 1}, "exactly once"),
     ({"key": "a.b"}, "key is 'a.b'; allowed"),
@@ -383,7 +383,7 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("damage", "words"), [
+@pytest.mark.parametrize(("damage", "message"), [
     (lambda folder: (folder / "shard-000001.tar").unlink(), "shard-000001.tar is missing"),
     (lambda folder: os.truncate(folder / "shard-000001.tar", 5120), "has 5120 bytes; the manifest says"),
     (lambda folder: (folder / "shard-000001.json").unlink(), "shard-000001.json is missing"),
@@ -447,7 +447,7 @@ def forge(folder, shard_index, change, update_records=False):
     sidecar = json.loads(path.with_suffix(".json").read_text())
     samples = [(name.split(".")[0], json.loads(content)) for name, content in members if name.endswith(".json")]
     sidecar.update(keys=[key for key, _ in samples], count=len(samples), size=path.stat().st_size, offsets={grid.name: [] for grid in GRIDS},
-                sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+                   sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     for field, list_name in (("index", "indices"), ("label", "labels"), ("source", "sources")):
         sidecar[list_name] = [sample[field] for _, sample in samples]
     with tarfile.open(path) as tar:
@@ -496,7 +496,7 @@ def test_audit_of_a_clean_folder_passes(clean):
 
 
 @pytest.mark.parametrize("update_records", [False, True])
-@pytest.mark.parametrize(("change", "words"), [
+@pytest.mark.parametrize(("change", "messages"), [
     (without_source_12, ["source index 12 is neither stored"]),
     (source_13_twice, ["source index 13 (photos/bee/13.png) is stored 2 times"]),
     (source_13_in_place_of_12, ["source index 13 (photos/bee/13.png) is stored 2 times", "source index 12 is neither stored"]),
@@ -550,7 +550,7 @@ def test_audit_finds_wrong_offsets_and_missing_or_stray_files(damaged):
     (damaged / "shard-000009.tar").write_bytes(b"")
     problems = "\n".join(audit_folder(damaged).problems)
     for message in ("key 000000000: the sidecar's offset", "own digest", "shard-000001.tar: the file is missing",
-                  "shard-000009.tar: this file is not listed"):
+                    "shard-000009.tar: this file is not listed"):
         assert message in problems
 
 

@@ -1,4 +1,4 @@
-"""What both trainings share: refused steps, budgets, averages, checkpoints that are whole or not taken, signals, one process at a time."""
+"""Behaviour of both trainings: refused steps, budgets, weight averages, checkpoints, sample pictures, signals, locks and devices."""
 
 import dataclasses
 import functools
@@ -54,13 +54,13 @@ both_stages = pytest.mark.parametrize("stage", STAGES)
 
 @pytest.fixture
 def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens, in which nothing was trained."""
+    """A run folder with finished tokens and no training."""
     shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
     return tmp_path / "run"
 
 
 def train(stage: str, run_dir: Path, **changes) -> Path:
-    """Train a stage in this process; `changes` without a section are those of the stage's training. Returns its checkpoints."""
+    """Train a stage in this process and return its checkpoint folder. `changes` without a section are fields of the stage's training."""
     section = f"{stage}_training"
     fields = {name if "__" in name else f"{section}__{name}": value for name, value in changes.items()}
     STAGES[stage].train(tiny_recipe(run_dir, **fields))
@@ -76,7 +76,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def rewrite_checksums(checkpoint: Path) -> None:
-    """Make a doctored checkpoint look whole."""
+    """Update the checksums of a modified checkpoint, so that it counts as complete."""
     files = [path for path in checkpoint.iterdir() if path.name != "checksums.json"]
     write_json(checkpoint / "checksums.json", {path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in files})
 
@@ -87,7 +87,7 @@ def metrics(run_dir: Path, stage: str) -> list[tuple[str, int]]:
 
 
 def at_step(number: int, action: Callable[[], None], monkeypatch) -> None:
-    """Do something in the middle of training step `number`, once."""
+    """Call `action` in the middle of training step `number`."""
     original = TrainingRun.optimizer_step
 
     def optimizer_step(self, loss, progress, *commit, **keywords):
@@ -101,28 +101,28 @@ def at_step(number: int, action: Callable[[], None], monkeypatch) -> None:
 # --- refused steps ---------------------------------------------------------------------------------------------------------------
 
 
-def spoil(stage: str, when: Callable[[int], bool], how: str, monkeypatch) -> None:
-    """Make the loss, or only its gradient, non-finite in the steps for which `when(step)`."""
+def make_non_finite(stage: str, when: Callable[[int], bool], kind: str, monkeypatch) -> None:
+    """Make the loss, or only its gradient, non-finite in steps for which `when(step)` is true."""
     module, name = STAGES[stage], {"tokenizer": "reconstruction_loss", "prior": "next_token_loss"}[stage]
-    original, steps_begun = getattr(module, name), []
-    monkeypatch.setattr(module, "reseed_step", lambda *parts: steps_begun.append(parts[2]))
+    original, started_steps = getattr(module, name), []
+    monkeypatch.setattr(module, "reseed_step", lambda *parts: started_steps.append(parts[2]))
 
     def loss(*arguments):
         result = original(*arguments)
-        if steps_begun and when(steps_begun[-1]):
-            if how == "gradient":
+        if started_steps and when(started_steps[-1]):
+            if kind == "gradient":
                 result.register_hook(lambda gradient: gradient * torch.nan)
             else:
-                result = result * (torch.nan if how == "loss" else torch.inf)
+                result = result * (torch.nan if kind == "loss" else torch.inf)
         return result
 
     monkeypatch.setattr(module, name, loss)
 
 
-@pytest.mark.parametrize(("stage", "how"), [("tokenizer", "loss"), ("tokenizer", "gradient"), ("prior", "loss"), ("prior", "infinity"),
+@pytest.mark.parametrize(("stage", "kind"), [("tokenizer", "loss"), ("tokenizer", "gradient"), ("prior", "loss"), ("prior", "infinity"),
                                             ("prior", "gradient")])
-def test_a_non_finite_step_changes_nothing_and_is_counted(stage, how, run_dir, monkeypatch, capsys):
-    spoil(stage, lambda step: step == 2, how, monkeypatch)
+def test_a_non_finite_step_changes_nothing_and_is_counted(stage, kind, run_dir, monkeypatch, capsys):
+    make_non_finite(stage, lambda step: step == 2, kind, monkeypatch)
     checkpoints = train(stage, run_dir, max_steps=4, checkpoint_every=1, keep_checkpoints=9)
     before, after = (checkpoints / f"step-{step:08d}" for step in (2, 3))
     for name in ("model.safetensors", "weights_ema.safetensors"):
@@ -135,12 +135,12 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(stage, how, run_dir, m
     assert "step 2 refused" in capsys.readouterr().out
     final = weights(checkpoints / "step-00000004")
     assert all(torch.isfinite(tensor).all() for tensor in final.values() if tensor.is_floating_point())
-    assert any(not torch.equal(tensor, weights(after)[name]) for name, tensor in final.items()), "the next step is taken again"
+    assert any(not torch.equal(tensor, weights(after)[name]) for name, tensor in final.items()), "the next step updates the weights"
 
 
 @both_stages
-def test_too_many_refused_steps_end_the_run_in_words(stage, run_dir, monkeypatch):
-    spoil(stage, lambda step: step >= 1, "loss", monkeypatch)
+def test_too_many_refused_steps_end_the_run_with_an_error(stage, run_dir, monkeypatch):
+    make_non_finite(stage, lambda step: step >= 1, "loss", monkeypatch)
     with pytest.raises(InputError, match=rf"3 steps had a non-finite.*{stage}_training.max_refused_steps = 2.*learning_rate"):
         train(stage, run_dir, max_refused_steps=2)
     assert not RunFolder(run_dir).export(stage).exists()
@@ -157,24 +157,24 @@ def test_a_prior_without_any_finite_validation_is_exported_with_a_warning(run_di
 # --- averages, learning rate, budget ---------------------------------------------------------------------------------------------
 
 
-def test_the_weight_average_warms_its_decay_up_and_copies_buffers():
+def test_weight_average_warms_up_its_decay_and_copies_buffers():
     model = nn.BatchNorm1d(1)  # one weight, one bias and buffers
     average = make_average(model, decay=0.6)
-    by_hand = None
+    expected = None
     for n, value in enumerate([5.0, 7.0, 2.0, 9.0, 4.0, 1.0, 8.0, 3.0, 6.0, 10.0, 2.0, 5.0, 5.0, 1.0]):
         with torch.no_grad():
             model.weight.fill_(value)
             model.running_mean.fill_(-value)
         average.update_parameters(model)
         decay = min(0.6, (1 + n) / (10 + n))
-        by_hand = value if by_hand is None else decay * by_hand + (1 - decay) * value
-        assert float(average.module.weight) == pytest.approx(by_hand, rel=1e-5)
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert float(average.module.weight) == pytest.approx(expected, rel=1e-5)
         assert float(average.module.running_mean) == -value
-    assert (1 + 13) / (10 + 13) > 0.6, "the last step had reached the limit"
+    assert (1 + 13) / (10 + 13) > 0.6, "the last decay reached the limit"
     assert not average.module.training and not any(parameter.requires_grad for parameter in average.parameters())
 
 
-def test_warmup_and_what_follows():
+def test_learning_rate_warmup_and_schedules():
     assert learning_rate_share(0.0, 0.1, 0.05) == pytest.approx(1e-3)
     assert learning_rate_share(0.05, 0.1, 0.05) == pytest.approx(0.5)
     assert learning_rate_share(0.1, 0.1, 0.05) == pytest.approx(1.0)
@@ -188,20 +188,20 @@ def test_warmup_and_what_follows():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_the_learning_rate_of_each_step_is_in_the_log(run_dir, schedule):
+def test_the_learning_rate_of_each_step_is_logged(run_dir, schedule):
     train("prior", run_dir, max_steps=5, warmup_fraction=0.4, learning_rate=0.01, learning_rate_schedule=schedule, final_learning_rate=0.1)
     logged = [record["learning_rate"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "train")]
     assert logged == pytest.approx([0.01 * learning_rate_share(step / 5, 0.4, 0.1, schedule) for step in range(5)], rel=1e-4)
 
 
-def test_progress_by_steps_and_by_the_clock(monkeypatch):
+def test_progress_by_steps_and_by_time(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
     both = Budget(100, 1.0, elapsed_seconds=12.0)
-    now[0] += 7  # start-up, which is not counted
+    now[0] += 7  # the start-up does not count
     both.start()
     now[0] += 18
-    both.start()  # again changes nothing
+    both.start()  # a second call has no effect
     assert both.elapsed_seconds == pytest.approx(30)
     assert both.progress(10, both.elapsed_seconds) == pytest.approx(0.5)
     assert both.progress(80, both.elapsed_seconds) == pytest.approx(0.8)
@@ -212,7 +212,7 @@ def test_progress_by_steps_and_by_the_clock(monkeypatch):
     assert [format_duration(seconds) for seconds in (42, 185, 7800)] == ["42 s", "3 min 05 s", "2 h 10 min"]
 
 
-def test_a_wall_clock_budget_ends_validates_exports_and_survives_a_resume(run_dir, capsys):
+def test_a_time_budget_ends_with_validation_and_export_and_can_be_extended(run_dir, capsys):
     stage = "prior"
     checkpoints = train(stage, run_dir, max_steps="null", max_minutes=0.01, checkpoint_every=1)
     state = read_state(CheckpointFolder(checkpoints).all()[-1])
@@ -226,17 +226,17 @@ def test_a_wall_clock_budget_ends_validates_exports_and_survives_a_resume(run_di
 
 
 @both_stages
-def test_accumulated_parts_equal_one_batch(stage, run_dir, tmp_path):
-    """64 channels: with 32, one for each group of the norms, biases before a norm change nothing, and Adam makes steps of their rounding errors."""
-    shutil.copytree(run_dir, tmp_path / "parts")
+def test_gradient_accumulation_equals_one_batch(stage, run_dir, tmp_path):
+    """64 channels: with 32, one per group of the norms, biases before a norm have no effect, and Adam amplifies their rounding errors."""
+    shutil.copytree(run_dir, tmp_path / "accumulated")
     fields = {"max_steps": 4, "validate_every": 4, "tokenizer__channels": 64, "tokenizer__dropout": 0, "prior__dropout": 0}
-    whole = weights(train(stage, run_dir, **fields) / "step-00000004")
-    parts = weights(train(stage, tmp_path / "parts", accumulation_steps=4, **fields) / "step-00000004")
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-5, msg=name)
+    full_batch = weights(train(stage, run_dir, **fields) / "step-00000004")
+    accumulated = weights(train(stage, tmp_path / "accumulated", accumulation_steps=4, **fields) / "step-00000004")
+    for name in full_batch:
+        torch.testing.assert_close(accumulated[name], full_batch[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_batch_that_does_not_divide_is_refused(run_dir):
+def test_an_indivisible_batch_size_is_refused(run_dir):
     with pytest.raises(InputError, match=r"batch_size is 12.*accumulation_steps is 8"):
         train("prior", run_dir, batch_size=12, accumulation_steps=8)
 
@@ -266,7 +266,7 @@ def without_checksums(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "damage"), [("tokenizer", truncated), ("prior", truncated), ("prior", changed), ("prior", without_a_file),
                                                ("prior", without_checksums)])
-def test_a_damaged_checkpoint_makes_auto_take_the_one_before(stage, damage, run_dir, capsys):
+def test_auto_resume_skips_a_damaged_checkpoint(stage, damage, run_dir, capsys):
     checkpoints = train(stage, run_dir, max_steps=4)
     assert steps(checkpoints) == [2, 4]
     damage(checkpoints / "step-00000004")
@@ -276,14 +276,14 @@ def test_a_damaged_checkpoint_makes_auto_take_the_one_before(stage, damage, run_
     assert re.search(r"warning: .*step-00000004 is not complete", output) and "resumed at step 2" in output
     assert steps(checkpoints) == [4, 6] and not checkpoint_problems(checkpoints / "step-00000004")
     for kind in ("train", "validation"):
-        recorded = [step for each, step in metrics(run_dir, stage) if each == kind]
+        recorded = [step for recorded_kind, step in metrics(run_dir, stage) if recorded_kind == kind]
         assert recorded == sorted(set(recorded)), "metrics.jsonl was cut back to the checkpoint"
 
 
 @both_stages
 @pytest.mark.parametrize("lose", [shutil.rmtree, lambda checkpoints: [shutil.rmtree(path) for path in checkpoints.glob("step-*")],
                                   lambda checkpoints: [truncated(path) for path in checkpoints.glob("step-*")]], ids=["all", "steps", "damaged"])
-def test_a_training_whose_checkpoints_are_lost_does_not_replace_its_export(stage, lose, run_dir, tmp_path):
+def test_training_with_lost_checkpoints_does_not_replace_its_export(stage, lose, run_dir, tmp_path):
     checkpoints = train(stage, run_dir, max_steps=4)
     shutil.copytree(checkpoints, tmp_path / "safe")
     export = {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
@@ -293,9 +293,9 @@ def test_a_training_whose_checkpoints_are_lost_does_not_replace_its_export(stage
         train(stage, run_dir, max_steps=6)
     assert f"--redo {stage}" in str(caught.value)
     assert export == {path.name: path.read_bytes() for path in (run_dir / stage).iterdir()}
-    assert record == (run_dir / f"stages/{stage}.json").read_bytes(), "the old budget still holds"
+    assert record == (run_dir / f"stages/{stage}.json").read_bytes(), "the record keeps the old budget"
     if not list(checkpoints.glob("step-*")):
-        with pytest.raises(InputError, match="has written"):  # without loading torch
+        with pytest.raises(InputError, match="has written"):  # this check does not load torch
             check_before_start(tiny_recipe(run_dir, **{f"{stage}_training__max_steps": 6}), stage, alone=False)
     shutil.rmtree(checkpoints, ignore_errors=True)
     shutil.copytree(tmp_path / "safe", checkpoints)
@@ -303,7 +303,7 @@ def test_a_training_whose_checkpoints_are_lost_does_not_replace_its_export(stage
     assert steps(checkpoints) == [4, 6]
 
 
-def test_a_training_that_lost_export_and_checkpoints_asks_before_it_starts_anew(run_dir):
+def test_training_with_lost_export_and_checkpoints_restarts_only_with_resume_never(run_dir):
     checkpoints = train("prior", run_dir, max_steps=2)
     shutil.rmtree(checkpoints)
     shutil.rmtree(run_dir / "prior")
@@ -320,36 +320,36 @@ def test_the_newest_checkpoints_are_kept(keep, run_dir):
     assert not list(checkpoints.glob(".partial-*"))
 
 
-def test_never_is_refused_while_a_checkpoint_exists(run_dir):
+def test_resume_never_is_refused_if_a_checkpoint_exists(run_dir):
     train("prior", run_dir, max_steps=2, resume="never")
     with pytest.raises(InputError, match=r"resume is 'never', but .*step-00000002 exists"):
         train("prior", run_dir, max_steps=4, resume="never")
 
 
-def test_going_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(run_dir, capsys, monkeypatch):
+def test_resuming_from_an_older_checkpoint_removes_newer_ones(run_dir, capsys, monkeypatch):
     stage = "prior"
     checkpoints = train(stage, run_dir, max_steps=6, keep_checkpoints=9)
-    straight = weights(checkpoints / "step-00000006")
+    earlier = weights(checkpoints / "step-00000006")
     older = checkpoints / "step-00000002"
-    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)  # after step-00000004 was written again
+    at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)  # after step-00000004 is written again
     with pytest.raises(Interrupted):
         train(stage, run_dir, max_steps=7, keep_checkpoints=9, resume=older)
-    assert steps(checkpoints) == [2, 4, 5], "step 6 was of another course"
+    assert steps(checkpoints) == [2, 4, 5], "step 6 was from the earlier training"
     monkeypatch.undo()
     train(stage, run_dir, max_steps=7, keep_checkpoints=9)
     assert "resumed at step 5" in capsys.readouterr().out
     assert steps(checkpoints) == [2, 4, 5, 6, 7]
-    assert not all(torch.equal(tensor, straight[name]) for name, tensor in weights(checkpoints / "step-00000006").items()), "another schedule"
+    assert not all(torch.equal(tensor, earlier[name]) for name, tensor in weights(checkpoints / "step-00000006").items()), "the learning rates differ"
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_the_checkpoint_just_written_is_never_the_one_removed(keep, run_dir):
+def test_the_newly_written_checkpoint_is_never_removed(keep, run_dir):
     checkpoints = train("prior", run_dir, max_steps=8, keep_checkpoints=9)
     train("prior", run_dir, max_steps=9, keep_checkpoints=keep, resume=checkpoints / "step-00000002", checkpoint_every=3)
     assert steps(checkpoints) == [6, 9][-keep:]
 
 
-def test_resume_refuses_what_is_no_checkpoint_of_this_stage(run_dir):
+def test_resume_refuses_missing_checkpoints_and_those_of_other_stages(run_dir):
     checkpoints = train("prior", run_dir, max_steps=2)
     with pytest.raises(InputError, match=r"not a complete checkpoint.*Complete checkpoints here.*step-00000002"):
         train("prior", run_dir, max_steps=4, resume=run_dir / "nowhere")
@@ -366,7 +366,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(stage, run_dir):
         train(stage, run_dir, max_steps=4)
 
 
-def test_a_resumed_training_takes_the_number_of_threads_that_it_began_with(run_dir):
+def test_resumed_training_keeps_its_number_of_threads(run_dir):
     checkpoints = train("prior", run_dir, max_steps=2)
     assert read_state(checkpoints / "step-00000002")["threads"] == 1
     write_json(checkpoints / "step-00000002/trainer_state.json", read_state(checkpoints / "step-00000002") | {"threads": 2})
@@ -386,9 +386,9 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_no_checkpoint_runs_code(name, form, run_dir, tmp_path, monkeypatch):
-    trace = tmp_path / "trace"
-    monkeypatch.setenv("VQMOSAIC_TEST_TRACE", str(trace))
+def test_checkpoints_cannot_run_code(name, form, run_dir, tmp_path, monkeypatch):
+    marker = tmp_path / "marker"
+    monkeypatch.setenv("VQMOSAIC_TEST_TRACE", str(marker))
     checkpoint = train("prior", run_dir, max_steps=2) / "step-00000002"
     if form == "torch":
         torch.save({"state": Malicious()}, checkpoint / name)
@@ -398,17 +398,17 @@ def test_no_checkpoint_runs_code(name, form, run_dir, tmp_path, monkeypatch):
     if name == "optimizer.bin":
         with pytest.raises(InputError, match="more than tensors and numbers"):
             train("prior", run_dir, max_steps=4)
-    else:  # nothing is taken from the random states: what is random is counted, not carried
+    else:  # random states are not loaded, because randomness depends on the step only
         train("prior", run_dir, max_steps=4)
-    assert not trace.exists()
+    assert not marker.exists()
 
 
-def test_best_weights_are_those_of_the_checkpoint_that_was_resumed(run_dir, monkeypatch):
-    """On a GPU or by the clock a second course may not find the best weights that a killed one left beside the checkpoints."""
+def test_best_weights_come_from_the_resumed_checkpoint(run_dir, monkeypatch):
+    """A killed training may leave better weights beside the checkpoints, which a resumed training on a GPU or with a time budget may not reach."""
     checkpoints = train("prior", run_dir, max_steps=3)
     best = load_file(checkpoints / "step-00000003/best.safetensors")
     stale = {name: tensor + 1 for name, tensor in best.items()}
-    (checkpoints / "best.safetensors").unlink()  # it is a link to the checkpoint's
+    (checkpoints / "best.safetensors").unlink()  # it is a hard link to the file in the checkpoint
     save_file(stale, checkpoints / "best.safetensors")
     monkeypatch.setattr(train_prior, "validate", lambda *arguments: {"nll": 99.0, "bits_per_image": 99.0, "accuracy": 0.0})
     train("prior", run_dir, max_steps=5)
@@ -417,7 +417,7 @@ def test_best_weights_are_those_of_the_checkpoint_that_was_resumed(run_dir, monk
     assert all(torch.equal(tensor, exported[name.removeprefix("model.")]) for name, tensor in best.items())
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+def test_metrics_are_truncated_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [("train", 1), ("train", 2), ("validation", 2), ("train", 3), ("train", 4), ("validation", 4), ("train", 5)]
     path.write_text("".join(json.dumps({"step": step, "kind": kind}) + "\n" for kind, step in records) + '{"step": 6, "ki')
@@ -431,7 +431,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 
 def assert_shows_images(picture: Path, size: int = 16) -> None:
-    """Each place of the picture has an image on it and no bare surface, and they are not all the same one."""
+    """Check that each cell of the picture contains an image with some contrast, and that not all images are equal."""
     scale, step = 64 // size, size + GAP_PIXELS
     with Image.open(picture) as image:
         canvas = np.asarray(image)[::scale, ::scale]
@@ -441,7 +441,7 @@ def assert_shows_images(picture: Path, size: int = 16) -> None:
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (10, [7])])
-def test_samples_are_pictured_every_so_many_steps_and_at_the_end(every, expected, tiny_run, run_dir):
+def test_sample_pictures_are_saved_at_validations_and_at_the_end(every, expected, tiny_run, run_dir):
     train_prior_with_pictures(["digits", *tiny_overrides(run_dir, tokens__tokenizer=tiny_run / "tokenizer", prior_training__max_steps=7,
                                                          prior_training__validate_every=every)])
     pictures = sorted((RunFolder(run_dir).logs("prior") / "samples").iterdir())
@@ -455,29 +455,29 @@ def test_samples_are_pictured_every_so_many_steps_and_at_the_end(every, expected
 
 @pytest.mark.parametrize(("stage", "number", "code"), [("tokenizer", signal.SIGTERM, 143), ("prior", signal.SIGTERM, 143),
                                                        ("prior", signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_rerun_ends_like_a_straight_run(stage, number, code, run_dir, tmp_path, monkeypatch, capsys):
-    shutil.copytree(run_dir, tmp_path / "straight")
-    train(stage, tmp_path / "straight")
+def test_a_signal_saves_a_checkpoint_and_the_rerun_equals_an_uninterrupted_run(stage, number, code, run_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_dir, tmp_path / "uninterrupted")
+    train(stage, tmp_path / "uninterrupted")
     handler = signal.getsignal(number)
     at_step(3, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(Interrupted, match="saved at step 4") as stopped:
+    with pytest.raises(Interrupted, match="saved at step 4") as caught:
         train(stage, run_dir)
-    assert stopped.value.exit_code == code
+    assert caught.value.exit_code == code
     assert signal.getsignal(number) is handler
     monkeypatch.undo()
     train(stage, run_dir)
     assert "resumed at step 4" in capsys.readouterr().out
-    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "straight" / stage / "model.safetensors").read_bytes()
-    assert metrics(run_dir, stage) == metrics(tmp_path / "straight", stage)
+    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "uninterrupted" / stage / "model.safetensors").read_bytes()
+    assert metrics(run_dir, stage) == metrics(tmp_path / "uninterrupted", stage)
 
 
 @both_stages
-def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run_dir, tmp_path, monkeypatch, capsys):
-    shutil.copytree(run_dir, tmp_path / "straight")
-    train(stage, tmp_path / "straight")
+def test_a_signal_interrupts_a_validation_and_the_rerun_repeats_it(stage, run_dir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_dir, tmp_path / "uninterrupted")
+    train(stage, tmp_path / "uninterrupted")
     seen = []
 
-    def interrupted_at_the_second_batch(batches):
+    def interrupt_at_the_second_batch(batches):
         for number, batch in enumerate(batches):
             seen.append(number)
             if len(seen) == 2:
@@ -486,13 +486,13 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
 
     if stage == "tokenizer":
         images, original = tokenizer_validation.ValidationImages, tokenizer_validation.ValidationImages.batches
-        monkeypatch.setattr(images, "batches", lambda *arguments: interrupted_at_the_second_batch(original(*arguments)))
+        monkeypatch.setattr(images, "batches", lambda *arguments: interrupt_at_the_second_batch(original(*arguments)))
     else:
         original = train_prior.validation_batches
-        monkeypatch.setattr(train_prior, "validation_batches", lambda *arguments: interrupted_at_the_second_batch(original(*arguments)))
+        monkeypatch.setattr(train_prior, "validation_batches", lambda *arguments: interrupt_at_the_second_batch(original(*arguments)))
     with pytest.raises(Interrupted):
         train(stage, run_dir)
-    assert seen == [0, 1], "four batches were there"
+    assert seen == [0, 1], "there were four batches"
     state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])
     assert state | {"elapsed_seconds": 0, "validation_seconds": 0, "guard": {}} == {
         "step": 3, "elapsed_seconds": 0, "refused_steps": 0, "validated_step": 0, "validated_seconds": 0.0, "validation_seconds": 0, "validations": 0,
@@ -502,12 +502,12 @@ def test_a_signal_cuts_a_validation_short_and_the_rerun_makes_it_anew(stage, run
     monkeypatch.undo()
     train(stage, run_dir)
     assert "resumed at step 3" in capsys.readouterr().out
-    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "straight" / stage / "model.safetensors").read_bytes()
-    assert metrics(run_dir, stage) == metrics(tmp_path / "straight", stage)
+    assert (run_dir / stage / "model.safetensors").read_bytes() == (tmp_path / "uninterrupted" / stage / "model.safetensors").read_bytes()
+    assert metrics(run_dir, stage) == metrics(tmp_path / "uninterrupted", stage)
 
 
-def test_a_signal_cuts_sample_pictures_short(tiny_run, run_dir, tmp_path):
-    """And guidance is left out where the prior knows no null class."""
+def test_a_signal_stops_sample_pictures(tiny_run, run_dir, tmp_path):
+    """Also checks that guidance is left out if the prior has no null class."""
     recipe = tiny_recipe(run_dir, tokens__tokenizer=tiny_run / "tokenizer", sampling__guidance_scale=2.0)
     save, prior = make_picture_saver(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
     with StopFlag() as stop:
@@ -522,14 +522,14 @@ def test_a_signal_cuts_sample_pictures_short(tiny_run, run_dir, tmp_path):
         assert_shows_images(path)
 
 
-def test_a_second_signal_ends_at_once():
+def test_the_first_signal_restores_the_default_handlers():
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
-def test_sigterm_from_outside_exits_143_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_exits_with_143_and_the_same_command_resumes(tmp_path):
     command = [sys.executable, "-m", "stage1_tokenizer.train", "digits",
                *tiny_overrides(tmp_path / "run", tokenizer_training__max_steps=20, tokenizer_training__checkpoint_every=50)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -538,26 +538,26 @@ def test_sigterm_from_outside_exits_143_and_the_same_command_goes_on(tmp_path):
         if "step 3:" in line:
             break
     process.send_signal(signal.SIGTERM)
-    _, words = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "stopped by SIGTERM; tokenizer saved at step" in words and "Traceback" not in words
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step" in again.stdout and "after 20 steps" in again.stdout
+    assert "stopped by SIGTERM; tokenizer saved at step" in err and "Traceback" not in err
+    rerun = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert rerun.returncode == 0, rerun.stderr
+    assert "resumed at step" in rerun.stdout and "after 20 steps" in rerun.stdout
 
 
 # --- one process at a time, devices ----------------------------------------------------------------------------------------------
 
 
 @both_stages
-def test_a_run_that_is_in_use_is_refused_in_words(stage, run_dir, monkeypatch):
+def test_a_run_in_use_is_refused(stage, run_dir, monkeypatch):
     monkeypatch.setattr(run_folder, "LOCK_WAIT_SECONDS", 0.3)
     with RunFolder(run_dir).lock(), pytest.raises(InputError, match=f"in use by process {os.getpid()}"):
         train(stage, run_dir)
-    assert not RunFolder(run_dir).record(stage).exists(), "nothing was touched"
+    assert not RunFolder(run_dir).record(stage).exists(), "nothing is written"
 
 
-def test_a_restart_waits_for_the_process_that_is_going(run_dir):
+def test_a_restart_waits_for_the_running_process(run_dir):
     holder = subprocess.Popen([sys.executable, "-c", "import sys, time; from pathlib import Path; from vqmosaic.runs.run_folder import RunFolder\n"
                                f"with RunFolder(Path({str(run_dir)!r})).lock(): print('held', flush=True); time.sleep(1.5)"],
                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -569,13 +569,13 @@ def test_a_restart_waits_for_the_process_that_is_going(run_dir):
 
 
 def test_stages_of_one_process_may_differ_in_precision_and_threads(run_dir, monkeypatch):
-    """In `vqmosaic run` all stages share a process, and what one has set must not reach the next."""
+    """`vqmosaic run` runs all stages in one process, so the settings of one stage must not affect the next."""
     recipe = tiny_recipe(run_dir, tokenizer_training__mixed_precision="no", prior_training__mixed_precision="bf16",
                          prior_training__accumulation_steps=2)
     first, second = (recipe.tokenizer_training, "no", 1), (recipe.prior_training, "bf16", 2)
-    for training, precision, parts in (first, second, first):
+    for training, precision, accumulation_steps in (first, second, first):
         accelerator = make_accelerator(training, str(run_dir))
-        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (precision, parts)
+        assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == (precision, accumulation_steps)
         accelerator.end_training()
     monkeypatch.delenv("OMP_NUM_THREADS")
     try:
@@ -597,8 +597,8 @@ def test_precision_by_device(monkeypatch):
 
 
 @both_stages
-def test_bf16_trains_on_a_cpu_and_what_is_validated_is_float32(stage, run_dir, monkeypatch):
-    """Without a weight average the model in training itself is validated, around which Accelerate has put its autocast."""
+def test_bf16_training_on_a_cpu_validates_in_float32(stage, run_dir, monkeypatch):
+    """Without a weight average, validation uses the trained model itself, which Accelerate has wrapped with autocast."""
     if stage == "tokenizer":
         dtypes = []
         original = tokenizer_validation.ImageTokenizer.latents
@@ -612,8 +612,8 @@ def test_bf16_trains_on_a_cpu_and_what_is_validated_is_float32(stage, run_dir, m
         assert {dtype for training, dtype in dtypes if not training} == {torch.float32}
 
 
-def test_trackers_go_on_where_a_resumed_training_does(tmp_path):
-    """TensorBoard is told to hide what comes again, wandb gets the identifier of the run that it knows; a new training is another run."""
+def test_trackers_continue_with_a_resumed_training(tmp_path):
+    """TensorBoard purges repeated steps, and wandb gets the id of the existing run. A new training gets a new id."""
     first = tracker_resume_arguments(tmp_path, 0)
     resumed = tracker_resume_arguments(tmp_path, 40)
     assert first["tensorboard"] == {} and resumed["tensorboard"] == {"purge_step": 41}

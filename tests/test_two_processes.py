@@ -33,8 +33,8 @@ RANK_INDEPENDENT = {
 
 
 def start(stage: str, run_dir: Path, processes: int, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
-    options = ["--processes", str(processes)] if accelerate_config is None else ["--accelerate_config", f"configs/accelerate/{accelerate_config}.yaml"]
-    command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes), *options]
+    flags = ["--processes", str(processes)] if accelerate_config is None else ["--accelerate_config", f"configs/accelerate/{accelerate_config}.yaml"]
+    command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes), *flags]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

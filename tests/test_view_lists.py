@@ -21,7 +21,7 @@ def test_lists_are_parsed_and_saved(tmp_path):
     assert load_recipe(str(tmp_path / "saved.yaml"), ["--tokens.views", "ten-crop"]).tokens.views == "ten-crop"
 
 
-@pytest.mark.parametrize(("views", "words"), [
+@pytest.mark.parametrize(("views", "message"), [
     ([], "tokens.views is an empty list"), (["flip"], r"tokens.views\[0\] is 'flip'; it must be a record"),
     ([{}, {"flp": True}], r"tokens.views\[1\]: a field is 'flp'; allowed: crop_scale, position, flip, shift. Did you mean 'flip'"),
     ([{}, {"flip": "yes"}], r"tokens.views\[1\].flip is 'yes'; it must be true or false"),
@@ -36,7 +36,7 @@ def test_invalid_lists_are_rejected(views, message):
         TokensConfig(views=views)
 
 
-@pytest.mark.parametrize(("override", "words"), [
+@pytest.mark.parametrize(("override", "message"), [
     ("--tokens.views=[{}, {shift: [16, 0]}]", r"tokens.views\[1\].shift: an entry is 16; it must be above -16"),
     ("--tokens.views=[{flip: true}]", "tokens.views mirrors images"), ("--tokens.views=ten-crop", "tokens.views mirrors images"),
     ("--tokens.view_crop_scale=1.5", "tokens.view_crop_scale is 1.5")])

@@ -1,4 +1,4 @@
-"""The vocabulary: which id means what, on paper and in its file."""
+"""The vocabulary: layout of ids, conversion, saving and loading."""
 
 import json
 
@@ -10,14 +10,14 @@ from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
-ONE = {"grids": [Grid(name="image", codebook_size=16, height=2, width=3)], "class_names": ["ant", "bee", "cat"],
-       "token_fingerprint": "f" * 64, "label_drop": 0.1}
-TWO = ONE | {"grids": [Grid(name="coarse", codebook_size=4, height=1, width=2),
-                       Grid(name="fine", codebook_size=10, height=1, width=2, depth=2)]}
+ONE_GRID = {"grids": [Grid(name="image", codebook_size=16, height=2, width=3)], "class_names": ["ant", "bee", "cat"],
+            "token_fingerprint": "f" * 64, "label_drop": 0.1}
+TWO_GRIDS = ONE_GRID | {"grids": [Grid(name="coarse", codebook_size=4, height=1, width=2),
+                                  Grid(name="fine", codebook_size=10, height=1, width=2, depth=2)]}
 
 
 def test_layout_of_one_grid():
-    vocabulary = Vocabulary(**ONE)
+    vocabulary = Vocabulary(**ONE_GRID)
     assert (vocabulary.num_tokens, vocabulary.num_codes, vocabulary.most_codes, vocabulary.num_classes) == (6, 16, 16, 3)
     assert (vocabulary.size, vocabulary.null_id, vocabulary.suppressed_ids) == (20, 19, [16, 17, 18, 19])
     assert vocabulary.code_ranges == [(0, 16)] and vocabulary.position_ranges() == [(0, 16)] * 6
@@ -25,15 +25,15 @@ def test_layout_of_one_grid():
 
 
 def test_layout_of_two_grids():
-    vocabulary = Vocabulary(**TWO)
+    vocabulary = Vocabulary(**TWO_GRIDS)
     assert vocabulary.code_ranges == [(0, 4), (4, 14)] and vocabulary.most_codes == 10
     assert vocabulary.position_ranges() == [(0, 4)] * 2 + [(4, 14)] * 4
     assert vocabulary.offsets_T.tolist() == [0, 0, 4, 4, 4, 4] and vocabulary.offsets_T.dtype == np.int64
     assert vocabulary.class_id(0) == 14 and vocabulary.null_id == 17 and vocabulary.size == 18
 
 
-def test_without_classes_only_the_null_class_is_left():
-    vocabulary = Vocabulary(**(ONE | {"class_names": None}))
+def test_vocabulary_without_classes_has_only_the_null_class():
+    vocabulary = Vocabulary(**(ONE_GRID | {"class_names": None}))
     assert (vocabulary.num_classes, vocabulary.size, vocabulary.null_id) == (0, 17, 16)
     assert vocabulary.condition_ids(torch.tensor([NO_CLASS, NO_CLASS])).tolist() == [16, 16]
     with pytest.raises(InputError, match="trained without classes"):
@@ -41,27 +41,27 @@ def test_without_classes_only_the_null_class_is_left():
 
 
 @pytest.mark.parametrize("kind", [np.array, torch.tensor])
-@pytest.mark.parametrize("fields", [ONE, TWO])
-def test_ids_go_into_the_vocabulary_and_back(kind, fields):
+@pytest.mark.parametrize("fields", [ONE_GRID, TWO_GRIDS])
+def test_conversion_between_grid_ids_and_vocabulary_ids(kind, fields):
     vocabulary = Vocabulary(**fields)
     ids_BT = kind([[0, 3, 0, 9, 1, 2], [1, 0, 5, 0, 0, 9]])
-    inside_BT = vocabulary.to_vocabulary(ids_BT)
-    assert type(inside_BT) is type(ids_BT) and inside_BT.dtype == ids_BT.dtype
+    vocabulary_ids_BT = vocabulary.to_vocabulary(ids_BT)
+    assert type(vocabulary_ids_BT) is type(ids_BT) and vocabulary_ids_BT.dtype == ids_BT.dtype
     for position, (start, stop) in enumerate(vocabulary.position_ranges()):
-        assert all(start <= id < stop for id in inside_BT[:, position].tolist())
-        assert vocabulary.to_vocabulary_at(position, ids_BT[:, position]).tolist() == inside_BT[:, position].tolist()
-    assert vocabulary.to_grid_ids(inside_BT).tolist() == ids_BT.tolist()
+        assert all(start <= id < stop for id in vocabulary_ids_BT[:, position].tolist())
+        assert vocabulary.to_vocabulary_at(position, ids_BT[:, position]).tolist() == vocabulary_ids_BT[:, position].tolist()
+    assert vocabulary.to_grid_ids(vocabulary_ids_BT).tolist() == ids_BT.tolist()
     assert vocabulary.condition_ids(kind([0, 2, NO_CLASS])).tolist() == [vocabulary.class_id(0), vocabulary.class_id(2), vocabulary.null_id]
 
 
 @pytest.mark.parametrize("index", [-1, 3, 100])
-def test_a_class_that_there_is_not_is_answered_with_those_there_are(index):
+def test_error_for_an_invalid_class_lists_valid_classes(index):
     with pytest.raises(InputError, match=rf"{index}; allowed: 0 \(ant\) to 2 \(cat\)"):
-        Vocabulary(**ONE).class_id(index)
+        Vocabulary(**ONE_GRID).class_id(index)
 
 
-@pytest.mark.parametrize("fields", [ONE, TWO, ONE | {"class_names": None}])
-def test_saved_and_loaded_it_is_the_same(tmp_path, fields):
+@pytest.mark.parametrize("fields", [ONE_GRID, TWO_GRIDS, ONE_GRID | {"class_names": None}])
+def test_saving_and_loading(tmp_path, fields):
     Vocabulary(**fields).save(tmp_path)
     assert Vocabulary.load(tmp_path) == Vocabulary(**fields)
 
@@ -79,8 +79,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, fields):
     ({"grids": [{"name": "image", "codes": 3}]}, "codes"),
     ({"grids": None}, "must be a list"),
 ])
-def test_a_file_that_is_not_understood_is_refused(tmp_path, change, words):
-    Vocabulary(**ONE).save(tmp_path)
+def test_invalid_file_is_refused(tmp_path, change, words):
+    Vocabulary(**ONE_GRID).save(tmp_path)
     path = tmp_path / "vocabulary.json"
     content = json.loads(path.read_text()) | change
     if change == {"label_drop": None}:
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_understood_is_refused(tmp_path, change, words):
     assert str(path) in str(caught.value)
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path):
+def test_error_for_a_missing_or_broken_file_names_it(tmp_path):
     with pytest.raises(InputError, match=r"vocabulary\.json is missing"):
         Vocabulary.load(tmp_path)
     (tmp_path / "vocabulary.json").write_text("{")

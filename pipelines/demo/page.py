@@ -38,6 +38,7 @@ from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
 from stage1_tokenizer.pictures import tile_images, to_picture, viewing_scale
+from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import StopFlag
@@ -208,9 +209,8 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
     """Build the page of a pipeline without serving it. Its Python code uses `folder`. Its attribute `worker` runs the computations."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
     side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.config.codebook_size
-    unguided = ("Off, because the prior was trained without classes." if names is None else
-                "Off, because the prior was trained with label_drop 0 and has not learned the null class that guidance needs."
-                if pipe.prior.vocabulary.label_drop == 0 else None)
+    why = why_unguided(names, pipe.prior.vocabulary.label_drop)
+    unguided = why and f"Off, because the prior {why}."
     picture_options = {"format": "png", "interactive": False, "elem_classes": ["pixels", "below-label"]}
 
     with gr.Blocks(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:

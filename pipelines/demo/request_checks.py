@@ -18,6 +18,7 @@ from PIL import Image
 from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
+from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range, nearest_name
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 
@@ -82,7 +83,7 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
             raise InputError(f"There is no class {shown_value(name)}.{f' Did you mean {nearest!r}?' if nearest else ''}")
     sampling = {control.name: checked_number(control.label, value, control.minimum, control.maximum, is_whole=control.step == 1)
                 for control, value in zip(sampling_controls(pipe), settings, strict=True)}
-    if sampling["guidance_scale"] != 1 and not (names and pipe.prior.vocabulary.label_drop):
+    if sampling["guidance_scale"] != 1 and why_unguided(pipe.class_names, pipe.prior.vocabulary.label_drop):
         raise InputError(f"Guidance scale is {sampling['guidance_scale']}; it must be 1, because this prior does not support guidance.")
     count = checked_number(number_label(pipe), number, 1, image_limit(pipe), is_whole=True)
     seed = secrets.randbelow(2**31) if seed is None else checked_number("Seed", seed, 0, MAX_SEED, is_whole=True)

@@ -50,7 +50,7 @@ def longer_training_hint(recipe: Recipe) -> str:
     if None in minutes:
         return ""
     option = f"--minutes {sum(minutes) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {minutes[0] * 2:g}"
-    return f". The budget was {minutes[0]:g} minutes for the tokenizer and {minutes[1]:g} for the prior. To train longer, add {option} --redo tokens"
+    return f". The budget was {minutes[0]:g} min for the tokenizer and {minutes[1]:g} min for the prior. To train longer, add {option} --redo tokens"
 
 
 def record_recipe(recipe: Recipe) -> Path:

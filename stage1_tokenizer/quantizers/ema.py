@@ -2,8 +2,8 @@
 
 import torch
 
-from stage1_tokenizer.quantizers.nearest_code import code_sums, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
+from stage1_tokenizer.quantizers.operations.nearest_code import code_sums, random_codebook
 
 LAPLACE_EPS = 1e-5
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from stage1_tokenizer.quantizers.nearest_code import random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
+from stage1_tokenizer.quantizers.operations.nearest_code import random_codebook
 
 
 class GradientQuantizer(NearestCodeQuantizer):

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, straight_through_softmax
-from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_score_ids, nearest_codes, random_codebook
+from stage1_tokenizer.quantizers.operations.gradient_paths import check_all_codes_fit, straight_through_softmax
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision, kmeans, lowest_score_ids, nearest_codes, random_codebook
+from stage1_tokenizer.quantizers.operations.seeded_layers import seeded_linear
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
-from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
 
 FINAL_TEMPERATURE_RATIO = 1 / 16  # final / initial temperature (Ramesh et al. 2021, appendix A.2)
 KL_SCALE = 0.005

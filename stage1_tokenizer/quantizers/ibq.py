@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from stage1_tokenizer.quantizers.entropies import entropy_loss_of_logits
-from stage1_tokenizer.quantizers.gradient_paths import check_all_codes_fit, straight_through_softmax
-from stage1_tokenizer.quantizers.nearest_code import full_precision, kmeans, lowest_score_ids, random_codebook
+from stage1_tokenizer.quantizers.operations.entropies import entropy_loss_of_logits
+from stage1_tokenizer.quantizers.operations.gradient_paths import check_all_codes_fit, straight_through_softmax
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision, kmeans, lowest_score_ids, random_codebook
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 
 

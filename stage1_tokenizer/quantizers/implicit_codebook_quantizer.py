@@ -5,10 +5,10 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
-from stage1_tokenizer.quantizers.gradient_paths import straight_through
-from stage1_tokenizer.quantizers.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.gradient_paths import straight_through
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.seeded_layers import seeded_linear
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
-from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
 
 
 class ImplicitCodebookQuantizer(Quantizer):

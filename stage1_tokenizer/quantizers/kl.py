@@ -4,9 +4,9 @@ from typing import ClassVar, NoReturn
 
 import torch
 
-from stage1_tokenizer.quantizers.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
+from stage1_tokenizer.quantizers.operations.seeded_layers import seeded_linear
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
-from stage1_tokenizer.quantizers.seeded_layers import seeded_linear
 from vqmosaic.errors import InputError
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.quantizers.entropies import entropy_loss_of_bits
 from stage1_tokenizer.quantizers.implicit_codebook_quantizer import ImplicitCodebookQuantizer
+from stage1_tokenizer.quantizers.operations.entropies import entropy_loss_of_bits
 from vqmosaic.recipes.quantizer_sizes import lfq_bits
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from stage1_tokenizer.quantizers.codebook_quantizer import CodebookQuantizer
-from stage1_tokenizer.quantizers.gradient_paths import choose_gradient_path
-from stage1_tokenizer.quantizers.nearest_code import code_sums, kmeans, nearest_codes
+from stage1_tokenizer.quantizers.operations.gradient_paths import choose_gradient_path
+from stage1_tokenizer.quantizers.operations.nearest_code import code_sums, kmeans, nearest_codes
 from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 
 

@@ -8,9 +8,9 @@ from torch import nn
 from stage1_tokenizer.quantizers.codebook_quantizer import sum_over_ranks
 from stage1_tokenizer.quantizers.ema import EMAQuantizer
 from stage1_tokenizer.quantizers.gradient import GradientQuantizer
-from stage1_tokenizer.quantizers.gradient_paths import choose_gradient_path
-from stage1_tokenizer.quantizers.nearest_code import kmeans, nearest_codes
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
+from stage1_tokenizer.quantizers.operations.gradient_paths import choose_gradient_path
+from stage1_tokenizer.quantizers.operations.nearest_code import kmeans, nearest_codes
 from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 from vqmosaic.seeding import derive_seed

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stage1_tokenizer.quantizers.nearest_code import full_precision, random_codebook
 from stage1_tokenizer.quantizers.nearest_code_quantizer import NearestCodeQuantizer
+from stage1_tokenizer.quantizers.operations.nearest_code import full_precision, random_codebook
 
 PINV_RTOL = 1e-3  # the pseudo-inverse drops singular values below this fraction of the largest
 

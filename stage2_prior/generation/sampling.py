@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from stage2_prior.generation.decoding import make_decoder
-from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary, why_unguided
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.field_types import as_boolean, as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -130,12 +130,8 @@ def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: Sampling
         raise InputError(f"There are {len(class_indices)} class indices and {len(seeds)} seeds; give one of each for every image.")
     for index in set(class_indices) - {NO_CLASS}:
         vocabulary.class_id(index)
-    if sampling.guidance_scale != 1 and not vocabulary.num_classes:
-        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior was trained without classes; allowed: 1.")
-    if sampling.guidance_scale != 1 and vocabulary.label_drop == 0:
-        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but guidance needs the null class, and the prior was "
-                         "trained with label_drop 0, so its null class is untrained; allowed: 1. For guidance, train with "
-                         "prior_training.label_drop 0.1.")
+    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior {why}; allowed: 1.")
     if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == 0:
         raise InputError("An image has no class, but the prior was trained with label_drop 0, so its null class is untrained. Give every image a "
                          "class, or train with prior_training.label_drop 0.1.")
