@@ -279,7 +279,7 @@ def test_record_with_only_the_first_images_is_rejected(known_copy, features, mon
     record = json.loads(path.read_text())
     del record["setup"]["kernel"]["images_chosen"]
     path.write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"kernel\.images_chosen was None, now 'at random'"):
+    with pytest.raises(InputError, match=r"kernel\.images_chosen was None, now it is 'at random'"):
         sweep(*common, "--images", 60)
     monkeypatch.setattr(sweep_module, "KERNEL_IMAGES", 10_000)
     assert sweep(*common, "--images", 60, "--out", pipeline.parent / "few.json") == 0
@@ -413,9 +413,9 @@ def test_another_setup_is_rejected(known, features, tmp_path):
     common = (pipeline, "--real", real, "--features", features, "--temperature", "1", "--keep", "--out", record)
     assert sweep(*common, "--images", 20) == 0
     content = record.read_bytes()
-    with pytest.raises(InputError, match=r"made with another setup.*images was 20, now 30.*Give another --out, or delete the file"):
+    with pytest.raises(InputError, match=r"made with another setup.*images was 20, now it is 30.*Give another --out, or delete the file"):
         sweep(*common, "--images", 30)
-    with pytest.raises(InputError, match=r"seed was 0, now 5"):
+    with pytest.raises(InputError, match=r"seed was 0, now it is 5"):
         sweep(*common, "--images", 20, "--seed", 5)
     other = scripted(nn.Sequential(Pooled()), tmp_path / "pooled.pt")
     with pytest.raises(InputError, match=r"features\.sha256 differs"):
@@ -533,8 +533,8 @@ def test_invalid_arguments_are_rejected(tiny_run, features, arguments, message):
 
 def test_guidance_is_rejected_for_priors_without_guidance(tiny_run, features, tmp_path, capsys):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
-    for name, changes, message in (("undropped", {"label_drop": 0.0}, "was trained without label drop"),
-                                   ("unlabelled", {"class_names": None, "label_drop": 0.0}, "has no classes")):
+    for name, changes, message in (("undropped", {"label_drop": 0.0}, "was trained with label_drop 0 and has not learned the null class that guidance needs"),
+                                   ("unlabelled", {"class_names": None, "label_drop": 0.0}, "was trained without classes")):
         prior_like(pipe, **changes).save_pretrained(tmp_path / name / "prior")
         make_bundle(tiny_run / "tokenizer", tmp_path / name / "prior", tmp_path / name / "pipeline", SamplingConfig())
         common = (tmp_path / name / "pipeline", "--features", features, "--recipe", tiny_run, "--images", 10)

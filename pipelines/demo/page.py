@@ -258,6 +258,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                 return outputs or (*[gr.skip()] * 3, "Stopped before it started.", gr.skip())
 
         on_generate.__signature__ = generate_signature(sampling_controls(pipe))
+        on_generate.__annotations__ = {"request": gr.Request}
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
             with show_errors_on_page("reconstruct"):
