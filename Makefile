@@ -63,4 +63,4 @@ lint: install
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build docs/_build docs/recipe_reference.md *.egg-info
+	rm -rf $(VENV) runs build docs/_build docs/recipe_reference.md docs/benchmarks.md *.egg-info

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
-from recipe_reference import write_recipe_reference  # noqa: E402  (found through the path above)
+from generated_pages import write_pages  # noqa: E402  (found through the path above)
 
 from vqmosaic import __version__  # noqa: E402
 
@@ -26,4 +26,4 @@ nitpicky = False
 html_theme = "furo"
 html_title = f"vqmosaic {__version__}"
 
-write_recipe_reference(ROOT / "docs" / "recipe_reference.md")
+write_pages(ROOT / "docs")

@@ -16,7 +16,7 @@ from pipelines import command_line
 from tests.tiny import tiny_overrides
 
 ROOT = Path(__file__).resolve().parent.parent
-GENERATED = ("recipe_reference.md",)
+GENERATED = ("recipe_reference.md", "benchmarks.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)]
 LINES = [line.split("#")[0].strip() for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line.strip()]

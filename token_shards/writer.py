@@ -180,14 +180,15 @@ def headers_in_stored_order(headers: Mapping[Path, ShardSetHeader]) -> dict[Path
 
 
 class TokenShardWriter:
-    """Writes the shards of one folder. Several processes can write different shards of the folder at the same time.
+    """Writes the shards of one folder. Several processes can write different shards of the folder at the same time::
 
         writer = TokenShardWriter("tokens/train", header)
         for s in range(rank, writer.num_shards, ranks):
             if not writer.is_complete(s):
                 with writer.shard(s) as shard:
                     for index in header.source_indices(s): shard.add(...) or shard.skip(...)
-        wait for all ranks; then one rank calls manifest = writer.finish()
+        # wait for all ranks; then one rank calls:
+        manifest = writer.finish()
     """
 
     def __init__(self, folder: str | Path, header: ShardSetHeader):

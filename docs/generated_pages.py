@@ -1,8 +1,9 @@
-"""Writes docs/recipe_reference.md: every field of a recipe with its type, its default and the sentence under it in the dataclass."""
+"""Writes the pages that are generated: the reference of all recipe fields, and the benchmark results."""
 
 import argparse
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import jsonargparse
@@ -25,15 +26,20 @@ The defaults below are those of an empty recipe. Each shipped recipe ({', '.join
 """
 
 
-def write_recipe_reference(path: Path) -> None:
-    """Write the page. The file changes only if its content does, so that Sphinx rebuilds no more than it must."""
-    text = recipe_reference()
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+def write_pages(docs: Path) -> None:
+    """Write the pages. A file changes only if its content does, so that Sphinx rebuilds no more than it must."""
+    for name, text in (("recipe_reference.md", recipe_reference()), ("benchmarks.md", benchmark_results(docs.parent / "benchmarks" / "RESULTS.md"))):
+        if not (docs / name).is_file() or (docs / name).read_text() != text:
+            (docs / name).write_text(text)
+
+
+def benchmark_results(path: Path) -> str:
+    """RESULTS.md, with links to its pictures as seen from docs/."""
+    return re.sub(r"\]\((\w+\.png)\)", r"](../benchmarks/\1)", path.read_text())
 
 
 def recipe_reference() -> str:
-    """The page in Markdown."""
+    """Every field of a recipe with its type, its default and the sentence under it in the dataclass, in Markdown."""
     parser = jsonargparse.ArgumentParser(add_help=False)
     add_recipe_options(parser)
     actions = {action.dest: action for action in parser._actions}
