@@ -189,6 +189,8 @@ class TokenShardWriter:
                     for index in header.source_indices(s): shard.add(...) or shard.skip(...)
         # wait for all ranks; then one rank calls:
         manifest = writer.finish()
+
+    A folder without a manifest is incomplete.
     """
 
     def __init__(self, folder: str | Path, header: ShardSetHeader):
