@@ -34,9 +34,9 @@ from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 from vqmosaic.files.json_files import from_fields, read_object, written_by
 from vqmosaic.files.permissions import permission_denied
+from vqmosaic.held_out import choose_held_out
 from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, TokenizerConfig
 from vqmosaic.runs.interruption import Interrupted, StopFlag
-from vqmosaic.seeding import derive_seed
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted
 
@@ -264,7 +264,11 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
         fingerprint = FOREIGN_PREFIX + (options.token_fingerprint
                                         or hashlib.sha256("".join(summary.digest for summary in summaries).encode()).hexdigest())
     fraction = None if len(sources) == 2 else options.validation_fraction or VALIDATION_FRACTION
-    split_rows = [np.arange(len(source)) for source in sources] if fraction is None else hold_out_validation(len(sources[0]), fraction)
+    if fraction is None:
+        split_rows = [np.arange(len(source)) for source in sources]
+    else:
+        held_out_N = choose_held_out(range(len(sources[0])), fraction)
+        split_rows = [np.flatnonzero(~held_out_N), np.flatnonzero(held_out_N)]
     parts = []
     for split, rows, source, summary in zip(SPLITS, split_rows, (sources[0], sources[-1]), (summaries[0], summaries[-1]), strict=True):
         identity = {"imported": source.layout, "name": source.path.name, "rows": len(source), "sha256": summary.digest,
@@ -275,21 +279,6 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
                                 order_seed=ORDER_SEED)
         parts.append((header, source, rows))
     return parts
-
-
-def hold_out_validation(count: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rows for training and for validation, each in ascending order and at least one.
-
-    A hash of the row number selects the validation rows, so adding rows later moves no other row to the other split.
-    """
-    million = 1_000_000
-    hashes_N = np.fromiter((derive_seed("validation", row) % million for row in range(count)), dtype=np.int64, count=count)
-    held_out_N = hashes_N < fraction * million
-    if not held_out_N.any():
-        held_out_N[np.argmin(hashes_N)] = True
-    if held_out_N.all():
-        held_out_N[np.argmax(hashes_N)] = False
-    return np.flatnonzero(~held_out_N), np.flatnonzero(held_out_N)
 
 
 def check_folder_unused(folder: Path, header: ShardSetHeader) -> None:

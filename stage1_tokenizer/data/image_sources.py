@@ -15,8 +15,8 @@ from PIL import Image
 
 from vqmosaic.errors import InputError, printable
 from vqmosaic.files.fingerprints import fingerprint
+from vqmosaic.held_out import choose_held_out
 from vqmosaic.recipes.recipe_sections import DataConfig
-from vqmosaic.seeding import derive_seed
 from vqmosaic.wording import counted
 
 UNREAD_IMAGES = "unread images"
@@ -161,25 +161,12 @@ def update_digest(digest: Any, entries: Iterable[list], contents: Sequence[tuple
 def hold_out_validation(names: Sequence[int | str], labels: Sequence[Hashable] | None, data: DataConfig) -> tuple[np.ndarray, np.ndarray, str]:
     """The indices of the training images, the indices of the validation images, both ascending, and a message that describes the split.
 
-    A hash of each image's name decides, so adding images does not move others between the splits. There are two exceptions. Every class keeps at
-    least one training image, unless every class has only one image. If the hash chooses no image for validation, one image is chosen.
+    A hash of each image's name decides (choose_held_out), so adding images does not move others between the splits.
     """
     if len(names) < 2:
         raise InputError(f"data.path {data.path!r} holds {counted(len(names), 'image')}; at least 2 are needed, one for training and one for "
                          "validation.")
-    million = 1_000_000
-    hashes = np.array([derive_seed("validation", name) % million for name in names])
-    held_out = hashes < data.validation_fraction * million
-    classes: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(labels if labels is not None else [None] * len(names)):
-        classes.setdefault(label, []).append(index)
-    for members in classes.values():
-        if held_out[members].all():
-            held_out[members[int(np.argmax(hashes[members]))]] = False
-    if not held_out.any():
-        # Do not take the last image of a class, unless every class has only one image.
-        candidates = [index for members in classes.values() if len(members) > 1 for index in members] or list(range(len(names)))
-        held_out[min(candidates, key=hashes.__getitem__)] = True
+    held_out = choose_held_out(names, data.validation_fraction, labels)
     kind = "path" if isinstance(names[0], str) else "row number"
     origin = (f"validation: {int(held_out.sum())} of {counted(len(names), 'image')}, held out from the training split by a hash of the {kind} "
               f"(data.validation_fraction = {data.validation_fraction:g})")
