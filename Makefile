@@ -2,7 +2,7 @@
 # make test         the tests that take seconds each
 # make test-slow    the tests that kill, resume and install for real
 # make test-gpu     those that need a GPU
-# make lint         ruff
+# make lint         ruff and mypy
 # make docs         the documentation as a site, in docs/_build/html; warnings are errors
 # make bench        side by side with other programs, into benchmarks/RESULTS.md: CIFAR10=folder of the data set's parquet files;
 #                   NANOGPT= and LLAMAGEN= checkouts of those repositories, without which the benchmarks against them are left out;
@@ -61,6 +61,7 @@ docs: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) runs build docs/_build docs/recipe_reference.md docs/benchmarks.md *.egg-info

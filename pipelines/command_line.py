@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         """The long options, such as --redo."""
         return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise InputError with argparse's message."""
         unknown = re.match(r"unrecognized arguments: (-\S+)", message)
         nearest = nearest_name(unknown[1].partition("=")[0], self.option_names) if unknown else None

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -108,6 +108,7 @@ class ImageGenerationPipeline:
         device = usable_device(device)
         tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
         prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
+        assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
         check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
         return cls(tokenizer, prior, recommended_sampling(folder, content), folder)
 
@@ -181,8 +182,9 @@ class ImageGenerationPipeline:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
         except SamplingStopped:
             return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True)
-        return GenerationOutput(concatenate(batch.images for batch in batches), torch.cat([batch.token_ids for batch in batches]), request.seeds,
-                                request.classes, places=range(len(request.seeds)))
+        ids_Bhw = torch.cat([batch.token_ids for batch in batches if batch.token_ids is not None])
+        return GenerationOutput(concatenate(batch.images for batch in batches), ids_Bhw, request.seeds, request.classes,
+                                places=range(len(request.seeds)))
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
@@ -237,6 +239,7 @@ class ImageGenerationPipeline:
         def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             for number, positions in enumerate(batches):
                 def report(done: int, _: int, number=number) -> bool | None:  # the default keeps the number of this batch
+                    assert callback is not None  # otherwise this function is not passed on
                     return callback(number * tokens_per_image + done, len(batches) * tokens_per_image)
 
                 batch = slice(positions.start, positions.stop)
@@ -293,8 +296,8 @@ class ImageGenerationPipeline:
                 raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
                                  f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
             return None
-        single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)
-        labels = list(class_labels) if single_label is None else [single_label]
+        single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)  # None for a sequence
+        labels = list(cast("Sequence[str | int]", class_labels)) if single_label is None else [single_label]
         if not labels:
             raise InputError("class_labels is empty; give class names or indices, or None.")
         return [index for index in class_indices(self.class_names, labels) for _ in range(count)]
@@ -321,7 +324,7 @@ def concatenate(batches: Iterable[list | np.ndarray | torch.Tensor]) -> list | n
     batches = list(batches)
     if isinstance(batches[0], list):
         return [image for batch in batches for image in batch]
-    return np.concatenate(batches) if isinstance(batches[0], np.ndarray) else torch.cat(batches)
+    return np.concatenate(batches) if isinstance(batches[0], np.ndarray) else torch.cat(cast("list[torch.Tensor]", batches))  # all of one type
 
 
 def as_index(value: Any) -> int | None:

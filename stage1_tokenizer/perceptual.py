@@ -1,4 +1,4 @@
-"""Perceptual losses: LPIPS on VGG16 features (Zhang et al. 2018) and feature matching on discriminator features. All in float32."""
+"""Perceptual losses in float32: LPIPS on VGG16 features (Zhang et al. 2018) and feature matching on discriminator features."""
 
 import pickle
 from pathlib import Path
@@ -16,41 +16,48 @@ from vqmosaic.files.permissions import check_readable
 __all__ = ["LPIPS", "feature_matching_loss", "resolve_perceptual_weights"]
 
 VGG16_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Widths of the VGG16 convolutions between the pooling layers (Simonyan & Zisserman 2015, configuration D)."""
+"""Output channels of the VGG16 convolutions, in the five stages between the pooling layers (Simonyan & Zisserman 2015, configuration D)."""
 CLASSIFIER_TENSORS = {f"classifier.{index}.{kind}" for index in (0, 3, 6) for kind in ("weight", "bias")}
 """Tensors of the VGG16 classifier, which LPIPS does not use."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet mean and standard deviation for images in [-1, 1], rounded as in LPIPS."""
 NORM_EPS = 1e-8
-"""Added inside the square root, so that the gradient is finite where all features are 0."""
+"""Added to squared norms before the square root, so that the gradient is finite where all features are 0."""
 MIN_IMAGE_SIDE = 16
-"""Smallest height and width in pixels. Four poolings reduce it to 1 x 1."""
+"""Smallest height and width in pixels. The four poolings reduce it to 1 x 1."""
 FEATURE_EPS = 1e-6
+"""Added to the mean absolute real feature before feature matching divides by it."""
 MAX_LISTED_PROBLEMS = 8
 
 
 class LPIPS(nn.Module):
     """Learned perceptual image distance (version 0.1, VGG16). Frozen and in eval mode.
 
+    Args:
+        files: the weight files. None searches for them, see resolve_perceptual_weights.
+
     Raises:
-        ValueError: a weight file cannot be read, or its tensors do not match the network (the message lists them).
+        ValueError: a weight file is not found or cannot be read, or its tensors do not match the network (the message lists them).
     """
 
     def __init__(self, files: PerceptualWeights | None = None):
         super().__init__()
         files = files or resolve_perceptual_weights(None)
-        self.stages, shapes, index, channels = nn.ModuleList(), {}, 0, 3
+        self.stages = nn.ModuleList()
+        vgg16_shapes: dict[str, tuple[int, ...]] = {}
+        index, channels = 0, 3  # torchvision numbers convolutions, ReLUs and poolings consecutively
         with torch.device("meta"):  # the files provide all weights, so skip their initialization
             for widths in VGG16_WIDTHS:
                 stage = nn.ModuleDict()
-                for width in widths:  # keys as in torchvision, which numbers convolutions, ReLUs and poolings consecutively
+                for width in widths:
                     stage[str(index)] = nn.Conv2d(channels, width, 3, padding=1)
-                    shapes |= {f"features.{index}.weight": (width, channels, 3, 3), f"features.{index}.bias": (width,)}
-                    index, channels = index + 2, width
-                index += 1
+                    vgg16_shapes |= {f"features.{index}.weight": (width, channels, 3, 3), f"features.{index}.bias": (width,)}
+                    index, channels = index + 2, width  # skip the ReLU
+                index += 1  # skip the pooling
                 self.stages.append(stage)
-        vgg16 = _read_weights(files.vgg16, shapes, ignored=CLASSIFIER_TENSORS)
-        linear = _read_weights(files.linear, {f"lin{number}.model.1.weight": (1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)})
+        linear_shapes = {f"lin{number}.model.1.weight": (1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)}
+        vgg16 = _read_weights(files.vgg16, vgg16_shapes, ignored=CLASSIFIER_TENSORS)
+        linear = _read_weights(files.linear, linear_shapes)
         self.load_state_dict({f"stages.{number}.{key}.{kind}": vgg16[f"features.{key}.{kind}"]
                               for number, stage in enumerate(self.stages) for key in stage for kind in ("weight", "bias")}, assign=True)
         for number in range(len(VGG16_WIDTHS)):
@@ -61,7 +68,9 @@ class LPIPS(nn.Module):
         self.eval()
 
     def forward(self, first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> torch.Tensor:
-        """Mean LPIPS distance between the i-th images of two batches (Zhang et al. 2018, eq. 1): a float32 scalar, symmetric, 0 for equal images.
+        """LPIPS distance between corresponding images, averaged over the batch (Zhang et al. 2018, eq. 1).
+
+        A float32 scalar. It is symmetric, and 0 for equal images.
 
         Args:
             first_BCHW, second_BCHW: images in [-1, 1] with 1 or 3 channels, at least 16 pixels per side. Gradients flow to both.
@@ -73,13 +82,15 @@ class LPIPS(nn.Module):
             raise InputError(f"images of shape {tuple(first_BCHW.shape)} are too small for LPIPS. "
                              f"It needs at least {MIN_IMAGE_SIDE} pixels per side.")
         with torch.autocast(first_BCHW.device.type, enabled=False):
-            pairs = zip(self._features(first_BCHW.float()), self._features(second_BCHW.float()), strict=True)
-            distances = [F.conv2d((_normalize_channels(first) - _normalize_channels(second)).square(), getattr(self, f"linear_{number}")).mean()
-                         for number, (first, second) in enumerate(pairs)]
+            feature_pairs = zip(self._features(first_BCHW.float()), self._features(second_BCHW.float()), strict=True)
+            distances = []
+            for number, (first, second) in enumerate(feature_pairs):
+                squared_differences = (_normalize_channels(first) - _normalize_channels(second)).square()
+                distances.append(F.conv2d(squared_differences, getattr(self, f"linear_{number}")).mean())
             return torch.stack(distances).sum()
 
     def _features(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
-        """VGG16 features before each pooling, from (B, 64, H, W) to (B, 512, H / 16, W / 16)."""
+        """The output of each of the five VGG16 stages, from (B, 64, H, W) to (B, 512, H / 16, W / 16)."""
         features = (images_BCHW.expand(-1, 3, -1, -1) - self.shift) / self.scale  # repeats a single grey channel
         maps: list[torch.Tensor] = []
         for stage in self.stages:
@@ -97,21 +108,24 @@ def _normalize_channels(features_BCHW: torch.Tensor) -> torch.Tensor:
 
 
 def _read_weights(file: Path, shapes: dict[str, tuple[int, ...]], ignored: set[str] = frozenset()) -> dict[str, torch.Tensor]:
-    """Read float32 tensors with exactly these names and shapes from a file. Never runs pickled code."""
+    """Read the tensors with these names and shapes from a file, as float32. Never runs pickled code.
+
+    Raises InputError if the file cannot be read, or if tensors are missing, have another shape, or are neither in `shapes` nor in `ignored`.
+    """
     check_readable(file)
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise InputError(f"{FIELD} leads to {file}, which is not a weight file: {' '.join(str(error).split())[:300]}. Download it again.") from error
+        raise InputError(f"{FIELD}: {file} is not a weight file: {' '.join(str(error).split())[:300]}. Download it again.") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
-        raise InputError(f"{FIELD} leads to {file}, which does not hold a dict of tensors. Give a state dict.")
+        raise InputError(f"{FIELD}: {file} does not hold a dict of tensors. Give a state dict.")
     problems = [f"missing {name}" for name in shapes.keys() - found.keys()]
     problems += [f"unexpected {name}" for name in found.keys() - shapes.keys() - ignored]
     problems += [f"{name} has shape {tuple(found[name].shape)}, not {shapes[name]}"
                  for name in shapes.keys() & found.keys() if tuple(found[name].shape) != shapes[name]]
     if problems:
         more = f" and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
-        raise InputError(f"{FIELD} leads to {file}, whose tensors do not match the network: "
+        raise InputError(f"{FIELD}: the tensors in {file} do not match the network: "
                          f"{'; '.join(sorted(problems)[:MAX_LISTED_PROBLEMS])}{more}. "
                          "Give torchvision's VGG16 without batch norm, and the linear weights of LPIPS 0.1 for VGG16.")
     return {name: found[name].float() for name in shapes}
@@ -123,8 +137,8 @@ def feature_matching_loss(real_features: list[torch.Tensor], fake_features: list
     A float32 scalar. Each layer's difference is divided by its mean absolute real feature, so layers of different scale count equally.
 
     Args:
-        real_features: feature maps (B, C, H, W) of the images; detached here.
-        fake_features: feature maps of the reconstructions, in the same order and with the same random augmentations.
+        real_features: one feature map (B, C, H, W) of the images per discriminator layer; detached here.
+        fake_features: the same for the reconstructions, with the same random augmentations.
     """
     losses = []
     for real, fake in zip(real_features, fake_features, strict=True):

@@ -12,9 +12,11 @@ VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 VGG16_NAMES = ("vgg16-397923af.pth", "vgg16-397923af.safetensors", "vgg16.pth", "vgg16.safetensors")
 """File names of torchvision's VGG16 trained on ImageNet: the name in torchvision's cache, and names for saved copies."""
 CACHED_LINEAR_NAMES = ("vgg_lpips.pth", "vgg_lpips.safetensors")
+"""The file names in LINEAR_NAMES that are also searched in torch hub's cache. vgg.pth could be another network there."""
 LINEAR_NAMES = (*CACHED_LINEAR_NAMES, "vgg.pth", "vgg.safetensors", "weights/v0.1/vgg.pth")
-"""File names of the linear weights of LPIPS 0.1: vgg.pth in the packages lpips and torchmetrics and in taming-transformers' cache."""
+"""File names of the linear weights of LPIPS 0.1. vgg.pth is the name in the packages lpips and torchmetrics and in taming-transformers' cache."""
 PACKAGES_WITH_LINEAR = {"lpips": "weights/v0.1/vgg.pth", "torchmetrics": "functional/image/lpips_models/vgg.pth"}
+"""Package name -> path of the linear weights inside the package."""
 
 
 @dataclass(frozen=True)
@@ -22,31 +24,35 @@ class PerceptualWeights:
     """The two weight files of LPIPS."""
 
     vgg16: Path
+    """The weights of VGG16."""
     linear: Path
+    """The linear weights: the learned weight of each VGG16 channel in the distance."""
 
 
 def resolve_perceptual_weights(path: str | None) -> PerceptualWeights:
-    """Find the weight files of LPIPS by name. Reads no file.
+    """Find the weight files of LPIPS by name, without reading them. Downloads VGG16 if it is the only missing file and torchvision is installed.
 
-    Searches `path`, then torch hub's cache. The linear weights are also found in the packages lpips and torchmetrics. If VGG16 is missing and
-    torchvision is installed, downloads it into torch hub's cache.
+    Searches `path`, then torch hub's cache. The linear weights are also found in the packages lpips and torchmetrics. The download goes into
+    torch hub's cache.
 
     Args:
         path: a folder with one or both files, or one of the files. None searches only the cache and the packages.
 
     Raises:
-        ValueError: `path` does not exist or contains neither file, or a file was not found. The message lists the searched paths and remedies.
+        ValueError: `path` does not exist or contains neither file, or a file is not found. The message lists the searched paths and remedies.
     """
     given = [] if path is None else _find_at_path(Path(path).expanduser())
     cache = hub_checkpoints()
-    vgg16 = _select_by_name(given, VGG16_NAMES) or [cache / name for name in VGG16_NAMES]
-    linear = _select_by_name(given, LINEAR_NAMES) or [*(cache / name for name in CACHED_LINEAR_NAMES), *_paths_in_packages()]
-    found = {"vgg16": _first_file(vgg16), "linear": _first_file(linear)}
+    candidates = {
+        "vgg16": _select_by_name(given, VGG16_NAMES) or [cache / name for name in VGG16_NAMES],
+        "linear": _select_by_name(given, LINEAR_NAMES) or [*(cache / name for name in CACHED_LINEAR_NAMES), *_paths_in_packages()],
+    }
+    found = {name: _first_existing(paths) for name, paths in candidates.items()}
     missing = [name for name, file in found.items() if file is None]
     if missing == ["vgg16"] and importlib.util.find_spec("torchvision") is not None:
         found["vgg16"], missing = _download(cache / VGG16_NAMES[0]), []
     if missing:
-        raise InputError(_missing_message(path, missing, {"vgg16": vgg16, "linear": linear}))
+        raise InputError(_missing_message(path, missing, candidates))
     return PerceptualWeights(**found)
 
 
@@ -72,8 +78,8 @@ def _find_at_path(given: Path) -> list[Path]:
 
 
 def _select_by_name(files: list[Path], names: tuple[str, ...]) -> list[Path]:
-    """The files that have one of the names, in the order of the names."""
-    return [file for name in names for file in files if file.parts[-name.count("/") - 1:] == tuple(name.split("/"))]
+    """The files whose paths end with one of the names, in the order of the names. A name may contain folders."""
+    return [file for name in names for file in files if file.parts[-len(name.split("/")):] == tuple(name.split("/"))]
 
 
 def _paths_in_packages() -> list[Path]:
@@ -86,7 +92,7 @@ def _paths_in_packages() -> list[Path]:
     return paths
 
 
-def _first_file(paths: list[Path]) -> Path | None:
+def _first_existing(paths: list[Path]) -> Path | None:
     return next((file for file in paths if file.is_file()), None)
 
 
@@ -103,10 +109,11 @@ def _download(file: Path) -> Path:
     return file
 
 
-def _missing_message(path: str | None, missing: list[str], paths: dict[str, list[Path]]) -> str:
-    names = {"vgg16": "the weights of VGG16", "linear": "the linear weights of LPIPS"}
-    searched = "; ".join(f"{names[name]}: {', '.join(map(str, paths[name]))}" for name in missing)
-    return (f"{FIELD} is {'not given' if path is None else repr(path)}, and {' and '.join(names[name] for name in missing)} were not found. "
+def _missing_message(path: str | None, missing: list[str], candidates: dict[str, list[Path]]) -> str:
+    """The error message for the files in `missing` ("vgg16", "linear"), with the paths that were searched and instructions."""
+    descriptions = {"vgg16": "the weights of VGG16", "linear": "the linear weights of LPIPS"}
+    searched = "; ".join(f"{descriptions[name]}: {', '.join(map(str, candidates[name]))}" for name in missing)
+    return (f"{FIELD} is {'not given' if path is None else repr(path)}, and {' and '.join(descriptions[name] for name in missing)} were not found. "
             f"Searched: {searched}. {_how_to_get(missing)}")
 
 

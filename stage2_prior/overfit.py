@@ -63,7 +63,7 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
 
 def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     """Train on the same images until they are memorized or the budget is used up, and print the NLL. Returns the exit code."""
-    recipe, training, manifest = run.recipe, run.training, reader.manifest
+    recipe, training, manifest = run.recipe, run.recipe.prior_training, reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
     model = prepare_prior(prior, training, run)
@@ -75,7 +75,7 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
         "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
         "goal": f"at most {goal:.3f} nats per token, of which {irreducible_nll:.3f} are irreducible: the choice among the images of a class",
-        "budget": f"{counted(training.max_steps, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
+        "budget": f"{counted(MAX_STEPS, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
     ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
     report_at, nll = 0, math.inf
     while True:

@@ -29,6 +29,9 @@ class TokenPrior(nn.Module):
     In comments: B batch, T tokens, K codes (of the largest grid if there are several), V ids of the vocabulary.
     """
 
+    _no_split_modules: set[str] | list[str] | None
+    """Classes of modules that accelerate shards one by one. Set only for FSDP."""
+
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         super().__init__()
         if model.config.vocab_size != vocabulary.size:

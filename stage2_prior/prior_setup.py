@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def describe_embeddings(config: PreTrainedConfig) -> str:
     return f", embeddings of all ids in {counted(blocks, 'block')}, feed-forward {config.intermediate_size} wide" if blocks else ""
 
 
-def trains_with_matmul_attention(model: PreTrainedModel, device: torch.device, precision: str) -> bool:
+def trains_with_matmul_attention(model: PreTrainedModel, device: torch.device, precision: str) -> TypeGuard[GridTransformer]:
     """Whether a model trains with MatmulAttention (vqmosaic/kernels/matmul_attention.py)."""
     return (isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16"
             and model.config.max_position_embeddings - 1 <= MAX_MATMUL_LENGTH)  # the last id of a sequence is not an input
@@ -94,7 +95,7 @@ def describe_attention(model: PreTrainedModel, device: torch.device, precision: 
 
 def time_and_loss_of_one_step(model: nn.Module, batch: TrainingBatch, run: TrainingRun) -> tuple[float, float]:
     """Seconds of the forward and backward passes of one step, and their mean NLL over all processes in nats per token. Discards the gradients."""
-    training: PriorTrainingConfig = run.training
+    training = cast(PriorTrainingConfig, run.training)
     count = max(1, len(batch.ids_BT) // training.accumulation_steps)
     ids_BT, classes_B, inputs_BT = (part[:count].to(run.accelerator.device) for part in batch)
     model.train()

@@ -17,13 +17,13 @@ VALIDATION_RULE = 1
 MEASURED_BATCHES = 20
 """Number of training batches whose classes are counted before training starts."""
 MIN_CLASS_FRACTION = 0.9
-"""Below this fraction of the classes that independent draws would give, the user is warned. Permuted shards reach 0.95 and more."""
+"""A warning is shown if a batch has less than this fraction of the classes that independent draws would give. Permuted shards reach 0.95 and more."""
 UNIFORM_LEVELS = 2**53
-"""A hash is mapped to one of this many equally spaced numbers in [0, 1), which float64 represents exactly."""
+"""Number of equally spaced values in [0, 1) for random numbers. float64 represents all of them exactly."""
 
 
 def rank_slice(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous part [start, stop) of a rank. The parts of all ranks cover the whole range; their sizes differ by at most one."""
+    """The contiguous part of the range [start, stop) for a rank. The parts of all ranks cover the range, and their sizes differ by at most one."""
     size = stop - start
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
@@ -50,7 +50,8 @@ class TokenBatches:
         check_range("prior_training.token_noise", token_noise, at_least=0, below=1)
         check_same_tokens(reader, vocabulary)
         self.reader, self.seed, self.label_drop, self.token_noise = reader, seed, label_drop, token_noise
-        self.codes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
+        # The codebook size of each token's grid.
+        self.codebook_sizes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> TrainingBatch:
         """The rank's slice of the stream's positions [step * batch_size, (step + 1) * batch_size)."""
@@ -64,13 +65,14 @@ class TokenBatches:
         """The ids (B, T), each replaced with probability `token_noise` by a random code of its grid."""
         if self.token_noise == 0:
             return ids_BT
-        token_indices_BT = samples_B[:, None] * len(self.codes_T) + np.arange(len(self.codes_T))
+        tokens_per_sample = len(self.codebook_sizes_T)
+        token_indices_BT = samples_B[:, None] * tokens_per_sample + np.arange(tokens_per_sample)
         noisy_BT = ids_BT.copy()
         for epoch in np.unique(epochs_B).tolist():
-            rows = epochs_B == epoch
-            uniforms = hashes(token_indices_BT[rows], "token noise", self.seed, epoch) / 2.0**64
-            random_ids = hashes(token_indices_BT[rows], "random tokens", self.seed, epoch) % self.codes_T
-            noisy_BT[rows] = np.where(uniforms < self.token_noise, random_ids.astype(np.int64), ids_BT[rows])
+            in_epoch_B = epochs_B == epoch
+            uniforms = hashes(token_indices_BT[in_epoch_B], "token noise", self.seed, epoch) / 2.0**64
+            random_ids = hashes(token_indices_BT[in_epoch_B], "random tokens", self.seed, epoch) % self.codebook_sizes_T
+            noisy_BT[in_epoch_B] = np.where(uniforms < self.token_noise, random_ids.astype(np.int64), ids_BT[in_epoch_B])
         return noisy_BT
 
     def dropped(self, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
@@ -80,11 +82,11 @@ class TokenBatches:
         """
         dropped_B = np.zeros(len(samples_B), dtype=bool)
         for epoch in np.unique(epochs_B).tolist():  # a batch of a small data set may span a few epochs
-            chosen = epochs_B == epoch
-            samples = samples_B[chosen]
-            # the reader's hash of a sample, with a seed for this epoch: its choice among so many views is a uniform random number
-            hashed = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
-            dropped_B[chosen] = hashed < self.label_drop * UNIFORM_LEVELS
+            in_epoch_B = epochs_B == epoch
+            samples = samples_B[in_epoch_B]
+            # stored_views serves as a hash here: with UNIFORM_LEVELS views, the view number of a sample is a uniform random number.
+            uniforms = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
+            dropped_B[in_epoch_B] = uniforms < self.label_drop * UNIFORM_LEVELS
         return dropped_B
 
 
@@ -96,13 +98,14 @@ def expected_classes(labels_N: np.ndarray, draws: int) -> float:
 
 def classes_in_batches(reader: TokenShardReader, batch_size: int, batches: int = MEASURED_BATCHES) -> float:
     """Mean number of different classes in a training batch, over `batches` batches spread evenly over the first epoch. Reads only labels."""
-    first_N = np.linspace(0, max(0, len(reader) - batch_size), batches).astype(np.int64)
-    labels_N, starts_S = reader.labels_N, np.cumsum(reader.order.counts_S) - reader.order.counts_S
-    found = []
-    for first in first_N.tolist():
+    first_positions = np.linspace(0, max(0, len(reader) - batch_size), batches).astype(np.int64)
+    labels_N = reader.labels_N
+    first_sample_S = np.cumsum(reader.order.counts_S) - reader.order.counts_S  # index of the first sample in each shard
+    class_counts = []
+    for first in first_positions.tolist():
         shards_B, rows_B = reader.order.sample_at(np.arange(first, first + batch_size))
-        found.append(len(np.unique(labels_N[starts_S[shards_B] + rows_B])))
-    return float(np.mean(found))
+        class_counts.append(len(np.unique(labels_N[first_sample_S[shards_B] + rows_B])))
+    return float(np.mean(class_counts))
 
 
 def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | None:
@@ -121,7 +124,7 @@ def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | No
 
 
 def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np.ndarray:
-    """Indices (N,) of at most `limit` samples, ascending: the same images at every validation, with all classes in proportion.
+    """Ascending indices (N,) of at most `limit` samples for validation. They are the same at every validation and have all classes in proportion.
 
     Each class contributes the fraction limit / len(reader) of its samples, rounded up or down, chosen by a hash of their index in the data set.
     So the order in which samples are stored does not matter, and a larger limit adds images to those of a smaller one.
@@ -132,35 +135,38 @@ def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np
     labels_N, hashed_N = reader.labels_N, hashes(reader.indices_N, "validation samples")
     by_class_N = np.lexsort((hashed_N, labels_N))  # by class, then by hash
     classes, starts, counts = np.unique(labels_N[by_class_N], return_index=True, return_counts=True)
-    # the k-th of the n samples of a class is due at (k + u) / n: all classes advance equally fast, and each has its own offset u in [0, 1)
+    # Spread the n samples of each class evenly over [0, 1): sample k is at (k + u) / n, where u in [0, 1) is random for each class. Then the samples
+    # with the lowest positions have all classes in proportion.
     offsets = hashes(classes, "validation classes") / 2.0**64
     ranks_N = np.arange(total) - np.repeat(starts, counts)
-    due_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
-    return np.sort(by_class_N[np.argsort(due_N, kind="stable")[:limit]])
+    positions_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
+    return np.sort(by_class_N[np.argsort(positions_N, kind="stable")[:limit]])
 
 
 def describe_validation(reader: TokenShardReader, limit: int) -> str:
-    """Describe the number of validation images and of their classes for the plan."""
-    samples, names = validation_samples(reader, limit), reader.manifest.class_names
+    """The numbers of validation images and of their classes, as text for the plan."""
+    samples, class_names = validation_samples(reader, limit), reader.manifest.class_names
     text = f"{len(samples):,} of {len(reader):,} to validate on"
-    if names is None:
+    if class_names is None:
         return text
     labels = reader.labels_N[samples]
-    return f"{text}, {len(np.unique(labels[labels >= 0])):,} of {counted(len(names), 'class')}"
+    return f"{text}, {len(np.unique(labels[labels >= 0])):,} of {counted(len(class_names), 'class')}"
 
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,
                        limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids (B, T) and class indices (B,) of the `validation_samples`, each on exactly one rank. No classes are dropped.
+    """Yield the rank's batches of the `validation_samples`: ids (B, T) and class indices (B,). Each sample is on exactly one rank.
 
-    Every rank gets the same number of batches, with at most batch_size samples over all ranks. Samples are spread evenly: if there are at
-    least as many as ranks, no batch is empty. Batch sizes can differ by one, so add up sums and counts instead of averaging means.
+    No classes are replaced by the null class. Every rank gets the same number of batches. A batch has at most batch_size samples over all ranks.
+    Samples are spread evenly: if there are at least as many as ranks, no batch is empty. Batch sizes can differ by one, so add up sums and counts
+    instead of averaging means.
     """
     check_range("batch_size", batch_size, at_least=world_size)
     samples = validation_samples(reader, limit)
     batches = -(-len(samples) // batch_size)
     for number in range(batches):
-        start, stop = rank_slice(*rank_slice(0, len(samples), number, batches), rank, world_size)
+        batch_start, batch_stop = rank_slice(0, len(samples), number, batches)
+        start, stop = rank_slice(batch_start, batch_stop, rank, world_size)
         yield _to_torch(reader.samples(samples[start:stop]))
 
 

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
     seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
     validated = run.validations.choose_images(
-        len(held_out), lambda count: validate(run.validated_model, held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
+        len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     print_plan(run, {
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
@@ -203,7 +204,7 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     *totals, tokens, stopped = accelerator.reduce(sums, "sum").tolist()
     if stopped:
         return None
-    metrics = {}
+    metrics: dict[str, float] = {}
     for suffix, nll, hits in zip(suffixes, totals[::2], totals[1::2], strict=True):
         metrics |= {f"nll{suffix}": nll / tokens, f"bits_per_image{suffix}": nll / tokens * vocabulary.num_tokens / math.log(2),
                     f"accuracy{suffix}": hits / tokens}
@@ -215,10 +216,10 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
 
     Also returns None if a signal interrupted the validation.
     """
-    metrics = validate(run.validated_model, reader, run.micro_batch, images, run.accelerator, run.stop)
+    metrics = validate(cast(TokenPrior, run.validated_model), reader, run.micro_batch, images, run.accelerator, run.stop)
     if metrics is None:
         return None
-    prior: TokenPrior | None = run.full_model()
+    prior = cast(TokenPrior | None, run.full_model())
     run.validations.record()
     is_best = save_if_best(run, metrics["nll"], prior, best_weights)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)

@@ -211,7 +211,7 @@ def test_weights_of_another_network_are_refused(weights, tmp_path):
                                                ("vgg16.safetensors", b""), ("vgg16.safetensors", b"\xff" * 64)])
 def test_broken_file_is_refused(weights, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}, which is not a weight file"):
+    with pytest.raises(InputError, match=rf"{name} is not a weight file"):
         LPIPS(PerceptualWeights(tmp_path / name, weights / "vgg_lpips.pth"))
 
 
@@ -339,7 +339,7 @@ def test_training_with_missing_or_broken_weights_is_refused_before_step_0(weight
             call()
     (tmp_path / "vgg16.pth").write_bytes(b"cut short")  # the file is found by its name and read only when it is loaded
     (tmp_path / "vgg_lpips.pth").symlink_to(weights / "vgg_lpips.pth")
-    with pytest.raises(InputError, match=r"vgg16.pth, which is not a weight file"):
+    with pytest.raises(InputError, match=r"vgg16.pth is not a weight file"):
         train(tmp_path / "run", **changes | {"tokenizer_training__perceptual_weights": tmp_path})
     run = RunFolder(tmp_path / "run")
     assert load_record(run, "tokenizer") is None and not list(run.checkpoints("tokenizer").glob("step-*"))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import part_fingerprints, read_bundle
-from pipelines.stages.stage_inputs import inputs_of, token_fingerprint_of_prior
+from pipelines.stages.stage_inputs import input_fingerprints, token_fingerprint_of_prior
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights
 from stage2_prior.prior import TokenPrior
@@ -124,7 +124,7 @@ def test_prior_without_digests_loads_with_one_warning(folder, tmp_path):
 def test_fingerprint_of_a_prior_is_the_digest_of_its_weights(tiny_run):
     expected = sha256_of_file(tiny_run / "prior/model.safetensors")
     assert part_fingerprints(tiny_run / "tokenizer", tiny_run / "prior")["prior"] == expected
-    assert inputs_of(load_recipe(str(tiny_run)), "pipeline")["prior"] == expected
+    assert input_fingerprints(load_recipe(str(tiny_run)), "pipeline")["prior"] == expected
 
 
 def test_damaged_prior_is_not_bundled(tiny_run, tmp_path):

@@ -95,5 +95,5 @@ def test_exit_code_of_workers_takes_precedence_over_the_launcher(worker_exit_cod
     program = (f"import os, pathlib, sys, time; folder = pathlib.Path({str(tmp_path)!r}); "
                f"(folder / '0.pid').write_text(str(os.getpid())){write_exit_code}; {statement}")
     started = time.monotonic()
-    assert launch.wait_for_workers([sys.executable, "-c", program], dict(os.environ), tmp_path, 1) == expected
+    assert launch.run_workers([sys.executable, "-c", program], dict(os.environ), tmp_path, 1) == expected
     assert time.monotonic() - started < 30

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.command_line import dispatch
 from pipelines.stages.chain import delete_stages_from, run_chain
 from pipelines.stages.stage_checks import check_before_start, check_chain
-from pipelines.stages.stage_inputs import inputs_of
+from pipelines.stages.stage_inputs import input_fingerprints
 from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.train import train
@@ -333,10 +333,10 @@ def test_deleted_exports_are_restored_bit_for_bit(tiny_copy, tiny_run, capsys):
 
 def test_missing_inputs_of_a_stage_are_named(tmp_path):
     recipe = tiny_recipe(tmp_path)
-    assert inputs_of(recipe, "tokenizer") == {}
+    assert input_fingerprints(recipe, "tokenizer") == {}
     for stage, command in (("tokens", "train-tokenizer"), ("prior", "preprocess"), ("pipeline", "train-prior")):
         with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))}.*vqmosaic {command}"):
-            inputs_of(recipe, stage)
+            input_fingerprints(recipe, stage)
 
 
 def test_a_locked_run_folder_is_refused(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ from vqmosaic.training.budget import Budget, Pace
 from vqmosaic.training.checkpoints import CheckpointFolder, read_state
 from vqmosaic.training.tracking import ProgressLines, read_metrics
 from vqmosaic.training.trainer_state import TrainerState
-from vqmosaic.training.validation_schedule import FEWEST_IMAGES, INTERVAL, PLANNED_TIME_SHARE, TIME_SHARE, ValidationSchedule
+from vqmosaic.training.validation_schedule import FEWEST_IMAGES, INTERVAL_SHARE, PLANNED_TIME_SHARE, TIME_SHARE, ValidationSchedule
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)
@@ -230,7 +230,7 @@ def test_the_time_budget_limits_the_number_of_validation_images(clock):
         clock[0] += count * 0.5  # seconds per image
 
     validations = schedule(3600, validation_images=5000)
-    assert validations.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL * 3600 / 0.5) == 21
+    assert validations.choose_images(3000, validate) == int(PLANNED_TIME_SHARE * INTERVAL_SHARE * 3600 / 0.5) == 21
     validations.budget = Budget(None, 600)
     assert validations.choose_images(3000, validate) == 21, "a larger budget keeps the number of images, because they select the best weights"
     assert validations.choose_images(7, validate) == 7
@@ -255,14 +255,14 @@ def test_slow_pictures_are_skipped_until_the_end(clock):
 
 @both_stages
 def test_a_resumed_training_keeps_its_number_of_validation_images(stage, run_dir, monkeypatch, capsys):
-    def time_a_few(self, limit, validate) -> None:
+    def fit_images_to_budget(self, limit, validate) -> None:
         self.state.validation_images, self.state.seconds_per_validation = 20, 0.01
 
-    monkeypatch.setattr(ValidationSchedule, "_time_a_few", time_a_few)
+    monkeypatch.setattr(ValidationSchedule, "_fit_images_to_budget", fit_images_to_budget)
     train(stage, run_dir, max_steps=4, max_minutes=10)
     out = capsys.readouterr().out
     assert "every 4% of the time budget, and every 3 steps if there is time; 20 images, less than 10% of the time" in out
-    monkeypatch.setattr(ValidationSchedule, "_time_a_few", lambda *_: pytest.fail("the number is known"))
+    monkeypatch.setattr(ValidationSchedule, "_fit_images_to_budget", lambda *_: pytest.fail("the number is known"))
     records = train(stage, run_dir, max_steps=6, max_minutes=20)
     assert [record["images"] for record in records if record["kind"] == "validation"] == [20, 20, 20]
     state = read_state(CheckpointFolder(RunFolder(run_dir).checkpoints(stage)).all()[-1])

@@ -135,7 +135,8 @@ def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_i
     except InputError as error:
         problems.append(f"{name}: {error}")
         sidecar = None
-    samples, broken, offset_problems = [], [], []
+    samples: list[_Sample] = []
+    broken, offset_problems = [], []
     content = path.read_bytes()
     try:
         for fields in _webdataset_samples(content, name):
@@ -203,8 +204,10 @@ def _decode_ids(content: bytes, grid: Grid, views: int) -> np.ndarray:
 
 def _offset_problems(sample: _Sample, arrays: dict[str, np.ndarray], content: bytes, sidecar: ShardSidecar | None, row: int) -> list[str]:
     """Problems with the sidecar's offsets of one sample. Readers that map the tar into memory rely on these offsets."""
+    if sidecar is None:
+        return []
     problems = []
-    for grid_name, ids_VT in arrays.items() if sidecar else ():
+    for grid_name, ids_VT in arrays.items():
         offsets = sidecar.offsets.get(grid_name, [])
         if row < len(offsets) and content[offsets[row]:offsets[row] + ids_VT.nbytes] != ids_VT.tobytes():
             problems.append(f"{sample}: the sidecar's offset {offsets[row]} of grid {grid_name!r} does not point to its ids.")

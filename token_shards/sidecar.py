@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,7 @@ class ShardSidecar:
             if version is not None:
                 del fields[VERSION_FIELD]
             sidecar = from_fields(cls, fields, f"{path} is not a shard sidecar that this version can read: it", version)
-            lists = [sidecar.keys, sidecar.indices, sidecar.labels, sidecar.sources, *sidecar.offsets.values()]
+            lists: list[Sized] = [sidecar.keys, sidecar.indices, sidecar.labels, sidecar.sources, *sidecar.offsets.values()]
             lengths = {len(entries) for entries in lists} | {sidecar.count}
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a shard sidecar ({error}).") from None

@@ -277,7 +277,8 @@ class TokenShardWriter:
             raise InputError(f"{len(unfinished)} of {self.num_shards} shards in {self.folder} are not finished. The first: {unfinished[0]}")
         for name in self.strays():
             (self.folder / name).unlink()
-        digest, keys, skipped, entries = hashlib.sha256(), set(), [], []
+        digest, skipped, entries = hashlib.sha256(), [], []
+        keys: set[str] = set()
         for index in range(self.num_shards):
             sidecar = ShardSidecar.load(self.folder, shard_name(index))
             repeated = keys.intersection(sidecar.keys)

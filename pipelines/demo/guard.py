@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qs, urlencode
 
 from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from pipelines.demo.http_limits import Answer, ClientDisconnected, Refusal, format_error, read_body, replay_body, report, strict_json
 from pipelines.demo.uploads import Uploads
@@ -71,7 +72,7 @@ class Guard:
         self._by_number = {endpoint.number: endpoint for endpoint in endpoints}
         self._known_ids: OrderedDict[str, None] = OrderedDict()  # of sessions and events, whose results may be read; the newest last
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Callable, send: Callable) -> None:
         """Pass a valid request to gradio, or answer with an error."""
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close", "code": 1008})
@@ -98,7 +99,7 @@ class Guard:
         finally:
             self._open_requests -= 1
 
-    async def _check_and_pass_on(self, scope: dict, receive: Callable, answer: Answer) -> None:
+    async def _check_and_pass_on(self, scope: Scope, receive: Callable, answer: Answer) -> None:
         """Check a request and pass it to gradio, or answer it here. Raises Refusal if the request is not allowed."""
         path, headers = scope["path"], Headers(scope=scope)
         check_sender(scope["method"], path, headers)
@@ -205,7 +206,7 @@ class Guard:
             self._remember_id(json.loads(response_body).get("event_id"))
 
     @staticmethod
-    def _cleaned(scope: dict, query: dict[str, str]) -> dict:
+    def _cleaned(scope: Scope, query: dict[str, str]) -> dict:
         """The request without headers that gradio trusts or that no longer apply, and with only this query."""
         headers = [(name, value) for name, value in scope["headers"] if not _DROPPED_HEADERS.fullmatch(name.lower())]
         return {**scope, "headers": headers, "query_string": urlencode(query).encode(), "raw_path": scope["path"].encode()}

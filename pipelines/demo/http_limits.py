@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Answer:
             await self._send({"type": "http.response.body", "body": b""})
 
 
-async def read_body(headers: Headers, receive: Callable, limit: int) -> AsyncIterator[bytes]:
+async def read_body(headers: Headers, receive: Callable, limit: int) -> AsyncGenerator[bytes, None]:
     """Yield the chunks of a request body. Raises Refusal if it is larger than `limit` bytes or takes too long."""
     too_large = Refusal(413, f"The body is larger than {limit:,} bytes.")
     content_length = headers.get("content-length", "")
@@ -147,7 +147,8 @@ async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
     uvicorn limits only the time between two requests. It waits without limit for the first request, for the rest of a head, and for the rest of
     an unread body.
     """
-    loop, idle_since = asyncio.get_running_loop(), {}
+    loop = asyncio.get_running_loop()
+    idle_since: dict[object, tuple[float, object]] = {}  # connection -> start of its idle time, last answered request
     while True:
         await asyncio.sleep(CHECK_SECONDS)
         now, idle = loop.time(), {}

@@ -20,14 +20,15 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
 import torch
-from starlette.applications import Starlette
+from gradio.routes import App
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo.guard import Endpoint, Guard
@@ -67,7 +68,7 @@ class Worker:
     a cancelled request, and the message about a full queue only says that the server is busy.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "pipeline")
         self._jobs: list[tuple[str | None, threading.Event]] = []  # page and stop flag; the first job is running
 
@@ -139,11 +140,12 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
             progress(tokens, unit="tokens")
         return not stop.is_set()
 
-    request = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
+    request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
     result = pipe(**request, output_type="np", callback=on_token)
     if result.stopped:
         return *[gr.skip()] * 3, f"Stopped after {done} of {total} tokens.", gr.skip()
-    captions = [names[index] for index in result.class_indices] if labels else [None] * count
+    captions = [names[index] for index in result.class_indices] if names and result.class_indices else [None] * count
+    assert isinstance(result.images, np.ndarray)  # as output_type says
     gallery = [(to_picture(pixels_HWC), caption) for pixels_HWC, caption in zip(result.images, captions, strict=True)]
     columns = number if labels and 1 < number <= 16 else min(count, 8)
     rows = [result.images[start:start + columns] for start in range(0, count, columns)]
@@ -205,22 +207,28 @@ def generate_signature(controls: list[Control]) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Blocks:
-    """Build the page of a pipeline without serving it. Its Python code uses `folder`. Its attribute `worker` runs the computations."""
+class Page(gr.Blocks):
+    """A page, and the worker that runs its computations."""
+
+    worker: Worker
+
+
+def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
+    """Build the page of a pipeline without serving it. Its Python code uses `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
     side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.config.codebook_size
     why = why_unguided(names, pipe.prior.vocabulary.label_drop)
     unguided = why and f"Off, because the prior {why}."
-    picture_options = {"format": "png", "interactive": False, "elem_classes": ["pixels", "below-label"]}
+    style = ["pixels", "below-label"]
 
-    with gr.Blocks(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with Page(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{side} x {side} pixels, "
                     f"{format_shape(pipe.tokenizer.grid_shape)} tokens of {codes} codes, "
                     f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
-                    "Default: all classes." if len(names or []) <= limit else f"Default: the first {limit} of {len(names)}."))
+                    "Default: all classes." if len(names or []) <= limit else f"Default: the first {limit} of {len(names or [])}."))
                 number = gr.Slider(1, limit, value=max(1, min(4, limit // len(names or [None]))), step=1,
                                    label=number_label(pipe), info=f"At most {limit} images in total.")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -240,9 +248,10 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 upload = gr.Image(label="Your image", type="filepath", sources=["upload", "clipboard"], buttons=["fullscreen"], height=320)
-                seen = gr.Image(label="As the tokenizer sees it", buttons=["download"], height=320, **picture_options)
+                seen = gr.Image(label="As the tokenizer sees it", format="png", interactive=False, buttons=["download"], height=320,
+                                elem_classes=style)
                 tokens = gr.HTML(label="Tokens", show_label=True, container=True, min_height=320, elem_classes="below-label")
-                restored = gr.Image(label="Reconstruction", buttons=["download"], height=320, **picture_options)
+                restored = gr.Image(label="Reconstruction", format="png", interactive=False, buttons=["download"], height=320, elem_classes=style)
             reconstruct_button = gr.Button("Reconstruct", variant="primary")
             measures = gr.Markdown()
 
@@ -257,7 +266,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
                 outputs = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
                 return outputs or (*[gr.skip()] * 3, "Stopped before it started.", gr.skip())
 
-        on_generate.__signature__ = generate_signature(sampling_controls(pipe))
+        vars(on_generate).update(__signature__=generate_signature(sampling_controls(pipe)))
         on_generate.__annotations__ = {"request": gr.Request}
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
@@ -281,7 +290,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> gr.Block
               preprocess=False,  # it would open the file before read_upload checks it
               show_progress_on=restored).failure(lambda: [None] * 4, None, results, queue=False, api_name="clear",
                                                     api_visibility="private")
-    upload.async_move_resource_to_block_cache = keep_upload_path
+    vars(upload).update(async_move_resource_to_block_cache=keep_upload_path)
     page.worker = worker
     return page.queue(max_size=2 * MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
@@ -292,17 +301,15 @@ async def keep_upload_path(path: str) -> str:
 
 
 @contextlib.asynccontextmanager
-async def guard_lifespan(page: gr.Blocks, app: Starlette) -> AsyncIterator[None]:
+async def guard_lifespan(page: gr.Blocks, app: App) -> AsyncIterator[None]:
     """Lifespan of the app. Puts the guard in front of all gradio middleware before the first request, and runs the cleanup tasks."""
+    assert app.middleware_stack is not None  # the app makes it before it starts its lifespan
     uploads = Uploads(Path(app.uploaded_file_dir), page.upload_file_set)
     app.middleware_stack = Guard(app.middleware_stack, uploads, [
         Endpoint(function.api_name, number, len(function.inputs), function.queue, any(isinstance(field, gr.Image) for field in function.inputs))
-        for number, function in page.fns.items() if "unload" not in dict(function.targets).values()])
-
-    def connections() -> Iterable:
-        return page.server.server_state.connections if getattr(page, "server", None) else ()
-
-    tasks = [asyncio.create_task(uploads.keep_room()), asyncio.create_task(close_idle_connections(connections))]
+        for number, function in page.fns.items() if function.api_name is not None and "unload" not in dict(function.targets).values()])
+    tasks = [asyncio.create_task(uploads.keep_room()), asyncio.create_task(close_idle_connections(
+        lambda: page.server.server_state.connections if getattr(page, "server", None) else ()))]
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
@@ -75,29 +75,38 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
     `settings` are the values of sampling_controls. Raises InputError for values that the fields do not allow.
     """
     names = pipe.class_names or []
-    if not isinstance(classes or [], list) or not all(isinstance(name, str) for name in classes or []):
+    classes = classes or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise InputError(f"Classes is {shown_value(classes)}; it must be a list of class names.")
-    for name in classes or []:
+    for name in classes:
         if name not in names:
             nearest = nearest_name(name, names)
             raise InputError(f"There is no class {shown_value(name)}.{f' Did you mean {nearest!r}?' if nearest else ''}")
-    sampling = {control.name: checked_number(control.label, value, control.minimum, control.maximum, is_whole=control.step == 1)
-                for control, value in zip(sampling_controls(pipe), settings, strict=True)}
+    sampling: dict[str, float] = {}
+    for control, value in zip(sampling_controls(pipe), settings, strict=True):
+        check = checked_integer if control.step == 1 else checked_number
+        sampling[control.name] = check(control.label, value, control.minimum, control.maximum)
     if sampling["guidance_scale"] != 1 and why_unguided(pipe.class_names, pipe.prior.vocabulary.label_drop):
         raise InputError(f"Guidance scale is {sampling['guidance_scale']}; it must be 1, because this prior does not support guidance.")
-    count = checked_number(number_label(pipe), number, 1, image_limit(pipe), is_whole=True)
-    seed = secrets.randbelow(2**31) if seed is None else checked_number("Seed", seed, 0, MAX_SEED, is_whole=True)
-    return classes or [], count, seed, sampling
+    count = checked_integer(number_label(pipe), number, 1, image_limit(pipe))
+    checked_seed = secrets.randbelow(2**31) if seed is None else checked_integer("Seed", seed, 0, MAX_SEED)
+    return classes, count, checked_seed, sampling
 
 
-def checked_number(label: str, given: object, at_least: float, at_most: float, is_whole: bool = False) -> float:
-    """The number in a field of the page. Raises InputError if it is not a number, not a whole number if `is_whole`, or out of bounds."""
+def checked_number(label: str, given: object, at_least: float, at_most: float) -> float:
+    """The number in a field of the page. Raises InputError if it is not a number, or out of bounds."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise InputError(f"{label} is {shown_value(given)}; it must be a number.")
     check_range(label, given, at_least=at_least, at_most=at_most)
-    if is_whole and given != int(given):
-        raise InputError(f"{label} is {given}; it must be a whole number.")
-    return int(given) if is_whole else given
+    return given
+
+
+def checked_integer(label: str, given: object, at_least: float, at_most: float) -> int:
+    """The whole number in a field of the page, as int. Raises InputError as `checked_number` does, and for fractions."""
+    number = checked_number(label, given, at_least, at_most)
+    if number != int(number):
+        raise InputError(f"{label} is {number}; it must be a whole number.")
+    return int(number)
 
 
 def number_label(pipe: ImageGenerationPipeline) -> str:
@@ -120,7 +129,8 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise InputError("This upload is no longer stored. Upload the image again.") from None
-    if "AVIF" in Image.OPEN and Image.OPEN["AVIF"][1](content[:16]) is True:
+    is_avif = Image.OPEN["AVIF"][1] if "AVIF" in Image.OPEN else None  # None if Pillow cannot read AVIF
+    if is_avif is not None and is_avif(content[:16]) is True:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
             limit_decoded_size(header, side)
         content = avif_as_png(path, stop)
@@ -165,7 +175,7 @@ def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
 def limit_decoded_size(image: Image.Image, side: int) -> None:
     """Reduce the decoded size of a large JPEG, to at least 4 * `side` pixels per side. Raises UnreadableImage if an image is too large."""
     width, height = image.size
-    if image.format in ("JPEG", "MPO"):
+    if isinstance(image, ImageFile.ImageFile) and image.format in ("JPEG", "MPO"):
         image.decodermaxblock = JPEG_BLOCK_BYTES
     if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
         image.draft(None, (4 * side, 4 * side))  # does nothing for other formats

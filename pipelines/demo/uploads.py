@@ -1,4 +1,4 @@
-"""Stores the files of the demo's server: uploads under unguessable names next to gradio's results, with a limit on their total size."""
+"""Stores the uploads of the demo under unguessable names, next to gradio's results, and limits the total size of both."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,19 @@ BYTES_PER_FILE = 2**13  # disk space of the smallest file and its folder
 MAX_UPLOADS_AT_ONCE = 8
 SWEEP_SECONDS = 60.0  # between checks of the stored files
 _FOLDER = re.compile(r"[0-9a-f]{64}")
+"""Name of the folder of an upload or result."""
 
 
 class Uploads:
-    """The files in `folder`. `paths` are the uploads, which gradio deletes after a day."""
+    """The uploads and results that are stored in a folder. `path in uploads` is true only for uploads."""
 
     def __init__(self, folder: Path, paths: set[str]):
+        """Use gradio's folder and its set of uploads.
+
+        Args:
+            folder: uploads and results, each in its own sub-folder.
+            paths: gradio's set of the paths of uploads, which is updated here. gradio deletes these files after a day.
+        """
         self._folder, self._paths = folder, paths
         self._slots = asyncio.Semaphore(MAX_UPLOADS_AT_ONCE)
         self._lock = threading.Lock()  # one thread at a time checks for free space and reserves it
@@ -37,16 +44,19 @@ class Uploads:
         return isinstance(path, str) and path in self._paths
 
     def is_served(self, path: str) -> bool:
-        """Whether a path is an upload or a result."""
-        name = Path(path)
+        """Whether a path is an existing upload or result, so the server may send it. The path must be in normal form and not a link."""
+        file = Path(path)
         try:
-            return (name.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(name.parent.name))
-                    and str(name) == path and name.is_file() and not name.is_symlink())
+            return (file.parent.parent in (self._folder, self._folder.resolve()) and bool(_FOLDER.fullmatch(file.parent.name))
+                    and str(file) == path and file.is_file() and not file.is_symlink())
         except (OSError, ValueError):  # not a valid file name
             return False
 
     async def store(self, headers: Headers, receive: Callable) -> str:
-        """Store the file of an upload form under an unguessable name and return its path. Raises Refusal for invalid forms and full disks."""
+        """Store the file of an upload form under an unguessable name and return its path.
+
+        Raises Refusal if the form is invalid, the disk is full, or too many uploads are in progress, and ClientDisconnected.
+        """
         if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise Refusal(415, "An upload must be a form with one file, with Content-Type: multipart/form-data.")
         try:
@@ -74,6 +84,7 @@ class Uploads:
         return str(path)
 
     def _write(self, file: BinaryIO, path: Path) -> None:
+        """Write an upload to `path`. Deletes the oldest files first if it would exceed the limit."""
         size = file.seek(0, os.SEEK_END) + BYTES_PER_FILE
         file.seek(0)
         with self._lock:
@@ -85,7 +96,10 @@ class Uploads:
                 shutil.copyfileobj(file, stored)
 
     def _make_room(self) -> None:
-        # Free space for two uploads of the largest size. Otherwise, near the limit, each small upload would scan the whole folder.
+        """Delete the oldest files, until there is room for two uploads of the largest size.
+
+        With less room, each small upload near the limit would scan the whole folder. The caller holds the lock.
+        """
         removed, self._stored = make_room(self._folder, MAX_STORED_BYTES - 2 * MAX_UPLOAD_BYTES)
         self._paths.difference_update(map(str, removed))
 
@@ -94,7 +108,7 @@ class Uploads:
             self._make_room()
 
     async def keep_room(self) -> None:
-        """Keep the stored files within their limit. Runs until cancelled."""
+        """Delete the oldest files regularly, because gradio stores results without calling store(). Runs until cancelled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
@@ -104,7 +118,7 @@ class Uploads:
 
 
 def safe_name(name: str) -> str:
-    """Reduce a file name from a browser to letters, digits, dots, - and _, at most 80 characters."""
+    """Reduce a file name from a browser to its last 80 characters, which are letters, digits, dots, - and _. "image" if nothing is left."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", os.path.basename(name.replace("\\", "/")))[-80:].lstrip(".")
     return name or "image"
 
@@ -114,7 +128,7 @@ def make_room(folder: Path, limit: int) -> tuple[list[Path], int]:
 
     Returns the deleted paths and the number of remaining bytes. Other threads, including gradio's, may delete files and folders meanwhile.
     """
-    files = []
+    files: list[tuple[float, Path, int]] = []  # time of the last change, path, bytes
     for parent in [entry.path for entry in os.scandir(folder) if _FOLDER.fullmatch(entry.name)]:
         with contextlib.suppress(OSError):
             for entry in os.scandir(parent):

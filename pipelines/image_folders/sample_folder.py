@@ -61,8 +61,9 @@ class SampleFolder:
     @cached_property
     def names(self) -> list[str]:
         """The file name of each image in the order of the request: class and number. All numbers are zero-padded to the same width."""
-        stems = ["sample"] if self.labels is None else [file_name(self.class_names[index]) for index in self.labels]
-        width, counts, names = len(str(max(Counter(stems).values()) * self.num - 1)), Counter(), []
+        stems = ["sample"] if self.labels is None or self.class_names is None else [file_name(self.class_names[index]) for index in self.labels]
+        width, names = len(str(max(Counter(stems).values()) * self.num - 1)), []
+        counts: Counter[str] = Counter()
         for stem in stems:
             names += [f"{stem}-{number:0{width}d}.png" for number in range(counts[stem], counts[stem] + self.num)]
             counts[stem] += self.num
@@ -142,15 +143,15 @@ def find_output_folder(samples: SampleFolder) -> SampleFolder:
 
     A folder without a record that another process has locked is not free, because that process is about to record its own request.
     """
-    for number in itertools.count(1):
-        candidate = samples if number == 1 else dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}"))
+    def is_free(candidate: SampleFolder) -> bool:
         try:
             candidate.existing_files()
         except InputError:
-            continue
-        if not (candidate.out / RECORD_NAME).exists() and is_locked(candidate.out):
-            continue
-        return candidate
+            return False
+        return (candidate.out / RECORD_NAME).exists() or not is_locked(candidate.out)
+
+    numbered = (dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}")) for number in itertools.count(2))
+    return next(filter(is_free, itertools.chain([samples], numbered)))
 
 
 def files_in(out: Path) -> set[str]:
@@ -197,7 +198,8 @@ def reconstruction_names(paths: Sequence[Path]) -> list[str]:
 
     A repeated name becomes name_, name_2, name_3 and so on; "grid" counts as taken.
     """
-    taken, copies, names = {Path(GRID_NAME).stem}, Counter(), []
+    taken, names = {Path(GRID_NAME).stem}, []
+    copies: Counter[str] = Counter()
     for path in paths:
         name = stem = shorten_name(path.stem)
         while name in taken:

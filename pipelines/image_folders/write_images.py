@@ -98,7 +98,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
     save_grid([[samples.out / samples.names[position] for position in row] for row in rows], samples.out / GRID_NAME)
     print(f"wrote {counted(written, 'image')} and {GRID_NAME}{f' ({shown} of the images)' if shown < total else ''} to {samples.out}"
           + (f", which now contains all {total:,}" if kept else ""))
-    if samples.dtype != "float32" and first_batch is not None:
+    if samples.dtype != "float32" and pipe is not None and first_batch is not None and first_batch.token_ids is not None:
         count = min(len(first_batch.images), COMPARED_IMAGES)
         try:
             difference = pipe.logit_difference(first_batch.token_ids[:count], first_batch.class_indices and first_batch.class_indices[:count])
@@ -171,7 +171,7 @@ def load_image(path: Path, transform: ImageTransform) -> torch.Tensor:
         raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
 
 
-def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: dict[str, str | int]) -> None:
+def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: dict[str, str | int | None]) -> None:
     """Delete files of an earlier, different request: those that will be replaced and, if the tokenizer differs, all of them.
 
     Then record this request.

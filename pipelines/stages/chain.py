@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from pipelines.stages.stage_checks import check_chain
-from pipelines.stages.stage_inputs import inputs_of, read_vocabulary, tokenizer_folder
+from pipelines.stages.stage_inputs import input_fingerprints, read_vocabulary, tokenizer_folder
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import save_recipe
@@ -26,7 +26,7 @@ def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: s
     record_recipe(recipe)
     seconds: dict[str, float] = {}
     for stage in STAGES:
-        if decide_action(run, recipe, stage, inputs_of(recipe, stage)) == "skip":
+        if decide_action(run, recipe, stage, input_fingerprints(recipe, stage)) == "skip":
             print(f"{stage}: finished already, {run.export(stage)}")
             continue
         started = time.monotonic()
@@ -46,11 +46,11 @@ def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: s
 
 def longer_training_hint(recipe: Recipe) -> str:
     """A sentence that says how to train longer, or "" if the recipe has no time budgets."""
-    minutes = recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes
-    if None in minutes:
+    tokenizer, prior = recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes
+    if tokenizer is None or prior is None:
         return ""
-    option = f"--minutes {sum(minutes) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {minutes[0] * 2:g}"
-    return f". The budget was {minutes[0]:g} min for the tokenizer and {minutes[1]:g} min for the prior. To train longer, add {option} --redo tokens"
+    option = f"--minutes {(tokenizer + prior) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {tokenizer * 2:g}"
+    return f". The budget was {tokenizer:g} min for the tokenizer and {prior:g} min for the prior. To train longer, add {option} --redo tokens"
 
 
 def record_recipe(recipe: Recipe) -> Path:
@@ -77,7 +77,7 @@ def bundle_run(recipe: Recipe) -> Path:
 
     run = RunFolder(Path(recipe.run_dir))
     with run.lock():
-        inputs = inputs_of(recipe, "pipeline")
+        inputs = input_fingerprints(recipe, "pipeline")
         decide_action(run, recipe, "pipeline", inputs)
         started, sampling = time.monotonic(), recipe.sampling
         if sampling.guidance_scale != 1 and read_vocabulary(run.export("prior"))["class_names"] is None:

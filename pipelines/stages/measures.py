@@ -1,6 +1,7 @@
 """Measures of generated samples: copies of training images, distinct samples and, for digits, agreement with the requested class."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,14 +70,15 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
     samples = SAMPLES if classifier is not None else SAMPLES_WITHOUT_CLASSIFIER
     labels = evenly_spaced_classes(len(names), samples) if names else None
     per_label = samples // len(labels) if labels else samples
-    settings = {"recommended": {}}
+    settings: dict[str, dict[str, Any]] = {"recommended": {}}
     if classifier is not None:
         unguided, plain = {"guidance_scale": 1.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
     results = {}
     for name, changed in settings.items():
         out = pipe(labels, per_label, seed=seed, output_type="pt", **changed)
+        assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
         results[name] = {"samples": len(out.seeds), **token_measures(out.token_ids, training_digests)}
-        if classifier is not None:
+        if classifier is not None and out.class_indices is not None:
             results[name].update(classifier.measures(out.images, out.class_indices))
     return results

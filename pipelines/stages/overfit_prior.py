@@ -3,7 +3,7 @@
 import argparse
 
 from pipelines.stages.stage_checks import check_architecture
-from pipelines.stages.stage_inputs import inputs_of
+from pipelines.stages.stage_inputs import input_fingerprints
 from vqmosaic.errors import InputError, check_range
 
 
@@ -17,7 +17,7 @@ def overfit_prior(options: argparse.Namespace, images: int) -> int:
             raise InputError(f"--{name} cannot be combined with --overfit, which runs in one process and does not change the run. Leave it out.")
     check_range("--processes with --overfit", options.processes, at_least=1, at_most=1)
     check_range("--overfit", images, at_least=1)
-    inputs_of(options.recipe, "prior")
+    input_fingerprints(options.recipe, "prior")  # raises InputError if there are no tokens
     check_architecture(options.recipe)
 
     from stage2_prior.overfit import overfit

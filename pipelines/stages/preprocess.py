@@ -148,8 +148,9 @@ def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: Image
 def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:
     """Raise InputError if the images have changed since this run's own tokenizer was trained."""
     record = load_record(run, "tokenizer") if recipe.tokens.tokenizer is None else None
-    recorded = record.inputs.get("data set") if record is not None else None
-    if recorded is not None and splits.as_recorded(record.inputs).comparable_fingerprint(recorded) != recorded:
+    inputs = record.inputs if record is not None else {}
+    recorded = inputs.get("data set")
+    if recorded is not None and splits.as_recorded(inputs).comparable_fingerprint(recorded) != recorded:
         raise InputError(f"{run.root}: the data set has changed since the tokenizer was trained on it. Restore it, train again with "
                          f"--redo tokenizer, or use this tokenizer anyway with --tokens.tokenizer {run.export('tokenizer')}.")
 
@@ -160,7 +161,7 @@ def check_class_order(run: RunFolder, splits: ImageSplits) -> None:
         folder = run.export("tokens") / split
         recorded = TokenShardManifest.load(folder).class_names if (folder / MANIFEST_NAME).is_file() else None
         names = splits.class_names
-        if recorded != names and sorted(recorded or ()) == sorted(names or ()):
+        if recorded and names and recorded != names and sorted(recorded) == sorted(names):
             raise InputError(f"{folder}: the classes of these tokens are in the order {listed_names(recorded)}, but those of new tokens would be in "
                              f"the order {listed_names(names)}. Rerun the tokens and all later stages with --redo tokens, or use another "
                              "--run_dir.")
@@ -184,6 +185,7 @@ def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, 
     grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
                 depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
+    assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
     plans = []
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [CENTER_VIEW])):
         header = ShardSetHeader(
@@ -259,7 +261,8 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
     size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
     def decode(part: Sequence[int], rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
-        errors, pixels = [], {}
+        errors: list[UnreadableImage | None] = []
+        pixels: dict[int, np.ndarray] = {}
         for position, index in enumerate(part):
             errors.append(None)
             try:

@@ -1,10 +1,10 @@
-"""Checks made before a stage starts slow work. They need no torch and well under a second, unless a docstring says otherwise."""
+"""Checks made before a stage starts slow work. They import no torch and take well under a second, unless a docstring says otherwise."""
 
 import os
 from itertools import pairwise
 from pathlib import Path
 
-from pipelines.stages.stage_inputs import check_tokenizer_has_ids, inputs_of, token_fingerprint_of_tokenizer, tokenizer_folder
+from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerprints, token_fingerprint_of_tokenizer, tokenizer_folder
 from stage1_tokenizer.data.data_location import check_data_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
@@ -19,14 +19,18 @@ from vqmosaic.training.tracking import check_trackers
 
 TRAINING_SECTIONS = {"tokenizer": "tokenizer_training", "prior": "prior_training"}
 USUAL_ARCHITECTURES = ("grid_transformer", "llama", "gpt2", "qwen3")
-ROTARY_ARCHITECTURES = {"grid_transformer": 4, "llama": 2, "qwen3": 2}  # the head width must be a multiple of this
+"""Architectures that are known without importing transformers."""
+ROTARY_DIVISORS = {"grid_transformer": 4, "llama": 2, "qwen3": 2}
+"""Architectures with rotary embeddings -> the number that must divide their head width."""
 
 
 def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bool = True, redo: str | None = None) -> str:
     """The action for a stage ("start", "resume", "skip" or "compare", see decide_action). Raises InputError if the stage cannot start.
 
-    The stage also cannot start if its folder was made with another recipe, unless `redo` names this stage or an earlier one. With `alone`, the
-    inputs from other stages must exist; in a chain, they are made first.
+    Args:
+        processes: number of training processes. They must divide the batch.
+        alone: True if only this stage runs, so the inputs from other stages must exist. False in a chain, where the earlier stages make them.
+        redo: first stage to run again from the start. Without it, the stage must have the recipe with which its folder was made.
     """
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
@@ -36,7 +40,7 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     if stage == "tokens":
         check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
-    inputs = inputs_of(recipe, stage) if alone else None
+    inputs = input_fingerprints(recipe, stage) if alone else None
     action = "start" if is_redone else decide_action(run, recipe, stage, inputs)
     section = TRAINING_SECTIONS.get(stage)
     if section is not None:
@@ -66,66 +70,75 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
             raise InputError(f"{field} is {value!r}, but `vqmosaic run` makes every part of the run itself. "
                              f"Leave it out, or run the remaining stages one by one: {commands}.")
     actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
-    check_parts_fit(recipe, actions)
+    check_stages_fit(recipe, actions)
     check_no_stale_stage(recipe, actions)
     if actions["prior"] != "skip":
-        check_prior(recipe)
+        check_prior_config(recipe)
 
 
-def check_parts_fit(recipe: Recipe, actions: dict[str, str]) -> None:
-    """Raise InputError for the first stage whose recorded inputs differ from the current results of the finished stages before it."""
+def check_stages_fit(recipe: Recipe, actions: dict[str, str]) -> None:
+    """Raise InputError if a stage was made from other inputs than the current results of the finished stages before it.
+
+    Args:
+        actions: the result of check_before_start for each stage.
+    """
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
         if actions[stage] not in ("skip", "compare"):
             return  # later stages are checked when this stage is finished
         if actions[following] != "start":
-            decide_action(run, recipe, following, inputs_of(recipe, following))
+            decide_action(run, recipe, following, input_fingerprints(recipe, following))  # raises InputError if the inputs differ
 
 
 def check_own_tokens(recipe: Recipe) -> None:
     """Raise InputError if the run's tokenizer was trained again after the run's tokens were made."""
     run = RunFolder(Path(recipe.run_dir))
-    if recipe.prior_training.tokens is not None or recipe.tokens.tokenizer is not None or not (run.export("tokenizer") / "config.json").is_file():
+    uses_other_run = recipe.prior_training.tokens is not None or recipe.tokens.tokenizer is not None
+    if uses_other_run or not (run.export("tokenizer") / "config.json").is_file():
         return
-    tokens = TokenShardManifest.load(run.export("tokens") / "train").token_fingerprint
-    if tokens != token_fingerprint_of_tokenizer(run.export("tokenizer")):
+    fingerprint_in_tokens = TokenShardManifest.load(run.export("tokens") / "train").token_fingerprint
+    if fingerprint_in_tokens != token_fingerprint_of_tokenizer(run.export("tokenizer")):
         raise InputError(f"{run.export('tokens')} was made with another tokenizer than the current {run.export('tokenizer')}, so a prior trained on "
                          "these tokens would not fit it. Encode the images again (`vqmosaic preprocess` with --redo tokens), or set "
                          "--tokens.tokenizer to the tokenizer of these tokens.")
 
 
 def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
-    """Raise InputError if a finished stage would train further while the next stage was made from its earlier result."""
+    """Raise InputError if a finished stage would train further, although the next stage was already made from its result.
+
+    Args:
+        actions: the result of check_before_start for each stage.
+    """
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
         record = load_record(run, stage)
-        has_grown = actions[stage] == "resume" and record.finished and run.export(stage).exists()
+        has_grown = actions[stage] == "resume" and record is not None and record.finished and run.export(stage).exists()
         if has_grown and actions[following] != "start":
             raise InputError(f"{run.root}: the budget of stage {stage} has grown, but stage {following} was made from its earlier result. "
                              f"Add --redo {following}, which reruns {following} and all later stages, or choose another --run_dir.")
 
 
 def check_can_write(field: str, folder: Path) -> None:
-    """Raise InputError if a path is a file, or cannot be created because its parent is a file or not writable. Creates nothing."""
+    """Raise InputError if a folder cannot be written: it is a file, or a folder above it is a file or not writable. Creates nothing."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{field} is {str(folder)!r}, which is a file. Set {field} to a folder.")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"{field} is {str(folder)!r}, but {existing} is a file. Set {field} to a folder that can be created.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{field} is {str(folder)!r}, but {existing} is not writable. Set {field} to a writable folder.")
+    nearest_existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest_existing.is_dir():
+        raise InputError(f"{field} is {str(folder)!r}, but {nearest_existing} is a file. Set {field} to a folder that can be created.")
+    if not os.access(nearest_existing, os.W_OK | os.X_OK):
+        raise InputError(f"{field} is {str(folder)!r}, but {nearest_existing} is not writable. Set {field} to a writable folder.")
 
 
 def check_resume(recipe: Recipe, stage: str, section: str) -> None:
-    """Raise InputError if training cannot continue from the checkpoint that `resume` names."""
+    """Raise InputError if training cannot start as the `resume` field of `section` says: never, auto or the path of a checkpoint."""
     resume = getattr(recipe, section).resume
-    checkpoints = CheckpointFolder(RunFolder(Path(recipe.run_dir)).checkpoints(stage))
+    run = RunFolder(Path(recipe.run_dir))
+    checkpoints = CheckpointFolder(run.checkpoints(stage))
     if resume == "never":
-        checkpoints.choose(resume)
+        checkpoints.choose(resume)  # raises InputError if there is a checkpoint
     elif resume == "auto":
-        run = RunFolder(Path(recipe.run_dir))
         record = load_record(run, stage)
-        if record is not None:  # training verifies the files of the checkpoints, because reading them takes time
+        if record is not None:  # verify_files=False because reading the checkpoints takes time; training verifies them
             checkpoints.check_can_continue(stage, run.export(stage), record.finished, verify_files=False)
     elif not (Path(resume) / "checksums.json").is_file():
         nearest = nearest_name(resume, ("auto", "never"))
@@ -138,26 +151,27 @@ def check_resume(recipe: Recipe, stage: str, section: str) -> None:
 def check_architecture(recipe: Recipe) -> None:
     """Raise InputError for an unknown prior.architecture, or a head width that it does not support.
 
-    Takes a second or two for architectures other than the usual ones.
+    Takes a second or two for architectures other than the usual ones, because it imports a part of transformers.
     """
-    given, (_, width, heads) = recipe.prior.architecture, recipe.prior.sizes
-    divisor = ROTARY_ARCHITECTURES.get(given, 1)
+    architecture = recipe.prior.architecture
+    _, width, heads = recipe.prior.sizes
+    divisor = ROTARY_DIVISORS.get(architecture, 1)
     if "head_dim" not in recipe.prior.options and width // heads % divisor:
         raise InputError(f"prior.width is {width} and prior.heads is {heads}, so each head has {width // heads} dimensions. The rotary embedding of "
-                         f"{given} needs a multiple of {divisor}. Set prior.width to a multiple of {divisor * heads}.")
-    if given in USUAL_ARCHITECTURES:
+                         f"{architecture} needs a multiple of {divisor}. Set prior.width to a multiple of {divisor * heads}.")
+    if architecture in USUAL_ARCHITECTURES:
         return
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal_models
 
-    if given not in known:
-        nearest = nearest_name(given, known)
+    if architecture not in causal_models:
+        nearest = nearest_name(architecture, causal_models)
         hint = f" Did you mean {nearest!r}?" if nearest else ""
-        raise InputError(f"prior.architecture is {given!r}; allowed: {', '.join(USUAL_ARCHITECTURES)} or another of the {len(known)} causal "
-                         f"language models of transformers.{hint}")
+        raise InputError(f"prior.architecture is {architecture!r}; allowed: {', '.join(USUAL_ARCHITECTURES)} or another of the "
+                         f"{len(causal_models)} causal language models of transformers.{hint}")
 
 
-def check_prior(recipe: Recipe) -> None:
-    """Raise InputError if transformers cannot configure the prior of a recipe. Imports torch and transformers."""
+def check_prior_config(recipe: Recipe) -> None:
+    """Raise InputError if transformers cannot make the model configuration of the prior. Takes seconds, because it imports torch and transformers."""
     from stage2_prior.model.causal_lm import make_config
     from stage2_prior.vocabulary import Vocabulary
 
@@ -167,15 +181,15 @@ def check_prior(recipe: Recipe) -> None:
 
 
 def check_image(path: Path) -> None:
-    """Raise InputError unless the path is an image file. Reads only the header."""
+    """Raise InputError unless the path is an image file that Pillow can open. Reads only the header."""
     from PIL import Image
 
     check_readable(path)
     if not path.is_file():
-        what = "is a folder. Give the images in it" if path.is_dir() else "does not exist"
+        problem = "is a folder. Give the images in it" if path.is_dir() else "does not exist"
         nearest = nearest_name(path.name, (found.name for found in path.parent.iterdir())) if path.parent.is_dir() and not path.exists() else None
         hint = f" Did you mean {str(path.parent / nearest)!r}?" if nearest else ""
-        raise InputError(f"image {str(path)!r} {what}.{hint}")
+        raise InputError(f"image {str(path)!r} {problem}.{hint}")
     try:
         Image.open(path).close()
     except Image.DecompressionBombError as error:

@@ -1,4 +1,8 @@
-"""Finds the inputs of each stage of a run: their folders and fingerprints. Needs no torch."""
+"""Finds the inputs of each stage of a run: their folders and fingerprints. Needs no torch.
+
+The token fingerprint of a tokenizer identifies the weights that determine its ids and latents. A prior records the token fingerprint of the
+tokenizer whose ids it generates. The full fingerprint covers all weights, including the decoder.
+"""
 
 from pathlib import Path
 
@@ -20,12 +24,12 @@ def tokenizer_folder(recipe: Recipe) -> Path:
 
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
     """The token fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
-    return _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")["token_fingerprint"]
+    return _read_tokenizer_config(folder)["token_fingerprint"]
 
 
 def full_fingerprint_of_tokenizer(folder: Path) -> str:
     """The full fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
-    content = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
+    content = _read_tokenizer_config(folder)
     if "full_fingerprint" not in content:
         raise InputError(f"{folder / 'config.json'} has no full_fingerprint. Copy the tokenizer again from its original folder.")
     return content["full_fingerprint"]
@@ -38,38 +42,55 @@ def token_fingerprint_of_prior(folder: Path) -> str:
 
 def read_vocabulary(folder: Path) -> dict:
     """The content of a prior's vocabulary.json. Raises InputError if there is no prior."""
-    return _read(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
+    return _read_description(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
-    """Raise InputError if the tokenizer used in preprocessing has a continuous quantizer, according to the recipe or config.json in `folder`."""
-    def continuous_error(what: str, field: str) -> InputError:
-        return InputError(f"{what} is {CONTINUOUS_QUANTIZERS[0]!r}, whose latents are continuous. Token shards and priors need discrete ids. "
-                          f"Set {field} one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
+    """Raise InputError if the tokenizer used in preprocessing has a continuous quantizer.
+
+    Args:
+        recipe: its tokenizer section is checked, unless it takes the tokenizer from another folder (tokens.tokenizer).
+        folder: folder of the tokenizer, whose config.json is checked too. None if the tokenizer is not trained yet.
+    """
+    def continuous_error(subject: str, quantizer: str, remedy: str) -> InputError:
+        return InputError(f"{subject} is {quantizer!r}, whose latents are continuous. Token shards and priors need discrete ids. "
+                          f"{remedy} one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
 
     if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS_QUANTIZERS:
-        raise continuous_error("tokenizer.quantizer", "it to")
+        raise continuous_error("tokenizer.quantizer", recipe.tokenizer.quantizer, "Set it to")
     if folder is None:
         return
-    network = _read(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer").get("network")
+    network = _read_tokenizer_config(folder).get("network")
     if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS_QUANTIZERS:
-        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", "tokens.tokenizer to the folder of a tokenizer with")
+        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", network["quantizer"],
+                               "Set tokens.tokenizer to the folder of a tokenizer with")
 
 
-def _read(path: Path, what: str, command: str) -> dict:
+def _read_tokenizer_config(folder: Path) -> dict:
+    """The content of a tokenizer's config.json. Raises InputError if there is no tokenizer."""
+    return _read_description(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
+
+
+def _read_description(path: Path, part: str, command: str) -> dict:
+    """The content of the JSON file of a tokenizer or prior. Raises InputError if it has no token fingerprint, or if the weights are missing.
+
+    Args:
+        part: "tokenizer" or "prior". The weights of a prior may be split over several files.
+        command: the command that writes this part, for the error message.
+    """
     check_readable(path, path.parent / "model.safetensors")
     for name in (path.name, "model.safetensors"):
-        in_parts = name == "model.safetensors" and what == "prior" and (path.parent / f"{name}.index.json").is_file()
-        if not (path.parent / name).is_file() and not in_parts:
-            raise InputError(f"{path.parent} is not a {what}: {name} is missing. `{command}` writes one.")
-    content = read_object(path, f"copy the {what} again from its original folder")
+        is_split = name == "model.safetensors" and part == "prior" and (path.parent / f"{name}.index.json").is_file()
+        if not (path.parent / name).is_file() and not is_split:
+            raise InputError(f"{path.parent} is not a {part}: {name} is missing. `{command}` writes one.")
+    content = read_object(path, f"copy the {part} again from its original folder")
     if "token_fingerprint" not in content:
-        raise InputError(f"{path.parent} is not a {what}: {path.name} has no token_fingerprint. `{command}` writes one.")
+        raise InputError(f"{path.parent} is not a {part}: {path.name} has no token_fingerprint. `{command}` writes one.")
     return content
 
 
-def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:
-    """Name -> fingerprint of the inputs of a stage from other stages, without the data set. Raises InputError for missing inputs."""
+def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
+    """The inputs that a stage takes from other stages, as name -> fingerprint, without the data set. Raises InputError for missing inputs."""
     if stage == "tokens":
         return {"tokenizer": token_fingerprint_of_tokenizer(tokenizer_folder(recipe))}
     if stage == "prior":
@@ -78,7 +99,7 @@ def inputs_of(recipe: Recipe, stage: str) -> dict[str, str]:
                 "validation tokens": TokenShardManifest.load(folder / "validation").fingerprint}
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
-        token_fingerprint_of_prior(prior)
+        read_vocabulary(prior)  # raises InputError if there is no prior
         return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer),
                 "prior": fingerprint_of_weights(prior)}
     return {}

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines.bundle import evenly_spaced_classes
@@ -77,7 +78,8 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
         error: the metric that selects the best weights. Used only if the stage record has no exported step, as in older versions.
     """
     validations = read_metrics(run.logs(stage) / "metrics.jsonl", "validation")
-    step = load_record(run, stage).exported_step
+    stage_record = load_record(run, stage)
+    step = stage_record.exported_step if stage_record is not None else None
     if not validations:
         raise InputError(f"{run.logs(stage) / 'metrics.jsonl'} has no validations, so the metrics of stage {stage} are unknown. Restore the "
                          f"file, or rerun the stage with --redo {stage}.")
@@ -96,6 +98,7 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
         out = pipe(labels, num_images_per_label=COLUMNS, seed=recipe.seed, output_type="np")
     else:
         out = pipe(num_images_per_label=ROWS * COLUMNS, seed=recipe.seed, output_type="np")
+    assert isinstance(out.images, np.ndarray)  # as output_type says
     rows = [out.images[start:start + COLUMNS] for start in range(0, len(out.images), COLUMNS)]
     save_picture(tile_images(rows, viewing_scale(out.images.shape[1])), path)
 

@@ -55,6 +55,14 @@ of KERNEL_SUBSET_SIZE images each."""
 LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
 
 
+class FeaturesAsGiven(nn.Identity):
+    """The network for torchmetrics, which receives features instead of images."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
 class Distances:
     """Frechet and kernel distance between generated and real images. The real features are kept for all combinations.
 
@@ -63,8 +71,7 @@ class Distances:
 
     def __init__(self, extractor: FeatureExtractor):
         self.extractor = extractor
-        features = nn.Identity()
-        features.num_features = extractor.num_features
+        features = FeaturesAsGiven(extractor.num_features)
         self.frechet = FrechetInceptionDistance(feature=features, reset_real_features=False)
         with warnings.catch_warnings():  # torchmetrics warns that it keeps all features, but there are at most KERNEL_IMAGES
             warnings.simplefilter("ignore", UserWarning)
@@ -228,13 +235,15 @@ def open_reference(request: SweepRequest, transform: ImageTransform, class_names
     def has_prior_classes(source: ImageSource | None) -> bool:
         return source is not None and class_names is not None and source.class_names == class_names
 
+    validation: ImageSource | None = None
     if request.real is None:
+        assert request.data is not None  # plan_sweep requires one of the two
         source = validation = open_splits(request.data).in_class_order_of(class_names).validation
         description = f"the validation split of {request.data.path or request.data.source}"
     else:
         source, description = open_all_images(request.real, transform, class_names), f"all of {request.real}"
-        needs_proportions = class_names is not None and not has_prior_classes(source) and request.data is not None
-        validation = open_splits(request.data).in_class_order_of(class_names).validation if needs_proportions else None
+        if class_names is not None and not has_prior_classes(source) and request.data is not None:
+            validation = open_splits(request.data).in_class_order_of(class_names).validation
     if len(source) < 2:
         raise InputError(f"there {is_or_are(len(source))} {counted(len(source), 'real image')} to compare with ({description}); a distance needs at "
                          "least 2.")
@@ -245,8 +254,10 @@ def open_all_images(folder: Path, transform: ImageTransform, class_names: list[s
     """All images of a folder as one split. They are labelled if every image is in a sub-folder with the name of a class."""
     names = sorted(image_files(folder.expanduser()))
     folders = [class_name(name.partition("/")[0]) if "/" in name else None for name in names]
-    is_labelled = class_names is not None and set(folders) <= set(class_names)
-    return FolderSource("all", names, [class_names.index(name) for name in folders] if is_labelled else None, class_names if is_labelled else None,
+    labels: list[int | None] | None = None
+    if class_names is not None and set(folders) <= set(class_names):
+        labels = [class_names.index(name) for name in folders if name is not None]
+    return FolderSource("all", names, labels, class_names if labels is not None else None,
                         DataConfig(source="folder", path=str(folder), channels=transform.channels))
 
 

@@ -93,9 +93,9 @@ def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]
         manifest = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder)
     except InputError:
         return []  # the audit has reported it
-    recorded, names = manifest.dataset, source.class_names
-    if manifest.class_names != names and sorted(manifest.class_names or ()) == sorted(names or ()):
-        return [f"the class order of the tokens is {listed_names(manifest.class_names)}, but the data set has {listed_names(names)}."]
+    recorded, stored, names = manifest.dataset, manifest.class_names, source.class_names
+    if stored and names and stored != names and sorted(stored) == sorted(names):
+        return [f"the class order of the tokens is {listed_names(stored)}, but the data set has {listed_names(names)}."]
     current = comparable_identity(source, recorded)
     if all(recorded.get(key) == value for key, value in current.items() if key != "path"):
         return []

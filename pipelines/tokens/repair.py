@@ -11,7 +11,7 @@ images do not change.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def repair_split(folder: Path, plan: SplitPlan, tokenizer: ImageTokenizer, recip
         manifest = None
     is_intact = manifest is not None and audit_folder(folder).passed
     encoded = []
-    if not is_intact:
+    if manifest is None or not is_intact:
         encoded = encode_damaged_shards(writer, manifest, plan, tokenizer, recipe, stop)
         manifest = writer.finish()
     readable = find_readable(plan.source, manifest.skipped)
@@ -301,11 +301,11 @@ class SourceWithSkips:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, index: int) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         """The image. Raises UnreadableImage if it is skipped or unreadable."""
         if index in self._skipped:
             raise UnreadableImage(self._skipped[index])
-        return self._source.read(index)
+        return self._source.read(index, before_decoding)
 
 
 def describe_damage(writer: TokenShardWriter, index: int, manifest: TokenShardManifest | None) -> str | None:

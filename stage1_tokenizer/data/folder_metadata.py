@@ -1,4 +1,4 @@
-"""Reads metadata.csv or metadata.jsonl beside the images of a folder: one row per image, with its file_name and optionally its class."""
+"""Reads metadata.csv and metadata.jsonl beside the images of a folder: one row per image, with its file_name and optionally its class."""
 
 import csv
 import json
@@ -16,20 +16,26 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|nan", re.IGNORECASE)
-"""Matches no strings such as 007 and 1_0. They are names: as numbers they would become the classes 7 and 10."""
+"""Does not match 007 and 1_0. Such strings are names, and as numbers they would become the classes 7 and 10."""
 
 
 class FolderMetadata:
-    """The rows of the metadata files at the top of a data set and of its split folders. Names are relative to the data set."""
+    """The rows of the metadata files in some folders of a data set. Names of images are relative to the data set, as in the image sources."""
 
     def __init__(self, root: Path, folders: list[str]):
+        """Read the metadata files that exist. Raises InputError if one of them cannot be read.
+
+        Args:
+            root: folder of the data set.
+            folders: folders relative to `root` that may have metadata files: "." and the split folders.
+        """
         self.paths = [path for folder in folders for name in METADATA_NAMES if (path := root / folder / name).is_file()]
         self._rows: dict[str, dict[str, Any]] = {}
-        self._repeated: list[tuple[str, dict[str, Any]]] = []
+        self._repeated: list[tuple[str, dict[str, Any]]] = []  # (name, row) of further rows with the same image
         for path in self.paths:
-            within = path.parent.relative_to(root)
-            for row in _read(path):
-                name = _key((within / str(row[_FILE_NAME])).as_posix())
+            folder = path.parent.relative_to(root)
+            for row in _read_rows(path):
+                name = _normalize((folder / str(row[_FILE_NAME])).as_posix())
                 if name in self._rows:
                     self._repeated.append((name, row))
                 else:
@@ -52,10 +58,10 @@ class FolderMetadata:
             if row.get(column) != self._rows[name].get(column):
                 raise InputError(f"{self.paths[0]}: {name!r} has several rows, with {column} {self._rows[name].get(column)!r} and "
                                  f"{row.get(column)!r}. An image can have only one class. Fix the file, or choose another data.label_column.")
-        if names and not any(_key(name) in self._rows for name in names):
+        if names and not any(_normalize(name) in self._rows for name in names):
             raise InputError(f"data.label_column is {column!r}, but no row of {self.paths[0]} names an image: rows name files such as "
                              f"{next(iter(self._rows))!r}, but the images have names such as {names[0]!r}. Give paths relative to the metadata file.")
-        values = [self._rows.get(_key(name), {}).get(column) for name in names]
+        values = [self._rows.get(_normalize(name), {}).get(column) for name in names]
         try:
             sorted_classes(values)
         except (ValueError, TypeError) as error:
@@ -64,31 +70,34 @@ class FolderMetadata:
         return values
 
     def names_without_image(self, names: Iterable[str]) -> list[str]:
-        """The file names in rows without a matching image."""
-        return sorted(set(self._rows) - set(map(_key, names)))
+        """The file names in rows whose image is not among `names`, sorted."""
+        return sorted(set(self._rows) - set(map(_normalize, names)))
 
-    def hint(self) -> str:
-        """A message that names the columns that look like labels; "" if there are none."""
-        distinct = {}
+    def label_column_hint(self) -> str:
+        """A message that suggests the columns that look like labels for data.label_column; "" if there are none."""
+        class_counts = {}
         for column in self.columns:
             try:
-                distinct[column] = len(sorted_classes(row.get(column) for row in self._rows.values()))
+                class_counts[column] = len(sorted_classes(row.get(column) for row in self._rows.values()))
             except (ValueError, TypeError):
                 continue
-        hint = label_hint(distinct, len(self._rows))
+        hint = label_hint(class_counts, len(self._rows))
         return f"{self.paths[0].name}: {hint}" if hint else ""
 
 
-def _key(name: str) -> str:
-    """A name in the normalized form that matches rows with images: forward slashes, and no . or .. parts."""
+def _normalize(name: str) -> str:
+    """The name of an image with forward slashes and without . or .. parts, so that rows match images."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metadata file. Empty CSV fields become None. Raises InputError if the file cannot be read or a row has no file_name."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
-                rows = _convert_numbers([{name: value or None for name, value in row.items() if name is not None} for row in csv.DictReader(file)])
+                rows = [{column: value or None for column, value in row.items() if column is not None}  # None holds the fields without a column
+                        for row in csv.DictReader(file)]
+                _convert_numbers(rows)
             else:
                 rows = [_parse_line(number, line) for number, line in enumerate(file, 1) if line.strip()]
     except PermissionError as error:
@@ -102,19 +111,20 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _parse_line(number: int, line: str) -> Any:
+    """The JSON value in a line. Raises ValueError that names the number of the line."""
     try:
         return json.loads(line)
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
 
 
-def _convert_numbers(rows: list[dict[str, str | None]]) -> list[dict[str, Any]]:
-    """The rows, with columns that hold only numbers converted from strings, so that class 2 comes before class 10."""
+def _convert_numbers(rows: list[dict[str, Any]]) -> None:
+    """In each column in which all strings are numbers, replace these by numbers, so that class 2 comes before class 10. Changes `rows`."""
     for column in rows[0] if rows else ():
         if column == _FILE_NAME:
             continue
         values = [row.get(column) for row in rows]
         if all(value is None or _NUMBER.fullmatch(value) for value in values):
             for row, value in zip(rows, values, strict=True):
-                row[column] = value if value is None else int(value) if _WHOLE_NUMBER.fullmatch(value) else float(value)
-    return rows
+                if value is not None:
+                    row[column] = int(value) if _WHOLE_NUMBER.fullmatch(value) else float(value)

@@ -230,7 +230,7 @@ def _note_other_classes(names: list[str], split: str | None, class_values: list 
     """The note about another possible choice of classes: columns of the metadata, or the sub-folders of a single class; empty if there is none."""
     if class_values is None and data.use_labels:
         try:
-            hint = FolderMetadata(local_path(data), [".", split] if split else ["."]).hint()
+            hint = FolderMetadata(local_path(data), [".", split] if split else ["."]).label_column_hint()
         except InputError:
             return []  # some other metadata.csv or metadata.jsonl, which no option asks to read
         return [hint] if hint else []

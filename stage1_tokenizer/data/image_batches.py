@@ -1,8 +1,9 @@
 """Batches of images for training and validation, as float32 tensors on the CPU.
 
-The training stream is the concatenation of epoch permutations f(seed, epoch). Step s uses the positions [s*B, (s+1)*B), and each rank a
-contiguous slice of them. The augmentation of a sample is f(seed, epoch, index). So a batch depends only on the number of its step, not on the
-number of workers, and a resumed run sees the same images as an uninterrupted one.
+The training stream is a sequence of epochs. Each epoch is a permutation of the images that depends only on the seed and the epoch. With batch size
+B, step s uses the positions [s*B, (s+1)*B) of the stream, and each rank a contiguous slice of them. The augmentation of an image depends only on the
+seed, the epoch and the image. So a batch depends on the number of its step, not on the number of workers, and a resumed run sees the same images as
+an uninterrupted one.
 """
 
 import atexit
@@ -33,6 +34,7 @@ from vqmosaic.seeding import derive_seed, generator, permutation
 _MAX_ATTEMPTS = 100
 """Images to try for one sample: its own, then random substitutes while they are unreadable."""
 _PREFETCHED_BATCHES = 4
+"""Batches that each worker process decodes ahead of training."""
 MAX_WAIT_SECONDS = 600
 """The longest time that training waits for a batch from the processes that decode images."""
 
@@ -48,7 +50,10 @@ class ImageBatch:
 
 
 class UpcomingBatch(Iterator[ImageBatch]):
-    """An iterator over batches that can wait for the next batch before all processes agree whether to use it."""
+    """An iterator over batches whose wait() decodes the next batch without returning it.
+
+    A signal ends this wait in one process. Then all processes agree whether to stop, before any of them takes the batch.
+    """
 
     def __init__(self, batches: Iterator[ImageBatch]):
         self._batches = batches
@@ -56,7 +61,7 @@ class UpcomingBatch(Iterator[ImageBatch]):
         self._error: Exception | None = None
 
     def wait(self, stop: StopFlag) -> None:
-        """Wait until the next batch is ready or a signal arrives. An error is stored, and raised when the batch is requested."""
+        """Wait until the next batch is ready or a signal arrives. An error is stored, and raised by next()."""
         if self._next is None and self._error is None:
             try:
                 self._next = stop.wait_for(lambda: next(self._batches))
@@ -71,13 +76,16 @@ class UpcomingBatch(Iterator[ImageBatch]):
 
 
 class _Samples:
-    """A map-style data set for DataLoader: (epoch, index) -> augmented image."""
+    """A map-style data set for DataLoader: (epoch, index in the source) -> augmented image."""
 
     def __init__(self, source: ImageSource, transform: ImageTransform, data: DataConfig, seed: int, cache: ResizedImages | None = None):
         self.source, self.transform, self.data, self.seed, self.cache = source, transform, data, seed, cache
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-        """uint8 (H, W, C), and the unreadable images that were tried first. The image is None if all substitutes are unreadable too."""
+        """The image as uint8 (H, W, C), and (source name, reason) of the unreadable images that were tried before it.
+
+        The image is None if all substitutes are unreadable too.
+        """
         epoch, index = sample
         unreadable = []
         for attempt in range(_MAX_ATTEMPTS):
@@ -92,8 +100,8 @@ class _Samples:
             return augment(image, self.transform, self.data, generator("augment", self.seed, epoch, index)), unreadable
         return None, unreadable
 
-    def batch(self, samples: list[tuple[int, int]]) -> "_Collated":
-        """The collated samples, decoded in this process."""
+    def decode_batch(self, samples: list[tuple[int, int]]) -> "_Collated":
+        """The collated samples. Decodes them in this process, with several threads if there is a cache."""
         if self.cache:
             self.cache.prepare([index for _, index in samples])
         return _collate([self[sample] for sample in samples])
@@ -111,8 +119,9 @@ class TrainingImages:
         self.unreadable: dict[str, str] = {}
         """Unreadable images found so far: source name -> reason."""
         # Random crops need the original images. The cache only has those resized for the centre crop.
-        fits = data.crop_scale == 1 and resized_megabytes(len(source), transform) <= data.cache_megabytes
-        self._cache = ResizedImages(source, transform) if fits else None
+        is_cached = data.crop_scale == 1 and resized_megabytes(len(source), transform) <= data.cache_megabytes
+        self._cache = ResizedImages(source, transform) if is_cached else None
+        # The permutation of an epoch. A batch may need those of two epochs.
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(len(source), "order", seed, epoch))
 
     def __len__(self) -> int:
@@ -131,10 +140,12 @@ class TrainingImages:
         """
         if batch_size % world_size:
             raise InputError(f"batch_size {batch_size} is not divisible by {world_size} processes. Use a multiple of {world_size}.")
+        # A separate generator, so that this error is raised now and not at the first next().
         return self._batches(first_step, batch_size, rank, batch_size // world_size)
 
     def _batches(self, first_step: int, batch_size: int, rank: int, rank_batch_size: int) -> Iterator[ImageBatch]:
         def sample_lists() -> Iterator[list[tuple[int, int]]]:
+            """The (epoch, index) pairs of each of this rank's batches."""
             start = first_step * batch_size + rank * rank_batch_size
             while True:
                 yield [self.sample(position) for position in range(start, start + rank_batch_size)]
@@ -151,19 +162,21 @@ class TrainingImages:
             yield ImageBatch(to_tensor(pixels_BHWC), unreadable)
 
     def _add_unreadable(self, unreadable: dict[str, str]) -> None:
+        """Record unreadable images. Raises InputError if there are more than data.max_unreadable allows."""
         if unreadable.keys() - self.unreadable.keys():
             self.unreadable.update(unreadable)
             refuse_if_too_many_unreadable(self.unreadable, len(self.source), self.data)
 
 
 _Collated = tuple[np.ndarray | None, list[tuple[str, str]]]
+"""Images as uint8 (B, H, W, C), and (source name, reason) of the unreadable ones. The images are None if one has no readable substitute."""
 
 
 def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> _Collated:
-    """uint8 (B, H, W, C), and the unreadable images. uint8 takes a quarter of the bytes of float32 on the way between processes.
+    """Stack the results of _Samples.
 
-    The pixels are an array because arrays go through a pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker),
-    the worker's error is lost and training waits forever.
+    The pixels stay uint8, because float32 would send four times as many bytes between processes. They are an array because arrays go through a
+    pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker), the worker's error is lost and training waits forever.
     """
     unreadable = [entry for _, entries in samples for entry in entries]
     if any(pixels is None for pixels, _ in samples):
@@ -173,19 +186,20 @@ def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> 
 
 def _from_thread(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
     """One batch per list of samples, in order. A thread prepares the next batch while the caller uses the current one."""
-    upcoming = _run_in_thread(samples.batch, next(sample_lists))
+    upcoming = _run_in_thread(samples.decode_batch, next(sample_lists))
     while True:
         batch = upcoming.result()
-        upcoming = _run_in_thread(samples.batch, next(sample_lists))
+        upcoming = _run_in_thread(samples.decode_batch, next(sample_lists))
         try:
             yield batch
         except GeneratorExit:
-            wait([upcoming])  # the thread would slow down the caller's next work
+            wait([upcoming])  # otherwise the thread would slow down what the caller does next
             raise
 
 
 def _run_in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
-    """A future for call(argument) in a daemon thread. Python does not wait for this thread at exit, because it may be stuck reading a file."""
+    """Start call(argument) in a thread and return its future. The thread may get stuck in reading a file, so it is a daemon: Python does not wait
+    for it at exit."""
     future = Future()
 
     def run() -> None:
@@ -203,13 +217,13 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
 
     Raises InputError if the workers return no batch for MAX_WAIT_SECONDS, or if one of them was killed.
     """
-    # DataLoader draws seeds for its workers, which nothing here uses. With its own generator, it does not draw from the global one.
+    # DataLoader draws seeds for its workers, which nothing here uses. Give it a generator, so that it does not draw from the global one.
     loader = DataLoader(samples, batch_sampler=sample_lists, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
                         worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=MAX_WAIT_SECONDS)
     earlier_children = multiprocessing.active_children()
-    iterators = [iter(loader)]
+    iterators = [iter(loader)]  # a list, so that the function registered for exit can drop the iterator
     processes = [process for process in multiprocessing.active_children() if process not in earlier_children]
-    # The workers ignore SIGTERM, so multiprocessing cannot end them at exit. Dropping the iterator ends them in order.
+    # The workers ignore SIGTERM, so multiprocessing cannot end them at exit. Dropping the iterator shuts them down.
     atexit.register(iterators.clear)
     try:
         while True:
@@ -220,14 +234,14 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
                                  "network file system, check it. If memory is short, lower data.workers. The same command continues from the last "
                                  "checkpoint.") from error
             yield batch
-    except GeneratorExit:
+    except GeneratorExit:  # the caller closed the iterator, and the workers are not stuck
         raise
     except BaseException:  # a worker may be stuck, and the loader would wait for it
         _kill(processes)
         raise
     finally:
-        for iterator in iterators:  # none if Python is exiting
-            iterator._shutdown_workers()  # dropping the iterator does the same, but the traceback of an error may still hold it
+        for iterator in iterators:  # the list is empty if Python is exiting
+            iterator._shutdown_workers()  # dropping the iterator does the same, but the traceback of an error may still refer to it
         iterators.clear()
         atexit.unregister(iterators.clear)
         for process in processes:
@@ -235,8 +249,11 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:
-    """Kill the workers of a loader, with its SIGCHLD handler disabled, because that would raise an error for each of them."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
+    """Kill the workers of a DataLoader, with its SIGCHLD handler disabled, which would raise an error for each killed worker.
+
+    Does nothing outside of the main thread, because only the main thread can change signal handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
         return
     before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
@@ -248,13 +265,13 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C and `timeout` signal the whole process group. The parent needs its workers to finish the step before it saves.
+    """Let a worker ignore signals. Ctrl-C and `timeout` signal the whole process group, but the parent still needs the workers to finish its step."""
     for number in EXIT_CODES:
         signal.signal(number, signal.SIG_IGN)
 
 
 class ValidationImages:
-    """The same images at every validation: the first `limit` when sorted by a hash of their names.
+    """The same images at every validation: the first `limit` of the source, in the order of a hash of their names.
 
     A larger limit adds images to those of a smaller limit. Unreadable images are skipped and listed in `unreadable`.
     """
@@ -265,8 +282,8 @@ class ValidationImages:
         self.indices = sorted(range(len(names)), key=lambda index: derive_seed("validation order", names[index]))[:limit]
         self.unreadable: dict[str, str] = {}
         """Unreadable images found so far: source name -> reason."""
-        fits = resized_megabytes(len(self.indices), transform) <= cache_megabytes
-        self._cache = ResizedImages(source, transform) if fits else None
+        is_cached = resized_megabytes(len(self.indices), transform) <= cache_megabytes
+        self._cache = ResizedImages(source, transform) if is_cached else None
 
     def first(self, count: int) -> "ValidationImages":
         """The first `count` of these images. They share the cache."""
@@ -278,18 +295,20 @@ class ValidationImages:
         return len(self.indices)
 
     def batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, int]]:
-        """(images_BCHW, B) over this rank's contiguous share, with at most `batch_size` images each. The shares of all ranks cover each image once.
+        """Yield this rank's images as pairs (images_BCHW, B), with at most `batch_size` images each. B is smaller where images are unreadable.
 
-        Shares differ by at most one image, so ranks may differ by one batch. Reduce over the ranks after the loop, not inside it.
+        Each rank has a contiguous share of the images. The shares differ by at most one image, so ranks may differ by one batch. Reduce over the
+        ranks after the loop, not inside it.
         """
         share = self.indices[rank * len(self) // world_size:(rank + 1) * len(self) // world_size]
         for start in range(0, len(share), batch_size):
-            pixels_BHWC = self._readable(share[start:start + batch_size])
-            if pixels_BHWC:
-                yield to_tensor(np.stack(pixels_BHWC)), len(pixels_BHWC)
+            images_HWC = self._read(share[start:start + batch_size])
+            if images_HWC:
+                yield to_tensor(np.stack(images_HWC)), len(images_HWC)
 
-    def _readable(self, indices: list[int]) -> list[np.ndarray]:
-        images = self._cache or ResizedImages(self.source, self.transform)
+    def _read(self, indices: list[int]) -> list[np.ndarray]:
+        """The readable images among these as uint8 (H, W, C). Records the others in `unreadable`."""
+        images = self._cache or ResizedImages(self.source, self.transform)  # without a cache, a temporary one decodes in several threads
         images.prepare(indices)
         pixels = []
         for index in indices:

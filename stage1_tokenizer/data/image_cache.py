@@ -10,36 +10,41 @@ from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage
 
 
 def resized_megabytes(count: int, transform: ImageTransform) -> float:
-    """Memory in MiB for `count` resized images."""
+    """Size in MiB of `count` resized images as uint8."""
     return count * transform.image_size ** 2 * transform.channels / 2 ** 20
 
 
 class ResizedImages:
-    """The images of a source after transform.resize, cached at the first request. Unreadable images are cached with their reasons."""
+    """The images of a source, resized by transform.resize and cached at their first request.
+
+    For an unreadable image, the cache keeps the reason, so no file is read twice.
+    """
 
     def __init__(self, source: ImageSource, transform: ImageTransform):
         self._source, self._transform = source, transform
         self._pixels: dict[int, np.ndarray] = {}
-        self._reasons: dict[int, str] = {}
+        self._unreadable_reasons: dict[int, str] = {}
 
     def prepare(self, indices: Sequence[int]) -> None:
         """Decode the images that are not in the cache yet, in several threads."""
-        missing = [index for index in dict.fromkeys(indices) if index not in self._pixels and index not in self._reasons]
-        for index, decoded in zip(missing, map_in_threads(self._decode, missing), strict=True):
-            if isinstance(decoded, str):
-                self._reasons[index] = decoded
+        unique = dict.fromkeys(indices)
+        missing = [index for index in unique if index not in self._pixels and index not in self._unreadable_reasons]
+        for index, pixels_or_reason in zip(missing, map_in_threads(self._decode, missing), strict=True):
+            if isinstance(pixels_or_reason, str):
+                self._unreadable_reasons[index] = pixels_or_reason
             else:
-                self._pixels[index] = decoded
+                self._pixels[index] = pixels_or_reason
 
     def read(self, index: int) -> np.ndarray:
-        """The resized image as uint8 (H, W, C). Raises UnreadableImage."""
+        """The resized image as uint8 (H, W, C). Raises UnreadableImage if it cannot be decoded."""
         self.prepare([index])
-        if index in self._reasons:
-            raise UnreadableImage(self._reasons[index])
+        if index in self._unreadable_reasons:
+            raise UnreadableImage(self._unreadable_reasons[index])
         return self._pixels[index]
 
     def _decode(self, index: int) -> np.ndarray | str:
+        """The resized image, or the reason why it is unreadable."""
         try:
             return self._transform.resize(self._source.read(index))
         except UnreadableImage as error:
-            return str(error)  # the error itself would keep the stack frames of its traceback, and their images, alive
+            return str(error)  # not the error: its traceback would keep the images in its stack frames in memory

@@ -1,4 +1,4 @@
-"""Base class of quantizers with an explicit codebook: pending statistics, usage counts, revival of dead codes."""
+"""Base class of quantizers with an explicit codebook. Counts how often codes are used, and revives dead ones."""
 
 import itertools
 import math
@@ -11,13 +11,16 @@ from stage1_tokenizer.quantizers.protocol import Quantizer
 from vqmosaic.seeding import derive_seed
 
 REVIVAL_CANDIDATES = 1024
+"""Largest number of codes that one commit() revives."""
 GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 
 
 class CodebookQuantizer(Quantizer):
-    """Base class of quantizers whose codes can die. Counts how often each code is used, and moves rarely used codes onto latents.
+    """Base class of quantizers whose codes can die, that is, become rarely used. Counts how often each code is used, and revives dead codes by moving
+    them onto latents.
 
-    This is the random restart of Jukebox (Dhariwal et al. 2020), with a threshold on an exponential moving average of the counts.
+    This is the random restart of Jukebox (Dhariwal et al. 2020), with a threshold on an exponential moving average of the counts. Subclasses call
+    remember() in each forward pass of training.
     """
 
     TRAINING_ONLY = ("ema_counts", "commits")
@@ -37,29 +40,33 @@ class CodebookQuantizer(Quantizer):
         self._pending.append((latents_xD.detach().reshape(-1, self.code_dim), ids_x.reshape(-1)))
 
     def discard(self) -> None:
+        """Drop the latents and ids stored since the last commit."""
         self._pending.clear()
 
     @torch.no_grad()
     def restart_averages(self) -> None:
-        """Reset the usage counts, which an export does not contain."""
+        """Reset the usage counts. Called after loading an export, which does not contain them."""
         self.ema_counts.fill_(1.0)
 
     @torch.no_grad()
     def commit(self) -> None:
         """Apply the pending statistics and revive dead codes.
 
-        One all-reduce sums counts, vector sums and revival candidates over all ranks, so the codebooks stay equal.
+        One all-reduce sums the statistics over all ranks, so the codebooks stay equal.
         """
         if self._pending:
             self.apply_statistics(sum_over_ranks(self.take_statistics()))
 
     def take_statistics(self) -> list[torch.Tensor]:
-        """Pop this rank's pending statistics: counts (K,) and revival candidates (R, D). Their sums over ranks go to apply_statistics."""
+        """Compute this rank's statistics from the pending latents and ids, and clear these. Subclasses may return further statistics.
+
+        Returns the usage counts (K,) and revival candidates (R, D). apply_statistics takes their sums over the ranks.
+        """
         vectors_ND, ids_N = self._take_pending()
         return [torch.bincount(ids_N, minlength=self.codebook_size).float(), self._revival_candidates(vectors_ND)]
 
     def apply_statistics(self, statistics: list[torch.Tensor]) -> None:
-        """Apply the statistics of take_statistics, summed over ranks."""
+        """Update the usage counts and revive dead codes, from the results of take_statistics summed over the ranks."""
         counts_K, candidates_RD = statistics
         self.ema_counts.lerp_(counts_K, 1 - self.config.ema_decay)
         self._revive(candidates_RD)
@@ -73,10 +80,12 @@ class CodebookQuantizer(Quantizer):
         return torch.cat([vectors for vectors, _ in pending]), torch.cat([ids for _, ids in pending])
 
     def _revival_candidates(self, vectors_ND: torch.Tensor) -> torch.Tensor:
-        """R vectors (R, D) of the global batch, chosen by seed and number of commits. A rank fills in its own vectors; the other rows are zero.
+        """Choose R vectors (R, D) of the global batch, which is `vectors_ND` of all ranks. The seed and the number of commits determine the choice.
 
-        Successive indices are a golden section of the batch apart (additive recurrence; Weyl 1916), so any number of them spreads evenly over the
-        batch. A random draw takes three times as long.
+        Each rank fills in its own vectors and leaves the other rows zero, so the sum over ranks has all chosen vectors.
+
+        The distance between successive indices is about 0.618 of the batch, modulo the batch (additive recurrence; Weyl 1916), so any number of
+        them spreads evenly over the batch. A random draw takes three times as long.
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         total = len(vectors_ND) * world
@@ -96,7 +105,7 @@ class CodebookQuantizer(Quantizer):
         dead_K = self.ema_counts < self.config.revival_threshold * mean
         if dead_K.device.type == "cpu" and not dead_K.any():  # on a GPU, the check would force a synchronization
             return
-        candidate_index_K = dead_K.cumsum(0) - 1  # the n-th dead code gets the n-th candidate; any others wait for the next step
+        candidate_index_K = dead_K.cumsum(0) - 1  # the n-th dead code gets the n-th candidate; codes without a candidate wait for the next commit
         revived_K = dead_K & (candidate_index_K < len(candidates_RD))
         self.ema_counts.copy_(torch.where(revived_K, mean, self.ema_counts))
         self._replace(revived_K, candidates_RD[candidate_index_K.clamp(0, len(candidates_RD) - 1)])

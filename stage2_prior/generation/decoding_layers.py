@@ -1,16 +1,17 @@
 """The layers of Llama and of this project's GridTransformer for one token per row, computed directly from the weights of their modules.
 
-`make_decoder_layers` is strict: it returns None for a model with an unknown module, weight, hook or option. Then the model itself is called.
+`make_decoder_layers` is strict: it returns None for a model with an unknown module, weight, hook or option. Then the decoder calls the model itself.
 
 In comments: N rows, D width, A heads, d head dimension, S positions.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 
 from stage2_prior.model import causal_lm
@@ -20,7 +21,7 @@ from vqmosaic.kernels.decoding_products import Product
 
 
 def rotate_halves(heads_NAd: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate Llama's heads, which pair the first half with the second. The sines of the first half are negative."""
+    """Rotate Llama's heads, which pair dimensions of the first half with those of the second. The sines of the first half must be negated."""
     return torch.addcmul(heads_NAd * cosines, heads_NAd.roll(heads_NAd.shape[-1] // 2, dims=-1), sines)
 
 
@@ -29,16 +30,17 @@ class DecoderLayers(ABC):
 
     MODULES: tuple[type, ...] = ()
     """The module types that a model may contain, apart from activations."""
+    key_heads: int
+    """Number of heads of keys and values. Like the following attributes, subclasses set it."""
+    head_width: int
+    attention_out: list[Product]
+    """The output projection of each layer's attention."""
+    final_norm: Callable[[torch.Tensor], torch.Tensor]
 
-    def __init__(self, blocks: nn.ModuleList, head: nn.Linear, num_codes: int, rows: int):
-        self.count, self.blocks = len(blocks), blocks
+    def __init__(self, count: int, head: nn.Linear, num_codes: int, rows: int):
+        self.count = count
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self.head = Product([head], rows, num_codes)
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether this class computes the same function as the model."""
 
     @abstractmethod
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
@@ -59,33 +61,35 @@ class DecoderLayers(ABC):
 
 
 class LlamaLayers(DecoderLayers):
-    """Layers of transformers' LlamaForCausalLM, with grouped queries, biases, and rotations that depend only on the position."""
+    """Layers of transformers' LlamaForCausalLM, which may have grouped queries, biases, and rotations that depend only on the position."""
 
     MODULES = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm,
                llama.LlamaRotaryEmbedding, nn.Linear, nn.Embedding, nn.ModuleList)
     ROTATIONS = ("default", "linear", "llama3", "yarn")
+    """Rotary embeddings of transformers whose frequencies do not depend on the sequence length."""
 
-    def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
-        super().__init__(model.model.layers, model.lm_head, num_codes, rows)
-        attention = [layer.self_attn for layer in self.blocks]
-        self.embedding, self.final_norm, self.head_width = model.model.embed_tokens, rms_norm(model.model.norm), attention[0].head_dim
-        self.query_heads = attention[0].q_proj.out_features // self.head_width
-        self.key_heads = attention[0].k_proj.out_features // self.head_width
+    def __init__(self, model: llama.LlamaForCausalLM, num_codes: int, rows: int, length: int):
+        self.blocks = cast(list[llama.LlamaDecoderLayer], list(model.model.layers))
+        super().__init__(len(self.blocks), model.lm_head, num_codes, rows)
+        attentions = [layer.self_attn for layer in self.blocks]
+        self.embedding, self.final_norm, self.head_width = model.model.embed_tokens, rms_norm(model.model.norm), attentions[0].head_dim
+        self.query_heads = attentions[0].q_proj.out_features // self.head_width
+        self.key_heads = attentions[0].k_proj.out_features // self.head_width
         self.attention_norm = [rms_norm(layer.input_layernorm) for layer in self.blocks]
         self.feed_forward_norm = [rms_norm(layer.post_attention_layernorm) for layer in self.blocks]
-        self.query_key_value = [Product([part.q_proj, part.k_proj, part.v_proj], rows) for part in attention]
-        self.attention_out = [Product([part.o_proj], rows) for part in attention]
+        self.query_key_value = [Product([attention.q_proj, attention.k_proj, attention.v_proj], rows) for attention in attentions]
+        self.attention_out = [Product([attention.o_proj], rows) for attention in attentions]
         self.gate_up = [Product([layer.mlp.gate_proj, layer.mlp.up_proj], rows) for layer in self.blocks]
         self.down = [Product([layer.mlp.down_proj], rows) for layer in self.blocks]
         cosines, sines = model.model.rotary_emb(self.embedding.weight, torch.arange(length, device=self.device)[None])
         self.cosines = cosines[0, :, None]                                                                 # S, 1, d
-        self.sines = torch.cat([-sines[0, :, :self.head_width // 2], sines[0, :, self.head_width // 2:]], dim=-1)[:, None]
+        half = self.head_width // 2
+        self.sines = torch.cat([-sines[0, :, :half], sines[0, :, half:]], dim=-1)[:, None]                 # negated for rotate_halves
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether the model is a Llama whose rotary frequencies do not change."""
-        return (type(model) is llama.LlamaForCausalLM and model.model.rotary_emb.rope_type in cls.ROTATIONS
-                and model.model.embed_tokens.max_norm is None)
+    def fits(cls, model: llama.LlamaForCausalLM) -> bool:
+        """Whether the rotary frequencies of the model do not change."""
+        return model.model.rotary_emb.rope_type in cls.ROTATIONS and model.model.embed_tokens.max_norm is None
 
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """The embedding of the ids (N, D)."""
@@ -94,9 +98,10 @@ class LlamaLayers(DecoderLayers):
     def queries_keys_values(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor,
                             position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (N, A, d), and keys and values (N, key heads, d)."""
-        hidden = self.query_key_value[layer](self.attention_norm[layer](x_ND)).unflatten(-1, (-1, self.head_width))
-        rotated_NAd = rotate_halves(hidden[:, :-self.key_heads], self.cosines[position], self.sines[position])
-        return *rotated_NAd.split((self.query_heads, self.key_heads), dim=1), hidden[:, -self.key_heads:]
+        heads = self.query_key_value[layer](self.attention_norm[layer](x_ND)).unflatten(-1, (-1, self.head_width))
+        queries_and_keys, values = heads[:, :-self.key_heads], heads[:, -self.key_heads:]
+        rotated_NAd = rotate_halves(queries_and_keys, self.cosines[position], self.sines[position])
+        return *rotated_NAd.split((self.query_heads, self.key_heads), dim=1), values
 
     def feed_forward(self, layer: int, x_ND: torch.Tensor) -> torch.Tensor:
         """The output (N, D) of the gated feed-forward block."""
@@ -111,8 +116,9 @@ class GridLayers(DecoderLayers):
     WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
                                                       "feed_forward_in", "feed_forward_out"))
 
-    def __init__(self, model: PreTrainedModel, num_codes: int, rows: int, length: int):
-        super().__init__(model.blocks, model.head, num_codes, rows)
+    def __init__(self, model: grid.GridTransformer, num_codes: int, rows: int, length: int):
+        self.blocks = cast(list[grid.GridBlock], list(model.blocks))
+        super().__init__(len(self.blocks), model.head, num_codes, rows)
         self.embedding, self.position_embedding, self.final_norm = model.token_embedding, model.position_embedding, model.final_norm
         self.first_class, self.key_heads = model.config.num_codes, model.config.num_attention_heads
         self.head_width = model.config.hidden_size // self.key_heads
@@ -123,17 +129,16 @@ class GridLayers(DecoderLayers):
         self.rotations = model.rotations(self.device)[:, :, None]                                          # S, 2, 1, d / 2, 2
 
     @classmethod
-    def fits(cls, model: PreTrainedModel) -> bool:
-        """Whether the model is a GridTransformer with exactly the known weights."""
-        return type(model) is grid.GridTransformer and all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"}
-                                                         == cls.WEIGHTS for block in model.blocks)
+    def fits(cls, model: grid.GridTransformer) -> bool:
+        """Whether the blocks of the model have exactly the known weights. Some blocks also have a value embedding."""
+        return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == cls.WEIGHTS for block in model.blocks)
 
     def embed(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """The sum of the embeddings of the ids and of the predicted position (N, D)."""
+        """The sum of the embeddings of the ids and of the position (N, D)."""
         return F.embedding(ids_N, self.embedding.weight) + self.position_embedding.weight[position]
 
     def add_layer_embedding(self, layer: int, x_ND: torch.Tensor, ids_N: torch.Tensor, is_class: bool) -> torch.Tensor:
-        """The input (N, D), plus the layer's own embedding of the ids, or of only the classes if it has no other embeddings."""
+        """The input (N, D) of a layer, plus the layer's own embedding of the ids. Some layers embed only classes: they change only position 0."""
         block = self.blocks[layer]
         if block.embeds_all_ids:
             return x_ND + block.stream_embedding(ids_N)
@@ -143,11 +148,11 @@ class GridLayers(DecoderLayers):
                             position: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values (N, A, d)."""
         block = self.blocks[layer]
-        hidden = self.attention_in[layer](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
-        heads = F.layer_norm(hidden[:, :2], hidden.shape[-1:], eps=block.epsilon)                          # N, 2, A, d
-        query_NAd, key_NAd = rotate(heads, self.rotations[position]).unbind(1)
-        value_NAd = hidden[:, 2]
-        if block.embeds_all_ids:
+        heads = self.attention_in[layer](block.attention_norm(x_ND)).view(len(x_ND), 3, self.key_heads, self.head_width)
+        normed = F.layer_norm(heads[:, :2], heads.shape[-1:], eps=block.epsilon)                           # queries and keys: N, 2, A, d
+        query_NAd, key_NAd = rotate(normed, self.rotations[position]).unbind(1)
+        value_NAd = heads[:, 2]
+        if block.value_embedding is not None:
             value_NAd = value_NAd + block.value_embedding(ids_N).view_as(value_NAd)
         return query_NAd, key_NAd, value_NAd
 
@@ -157,21 +162,25 @@ class GridLayers(DecoderLayers):
         return self.feed_forward_out[layer](F.relu(hidden).square())
 
 
-def rms_norm(module: nn.Module):
-    """A LlamaRMSNorm as one operator. In float32, results are equal up to rounding."""
+def rms_norm(module: llama.LlamaRMSNorm) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that computes a LlamaRMSNorm with one operator. In float32, results are equal up to rounding."""
     return lambda x_ND: F.rms_norm(x_ND, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def make_decoder_layers(model: nn.Module, num_codes: int, rows: int, length: int) -> DecoderLayers | None:
-    """The decoder layers of a fully known model, or None."""
-    for layers_class in (LlamaLayers, GridLayers):
-        if type(model) in layers_class.MODULES and is_plain(model, layers_class.MODULES) and layers_class.fits(model):
-            return layers_class(model, num_codes, rows, length)
+    """The decoder layers for a model of which every part is known, otherwise None. See make_decoder for the arguments."""
+    if type(model) is llama.LlamaForCausalLM and is_plain(model, LlamaLayers.MODULES) and LlamaLayers.fits(model):
+        return LlamaLayers(model, num_codes, rows, length)
+    if type(model) is grid.GridTransformer and is_plain(model, GridLayers.MODULES) and GridLayers.fits(model):
+        return GridLayers(model, num_codes, rows, length)
     return None
 
 
 def is_plain(model: nn.Module, modules: tuple[type, ...]) -> bool:
-    """Whether a model has only these modules and activations, no hooks but dropout, no autocast, no replaced `forward`, one device, one dtype."""
+    """Whether a model has only modules of these types and activations, and nothing that changes their results or the place of their weights.
+
+    That excludes autocast, a replaced `forward`, hooks other than those for dropout, and weights on several devices or of several dtypes.
+    """
     first = next(model.parameters())
     if torch.is_autocast_enabled(first.device.type):
         return False
@@ -180,6 +189,7 @@ def is_plain(model: nn.Module, modules: tuple[type, ...]) -> bool:
     for name, module in model.named_modules():
         is_known = type(module) in modules or (name.endswith("act_fn") and not any(True for _ in module.parameters()))
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if not is_known or "forward" in vars(module) or any(getattr(hook, "func", None) is not causal_lm._drop_output for hook in hooks):
+        has_other_hooks = any(getattr(hook, "func", None) is not causal_lm._drop_output for hook in hooks)
+        if not is_known or "forward" in vars(module) or has_other_hooks:
             return False
     return True

@@ -169,7 +169,7 @@ def check_finite(is_finite: torch.Tensor, is_finite_guided: torch.Tensor, model:
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, which makes logits infinite; lower it.")
 
 
-def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | None, sampling: SamplingConfig,
+def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
                   seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
     """Sample ids (B, T) of the grids, int64 on the model's device. Image b depends only on class_indices[b] and seeds[b].
 
@@ -195,7 +195,8 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
             is_finite &= logits_NK.isfinite().all()
             logits_BK = logits_NK[:images]
             if scale != 1:
-                logits_BK = apply_guidance(*logits_NK.chunk(2), scale)
+                conditional_BK, null_BK = logits_NK.chunk(2)
+                logits_BK = apply_guidance(conditional_BK, null_BK, scale)
                 is_finite_guided &= logits_BK.isfinite().all()
             if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)

@@ -5,22 +5,22 @@ In comments: S new positions, p pairs of a head.
 """
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from stage2_prior.model.forward_arguments import check_length
 from vqmosaic.errors import InputError
 
 
-def choose_cache(model: PreTrainedModel, cache: Cache | None, length: int, use_cache: bool | None, labels: torch.Tensor | None) -> Cache | None:
+def choose_cache(config: PreTrainedConfig, cache: Cache | None, length: int, use_cache: bool | None, labels: torch.Tensor | None,
+                 checkpoints: bool) -> Cache | None:
     """The given cache, a new one, or None: by default, none with labels or gradient checkpointing. Raises InputError if `length` ids do not fit."""
-    checkpoints = model.training and any(block.gradient_checkpointing for block in model.blocks)
     if use_cache is None:
-        use_cache = model.config.use_cache and labels is None and not checkpoints
+        use_cache = config.use_cache and labels is None and not checkpoints
     if checkpoints and (use_cache or cache is not None):
         raise InputError("Training with gradient checkpointing cannot use a cache. Set use_cache False, or call eval() first.")
     if cache is None and use_cache:
         cache = DynamicCache()
-    check_length(cache, length, model.config.max_position_embeddings)
+    check_length(cache, length, config.max_position_embeddings)
     return cache
 
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -211,11 +211,11 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     check_no_later_options(folder)
     with quiet_transformers():
         try:  # wrong shapes are accepted here and listed below with the other faults
-            model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True,
-                                                                trust_remote_code=False, ignore_mismatched_sizes=True,
-                                                                output_loading_info=True)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                                                          ignore_mismatched_sizes=True, output_loading_info=True)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise InputError(f"{folder} cannot be read as a transformers checkpoint: {error}") from error
+    model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)  # output_loading_info returns a pair
     faults = {"missing": sorted(found["missing_keys"]), "unexpected": sorted(found["unexpected_keys"]),
               "of the wrong shape": [f"{name} {tuple(own)} instead of {tuple(expected)}"
                                      for name, own, expected in sorted(found["mismatched_keys"])],

@@ -26,12 +26,13 @@ def check_call(config: PreTrainedConfig, input_ids: torch.Tensor | None, attenti
         output_hidden_states = config.output_hidden_states
     others.setdefault("output_attentions", config.output_attentions)
     check_arguments(input_ids, attention_mask, output_hidden_states, others)
+    assert input_ids is not None
     if labels is not None:
         check_labels(labels, input_ids, logits_to_keep, config.num_codes)
-    return output_hidden_states
+    return bool(output_hidden_states)
 
 
-def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, output_hidden_states: bool,
+def check_arguments(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, output_hidden_states: bool | None,
                     others: dict[str, Any]) -> None:
     """Raise InputError unless there are ids, the mask is all ones, and `others` is empty. Arguments that are None or False count as not given."""
     for name in [name for name, value in others.items() if value is not None and value is not False]:

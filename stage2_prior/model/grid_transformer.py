@@ -17,6 +17,9 @@ Differences from a language model for text:
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d head dimension, p pairs of a head, K codes of all grids together.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -104,7 +107,7 @@ class GridTransformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-def token_coordinates(grids: list[list[int]]) -> torch.Tensor:
+def token_coordinates(grids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Row and column (T, 2) of each token, in units of the largest grid. A token of a smaller grid is at the centre of the area it covers."""
     max_rows, max_columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
     coordinates = []
@@ -197,7 +200,7 @@ class GridBlock(GradientCheckpointingLayer):
         # plain operators may read the cache later, so its pairs are never half-split
         kernels = select_kernels(x_BSD, self.attention_in, self.kernels) if past_key_values is None else None
         hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, kernels)          # B, S, 3 D
-        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.embeds_all_ids else None
+        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.value_embedding is not None else None
         query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, kernels)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)
@@ -226,6 +229,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     Use it through TokenPrior, or like any transformers model.
     """
 
+    config: GridTransformerConfig
     config_class = GridTransformerConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
@@ -266,7 +270,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def compile_kernels(self) -> None:
         """Compile the attention kernels for training in bf16 on a CPU. Compiling whole blocks is no faster there."""
-        for block in self.blocks:
+        for block in cast(Iterable[GridBlock], self.blocks):
             block.kernels = compiled_kernels()
 
     def rotations(self, device: torch.device) -> torch.Tensor:
@@ -307,8 +311,10 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         sequences have the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
         """
         output_hidden_states = check_call(self.config, input_ids, attention_mask, labels, logits_to_keep, output_hidden_states, others)
+        assert input_ids is not None
         length, device = input_ids.shape[1], input_ids.device
-        past_key_values = choose_cache(self, past_key_values, length, use_cache, labels)
+        checkpoints = self.training and any(block.gradient_checkpointing for block in self.blocks)
+        past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, checkpoints)
         past_length, num_keys = count_keys(past_key_values, length)
         positions_S = new_positions(past_length, length, device)
         occurrences = find_occurrences(input_ids, self.config.vocab_size)
@@ -316,7 +322,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         classes_B, is_start = self.starting_classes(input_ids, past_length)
         rotations_S2p2 = select_rotations(self.rotations(device), positions_S, past_length, length)
         mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
-        hidden_states = [] if output_hidden_states else None
+        hidden_states: list[torch.Tensor] | None = [] if output_hidden_states else None
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x_BSD)
@@ -340,9 +346,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`classes_B` and `is_start` of GridBlock.forward."""
-        is_static = isinstance(past_length, torch.Tensor)
-        classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_static or past_length == 0 else None
-        is_start = past_length == 0 if is_static else None
+        is_start = past_length == 0 if isinstance(past_length, torch.Tensor) else None
+        classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_start is not None or past_length == 0 else None
         return classes_B, is_start
 
 

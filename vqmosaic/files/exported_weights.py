@@ -19,7 +19,7 @@ def inner_attribute(module: nn.Module) -> str | None:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside torch's wrappers."""
     while (name := inner_attribute(module)) is not None:
-        module = module._modules[name]
+        module = module.get_submodule(name)
     return module
 
 

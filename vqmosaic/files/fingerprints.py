@@ -13,7 +13,8 @@ from vqmosaic.errors import InputError
 def fingerprint(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> str:
     """SHA-256 (hex) of a configuration and named float32 arrays: sorted names, shapes and bytes."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
-    for name in sorted(arrays or {}):
+    arrays = arrays or {}
+    for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name], dtype=np.float32)
         digest.update(f"\n{name} {array.shape}\n".encode())
         digest.update(array.tobytes())

@@ -5,13 +5,16 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import explain_permission_errors
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Dataclass = TypeVar("Dataclass", bound="DataclassInstance")
 VERSION_FIELD = "vqmosaic"
 """The field with the version of vqmosaic that wrote the file."""
 
@@ -65,7 +68,7 @@ def check_fields(content: Any, known: Iterable[str], where: str, version: str | 
         raise InputError(f"{where} has {'; '.join(problems)}.{version_hint(version)}")
 
 
-def from_fields(cls: type[T], content: Any, where: str, version: str | None = None, required: Collection[str] | None = None) -> T:
+def from_fields(cls: type[Dataclass], content: Any, where: str, version: str | None = None, required: Collection[str] | None = None) -> Dataclass:
     """Construct a dataclass object from the fields in a file. Fields that are not in the file keep their defaults.
 
     Args:

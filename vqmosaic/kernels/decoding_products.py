@@ -18,6 +18,9 @@ PACKED_ROWS = range(2, 49)
 PACKED_MIN_ELEMENTS = 2**19
 """In float32, smaller matrices stay in the CPU caches, where F.linear is faster."""
 
+ProductFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Maps rows (N, K), a matrix and a bias to the product (N, outputs)."""
+
 
 class Product:
     """x_NK -> x W^T + b: one product in place of several linear modules with the same input, optionally only their first `outputs` outputs."""
@@ -27,7 +30,7 @@ class Product:
         bias = linears[0].bias if len(linears) == 1 else concatenate_biases(linears)
         weight, bias = weight[:outputs].detach(), None if bias is None else bias[:outputs].detach()
         is_faster = weight.dtype == torch.bfloat16 or (rows in PACKED_ROWS and weight.numel() >= PACKED_MIN_ELEMENTS)
-        self.product = F.linear
+        self.product: ProductFunction = F.linear
         if is_faster and can_pack(weight.device.type, weight.dtype):
             self.product, weight = packed_product(weight.dtype), pack(weight, rows)
         self.weight, self.bias = weight, bias
@@ -51,8 +54,8 @@ def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_convolution_weight(weight[:, :, None, None], [0, 0], [1, 1], [1, 1], 1, [1, weight.shape[1], 1, rows])
 
 
-def packed_product(dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    """The function (rows (N, K), packed matrix, bias) -> product (N, outputs) for this dtype."""
+def packed_product(dtype: torch.dtype) -> ProductFunction:
+    """The function for matrices that were packed in this dtype."""
     return packed_linear if dtype == torch.bfloat16 else packed_convolution
 
 

@@ -52,7 +52,7 @@ class MatmulAttention(torch.autograd.Function):
 
 def single_head_reference(query_BNC: torch.Tensor, key_BNC: torch.Tensor, value_BNC: torch.Tensor) -> torch.Tensor:
     """What single_head_matmul_attention computes: softmax(Q K^T / sqrt(C)) V, (B, N, C)."""
-    return F.scaled_dot_product_attention(*(tensor[:, None] for tensor in (query_BNC, key_BNC, value_BNC)))[:, 0]
+    return F.scaled_dot_product_attention(query_BNC[:, None], key_BNC[:, None], value_BNC[:, None])[:, 0]
 
 
 def can_use_single_head_matmul_attention(query_BNC: torch.Tensor) -> bool:

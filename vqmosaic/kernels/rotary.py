@@ -150,7 +150,8 @@ def normalize(projected: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, to
 @functools.cache
 def compiled_kernels() -> RotaryKernels:
     """The compiled kernels. They compile on the first call with each shape, which takes some seconds."""
-    forward, backward = (torch.compile(each, dynamic=False) for each in (fused_normalize_and_rotate, fused_normalize_and_rotate_backward))
+    forward = torch.compile(fused_normalize_and_rotate, dynamic=False)
+    backward = torch.compile(fused_normalize_and_rotate_backward, dynamic=False)
     return RotaryKernels(True, lambda projected, rotations_S2p2, epsilon: forward(projected, *half_split_tables(rotations_S2p2), epsilon),
                          lambda grad_queries, grad_keys, projected, rotations_S2p2, epsilon, out:
                          backward(grad_queries, grad_keys, projected, *half_split_tables(rotations_S2p2), epsilon, out))

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonargparse
 import yaml
@@ -122,7 +122,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
     return Recipe(**{entry.name: sections[entry.name] for entry in dataclasses.fields(Recipe)})
 
 
-def check_paths(values: Mapping[str, Any]) -> None:
+def check_paths(values: jsonargparse.Namespace) -> None:
     """Raise InputError for fields whose value cannot be a path."""
     for name in ("run_dir", *PATH_FIELDS):
         if values[name] is not None:
@@ -149,7 +149,7 @@ def recipe_help(name: str | None = None) -> str:
         parser.set_defaults(values)
         for action in parser._actions:
             if action.dest in chosen:
-                action.help += f" Chosen by a rule; the default shown is for {ASSUMED_IMAGES:,} images on a CPU."
+                action.help = f"{action.help or ''} Chosen by a rule; the default shown is for {ASSUMED_IMAGES:,} images on a CPU."
     return parser.format_help().strip()
 
 
@@ -272,8 +272,9 @@ def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], 
     if "minutes" in in_options:  # a new budget: divide it again
         given -= BUDGETS.keys() - in_options
         recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
-    facts = Facts(lambda: count_images(values), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
-    fill_unset_fields(values, facts, recorded)
+    fields = cast(MutableMapping[str, Any], values)  # a namespace is indexed by dotted names like a mapping
+    facts = Facts(lambda: count_images(fields), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
+    fill_unset_fields(fields, facts, recorded)
 
 
 def has_gpu() -> bool:
@@ -316,8 +317,8 @@ def describe_parse_error(error: Exception, path: Path) -> str:
     field, reason = match.groups()
     union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
     single = re.search(r"Expected a <class '(\w+)'>\. Got value: (.*)$", reason)
-    if union or single:
-        types, given = (re.findall(r"'(\w+)'", union[1]), union[2]) if union else ([single[1]], single[2])
+    if found := union or single:
+        types, given = re.findall(r"'(\w+)'", found[1]) if union else [found[1]], found[2]
         is_yaml_word = given in ("False", "True") and "str" in types
         hint = ' YAML reads no, off, yes and on as false and true. Write them in quotes: "no".' if is_yaml_word else ""
         given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))

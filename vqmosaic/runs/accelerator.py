@@ -100,8 +100,8 @@ def keep_process_group() -> None:
     The destructor of a Gloo group joins the group's threads, and one of them may be waiting for the GIL to free the tensors of the last
     collective. A DDP model would run that destructor while it holds the GIL, which is a deadlock.
     """
-    if torch.distributed.is_initialized():
-        KEPT_PROCESS_GROUPS.append(torch.distributed.group.WORLD)
+    if (group := torch.distributed.group.WORLD) is not None:
+        KEPT_PROCESS_GROUPS.append(group)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Handles SIGTERM, SIGINT and SIGHUP. The first signal sets a flag that every loop polls to save and stop. A second one ends the process."""
+"""Handles SIGTERM, SIGINT and SIGHUP. The first signal sets a flag. Every loop polls it, saves and stops. A second signal ends the process."""
 
 import ctypes
 import os
@@ -8,20 +8,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+"""Signals that stop a stage -> the exit code of the process, 128 plus the number of the signal."""
 GRACE_SECONDS = 3.0
-"""Seconds from a second signal until a process is ended that could not react to the first one."""
+"""Seconds after a second signal before the process is ended if it could not react to the signals."""
 PR_SET_PDEATHSIG = 1
+"""Option of Linux's prctl: the signal that a process receives when its parent ends."""
 
 
 class Interrupted(BaseException):
     """Raised when a stage has saved its state and stops because of a signal. `exit_code` is the exit code for that signal.
 
-    Like KeyboardInterrupt, it is not an Exception, so that `except Exception` does not catch it.
+    `kept` says what was saved, as a part of the message, such as "no shard was started". Like KeyboardInterrupt, this is not an Exception, so
+    `except Exception` does not catch it.
     """
 
-    def __init__(self, signal_number: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {where}. Run the same command to continue from there.")
+    def __init__(self, signal_number: int, kept: str):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {kept}. Run the same command to continue from there.")
         self.exit_code = EXIT_CODES[signal_number]
 
 
@@ -31,12 +34,13 @@ def handled_signals() -> list[int]:
 
 
 class StopFlag:
-    """Context manager in which SIGTERM, SIGINT and SIGHUP set `.signal` instead of ending the process.
+    """Context manager in which the first SIGTERM, SIGINT or SIGHUP sets `.signal` to its number instead of ending the process.
 
-    Python runs signal handlers in the main thread, between two bytecode instructions. They do not run while that thread waits inside a library, for
-    example for another process. So a second thread also counts signals, and ends the process GRACE_SECONDS after the second one.
+    A second signal ends the process. Python runs signal handlers in the main thread, between two bytecode instructions. They do not run while that
+    thread waits inside a library, for example for another process. So a second thread also counts signals, and ends the process GRACE_SECONDS after
+    the second one.
 
-    Python only allows signal handlers in the main thread. In other threads `.signal` stays 0.
+    Only the main thread can set signal handlers. In other threads `.signal` stays 0.
     """
 
     def __enter__(self) -> "StopFlag":
@@ -51,12 +55,13 @@ class StopFlag:
         return self
 
     def _on_signal(self, number, _frame) -> None:
+        """Set the flag, and end a wait of wait_for."""
         self.signal = number
-        for each in self._previous_handlers:
-            signal.signal(each, signal.SIG_DFL)
+        for handled in self._previous_handlers:
+            signal.signal(handled, signal.SIG_DFL)  # a second signal ends the process
         if self._is_waiting:
             self._is_waiting = False
-            raise Interrupted(number, "what was finished before is kept")
+            raise Interrupted(number, "what was finished before is kept")  # caught in wait_for
 
     def wait_for(self, call: Callable[[], Any]) -> Any:
         """The result of `call`, or None if a signal has arrived. The first signal ends the wait immediately.
@@ -73,23 +78,26 @@ class StopFlag:
         finally:
             self._is_waiting = False
 
-    def wait_or_raise(self, call: Callable[[], Any], where: str) -> Any:
-        """The result of `call`, as in `wait_for`. Raises Interrupted if a signal has arrived; `where` says what is kept.
+    def wait_or_raise(self, call: Callable[[], Any], kept: str) -> Any:
+        """The result of `call`, as in `wait_for`. Raises Interrupted with the message `kept` if a signal has arrived.
 
-        An error after a signal counts as caused by it: Ctrl-C in a terminal also ends compilers and other child processes.
+        An error of `call` after a signal also raises Interrupted, because Ctrl-C in a terminal ends compilers and other child processes too.
         """
         try:
             result = self.wait_for(call)
         except Exception as error:
             if self.signal:
-                raise Interrupted(self.signal, where) from error
+                raise Interrupted(self.signal, kept) from error
             raise
         if self.signal:
-            raise Interrupted(self.signal, where)
+            raise Interrupted(self.signal, kept)
         return result
 
     def _watch(self) -> None:
-        """Read the signal numbers that the interpreter writes to the pipe, until a 0 or the second signal of EXIT_CODES."""
+        """End the process after the second signal of EXIT_CODES. Runs in a thread until __exit__.
+
+        The interpreter writes the number of each signal to the pipe, and __exit__ writes a 0.
+        """
         received = 0
         while received < 2:
             number = os.read(self._read_fd, 1)[0]
@@ -113,7 +121,7 @@ class StopFlag:
 def die_with_parent(ancestor: int) -> None:
     """Ask the kernel (Linux) to kill this process when its parent ends, so that no worker is left behind.
 
-    `ancestor` is the ID of the process that started this one, directly or through a launcher. If it has already ended, this one exits immediately.
+    `ancestor` is the ID of the process that started this one, directly or through a launcher. If it has already ended, this process exits at once.
     """
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -121,8 +129,8 @@ def die_with_parent(ancestor: int) -> None:
         return
     try:
         os.kill(ancestor, 0)
-        is_gone = os.getppid() == 1 != ancestor
+        is_gone = os.getppid() == 1 and ancestor != 1  # process 1 becomes the parent of a process whose parent has ended
     except ProcessLookupError:
         is_gone = True
-    if is_gone:  # it ended before prctl was called
+    if is_gone:  # before prctl was called, so the kernel sends no signal
         os._exit(1)

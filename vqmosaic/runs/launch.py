@@ -1,8 +1,8 @@
-"""Starts a stage in one or more processes. Loads no torch; the stage's own module does.
+"""Starts a stage in one or more processes. Does not import torch, which the module of the stage imports.
 
-One process runs in place. Several processes run under Accelerate's launcher, in a session of their own. The launcher loses signals, exit codes and
-error messages, so signals are forwarded to the workers directly, and exit codes and messages come back through files in a folder. Workers are
-killed when their parent ends.
+A single process is this process. Several processes, the workers, run under Accelerate's launcher in a session of their own. The launcher loses
+signals, exit codes and error messages. So this process forwards signals to the workers directly, and the workers write their process IDs, exit codes
+and messages to files in a folder. Workers are killed when their parent ends.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from vqmosaic.runs.process_settings import set_up_process
 PROCESSES_VARIABLE = "VQMOSAIC_PROCESSES"
 WORKER_FOLDER_VARIABLE = "VQMOSAIC_WORKER_FOLDER"
 LAUNCHER_FILE = "launcher"
-"""The file in the worker folder with the launcher's process ID."""
+"""The file in the worker folder with the launcher's process ID. The workers write RANK.pid, RANK.exit (exit code) and RANK.words (message)."""
 LAUNCHER_EXIT_SECONDS = 20.0
 """Seconds that the launcher may take to exit after its workers have ended."""
 KILL_SECONDS = GRACE_SECONDS + 1.0
@@ -44,7 +44,7 @@ SHIPPED_ACCELERATE_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "
 
 
 def run_stage(module: str, arguments: list[str], processes: int | None = None, accelerate_config: str | None = None) -> int:
-    """Run a stage's `main(arguments)` in this process, or in several workers under Accelerate's launcher, and return the exit code.
+    """Run the `main(arguments)` of a stage's module in this process, or in several workers under Accelerate's launcher. Returns the exit code.
 
     `processes` is the total over all machines. None uses the number in the accelerate configuration, or 1 without a configuration.
     """
@@ -58,7 +58,7 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
         path = find_accelerate_config(accelerate_config)
         command += ["--config_file", str(path), "--num_processes", str(processes)]
         machines = read_accelerate_config(path).machines
-    else:  # without --multi_gpu the launcher silently starts one process on a CPU machine
+    else:  # without --multi_gpu the launcher silently starts one process on a CPU machine; port 0 is any free port
         command += ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
                     "--dynamo_backend", "no", "--main_process_port", "0"]
     environment[PROCESSES_VARIABLE] = str(processes)
@@ -68,7 +68,7 @@ def run_stage(module: str, arguments: list[str], processes: int | None = None, a
         temporary = tempfile.TemporaryDirectory(prefix="vqmosaic-workers-")
     with temporary as folder:
         environment[WORKER_FOLDER_VARIABLE] = folder
-        return wait_for_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
+        return run_workers([*command, "-m", module, *arguments], environment, Path(folder), processes // machines)
 
 
 def drop_inherited_ranks() -> None:
@@ -158,14 +158,17 @@ def launch_quietly() -> None:
         sys.exit(1)
 
 
-def wait_for_workers(command: list[str], environment: dict[str, str], folder: Path, count: int) -> int:
+def run_workers(command: list[str], environment: dict[str, str], folder: Path, count: int) -> int:
     """Run the launcher of `count` workers, forward signals to the workers that have registered in `folder`, and return their exit code."""
-    parent, launcher, received_signals, pending_signals = os.getpid(), None, [], []
+    parent = os.getpid()
+    launcher: subprocess.Popen | None = None
+    received_signals: list[int] = []
+    pending_signals: list[int] = []  # those that are not forwarded yet
 
     def forward_signals() -> None:
         while launcher is not None and pending_signals:
             number = pending_signals.pop(0)
-            workers = [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
+            workers = worker_pids(folder)
             for process in workers or [launcher.pid]:
                 try:
                     os.kill(process, number if workers else signal.SIGTERM)  # SIGINT would make a launcher that still imports print a traceback
@@ -186,40 +189,56 @@ def wait_for_workers(command: list[str], environment: dict[str, str], folder: Pa
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-    if all_succeeded(folder, count):  # even if the launcher was killed while it waited for the first machine's, which had ended
+    return report_workers(folder, count, launcher.returncode, received_signals)
+
+
+def report_workers(folder: Path, count: int, launcher_code: int, received_signals: list[int]) -> int:
+    """Choose one exit code for all workers after their launcher has ended, and print the message of a worker that exited with it.
+
+    Args:
+        folder: worker folder, with the exit codes and messages of the workers.
+        launcher_code: exit code of the launcher. The exit codes of the workers take precedence.
+        received_signals: the signals that this process received.
+    """
+    if all_succeeded(folder, count):  # whatever the launcher's code, because wait_for_launcher may have killed it
         return 0
     codes = exit_codes(folder)
     failures = [code for code in codes if code]
-    for known in (2, *(EXIT_CODES[number] for number in received_signals)):  # a stage's own exit code goes before one caused by the launcher
-        if known in failures:
-            print_message(folder, known)
-            return known
+    # Codes with which a stage itself stops. Other workers may have failed only because the launcher ended them.
+    for own_code in (2, *(EXIT_CODES[number] for number in received_signals)):
+        if own_code in failures:
+            print_message(folder, own_code)
+            return own_code
     if len(codes) == count and all(code in EXIT_CODES.values() for code in codes):  # a signal on another machine
         print_message(folder, codes[0])
         return codes[0]
-    if launcher.returncode and received_signals:  # stopped before any worker could have saved
+    if launcher_code and received_signals:  # stopped before any worker could have saved
         return EXIT_CODES[received_signals[0]]
-    failures = [code for code in failures if code not in EXIT_CODES.values()]  # no signal came: the launcher ended the others after one died
-    if launcher.returncode and not failures:
-        if any(folder.glob("*.pid")):
-            print("error: a worker process was killed (often: out of memory).", file=sys.stderr)
-        else:
-            print("error: the worker processes did not start; see the output above.", file=sys.stderr)
-    return failures[0] if failures else (launcher.returncode and 1)
+    # No signal came to this process. The launcher has ended the workers with a signal's exit code, because another worker failed.
+    failures = [code for code in failures if code not in EXIT_CODES.values()]
+    if failures:
+        return failures[0]
+    if not launcher_code:
+        return 0
+    if any(folder.glob("*.pid")):
+        print("error: a worker process was killed (often: out of memory).", file=sys.stderr)
+    else:
+        print("error: the worker processes did not start; see the output above.", file=sys.stderr)
+    return 1
 
 
 def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, received_signals: list[int]) -> None:
-    """Wait until the launcher has ended. After all of its workers have reported their exit codes, wait for LAUNCHER_EXIT_SECONDS at most.
+    """Wait until the launcher has ended, or kill it LAUNCHER_EXIT_SECONDS after all `count` workers have reported their exit codes.
 
-    At the end, launchers of several machines wait for each other, for five minutes if one has already ended. After a second signal
-    (`received_signals` grows as signals come), workers and launcher are killed within KILL_SECONDS.
+    The launcher needs this limit because the launchers of several machines wait for each other, for five minutes if one has already ended. After a
+    second signal (`received_signals` grows as signals come), workers and launcher are killed within KILL_SECONDS.
     """
     deadline = kill_at = None
     while True:
         if kill_at is None and len(received_signals) > 1:
             kill_at = time.monotonic() + KILL_SECONDS
         if kill_at is not None and time.monotonic() > kill_at:
-            for process in [*(int(text) for path in folder.glob("*.pid") if (text := path.read_text())), launcher.pid]:
+            for process in [*worker_pids(folder), launcher.pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         try:
@@ -232,8 +251,13 @@ def wait_for_launcher(launcher: subprocess.Popen, folder: Path, count: int, rece
                 launcher.kill()
 
 
+def worker_pids(folder: Path) -> list[int]:
+    """The process IDs of the workers that have registered. A file is empty while its worker writes it."""
+    return [int(text) for path in folder.glob("*.pid") if (text := path.read_text())]
+
+
 def exit_codes(folder: Path) -> list[int]:
-    """The exit codes of the workers that have reported one."""
+    """The exit codes of the workers that have reported one. A file is empty while its worker writes it."""
     return [int(text) for path in sorted(folder.glob("*.exit")) if (text := path.read_text())]
 
 
@@ -244,7 +268,7 @@ def all_succeeded(folder: Path, count: int) -> bool:
 
 
 def print_message(folder: Path, code: int) -> None:
-    """Print the message of the first worker that exited with this code. The others have the same message, or stopped because of that worker."""
+    """Print the message of the first worker that exited with this code. Others have the same message, or stopped because of this worker."""
     for path in sorted(folder.glob("*.exit")):
         message_file = path.with_suffix(".words")
         if int(path.read_text()) == code and message_file.exists():
@@ -253,7 +277,7 @@ def print_message(folder: Path, code: int) -> None:
 
 
 def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Entry point of `python -m <stage>`: run main as a worker of a launcher or alone, and exit with its code."""
+    """Entry point of `python -m <stage>`: run `main(arguments)` as a worker of a launcher or alone, and exit with its exit code."""
     set_up_process()
     folder = os.environ.get(WORKER_FOLDER_VARIABLE) and Path(os.environ[WORKER_FOLDER_VARIABLE])
     rank = int(os.environ.get("RANK", "0"))
@@ -263,7 +287,9 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
     def work() -> None:
         if folder:
             write_note(folder / f"{rank}.pid", str(os.getpid()))
-        main(arguments or raise_missing_recipe())
+        if not arguments:
+            raise InputError("no recipe was given; give a shipped name such as digits, a YAML file or a run folder, followed by overrides.")
+        main(arguments)
 
     code = exit_code_of(work, folder / f"{rank}.words" if folder else None)
     for stream in (sys.stdout, sys.stderr):
@@ -278,7 +304,7 @@ def run_worker(main: Callable[[list[str]], None], arguments: list[str]) -> None:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write one of the small files by which workers and parent communicate. Raises DiskFull, which names the folder."""
+    """Write one of the files through which workers and parent communicate. Raises DiskFull, which names the folder, if it does not fit."""
     with explain_full_disk(path.parent):
         path.write_text(text)
 
@@ -293,13 +319,8 @@ def exit_process(code: int) -> None:
     sys.exit(code)
 
 
-def raise_missing_recipe() -> list[str]:
-    """Raise InputError: a stage was started without a recipe, its first argument."""
-    raise InputError("no recipe was given; give a shipped name such as digits, a YAML file or a run folder, followed by overrides.")
-
-
 def exit_code_of(run: Callable[[], None], message_file: Path | None = None) -> int:
-    """Call `run` and return the exit code: 0, 2 with a message for bad input, 143 or 130 after a signal, 1 with a traceback for anything else.
+    """Call `run` and return the exit code: 0, 2 with a message for bad input, one of EXIT_CODES after a signal, 1 with a traceback for other errors.
 
     The message goes to stderr, or to `message_file` for a parent that prints it once for all of its workers.
     """
@@ -334,7 +355,7 @@ def exit_code_of(run: Callable[[], None], message_file: Path | None = None) -> i
 
 
 def another_worker_reported(folder: Path, seconds: float = 2.0) -> bool:
-    """Whether another worker writes a message within `seconds`. If so, this one failed only because it lost the connection to that one."""
+    """Whether another worker has written a message, or does so within `seconds`. If so, this one failed only because it lost the connection to it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if any(folder.glob("*.words")):

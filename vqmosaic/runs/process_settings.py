@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
+from typing import cast
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -25,7 +27,7 @@ def set_up_process() -> None:
         if getattr(sys, name) is None:  # closed by the caller, as in `vqmosaic ... >&-`
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, open until the process ends
     with contextlib.suppress(AttributeError, ValueError):  # closed, or not a text stream of Python
-        sys.stdout.reconfigure(errors="backslashreplace")
+        cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     if sys.platform != "linux":  # other systems have other OpenMP libraries, without a spin count
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     elif "OMP_WAIT_POLICY" not in os.environ:

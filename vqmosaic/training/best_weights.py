@@ -5,7 +5,9 @@ They are one file beside the checkpoints. Each checkpoint has a link to the file
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,6 +34,7 @@ def save_if_best(run: TrainingRun, error: float, model: nn.Module | None, path: 
     if is_best:
         run.state.best_validation, run.state.best_step = error, run.state.step
         if run.is_main:
+            assert model is not None  # the other processes may have None
             save_weights(model, path)
     return is_best
 
@@ -60,13 +63,14 @@ def export_best_and_last(run: TrainingRun, best_weights: Path, measure: str) -> 
     Returns the step of the exported weights. `measure` names the metric of the best weights, for the warning if it was never finite.
     """
     model = run.validated_model
+    save_pretrained = cast(Callable[[Path], None], model.save_pretrained)  # the models of both stages have this method
     targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
     targets[run.training.export] = run.folder.export(run.stage)
-    model.save_pretrained(targets["last"])
+    save_pretrained(targets["last"])
     has_best = best_weights.exists()
     if has_best:
         model.load_state_dict(load_file(best_weights))
     else:
         run.report(f"warning: no validation had a finite {measure}, so there are no best weights; {targets['best']} holds the last ones")
-    model.save_pretrained(targets["best"])
+    save_pretrained(targets["best"])
     return run.state.best_step if has_best and run.training.export == "best" else run.state.step

@@ -19,7 +19,8 @@ class Budget:
 
     def __init__(self, max_steps: int | None, max_minutes: float | None, elapsed_seconds: float = 0.0):
         self.max_steps, self.max_seconds = max_steps, None if max_minutes is None else max_minutes * 60
-        self._elapsed_before, self._started = elapsed_seconds, None
+        self._elapsed_before = elapsed_seconds
+        self._started: float | None = None
 
     def start(self) -> None:
         """Start the clock if it is not running yet."""
@@ -54,8 +55,9 @@ class Pace:
     WARM_UP_STEPS = 5
     WINDOW_SECONDS = 60.0
 
-    def __init__(self):
-        self._steps, self._started = 0, None
+    def __init__(self) -> None:
+        self._steps = 0
+        self._started: float | None = None
         self._ends: deque[float] = deque()
 
     def start(self) -> None:
@@ -77,6 +79,7 @@ class Pace:
         """The average; over all steps until there are steps after the first WARM_UP_STEPS. There must be at least one step."""
         if len(self._ends) > 1:
             return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        assert self._started is not None
         return (time.monotonic() - self._started) / self._steps
 
 

@@ -14,16 +14,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import TEMPORARY_PREFIX, publish, removed_on_failure, sha256_of_file, temporary_sibling, write_json
 from vqmosaic.files.full_disks import explain_full_disk, size_of
-from vqmosaic.files.json_files import VERSION_FIELD, from_fields, read_object, written_by
+from vqmosaic.files.json_files import VERSION_FIELD, Dataclass, from_fields, read_object, written_by
 from vqmosaic.files.permissions import check_readable
-
-T = TypeVar("T")
 
 
 def checkpoint_problems(checkpoint: Path) -> list[str]:
@@ -141,7 +139,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return _read_state(checkpoint)[0]
 
 
-def restore_state(checkpoint: Path, cls: type[T]) -> T:
+def restore_state(checkpoint: Path, cls: type[Dataclass]) -> Dataclass:
     """The trainer state of a checkpoint as an object of the dataclass `cls`. Fields that the checkpoint does not have keep their defaults."""
     state, version = _read_state(checkpoint)
     return from_fields(cls, state, str(checkpoint / "trainer_state.json"), version)

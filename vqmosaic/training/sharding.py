@@ -6,6 +6,7 @@ All processes call these functions together, unless a docstring says otherwise.
 import os
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -66,7 +67,7 @@ def gather_full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The full state of a sharded model, gathered on the CPU of the main process; empty on the others."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     reshard(model)
-    return weights
+    return cast(dict[str, torch.Tensor], weights)  # the state of a model has only tensors
 
 
 def load_full_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

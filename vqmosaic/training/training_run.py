@@ -18,7 +18,8 @@ from torch import nn
 from vqmosaic.errors import InputError
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
-from vqmosaic.recipes.recipe_sections import TrainingConfig
+from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.runs.accelerator import keep_process_group, make_accelerator, set_threads
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.runs.run_folder import RunFolder
@@ -50,7 +51,7 @@ FIRST_LINE_SECONDS = 10.0
 class TrainingRun:
     """The training of one stage. Create it, pass the model to prepare(), then call the other methods from the loop in train.py."""
 
-    def __init__(self, recipe: Recipe, stage: str, training: TrainingConfig, stop: StopFlag):
+    def __init__(self, recipe: Recipe, stage: str, training: TokenizerTrainingConfig | PriorTrainingConfig, stop: StopFlag):
         self.recipe, self.stage, self.training, self.stop = recipe, stage, training, stop
         self.folder = RunFolder(Path(recipe.run_dir))
         self.accelerator = make_accelerator(training, str(self.folder.logs(stage)))
@@ -108,11 +109,12 @@ class TrainingRun:
         chosen = {id(parameter) for parameter in inner}
         groups = [{"params": [parameter for parameter in decayed if id(parameter) not in chosen], "weight_decay": training.weight_decay},
                   {"params": [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in codes], "weight_decay": 0.0}]
-        settings = {"lr": training.learning_rate, "betas": tuple(training.adam_betas)}
+        betas = training.adam_betas[0], training.adam_betas[1]
         if not inner:
-            return torch.optim.AdamW(groups, fused=True, **settings)
+            return torch.optim.AdamW(groups, lr=training.learning_rate, betas=betas, fused=True)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        return Muon(inner, groups, stacks=matrix_stacks(model), weight_decay=training.weight_decay, dtype=dtype, **settings)
+        return Muon(inner, groups, lr=training.learning_rate, stacks=matrix_stacks(model), betas=betas, weight_decay=training.weight_decay,
+                    dtype=dtype)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -140,7 +142,9 @@ class TrainingRun:
     def end_sharding(self) -> None:
         """Make `validated_model` the full model on the main process, for the export. Training cannot continue after this."""
         if self.is_sharded:
-            self.unwrapped, self.average = self.full_model(), None
+            full, self.average = self.full_model(), None
+            if full is not None:
+                self.unwrapped = full
 
     def check_checkpoints(self) -> None:
         """Raise InputError if the stage has written its export and lost its checkpoints. Call this before the stage's record is overwritten."""

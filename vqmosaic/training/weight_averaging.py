@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """An AveragedModel in eval mode, without gradients, which holds a moving average of the model's weights.
@@ -12,7 +14,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     """
 
     @torch.no_grad()
-    def move_towards(averages: list[torch.Tensor], weights: list[torch.Tensor], num_updates: torch.Tensor) -> None:
+    def move_towards(averages: Tensors, weights: Tensors, num_updates: torch.Tensor | int) -> None:
         warm_decay = min(decay, (1 + int(num_updates)) / (10 + int(num_updates)))
         torch._foreach_lerp_(averages, weights, 1 - warm_decay)
 
