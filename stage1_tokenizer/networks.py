@@ -96,7 +96,7 @@ def attention(query_BNC: torch.Tensor, key_BNC: torch.Tensor, value_BNC: torch.T
     """softmax(Q K^T / sqrt(C)) V, (B, N, C)."""
     if can_use_single_head_matmul_attention(query_BNC):
         return single_head_matmul_attention(query_BNC, key_BNC, value_BNC)
-    return F.scaled_dot_product_attention(*(tensor[:, None] for tensor in (query_BNC, key_BNC, value_BNC)))[:, 0]
+    return F.scaled_dot_product_attention(query_BNC[:, None], key_BNC[:, None], value_BNC[:, None])[:, 0]
 
 
 def pointwise(layer: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
@@ -129,6 +129,7 @@ class Upsample(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         kernel_IO44 = fold_taps(fold_taps(self.conv.weight, 2), 3).transpose(0, 1)
         doubled_BCHW = F.conv_transpose2d(x_BCHW, kernel_IO44, stride=2, padding=1)
+        assert self.conv.bias is not None
         # added here, because on a CPU the gradient of the operator's own bias is slower than the rest of its backward
         return doubled_BCHW + self.conv.bias.to(doubled_BCHW.dtype)[:, None, None]
 
@@ -231,4 +232,4 @@ def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
     # all modules share one entry point, and each recompiles it
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     encoder.compile()
-    decoder.features = torch.compile(decoder.features)
+    vars(decoder)["features"] = torch.compile(decoder.features)  # this object's attribute hides the method

@@ -17,7 +17,7 @@ __all__ = ["LPIPS", "feature_matching_loss", "resolve_perceptual_weights"]
 
 VGG16_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the VGG16 convolutions, in the five stages between the pooling layers (Simonyan & Zisserman 2015, configuration D)."""
-CLASSIFIER_TENSORS = {f"classifier.{index}.{kind}" for index in (0, 3, 6) for kind in ("weight", "bias")}
+CLASSIFIER_TENSORS = frozenset(f"classifier.{index}.{kind}" for index in (0, 3, 6) for kind in ("weight", "bias"))
 """Tensors of the VGG16 classifier, which LPIPS does not use."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet mean and standard deviation for images in [-1, 1], rounded as in LPIPS."""
@@ -40,6 +40,9 @@ class LPIPS(nn.Module):
         ValueError: a weight file is not found or cannot be read, or its tensors do not match the network (the message lists them).
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, files: PerceptualWeights | None = None):
         super().__init__()
         files = files or resolve_perceptual_weights(None)
@@ -55,11 +58,13 @@ class LPIPS(nn.Module):
                     index, channels = index + 2, width  # skip the ReLU
                 index += 1  # skip the pooling
                 self.stages.append(stage)
-        linear_shapes = {f"lin{number}.model.1.weight": (1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)}
+        linear_shapes: dict[str, tuple[int, ...]] = {
+            f"lin{number}.model.1.weight": (1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)}
         vgg16 = _read_weights(files.vgg16, vgg16_shapes, ignored=CLASSIFIER_TENSORS)
         linear = _read_weights(files.linear, linear_shapes)
         self.load_state_dict({f"stages.{number}.{key}.{kind}": vgg16[f"features.{key}.{kind}"]
-                              for number, stage in enumerate(self.stages) for key in stage for kind in ("weight", "bias")}, assign=True)
+                              for number, stage in enumerate(self.stages)
+                              for key, _ in stage.named_children() for kind in ("weight", "bias")}, assign=True)
         for number in range(len(VGG16_WIDTHS)):
             self.register_buffer(f"linear_{number}", linear[f"lin{number}.model.1.weight"])
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
@@ -96,7 +101,7 @@ class LPIPS(nn.Module):
         for stage in self.stages:
             if maps:
                 features = F.max_pool2d(features, 2)
-            for convolution in stage.values():
+            for convolution in stage.children():
                 features = F.relu(convolution(features))
             maps.append(features)
         return maps
@@ -107,7 +112,7 @@ def _normalize_channels(features_BCHW: torch.Tensor) -> torch.Tensor:
     return features_BCHW / (features_BCHW.square().sum(1, keepdim=True) + NORM_EPS).sqrt()
 
 
-def _read_weights(file: Path, shapes: dict[str, tuple[int, ...]], ignored: set[str] = frozenset()) -> dict[str, torch.Tensor]:
+def _read_weights(file: Path, shapes: dict[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
     """Read the tensors with these names and shapes from a file, as float32. Never runs pickled code.
 
     Raises InputError if the file cannot be read, or if tensors are missing, have another shape, or are neither in `shapes` nor in `ignored`.

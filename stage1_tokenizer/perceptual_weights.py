@@ -53,7 +53,7 @@ def resolve_perceptual_weights(path: str | None) -> PerceptualWeights:
         found["vgg16"], missing = _download(cache / VGG16_NAMES[0]), []
     if missing:
         raise InputError(_missing_message(path, missing, candidates))
-    return PerceptualWeights(**found)
+    return PerceptualWeights(**{name: file for name, file in found.items() if file is not None})
 
 
 def hub_checkpoints() -> Path:

@@ -6,7 +6,7 @@ import torch
 class RunningMeans:
     """Sums and counts by name. A name is averaged over the micro-batches that contain it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.counts: dict[str, int] = {}
 

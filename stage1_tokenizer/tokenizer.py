@@ -109,7 +109,9 @@ class ImageTokenizer(nn.Module):
         if not self.quantizer.has_ids:
             raise InputError(f"this tokenizer's quantizer is {self.config.quantizer!r}, whose latents are continuous and have no ids. "
                              "Use reconstruct().")
-        return self._quantize_images(images_BCHW).ids
+        ids = self._quantize_images(images_BCHW).ids
+        assert ids is not None
+        return ids
 
     @torch.inference_mode()
     def reconstruct(self, images_BCHW: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from itertools import islice
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast
@@ -42,7 +43,7 @@ def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: 
     for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs, the sums of k-means may round differently on each rank
         tensor.copy_(broadcast(tensor.clone(), from_process=0))
     if run.average is not None:  # the average starts from these codes too
-        run.average.module.quantizer.load_state_dict(tokenizer.quantizer.state_dict())
+        run.average.module.get_submodule("quantizer").load_state_dict(tokenizer.quantizer.state_dict())
 
 
 def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
@@ -88,12 +89,12 @@ def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: Train
 
 def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:
     """Seconds of one step's forward and backward passes, with perceptual loss and discriminator. Discards gradients and statistics."""
-    training: TokenizerTrainingConfig = run.training
+    training, tokenizer = cast(TokenizerTrainingConfig, run.training), cast(ImageTokenizer, run.unwrapped)
     images_BCHW = batch.images_BCHW.to(run.accelerator.device)
     images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
     if training.channels_last:
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
-    set_training_mode(model, run.unwrapped, training.train_parts)
+    set_training_mode(model, tokenizer, training.train_parts)
     for _ in range(2):  # the first pass warms up
         started = time.perf_counter()
         output = model(images_BCHW)
@@ -110,7 +111,7 @@ def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, pe
         seconds = time.perf_counter() - started
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    run.unwrapped.quantizer.discard()
+    tokenizer.quantizer.discard()
     return seconds * training.accumulation_steps
 
 

@@ -12,6 +12,7 @@ import math
 import sys
 import zlib
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -106,11 +107,13 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
             part.requires_grad_(False)
     if training.channels_last:
-        tokenizer.to(memory_format=torch.channels_last)
+        tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare this argument
     discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None
     model = run.prepare(tokenizer, discriminator, adversarial.learning_rate)
     guard = AdversarialGuard.from_checkpoint(run.state.guard, run.resumed_from)
-    adversary = discriminator and Adversary(adversarial, discriminator, run.second_model, tokenizer.decoder.last_layer, accelerator.autocast)
+    adversary = None
+    if discriminator is not None and run.second_model is not None:  # the same module, plain and wrapped
+        adversary = Adversary(adversarial, discriminator, run.second_model, tokenizer.decoder.last_layer, accelerator.autocast)
     best_weights = run.checkpoints.root / "best.safetensors"
     if run.is_main:
         restore_best(run.resumed_from, best_weights)
@@ -127,7 +130,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     seconds_per_step = run.wait_before_training(lambda: measure_step_seconds(model, adversary, perceptual, first_batch, run))
     validation_images = ValidationImages(splits.validation, transform, training.validation_images)
     validation_images = validation_images.first(run.validations.choose_images(
-        len(splits.validation), lambda count: validate(run.validated_model, validation_images.first(count), run.micro_batch, accelerator)))
+        len(splits.validation),
+        lambda count: validate(cast(ImageTokenizer, run.validated_model), validation_images.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
     classes = splits.train.class_names
@@ -195,12 +199,12 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                     terms["perceptual_loss"] = perceptual(output.reconstructions, images_BCHW)
                     reconstruction = reconstruction + training.perceptual_weight * terms["perceptual_loss"]
                 loss = reconstruction + output.quantizer.loss
-                if share > 0:
+                if adversary is not None and share > 0:
                     generator_loss, generator_terms = adversary.generator_terms(images_BCHW, output.reconstructions, reconstruction, share,
                                                                                 feature_matching_weight(training))
                     loss, terms = loss + generator_loss, terms | generator_terms
                 accelerator.backward(loss)
-                if train_discriminator:
+                if adversary is not None and train_discriminator:
                     discriminator_loss, discriminator_terms = adversary.discriminator_terms(images_BCHW, output.reconstructions)
                     accelerator.backward(discriminator_loss)
                     loss, terms = loss + discriminator_loss.detach(), terms | discriminator_terms
@@ -209,7 +213,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit, update_second=train_discriminator)
         if accepted:
             means.update(step_means)
-            if train_discriminator:
+            if discriminator is not None and train_discriminator:
                 discriminator.commit()
         else:
             tokenizer.quantizer.discard()
@@ -251,14 +255,14 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     """
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
-    metrics = validate(run.validated_model, images, run.micro_batch, run.accelerator, picture, run.stop)
+    metrics = validate(cast(ImageTokenizer, run.validated_model), images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
         run.report(f"warning: {printable(source)} is unreadable ({images.unreadable[source]}). Validation skips it.", all_processes=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
     if metrics is None:
         return
     run.validations.record()
-    error = metrics["reconstruction_l2" if run.training.reconstruction_loss == "l2" else "reconstruction_l1"]
+    error = metrics["reconstruction_l2" if run.recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"]
     save_if_best(run, error, run.validated_model, best_weights)
     run.metrics.write(run.state.step, "validation", images=len(images), **metrics)
     usage = f", {metrics['codebook_usage']:.1%} of the codebook used, perplexity {metrics['perplexity']:.0f}" if "perplexity" in metrics else ""
@@ -274,10 +278,10 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
 
 def low_codebook_usage_warning(run: TrainingRun) -> str | None:
     """A warning if the last validation used few of the codes that its images could use, otherwise None."""
-    metrics, config = run.metrics.newest["validation"], run.unwrapped.config
-    tokens = metrics["images"] * run.unwrapped.grid_size ** 2
-    possible = 1 - math.exp(-tokens / config.codebook_size)  # expected share of codes hit if all are equally likely
-    if metrics.get("codebook_usage", 1.0) >= run.training.usage_alarm * possible:
+    metrics, tokenizer = run.metrics.newest["validation"], cast(ImageTokenizer, run.unwrapped)
+    tokens = metrics["images"] * tokenizer.grid_size ** 2
+    possible = 1 - math.exp(-tokens / tokenizer.config.codebook_size)  # expected share of codes hit if all are equally likely
+    if metrics.get("codebook_usage", 1.0) >= run.recipe.tokenizer_training.usage_alarm * possible:
         return None
     kind = run.recipe.tokenizer.quantizer
     remedies = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",

@@ -66,9 +66,12 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     if sums[-1]:
         return None
     if picture_parts and picture is not None and accelerator.is_main_process:
-        save_picture(reconstruction_picture(*(torch.cat(parts)[:PICTURE_IMAGES] for parts in zip(*picture_parts, strict=True))), picture)
+        originals_BCHW, restored_BCHW = (torch.cat(parts)[:PICTURE_IMAGES] for parts in zip(*picture_parts, strict=True))
+        save_picture(reconstruction_picture(originals_BCHW, restored_BCHW), picture)
     l1, l2, mean, mean_square = (sums[:4] / sums[4]).tolist()
-    return {"psnr": float(psnr.compute()), "ssim": float(ssim.compute()), "reconstruction_l1": l1, "reconstruction_l2": l2,
+    similarity = ssim.compute()
+    assert isinstance(similarity, torch.Tensor)  # it is a tuple only if SSIM also returns the image of local similarities
+    return {"psnr": float(psnr.compute()), "ssim": float(similarity), "reconstruction_l1": l1, "reconstruction_l2": l2,
             "variance": mean_square - mean**2, **(codebook_metrics(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
 
 

@@ -219,7 +219,7 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
     metrics = validate(cast(TokenPrior, run.validated_model), reader, run.micro_batch, images, run.accelerator, run.stop)
     if metrics is None:
         return None
-    prior = cast(TokenPrior | None, run.full_model())
+    prior = cast(TokenPrior | None, run.full_model())  # the run prepared a TokenPrior
     run.validations.record()
     is_best = save_if_best(run, metrics["nll"], prior, best_weights)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)

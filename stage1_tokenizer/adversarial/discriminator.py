@@ -47,9 +47,12 @@ class PatchDiscriminator(nn.Module):
 
     def _convolution(self, channels_in: int, channels_out: int, stride: int) -> nn.Conv2d:
         convolution = nn.Conv2d(channels_in, channels_out, 4, stride=stride, padding=1)
+        assert convolution.bias is not None
         nn.init.normal_(convolution.weight, 0.0, 0.02)
         nn.init.zeros_(convolution.bias)
-        return spectral_norm(convolution) if self.config.spectral_norm else convolution
+        if self.config.spectral_norm:
+            spectral_norm(convolution)  # changes the module in place
+        return convolution
 
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         return self.features(images_BCHW)[0]
@@ -77,13 +80,13 @@ class PatchDiscriminator(nn.Module):
         """
         with torch.autocast(device_type, enabled=False):
             for convolution in self._normalized_convolutions():
-                convolution.parametrizations.weight.train(run_power_iteration)
+                convolution.get_submodule("parametrizations.weight").train(run_power_iteration)
                 _ = convolution.weight  # reading the attribute computes the weight
 
     @torch.no_grad()
     def commit(self) -> None:
         """Update the estimated singular vectors by one power iteration. Call this after each accepted optimizer step."""
-        self._compute_weights(self.conv_out.bias.device.type, run_power_iteration=True)
+        self._compute_weights(next(self.parameters()).device.type, run_power_iteration=True)
 
     def _normalized_convolutions(self) -> Iterator[nn.Module]:
         return (module for module in self.modules() if parametrize.is_parametrized(module, "weight"))

@@ -21,7 +21,7 @@ class Adversary:
     discriminator's loss uses it, so that gradients are averaged over processes.
     """
 
-    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: nn.Parameter,
+    def __init__(self, config: AdversarialConfig, discriminator: PatchDiscriminator, wrapped: nn.Module, last_layer: torch.Tensor,
                  autocast: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.discriminator, self.wrapped, self.last_layer, self.autocast = config, discriminator, wrapped, last_layer, autocast
 

@@ -108,6 +108,7 @@ def describe_schedule(config: AdversarialConfig, training: TrainingConfig) -> st
         if training.max_minutes:  # whichever comes first
             when = [f"{step} or after {format_duration(moment * training.max_minutes * 60)}" for step, moment in zip(when, moments, strict=True)]
     else:
+        assert training.max_minutes is not None  # a recipe has at least one of the two budgets
         when = [format_duration(moment * training.max_minutes * 60) for moment in moments]
     when = [text if moment <= 1 else f"{text} (after the end)" for text, moment in zip(when, moments, strict=True)]
     qualifier = "at the latest " if config.start_at_plateau else ""

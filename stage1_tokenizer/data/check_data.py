@@ -31,7 +31,9 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     report(splits.validation_origin)
     for note in splits.notes:
         report(f"{splits.train.split}: {note}")
-    unreadable, names_by_digest, names_by_space = [], {}, {}
+    unreadable: list[tuple[str, str]] = []
+    names_by_digest: dict[bytes, list[tuple[str, str]]] = {}
+    names_by_space: dict[str, list[str]] = {}
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         unreadable += _check_split(source, report, split, names_by_digest, names_by_space, data.image_size)
     total = len(splits.train) + len(splits.validation)
@@ -104,8 +106,8 @@ def _check_split(source: ImageSource, report: Callable[[str], None], name: str, 
     for index in sorted(digests):
         names_by_digest.setdefault(digests[index], []).append((name, source.source_name(index)))
     for index in sorted(digests):
-        if space_of.get(index):
-            names_by_space.setdefault(space_of[index], []).append(source.source_name(index))
+        if space := space_of.get(index):
+            names_by_space.setdefault(space, []).append(source.source_name(index))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {counted(len(source), 'image')}, {_size_range(sizes)}")
     small = sum(min(size) < image_size for size in sizes)

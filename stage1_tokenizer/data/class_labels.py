@@ -28,7 +28,9 @@ def class_of(value: Any) -> int | str | bool | None:
 def sorted_classes(values: Iterable[Any]) -> list[int | str | bool]:
     """The distinct classes among stored values: numbers in order, strings in natural order. Raises ValueError for other values."""
     classes = {label for value in values if (label := class_of(value)) is not None}
-    return sorted(classes, key=natural_key if all(isinstance(label, str) for label in classes) else None)
+    if all(isinstance(label, str) for label in classes):
+        return sorted(classes, key=lambda label: natural_key(str(label)))
+    return sorted(classes)
 
 
 def natural_key(text: str) -> tuple[list[str | tuple[int, str]], str]:

@@ -67,6 +67,7 @@ def check_data_path(data: DataConfig) -> str:
             raise no_images_error(data)
         return source
     _check_installed("datasets", "datasets", f"data.path {data.path!r} (a Hugging Face data set)")
+    assert data.path is not None
     if not path.exists() and not looks_like_hub_name(data.path):
         raise _missing_path_error(data)
     return source
@@ -74,6 +75,7 @@ def check_data_path(data: DataConfig) -> str:
 
 def local_path(data: DataConfig) -> Path:
     """data.path as a path on this machine, with ~ expanded."""
+    assert data.path is not None  # it is given for all sources other than digits
     return Path(data.path).expanduser()
 
 
@@ -92,7 +94,7 @@ def data_files(folder: Path) -> Iterator[str]:
 
     Links to folders are followed, except links to a folder that contains them. Dead links are listed: reading them gives the reason.
     """
-    pending = [("", ())]
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
         prefix, ancestors = pending.pop()
         status = os.stat(folder / prefix)

@@ -48,7 +48,7 @@ class FolderSource:
     @cached_property
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        unread = self._unread
+        unread: Iterable[int] | None = self._unread
         if unread is None:
             unread = [index for index, (_, content) in enumerate(self._file_digests) if content is None]
         update_digest(digest, ([name, self.label(index)] for index, name in enumerate(self._names)), self._file_digests, unread)
@@ -65,6 +65,7 @@ class FolderSource:
         return {"kind": "folder", "path": str(self._root.resolve()), "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
 
     def with_class_order(self, order: Sequence[int]) -> "FolderSource":
+        assert self.class_names is not None  # only classes can be in another order
         new_labels = {None: None} | {old: new for new, old in enumerate(order)}
         return changed_copy(self, class_names=[self.class_names[old] for old in order],
                             _labels=self._labels and [new_labels[label] for label in self._labels])
@@ -122,6 +123,7 @@ def open_folder(data: DataConfig) -> ImageSplits:
     class_names = [class_name(value) for value in class_values] if class_values else None
     unknown = sorted_classes(set(validation_classes or ()) - set(class_values or ()))
     if unknown:
+        assert class_names is not None  # without classes of training images, those of validation images are not read
         raise InputError(f"data.path {data.path!r}: class {unknown[0]!r} has images in {validation_split!r} but none in {train_split!r}; "
                          f"classes of the training split: {printable(', '.join(class_names))}.")
     index_of = {None: None} | {value: index for index, value in enumerate(class_values or ())}
@@ -157,7 +159,7 @@ def _split_folders(folders: list[str], data: DataConfig) -> tuple[str | None, st
             raise InputError(f"data.train_split is '.', the whole of {where}, which contains data.validation_split {data.validation_split!r}; "
                              "remove data.validation_split to hold out a validation split by a hash.")
         return None, None
-    train = data.train_split
+    train: str | None = data.train_split
     if train not in folders:
         train = _train_folder_by_name(folders, where) if train == DataConfig.train_split else None
         if train is None:
@@ -220,7 +222,7 @@ def _note_unused_images(names: list[str], train_split: str | None, validation_sp
 def _note_missing_images(names: list[str], metadata: FolderMetadata | None) -> list[str]:
     """The note about metadata rows without a matching image; empty if there are none."""
     missing = metadata.names_without_image(names) if metadata else []
-    if not missing:
+    if metadata is None or not missing:
         return []
     return [f"{counted(len(missing), 'file')} named in {metadata.paths[0].name} {is_or_are(len(missing))} not among the images, such as "
             f"{printable(missing[0])}"]
@@ -253,6 +255,7 @@ def _classes(names: list[str], split: str | None, data: DataConfig, metadata: Fo
     if not data.use_labels:
         return None
     if metadata is not None:
+        assert data.label_column is not None  # the metadata are only read for a column
         values = [class_of(value) for value in metadata.labels(names, data.label_column)]
         return values if any(value is not None for value in values) else None
     prefix_length = len(split) + 1 if split else 0

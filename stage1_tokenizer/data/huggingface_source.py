@@ -63,7 +63,7 @@ class HuggingFaceSource:
         digest.update(self._row_numbers.astype("<i8").tobytes())
         if self._labels is not None:
             digest.update(self._labels[self._row_numbers].astype("<i8").tobytes())
-        unread = self._unread
+        unread: Iterable[int] | None = self._unread
         if unread is None:  # files whose bytes could not be read; a row without an image is not among them
             unread = [index for index, (_, content, is_file_path) in enumerate(self._image_digests) if content is None and is_file_path]
         contents = [(size, content) for size, content, _ in self._image_digests]
@@ -85,6 +85,7 @@ class HuggingFaceSource:
         return {"kind": "huggingface", "path": self._name, "split": self.split, "count": len(self), "sha256": digest.hexdigest()}
 
     def with_class_order(self, order: Sequence[int]) -> "HuggingFaceSource":
+        assert self.class_names is not None  # only classes can be in another order
         new_labels = np.append(np.argsort(order), -1)  # label -1 (no class) indexes the last entry, so it stays -1
         return changed_copy(self, class_names=[self.class_names[old] for old in order],
                             _labels=None if self._labels is None else new_labels[self._labels])
@@ -117,8 +118,7 @@ class HuggingFaceSource:
             raise UnreadableImage(f"{str(path)!r}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        columns = ("_column", "_bytes")  # pickling them would copy the images
-        return {name: value for name, value in vars(self).items() if name not in columns}
+        return {name: value for name, value in vars(self).items() if name not in ("_column", "_bytes")}  # pickling these would copy the images
 
     @cached_property
     def _column(self) -> pyarrow.ChunkedArray:
@@ -143,7 +143,7 @@ class HuggingFaceSource:
             content = stored.as_buffer()
             return content.size, content_digest(memoryview(content)), False
         path = self._stored(index)
-        return (None, None, False) if path is None else (*file_digest(self._path(path)), True)
+        return (*file_digest(self._path(path)), True) if isinstance(path, str) else (None, None, False)
 
     def _stored(self, index: int) -> bytes | str | None:
         """The stored bytes of an image, or the path that its row names; None if the row has no image."""
@@ -190,7 +190,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
         if not len(rows):
             raise InputError(f"split {split!r} of data.path {data.path!r} is empty.")
     validation_labels = to_index(validation)
-    if class_names:
+    if class_names and train_labels is not None and validation_labels is not None:
         unknown = sorted(set(validation_labels.tolist()) - set(train_labels.tolist()) - {-1})
         if unknown:
             raise InputError(f"data.path {data.path!r}: class {class_names[unknown[0]]!r} has images in {validation_split!r} but none in "
@@ -217,12 +217,13 @@ def _load(data: DataConfig) -> dict[str, datasets.Dataset]:
         elif local:
             loaded = datasets.load_dataset(str(path.resolve()))  # the library would read "." as a name on the hub
         else:
+            assert data.path is not None
             loaded = _load_from_hub(data.path)
     except InputError:
         raise
     except Exception as error:  # the library raises errors of many types, its own and those of other libraries
         if local:
-            cause = error
+            cause: BaseException = error
             while cause.__cause__ is not None:  # the library's own error is vague: "An error occurred while generating the dataset"
                 cause = cause.__cause__
             reason = f"{type(cause).__name__}: {cause}"
@@ -308,9 +309,8 @@ def _label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
 
 
 def _has_class_type(feature: Any) -> bool:
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and any(kind in feature.dtype for kind in ("int", "string", "bool", "float"))
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and any(kind in feature.dtype for kind in ("int", "string", "bool", "float")))
 
 
 def _has_only_class_values(rows: datasets.Dataset, column: str) -> bool:
@@ -327,7 +327,9 @@ def _hint(rows: datasets.Dataset, image_column: str) -> str:
     """A message that names the columns that look like class labels; "" if there are none."""
     names = [name for name, feature in rows.features.items()
              if name != image_column and _has_class_type(feature) and _has_only_class_values(rows, name)]
-    table = rows.select_columns(names).with_format("arrow")[:] if names else None
+    if not names:
+        return ""
+    table = rows.select_columns(names).with_format("arrow")[:]
     return label_hint({name: pyarrow.compute.count_distinct(table.column(name)).as_py() for name in names}, len(rows))
 
 
@@ -340,19 +342,19 @@ def _classes(train: datasets.Dataset,
     """
     if column is None:
         return None, lambda rows: None, None
-    feature = train.features[column]
-    values = set(map(class_of, train[column][:])) - {None}
+    feature, stored = train.features[column], train[column][:]
+    values: Sequence[int | str | bool]
     if isinstance(feature, datasets.ClassLabel):
-        values = range(len(feature.names)) if values - {-1} else ()  # public test splits use -1 for classes that are not published
-        index_of = {-1: -1} | {value: value for value in values}
-        names, order = list(feature.names), None
+        values = range(len(feature.names)) if set(map(class_of, stored)) - {None, -1} else ()
+        names = list(feature.names)
     else:
-        values = sorted_classes(values)
-        order = text_order(values)
-        index_of = {value: index for index, value in enumerate(values)}
+        values = sorted_classes(stored)
         names = [str(value) for value in values]
     if not values:
         return None, lambda rows: None, None
+    index_of = {value: index for index, value in enumerate(values)}
+    if isinstance(feature, datasets.ClassLabel):
+        index_of[-1] = -1  # public test splits use -1 for classes that are not published
 
     def to_index(rows: datasets.Dataset) -> np.ndarray:
         given = rows[column][:] if column in rows.column_names else [None] * len(rows)
@@ -364,9 +366,9 @@ def _classes(train: datasets.Dataset,
         if unknown:
             raise InputError(f"data.label_column {column!r}: class {unknown[0]!r} has images in the validation split but none in the "
                              "training split, so it cannot be learned.")
-        return np.array([index_of.get(value, -1) for value in given], np.int64)
+        return np.array([-1 if value is None else index_of[value] for value in given], np.int64)
 
-    return names, to_index, order
+    return names, to_index, text_order(values)
 
 
 def _byte_sizes(stored: pyarrow.ChunkedArray) -> np.ndarray:

@@ -15,12 +15,14 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from stage1_tokenizer.data.augmentation import augment, is_augmented
 from stage1_tokenizer.data.image_cache import ResizedImages, resized_megabytes
@@ -75,7 +77,7 @@ class UpcomingBatch(Iterator[ImageBatch]):
         return next(self._batches) if batch is None else batch
 
 
-class _Samples:
+class _Samples(Dataset[tuple[np.ndarray | None, list[tuple[str, str]]]]):
     """A map-style data set for DataLoader: (epoch, index in the source) -> augmented image."""
 
     def __init__(self, source: ImageSource, transform: ImageTransform, data: DataConfig, seed: int, cache: ResizedImages | None = None):
@@ -95,7 +97,7 @@ class _Samples:
             except UnreadableImage as error:
                 unreadable.append((self.source.source_name(candidate), str(error)))
                 continue
-            if self.cache and not is_augmented(self.data):
+            if isinstance(image, np.ndarray) and not is_augmented(self.data):
                 return image, unreadable
             return augment(image, self.transform, self.data, generator("augment", self.seed, epoch, index)), unreadable
         return None, unreadable
@@ -179,9 +181,8 @@ def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> 
     pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker), the worker's error is lost and training waits forever.
     """
     unreadable = [entry for _, entries in samples for entry in entries]
-    if any(pixels is None for pixels, _ in samples):
-        return None, unreadable
-    return np.stack([pixels for pixels, _ in samples]), unreadable
+    readable = [pixels for pixels, _ in samples if pixels is not None]
+    return (np.stack(readable) if len(readable) == len(samples) else None), unreadable
 
 
 def _from_thread(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]]) -> Iterator[_Collated]:
@@ -197,10 +198,10 @@ def _from_thread(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]
             raise
 
 
-def _run_in_thread(call: Callable[[Any], Any], argument: Any) -> Future:
+def _run_in_thread(call: Callable[[Any], Any], argument: Any) -> Future[Any]:
     """Start call(argument) in a thread and return its future. The thread may get stuck in reading a file, so it is a daemon: Python does not wait
     for it at exit."""
-    future = Future()
+    future: Future[Any] = Future()
 
     def run() -> None:
         try:
@@ -221,7 +222,8 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
     loader = DataLoader(samples, batch_sampler=sample_lists, num_workers=workers, collate_fn=_collate, prefetch_factor=_PREFETCHED_BATCHES,
                         worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=MAX_WAIT_SECONDS)
     earlier_children = multiprocessing.active_children()
-    iterators = [iter(loader)]  # a list, so that the function registered for exit can drop the iterator
+    # a list, so that the function registered for exit can drop the iterator
+    iterators = [cast(_MultiProcessingDataLoaderIter, iter(loader))]  # its type if there are workers
     processes = [process for process in multiprocessing.active_children() if process not in earlier_children]
     # The workers ignore SIGTERM, so multiprocessing cannot end them at exit. Dropping the iterator shuts them down.
     atexit.register(iterators.clear)
@@ -248,7 +250,7 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
             process.kill()  # a stuck worker ignores the loader's SIGTERM, and multiprocessing would wait for it at exit
 
 
-def _kill(processes: list[multiprocessing.Process]) -> None:
+def _kill(processes: list[BaseProcess]) -> None:
     """Kill the workers of a DataLoader, with its SIGCHLD handler disabled, which would raise an error for each killed worker.
 
     Does nothing outside of the main thread, because only the main thread can change signal handlers.

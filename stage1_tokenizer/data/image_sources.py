@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -59,6 +59,9 @@ class ImageSource(Protocol):
 
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         """The upright 8-bit image in mode RGB or L. Raises UnreadableImage with the reason. See read_image for before_decoding."""
+
+
+Source = TypeVar("Source", bound=ImageSource)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def comparable_identity(source: ImageSource, recorded: Mapping[str, Any]) -> dic
     return source.with_unread(recorded.get("unread", ())).identity if "version" in recorded else source.former_identity
 
 
-def changed_copy(source: ImageSource, **attributes: Any) -> ImageSource:
+def changed_copy(source: Source, **attributes: Any) -> Source:
     """A copy of a source with changed attributes, and without its cached identities, which depend on the original attributes.
 
     The source must define `identity` and `former_identity` as cached_property, which stores the values in vars(source).

@@ -3,7 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vqmosaic.runs.devices import available_cores
@@ -29,7 +29,8 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any], bar: st
 
 
 def _map_in_chunks(function: Callable[[Any], Any], items: Sequence[Any], chunk: int, threads: int) -> Iterator[Any]:
-    pool, pending = ThreadPoolExecutor(threads), deque()
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[list[Any]]] = deque()
     try:
         for start in range(0, len(items), chunk):
             pending.append(pool.submit(lambda part: [function(item) for item in part], items[start:start + chunk]))

@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from stage1_tokenizer.image_files.iso_boxes import iso_boxes
-from stage1_tokenizer.image_files.stored_values import png_chunk
+from stage1_tokenizer.image_files.stored_values import png_chunk, stored_file
 
 _CLOSE_LEVELS = 4.0
 """A profile is close to sRGB if it changes the colours of a test image by less than this many of 255 levels on average."""
@@ -60,7 +60,7 @@ def other_colour_space(image: Image.Image) -> str | None:
             return _space_from_profile(bytes(profile))
         if image.format == "PNG" and "srgb" not in image.info:
             return _space_from_gamma(image.info.get("gamma"), image.info.get("chromaticity"))
-        if image.format == "TIFF":
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
             return _space_from_tags(image.tag_v2)
         if image.format in ("JPEG", "MPO") and image.getexif().get_ifd(_INTEROPERABILITY_TAG).get(_INDEX_TAG) == _ADOBE_RGB_INDEX:
             return "Adobe RGB (EXIF)"
@@ -74,8 +74,7 @@ def _code_points(image: Image.Image) -> tuple[int, int] | None:
         return (chunk[0], chunk[1]) if len(chunk) >= 2 else None
     if image.format != "AVIF":
         return None
-    file, position = image.fp, image.fp.tell()
-    try:
+    with stored_file(image) as file:
         start, end = 0, file.seek(0, io.SEEK_END)
         # The box colr is in ipco, in iprp, in meta. The content of meta begins with a version and flags of 4 bytes.
         for parent, header_bytes in ((b"meta", 4), (b"iprp", 0), (b"ipco", 0)):
@@ -86,9 +85,7 @@ def _code_points(image: Image.Image) -> tuple[int, int] | None:
                 content = file.read(8)
                 if content.startswith(b"nclx"):  # this colr box has code points; another one may have the ICC profile
                     return struct.unpack(">4xHH", content)
-        return None
-    finally:
-        file.seek(position)
+    return None
 
 
 def _space_from_code_points(primaries: int, transfer: int) -> str | None:

@@ -13,7 +13,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -72,19 +72,21 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
                 raise UnreadableImage("not a regular file: a folder, pipe, socket or device")
             if not status.st_size:
                 raise UnreadableImage("the file is empty")
-        with Image.open(file, formats=_formats() if formats is None else [name for name in _formats() if name in formats]) as image:
+        opened = cast("str | os.PathLike[str] | IO[bytes]", file)  # typeshed does not declare io.IOBase to be IO[bytes]
+        with Image.open(opened, formats=_formats() if formats is None else [name for name in _formats() if name in formats]) as image:
             if before_decoding:
                 before_decoding(image)
             return _convert(image, mode, max_pixels)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
+        assert not isinstance(file, (bytes, Image.Image))  # Pillow raises this error when it opens a file or a stream
         raise UnreadableImage(_reason_unidentified(file, formats)) from None
-    except PermissionError:
-        raise UnreadableImage(str(permission_denied(file))) from None
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"too many pixels for Pillow: {error}") from None
     except Exception as error:  # decoders raise errors of any type for corrupt bytes, and none of them may end a run
+        if isinstance(error, PermissionError) and isinstance(file, str | os.PathLike):
+            raise UnreadableImage(str(permission_denied(file))) from None
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
 
@@ -103,7 +105,7 @@ def _reason_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[
     return "not an image of a known format, or its header is corrupt"
 
 
-def _is_converted(image: Any, mode: str) -> bool:
+def _is_converted(image: Any, mode: str) -> TypeGuard[Image.Image]:
     """Whether an object is a PIL image in `mode`, not bound to a file, and without metadata such as an EXIF rotation."""
     return type(image) is Image.Image and image.mode == mode and not image.info
 

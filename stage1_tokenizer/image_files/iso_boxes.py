@@ -2,10 +2,10 @@
 
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 
-def iso_boxes(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def iso_boxes(file: IO[bytes], start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Lists the boxes between two positions of a file. Yields (type, start, end) of the content of each box, and moves the file position.
 
     A box that extends beyond `end` is clipped there. The list ends without an error at a box whose size is smaller than its header. Raises

@@ -5,7 +5,7 @@ Pillow reads little of this. It uses channels in stored order, and treats 255 as
 
 import struct
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import IO
 
 from stage1_tokenizer.image_files.iso_boxes import iso_boxes
 
@@ -27,7 +27,7 @@ class Jpeg2000Header:
     """(type, association) by channel; None if the file does not define them."""
 
 
-def read_jpeg2000_header(file: BinaryIO) -> Jpeg2000Header:
+def read_jpeg2000_header(file: IO[bytes]) -> Jpeg2000Header:
     """The header of an opened file. Restores the file position. Raises struct.error for a truncated header."""
     position, header = file.tell(), Jpeg2000Header()
     try:
@@ -64,7 +64,7 @@ def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:
         header.channels = {channel: (kind, association) for channel, kind, association in struct.iter_unpack(">HHH", body[2:])}
 
 
-def _depths(file: BinaryIO) -> list[int]:
+def _depths(file: IO[bytes]) -> list[int]:
     """Bits of each component, from the marker segment SIZ at the current file position."""
     components = struct.unpack(">36xH", file.read(38))[0]
     return [(size & 0x7F) + 1 for size, _, _ in struct.iter_unpack(">BBB", file.read(3 * components))]

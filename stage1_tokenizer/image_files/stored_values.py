@@ -5,14 +5,16 @@ These rules complete Pillow's tables of modes (in the plugin for each format). C
 (colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as in Pillow.
 """
 
+import contextlib
 import io
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import IO, cast
 
 import numpy as np
 import PIL
-from PIL import Image, ImagePalette, PngImagePlugin, TiffImagePlugin, features
+from PIL import Image, ImageFile, ImagePalette, PngImagePlugin, TiffImagePlugin, features
 
 from stage1_tokenizer.image_files.jpeg2000_header import Jpeg2000Header, read_jpeg2000_header
 
@@ -27,7 +29,7 @@ TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
 # of memory. For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
 MAX_EXIF_BYTES = 2**16  # the size limit of a JPEG segment
 _load_exif = Image.Exif.load
-Image.Exif.load = lambda exif, data: _load_exif(exif, data[:MAX_EXIF_BYTES])
+Image.Exif.load = lambda self, data: _load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced on purpose
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
 _SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
@@ -52,16 +54,36 @@ def header_correction(image: Image.Image) -> Callable[[Image.Image], Image.Image
     the header that Pillow keeps are applied. Raises UnreadableImage if the header leaves the levels of black and white unknown.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
-                   "JPEG2000": _jpeg2000}.get(image.format)
-    return (read_header(image) if read_header is not None else None) or (lambda loaded: loaded)
+                   "JPEG2000": _jpeg2000}.get(image.format or "")
+    opened = cast(ImageFile.ImageFile, image)  # only opened files have a format
+    return (read_header(opened) if read_header is not None else None) or (lambda loaded: loaded)
 
 
-def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
-    """Make the decoder unpack the pixels in another raw mode than Pillow chose. The raw mode is the first decoder argument."""
-    image.tile = [tile._replace(args=(raw_mode, *tile.args[1:])) for tile in image.tile]
+@contextlib.contextmanager
+def stored_file(image: Image.Image) -> Iterator[IO[bytes]]:
+    """The file of an opened image. Restores the file position at the end."""
+    file = cast(ImageFile.ImageFile, image).fp
+    assert file is not None, "the file is closed"
+    position = file.tell()
+    try:
+        yield file
+    finally:
+        file.seek(position)
 
 
-def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _raw_mode(image: ImageFile.ImageFile) -> str:
+    """The raw mode in which the decoder unpacks the pixels. It is the only decoder argument or the first one."""
+    arguments = image.tile[0].args
+    assert arguments is not None
+    return arguments if isinstance(arguments, str) else arguments[0]
+
+
+def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
+    """Make the decoder unpack the pixels in another raw mode than Pillow chose."""
+    image.tile = [tile._replace(args=(raw_mode, *(tile.args or ())[1:])) for tile in image.tile]
+
+
+def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
     transparent = image.info.get("transparency")
     if not image.tile or transparent is None:
         return None  # without transparency, or already loaded
@@ -72,7 +94,7 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
     if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
         return None  # with a palette, or 16-bit grey (see images.py)
-    raw_mode = image.tile[0][3]
+    raw_mode = _raw_mode(image)
     if raw_mode == "RGB;16B":
         low_bytes = _low_bytes(image)
         return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low_bytes != np.array(transparent))
@@ -90,8 +112,8 @@ def _png(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
 
 def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
     """The content of the last chunk of a type before the pixels, which decoders use; b"" if there is none."""
-    file, position, found = image.fp, image.fp.tell(), b""
-    try:
+    found = b""
+    with stored_file(image) as file:
         file.seek(8)
         while len(start := file.read(8)) == 8:
             size, kind = struct.unpack(">I4s", start)
@@ -102,17 +124,14 @@ def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
                 file.seek(4, os.SEEK_CUR)
             else:
                 file.seek(size + 4, os.SEEK_CUR)
-        return found
-    finally:
-        file.seek(position)
+    return found
 
 
-def _low_bytes(image: Image.Image) -> np.ndarray:
+def _low_bytes(image: ImageFile.ImageFile) -> np.ndarray:
     """The low bytes (H, W, 3) of a PNG with 16 bits per sample. Decodes the file again as if the bytes of each sample were swapped."""
-    position = image.fp.tell()
-    image.fp.seek(0)
-    content = image.fp.read()
-    image.fp.seek(position)
+    with stored_file(image) as file:
+        file.seek(0)
+        content = file.read()
     with Image.open(io.BytesIO(content), formats=("PNG",)) as swapped:
         swapped.tile = [tile._replace(args="RGB;16L") for tile in swapped.tile]
         return np.asarray(swapped).astype(np.uint16)
@@ -126,7 +145,8 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
     return image
 
 
-def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _tiff(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
+    assert isinstance(image, TiffImagePlugin.TiffImageFile)
     tags = image.tag_v2
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
     if image.tile and (repeated := _repeated_tags(image)):
@@ -144,8 +164,8 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
     if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # 8-bit entries, although the standard requires 16
         image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
-    if image.tile and image.tile[0][0] == "libtiff" and image.tile[0][3][0] in _NATIVE_ORDER:  # libtiff returns all samples in native order
-        _set_raw_mode(image, _NATIVE_ORDER[image.tile[0][3][0]])
+    if image.tile and image.tile[0][0] == "libtiff" and _raw_mode(image) in _NATIVE_ORDER:  # libtiff returns all samples in native order
+        _set_raw_mode(image, _NATIVE_ORDER[_raw_mode(image)])
     is_inverted = photometric == _WHITE_IS_ZERO
     if image.mode == "F" and is_inverted:
         return lambda loaded: Image.fromarray(1 - np.asarray(loaded))
@@ -160,10 +180,9 @@ def _tiff(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     return None  # Pillow reads all other modes correctly
 
 
-def _repeated_tags(image: Image.Image) -> list[int]:
+def _repeated_tags(image: ImageFile.ImageFile) -> list[int]:
     """The _PIXEL_TAGS that the first page of a TIFF has more than once. Pillow uses the last value, but libtiff may use the first."""
-    file, position = image.fp, image.fp.tell()
-    try:
+    with stored_file(image) as file:
         file.seek(0)
         start = file.read(16)
         order = "<" if start.startswith(b"II") else ">"
@@ -174,22 +193,20 @@ def _repeated_tags(image: Image.Image) -> list[int]:
         entries = file.read(size * min(count, 65535))
         tags = [struct.unpack_from(order + "H", entries, offset)[0] for offset in range(0, len(entries) - size + 1, size)]
         return sorted(tag for tag in _PIXEL_TAGS if tags.count(tag) > 1)
-    finally:
-        file.seek(position)
 
 
-def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _tga(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
     if not image.tile:
         return None
     descriptor, attributes = _tga_alpha(image)
     if descriptor & 0xC0:
         raise UnreadableImage("a TGA with interleaved rows, which Pillow does not reorder")
-    has_alpha = image.mode in ("RGBA", "LA") or (image.mode == "P" and image.palette.mode == "RGBA")
+    has_alpha = image.mode in ("RGBA", "LA") or (image.mode == "P" and image.palette is not None and image.palette.mode == "RGBA")
     if not has_alpha:
         return None
     bits = descriptor & 0x0F
     # In a 16-bit pixel, one bit is not part of a colour. Some writers use it to mean opaque, and others to mean transparent.
-    is_declared = bits > 0 and "15" not in str(image.tile[0][3][0]) and not (image.mode == "P" and bits < 8)
+    is_declared = bits > 0 and "15" not in _raw_mode(image) and not (image.mode == "P" and bits < 8)
 
     def correct(loaded: Image.Image) -> Image.Image:
         if loaded.mode == "P":
@@ -205,10 +222,9 @@ def _tga(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     return correct
 
 
-def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
+def _tga_alpha(image: ImageFile.ImageFile) -> tuple[int, int | None]:
     """(image descriptor, attributes type). The low four bits of the descriptor are the bits of alpha. The type is None without an extension area."""
-    file, position = image.fp, image.fp.tell()
-    try:
+    with stored_file(image) as file:
         file.seek(17)
         descriptor, attributes = file.read(1)[0], None
         if file.seek(0, os.SEEK_END) >= 18 + 26:
@@ -219,16 +235,14 @@ def _tga_alpha(image: Image.Image) -> tuple[int, int | None]:
                 file.seek(extension + 494)
                 attributes = next(iter(file.read(1)), None)
         return descriptor, attributes
-    finally:
-        file.seek(position)
 
 
-def _ppm(image: Image.Image) -> None:
+def _ppm(image: ImageFile.ImageFile) -> None:
     if image.info.get("scale", 1.0) != 1:
         raise UnreadableImage(f"floating-point pixels with a scale of {image.info['scale']:g}; their white level is unknown")
 
 
-def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _bmp(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
     if image.tile and image.info.get("compression") == _BMP_RLE4 and _PILLOW_MAJOR < 13 and _has_odd_run(image):
         raise UnreadableImage("a BMP of compressed 4-bit pixels with a run that this version of Pillow misreads; Pillow 13 can read it")
     if image.tile and image.mode in ("1", "L") and (bits := _bmp_bits(image)) != {"1": 1, "L": 8}[image.mode]:
@@ -237,29 +251,23 @@ def _bmp(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
         _set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
     if image.mode == "RGBA":  # alpha that is zero everywhere is ignored, as in browsers
-        return lambda loaded: loaded.convert("RGB") if loaded.getextrema()[3] == (0, 0) else loaded
+        return lambda loaded: loaded.convert("RGB") if loaded.getchannel("A").getextrema() == (0, 0) else loaded
     return None
 
 
-def _bmp_bits(image: Image.Image) -> int:
+def _bmp_bits(image: ImageFile.ImageFile) -> int:
     """Bits per pixel of a BMP."""
-    file, position = image.fp, image.fp.tell()
-    try:
+    with stored_file(image) as file:
         file.seek(14 if image.format == "BMP" else 0)
         header = file.read(16)
         return int.from_bytes(header[10:12] if header[0] == 12 else header[14:16], "little")
-    finally:
-        file.seek(position)
 
 
-def _has_odd_run(image: Image.Image) -> bool:
+def _has_odd_run(image: ImageFile.ImageFile) -> bool:
     """Whether a compressed 4-bit BMP contains a literal run with an odd number of pixels."""
-    file, position = image.fp, image.fp.tell()
-    try:
+    with stored_file(image) as file:
         file.seek(image.tile[0][2])
         codes = file.read()
-    finally:
-        file.seek(position)
     offset = 0
     while offset + 1 < len(codes):
         count, value = codes[offset], codes[offset + 1]
@@ -277,16 +285,14 @@ def _has_odd_run(image: Image.Image) -> bool:
     return False
 
 
-def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _gif(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
     if not image.tile or image.tile[0][1] == (0, 0, *image.size) or "transparency" in image.info:
         return None  # around a transparent frame, Pillow keeps the image transparent
     extents, background = image.tile[0][1], image.info.get("background")
-    if background is None:
-        fill = (255, 255, 255)  # without a background colour, the area around the frame is transparent
-    elif image.global_palette is None:
-        fill = (background,) * 3
-    else:
-        fill = tuple(image.global_palette.palette[3 * background:3 * background + 3])
+    fill: tuple[int, ...] = (255, 255, 255)  # without a background colour, the area around the frame is transparent
+    if background is not None:
+        palette = getattr(image, "global_palette", None)
+        fill = (background,) * 3 if palette is None else tuple(palette.palette[3 * background:3 * background + 3])
 
     def correct(loaded: Image.Image) -> Image.Image:
         canvas = Image.new("RGB", loaded.size, fill)
@@ -296,10 +302,11 @@ def _gif(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
     return correct
 
 
-def _jpeg2000(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+def _jpeg2000(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
     if not image.tile:
         return None
-    header = read_jpeg2000_header(image.fp)
+    with stored_file(image) as file:
+        header = read_jpeg2000_header(file)
     colours = 3 if image.mode in ("RGB", "RGBA") else 1
     order, alpha = _jpeg2000_channels(header, image.mode, colours)
     if header.colour_space not in (None, _JP2_SRGB, _JP2_GREY, _JP2_SYCC, _JP2_BILEVEL) \

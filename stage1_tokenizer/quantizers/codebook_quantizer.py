@@ -3,6 +3,7 @@
 import itertools
 import math
 from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,11 @@ class CodebookQuantizer(Quantizer):
     remember() in each forward pass of training.
     """
 
-    TRAINING_ONLY = ("ema_counts", "commits")
+    TRAINING_ONLY: ClassVar[tuple[str, ...]] = ("ema_counts", "commits")
+    ema_counts: torch.Tensor
+    commits: torch.Tensor
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("ema_counts", torch.ones(self.codebook_size))
         self.register_buffer("commits", torch.zeros((), dtype=torch.int64))

@@ -13,6 +13,8 @@ class EMAQuantizer(NearestCodeQuantizer):
 
     KIND = "ema"
     TRAINING_ONLY = ("ema_counts", "ema_sums", "commits")
+    codebook: torch.Tensor
+    ema_sums: torch.Tensor
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -19,6 +19,9 @@ class FSQQuantizer(ImplicitCodebookQuantizer):
     """
 
     KIND = "fsq"
+    levels_F: torch.Tensor
+    basis_F: torch.Tensor
+    half_width_F: torch.Tensor
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

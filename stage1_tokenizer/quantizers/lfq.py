@@ -20,6 +20,7 @@ class LFQQuantizer(ImplicitCodebookQuantizer):
     """
 
     KIND = "lfq"
+    bit_values_F: torch.Tensor
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class Quantizer(nn.Module, ABC):
             inner_calls = sum("__init__" in vars(base) for base in type(self).__mro__[:type(self).__mro__.index(Quantizer)])
             warnings.warn(f"{type(self).__name__}(codebook_size, code_dim) is deprecated. Pass a TokenizerConfig.", DeprecationWarning,
                           stacklevel=2 + inner_calls)
-            sizes = {"codebook_size": config, "code_dim": code_dim}
+            sizes: dict[str, Any] = {"codebook_size": config, "code_dim": code_dim}
             config = TokenizerConfig(quantizer=self.KIND, **{name: size for name, size in sizes.items() if size is not None}, **fields)
         elif code_dim is not None or fields:
             raise TypeError("code_dim and other fields are part of the TokenizerConfig")

@@ -20,6 +20,7 @@ class SimVQQuantizer(NearestCodeQuantizer):
     KIND = "simvq"
     # All codes are linear in W. Weight decay would shrink them, and averaging W would move codes that were revived by its pseudo-inverse.
     CODES = ("projection",)
+    frozen_codebook: torch.Tensor
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

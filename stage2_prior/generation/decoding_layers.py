@@ -69,7 +69,7 @@ class LlamaLayers(DecoderLayers):
     """Rotary embeddings of transformers whose frequencies do not depend on the sequence length."""
 
     def __init__(self, model: llama.LlamaForCausalLM, num_codes: int, rows: int, length: int):
-        self.blocks = cast(list[llama.LlamaDecoderLayer], list(model.model.layers))
+        self.blocks = cast(list[llama.LlamaDecoderLayer], list(model.model.layers))  # a ModuleList does not declare the class of its modules
         super().__init__(len(self.blocks), model.lm_head, num_codes, rows)
         attentions = [layer.self_attn for layer in self.blocks]
         self.embedding, self.final_norm, self.head_width = model.model.embed_tokens, rms_norm(model.model.norm), attentions[0].head_dim

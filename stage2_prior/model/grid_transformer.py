@@ -270,7 +270,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def compile_kernels(self) -> None:
         """Compile the attention kernels for training in bf16 on a CPU. Compiling whole blocks is no faster there."""
-        for block in cast(Iterable[GridBlock], self.blocks):
+        for block in cast(Iterable[GridBlock], self.blocks):  # a ModuleList does not declare the class of its modules
             block.kernels = compiled_kernels()
 
     def rotations(self, device: torch.device) -> torch.Tensor:

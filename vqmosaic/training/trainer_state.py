@@ -25,7 +25,7 @@ class TrainerState:
     """The images that best_validation was measured on, in words; empty in checkpoints of version 0.1.0."""
     best_step: int = 0
     best_validation: float = float("inf")
-    guard: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, float | None] = field(default_factory=dict)
     """Numbers that belong to one stage. In stage 1, the state of the adversarial guard."""
     processes: int = 1
     threads: int = 1

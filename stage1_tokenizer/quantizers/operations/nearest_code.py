@@ -21,9 +21,11 @@ SCORES_PER_GROUP = 64
 def full_precision(device: torch.device) -> Iterator[None]:
     """Context manager for exact float32 matrix products and convolutions on a device: no autocast, TF32 or bf16."""
     if device.type == "cuda":
-        flags = {torch.backends.cuda.matmul: torch.backends, torch.backends.cudnn.conv: torch.backends.cudnn}
+        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+        flags = {cuda.matmul: torch.backends, cudnn.conv: cudnn}  # type: ignore[attr-defined]  # torch replaces these modules by objects
     else:
-        flags = {torch.backends.mkldnn.matmul: torch.backends.mkldnn, torch.backends.mkldnn.conv: torch.backends.mkldnn}
+        mkldnn = torch.backends.mkldnn
+        flags = {mkldnn.matmul: mkldnn, mkldnn.conv: mkldnn}  # type: ignore[attr-defined]  # as above
     # An unset flag reads as the value of its parent. Writing that value back would stop it from following the parent, so write "none".
     previous = {flag: "none" if flag.fp32_precision == parent.fp32_precision else flag.fp32_precision
               for flag, parent in flags.items() if flag.fp32_precision != "ieee"}
@@ -62,13 +64,12 @@ def lowest_score_ids(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offset
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
         for start in range(0, len(vectors_ND), max(1, rows)):
             chunk_nD = vectors_ND[start:start + rows]
-            best_n, ids_n = None, None
             for first in range(0, len(codebook_KD), codes):
                 codes_kD = codebook_KD[first:first + codes]
                 scores_nk = scores[:len(chunk_nD) * len(codes_kD)].view(len(chunk_nD), -1)
                 torch.addmm(offsets_K[first:first + codes], chunk_nD, codes_kD.T, alpha=-1, out=scores_nk)
                 lowest_n, at_n = row_minima(scores_nk)
-                if best_n is None:
+                if first == 0:
                     best_n, ids_n = lowest_n, at_n
                 else:
                     ids_n = torch.where(lowest_n < best_n, at_n + first, ids_n)
