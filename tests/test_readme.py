@@ -90,7 +90,6 @@ def test_make_targets_exist():
 def test_linked_files_exist(page):
     links = [link for link in re.findall(r"\]\(([^)]+)\)", page.read_text()) if "://" not in link]
     assert links or page.name != "README.md"
-    assert "FOLDER_TABLE" not in page.read_text()
     missing = [link for link in links if not (page.parent / link.partition("#")[0]).exists() and link not in GENERATED]
     assert not missing
 
