@@ -228,7 +228,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.is_main:
         exported_step = export_best_and_last(run, best_weights, "reconstruction error")
         warn_if_nothing_was_learned(run, exported_step)
-        if "codebook" in warned_of and (warning := low_codebook_usage_warning(run)):  # repeat it at the end
+        if "validation" in run.metrics.newest and (warning := low_codebook_usage_warning(run)):
             report(warning)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('tokenizer')} after {counted(run.state.step, 'step')}: the {training.export} weights "
@@ -251,7 +251,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
                         warned_of: set[str]) -> None:
     """Validate the model to be exported, save it if it is the best so far, log the metrics, update the guard, and warn about low codebook usage.
 
-    Adds "codebook" to `warned_of` after that warning, which is given once. Returns early if a signal aborted the validation.
+    Adds "codebook" to `warned_of` after that warning, which is given once before the end. Returns early if a signal aborted the validation.
     """
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
@@ -271,7 +271,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     if guard_message:
         run.report(f"step {run.state.step:,}: {guard_message}")
     warning = low_codebook_usage_warning(run)
-    if warning is not None and "codebook" not in warned_of and progress >= USAGE_WARNING_MIN_PROGRESS:
+    if warning is not None and "codebook" not in warned_of and USAGE_WARNING_MIN_PROGRESS <= progress < 1:
         warned_of.add("codebook")
         run.report(warning)
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+from PIL import Image
 
 from pipelines.stages.chain import longer_training_hint
 from pipelines.stages.count_images import count_images
+from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer.image_files.images import named_views
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, RULES, DataSize, Facts, describe_choices
@@ -142,6 +144,16 @@ def test_plan_shows_choices_with_reasons_and_fields_set_by_hand():
     assert lines["tokens.views"] == "flip+wide-shifts: 500 training images, data.flip is true"
     assert lines["prior.dropout"] == "0.25, as set; the rule gives 0.2"
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "the plan of the tokenizer shows these"
+
+
+def test_a_run_inside_of_its_data_set_is_rejected(tmp_path):
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    for index in range(3):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "photos/cat" / f"{index}.png")
+    for stage in ("tokenizer", "tokens"):
+        with pytest.raises(InputError, match=r"run_dir is .* inside of data\.path .* Set --run_dir to a folder outside"):
+            check_before_start(load(f"--data.path={tmp_path / 'photos'}", f"--run_dir={tmp_path / 'photos/runs/x'}"), stage, alone=False)
+    assert check_before_start(load(f"--data.path={tmp_path / 'photos'}", f"--run_dir={tmp_path / 'runs/x'}"), "tokenizer") == "start"
 
 
 def test_longer_training_hint():

@@ -93,7 +93,7 @@ def test_fields_missing_from_a_record_have_their_default(tmp_path):
     run.record("tokenizer").write_text(json.dumps(content))
     assert decide_action(run, tiny_recipe(tmp_path), "tokenizer", {}) == "resume"
     message = refusal_message(run, "tokenizer", **{"tokenizer.diveq": True})
-    assert "tokenizer.diveq = False, now it is True" in message
+    assert "tokenizer.diveq = false, now it is true" in message
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -103,6 +103,16 @@ def test_request_interrupted_twice_gives_the_same_files(tiny_run, tmp_path, unin
     assert pictures(out) == uninterrupted
 
 
+def test_record_without_a_newer_setting_is_continued(tiny_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(tiny_run, out) == 0
+    record = json.loads((out / "samples.json").read_text())
+    assert record["request"]["sampling"].pop("min_p") == 0.0
+    (out / "samples.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert generate(tiny_run, out) == 0 and "nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", list(EXIT_CODES))
 def test_signal_stops_in_the_middle_of_a_batch(number, tiny_run, tmp_path, monkeypatch, capsys):
     sample, calls = TokenPrior.sample, []

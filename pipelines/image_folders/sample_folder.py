@@ -96,10 +96,13 @@ class SampleFolder:
             is_known = False
         if not is_known:
             raise InputError(f"{self.out / RECORD_NAME} is not a record of generated images that this vqmosaic can read. {remedy}")
-        if content["request"] != self.request and not any(name.endswith(".png") for name in existing):
+        recorded = content["request"]
+        if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded have their defaults
+            recorded = recorded | {"sampling": dataclasses.asdict(SamplingConfig()) | recorded["sampling"]}
+        if recorded != self.request and not any(name.endswith(".png") for name in existing):
             return set()  # the other request was stopped before its first image
-        if content["request"] != self.request:
-            raise InputError(f"--out {self.out} contains the images of another request: {self._differences(content['request'])}. {remedy}")
+        if recorded != self.request:
+            raise InputError(f"--out {self.out} contains the images of another request: {self._differences(recorded)}. {remedy}")
         return expected & existing
 
     def _differences(self, recorded: dict[str, Any]) -> str:

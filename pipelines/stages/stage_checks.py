@@ -5,13 +5,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerprints, token_fingerprint_of_tokenizer, tokenizer_folder
-from stage1_tokenizer.data.data_location import check_data_path
+from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
 from token_shards.manifest import Grid, TokenShardManifest
 from vqmosaic.errors import InputError, check_range, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split
+from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import CheckpointFolder
@@ -35,8 +36,8 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
     check_can_write("run_dir", run.root)
-    if stage in ("tokenizer", "tokens"):
-        check_data_path(recipe.data)
+    if stage in ("tokenizer", "tokens") and check_data_path(recipe.data) == "folder":
+        check_outside_of_data(run.root, recipe.data)
     if stage == "tokens":
         check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
@@ -116,6 +117,13 @@ def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
         if has_grown and actions[following] != "start":
             raise InputError(f"{run.root}: the budget of stage {stage} has grown, but stage {following} was made from its earlier result. "
                              f"Add --redo {following}, which reruns {following} and all later stages, or choose another --run_dir.")
+
+
+def check_outside_of_data(root: Path, data: DataConfig) -> None:
+    """Raise InputError if the run folder is inside the folder of images, whose pictures would then change the data set."""
+    if root.resolve().is_relative_to(local_path(data).resolve()):
+        raise InputError(f"run_dir is {str(root)!r}, inside of data.path {data.path!r}, so the pictures of the run would become part of the data "
+                         "set. Set --run_dir to a folder outside of it.")
 
 
 def check_can_write(field: str, folder: Path) -> None:

@@ -12,7 +12,16 @@ from stage1_tokenizer.quantizers.residual import ResidualQuantizer
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {quantizer.KIND: quantizer for quantizer in (
-    EMAQuantizer, GradientQuantizer, SimVQQuantizer, GumbelQuantizer, FSQQuantizer, LFQQuantizer, IBQQuantizer, ResidualQuantizer, KLBottleneck)}
+    EMAQuantizer,
+    GradientQuantizer,
+    SimVQQuantizer,
+    GumbelQuantizer,
+    FSQQuantizer,
+    LFQQuantizer,
+    IBQQuantizer,
+    ResidualQuantizer,
+    KLBottleneck,
+)}
 
 __all__ = ["QUANTIZERS", "EMAQuantizer", "FSQQuantizer", "GradientQuantizer", "GumbelQuantizer", "IBQQuantizer", "KLBottleneck", "LFQQuantizer",
            "Quantizer", "QuantizerOutput", "ResidualQuantizer", "SimVQQuantizer"]

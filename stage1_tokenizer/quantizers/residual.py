@@ -15,7 +15,12 @@ from stage1_tokenizer.quantizers.protocol import Quantizer, QuantizerOutput
 from stage1_tokenizer.quantizers.simvq import SimVQQuantizer
 from vqmosaic.seeding import derive_seed
 
-LEVEL_KINDS: dict[str, type[NearestCodeQuantizer]] = {"ema": EMAQuantizer, "gradient": GradientQuantizer, "simvq": SimVQQuantizer}
+LEVEL_KINDS: dict[str, type[NearestCodeQuantizer]] = {
+    "ema": EMAQuantizer,
+    "gradient": GradientQuantizer,
+    "simvq": SimVQQuantizer,
+}
+"""In the order of NEAREST_CODE_KINDS."""
 
 
 class ResidualQuantizer(Quantizer):

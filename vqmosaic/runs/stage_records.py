@@ -117,8 +117,13 @@ def has_grown(before: float | None, now: float | None) -> bool:
 def changed_message(run: RunFolder, stage: str, name: str, before: Any, now: Any, shrunk: bool = False) -> str:
     """The error message for a field or an input that has changed."""
     reason = "a budget can only grow" if shrunk else "the result would be different"
-    return (f"{run.root}: stage {stage} was run with {name} = {before!r}, now it is {now!r}; {reason}. Set it back, "
+    return (f"{run.root}: stage {stage} was run with {name} = {as_yaml(before)}, now it is {as_yaml(now)}; {reason}. Set it back, "
             f"choose another --run_dir, or repeat the stage with --redo {stage} (which also repeats the stages after it).")
+
+
+def as_yaml(value: Any) -> str:
+    """A recorded value as it is written in a recipe: null, true and false, other values as in Python."""
+    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if value is None or isinstance(value, bool) else repr(value)
 
 
 def redo(run: RunFolder, stage: str) -> list[str]:

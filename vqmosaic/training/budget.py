@@ -115,5 +115,5 @@ def few_steps_warning(training: TrainingConfig, steps: int, seconds_per_step: fl
         return None
     minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)
     return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')} (estimated from a trial "
-            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes, or make steps "
+            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise it (or minutes), or make steps "
             f"faster with a smaller {training.SECTION}.batch_size, data.image_size or network.")

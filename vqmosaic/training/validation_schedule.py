@@ -96,7 +96,9 @@ class ValidationSchedule:
         elif chosen == self.training.validation_images:
             remedy = f"Raise {section}.validation_images; {available:,} are available."
         else:
-            remedy = f"The time budget has no time for more images: raise {section}.max_minutes."
+            remedy = f"The time budget has no time for more of the {available:,} that are available: raise {section}.max_minutes or minutes."
+            if available < max(FEW_IMAGES, classes):
+                remedy += " Also hold out more images: raise data.validation_fraction."
         return (f"warning: only {counted(chosen, 'image')} to validate on{fewer_than_classes}. The validation metrics and the choice of the best "
                 f"weights depend on chance. {remedy}")
 
