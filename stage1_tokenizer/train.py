@@ -134,6 +134,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         lambda count: validate(cast(ImageTokenizer, run.validated_model), validation_images.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
+    # Every process must read the stage record before the main process rewrites it, and be ready for signals when the plan is printed.
+    accelerator.wait_for_everyone()
     classes = splits.train.class_names
     print_plan(run, {
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.validation_origin})",
@@ -147,7 +149,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if warning := run.validations.warn_of_few_images(len(validation_images), len(splits.validation), len(classes or [])):
         report(warning)
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
-    accelerator.wait_for_everyone()  # every process must read the stage record before the main process rewrites it
     if run.is_main:
         inputs |= {"data set": splits.fingerprint, **splits.unread_input}  # replaces identities in an older format
         inputs = (record.inputs if record is not None else {}) | inputs  # keeps the fingerprint of initial weights that were deleted

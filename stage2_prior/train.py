@@ -102,6 +102,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     validated = run.validations.choose_images(
         len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
+    # Every process must read the stage record before the main process rewrites it, and be ready for signals when the plan is printed.
+    accelerator.wait_for_everyone()
     print_plan(run, {
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
                   f"{describe_validation(held_out, validated)}",
@@ -115,7 +117,6 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         report(warning)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
         run.report(warning)
-    accelerator.wait_for_everyone()  # all have checked the record and can start, so it may be overwritten
     if run.is_main:
         write_record(run.folder, recipe, "prior", inputs, finished=False)
 
