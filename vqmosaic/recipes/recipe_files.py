@@ -231,7 +231,7 @@ def check_file_keys(path: Path) -> None:
             raise InputError(f"{error}{version_hint(version) if is_later(version) else ''}") from None
 
 
-def repeated_keys(node: yaml.Node, prefix: str = "") -> list[str]:
+def repeated_keys(node: yaml.Node | None, prefix: str = "") -> list[str]:
     """Dotted names of the keys that occur more than once in a YAML mapping or in a mapping inside it."""
     if not isinstance(node, yaml.MappingNode):
         return []
