@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -58,5 +59,5 @@ def entry(action: argparse.Action, name: str) -> str:
     """One field as a Markdown list item."""
     kind = getattr(action, "_typehint", None) or action.type
     shown = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "").replace("NoneType", "None")
-    default = "null" if action.default is None else repr(action.default) if isinstance(action.default, str) else str(action.default)
+    default = repr(action.default) if isinstance(action.default, str) else json.dumps(action.default)
     return f"- **`{name}`** ({shown or kind}, default `{default}`): {' '.join((action.help or '').split())}"
