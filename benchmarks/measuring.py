@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -62,7 +63,7 @@ def describe_machine(*packages: str) -> str:
 def record(title: str, lines: list[str], packages: tuple[str, ...] = ()) -> None:
     """Print a result and, with --record on the command line, write it to RESULTS.md, replacing the last result with this title."""
     words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *(word for word in sys.argv[1:] if word != "--record")]
-    text = "\n".join([f"## {title}", "", f"`{' '.join(words)}`  ",
+    text = "\n".join([f"## {title}", "", f"`{shlex.join(words)}`  ",
                       describe_machine(*packages), "", *lines, ""])
     print(text)
     if "--record" not in sys.argv:
