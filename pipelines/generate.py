@@ -307,7 +307,7 @@ def keywords_from_former_positions(positional: Sequence[Any]) -> dict[str, Any]:
     """Name the deprecated positional arguments of a call of the pipeline, and warn its caller. Raises TypeError if there are too many."""
     if len(positional) > len(FORMER_POSITIONS):
         raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
-    keywords = dict(zip(FORMER_POSITIONS, positional, strict=False))
+    keywords = dict(zip(FORMER_POSITIONS[:len(positional)], positional, strict=True))
     warnings.warn(f"pass {', '.join(keywords)} by keyword", DeprecationWarning, stacklevel=3)
     return keywords
 

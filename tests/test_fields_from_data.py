@@ -146,12 +146,12 @@ def test_plan_shows_choices_with_reasons_and_fields_set_by_hand():
     assert not any(name.startswith(("tokenizer", "data")) for name in lines), "the plan of the tokenizer shows these"
 
 
-def test_a_run_inside_of_its_data_set_is_rejected(tmp_path):
+def test_a_run_inside_its_data_set_is_rejected(tmp_path):
     (tmp_path / "photos/cat").mkdir(parents=True)
     for index in range(3):
         Image.new("RGB", (16, 16), (index, 0, 0)).save(tmp_path / "photos/cat" / f"{index}.png")
     for stage in ("tokenizer", "tokens"):
-        with pytest.raises(InputError, match=r"run_dir is .* inside of data\.path .* Set --run_dir to a folder outside"):
+        with pytest.raises(InputError, match=r"run_dir is .* inside data\.path .* Set --run_dir to a folder outside"):
             check_before_start(load(f"--data.path={tmp_path / 'photos'}", f"--run_dir={tmp_path / 'photos/runs/x'}"), stage, alone=False)
     assert check_before_start(load(f"--data.path={tmp_path / 'photos'}", f"--run_dir={tmp_path / 'runs/x'}"), "tokenizer") == "start"
 

@@ -122,7 +122,7 @@ def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
 def check_outside_of_data(root: Path, data: DataConfig) -> None:
     """Raise InputError if the run folder is inside the folder of images, whose pictures would then change the data set."""
     if root.resolve().is_relative_to(local_path(data).resolve()):
-        raise InputError(f"run_dir is {str(root)!r}, inside of data.path {data.path!r}, so the pictures of the run would become part of the data "
+        raise InputError(f"run_dir is {str(root)!r}, inside data.path {data.path!r}, so the pictures of the run would become part of the data "
                          "set. Set --run_dir to a folder outside of it.")
 
 

@@ -4,6 +4,7 @@ Loads no torch: the command line checks all stages before anything slow starts.
 """
 
 import dataclasses
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def changed_message(run: RunFolder, stage: str, name: str, before: Any, now: Any
 
 def as_yaml(value: Any) -> str:
     """A recorded value as it is written in a recipe: null, true and false, other values as in Python."""
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if value is None or isinstance(value, bool) else repr(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def redo(run: RunFolder, stage: str) -> list[str]:
