@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vqmosaic.kernels.group_norm import GroupNorm
-from vqmosaic.kernels.matmul_attention import can_use_single_head_matmul_attention, single_head_matmul_attention
+from vqmosaic.kernels.upsampling import upsample
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 
@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         hidden_BCHW = self.conv1(self.norm1(x_BCHW, swish=True))
-        return self.conv2(self.dropout(self.norm2(hidden_BCHW, swish=True))).add_(self.shortcut(x_BCHW))
+        return self.conv2(self.dropout(self.norm2(hidden_BCHW, swish=True))) + self.shortcut(x_BCHW)
 
 
 class ConvNeXtBlock(nn.Module):
@@ -75,10 +75,7 @@ BLOCKS = {"resnet": ResidualBlock, "convnext": ConvNeXtBlock}
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention over all positions, with a skip connection.
-
-    The projections are stored as 1x1 convolutions, but computed as matrix products on channels-last tensors, which avoids memory reordering.
-    """
+    """Single-head self-attention over all positions, with a skip connection."""
 
     def __init__(self, config: TokenizerConfig, channels: int):
         super().__init__()
@@ -86,22 +83,10 @@ class AttentionBlock(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        normed_BHWC = self.norm(x_BCHW).permute(0, 2, 3, 1)
-        query, key, value = (pointwise(layer, normed_BHWC).flatten(1, 2) for layer in (self.query, self.key, self.value))  # (B, HW, C)
-        mixed_BHWC = attention(query, key, value).view(normed_BHWC.shape)
-        return x_BCHW + pointwise(self.out, mixed_BHWC).permute(0, 3, 1, 2)
-
-
-def attention(query_BNC: torch.Tensor, key_BNC: torch.Tensor, value_BNC: torch.Tensor) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(C)) V, (B, N, C)."""
-    if can_use_single_head_matmul_attention(query_BNC):
-        return single_head_matmul_attention(query_BNC, key_BNC, value_BNC)
-    return F.scaled_dot_product_attention(query_BNC[:, None], key_BNC[:, None], value_BNC[:, None])[:, 0]
-
-
-def pointwise(layer: nn.Conv2d, x_BHWC: torch.Tensor) -> torch.Tensor:
-    """Apply a 1x1 convolution to a channels-last tensor as one matrix product. Returns (B, H, W, C_out)."""
-    return F.linear(x_BHWC, layer.weight.flatten(1), layer.bias)
+        normed_BCHW = self.norm(x_BCHW)
+        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value))
+        mixed_B1NC = F.scaled_dot_product_attention(query, key, value)  # one head, N = HW positions
+        return x_BCHW + self.out(mixed_B1NC[:, 0].transpose(1, 2).reshape(x_BCHW.shape))
 
 
 class Downsample(nn.Module):
@@ -116,28 +101,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width. Equivalent to nearest-neighbour upsampling followed by a 3x3 convolution, at 4/9 of the multiplications.
-
-    After nearest-neighbour upsampling, several kernel taps read copies of the same pixel. Summing these taps beforehand gives the 4x4 kernel
-    of a transposed convolution on the small image.
-    """
+    """Double height and width by nearest-neighbour upsampling, followed by a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        kernel_IO44 = fold_taps(fold_taps(self.conv.weight, 2), 3).transpose(0, 1)
-        doubled_BCHW = F.conv_transpose2d(x_BCHW, kernel_IO44, stride=2, padding=1)
-        assert self.conv.bias is not None
-        # added here, because on a CPU the gradient of the operator's own bias is slower than the rest of its backward
-        return doubled_BCHW + self.conv.bias.to(doubled_BCHW.dtype)[:, None, None]
-
-
-def fold_taps(kernel: torch.Tensor, dim: int) -> torch.Tensor:
-    """Turn three taps over an image with doubled pixels into the four taps of a transposed convolution of stride 2."""
-    first, second, third = kernel.unbind(dim)
-    return torch.stack([third, second + third, first + second, first], dim)
+        return upsample(self.conv, x_BCHW)
 
 
 def make_level_blocks(config: TokenizerConfig, level: int, channels_in: int, channels_out: int, count: int) -> nn.ModuleList:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.networks import attention
 from vqmosaic.kernels.group_norm import GroupNorm
 
 
@@ -39,21 +38,6 @@ def test_bf16_channels_last_matches_float32_up_to_rounding(shape, swish):
         assert (ours.float() - theirs).abs().max() <= 0.01 * theirs.abs().max()
 
 
-def test_as_affine_matches_forward():
-    """Values and gradients, for a mean of thirty standard deviations and with reduced precision of float32 products."""
-    norm, x = norm_of(64), (images((2, 64, 6, 5), 3, torch.float32) + 90).requires_grad_()
-    gradient, before = images((2, 64, 6, 5), 5, torch.float32), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        found, expected = norm.as_affine(x), norm(x)
-        pairs = zip((found, *torch.autograd.grad(found, (x, norm.weight), gradient)),
-                    (expected, *torch.autograd.grad(expected, (x, norm.weight), gradient)), strict=True)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    for ours, theirs in pairs:
-        assert (ours - theirs).abs().max() <= 2e-3 * theirs.abs().max()
-
-
 @pytest.mark.slow
 def test_compiled_bf16_matches_float32_up_to_rounding():
     norm = norm_of(64)
@@ -70,13 +54,3 @@ def test_compiled_bf16_matches_float32_up_to_rounding():
 def test_float32_equals_torch_group_norm():
     norm, x = norm_of(64), images((2, 64, 6, 5), 3, torch.float32)
     assert torch.equal(norm(x), F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)) and torch.equal(norm(x, swish=True), F.silu(norm(x)))
-
-
-def test_bf16_attention_of_short_sequences_matches_torch():
-    generator = torch.Generator().manual_seed(4)
-    query, key, value = inputs = [torch.randn(3, 16, 32, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
-    gradient = torch.randn(3, 16, 32, generator=generator).bfloat16()
-    found, expected = attention(query, key, value), F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
-    for ours, theirs in zip((found, *torch.autograd.grad(found, inputs, gradient)), (expected, *torch.autograd.grad(expected, inputs, gradient)),
-                            strict=True):
-        assert (ours - theirs).abs().max() <= 0.02 * theirs.abs().max()
