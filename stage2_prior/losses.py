@@ -3,15 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from vqmosaic.kernels.chunked_cross_entropy import ChunkedCrossEntropy, can_use_chunked_cross_entropy
-
 
 def next_token_loss(logits_BTK: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats per token, in float32."""
-    logits_NK, ids_N = logits_BTK.flatten(0, 1), ids_BT.flatten()
-    if can_use_chunked_cross_entropy(logits_NK):
-        return ChunkedCrossEntropy.apply(logits_NK, ids_N)
-    return F.cross_entropy(logits_NK.float(), ids_N)
+    return F.cross_entropy(logits_BTK.flatten(0, 1).float(), ids_BT.flatten())
 
 
 def z_loss(logits_BTK: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -42,16 +42,10 @@ def recompute_activations(model: PreTrainedModel) -> None:
                          "false, or use llama, gpt2 or qwen3 as prior.architecture.") from error
 
 
-def compile_layers(model: PreTrainedModel, device: torch.device, precision: str) -> None:
-    """Compile each layer separately: much faster than compiling the whole model, and names in checkpoints do not change.
-
-    If a GridTransformer trains with MatmulAttention, only its attention kernels are compiled.
-    """
+def compile_layers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compile each layer separately: much faster than compiling the whole model, and names in checkpoints do not change."""
     layers = transformer_layers(model)
     check_compiler("prior_training.compile", device)
-    if trains_with_matmul_attention(model, device, precision):
-        model.compile_kernels()
-        return
     for layer in layers:
         layer.compile()
 
@@ -64,7 +58,7 @@ def prepare_prior(prior: TokenPrior, training: PriorTrainingConfig, run: Trainin
         prior._no_split_modules = prior.model._no_split_modules  # accelerate shards modules of these classes one by one
     model = run.prepare(prior)
     if training.compile:  # after the weight average was copied: the copy runs only in validation
-        run.wait_before_training(lambda: compile_layers(prior.model, run.accelerator.device, run.accelerator.mixed_precision))
+        run.wait_before_training(lambda: compile_layers(prior.model, run.accelerator.device))
     return model
 
 
@@ -74,16 +68,11 @@ def describe_embeddings(config: PreTrainedConfig) -> str:
     return f", embeddings of all ids in {counted(blocks, 'block')}, feed-forward {config.intermediate_size} wide" if blocks else ""
 
 
-def trains_with_matmul_attention(model: PreTrainedModel, device: torch.device, precision: str) -> TypeGuard[GridTransformer]:
-    """Whether a model trains with MatmulAttention (vqmosaic/kernels/matmul_attention.py)."""
-    return (isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16"
-            and model.config.max_position_embeddings - 1 <= MAX_MATMUL_LENGTH)  # the last id of a sequence is not an input
-
-
 def describe_attention(model: PreTrainedModel, device: torch.device, precision: str) -> str:
     """The attention implementation used in training. For SDPA on a GPU, with the kernels that torch may choose from."""
-    if trains_with_matmul_attention(model, device, precision):
-        return "custom kernels for short sequences in bf16 on a CPU"
+    is_short = model.config.max_position_embeddings - 1 <= MAX_MATMUL_LENGTH  # the last id of a sequence is not an input
+    if isinstance(model, GridTransformer) and device.type == "cpu" and precision == "bf16" and is_short:
+        return "matrix products, for short sequences in bf16 on a CPU"
     name = model.config._attn_implementation
     if name != "sdpa" or device.type != "cuda":
         return name

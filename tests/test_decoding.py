@@ -17,7 +17,7 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.kernels import decoding_products
-from vqmosaic.kernels.decoding_products import Product, can_pack, pack, packed_product
+from vqmosaic.kernels.decoding_products import PackedLinear, can_pack, pack, pack_linear_layers, packed_product
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 
 GRIDS = [Grid(name="image", codebook_size=24, height=3, width=3)]
@@ -191,17 +191,28 @@ def test_packed_products_match_linear(rows, dtype):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_joined_products_match_separate_linears(monkeypatch, packed):
-    monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 0)
-    monkeypatch.setattr(decoding_products, "can_pack", lambda *_: packed and can_pack("cpu", torch.float32))
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_match_linear_layers(bias):
+    if not can_pack("cpu", torch.float32):
+        pytest.skip("this build of torch or this CPU does not support packed products")
     torch.manual_seed(0)
-    linears = [nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)]
-    x_NK = torch.randn(4, 16)
+    linear, x = nn.Linear(16, 24, bias=bias), torch.randn(4, 3, 16)
     with torch.inference_mode():
-        expected = torch.cat([linear(x_NK) for linear in linears], dim=-1)
-        torch.testing.assert_close(Product(linears, 4)(x_NK), expected)
-        torch.testing.assert_close(Product(linears, 4, outputs=30)(x_NK), expected[:, :30])
+        torch.testing.assert_close(PackedLinear(linear, 12)(x), linear(x))
+
+
+def test_packing_copies_modules_and_shares_weights(monkeypatch):
+    """Only layers that become faster are packed, and the original does not change."""
+    monkeypatch.setattr(decoding_products, "PACKED_MIN_ELEMENTS", 300)
+    model = nn.Sequential(nn.Linear(16, 24), nn.LayerNorm(24), nn.Sequential(nn.Linear(24, 8)))
+    model.compile()
+    packed = pack_linear_layers(model, 4)
+    assert isinstance(packed[0], PackedLinear) == can_pack("cpu", torch.float32) and packed[2][0] is model[2][0]
+    assert packed[1] is not model[1] and packed[1].weight is model[1].weight and type(model[0]) is nn.Linear
+    assert packed._compiled_call_impl is None and model._compiled_call_impl is not None
+    x_NK = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x_NK), model.forward(x_NK))
 
 
 def test_decoding_with_packed_matrices(monkeypatch):
@@ -214,11 +225,12 @@ def test_decoding_with_packed_matrices(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-@pytest.mark.parametrize("short", [0, 100])
-def test_bfloat16_logit_difference_is_small(architecture, short, monkeypatch):
-    monkeypatch.setattr(decoding, "MAX_FLOAT32_CACHE_LENGTH", short)  # short caches are float32, long caches bf16
+@pytest.mark.parametrize("float32_cache", [True, False])
+def test_bfloat16_logit_difference_is_small(architecture, float32_cache, monkeypatch):
+    if not float32_cache:  # as on a GPU
+        monkeypatch.setattr(decoding, "CPU_CACHE_DTYPES", {})
     prior, bf16_prior = make_prior(architecture), make_prior(architecture).to(torch.bfloat16)
-    assert decoder_of(bf16_prior).keys.dtype == (torch.float32 if short else torch.bfloat16)
+    assert decoder_of(bf16_prior).cache.keys.dtype == (torch.float32 if float32_cache else torch.bfloat16)
     difference = largest_logit_difference(bf16_prior, prior, random_ids(prior), CLASSES)
     assert 1e-3 < difference < 0.5
 

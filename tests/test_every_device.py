@@ -26,7 +26,7 @@ from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.tokenizer_setup import measure_step_seconds
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder
-from stage2_prior.generation.decoding_layers import GridLayers, LlamaLayers
+from stage2_prior.generation.known_models import KnownGridTransformer, KnownLlama
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.generation.sampling import apply_guidance, draw_ids
 from stage2_prior.losses import next_token_loss, z_loss
@@ -280,9 +280,11 @@ def sampling_steps_with_static_decoder(device, architecture, is_recorded=False, 
     """With `is_recorded`, the position is on the device, as for CUDA graphs."""
     prior = make_prior(architecture, TWO_GRIDS if grids == 2 else GRIDS, **options).to(device, dtype)
     with torch.inference_mode():
-        layers = (LlamaLayers if architecture == "llama" else GridLayers)(prior.model, prior.vocabulary.num_codes, 4, prior.vocabulary.num_tokens)
-        decoder = StaticDecoder(layers, 4, prior.vocabulary.num_tokens)
-        return *sampling_steps(device, prior, decoder, is_recorded), decoder.keys, decoder.values
+        length = prior.vocabulary.num_tokens
+        model = (KnownLlama(prior.model, prior.vocabulary.num_codes, 4, length) if architecture == "llama"
+                 else KnownGridTransformer(prior.model, 4, length))
+        decoder = StaticDecoder(model, 4, length)
+        return *sampling_steps(device, prior, decoder, is_recorded), decoder.cache.keys, decoder.cache.values
 
 
 @case(*PRIORS, {"architecture": "gpt2"})

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from stage2_prior.model import grid_transformer
 from stage2_prior.model.causal_lm import make_config
-from stage2_prior.model.grid_attention import attend, queries_keys_values, rotate
+from stage2_prior.model.grid_attention import rotate
 from stage2_prior.model.grid_transformer import (
     GridTransformer,
     GridTransformerConfig,
@@ -22,11 +21,8 @@ from stage2_prior.prior_setup import describe_embeddings
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.kernels import matmul_attention, squared_relu
-from vqmosaic.kernels.embedding_lookup import EmbeddingLookup, Occurrences, lookup
-from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH, MatmulAttention, can_use_matmul_attention
-from vqmosaic.kernels.rotary import EAGER_KERNELS, compiled_kernels, project, select_kernels
-from vqmosaic.kernels.squared_relu import SquaredReLU
+from vqmosaic.kernels import matmul_attention
+from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH, can_use_matmul_attention
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 from vqmosaic.wording import counted
 
@@ -156,14 +152,6 @@ def test_generate_returns_only_codes():
     assert drawn.shape == (2, 10) and drawn[:, 1:].max() < 11
 
 
-def test_squared_relu_values_and_gradients(monkeypatch):
-    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    assert torch.equal(SquaredReLU.apply(x), x.relu().square())
-    assert torch.autograd.gradcheck(SquaredReLU.apply, x)
-    monkeypatch.setattr(squared_relu, "CHUNK_ELEMENTS", 10)  # chunks of two rows, the last of one
-    assert torch.equal(SquaredReLU.apply(x.T), x.T.relu().square()) and torch.autograd.gradcheck(SquaredReLU.apply, x)
-
-
 def test_activation_checkpointing_does_not_change_gradients():
     gradients = []
     for checkpointing in (False, True):
@@ -252,58 +240,17 @@ def test_rotation_matches_in_every_dtype():
     torch.testing.assert_close(rotate(heads.bfloat16(), rotations_S2p2[:, :, None]).float(), rotated, rtol=0.02, atol=0.03)
 
 
-@pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
-@pytest.mark.parametrize("with_embeddings", [True, False])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_cpu_attention_matches_torch_in_values_and_gradients(dtype, tolerance, with_embeddings, passes):
-    rng = torch.Generator().manual_seed(2)
-    layer = torch.nn.Linear(32, 3 * 32, bias=False)
-    layer.weight.data = torch.randn(3 * 32, 32, generator=rng)
-    inputs = [layer.weight, torch.randn(3, 13, 32, generator=rng).to(dtype).requires_grad_()]
-    if with_embeddings:
-        inputs.append(torch.randn(3, 13, 32, generator=rng).to(dtype).requires_grad_())
-    embeddings_BSD, gradient_BSD = inputs[2] if with_embeddings else None, torch.randn(3, 13, 32, generator=rng).to(dtype)
-    rotations_S2p2 = rotation_tables(config_of())
-
-    def values_and_gradients(passes, attend) -> tuple[torch.Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden_BSE = project(inputs[1], layer, 2, passes)
-            parts = queries_keys_values(hidden_BSE, embeddings_BSD, rotations_S2p2, 2, 1e-5, passes)
-        mixed_BSD = attend(*parts).transpose(1, 2).flatten(2)
-        return mixed_BSD, *torch.autograd.grad(mixed_BSD, inputs, gradient_BSD)
-
-    def torch_attention(query, key, value) -> torch.Tensor:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-
-    for ours, theirs in zip(values_and_gradients(passes, MatmulAttention.apply), values_and_gradients(None, torch_attention), strict=True):
-        assert ours.dtype == theirs.dtype and (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
 def test_matmul_attention_is_used_only_for_short_bf16_sequences_with_gradients():
     short, long = (torch.zeros(1, 2, length, 4, dtype=torch.bfloat16, requires_grad=True) for length in (MAX_MATMUL_LENGTH, MAX_MATMUL_LENGTH + 1))
     assert can_use_matmul_attention(short, short) and not can_use_matmul_attention(long, long) and not can_use_matmul_attention(short, long)
     assert not can_use_matmul_attention(short.detach(), short.detach()) and not can_use_matmul_attention(short.float(), short.float())
 
 
-def test_select_kernels_depends_on_dtype_gradients_and_hooks():
-    halves, layer = EAGER_KERNELS._replace(half_split=True), torch.nn.Linear(8, 24, bias=False)
-    x_BSD = torch.zeros(1, MAX_MATMUL_LENGTH + 1, 8, dtype=torch.bfloat16, requires_grad=True)
-    assert select_kernels(x_BSD, layer, halves) is halves
-    assert select_kernels(x_BSD.detach(), layer, halves) is None and select_kernels(x_BSD.float(), layer, halves) is None
-    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert select_kernels(x_BSD, layer, halves) is EAGER_KERNELS
-
-
-@pytest.mark.parametrize("passes", [EAGER_KERNELS, pytest.param(compiled_kernels(), marks=pytest.mark.slow)], ids=["kernels", "compiled"])
-def test_cache_filled_with_gradients_can_be_read_without_gradients(passes, monkeypatch):
-    model, calls = with_perturbed_weights(GridTransformer(config_of())), []
-    for block in model.blocks:
-        block.kernels = passes
-    monkeypatch.setattr(grid_transformer, "attend", lambda *parts: calls.append(parts[0].grad_fn) or attend(*parts))
+def test_cache_filled_with_gradients_can_be_read_without_gradients():
+    model = with_perturbed_weights(GridTransformer(config_of()))
     ids_BS = sequences(model, 2)
     with torch.autocast("cpu", torch.bfloat16):
         full_logits = model(ids_BS, use_cache=False).logits
-        assert "QueriesKeysValues" in calls[0].name(), "the custom kernels must be used"
         begun = model(ids_BS[:, :5], use_cache=True)
         with torch.no_grad():
             rest = model(ids_BS[:, 5:], past_key_values=begun.past_key_values).logits
@@ -325,7 +272,7 @@ def test_gradients_of_long_sequences_match_matmul_attention(monkeypatch):
 
 
 def test_gradients_under_autocast_match_float32():
-    """This includes the custom attention, embedding lookup and sums. Equal up to rounding of bf16."""
+    """Equal up to rounding of bf16, with attention by matrix products."""
     model = with_perturbed_weights(GridTransformer(config_of()))
     ids_BS = torch.cat([torch.full((4, 1), CODES + 1), torch.randint(CODES, (4, 12), generator=torch.Generator().manual_seed(1))], dim=1)
     gradients = []
@@ -338,27 +285,6 @@ def test_gradients_under_autocast_match_float32():
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, exact in gradients[0].items():
         assert (gradients[1][name] - exact).norm() <= 0.05 * exact.norm(), name
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-def test_embedding_lookup_matches_torch_embedding(dtype, tolerance):
-    """With repeated and missing ids, and with a gradient that is a view of a larger tensor."""
-    rng = torch.Generator().manual_seed(4)
-    ids_BS = torch.randint(19, (5, 13), generator=rng) ** 2 // 19
-    embedding = torch.nn.Embedding(19, 6, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    gradient_BSD = torch.randn(5, 13, 18, generator=rng).to(dtype)[..., 6:12]
-    found, expected = lookup(embedding, ids_BS, Occurrences.of(ids_BS, 19), dtype), embedding(ids_BS).to(dtype)
-    assert "EmbeddingLookup" in found.grad_fn.name() and torch.equal(found, expected)
-    (found,), (expected,) = (torch.autograd.grad(each, embedding.weight, gradient_BSD) for each in (found, expected))
-    assert found.dtype == embedding.weight.dtype and len(ids_BS.unique()) < 19
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def test_embedding_lookup_accumulates_gradients_in_float32():
-    """The sum of 4,096 gradients of 1 / 64 is 64. In bf16, the sum would stop growing at 4."""
-    table_VD, ids = torch.zeros(3, 2, requires_grad=True), torch.ones(64, 64, dtype=torch.long)
-    EmbeddingLookup.apply(table_VD, ids, Occurrences.of(ids, 3), torch.bfloat16).backward(torch.full((64, 64, 2), 1 / 64, dtype=torch.bfloat16))
-    assert torch.equal(table_VD.grad, torch.tensor([[0.0, 0.0], [64.0, 64.0], [0.0, 0.0]]))
 
 
 def test_forward_hooks_on_embeddings_are_applied(model):

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vqmosaic.kernels import chunked_cross_entropy, matmul_attention, rotary, squared_relu
-from vqmosaic.kernels.decoding_products import Product
-from vqmosaic.kernels.embedding_lookup import EmbeddingLookup, Occurrences
-from vqmosaic.kernels.group_norm import GroupNorm, ReorderedGroupNorm
+from vqmosaic.kernels import complex_rotation, decoding_products, matmul_attention, single_query_attention, upsampling
+from vqmosaic.kernels.decoding_products import PackedLinear, can_pack
+from vqmosaic.kernels.group_norm import ReorderedGroupNorm
 
-ROTATIONS_S2p2 = torch.stack([torch.cos(angles := torch.arange(11 * 2 * 4).view(11, 2, 4) / 7), torch.sin(angles)], dim=-1)
+ROTATIONS_Sp2 = torch.stack([torch.cos(angles := torch.arange(11 * 4).view(11, 1, 4) / 7), torch.sin(angles)], dim=-1)
 
 
 class Case(NamedTuple):
@@ -24,16 +23,7 @@ class Case(NamedTuple):
     tolerance: float
 
 
-IDS = torch.randint(7, (3, 5), generator=torch.Generator().manual_seed(1))
-TARGETS = torch.randint(9, (40,), generator=torch.Generator().manual_seed(2))
 CHANNELS = torch.linspace(0.5, 1.5, 64)
-
-
-def rotary_kernel(projected: torch.Tensor) -> torch.Tensor:
-    """EAGER_KERNELS as an autograd function of the projections (B, S, 2, A, d), through QueriesKeysValues."""
-    hidden = torch.cat([projected, torch.zeros_like(projected[:, :, :1])], dim=2).flatten(2)
-    queries, keys, _ = rotary.QueriesKeysValues.apply(hidden, None, ROTATIONS_S2p2, projected.shape[3], 1e-5, rotary.EAGER_KERNELS)
-    return torch.stack([queries, keys])
 
 
 def group_norm_reference(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -44,27 +34,22 @@ def channels_last(x_BCHW: torch.Tensor) -> torch.Tensor:
     return x_BCHW.contiguous(memory_format=torch.channels_last)
 
 
+def convolution(kernel: torch.Tensor) -> nn.Conv2d:
+    conv = nn.Conv2d(6, 5, 3, padding=1)
+    conv.bias.data.copy_(torch.linspace(-1, 1, 5))
+    conv._parameters["weight"] = kernel  # so that it gets a gradient
+    return conv.to(kernel.dtype)
+
+
 CASES = {
-    "rotary": Case(rotary_kernel, lambda projected: rotary.reference(projected, ROTATIONS_S2p2, 1e-5), ((2, 11, 2, 3, 8),), 0.03),
-    "matmul_attention": Case(matmul_attention.MatmulAttention.apply, matmul_attention.reference, ((2, 3, 11, 8),) * 3, 0.03),
-    "single_head_matmul_attention": Case(matmul_attention.single_head_matmul_attention, matmul_attention.single_head_reference,
-                                         ((2, 16, 8),) * 3, 0.03),
-    "squared_relu": Case(squared_relu.squared_relu, squared_relu.reference, ((5, 33),), 0.01),
-    "chunked_cross_entropy": Case(lambda logits: chunked_cross_entropy.ChunkedCrossEntropy.apply(logits, TARGETS),
-                                  lambda logits: chunked_cross_entropy.reference(logits, TARGETS), ((40, 9),), 0.01),
-    "embedding_lookup": Case(lambda table: EmbeddingLookup.apply(table, IDS, Occurrences.of(IDS, 7), table.dtype),
-                             lambda table: F.embedding(IDS, table), ((7, 6),), 0.02),
+    "complex_rotation": Case(lambda heads: complex_rotation.rotate_as_complex(heads, ROTATIONS_Sp2),
+                             lambda heads: complex_rotation.reference(heads, ROTATIONS_Sp2), ((2, 11, 3, 8),), 0.01),
+    "matmul_attention": Case(matmul_attention.matmul_attention, matmul_attention.reference, ((2, 3, 11, 8),) * 3, 0.03),
     "group_norm": Case(lambda x: ReorderedGroupNorm.apply(channels_last(x), CHANNELS.to(x.dtype), CHANNELS.to(x.dtype), 32, 1e-6, True),
                        group_norm_reference, ((2, 64, 5, 6),), 0.06),
-    "group_norm_as_affine": Case(lambda x: F.silu(group_norm().as_affine(x)).to(x.dtype), group_norm_reference, ((2, 64, 5, 6),), 0.06),
+    "upsampling": Case(lambda x, kernel: upsampling.upsample(convolution(kernel), x), lambda x, kernel: upsampling.reference(convolution(kernel), x),
+                       ((2, 6, 5, 4), (5, 6, 3, 3)), 0.03),
 }
-
-
-def group_norm() -> GroupNorm:
-    norm = GroupNorm(64)
-    norm.weight.data.copy_(CHANNELS)
-    norm.bias.data.copy_(CHANNELS)
-    return norm
 
 
 def outputs_and_gradients(function: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -90,11 +75,25 @@ def test_values_and_gradients_agree_with_the_reference(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_packed_products_agree_with_linear(rows, dtype):
+    if not can_pack("cpu", dtype):
+        pytest.skip("this build of torch or this CPU does not support packed products")
     torch.manual_seed(0)
-    layers = [nn.Linear(768, 512, bias=False), nn.Linear(768, 256, bias=False)]
-    layers = [layer.to(dtype) for layer in layers]
-    x_NK = torch.randn(rows, 768).to(dtype)
+    linear, x_NK = nn.Linear(768, 512).to(dtype), torch.randn(rows, 768).to(dtype)
     with torch.inference_mode():
-        found = Product(layers, rows)(x_NK).float()
-        expected = torch.cat([F.linear(x_NK.float(), layer.weight.float()) for layer in layers], dim=1)
+        found = PackedLinear(linear, rows)(x_NK).float()
+        expected = decoding_products.reference(linear.float(), x_NK.float())
     assert (found - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 0.02) * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key_heads", [6, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_single_query_attention_agrees_with_the_reference(dtype, key_heads, masked):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 6, 1, 8, generator=generator).to(dtype)
+    keys, values = (torch.randn(7, 3, key_heads, 8, generator=generator).permute(1, 2, 0, 3) for _ in range(2))
+    mask_1S = (torch.arange(7) < 5)[None] if masked else None
+    found = single_query_attention.single_query_attention(query, keys, values, mask_1S)
+    expected = single_query_attention.reference(query.float(), keys, values, mask_1S)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert (found.float() - expected).abs().max() <= (1e-6 if dtype == torch.float32 else 0.01) * expected.abs().max()

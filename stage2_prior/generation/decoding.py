@@ -4,24 +4,24 @@
     logits_NV = decoder.step(ids_N, 0)        # class ids, at position 0
     logits_NV = decoder.step(ids_N, 1)        # ids sampled from these logits
 
-For models with only known modules (decoding_layers.py), StaticDecoder and GraphDecoder use the weights directly: matrices with the same input are
-concatenated, keys and values are in one static cache, and only the logits of codes are computed. For all other models, and models with hooks,
-adapters, wrappers or autocast, ReferenceDecoder calls the model itself.
+For models with only known modules (known_models.py), StaticDecoder and GraphDecoder call the model's blocks directly: linear layers are packed, keys
+and values are in one static cache, and only the logits of codes are computed. For all other models, and models with hooks, adapters, wrappers or
+autocast, ReferenceDecoder calls the model itself.
 
 In comments: N rows, D width, A heads, d head dimension, S = 1 + T positions, V ids.
 """
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from stage2_prior.generation.decoding_layers import DecoderLayers, make_decoder_layers
+from stage2_prior.generation.known_models import KnownModel, prepare_known_model
 
-MAX_FLOAT32_CACHE_LENGTH = 65
-"""For a bf16 model on a CPU, sequences up to this length keep keys and values in float32, because the overhead of torch's bf16 attention operator
-exceeds the total time of the float32 products (measured by hand on an Intel Xeon: up to 57 positions with 128 rows, 85 with 8)."""
+CPU_CACHE_DTYPES = {torch.bfloat16: torch.float32}
+"""dtypes of keys and values on a CPU that differ from that of the model: vqmosaic/kernels/single_query_attention.py needs float32."""
 
 
 class ReferenceDecoder:
@@ -46,21 +46,47 @@ class ReferenceDecoder:
             self.rows = rows
 
 
-class StaticDecoder:
-    """Computes with the weights of a known model, with a key-value cache allocated for all positions."""
+class StaticCache:
+    """Keys and values of a known model for all positions, allocated once. Blocks use it as their `past_key_values`."""
 
-    def __init__(self, layers: DecoderLayers, rows: int, length: int):
-        self.layers, self.rows = layers, rows
-        is_bf16_on_cpu = layers.device.type == "cpu" and layers.dtype == torch.bfloat16
-        dtype = torch.float32 if is_bf16_on_cpu and length <= MAX_FLOAT32_CACHE_LENGTH else layers.dtype
-        # Memory order: positions come first, so a step writes one contiguous block and reads sequentially (measured up to four times faster than
-        # heads first). Only bf16 on a CPU has heads first, which saves 1/15 of the time of an image of 256 tokens.
-        shape = (layers.count, length, rows, layers.key_heads, layers.head_width)
-        memory_order = (0, 2, 3, 1, 4) if is_bf16_on_cpu and dtype == torch.bfloat16 else (0, 1, 2, 3, 4)
+    def __init__(self, model: KnownModel, rows: int, length: int):
+        dtype = CPU_CACHE_DTYPES.get(model.dtype, model.dtype) if model.device.type == "cpu" else model.dtype
+        # Positions come first, so a step writes one contiguous block and reads sequentially (measured up to four times faster than heads first).
         # Zeros, because a recorded step attends to all positions under a mask, and uninitialized memory may hold NaN.
-        self.keys, self.values = (torch.zeros([shape[dim] for dim in memory_order], dtype=dtype, device=layers.device)
-                                  .permute([memory_order.index(dim) for dim in range(5)]) for _ in range(2))  # layers, S, N, A, d
-        self.positions_S = torch.arange(length, device=layers.device)
+        shape = (model.layers, length, rows, model.key_heads, model.head_width)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=model.device) for _ in range(2))       # layers, S, N, A, d
+        self.rows = rows
+        self.position: int | torch.Tensor = 0
+        """The position of the current step."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values (N, A, 1, d) of the current position.
+
+        Returns those of all positions so far, (N, A, S, d); of all positions of the cache if the position is a tensor.
+        """
+        return self.write(self.keys, keys, layer), self.write(self.values, values, layer)
+
+    def write(self, memory: torch.Tensor, heads: torch.Tensor, layer: int) -> torch.Tensor:
+        """Write heads (N, A, 1, d) of the current position to the keys or the values. Returns a view (N, A, S, d)."""
+        stored, heads = memory[layer, :, :self.rows], heads.permute(2, 0, 1, 3)                                 # S or 1, N, A, d
+        if isinstance(self.position, int):
+            stored = stored[:self.position + 1]
+            stored[self.position:] = heads
+        else:
+            stored.index_copy_(0, self.position, heads.to(stored.dtype))
+        return stored.permute(1, 2, 0, 3)
+
+
+class StaticDecoder:
+    """Calls the blocks of a known model with a cache for all positions."""
+
+    def __init__(self, model: KnownModel, rows: int, length: int):
+        self.model, self.cache = model, StaticCache(model, rows, length)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in the batch."""
+        return self.cache.rows
 
     def step(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Logits (N, codes) after the ids (N,) at a position. Positions must come in order, from 0.
@@ -68,41 +94,13 @@ class StaticDecoder:
         If the position is a tensor on the device (int64, one element), every step runs the same operations, so one CUDA graph serves all positions
         except 0.
         """
-        layers = self.layers
-        mask_S = None if isinstance(position, int) else self.positions_S <= position
-        x_ND = layers.embed(ids_N, position)
-        for layer in range(layers.count):
-            x_ND = layers.add_layer_embedding(layer, x_ND, ids_N, is_class=isinstance(position, int) and position == 0)
-            query_NAd, key_NAd, value_NAd = layers.queries_keys_values(layer, x_ND, ids_N, position)
-            keys, values = self.keys[layer, :, :self.rows], self.values[layer, :, :self.rows]             # S, N, A, d
-            if isinstance(position, int):
-                keys[position], values[position] = key_NAd, value_NAd
-                keys, values = keys[:position + 1], values[:position + 1]
-            else:
-                keys.index_copy_(0, position, key_NAd[None].to(keys.dtype))
-                values.index_copy_(0, position, value_NAd[None].to(values.dtype))
-            x_ND = x_ND + layers.attention_out[layer](attend(query_NAd, keys, values, mask_S))
-            x_ND = x_ND + layers.feed_forward(layer, x_ND)
-        return layers.head(layers.final_norm(x_ND))
+        self.cache.position = position
+        mask_1S = None if isinstance(position, int) else (self.model.positions_S <= position)[None]
+        return self.model.logits(ids_N, position, mask_1S, cast(Cache, self.cache))  # blocks need only its `update`
 
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows."""
-        self.rows = rows
-
-
-def attend(query_NAd: torch.Tensor, keys_SNAd: torch.Tensor, values_SNAd: torch.Tensor, mask_S: torch.Tensor | None) -> torch.Tensor:
-    """Attention output (N, A d) of one query per row and head. Several heads may share keys and values."""
-    rows, key_heads, width = keys_SNAd.shape[1:]
-    if query_NAd.device.type != "cpu" or keys_SNAd.dtype != torch.float32:
-        output = F.scaled_dot_product_attention(query_NAd[:, :, None], keys_SNAd.permute(1, 2, 0, 3), values_SNAd.permute(1, 2, 0, 3),
-                                                attn_mask=None if mask_S is None else mask_S[None], enable_gqa=query_NAd.shape[1] != key_heads)
-        return output.flatten(1)
-    # Two matrix products are faster here than the operator above, which is designed for many queries.
-    query = (query_NAd.float() * width**-0.5).reshape(rows * key_heads, -1, width)                       # N A, queries per key head, d
-    scores = torch.bmm(query, keys_SNAd.flatten(1, 2).permute(1, 2, 0))                                  # N A, queries per key head, S
-    if mask_S is not None:
-        scores.masked_fill_(~mask_S, -torch.inf)
-    return torch.bmm(scores.softmax(dim=-1), values_SNAd.flatten(1, 2).transpose(0, 1)).view(rows, -1).to(query_NAd.dtype)
+        self.cache.rows = rows
 
 
 class GraphDecoder:
@@ -111,7 +109,7 @@ class GraphDecoder:
     def __init__(self, decoder: StaticDecoder):
         self.decoder = decoder
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.position = torch.zeros(1, dtype=torch.int64, device=decoder.layers.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=decoder.model.device)
 
     @property
     def rows(self) -> int:
@@ -122,7 +120,7 @@ class GraphDecoder:
         """Logits (N, codes) after the ids (N,) at a position. The next step overwrites them."""
         if position == 0:  # some models compute more at position 0
             return self.decoder.step(ids_N, 0)
-        with torch.cuda.device(self.decoder.layers.device):
+        with torch.cuda.device(self.decoder.model.device):
             self.position.fill_(position)
             graph = self.record(ids_N) if self.graph is None else self.graph
             self.ids_N.copy_(ids_N)
@@ -152,11 +150,11 @@ class GraphDecoder:
 def make_decoder(model: nn.Module, num_codes: int, rows: int, length: int, compile: bool = False) -> ReferenceDecoder | StaticDecoder | GraphDecoder:
     """The fastest decoder that supports the model, for `rows` sequences of `length` positions, with the current weights.
 
-    Make a new decoder for each call of the sampler, so that no decoder holds memory or stale weights while the model is trained. Concatenating and
-    packing the weights takes a few percent of the sampling time. `compile` records the step as a CUDA graph, on CUDA only.
+    Make a new decoder for each call of the sampler, so that no decoder holds memory or stale weights while the model is trained. Packing the
+    weights takes a few percent of the sampling time. `compile` records the step as a CUDA graph, on CUDA only.
     """
-    layers = make_decoder_layers(model, num_codes, rows, length)
-    if layers is None:
+    known_model = prepare_known_model(model, num_codes, rows, length)
+    if known_model is None:
         return ReferenceDecoder(model, rows)
-    decoder = StaticDecoder(layers, rows, length)
-    return GraphDecoder(decoder) if compile and layers.device.type == "cuda" else decoder
+    decoder = StaticDecoder(known_model, rows, length)
+    return GraphDecoder(decoder) if compile and known_model.device.type == "cuda" else decoder

@@ -17,8 +17,7 @@ Differences from a language model for text:
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d head dimension, p pairs of a head, K codes of all grids together.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +40,6 @@ from stage2_prior.model.cached_positions import causal_mask, choose_cache, count
 from stage2_prior.model.forward_arguments import check_call
 from stage2_prior.model.grid_attention import attend, queries_keys_values
 from vqmosaic.errors import InputError
-from vqmosaic.kernels.embedding_lookup import Occurrences, find_occurrences, lookup
-from vqmosaic.kernels.rotary import EAGER_KERNELS, compiled_kernels, project, select_kernels
-from vqmosaic.kernels.squared_relu import squared_relu
 
 MODEL_TYPE = "grid_transformer"
 
@@ -157,7 +153,6 @@ class GridBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
-        self.kernels = EAGER_KERNELS
         self.embeds_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
         self.stream_embedding = nn.Embedding(config.vocab_size - (0 if self.embeds_all_ids else config.num_codes), width)
         self.value_embedding = nn.Embedding(config.vocab_size, width) if self.embeds_all_ids else None
@@ -169,47 +164,33 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
     def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
-                mask_SS: torch.Tensor | None = None, occurrences: Occurrences | None = None, is_start: torch.Tensor | None = None,
-                past_key_values: Cache | None = None) -> torch.Tensor:
+                mask_SS: torch.Tensor | None = None, is_start: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block. `classes_B` is None if the class token is already in the cache.
 
         `is_start`, for static caches: a bool scalar on the device, True if the sequence starts with `classes_B`.
         The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
-        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_B, occurrences, is_start)
-        query, key, value = self.attention_inputs(x_BSD, ids_BS, rotations_S2p2, occurrences, past_key_values)
+        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_B, is_start)
+        hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
+        value_embeddings_BSD = None if self.value_embedding is None else self.value_embedding(ids_BS).to(hidden.dtype)
+        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer)                               # of all positions
         mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
-        x_BSD = add_residual(x_BSD, F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training))
-        hidden = squared_relu(self.feed_forward_in(self.feed_forward_norm(x_BSD)))                    # B, S, intermediate
-        return add_residual(x_BSD, F.dropout(self.feed_forward_out(hidden), self.dropout, self.training))
+        x_BSD = x_BSD + F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
+        hidden = torch.relu(self.feed_forward_in(self.feed_forward_norm(x_BSD))).square()             # B, S, intermediate
+        return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
 
-    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, occurrences: Occurrences | None,
+    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None,
                              is_start: torch.Tensor | None) -> torch.Tensor:
         """The residual stream (B, S, D) with the block's own embedding of all ids, or of the class alone."""
         if self.embeds_all_ids:
-            return add_residual(x_BSD, lookup(self.stream_embedding, ids_BS, occurrences, x_BSD.dtype))
+            return x_BSD + self.stream_embedding(ids_BS).to(x_BSD.dtype)
         if classes_B is None:
             return x_BSD
         classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
         return x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, x_BSD.shape[1] - 1)).to(x_BSD.dtype)
-
-    def attention_inputs(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, rotations_S2p2: torch.Tensor, occurrences: Occurrences | None,
-                         past_key_values: Cache | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries of the new positions (B, A, S, d), and keys and values of all positions, those in the cache included."""
-        # plain operators may read the cache later, so its pairs are never half-split
-        kernels = select_kernels(x_BSD, self.attention_in, self.kernels) if past_key_values is None else None
-        hidden = project(self.attention_norm(x_BSD), self.attention_in, self.heads, kernels)          # B, S, 3 D
-        value_embeddings_BSD = lookup(self.value_embedding, ids_BS, occurrences, hidden.dtype) if self.value_embedding is not None else None
-        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon, kernels)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer)
-        return query, key, value
-
-
-def add_residual(x_BSD: torch.Tensor, output_BSD: torch.Tensor) -> torch.Tensor:
-    """x + output, in place in `output` if the dtypes are equal: on a CPU, allocating memory takes as long as the addition."""
-    return output_BSD.add_(x_BSD) if output_BSD.dtype == x_BSD.dtype else x_BSD + output_BSD
 
 
 class PadToVocabulary(LogitsProcessor):
@@ -268,11 +249,6 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The output head, which computes the logits."""
         return self.head
 
-    def compile_kernels(self) -> None:
-        """Compile the attention kernels for training in bf16 on a CPU. Compiling whole blocks is no faster there."""
-        for block in cast(Iterable[GridBlock], self.blocks):  # a ModuleList does not declare the class of its modules
-            block.kernels = compiled_kernels()
-
     def rotations(self, device: torch.device) -> torch.Tensor:
         """The rotation tables on a device, computed once. (transformers loses non-persistent buffers when it loads a model.)"""
         if device not in self._rotations:
@@ -317,8 +293,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, checkpoints)
         past_length, num_keys = count_keys(past_key_values, length)
         positions_S = new_positions(past_length, length, device)
-        occurrences = find_occurrences(input_ids, self.config.vocab_size)
-        x_BSD = self.embed_ids(input_ids, positions_S, occurrences)
+        x_BSD = self.embed_ids(input_ids, positions_S)
         classes_B, is_start = self.starting_classes(input_ids, past_length)
         rotations_S2p2 = select_rotations(self.rotations(device), positions_S, past_length, length)
         mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
@@ -326,7 +301,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x_BSD)
-            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, occurrences, is_start, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, is_start, past_key_values=past_key_values)
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
         logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
@@ -335,10 +310,9 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSK, past_key_values=past_key_values,
                                       hidden_states=None if hidden_states is None else (*hidden_states, x_BSD))
 
-    def embed_ids(self, ids_BS: torch.Tensor, positions_S: torch.Tensor, occurrences: Occurrences | None) -> torch.Tensor:
+    def embed_ids(self, ids_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
         """The sum of the embeddings of the ids and of the predicted positions (B, S, D), with dropout: the start of the residual stream."""
-        x_BSD = lookup(self.token_embedding, ids_BS, occurrences, self.token_embedding.weight.dtype)
-        x_BSD = x_BSD + self.position_embedding(positions_S)
+        x_BSD = self.token_embedding(ids_BS) + self.position_embedding(positions_S)
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs

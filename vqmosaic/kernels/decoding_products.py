@@ -1,13 +1,13 @@
 """Products of a few rows with large matrices, which are most of the work when tokens are sampled one after another on a CPU.
 
 With few rows, reading the weights limits the speed. F.linear reads them in an order that is bad for few rows; oneDNN has operators for packed
-weights. In bf16 it is the linear operator, 1.3 to 1.6 times as fast for the rows and matrices of priors. In float32 it is the 1 x 1 convolution, 1.4
-to 2 times as fast for those of a B model: N rows of K values are an image of 1 x N pixels with K channels. (Both were measured by hand;
-benchmarks/sampling.py times whole calls.) torch.compile uses the same operators when it freezes weights.
+weights: in bf16 the linear operator; in float32 the 1 x 1 convolution, for which N rows of K values are an image of 1 x N pixels with K channels.
+torch.compile uses the same operators when it freezes weights.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,29 +22,43 @@ ProductFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], to
 """Maps rows (N, K), a matrix and a bias to the product (N, outputs)."""
 
 
-class Product:
-    """x_NK -> x W^T + b: one product in place of several linear modules with the same input, optionally only their first `outputs` outputs."""
-
-    def __init__(self, linears: Sequence[nn.Linear], rows: int, outputs: int | None = None):
-        weight = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight for linear in linears])
-        bias = linears[0].bias if len(linears) == 1 else concatenate_biases(linears)
-        weight, bias = weight[:outputs].detach(), None if bias is None else bias[:outputs].detach()
-        is_faster = weight.dtype == torch.bfloat16 or (rows in PACKED_ROWS and weight.numel() >= PACKED_MIN_ELEMENTS)
-        self.product: ProductFunction = F.linear
-        if is_faster and can_pack(weight.device.type, weight.dtype):
-            self.product, weight = packed_product(weight.dtype), pack(weight, rows)
-        self.weight, self.bias = weight, bias
-
-    def __call__(self, x_NK: torch.Tensor) -> torch.Tensor:
-        """The product (N, outputs)."""
-        return self.product(x_NK, self.weight, self.bias)
+def reference(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What PackedLinear computes."""
+    return linear(x)
 
 
-def concatenate_biases(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """The concatenated biases, with zeros for a module without bias; None if no module has one."""
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat([linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears])
+class PackedLinear(nn.Module):
+    """A linear layer with packed weights, for inputs with any number of rows."""
+
+    def __init__(self, linear: nn.Linear, rows: int):
+        super().__init__()
+        self.packed, self.bias = pack(linear.weight.detach(), rows), linear.bias
+        self.product = packed_product(linear.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product (..., outputs) of x (..., K)."""
+        return self.product(x.flatten(0, -2), self.packed, self.bias).unflatten(0, x.shape[:-1])
+
+
+def pack_linear_layers(module: nn.Module, rows: int) -> nn.Module:
+    """A copy of a module that shares its weights, in which the linear layers that become faster for `rows` rows are packed."""
+    return share_weights(module, lambda linear: PackedLinear(linear, rows) if is_faster_packed(linear.weight, rows) else linear)
+
+
+def share_weights(module: nn.Module, replace_linear: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> nn.Module:
+    """A copy of a module and of the modules in it, with the same weights. `replace_linear` gives the modules in place of its linear layers."""
+    if type(module) is nn.Linear:
+        return replace_linear(module)
+    copied = copy.copy(module)
+    copied._compiled_call_impl = None  # it would call the original
+    copied._modules = {name: child if child is None else share_weights(child, replace_linear) for name, child in module._modules.items()}
+    return copied
+
+
+def is_faster_packed(weight: torch.Tensor, rows: int) -> bool:
+    """Whether products of this number of rows with a matrix are faster if it is packed, and can be."""
+    is_faster = weight.dtype == torch.bfloat16 or (rows in PACKED_ROWS and weight.numel() >= PACKED_MIN_ELEMENTS)
+    return is_faster and can_pack(weight.device.type, weight.dtype)
 
 
 def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:

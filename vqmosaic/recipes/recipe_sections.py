@@ -274,8 +274,8 @@ class PriorTrainingConfig(TrainingConfig):
     activation_checkpointing: bool = unrecorded(False)
     """Store only the inputs of each transformer layer and recompute the rest in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile (for a grid_transformer in bf16 on a CPU: the operations between its matrix products).
-    It takes up to a minute or so at each start, so measure whether it pays off on your machine."""
+    """Compile each transformer layer with torch.compile. It takes up to a minute or so at each start, so measure whether it pays off on your
+    machine."""
     first_loss_tolerance: float = unrecorded(0.5)
     """Largest difference, in nats per token, between ln(codes) and the loss of a new prior on its first batch. If it is larger, the run stops."""
     window_shards: int = 16

@@ -1,0 +1,199 @@
+"""Llama and this project's GridTransformer for sampling: their own blocks, called with one token per row and a key-value cache of fixed size.
+
+Linear layers are packed for a few rows (vqmosaic/kernels/decoding_products.py), and in transformers' Llama those with the same input are joined.
+`prepare_known_model` is strict: it returns None for a model with an unknown module, weight, hook or option. Then the decoder
+calls the model as it is.
+
+In comments: N rows, D width, A heads, d head dimension, S positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.models.llama import modeling_llama as llama
+
+from stage2_prior.model import causal_lm
+from stage2_prior.model import grid_transformer as grid
+from vqmosaic.kernels.decoding_products import pack_linear_layers, share_weights
+from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, reference, single_query_attention
+
+
+class KnownModel(ABC):
+    """Base class of the architectures. A model computes with the weights of the time at which it was prepared."""
+
+    MODULES: tuple[type, ...] = ()
+    """The module types that a model may contain, apart from activations."""
+
+    def __init__(self, model: nn.Module, layers: int, key_heads: int, head_width: int, length: int):
+        self.layers, self.key_heads, self.head_width = layers, key_heads, head_width
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.positions_S = torch.arange(length, device=self.device)
+
+    @abstractmethod
+    def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Logits (N, codes) after the ids at a position, which is an int, or on a device a tensor (1,) other than 0.
+
+        The blocks write their keys and values of the position into the cache, and attend to those that it returns.
+        """
+
+
+class KnownLlama(KnownModel):
+    """transformers' LlamaForCausalLM, which may have grouped queries, biases, and rotations that depend only on the position."""
+
+    MODULES = (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention, llama.LlamaMLP, llama.LlamaRMSNorm,
+               llama.LlamaRotaryEmbedding, nn.Linear, nn.Embedding, nn.ModuleList)
+    ROTATIONS = ("default", "linear", "llama3", "yarn")
+    """Rotary embeddings of transformers whose frequencies do not depend on the sequence length."""
+
+    def __init__(self, model: llama.LlamaForCausalLM, num_codes: int, rows: int, length: int):
+        first = cast(llama.LlamaAttention, model.model.layers[0].self_attn)
+        super().__init__(model, len(model.model.layers), first.k_proj.out_features // first.head_dim, first.head_dim, length)
+        self.model = cast(llama.LlamaModel, share_weights(model.model))
+        for layer in cast(list[llama.LlamaDecoderLayer], list(self.model.layers)):
+            layer.input_layernorm, layer.post_attention_layernorm = map(one_operator, (layer.input_layernorm, layer.post_attention_layernorm))
+            layer.self_attn, layer.mlp = JointAttention(layer.self_attn), JointFeedForward(layer.mlp)
+        self.model.norm = one_operator(self.model.norm)
+        self.model = cast(llama.LlamaModel, pack_linear_layers(self.model, rows))
+        self.head = pack_linear_layers(first_outputs(model.lm_head, num_codes), rows)
+        cosines_1Sd, sines_1Sd = model.model.rotary_emb(model.lm_head.weight, self.positions_S[None])
+        first_half, second_half = sines_1Sd.chunk(2, dim=-1)
+        self.cosines_1Sd, self.sines_1Sd = cosines_1Sd, torch.cat([-first_half, second_half], dim=-1)  # negated for `rotate_halves`
+
+    @classmethod
+    def fits(cls, model: llama.LlamaForCausalLM) -> bool:
+        """Whether the rotary frequencies of the model do not change."""
+        return model.model.rotary_emb.rope_type in cls.ROTATIONS and model.model.embed_tokens.max_norm is None
+
+    def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Logits (N, codes) after the ids at a position."""
+        index = slice(position, position + 1) if isinstance(position, int) else position
+        rotations = self.cosines_1Sd[:, index], self.sines_1Sd[:, index]
+        x_N1D = self.model.embed_tokens(ids_N[:, None])
+        for layer in self.model.layers:
+            x_N1D = layer(x_N1D, attention_mask=mask_1S, past_key_values=cache, position_embeddings=rotations)
+        return self.head(self.model.norm(x_N1D))[:, 0]
+
+
+class JointAttention(nn.Module):
+    """A LlamaAttention for one query per row, with one projection to queries, keys and values."""
+
+    def __init__(self, attention: llama.LlamaAttention):
+        super().__init__()
+        self.layer, self.head_width = attention.layer_idx, attention.head_dim
+        self.query_heads, self.key_heads = (layer.out_features // attention.head_dim for layer in (attention.q_proj, attention.k_proj))
+        self.query_key_value, self.out = join_linear_layers([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], attention_mask: torch.Tensor | None,
+                past_key_values: Cache, **unused) -> tuple[torch.Tensor, None]:
+        """The attention output (N, 1, D), and no attention weights."""
+        heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_width)).transpose(1, 2)      # N, all heads, 1, d
+        queries_and_keys, values = heads.tensor_split([self.query_heads + self.key_heads], dim=1)
+        query, keys = rotate_halves(queries_and_keys, *position_embeddings).split((self.query_heads, self.key_heads), dim=1)
+        keys, values = past_key_values.update(keys, values, self.layer)                                         # N, key heads, S, d
+        attend = single_query_attention if can_use_single_query_attention(query, keys) else reference
+        return self.out(attend(query, keys, values, attention_mask).flatten(1)[:, None]), None
+
+
+class JointFeedForward(nn.Module):
+    """A LlamaMLP with one projection to the gate and the values that it scales."""
+
+    def __init__(self, mlp: llama.LlamaMLP):
+        super().__init__()
+        self.gate_up, self.down, self.activation = join_linear_layers([mlp.gate_proj, mlp.up_proj]), mlp.down_proj, mlp.act_fn
+
+    def forward(self, x_N1D: torch.Tensor) -> torch.Tensor:
+        """The output (N, 1, D)."""
+        gate, up = self.gate_up(x_N1D).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+def rotate_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotate Llama's heads (..., d), which pair dimensions of the first half with those of the second. The sines of the first half are negated."""
+    return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, dims=-1), sines)
+
+
+class KnownGridTransformer(KnownModel):
+    """This project's GridTransformer."""
+
+    MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
+    WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
+                                                      "feed_forward_in", "feed_forward_out"))
+
+    def __init__(self, model: grid.GridTransformer, rows: int, length: int):
+        config = model.config
+        super().__init__(model, config.num_hidden_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads, length)
+        self.model = cast(grid.GridTransformer, pack_linear_layers(model, rows))
+        self.rotations = model.rotations(self.device)                                                  # S, 2, p, 2
+
+    @classmethod
+    def fits(cls, model: grid.GridTransformer) -> bool:
+        """Whether the blocks of the model have exactly the known weights. Some blocks also have a value embedding."""
+        return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == cls.WEIGHTS for block in model.blocks)
+
+    def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Logits (N, codes) after the ids at a position."""
+        ids_N1 = ids_N[:, None]
+        index = slice(position, position + 1) if isinstance(position, int) else position
+        classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None
+        x_N1D = self.model.embed_ids(ids_N1, self.positions_S[index])
+        for block in self.model.blocks:
+            x_N1D = block(x_N1D, ids_N1, classes_N, self.rotations[index], mask_1S, past_key_values=cache)
+        return self.model.head(self.model.final_norm(x_N1D))[:, 0]
+
+
+def one_operator(norm: llama.LlamaRMSNorm) -> nn.RMSNorm:
+    """The norm with the same weight as a single operator; LlamaRMSNorm needs five. In float32, results are equal up to rounding."""
+    fast = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
+    fast.weight = norm.weight
+    return fast
+
+
+def join_linear_layers(layers: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear layer in place of several with the same input."""
+    joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
+    joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
+    biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
+    has_bias = any(layer.bias is not None for layer in layers)
+    joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if has_bias else None
+    return joined
+
+
+def first_outputs(layer: nn.Linear, outputs: int) -> nn.Linear:
+    """A linear layer that computes only the first outputs of another one, with the same weights."""
+    first = nn.Linear(layer.in_features, outputs, device="meta")
+    first.weight = nn.Parameter(layer.weight.detach()[:outputs], requires_grad=False)
+    first.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[:outputs], requires_grad=False)
+    return first
+
+
+def prepare_known_model(model: nn.Module, num_codes: int, rows: int, length: int) -> KnownModel | None:
+    """The model prepared for sampling if every part of it is known, otherwise None. See make_decoder for the arguments."""
+    if type(model) is llama.LlamaForCausalLM and is_plain(model, KnownLlama.MODULES) and KnownLlama.fits(model):
+        return KnownLlama(model, num_codes, rows, length)
+    if type(model) is grid.GridTransformer and is_plain(model, KnownGridTransformer.MODULES) and KnownGridTransformer.fits(model):
+        return KnownGridTransformer(model, rows, length)
+    return None
+
+
+def is_plain(model: nn.Module, modules: tuple[type, ...]) -> bool:
+    """Whether a model has only modules of these types and activations, and nothing that changes their results or the place of their weights.
+
+    That excludes autocast, a replaced `forward`, hooks other than those for dropout, and weights on several devices or of several dtypes.
+    """
+    first = next(model.parameters())
+    if torch.is_autocast_enabled(first.device.type):
+        return False
+    if any(weight.device != first.device or weight.dtype != first.dtype or weight.is_meta for weight in model.parameters()):
+        return False
+    for name, module in model.named_modules():
+        is_known = type(module) in modules or (name.endswith("act_fn") and not any(True for _ in module.parameters()))
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        has_other_hooks = any(getattr(hook, "func", None) is not causal_lm._drop_output for hook in hooks)
+        if not is_known or "forward" in vars(module) or has_other_hooks:
+            return False
+    return True
