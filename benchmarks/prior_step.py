@@ -71,7 +71,7 @@ class Ours:
         self.run = TrainingRun(recipe, "prior", recipe.prior_training, StopFlag())
         self.model = self.run.prepare(self.prior)
         if compiled:
-            compile_layers(self.prior.model, self.run.accelerator.device, precision)
+            compile_layers(self.prior.model, self.run.accelerator.device)
 
     def step(self, ids_BT: torch.Tensor, classes_B: torch.Tensor) -> None:
         """One optimizer step."""
@@ -107,7 +107,7 @@ def main() -> int:
         contestants["ours, grid_transformer, AdamW, bf16"] = Ours("grid_transformer", "adamw", "bf16")
         contestants["ours, grid_transformer, AdamW, bf16, compiled"] = Ours("grid_transformer", "adamw", "bf16", compiled=True)
         contestants["ours, grid_transformer, Muon, bf16"] = Ours("grid_transformer", "muon", "bf16")
-        required_speedups["ours, grid_transformer, AdamW, bf16, compiled"] = 2.5
+        required_speedups["ours, grid_transformer, AdamW, bf16"] = 2.5
     generator = torch.Generator().manual_seed(0)
     ids_BT, classes_B = torch.randint(CODES, (BATCH, TOKENS), generator=generator), torch.randint(CLASSES, (BATCH,), generator=generator)
 
