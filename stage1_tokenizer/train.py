@@ -20,8 +20,8 @@ from stage1_tokenizer.adversarial.discriminator import PatchDiscriminator
 from stage1_tokenizer.adversarial.discriminator_training import Adversary
 from stage1_tokenizer.adversarial.guard import AdversarialGuard, describe_schedule
 from stage1_tokenizer.data.image_batches import TrainingImages, UpcomingBatch, ValidationImages
-from stage1_tokenizer.data.image_sources import ImageSplits, refuse_if_too_many_unreadable
-from stage1_tokenizer.data.open_data import count_training_images, open_splits
+from stage1_tokenizer.data.image_sources import refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import count_training_images, open_recorded_splits
 from stage1_tokenizer.find_initial_weights import fingerprint_of_initial_weights
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.load_initial_weights import check_tokens_unchanged, load_initial_weights
@@ -45,14 +45,13 @@ from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
-from vqmosaic.runs.accelerator import check_compiler, lock_run_folder
-from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.accelerator import check_compiler
 from vqmosaic.runs.launch import run_worker
-from vqmosaic.runs.stage_records import decide_action, load_record, write_record
+from vqmosaic.runs.stage_records import load_record, write_record
 from vqmosaic.seeding import reseed_step
-from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_if_best
 from vqmosaic.training.tracking import read_metrics
-from vqmosaic.training.training_plan import print_plan
+from vqmosaic.training.training_loop import export_best_and_last, finished_already, locked_run, training_steps
+from vqmosaic.training.training_plan import describe_classes, print_plan
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -62,13 +61,8 @@ USAGE_WARNING_MIN_PROGRESS = 0.25
 
 def train(recipe: Recipe) -> None:
     """Train stage 1 of a recipe, resuming from the newest checkpoint if there is one, and export runs/<name>/tokenizer/."""
-    with StopFlag() as stop:
-        run = TrainingRun(recipe, "tokenizer", recipe.tokenizer_training, stop)
-        try:
-            with lock_run_folder(run.folder):
-                train_locked(recipe, run)
-        finally:
-            run.end()
+    with locked_run(recipe, "tokenizer", recipe.tokenizer_training) as run:
+        train_locked(recipe, run)
 
 
 def train_locked(recipe: Recipe, run: TrainingRun) -> None:
@@ -78,17 +72,15 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     # --- data ---------------------------------------------------------------------------------------------------------------
     record = load_record(run.folder, "tokenizer")
     recorded_inputs = record.inputs if record is not None else {}
-    splits, data_set = run.wait_before_training(lambda: open_recorded_splits(recipe, recorded_inputs))
+    _, splits, data_set = run.wait_before_training(lambda: open_recorded_splits(recipe.data, recorded_inputs))
     inputs = {"data set": data_set}
     init_from = training.init_from
     if init_from is not None and run.checkpoints.all() and not Path(init_from).expanduser().exists():
         init_from = None  # not needed to resume from a checkpoint
     if init_from is not None:
         inputs["initial weights"] = fingerprint_of_initial_weights(init_from)
-    if decide_action(run.folder, recipe, "tokenizer", inputs) == "skip":
-        report(f"finished already: {run.folder.export('tokenizer')}")
+    if finished_already(run, inputs):
         return
-    run.check_checkpoints()
     if training.compile:
         run.wait_before_training(lambda: check_compiler("tokenizer_training.compile", accelerator.device))
     for note in splits.notes:
@@ -114,9 +106,6 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     adversary = None
     if discriminator is not None and run.second_model is not None:  # the same module, plain and wrapped
         adversary = Adversary(adversarial, discriminator, run.second_model, tokenizer.decoder.last_layer, accelerator.autocast)
-    best_weights = run.checkpoints.root / "best.safetensors"
-    if run.is_main:
-        restore_best(run.resumed_from, best_weights)
     if run.state.step == 0 and training.init_from is not None and init_from is None:
         load_initial_weights(tokenizer, training.init_from)  # no checkpoint is intact, so raise the error about missing weights
     if run.state.step == 0 and training.init_from is None:
@@ -134,47 +123,38 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         lambda count: validate(cast(ImageTokenizer, run.validated_model), validation_images.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
-    # Every process must read the stage record before the main process rewrites it, and be ready for signals when the plan is printed.
-    accelerator.wait_for_everyone()
-    classes = splits.train.class_names
     print_plan(run, {
         "images": f"{len(splits.train):,} to train on, {len(splits.validation):,} to validate on ({splits.validation_origin})",
-        "classes": ", ".join(classes[:12]) + (" ..." if len(classes) > 12 else "") if classes else "none",
+        "classes": describe_classes(splits.class_names),
         **describe_tokens(tokenizer, len(validation_images)),
         **describe_start(training),
         "loss": describe_loss(training),
         **({"discriminator": f"{sum(map(torch.numel, discriminator.parameters())):,} parameters; {describe_schedule(adversarial, training)}"}
            if discriminator is not None else {}),
     }, seconds_per_step, DataSize(len(splits.train)))
-    if warning := run.validations.warn_of_few_images(len(validation_images), len(splits.validation), len(classes or [])):
+    if warning := run.validations.warn_of_few_images(len(validation_images), len(splits.validation), len(splits.class_names or [])):
         report(warning)
     warn_if_codebook_is_large(tokenizer, len(splits.train), run)
     if run.is_main:
         inputs |= {"data set": splits.fingerprint, **splits.unread_input}  # replaces identities in an older format
-        inputs = (record.inputs if record is not None else {}) | inputs  # keeps the fingerprint of initial weights that were deleted
+        inputs = recorded_inputs | inputs  # keeps the fingerprint of initial weights that were deleted
         write_record(run.folder, recipe, "tokenizer", inputs, finished=False)
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
     means = RunningMeans()
     unreadable: set[str] = set()
     warned_of: set[str] = set()
-    while True:
-        batches.wait(run.stop)  # before sync(): a signal ends the wait in one process, and sync() makes all processes save
-        signal_number, progress = run.sync()
-        finished = progress >= 1
-        if not signal_number and run.validations.due(finished):
-            with run.validations.clock():
-                validate_and_report(validation_images, run, guard, progress, best_weights, warned_of)
-            signal_number, _ = run.sync()  # a signal during validation aborts it; it runs again on resume
-        if run.due(training.checkpoint_every, finished) or signal_number:
-            check_replicas_agree(tokenizer, run)
-            run.state.guard = guard.to_dict()
-            run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
-        if signal_number:
-            raise run.interrupted(signal_number)
-        if finished:
-            break
 
+    def validate_now(progress: float) -> None:
+        with run.validations.clock():
+            validate_and_report(validation_images, run, guard, progress, warned_of)
+
+    def save() -> None:
+        check_replicas_agree(tokenizer, run)
+        run.state.guard = guard.to_dict()
+        run.save()
+
+    for progress in training_steps(run, validate_now, save, batches.wait):
         batch = next(batches)
         for source, reason in batch.unreadable:
             if source not in unreadable:
@@ -227,7 +207,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
 
     # --- export -------------------------------------------------------------------------------------------------------------
     if run.is_main:
-        exported_step = export_best_and_last(run, best_weights, "reconstruction error")
+        exported_step = export_best_and_last(run, "reconstruction error")
         warn_if_nothing_was_learned(run, exported_step)
         if "validation" in run.metrics.newest and (warning := low_codebook_usage_warning(run)):
             report(warning)
@@ -237,19 +217,12 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     run.finish()
 
 
-def open_recorded_splits(recipe: Recipe, recorded_inputs: dict[str, str]) -> tuple[ImageSplits, str]:
-    """Open the images in the form that the stage record uses, and compute a comparable fingerprint. Reads some bytes of each image."""
-    splits = open_splits(recipe.data).as_recorded(recorded_inputs)
-    return splits, splits.comparable_fingerprint(recorded_inputs.get("data set"))
-
-
 def feature_matching_weight(training: TokenizerTrainingConfig) -> float:
     """The weight of feature matching. 0 if the recipe uses another perceptual loss."""
     return training.perceptual_weight if training.perceptual_loss == "discriminator_features" else 0.0
 
 
-def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, best_weights: Path,
-                        warned_of: set[str]) -> None:
+def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, warned_of: set[str]) -> None:
     """Validate the model to be exported, save it if it is the best so far, log the metrics, update the guard, and warn about low codebook usage.
 
     Adds "codebook" to `warned_of` after that warning, which is given once before the end. Returns early if a signal aborted the validation.
@@ -264,7 +237,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
         return
     run.validations.record()
     error = metrics["reconstruction_l2" if run.recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"]
-    save_if_best(run, error, run.validated_model, best_weights)
+    run.best_weights.save_if_best(error, run.validated_model)
     run.metrics.write(run.state.step, "validation", images=len(images), **metrics)
     usage = f", {metrics['codebook_usage']:.1%} of the codebook used, perplexity {metrics['perplexity']:.0f}" if "perplexity" in metrics else ""
     run.report(f"step {run.state.step:,}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{usage}")

@@ -24,6 +24,7 @@ from vqmosaic.errors import check_range
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.interruption import EXIT_CODES, StopFlag
 from vqmosaic.seeding import reseed_step
+from vqmosaic.training.training_loop import training_steps
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -77,29 +78,37 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
         "goal": f"at most {goal:.3f} nats per token, of which {irreducible_nll:.3f} are irreducible: the choice among the images of a class",
         "budget": f"{counted(MAX_STEPS, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
     ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
-    report_at, nll = 0, math.inf
-    while True:
-        signal_number, progress = run.sync()
-        if signal_number:
-            run.report("stopped by a signal; nothing was saved")
-            return EXIT_CODES[signal_number]
+
+    def forward_and_backward() -> torch.Tensor:
+        """Compute the gradients of one step. Returns the NLL of the images."""
         reseed_step(recipe.seed, "overfit", run.state.step)
         model.train()
         with run.accelerator.accumulate(model):
             logits_BTK = model(ids_BT, classes_B)
             loss = next_token_loss(logits_BTK, ids_BT)
             run.accelerator.backward(loss + training.z_loss * z_loss(logits_BTK) if training.z_loss else loss)
-        nll = float(loss.detach())
-        if nll <= goal or progress >= 1 or run.state.step >= report_at:
+        return loss.detach()
+
+    report_at = 0
+    for progress in training_steps(run):
+        loss = forward_and_backward()
+        nll = float(loss)
+        if nll <= goal:
+            break
+        if run.state.step >= report_at:
             run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
             report_at = max(5, 2 * run.state.step)
-        if nll <= goal:
-            run.report(f"memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, at most {goal:.3f} required. The setup works.")
-            return 0
-        if progress >= 1:
-            break
-        run.optimizer_step(loss.detach(), progress)
+        run.optimizer_step(loss, progress)
         run.end_step()
+    else:  # the budget is used up, or a signal arrived
+        if run.stop.signal:
+            run.report("stopped by a signal; nothing was saved")
+            return EXIT_CODES[run.stop.signal]
+        nll = float(forward_and_backward())
+    run.report(f"step {run.state.step:,}: NLL {nll:.4f} nats per token")
+    if nll <= goal:
+        run.report(f"memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, at most {goal:.3f} required. The setup works.")
+        return 0
     run.report(f"NOT memorized after {counted(run.state.step, 'step')}: NLL {nll:.4f}, at most {goal:.3f} required; a uniform distribution has "
                f"{uniform_loss(vocabulary):.3f}. Check prior_training.learning_rate ({training.learning_rate:.4g} here), mixed_precision, "
                "and the size and options of prior before training on more images.")

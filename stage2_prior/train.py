@@ -41,15 +41,14 @@ from token_shards import TokenShardReader
 from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
-from vqmosaic.runs.accelerator import lock_run_folder
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import run_worker
-from vqmosaic.runs.stage_records import decide_action, write_record
+from vqmosaic.runs.stage_records import write_record
 from vqmosaic.seeding import reseed_step
-from vqmosaic.training.best_weights import export_best_and_last, link_or_copy, restore_best, save_if_best
 from vqmosaic.training.sharding import is_sharded
 from vqmosaic.training.tracking import progress_lines
-from vqmosaic.training.training_plan import print_plan
+from vqmosaic.training.training_loop import export_best_and_last, finished_already, locked_run, training_steps
+from vqmosaic.training.training_plan import describe_classes, print_plan
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
@@ -62,13 +61,8 @@ def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
     `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, and should return early after a
     signal. The pipelines package uses it to make sample images; this stage has no tokenizer to decode them.
     """
-    with StopFlag() as stop:
-        run = TrainingRun(recipe, "prior", recipe.prior_training, stop)
-        try:
-            with lock_run_folder(run.folder):
-                train_locked(recipe, run, on_validation)
-        finally:
-            run.end()
+    with locked_run(recipe, "prior", recipe.prior_training) as run:
+        train_locked(recipe, run, on_validation)
 
 
 def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation | None) -> None:
@@ -80,10 +74,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     reader = TokenShardReader(folder / "train", recipe.seed, training.window_shards)
     held_out = TokenShardReader(folder / "validation", token_fingerprint=reader.manifest.token_fingerprint)
     inputs = {"tokens": reader.manifest.fingerprint, "validation tokens": held_out.manifest.fingerprint}
-    if decide_action(run.folder, recipe, "prior", inputs) == "skip":
-        report(f"finished already: {run.folder.export('prior')}")
+    if finished_already(run, inputs):
         return
-    run.check_checkpoints()
 
     # --- model --------------------------------------------------------------------------------------------------------------
     manifest = reader.manifest
@@ -91,9 +83,6 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                             label_drop=training.label_drop if manifest.class_names else 0.0)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
     model = prepare_prior(prior, training, run)
-    best_weights = run.checkpoints.root / "best.safetensors"
-    if run.is_main:
-        restore_best(run.resumed_from, best_weights)
     batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop, training.token_noise)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
@@ -102,12 +91,10 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     validated = run.validations.choose_images(
         len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
     start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
-    # Every process must read the stage record before the main process rewrites it, and be ready for signals when the plan is printed.
-    accelerator.wait_for_everyone()
     print_plan(run, {
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
                   f"{describe_validation(held_out, validated)}",
-        "classes": ", ".join(manifest.class_names[:12]) + (" ..." if len(manifest.class_names) > 12 else "") if manifest.class_names else "none",
+        "classes": describe_classes(manifest.class_names),
         "model": f"{recipe.prior.architecture}, {counted(recipe.prior.sizes.layers, 'layer')}, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
@@ -122,22 +109,14 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
     sums = torch.zeros(3, device=accelerator.device)  # NLL, z-loss, number of micro-batches
-    while True:
-        signal_number, progress = run.sync()
-        finished = progress >= 1
-        if not signal_number and run.validations.due(finished):
-            with run.validations.clock():
-                exportable = validate_and_report(held_out, validated, run, best_weights)
-            if exportable is not None and on_validation is not None:
-                make_pictures(exportable, run, on_validation)
-            signal_number, _ = run.sync()  # a signal during validation cut it short; it is repeated after resuming
-        if run.due(training.checkpoint_every, finished) or signal_number:
-            run.save(lambda checkpoint: link_or_copy(best_weights, checkpoint / best_weights.name))
-        if signal_number:
-            raise run.interrupted(signal_number)
-        if finished:
-            break
 
+    def validate_now(_progress: float) -> None:
+        with run.validations.clock():
+            exportable = validate_and_report(held_out, validated, run)
+        if exportable is not None and on_validation is not None:
+            make_pictures(exportable, run, on_validation)
+
+    for progress in training_steps(run, validate_now, run.save):
         batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
         reseed_step(recipe.seed, "prior", run.state.step, run.rank)
         model.train()
@@ -166,7 +145,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     run.end_sharding()
     if run.is_main:
         warn_if_nothing_was_learned(run, vocabulary)
-        exported_step = export_best_and_last(run, best_weights, "NLL")
+        exported_step = export_best_and_last(run, "NLL")
         write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('prior')}: the {training.export} weights (best: step {run.state.best_step:,}, "
                f"{run.state.best_validation:.4f} nats per token; last: step {run.state.step:,})")
@@ -212,7 +191,7 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     return metrics
 
 
-def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun, best_weights: Path) -> TokenPrior | None:
+def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun) -> TokenPrior | None:
     """Validate the weights that would be exported now and save them if they are the best so far. Returns the model on the main process, else None.
 
     Also returns None if a signal interrupted the validation.
@@ -222,7 +201,7 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun,
         return None
     prior = cast(TokenPrior | None, run.full_model())  # the run prepared a TokenPrior
     run.validations.record()
-    is_best = save_if_best(run, metrics["nll"], prior, best_weights)
+    is_best = run.best_weights.save_if_best(metrics["nll"], prior)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)
 
     def without_class(name: str, spec: str) -> str:

@@ -4,7 +4,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +422,14 @@ def test_overfit_fails_if_the_prior_does_not_learn(changes, tiny_run, capsys):
     assert overfit(tiny_recipe(tiny_run, **changes), 4, max_minutes=0.02) == 1
     words = capsys.readouterr().out
     assert "NOT memorized" in words and "a uniform distribution has 3.466" in words and "prior_training.learning_rate" in words
+
+
+def test_a_signal_stops_the_overfit_test(tiny_run, capsys, monkeypatch):
+    original = TrainingRun.end_step
+    monkeypatch.setattr(TrainingRun, "end_step", lambda run: original(run) or os.kill(os.getpid(), signal.SIGTERM))
+    assert overfit(tiny_recipe(tiny_run), 4) == 143
+    words = capsys.readouterr().out
+    assert "stopped by a signal; nothing was saved" in words and "emorized" not in words and "step 1:" not in words
 
 
 def test_overfit_with_all_training_options(tiny_run, capsys):

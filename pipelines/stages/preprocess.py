@@ -24,7 +24,7 @@ from accelerate import PartialState
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
-from stage1_tokenizer.data.open_data import open_splits
+from stage1_tokenizer.data.open_data import open_recorded_splits
 from stage1_tokenizer.image_files.images import CENTER_VIEW, UnreadableImage, View, to_tensor, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name
@@ -38,7 +38,7 @@ from vqmosaic.runs.devices import available_cores, default_device
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import check_world_size, run_worker
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.runs.stage_records import StageRecord, decide_action, load_record, write_record
+from vqmosaic.runs.stage_records import decide_action, load_record, write_record
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted, is_or_are
 
@@ -69,7 +69,8 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     before = load_record(run, "tokens")
-    opened, splits, data_fingerprint = stop.wait_or_raise(lambda: recorded_splits(recipe, before, tokenizer), "no shard was started")
+    opened, splits, data_fingerprint = stop.wait_or_raise(
+        lambda: open_recorded_splits(recipe.data, before.inputs if before is not None else None, tokenizer.class_names), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
@@ -133,16 +134,6 @@ def write_manifests(writers: Sequence[TokenShardWriter], recipe: Recipe, run: Ru
             report(f"    skipped {printable(entry['source'])}: {entry['reason']}")
         if manifest.skipped:
             report(f"    `vqmosaic audit {run.export('tokens')} --repair` reads them again and stores those that are readable then")
-
-
-def recorded_splits(recipe: Recipe, before: StageRecord | None, tokenizer: ImageTokenizer) -> tuple[ImageSplits, ImageSplits, str]:
-    """The images as opened, the images as recorded, and the fingerprint of the latter in the recorded format.
-
-    Without a record, the second result has the class order of the tokenizer. Reads a few bytes of each image.
-    """
-    opened = open_splits(recipe.data)
-    splits = opened.as_recorded(before.inputs) if before is not None else opened.in_class_order_of(tokenizer.class_names)
-    return opened, splits, splits.comparable_fingerprint(before.inputs.get("data set") if before is not None else None)
 
 
 def check_same_data(run: RunFolder, recipe: Recipe, splits: ImageSplits) -> None:

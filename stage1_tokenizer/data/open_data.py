@@ -22,6 +22,17 @@ def open_splits(data: DataConfig) -> ImageSplits:
     return open_huggingface(data)
 
 
+def open_recorded_splits(data: DataConfig, inputs: Mapping[str, str] | None,
+                         class_names: list[str] | None = None) -> tuple[ImageSplits, ImageSplits, str]:
+    """The images as opened, the images as a stage recorded them in `inputs`, and the fingerprint of the latter in the recorded format.
+
+    Without a record (None), the second result has the class order of `class_names`. Reads some bytes of each image.
+    """
+    opened = open_splits(data)
+    splits = opened.as_recorded(inputs) if inputs is not None else opened.in_class_order_of(class_names)
+    return opened, splits, splits.comparable_fingerprint(inputs.get("data set") if inputs is not None else None)
+
+
 def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
     """The number of training images of a recipe, given as its fields by dotted name; None if the recipe names no data set."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})

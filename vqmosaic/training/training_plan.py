@@ -13,7 +13,12 @@ from vqmosaic.wording import counted
 
 
 def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float, data: DataSize) -> None:
-    """Print the plan: the stage's own `facts`, the size of the model, the budget and the expected time. `data` is what the stage trains on."""
+    """Print the plan: the stage's own `facts`, the size of the model, the budget and the expected time. `data` is what the stage trains on.
+
+    All processes call this together. Before the plan is printed, all are ready for signals and have read the stage record, so the main process can
+    rewrite it afterwards.
+    """
+    run.accelerator.wait_for_everyone()
     count = sum(parameter.numel() for parameter in run.parameters)
     copies = 4 + (run.average is not None)  # weights, gradients, two moments, the average
     parts = run.world_size if run.is_sharded else 1
@@ -41,6 +46,11 @@ def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float,
         run.report.table("chosen for this data and this device", chosen)
     if warning := few_steps_warning(run.training, run.state.step + steps, seconds_per_step):
         run.report(warning)
+
+
+def describe_classes(names: list[str] | None) -> str:
+    """The first class names as text."""
+    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "none"
 
 
 def describe_learning_rate(training: TrainingConfig) -> str:

@@ -1,6 +1,6 @@
-"""The parts of training that both stages share: resume, budget, refusal of non-finite steps, checkpoints, signals.
+"""The state of a training and its parts that both stages share: resume, budget, signals, refusal of non-finite steps, checkpoints.
 
-The training step itself is in each stage's own train.py.
+The training step itself is in each stage's own train.py, the loop around it in training_loop.py.
 """
 
 import copy
@@ -21,9 +21,9 @@ from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.runs.accelerator import keep_process_group, make_accelerator, set_threads
-from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.runs.stage_records import load_record
+from vqmosaic.training.best_weights import BestWeights
 from vqmosaic.training.budget import Budget, Pace, format_duration, remaining_seconds
 from vqmosaic.training.checkpoints import CheckpointFolder, restore_state
 from vqmosaic.training.learning_rate import learning_rate_share
@@ -75,7 +75,7 @@ class TrainingRun:
     def prepare(self, model: nn.Module, second: nn.Module | None = None, second_learning_rate: float | None = None) -> nn.Module:
         """Set up optimizers, weight average and wrapping, and resume from a checkpoint if there is one. Returns the wrapped model to call.
 
-        `second` is another model with its own optimizer, such as a discriminator. It is saved in checkpoints, but never averaged or exported.
+        `second` is another model with its own optimizer. It is saved in checkpoints, but never averaged or exported.
         """
         self._full_copy = copy.deepcopy(model) if self.is_sharded and self.is_main else None
         model.to(self.accelerator.device)
@@ -90,6 +90,8 @@ class TrainingRun:
         if self.is_sharded and self.average is not None:
             shard_like_trained(self.accelerator, self.average.module)
         self._resume()
+        self.best_weights = BestWeights(self.checkpoints.root, self.state, self.is_main)
+        self.best_weights.restore(self.resumed_from)
         training = self.training
         self.budget = Budget(training.max_steps, training.max_minutes, self.state.elapsed_seconds)
         config = {field.name: field.value for field in recipe_fields(self.recipe)}
@@ -145,12 +147,6 @@ class TrainingRun:
             full, self.average = self.full_model(), None
             if full is not None:
                 self.unwrapped = full
-
-    def check_checkpoints(self) -> None:
-        """Raise InputError if the stage has written its export and lost its checkpoints. Call this before the stage's record is overwritten."""
-        record = load_record(self.folder, self.stage)
-        if record is not None and self.training.resume == "auto":
-            self.checkpoints.check_can_continue(self.stage, self.folder.export(self.stage), record.finished)
 
     def _resume(self) -> None:
         checkpoint = self.checkpoints.choose(self.training.resume, self.report)
@@ -284,8 +280,8 @@ class TrainingRun:
 
     # --- saving ------------------------------------------------------------------------------------------------------------
 
-    def save(self, save_more: Callable[[Path], None] = lambda folder: None) -> None:
-        """Write a checkpoint of this step, unless there is one already. `save_more(folder)` adds files on the main process."""
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one already."""
         if self.saved_step == self.state.step:
             return
         reshard(self.unwrapped)
@@ -297,14 +293,10 @@ class TrainingRun:
             if averages is not None:  # cloned because safetensors accepts neither tied nor channels_last tensors
                 weights = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in averages.items()}
                 save_file(weights, folder / "weights_ema.safetensors")
-            save_more(folder)
+            self.best_weights.link_in(folder)
 
         self.checkpoints.write(self.accelerator, dataclasses.asdict(self.state), save_extra)
         self.saved_step = self.state.step
-
-    def interrupted(self, signal_number: int) -> Interrupted:
-        """The exception to raise after a signal, when the state has been saved."""
-        return Interrupted(signal_number, f"{self.stage} saved at step {self.state.step:,} in {self.checkpoints.root}")
 
     def finish(self) -> None:
         """Close the bar and wait for all processes."""

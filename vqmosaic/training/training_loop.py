@@ -1,0 +1,98 @@
+"""The loop that all trainings share, its start and its end. The step itself is in the body of the loop:
+
+    with locked_run(recipe, "prior", recipe.prior_training) as run:
+        ...                                                # open the data; return if finished_already(run, inputs)
+        model = run.prepare(prior)
+        for progress in training_steps(run, validate, run.save):
+            ...                                            # forward, backward
+            run.optimizer_step(loss, progress)
+            run.end_step()
+        exported_step = export_best_and_last(run, "NLL")   # on the main process
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
+from vqmosaic.runs.accelerator import lock_run_folder
+from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.stage_records import decide_action, load_record
+from vqmosaic.training.training_run import TrainingRun
+
+
+@contextmanager
+def locked_run(recipe: Recipe, stage: str, training: TokenizerTrainingConfig | PriorTrainingConfig) -> Iterator[TrainingRun]:
+    """A training that holds the lock of its run folder and handles signals. It is ended at the end of the block."""
+    with StopFlag() as stop:
+        run = TrainingRun(recipe, stage, training, stop)
+        try:
+            with lock_run_folder(run.folder):
+                yield run
+        finally:
+            run.end()
+
+
+def finished_already(run: TrainingRun, inputs: dict[str, str]) -> bool:
+    """Whether the stage has finished with this recipe and these inputs, which is then printed. Call this before its record is overwritten.
+
+    Raises:
+        InputError: the recipe or the inputs have changed, or the stage has written its export and lost its checkpoints.
+    """
+    export = run.folder.export(run.stage)
+    if decide_action(run.folder, run.recipe, run.stage, inputs) == "skip":
+        run.report(f"finished already: {export}")
+        return True
+    record = load_record(run.folder, run.stage)
+    if record is not None and run.training.resume == "auto":
+        run.checkpoints.check_can_continue(run.stage, export, record.finished)
+    return False
+
+
+def training_steps(run: TrainingRun, validate: Callable[[float], None] | None = None, save: Callable[[], None] | None = None,
+                   wait: Callable[[StopFlag], None] | None = None) -> Iterator[float]:
+    """Yield the progress in [0, 1) before each step, until the budget is used up. All processes run this loop together.
+
+    After a signal, it saves and raises Interrupted. Without `save`, it just ends.
+
+    Args:
+        run: the training, after prepare(). The caller ends each step with run.end_step().
+        validate: validate(progress) validates. It is called when a validation is due, and stops early after a signal.
+        save: writes a checkpoint, such as run.save. It is called when a checkpoint is due and after a signal.
+        wait: wait(stop) waits for what the next step needs, until a signal arrives.
+    """
+    while True:
+        if wait is not None:
+            wait(run.stop)  # before sync(): a signal ends the wait in one process, and sync() makes all processes save
+        signal_number, progress = run.sync()
+        finished = progress >= 1
+        if validate is not None and not signal_number and run.validations.due(finished):
+            validate(progress)
+            signal_number, _ = run.sync()  # a signal during validation aborts it; it runs again on resume
+        if save is not None and (run.due(run.training.checkpoint_every, finished) or signal_number):
+            save()
+        if save is not None and signal_number:
+            raise Interrupted(signal_number, f"{run.stage} saved at step {run.state.step:,} in {run.checkpoints.root}")
+        if finished or signal_number:
+            return
+        yield progress
+
+
+def export_best_and_last(run: TrainingRun, measure: str) -> int:
+    """Write the best or the last weights to the stage's export, as its `export` field says, and the others to a folder beside the checkpoints.
+
+    Returns the step of the exported weights. `measure` names the metric of the best weights, for the warning if it was never finite.
+    """
+    model = run.validated_model
+    save_pretrained = cast(Callable[[Path], None], model.save_pretrained)  # the models of both stages have this method
+    targets = {"best": run.checkpoints.root / "best", "last": run.checkpoints.root / "last"}
+    targets[run.training.export] = run.folder.export(run.stage)
+    save_pretrained(targets["last"])
+    has_best = run.best_weights.load_into(model)
+    if not has_best:
+        run.report(f"warning: no validation had a finite {measure}, so there are no best weights; {targets['best']} holds the last ones")
+    save_pretrained(targets["best"])
+    return run.state.best_step if has_best and run.training.export == "best" else run.state.step
