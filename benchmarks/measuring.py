@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "RESULTS.md"
 
 
 def use_two_cpu_threads() -> None:
-    """Run all contestants, including vqmosaic's own stages, on two CPU threads and no GPU. Must be called before any computation."""
+    """Run all contestants, including vqmosaic's own stages, on two CPU threads without a GPU. Must be called before any computation."""
     os.environ["OMP_NUM_THREADS"] = "2"  # read by the stages
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(2)
@@ -63,8 +63,8 @@ def describe_machine(*packages: str) -> str:
 def record(title: str, lines: list[str], packages: tuple[str, ...] = ()) -> None:
     """Print a result and, with --record on the command line, write it to RESULTS.md, replacing the last result with this title."""
     words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *(word for word in sys.argv[1:] if word != "--record")]
-    text = "\n".join([f"## {title}", "", f"`{shlex.join(words)}`  ",
-                      describe_machine(*packages), "", *lines, ""])
+    command = f"`{shlex.join(words)}`  "  # two spaces at the end: a line break in Markdown
+    text = "\n".join([f"## {title}", "", command, describe_machine(*packages), "", *lines, ""])
     print(text)
     if "--record" not in sys.argv:
         return

@@ -1,4 +1,4 @@
-"""Compares the speed of sampling with guidance with transformers' `generate` and with LlamaGen's model and `generate`, alternating in one process.
+"""Compares the speed of our sampling with guidance to that of transformers' and LlamaGen's `generate`, alternating in one process.
 
     git clone https://github.com/FoundationVision/LlamaGen /tmp/LlamaGen
     python -m benchmarks.sampling --llamagen /tmp/LlamaGen             # two CPU threads, about ten minutes
@@ -6,9 +6,9 @@
     python -m benchmarks.sampling --gpu                                # on a GPU: presets B and XL, batches 1, 8, 64, 256, only ours
 
 The models have random weights and the same size (LlamaGen rounds its feed-forward width up to a multiple of 256). The settings are guidance scale 2,
-temperature 1, no top-k and no top-p. LlamaGen's code is unchanged. It runs in evaluation mode, with caches in the dtype of the weights. The cold time
-is the time that our sampler needs before its first token, to join and pack the weights. It is part of the time of each call. Nothing is compiled. The
-first call is the first one of that contestant in this process.
+temperature 1, no top-k and no top-p. LlamaGen's code is unchanged. It runs in evaluation mode, with caches in the dtype of the weights. Without
+--gpu, nothing is compiled. In the table, "first call" is the first call of a contestant in this process, and "cold" is the part of each call in which
+our sampler joins and packs the weights before its first token.
 """
 
 import argparse
@@ -130,11 +130,12 @@ def cold_seconds(prior: TokenPrior, rows: int) -> float:
 def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str], bool]:
     """The lines of the result for a preset, and whether all targets are met."""
     has_bf16 = cpu_has_bf16()
-    priors = {OURS: make_prior(preset, "llama"), "ours, grid_transformer": make_prior(preset, "grid_transformer")}
+    architectures = {OURS: "llama", "ours, grid_transformer": "grid_transformer"}
+    priors = {kind: make_prior(preset, architecture) for kind, architecture in architectures.items()}
     reference = dict(priors)
     if has_bf16:
-        for kind in list(priors):
-            priors[f"{kind}, bf16"] = make_prior(preset, kind.rpartition(" ")[2]).to(torch.bfloat16)
+        for kind, architecture in architectures.items():
+            priors[f"{kind}, bf16"] = make_prior(preset, architecture).to(torch.bfloat16)
     contestants = {LLAMAGEN: llamagen_generate(llamagen, preset)} if llamagen else {}
     contestants |= {TRANSFORMERS: transformers_generate(priors[OURS], preset.batch), LOOP: our_loop(priors[OURS], preset.batch)}
     contestants |= {kind: our_sampling(prior, preset.batch) for kind, prior in priors.items()}
@@ -145,8 +146,8 @@ def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str
     ids_BT = priors[OURS].sample(classes, SamplingConfig(), list(range(preset.batch)))
     differences = {kind: largest_logit_difference(prior, reference[kind.removesuffix(", bf16")], ids_BT, classes)
                    for kind, prior in priors.items()}
-    million = priors[OURS].num_parameters / 1e6
-    lines = [f"{preset.layers} layers, {preset.width} wide, {preset.heads} heads ({million:.0f}M), {preset.codes} codes, "
+    millions = priors[OURS].num_parameters / 1e6
+    lines = [f"{preset.layers} layers, {preset.width} wide, {preset.heads} heads ({millions:.0f}M), {preset.codes} codes, "
              f"{preset.side**2} tokens, batch {preset.batch}, {rounds} rounds.", "",
              "| | seconds | times LlamaGen | times transformers | first call, s | of each call cold, s | largest logit difference |",
              "|---|---|---|---|---|---|---|"]
@@ -161,10 +162,10 @@ def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str
               for kind in reference]
     if llamagen:
         for kind in reference:
-            formats = [("float32", kind, preset.speedup)] + ([("bf16", f"{kind}, bf16", preset.speedup_bf16)] if has_bf16 else [])
-            for name, contestant, required in formats:
+            dtypes = [("float32", kind, preset.speedup)] + ([("bf16", f"{kind}, bf16", preset.speedup_bf16)] if has_bf16 else [])
+            for dtype, contestant, required in dtypes:
                 factor = ratio(seconds, LLAMAGEN, contestant)
-                checks.append((f"{kind}: {required} times LlamaGen in {name}: {factor:.2f}", factor >= required))
+                checks.append((f"{kind}: {required} times LlamaGen in {dtype}: {factor:.2f}", factor >= required))
     lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {words}" for words, kept in checks)]
     if not llamagen:
         lines.append("- not checked: the ratios to LlamaGen, because --llamagen is not given")
@@ -193,7 +194,7 @@ def measure_gpu(rounds: int, device: str = "cuda") -> tuple[list[str], bool]:
     """The lines of the result for our sampling in bf16 on a GPU, with and without a CUDA graph, and whether the target is met."""
     bandwidth = memory_bandwidth(device)
     lines = [f"A copy moves {bandwidth / 1e9:,.0f} GB/s.", "",
-             "| | batch | seconds | with compile=True, s | its first call, s | images/s | time of reading the weights, of the faster one |",
+             "| | batch | seconds | with compile=True, s | its first call, s | images/s | reading the weights, share of the faster time |",
              "|---|---|---|---|---|---|---|"]
     shares = {}
     for name, preset in GPU_PRESETS.items():

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import linecache
-import os
 import statistics
 import sys
 import tempfile
@@ -87,9 +86,9 @@ def read_token_shards(folder: Path) -> Iterator[Batch]:
 def read_webdataset(folder: Path) -> Iterator[Batch]:
     """webdataset: shuffled shards, and a shuffle buffer of samples."""
     urls = sorted(map(str, (folder / "shards").glob("shard-*.tar")))
-    views = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     samples = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(BUFFER).decode().to_tuple("image.npy", "json")
-    yield from batched((ids_VT[views.integers(VIEWS)], facts["label"]) for ids_VT, facts in samples)
+    yield from batched((ids_VT[random.integers(VIEWS)], facts["label"]) for ids_VT, facts in samples)
 
 
 def read_json_lines(folder: Path) -> Iterator[Batch]:
@@ -136,30 +135,30 @@ CONTESTANTS = {OURS: read_token_shards, WEBDATASET: read_webdataset, JSON_LINES:
 PATHS = {OURS: ["shards"], WEBDATASET: ["shards/*.tar"], JSON_LINES: ["tokens.jsonl"], NPY_FILES: ["files/codes", "files/labels"]}
 
 
-def epoch(contestant: str, folder: Path, first: dict[str, list[float]]) -> None:
-    """Read one epoch, append the seconds until the first batch to `first`, and check that all images are read with the right labels."""
+def read_epoch(contestant: str, folder: Path, first_seconds: dict[str, list[float]]) -> None:
+    """Read one epoch, append the seconds until the first batch to `first_seconds`, and check the number of images in each class."""
     started, images, classes = time.perf_counter(), 0, np.zeros(CLASSES, dtype=np.int64)
     for ids_BT, labels_B in CONTESTANTS[contestant](folder):
         if not images:
-            first[contestant].append(time.perf_counter() - started)
+            first_seconds[contestant].append(time.perf_counter() - started)
         assert ids_BT.shape == (len(labels_B), SIDE**2)
         images += len(ids_BT)
         classes += np.bincount(labels_B, minlength=CLASSES)
     assert images == IMAGES and (classes == IMAGES // CLASSES).all()
 
 
-def bytes_of(folder: Path, patterns: list[str]) -> tuple[float, float]:
+def bytes_per_image(folder: Path, patterns: list[str]) -> tuple[float, float]:
     """Bytes per image: in the files, and in their disk blocks."""
-    found = [path for pattern in patterns for path in folder.glob(pattern)]
-    sizes = [path.stat() for top in found for path in ([top] if top.is_file() else top.iterdir())]
-    return sum(size.st_size for size in sizes) / IMAGES, sum(size.st_blocks * 512 for size in sizes) / IMAGES
+    found = [top for pattern in patterns for top in folder.glob(pattern)]
+    stats = [path.stat() for top in found for path in ([top] if top.is_file() else top.iterdir())]
+    return sum(stat.st_size for stat in stats) / IMAGES, sum(stat.st_blocks * 512 for stat in stats) / IMAGES
 
 
 # --- opening a million images, and waiting for data ---------------------------------------------------------------------------------
 
 
 def write_million(folder: Path) -> None:
-    """Write manifest and sidecars of a million images. The tars are sparse files of the right size, because opening does not read them."""
+    """Write the manifest and the sidecars of a million images. The tars are sparse files of the right size, because opening does not read them."""
     folder.mkdir()
     full_header = header(MILLION)
     entries, fingerprint = [], full_header.fingerprint
@@ -171,7 +170,7 @@ def write_million(folder: Path) -> None:
                      sources=[f"n01440764/n01440764_{index}.JPEG" for index in sources],
                      offsets={"image": [640 + 2560 * row for row in range(len(sources))]}).save(folder)
         with open(folder / name, "wb") as file:
-            os.truncate(file.fileno(), size)
+            file.truncate(size)
         entries.append(ShardEntry(name=name, count=len(sources), size=size, sha256="0" * 64,
                                   sidecar_sha256=hashlib.sha256(sidecar_path(folder, name).read_bytes()).hexdigest()))
     header_fields = {field.name: getattr(full_header, field.name) for field in dataclasses.fields(full_header)}
@@ -179,7 +178,10 @@ def write_million(folder: Path) -> None:
 
 
 def measure_waiting(folder: Path, batch_size: int) -> tuple[float, float]:
-    """Seconds per step of the fastest prior that is not compiled (benchmarks/prior_step.py), and the fraction of them spent waiting for data."""
+    """The median seconds of a training step, and the fraction of the training time spent waiting for data.
+
+    The prior is the fastest one in benchmarks/prior_step.py that is not compiled.
+    """
     reader = TokenShardReader(folder / "shards", seed=0)
     prior = Ours("grid_transformer", "adamw", "bf16" if cpu_has_bf16() else "no", batch_size)
     batches = TokenBatches(reader, dataclasses.replace(prior.prior.vocabulary, token_fingerprint=reader.manifest.token_fingerprint,
@@ -203,14 +205,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vqmosaic-shards-") as name:
         folder = Path(name)
         write_everything(folder)
-        first = {contestant: [] for contestant in CONTESTANTS}
-        epochs = {contestant: functools.partial(epoch, contestant, folder, first) for contestant in CONTESTANTS}
-        seconds = time_alternately(epochs, ROUNDS, warm_up=0)  # the new files are in the page cache
+        first_seconds = {contestant: [] for contestant in CONTESTANTS}
+        epochs = {contestant: functools.partial(read_epoch, contestant, folder, first_seconds) for contestant in CONTESTANTS}
+        seconds = time_alternately(epochs, ROUNDS, warm_up=0)  # no warm-up: the new files are in the page cache
         text += ["| | images/s | times slower than ours | first batch after, ms | bytes an image | on the disk |", "|---|---|---|---|---|---|"]
         for contestant in CONTESTANTS:
-            in_files, on_disk = bytes_of(folder, PATHS[contestant])
+            in_files, on_disk = bytes_per_image(folder, PATHS[contestant])
             text.append(f"| {contestant} | {IMAGES / statistics.median(seconds[contestant]):,.0f} | {ratio(seconds, contestant, OURS):.1f} | "
-                        f"{statistics.median(first[contestant]) * 1000:,.0f} | {in_files:,.0f} | {on_disk:,.0f} |")
+                        f"{statistics.median(first_seconds[contestant]) * 1000:,.0f} | {in_files:,.0f} | {on_disk:,.0f} |")
             if contestant != OURS:
                 checks.append((ratio(seconds, contestant, OURS) > 1, f"faster than {contestant}", f"{ratio(seconds, contestant, OURS):.1f} times"))
         write_million(folder / "million")

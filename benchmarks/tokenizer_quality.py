@@ -5,6 +5,8 @@
     python -m benchmarks.tokenizer_quality --only ours             # one contestant (diffusers, ours, vqgan)
     python -m benchmarks.tokenizer_quality --record                # also write to RESULTS.md and save the pictures beside it
 
+Other arguments, such as --tokenizer.channels=64, change both of our recipes.
+
 All tokenizers encode 32x32 pixels to 8x8 tokens of 512 codes. Ours are the shipped recipes cifar10 and cifar10_vqgan, trained by the code of
 `train-tokenizer`. Only the budget differs. The metrics, on all 10,000 test images, are PSNR, the fraction of the codebook that is used, and the
 Frechet distance between the originals and their reconstructions (torchmetrics, on the features of a small classifier that this script trains).
@@ -64,13 +66,13 @@ def train_peer(minutes: float, images_NHWC: torch.Tensor, widths: tuple[int, ...
     return restore, seen, model
 
 
-def train_ours(name: str, minutes: float):
-    """Train a shipped recipe with this budget by vqmosaic's own code. Returns (restore, images seen)."""
+def train_ours(name: str, minutes: float, overrides: list[str]):
+    """Train a shipped recipe with this budget and these overrides by vqmosaic's own code. Returns (restore, images seen)."""
     run_dir = Path(tempfile.mkdtemp()) / name
     recipe = load_recipe(RECIPES[name], [
         f"--run_dir={run_dir}", f"--data.path={cifar10.folder()}", "--tokenizer_training.max_steps=null",
         f"--tokenizer_training.max_minutes={minutes}", "--tokenizer_training.validate_every=500", "--tokenizer_training.validation_images=500",
-        "--tokenizer_training.checkpoint_every=100000", *EXTRA])
+        "--tokenizer_training.checkpoint_every=100000", *overrides])
     train(recipe)
     tokenizer = ImageTokenizer.from_pretrained(run_dir / "tokenizer")
     steps = read_metrics(RunFolder(run_dir).logs("tokenizer") / "metrics.jsonl", "validation")[-1]["step"]
@@ -80,9 +82,6 @@ def train_ours(name: str, minutes: float):
         return output.reconstructions, output.quantizer.ids
 
     return restore, steps * recipe.tokenizer_training.batch_size
-
-
-EXTRA: list[str] = []
 
 
 @torch.no_grad()
@@ -96,10 +95,10 @@ def evaluate(restore, images_NHWC: torch.Tensor, labels_N: torch.Tensor, classif
         restored_BCHW = restored_BCHW.clamp(-1, 1)
         squared_error += float((restored_BCHW - images_BCHW).square().mean()) * len(images_BCHW)
         used_K += torch.bincount(ids.flatten(), minlength=CODES)
-        restored = restored_BCHW.add(1).mul(127.5).round().to(torch.uint8)
+        restored_pixels_BCHW = restored_BCHW.add(1).mul(127.5).round().to(torch.uint8)
         distance.update(pixels_BHWC.permute(0, 3, 1, 2), real=True)
-        distance.update(restored, real=False)
-        correct += int((classifier.head(classifier(restored)).argmax(1) == labels_B).sum())
+        distance.update(restored_pixels_BCHW, real=False)
+        correct += int((classifier.head(classifier(restored_pixels_BCHW)).argmax(1) == labels_B).sum())
     return {"psnr": float(10 * torch.log10(torch.tensor(4 / (squared_error / len(images_NHWC))))), "usage": float((used_K > 0).float().mean()),
             "distance": float(distance.compute()), "accuracy": correct / len(images_NHWC)}
 
@@ -110,7 +109,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--only", choices=["diffusers", *RECIPES], nargs="+", default=["diffusers", *RECIPES])
     parser.add_argument("--record", action="store_true")
-    options, EXTRA[:] = parser.parse_known_args()
+    options, overrides = parser.parse_known_args()
     if options.record and len(options.only) < 3:
         parser.error("--record needs all three contestants. Leave out --only.")
     use_two_cpu_threads()
@@ -119,7 +118,7 @@ def main() -> int:
     rows, pictures = {}, []
     restorers = {}
     for name in options.only:
-        restorers[name] = train_peer(options.minutes, images_NHWC)[:2] if name == "diffusers" else train_ours(name, options.minutes)
+        restorers[name] = train_peer(options.minutes, images_NHWC)[:2] if name == "diffusers" else train_ours(name, options.minutes, overrides)
     classifier = train_classifier(images_NHWC, labels_N)
     for name, (restore, seen) in restorers.items():
         rows[name] = {"seen": seen, **evaluate(restore, test_NHWC, test_labels_N, classifier)}
@@ -141,9 +140,9 @@ def main() -> int:
                 rows["vqgan"]["distance"] < rows["ours"]["distance"]
         missed = [text for text, kept in checks.items() if not kept]
         lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items())]
-    picture = Path("benchmarks/tokenizer_quality.png") if options.record else Path(tempfile.gettempdir()) / "tokenizer_quality.png"
+    folder = Path("benchmarks") if options.record else Path(tempfile.gettempdir())
     for name, image in zip(rows, pictures, strict=True):
-        save_picture(image, picture.with_name(f"tokenizer_quality_{name}.png"))
+        save_picture(image, folder / f"tokenizer_quality_{name}.png")
     lines += ["", f"Each trained for {options.minutes:g} minutes. Originals over reconstructions: "
               + ", ".join(f"[{name}](tokenizer_quality_{name}.png)" for name in rows) + "."]
     record("Tokenizer quality on CIFAR-10 in equal time", lines, ("diffusers", "torchmetrics"))

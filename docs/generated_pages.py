@@ -28,14 +28,14 @@ The defaults below are those of an empty recipe. Each shipped recipe ({', '.join
 
 
 def write_pages(docs: Path) -> None:
-    """Write the pages. A file changes only if its content does, so that Sphinx rebuilds no more than it must."""
+    """Write the pages. A page that has not changed is not written, so Sphinx does not rebuild it."""
     for name, text in (("recipe_reference.md", recipe_reference()), ("benchmarks.md", benchmark_results(docs.parent / "benchmarks" / "RESULTS.md"))):
         if not (docs / name).is_file() or (docs / name).read_text() != text:
             (docs / name).write_text(text)
 
 
 def benchmark_results(path: Path) -> str:
-    """RESULTS.md, with links to its pictures as seen from docs/."""
+    """The text of RESULTS.md, with links to its pictures that are relative to docs/."""
     return re.sub(r"\]\((\w+\.png)\)", r"](../benchmarks/\1)", path.read_text())
 
 
@@ -45,7 +45,7 @@ def recipe_reference() -> str:
     add_recipe_options(parser)
     actions = {action.dest: action for action in parser._actions}
     parts = [INTRODUCTION]
-    top = [entry.name for entry in dataclasses.fields(Recipe) if not dataclasses.is_dataclass(entry.type)]
+    top = [field.name for field in dataclasses.fields(Recipe) if not dataclasses.is_dataclass(field.type)]
     parts.append("## Top level\n\n" + "\n".join(entry(actions[name], name) for name in top))
     for section in dataclasses.fields(Recipe):
         if dataclasses.is_dataclass(section.type):
@@ -58,6 +58,6 @@ def recipe_reference() -> str:
 def entry(action: argparse.Action, name: str) -> str:
     """One field as a Markdown list item."""
     kind = getattr(action, "_typehint", None) or action.type
-    shown = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind).replace("typing.", "").replace("NoneType", "None")
+    shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("NoneType", "None")
     default = repr(action.default) if isinstance(action.default, str) else json.dumps(action.default)
-    return f"- **`{name}`** ({shown or kind}, default `{default}`): {' '.join((action.help or '').split())}"
+    return f"- **`{name}`** ({shown}, default `{default}`): {' '.join((action.help or '').split())}"

@@ -5,7 +5,7 @@
 
 pipeline/
     tokenizer/, prior/    copies of the exports
-    pipeline.json         recommended sampling settings, class names, fingerprints; the sweep record if `vqmosaic sweep` chose the settings
+    pipeline.json         recommended sampling settings, class names, token fingerprint; the sweep record if `vqmosaic sweep` chose the settings
 """
 
 import dataclasses
@@ -46,11 +46,12 @@ SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfi
 def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
     """Write a pipeline folder from a tokenizer folder and a prior folder, and return its path. After a failure, no partial folder remains.
 
-    If a sweep chose these settings for these parts, its record is kept. It is read from the pipeline that contains the parts or is replaced.
+    If a sweep chose these settings for these parts, its record is kept. It is read from the pipeline that contains the tokenizer, or from the
+    one that is replaced.
 
     Raises:
         ValueError: one of the parts is missing, the prior was trained on tokens of another tokenizer (the message gives both fingerprints and
-            paths), the sampling settings do not fit the prior, or `out` contains other files than a pipeline.
+            paths), the sampling settings do not fit the prior, or `out` is a file, or a folder with files but without a pipeline.
     """
     check_replaceable(out)
     token_fingerprint = token_fingerprint_of_tokenizer(tokenizer)
@@ -100,7 +101,7 @@ def find_sweep_record(folders: Sequence[Path], sampling: SamplingConfig, tokeniz
 
 
 def recommend(folder: Path, sampling: SamplingConfig, record: dict[str, Any]) -> None:
-    """Write sampling settings to a pipeline folder as recommended, together with the record of the sweep that chose them. The write is atomic.
+    """Write recommended sampling settings to a pipeline folder, with the record of the sweep that chose them. The write is atomic.
 
     Raises:
         ValueError: the record was not made with the parts of this pipeline.
@@ -158,8 +159,8 @@ def find_pipeline(path: str | Path) -> Path:
         check_readable(folder / "pipeline.json")
         if (folder / "pipeline.json").is_file():
             return folder
-    known = sorted(str(found.parent.parent) for found in Path("runs").glob("*/pipeline/pipeline.json"))
-    hint = f" Finished runs in this folder: {', '.join(known)}." if known else ""
+    finished = sorted(str(found.parent.parent) for found in Path("runs").glob("*/pipeline/pipeline.json"))
+    hint = f" Finished runs in this folder: {', '.join(finished)}." if finished else ""
     what = "has no finished pipeline" if path.is_dir() else "does not exist"
     raise InputError(f"{path} {what}. Give a run folder, or a pipeline folder with pipeline.json from `vqmosaic bundle`.{hint}")
 
@@ -181,7 +182,7 @@ def find_tokenizer(path: str | Path) -> Path:
 def read_bundle(folder: Path) -> dict:
     """The content of pipeline.json, after a check of its format, version, fields, class names and token fingerprint.
 
-    `recommended_sampling` reads the sampling settings, which users may edit.
+    Does not check the sampling settings, which users may edit: `recommended_sampling` does.
     """
     path = folder / "pipeline.json"
     content = read_object(path, "`vqmosaic bundle` writes it again")
@@ -211,7 +212,7 @@ def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
 def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[int]:
     """The index of each label, which is a class name or an integer of any type.
 
-    Raises InputError, which lists the allowed values, for unknown classes and if the pipeline has no classes (`names` is None).
+    Raises InputError for unknown classes, and if the pipeline has no classes (`names` is None).
     """
     if names is None:
         raise InputError(f"the classes {list(labels)} are given, but this pipeline was trained without classes. Leave them out.")
@@ -246,7 +247,7 @@ def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
         spans = (",".join(parts[start:stop]).strip() for stop in range(len(parts), start, -1))
         label = next((span for span in spans if span in known), parts[start].strip())
         labels.append(int(label) if has_indices and label not in known and label.isdecimal() else label)
-        start += 1 + (label.count(",") if label in known else 0)
+        start += 1 + label.count(",")  # only a class name can contain commas
     return labels
 
 

@@ -54,7 +54,7 @@ def recipe_command_parser(command: str) -> Parser:
 
 
 def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parse the arguments of a recipe command into its options, with the loaded recipe, and the recipe overrides."""
+    """Parse the arguments of a recipe command. Returns the options, with the loaded recipe as `options.recipe`, and the recipe overrides."""
     from pipelines.stages.count_images import count_images
 
     parser = recipe_command_parser(command)
@@ -137,12 +137,12 @@ def bundle(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, default_words: str) -> None:
-    """Add an option for each field of SamplingConfig to a parser. The help of each one ends with `default_words`."""
+def add_sampling_options(parser: argparse.ArgumentParser, note: str) -> None:
+    """Add an option for each field of SamplingConfig to a parser. The help of each one ends with `note` in parentheses."""
     helps = field_help(SamplingConfig)
     for field in dataclasses.fields(SamplingConfig):
         kind = {"type": float, "nargs": 2, "metavar": ("START", "STOP")} if field.type == list[float] else {"type": field.type}
-        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} ({default_words})", **kind)
+        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} ({note})", **kind)
 
 
 def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -358,7 +358,7 @@ def dispatch(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the console script. Exit codes: 0 success, 1 findings or failure, 2 bad input, 130 and 143 after signals."""
     set_up_process()
-    codes: list[int] = []
+    codes: list[int] = []  # the exit code of the command, if it returns
     code = exit_code_of(lambda: codes.append(dispatch(sys.argv[1:])))
     exit_process(code or codes[0])
 

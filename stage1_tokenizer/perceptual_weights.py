@@ -39,7 +39,7 @@ def resolve_perceptual_weights(path: str | None) -> PerceptualWeights:
         path: a folder with one or both files, or one of the files. None searches only the cache and the packages.
 
     Raises:
-        ValueError: `path` does not exist or contains neither file, or a file is not found. The message lists the searched paths and remedies.
+        InputError: `path` does not exist or contains neither file, or a file is not found. The message lists the searched paths and remedies.
     """
     given = [] if path is None else _find_at_path(Path(path).expanduser())
     cache = hub_checkpoints()
@@ -53,7 +53,7 @@ def resolve_perceptual_weights(path: str | None) -> PerceptualWeights:
         found["vgg16"], missing = _download(cache / VGG16_NAMES[0]), []
     if missing:
         raise InputError(_missing_message(path, missing, candidates))
-    return PerceptualWeights(**{name: file for name, file in found.items() if file is not None})
+    return PerceptualWeights(**{name: file for name, file in found.items() if file is not None})  # the condition is for mypy
 
 
 def hub_checkpoints() -> Path:
@@ -62,17 +62,17 @@ def hub_checkpoints() -> Path:
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
-def _find_at_path(given: Path) -> list[Path]:
+def _find_at_path(path: Path) -> list[Path]:
     """The files with known names at the user's path. Raises InputError if there are none."""
-    if given.is_dir():
-        files = [given / name for name in (*VGG16_NAMES, *LINEAR_NAMES)]
+    if path.is_dir():
+        files = [path / name for name in (*VGG16_NAMES, *LINEAR_NAMES)]
         found = [file for file in files if file.is_file()]
         reason = "contains no weight file with a known name"
     else:
-        found = [given] if given.is_file() and given.name in (*VGG16_NAMES, *LINEAR_NAMES) else []
-        reason = "has an unknown file name" if given.is_file() else "does not exist"
+        found = [path] if path.is_file() and path.name in (*VGG16_NAMES, *LINEAR_NAMES) else []
+        reason = "has an unknown file name" if path.is_file() else "does not exist"
     if not found:
-        raise InputError(f"{FIELD} is {str(given)!r}, which {reason}. Give a folder with the weights of VGG16 ({', '.join(VGG16_NAMES)}) and the "
+        raise InputError(f"{FIELD} is {str(path)!r}, which {reason}. Give a folder with the weights of VGG16 ({', '.join(VGG16_NAMES)}) and the "
                          f"linear weights of LPIPS ({', '.join(LINEAR_NAMES)}), or one of these files.")
     return found
 
@@ -122,4 +122,4 @@ def _how_to_get(missing: list[str]) -> str:
     ways = {"vgg16": f"download {VGG16_URL} on a machine with network access (or install torchvision, and it is downloaded automatically)",
             "linear": "take weights/v0.1/vgg.pth from the Python package lpips (pip install lpips)"}
     return (f"To get them: {'; '.join(ways[name] for name in missing)}. Put the files into one folder and set {FIELD} to it. "
-            "tokenizer_training.perceptual_loss discriminator_features needs no weights.")
+            "Or set tokenizer_training.perceptual_loss to discriminator_features, which needs no weights.")

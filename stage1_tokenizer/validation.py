@@ -21,14 +21,17 @@ PICTURE_IMAGES = 16
 @torch.no_grad()  # not inference mode: without a weight average, this is the model being trained
 def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
              stop: StopFlag | None = None) -> dict[str, float] | None:
-    """Compute metrics over the fixed validation images. Returns the same on all ranks, or None if a signal stopped any rank.
+    """Compute metrics over the fixed validation images. Returns the same metrics on all ranks, or None if a signal stopped any rank.
 
     Clamps reconstructions to [-1, 1] and computes everything in float32, like preprocessing and sampling.
 
-    Metrics: psnr in dB over all pixels, and ssim, both for images in [0, 1]. reconstruction_l1 and reconstruction_l2 per pixel, for images in
-    [-1, 1]. variance of the image pixels, which equals the reconstruction_l2 of the best flat grey image. If the quantizer has ids:
-    codebook_usage, the share of codes used at least once on these images, and perplexity, exp of the entropy of the code frequencies. With
-    several ids per position, each level's codes are counted separately, and the perplexity is per level.
+    - psnr, ssim: for images in [0, 1]. psnr is in dB, from the mean squared error over all images.
+    - reconstruction_l1, reconstruction_l2: mean absolute and mean squared error, for images in [-1, 1].
+    - variance: of the pixel values in [-1, 1]. It equals the reconstruction_l2 of the best flat grey image.
+    - codebook_usage, if the quantizer has ids: the share of codes used at least once on these images.
+    - perplexity, if the quantizer has ids: exp of the entropy of the code frequencies.
+
+    With several ids per position, each level's codes are counted separately, and the perplexity is per level.
     """
     device = accelerator.device
     psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
@@ -76,14 +79,14 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
 
 
 def codebook_metrics(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:
-    """codebook_usage and perplexity from code counts (K,), or (levels * K,)."""
+    """codebook_usage and perplexity from code counts (levels * K,)."""
     shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
     entropy = -(shares_K * shares_K.clamp_min(1e-12).log()).sum()
     return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy)) / levels}
 
 
 def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):
-    """A picture of alternating rows: originals, and their reconstructions below them."""
+    """A PIL image with rows of originals, each followed by the row of their reconstructions."""
     originals, restored = to_uint8(images_BCHW), to_uint8(restored_BCHW)
     rows: list[np.ndarray] = []
     for start in range(0, len(originals), columns):

@@ -30,7 +30,7 @@ class TokenPrior(nn.Module):
     """
 
     _no_split_modules: set[str] | list[str] | None
-    """Classes of modules that accelerate shards one by one. Set only for FSDP."""
+    """Names of the module classes that the library accelerate shards one by one. Set only for FSDP."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary):
         super().__init__()
@@ -156,10 +156,11 @@ class TokenPrior(nn.Module):
 
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
-        """Sample ids (B, T) of the grids (int64, on the prior's device): image b from class_indices_B[b] (-1 or None: no class) and seeds[b].
+        """Sample ids (B, T) of the grids, as int64 on the prior's device. Image b has the class class_indices_B[b] and the seed seeds[b].
 
-        `callback(done, T)` is called after each token. If it returns False, sampling.SamplingStopped is raised. `compile` records the step as a
-        CUDA graph, if the device and the model support it. Raises InputError for an unknown class, different lengths, arguments of the wrong
-        type, and for guidance if the null class was never trained or no image has a class.
+        Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each token. If it
+        returns False, sampling.SamplingStopped is raised. `compile` records the forward pass of a token as a CUDA graph, if the device and the
+        model support it. Raises InputError for an unknown class, different lengths, arguments of the wrong type, and for guidance if the null
+        class was never trained or no image has a class.
         """
         return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)

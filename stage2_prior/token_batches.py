@@ -1,4 +1,4 @@
-"""Batches of tokens and classes for the prior. The slice of a rank depends only on the step."""
+"""Batches of tokens and classes for the prior. A batch does not depend on earlier batches, so training can resume at any step."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -124,7 +124,7 @@ def warn_of_sorted_shards(reader: TokenShardReader, batch_size: int) -> str | No
 
 
 def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np.ndarray:
-    """Ascending indices (N,) of at most `limit` samples for validation. They are the same at every validation and have all classes in proportion.
+    """Ascending indices (N,) of at most `limit` samples for validation. They are the same at every validation, with all classes in proportion.
 
     Each class contributes the fraction limit / len(reader) of its samples, rounded up or down, chosen by a hash of their index in the data set.
     So the order in which samples are stored does not matter, and a larger limit adds images to those of a smaller one.
@@ -138,8 +138,8 @@ def validation_samples(reader: TokenShardReader, limit: int | None = None) -> np
     # Spread the n samples of each class evenly over [0, 1): sample k is at (k + u) / n, where u in [0, 1) is random for each class. Then the samples
     # with the lowest positions have all classes in proportion.
     offsets = hashes(classes, "validation classes") / 2.0**64
-    ranks_N = np.arange(total) - np.repeat(starts, counts)
-    positions_N = (ranks_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
+    number_in_class_N = np.arange(total) - np.repeat(starts, counts)
+    positions_N = (number_in_class_N + np.repeat(offsets, counts)) / np.repeat(counts, counts)
     return np.sort(by_class_N[np.argsort(positions_N, kind="stable")[:limit]])
 
 

@@ -40,18 +40,22 @@ class OneDevice(TorchDispatchMode):
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1 and func.overloadpacket.__name__ not in COPIES:
             raise WrongDevice(f"{func} got tensors on {' and '.join(sorted(map(str, devices)))}")
-        if func is torch.ops.aten.bincount.default and tensors[0].is_meta:  # torch cannot know that all ids are below minlength
+        if func is torch.ops.aten.bincount.default and tensors[0].is_meta:
+            # a meta tensor has no ids, so the size is minlength, the last argument: ids are assumed to be below it
             return torch.empty((*args, *(kwargs or {}).values())[-1], dtype=torch.int64, device="meta")
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def one_device(device: torch.device) -> Iterator[None]:
-    """Raise WrongDevice if an operator gets tensors on several devices.
+    """With the device `meta`, raise WrongDevice if an operator gets tensors on several devices. With other devices, do nothing.
 
     On `meta`, autocast does nothing, because torch does not support it there, and transformers does not check for packed sequences, because that
     needs data.
     """
+    if device.type != "meta":
+        yield
+        return
     autocast, is_autocast_enabled = torch.autocast, torch.is_autocast_enabled
 
     def autocast_except_on_meta(device_type, *args, **kwargs):
@@ -60,9 +64,6 @@ def one_device(device: torch.device) -> Iterator[None]:
     def is_enabled_except_on_meta(*device_type):
         return device_type != ("meta",) and is_autocast_enabled(*device_type)
 
-    if device.type != "meta":
-        yield
-        return
     with (patch("torch.autocast", autocast_except_on_meta), patch("torch.is_autocast_enabled", is_enabled_except_on_meta),
           patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None), OneDevice()):
         yield

@@ -15,6 +15,7 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ROW = bytes([10, 20, 30, 40, 50, 60])
+"""Two RGB pixels."""
 
 
 def linear_profile() -> bytes:
@@ -30,6 +31,10 @@ def linear_profile() -> bytes:
 def colour_space_of(content: bytes) -> str | None:
     with Image.open(io.BytesIO(content)) as image:
         return other_colour_space(image)
+
+
+def rgb_png(*chunks: tuple[bytes, bytes]) -> bytes:
+    return png(8, 2, ROW, *chunks)
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -48,7 +53,7 @@ def test_profiles_that_change_colours_are_reported(kind):
     assert colour_space_of(encoded(kind, icc_profile=b"no profile")) is None
 
 
-def test_grey_profiles_are_checked_too():
+def test_srgb_profile_of_a_grey_image_is_not_reported():
     buffer = io.BytesIO()
     Image.new("L", (8, 8), 100).save(buffer, "PNG", icc_profile=SRGB)
     assert colour_space_of(buffer.getvalue()) is None
@@ -63,7 +68,7 @@ def test_grey_profiles_are_checked_too():
     ([(b"cICP", bytes([12, 13, 0, 1])), (b"sRGB", b"\0")], "Display P3 (code points)"), ([(b"cICP", b"")], None),
 ])
 def test_colour_space_of_png_chunks(chunks, expected):
-    content = png(8, 2, ROW, *chunks)
+    content = rgb_png(*chunks)
     assert colour_space_of(content) == expected
     assert np.asarray(read_image(content)).tobytes() == ROW, "the pixel values are not converted"
 
@@ -98,8 +103,8 @@ def test_adobe_rgb_is_detected_in_exif():
 
 def test_check_data_counts_and_reports_colour_spaces(tmp_path):
     for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000 if number else 45455))))
-    (tmp_path / "broken.png").write_bytes(png(8, 2, ROW, (b"gAMA", struct.pack(">I", 100_000)))[:60])
+        (tmp_path / f"{number}.png").write_bytes(rgb_png((b"gAMA", struct.pack(">I", 100_000 if number else 45455))))
+    (tmp_path / "broken.png").write_bytes(rgb_png((b"gAMA", struct.pack(">I", 100_000)))[:60])
     lines = []
     check_data(DataConfig(path=str(tmp_path)), lines.append)
     colours = [line for line in lines if line.startswith("colours")]
@@ -107,7 +112,7 @@ def test_check_data_counts_and_reports_colour_spaces(tmp_path):
     assert colours[1] in {f"colours: 3 in gamma 1 (gAMA), such as {number}.png" for number in (1, 2, 3)}
     (tmp_path / "some").mkdir()
     for number in range(2):
-        (tmp_path / "some" / f"{number}.png").write_bytes(png(8, 2, ROW))
+        (tmp_path / "some" / f"{number}.png").write_bytes(rgb_png())
     lines.clear()
     check_data(DataConfig(path=str(tmp_path / "some")), lines.append)
     assert "colours: no image declares a colour space other than sRGB" in lines

@@ -23,8 +23,7 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import Interrupted
 
 ROWS, VIEWS, CLASSES, TOKENS = 60, 2, 5, GRID_SIZE**2
-RNG = np.random.default_rng(0)
-IDS_NVT = RNG.integers(0, CODES, (ROWS, VIEWS, TOKENS))
+IDS_NVT = np.random.default_rng(0).integers(0, CODES, (ROWS, VIEWS, TOKENS))
 LABELS_N = np.arange(ROWS) % CLASSES
 LABELS = LABELS_N.tolist()
 COMMON = ("--codebook_size", CODES, "--token_fingerprint", "made-up")
@@ -50,12 +49,15 @@ def records_of(ids_NVT=IDS_NVT, labels=LABELS) -> list[dict]:
             for ids_VT, label in zip(ids_NVT, labels, strict=True)]
 
 
+# as_*: write the tokens in one layout, and return the arguments of import-tokens for them
+
+
 def as_lines(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
     return [write_lines(folder / "tokens.jsonl", records_of(ids_NVT))]
 
 
 def as_files(folder: Path, ids_NVT=IDS_NVT) -> list[object]:
-    """The output of extract_codes_c2i.py: codes (1, V, T) and labels (1,) of int64."""
+    """The output of LlamaGen's extract_codes_c2i.py: codes (1, V, T) and labels (1,) of int64."""
     for row, ids_VT in enumerate(ids_NVT):
         write_array(folder / f"llama/digits16_codes/{row}.npy", ids_VT[None])
         write_array(folder / f"llama/digits16_labels/{row}.npy", LABELS_N[row:row + 1])
@@ -79,6 +81,7 @@ def stored(tokens: Path) -> dict[int, tuple[np.ndarray, int]]:
         rows = []
         for shard in reader.manifest.shards:
             sidecar = json.loads((tokens / split / shard.name).with_suffix(".json").read_text())
+            # the row in a name such as tokens.jsonl:17, digits16_codes/17.npy or codes.npy[17]
             rows += [int("".join(filter(str.isdigit, source.rpartition("/")[2].rpartition("jsonl")[2]))) for source in sidecar["sources"]]
         for number, row in enumerate(rows):
             assert row not in found, "a row is stored once"
@@ -122,11 +125,12 @@ def test_fingerprint_does_not_depend_on_the_layout(tmp_path):
     changed = IDS_NVT.copy()
     changed[-1, -1, -1] = (changed[-1, -1, -1] + 1) % CODES
     run("import-tokens", *as_array(tmp_path, changed), "--codebook_size", CODES, "--out", tmp_path / "changed")
-    assert len(seen) == 1 and len(seen.copy().pop()) == len("imported:") + 64
-    assert TokenShardManifest.load(tmp_path / "changed/train").token_fingerprint not in seen
+    (fingerprint,) = seen
+    assert len(fingerprint) == len("imported:") + 64
+    assert TokenShardManifest.load(tmp_path / "changed/train").token_fingerprint != fingerprint
 
 
-def test_trailing_newlines_and_blank_lines_are_optional(tmp_path):
+def test_newlines_and_blank_lines_at_the_end_are_optional(tmp_path):
     text = "\n".join(json.dumps(record) for record in records_of())
     for ending in ("", "\n", "\r\n\n  \n"):
         path = tmp_path / "tokens.jsonl"

@@ -82,14 +82,16 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_unknown_field_error_names_file_field_and_version(run, name, keys, read):
+@pytest.mark.parametrize(("file", "keys", "read"), FILES.values(), ids=list(FILES))
+def test_unknown_field_error_names_file_field_and_version(run, file, keys, read):
     read(run)
-    path = run / name
+    path = run / file
     content = json.loads(path.read_text())
     item_at(content, *keys)["of_later"] = 3
-    versioned = item_at(content, *keys[:2] if keys[:1] == ("results",) else ())
-    versioned.update({"versions": {"vqmosaic": LATER}} if "results" in keys else {"vqmosaic": LATER})
+    if "results" in keys:  # each result of a sweep has its own versions
+        content["results"][0]["versions"] = {"vqmosaic": LATER}
+    else:
+        content["vqmosaic"] = LATER
     path.write_text(json.dumps(content))
     with pytest.raises(InputError) as caught:
         read(run)
@@ -98,9 +100,9 @@ def test_unknown_field_error_names_file_field_and_version(run, name, keys, read)
     assert f"written by vqmosaic {LATER}; this is {__version__}. Update vqmosaic" in message, message
 
 
-@pytest.mark.parametrize(("name", "keys", "read"), FILES.values(), ids=list(FILES))
-def test_unknown_field_in_a_file_without_version(run, name, keys, read):
-    path = run / name
+@pytest.mark.parametrize(("file", "keys", "read"), FILES.values(), ids=list(FILES))
+def test_unknown_field_in_a_file_without_version(run, file, keys, read):
+    path = run / file
     content = json.loads(path.read_text())
     item_at(content, *keys)["of_later"] = 3
     content.pop("vqmosaic", None)
@@ -109,7 +111,7 @@ def test_unknown_field_in_a_file_without_version(run, name, keys, read):
         read(run)
 
 
-@pytest.mark.parametrize(("name", "keys", "field", "read"), [
+@pytest.mark.parametrize(("file", "keys", "field", "read"), [
     ("tokenizer/config.json", (), "network", FILES["tokenizer"][2]),
     ("tokenizer/config.json", ("transform",), "channels", FILES["transform"][2]),
     ("prior/vocabulary.json", ("grids", 0), "height", FILES["grid"][2]),
@@ -120,8 +122,8 @@ def test_unknown_field_in_a_file_without_version(run, name, keys, read):
     ("stages/prior.json", (), "inputs", FILES["stage record"][2]),
     ("sweep.json", ("results", 0), "settings", FILES["sweep"][2]),
 ])
-def test_missing_field_error_names_file_and_field(run, name, keys, field, read):
-    path = run / name
+def test_missing_field_error_names_file_and_field(run, file, keys, field, read):
+    path = run / file
     content = json.loads(path.read_text())
     del item_at(content, *keys)[field]
     path.write_text(json.dumps(content))
@@ -131,12 +133,12 @@ def test_missing_field_error_names_file_and_field(run, name, keys, field, read):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
-@pytest.mark.parametrize(("name", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
-def test_invalid_file_content_is_an_input_error(run, name, keys, read, text):
-    (run / name).write_text(text)
+@pytest.mark.parametrize(("file", "keys", "read"), {entry[0]: entry for entry in FILES.values()}.values(), ids=lambda value: str(value)[:20])
+def test_invalid_file_content_is_an_input_error(run, file, keys, read, text):
+    (run / file).write_text(text)
     with pytest.raises(InputError) as caught:
         read(run)
-    assert str(run / name) in str(caught.value)
+    assert str(run / file) in str(caught.value)
 
 
 def test_fields_missing_in_older_files_keep_their_defaults(run):
@@ -180,11 +182,11 @@ def test_unknown_option_of_a_later_grid_transformer(tmp_path):
         config.write_text(json.dumps(json.loads(config.read_text()) | changes))
         digests.write_text(json.dumps(json.loads(digests.read_text()) | {"vqmosaic": version, "files": digests_of(tmp_path)}))
 
-    save_as(LATER)
+    save_as(LATER)  # a later version without a new field
     TokenPrior.from_pretrained(tmp_path)
     save_as(__version__, of_later=True)  # a field that transformers added
     TokenPrior.from_pretrained(tmp_path)
-    save_as(LATER)
+    save_as(LATER)  # the field is still there
     with pytest.raises(InputError, match=rf"config\.json has unknown fields: of_later.*vqmosaic {LATER}"):
         TokenPrior.from_pretrained(tmp_path)
 

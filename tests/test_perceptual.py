@@ -123,7 +123,7 @@ def test_error_for_missing_weights_lists_locations_and_remedies(empty_cache):
     words = str(caught.value)
     for needed in ("tokenizer_training.perceptual_weights is not given", "VGG16", "LPIPS", str(empty_cache / "vgg16-397923af.pth"),
                    str(empty_cache / "vgg_lpips.pth"), "https://download.pytorch.org/models/vgg16-397923af.pth", "pip install lpips",
-                   "perceptual_loss discriminator_features needs no weights"):
+                   "perceptual_loss to discriminator_features, which needs no weights"):
         assert needed in words
     touch(empty_cache / "vgg_lpips.pth")
     with pytest.raises(InputError) as caught:

@@ -96,7 +96,7 @@ def loss_and_gradients(prior: TokenPrior) -> tuple[torch.Tensor, dict[str, torch
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3"])
 @pytest.mark.filterwarnings("error")
 def test_activation_checkpointing_does_not_change_loss_or_gradients(architecture):
-    """Dropout must use the same mask again."""
+    """The second forward computation must use the same dropout mask."""
     prior = tiny_prior(architecture, dropout=0.2)
     loss, gradients = loss_and_gradients(prior)
     calls = []
@@ -128,11 +128,11 @@ def test_activation_checkpointing_gives_the_same_weights_and_can_be_switched_on_
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_chunked_loss_matches_cross_entropy_and_its_gradient(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(chunked_cross_entropy, "CHUNK_ELEMENTS", 60)  # chunks of four rows, the last of two
-    numbers = torch.Generator().manual_seed(3)
-    logits_BTK = (torch.randn(2, 5, 13, generator=numbers) * 3).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    logits_BTK = (torch.randn(2, 5, 13, generator=generator) * 3).to(dtype)
     logits_BTK[..., 12] = -torch.inf  # padding, as for smaller grids
     logits_BTK.requires_grad_()
-    ids_BT = torch.randint(12, (2, 5), generator=numbers)
+    ids_BT = torch.randint(12, (2, 5), generator=generator)
     found = next_token_loss(logits_BTK, ids_BT)
     expected = torch.nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
     torch.testing.assert_close(found, expected)
@@ -154,12 +154,13 @@ def test_activation_checkpointing_of_an_unsupported_architecture_is_refused(monk
 def test_compiled_training_matches_eager_and_does_not_affect_files(architecture, recomputed, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "plain")
     plain = train(tmp_path / "plain", prior__architecture=architecture, prior__dropout=0)
-    calls = []
+    compiled_models = []
     original = prior_setup.compile_layers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prior_setup, "compile_layers", lambda model, *how: (original(model, *how), calls.append(model)))
+        patch.setattr(prior_setup, "compile_layers", lambda model, *how: (original(model, *how), compiled_models.append(model)))
         found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
-    assert all(layer._compiled_call_impl is not None for layer in transformer_layers(*calls))
+    (model,) = compiled_models
+    assert all(layer._compiled_call_impl is not None for layer in transformer_layers(model))
     for name in ("model.safetensors", "weights_ema.safetensors"):
         expected, weights = load_file(plain / name), load_file(found / name)
         assert weights.keys() == expected.keys()
@@ -172,7 +173,7 @@ def test_compiled_training_matches_eager_and_does_not_affect_files(architecture,
 @pytest.mark.slow
 def test_compiled_grid_transformer_in_bf16_matches_eager():
     prior = tiny_prior("grid_transformer", dropout=0.0)
-    with torch.no_grad():  # new blocks add nothing and get no gradient
+    with torch.no_grad():  # a new block adds nothing, so most of its weights would get no gradient
         for parameter in prior.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
     ids_BT, classes_B = batch()
@@ -201,8 +202,8 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
 def test_plan_describes_the_attention(run_dir, capsys):
     model = tiny_prior().model
     assert describe_attention(model, torch.device("cpu"), "bf16") == "sdpa"
-    words = describe_attention(model, torch.device("cuda"), "bf16")
-    assert words.startswith("sdpa (") and "flash" in words and "math" in words and words.endswith("enabled)")
+    description = describe_attention(model, torch.device("cuda"), "bf16")
+    assert description.startswith("sdpa (") and "flash" in description and "math" in description and description.endswith("enabled)")
     torch.backends.cuda.enable_flash_sdp(False)
     try:
         assert "flash" not in describe_attention(model, torch.device("cuda"), "bf16")
@@ -210,7 +211,7 @@ def test_plan_describes_the_attention(run_dir, capsys):
         torch.backends.cuda.enable_flash_sdp(True)
     own, cpu = tiny_prior("grid_transformer").model, torch.device("cpu")
     for extra, precision, expected in ((0, "bf16", "custom kernels"), (1, "bf16", "sdpa"), (0, "no", "sdpa")):
-        own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # inputs are the class and all ids except the last
+        own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # positions are the class and all ids; the last id is not an input
         assert describe_attention(own, cpu, precision).startswith(expected)
     train(run_dir, max_steps=1)
     assert "    attention                     sdpa\n" in capsys.readouterr().out
@@ -304,7 +305,7 @@ def test_validation_metrics_with_and_without_the_class(tiny_run, capsys):
         prior.model.get_input_embeddings().weight[prior.vocabulary.num_codes:] += 3 * torch.eye(11, 32)
     reader = TokenShardReader(tiny_run / "tokens/validation")
     accelerator = make_accelerator(tiny_recipe(tiny_run).prior_training, "")
-    numbers = validate(prior, reader, 16, 50, accelerator)
+    metrics = validate(prior, reader, 16, 50, accelerator)
     accelerator.end_training()
     tokens = reader.samples(validation_samples(reader, 50))
     ids_BT, classes_B = torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
@@ -312,10 +313,10 @@ def test_validation_metrics_with_and_without_the_class(tiny_run, capsys):
         with torch.no_grad():
             logits_BTK = prior(ids_BT, given_B)
             nll = prior.loss(ids_BT, given_B).item()
-        assert numbers[f"nll{name}"] == pytest.approx(nll, rel=1e-5)
-        assert numbers[f"bits_per_image{name}"] == pytest.approx(nll * 16 / math.log(2), rel=1e-5)
-        assert numbers[f"accuracy{name}"] == pytest.approx((logits_BTK.argmax(-1) == ids_BT).float().mean().item(), rel=1e-5)
-    assert abs(numbers["nll"] - numbers["nll_without_class"]) > 1e-3
+        assert metrics[f"nll{name}"] == pytest.approx(nll, rel=1e-5)
+        assert metrics[f"bits_per_image{name}"] == pytest.approx(nll * 16 / math.log(2), rel=1e-5)
+        assert metrics[f"accuracy{name}"] == pytest.approx((logits_BTK.argmax(-1) == ids_BT).float().mean().item(), rel=1e-5)
+    assert abs(metrics["nll"] - metrics["nll_without_class"]) > 1e-3
 
 
 def test_validation_without_the_class_requires_label_drop(run_dir, tmp_path, capsys):
@@ -338,15 +339,15 @@ def test_plan_prints_the_number_of_validation_classes(run_dir, capsys):
 def store_by_class(tokens: Path) -> None:
     """Rewrite the run's training tokens in small shards sorted by class, as version 0.1.0 stored a folder of classes."""
     reader = TokenShardReader(tokens / "train")
-    of_all = reader.samples(np.argsort(reader.labels_N, kind="stable"))
+    by_class = reader.samples(np.argsort(reader.labels_N, kind="stable"))
     header = dataclasses.replace(reader.manifest.header, order_seed=None, images_per_shard=40, num_sources=len(reader))
     shutil.rmtree(tokens / "train")
     writer = TokenShardWriter(tokens / "train", header)
     for number in range(writer.num_shards):
         with writer.shard(number) as shard:
             for index in header.source_indices(number):
-                shard.add(index=index, key=default_key(index), source=str(index), label=int(of_all.labels_B[index]),
-                          ids={"image": of_all.ids_BT[index:index + 1]})
+                shard.add(index=index, key=default_key(index), source=str(index), label=int(by_class.labels_B[index]),
+                          ids={"image": by_class.ids_BT[index:index + 1]})
     writer.finish()
 
 
@@ -363,9 +364,9 @@ def test_best_nll_of_other_validation_images_is_ignored(run_dir, capsys):
     checkpoint = train(run_dir, max_steps=3)
     state = read_state(checkpoint) | {"best_validation": 0.5, "best_step": 1}
     assert state.pop("validated_on") == "64, rule 1"
-    write_json(checkpoint / "trainer_state.json", state)
-    checksums = json.loads((checkpoint / "checksums.json").read_text())
     path = checkpoint / "trainer_state.json"
+    write_json(path, state)
+    checksums = json.loads((checkpoint / "checksums.json").read_text())
     write_json(checkpoint / "checksums.json", checksums | {path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)}})
     capsys.readouterr()
     train(run_dir)
@@ -401,10 +402,10 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def test_overfit_memorizes_and_does_not_change_the_run(tiny_run, capsys):
     before = file_hashes(tiny_run)
     assert dispatch(["train-prior", str(tiny_run), "--overfit", "4", "--prior_training.learning_rate", "0.01"]) == 0
-    words = capsys.readouterr().out
-    losses = [float(line.partition("NLL ")[2].split()[0]) for line in words.splitlines() if "] step " in line]
+    output = capsys.readouterr().out
+    losses = [float(line.partition("NLL ")[2].split()[0]) for line in output.splitlines() if "] step " in line]
     assert losses[0] == pytest.approx(math.log(32), abs=0.1) and losses[-1] < 0.3 and losses == sorted(losses, reverse=True)
-    assert "memorized after" in words
+    assert "memorized after" in output
     assert file_hashes(tiny_run) == before
 
 
@@ -420,8 +421,8 @@ def test_overfit_uses_several_classes_from_shards_sorted_by_class(tiny_run, tmp_
 @pytest.mark.parametrize("changes", [{"prior_training__learning_rate": 1e-9}, {"prior_training__z_loss": 1e4}], ids=["rate", "z-loss"])
 def test_overfit_fails_if_the_prior_does_not_learn(changes, tiny_run, capsys):
     assert overfit(tiny_recipe(tiny_run, **changes), 4, max_minutes=0.02) == 1
-    words = capsys.readouterr().out
-    assert "NOT memorized" in words and "a uniform distribution has 3.466" in words and "prior_training.learning_rate" in words
+    output = capsys.readouterr().out
+    assert "NOT memorized" in output and "a uniform distribution has 3.466" in output and "prior_training.learning_rate" in output
 
 
 def test_a_signal_stops_the_overfit_test(tiny_run, capsys, monkeypatch):
@@ -435,7 +436,7 @@ def test_a_signal_stops_the_overfit_test(tiny_run, capsys, monkeypatch):
 def test_overfit_with_all_training_options(tiny_run, capsys):
     recipe = tiny_recipe(tiny_run, prior__architecture="gpt2", prior_training__learning_rate=0.01, prior_training__activation_checkpointing=True,
                          prior_training__mixed_precision="bf16", prior_training__z_loss=1e-4)
-    assert overfit(dataclasses.replace(recipe), 2) == 0
+    assert overfit(recipe, 2) == 0
     assert "bf16 autocast" in capsys.readouterr().out
 
 

@@ -100,7 +100,7 @@ def test_diveq_splits_the_gradient_along_the_error():
     moved_ND = apply_diveq(codes_ND, latents_ND)
     assert torch.equal(moved_ND, codes_ND)
     (moved_ND * downstream_ND).sum().backward()
-    directions_ND = torch.nn.functional.normalize(codes_ND.detach() - latents_ND.detach(), dim=1)
+    directions_ND = F.normalize(codes_ND.detach() - latents_ND.detach(), dim=1)
     along_ND = (downstream_ND * directions_ND).sum(1, keepdim=True) * directions_ND
     torch.testing.assert_close(latents_ND.grad, downstream_ND - along_ND)
     torch.testing.assert_close(codes_ND.grad, along_ND)
@@ -131,9 +131,11 @@ def test_fsq_rounding():
     assert fsq_levels(40) == [8, 5]
     values = torch.tensor([[-99.0, -99.0], [99.0, 99.0], [0.0, 0.0], [0.15, 0.3], [-0.15, -0.3], [0.3, 0.6]])
     output = module(values.T[None, :, :, None])
-    # 8 levels: tanh(z + atanh(0.5 / 3.5035)) * 3.5035 - 0.5, which maps 0 to 0; 5 levels: tanh(z) * 2.002
-    steps = [[-4, -2], [3, 2], [0, 0], [1 if math.tanh(0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5 > 0.5 else 0, 1],
-             [round(math.tanh(-0.15 + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5), -1], [1, 1]]
+
+    def bound_to_8_levels(value: float) -> float:
+        return math.tanh(value + math.atanh(0.5 / 3.5035)) * 3.5035 - 0.5  # maps 0 to 0; for 5 levels: tanh(value) * 2.002
+
+    steps = [[-4, -2], [3, 2], [0, 0], [round(bound_to_8_levels(0.15)), 1], [round(bound_to_8_levels(-0.15)), -1], [1, 1]]
     assert output.ids.flatten().tolist() == [(first + 4) + 8 * (second + 2) for first, second in steps]
     torch.testing.assert_close(rows(output.quantized), torch.tensor(steps) / torch.tensor([4.0, 2.0]))
     assert float(output.loss) == 0
@@ -169,14 +171,10 @@ def test_lfq_matches_brute_force_over_all_codes(bits, diversity, temperature):
 def test_lfq_entropy_gradient_matches_brute_force():
     logits_Nb = normal(30, 5).requires_grad_()
     entropies.entropy_loss_of_bits(logits_Nb, 0.7).backward()
-    double_logits_Nb = logits_Nb.detach().double().requires_grad_()
-    _, mean_entropy, entropy_of_mean = brute_force_of_logits(double_logits_Nb)
+    logits64_Nb = logits_Nb.detach().double().requires_grad_()
+    _, mean_entropy, entropy_of_mean = brute_force(logits64_Nb / 4, 1.0)  # the logit of a bit is 4 z / temperature
     (mean_entropy - 0.7 * entropy_of_mean).backward()
-    torch.testing.assert_close(logits_Nb.grad.double(), double_logits_Nb.grad, rtol=1e-4, atol=1e-6)
-
-
-def brute_force_of_logits(logits_Nb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return brute_force(logits_Nb / 4, 1.0)  # the logit of a bit is 4 z / temperature
+    torch.testing.assert_close(logits_Nb.grad.double(), logits64_Nb.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_grouped_batch_entropy_is_an_upper_bound_and_exact_for_uniform_use(monkeypatch):

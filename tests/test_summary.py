@@ -16,7 +16,7 @@ from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.tracking import read_metrics
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
-"""Step -> validation error. Steps 4 and 6 are equal after rounding in metrics.jsonl."""
+"""Step -> validation error. The errors of steps 4 and 6 are equal after rounding in metrics.jsonl."""
 
 BEST = {"tokenizer_training__validate_every": 2, "tokenizer_training__export": "best"}
 
@@ -39,7 +39,8 @@ def validation_of(run_dir: Path, stage: str, step: int) -> dict:
 
 
 def test_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsys):
-    exports, run = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}, RunFolder(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    exports = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}  # stage -> exported weights, other weights, exported step
     changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
                for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
     assert run_chain(tiny_recipe(run.root, **changes)) == 0

@@ -31,6 +31,7 @@ def make(kind: str, **fields) -> ImageTokenizer:
 
 
 def fingerprints(tokenizer: ImageTokenizer) -> tuple[str, str]:
+    """The token fingerprint and the full fingerprint."""
     return tokenizer._fingerprints(tokenizer._export_weights())
 
 
@@ -70,9 +71,9 @@ def test_ids_with_a_wrong_depth_are_refused(kind, shape, words):
 def test_folder_of_an_earlier_version_loads_with_its_fingerprints(tmp_path):
     config = json.loads(EARLIEST_CONFIG)
     tokenizer = ImageTokenizer(TokenizerConfig(**config["network"]), ImageTransform(8, 1), None)
-    names = sorted(tokenizer.state_dict().keys() - {"quantizer.ema_counts", "quantizer.ema_sums", "quantizer.commits"})
-    weights = {name: tokenizer.state_dict()[name] for name in names}
-    weights = {name: ((torch.arange(tensor.numel()) % 7 - 3) / 8).view_as(tensor) for name, tensor in weights.items()}
+    state = tokenizer.state_dict()
+    names = sorted(state.keys() - {"quantizer.ema_counts", "quantizer.ema_sums", "quantizer.commits"})
+    weights = {name: ((torch.arange(state[name].numel()) % 7 - 3) / 8).view_as(state[name]) for name in names}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(EARLIEST_CONFIG)
     loaded = ImageTokenizer.from_pretrained(tmp_path)  # checks the fingerprints in config.json

@@ -29,7 +29,8 @@ RANK_INDEPENDENT = {
     "tokenizer__channels": 64, "tokenizer__dropout": 0, "prior__dropout": 0, "prior_training__label_drop": 0.3, "data__shift": 1,
     "tokenizer_training__validation_images": 63, "prior_training__validation_images": 63,
 }
-"""No noise that depends on the rank. 64 channels: with one per group, biases before a norm have no effect, and Adam amplifies rounding errors."""
+"""Settings without noise that depends on the rank. 64 channels are two per GroupNorm group: with one, the gradient of a bias before the norm would be
+only a rounding error, which Adam amplifies."""
 
 
 def start(stage: str, run_dir: Path, processes: int, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
@@ -90,7 +91,7 @@ def make_run(tiny_run: Path, run_dir: Path) -> Path:
     return run_dir
 
 
-def checkpoint(run_dir: Path, stage: str, step: int):
+def checkpoint_weights(run_dir: Path, stage: str, step: int):
     from safetensors.torch import load_file
 
     return load_file(run_dir / f"checkpoints/{stage}/step-{step:08d}/model.safetensors")
@@ -114,7 +115,7 @@ def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
         assert code == 0, err
         assert re.search(rf"threads? x {processes}\b", out) and "Traceback" not in err
     for step in (4, 6):
-        expected, found = checkpoint(one, stage, step), checkpoint(two, stage, step)
+        expected, found = checkpoint_weights(one, stage, step), checkpoint_weights(two, stage, step)
         assert expected.keys() == found.keys()
         assert stage != "tokenizer" or "quantizer.codebook" in expected
         for name, tensor in expected.items():
@@ -129,7 +130,7 @@ def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
     assert code == 2 and "written by 2 processes, now there is 1. Continue with --processes 2" in err and "Traceback" not in err
 
 
-def test_two_processes_train_the_same_discriminator_as_one(tiny_run, tmp_path):
+def test_two_processes_train_the_same_discriminator_as_one(tmp_path):
     """The balance is fixed, because the adaptive balance is a mean over the processes, each with its own half of the batch."""
     import torch
     from safetensors.torch import load_file
@@ -144,7 +145,7 @@ def test_two_processes_train_the_same_discriminator_as_one(tiny_run, tmp_path):
         code, out, err = finish(start("tokenizer", run_dir, processes, **changes))
         assert code == 0, err
         assert out.count("the discriminator joins at step 2") == 1 and "Traceback" not in err
-    for name in ("model", "model_1"):
+    for name in ("model", "model_1"):  # the tokenizer and the discriminator
         expected, found = (load_file(run_dir / f"checkpoints/tokenizer/step-00000006/{name}.safetensors") for run_dir in (one, two))
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
@@ -230,7 +231,7 @@ def test_fsdp_equals_replicated_training_and_resumes(changes, tiny_run, tmp_path
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_stopped_and_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path):
     changes = {f"{stage}_training__max_steps": 40, f"{stage}_training__validate_every": 10, f"{stage}_training__checkpoint_every": 5,
-            "tokenizer__dropout": 0.1, "prior__dropout": 0.1}
+               "tokenizer__dropout": 0.1, "prior__dropout": 0.1}
     uninterrupted, stopped = make_run(tiny_run, tmp_path / "uninterrupted"), make_run(tiny_run, tmp_path / "stopped")
     code, _, err = finish(start(stage, uninterrupted, 2, **changes))
     assert code == 0, err
@@ -295,7 +296,7 @@ def destroy_models_after_collectives(folder: Path, rank: int) -> None:
 
 
 def worker(arguments: list[str]) -> None:
-    """The worker function of the stage in this file."""
+    """The worker function of the stage in this file. A mode that is not listed here ends without an error."""
     mode, folder, *stage_arguments = arguments
     rank = os.environ["RANK"]
     if mode == "sharded prior":
@@ -313,7 +314,7 @@ def worker(arguments: list[str]) -> None:
         time.sleep(60)
     if mode == "refuse on both":
         raise InputError("neither of us can use that.")
-    if mode == "part with models right after collectives":
+    if mode == "destroy models right after collectives":
         destroy_models_after_collectives(Path(folder), int(rank))
     if mode == "killed":
         if rank == "1":
@@ -327,8 +328,11 @@ def worker(arguments: list[str]) -> None:
             (Path(folder) / f"{rank}.ready").write_text(str(os.getpid()))
             libc.pthread_mutex_lock(lock)  # blocks forever in a library
     if mode == "wait":
+        def interrupt(number, _frame):
+            raise Interrupted(number, "saved nothing")
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _frame: (_ for _ in ()).throw(Interrupted(number, "saved nothing")))
+            signal.signal(number, interrupt)
         (Path(folder) / f"{rank}.ready").touch()
         time.sleep(60)
 
@@ -344,7 +348,7 @@ def test_processes_overrides_the_accelerate_configuration(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(("mode", "code", "message"), [
-    ("all is well", 0, ""), ("part with models right after collectives", 0, ""), ("refuse on both", 2, "error: neither of us can use that."),
+    ("all is well", 0, ""), ("destroy models right after collectives", 0, ""), ("refuse on both", 2, "error: neither of us can use that."),
     ("refuse on rank 1", 2, "error: rank 1 has seen something that rank 0 has not."),
     ("killed", 1, "error: a worker process was killed (often: out of memory)")])
 def test_exit_codes_and_messages_are_reported_once(mode, code, message, tmp_path, capfd, monkeypatch):

@@ -79,7 +79,8 @@ class Worker:
         """
         if len(self._jobs) > MAX_WAITING:
             raise InputError(f"{MAX_WAITING} requests are already waiting. Try again later.")
-        job = (session, stop) = session, threading.Event()
+        stop = threading.Event()
+        job = (session, stop)
         self._jobs.append(job)
         try:
             while before := self._jobs.index(job):
@@ -132,12 +133,12 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
                          "Choose fewer classes or fewer images.")
     started, updated, done, total = time.monotonic(), 0.0, 0, 0
 
-    def on_token(*tokens: int) -> bool:
+    def on_token(tokens_done: int, tokens_in_total: int) -> bool:
         nonlocal updated, done, total
-        done, total = tokens
+        done, total = tokens_done, tokens_in_total
         if time.monotonic() > updated + UPDATE_SECONDS:
             updated = time.monotonic()
-            progress(tokens, unit="tokens")
+            progress((done, total), unit="tokens")
         return not stop.is_set()
 
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
@@ -199,7 +200,7 @@ def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str
 
 
 def generate_signature(controls: list[Control]) -> inspect.Signature:
-    """The signature of the handler of Generate, from which gradio takes the argument names of the API and where it passes request and progress."""
+    """The signature of the Generate handler. From it, gradio takes the argument names of the API, and which arguments are request and progress."""
     names = ["classes", "number", "seed", "new_seed", *(control.name for control in controls)]
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     parameters.append(inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request))
@@ -214,7 +215,7 @@ class Page(gr.Blocks):
 
 
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
-    """Build the page of a pipeline without serving it. Its Python code uses `folder`."""
+    """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
     side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.config.codebook_size
     why = why_unguided(names, pipe.prior.vocabulary.label_drop)

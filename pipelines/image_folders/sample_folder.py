@@ -76,7 +76,7 @@ class SampleFolder:
                 "num": self.num, "seed": self.seed, "sampling": dataclasses.asdict(self.sampling), "dtype": self.dtype}
 
     def existing_files(self) -> set[str]:
-        """Check that the folder is free for this request, and list the files of this request that exist: images and grid.
+        """Check that the folder can be used for this request, and return the files of this request that exist: images and grid.
 
         The files may be incomplete; see `complete_files`.
 
@@ -97,7 +97,7 @@ class SampleFolder:
         if not is_known:
             raise InputError(f"{self.out / RECORD_NAME} is not a record of generated images that this vqmosaic can read. {remedy}")
         recorded = content["request"]
-        if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded have their defaults
+        if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
             recorded = recorded | {"sampling": dataclasses.asdict(SamplingConfig()) | recorded["sampling"]}
         if recorded != self.request and not any(name.endswith(".png") for name in existing):
             return set()  # the other request was stopped before its first image
@@ -163,7 +163,7 @@ def files_in(out: Path) -> set[str]:
 
 
 def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
-    """Raise InputError if `names` is not empty. The caller gives the existing files that would be replaced and that no record lists.
+    """Raise InputError if there are any `names`: existing files that would be replaced and that no record lists.
 
     `record` is the file name of the record, for the message.
     """

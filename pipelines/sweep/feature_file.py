@@ -1,4 +1,4 @@
-"""Checks the file of a feature extractor by its name and digest only, so that errors appear before torch is loaded."""
+"""Checks the file of a feature extractor without loading it, so that errors appear before torch is imported."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file
 from vqmosaic.files.permissions import explain_permission_errors
 
-STATE_DICT_SUFFIXES = (".safetensors",)
-"""Suffixes of files that cannot be TorchScript."""
+WEIGHTS_SUFFIXES = (".safetensors",)
+"""Suffixes of files that always contain only weights. A .pth file may also be TorchScript."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class FeatureFile:
 
     @property
     def kind(self) -> str:
-        """torchscript or timm."""
+        """The kind of extractor: "torchscript" or "timm"."""
         return "torchscript" if self.model is None else "timm"
 
     def to_dict(self) -> dict[str, str | None]:
@@ -38,14 +38,14 @@ def resolve_feature_file(path: Path, model: str | None) -> FeatureFile:
     """Check that a file can be a feature extractor and compute its digest. feature_extractors.py loads its content.
 
     Raises:
-        ValueError: the file does not exist, a weights file is given without --features_model, or timm is needed but not installed.
+        ValueError: the file does not exist, a .safetensors file is given without --features_model, or timm is needed but not installed.
     """
     path = path.expanduser()
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"--features is {str(path)!r}, which {problem}; give a TorchScript file, or the weights of a timm model "
                          "(.safetensors or .pth) with --features_model NAME.")
-    if model is None and path.suffix in STATE_DICT_SUFFIXES:
+    if model is None and path.suffix in WEIGHTS_SUFFIXES:
         raise InputError(f"--features is {str(path)!r}, which contains only weights; give --features_model the timm name of the model, "
                          "such as resnet50.")
     if model is not None and importlib.util.find_spec("timm") is None:

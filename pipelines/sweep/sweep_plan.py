@@ -131,7 +131,7 @@ def containing_folder(folder: Path) -> Path:
 
 
 def parse_values(name: str, kind: type, text: str) -> tuple[Any, ...]:
-    """The distinct numbers of a list separated by commas, in their order. Raises InputError if the text is invalid."""
+    """The distinct numbers of a list separated by commas, in the given order. Raises InputError if the text is invalid."""
     try:
         return tuple(dict.fromkeys(kind(word) for word in text.split(",")))
     except ValueError:
@@ -145,9 +145,10 @@ def combine(base: SamplingConfig, values: dict[str, tuple[Any, ...]]) -> list[Sa
 
 
 def find_data(folder: Path, options: argparse.Namespace, overrides: list[str]) -> DataConfig | None:
-    """The data set of the given recipe or, by default, of the run that contains a pipeline folder. None if it is not known or not needed.
+    """The data set of the given recipe or, by default, of the run that contains a pipeline folder.
 
-    Raises InputError if no real images are known, or the path of the reference images is invalid.
+    None if --real gives the reference images and the data set is not known or cannot be found. Raises InputError if no reference images are known, or
+    their path is invalid.
     """
     run = containing_folder(folder)
     recipe = options.recipe

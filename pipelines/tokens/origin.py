@@ -37,7 +37,7 @@ def load_run_recipe(folder: Path) -> Recipe | None:
 def find_run(folder: Path) -> Path | None:
     """The run folder of a tokens folder or of the folder of one split; None if the tokens are outside a run.
 
-    It is the parent of `folder`, or the parent's parent, that contains recipe.yaml.
+    The run folder contains recipe.yaml and is the parent or grandparent of `folder`.
     """
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
@@ -45,7 +45,7 @@ def find_run(folder: Path) -> Path | None:
 def find_readable(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
     """The records of skipped images (from a manifest or a sidecar) whose image can be read now. Tries to read each of them. Loads torch.
 
-    Leaves out records whose index has another name in `source`, or none.
+    Leaves out records whose index is not in `source` or belongs to another file name there.
     """
     from stage1_tokenizer.image_files.images import UnreadableImage
 

@@ -15,7 +15,7 @@ from vqmosaic.recipes.tokenizer_sections import AdversarialConfig
 
 
 class Adversary:
-    """The losses between a tokenizer and a discriminator.
+    """Computes the adversarial losses of a tokenizer and of its discriminator.
 
     `discriminator` is the plain module. The tokenizer's loss uses it with frozen weights. `wrapped` is the same module wrapped by Accelerate. The
     discriminator's loss uses it, so that gradients are averaged over processes.
@@ -25,17 +25,17 @@ class Adversary:
                  autocast: Callable[[], AbstractContextManager] = nullcontext):
         self.config, self.discriminator, self.wrapped, self.last_layer, self.autocast = config, discriminator, wrapped, last_layer, autocast
 
-    def generator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, reconstruction: torch.Tensor,
+    def generator_terms(self, images_BCHW: torch.Tensor, reconstructions_BCHW: torch.Tensor, reconstruction_loss: torch.Tensor,
                         share: float, feature_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The adversarial part of the tokenizer's loss, and its terms by name for the log.
 
         Args:
-            reconstruction: the loss that the adaptive weight balances against.
+            reconstruction_loss: the loss that the adaptive weight balances against.
             share: the current fraction of the adversarial weight, in [0, 1]. Also scales feature matching.
             feature_weight: weight of feature matching, 0 for none.
         """
         self.discriminator.requires_grad_(False)
-        # shared draws, so that feature matching compares an image and its reconstruction under the same augmentation
+        # the same augmentation for an image and its reconstruction, because feature matching compares them
         fake_BCHW, real_BCHW = augment_pair(reconstructions_BCHW.float(), images_BCHW, self.config.augmentations)
         with self.autocast():
             logits_B1hw, fake_features = self.discriminator.features(fake_BCHW)
@@ -45,7 +45,7 @@ class Adversary:
         adversarial = generator_loss(self.config.loss, logits_B1hw)
         balance = adversarial.new_ones(())
         if self.config.balance == "adaptive":
-            balance = adaptive_weight(reconstruction, adversarial, self.last_layer, self.config.balance_limit)
+            balance = adaptive_weight(reconstruction_loss, adversarial, self.last_layer, self.config.balance_limit)
             if dist.is_initialized():
                 dist.all_reduce(balance)
                 balance = balance / dist.get_world_size()

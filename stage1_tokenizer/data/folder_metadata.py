@@ -16,7 +16,7 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _FILE_NAME = "file_name"
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?|nan", re.IGNORECASE)
-"""Does not match 007 and 1_0. Such strings are names, and as numbers they would become the classes 7 and 10."""
+"""Does not match names such as 007 and 1_0, which int() would read as 7 and 10."""
 
 
 class FolderMetadata:
@@ -70,7 +70,7 @@ class FolderMetadata:
         return values
 
     def names_without_image(self, names: Iterable[str]) -> list[str]:
-        """The file names in rows whose image is not among `names`, sorted."""
+        """Names of images that have a row but are not among `names`, sorted."""
         return sorted(set(self._rows) - set(map(_normalize, names)))
 
     def label_column_hint(self) -> str:
@@ -86,7 +86,7 @@ class FolderMetadata:
 
 
 def _normalize(name: str) -> str:
-    """The name of an image with forward slashes and without . or .. parts, so that rows match images."""
+    """The name of an image with forward slashes and without redundant . and .. parts, so that rows match images."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 
@@ -95,7 +95,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix == ".csv":
-                rows = [{column: value or None for column, value in row.items() if column is not None}  # None holds the fields without a column
+                rows = [{column: value or None for column, value in row.items() if column is not None}  # csv puts surplus fields under None
                         for row in csv.DictReader(file)]
                 _convert_numbers(rows)
             else:
@@ -119,7 +119,7 @@ def _parse_line(number: int, line: str) -> Any:
 
 
 def _convert_numbers(rows: list[dict[str, Any]]) -> None:
-    """In each column in which all strings are numbers, replace these by numbers, so that class 2 comes before class 10. Changes `rows`."""
+    """Convert columns that contain only numbers from strings to numbers, in place, so that class 2 comes before class 10."""
     for column in rows[0] if rows else ():
         if column == _FILE_NAME:
             continue

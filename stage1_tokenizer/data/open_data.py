@@ -34,7 +34,7 @@ def open_recorded_splits(data: DataConfig, inputs: Mapping[str, str] | None,
 
 
 def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
-    """The number of training images of a recipe, given as its fields by dotted name; None if the recipe names no data set."""
+    """The number of training images; None if the recipe names no data set. `recipe` maps the dotted names of its fields to their values."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
     if data.source == "auto" and data.path is None:  # digits needs no path; for the other sources, open_splits reports a missing path
         return None

@@ -51,8 +51,8 @@ def read_image(file: str | os.PathLike | bytes | io.IOBase | Image.Image, *, cha
     (PIL.Image.MAX_IMAGE_PIXELS), which max_pixels cannot raise.
     before_decoding is called with the opened file. It may raise UnreadableImage, or set up the decoder with PIL's `draft`.
     formats limits the Pillow formats that are opened. By default, all formats that are allowed in a data set are opened.
-    For a PIL image, before_decoding and formats are ignored. If it already has the mode and no metadata, as all results of this function do,
-    it is returned unchanged, without a check of max_pixels.
+    For a PIL image, before_decoding and formats are ignored. An image that already has the mode and no metadata, such as a result of this
+    function, is returned unchanged, without a check of max_pixels.
 
     Raises UnreadableImage with the reason.
     """
@@ -128,15 +128,15 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """The width and height in pixels that the decoder of an opened file needs memory for. A TIFF tile may be larger than the image.
+    """Width and height in pixels of what the decoder of an opened file must hold in memory: the image, or a TIFF tile that is larger.
 
-    An image without pixels keeps its own size.
+    For an image without pixels, the size of the image.
     """
     tags = getattr(image, "tag_v2", {})  # only TIFF files have tags
     tile_sides = [tags.get(tag) for tag in (_TILE_WIDTH_TAG, _TILE_LENGTH_TAG)]
     if not image.width * image.height:
         return image.width, image.height
-    # a tag is missing without tiles, and not an integer in some corrupt files
+    # files without tiles do not have the tags, and in some corrupt files they are not integers
     width, height = (max(side, tile) if isinstance(tile, int) else side for side, tile in zip(image.size, tile_sides, strict=True))
     return width, height
 
@@ -228,8 +228,8 @@ def training_views(tokens: TokensConfig) -> list[View]:
 def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
     """The views of a named set (VIEW_SETS). All sets except ten-crop begin with CENTER_VIEW.
 
-    none: only this view. shifts: this view and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to two
-    such steps in each direction. flip, or the prefix flip+: the flipped versions of all these views follow.
+    none: only CENTER_VIEW. shifts: CENTER_VIEW and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to
+    two such steps in each direction. flip: CENTER_VIEW and its flipped version. flip+NAME: the views of the set NAME, then their flipped versions.
     ten-crop: the centre and the four corners at `crop_scale`, then their flipped versions (Krizhevsky et al. 2012; stored as tokens: LlamaGen,
     Sun et al. 2024).
     """
@@ -264,7 +264,7 @@ def _shifted_indices(size: int, shift: int) -> np.ndarray:
 class ImageTransform:
     """Resizes images to one size: antialiased bicubic resize of the short side, and centre crop.
 
-    Validation, preprocessing and the pipeline use it without a View. Training uses it with a random View.
+    Validation and the pipeline use the default view, preprocessing the views of the recipe, and training random views.
     """
 
     image_size: int

@@ -6,10 +6,10 @@ from typing import IO
 
 
 def iso_boxes(file: IO[bytes], start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Lists the boxes between two positions of a file. Yields (type, start, end) of the content of each box, and moves the file position.
+    """Yields (type, start, end) for each box between two positions of a file, where start and end are those of its content. Moves the file position.
 
-    A box that extends beyond `end` is clipped there. The list ends without an error at a box whose size is smaller than its header. Raises
-    struct.error if the file ends within the header of a box.
+    A box that extends beyond `end` is clipped there. Stops without an error at a box whose size is smaller than its header. Raises struct.error if
+    the file ends within the header of a box.
     """
     while start + 8 <= end:
         file.seek(start)

@@ -14,12 +14,12 @@ _CODESTREAM_START = b"\xff\x4f\xff\x51"
 
 @dataclass
 class Jpeg2000Header:
-    """The fields of the boxes ihdr, colr, pclr, cmap and cdef, and of the marker segment SIZ."""
+    """Fields of the colr, pclr, cmap and cdef boxes, and of the SIZ marker segment."""
 
     depths: list[int] = field(default_factory=list)
     """Bits of each component."""
     colour_space: int | None = None
-    """EnumCS of the first box colr; None if the box holds a profile, or if there is no such box."""
+    """EnumCS of the first colr box; None if the box holds a profile, or if there is no such box."""
     has_palette: bool = False
     palette_columns: list[int] = field(default_factory=list)
     """The palette's column for each channel, in the order of the channels."""
@@ -42,12 +42,13 @@ def read_jpeg2000_header(file: IO[bytes]) -> Jpeg2000Header:
                     header.depths = _depths(file)
                 break
             if kind == b"jp2h":
-                has_colours = False
-                for inner, inner_start, inner_end in list(iso_boxes(file, start, end)):
+                colr_was_read = False
+                for inner, inner_start, inner_end in iso_boxes(file, start, end):
                     file.seek(inner_start)
                     body = file.read(inner_end - inner_start)
-                    if inner == b"colr" and not has_colours:
-                        has_colours, header.colour_space = True, struct.unpack(">I", body[3:7])[0] if body[0] == 1 else None
+                    if inner == b"colr" and not colr_was_read:
+                        colr_was_read = True
+                        header.colour_space = struct.unpack(">I", body[3:7])[0] if body[0] == 1 else None
                     else:
                         _read_box(header, inner, body)
         return header
@@ -61,10 +62,10 @@ def _read_box(header: Jpeg2000Header, kind: bytes, body: bytes) -> None:
     elif kind == b"cmap":
         header.palette_columns = [column for _, _, column in struct.iter_unpack(">HBB", body)]
     elif kind == b"cdef":
-        header.channels = {channel: (kind, association) for channel, kind, association in struct.iter_unpack(">HHH", body[2:])}
+        header.channels = {channel: (role, association) for channel, role, association in struct.iter_unpack(">HHH", body[2:])}
 
 
 def _depths(file: IO[bytes]) -> list[int]:
-    """Bits of each component, from the marker segment SIZ at the current file position."""
+    """Bits of each component, from the SIZ marker segment at the current file position."""
     components = struct.unpack(">36xH", file.read(38))[0]
     return [(size & 0x7F) + 1 for size, _, _ in struct.iter_unpack(">BBB", file.read(3 * components))]

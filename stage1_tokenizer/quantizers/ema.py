@@ -54,5 +54,5 @@ class EMAQuantizer(NearestCodeQuantizer):
         self.codebook.copy_(self.normalize(self.ema_sums / smoothed_K[:, None]))
 
     def _replace(self, revived_K: torch.Tensor, replacements_KD: torch.Tensor) -> None:
-        """Set the sums too, otherwise they would pull the code back to its old position."""
+        """Replace the sums of revived codes. `apply_statistics` then computes the codes from the sums and counts."""
         self.ema_sums.copy_(torch.where(revived_K[:, None], replacements_KD * self.ema_counts[:, None], self.ema_sums))

@@ -12,11 +12,11 @@ from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 
 
 class IBQQuantizer(CodebookQuantizer):
-    """The code of a learned codebook (K, D) with the largest inner product z.e. Its gradient reaches latent and codes through softmax(z.e).
+    """Chooses the code e of a learned codebook (K, D) with the largest inner product z.e. The gradient reaches latent and codes through softmax(z.e).
 
-    The loss follows section 3.2 of the paper: codebook_weight * |q - sg(z)|^2, where q carries the index gradient, plus
-    commitment_weight * |z - sg(e)|^2. Training adds entropy_weight * (mean entropy of a vector's code - entropy_diversity * entropy of the codes
-    of all vectors), with logits z.e / entropy_temperature, computed over the vectors of each rank and micro-batch.
+    The loss follows section 3.2 of the paper: codebook_weight * |q - sg(z)|^2 + commitment_weight * |z - sg(e)|^2. q has the values of e, and
+    passes its gradient through the softmax. Training adds entropy_weight * (mean entropy of each vector's code probabilities - entropy_diversity *
+    entropy of the mean probabilities), with logits z.e / entropy_temperature, computed over the vectors of each rank and micro-batch.
     Training needs N x K probabilities, and forward refuses more than 2 GiB of them. Evaluation works in chunks.
 
     With inner products, a long code can win over a closer one. So initialize() gives all codes the same length, and a revived code gets the
@@ -35,7 +35,7 @@ class IBQQuantizer(CodebookQuantizer):
         with full_precision(latents_BDhw.device):
             latents_BhwD = latents_BDhw.float().permute(0, 2, 3, 1)
             vectors_ND = latents_BhwD.reshape(-1, self.code_dim)
-            ids_N = self.best_codes(vectors_ND)
+            ids_N = self.best_ids(vectors_ND)
             quantized_ND = codes_ND = F.embedding(ids_N, self.codebook)
             loss = config.commitment_weight * F.mse_loss(vectors_ND, codes_ND.detach())
             if self.training:
@@ -48,7 +48,7 @@ class IBQQuantizer(CodebookQuantizer):
                     loss = loss + config.entropy_weight * entropy_loss_of_logits(logits_NK / config.entropy_temperature, config.entropy_diversity)
         return QuantizerOutput(quantized_ND.view(latents_BhwD.shape).permute(0, 3, 1, 2), ids_N.view(latents_BhwD.shape[:3]), loss)
 
-    def best_codes(self, vectors_ND: torch.Tensor) -> torch.Tensor:
+    def best_ids(self, vectors_ND: torch.Tensor) -> torch.Tensor:
         """Ids (N,) of the codes with the largest inner product. Works in chunks."""
         return lowest_score_ids(vectors_ND, self.codebook, self.codebook.new_zeros(self.codebook_size))
 
@@ -61,7 +61,7 @@ class IBQQuantizer(CodebookQuantizer):
         vectors_ND = latents_ND.float()
         length = vectors_ND.square().sum(-1).mean().sqrt()
         self.codebook.copy_(length * F.normalize(kmeans(F.normalize(vectors_ND, dim=-1), self.codebook_size, self.seed), dim=-1))
-        counts_K = torch.bincount(self.best_codes(vectors_ND), minlength=self.codebook_size).float()
+        counts_K = torch.bincount(self.best_ids(vectors_ND), minlength=self.codebook_size).float()
         self.ema_counts.copy_((counts_K / counts_K.mean()).clamp_min(2 * self.config.revival_threshold))  # no code starts dead
         self.discard()
 

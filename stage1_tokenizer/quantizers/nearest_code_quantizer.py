@@ -14,8 +14,10 @@ from stage1_tokenizer.quantizers.protocol import QuantizerOutput
 class NearestCodeQuantizer(CodebookQuantizer):
     """Base class of ema, gradient and simvq: the nearest of K codes (K, D) by Euclidean distance.
 
-    l2_normalize puts latents and codes on the unit sphere, as in ViT-VQGAN (Yu et al. 2021). The gradient passes straight through to the latents
-    by default, through the rotation from latent to code with rotation_trick, or without its component along the error with diveq.
+    l2_normalize puts latents and codes on the unit sphere, as in ViT-VQGAN (Yu et al. 2021).
+
+    By default, the gradient passes unchanged to the latents. With rotation_trick, it passes through the rotation and scaling that map the latent
+    to the code. With diveq, it passes without its component along the error.
     """
 
     def __init__(self, *args, **kwargs):

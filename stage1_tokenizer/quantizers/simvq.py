@@ -18,7 +18,8 @@ class SimVQQuantizer(NearestCodeQuantizer):
     """
 
     KIND = "simvq"
-    # All codes are linear in W. Weight decay would shrink them, and averaging W would move codes that were revived by its pseudo-inverse.
+    # W counts as codes, because all codes are linear in it: weight decay of W would shrink them, and averaging W over the steps would move codes that
+    # were revived by its pseudo-inverse.
     CODES = ("projection",)
     frozen_codebook: torch.Tensor
 

@@ -15,6 +15,7 @@ def _factorize(size: int, max_level: int) -> tuple[int, ...] | None:
         return ()
     found = [(level, *rest) for level in range(min(max_level, size), MIN_LEVELS - 1, -1)
              if size % level == 0 and (rest := _factorize(size // level, level)) is not None]
+    # Most even: the smallest level is as large as possible; of those, the one with the fewest levels.
     return max(found, key=lambda levels: (levels[-1], -len(levels))) if found else None
 
 
@@ -37,6 +38,7 @@ def fsq_levels(codebook_size: int) -> list[int]:
     levels = _factorize(codebook_size, MAX_LEVELS)
     if levels:
         return list(levels)
+    # The limit includes a possible size above codebook_size: 3, or a power of two.
     possible = sorted(size for size in _products_of_small_primes(2 * codebook_size + MIN_LEVELS) if size > 1 and _factorize(size, MAX_LEVELS))
     below, above = max((size for size in possible if size < codebook_size), default=None), min(size for size in possible if size > codebook_size)
     raise InputError(f"tokenizer.codebook_size is {codebook_size}, but tokenizer.quantizer fsq needs a product of levels from {MIN_LEVELS} to "

@@ -39,11 +39,11 @@ def available_cores() -> int:
 def default_device() -> torch.device:
     """The accelerator of this machine if it has one, otherwise the CPU.
 
-    `is_available` is needed because torch with CUDA reports cuda as the current accelerator even without a GPU. Also the CPU if accelerate's
-    launcher was configured with `use_cpu`: accelerate then trains on the CPU, and everything else must use it too. Apple's mps is not used: it
-    has no float64, in which probabilities are summed.
+    The CPU is also used if accelerate's launcher was configured with `use_cpu`, because accelerate then trains on the CPU. Apple's mps is not used,
+    because it lacks float64, which sampling uses to sum probabilities.
     """
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "t", "on"):
         return torch.device("cpu")
+    # without is_available, torch with CUDA would report cuda even on a machine without a GPU
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device if device is not None and device.type != "mps" else torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 """Signals that stop a stage -> the exit code of the process, 128 plus the number of the signal."""
 GRACE_SECONDS = 3.0
-"""Seconds after a second signal before the process is ended if it could not react to the signals."""
+"""Seconds from the second signal until a process that has not ended by itself is ended."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process receives when its parent ends."""
 
@@ -132,5 +132,5 @@ def die_with_parent(ancestor: int) -> None:
         is_gone = os.getppid() == 1 and ancestor != 1  # process 1 becomes the parent of a process whose parent has ended
     except ProcessLookupError:
         is_gone = True
-    if is_gone:  # before prctl was called, so the kernel sends no signal
+    if is_gone:  # it ended before prctl was called, so the kernel sends no signal
         os._exit(1)

@@ -1,6 +1,6 @@
 """Nearest-code search and k-means in full float32, regardless of autocast, TF32 and matmul-precision flags.
 
-bf16 distances pick a wrong code for 1-5 % of vectors. The search processes chunks of vectors and codes, so the N x K matrix of distances is
+Distances in bf16 select a wrong code for 1-5 % of vectors. The search processes chunks of vectors and codes, so the N x K matrix of distances is
 never stored. On a CPU, the chunks fit in its cache.
 """
 
@@ -14,7 +14,7 @@ from vqmosaic.seeding import derive_seed
 # Bytes of codes and of scores per chunk. On a CPU both fit in the cache. A GPU should prefer few large chunks (not measured).
 WORKING_SET_BYTES = {"cpu": (2**20, 4 * 2**20)}
 LARGE_WORKING_SET_BYTES = (16 * 2**20, 32 * 2**20)
-SCORES_PER_GROUP = 64
+SCORES_PER_GROUP = 64  # for row_minima
 
 
 @contextmanager
@@ -58,34 +58,35 @@ def lowest_score_ids(vectors_ND: torch.Tensor, codebook_KD: torch.Tensor, offset
     with full_precision(vectors_ND.device):
         vectors_ND, codebook_KD, offsets_K = vectors_ND.float(), codebook_KD.float(), offsets_K.float()
         codes_bytes, scores_bytes = WORKING_SET_BYTES.get(vectors_ND.device.type, LARGE_WORKING_SET_BYTES)
-        codes = min(len(codebook_KD), max(SCORES_PER_GROUP, codes_bytes // (4 * codebook_KD.shape[1]) // SCORES_PER_GROUP * SCORES_PER_GROUP))
-        rows = min(len(vectors_ND), max(16, scores_bytes // (4 * codes)))
-        scores = torch.empty(rows * codes, device=vectors_ND.device)
+        groups_per_chunk = max(1, codes_bytes // (4 * codebook_KD.shape[1]) // SCORES_PER_GROUP)
+        codes_per_chunk = min(len(codebook_KD), groups_per_chunk * SCORES_PER_GROUP)
+        vectors_per_chunk = min(len(vectors_ND), max(16, scores_bytes // (4 * codes_per_chunk)))
+        scores = torch.empty(vectors_per_chunk * codes_per_chunk, device=vectors_ND.device)
         ids_N = torch.empty(len(vectors_ND), dtype=torch.int64, device=vectors_ND.device)
-        for start in range(0, len(vectors_ND), max(1, rows)):
-            chunk_nD = vectors_ND[start:start + rows]
-            for first in range(0, len(codebook_KD), codes):
-                codes_kD = codebook_KD[first:first + codes]
+        for start in range(0, len(vectors_ND), max(1, vectors_per_chunk)):
+            chunk_nD = vectors_ND[start:start + vectors_per_chunk]
+            for first_code in range(0, len(codebook_KD), codes_per_chunk):
+                codes_kD = codebook_KD[first_code:first_code + codes_per_chunk]
                 scores_nk = scores[:len(chunk_nD) * len(codes_kD)].view(len(chunk_nD), -1)
-                torch.addmm(offsets_K[first:first + codes], chunk_nD, codes_kD.T, alpha=-1, out=scores_nk)
+                torch.addmm(offsets_K[first_code:first_code + codes_per_chunk], chunk_nD, codes_kD.T, alpha=-1, out=scores_nk)
                 lowest_n, at_n = row_minima(scores_nk)
-                if first == 0:
+                if first_code == 0:
                     best_n, ids_n = lowest_n, at_n
                 else:
-                    ids_n = torch.where(lowest_n < best_n, at_n + first, ids_n)
+                    ids_n = torch.where(lowest_n < best_n, at_n + first_code, ids_n)
                     best_n = torch.minimum(lowest_n, best_n)
-            ids_N[start:start + rows] = ids_n
+            ids_N[start:start + vectors_per_chunk] = ids_n
     return ids_N
 
 
 def row_minima(scores_nk: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Value and index of the smallest entry of each row. Searches groups first (a vectorized reduction), then inside the best group."""
+    """Value and index of the smallest entry of each row. Finds the best group of each row (a vectorized reduction), then the entry in it."""
     if scores_nk.shape[1] % SCORES_PER_GROUP:
         return scores_nk.min(1)
-    groups_ngG = scores_nk.view(len(scores_nk), -1, SCORES_PER_GROUP)
+    groups_ngG = scores_nk.view(len(scores_nk), -1, SCORES_PER_GROUP)  # n rows of g groups of G scores
     lowest_n, group_n = groups_ngG.amin(2).min(1)
-    rows_n = torch.arange(0, groups_ngG.shape[0] * groups_ngG.shape[1], groups_ngG.shape[1], device=scores_nk.device)
-    inside_n = scores_nk.view(-1, SCORES_PER_GROUP).index_select(0, rows_n.add_(group_n)).argmin(1)
+    first_group_n = torch.arange(0, groups_ngG.shape[0] * groups_ngG.shape[1], groups_ngG.shape[1], device=scores_nk.device)
+    inside_n = scores_nk.view(-1, SCORES_PER_GROUP).index_select(0, first_group_n.add_(group_n)).argmin(1)
     return lowest_n, inside_n.add_(group_n, alpha=SCORES_PER_GROUP)
 
 
