@@ -17,20 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stages.stage_inputs import (
-    full_fingerprint_of_tokenizer,
-    read_vocabulary,
-    token_fingerprint_of_prior,
-    token_fingerprint_of_tokenizer,
-)
+from pipelines.stages.stage_inputs import full_fingerprint_of_tokenizer, token_fingerprint_of_tokenizer, vocabulary_of_prior
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
-from stage2_prior.vocabulary import why_unguided
+from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary, why_unguided
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.files.full_disks import explain_full_disk, size_of
-from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, from_fields, read_object, written_by
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 
@@ -54,9 +49,8 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
             paths), the sampling settings do not fit the prior, or `out` is a file, or a folder with files but without a pipeline.
     """
     check_replaceable(out)
-    token_fingerprint = token_fingerprint_of_tokenizer(tokenizer)
-    check_same_tokens(token_fingerprint, tokenizer, token_fingerprint_of_prior(prior), prior)
-    vocabulary = read_vocabulary(prior)
+    token_fingerprint, vocabulary = token_fingerprint_of_tokenizer(tokenizer), vocabulary_of_prior(prior)
+    check_same_tokens(token_fingerprint, tokenizer, vocabulary.token_fingerprint, prior)
     check_sampling_fits(sampling, vocabulary, prior)
     check_digests(prior)
     record = find_sweep_record([tokenizer.parent, out], sampling, tokenizer, prior)
@@ -73,7 +67,7 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
         if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: detect later changes of the copy
             write_digests(partial / "prior")
         write_json(partial / "pipeline.json", {
-            "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary["class_names"],
+            "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary.class_names,
             "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
         publish(partial, out)
     return out
@@ -121,13 +115,13 @@ def check_replaceable(out: Path) -> None:
         raise InputError(f"{out} is {what}. Give a new folder, an empty folder, or a pipeline folder to replace.")
 
 
-def check_sampling_fits(sampling: SamplingConfig, vocabulary: dict[str, Any], prior: Path) -> None:
-    """Raise InputError if a prior with this vocabulary.json does not support the sampling settings."""
-    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary["class_names"], vocabulary["label_drop"])):
+def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior: Path) -> None:
+    """Raise InputError if a prior with this vocabulary does not support the sampling settings."""
+    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
-    codes = max(grid["codebook_size"] for grid in vocabulary["grids"])
-    if sampling.top_k > codes:
-        raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} has {codes} codes; allowed: 0 (off) to {codes}.")
+    if sampling.top_k > vocabulary.most_codes:
+        raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} has {vocabulary.most_codes} codes; allowed: 0 (off) to "
+                         f"{vocabulary.most_codes}.")
 
 
 def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
@@ -135,7 +129,7 @@ def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> 
     recommended = recommended_sampling(folder, content)
     with naming_options():
         sampling = dataclasses.replace(recommended, **given)
-        check_sampling_fits(sampling, read_vocabulary(folder / "prior"), folder / "prior")
+        check_sampling_fits(sampling, vocabulary_of_prior(folder / "prior"), folder / "prior")
     return sampling
 
 
@@ -186,14 +180,12 @@ def read_bundle(folder: Path) -> dict:
     """
     path = folder / "pipeline.json"
     content = read_object(path, "`vqmosaic bundle` writes it again")
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{folder}/pipeline.json says format {content.get('format')!r} version {content.get('format_version')!r}. "
-                         f"This vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
+    check_format(content, FORMAT, FORMAT_VERSION, str(path))
     check_fields(content, (*FIELDS, VERSION_FIELD, "sweep"), str(path), written_by(content), FIELDS)
-    vocabulary = read_vocabulary(folder / "prior")
+    vocabulary = vocabulary_of_prior(folder / "prior")
     for name in ("class_names", "token_fingerprint"):
-        if content[name] != vocabulary.get(name):
-            raise InputError(f"{path} has another {name} than {folder / 'prior' / 'vocabulary.json'}. One of them was edited or replaced. Copy the "
+        if content[name] != getattr(vocabulary, name):
+            raise InputError(f"{path} has another {name} than {folder / 'prior' / VOCABULARY_NAME}. One of them was edited or replaced. Copy the "
                              "pipeline again, or run `vqmosaic bundle` again.")
     return content
 
@@ -220,9 +212,8 @@ def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[
     for label in labels:
         if isinstance(label, str):
             if label not in names:
-                nearest = nearest_name(label, names)
-                hint = f" Did you mean {nearest!r}?" if nearest else ""
-                raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}.{hint}")
+                raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}."
+                                 f"{did_you_mean(label, names)}")
             indices.append(names.index(label))
             continue
         try:

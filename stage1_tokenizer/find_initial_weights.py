@@ -4,13 +4,13 @@ Importing this module does not load torch.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.data.data_location import nearest_sibling
+from stage1_tokenizer.tokenizer_config import is_tokenizer, read_tokenizer_config
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable, explain_permission_errors
 from vqmosaic.recipes.recipe import Recipe
@@ -19,7 +19,6 @@ from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
 
 FIELD = "tokenizer_training.init_from"
-TOKENIZER_FORMAT = "vqmosaic.image_tokenizer"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
 DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels")
@@ -54,8 +53,8 @@ def locate_initial_weights(path: str) -> InitialWeights:
         raise InputError(f"{FIELD} is {path!r}, which {'is a file' if given.exists() else 'does not exist'}. Give {ALLOWED}.{hint}")
     for folder in (given, given / "tokenizer"):
         check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
-        if (config := _read_json(folder / "config.json")).get("format") == TOKENIZER_FORMAT and (folder / "model.safetensors").is_file():
-            return InitialWeights(folder, folder / "model.safetensors", True, config)
+        if is_tokenizer(folder) and (folder / "model.safetensors").is_file():
+            return InitialWeights(folder, folder / "model.safetensors", True, read_tokenizer_config(folder))
     for name in ("weights_ema.safetensors", "model.safetensors"):  # prefer the weight average: it is what training exports
         if (given / "checksums.json").is_file() and (given / name).is_file():
             return InitialWeights(given, given / name, False, _recorded_config(given))
@@ -123,14 +122,12 @@ def check_same_transform(found: InitialWeights, data: Mapping[str, Any]) -> None
 def fingerprint_of_initial_weights(path: str) -> str:
     """The full fingerprint of a tokenizer folder, or the sha256 of a checkpoint's checksums.json.
 
-    If config.json has no full fingerprint, this is "None". Loading the tokenizer raises InputError then.
-
     Raises:
         InputError: see `locate_initial_weights`.
     """
     found = locate_initial_weights(path)
     if found.is_export:
-        return str(found.config.get("full_fingerprint"))
+        return found.config["full_fingerprint"]
     return hashlib.sha256((found.folder / "checksums.json").read_bytes()).hexdigest()
 
 
@@ -145,11 +142,3 @@ def _recorded_config(checkpoint: Path) -> dict[str, Any]:
         return {}
     return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
             "transform": {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if f"data.{name}" in record.fields}}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

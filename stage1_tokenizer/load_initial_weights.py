@@ -3,12 +3,11 @@
 import re
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from stage1_tokenizer.find_initial_weights import FIELD, InitialWeights, check_same_network, check_same_transform, locate_initial_weights
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.errors import InputError
+from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.training.checkpoints import checkpoint_problems
@@ -43,8 +42,8 @@ def read_checkpoint(found: InitialWeights) -> dict[str, torch.Tensor]:
         raise InputError(f"{FIELD} leads to {found.folder}, which is a damaged checkpoint: {'; '.join(problems)}. Give another one, or a "
                          "tokenizer folder.")
     try:
-        weights = load_file(found.file)
-    except SafetensorError as error:
+        weights = read_weight_file(found.file)
+    except WeightFileError as error:
         raise InputError(f"{FIELD} leads to {found.file}, which is not a weight file ({error}). Give another one.") from error
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items() if name != "n_averaged"}
 

@@ -1,17 +1,16 @@
 """Perceptual losses in float32: LPIPS on VGG16 features (Zhang et al. 2018) and feature matching on discriminator features."""
 
-import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from stage1_tokenizer.perceptual_weights import FIELD, PerceptualWeights, resolve_perceptual_weights
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable
+from vqmosaic.files.weight_files import WeightFileError, read_weight_file
+from vqmosaic.files.weights_fit import describe_mismatches
 
 __all__ = ["LPIPS", "feature_matching_loss", "resolve_perceptual_weights"]
 
@@ -27,7 +26,6 @@ MIN_IMAGE_SIDE = 16
 """Smallest height and width in pixels. The four poolings reduce it to 1 x 1."""
 FEATURE_EPS = 1e-6
 """Added to the mean absolute real feature before feature matching divides by it."""
-MAX_LISTED_PROBLEMS = 8
 
 
 class LPIPS(nn.Module):
@@ -47,21 +45,20 @@ class LPIPS(nn.Module):
         super().__init__()
         files = files or resolve_perceptual_weights(None)
         self.stages = nn.ModuleList()
-        vgg16_shapes: dict[str, tuple[int, ...]] = {}
+        vgg16_expected: dict[str, torch.Tensor] = {}
         index, channels = 0, 3  # torchvision numbers convolutions, ReLUs and poolings consecutively
         with torch.device("meta"):  # the files provide all weights, so skip their initialization
             for widths in VGG16_WIDTHS:
                 stage = nn.ModuleDict()
                 for width in widths:
                     stage[str(index)] = nn.Conv2d(channels, width, 3, padding=1)
-                    vgg16_shapes |= {f"features.{index}.weight": (width, channels, 3, 3), f"features.{index}.bias": (width,)}
+                    vgg16_expected |= {f"features.{index}.{kind}": tensor for kind, tensor in stage[str(index)].state_dict().items()}
                     index, channels = index + 2, width  # skip the ReLU
                 index += 1  # skip the pooling
                 self.stages.append(stage)
-        linear_shapes: dict[str, tuple[int, ...]] = {
-            f"lin{number}.model.1.weight": (1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)}
-        vgg16 = _read_weights(files.vgg16, vgg16_shapes, ignored=CLASSIFIER_TENSORS)
-        linear = _read_weights(files.linear, linear_shapes)
+            linear_expected = {f"lin{number}.model.1.weight": torch.empty(1, widths[-1], 1, 1) for number, widths in enumerate(VGG16_WIDTHS)}
+        vgg16 = _read_weights(files.vgg16, vgg16_expected, ignored=CLASSIFIER_TENSORS)
+        linear = _read_weights(files.linear, linear_expected)
         self.load_state_dict({f"stages.{number}.{key}.{kind}": vgg16[f"features.{key}.{kind}"]
                               for number, stage in enumerate(self.stages)
                               for key, _ in stage.named_children() for kind in ("weight", "bias")}, assign=True)
@@ -112,28 +109,22 @@ def _normalize_channels(features_BCHW: torch.Tensor) -> torch.Tensor:
     return features_BCHW / (features_BCHW.square().sum(1, keepdim=True) + NORM_EPS).sqrt()
 
 
-def _read_weights(file: Path, shapes: dict[str, tuple[int, ...]], ignored: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
-    """Read the tensors with these names and shapes from a file, as float32. Never runs pickled code.
+def _read_weights(file: Path, expected: dict[str, torch.Tensor], ignored: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
+    """Read the tensors with the names and shapes of `expected` from a file, as float32. Never runs pickled code.
 
-    Raises InputError if the file cannot be read, or if tensors are missing, have another shape, or are neither in `shapes` nor in `ignored`.
+    Raises InputError if the file cannot be read, or if tensors are missing, have another shape, or are neither in `expected` nor in `ignored`.
     """
     check_readable(file)
     try:
-        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise InputError(f"{FIELD}: {file} is not a weight file: {' '.join(str(error).split())[:300]}. Download it again.") from error
+        found = read_weight_file(file)
+    except WeightFileError as error:
+        raise InputError(f"{FIELD}: {file} is not a weight file: {error}. Download it again.") from error
     if not isinstance(found, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise InputError(f"{FIELD}: {file} does not hold a dict of tensors. Give a state dict.")
-    problems = [f"missing {name}" for name in shapes.keys() - found.keys()]
-    problems += [f"unexpected {name}" for name in found.keys() - shapes.keys() - ignored]
-    problems += [f"{name} has shape {tuple(found[name].shape)}, not {shapes[name]}"
-                 for name in shapes.keys() & found.keys() if tuple(found[name].shape) != shapes[name]]
-    if problems:
-        more = f" and {len(problems) - MAX_LISTED_PROBLEMS} more" if len(problems) > MAX_LISTED_PROBLEMS else ""
-        raise InputError(f"{FIELD}: the tensors in {file} do not match the network: "
-                         f"{'; '.join(sorted(problems)[:MAX_LISTED_PROBLEMS])}{more}. "
+    if problems := describe_mismatches(found, expected, ignored):
+        raise InputError(f"{FIELD}: the tensors in {file} do not match the network: {problems}. "
                          "Give torchvision's VGG16 without batch norm, and the linear weights of LPIPS 0.1 for VGG16.")
-    return {name: found[name].float() for name in shapes}
+    return {name: found[name].float() for name in expected}
 
 
 def feature_matching_loss(real_features: list[torch.Tensor], fake_features: list[torch.Tensor]) -> torch.Tensor:

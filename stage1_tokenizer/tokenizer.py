@@ -10,33 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from stage1_tokenizer.image_files.images import TRANSFORM_KEYS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
+from stage1_tokenizer.tokenizer_config import FORMAT, FORMAT_VERSION, is_tokenizer, read_tokenizer_config
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.files.exported_weights import exportable_weights
 from vqmosaic.files.fingerprints import fingerprint
 from vqmosaic.files.full_disks import explain_full_disk
-from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
-from vqmosaic.files.permissions import check_readable, explain_permission_errors
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, written_by
+from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 from vqmosaic.runs.devices import as_device, as_dtype
 from vqmosaic.seeding import derive_seed
 
-FORMAT = "vqmosaic.image_tokenizer"
-FORMAT_VERSION = 1
-CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint",
-                 VERSION_FIELD, "config_digest")
-"""Fields of config.json. The last two are optional. config_digest covers all other fields; version 0.1.0 did not write it."""
 TOKEN_WEIGHT_PREFIXES = ("encoder.", "quant_conv.", "quantizer.")
 ALWAYS_FINGERPRINTED_FIELDS = ("quantizer", "codebook_size", "code_dim", "latent_channels", "channels", "channel_multipliers", "residual_blocks",
                                "attention_levels", "middle_attention", "l2_normalize")
@@ -218,14 +214,14 @@ class ImageTokenizer(nn.Module):
                 the device or dtype is unknown.
         """
         folder, device, dtype = Path(folder), as_device(device), as_dtype(dtype)
-        content = read_config(folder)
+        content = read_tokenizer_config(folder)
         where, version = folder / "config.json", written_by(content)
         config = from_fields(TokenizerConfig, content["network"], f"{where}: network", version)
         check_fields(content["transform"], TRANSFORM_KEYS, f"{where}: transform", version, TRANSFORM_KEYS)
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
         try:
-            weights = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
+            weights = read_weight_file(folder / "model.safetensors")
+        except WeightFileError as error:
             raise InputError(f"{folder}/model.safetensors is truncated or not a weight file ({error}). Copy the folder again.") from error
         own, training_only = tokenizer.state_dict(), tokenizer.training_only_names()
         if problems := describe_mismatches(weights, {name: tensor for name, tensor in own.items() if name not in training_only}):
@@ -244,27 +240,3 @@ class ImageTokenizer(nn.Module):
         tokenizer.post_quant_conv.to(dtype)
         tokenizer.decoder.to(dtype)
         return tokenizer.eval().requires_grad_(False)
-
-
-def is_tokenizer(folder: Path) -> bool:
-    """Whether a folder contains the config.json of a tokenizer, of any format version."""
-    check_readable(folder / "config.json")
-    try:
-        return read_object(folder / "config.json", "").get("format") == FORMAT
-    except (OSError, InputError):
-        return False
-
-
-def read_config(folder: Path) -> dict:
-    """Read config.json of a tokenizer folder. Checks format, version and fields."""
-    path = folder / "config.json"
-    check_readable(path, folder / "model.safetensors")
-    if not path.is_file() or not (folder / "model.safetensors").is_file():
-        raise InputError(f"{folder} is not a tokenizer folder: it needs config.json and model.safetensors. "
-                         "`vqmosaic train-tokenizer` writes one to <run_dir>/tokenizer.")
-    content = read_object(path, "copy the tokenizer again from where it was trained")
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}, but "
-                         f"this vqmosaic reads {FORMAT!r} version {FORMAT_VERSION}.{version_hint(written_by(content))}")
-    check_fields(content, CONFIG_FIELDS, str(path), written_by(content), CONFIG_FIELDS[:-2])
-    return content

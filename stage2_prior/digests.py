@@ -10,7 +10,7 @@ from pathlib import Path
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file, write_json
-from vqmosaic.files.json_files import VERSION_FIELD, check_fields, read_object, version_hint, written_by
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, read_object, written_by
 from vqmosaic.files.permissions import check_readable
 
 DIGESTS_NAME = "digests.json"
@@ -49,11 +49,8 @@ def check_digests(folder: Path) -> None:
                       f"TokenPrior.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}).", stacklevel=2)
         return
     content = read_object(path, "copy the prior again from where it was trained")
-    version = written_by(content)
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise InputError(f"{path} says format {content.get('format')!r} version {content.get('format_version')!r}; this vqmosaic reads "
-                         f"{FORMAT!r} version {FORMAT_VERSION}.{version_hint(version)}")
-    check_fields(content, (*FIELDS, VERSION_FIELD), str(path), version, FIELDS)
+    check_format(content, FORMAT, FORMAT_VERSION, str(path))
+    check_fields(content, (*FIELDS, VERSION_FIELD), str(path), written_by(content), FIELDS)
     recorded, found = content["files"], digests_of(folder)
     faults = {"changed": [name for name in recorded if found.get(name, recorded[name]) != recorded[name]],
               "missing": sorted(recorded.keys() - found.keys()), "added": sorted(found.keys() - recorded.keys())}

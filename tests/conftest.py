@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.tiny import make_tiny_run
+from tests.tiny import copy_tokens, make_tiny_run
 
 torch.set_num_threads(1)
 
@@ -50,3 +50,9 @@ def tiny_copy(tiny_run, tmp_path) -> Path:
     recipe = copy / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(tiny_run), str(copy)))
     return copy
+
+
+@pytest.fixture
+def run_dir(tiny_run, tmp_path) -> Path:
+    """A run folder with finished tokens and no training."""
+    return copy_tokens(tiny_run, tmp_path / "run")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from stage1_tokenizer import train as train_module
 from stage1_tokenizer.adversarial import discriminator_training as adversary_module
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from tests.run_files import records
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.checkpoints import CheckpointFolder, read_state
-from vqmosaic.training.tracking import read_metrics
 from vqmosaic.training.training_run import TrainingRun
 
 ADVERSARIAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversarial__warmup": 0.15, "adversarial__ramp": 0.3, "adversarial__layers": 1,
@@ -28,10 +28,6 @@ ADVERSARIAL = {"adversarial__weight": 0.5, "adversarial__start": 0.3, "adversari
 def train(run_dir: Path, **changes) -> Path:
     train_module.train(tiny_recipe(run_dir, **ADVERSARIAL | changes))
     return run_dir
-
-
-def records(run_dir: Path, kind: str = "train") -> list[dict]:
-    return read_metrics(RunFolder(run_dir).logs("tokenizer") / "metrics.jsonl", kind)
 
 
 def checkpoint(run_dir: Path, step: int) -> Path:
@@ -64,7 +60,7 @@ def assert_same_results(uninterrupted: Path, resumed: Path, step: int) -> None:
     assert {name for name in first if first[name] != second[name]} == set()
     assert read_state(checkpoint(uninterrupted, step))["guard"] == read_state(checkpoint(resumed, step))["guard"]
     for kind in ("train", "validation"):
-        first, second = ([record | {"seconds": 0} for record in records(run, kind)] for run in (uninterrupted, resumed))
+        first, second = ([record | {"seconds": 0} for record in records(run, "tokenizer", kind)] for run in (uninterrupted, resumed))
         assert first == second
 
 
@@ -74,7 +70,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_discriminator_starts_at_its_step_and_affects_the_generator_after_warmup(finished):
-    for record in records(finished):
+    for record in records(finished, "tokenizer", "train"):
         step = record["step"] - 1  # records are written after their step
         assert ("discriminator_loss" in record) == (step >= 3), record
         assert ("adversarial_loss" in record) == (step >= 5), "the generator has no adversarial loss during warmup"
@@ -100,7 +96,7 @@ def test_checkpoint_contains_both_networks_and_export_only_the_tokenizer(finishe
 
 
 def test_best_and_last_weights_are_exported(finished, tmp_path):
-    errors = {record["step"]: record["reconstruction_l2"] for record in records(finished, "validation")}
+    errors = {record["step"]: record["reconstruction_l2"] for record in records(finished, "tokenizer", "validation")}
     best = min(errors, key=errors.get)
     assert read_state(checkpoint(finished, 10))["best_step"] == best
     folder = RunFolder(finished).checkpoints("tokenizer")
@@ -125,8 +121,8 @@ def test_resumed_training_matches_an_uninterrupted_one(changes, tmp_path):
         train_until_interrupted(resumed, steps, **changes)
     train(resumed, **changes)
     assert_same_results(uninterrupted, resumed, 10)
-    with_generator_loss = [record for record in records(uninterrupted) if "adversarial_loss" in record]
-    with_features = [record for record in records(uninterrupted) if record.get("discriminator_features", 0) > 0]
+    with_generator_loss = [record for record in records(uninterrupted, "tokenizer", "train") if "adversarial_loss" in record]
+    with_features = [record for record in records(uninterrupted, "tokenizer", "train") if record.get("discriminator_features", 0) > 0]
     assert with_generator_loss and with_features == (with_generator_loss if "tokenizer_training__perceptual_loss" in changes else [])
 
 
@@ -150,7 +146,7 @@ def test_guard_lowers_the_adversarial_weight_when_validation_worsens(failing_run
     assert "the guard halved the adversarial weight, now 5000" in out
     state = read_state(checkpoint(run_dir, 16))
     assert state["guard"]["halvings"] >= 1 and state["best_step"] <= 8
-    weights = [record["adversarial_weight"] for record in records(run_dir) if "adversarial_weight" in record]
+    weights = [record["adversarial_weight"] for record in records(run_dir, "tokenizer", "train") if "adversarial_weight" in record]
     assert weights[0] == 10_000 and weights[-1] <= 5000
 
 
@@ -163,7 +159,7 @@ def test_resume_after_a_halving_matches_an_uninterrupted_training(failing_run, t
     guard = read_state(checkpoint(resumed, step))["guard"]
     assert guard["halvings"] == 1 and guard["pause"] > 0 and step < 16
     train(resumed, **FAILING)
-    assert {record["adversarial_weight"] for record in records(resumed) if record["step"] == step + 1} == {5000}
+    assert {record["adversarial_weight"] for record in records(resumed, "tokenizer", "train") if record["step"] == step + 1} == {5000}
     assert_same_results(uninterrupted, resumed, 16)
 
 
@@ -249,7 +245,7 @@ def test_compiled_training_with_a_discriminator_matches_eager(tmp_path):
                 for flag in ("true", "false")]
     encoder, decoder = compiled  # compile_networks is called once
     assert encoder._compiled_call_impl is not None and "features" in vars(decoder) and "features" not in vars(copy.deepcopy(decoder))
-    losses = [[record["reconstruction_loss"] for record in records(run)] for run in runs]
+    losses = [[record["reconstruction_loss"] for record in records(run, "tokenizer", "train")] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert json.loads((runs[0] / "tokenizer/config.json").read_text())["network"]["channels"] == 64
     assert load_file(runs[0] / "tokenizer/model.safetensors").keys() == load_file(runs[1] / "tokenizer/model.safetensors").keys()

@@ -17,6 +17,7 @@ from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data import class_labels
 from stage1_tokenizer.data.class_labels import natural_key, sorted_classes
 from stage1_tokenizer.data.open_data import open_splits
+from tests.run_files import token_files
 from tests.tiny import tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.errors import InputError
@@ -56,10 +57,6 @@ def recipe_for(photos: Path, run: Path, **changes: object) -> Recipe:
 def class_names_of(run: Path) -> tuple[list[str], list[str]]:
     """The class names of the tokenizer and of the tokens of a run."""
     return ImageTokenizer.from_pretrained(run / "tokenizer").class_names, TokenShardManifest.load(run / "tokens/train").class_names
-
-
-def token_files(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "tokens").rglob("*")) if path.is_file()}
 
 
 # --- the order -------------------------------------------------------------------------------------------------------------------------

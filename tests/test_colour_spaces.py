@@ -10,10 +10,11 @@ from PIL import Image, ImageCms, TiffImagePlugin, features
 from stage1_tokenizer.data.check_data import check_data
 from stage1_tokenizer.image_files.colour_spaces import other_colour_space
 from stage1_tokenizer.image_files.images import read_image
-from tests.test_stored_values import png
+from tests.image_bytes import encoded, png_row
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+COLOURED = Image.new("RGB", (8, 8), (200, 100, 50))
 ROW = bytes([10, 20, 30, 40, 50, 60])
 """Two RGB pixels."""
 
@@ -34,13 +35,7 @@ def colour_space_of(content: bytes) -> str | None:
 
 
 def rgb_png(*chunks: tuple[bytes, bytes]) -> bytes:
-    return png(8, 2, ROW, *chunks)
-
-
-def encoded(kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 100, 50)).save(buffer, kind, **options)
-    return buffer.getvalue()
+    return png_row(8, 2, ROW, *chunks)
 
 
 NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
@@ -48,15 +43,13 @@ NEEDS_AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", pytest.param("AVIF", marks=NEEDS_AVIF)])
 def test_profiles_that_change_colours_are_reported(kind):
-    assert colour_space_of(encoded(kind)) is colour_space_of(encoded(kind, icc_profile=SRGB)) is None
-    assert colour_space_of(encoded(kind, icc_profile=linear_profile())).endswith("(ICC profile)")
-    assert colour_space_of(encoded(kind, icc_profile=b"no profile")) is None
+    assert colour_space_of(encoded(COLOURED, kind)) is colour_space_of(encoded(COLOURED, kind, icc_profile=SRGB)) is None
+    assert colour_space_of(encoded(COLOURED, kind, icc_profile=linear_profile())).endswith("(ICC profile)")
+    assert colour_space_of(encoded(COLOURED, kind, icc_profile=b"no profile")) is None
 
 
 def test_srgb_profile_of_a_grey_image_is_not_reported():
-    buffer = io.BytesIO()
-    Image.new("L", (8, 8), 100).save(buffer, "PNG", icc_profile=SRGB)
-    assert colour_space_of(buffer.getvalue()) is None
+    assert colour_space_of(encoded(Image.new("L", (8, 8), 100), icc_profile=SRGB)) is None
 
 
 @pytest.mark.parametrize(("chunks", "expected"), [
@@ -78,7 +71,7 @@ def test_colour_space_of_tiff_tags():
         directory = TiffImagePlugin.ImageFileDirectory_v2()
         for name, value in tags.items():
             directory[{"curve": 301, "white": 318, "primaries": 319}[name]] = value
-        return encoded("TIFF", tiffinfo=directory)
+        return encoded(COLOURED, "TIFF", tiffinfo=directory)
 
     assert colour_space_of(with_tags(curve=tuple(257 * value for value in range(256)))) == "a custom curve (TransferFunction)"
     assert colour_space_of(with_tags(curve=tuple(round(65535 * (value / 255) ** 2.2) for value in range(256)))) is None
@@ -88,7 +81,7 @@ def test_colour_space_of_tiff_tags():
 
 @NEEDS_AVIF
 def test_colour_space_of_avif_code_points():
-    content = encoded("AVIF")
+    content = encoded(COLOURED, "AVIF")
     position = content.index(b"nclx") + 4
     assert colour_space_of(content[:position] + struct.pack(">HH", 9, 18) + content[position + 4:]) == "BT.2020 HLG (code points)"
 
@@ -96,9 +89,9 @@ def test_colour_space_of_avif_code_points():
 def test_adobe_rgb_is_detected_in_exif():
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
-    assert colour_space_of(encoded("JPEG", exif=exif)) == "Adobe RGB (EXIF)"
+    assert colour_space_of(encoded(COLOURED, "JPEG", exif=exif)) == "Adobe RGB (EXIF)"
     exif.get_ifd(0x8769)[0xA005] = {1: "R98"}
-    assert colour_space_of(encoded("JPEG", exif=exif)) is None
+    assert colour_space_of(encoded(COLOURED, "JPEG", exif=exif)) is None
 
 
 def test_check_data_counts_and_reports_colour_spaces(tmp_path):

@@ -21,6 +21,7 @@ from pipelines.stages.chain import example_classes
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.vocabulary import Vocabulary
+from tests.run_files import pictures
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
@@ -47,10 +48,6 @@ def error_message(*arguments: object, **environment: str) -> str:
     assert "Traceback" not in result.stderr and result.stderr.startswith("error: ") and not result.stdout
     assert seconds < SLACK * ERROR_SECONDS
     return result.stderr
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
 @pytest.fixture(scope="module")

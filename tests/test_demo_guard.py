@@ -22,6 +22,8 @@ import pytest
 import uvicorn
 from PIL import Image, ImageFile
 
+from tests.image_bytes import encoded
+
 pytest.importorskip("gradio")
 
 from pipelines.demo import guard as demo_guard
@@ -93,10 +95,7 @@ def server(tmp_path_factory):
 
 
 def picture(width: int = 20, height: int = 20, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
+    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)), kind, **options)
 
 
 def all_routes(routes) -> list[tuple[str, str]]:
@@ -554,9 +553,7 @@ def test_long_exif_data_still_rotates_the_image(tmp_path, kind):
 
 def progressive_jpeg(scans: int) -> bytes:
     """A JPEG of 16 million pixels with many progressive scans of 30 bytes each."""
-    file = io.BytesIO()
-    Image.new("L", (4000, 3992), 128).save(file, "JPEG", progressive=True)
-    content = file.getvalue()
+    content = encoded(Image.new("L", (4000, 3992), 128), "JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
     return content[:-2] + content[start:-2] * scans + content[-2:]
 
@@ -774,7 +771,7 @@ def test_invalid_fields_are_refused_with_the_labels_of_the_page(server, capsys, 
 
 def test_looking_up_a_wrong_class_name_does_not_block_other_requests(server, monkeypatch):
     lookup_started, proceed = threading.Event(), threading.Event()
-    monkeypatch.setattr(demo_requests, "nearest_name", lambda *_: (lookup_started.set(), proceed.wait(5), None)[2])
+    monkeypatch.setattr(demo_requests, "did_you_mean", lambda *_: (lookup_started.set(), proceed.wait(5), "")[2])
     server.call("generate", [["dog"], *GENERATE[1:]])
     assert lookup_started.wait(5)
     started = time.monotonic()

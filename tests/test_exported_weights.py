@@ -15,7 +15,7 @@ from pipelines import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
-from tests.test_prior import random_batch, tiny_prior
+from tests.tiny_priors import random_batch, tiny_prior
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import QUANTIZER_NAMES, TokenizerConfig
 

@@ -10,17 +10,13 @@ from pipelines.stages.chain import longer_training_hint
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer.image_files.images import named_views
+from tests.tiny import fields_of
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, RULES, DataSize, Facts, describe_choices
-from vqmosaic.recipes.recipe import recipe_fields
 from vqmosaic.recipes.recipe_files import load_recipe, save_recipe, shipped_names
 from vqmosaic.recipes.view_lists import VIEW_COUNTS
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import write_record
-
-
-def fields_of(recipe) -> dict[str, object]:
-    return {field.name: field.value for field in recipe_fields(recipe)}
 
 
 def load(*overrides: str, images: int | None = None, **settings):

@@ -21,11 +21,11 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.data.digits_source import load_scans
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.train import train
+from tests.run_files import records
 from tests.tiny import CODES, GRID_SIZE, make_tiny_run, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.training.tracking import read_metrics
 
 DEPTH = 2
 RESIDUAL = {"tokenizer__quantizer": "residual", "tokenizer__residual_depth": DEPTH}
@@ -172,9 +172,9 @@ def test_training_with_other_nearest_code_quantizers(changes, learnt, tiny_run, 
     checkpoints = sorted((tmp_path / "run/checkpoints/tokenizer").glob("step-*"))
     codes = [load_file(folder / "model.safetensors")[f"quantizer.{learnt}"] for folder in checkpoints]
     assert len(codes) == 2 and not torch.equal(*codes), "the learned codes change until the last step"
-    records, default_records = (read_metrics(folder / "logs/tokenizer/metrics.jsonl", "train") for folder in (tmp_path / "run", tiny_run))
-    assert len(records) == 6 and all(np.isfinite([record["quantizer_loss"], record["gradient_norm"]]).all() for record in records)
-    first, other = ([each[0][name] for name in ("quantizer_loss", "gradient_norm")] for each in (records, default_records))
+    own, default = (records(folder, "tokenizer", "train") for folder in (tmp_path / "run", tiny_run))
+    assert len(own) == 6 and all(np.isfinite([record["quantizer_loss"], record["gradient_norm"]]).all() for record in own)
+    first, other = ([each[0][name] for name in ("quantizer_loss", "gradient_norm")] for each in (own, default))
     assert first != pytest.approx(other, rel=1e-4), "loss or gradients differ from the default"
     tokenizer = ImageTokenizer.from_pretrained(tmp_path / "run/tokenizer")
     images_BCHW = scans_as_images(tokenizer.transform, 16)

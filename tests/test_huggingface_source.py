@@ -5,35 +5,14 @@ import pickle
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from stage1_tokenizer.data.check_data import check_data
-from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.open_data import open_splits
+from tests.image_folders import contents, names, write_classes, write_image
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig
-
-
-def write_image(path: Path, seed: int = 0, size: tuple[int, int] = (9, 8)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
-
-
-def write_classes(folder: Path, counts: dict[str, int]) -> Path:
-    for name, count in counts.items():
-        for number in range(count):
-            write_image(folder / name / f"{number:03}.png", seed=len(name) * 1000 + number)
-    return folder
-
-
-def contents(source: ImageSource) -> dict[str, tuple[int | None, bytes]]:
-    return {source.source_name(index): (source.label(index), source.read(index).tobytes()) for index in range(len(source))}
-
-
-def names(source: ImageSource) -> list[str]:
-    return [source.source_name(index) for index in range(len(source))]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from stage1_tokenizer.image_files.images import (
     to_uint8,
     training_views,
 )
+from tests.image_bytes import encoded, png
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig, TokensConfig
 from vqmosaic.seeding import generator
@@ -31,20 +31,6 @@ from vqmosaic.seeding import generator
 UPRIGHT = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
 STORED_AS = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: tuple[bytes, bytes]) -> bytes:
-    """A PNG written by hand, for headers and depths that Pillow does not write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-                                         for kind, body in chunks)
 
 
 def values_of(image: Image.Image) -> list[int]:

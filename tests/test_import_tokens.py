@@ -16,6 +16,7 @@ from pipelines.tokens import import_tokens
 from pipelines.tokens.foreign_tokens import TokenLines, open_foreign_tokens
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train
+from tests.run_files import file_contents
 from tests.tiny import CODES, GRID_SIZE, ROOT, command, tiny_recipe
 from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.errors import InputError
@@ -325,10 +326,6 @@ def test_command_reports_invalid_input_and_does_not_load_torch(tmp_path):
 
 
 # --- interruption ------------------------------------------------------------------------------------------------------------
-
-
-def file_contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("finished", [0, 5])

@@ -15,8 +15,9 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import digests_of
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
-from tests.test_prior import tiny_prior
+from tests.run_files import edit_json
 from tests.tiny import tiny_recipe
+from tests.tiny_priors import tiny_prior
 from token_shards import TokenShardManifest
 from token_shards.sidecar import ShardSidecar
 from vqmosaic import __version__
@@ -179,8 +180,8 @@ def test_unknown_option_of_a_later_grid_transformer(tmp_path):
 
     def save_as(version: str, **changes) -> None:
         config, digests = tmp_path / "config.json", tmp_path / "digests.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
-        digests.write_text(json.dumps(json.loads(digests.read_text()) | {"vqmosaic": version, "files": digests_of(tmp_path)}))
+        edit_json(config, **changes)
+        edit_json(digests, vqmosaic=version, files=digests_of(tmp_path))
 
     save_as(LATER)  # a later version without a new field
     TokenPrior.from_pretrained(tmp_path)

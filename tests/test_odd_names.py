@@ -18,6 +18,7 @@ from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.data.image_sources import refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
+from tests.image_bytes import encoded
 from tests.tiny import command, tiny_recipe
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError, printable
@@ -36,10 +37,8 @@ def photos(tmp_path) -> Path:
         path = os.fsencode(tmp_path / "photos") + b"/" + folder
         os.makedirs(path)
         for name in [LATIN, FORGED, b"emoji \xf0\x9f\x98\x80.png", *(b"%02d.png" % number for number in range(10))]:
-            buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(buffer, "PNG")
             with open(path + b"/" + name, "wb") as file:
-                file.write(buffer.getvalue())
+                file.write(encoded(Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))))
     return tmp_path / "photos"
 
 

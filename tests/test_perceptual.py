@@ -14,12 +14,12 @@ from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer import train as train_module
 from stage1_tokenizer.perceptual import LPIPS
 from stage1_tokenizer.perceptual_weights import PerceptualWeights, hub_checkpoints, resolve_perceptual_weights
+from tests.run_files import records
 from tests.test_structure import loaded, modules_after
 from tests.tiny import tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
-from vqmosaic.training.tracking import read_metrics
 
 WIDTHS = (64, 128, 256, 512, 512)
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -319,7 +319,7 @@ def test_too_small_images_are_refused(lpips):
 def train(run_dir: Path, **changes) -> list[dict]:
     """Train for two steps and return the logged records."""
     train_module.train(tiny_recipe(run_dir, tokenizer_training__max_steps=2, tokenizer_training__batch_size=4, **changes))
-    return read_metrics(RunFolder(run_dir).logs("tokenizer") / "metrics.jsonl", "train")
+    return records(run_dir, "tokenizer", "train")
 
 
 def test_training_uses_and_logs_the_perceptual_loss(weights, tmp_path):

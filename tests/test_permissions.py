@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import find_pipeline, find_tokenizer
-from pipelines.stages.stage_inputs import token_fingerprint_of_prior, token_fingerprint_of_tokenizer
+from pipelines.stages.stage_inputs import token_fingerprint_of_tokenizer, vocabulary_of_prior
 from pipelines.sweep.feature_file import resolve_feature_file
 from pipelines.tokens.foreign_tokens import open_foreign_tokens
 from pipelines.tokens.repair import load_sidecar
@@ -171,7 +171,7 @@ READERS = {
     "prior weights": ("run/prior/model.safetensors", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
     "prior digests": ("run/prior/digests.json", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
     "prior folder": ("run/prior", lambda folder: TokenPrior.from_pretrained(folder / "run/prior")),
-    "prior fingerprint": ("run/prior/model.safetensors", lambda folder: token_fingerprint_of_prior(folder / "run/prior")),
+    "vocabulary of a prior": ("run/prior/model.safetensors", lambda folder: vocabulary_of_prior(folder / "run/prior")),
     "vocabulary": ("run/prior/vocabulary.json", lambda folder: Vocabulary.load(folder / "run/prior")),
     "pipeline": ("run/pipeline/pipeline.json", lambda folder: ImageGenerationPipeline.from_pretrained(folder / "run", device="cpu")),
     "pipeline folder": ("run/pipeline", lambda folder: find_pipeline(folder / "run")),
@@ -199,7 +199,7 @@ READERS = {
     "metadata of a folder": ("images/metadata.csv", lambda folder: open_splits(DataConfig(path=str(folder / "images"), label_column="kind"))),
     "table of a data set": ("tables/data.parquet", lambda folder: open_splits(DataConfig(path=str(folder / "tables")))),
     "features": ("features.pt", lambda folder: resolve_feature_file(folder / "features.pt", None)),
-    "perceptual weights": ("weights.safetensors", lambda folder: perceptual._read_weights(folder / "weights.safetensors", {"a": (1,)})),
+    "perceptual weights": ("weights.safetensors", lambda folder: perceptual._read_weights(folder / "weights.safetensors", {"a": torch.zeros(1)})),
     "npy file": ("codes.npy", lambda folder: open_foreign_tokens(folder / "codes.npy", None, True)),
     "JSON lines": ("codes.jsonl", lambda folder: open_foreign_tokens(folder / "codes.jsonl", None, True)),
 }

@@ -18,6 +18,7 @@ from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
+from tests.run_files import file_contents
 from tests.tiny import CODES, GRID_SIZE, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -265,7 +266,7 @@ def test_encoder_stays_float32_with_bfloat16(tiny_run, pipe, scans, tmp_path):
     out = pipe_bf16([3, 4], 2, seed=1, output_type="pt")
     assert out.images.dtype == torch.float32 and out.images.isfinite().all()
     pipe_bf16.save_pretrained(tmp_path / "copy")
-    assert files_of(tmp_path / "copy") == files_of(tiny_run / "pipeline"), "saved files do not depend on dtype"
+    assert file_contents(tmp_path / "copy") == file_contents(tiny_run / "pipeline"), "saved files do not depend on dtype"
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16"])
@@ -303,19 +304,15 @@ def test_constructors_reject_strings_for_integers(pipe):
 # --- files -------------------------------------------------------------------------------------------------------------------
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_pipelines_from_disk_and_from_memory_save_the_same_weights(tiny_run, pipe, tmp_path):
-    original = files_of(tiny_run / "pipeline")
+    original = file_contents(tiny_run / "pipeline")
     pipe.save_pretrained(tmp_path / "from_disk")
-    assert files_of(tmp_path / "from_disk") == original
+    assert file_contents(tmp_path / "from_disk") == original
 
     tokenizer = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     prior = TokenPrior.from_pretrained(tiny_run / "prior")
     ImageGenerationPipeline(tokenizer, prior, pipe.sampling).save_pretrained(tmp_path / "from_memory")
-    saved = files_of(tmp_path / "from_memory")
+    saved = file_contents(tmp_path / "from_memory")
     assert saved.keys() == original.keys()
     assert all(saved[name] == original[name] for name in original if name.endswith((".safetensors", "pipeline.json", "vocabulary.json")))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["from_disk", "from_memory"], "no temporary folders are left"

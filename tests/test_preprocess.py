@@ -25,6 +25,7 @@ from stage1_tokenizer.data import digits_source
 from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import CENTER_VIEW, training_views
+from tests.run_files import edit_json, token_files
 from tests.test_resume import die_at
 from tests.test_two_processes import processes_with
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
@@ -56,10 +57,6 @@ def photos(tmp_path) -> Path:
 def fields(tiny_run: Path, photos: Path, **changes) -> dict:
     return {"data__source": "folder", "data__path": photos, "data__validation_fraction": 0.2, "tokens__tokenizer": tiny_run / "tokenizer",
             "tokens__images_per_shard": PER_SHARD, "tokens__batch_size": 8, "tokens__views": "shifts", **changes}
-
-
-def token_files(run_dir: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted((run_dir / "tokens").rglob("*")) if path.is_file()}
 
 
 def assert_same_files(first: Path, second: Path) -> None:
@@ -176,8 +173,7 @@ def test_shards_of_version_0_1_0_keep_their_order(lost, tiny_run, photos, tmp_pa
     assert TokenShardManifest.load(tmp_path / "run/tokens/train").order_seed is None
     train = tmp_path / "run/tokens/train"
     if lost == "shards":  # the run was killed
-        path = RunFolder(tmp_path / "run").record("tokens")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+        edit_json(RunFolder(tmp_path / "run").record("tokens"), finished=False)
         for path in [*train.glob("manifest.json"), *train.glob("shard-00000[2-9].*"), *(tmp_path / "run/tokens/validation").iterdir()]:
             path.unlink()
     elif lost == "all tokens":

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -17,27 +17,13 @@ from stage2_prior.digests import write_digests
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import TokenBatches, rank_slice, validation_batches, validation_samples
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from tests.run_files import change_weights
+from tests.tiny_priors import TWO_GRIDS, VOCABULARY, random_batch, tiny_prior
 from token_shards import Grid, ShardSetHeader, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.recipe_sections import PriorConfig
 
 TRANSFORMERS_MODELS = ["llama", "gpt2", "qwen3"]
 ARCHITECTURES = [*TRANSFORMERS_MODELS, "grid_transformer"]
-VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
-                        token_fingerprint="f" * 64, label_drop=0.1)
-COARSE, FINE = Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)
-TWO_GRIDS = Vocabulary(grids=[COARSE, FINE], class_names=None, token_fingerprint="f" * 64)
-
-
-def tiny_prior(architecture="llama", vocabulary=VOCABULARY, seed=0, **changes):
-    fields = {"architecture": architecture, "width": 32, "layers": 2, "heads": 2} | changes
-    return TokenPrior.from_config(PriorConfig(**fields), vocabulary, seed)
-
-
-def random_batch(vocabulary=VOCABULARY, size=64, seed=0):
-    rng = np.random.default_rng(seed)
-    ids_BT = np.stack([rng.integers(0, stop - start, size) for start, stop in vocabulary.position_ranges()], axis=1)
-    return torch.from_numpy(ids_BT), torch.from_numpy(rng.integers(-1, vocabulary.num_classes, size))
 
 
 # --- initialization and loss -------------------------------------------------------------------------------------------------
@@ -238,12 +224,6 @@ def test_weights_are_saved_in_float32_and_can_be_loaded_in_bfloat16(tmp_path):
     # not exactly equal: `.to` also casts the rotary frequencies, while loading keeps them in float32
     torch.testing.assert_close(loaded(*random_batch(size=4)), prior(*random_batch(size=4)), rtol=0, atol=0.01)
     assert loaded.model.model.rotary_emb.inv_freq.dtype == torch.float32
-
-
-def change_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(("change", "words"), [

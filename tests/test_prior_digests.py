@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from pipelines import ImageGenerationPipeline, make_bundle
 from pipelines.bundle import part_fingerprints, read_bundle
-from pipelines.stages.stage_inputs import input_fingerprints, token_fingerprint_of_prior
+from pipelines.stages.stage_inputs import input_fingerprints, vocabulary_of_prior
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
-from tests.test_prior import random_batch, tiny_prior
+from tests.run_files import edit_json
+from tests.tiny_priors import random_batch, tiny_prior
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import copy_folder, sha256_of_file
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -27,10 +28,6 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 def folder(tmp_path) -> Path:
     tiny_prior().save_pretrained(tmp_path / "prior")
     return tmp_path / "prior"
-
-
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def zero_block(path: Path) -> None:
@@ -44,10 +41,10 @@ def zero_block(path: Path) -> None:
 CHANGES = {
     "zeros in the weights": ("model.safetensors", zero_block),
     "one bit": ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))),
-    "configuration": ("config.json", lambda path: edit(path, rms_norm_eps=0.1)),
-    "generation": ("generation_config.json", lambda path: edit(path, max_new_tokens=8)),
-    "class names": ("vocabulary.json", lambda path: edit(path, class_names=["bee", "ant", "cat"])),
-    "label drop": ("vocabulary.json", lambda path: edit(path, label_drop=0.5)),
+    "configuration": ("config.json", lambda path: edit_json(path, rms_norm_eps=0.1)),
+    "generation": ("generation_config.json", lambda path: edit_json(path, max_new_tokens=8)),
+    "class names": ("vocabulary.json", lambda path: edit_json(path, class_names=["bee", "ant", "cat"])),
+    "label drop": ("vocabulary.json", lambda path: edit_json(path, label_drop=0.5)),
 }
 
 
@@ -99,7 +96,7 @@ def test_digests_cover_sharded_weights(tmp_path, folder):
     before = fingerprint_of_weights(sharded)
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     assert torch.equal(TokenPrior.from_pretrained(sharded)(*random_batch(size=4)), TokenPrior.from_pretrained(folder)(*random_batch(size=4)))
-    assert token_fingerprint_of_prior(sharded) == token_fingerprint_of_prior(folder)
+    assert vocabulary_of_prior(sharded) == vocabulary_of_prior(folder)
     path = sorted(sharded.glob("model-*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(InputError, match=f"changed: {path.name}"):
@@ -156,7 +153,7 @@ def test_edited_class_names_of_a_tokenizer_are_detected(tiny_run, tmp_path):
     copy_folder(tiny_run / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer/config.json"
     names = json.loads(path.read_text())["class_names"]
-    edit(path, class_names=names[::-1])
+    edit_json(path, class_names=names[::-1])
     with pytest.raises(InputError, match=r"config\.json has changed since it was exported \(its class_names"):
         ImageTokenizer.from_pretrained(tmp_path / "tokenizer")
 
@@ -175,7 +172,7 @@ def test_tokenizer_without_a_config_digest_loads(tiny_run, tmp_path):
 @pytest.mark.parametrize(("name", "value"), [("class_names", ["3", "7"]), ("token_fingerprint", "0" * 64)])
 def test_pipeline_that_does_not_match_its_prior_is_refused(tiny_run, tmp_path, name, value):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
-    edit(tmp_path / "pipeline/pipeline.json", **{name: value})
+    edit_json(tmp_path / "pipeline/pipeline.json", **{name: value})
     with pytest.raises(InputError, match=f"has another {name} than"):
         read_bundle(tmp_path / "pipeline")
 
@@ -183,7 +180,7 @@ def test_pipeline_that_does_not_match_its_prior_is_refused(tiny_run, tmp_path, n
 def test_sampling_settings_of_a_pipeline_can_be_edited(tiny_run, tmp_path):
     copy_folder(tiny_run / "pipeline", tmp_path / "pipeline")
     path = tmp_path / "pipeline/pipeline.json"
-    edit(path, sampling=json.loads(path.read_text())["sampling"] | {"temperature": 0.7})
+    edit_json(path, sampling=json.loads(path.read_text())["sampling"] | {"temperature": 0.7})
     assert ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu").sampling.temperature == 0.7
 
 

@@ -32,37 +32,21 @@ from stage2_prior.prior_setup import (
 )
 from stage2_prior.token_batches import validation_samples
 from stage2_prior.train import validate
-from stage2_prior.vocabulary import Vocabulary
+from tests.run_files import records
 from tests.tiny import ROOT, tiny_recipe
-from token_shards import Grid, TokenShardReader, TokenShardWriter, default_key
+from tests.tiny_priors import TWO_GRIDS, VOCABULARY, tiny_prior
+from token_shards import TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file, write_json
 from vqmosaic.kernels import chunked_cross_entropy
 from vqmosaic.kernels.matmul_attention import MAX_MATMUL_LENGTH
-from vqmosaic.recipes.recipe_sections import PriorConfig, PriorTrainingConfig
+from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.runs.accelerator import make_accelerator
 from vqmosaic.runs.launch import find_accelerate_config, processes_to_start
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.training.checkpoints import read_state
-from vqmosaic.training.tracking import read_metrics
 from vqmosaic.training.training_plan import describe_learning_rate
 from vqmosaic.training.training_run import TrainingRun
-
-VOCABULARY = Vocabulary(grids=[Grid(name="image", codebook_size=48, height=3, width=3)], class_names=["ant", "bee", "cat"],
-                        token_fingerprint="f" * 64, label_drop=0.1)
-TWO_GRIDS = Vocabulary(grids=[Grid(name="coarse", codebook_size=8, height=1, width=2), Grid(name="fine", codebook_size=32, height=2, width=2)],
-                       class_names=None, token_fingerprint="f" * 64)
-
-
-@pytest.fixture
-def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with tokens but no trained models."""
-    shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
-    return tmp_path / "run"
-
-
-def tiny_prior(architecture="llama", **changes) -> TokenPrior:
-    return TokenPrior.from_config(PriorConfig(**{"architecture": architecture, "width": 32, "layers": 2, "heads": 2} | changes), VOCABULARY, 0)
 
 
 def batch(size=8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,10 +59,6 @@ def train(run_dir: Path, **changes) -> Path:
     fields = {name if "__" in name else f"prior_training__{name}": value for name, value in changes.items()}
     train_prior.train(tiny_recipe(run_dir, **fields))
     return sorted(RunFolder(run_dir).checkpoints("prior").glob("step-*"))[-1]
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    return read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", kind)
 
 
 def loss_and_gradients(prior: TokenPrior) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -236,7 +216,7 @@ def test_z_loss_is_logged_separately_and_decreases(run_dir, tmp_path):
     fields = {"prior__dropout": 0, "max_steps": 20, "learning_rate": 0.01}
     train(run_dir, z_loss=0.1, **fields)
     train(tmp_path / "without", **fields)
-    logged, without = records(run_dir, "train"), records(tmp_path / "without", "train")
+    logged, without = records(run_dir, "prior", "train"), records(tmp_path / "without", "prior", "train")
     assert logged[0]["nll"] == without[0]["nll"] and all("z_loss" not in record for record in without)
     assert logged[0]["z_loss"] == pytest.approx(math.log(32) ** 2, rel=0.05)
     assert logged[-1]["z_loss"] < 0.4 * logged[0]["z_loss"]
@@ -263,7 +243,7 @@ def test_learning_rate_scales_with_the_batch_size(run_dir, capsys):
     with pytest.raises(InputError, match=r"prior_training\.learning_rate_batch is 0; it must be at least 1"):
         PriorTrainingConfig(learning_rate_batch=0)
     train(run_dir, max_steps=3, learning_rate=0.004, learning_rate_batch=4, warmup_fraction=0, final_learning_rate=1)  # batches of 16
-    assert [record["learning_rate"] for record in records(run_dir, "train")] == pytest.approx([0.008] * 3)
+    assert [record["learning_rate"] for record in records(run_dir, "prior", "train")] == pytest.approx([0.008] * 3)
     assert "learning rate                 0.004 x sqrt(16 / 4) = 0.008\n" in capsys.readouterr().out
 
 
@@ -323,11 +303,11 @@ def test_validation_without_the_class_requires_label_drop(run_dir, tmp_path, cap
     shutil.copytree(run_dir, tmp_path / "conditional")
     train(run_dir, max_steps=2)
     assert "(without class " in capsys.readouterr().out
-    (record,) = records(run_dir, "validation")
+    (record,) = records(run_dir, "prior", "validation")
     assert {"nll", "accuracy", "bits_per_image", "nll_without_class", "accuracy_without_class", "bits_per_image_without_class"} <= record.keys()
     train(tmp_path / "conditional", max_steps=2, label_drop=0, sampling__guidance_scale=1)
     assert "without class" not in capsys.readouterr().out
-    (record,) = records(tmp_path / "conditional", "validation")
+    (record,) = records(tmp_path / "conditional", "prior", "validation")
     assert "nll" in record and not [name for name in record if "without_class" in name]
 
 

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from pipelines import command_line
-from tests.tiny import tiny_overrides
+from tests.tiny import ROOT, tiny_overrides
 
-ROOT = Path(__file__).resolve().parent.parent
 GENERATED = ("recipe_reference.md", "benchmarks.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.DOTALL)]

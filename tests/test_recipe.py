@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.tiny import ROOT
+from tests.tiny import ROOT, fields_of
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.recipes.recipe import Recipe, check_batch_split, recipe_fields
 from vqmosaic.recipes.recipe_files import PATH_FIELDS, load_recipe, may_be_same_path, recipe_help, save_recipe, section_names, shipped_names
@@ -22,10 +22,6 @@ SECTION_VARIABLES = {
     "tokens": {"tokens"}, "prior": {"prior"}, "prior_training": {"prior_training", "training"}, "sampling": {"sampling"},
 }
 """Section -> names of the variables that hold it; `recipe.data.path` and `data.path` both count as reading data.path."""
-
-
-def fields_of(recipe: Recipe) -> dict[str, object]:
-    return {field.name: field.value for field in recipe_fields(recipe)}
 
 
 FIXED_FIELDS = [  # values that the cases below assume, whatever the shipped recipe digits sets

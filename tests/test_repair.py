@@ -20,6 +20,7 @@ from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.image_sources import comparable_identity
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
+from tests.run_files import edit_json, flip_byte, token_files
 from tests.tiny import command, tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.errors import InputError
@@ -58,10 +59,6 @@ def recipe_in(run: Path, *overrides: str) -> Recipe:
     return load_recipe(str(run), list(overrides))
 
 
-def token_files(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "tokens").rglob("*")) if path.is_file()}
-
-
 def shard_states(run: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(run / "tokens")): (path.stat().st_ino, path.stat().st_mtime_ns) for path in (run / "tokens").rglob("shard-*")}
 
@@ -77,16 +74,6 @@ def encoded_sources(monkeypatch) -> list[list[int]]:
 
     monkeypatch.setattr(module, "encode_sources", encoded)
     return seen
-
-
-def flip_byte(path: Path, offset: int = 700) -> None:
-    changed = bytearray(path.read_bytes())
-    changed[offset] ^= 0x10
-    path.write_bytes(changed)
-
-
-def edit_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes, separators=(",", ":")))
 
 
 def relabel(path: Path) -> None:

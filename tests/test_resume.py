@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, tiny_overrides, tiny_recipe
+from tests.tiny import ROOT, copy_tokens, tiny_overrides, tiny_recipe
 from vqmosaic.runs.run_folder import RunFolder
 
 MODULES = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
@@ -81,11 +80,6 @@ def call(fork_server, tmp_path):
     return run
 
 
-def make_run(tiny_run: Path, run_dir: Path) -> Path:
-    shutil.copytree(tiny_run / "tokens", run_dir / "tokens")
-    return run_dir
-
-
 def weight_files(run_dir: Path, stage: str) -> dict[str, bytes]:
     """All weight files of a training: the export, the best and last weights, and the weights and averages of the newest checkpoint."""
     checkpoints = RunFolder(run_dir).checkpoints(stage)
@@ -142,7 +136,8 @@ def assert_killed_equals_uninterrupted(stage: str, uninterrupted: Path, killed: 
 
 @pytest.mark.parametrize("stage", MODULES)
 def test_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path, call):
-    assert_killed_equals_uninterrupted(stage, make_run(tiny_run, tmp_path / "uninterrupted"), make_run(tiny_run, tmp_path / "killed"), {}, call)
+    uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
+    assert_killed_equals_uninterrupted(stage, uninterrupted, killed, {}, call)
 
 
 @pytest.mark.slow
@@ -155,7 +150,8 @@ def test_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path
     ("prior", {**GRID_TRANSFORMER, "prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 2}),
 ], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows", "own, bf16, accumulation"])
 def test_killed_training_with_other_settings_equals_uninterrupted_training(stage, changes, tiny_run, tmp_path, call):
-    assert_killed_equals_uninterrupted(stage, make_run(tiny_run, tmp_path / "uninterrupted"), make_run(tiny_run, tmp_path / "killed"), changes, call)
+    uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
+    assert_killed_equals_uninterrupted(stage, uninterrupted, killed, changes, call)
 
 
 @pytest.mark.slow
@@ -164,7 +160,7 @@ def test_killed_training_with_other_settings_equals_uninterrupted_training(stage
 def test_prior_killed_five_times_at_random_equals_uninterrupted_training(settings, tiny_run, tmp_path, fork_server, call):
     """Kill the process in steps, validations, writes or removals, each time after it has written a checkpoint."""
     changes = {**RANDOM, **settings, "prior_training__max_steps": 240, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}
-    uninterrupted, killed = make_run(tiny_run, tmp_path / "uninterrupted"), make_run(tiny_run, tmp_path / "killed")
+    uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
     assert call("prior", uninterrupted, changes)[0] == 0
     rng, log, checkpoints = random.Random(7), tmp_path / "log", RunFolder(killed).checkpoints("prior")
     resumed = []
@@ -193,7 +189,7 @@ def test_killed_training_without_weight_average_equals_uninterrupted_training(st
     changes = {**RANDOM, f"{stage}_training__weight_ema_decay": 0}
     exports = []
     for name, kill_points in (("uninterrupted", []), ("killed", [(STEP, 4), (CHECKPOINT, 2)])):
-        run_dir = make_run(tiny_run, tmp_path / name)
+        run_dir = copy_tokens(tiny_run, tmp_path / name)
         for kill_at in kill_points:
             assert call(stage, run_dir, changes, kill_at)[0] == -signal.SIGKILL
         assert call(stage, run_dir, changes)[0] == 0

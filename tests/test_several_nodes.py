@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_two_processes import COMMANDS, ENVIRONMENT, finish, make_run, read_until, start
-from tests.tiny import ROOT, tiny_overrides
+from tests.test_two_processes import COMMANDS, ENVIRONMENT, finish, read_until, start
+from tests.tiny import ROOT, copy_tokens, tiny_overrides
 from vqmosaic.runs import launch
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ def test_two_machines_write_the_same_tokens_as_one(tiny_run, tmp_path):
 @pytest.mark.parametrize("stage", COMMANDS)
 def test_two_machines_train_the_same_weights_as_two_processes(stage, tiny_run, tmp_path):
     """The weights are equal bit for bit, although one machine was stopped: both save a checkpoint and exit with the same code."""
-    one, two = make_run(tiny_run, tmp_path / "one"), make_run(tiny_run, tmp_path / "two")
+    one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
     changes = {f"{stage}_training__{name}": 80 for name in ("max_steps", "checkpoint_every", "validate_every")}  # enough to be stopped in between
     code, _, err = finish(start(stage, one, 2, **changes))
     assert code == 0, err

@@ -16,6 +16,7 @@ from stage2_prior.token_batches import (
     validation_samples,
     warn_of_sorted_shards,
 )
+from tests.run_files import edit_json
 from tests.test_token_shards import (
     NUM_SOURCES,
     UNREADABLE,
@@ -109,11 +110,11 @@ def test_audit_finds_a_wrong_order_seed(tmp_path):
     write_folder(tmp_path, PERMUTED)
     path = tmp_path / "manifest.json"
     for order_seed in (None, 1):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"order_seed": order_seed}))
+        edit_json(path, order_seed=order_seed)
         assert any("belongs to another shard" in problem for problem in audit_folder(tmp_path).problems)
         with pytest.raises(InputError, match="header fingerprint"):
             TokenShardReader(tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"order_seed": "x"}))
+    edit_json(path, order_seed="x")
     with pytest.raises(InputError, match=r"manifest\.json.*order_seed|manifest\.json is invalid"):
         TokenShardManifest.load(tmp_path)
 

@@ -10,13 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
-
-
-def png(depth: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes], width: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-                                         for kind, body in parts)
+from tests.image_bytes import encoded, png_row
 
 
 def tiff(width: int, bits: list[int], photometric: int, data: bytes, sample_format: int = 1, extra: int | None = None, order: str = "<",
@@ -71,28 +65,28 @@ def rejection_message(content: bytes) -> str:
     (4, 0x5A, 5, [255, 170]), (4, 0x5A, 10, [85, 255]), (4, 0x5A, 0x105, [255, 170]),
 ])
 def test_png_transparent_grey_of_less_than_8_bits(depth, row, transparent, expected):
-    assert grey(png(depth, 0, bytes([row]), (b"tRNS", struct.pack(">H", transparent)))) == expected
+    assert grey(png_row(depth, 0, bytes([row]), (b"tRNS", struct.pack(">H", transparent)))) == expected
 
 
 def test_png_transparent_grey_of_8_and_16_bits():
-    assert grey(png(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 5)))) == [255, 9]
-    assert grey(png(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 0x105)))) == [255, 9], "only bits within the depth are compared"
-    assert grey(png(16, 0, struct.pack(">2H", 0x2020, 0x2021), (b"tRNS", struct.pack(">H", 0x2020)))) == [255, 32]
+    assert grey(png_row(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 5)))) == [255, 9]
+    assert grey(png_row(8, 0, bytes([5, 9]), (b"tRNS", struct.pack(">H", 0x105)))) == [255, 9], "only bits within the depth are compared"
+    assert grey(png_row(16, 0, struct.pack(">2H", 0x2020, 0x2021), (b"tRNS", struct.pack(">H", 0x2020)))) == [255, 32]
 
 
 def test_png_palette_alpha_may_contain_any_byte():
     table = (b"PLTE", bytes(9))
-    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0, 10])), width=3)) == [0, 255, 245], "byte 10 is a line feed"
-    assert grey(png(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0])), width=3)) == [0, 255, 0]
+    assert grey(png_row(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0, 10])), width=3)) == [0, 255, 245], "byte 10 is a line feed"
+    assert grey(png_row(8, 3, bytes([0, 1, 2]), table, (b"tRNS", bytes([255, 0])), width=3)) == [0, 255, 0]
 
 
 def test_png_transparent_colour_of_8_and_16_bits():
-    eight = png(8, 2, bytes([1, 2, 3, 4, 5, 6]), (b"tRNS", struct.pack(">3H", 1, 2, 3)))
+    eight = png_row(8, 2, bytes([1, 2, 3, 4, 5, 6]), (b"tRNS", struct.pack(">3H", 1, 2, 3)))
     assert colours(eight) == [[255, 255, 255], [4, 5, 6]]
     near = struct.pack(">9H", 0x1234, 0x5678, 0x9ABC, 0x1234, 0x5678, 0x9ABD, 0x1334, 0x5678, 0x9ABC)
-    sixteen = png(16, 2, near, (b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)), width=3)
+    sixteen = png_row(16, 2, near, (b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)), width=3)
     assert colours(sixteen) == [[255, 255, 255], [0x12, 0x56, 0x9A], [0x13, 0x56, 0x9A]], "all 16 bits must match"
-    assert colours(png(16, 2, near, width=3))[0] == [0x12, 0x56, 0x9A]
+    assert colours(png_row(16, 2, near, width=3))[0] == [0x12, 0x56, 0x9A]
 
 
 def test_large_png_metadata_does_not_prevent_reading(tmp_path):
@@ -101,7 +95,7 @@ def test_large_png_metadata_does_not_prevent_reading(tmp_path):
     texts.add_itxt("notes", "y" * 2_000_000, zip=True)
     image.save(tmp_path / "a.png", pnginfo=texts, icc_profile=bytes(2_000_000))
     assert read_image(tmp_path / "a.png").getpixel((1, 1)) == (9, 8, 7)
-    bomb = png(8, 0, bytes(2), (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**24 + 1))))
+    bomb = png_row(8, 0, bytes(2), (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**24 + 1))))
     assert "too large" in rejection_message(bomb)
 
 
@@ -138,9 +132,7 @@ def test_tiff_values_without_a_known_range_are_rejected(content, message):
 
 
 def test_32_bit_tiff_with_16_bit_values_is_scaled():
-    buffer = io.BytesIO()
-    Image.fromarray(np.array([[0, 32896, 65535]], np.int32)).save(buffer, "TIFF")
-    assert grey(buffer.getvalue()) == [0, 128, 255]
+    assert grey(encoded(Image.fromarray(np.array([[0, 32896, 65535]], np.int32)), "TIFF")) == [0, 128, 255]
 
 
 def test_tiff_extra_samples():
@@ -159,9 +151,7 @@ def test_tiff_ink_sets():
 
 
 def test_tiff_cielab_is_converted_to_rgb():
-    buffer = io.BytesIO()
-    Image.new("LAB", (1, 1), (255, 128, 128)).save(buffer, "TIFF")
-    assert min(colours(buffer.getvalue())[0]) > 250
+    assert min(colours(encoded(Image.new("LAB", (1, 1), (255, 128, 128)), "TIFF"))[0]) > 250
 
 
 def test_tiff_colour_maps_of_8_and_16_bits():
@@ -321,9 +311,7 @@ def test_gif_background_is_visible_outside_the_frame():
 
 def jp2(image: Image.Image, *boxes: tuple[bytes, bytes], space: int | None = None) -> bytes:
     """The image as JPEG 2000, with these header boxes instead of Pillow's own channel definition."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG2000")
-    content = buffer.getvalue()
+    content = encoded(image, "JPEG2000")
     start = content.index(b"jp2h") - 4
     end = start + struct.unpack(">I", content[start:start + 4])[0]
     header = content[start + 8:end]
@@ -391,4 +379,4 @@ def test_colour_profiles_do_not_change_values():
     row, gamma = bytes([10, 20, 30, 40, 50, 60]), (b"gAMA", struct.pack(">I", 100_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert colours(png(8, 2, row, gamma)) == colours(png(8, 2, row)) == [[10, 20, 30], [40, 50, 60]]
+        assert colours(png_row(8, 2, row, gamma)) == colours(png_row(8, 2, row)) == [[10, 20, 30], [40, 50, 60]]

@@ -11,9 +11,9 @@ from pipelines.stages.chain import run_chain
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
 from stage2_prior import train as train_prior
+from tests.run_files import records
 from tests.tiny import tiny_recipe
 from vqmosaic.runs.run_folder import RunFolder
-from vqmosaic.training.tracking import read_metrics
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
 """Step -> validation error. The errors of steps 4 and 6 are equal after rounding in metrics.jsonl."""
@@ -33,8 +33,7 @@ def scripted_errors(monkeypatch):
 
 
 def validation_of(run_dir: Path, stage: str, step: int) -> dict:
-    records = read_metrics(RunFolder(run_dir).logs(stage) / "metrics.jsonl", "validation")
-    (record,) = (record for record in records if record["step"] == step)
+    (record,) = (record for record in records(run_dir, stage, "validation") if record["step"] == step)
     return {name: value for name, value in record.items() if name != "kind"}
 
 

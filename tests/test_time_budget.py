@@ -22,6 +22,7 @@ from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior import train as train_prior
 from stage2_prior.prior import TokenPrior
+from tests.run_files import records
 from tests.tiny import command, tiny_overrides, tiny_recipe
 from vqmosaic.files.durable_files import sha256_of_file, write_json
 from vqmosaic.runs.interruption import StopFlag
@@ -30,19 +31,12 @@ from vqmosaic.training import best_weights, tracking, training_run, validation_s
 from vqmosaic.training import budget as budget_module
 from vqmosaic.training.budget import Budget, Pace
 from vqmosaic.training.checkpoints import CheckpointFolder, read_state
-from vqmosaic.training.tracking import ProgressLines, read_metrics
+from vqmosaic.training.tracking import ProgressLines
 from vqmosaic.training.trainer_state import TrainerState
 from vqmosaic.training.validation_schedule import FEWEST_IMAGES, INTERVAL_SHARE, PLANNED_TIME_SHARE, TIME_SHARE, ValidationSchedule
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)
-
-
-@pytest.fixture
-def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens and no training."""
-    shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
-    return tmp_path / "run"
 
 
 def train(stage: str, run_dir: Path, **changes) -> list[dict]:
@@ -373,7 +367,7 @@ def test_long_validations_and_k_means_print_progress_lines(stage, run_dir, monke
 
 def test_a_prior_that_learned_nothing_is_exported_with_a_warning(run_dir, capsys):
     train("prior", run_dir, max_steps=6, learning_rate=100, warmup_fraction=0, weight_ema_decay=0)
-    best = min(record["nll"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "validation"))
+    best = min(record["nll"] for record in records(run_dir, "prior", "validation"))
     out = capsys.readouterr().out
     assert best > 3.466 and f"the best NLL of all validations is {best:.4g} nats per token" in out and "3.466 (ln K)" in out
 

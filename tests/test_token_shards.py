@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.run_files import edit_json, flip_byte
+from tests.tiny import ROOT
 from token_shards import (
     EpochOrder,
     Grid,
@@ -30,7 +32,6 @@ from token_shards import (
 from token_shards.reader import stored_views
 from vqmosaic.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
 NUM_SOURCES, PER_SHARD, CLASSES = 47, 10, ["ant", "bee", "cat"]
 UNREADABLE = {3, *range(20, 30)}  # one source of shard 0 and all sources of shard 2
 GRIDS = [Grid("image", 512, 2, 3), Grid("detail", 70_000, 2, 2, depth=2)]
@@ -422,12 +423,6 @@ def test_out_of_range_ids_are_reported_with_shard_and_key(damaged):
 
 # --- audit -----------------------------------------------------------------------------------------------------------------------------
 
-def flip_byte(path, offset=700):
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 0x10
-    path.write_bytes(content)
-
-
 def members_of(path):
     with tarfile.open(path) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]
@@ -515,8 +510,7 @@ def test_audit_finds_changed_samples(damaged, change, messages, update_records):
 
 def test_audit_finds_a_deleted_sample_recorded_as_skipped(damaged):
     record = {"index": 12, "source": source_of(12), "reason": "unreadable"}
-    sidecar = damaged / "shard-000001.json"
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"skipped": [record]}))
+    edit_json(damaged / "shard-000001.json", skipped=[record])
     forge(damaged, 1, without_source_12, update_records=True)
     edit_manifest(damaged, lambda manifest: manifest["skipped"].insert(1, record))
     assert [problem.split(":")[1].split()[0] for problem in audit_folder(damaged, expected_sources()).problems] == ["sources_sha256"]

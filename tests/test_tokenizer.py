@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.networks import AttentionBlock, Decoder, Downsample, Encoder, ResidualBlock, Upsample
+from tests.run_files import change_weights
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
@@ -45,13 +46,6 @@ def tokenizer() -> ImageTokenizer:
 def folder(tmp_path) -> Path:
     make().save_pretrained(tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
-
-
-def rewrite(folder: Path, change) -> None:
-    """Apply `change` to the dict of tensors in a folder's weight file."""
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- images and ids --------------------------------------------------------------------------------------------------------------
@@ -154,7 +148,7 @@ def test_mismatched_weights_are_listed(folder):
         weights["encoder.conv_in.colour"] = torch.zeros(1)
         weights["decoder.conv_out.bias"] = torch.zeros(7)
 
-    rewrite(folder, change)
+    change_weights(folder, change)
     with pytest.raises(InputError) as error:
         ImageTokenizer.from_pretrained(folder)
     for words in ("missing encoder.conv_in.bias", "unexpected encoder.conv_in.colour", "decoder.conv_out.bias has shape (7,), not (3,)"):
@@ -163,7 +157,7 @@ def test_mismatched_weights_are_listed(folder):
 
 @pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quantizer.codebook", "decoder.conv_out.weight"])
 def test_modified_weight_is_refused(folder, name):
-    rewrite(folder, lambda weights: weights[name].view(-1)[0].add_(1e-3))
+    change_weights(folder, lambda weights: weights[name].view(-1)[0].add_(1e-3))
     with pytest.raises(InputError, match="has changed since it was exported"):
         ImageTokenizer.from_pretrained(folder)
 

@@ -32,6 +32,7 @@ from stage1_tokenizer.pictures import GAP_PIXELS
 from stage2_prior import train as train_prior
 from stage2_prior.generation.sampling import sample_tokens
 from stage2_prior.prior import TokenPrior
+from tests.run_files import records
 from tests.tiny import ROOT, tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file, write_json
@@ -44,19 +45,12 @@ from vqmosaic.training import budget as budget_module
 from vqmosaic.training.budget import Budget, format_duration, remaining_seconds
 from vqmosaic.training.checkpoints import CheckpointFolder, checkpoint_problems, read_state
 from vqmosaic.training.learning_rate import learning_rate_share
-from vqmosaic.training.tracking import read_metrics, tracker_resume_arguments, truncate_metrics
+from vqmosaic.training.tracking import tracker_resume_arguments, truncate_metrics
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.training.weight_averaging import make_average
 
 STAGES = {"tokenizer": train_tokenizer, "prior": train_prior}
 both_stages = pytest.mark.parametrize("stage", STAGES)
-
-
-@pytest.fixture
-def run_dir(tiny_run, tmp_path) -> Path:
-    """A run folder with finished tokens and no training."""
-    shutil.copytree(tiny_run / "tokens", tmp_path / "run/tokens")
-    return tmp_path / "run"
 
 
 def train(stage: str, run_dir: Path, **changes) -> Path:
@@ -190,7 +184,7 @@ def test_learning_rate_warmup_and_schedules():
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_learning_rate_of_each_step_is_logged(run_dir, schedule):
     train("prior", run_dir, max_steps=5, warmup_fraction=0.4, learning_rate=0.01, learning_rate_schedule=schedule, final_learning_rate=0.1)
-    logged = [record["learning_rate"] for record in read_metrics(RunFolder(run_dir).logs("prior") / "metrics.jsonl", "train")]
+    logged = [record["learning_rate"] for record in records(run_dir, "prior", "train")]
     assert logged == pytest.approx([0.01 * learning_rate_share(step / 5, 0.4, 0.1, schedule) for step in range(5)], rel=1e-4)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, tiny_overrides
+from tests.run_files import records
+from tests.tiny import ROOT, copy_tokens, tiny_overrides
 from vqmosaic.errors import InputError
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.runs.launch import run_stage, run_worker
@@ -86,11 +87,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> bool:
     return True
 
 
-def make_run(tiny_run: Path, run_dir: Path) -> Path:
-    shutil.copytree(tiny_run / "tokens", run_dir / "tokens")
-    return run_dir
-
-
 def checkpoint_weights(run_dir: Path, stage: str, step: int):
     from safetensors.torch import load_file
 
@@ -105,10 +101,8 @@ def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
     """The two processes also accumulate gradients over two micro-batches each."""
     import torch
 
-    from vqmosaic.runs.run_folder import RunFolder
-    from vqmosaic.training.tracking import read_metrics
 
-    one, two = make_run(tiny_run, tmp_path / "one"), make_run(tiny_run, tmp_path / "two")
+    one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
     accumulated = RANK_INDEPENDENT | {f"{stage}_training__accumulation_steps": 2}
     for run_dir, processes, changes in ((one, 1, RANK_INDEPENDENT), (two, 2, accumulated)):
         code, out, err = finish(start(stage, run_dir, processes, **changes))
@@ -121,7 +115,7 @@ def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=f"{name} at step {step}")
     for kind in ("train", "validation"):
-        records_of_one, records_of_two = (read_metrics(RunFolder(run_dir).logs(stage) / "metrics.jsonl", kind) for run_dir in (one, two))
+        records_of_one, records_of_two = (records(run_dir, stage, kind) for run_dir in (one, two))
         assert len(records_of_one) == len(records_of_two) == {"train": 6, "validation": 2}[kind]
         for first, second in zip(records_of_one, records_of_two, strict=True):
             assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
@@ -161,14 +155,14 @@ def test_two_processes_train_the_same_discriminator_as_one(tmp_path):
 def test_shipped_accelerate_configurations_equal_the_processes_option(tiny_run, tmp_path):
     exports = {}
     for name, processes, config in (("plain", 1, None), ("one", 1, "one_gpu"), ("two", 2, None), ("two by config", 2, "two_cpu_processes")):
-        code, out, err = finish(start("prior", make_run(tiny_run, tmp_path / name), processes, config))
+        code, out, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / name), processes, config))
         assert code == 0 and re.search(rf"threads? x {processes}\b", out), err
         exports[name] = (tmp_path / name / "prior/model.safetensors").read_bytes()
     assert exports["one"] == exports["plain"] and exports["two by config"] == exports["two"]
 
 
 def test_fsdp_on_cpus_is_refused(tiny_run, tmp_path):
-    code, _, err = finish(start("prior", make_run(tiny_run, tmp_path / "run"), 4, "fsdp2"))
+    code, _, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / "run"), 4, "fsdp2"))
     assert code == 2 and err.count("enables FSDP, which accelerate supports only on several GPUs, but this is 4 x cpu") == 1
     assert "Traceback" not in err and not (tmp_path / "run/checkpoints").exists()
 
@@ -203,7 +197,7 @@ def test_fsdp_equals_replicated_training_and_resumes(changes, tiny_run, tmp_path
 
     monkeypatch.chdir(ROOT)
     fields = RANK_INDEPENDENT | changes
-    replicated, sharded = make_run(tiny_run, tmp_path / "replicated"), make_run(tiny_run, tmp_path / "sharded")
+    replicated, sharded = copy_tokens(tiny_run, tmp_path / "replicated"), copy_tokens(tiny_run, tmp_path / "sharded")
     code, _, err = finish(start("prior", replicated, 2, **fields))
     assert code == 0, err
 
@@ -232,7 +226,7 @@ def test_fsdp_equals_replicated_training_and_resumes(changes, tiny_run, tmp_path
 def test_stopped_and_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path):
     changes = {f"{stage}_training__max_steps": 40, f"{stage}_training__validate_every": 10, f"{stage}_training__checkpoint_every": 5,
                "tokenizer__dropout": 0.1, "prior__dropout": 0.1}
-    uninterrupted, stopped = make_run(tiny_run, tmp_path / "uninterrupted"), make_run(tiny_run, tmp_path / "stopped")
+    uninterrupted, stopped = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "stopped")
     code, _, err = finish(start(stage, uninterrupted, 2, **changes))
     assert code == 0, err
 

@@ -20,6 +20,7 @@ from pipelines.image_folders import write_images
 from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from tests.run_files import pictures
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -32,10 +33,6 @@ NUM, TOTAL = 13, 130  # images of each of ten classes: two full batches of 64 an
 def generate(run: Path, out: Path, *arguments: object) -> int:
     """Run the command in this process and return its exit code."""
     return exit_code_of(lambda: dispatch(["generate", str(run), "--num", str(NUM), "--out", str(out), *map(str, arguments)]))
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ The session fixture `tiny_run` (tests/conftest.py) is a finished run that all te
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe import Recipe, recipe_fields
 from vqmosaic.recipes.recipe_files import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,11 @@ def tiny_recipe(run_dir: Path | str, **changes: object) -> Recipe:
     return load_recipe("digits", tiny_overrides(run_dir, **changes))
 
 
+def fields_of(recipe: Recipe) -> dict[str, object]:
+    """Dotted name -> value of each field of a recipe."""
+    return {field.name: field.value for field in recipe_fields(recipe)}
+
+
 def command(*arguments: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
     """Run the vqmosaic command in a new process, from the project root, with one thread."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
@@ -57,3 +63,9 @@ def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
 
     assert run_chain(tiny_recipe(run_dir, **changes)) == 0
     return Path(run_dir)
+
+
+def copy_tokens(run: Path, run_dir: Path) -> Path:
+    """Make a run folder that has only the tokens of a finished run, and return it."""
+    shutil.copytree(run / "tokens", run_dir / "tokens")
+    return run_dir

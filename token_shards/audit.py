@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from token_shards.manifest import MANIFEST_NAME, SPLITS, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
-from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
+from token_shards.sidecar import ShardSidecar, sidecar_path, source_line, unlisted_files
 from vqmosaic.errors import InputError, printable
-from vqmosaic.files.durable_files import TEMPORARY_PREFIX, sha256_of_file
+from vqmosaic.files.durable_files import sha256_of_file
 from vqmosaic.files.permissions import check_readable
 
 MAX_LISTED_PROBLEMS = 10  # of one kind in one shard; otherwise, a data set with shifted indices would give one line for every image
@@ -112,9 +112,8 @@ def audit_folder(folder: str | Path, expected_sources: Iterable[tuple[str, int |
 
 
 def _unlisted_files(folder: Path, manifest: TokenShardManifest) -> list[str]:
-    expected = {name for entry in manifest.shards for name in (entry.name, sidecar_path(folder, entry.name).name)}
-    present = {path.name for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*") for path in folder.glob(pattern)}
-    return _truncated([f"{name}: this file is not listed in {MANIFEST_NAME}." for name in sorted(present - expected)])
+    names = unlisted_files(folder, [entry.name for entry in manifest.shards])
+    return _truncated([f"{name}: this file is not listed in {MANIFEST_NAME}." for name in names])
 
 
 def audit_shard(folder: Path, header: ShardSetHeader, entry: ShardEntry, shard_index: int, header_fingerprint: str,

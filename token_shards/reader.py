@@ -196,12 +196,7 @@ class TokenShardReader:
             raise InputError(f"{path} is missing. {REMEDY}") from None
         if size != entry.size:
             raise InputError(f"{path} has {size} bytes; the manifest says {entry.size}. {REMEDY}")
-        try:
-            content = sidecar_file.read_bytes()
-        except PermissionError as error:
-            raise permission_denied(sidecar_file) from error
-        except OSError:
-            raise InputError(f"{sidecar_file} is missing. {REMEDY}") from None
+        content = _read_bytes(sidecar_file)
         if hashlib.sha256(content).hexdigest() != entry.sidecar_sha256:
             self._parse_sidecar(entry, content)  # raises the error that names the difference
 
@@ -224,13 +219,7 @@ class TokenShardReader:
     def _read_index(self, shard: int) -> ShardIndex:
         entry = self.manifest.shards[shard]
         path = sidecar_path(self.folder, entry.name)
-        try:
-            content = path.read_bytes()
-        except PermissionError as error:
-            raise permission_denied(path) from error
-        except OSError:
-            raise InputError(f"{path} is missing. {REMEDY}") from None
-        sidecar = self._parse_sidecar(entry, content)
+        sidecar = self._parse_sidecar(entry, _read_bytes(path))
         first_ids_n = []
         for grid in self.manifest.grids:
             offsets_n = np.array(sidecar.offsets.get(grid.name, []), dtype=np.int64)
@@ -247,3 +236,13 @@ class TokenShardReader:
         key = ShardSidecar.load(self.folder, name).keys[sample - int(self._starts_S[shard])]
         raise InputError(f"{self.folder / name}, key {key}, grid {grid.name!r}: stored ids run from {ids_T.min()} to {ids_T.max()}; "
                          f"allowed: 0 to {grid.codebook_size - 1}. `vqmosaic audit {self.folder}` lists all damaged shards.")
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a sidecar. Raises InputError if it is missing or may not be read."""
+    try:
+        return path.read_bytes()
+    except PermissionError as error:
+        raise permission_denied(path) from error
+    except OSError:
+        raise InputError(f"{path} is missing. {REMEDY}") from None

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from collections.abc import Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
 from vqmosaic.errors import InputError
-from vqmosaic.files.durable_files import write_bytes
+from vqmosaic.files.durable_files import TEMPORARY_PREFIX, write_bytes
 from vqmosaic.files.json_files import VERSION_FIELD, from_fields, written_by
 from vqmosaic.files.permissions import permission_denied
 
@@ -15,6 +15,13 @@ from vqmosaic.files.permissions import permission_denied
 def sidecar_path(folder: Path, name: str) -> Path:
     """The path of the sidecar of the shard with this file name."""
     return (folder / name).with_suffix(".json")
+
+
+def unlisted_files(folder: Path, shards: Iterable[str]) -> list[str]:
+    """Names of the shards, sidecars and partial files in a folder that do not belong to the shards with these names."""
+    expected = {name for shard in shards for name in (shard, sidecar_path(folder, shard).name)}
+    found = {path.name for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*") for path in folder.glob(pattern)}
+    return sorted(found - expected)
 
 
 def source_line(index: int, key: str, source: str, label: int | None) -> bytes:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from token_shards.manifest import MANIFEST_NAME, Grid, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
-from token_shards.sidecar import ShardSidecar, sidecar_path, source_line
+from token_shards.sidecar import ShardSidecar, sidecar_path, source_line, unlisted_files
 from vqmosaic.errors import InputError
-from vqmosaic.files.durable_files import TEMPORARY_PREFIX, publish, sha256_of_file, temporary_sibling
+from vqmosaic.files.durable_files import publish, sha256_of_file, temporary_sibling
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.files.permissions import PermissionDenied, check_readable
 
@@ -298,8 +298,4 @@ class TokenShardWriter:
 
     def strays(self) -> list[str]:
         """Names of the files that `finish` removes: partial files, and shards and sidecars that are not part of this set."""
-        names = [shard_name(index) for index in range(self.num_shards)]
-        expected = {name for shard in names for name in (shard, sidecar_path(self.folder, shard).name)}
-        found = {path.name for pattern in ("shard-*.tar", "shard-*.json", f"{TEMPORARY_PREFIX}*") for path in self.folder.glob(pattern)
-                 if path.is_file()}
-        return sorted(found - expected)
+        return [name for name in unlisted_files(self.folder, map(shard_name, range(self.num_shards))) if (self.folder / name).is_file()]

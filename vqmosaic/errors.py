@@ -34,14 +34,18 @@ def nearest_name(given: str, allowed: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """A sentence with the allowed name that is most similar to the given one, to append to a message; empty if none is similar."""
+    nearest = nearest_name(given, allowed)
+    return f" Did you mean {nearest!r}?" if nearest else ""
+
+
 def check_name(field: str, given: str, allowed: Iterable[str]) -> None:
     """Raise InputError unless `given` is one of `allowed`. The message lists the allowed names and suggests the nearest."""
     allowed = list(allowed)
     if given in allowed:
         return
-    nearest = nearest_name(str(given), allowed)
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
-    raise InputError(f"{field} is {given!r}; allowed: {', '.join(allowed)}.{hint}")
+    raise InputError(f"{field} is {given!r}; allowed: {', '.join(allowed)}.{did_you_mean(str(given), allowed)}")
 
 
 def check_range(field: str, given: float, *, at_least: float | None = None, above: float | None = None,

@@ -19,7 +19,7 @@ from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from stage2_prior.vocabulary import why_unguided
-from vqmosaic.errors import InputError, check_range, nearest_name
+from vqmosaic.errors import InputError, check_range, did_you_mean
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 MAX_IMAGES = 64
@@ -80,8 +80,7 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
         raise InputError(f"Classes is {shown_value(classes)}; it must be a list of class names.")
     for name in classes:
         if name not in names:
-            nearest = nearest_name(name, names)
-            raise InputError(f"There is no class {shown_value(name)}.{f' Did you mean {nearest!r}?' if nearest else ''}")
+            raise InputError(f"There is no class {shown_value(name)}.{did_you_mean(name, names)}")
     sampling: dict[str, float] = {}
     for control, value in zip(sampling_controls(pipe), settings, strict=True):
         check = checked_integer if control.step == 1 else checked_number

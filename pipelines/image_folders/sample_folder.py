@@ -19,11 +19,11 @@ from typing import Any
 from pipelines.bundle import part_fingerprints
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.sweep.sweep_record import describe_pipeline_change, is_pipeline_field, iterate_differences
+from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.full_disks import explain_full_disk
-from vqmosaic.files.json_files import read_object
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.run_folder import is_locked
 from vqmosaic.wording import counted, is_or_are
@@ -119,7 +119,7 @@ class SampleFolder:
 
     def complete_files(self) -> set[str]:
         """Names of the files of this request that are complete PNGs of the expected size. Raises as `existing_files` does."""
-        transform = read_object(self.pipeline / "tokenizer" / "config.json", "copy the pipeline again from its original folder")["transform"]
+        transform = read_tokenizer_config(self.pipeline / "tokenizer")["transform"]
         header = png_header(transform["image_size"], transform["channels"])
         return {name for name in self.existing_files() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
 

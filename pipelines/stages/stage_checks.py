@@ -9,7 +9,7 @@ from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
 from token_shards.manifest import Grid, TokenShardManifest
-from vqmosaic.errors import InputError, check_range, nearest_name
+from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split
 from vqmosaic.recipes.recipe_sections import DataConfig
@@ -149,11 +149,9 @@ def check_resume(recipe: Recipe, stage: str, section: str) -> None:
         if record is not None:  # verify_files=False because reading the checkpoints takes time; training verifies them
             checkpoints.check_can_continue(stage, run.export(stage), record.finished, verify_files=False)
     elif not (Path(resume) / "checksums.json").is_file():
-        nearest = nearest_name(resume, ("auto", "never"))
-        hint = f" Did you mean {nearest!r}?" if nearest else ""
         known = ", ".join(map(str, checkpoints.all())) or "none"
         raise InputError(f"{section}.resume is {resume!r}, which is not a checkpoint (a folder with checksums.json); allowed: auto, never "
-                         f"or a checkpoint. Checkpoints of this run: {known}.{hint}")
+                         f"or a checkpoint. Checkpoints of this run: {known}.{did_you_mean(resume, ('auto', 'never'))}")
 
 
 def check_architecture(recipe: Recipe) -> None:
@@ -172,10 +170,8 @@ def check_architecture(recipe: Recipe) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal_models
 
     if architecture not in causal_models:
-        nearest = nearest_name(architecture, causal_models)
-        hint = f" Did you mean {nearest!r}?" if nearest else ""
         raise InputError(f"prior.architecture is {architecture!r}; allowed: {', '.join(USUAL_ARCHITECTURES)} or another of the "
-                         f"{len(causal_models)} causal language models of transformers.{hint}")
+                         f"{len(causal_models)} causal language models of transformers.{did_you_mean(architecture, causal_models)}")
 
 
 def check_prior_config(recipe: Recipe) -> None:

@@ -6,10 +6,11 @@ tokenizer whose ids it generates. The full fingerprint covers all weights, inclu
 
 from pathlib import Path
 
+from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from stage2_prior.digests import fingerprint_of_weights
+from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError
-from vqmosaic.files.json_files import read_object
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, QUANTIZER_NAMES
@@ -24,25 +25,21 @@ def tokenizer_folder(recipe: Recipe) -> Path:
 
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
     """The token fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
-    return _read_tokenizer_config(folder)["token_fingerprint"]
+    return read_tokenizer_config(folder)["token_fingerprint"]
 
 
 def full_fingerprint_of_tokenizer(folder: Path) -> str:
     """The full fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
-    content = _read_tokenizer_config(folder)
-    if "full_fingerprint" not in content:
-        raise InputError(f"{folder / 'config.json'} has no full_fingerprint. Copy the tokenizer again from its original folder.")
-    return content["full_fingerprint"]
+    return read_tokenizer_config(folder)["full_fingerprint"]
 
 
-def token_fingerprint_of_prior(folder: Path) -> str:
-    """The token fingerprint in a prior's vocabulary.json. Raises InputError if there is no prior."""
-    return read_vocabulary(folder)["token_fingerprint"]
-
-
-def read_vocabulary(folder: Path) -> dict:
-    """The content of a prior's vocabulary.json. Raises InputError if there is no prior."""
-    return _read_description(folder / "vocabulary.json", "prior", "vqmosaic train-prior")
+def vocabulary_of_prior(folder: Path) -> Vocabulary:
+    """The vocabulary of a prior, which has its token fingerprint. Raises InputError if there is no prior, or if it has no weights."""
+    check_readable(folder / VOCABULARY_NAME, folder / "model.safetensors")
+    for names in ((VOCABULARY_NAME,), ("model.safetensors", "model.safetensors.index.json")):  # large weights are in several files with an index
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{folder} is not a prior: {names[0]} is missing. `vqmosaic train-prior` writes one.")
+    return Vocabulary.load(folder)
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
@@ -60,33 +57,10 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
         raise continuous_error("tokenizer.quantizer", recipe.tokenizer.quantizer, "Set it to")
     if folder is None:
         return
-    network = _read_tokenizer_config(folder).get("network")
+    network = read_tokenizer_config(folder)["network"]
     if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS_QUANTIZERS:
         raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", network["quantizer"],
                                "Set tokens.tokenizer to the folder of a tokenizer with")
-
-
-def _read_tokenizer_config(folder: Path) -> dict:
-    """The content of a tokenizer's config.json. Raises InputError if there is no tokenizer."""
-    return _read_description(folder / "config.json", "tokenizer", "vqmosaic train-tokenizer")
-
-
-def _read_description(path: Path, part: str, command: str) -> dict:
-    """The content of the JSON file of a tokenizer or prior. Raises InputError if it has no token fingerprint, or if the weights are missing.
-
-    Args:
-        part: "tokenizer" or "prior". The weights of a prior may be split over several files.
-        command: the command that writes this part, for the error message.
-    """
-    check_readable(path, path.parent / "model.safetensors")
-    for name in (path.name, "model.safetensors"):
-        is_split = name == "model.safetensors" and part == "prior" and (path.parent / f"{name}.index.json").is_file()
-        if not (path.parent / name).is_file() and not is_split:
-            raise InputError(f"{path.parent} is not a {part}: {name} is missing. `{command}` writes one.")
-    content = read_object(path, f"copy the {part} again from its original folder")
-    if "token_fingerprint" not in content:
-        raise InputError(f"{path.parent} is not a {part}: {path.name} has no token_fingerprint. `{command}` writes one.")
-    return content
 
 
 def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
@@ -99,7 +73,7 @@ def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
                 "validation tokens": TokenShardManifest.load(folder / "validation").fingerprint}
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
-        read_vocabulary(prior)  # raises InputError if there is no prior
+        vocabulary_of_prior(prior)  # raises InputError if there is no prior
         return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer),
                 "prior": fingerprint_of_weights(prior)}
     return {}

@@ -1,7 +1,6 @@
 """Draws samples.png and reconstructions.png of a finished run, collects its measures for summary.json, and formats them as a text table."""
 
 import dataclasses
-import json
 import math
 import platform
 from importlib.metadata import version
@@ -126,8 +125,3 @@ def summary_table(summary: dict[str, Any]) -> str:
 def format_image_count(record: dict[str, Any]) -> str:
     """The number of images of a validation record, such as ", 500 images". Empty for records of version 0.1.0, which have no number."""
     return f", {counted(record['images'], 'image')}" if "images" in record else ""
-
-
-def read_summary(run: RunFolder) -> dict[str, Any]:
-    """The content of summary.json of a finished run."""
-    return json.loads(run.summary.read_text())

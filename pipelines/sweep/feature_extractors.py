@@ -6,24 +6,21 @@
                                           and normalised by the mean and standard deviation that timm lists for the model
 
 Grey images are repeated to three channels. A TorchScript file is a program: torch.jit.load reads no pickled Python objects, but runs the code in the
-file. Use only files from sources that you would install a package from. Weights are read only as tensors, with safetensors or
-torch.load(weights_only=True).
+file. Use only files from sources that you would install a package from. weight_files.py reads weights
+as tensors only.
 """
 
-import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from pipelines.sweep.feature_file import FeatureFile
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, did_you_mean
+from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
 
 RETURN_FEATURES = "return_features"
@@ -140,9 +137,8 @@ def timm_network(name: str) -> FeatureNetwork:
     from timm.data import resolve_model_data_config
 
     if not timm.is_model(name):
-        nearest = nearest_name(name, timm.list_models())
-        hint = f" Did you mean {nearest!r}?" if nearest else ""
-        raise InputError(f"--features_model is {name!r}, which is not one of the {len(timm.list_models())} timm models.{hint}")
+        names = timm.list_models()
+        raise InputError(f"--features_model is {name!r}, which is not one of the {len(names)} timm models.{did_you_mean(name, names)}")
     module = timm.create_model(name, pretrained=False, num_classes=0)
     config = resolve_model_data_config(module)
     classifier = module.pretrained_cfg.get("classifier") or ()
@@ -163,12 +159,10 @@ def load_weights(network: FeatureNetwork, file: FeatureFile) -> None:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor of a safetensors or .pth file. In a .pth file, the tensors can be nested under state_dict or model."""
     try:
-        with warnings.catch_warnings():  # torch warns about TorchScript files; the error below covers them
-            warnings.simplefilter("ignore", UserWarning)
-            found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise InputError(f"--features is {str(path)!r}, which is not a weights file: {' '.join(str(error).split())[:200]}. "
-                         "For a TorchScript file, omit --features_model.") from error
+        found = read_weight_file(path)
+    except WeightFileError as error:
+        raise InputError(f"--features is {str(path)!r}, which is not a weights file: {error}. For a TorchScript file, omit "
+                         "--features_model.") from error
     for name in CHECKPOINT_WEIGHT_KEYS:
         if isinstance(found, dict) and isinstance(found.get(name), dict):
             found = found[name]

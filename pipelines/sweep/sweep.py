@@ -35,7 +35,7 @@ from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.image_sources import ImageSource, comparable_identity, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
-from stage1_tokenizer.tokenizer import read_config
+from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from stage2_prior.generation.sampling import SamplingStopped
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
@@ -115,7 +115,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
         Interrupted: a signal stopped the sweep. The combinations measured so far are in the record.
     """
     device = usable_device(request.device, "--device")
-    transform = ImageTransform.from_dict(read_config(request.folder / "tokenizer")["transform"])
+    transform = ImageTransform.from_dict(read_tokenizer_config(request.folder / "tokenizer")["transform"])
     extractor = load_feature_extractor(request.features, transform.image_size, device, build)
     pipe = ImageGenerationPipeline.from_pretrained(request.folder, device, getattr(torch, request.dtype))
     source, labelled, description = open_reference(request, transform, pipe.class_names)

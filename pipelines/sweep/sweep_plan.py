@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.bundle import check_sampling_fits, find_pipeline, naming_options, read_bundle, recommended_sampling
 from pipelines.stages.stage_checks import check_can_write
-from pipelines.stages.stage_inputs import read_vocabulary
+from pipelines.stages.stage_inputs import vocabulary_of_prior
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from pipelines.sweep.sweep_record import read_sweep
 from stage1_tokenizer.data.data_location import check_data_path
@@ -101,8 +101,8 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     folder = find_pipeline(options.pipeline)
     for name, least in (("images", 2), ("seed", 0), ("batch_size", 1)):
         check_range(f"--{name}", getattr(options, name), at_least=least)
-    vocabulary = read_vocabulary(folder / "prior")
-    can_be_guided = why_unguided(vocabulary["class_names"], vocabulary["label_drop"]) is None
+    vocabulary = vocabulary_of_prior(folder / "prior")
+    can_be_guided = why_unguided(vocabulary.class_names, vocabulary.label_drop) is None
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
     base = recommended_sampling(folder, read_bundle(folder))
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":

@@ -27,12 +27,13 @@ import numpy as np
 from pipelines.stages.stage_checks import check_can_write
 from pipelines.stages.stage_inputs import token_fingerprint_of_tokenizer
 from pipelines.tokens.foreign_tokens import ForeignTokens, open_foreign_tokens
+from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter, default_key, headers_in_stored_order
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
-from vqmosaic.files.json_files import from_fields, read_object, written_by
+from vqmosaic.files.json_files import from_fields, written_by
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.held_out import choose_held_out
 from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, TokenizerConfig
@@ -161,10 +162,8 @@ def get_codebook_size_and_grid(options: argparse.Namespace) -> tuple[int, tuple[
     given = None if options.height is None else (options.height, options.width, 1)
     if options.tokenizer is None:
         return options.codebook_size, given
-    token_fingerprint_of_tokenizer(options.tokenizer)  # raises if the tokenizer is missing
-    path = options.tokenizer / "config.json"
-    content = read_object(path, "copy the tokenizer again from where it was trained")
-    config = from_fields(TokenizerConfig, content.get("network"), f"{path}: network", written_by(content))
+    content = read_tokenizer_config(options.tokenizer)
+    config = from_fields(TokenizerConfig, content["network"], f"{options.tokenizer / 'config.json'}: network", written_by(content))
     if config.quantizer in CONTINUOUS_QUANTIZERS:
         raise InputError(f"--tokenizer {options.tokenizer} has the quantizer {config.quantizer!r}, which makes no ids.")
     side = content["transform"]["image_size"] // config.downsampling

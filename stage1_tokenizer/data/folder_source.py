@@ -21,7 +21,7 @@ from stage1_tokenizer.data.folder_metadata import METADATA_NAMES, FolderMetadata
 from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_out_validation, update_digest
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.images import read_image
-from vqmosaic.errors import InputError, nearest_name, printable
+from vqmosaic.errors import InputError, did_you_mean, printable
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.wording import counted, is_or_are
@@ -271,6 +271,5 @@ def _classes(names: list[str], split: str | None, data: DataConfig, metadata: Fo
 
 
 def _no_such_split(field: str, given: str, folders: list[str], where: str) -> InputError:
-    nearest = nearest_name(given, folders)
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
-    return InputError(f"{field} is {given!r}; sub-folders of {where} with images: {_join_names(folders) or 'none'}.{hint}")
+    return InputError(f"{field} is {given!r}; sub-folders of {where} with images: {_join_names(folders) or 'none'}."
+                      f"{did_you_mean(given, folders)}")

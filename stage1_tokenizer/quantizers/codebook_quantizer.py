@@ -46,6 +46,11 @@ class CodebookQuantizer(Quantizer):
         """Drop the latents and ids stored since the last commit."""
         self._pending.clear()
 
+    def start_counts(self, counts_K: torch.Tensor) -> None:
+        """Start the usage counts at `counts_K`, divided by their mean and large enough that no code starts dead. Drops stored latents and ids."""
+        self.ema_counts.copy_((counts_K / counts_K.mean()).clamp_min(2 * self.config.revival_threshold))
+        self.discard()
+
     @torch.no_grad()
     def restart_averages(self) -> None:
         """Reset the usage counts. Called after loading an export, which does not contain them."""

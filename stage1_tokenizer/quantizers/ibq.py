@@ -61,9 +61,7 @@ class IBQQuantizer(CodebookQuantizer):
         vectors_ND = latents_ND.float()
         length = vectors_ND.square().sum(-1).mean().sqrt()
         self.codebook.copy_(length * F.normalize(kmeans(F.normalize(vectors_ND, dim=-1), self.codebook_size, self.seed), dim=-1))
-        counts_K = torch.bincount(self.best_ids(vectors_ND), minlength=self.codebook_size).float()
-        self.ema_counts.copy_((counts_K / counts_K.mean()).clamp_min(2 * self.config.revival_threshold))  # no code starts dead
-        self.discard()
+        self.start_counts(torch.bincount(self.best_ids(vectors_ND), minlength=self.codebook_size).float())
 
     def _replace(self, revived_K: torch.Tensor, replacements_KD: torch.Tensor) -> None:
         replacements_KD = F.normalize(replacements_KD, dim=-1) * self.codebook.norm(dim=-1).max()

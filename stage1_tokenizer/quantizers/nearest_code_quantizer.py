@@ -69,5 +69,4 @@ class NearestCodeQuantizer(CodebookQuantizer):
         codebook_KD = self.normalize(kmeans(vectors_ND, self.codebook_size, self.seed))
         counts_K, _ = code_sums(vectors_ND, nearest_codes(vectors_ND, codebook_KD), self.codebook_size)
         self._set_codes(codebook_KD)
-        self.ema_counts.copy_((counts_K / counts_K.mean()).clamp_min(2 * self.config.revival_threshold))  # no code starts dead
-        self.discard()
+        self.start_counts(counts_K)

@@ -6,7 +6,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from vqmosaic.errors import InputError
-from vqmosaic.files.weights_fit import MAX_LISTED, describe_mismatches
+from vqmosaic.files.weights_fit import describe_mismatches, list_problems
 
 
 def inner_attribute(module: nn.Module) -> str | None:
@@ -64,9 +64,9 @@ def exportable_weights(model: nn.Module, fresh: nn.Module, what: str) -> dict[st
     found, expected = plain_state(model), fresh.state_dict(keep_vars=True)
     problems = describe_mismatches(found, expected)
     if not problems:
-        problems = _listed([f"{name} {problem}" for name, tensor in found.items() if (problem := _tensor_problem(tensor, expected[name]))])
+        problems = list_problems([f"{name} {problem}" for name, tensor in found.items() if (problem := _tensor_problem(tensor, expected[name]))])
     if not problems:
-        problems = _listed(_broken_ties(found, expected))
+        problems = list_problems(_broken_ties(found, expected))
     if problems:
         raise InputError(f"{what} cannot be saved: its weights do not match its configuration, so the file could not be loaded again: "
                          f"{problems}. Undo the changes first: merge adapters (peft: merge_and_unload), remove parametrizations, or load "
@@ -94,8 +94,3 @@ def _broken_ties(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         if other != name and not torch.equal(found[other], found[name]):
             problems.append(f"{name} differs from {other}, which the configuration ties it to")
     return problems
-
-
-def _listed(problems: list[str]) -> str:
-    more = f" and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    return "; ".join(problems[:MAX_LISTED]) + more

@@ -53,6 +53,13 @@ def is_later(version: str | None) -> bool:
     return version is not None and numbers(version) > numbers(__version__)
 
 
+def check_format(content: Mapping[str, Any], name: str, version: int, where: str) -> None:
+    """Raise InputError unless the content of the file `where` has this format and format version."""
+    if (content.get("format"), content.get("format_version")) != (name, version):
+        raise InputError(f"{where} says format {content.get('format')!r} version {content.get('format_version')!r}; this vqmosaic reads {name!r} "
+                         f"version {version}.{version_hint(written_by(content))}")
+
+
 def check_fields(content: Any, known: Iterable[str], where: str, version: str | None = None, required: Collection[str] = ()) -> None:
     """Raise InputError unless `content` is a mapping without unknown fields that has the required ones.
 

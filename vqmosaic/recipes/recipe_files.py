@@ -14,7 +14,7 @@ import jsonargparse
 import yaml
 
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, did_you_mean, nearest_name
 from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.files.given_paths import check_path
 from vqmosaic.files.json_files import is_later, version_hint
@@ -53,10 +53,9 @@ def find_recipe(name: str) -> Path:
     if name in shipped_names():
         return SHIPPED_RECIPES / f"{name}.yaml"
     runs = run_folders_near(path)
-    nearest = None if path.is_dir() else nearest_name(name, runs) if os.sep in name else nearest_name(name, [*shipped_names(), *runs])
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
     problem = "is a folder without recipe.yaml, so it is not a run folder" if path.is_dir() else "is neither a recipe nor a run folder"
     run_list = f" Run folders: {', '.join(runs[:MAX_LISTED_RUNS])}{' ...' if len(runs) > MAX_LISTED_RUNS else ''}." if runs else ""
+    hint = did_you_mean(name, runs if os.sep in name else [*shipped_names(), *runs])
     if path.is_dir():
         hint = f" To train on the images in it: image_folder --data.path {shlex.quote(name)}"
     raise InputError(f"{name!r} {problem}. Shipped recipes: {', '.join(shipped_names())}; or give a YAML file.{run_list}{hint}")

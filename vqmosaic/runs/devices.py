@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, did_you_mean
 
 NUMBER_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -17,9 +17,8 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     if isinstance(dtype, (torch.dtype, str, type(None))) and name in NUMBER_FORMATS:
         return NUMBER_FORMATS[name]
-    nearest = nearest_name(name, NUMBER_FORMATS)
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
-    raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(NUMBER_FORMATS)}, as a string or a torch.dtype.{hint}")
+    raise InputError(f"dtype is {dtype!r}; allowed: {', '.join(NUMBER_FORMATS)}, as a string or a torch.dtype."
+                     f"{did_you_mean(name, NUMBER_FORMATS)}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import yaml
 
-from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.full_disks import DiskFull, explain_any_full_disk, explain_full_disk
 from vqmosaic.files.given_paths import check_path, explain_impossible_paths
 from vqmosaic.files.permissions import explain_permission_errors
@@ -97,10 +97,8 @@ def find_accelerate_config(name: str) -> Path:
     if shipped.is_file():
         return shipped
     names = sorted(path.stem for path in SHIPPED_ACCELERATE_CONFIGS.glob("*.yaml"))
-    nearest = nearest_name(name, names)
-    hint = f" Did you mean {nearest!r}?" if nearest else ""
     raise InputError(f"--accelerate_config is {name!r}, which is neither a file nor one of the shipped configurations: {', '.join(names)}. "
-                     f"`accelerate config` writes a file.{hint}")
+                     f"`accelerate config` writes a file.{did_you_mean(name, names)}")
 
 
 class AccelerateConfig(NamedTuple):

@@ -1,0 +1,36 @@
+"""Reads files of named tensors. Never runs pickled code."""
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from vqmosaic.files.permissions import permission_denied
+
+MAX_REASON = 300
+"""Largest length of the reason in the error message."""
+
+
+class WeightFileError(ValueError):
+    """A file is not a weight file, or it is damaged. The message is the reason."""
+
+
+def read_weight_file(path: Path) -> Any:
+    """The content of a weight file on the CPU.
+
+    For a .safetensors file, this is a dict of tensors. Other files are read with torch.load(weights_only=True), so they can hold something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():  # torch warns about TorchScript files; the error below covers them
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise permission_denied(path) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise WeightFileError(" ".join(str(error).split())[:MAX_REASON]) from error
