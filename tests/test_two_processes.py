@@ -101,7 +101,6 @@ def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
     """The two processes also accumulate gradients over two micro-batches each."""
     import torch
 
-
     one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
     accumulated = RANK_INDEPENDENT | {f"{stage}_training__accumulation_steps": 2}
     for run_dir, processes, changes in ((one, 1, RANK_INDEPENDENT), (two, 2, accumulated)):

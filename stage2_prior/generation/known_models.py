@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from stage2_prior.model import causal_lm
 from stage2_prior.model import grid_transformer as grid
-from vqmosaic.kernels.decoding_products import pack_linear_layers, share_weights
+from vqmosaic.kernels.decoding_products import Parts, pack_linear_layers, share_weights
 from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, reference, single_query_attention
 
 
@@ -53,12 +53,7 @@ class KnownLlama(KnownModel):
     def __init__(self, model: llama.LlamaForCausalLM, num_codes: int, rows: int, length: int):
         first = cast(llama.LlamaAttention, model.model.layers[0].self_attn)
         super().__init__(model, len(model.model.layers), first.k_proj.out_features // first.head_dim, first.head_dim, length)
-        self.model = cast(llama.LlamaModel, share_weights(model.model))
-        for layer in cast(list[llama.LlamaDecoderLayer], list(self.model.layers)):
-            layer.input_layernorm, layer.post_attention_layernorm = map(one_operator, (layer.input_layernorm, layer.post_attention_layernorm))
-            layer.self_attn, layer.mlp = JointAttention(layer.self_attn), JointFeedForward(layer.mlp)
-        self.model.norm = one_operator(self.model.norm)
-        self.model = cast(llama.LlamaModel, pack_linear_layers(self.model, rows))
+        self.model = cast(llama.LlamaModel, pack_linear_layers(share_weights(model.model, FASTER_PARTS), rows))
         self.head = pack_linear_layers(first_outputs(model.lm_head, num_codes), rows)
         cosines_1Sd, sines_1Sd = model.model.rotary_emb(model.lm_head.weight, self.positions_S[None])
         first_half, second_half = sines_1Sd.chunk(2, dim=-1)
@@ -112,6 +107,17 @@ class JointFeedForward(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
+def one_operator(norm: llama.LlamaRMSNorm) -> nn.RMSNorm:
+    """The norm with the same weight as a single operator; LlamaRMSNorm needs five. In float32, results are equal up to rounding."""
+    fast = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
+    fast.weight = norm.weight
+    return fast
+
+
+FASTER_PARTS: Parts = {llama.LlamaAttention: JointAttention, llama.LlamaMLP: JointFeedForward, llama.LlamaRMSNorm: one_operator}
+"""What replaces parts of a Llama, by their types."""
+
+
 def rotate_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotate Llama's heads (..., d), which pair dimensions of the first half with those of the second. The sines of the first half are negated."""
     return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, dims=-1), sines)
@@ -146,20 +152,13 @@ class KnownGridTransformer(KnownModel):
         return self.model.head(self.model.final_norm(x_N1D))[:, 0]
 
 
-def one_operator(norm: llama.LlamaRMSNorm) -> nn.RMSNorm:
-    """The norm with the same weight as a single operator; LlamaRMSNorm needs five. In float32, results are equal up to rounding."""
-    fast = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
-    fast.weight = norm.weight
-    return fast
-
-
 def join_linear_layers(layers: Sequence[nn.Linear]) -> nn.Linear:
     """One linear layer in place of several with the same input."""
     joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), device="meta")
     joined.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]), requires_grad=False)
     biases = [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in layers]
     has_bias = any(layer.bias is not None for layer in layers)
-    joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if has_bias else None
+    joined.register_parameter("bias", nn.Parameter(torch.cat(biases), requires_grad=False) if has_bias else None)
     return joined
 
 
@@ -167,7 +166,7 @@ def first_outputs(layer: nn.Linear, outputs: int) -> nn.Linear:
     """A linear layer that computes only the first outputs of another one, with the same weights."""
     first = nn.Linear(layer.in_features, outputs, device="meta")
     first.weight = nn.Parameter(layer.weight.detach()[:outputs], requires_grad=False)
-    first.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[:outputs], requires_grad=False)
+    first.register_parameter("bias", None if layer.bias is None else nn.Parameter(layer.bias.detach()[:outputs], requires_grad=False))
     return first
 
 

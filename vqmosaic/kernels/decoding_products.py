@@ -8,6 +8,7 @@ torch.compile uses the same operators when it freezes weights.
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ PACKED_ROWS = range(2, 49)
 PACKED_MIN_ELEMENTS = 2**19
 """In float32, smaller matrices stay in the CPU caches, where F.linear is faster."""
 
+Parts = dict[type[nn.Module], Callable[[Any], nn.Module]]
+"""Types of modules, and functions that give a replacement for a module of the type."""
 ProductFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Maps rows (N, K), a matrix and a bias to the product (N, outputs)."""
 
@@ -42,16 +45,16 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(module: nn.Module, rows: int) -> nn.Module:
     """A copy of a module that shares its weights, in which the linear layers that become faster for `rows` rows are packed."""
-    return share_weights(module, lambda linear: PackedLinear(linear, rows) if is_faster_packed(linear.weight, rows) else linear)
+    return share_weights(module, {nn.Linear: lambda linear: PackedLinear(linear, rows) if is_faster_packed(linear.weight, rows) else linear})
 
 
-def share_weights(module: nn.Module, replace_linear: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> nn.Module:
-    """A copy of a module and of the modules in it, with the same weights. `replace_linear` gives the modules in place of its linear layers."""
-    if type(module) is nn.Linear:
-        return replace_linear(module)
+def share_weights(module: nn.Module, replacements: Parts) -> nn.Module:
+    """A copy of a module and of the modules in it that shares their weights. Modules of the types in `replacements` are replaced."""
+    if type(module) in replacements:
+        return replacements[type(module)](module)
     copied = copy.copy(module)
     copied._compiled_call_impl = None  # it would call the original
-    copied._modules = {name: child if child is None else share_weights(child, replace_linear) for name, child in module._modules.items()}
+    copied._modules = {name: child if child is None else share_weights(child, replacements) for name, child in module._modules.items()}
     return copied
 
 
