@@ -96,7 +96,10 @@ def clip_gradients(model: nn.Module) -> torch.Tensor:
 
 def random_lpips(device: torch.device) -> LPIPS:
     """The perceptual loss with random weights instead of those of files."""
-    with patch("stage1_tokenizer.perceptual._read_weights", lambda file, shapes, ignored=(): random_weights(tuple(shapes.items()))):
+    def weights_for(file, expected: dict[str, torch.Tensor], ignored=()) -> dict[str, torch.Tensor]:
+        return random_weights(tuple((name, tuple(tensor.shape)) for name, tensor in expected.items()))
+
+    with patch("stage1_tokenizer.perceptual._read_weights", weights_for):
         return LPIPS(PerceptualWeights("vgg16", "linear")).to(device)
 
 

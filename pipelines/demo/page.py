@@ -79,8 +79,7 @@ class Worker:
         """
         if len(self._jobs) > MAX_WAITING:
             raise InputError(f"{MAX_WAITING} requests are already waiting. Try again later.")
-        stop = threading.Event()
-        job = (session, stop)
+        job = session, (stop := threading.Event())
         self._jobs.append(job)
         try:
             while before := self._jobs.index(job):
