@@ -27,7 +27,7 @@ from vqmosaic.runs.accelerator import cpu_has_bf16
 STEPS_PER_ROUND = 5
 ALL = "all kernels"
 Replacements = dict[str, object]
-"""What replaces a kernel by its reference: names and their values."""
+"""Names to patch -> new values, which together replace a kernel by its reference."""
 
 
 def never(*_) -> bool:
@@ -65,7 +65,7 @@ def repeat(run: Callable[[], object], times: int, replacements: Replacements) ->
 
 
 def measure(name: str, run: Callable[[], object], kernels: dict[str, Replacements], rounds: int, times: int) -> list[str]:
-    """Table rows for `run`: its time with all kernels, and the gain of each."""
+    """Print and return table rows for `run`: its time with all kernels, and the gain of each."""
     variants = {ALL: repeat(run, times, {})} | {kernel: repeat(run, times, replacements) for kernel, replacements in kernels.items()}
     seconds = time_alternately(variants, rounds, warm_up=2)
     lines = [f"| {name} | {ALL} | {statistics.median(seconds[ALL]) / times * 1000:.1f} | |"]

@@ -1,11 +1,11 @@
-"""Compares the speed of this checkout with that of another one, before or after a change, alternating between two processes.
+"""Compares the speed of this checkout with that of another one, such as the one before a change.
 
     git worktree add /tmp/before v0.2.0
     python -m benchmarks.two_checkouts /tmp/before               # two CPU threads, about ten minutes
     python -m benchmarks.two_checkouts /tmp/before --record      # also write to RESULTS.md
 
 Measures training steps (benchmarks.prior_step, benchmarks.tokenizer_step), sampling (benchmarks.sampling) and the quantizer (benchmarks.quantizer).
-A process waits while the other one runs.
+Each checkout has its own process. The two processes take turns: one waits while the other one runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TASKS = ("prior, bf16", "prior, float32", "tokenizer, bf16", "tokenizer, bf16, c
 
 
 def make_task(name: str) -> Callable[[], object]:
-    """A function that runs one round of a task, with the code of the checkout that is the current folder."""
+    """A function that runs one round of a task, with the code of the checkout in the current folder."""
     import torch
 
     from benchmarks import cifar10, measuring, prior_step, sampling, tokenizer_step
@@ -67,9 +67,12 @@ def repeat(step: Callable[[], object]) -> Callable[[], None]:
 
 
 def work() -> None:
-    """Run a round of the current task for each line of standard input, after a line with the name of a new task, and print the seconds."""
+    """For each line of standard input, run a round of the current task and print the seconds.
+
+    A line with the name of a task makes it the current one. The seconds then include making the task and a round to warm up.
+    """
     sys.path[0] = os.getcwd()  # in place of the folder of this file
-    run: Callable[[], object] = int
+    run: Callable[[], object] = int  # until the first line names a task
     for line in sys.stdin:
         started = time.perf_counter()
         if line.strip():
@@ -88,7 +91,7 @@ class Worker:
                                         env=os.environ | settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, task: str = "") -> float:
-        """Seconds of a round of the current task. With a name, of the start of a new task."""
+        """Run a round of the current task and return the seconds. With a name, start that task first (see `work`)."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{task}\n")
         self.process.stdin.flush()
@@ -99,25 +102,26 @@ class Worker:
 
 
 def main() -> int:
-    """Print the table."""
+    """Time the tasks with both checkouts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("before", type=Path, help="another checkout of vqmosaic")
-    parser.add_argument("--only", default="", help="a word in the names of the tasks")
+    parser.add_argument("--only", default="", help="run only the tasks whose names contain this text")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--record", action="store_true", help="write the result to RESULTS.md")
     options = parser.parse_args()
     from benchmarks.measuring import ratio, record, use_two_cpu_threads
     use_two_cpu_threads()
-    workers = {"before": Worker(options.before), "now": Worker(Path(__file__).resolve().parents[1])}
-    commits = {name: subprocess.run(["git", "describe", "--always", "--dirty"], cwd=worker_folder, capture_output=True, text=True).stdout.strip()
-               for name, worker_folder in (("before", options.before), ("now", Path(__file__).resolve().parents[1]))}
+    checkouts = {"before": options.before, "now": Path(__file__).resolve().parents[1]}
+    workers = {name: Worker(checkout) for name, checkout in checkouts.items()}
+    commits = {name: subprocess.run(["git", "describe", "--always", "--dirty"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+               for name, checkout in checkouts.items()}
     lines = [f"Before: {commits['before']}. Now: {commits['now']}.", "", "| | before, ms | now, ms | time before / time now |", "|---|---|---|---|"]
     for task in (name for name in TASKS if options.only in name):
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for worker in workers.values():
             worker.run(task)
         for number in range(options.rounds // (3 if "sampling B" in task else 1)):
-            for name in list(workers) if number % 2 else list(workers)[::-1]:
+            for name in list(workers) if number % 2 else list(workers)[::-1]:  # each is first in every second round
                 seconds[name].append(workers[name].run())
         steps = 1 if task.startswith("sampling") else STEPS_PER_ROUND
         before, now = (statistics.median(seconds[name]) / steps * 1000 for name in ("before", "now"))

@@ -200,7 +200,7 @@ def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
     In one process each becomes one graph. Compiling smaller parts would add tens of graph entries and exits per step, which cost as much time as
     some of the parts. (With several processes, torch splits the graphs where gradients are exchanged.)
     """
-    # all modules share one entry point, and each recompiles it
+    # torch limits the recompilations of a function, and compiled modules share one: Module._call_impl
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     encoder.compile()
     vars(decoder)["features"] = torch.compile(decoder.features)  # this object's attribute hides the method

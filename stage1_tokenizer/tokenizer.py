@@ -140,10 +140,10 @@ class ImageTokenizer(nn.Module):
         Raises:
             ValueError: an id lies outside [0, K), the ids have another shape, or the quantizer has no ids.
         """
-        axes = 4 if self.quantizer.depth > 1 else 3
-        if self.quantizer.has_ids and (ids_Bhw.ndim != axes or ids_Bhw.shape[3:] != (self.quantizer.depth,)[:axes - 3]):
-            raise InputError(f"token ids have shape {tuple(ids_Bhw.shape)}. This tokenizer decodes "
-                             f"(B, h, w{f', {self.quantizer.depth}' if self.quantizer.depth > 1 else ''}).")
+        depth_axis = (self.quantizer.depth,) if self.quantizer.depth > 1 else ()
+        if self.quantizer.has_ids and (ids_Bhw.ndim != 3 + len(depth_axis) or ids_Bhw.shape[3:] != depth_axis):
+            expected = ", ".join(map(str, ("B", "h", "w", *depth_axis)))
+            raise InputError(f"token ids have shape {tuple(ids_Bhw.shape)}. This tokenizer decodes ({expected}).")
         if ids_Bhw.numel() and not 0 <= int(ids_Bhw.min()) <= int(ids_Bhw.max()) < self.config.codebook_size:
             raise InputError(f"token ids run from {int(ids_Bhw.min())} to {int(ids_Bhw.max())}; allowed: 0 to {self.config.codebook_size - 1}.")
         return self._decode_latents(self.quantizer.ids_to_latents(ids_Bhw)).float()
@@ -182,7 +182,7 @@ class ImageTokenizer(nn.Module):
         Strips the wrappers of torch.compile and DistributedDataParallel.
 
         Raises:
-            ValueError: the folder exists and contains something other than a tokenizer, which would be lost. Or the weights do not match the
+            ValueError: the folder exists and contains something other than a tokenizer, which would be lost, or the weights do not match the
                 configuration (adapters, quantized or offloaded parts), so the saved folder could not be loaded.
         """
         folder = Path(folder)

@@ -25,14 +25,14 @@ def is_tokenizer(folder: Path) -> bool:
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """The content of config.json, after a check of its format, version and fields. Raises InputError if the folder is not a tokenizer."""
-    path, command = folder / "config.json", "`vqmosaic train-tokenizer` writes one to <run_dir>/tokenizer"
+    path, remedy = folder / "config.json", "`vqmosaic train-tokenizer` writes one to <run_dir>/tokenizer"
     check_readable(path, folder / "model.safetensors")
     for name in (path.name, "model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a tokenizer: {name} is missing. {command}.")
+            raise InputError(f"{folder} is not a tokenizer: {name} is missing. {remedy}.")
     content = read_object(path, "copy the tokenizer again from where it was trained")
     if "format" not in content:
-        raise InputError(f"{folder} is not a tokenizer: {path.name} has no format. {command}.")
+        raise InputError(f"{folder} is not a tokenizer: {path.name} has no format. {remedy}.")
     check_format(content, FORMAT, FORMAT_VERSION, str(path))
     check_fields(content, CONFIG_FIELDS, str(path), written_by(content), CONFIG_FIELDS[:-2])
     return content

@@ -117,10 +117,10 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     batches = UpcomingBatch(train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size))
     first_batch = run.wait_before_training(lambda: next(train_images.batches(0, training.batch_size, run.rank, run.world_size)))
     seconds_per_step = run.wait_before_training(lambda: measure_step_seconds(model, adversary, perceptual, first_batch, run))
-    validation_images = ValidationImages(splits.validation, transform, training.validation_images)
-    validation_images = validation_images.first(run.validations.choose_images(
+    candidates = ValidationImages(splits.validation, transform, training.validation_images)
+    validation_images = candidates.first(run.validations.choose_images(
         len(splits.validation),
-        lambda count: validate(cast(ImageTokenizer, run.validated_model), validation_images.first(count), run.micro_batch, accelerator)))
+        lambda count: validate(cast(ImageTokenizer, run.validated_model), candidates.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
     print_plan(run, {
@@ -225,7 +225,7 @@ def feature_matching_weight(training: TokenizerTrainingConfig) -> float:
 def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, warned_of: set[str]) -> None:
     """Validate the model to be exported, save it if it is the best so far, log the metrics, update the guard, and warn about low codebook usage.
 
-    Adds "codebook" to `warned_of` after that warning, which is given once before the end. Returns early if a signal aborted the validation.
+    The codebook warning is given once at most before the end; `warned_of` records it. Returns early if a signal aborted the validation.
     """
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)

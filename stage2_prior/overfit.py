@@ -116,7 +116,7 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
 
 
 def conditional_entropy(ids_BT: list[list[int]], classes_B: list[int]) -> float:
-    """Mean entropy, in nats per image, of an image given its class. All images of a class are equally likely; identical images count as one."""
+    """Mean entropy, in nats per image, of an image given its class. All images of a class are equally likely; identical images are one outcome."""
     class_counts = Counter(classes_B)
     image_counts = Counter((label, *ids) for ids, label in zip(ids_BT, classes_B, strict=True))
     return sum(math.log(class_counts[label] / image_counts[label, *ids]) for ids, label in zip(ids_BT, classes_B, strict=True)) / len(classes_B)

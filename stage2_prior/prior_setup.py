@@ -83,7 +83,10 @@ def describe_attention(model: PreTrainedModel, device: torch.device, precision: 
 
 
 def time_and_loss_of_one_step(model: nn.Module, batch: TrainingBatch, run: TrainingRun) -> tuple[float, float]:
-    """Seconds of the forward and backward passes of one step, and their mean NLL over all processes in nats per token. Discards the gradients."""
+    """Seconds of the forward and backward passes of one step, and the mean NLL over all processes in nats per token.
+
+    Runs one micro-batch and multiplies its seconds by the accumulation steps. Discards the gradients.
+    """
     training = cast(PriorTrainingConfig, run.training)  # the run of a tokenizer has another class
     count = max(1, len(batch.ids_BT) // training.accumulation_steps)
     ids_BT, classes_B, inputs_BT = (part[:count].to(run.accelerator.device) for part in batch)

@@ -58,8 +58,8 @@ OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 def train(recipe: Recipe, on_validation: OnValidation | None = None) -> None:
     """Train the prior of a recipe, from the newest checkpoint if there is one, and export it to runs/<name>/prior/.
 
-    `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, and should return early after a
-    signal. The pipelines package uses it to make sample images; this stage has no tokenizer to decode them.
+    `on_validation(prior, step, log_folder, stop)` is called on the main process after each validation, if the time budget allows. It should
+    return early after a signal. The pipelines package uses it to make sample images; this stage has no tokenizer to decode them.
     """
     with locked_run(recipe, "prior", recipe.prior_training) as run:
         train_locked(recipe, run, on_validation)
@@ -88,22 +88,22 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     # --- plan ---------------------------------------------------------------------------------------------------------------
     first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
     seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
-    validated = run.validations.choose_images(
+    validation_images = run.validations.choose_images(
         len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
-    start = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
+    first_loss_line = {"first loss": check_first_loss(first_loss, vocabulary, training.first_loss_tolerance)} if run.state.step == 0 else {}
     print_plan(run, {
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
-                  f"{describe_validation(held_out, validated)}",
+                  f"{describe_validation(held_out, validation_images)}",
         "classes": describe_classes(manifest.class_names),
         "model": f"{recipe.prior.architecture}, {counted(recipe.prior.sizes.layers, 'layer')}, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
-        **start,
+        **first_loss_line,
     }, seconds_per_step, DataSize(len(reader), len(manifest.views)))
-    if warning := run.validations.warn_of_few_images(validated, len(held_out), len(manifest.class_names or [])):
+    if warning := run.validations.warn_of_few_images(validation_images, len(held_out), len(manifest.class_names or [])):
         report(warning)
     if run.is_main and (warning := warn_of_sorted_shards(reader, training.batch_size)):
-        run.report(warning)
+        report(warning)
     if run.is_main:
         write_record(run.folder, recipe, "prior", inputs, finished=False)
 
@@ -112,9 +112,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     def validate_now(_progress: float) -> None:
         with run.validations.clock():
-            exportable = validate_and_report(held_out, validated, run)
-        if exportable is not None and on_validation is not None:
-            make_pictures(exportable, run, on_validation)
+            validated_prior = validate_and_report(held_out, validation_images, run)
+        if validated_prior is not None and on_validation is not None:
+            make_pictures(validated_prior, run, on_validation)
 
     for progress in training_steps(run, validate_now, run.save):
         batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
@@ -135,7 +135,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         run.end_step()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # all sums are 0 if every step was rejected
+            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # all sums are 0 if every step was refused
             run.metrics.write(run.state.step, "train", nll=float(reduced[0] / reduced[2]),
                               **({"z_loss": float(reduced[1] / reduced[2])} if training.z_loss else {}),
                               gradient_norm=norm, learning_rate=learning_rate, seconds=run.state.elapsed_seconds)

@@ -16,26 +16,29 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 @pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return datasets
+def datasets(tmp_path, monkeypatch):
+    """The datasets library, with its cache in a temporary folder."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return library
 
 
-def write_parquet(path: Path, files: list[Path], labels: list, datasets, **features) -> None:
-    features = datasets.Features({"image": datasets.Image(), **features})
-    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], next(iter(features.keys() - {"image"})): labels}
+def write_parquet(path: Path, files: list[Path], labels: list, datasets, **label_feature) -> None:
+    """Write a table of images and labels. `label_feature` is one pair: the name of the label column and its feature."""
+    [label_column] = label_feature
+    features = datasets.Features({"image": datasets.Image(), **label_feature})
+    rows = {"image": [{"bytes": file.read_bytes(), "path": None} for file in files], label_column: labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
-def test_parquet_gives_the_same_images_as_a_folder(tmp_path, hub_cache):
+def test_parquet_gives_the_same_images_as_a_folder(tmp_path, datasets):
     folder = write_classes(tmp_path / "photos", {"cat": 6, "dog": 5})
     files = sorted(folder.rglob("*.png"))
     labels = [["cat", "dog"].index(file.parent.name) for file in files]
-    feature = hub_cache.ClassLabel(names=["cat", "dog"])
-    write_parquet(tmp_path / "tables" / "train-00000-of-00001.parquet", files, labels, hub_cache, y=feature)
-    write_parquet(tmp_path / "tables" / "test-00000-of-00001.parquet", files[:3], labels[:3], hub_cache, y=feature)
+    feature = datasets.ClassLabel(names=["cat", "dog"])
+    write_parquet(tmp_path / "tables" / "train-00000-of-00001.parquet", files, labels, datasets, y=feature)
+    write_parquet(tmp_path / "tables" / "test-00000-of-00001.parquet", files[:3], labels[:3], datasets, y=feature)
     before = sorted(path.name for path in (tmp_path / "tables").iterdir())
     data = DataConfig(path=str(tmp_path / "tables"))
     splits = open_splits(data)
@@ -58,7 +61,7 @@ def test_parquet_gives_the_same_images_as_a_folder(tmp_path, hub_cache):
     assert contents(held_out.train) | contents(held_out.validation) == seen
 
 
-def test_tables_written_with_pyarrow(tmp_path, hub_cache):
+def test_tables_written_with_pyarrow(tmp_path, datasets):
     import pyarrow
     import pyarrow.parquet
 
@@ -100,13 +103,13 @@ def write_table(folder: Path, columns: dict, rows: int = 8) -> DataConfig:
 @pytest.mark.parametrize(("values", "expected", "labels"), [
     ([10.0, 2.0, None, 2.0] * 2, ["2", "10"], [1, 0, None, 0] * 2), ([1.0, 2.0, float("nan"), 2.0] * 2, ["1", "2"], [0, 1, None, 1] * 2),
     ([True, False] * 4, ["False", "True"], [1, 0] * 4), ([True, None] * 4, ["True"], [0, None] * 4)])
-def test_integral_floats_and_booleans_are_classes(values, expected, labels, tmp_path, hub_cache):
+def test_integral_floats_and_booleans_are_classes(values, expected, labels, tmp_path, datasets):
     splits = open_splits(write_table(tmp_path / "tables", {"label": values}))
     seen = contents(splits.train) | contents(splits.validation)
     assert splits.class_names == expected and [seen[str(row)][0] for row in range(8)] == labels and not splits.notes
 
 
-def test_columns_that_look_like_labels_are_reported(tmp_path, hub_cache):
+def test_columns_that_look_like_labels_are_reported(tmp_path, datasets):
     data = write_table(tmp_path / "tables", {"label": [0.5, 1.0] * 4, "caption": [f"picture {row}" for row in range(8)], "width": [9] * 8,
                                              "light": ["day", "night"] * 4, "category": ["cat", "dog"] * 4})
     splits = open_splits(data)
@@ -124,7 +127,7 @@ def test_columns_that_look_like_labels_are_reported(tmp_path, hub_cache):
 
 @pytest.mark.parametrize("typed", [False, True])
 @pytest.mark.parametrize("as_text", [False, True])
-def test_paths_in_tables_are_relative_to_the_table(typed, as_text, tmp_path, hub_cache):
+def test_paths_in_tables_are_relative_to_the_table(typed, as_text, tmp_path, datasets):
     import pyarrow
     import pyarrow.parquet
 
@@ -145,14 +148,14 @@ def test_paths_in_tables_are_relative_to_the_table(typed, as_text, tmp_path, hub
     assert "img/000.png': " in reason and "No such file" in reason
 
 
-def test_data_path_may_be_the_working_directory(tmp_path, hub_cache, monkeypatch):
+def test_data_path_may_be_the_working_directory(tmp_path, datasets, monkeypatch):
     write_table(tmp_path / "tables", {"label": [0, 1] * 4})
     monkeypatch.chdir(tmp_path / "tables")
     assert len(open_splits(DataConfig(path=".")).train) == 7
 
 
 @pytest.mark.parametrize("row", [0, 3, 299])
-def test_changed_bytes_of_equal_size_are_detected_in_every_row(row, tmp_path, hub_cache):
+def test_changed_bytes_of_equal_size_are_detected_in_every_row(row, tmp_path, datasets):
     import pyarrow
     import pyarrow.parquet
 
@@ -167,22 +170,22 @@ def test_changed_bytes_of_equal_size_are_detected_in_every_row(row, tmp_path, hu
 
 
 @pytest.mark.parametrize("stored_as", [None, "numpy", "torch"])
-def test_data_sets_saved_to_disk_are_read(stored_as, tmp_path, hub_cache):
+def test_data_sets_saved_to_disk_are_read(stored_as, tmp_path, datasets):
     folder = write_classes(tmp_path / "photos", {"x": 4})
     rows = {"image": [str(file) for file in sorted(folder.rglob("*.png"))], "label": [0, 0, 1, 1]}
-    features = hub_cache.Features({"image": hub_cache.Image(), "label": hub_cache.ClassLabel(names=["a", "b"])})
-    saved = hub_cache.Dataset.from_dict(rows, features=features).with_format(stored_as)
-    hub_cache.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    saved = datasets.Dataset.from_dict(rows, features=features).with_format(stored_as)
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "saved")
     splits = open_splits(DataConfig(path=str(tmp_path / "saved")))
     assert len(splits.train) == 3 and splits.class_names == ["a", "b"]
     seen = contents(splits.train) | contents(splits.validation)
     assert [seen[str(row)][0] for row in range(4)] == [0, 0, 1, 1]
 
 
-def test_invalid_splits_and_columns_are_rejected_with_suggestions(tmp_path, hub_cache):
+def test_invalid_splits_and_columns_are_rejected_with_suggestions(tmp_path, datasets):
     files = sorted(write_classes(tmp_path / "photos", {"x": 4}).rglob("*.png"))
     for split, labels in (("train", [0, 0, 0, 0]), ("validation", [0, 0, 1, 1])):
-        write_parquet(tmp_path / "tables" / f"{split}-0.parquet", files, labels, hub_cache, kind=hub_cache.ClassLabel(names=["a", "b"]))
+        write_parquet(tmp_path / "tables" / f"{split}-0.parquet", files, labels, datasets, kind=datasets.ClassLabel(names=["a", "b"]))
     invalid = {"data.train_split.*'trian'.*Did you mean 'train'": {"train_split": "trian"},
                "data.validation_split.*'tests'": {"validation_split": "tests"},
                "data.image_column.*'img'.*Did you mean 'image'": {"image_column": "img"},
@@ -200,7 +203,7 @@ def test_invalid_splits_and_columns_are_rejected_with_suggestions(tmp_path, hub_
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_class_numbers_without_a_name_are_rejected(tmp_path, hub_cache):
+def test_class_numbers_without_a_name_are_rejected(tmp_path, datasets):
     import json
 
     import pyarrow
@@ -216,7 +219,7 @@ def test_class_numbers_without_a_name_are_rejected(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path / "tables")))
 
 
-def test_errors_of_datasets_show_their_cause(tmp_path, hub_cache):
+def test_errors_of_datasets_show_their_cause(tmp_path, datasets):
     import pyarrow
     import pyarrow.parquet
 
@@ -226,14 +229,14 @@ def test_errors_of_datasets_show_their_cause(tmp_path, hub_cache):
         open_splits(DataConfig(path=str(tmp_path)))
 
 
-def test_invalid_paths_in_tables_are_unreadable_images(tmp_path, hub_cache):
+def test_invalid_paths_in_tables_are_unreadable_images(tmp_path, datasets):
     (tmp_path / "tables").mkdir()
-    hub_cache.Dataset.from_dict({"image": ["a\0b"] * 4}).to_parquet(tmp_path / "tables" / "train.parquet")
+    datasets.Dataset.from_dict({"image": ["a\0b"] * 4}).to_parquet(tmp_path / "tables" / "train.parquet")
     data = DataConfig(path=str(tmp_path / "tables"), image_column="image")
     assert open_splits(data).fingerprint and len(check_data(data, lambda line: None)) == 4
 
 
-def test_missing_connection_is_reported_quickly(tmp_path, hub_cache, monkeypatch):
+def test_missing_connection_is_reported_quickly(tmp_path, datasets, monkeypatch):
     import socket
 
     def unreachable(*args, **options):

@@ -205,8 +205,8 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "read"), READERS.values(), ids=list(READERS))
-def test_an_unreadable_file_is_reported_as_permission_denied(folder, tiny_run, name, read):
+@pytest.mark.parametrize(("denied", "read"), READERS.values(), ids=list(READERS))
+def test_an_unreadable_file_is_reported_as_permission_denied(folder, tiny_run, denied, read):
     copy_folder(tiny_run, folder / "run")
     (folder / "images/cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(folder / "images/cat/0.png")
@@ -218,9 +218,9 @@ def test_an_unreadable_file_is_reported_as_permission_denied(folder, tiny_run, n
     (folder / "tables/data.parquet").write_bytes(b"table")
     np.save(folder / "codes.npy", np.zeros((2, 4), dtype=np.int64))
     (folder / "codes.jsonl").write_text('{"tokens": [1, 2]}\n')
-    if name.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # imports libraries now, which another user may not be able to read
+    if denied.endswith(("json", "safetensors", "tar", "yaml", "parquet")):  # another user may not be able to read the libraries
         import_libraries(read, folder)
-    path = deny(folder / name)
+    path = deny(folder / denied)
     with as_nobody(), pytest.raises(PermissionDenied) as caught:
         read(folder)
     message = str(caught.value)

@@ -144,8 +144,8 @@ def test_fsq_rounding():
 # --- lfq and ibq --------------------------------------------------------------------------------------------------------------------
 
 
-def brute_force(vectors_Nb: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All codes, the mean entropy per vector and the entropy of the mean, from all squared distances."""
+def entropies_by_brute_force(vectors_Nb: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All codes, the mean entropy of each vector's code probabilities, and the entropy of the mean of these probabilities."""
     codes_Kb = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=vectors_Nb.shape[1])), dtype=torch.float64)
     distances_NK = (vectors_Nb.double()[:, None] - codes_Kb).square().sum(-1)
     probabilities_NK = (-distances_NK / temperature).softmax(-1)
@@ -160,7 +160,7 @@ def test_lfq_matches_brute_force_over_all_codes(bits, diversity, temperature):
     entropy_fields = {"entropy_weight": 0.3, "entropy_diversity": diversity, "entropy_temperature": temperature}
     module = QUANTIZERS["lfq"](2**bits, bits, commitment_weight=0.25, **entropy_fields)
     latents_BDhw = 0.3 * latents(code_dim=bits)
-    codes_Kb, mean_entropy, entropy_of_mean = brute_force(rows(latents_BDhw), temperature)
+    codes_Kb, mean_entropy, entropy_of_mean = entropies_by_brute_force(rows(latents_BDhw), temperature)
     output = module(latents_BDhw)
     assert torch.equal(output.ids.flatten(), torch.cdist(rows(latents_BDhw).double(), codes_Kb).argmin(1)), "the signs are the nearest code"
     assert torch.equal(rows(output.quantized), codes_Kb[output.ids.flatten()].float())
@@ -172,7 +172,7 @@ def test_lfq_entropy_gradient_matches_brute_force():
     logits_Nb = normal(30, 5).requires_grad_()
     entropies.entropy_loss_of_bits(logits_Nb, 0.7).backward()
     logits64_Nb = logits_Nb.detach().double().requires_grad_()
-    _, mean_entropy, entropy_of_mean = brute_force(logits64_Nb / 4, 1.0)  # the logit of a bit is 4 z / temperature
+    _, mean_entropy, entropy_of_mean = entropies_by_brute_force(logits64_Nb / 4, 1.0)  # the logit of a bit is 4 z / temperature
     (mean_entropy - 0.7 * entropy_of_mean).backward()
     torch.testing.assert_close(logits_Nb.grad.double(), logits64_Nb.grad, rtol=1e-4, atol=1e-6)
 

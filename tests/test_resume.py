@@ -148,7 +148,8 @@ def test_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path
     ("prior", {"prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 4, "prior_training__export": "last"}),
     ("prior", {"prior__architecture": "gpt2", "prior_training__window_shards": 1}),
     ("prior", {**GRID_TRANSFORMER, "prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 2}),
-], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows", "own, bf16, accumulation"])
+], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows",
+        "grid_transformer, bf16, accumulation"])
 def test_killed_training_with_other_settings_equals_uninterrupted_training(stage, changes, tiny_run, tmp_path, call):
     uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
     assert_killed_equals_uninterrupted(stage, uninterrupted, killed, changes, call)
@@ -156,7 +157,7 @@ def test_killed_training_with_other_settings_equals_uninterrupted_training(stage
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, GRID_TRANSFORMER, {**GRID_TRANSFORMER, "prior_training__mixed_precision": "bf16"}],
-                         ids=["llama, adamw", "own", "own, bf16"])
+                         ids=["llama, adamw", "grid_transformer", "grid_transformer, bf16"])
 def test_prior_killed_five_times_at_random_equals_uninterrupted_training(settings, tiny_run, tmp_path, fork_server, call):
     """Kill the process in steps, validations, writes or removals, each time after it has written a checkpoint."""
     changes = {**RANDOM, **settings, "prior_training__max_steps": 240, "prior_training__validate_every": 10, "prior_training__checkpoint_every": 5}

@@ -62,21 +62,23 @@ def preprocess(recipe: Recipe) -> None:
 
 
 def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop: StopFlag) -> None:
-    """The part of `preprocess` that runs while this process holds the lock of the run folder."""
+    """Write the token shards while the run folder is locked."""
     report, started = Reporter("tokens", state.is_main_process), time.monotonic()
     folder = tokenizer_folder(recipe)
     check_tokenizer_has_ids(recipe, folder)  # again, because a user's own launcher skips the checks of the command line
     tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
-    before = load_record(run, "tokens")
+    earlier_record = load_record(run, "tokens")
+    recorded_inputs = earlier_record.inputs if earlier_record is not None else None
+    # `splits` are the images as the earlier record describes them or, without one, in the class order of the tokenizer
     opened, splits, data_fingerprint = stop.wait_or_raise(
-        lambda: open_recorded_splits(recipe.data, before.inputs if before is not None else None, tokenizer.class_names), "no shard was started")
+        lambda: open_recorded_splits(recipe.data, recorded_inputs, tokenizer.class_names), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
         return
-    is_unpermuted = before is not None and SOURCE_ORDER not in before.inputs  # version 0.1.0 started these shards
+    is_unpermuted = recorded_inputs is not None and SOURCE_ORDER not in recorded_inputs  # version 0.1.0 started these shards
     order_seed = None if is_unpermuted else ORDER_SEED
     if is_unpermuted:
         report("these shards were started in the order of the data set and are finished in that order. `--redo tokens` writes them in a "
@@ -85,11 +87,11 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         inputs[SOURCE_ORDER] = f"seed {order_seed}"
     for note in splits.notes:
         report(f"note: {note}")
-    if before is None and splits.class_names != opened.class_names:
+    if earlier_record is None and splits.class_names != opened.class_names:
         report(f"note: the classes are sorted as text ({listed_names(splits.class_names)}), as in the tokenizer {folder}")
     check_class_order(run, splits)
-    is_former = data_fingerprint != splits.fingerprint  # version 0.1.0 started these shards, so they keep its data set identities
-    if not is_former:
+    has_former_identities = data_fingerprint != splits.fingerprint  # version 0.1.0 started these shards, so they keep its data set identities
+    if not has_former_identities:
         inputs |= splits.unread_input
     state.wait_for_everyone()  # until all processes have read the record, which is written next
     if state.is_main_process:
@@ -97,7 +99,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
 
     report_plan(recipe, tokenizer, splits, state, report)
     writers = []
-    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, is_former):
+    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, has_former_identities):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
@@ -205,7 +207,7 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
 
 def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
                skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """Encode the sources of one shard and add them to it, one for each step of this iterator. Read it to its end, or the shard stays incomplete.
+    """Encode the sources of one shard and add them to it one by one. If the caller does not exhaust this iterator, the shard stays incomplete.
 
     Yields each index with its ids (V, T) after they are stored, or with the error if the image is skipped. Adds skipped images to `skipped`
     (source -> reason).
@@ -246,8 +248,8 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
                    ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
     """Yield the indices of each batch, its rows (N, V, C, H, W) float32 (zeros for unreadable images), and an error or None for each image.
 
-    The threads work `ahead` batches ahead of the caller. With one thread and ahead 0, the calling thread decodes. Each thread decodes a part of a
-    batch. With a task per image, passing tasks between threads would take a large part of the decoding time of 32-pixel images.
+    Each thread decodes a part of a batch, not one image at a time: for 32-pixel images, passing tasks between threads would take a large part of the
+    time. The threads work `ahead` batches ahead of the caller. With one thread and `ahead` 0, the calling thread decodes.
     """
     size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
 
@@ -311,7 +313,7 @@ def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path
 
 
 def main(arguments: list[str]) -> None:
-    """Entry point: a recipe and its overrides."""
+    """Write token shards from command-line arguments: a recipe and its overrides."""
     preprocess(load_recipe(arguments[0], arguments[1:], count_images=count_images))
 
 

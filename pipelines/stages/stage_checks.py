@@ -78,7 +78,7 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
 
 
 def check_stages_fit(recipe: Recipe, actions: dict[str, str]) -> None:
-    """Raise InputError if a stage was made from other inputs than the current results of the finished stages before it.
+    """Raise InputError if the result of a finished stage has changed since the next stage was made from it.
 
     Args:
         actions: the result of check_before_start for each stage.

@@ -34,7 +34,7 @@ def full_fingerprint_of_tokenizer(folder: Path) -> str:
 
 
 def vocabulary_of_prior(folder: Path) -> Vocabulary:
-    """The vocabulary of a prior, which has its token fingerprint. Raises InputError if there is no prior, or if it has no weights."""
+    """The vocabulary of a prior, which records the token fingerprint. Raises InputError if there is no prior, or if it has no weights."""
     check_readable(folder / VOCABULARY_NAME, folder / "model.safetensors")
     for names in ((VOCABULARY_NAME,), ("model.safetensors", "model.safetensors.index.json")):  # large weights are in several files with an index
         if not any((folder / name).is_file() for name in names):

@@ -6,8 +6,7 @@
                                           and normalised by the mean and standard deviation that timm lists for the model
 
 Grey images are repeated to three channels. A TorchScript file is a program: torch.jit.load reads no pickled Python objects, but runs the code in the
-file. Use only files from sources that you would install a package from. weight_files.py reads weights
-as tensors only.
+file. Use only files from sources that you would install a package from. weight_files.py reads weights as tensors only.
 """
 
 from collections.abc import Callable
@@ -88,7 +87,7 @@ def load_feature_extractor(file: FeatureFile, image_size: int, device: torch.dev
         build: builds the network with the name `file.model`; by default, a timm network.
 
     Raises:
-        ValueError: the file cannot be read, its tensors do not fit the network, or the network does not return features (B, F).
+        InputError: the file cannot be read, its tensors do not fit the network, or the network does not return features (B, F).
     """
     if file.model is None:
         extractor = FeatureExtractor(file, load_torchscript(file.path, device), lambda images_BCHW: images_BCHW, device)

@@ -1,8 +1,8 @@
 """Reads and writes the record of a sweep, and ranks its results. Each result is written as soon as it is measured. Does not load torch.
 
     sweep.json
-        setup        everything but the sampling settings that affects the distances: pipeline parts, feature extractor, real images, the number,
-                     seed, classes and data type of the generated images, and the parameters of the kernel distance
+        setup        everything that affects the distances except the sampling settings: pipeline parts, feature extractor, real images, the
+                     number, seed, classes and data type of the generated images, and the parameters of the kernel distance
         reference    the number of real images that were used, and the names of the unreadable ones
         results      for each combination: settings, distances, number of images, seconds, device and library versions
 """
@@ -42,7 +42,7 @@ class SweepRecord:
         Raises:
             InputError: the file is not a sweep record, or it has another setup, so that its distances are not comparable with new ones.
         """
-        setup, content = json.loads(json.dumps(setup)), read_sweep(path)
+        setup, content = json.loads(json.dumps(setup)), read_sweep(path)  # the setup as JSON stores it, for the comparison
         if content is None:
             return cls(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "setup": setup, "reference": None, "results": []})
         if content["setup"] != setup:
@@ -52,7 +52,7 @@ class SweepRecord:
         return cls(path, content)
 
     def result_of(self, sampling: SamplingConfig) -> dict[str, Any] | None:
-        """The result of a combination, or None if it was not measured yet."""
+        """The result of a combination, or None if it has not been measured yet."""
         return next((result for result in self.content["results"] if self.settings_of(result) == sampling), None)
 
     def settings_of(self, result: Mapping[str, Any]) -> SamplingConfig:

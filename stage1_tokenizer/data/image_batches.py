@@ -54,7 +54,7 @@ class ImageBatch:
 class UpcomingBatch(Iterator[ImageBatch]):
     """An iterator over batches whose wait() decodes the next batch without returning it.
 
-    A signal ends this wait in one process. Then all processes agree whether to stop, before any of them takes the batch.
+    A signal may reach only one process, and ends the wait there. All processes then agree whether to stop, before any of them takes the batch.
     """
 
     def __init__(self, batches: Iterator[ImageBatch]):
@@ -223,7 +223,7 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
                         worker_init_fn=_leave_signals_to_parent, generator=torch.Generator(), timeout=MAX_WAIT_SECONDS)
     earlier_children = multiprocessing.active_children()
     # a list, so that the function registered for exit can drop the iterator
-    iterators = [cast(_MultiProcessingDataLoaderIter, iter(loader))]  # its type if there are workers
+    iterators = [cast(_MultiProcessingDataLoaderIter, iter(loader))]  # its type if num_workers > 0
     processes = [process for process in multiprocessing.active_children() if process not in earlier_children]
     # The workers ignore SIGTERM, so multiprocessing cannot end them at exit. Dropping the iterator shuts them down.
     atexit.register(iterators.clear)

@@ -1,8 +1,8 @@
 """Applies header fields of image files that Pillow ignores: white levels, inverted scales, transparent colours and alpha.
 
-These rules complete Pillow's tables of modes (in the plugin for each format). Colour profiles, gamma and HDR transfer functions
-(ICC, gAMA, cHRM, cICP) are not applied: values are used as stored, which is sRGB for nearly all files. check-data reports the other files
-(colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as in Pillow.
+Pillow's plugin for each format chooses modes by a table; these rules cover what the tables do not. Colour profiles, gamma and HDR transfer
+functions (ICC, gAMA, cHRM, cICP) are not applied: values are used as stored, which is sRGB for nearly all files. check-data reports the other
+files (colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as in Pillow.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _load_exif = Image.Exif.load
 Image.Exif.load = lambda self, data: _load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced on purpose
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
-_SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}
+_SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}  # types with the bit of a reduced image (1) or of a mask (4)
 _PIXEL_TAGS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
 _WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
 _NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS"}
@@ -50,7 +50,7 @@ class UnreadableImage(ValueError):
 def header_correction(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
     """A function that applies the header of an image to its pixels. Call it with the image after loading the pixels.
 
-    Call header_correction before the pixels are loaded, and before anything is decoded. For an image that is already loaded, only the parts of
+    Call header_correction before the pixels are loaded, because it may set up the decoder. For an image that is already loaded, only the parts of
     the header that Pillow keeps are applied. Raises UnreadableImage if the header leaves the levels of black and white unknown.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
@@ -111,7 +111,7 @@ def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
 
 
 def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
-    """The content of the last chunk of a type before the pixels, which decoders use; b"" if there is none."""
+    """The content of the chunk of a type that decoders use, which is the last one before the pixels; b"" if there is none."""
     found = b""
     with stored_file(image) as file:
         file.seek(8)

@@ -66,7 +66,10 @@ class GumbelQuantizer(Quantizer):
 
     @torch.no_grad()
     def initialize(self, latents_ND: torch.Tensor) -> None:
-        """Initialize codes by k-means, and logits as the posteriors of Gaussians around the codes with the mean within-cluster variance."""
+        """Initialize codes by k-means, and W and b so that softmax(W z + b) is the posterior of a mixture of Gaussians.
+
+        The Gaussians are around the codes and have the mean within-cluster variance.
+        """
         vectors_ND = latents_ND.float()
         codebook_KD = kmeans(vectors_ND, self.codebook_size, self.seed)
         variance = (vectors_ND - codebook_KD[nearest_codes(vectors_ND, codebook_KD)]).square().mean()

@@ -1,14 +1,14 @@
 """Decoders compute the logits of one position after another, with a key-value cache. `make_decoder` chooses the fastest decoder for a model.
 
     decoder = make_decoder(model, num_codes, rows=8, length=256)
-    logits_NV = decoder.step(ids_N, 0)        # class ids, at position 0
-    logits_NV = decoder.step(ids_N, 1)        # ids sampled from these logits
+    logits = decoder.step(ids_N, 0)           # class ids, at position 0
+    logits = decoder.step(ids_N, 1)           # ids sampled from these logits
 
-For models with only known modules (known_models.py), StaticDecoder and GraphDecoder call the model's blocks directly: linear layers are packed, keys
-and values are in one static cache, and only the logits of codes are computed. For all other models, and models with hooks, adapters, wrappers or
-autocast, ReferenceDecoder calls the model itself.
+For models with only known modules (known_models.py), StaticDecoder and GraphDecoder call the model's blocks directly: the weights of linear layers
+are packed (vqmosaic/kernels/decoding_products.py), keys and values are in one static cache, and only the logits of codes are computed. For all other
+models, and models with hooks, adapters, wrappers or autocast, ReferenceDecoder calls the model itself.
 
-In comments: N rows, D width, A heads, d head dimension, S = 1 + T positions, V ids.
+In comments: N rows, A heads, d head dimension, S = 1 + T positions, V ids, K codes.
 """
 
 from typing import cast
@@ -32,7 +32,7 @@ class ReferenceDecoder:
         self.cache: Cache | None = None
 
     def step(self, ids_N: torch.Tensor, position: int) -> torch.Tensor:
-        """Logits (N, V) after the ids (N,) at a position, or (N, codes) if the model has only those. Positions must come in order, from 0."""
+        """Logits (N, V) after the ids (N,) at a position, or (N, K) if the model has no others. Positions must come in order, from 0."""
         output = self.model(input_ids=ids_N[:, None], past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
         return output.logits[:, -1]
@@ -62,7 +62,7 @@ class StaticCache:
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
         """Write keys and values (N, A, 1, d) of the current position.
 
-        Returns those of all positions so far, (N, A, S, d); of all positions of the cache if the position is a tensor.
+        Returns the keys and values (N, A, S, d) of all positions so far, or of the whole cache if the position is a tensor.
         """
         return self.write(self.keys, keys, layer), self.write(self.values, values, layer)
 
@@ -89,7 +89,7 @@ class StaticDecoder:
         return self.cache.rows
 
     def step(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
-        """Logits (N, codes) after the ids (N,) at a position. Positions must come in order, from 0.
+        """Logits (N, K) after the ids (N,) at a position. Positions must come in order, from 0.
 
         If the position is a tensor on the device (int64, one element), every step runs the same operations, so one CUDA graph serves all positions
         except 0.
@@ -117,7 +117,7 @@ class GraphDecoder:
         return self.decoder.rows
 
     def step(self, ids_N: torch.Tensor, position: int) -> torch.Tensor:
-        """Logits (N, codes) after the ids (N,) at a position. The next step overwrites them."""
+        """Logits (N, K) after the ids (N,) at a position. The next step overwrites them."""
         if position == 0:  # some models compute more at position 0
             return self.decoder.step(ids_N, 0)
         with torch.cuda.device(self.decoder.model.device):
@@ -125,10 +125,10 @@ class GraphDecoder:
             graph = self.record(ids_N) if self.graph is None else self.graph
             self.ids_N.copy_(ids_N)
             graph.replay()
-        return self.logits_NV
+        return self.logits_NK
 
     def record(self, ids_N: torch.Tensor) -> torch.cuda.CUDAGraph:
-        """Record one step at the current position and return the graph. The warm-up steps before it write the same cache entries as the step."""
+        """Record one step at the current position and return the graph. Warm-up steps are harmless: they write the same cache entries."""
         self.ids_N = ids_N.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -138,7 +138,7 @@ class GraphDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits_NV = self.decoder.step(self.ids_N, self.position)
+            self.logits_NK = self.decoder.step(self.ids_N, self.position)
         return self.graph
 
     def keep_first(self, rows: int) -> None:

@@ -1,8 +1,8 @@
-"""Llama and this project's GridTransformer for sampling: their own blocks, called with one token per row and a key-value cache of fixed size.
+"""Faster versions of transformers' Llama and this project's GridTransformer for sampling.
 
-Linear layers are packed for a few rows (vqmosaic/kernels/decoding_products.py), and in transformers' Llama those with the same input are joined.
-`prepare_known_model` is strict: it returns None for a model with an unknown module, weight, hook or option. Then the decoder
-calls the model as it is.
+They call the blocks of the model with one token per row and a key-value cache of fixed size. Linear layers are packed for a few rows
+(vqmosaic/kernels/decoding_products.py), and in Llama, those with the same input are joined. `prepare_known_model` is strict: it returns None for
+a model with an unknown module, weight, hook or option. Then the decoder calls the model as it is.
 
 In comments: N rows, D width, A heads, d head dimension, S positions.
 """
@@ -23,7 +23,7 @@ from vqmosaic.kernels.single_query_attention import can_use_single_query_attenti
 
 
 class KnownModel(ABC):
-    """Base class of the architectures. A model computes with the weights of the time at which it was prepared."""
+    """Base class of the supported architectures. If the weights of the model change, prepare it again."""
 
     MODULES: tuple[type, ...] = ()
     """The module types that a model may contain, apart from activations."""
@@ -36,9 +36,9 @@ class KnownModel(ABC):
 
     @abstractmethod
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, codes) after the ids at a position, which is an int, or on a device a tensor (1,) other than 0.
+        """Logits (N, codes) for the ids after `position`, from the ids (N,) at `position`: an int, or a tensor (1,) on the device that is never 0.
 
-        The blocks write their keys and values of the position into the cache, and attend to those that it returns.
+        The blocks write the keys and values of this position to the cache, and attend to those that it returns.
         """
 
 
@@ -61,11 +61,11 @@ class KnownLlama(KnownModel):
 
     @classmethod
     def fits(cls, model: llama.LlamaForCausalLM) -> bool:
-        """Whether the rotary frequencies of the model do not change."""
+        """Whether the rotary frequencies are fixed, and looking up an embedding does not rescale it (max_norm)."""
         return model.model.rotary_emb.rope_type in cls.ROTATIONS and model.model.embed_tokens.max_norm is None
 
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, codes) after the ids at a position."""
+        """Logits (N, codes) for the ids after `position`."""
         index = slice(position, position + 1) if isinstance(position, int) else position
         rotations = self.cosines_1Sd[:, index], self.sines_1Sd[:, index]
         x_N1D = self.model.embed_tokens(ids_N[:, None])
@@ -79,8 +79,8 @@ class JointAttention(nn.Module):
 
     def __init__(self, attention: llama.LlamaAttention):
         super().__init__()
-        self.layer, self.head_width = attention.layer_idx, attention.head_dim
-        self.query_heads, self.key_heads = (layer.out_features // attention.head_dim for layer in (attention.q_proj, attention.k_proj))
+        self.layer_index, self.head_width = attention.layer_idx, attention.head_dim
+        self.query_heads, self.key_heads = (linear.out_features // attention.head_dim for linear in (attention.q_proj, attention.k_proj))
         self.query_key_value, self.out = join_linear_layers([attention.q_proj, attention.k_proj, attention.v_proj]), attention.o_proj
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], attention_mask: torch.Tensor | None,
@@ -89,13 +89,13 @@ class JointAttention(nn.Module):
         heads = self.query_key_value(hidden_states).unflatten(-1, (-1, self.head_width)).transpose(1, 2)      # N, all heads, 1, d
         queries_and_keys, values = heads.tensor_split([self.query_heads + self.key_heads], dim=1)
         query, keys = rotate_halves(queries_and_keys, *position_embeddings).split((self.query_heads, self.key_heads), dim=1)
-        keys, values = past_key_values.update(keys, values, self.layer)                                         # N, key heads, S, d
+        keys, values = past_key_values.update(keys, values, self.layer_index)                                   # N, key heads, S, d
         attend = single_query_attention if can_use_single_query_attention(query, keys) else reference
         return self.out(attend(query, keys, values, attention_mask).flatten(1)[:, None]), None
 
 
 class JointFeedForward(nn.Module):
-    """A LlamaMLP with one projection to the gate and the values that it scales."""
+    """A LlamaMLP with one linear layer in place of gate_proj and up_proj."""
 
     def __init__(self, mlp: llama.LlamaMLP):
         super().__init__()
@@ -107,19 +107,19 @@ class JointFeedForward(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
-def one_operator(norm: llama.LlamaRMSNorm) -> nn.RMSNorm:
-    """The norm with the same weight as a single operator; LlamaRMSNorm needs five. In float32, results are equal up to rounding."""
+def fused_norm(norm: llama.LlamaRMSNorm) -> nn.RMSNorm:
+    """The same norm with the same weight. It is one operator, and LlamaRMSNorm is five. In float32, results are equal up to rounding."""
     fast = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
     fast.weight = norm.weight
     return fast
 
 
-FASTER_PARTS: Parts = {llama.LlamaAttention: JointAttention, llama.LlamaMLP: JointFeedForward, llama.LlamaRMSNorm: one_operator}
-"""What replaces parts of a Llama, by their types."""
+FASTER_PARTS: Parts = {llama.LlamaAttention: JointAttention, llama.LlamaMLP: JointFeedForward, llama.LlamaRMSNorm: fused_norm}
+"""Replacements for the parts of a Llama."""
 
 
 def rotate_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate Llama's heads (..., d), which pair dimensions of the first half with those of the second. The sines of the first half are negated."""
+    """Rotate Llama's heads (..., d), in which dimensions i and i + d / 2 are a pair. The first half of `sines` must be negated."""
     return torch.addcmul(heads * cosines, heads.roll(heads.shape[-1] // 2, dims=-1), sines)
 
 
@@ -142,10 +142,10 @@ class KnownGridTransformer(KnownModel):
         return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == cls.WEIGHTS for block in model.blocks)
 
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, codes) after the ids at a position."""
+        """Logits (N, codes) for the ids after `position`."""
         ids_N1 = ids_N[:, None]
         index = slice(position, position + 1) if isinstance(position, int) else position
-        classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None
+        classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
         x_N1D = self.model.embed_ids(ids_N1, self.positions_S[index])
         for block in self.model.blocks:
             x_N1D = block(x_N1D, ids_N1, classes_N, self.rotations[index], mask_1S, past_key_values=cache)

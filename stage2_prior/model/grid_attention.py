@@ -1,8 +1,9 @@
 """Causal self-attention of a GridTransformer: query and key normalization in each head, rotary embedding, attention.
 
-On some devices, kernels of vqmosaic/kernels compute the same faster.
+On some devices, vqmosaic/kernels has faster implementations of the last two.
 
 In comments: B batch, S sequence, E = 3 D outputs of the joint projection, A heads, d head dimension (A d = D), p pairs of a head.
+Rotations S2p2 are a cosine and a sine for each position, for queries and keys, and for each pair.
 """
 
 import torch
@@ -19,8 +20,9 @@ def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Te
 
     Value embeddings, if given, are added to the values.
     """
-    projected, values = hidden_BSE.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)                          # B, S, 2 or 1, A, d
-    queries, keys = rotate(F.layer_norm(projected, projected.shape[-1:], eps=epsilon), rotations_S2p2[:, :, None]).unbind(2)
+    queries_and_keys, values = hidden_BSE.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)                   # B, S, 2 or 1, A, d
+    normalized = F.layer_norm(queries_and_keys, queries_and_keys.shape[-1:], eps=epsilon)
+    queries, keys = rotate(normalized, rotations_S2p2[:, :, None]).unbind(2)
     values = values.squeeze(2)
     if value_embeddings_BSD is not None:
         values = values + value_embeddings_BSD.view(values.shape)
@@ -28,7 +30,10 @@ def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Te
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair of neighbours in heads (..., d) by a cosine and a sine (..., p, 2), which broadcast. In float32, or float64 for float64."""
+    """Rotate each pair of neighbouring dimensions of heads (..., d) by rotations (..., p, 2), a cosine and a sine for each pair.
+
+    The leading dimensions broadcast. Computes in float32, or in float64 if the heads are float64.
+    """
     if complex_rotation.can_rotate_as_complex(heads):
         return complex_rotation.rotate_as_complex(heads, rotations)
     return complex_rotation.reference(heads, rotations)

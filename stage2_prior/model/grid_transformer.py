@@ -7,10 +7,10 @@ Differences from a language model for text:
   start of a row. A learned embedding of the predicted position is added at the input.
 - Each block adds its own class embedding to the class token, which all later positions attend to. The class enters at every depth, and the
   key-value cache holds all of it.
-- If the codebook is not too large, the last blocks, or all, have such an embedding for every id, and a second one that is added to the attention
-  values (per-layer embeddings as in Gemma 3n, Google 2025; value embeddings as in modded-nanogpt, Jordan et al. 2024), so the residual stream need
-  not carry the identity of the token. Lookups cost almost nothing. The feed-forward blocks, which are expensive, have as many parameters less: steps
-  are faster, and the model learns more per step.
+- If the codebook is not too large, the last blocks, or all, have two embeddings of every id: one is added to the residual stream, the other to the
+  attention values (per-layer embeddings as in Gemma 3n, Google 2025; value embeddings as in modded-nanogpt, Jordan et al. 2024). So the residual
+  stream need not carry the identity of the token. The parameters are taken from the feed-forward blocks, which are expensive, while lookups cost
+  almost nothing: steps are faster, and the model learns more per step.
 - Queries and keys are normalized in each head (Dehghani et al. 2023), which bounds attention logits at high learning rates.
 - Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass on a CPU, where RMSNorm needs five.
 
@@ -69,7 +69,7 @@ class GridTransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 65
     """1 + T: the class and the tokens."""
     rope_theta: float = 100.0
-    """Base of the rotary frequencies. The slowest rotation is about 1 / rope_theta per row or column; grids have some tens of them."""
+    """Base of the rotary frequencies. The slowest rotation is about 1 / rope_theta per row or column; grids have tens of rows and columns."""
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in norms."""
     embd_pdrop: float = 0.0
@@ -120,15 +120,15 @@ def split_parameter_budget(layers: int, width: int, vocabulary: int, embedding_b
 
     The budget is that of feed-forward blocks of width 4 D without embeddings, so that a preset has its nominal size. Unless `embedding_blocks` is
     given, about half of the budget (5/8 at most) goes to embeddings: a larger vocabulary means fewer blocks with embeddings, and more than 8 D ids
-    mean none. Raises ValueError if `embedding_blocks` leaves no parameters to the feed-forward blocks.
+    mean none. Raises ValueError if `embedding_blocks` leaves no parameters for the feed-forward blocks.
     """
     step = max(1, min(width // 4, 64))  # multiples of 64 are fast
     if embedding_blocks is None:
-        affordable = layers * width / vocabulary  # embedding blocks for the price of a width of D in all feed-forward blocks
+        affordable = layers * width / vocabulary  # embedding blocks that a quarter of the budget pays for
         embedding_blocks = min(layers, round(2 * affordable), int(2.5 * affordable)) if vocabulary <= 8 * width else 0
     feed_forward = int(4 * width - embedding_blocks * vocabulary / layers) // step * step
     if feed_forward <= 0:
-        raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves no parameters to the feed-forward blocks; "
+        raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves no parameters for the feed-forward blocks; "
                          f"allowed: 0 to {int((4 * width - step) * layers / vocabulary)}, or more with an intermediate_size")
     return embedding_blocks, feed_forward
 
@@ -167,7 +167,8 @@ class GridBlock(GradientCheckpointingLayer):
                 mask_SS: torch.Tensor | None = None, is_start: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
         """The residual stream (B, S, D) after the block. `classes_B` is None if the class token is already in the cache.
 
-        `is_start`, for static caches: a bool scalar on the device, True if the sequence starts with `classes_B`.
+        `is_start`, for static caches only: a bool scalar on the device, True if `ids_BS` starts with the class token. If False, `classes_B` has no
+        effect.
         The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
@@ -258,7 +259,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' `generate`. Scores cover the whole vocabulary, as beam search and `compute_transition_scores` expect."""
-        self.rotations(self.device)  # cached before any compiled call: the next run of a CUDA graph would overwrite them
+        self.rotations(self.device)  # before any compiled call: a CUDA graph that computes the tables would overwrite them in its next run
         processors = [*(logits_processor or []), PadToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
@@ -289,8 +290,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         output_hidden_states = check_call(self.config, input_ids, attention_mask, labels, logits_to_keep, output_hidden_states, others)
         assert input_ids is not None
         length, device = input_ids.shape[1], input_ids.device
-        checkpoints = self.training and any(block.gradient_checkpointing for block in self.blocks)
-        past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, checkpoints)
+        is_checkpointing = self.training and any(block.gradient_checkpointing for block in self.blocks)
+        past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, is_checkpointing)
         past_length, num_keys = count_keys(past_key_values, length)
         positions_S = new_positions(past_length, length, device)
         x_BSD = self.embed_ids(input_ids, positions_S)
@@ -319,7 +320,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return x_BSD
 
     def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`classes_B` and `is_start` of GridBlock.forward."""
+        """The arguments `classes_B` and `is_start` of GridBlock.forward."""
         is_start = past_length == 0 if isinstance(past_length, torch.Tensor) else None
         classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_start is not None or past_length == 0 else None
         return classes_B, is_start

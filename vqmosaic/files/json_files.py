@@ -21,7 +21,7 @@ VERSION_FIELD = "vqmosaic"
 
 @explain_permission_errors()
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises InputError, which ends with `remedy`, if the file contains anything else, and FileNotFoundError."""
+    """The mapping in a JSON file. Raises FileNotFoundError, or InputError with `remedy` at its end if the file contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -38,7 +38,7 @@ def written_by(content: Any) -> str | None:
 
 
 def version_hint(version: str | None) -> str:
-    """A sentence to append to an error, about the version that wrote a file; empty if it is this version."""
+    """Sentences about the version that wrote a file, to append to an error. Empty if it is this version. None is an unknown version."""
     if version == __version__:
         return ""
     writer = "another version of vqmosaic" if version is None else f"vqmosaic {version}"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vqmosaic.files.permissions import permission_denied
 
 MAX_REASON = 300
-"""Largest length of the reason in the error message."""
+"""Largest number of characters of the reason in an error message."""
 
 
 class WeightFileError(ValueError):

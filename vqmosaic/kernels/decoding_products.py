@@ -1,7 +1,8 @@
 """Products of a few rows with large matrices, which are most of the work when tokens are sampled one after another on a CPU.
 
-With few rows, reading the weights limits the speed. F.linear reads them in an order that is bad for few rows; oneDNN has operators for packed
-weights: in bf16 the linear operator; in float32 the 1 x 1 convolution, for which N rows of K values are an image of 1 x N pixels with K channels.
+With few rows, reading the weights limits the speed. F.linear reads them in an order that is slow for few rows. oneDNN has operators for packed
+weights, which are reordered once: in bf16 the linear operator; in float32 the 1 x 1 convolution, for which N rows of K values are an image of
+1 x N pixels with K channels.
 torch.compile uses the same operators when it freezes weights.
 """
 
@@ -20,7 +21,7 @@ PACKED_MIN_ELEMENTS = 2**19
 """In float32, smaller matrices stay in the CPU caches, where F.linear is faster."""
 
 Parts = dict[type[nn.Module], Callable[[Any], nn.Module]]
-"""Types of modules, and functions that give a replacement for a module of the type."""
+"""For each type of module, a function that returns the replacement for a module of this type."""
 ProductFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """Maps rows (N, K), a matrix and a bias to the product (N, outputs)."""
 
@@ -44,7 +45,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(module: nn.Module, rows: int) -> nn.Module:
-    """A copy of a module that shares its weights, in which the linear layers that become faster for `rows` rows are packed."""
+    """A copy of a module that shares its weights. Its linear layers are packed where this is faster for `rows` rows."""
     return share_weights(module, {nn.Linear: lambda linear: PackedLinear(linear, rows) if is_faster_packed(linear.weight, rows) else linear})
 
 
@@ -59,7 +60,7 @@ def share_weights(module: nn.Module, replacements: Parts) -> nn.Module:
 
 
 def is_faster_packed(weight: torch.Tensor, rows: int) -> bool:
-    """Whether products of this number of rows with a matrix are faster if it is packed, and can be."""
+    """Whether a matrix can be packed, and its products with this number of rows are then faster."""
     is_faster = weight.dtype == torch.bfloat16 or (rows in PACKED_ROWS and weight.numel() >= PACKED_MIN_ELEMENTS)
     return is_faster and can_pack(weight.device.type, weight.dtype)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_1S: torch.Tensor | None = None) -> torch.Tensor:
-    """What single_query_attention computes, (N, A, 1, d): softmax(q K^T / sqrt(d) + mask) V. Several heads may share keys and values."""
+    """What single_query_attention computes, (N, A, 1, d): masked softmax(q K^T / sqrt(d)) V. Several heads may share keys and values."""
     return F.scaled_dot_product_attention(query, keys.to(query.dtype), values.to(query.dtype), attn_mask=mask_1S,
                                           enable_gqa=query.shape[1] != keys.shape[1])
 
@@ -26,8 +26,8 @@ def single_query_attention(query: torch.Tensor, keys: torch.Tensor, values: torc
 
     Args:
         query: (N, A, 1, d).
-        keys, values: (N, key heads, S, d) in float32. Each of them serves A / key heads queries.
-        mask_1S: the keys to attend to; all if None.
+        keys, values: (N, key heads, S, d) in float32. Each key head serves A / key heads query heads.
+        mask_1S: True for the keys to attend to; None for all keys.
     """
     rows, key_heads, positions, width = keys.shape
     queries = (query.float() * width**-0.5).reshape(rows * key_heads, -1, width)                       # N key heads, queries per key head, d

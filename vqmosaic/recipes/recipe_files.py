@@ -73,9 +73,9 @@ def section_names() -> list[str]:
 
 
 def field_names() -> dict[str, bool]:
-    """Dotted names of all fields and sections of a recipe. The value is True for sections and for fields that take free entries."""
+    """Dotted names of all fields and sections of a recipe. The value is True for sections, and for prior.options, which takes any entries."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
-    names.update({entry.name: True for entry in dataclasses.fields(Recipe) if "." not in entry.name and entry.name not in names})
+    names.update({entry.name: True for entry in dataclasses.fields(Recipe) if entry.name not in names})
     return names
 
 
@@ -89,14 +89,14 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
                 count_images: CountImages | None = None, redo_stage: str | None = None) -> Recipe:
     """A checked recipe from a shipped name, a YAML file or a run folder, with overrides such as ["--data.path", "photos"].
 
-    The recipe.yaml in a run folder gives the same recipe as the folder. The run_dir of both is the folder at its current location.
+    A run folder and the recipe.yaml in it give the same recipe. Its run_dir is the current location of the folder.
     Relative paths start from the working directory. Those in the recipe of a run folder start from the same folder as when it was recorded.
     Fields that are not set may be chosen from the data (fields_from_data.py).
     Fields of stages that have started keep their recorded values, except those of `redo_stage` and of the stages after it.
 
     Args:
         other_options: options of the caller that are not recipe fields, such as --processes. Errors suggest them for misspelled names.
-        count_images: counts the training images, given the fields by name.
+        count_images: returns the size of the data set, given the fields by dotted name.
 
     Raises InputError for unknown keys (with the nearest valid one), wrong types and invalid combinations.
     """
@@ -166,11 +166,11 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recorded_path_overrides(path: Path) -> list[str]:
-    """Overrides for the relative paths in a run folder's recipe that lead to something else from the current working directory.
+    """Overrides that make relative paths in a run folder's recipe absolute where they do not start from the working directory.
 
-    They start from the folder that the recorded run_dir started from. It is derived from the run folder's current location, so it is correct for a
-    project that was moved or copied. If a path does not exist there, it starts from the recorded working directory. Paths that exist in neither
-    folder stay unchanged, because they may be names.
+    A path starts from the folder that the recorded run_dir started from. This folder is derived from the run folder's current location, so it is
+    correct for a project that was moved or copied. If the path does not exist there, it starts from the recorded working directory. Paths that
+    exist in neither folder stay unchanged, because they may be names.
     """
     text = path.read_text(encoding="utf-8")
     content, folders = yaml.safe_load(text), []
@@ -261,15 +261,15 @@ def check_option_names(options: list[str], other_options: Sequence[str]) -> None
         raise InputError(f"{options[-1]} needs a value.")
 
 
-def fit_to_data(values: jsonargparse.Namespace, path: Path, options: list[str], count_images: CountImages | None, redo_stage: str | None) -> None:
-    """Set the fields that neither the recipe file nor an option sets, with the rules of fields_from_data.py."""
+def fit_to_data(values: jsonargparse.Namespace, path: Path, overrides: list[str], count_images: CountImages | None, redo_stage: str | None) -> None:
+    """Set the fields that neither the recipe file nor an override sets, with the rules of fields_from_data.py."""
     if not values["fit_to_data"] and values["minutes"] is None:
         return
-    in_options = {option[2:].partition("=")[0] for option in options if option.startswith("--")}
-    given = in_options | set(leaf_names(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
+    overridden = {option[2:].partition("=")[0] for option in overrides if option.startswith("--")}
+    given = overridden | set(leaf_names(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
     recorded = recorded_fields(values["run_dir"], redo_stage)
-    if "minutes" in in_options:  # a new budget: divide it again
-        given -= BUDGETS.keys() - in_options
+    if "minutes" in overridden:  # a new budget: divide it again
+        given -= BUDGETS.keys() - overridden
         recorded = {name: value for name, value in recorded.items() if name not in BUDGETS}
     fields = cast(MutableMapping[str, Any], values)  # a namespace is indexed by dotted names like a mapping
     facts = Facts(lambda: count_images(fields), has_gpu, given) if count_images else Facts(lambda: None, lambda: False, given)
@@ -285,7 +285,7 @@ def has_gpu() -> bool:
 
 def check_field_name(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
     """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of prior.options."""
-    if name in known or any(free and name.startswith(f"{field}.") for field, free in known.items() if field == "prior.options"):
+    if name in known or name.startswith("prior.options."):
         return
     nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
     hint = f" Did you mean {nearest}?" if nearest else ""
@@ -298,7 +298,7 @@ def check_field_name(name: str, known: dict[str, bool], given_as: str, other_opt
 
 
 def leaf_names(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves of nested mappings. A field that takes free entries is one leaf."""
+    """Dotted names of the leaves of nested mappings. prior.options is one leaf."""
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"

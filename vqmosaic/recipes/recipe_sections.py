@@ -50,7 +50,7 @@ class DataConfig:
     use_labels: bool = True
     """Read class labels if there are any; false trains an unconditional prior."""
     train_split: str = "train"
-    """The split to train on. For folders: the sub-folder of this or another usual name (Training), if there is one; . is the whole folder."""
+    """The split to train on. For folders: the sub-folder with this or another usual name (Training), if there is one; . is the whole folder."""
     validation_split: str | None = None
     """The split to validate on. If it is not given and no split has a usual name, images are selected by a hash of their path or row number."""
     validation_fraction: float = 0.05
@@ -112,7 +112,7 @@ class TrainingConfig:
     learning_rate: float = 3e-4
     """Peak learning rate."""
     learning_rate_batch: int | None = None
-    """Batch size for which learning_rate was tuned. The rate is scaled by the square root of batch_size over this; null turns scaling off."""
+    """Batch size for which learning_rate was tuned. The rate is scaled by sqrt(batch_size / learning_rate_batch); null turns scaling off."""
     learning_rate_schedule: str = "cosine"
     """Decay of the learning rate after the warmup: cosine or linear."""
     final_learning_rate: float = 0.05
@@ -312,7 +312,7 @@ class SamplingConfig:
     guidance_power: float = 2.75
     """power-cosine only: exponent of the schedule. Larger values start guidance later."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """[start, stop] as fractions of the T tokens. Guidance is off outside (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
+    """[start, stop] as fractions of the T tokens. Guidance is off outside of it (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
     temperature: float = slider(1.0, 0, 2, 0.01)
     """Divisor of the logits; 0, or any value below 1e-6, selects the most likely token."""
     top_k: int = slider(0, 0, None, 1)

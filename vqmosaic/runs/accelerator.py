@@ -67,7 +67,7 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def threads_from_environment() -> int | None:
-    """The number in OMP_NUM_THREADS, or the first of a list for nested levels such as 4,2; None if it is not set. Otherwise raises InputError."""
+    """The number in OMP_NUM_THREADS, or the first of a nested list such as 4,2; None if it is not set. Raises InputError if it is invalid."""
     text = os.environ.get("OMP_NUM_THREADS", "").strip()
     if not text:
         return None

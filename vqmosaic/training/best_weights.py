@@ -1,6 +1,6 @@
 """Saves and restores the weights of the best validation so far.
 
-They are one file beside the checkpoints. Each checkpoint has a link to the file of its time, so that a resumed training continues with it.
+The file is beside the checkpoints. Each checkpoint links to the best weights at that time, so that a resumed training continues with them.
 """
 
 import os
@@ -33,7 +33,7 @@ class BestWeights:
             link_or_copy(resumed_from / FILE_NAME, self.path)
 
     def save_if_best(self, error: float, model: nn.Module | None) -> bool:
-        """Whether a validation error is the lowest so far. If it is, record it, and save the validated model on the main process."""
+        """If a validation error is the lowest so far, record it and save the validated model on the main process. Returns whether it is."""
         is_best = error < self.state.best_validation
         if is_best:
             self.state.best_validation, self.state.best_step = error, self.state.step

@@ -34,7 +34,7 @@ class Budget:
 
     @property
     def elapsed_seconds(self) -> float:
-        """Seconds of training so far, validations included, over all resumed parts."""
+        """Seconds of training so far, validations included, over all sessions."""
         return self._elapsed_before + self.session_seconds
 
     def ends_by_clock(self, step: int, elapsed_seconds: float) -> bool:
@@ -46,7 +46,6 @@ class Budget:
         by_steps = step / self.max_steps if self.max_steps else 0.0
         by_clock = elapsed_seconds / self.max_seconds if self.max_seconds else 0.0
         return min(1.0, max(by_steps, by_clock))
-
 
 
 class Pace:
@@ -76,7 +75,7 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float:
-        """The average; over all steps until there are steps after the first WARM_UP_STEPS. There must be at least one step."""
+        """The average, or that of all steps until there are steps after the first WARM_UP_STEPS. There must be at least one step."""
         if len(self._ends) > 1:
             return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         assert self._started is not None
@@ -115,5 +114,5 @@ def few_steps_warning(training: TrainingConfig, steps: int, seconds_per_step: fl
         return None
     minutes = math.ceil(FEW_STEPS * seconds_per_step / 60)
     return (f"warning: {training.SECTION}.max_minutes {training.max_minutes:g} has time for about {counted(steps, 'step')} (estimated from a trial "
-            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise it (or minutes), or make steps "
-            f"faster with a smaller {training.SECTION}.batch_size, data.image_size or network.")
+            f"step), which is too few to learn much. {FEW_STEPS} steps take about {counted(minutes, 'minute')}. Raise max_minutes (or minutes), or "
+            f"make steps faster with a smaller {training.SECTION}.batch_size, data.image_size or network.")

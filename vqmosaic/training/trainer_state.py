@@ -11,6 +11,7 @@ class TrainerState:
     elapsed_seconds: float = 0.0
     refused_steps: int = 0
     validated_step: int = 0
+    """The step of the last validation."""
     validated_seconds: float = 0.0
     """The value of elapsed_seconds when the last validation began."""
     validation_seconds: float = 0.0
@@ -26,6 +27,6 @@ class TrainerState:
     best_step: int = 0
     best_validation: float = float("inf")
     guard: dict[str, float | None] = field(default_factory=dict)
-    """Numbers that belong to one stage. In stage 1, the state of the adversarial guard."""
+    """The state of the adversarial guard in stage 1; empty in stage 2."""
     processes: int = 1
     threads: int = 1

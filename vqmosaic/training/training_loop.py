@@ -1,4 +1,4 @@
-"""The loop that all trainings share, its start and its end. The step itself is in the body of the loop:
+"""The training loop of both stages, and what comes before and after it. Each stage computes the step in the body of the loop:
 
     with locked_run(recipe, "prior", recipe.prior_training) as run:
         ...                                                # open the data; return if finished_already(run, inputs)
@@ -26,7 +26,7 @@ from vqmosaic.training.training_run import TrainingRun
 
 @contextmanager
 def locked_run(recipe: Recipe, stage: str, training: TokenizerTrainingConfig | PriorTrainingConfig) -> Iterator[TrainingRun]:
-    """A training that holds the lock of its run folder and handles signals. It is ended at the end of the block."""
+    """Yield a TrainingRun that holds the lock of its run folder and handles signals. Calls its end() at the end of the block."""
     with StopFlag() as stop:
         run = TrainingRun(recipe, stage, training, stop)
         try:
@@ -37,10 +37,12 @@ def locked_run(recipe: Recipe, stage: str, training: TokenizerTrainingConfig | P
 
 
 def finished_already(run: TrainingRun, inputs: dict[str, str]) -> bool:
-    """Whether the stage has finished with this recipe and these inputs, which is then printed. Call this before its record is overwritten.
+    """Whether the stage has finished with this recipe and these inputs. If so, prints where its export is.
+
+    Call this before the stage record is overwritten.
 
     Raises:
-        InputError: the recipe or the inputs have changed, or the stage has written its export and lost its checkpoints.
+        InputError: the recipe or the inputs have changed, or the stage has written its export, but no checkpoint is left to continue from.
     """
     export = run.folder.export(run.stage)
     if decide_action(run.folder, run.recipe, run.stage, inputs) == "skip":
@@ -56,11 +58,11 @@ def training_steps(run: TrainingRun, validate: Callable[[float], None] | None = 
                    wait: Callable[[StopFlag], None] | None = None) -> Iterator[float]:
     """Yield the progress in [0, 1) before each step, until the budget is used up. All processes run this loop together.
 
-    After a signal, it saves and raises Interrupted. Without `save`, it just ends.
+    After a signal, the loop saves a checkpoint and raises Interrupted. If `save` is None, it just ends.
 
     Args:
         run: the training, after prepare(). The caller ends each step with run.end_step().
-        validate: validate(progress) validates. It is called when a validation is due, and stops early after a signal.
+        validate: validate(progress) runs a validation. It is called when one is due, and should return early after a signal.
         save: writes a checkpoint, such as run.save. It is called when a checkpoint is due and after a signal.
         wait: wait(stop) waits for what the next step needs, until a signal arrives.
     """
@@ -71,7 +73,7 @@ def training_steps(run: TrainingRun, validate: Callable[[float], None] | None = 
         finished = progress >= 1
         if validate is not None and not signal_number and run.validations.due(finished):
             validate(progress)
-            signal_number, _ = run.sync()  # a signal during validation aborts it; it runs again on resume
+            signal_number, _ = run.sync()  # a signal ends a validation early; the resumed run repeats it
         if save is not None and (run.due(run.training.checkpoint_every, finished) or signal_number):
             save()
         if save is not None and signal_number:
@@ -82,9 +84,9 @@ def training_steps(run: TrainingRun, validate: Callable[[float], None] | None = 
 
 
 def export_best_and_last(run: TrainingRun, measure: str) -> int:
-    """Write the best or the last weights to the stage's export, as its `export` field says, and the others to a folder beside the checkpoints.
+    """Save the best and the last weights. The recipe's `export` field selects which of them are the export; the others go beside the checkpoints.
 
-    Returns the step of the exported weights. `measure` names the metric of the best weights, for the warning if it was never finite.
+    Returns the step of the exported weights. `measure` is the name of the validation metric, for the warning if it was never finite.
     """
     model = run.validated_model
     save_pretrained = cast(Callable[[Path], None], model.save_pretrained)  # the models of both stages have this method

@@ -1,6 +1,6 @@
-"""The state of a training and its parts that both stages share: resume, budget, signals, refusal of non-finite steps, checkpoints.
+"""What the trainings of both stages share: their state, resuming, the budget, signals, refusing non-finite steps, checkpoints.
 
-The training step itself is in each stage's own train.py, the loop around it in training_loop.py.
+The step itself is in the train.py of each stage, and the loop around it is in training_loop.py.
 """
 
 import copy
@@ -108,8 +108,8 @@ class TrainingRun:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in codes]
         inner = inner_matrices(model, decayed) if training.optimizer == "muon" and model is self.unwrapped else []
-        chosen = {id(parameter) for parameter in inner}
-        groups = [{"params": [parameter for parameter in decayed if id(parameter) not in chosen], "weight_decay": training.weight_decay},
+        inner_ids = {id(parameter) for parameter in inner}
+        groups = [{"params": [parameter for parameter in decayed if id(parameter) not in inner_ids], "weight_decay": training.weight_decay},
                   {"params": [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in codes], "weight_decay": 0.0}]
         betas = training.adam_betas[0], training.adam_betas[1]
         if not inner:
@@ -215,13 +215,15 @@ class TrainingRun:
             self.bar.set_postfix_str(left)
             return
         of_steps = f" of {self.training.max_steps:,}" if self.training.max_steps else ""
-        numbers = list(self.metrics.newest.get("train", {}).items())[:2]
-        loss = f", training {numbers[1][0]} {numbers[1][1]:.4g} at step {numbers[0][1]:,}" if numbers else ""
+        newest = list(self.metrics.newest.get("train", {}).items())[:2]  # the step and the first metric
+        loss = f", training {newest[1][0]} {newest[1][1]:.4g} at step {newest[0][1]:,}" if newest else ""
         self.report(f"step {self.state.step:,}{of_steps}{loss}, {left}")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
                        update_second: bool = False) -> tuple[bool, float, float]:
-        """Clip, check and apply the gradients. Returns (accepted, gradient norm, learning rate). A non-finite step changes nothing.
+        """Clip, check and apply the gradients. Returns (accepted, gradient norm, learning rate).
+
+        A step with a non-finite loss or gradient is refused: it does not change the weights.
 
         `commit` is called after an accepted step and before the average is updated, so that the average has the newest codebook.
         With `update_second`, both models are updated, or neither is.
@@ -247,8 +249,8 @@ class TrainingRun:
             commit()
             if self.average is not None:
                 self.average.update_parameters(self.unwrapped)
-                for copy, parameter in zip(codebook_parameters(self.average.module), codebook_parameters(self.unwrapped), strict=True):
-                    copy.copy_(parameter.detach())
+                for averaged, trained in zip(codebook_parameters(self.average.module), codebook_parameters(self.unwrapped), strict=True):
+                    averaged.copy_(trained.detach())
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         if not accepted:
@@ -256,7 +258,7 @@ class TrainingRun:
         return accepted, float(norms[0]), self.peak_learning_rates[0] * share
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """Scale the gradients down to gradient_clip. Returns their norm before, as a plain tensor."""
+        """Clip the norm of the gradients to gradient_clip. Returns the norm before clipping, as a plain tensor."""
         limit = self.training.gradient_clip
         if self.is_sharded:  # accelerate compares the list with the model's parameters, so it must have the same objects in the same order
             return full_tensor(self.accelerator.clip_grad_norm_(list(self.model.parameters()), limit))
@@ -305,7 +307,7 @@ class TrainingRun:
 
     def end(self) -> None:
         """Close the trackers and leave the process group, even if training failed."""
-        keep_process_group()
+        keep_process_group()  # end_training destroys the group
         with explain_full_disk(self.folder.logs(self.stage)):
             self.accelerator.end_training()
 

@@ -20,8 +20,8 @@ INTERVAL_SHARE = 0.04
 TIME_SHARE = 0.1
 """Largest share of the time that validations may take under a time budget."""
 PLANNED_TIME_SHARE = 0.075
-"""Share of the time that is planned for validations before the first step, from a trial. The difference to TIME_SHARE is a margin for validations
-that take longer than the trial."""
+"""Share of the time that validations should take when a trial before the first step sets their number of images. The difference to TIME_SHARE is a
+margin for validations that take longer than the trial."""
 FEW_IMAGES = 32
 """The plan warns if a validation uses fewer images than this, or fewer images than there are classes."""
 FEWEST_IMAGES = 16
@@ -119,9 +119,9 @@ class ValidationSchedule:
         by_time = state.elapsed_seconds - state.validated_seconds >= INTERVAL_SHARE * self.budget.max_seconds
         if not self.budget.ends_by_clock(state.step, state.elapsed_seconds):
             return by_steps or by_time
-        expected = state.validation_seconds / state.validations if state.validations else state.seconds_per_validation
-        available = TIME_SHARE * (state.elapsed_seconds + expected) - state.validation_seconds
-        return (by_time and expected <= available) or (by_steps and 2 * expected <= available)
+        expected_seconds = state.validation_seconds / state.validations if state.validations else state.seconds_per_validation
+        available_seconds = TIME_SHARE * (state.elapsed_seconds + expected_seconds) - state.validation_seconds
+        return (by_time and expected_seconds <= available_seconds) or (by_steps and 2 * expected_seconds <= available_seconds)
 
     @contextmanager
     def clock(self) -> Iterator[None]:

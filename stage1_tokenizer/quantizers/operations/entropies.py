@@ -32,7 +32,7 @@ def entropy_loss_of_bits(logits_Nb: torch.Tensor, diversity: float) -> torch.Ten
 
 
 def batch_entropy_of_bits(logits_Nb: torch.Tensor) -> torch.Tensor:
-    """Scalar entropy of the mean code distribution of independent bits with logits (N, bits). An upper bound above MAX_EXACT_CODES codes."""
+    """Scalar entropy of the mean code distribution of independent bits with logits (N, bits). For more than MAX_EXACT_CODES codes, an upper bound."""
     bits, exact_bits = logits_Nb.shape[1], MAX_EXACT_CODES.bit_length() - 1
     if bits > exact_bits:
         groups = logits_Nb.chunk(-(-bits // max(1, exact_bits // 2)), dim=1)
