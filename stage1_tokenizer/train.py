@@ -27,7 +27,6 @@ from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.load_initial_weights import check_tokens_unchanged, load_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_networks
-from stage1_tokenizer.running_means import RunningMeans
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.tokenizer_setup import (
     describe_loss,
@@ -49,6 +48,7 @@ from vqmosaic.runs.accelerator import check_compiler
 from vqmosaic.runs.launch import run_worker
 from vqmosaic.runs.stage_records import load_record, write_record
 from vqmosaic.seeding import reseed_step
+from vqmosaic.training.running_means import RunningMeans
 from vqmosaic.training.tracking import read_metrics
 from vqmosaic.training.training_loop import export_best_and_last, finished_already, locked_run, training_steps
 from vqmosaic.training.training_plan import describe_classes, print_plan

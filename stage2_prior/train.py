@@ -45,6 +45,7 @@ from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import run_worker
 from vqmosaic.runs.stage_records import write_record
 from vqmosaic.seeding import reseed_step
+from vqmosaic.training.running_means import RunningMeans
 from vqmosaic.training.sharding import is_sharded
 from vqmosaic.training.tracking import progress_lines
 from vqmosaic.training.training_loop import export_best_and_last, finished_already, locked_run, training_steps
@@ -108,7 +109,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         write_record(run.folder, recipe, "prior", inputs, finished=False)
 
     # --- loop ---------------------------------------------------------------------------------------------------------------
-    sums = torch.zeros(3, device=accelerator.device)  # NLL, z-loss, number of micro-batches
+    means = RunningMeans()
 
     def validate_now(_progress: float) -> None:
         with run.validations.clock():
@@ -120,26 +121,28 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
         reseed_step(recipe.seed, "prior", run.state.step, run.rank)
         model.train()
-        total = torch.zeros(2, device=accelerator.device)  # NLL, z-loss
+        total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()
         micro_batches = zip(*(part.to(accelerator.device).chunk(training.accumulation_steps) for part in batch), strict=True)
         for ids_bT, classes_b, inputs_bT in micro_batches:
             with accelerator.accumulate(model):
                 logits_bTK = model(inputs_bT, classes_b)
-                nll = next_token_loss(logits_bTK, ids_bT)
-                z = z_loss(logits_bTK) if training.z_loss else torch.zeros_like(nll)
-                accelerator.backward(nll + training.z_loss * z if training.z_loss else nll)
-            total += torch.stack([nll, z]).detach()
-        accepted, norm, learning_rate = run.optimizer_step(total[0] + training.z_loss * total[1], progress)
+                loss = next_token_loss(logits_bTK, ids_bT)
+                terms = {"nll": loss}
+                if training.z_loss:
+                    terms["z_loss"] = z_loss(logits_bTK)
+                    loss = loss + training.z_loss * terms["z_loss"]
+                accelerator.backward(loss)
+            total += loss.detach()
+            step_means.add(terms)
+        accepted, norm, learning_rate = run.optimizer_step(total, progress)
         if accepted:
-            sums += torch.cat([total, torch.full_like(total[:1], training.accumulation_steps)])
+            means.update(step_means)
         run.end_step()
 
         if run.due(training.log_every, finished=False):
-            reduced = accelerator.reduce(sums, "sum").clamp_min(1e-12)  # all sums are 0 if every step was refused
-            run.metrics.write(run.state.step, "train", nll=float(reduced[0] / reduced[2]),
-                              **({"z_loss": float(reduced[1] / reduced[2])} if training.z_loss else {}),
-                              gradient_norm=norm, learning_rate=learning_rate, seconds=run.state.elapsed_seconds)
-            sums.zero_()
+            run.metrics.write(run.state.step, "train", **means.average_over_processes(accelerator), gradient_norm=norm, learning_rate=learning_rate,
+                              seconds=run.state.elapsed_seconds)
+            means = RunningMeans()
 
     # --- export -------------------------------------------------------------------------------------------------------------
     run.end_sharding()

@@ -292,6 +292,7 @@ def test_the_command_reports_denied_permission_without_traceback(folder, capsys)
 def test_reconstruct_reports_an_unreadable_image(tmp_path, tiny_run):
     if os.geteuid() == 0:
         pytest.skip("root may read everything, and another user cannot start Python from root's home")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     deny(tmp_path / "image.png")
     result = command("reconstruct", tiny_run, tmp_path / "image.png", "--out", tmp_path / "out")
     assert result.returncode == 2 and "permission denied" in result.stderr and "known format" not in result.stderr

@@ -188,11 +188,18 @@ def test_plan_describes_the_attention(run_dir, capsys):
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
     own, cpu = tiny_prior("grid_transformer").model, torch.device("cpu")
-    for extra, precision, expected in ((0, "bf16", "custom kernels"), (1, "bf16", "sdpa"), (0, "no", "sdpa")):
+    for extra, precision, expected in ((0, "bf16", "matrix products"), (1, "bf16", "sdpa"), (0, "no", "sdpa")):
         own.config.max_position_embeddings = MAX_MATMUL_LENGTH + extra + 1  # positions are the class and all ids; the last id is not an input
         assert describe_attention(own, cpu, precision).startswith(expected)
     train(run_dir, max_steps=1)
     assert "    attention                     sdpa\n" in capsys.readouterr().out
+
+
+def test_log_of_refused_steps_has_no_loss(run_dir, monkeypatch):
+    monkeypatch.setattr(train_prior, "next_token_loss", lambda logits_BTK, ids_BT: logits_BTK.sum() * math.nan)
+    train(run_dir, max_steps=4, log_every=2, max_refused_steps=10)
+    logged = records(run_dir, "prior", "train")
+    assert [record["step"] for record in logged] == [2, 4] and all("nll" not in record and "learning_rate" in record for record in logged)
 
 
 # --- losses, decay, learning rate ----------------------------------------------------------------------------------------------------
