@@ -39,6 +39,7 @@ test-slow: install
 bench: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.quantizer --record
+	$(BIN)/python -m benchmarks.kernels --record
 	$(BIN)/python -m benchmarks.tokenizer_step --record
 	$(BIN)/python -m benchmarks.tokenizer_quality --record
 	$(BIN)/python -m benchmarks.preprocess_cost --record

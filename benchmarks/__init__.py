@@ -1,4 +1,4 @@
-"""Benchmarks against other programs. They run with the process settings of vqmosaic's own commands."""
+"""Benchmarks, most of them against other programs. They run with the process settings of vqmosaic's own commands."""
 
 from vqmosaic.runs.process_settings import set_up_process
 

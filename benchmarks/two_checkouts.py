@@ -120,7 +120,7 @@ def main() -> int:
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for worker in workers.values():
             worker.run(task)
-        for number in range(options.rounds // (3 if "sampling B" in task else 1)):
+        for number in range(max(1, options.rounds // (3 if "sampling B" in task else 1))):
             for name in list(workers) if number % 2 else list(workers)[::-1]:  # each is first in every second round
                 seconds[name].append(workers[name].run())
         steps = 1 if task.startswith("sampling") else STEPS_PER_ROUND

@@ -84,8 +84,9 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         normed_BCHW = self.norm(x_BCHW)
-        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2)[:, None] for layer in (self.query, self.key, self.value))
-        mixed_B1NC = F.scaled_dot_product_attention(query, key, value)  # one head, N = HW positions
+        # contiguous, because torch's memory-efficient kernels need channels that lie side by side
+        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2).contiguous() for layer in (self.query, self.key, self.value))
+        mixed_B1NC = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])  # one head, N = HW positions
         return x_BCHW + self.out(mixed_B1NC[:, 0].transpose(1, 2).reshape(x_BCHW.shape))
 
 

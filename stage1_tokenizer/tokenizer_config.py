@@ -35,4 +35,8 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a tokenizer: {path.name} has no format. {remedy}.")
     check_format(content, FORMAT, FORMAT_VERSION, str(path))
     check_fields(content, CONFIG_FIELDS, str(path), written_by(content), CONFIG_FIELDS[:-2])
+    for name, kind in (("network", dict), ("transform", dict), ("token_fingerprint", str), ("full_fingerprint", str)):
+        if not isinstance(content[name], kind):
+            raise InputError(f"{path}: {name} is {content[name]!r}; it must be {'an object' if kind is dict else 'a string'}. Copy the tokenizer "
+                             "again from where it was trained.")
     return content

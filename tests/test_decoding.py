@@ -12,6 +12,7 @@ from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from stage2_prior.generation import decoding
 from stage2_prior.generation.decoding import GraphDecoder, ReferenceDecoder, StaticDecoder, make_decoder
+from stage2_prior.generation.known_models import first_outputs, join_linear_layers
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
@@ -199,6 +200,15 @@ def test_packed_layers_match_linear_layers(bias):
     linear, x = nn.Linear(16, 24, bias=bias), torch.randn(4, 3, 16)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(linear, 12)(x), linear(x))
+
+
+def test_joined_layers_match_separate_ones():
+    """Layers with and without bias, and a layer cut to its first outputs."""
+    torch.manual_seed(0)
+    layers, x = [nn.Linear(16, 24), nn.Linear(16, 8, bias=False), nn.Linear(16, 8)], torch.randn(4, 1, 16)
+    torch.testing.assert_close(join_linear_layers(layers)(x), torch.cat([layer(x) for layer in layers], dim=-1))
+    for layer in layers[:2]:
+        torch.testing.assert_close(first_outputs(layer, 5)(x), layer(x)[..., :5])
 
 
 def test_packing_copies_modules_and_shares_weights(monkeypatch):

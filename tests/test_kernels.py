@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from vqmosaic.kernels import complex_rotation, decoding_products, matmul_attention, single_query_attention, upsampling
+from vqmosaic.kernels import complex_rotation, decoding_products, group_norm, matmul_attention, single_query_attention, upsampling
 from vqmosaic.kernels.decoding_products import PackedLinear, can_pack
 from vqmosaic.kernels.group_norm import ReorderedGroupNorm
 
@@ -24,10 +23,6 @@ class Case(NamedTuple):
 
 
 CHANNELS = torch.linspace(0.5, 1.5, 64)
-
-
-def group_norm_reference(x_BCHW: torch.Tensor) -> torch.Tensor:
-    return F.silu(F.group_norm(x_BCHW.float(), 32, CHANNELS, CHANNELS, 1e-6)).to(x_BCHW.dtype)
 
 
 def channels_last(x_BCHW: torch.Tensor) -> torch.Tensor:
@@ -46,7 +41,7 @@ CASES = {
                              lambda heads: complex_rotation.reference(heads, ROTATIONS_Sp2), ((2, 11, 3, 8),), 0.01),
     "matmul_attention": Case(matmul_attention.matmul_attention, matmul_attention.reference, ((2, 3, 11, 8),) * 3, 0.03),
     "group_norm": Case(lambda x: ReorderedGroupNorm.apply(channels_last(x), CHANNELS.to(x.dtype), CHANNELS.to(x.dtype), 32, 1e-6, True),
-                       group_norm_reference, ((2, 64, 5, 6),), 0.06),
+                       lambda x: group_norm.reference(x, CHANNELS, CHANNELS, 32, 1e-6, True), ((2, 64, 5, 6),), 0.06),
     "upsampling": Case(lambda x, kernel: upsampling.upsample(convolution(kernel), x), lambda x, kernel: upsampling.reference(convolution(kernel), x),
                        ((2, 6, 5, 4), (5, 6, 3, 3)), 0.03),
 }

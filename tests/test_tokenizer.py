@@ -14,7 +14,7 @@ from torch import nn
 from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.networks import AttentionBlock, Decoder, Downsample, Encoder, ResidualBlock, Upsample
-from tests.run_files import change_weights
+from tests.run_files import change_weights, edit_json
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
@@ -386,6 +386,25 @@ def test_config_file_contains_every_field(folder):
     content = json.loads((folder / "config.json").read_text())
     assert content["network"] == dataclasses.asdict(TokenizerConfig(**TINY))
     assert content["transform"] == {"image_size": SIZE, "channels": CHANNELS, "resampling": "bicubic"}
+
+
+@pytest.mark.parametrize(("field", "value"), [("network", [1]), ("transform", None), ("token_fingerprint", 3), ("full_fingerprint", None)])
+def test_config_with_a_field_of_another_type_is_refused(folder, field, value):
+    edit_json(folder / "config.json", **{field: value})
+    with pytest.raises(InputError, match=rf"config.json: {field} is {re.escape(repr(value))}; it must be"):
+        ImageTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_uses_inputs_that_efficient_kernels_accept(channels_last, monkeypatch):
+    """Channels of queries, keys and values lie side by side. Otherwise torch computes attention with a matrix of all pairs of positions."""
+    block, strides = AttentionBlock(TokenizerConfig(**TINY), 32), []
+    x = torch.randn(2, 32, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *inputs: strides.extend(each.stride(-1) for each in inputs) or attention(*inputs))
+    assert block(x).shape == x.shape and strides == [1, 1, 1]
 
 
 def test_loaded_tokenizer_keeps_its_codebook_in_training(tmp_path):

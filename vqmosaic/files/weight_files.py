@@ -24,13 +24,23 @@ def read_weight_file(path: Path) -> Any:
 
     For a .safetensors file, this is a dict of tensors. Other files are read with torch.load(weights_only=True), so they can hold something else.
     """
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
+        except PermissionError as error:
+            raise permission_denied(path) from error
+        except SafetensorError as error:
+            raise WeightFileError(shortened(error)) from error
+    try:
         with warnings.catch_warnings():  # torch warns about TorchScript files; the error below covers them
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise permission_denied(path) from error
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise WeightFileError(" ".join(str(error).split())[:MAX_REASON]) from error
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightFileError(shortened(error)) from error
+
+
+def shortened(error: Exception) -> str:
+    """The message of an error on one line, cut at MAX_REASON characters."""
+    return " ".join(str(error).split())[:MAX_REASON]

@@ -6,7 +6,7 @@ sampling without the kernel, divided by the time with it, on two cores of an AMD
 ====================== ========================================================= ===========================================================
 file                   when it applies                                           gain
 ====================== ========================================================= ===========================================================
-complex_rotation       everywhere, except under torch.compile                    1.12 of a step in bf16, 1.11 of sampling
+complex_rotation       everywhere, except in float64 and under torch.compile     1.12 of a step in bf16, 1.11 of sampling
 matmul_attention       training in bf16 on a CPU, up to 256 positions            1.49 of a step in bf16
 group_norm             training in bf16 and channels_last on a CPU               1.85 of a step in bf16
 upsampling             everywhere                                                1.05 of a step in bf16, 1.06 in float32

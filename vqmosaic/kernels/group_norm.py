@@ -18,10 +18,14 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x_BCHW: torch.Tensor, swish: bool = False) -> torch.Tensor:
         """(B, C, H, W) in the memory format of the input, and in its dtype unless autocast chooses another."""
-        if can_reorder(x_BCHW):
-            return ReorderedGroupNorm.apply(x_BCHW, self.weight, self.bias, self.num_groups, self.eps, swish)
-        normed = super().forward(x_BCHW)
-        return F.silu(normed) if swish else normed
+        compute = ReorderedGroupNorm.apply if can_reorder(x_BCHW) else reference
+        return compute(x_BCHW, self.weight, self.bias, self.num_groups, self.eps, swish)
+
+
+def reference(x_BCHW: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, groups: int, eps: float, swish: bool) -> torch.Tensor:
+    """What ReorderedGroupNorm computes: GroupNorm, followed by swish if asked for."""
+    normed_BCHW = F.group_norm(x_BCHW, groups, weight_C, bias_C, eps)
+    return F.silu(normed_BCHW) if swish else normed_BCHW
 
 
 def can_reorder(x_BCHW: torch.Tensor) -> bool:

@@ -215,8 +215,9 @@ class TrainingRun:
             self.bar.set_postfix_str(left)
             return
         of_steps = f" of {self.training.max_steps:,}" if self.training.max_steps else ""
-        newest = list(self.metrics.newest.get("train", {}).items())[:2]  # the step and the first metric
-        loss = f", training {newest[1][0]} {newest[1][1]:.4g} at step {newest[0][1]:,}" if newest else ""
+        newest = list(self.metrics.newest.get("train", {}).items())[:2]  # the step and the first loss, if a step was accepted
+        has_loss = bool(newest) and newest[1][0] != "gradient_norm"
+        loss = f", training {newest[1][0]} {newest[1][1]:.4g} at step {newest[0][1]:,}" if has_loss else ""
         self.report(f"step {self.state.step:,}{of_steps}{loss}, {left}")
 
     def optimizer_step(self, loss: torch.Tensor, progress: float, commit: Callable[[], None] = lambda: None,
