@@ -20,7 +20,9 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"vqmosaic needs Python 3.11 or newer; this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11")'
 	@started=$$(date +%s); \
-	$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' && \
+	$(PYTHON) -m venv $(VENV) && \
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet -c constraints.txt torch --index-url $(TORCH_INDEX) &&) \
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]' && \
 	echo $$(( $$(date +%s) - started )) > $(VENV)/installed && \
 	echo "installed into $(VENV) in $$(cat $(VENV)/installed) s"
 

@@ -42,6 +42,7 @@ PRIOR_KERNELS: dict[str, Replacements] = {
 }
 TOKENIZER_KERNELS: dict[str, Replacements] = {
     "group_norm": {"vqmosaic.kernels.group_norm.can_reorder": never},
+    "matmul_attention": {"stage1_tokenizer.networks.can_use_matmul_attention": never},
     "upsampling": {"stage1_tokenizer.networks.upsample": upsampling.reference},
 }
 SAMPLING_KERNELS: dict[str, Replacements] = {

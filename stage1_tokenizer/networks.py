@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vqmosaic.kernels.group_norm import GroupNorm
+from vqmosaic.kernels.matmul_attention import can_use_matmul_attention, matmul_attention
 from vqmosaic.kernels.upsampling import upsample
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
@@ -85,8 +86,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
         normed_BCHW = self.norm(x_BCHW)
         # contiguous, because torch's memory-efficient kernels need channels that lie side by side
-        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2).contiguous() for layer in (self.query, self.key, self.value))
-        mixed_B1NC = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])  # one head, N = HW positions
+        query, key, value = (layer(normed_BCHW).flatten(2).transpose(1, 2).contiguous()[:, None] for layer in (self.query, self.key, self.value))
+        attend = matmul_attention if can_use_matmul_attention(query, key) else F.scaled_dot_product_attention
+        mixed_B1NC = attend(query, key, value, is_causal=False)  # one head, N = HW positions
         return x_BCHW + self.out(mixed_B1NC[:, 0].transpose(1, 2).reshape(x_BCHW.shape))
 
 

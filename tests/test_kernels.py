@@ -39,7 +39,10 @@ def convolution(kernel: torch.Tensor) -> nn.Conv2d:
 CASES = {
     "complex_rotation": Case(lambda heads: complex_rotation.rotate_as_complex(heads, ROTATIONS_Sp2),
                              lambda heads: complex_rotation.reference(heads, ROTATIONS_Sp2), ((2, 11, 3, 8),), 0.01),
-    "matmul_attention": Case(matmul_attention.matmul_attention, matmul_attention.reference, ((2, 3, 11, 8),) * 3, 0.03),
+    "matmul_attention": Case(lambda *inputs: matmul_attention.matmul_attention(*inputs, is_causal=True),
+                             lambda *inputs: matmul_attention.reference(*inputs, is_causal=True), ((2, 3, 11, 8),) * 3, 0.03),
+    "matmul_attention of all positions": Case(lambda *inputs: matmul_attention.matmul_attention(*inputs, is_causal=False),
+                                              lambda *inputs: matmul_attention.reference(*inputs, is_causal=False), ((2, 1, 11, 8),) * 3, 0.03),
     "group_norm": Case(lambda x: ReorderedGroupNorm.apply(channels_last(x), CHANNELS.to(x.dtype), CHANNELS.to(x.dtype), 32, 1e-6, True),
                        lambda x: group_norm.reference(x, CHANNELS, CHANNELS, 32, 1e-6, True), ((2, 64, 5, 6),), 0.06),
     "upsampling": Case(lambda x, kernel: upsampling.upsample(convolution(kernel), x), lambda x, kernel: upsampling.reference(convolution(kernel), x),

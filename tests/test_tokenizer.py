@@ -403,7 +403,7 @@ def test_attention_uses_inputs_that_efficient_kernels_accept(channels_last, monk
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
-                        lambda *inputs: strides.extend(each.stride(-1) for each in inputs) or attention(*inputs))
+                        lambda *inputs, **options: strides.extend(each.stride(-1) for each in inputs) or attention(*inputs, **options))
     assert block(x).shape == x.shape and strides == [1, 1, 1]
 
 

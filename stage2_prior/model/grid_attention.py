@@ -42,7 +42,7 @@ def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
     """Attention output (B, A, S, d) for queries, keys and values (B, A, S, d). Causal if there is no mask."""
     if mask_SS is None and can_use_matmul_attention(queries, keys):
-        return matmul_attention(queries, keys, values)
+        return matmul_attention(queries, keys, values, is_causal=True)
     if can_use_single_query_attention(queries, keys):
         return single_query_attention(queries, keys, values, mask_SS)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_SS, is_causal=mask_SS is None and queries.shape[2] > 1)

@@ -53,6 +53,8 @@ class Pace:
 
     WARM_UP_STEPS = 5
     WINDOW_SECONDS = 60.0
+    FEWEST_INTERVALS = 3
+    """With fewer intervals between steps, the average is that of all steps: a single one may be exceptionally long."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -75,8 +77,8 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float:
-        """The average, or that of all steps until there are steps after the first WARM_UP_STEPS. There must be at least one step."""
-        if len(self._ends) > 1:
+        """The average, or that of all steps until there are some after the first WARM_UP_STEPS. There must be at least one step."""
+        if len(self._ends) > self.FEWEST_INTERVALS:
             return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         assert self._started is not None
         return (time.monotonic() - self._started) / self._steps
