@@ -2,8 +2,7 @@
 
 With few rows, reading the weights limits the speed. F.linear reads them in an order that is slow for few rows. oneDNN has operators for packed
 weights, which are reordered once: in bf16 the linear operator; in float32 the 1 x 1 convolution, for which N rows of K values are an image of
-1 x N pixels with K channels.
-torch.compile uses the same operators when it freezes weights.
+1 x N pixels with K channels. torch.compile uses the same operators when it freezes weights.
 """
 
 import copy

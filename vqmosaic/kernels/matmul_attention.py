@@ -29,5 +29,5 @@ def matmul_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Te
     heads, length, width = queries.shape[1:]
     queries, keys, values = (each.flatten(0, 1) for each in (queries, keys, values))                   # B A, S, d
     mask = queries.new_full((length, length), -torch.inf).triu(1) if is_causal else queries.new_zeros(())
-    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=width**-0.5)                  # B A, S, S
+    scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=width**-0.5)                     # B A, S, S
     return torch.bmm(scores.softmax(dim=-1), values).unflatten(0, (-1, heads))
