@@ -143,7 +143,7 @@ def train_ours(run_dir: Path, minutes: float, extra: list[str]) -> tuple[TokenPr
 def nll(logits, run_dir: Path) -> float:
     """Mean NLL in nats per token over all test images."""
     reader, total, count = TokenShardReader(run_dir / "tokens/validation"), 0.0, 0
-    for ids_BT, classes_B in validation_batches(reader, 100):
+    for ids_BT, classes_B, _ in validation_batches(reader, 100):
         total += float(F.cross_entropy(logits(ids_BT, classes_B).flatten(0, 1).float(), ids_BT.flatten(), reduction="sum"))
         count += ids_BT.numel()
     return total / count

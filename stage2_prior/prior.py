@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
 from stage2_prior.digests import check_digests, remove_stale_files, write_digests
 from stage2_prior.generation.sampling import sample_tokens
 from stage2_prior.model.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
+from stage2_prior.model.grid_transformer import CLASS_PLACE
 from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
@@ -45,9 +47,12 @@ class TokenPrior(nn.Module):
         self.vocabulary = vocabulary
 
     @classmethod
-    def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> "TokenPrior":
-        """A new float32 prior in training mode, with an initial loss near ln K. Equal seeds give equal weights."""
-        return cls(make_causal_lm(prior, vocabulary, as_integer("seed", seed)), vocabulary)
+    def from_config(cls, prior: PriorConfig, vocabulary: Vocabulary, seed: int, any_order: bool = False) -> "TokenPrior":
+        """A new float32 prior in training mode, with an initial loss near ln K. Equal seeds give equal weights.
+
+        With `any_order`, it can learn to predict tokens in any order. Only grid_transformer supports this.
+        """
+        return cls(make_causal_lm(prior, vocabulary, as_integer("seed", seed), any_order), vocabulary)
 
     @classmethod
     def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
@@ -127,16 +132,31 @@ class TokenPrior(nn.Module):
         """Number of parameters. Shared weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
+    @property
+    def any_order(self) -> bool:
+        """Whether the prior has learned to predict tokens in any order."""
+        return bool(getattr(self.model.config, "any_order", False))
+
+    def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None, orders_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, K) for the id at each position, given the class and the ids before it. Class -1, or None, is the null class.
 
         Inputs and logits use each grid's own ids, from 0. With several grids, K is that of the largest; smaller ones are padded with -inf.
+
+        `orders_BT` gives the positions of each image in the order in which they are predicted, so "before" means earlier in that order. None is
+        raster order. Logits are in raster order in any case.
         """
         if class_indices_B is None:
             class_indices_B = ids_BT.new_full((len(ids_BT),), NO_CLASS)
         condition_B1 = self.vocabulary.condition_ids(class_indices_B)[:, None]
-        inputs_BT = torch.cat([condition_B1, self.vocabulary.to_vocabulary(ids_BT)[:, :-1]], dim=1)  # B, T: the last id is not an input
-        logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                         # B, T, V, or only the codes
+        tokens_BT = self.vocabulary.to_vocabulary(ids_BT)
+        if orders_BT is None:
+            inputs_BT = torch.cat([condition_B1, tokens_BT[:, :-1]], dim=1)                          # B, T: the last id is not an input
+            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                     # B, T, V, or only the codes
+        else:
+            inputs_BT = torch.cat([condition_B1, tokens_BT.gather(1, orders_BT)[:, :-1]], dim=1)
+            places_BT = F.pad(orders_BT[:, :-1], (1, 0), value=CLASS_PLACE)
+            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False, places=places_BT, targets=orders_BT).logits
+            logits_BTV = logits_BTV.gather(1, orders_BT.argsort(dim=1)[..., None].expand_as(logits_BTV))
         parts, position = [], 0
         for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
             parts.append(logits_BTV[:, position:position + grid.num_tokens, start:stop])             # B, tokens and codes of this grid
@@ -144,7 +164,7 @@ class TokenPrior(nn.Module):
         if len(parts) == 1:
             return parts[0]                                                                          # B, T, K
         max_codes = self.vocabulary.most_codes
-        return torch.cat([nn.functional.pad(part, (0, max_codes - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
+        return torch.cat([F.pad(part, (0, max_codes - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
 
     def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
         """Mean negative log likelihood per token in nats, a float32 scalar. Near ln K at initialization.
@@ -152,15 +172,18 @@ class TokenPrior(nn.Module):
         If the model is wrapped (DDP, FSDP), call the wrapper for the logits and compute the cross-entropy yourself.
         """
         logits_BTK = self(ids_BT, class_indices_B)                                                   # B, T, K
-        return nn.functional.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
+        return F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
 
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
-               callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
+               callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+               known_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Sample ids (B, T) of the grids, as int64 on the prior's device. Image b has the class class_indices_B[b] and the seed seeds[b].
 
-        Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each token. If it
+        Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each pass. If it
         returns False, sampling.SamplingStopped is raised. `compile` records the forward pass of a token as a CUDA graph, if the device and the
         model support it. Raises InputError for an unknown class, different lengths, arguments of the wrong type, and for guidance if the null
         class was never trained or no image has a class.
+
+        `known_BT` gives ids that are kept, with -1 for tokens to draw. Priors trained in raster order accept known ids only before all others.
         """
-        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile)
+        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile, known_BT)

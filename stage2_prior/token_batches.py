@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
-from token_shards.reader import TokenBatch, TokenShardReader, stored_views
+from token_shards.reader import TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.seeding import derive_seed, hashes
 from vqmosaic.wording import counted
@@ -37,6 +37,8 @@ class TrainingBatch(NamedTuple):
     """Class indices; -1 is the null class."""
     inputs_BT: torch.Tensor
     """The input ids of the model: `ids_BT`, with a fraction of them replaced by random codes (prior_training.token_noise)."""
+    orders_BT: torch.Tensor
+    """The positions of each image in the order in which they are predicted."""
 
 
 class TokenBatches:
@@ -53,13 +55,22 @@ class TokenBatches:
         # The codebook size of each token's grid.
         self.codebook_sizes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> TrainingBatch:
-        """The rank's slice of the stream's positions [step * batch_size, (step + 1) * batch_size)."""
+    def batch(self, step: int, batch_size: int, rank: int = 0, world_size: int = 1, random_share: float = 0.0) -> TrainingBatch:
+        """The rank's slice of the stream's positions [step * batch_size, (step + 1) * batch_size), a share of it in random order."""
         start, stop = rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)
         tokens = self.reader.read(np.arange(start, stop, dtype=np.int64))
         classes_B = np.where(self.dropped(tokens.epochs_B, tokens.samples_B), NO_CLASS, tokens.labels_B)
         inputs_BT = self.add_noise(tokens.ids_BT, tokens.epochs_B, tokens.samples_B)
-        return TrainingBatch(*map(torch.from_numpy, (tokens.ids_BT, classes_B, inputs_BT)))
+        orders_BT = self.orders(tokens.epochs_B, tokens.samples_B, random_share)
+        return TrainingBatch(*map(torch.from_numpy, (tokens.ids_BT, classes_B, inputs_BT, orders_BT)))
+
+    def orders(self, epochs_B: np.ndarray, samples_B: np.ndarray, random_share: float) -> np.ndarray:
+        """The order of positions (B, T) of each image: a random one with probability `random_share`, otherwise raster."""
+        orders_BT = np.tile(np.arange(len(self.codebook_sizes_T)), (len(samples_B), 1))
+        for epoch in np.unique(epochs_B).tolist() if random_share else ():
+            is_random_B = (epochs_B == epoch) & (hashes(samples_B, "is random order", self.seed, epoch) / 2.0**64 < random_share)
+            orders_BT[is_random_B] = random_orders(samples_B[is_random_B], orders_BT.shape[1], self.seed, epoch)
+        return orders_BT
 
     def add_noise(self, ids_BT: np.ndarray, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
         """The ids (B, T), each replaced with probability `token_noise` by a random code of its grid."""
@@ -88,6 +99,11 @@ class TokenBatches:
             uniforms = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
             dropped_B[in_epoch_B] = uniforms < self.label_drop * UNIFORM_LEVELS
         return dropped_B
+
+
+def random_orders(samples_B: np.ndarray, length: int, *seeds: int | str) -> np.ndarray:
+    """A random permutation of the `length` positions (B, T) for each sample. It depends only on the sample and the seeds."""
+    return hashes(samples_B[:, None] * length + np.arange(length), "random orders", *seeds).argsort(axis=1)
 
 
 def expected_classes(labels_N: np.ndarray, draws: int) -> float:
@@ -154,8 +170,8 @@ def describe_validation(reader: TokenShardReader, limit: int) -> str:
 
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,
-                       limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the rank's batches of the `validation_samples`: ids (B, T) and class indices (B,). Each sample is on exactly one rank.
+                       limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield the rank's batches of the `validation_samples`: ids (B, T), class indices (B,), random orders (B, T). Each sample is on exactly one rank.
 
     No classes are replaced by the null class. Every rank gets the same number of batches. A batch has at most batch_size samples over all ranks.
     Samples are spread evenly: if there are at least as many as ranks, no batch is empty. Batch sizes can differ by one, so add up sums and counts
@@ -167,11 +183,9 @@ def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0,
     for number in range(batches):
         batch_start, batch_stop = rank_slice(0, len(samples), number, batches)
         start, stop = rank_slice(batch_start, batch_stop, rank, world_size)
-        yield _to_torch(reader.samples(samples[start:stop]))
-
-
-def _to_torch(tokens: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B)
+        tokens = reader.samples(samples[start:stop])
+        orders_BT = random_orders(tokens.samples_B, tokens.ids_BT.shape[1], "validation")
+        yield torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B), torch.from_numpy(orders_BT)
 
 
 def check_same_tokens(reader: TokenShardReader, vocabulary: Vocabulary) -> None:

@@ -53,6 +53,8 @@ from vqmosaic.training.training_plan import describe_classes, print_plan
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
+WITHOUT_CLASS, IN_RANDOM_ORDER = "_without_class", "_in_random_order"
+"""Endings of the names of validation metrics; see `validate`."""
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
 
@@ -82,12 +84,13 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     manifest = reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint,
                             label_drop=training.label_drop if manifest.class_names else 0.0)
-    prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
+    any_order = training.order != "raster"
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed, any_order)
     model = prepare_prior(prior, training, run)
     batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop, training.token_noise)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
-    first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size)
+    first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size, training.random_share(0))
     seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
     validation_images = run.validations.choose_images(
         len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
@@ -118,14 +121,14 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
             make_pictures(validated_prior, run, on_validation)
 
     for progress in training_steps(run, validate_now, run.save):
-        batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size)
+        batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size, training.random_share(progress))
         reseed_step(recipe.seed, "prior", run.state.step, run.rank)
         model.train()
         total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()
         micro_batches = zip(*(part.to(accelerator.device).chunk(training.accumulation_steps) for part in batch), strict=True)
-        for ids_bT, classes_b, inputs_bT in micro_batches:
+        for ids_bT, classes_b, inputs_bT, orders_bT in micro_batches:
             with accelerator.accumulate(model):
-                logits_bTK = model(inputs_bT, classes_b)
+                logits_bTK = model(inputs_bT, classes_b, orders_bT if any_order else None)
                 loss = next_token_loss(logits_bTK, ids_bT)
                 terms = {"nll": loss}
                 if training.z_loss:
@@ -158,29 +161,34 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 @torch.no_grad()  # not inference_mode: without a weight average this is the model in training, and tensors that it caches must support autograd
 def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit: int, accelerator,
              stop: StopFlag | None = None) -> dict[str, float] | None:
-    """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images, the same on all ranks.
+    """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images in raster order, the same on all ranks.
 
     Each process works on at most `batch_size` images at a time. If the null class is trained (label_drop), there are also nll_without_class and
-    so on, with the null class in place of each image's class. Returns None if a signal to any rank's `stop` interrupted the validation.
+    so on, with the null class in place of each image's class. If the prior predicts in any order, there are also nll_in_random_order and so on, with
+    a fixed random order for each image. Returns None if a signal to any rank's `stop` interrupted the validation.
     """
     prior.eval()
     vocabulary = prior.vocabulary
-    suffixes = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
+    suffixes = [""]
+    if vocabulary.num_classes and vocabulary.label_drop:
+        suffixes.append(WITHOUT_CLASS)
+    if prior.any_order:
+        suffixes.append(IN_RANDOM_ORDER)
     sums = torch.zeros(2 * len(suffixes) + 2, device=accelerator.device)  # NLL and hits for each suffix; tokens; stopped ranks
     ranks = accelerator.num_processes
     progress = progress_lines(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
-    for ids_BT, classes_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
+    for batch in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
         halted = stop is not None and bool(stop.signal)
         if is_sharded(accelerator):  # a sharded forward pass needs all ranks, so all must stop before the same batch
             halted = bool(accelerator.reduce(torch.tensor(float(halted), device=accelerator.device), "sum"))
         if halted:
             sums[-1] = 1
             break
+        ids_BT, classes_B, orders_BT = (part.to(accelerator.device) for part in batch)
         progress.update(len(ids_BT) * ranks)
-        ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
-        for index, condition_B in enumerate((classes_B, None)[:len(suffixes)]):
+        for index, suffix in enumerate(suffixes):
             with accelerator.autocast():
-                logits_BTK = prior(ids_BT, condition_B).float()
+                logits_BTK = prior(ids_BT, None if suffix == WITHOUT_CLASS else classes_B, orders_BT if suffix == IN_RANDOM_ORDER else None).float()
             sums[2 * index] += F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
             sums[2 * index + 1] += (logits_BTK.argmax(-1) == ids_BT).sum()
         sums[-2] += ids_BT.numel()
@@ -204,15 +212,17 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun)
         return None
     prior = cast(TokenPrior | None, run.full_model())  # the run prepared a TokenPrior
     run.validations.record()
-    is_best = run.best_weights.save_if_best(metrics["nll"], prior)
+    # a prior for any order is judged by raster and random order alike
+    is_best = run.best_weights.save_if_best((metrics["nll"] + metrics.get(f"nll{IN_RANDOM_ORDER}", metrics["nll"])) / 2, prior)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)
 
-    def without_class(name: str, spec: str) -> str:
-        return f" (without class {metrics[name]:{spec}})" if name in metrics else ""
+    def formatted(name: str, spec: str) -> str:
+        others = [f"{suffix[1:].replace('_', ' ')} {metrics[name + suffix]:{spec}}" for suffix in (WITHOUT_CLASS, IN_RANDOM_ORDER)
+                  if name + suffix in metrics]
+        return f"{metrics[name]:{spec}}" + (f" ({', '.join(others)})" if others else "")
 
-    run.report(f"step {run.state.step:,}: NLL {metrics['nll']:.4f}{without_class('nll_without_class', '.4f')} nats per token, "
-               f"{metrics['bits_per_image']:.1f}{without_class('bits_per_image_without_class', '.1f')} bits per image, "
-               f"accuracy {metrics['accuracy']:.1%}{without_class('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
+    run.report(f"step {run.state.step:,}: NLL {formatted('nll', '.4f')} nats per token, {formatted('bits_per_image', '.1f')} bits per image, "
+               f"accuracy {formatted('accuracy', '.1%')}{', the best so far' if is_best else ''}")
     return prior if run.is_main else None
 
 

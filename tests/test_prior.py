@@ -298,7 +298,7 @@ def make_reader(tmp_path_factory):
 def test_batches_do_not_depend_on_the_number_of_ranks(make_reader, world_size):
     batches = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3)
     for step in range(12):
-        ids_BT, classes_B, _ = batches.batch(step, 32)
+        ids_BT, classes_B, _, _ = batches.batch(step, 32)
         parts = [batches.batch(step, 32, rank, world_size) for rank in range(world_size)]
         assert ids_BT.dtype == classes_B.dtype == torch.int64 and ids_BT.shape == (32, 9)
         assert torch.equal(torch.cat([part[0] for part in parts]), ids_BT)
@@ -363,11 +363,11 @@ def test_tokens_that_do_not_match_the_vocabulary_are_refused(make_reader, change
 def test_validation_batches_cover_each_sample_once_with_equal_counts_per_rank(make_reader, world_size, limit, expected):
     per_rank = [list(validation_batches(make_reader(), 16, rank, world_size, limit)) for rank in range(world_size)]
     assert len({len(batches) for batches in per_rank}) == 1
-    assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _ in batches)
-    in_order = [sample for step in zip(*per_rank, strict=True) for ids_BT, _ in step for sample in ids_BT[:, 0].tolist()]
+    assert all(0 < len(ids_BT) <= -(-16 // world_size) for batches in per_rank for ids_BT, _, _ in batches)
+    in_order = [sample for step in zip(*per_rank, strict=True) for ids_BT, _, _ in step for sample in ids_BT[:, 0].tolist()]
     samples = validation_samples(make_reader(), limit)
     assert len(samples) == expected and in_order == [sample % 48 for sample in samples]
-    assert all(NO_CLASS not in classes_B for batches in per_rank for _, classes_B in batches)
+    assert all(NO_CLASS not in classes_B for batches in per_rank for _, classes_B, _ in batches)
 
 
 def test_rank_slices_are_balanced():

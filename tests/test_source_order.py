@@ -216,10 +216,10 @@ def test_validation_images_do_not_depend_on_the_number_of_ranks(world_size, tmp_
     reader = TokenShardReader(write_classes(tmp_path, sorted_labels(10, 30), 20, None, "validation"))
     per_rank = [list(validation_batches(reader, 16, rank, world_size, limit=100)) for rank in range(world_size)]
     assert len({len(batches) for batches in per_rank}) == 1
-    seen = sorted(int(index) for batches in per_rank for ids_BT, _ in batches for index in ids_BT[:, 0])
+    seen = sorted(int(index) for batches in per_rank for ids_BT, _, _ in batches for index in ids_BT[:, 0])
     assert seen == sorted(reader.indices_N[validation_samples(reader, 100)].tolist())
     for batches in zip(*per_rank, strict=True):
-        sizes = [len(labels_B) for _, labels_B in batches]
+        sizes = [len(labels_B) for _, labels_B, _ in batches]
         assert sum(sizes) <= 16 and max(sizes) - min(sizes) <= 1
         assert all((ids_BT[:, 1] == labels_B).all() for ids_BT, labels_B in batches)
 

@@ -4,21 +4,43 @@
     logits = decoder.step(ids_N, 0)           # class ids, at position 0
     logits = decoder.step(ids_N, 1)           # ids sampled from these logits
 
+A model for any order can take several ids in one step and predict several tokens; see `OrderedInputs`.
+
 For models with only known modules (known_models.py), StaticDecoder and GraphDecoder call the model's blocks directly: the weights of linear layers
 are packed (vqmosaic/kernels/decoding_products.py), keys and values are in one static cache, and only the logits of codes are computed. For all other
 models, and models with hooks, adapters, wrappers or autocast, ReferenceDecoder calls the model itself.
 
-In comments: N rows, A heads, d head dimension, S = 1 + T positions, V ids, K codes.
+In comments: N rows, A heads, d head dimension, S positions, s ids of a step, m tokens predicted in a step, V ids, K codes.
 """
 
-from typing import cast
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from stage2_prior.generation.known_models import KnownModel, prepare_known_model
+from stage2_prior.generation.known_models import KnownGridTransformer, KnownModel, prepare_known_model
+from stage2_prior.model.cached_positions import causal_mask
+
+
+class OrderedInputs(NamedTuple):
+    """The inputs of a step of a model for any order: which token each id is, and which token it predicts.
+
+    The last `parallel` ids are the same token, and predict as many tokens. They do not attend to each other, so none of them sees the others. Only
+    the first of them is valid in later steps.
+    """
+
+    ids_Ns: torch.Tensor
+    """The ids."""
+    places_Ns: torch.Tensor
+    """The place of each id; -1 for the class."""
+    targets_Ns: torch.Tensor
+    """The place that each id predicts."""
+    parallel: int
+    """The number m of tokens to predict."""
+
 
 CPU_CACHE_DTYPES = {torch.bfloat16: torch.float32}
 """dtypes of keys and values on a CPU that differ from that of the model: vqmosaic/kernels/single_query_attention.py needs float32."""
@@ -36,6 +58,15 @@ class ReferenceDecoder:
         output = self.model(input_ids=ids_N[:, None], past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
         return output.logits[:, -1]
+
+    def ordered_step(self, inputs: OrderedInputs, position: int) -> torch.Tensor:
+        """Logits (N, m, K) of m tokens. The first id is at a position, and replaces the ids that the last step put there and later."""
+        if self.cache is not None and (superfluous := self.cache.get_seq_length() - position):
+            self.cache.crop(-superfluous)
+        ids_Ns, places_Ns, targets_Ns, parallel = inputs
+        output = self.model(input_ids=ids_Ns, past_key_values=self.cache, use_cache=True, places=places_Ns, targets=targets_Ns, parallel=parallel)
+        self.cache = output.past_key_values
+        return output.logits[:, -parallel:]
 
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows, if the cache of the architecture supports it. Otherwise `rows` does not change."""
@@ -60,17 +91,17 @@ class StaticCache:
         """The position of the current step."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values (N, A, 1, d) of the current position.
+        """Write keys and values (N, A, s, d) of the current position and those after it.
 
         Returns the keys and values (N, A, S, d) of all positions so far, or of the whole cache if the position is a tensor.
         """
         return self.write(self.keys, keys, layer), self.write(self.values, values, layer)
 
     def write(self, memory: torch.Tensor, heads: torch.Tensor, layer: int) -> torch.Tensor:
-        """Write heads (N, A, 1, d) of the current position to the keys or the values. Returns a view (N, A, S, d)."""
-        stored, heads = memory[layer, :, :self.rows], heads.permute(2, 0, 1, 3)                                 # S or 1, N, A, d
+        """Write heads (N, A, s, d) from the current position on to the keys or the values. Returns a view (N, A, S, d)."""
+        stored, heads = memory[layer, :, :self.rows], heads.permute(2, 0, 1, 3)                                 # S or s, N, A, d
         if isinstance(self.position, int):
-            stored = stored[:self.position + 1]
+            stored = stored[:self.position + len(heads)]
             stored[self.position:] = heads
         else:
             stored.index_copy_(0, self.position, heads.to(stored.dtype))
@@ -98,6 +129,16 @@ class StaticDecoder:
         mask_1S = None if isinstance(position, int) else (self.model.positions_S <= position)[None]
         return self.model.logits(ids_N, position, mask_1S, cast(Cache, self.cache))  # blocks need only its `update`
 
+    def ordered_step(self, inputs: OrderedInputs, position: int | torch.Tensor) -> torch.Tensor:
+        """Logits (N, m, K) of m tokens; see ReferenceDecoder. A position that is a tensor takes one id per row."""
+        self.cache.position = position
+        if isinstance(position, int):
+            length = inputs.ids_Ns.shape[1]
+            mask = causal_mask(self.model.positions_S[position:position + length], position, length, position + length, inputs.parallel)
+        else:
+            mask = (self.model.positions_S <= position)[None]
+        return cast(KnownGridTransformer, self.model).ordered_logits(*inputs, position, mask, cast(Cache, self.cache))
+
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows."""
         self.cache.rows = rows
@@ -120,25 +161,36 @@ class GraphDecoder:
         """Logits (N, K) after the ids (N,) at a position. The next step overwrites them."""
         if position == 0:  # some models compute more at position 0
             return self.decoder.step(ids_N, 0)
+        return self.replay(lambda ids_N: self.decoder.step(ids_N, self.position), [ids_N], position)
+
+    def ordered_step(self, inputs: OrderedInputs, position: int) -> torch.Tensor:
+        """Logits (N, m, K) of m tokens; see ReferenceDecoder. Only steps of one id per row use the graph, and the next one overwrites the logits."""
+        if position == 0 or inputs.ids_Ns.shape[1] > 1:
+            return self.decoder.ordered_step(inputs, position)
+        return self.replay(lambda *tensors: self.decoder.ordered_step(OrderedInputs(*tensors, 1), self.position), list(inputs[:3]), position)
+
+    def replay(self, step: Callable[..., torch.Tensor], inputs: list[torch.Tensor], position: int) -> torch.Tensor:
+        """Run the recorded step, or record it now, on new inputs at a position."""
         with torch.cuda.device(self.decoder.model.device):
             self.position.fill_(position)
-            graph = self.record(ids_N) if self.graph is None else self.graph
-            self.ids_N.copy_(ids_N)
+            graph = self.record(step, inputs) if self.graph is None else self.graph
+            for recorded, given in zip(self.inputs, inputs, strict=True):
+                recorded.copy_(given)
             graph.replay()
-        return self.logits_NK
+        return self.logits
 
-    def record(self, ids_N: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def record(self, step: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
         """Record one step at the current position and return the graph. Warm-up steps are harmless: they write the same cache entries."""
-        self.ids_N = ids_N.clone()
+        self.inputs = [given.clone() for given in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self.decoder.step(self.ids_N, self.position)
+                step(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.logits_NK = self.decoder.step(self.ids_N, self.position)
+            self.logits = step(*self.inputs)
         return self.graph
 
     def keep_first(self, rows: int) -> None:

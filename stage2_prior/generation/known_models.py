@@ -18,6 +18,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from stage2_prior.model import causal_lm
 from stage2_prior.model import grid_transformer as grid
+from stage2_prior.model.cached_positions import rotations_in_order
 from vqmosaic.kernels.decoding_products import Parts, pack_linear_layers, share_weights
 from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, reference, single_query_attention
 
@@ -145,11 +146,21 @@ class KnownGridTransformer(KnownModel):
         """Logits (N, codes) for the ids after `position`."""
         ids_N1 = ids_N[:, None]
         index = slice(position, position + 1) if isinstance(position, int) else position
-        classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
+        classes_N1 = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
         x_N1D = self.model.embed_ids(ids_N1, self.positions_S[index])
         for block in self.model.blocks:
-            x_N1D = block(x_N1D, ids_N1, classes_N, self.rotations[index], mask_1S, past_key_values=cache)
+            x_N1D = block(x_N1D, ids_N1, classes_N1, self.rotations[index], mask_1S, past_key_values=cache)
         return self.model.head(self.model.final_norm(x_N1D))[:, 0]
+
+    def ordered_logits(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Ns: torch.Tensor, parallel: int, position: int | torch.Tensor,
+                       mask_sS: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Logits (N, m, codes) of the last m = `parallel` targets, for ids whose first one is at `position`; see decoding.OrderedInputs."""
+        classes_Nc = self.model.starting_classes(ids_Ns, position, parallel)[0] if isinstance(position, int) else None
+        rotations = rotations_in_order(self.rotations, places_Ns, targets_Ns)
+        x_NsD = self.model.embed_ids(ids_Ns, targets_Ns, places_Ns)
+        for block in self.model.blocks:
+            x_NsD = block(x_NsD, ids_Ns, classes_Nc, rotations, mask_sS, past_key_values=cache)
+        return self.model.head(self.model.final_norm(x_NsD[:, -parallel:]))
 
 
 def join_linear_layers(layers: Sequence[nn.Linear]) -> nn.Linear:

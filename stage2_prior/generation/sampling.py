@@ -7,6 +7,7 @@ images in the batch.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 from torch import nn
 
 from stage2_prior.generation.decoding import make_decoder
+from stage2_prior.generation.drawing_order import confidence_noise, drawing_orders, tokens_per_pass
+from stage2_prior.generation.passes import CONFIDENCE_NOISE, UNKNOWN, OrderedPasses, RasterPasses
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary, why_unguided
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.files.exported_weights import unwrapped
 from vqmosaic.recipes.field_types import as_boolean, as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import uniforms
@@ -169,42 +173,123 @@ def check_finite(is_finite: torch.Tensor, is_finite_guided: torch.Tensor, model:
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, which makes logits infinite; lower it.")
 
 
-def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
-                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
-    """Sample ids (B, T) of the grids, int64 on the model's device. Image b depends only on class_indices[b] and seeds[b].
+def check_known(vocabulary: Vocabulary, known: Any, images: int, device: torch.device) -> torch.Tensor:
+    """The known ids (B, T) on the device, all UNKNOWN if `known` is None. Raises InputError for another shape or type, and for ids out of range."""
+    shape = (images, vocabulary.num_tokens)
+    if known is None:
+        return torch.full(shape, UNKNOWN, device=device)
+    if not isinstance(known, torch.Tensor) or known.dtype != torch.int64 or known.shape != shape:
+        found = f"{known.dtype} {tuple(known.shape)}" if isinstance(known, torch.Tensor) else repr(type(known).__name__)
+        raise InputError(f"known is {found}; give a tensor of int64 ids of shape {shape}, with {UNKNOWN} for tokens to draw.")
+    sizes_T = torch.tensor([stop - start for start, stop in vocabulary.position_ranges()], device=known.device)
+    if bool(((known < UNKNOWN) | (known >= sizes_T)).any()):
+        raise InputError(f"known holds ids from {int(known.min())} to {int(known.max())}; allowed: {UNKNOWN} for tokens to draw, and ids below the "
+                         f"codebook size of the token's grid, at most {vocabulary.most_codes}.")
+    return known.to(device)
 
-    `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each position. If it returns
-    False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. Raises InputError for invalid arguments and for logits that
-    are not finite.
+
+def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConfig, known_BT: torch.Tensor) -> bool:
+    """Whether the tokens are drawn one after another in raster order, which every prior can do.
+
+    Raises InputError if the prior was trained in raster order only and they are not, and for more steps than tokens.
+    """
+    length = vocabulary.num_tokens
+    if sampling.steps is not None and sampling.steps > length:
+        raise InputError(f"sampling.steps is {sampling.steps}; allowed: 1 to {length}, the number of tokens of an image, or null for one token in "
+                         "each pass.")
+    is_known_BT = known_BT != UNKNOWN
+    known_first = not bool((is_known_BT[:, 1:] & ~is_known_BT[:, :-1]).any())
+    if sampling.order == "raster" and sampling.steps in (None, length) and known_first:
+        return True
+    if not getattr(unwrapped(model).config, "any_order", False):
+        given = (f"sampling.order is {sampling.order!r}" if sampling.order != "raster" else f"sampling.steps is {sampling.steps}"
+                 if known_first else "there are known tokens after unknown ones")
+        raise InputError(f"{given}, but the prior was trained in raster order, so it draws one token after another, row by row. Use order raster, no "
+                         "steps, and known tokens only before all others; or train a grid_transformer with prior_training.order annealed.")
+    return False
+
+
+def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
+                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+                  known: torch.Tensor | None = None) -> torch.Tensor:
+    """Sample ids (B, T) of the grids, int64 on the model's device. Image b depends only on class_indices[b], seeds[b] and known[b].
+
+    `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each pass with the number of tokens so
+    far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `known` are ids (B, T) to keep; -1 is a token
+    to draw. Raises InputError for invalid arguments and for logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
     compile = as_boolean("compile", compile)
-    device, ranges, images = next(model.parameters()).device, vocabulary.position_ranges(), len(seeds)
-    uniforms_BT = torch.from_numpy(uniforms(seeds, len(ranges))).to(device)
+    device, length = next(model.parameters()).device, vocabulary.num_tokens
+    known_BT = check_known(vocabulary, known, len(seeds), device)
+    in_raster = check_order(model, vocabulary, sampling, known_BT)
+    ids_BT, unknown_B = known_BT.clone(), (known_BT == UNKNOWN).sum(dim=1)
+    for unknown in unknown_B[unknown_B > 0].unique().tolist():  # images with as many unknown tokens share a batch
+        images_b = (unknown_B == unknown).nonzero()[:, 0]
+        filled_elsewhere = int((ids_BT != UNKNOWN).sum()) - len(images_b) * (length - unknown)
+
+        def report(filled: int, others: int = filled_elsewhere, images: int = len(images_b)) -> None:
+            done = (others + filled * images) // len(seeds)  # the mean over all images
+            if callback is not None and callback(done, length) is False:
+                raise SamplingStopped(f"Stopped by the callback after {done} of {length} tokens.")
+
+        request = [[values[image] for image in images_b.tolist()] for values in (class_indices, seeds)]
+        ids_BT[images_b] = sample_together(model, vocabulary, *request, sampling, report, compile, known_BT[images_b], in_raster)
+    return ids_BT
+
+
+def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: list[int], seeds: list[int], sampling: SamplingConfig,
+                    report: Callable[[int], None], compile: bool, known_BT: torch.Tensor, in_raster: bool) -> torch.Tensor:
+    """The ids (B, T) of images that all have the same number of known tokens. `report(filled)` is called after each pass. See `sample_tokens`."""
+    device, (images, length) = known_BT.device, known_BT.shape
+    num_known = int((known_BT[0] != UNKNOWN).sum())
+    counts = tokens_per_pass(length - num_known, sampling.steps, sampling.step_schedule)
+    uniforms_BT = torch.from_numpy(uniforms(seeds, length)).to(device)
+    scales = guidance_scales(sampling, length)
+    scale_of_pass = [scales[num_known + drawn] for drawn in accumulate(counts[:-1], initial=0)]
+    last_guided = max((number for number, scale in enumerate(scale_of_pass) if scale != 1), default=-1)
     classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
-    scales = guidance_scales(sampling, len(ranges))
-    last_guided = max((position for position, scale in enumerate(scales) if scale != 1), default=-1)
     if last_guided >= 0:  # guidance: the same images again with the null class, so N = 2 B rows
         classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
-    ids_N, columns = vocabulary.condition_ids(classes_N), []
+    class_ids_N = vocabulary.condition_ids(classes_N)
     is_finite, is_finite_guided = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
     with torch.inference_mode(), evaluation_mode(model):
-        decoder = make_decoder(model, vocabulary.num_codes, len(ids_N), len(ranges), compile)
-        for position, ((start, stop), scale) in enumerate(zip(ranges, scales, strict=True)):
-            logits_NK = decoder.step(ids_N, position)[:, start:stop].float()
-            is_finite &= logits_NK.isfinite().all()
-            logits_BK = logits_NK[:images]
+        passes = make_passes(model, vocabulary, class_ids_N, seeds, sampling, known_BT, counts, compile, in_raster)
+        filled = num_known
+        for number, (count, scale) in enumerate(zip(counts, scale_of_pass, strict=True)):
+            logits_NmK, places_Bm = passes.predict()
+            is_finite &= logits_NmK.isfinite().all()
+            logits_BmK = logits_NmK[:images]
             if scale != 1:
-                conditional_BK, null_BK = logits_NK.chunk(2)
-                logits_BK = apply_guidance(conditional_BK, null_BK, scale)
-                is_finite_guided &= logits_BK.isfinite().all()
-            if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags synchronizes a GPU, so only twice there
+                conditional_BmK, null_BmK = logits_NmK.chunk(2)
+                logits_BmK = apply_guidance(conditional_BmK, null_BmK, scale)
+                is_finite_guided &= logits_BmK.isfinite().all()
+            if device.type == "cpu" or number in (0, len(counts) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)
-            ids_B = draw_ids(logits_BK, uniforms_BT[:, position], sampling)
-            columns.append(ids_B)
-            if position == last_guided < len(ranges) - 1:  # not earlier: later guided positions attend to earlier null rows
-                decoder.keep_first(images)
-            ids_N = vocabulary.to_vocabulary_at(position, ids_B.repeat(decoder.rows // images))
-            if callback is not None and callback(position + 1, len(ranges)) is False:
-                raise SamplingStopped(f"Stopped by the callback after {position + 1} of {len(ranges)} tokens.")
-    return torch.stack(columns, dim=1)  # outside inference mode, so that the ids can be used in training
+            ids_Bm = draw_ids(logits_BmK.flatten(0, 1), uniforms_BT.gather(1, places_Bm).flatten(), sampling).view(places_Bm.shape)
+            if number == last_guided < len(counts) - 1:  # not earlier: later guided passes attend to earlier null rows
+                passes.keep_first(images)
+            passes.accept(ids_Bm, logits_BmK)
+            filled += count
+            report(filled)
+    return passes.ids_BT.clone()  # outside inference mode, so that the ids can be used in training
+
+
+def make_passes(model: nn.Module, vocabulary: Vocabulary, class_ids_N: torch.Tensor, seeds: list[int], sampling: SamplingConfig,
+                known_BT: torch.Tensor, counts: list[int], compile: bool, in_raster: bool) -> RasterPasses | OrderedPasses:
+    """The passes of the prior for these settings."""
+    length = vocabulary.num_tokens
+    if in_raster:
+        decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length, compile)
+        return RasterPasses(decoder, vocabulary, class_ids_N, known_BT)
+    by_confidence = sampling.order == "confidence"
+    orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(known_BT.device)
+    is_drawn_BT = (known_BT == UNKNOWN).gather(1, orders_BT)
+    known_first_BT = torch.where(is_drawn_BT, torch.arange(length, device=orders_BT.device), orders_BT - length)  # known ones in raster order
+    orders_BT = orders_BT.gather(1, known_first_BT.argsort(dim=1))
+    noise_BT = None
+    if by_confidence:
+        noise_BT = torch.from_numpy(confidence_noise(seeds, length)).to(known_BT.device, torch.float32) * CONFIDENCE_NOISE
+    most = length if by_confidence else max(counts)
+    decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length + most - 1, compile)
+    return OrderedPasses(decoder, vocabulary, class_ids_N, known_BT, orders_BT, counts, noise_BT)

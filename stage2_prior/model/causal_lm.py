@@ -34,18 +34,18 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
-VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids")
+VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids", "any_order")
 MAX_INITIAL_LOGIT_STD = 0.25
 """Maximum standard deviation of the initial logits. The first loss is above ln K by half its square."""
 ALTERNATIVES = "use grid_transformer, llama, gpt2 or qwen3"
 
 
-def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> PreTrainedModel:
+def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int, any_order: bool = False) -> PreTrainedModel:
     """A new float32 model for the vocabulary. Equal seeds give equal weights. Does not change the global random state.
 
     Raises InputError for an unknown architecture or option, and for an architecture that cannot be a prior.
     """
-    config, has_own_dropout = make_config(prior, vocabulary)
+    config, has_own_dropout = make_config(prior, vocabulary, any_order)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed("prior weights", seed))
         try:
@@ -63,7 +63,7 @@ def make_causal_lm(prior: PriorConfig, vocabulary: Vocabulary, seed: int) -> Pre
     return model.train()
 
 
-def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedConfig, bool]:
+def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = False) -> tuple[PreTrainedConfig, bool]:
     """The configuration of the architecture, and whether the architecture itself has dropout on the output of its blocks."""
     architectures = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING]
     if prior.architecture not in architectures:
@@ -92,7 +92,10 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary) -> tuple[PreTrainedC
     optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
     if prior.architecture == GRID_TRANSFORMER:
-        optional |= grid_options(prior, vocabulary)
+        optional |= grid_options(prior, vocabulary) | {"any_order": any_order}
+    elif any_order:
+        raise InputError(f"prior.architecture is {prior.architecture!r}, which predicts tokens only in raster order: nothing tells it which token "
+                         "comes next. Set prior_training.order to raster, or prior.architecture to grid_transformer.")
     settings |= {attribute_map.get(name, name): value for name, value in optional.items() if attribute_map.get(name, name) in fields}
 
     for name, value in prior.options.items():

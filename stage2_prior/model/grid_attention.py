@@ -3,7 +3,8 @@
 On some devices, vqmosaic/kernels has faster implementations of the last two.
 
 In comments: B batch, S sequence, E = 3 D outputs of the joint projection, A heads, d head dimension (A d = D), p pairs of a head.
-Rotations S2p2 are a cosine and a sine for each position, for queries and keys, and for each pair.
+Rotations are (S, 2, p, 2): a cosine and a sine for each position, for queries and keys, and for each pair; or (B, S, 2, p, 2) if the order of
+tokens differs between sequences.
 """
 
 import torch
@@ -14,7 +15,7 @@ from vqmosaic.kernels.matmul_attention import can_use_matmul_attention, matmul_a
 from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, single_query_attention
 
 
-def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations_S2p2: torch.Tensor, heads: int,
+def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Tensor | None, rotations: torch.Tensor, heads: int,
                         epsilon: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Normalized and rotated queries and keys, and values, (B, A, S, d) each, from the joint projection.
 
@@ -22,7 +23,7 @@ def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Te
     """
     queries_and_keys, values = hidden_BSE.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)                   # B, S, 2 or 1, A, d
     normalized = F.layer_norm(queries_and_keys, queries_and_keys.shape[-1:], eps=epsilon)
-    queries, keys = rotate(normalized, rotations_S2p2[:, :, None]).unbind(2)
+    queries, keys = rotate(normalized, rotations[..., None, :, :]).unbind(2)
     values = values.squeeze(2)
     if value_embeddings_BSD is not None:
         values = values + value_embeddings_BSD.view(values.shape)
@@ -45,4 +46,5 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask
         return matmul_attention(queries, keys, values, is_causal=True)
     if can_use_single_query_attention(queries, keys):
         return single_query_attention(queries, keys, values, mask_SS)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask_SS, is_causal=mask_SS is None and queries.shape[2] > 1)
+    is_causal = mask_SS is None and queries.shape[2] > 1
+    return F.scaled_dot_product_attention(queries.to(keys.dtype), keys, values, attn_mask=mask_SS, is_causal=is_causal).to(queries.dtype)

@@ -36,12 +36,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, new_positions, select_rotations
+from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, new_positions, rotations_in_order, select_rotations
 from stage2_prior.model.forward_arguments import check_call
 from stage2_prior.model.grid_attention import attend, queries_keys_values
 from vqmosaic.errors import InputError
 
 MODEL_TYPE = "grid_transformer"
+CLASS_PLACE = -1
+"""The place of the class. Tokens have places 0 to T - 1, in raster order."""
 
 
 class GridTransformerConfig(PreTrainedConfig):
@@ -64,6 +66,8 @@ class GridTransformerConfig(PreTrainedConfig):
     """Number of heads, A. D / A must be a multiple of 4."""
     intermediate_size: int = 1024
     """Width of the feed-forward blocks."""
+    any_order: bool = False
+    """Whether the model can predict tokens in any order. Then it has an embedding of the place of each id."""
     embedding_blocks: int = 0
     """Number of blocks, counted from the last, with embeddings of all ids. The others have only class embeddings."""
     max_position_embeddings: int = 65
@@ -163,19 +167,19 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_in = nn.Linear(width, config.intermediate_size, bias=False)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations_S2p2: torch.Tensor,
+    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_Bc: torch.Tensor | None, rotations: torch.Tensor,
                 mask_SS: torch.Tensor | None = None, is_start: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
-        """The residual stream (B, S, D) after the block. `classes_B` is None if the class token is already in the cache.
+        """The residual stream (B, S, D) after the block. The first c ids are classes; `classes_Bc` is None if the class is already in the cache.
 
-        `is_start`, for static caches only: a bool scalar on the device, True if `ids_BS` starts with the class token. If False, `classes_B` has no
+        `is_start`, for static caches only: a bool scalar on the device, True if `ids_BS` starts with the class token. If False, `classes_Bc` has no
         effect.
         The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
-        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_B, is_start)
+        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_Bc, is_start)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
         value_embeddings_BSD = None if self.value_embedding is None else self.value_embedding(ids_BS).to(hidden.dtype)
-        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations_S2p2, self.heads, self.epsilon)
+        query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations, self.heads, self.epsilon)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)                               # of all positions
         mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
@@ -183,15 +187,15 @@ class GridBlock(GradientCheckpointingLayer):
         hidden = torch.relu(self.feed_forward_in(self.feed_forward_norm(x_BSD))).square()             # B, S, intermediate
         return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
 
-    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None,
+    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_Bc: torch.Tensor | None,
                              is_start: torch.Tensor | None) -> torch.Tensor:
         """The residual stream (B, S, D) with the block's own embedding of all ids, or of the class alone."""
         if self.embeds_all_ids:
             return x_BSD + self.stream_embedding(ids_BS).to(x_BSD.dtype)
-        if classes_B is None:
+        if classes_Bc is None:
             return x_BSD
-        classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
-        return x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, x_BSD.shape[1] - 1)).to(x_BSD.dtype)
+        classes_BcD = self.stream_embedding(classes_Bc) if is_start is None else self.stream_embedding(classes_Bc) * is_start
+        return x_BSD + F.pad(classes_BcD, (0, 0, 0, x_BSD.shape[1] - classes_Bc.shape[1])).to(x_BSD.dtype)
 
 
 class PadToVocabulary(LogitsProcessor):
@@ -223,6 +227,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers infers it from class names like LlamaForCausalLM; the Trainer needs it to count shifted labels
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.place_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.any_order else None
         self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
         self.head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
@@ -276,7 +281,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
                 labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
                 output_hidden_states: bool | None = None, num_items_in_batch: torch.Tensor | int | None = None,
-                **others) -> CausalLMOutputWithPast:
+                places: torch.Tensor | None = None, targets: torch.Tensor | None = None, parallel: int = 1, **others) -> CausalLMOutputWithPast:
         """Logits (B, S, K) for ids (B, S), or for the last `logits_to_keep` positions (if it is a tensor, for the positions in it).
 
         `labels` (B, S), usually the ids themselves, add the loss: the mean cross-entropy, in float32, of predicting labels[:, s + 1] at position s.
@@ -294,15 +299,19 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, is_checkpointing)
         past_length, num_keys = count_keys(past_key_values, length)
         positions_S = new_positions(past_length, length, device)
-        x_BSD = self.embed_ids(input_ids, positions_S)
-        classes_B, is_start = self.starting_classes(input_ids, past_length)
-        rotations_S2p2 = select_rotations(self.rotations(device), positions_S, past_length, length)
-        mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
+        x_BSD = self.embed_ids(input_ids, positions_S if targets is None else targets, places)
+        classes_Bc, is_start = self.starting_classes(input_ids, past_length, parallel)
+        rotations = self.rotations(device)
+        if places is None or targets is None:
+            rotations = select_rotations(rotations, positions_S, past_length, length)
+        else:
+            rotations = rotations_in_order(rotations, places, targets)
+        mask_SS = causal_mask(positions_S, past_length, length, num_keys, parallel)                   # S, keys
         hidden_states: list[torch.Tensor] | None = [] if output_hidden_states else None
         for block in self.blocks:
             if hidden_states is not None:
                 hidden_states.append(x_BSD)
-            x_BSD = block(x_BSD, input_ids, classes_B, rotations_S2p2, mask_SS, is_start, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_Bc, rotations, mask_SS, is_start, past_key_values=past_key_values)
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
         logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
@@ -311,19 +320,27 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSK, past_key_values=past_key_values,
                                       hidden_states=None if hidden_states is None else (*hidden_states, x_BSD))
 
-    def embed_ids(self, ids_BS: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
-        """The sum of the embeddings of the ids and of the predicted positions (B, S, D), with dropout: the start of the residual stream."""
-        x_BSD = self.token_embedding(ids_BS) + self.position_embedding(positions_S)
+    def embed_ids(self, ids_BS: torch.Tensor, targets: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of the embeddings of the ids and of the predicted places (B, S, D), with dropout: the start of the residual stream.
+
+        `targets` and `places` are (B, S), or (S,) if they are the same for all sequences.
+        """
+        x_BSD = self.token_embedding(ids_BS) + self.position_embedding(targets)
+        if self.place_embedding is not None:
+            x_BSD = x_BSD + self.place_embedding(targets if places is None else places + 1)  # in raster order, a place is one before its target
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
         return x_BSD
 
-    def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The arguments `classes_B` and `is_start` of GridBlock.forward."""
+    def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor,
+                         parallel: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The arguments `classes_Bc` and `is_start` of GridBlock.forward. If there are only the last `parallel` ids, all of them are the class."""
         is_start = past_length == 0 if isinstance(past_length, torch.Tensor) else None
-        classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_start is not None or past_length == 0 else None
-        return classes_B, is_start
+        if is_start is None and past_length != 0:
+            return None, None
+        copies = parallel if ids_BS.shape[1] == parallel else 1
+        return (ids_BS[:, :copies] - self.config.num_codes).clamp_min(0), is_start
 
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)

@@ -16,6 +16,8 @@ from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 SOURCES = ("auto", "digits", "folder", "huggingface")
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE_SCHEDULES = ("cosine", "linear")
+DRAWING_ORDERS = ("raster", "random", "spread", "confidence")
+STEP_SCHEDULES = ("cosine", "arccos", "linear")
 GUIDANCE_SCHEDULES = ("constant", "linear", "cosine", "power-cosine")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 
@@ -280,6 +282,13 @@ class PriorTrainingConfig(TrainingConfig):
     """Largest difference, in nats per token, between ln(codes) and the loss of a new prior on its first batch. If it is larger, the run stops."""
     window_shards: int = 16
     """Number of shards among which samples are shuffled. It bounds the memory of the reader."""
+    order: str = "raster"
+    """Order in which the prior learns to predict the tokens of an image: raster (row by row), random (another order for every image), or annealed
+    (random at first, then more and more images in raster order). Only grid_transformer learns orders other than raster."""
+    order_annealing: list[float] = field(default_factory=lambda: [0.5, 0.75])
+    """annealed only: the two fractions of the training between which the share of images in random order falls from 1 to final_random_share."""
+    final_random_share: float = 0.5
+    """annealed only: share of the images in random order at the end. With 0, the prior forgets orders other than raster."""
     export: str = "best"
     """Weights to export to prior/: best (lowest validation NLL) or last. The others are kept beside the checkpoints."""
 
@@ -292,7 +301,20 @@ class PriorTrainingConfig(TrainingConfig):
         check_range("prior_training.z_loss", self.z_loss, at_least=0)
         check_range("prior_training.first_loss_tolerance", self.first_loss_tolerance, above=0)
         check_range("prior_training.window_shards", self.window_shards, at_least=1)
+        check_name("prior_training.order", self.order, ("raster", "random", "annealed"))
+        if len(self.order_annealing) != 2 or not 0 <= self.order_annealing[0] <= self.order_annealing[1] <= 1:
+            raise InputError(f"prior_training.order_annealing is {self.order_annealing}; it must be two numbers [start, stop] with "
+                             "0 <= start <= stop <= 1, such as [0.5, 0.75].")
+        check_range("prior_training.final_random_share", self.final_random_share, at_least=0, at_most=1)
         check_name("prior_training.export", self.export, ("best", "last"))
+
+    def random_share(self, progress: float) -> float:
+        """The share of images in random order after a fraction `progress` of the training."""
+        if self.order != "annealed":
+            return float(self.order == "random")
+        start, stop = self.order_annealing
+        annealed = min(1.0, max(0.0, (progress - start) / (stop - start))) if stop > start else float(progress >= start)
+        return 1 + annealed * (self.final_random_share - 1)
 
 
 def slider(default: float, minimum: float, maximum: float | None, step: float) -> Any:
@@ -321,6 +343,16 @@ class SamplingConfig:
     """Sample only from the most likely tokens that together reach this probability; 1 turns it off."""
     min_p: float = 0.0
     """Sample only from tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 turns it off."""
+    order: str = "raster"
+    """Order in which the tokens of an image are drawn: raster (row by row), random (another order for each image), spread (each token far from
+    those before it) or confidence (first those that the prior is most certain of). All but raster need a prior that was trained with
+    prior_training.order random or annealed."""
+    steps: int | None = None
+    """Number of passes in which the tokens are drawn; null draws one token in each. Fewer passes are faster, but tokens of the same pass are drawn
+    independently of each other. They need a prior that was trained with prior_training.order random or annealed."""
+    step_schedule: str = "cosine"
+    """With steps: how many tokens each pass draws. cosine (few at first, then more), arccos (about equally many, more at the end) or linear (equally
+    many)."""
 
     def __post_init__(self):
         check_types(self, "sampling")
@@ -334,3 +366,7 @@ class SamplingConfig:
         check_range("sampling.top_k", self.top_k, at_least=0)
         check_range("sampling.top_p", self.top_p, above=0, at_most=1)
         check_range("sampling.min_p", self.min_p, at_least=0, at_most=1)
+        check_name("sampling.order", self.order, DRAWING_ORDERS)
+        if self.steps is not None:
+            check_range("sampling.steps", self.steps, at_least=1)
+        check_name("sampling.step_schedule", self.step_schedule, STEP_SCHEDULES)

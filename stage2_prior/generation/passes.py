@@ -1,0 +1,147 @@
+"""Passes of a prior: each predicts the next tokens of every image, and takes the ids that were drawn for them.
+
+    passes = RasterPasses(...)                            # or OrderedPasses, for priors that predict in any order
+    while passes.remaining:
+        logits_NmK, places_Bm = passes.predict()
+        passes.accept(ids_Bm, logits_BmK)                 # drawn from these logits
+
+`passes.ids_BT` holds the ids of the grids; -1 is a token that is not drawn yet.
+
+In comments: B images, N rows (for guidance two per image: N = 2 B), T tokens, m tokens predicted in a pass, K codes. A place is the number of a token
+in raster order.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from stage2_prior.generation.decoding import GraphDecoder, OrderedInputs, ReferenceDecoder, StaticDecoder
+from stage2_prior.model.grid_transformer import CLASS_PLACE
+from stage2_prior.vocabulary import Vocabulary
+
+UNKNOWN = -1
+"""The id of a token that is not known."""
+CONFIDENCE_NOISE = 1.0
+"""Scale of the random numbers that are added to the log probabilities by which order `confidence` selects tokens."""
+
+PADDING = -1e30
+"""The logit of codes that a grid does not have. It is finite, so that guidance can subtract it."""
+
+Decoder = ReferenceDecoder | StaticDecoder | GraphDecoder
+
+
+def codes_at(vocabulary: Vocabulary, logits_NmV: torch.Tensor, places_Bm: torch.Tensor | int) -> torch.Tensor:
+    """The logits (N, m, K) of the codes that are possible at these places. A place that is an int is the same for all images.
+
+    K is the codebook size of the grid, or of the largest grid if the places may be in several. Then the others are padded.
+    """
+    ranges = vocabulary.position_ranges()
+    if isinstance(places_Bm, int) or len(vocabulary.grids) == 1:
+        start, stop = ranges[places_Bm if isinstance(places_Bm, int) else 0]
+        return logits_NmV[..., start:stop].float()
+    range_T2 = torch.tensor(ranges, device=logits_NmV.device)
+    starts_Nm1, stops_Nm1 = range_T2[places_Bm].repeat(len(logits_NmV) // len(places_Bm), 1, 1).split(1, dim=-1)
+    codes_NmK = starts_Nm1 + torch.arange(vocabulary.most_codes, device=logits_NmV.device)
+    is_code_NmK = codes_NmK < stops_Nm1
+    return logits_NmV.float().gather(-1, codes_NmK * is_code_NmK).masked_fill(~is_code_NmK, PADDING)
+
+
+class RasterPasses:
+    """One token per pass, in raster order. For every architecture. Known ids must precede all unknown ones."""
+
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor):
+        self.decoder, self.vocabulary, self.ids_BT, self.next_ids_N = decoder, vocabulary, known_BT.clone(), class_ids_N
+        self.place, self.known = 0, int((known_BT[0] != UNKNOWN).sum())
+        self.remaining = known_BT.shape[1] - self.known
+
+    def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, 1, K) at the next place, and this place (B, 1) of each image."""
+        while self.place < self.known:
+            self.decoder.step(self.next_ids_N, self.place)
+            self.advance()
+        logits_NV = self.decoder.step(self.next_ids_N, self.place)
+        return codes_at(self.vocabulary, logits_NV[:, None], self.place), self.ids_BT.new_full((len(self.ids_BT), 1), self.place)
+
+    def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
+        """Take the drawn ids (B, 1)."""
+        self.ids_BT[:, self.place] = ids_Bm[:, 0]
+        self.remaining -= 1
+        self.advance()
+
+    def advance(self) -> None:
+        """Make the token at the current place the next input."""
+        ids_B = self.vocabulary.to_vocabulary_at(self.place, self.ids_BT[:, self.place])
+        self.next_ids_N = ids_B.repeat(self.decoder.rows // len(ids_B))
+        self.place += 1
+
+    def keep_first(self, rows: int) -> None:
+        """Keep only the first rows, if the decoder can."""
+        self.decoder.keep_first(rows)
+        self.next_ids_N = self.next_ids_N[:self.decoder.rows]
+
+
+class OrderedPasses:
+    """Several tokens per pass, in any order, another one for each image. For a GridTransformer with `any_order`.
+
+    The sequence that the model sees is the class, the known tokens in raster order, and the drawn tokens in the order of drawing. Each id predicts
+    the token after it, so to predict m tokens at once, the last id is repeated m times, with as many targets. The first copy stays in the cache: its
+    target is the next token of the sequence.
+    """
+
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor, orders_BT: torch.Tensor,
+                 counts: list[int], confidence_noise_BT: torch.Tensor | None = None):
+        """`orders_BT` are all places, the known ones first. `counts` are the numbers of tokens to draw in each pass.
+
+        With `confidence_noise_BT`, a random number for each token, a pass predicts all unknown tokens and keeps those with the highest log
+        probability plus noise, instead of the next ones in the order.
+        """
+        self.decoder, self.vocabulary, self.counts = decoder, vocabulary, list(counts)
+        self.ids_BT, self.orders_BT, self.noise_BT = known_BT.clone(), orders_BT, confidence_noise_BT
+        self.class_ids_N = class_ids_N
+        self.filled = int((known_BT[0] != UNKNOWN).sum())
+        self.cached = 0
+        """Number of ids in the cache. The sequence has 1 + `filled` ids, so the others are inputs of the next pass."""
+
+    @property
+    def remaining(self) -> int:
+        """Number of passes to come."""
+        return len(self.counts)
+
+    def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (N, m, K) and the places (B, m) of the tokens to draw."""
+        images, length = self.ids_BT.shape
+        stop = length if self.noise_BT is not None else self.filled + self.counts[0]
+        targets_Bm = self.orders_BT[:, self.filled:stop]
+        parallel = targets_Bm.shape[1]
+        placed_BF = self.orders_BT[:, :self.filled]
+        tokens_BF = self.vocabulary.to_vocabulary(self.ids_BT).gather(1, placed_BF)
+        rows = self.decoder.rows // images
+        ids_NS = torch.cat([self.class_ids_N[:, None], tokens_BF.repeat(rows, 1)], dim=1)[:, self.cached:]
+        places_BS = F.pad(placed_BF, (1, 0), value=CLASS_PLACE)[:, self.cached:]
+        inputs = OrderedInputs(
+            ids_Ns=repeat_last(ids_NS, parallel), places_Ns=repeat_last(places_BS, parallel).repeat(rows, 1),
+            targets_Ns=torch.cat([placed_BF[:, self.cached:], targets_Bm], dim=1).repeat(rows, 1), parallel=parallel)
+        logits_NmV = self.decoder.ordered_step(inputs, self.cached)
+        # in order `confidence` the token after the last id is not known yet, so this id is an input of the next pass again
+        self.cached = self.filled + (self.noise_BT is None)
+        return codes_at(self.vocabulary, logits_NmV, targets_Bm), targets_Bm
+
+    def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
+        """Take the drawn ids (B, m), or in order `confidence` those of them that the prior is most certain of."""
+        count, places_Bm = self.counts.pop(0), self.orders_BT[:, self.filled:self.filled + ids_Bm.shape[1]]
+        if self.noise_BT is not None:
+            log_probabilities_Bm = logits_BmK.log_softmax(dim=-1).gather(-1, ids_Bm[..., None])[..., 0]
+            ranking_Bm = (log_probabilities_Bm + self.noise_BT.gather(1, places_Bm)).argsort(dim=1, descending=True, stable=True)
+            places_Bm, ids_Bm = places_Bm.gather(1, ranking_Bm), ids_Bm.gather(1, ranking_Bm)
+            self.orders_BT = torch.cat([self.orders_BT[:, :self.filled], places_Bm], dim=1)
+        self.ids_BT.scatter_(1, places_Bm[:, :count], ids_Bm[:, :count])
+        self.filled += count
+
+    def keep_first(self, rows: int) -> None:
+        """Keep only the first rows, if the decoder can."""
+        self.decoder.keep_first(rows)
+        self.class_ids_N = self.class_ids_N[:self.decoder.rows]
+
+
+def repeat_last(values_BS: torch.Tensor, times: int) -> torch.Tensor:
+    """Values with the last column `times` times."""
+    return torch.cat([values_BS, values_BS[:, -1:].expand(-1, times - 1)], dim=1)
