@@ -17,7 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stages.stage_inputs import full_fingerprint_of_tokenizer, token_fingerprint_of_tokenizer, vocabulary_of_prior
+from pipelines.stages.stage_inputs import (
+    full_fingerprint_of_tokenizer,
+    predicts_in_any_order,
+    token_fingerprint_of_tokenizer,
+    vocabulary_of_prior,
+)
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary, why_unguided
 from vqmosaic import __version__
@@ -119,6 +124,13 @@ def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior:
     """Raise InputError if a prior with this vocabulary does not support the sampling settings."""
     if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
+    if (sampling.order, sampling.steps) != ("raster", None) and not predicts_in_any_order(prior):
+        setting = f"order is {sampling.order!r}" if sampling.order != "raster" else f"steps is {sampling.steps}"
+        raise InputError(f"sampling.{setting}, but the prior in {prior} was trained in raster order, so it draws one token after another. Leave "
+                         "it out, or train a grid_transformer with prior_training.order annealed.")
+    if sampling.steps is not None and sampling.steps > vocabulary.num_tokens:
+        raise InputError(f"sampling.steps is {sampling.steps}, but the prior in {prior} has {vocabulary.num_tokens} tokens per image; allowed: 1 to "
+                         f"{vocabulary.num_tokens}.")
     if sampling.top_k > vocabulary.most_codes:
         raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} has {vocabulary.most_codes} codes; allowed: 0 (off) to "
                          f"{vocabulary.most_codes}.")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range, nearest_name
 from vqmosaic.files.given_paths import given_path
+from vqmosaic.recipes.field_types import required_type
 from vqmosaic.recipes.recipe_files import field_help, load_recipe, recipe_help, shipped_names
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.launch import exit_code_of, exit_process, find_accelerate_config, processes_to_start, run_stage
@@ -141,7 +142,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, note: str) -> None:
     """Add an option for each field of SamplingConfig to a parser. The help of each one ends with `note` in parentheses."""
     helps = field_help(SamplingConfig)
     for field in dataclasses.fields(SamplingConfig):
-        kind = {"type": float, "nargs": 2, "metavar": ("START", "STOP")} if field.type == list[float] else {"type": field.type}
+        kind = {"type": float, "nargs": 2, "metavar": ("START", "STOP")} if field.type == list[float] else {"type": required_type(field.type)}
         parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} ({note})", **kind)
 
 

@@ -57,8 +57,9 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
     training = dataclasses.replace(
         training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, weight_ema_decay=0.0,
         learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
-        final_learning_rate=1.0, resume="never", trackers=[])
-    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # guidance is an error without label drop
+        final_learning_rate=1.0, order="raster", resume="never", trackers=[])
+    # guidance is an error without label drop, and other orders without training in them
+    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0, order="raster", steps=None)
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
 
 

@@ -9,6 +9,7 @@ import torch
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.reader import TokenShardReader, stored_views
 from vqmosaic.errors import InputError, check_range
+from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.seeding import derive_seed, hashes
 from vqmosaic.wording import counted
 
@@ -99,6 +100,15 @@ class TokenBatches:
             uniforms = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
             dropped_B[in_epoch_B] = uniforms < self.label_drop * UNIFORM_LEVELS
         return dropped_B
+
+
+def random_share(training: PriorTrainingConfig, progress: float) -> float:
+    """The share of images in random order after a fraction `progress` of the training."""
+    if training.order != "annealed":
+        return float(training.order == "random")
+    start, stop = training.order_annealing
+    annealed = min(1.0, max(0.0, (progress - start) / (stop - start))) if stop > start else float(progress >= start)
+    return 1 + annealed * (training.final_random_share - 1)
 
 
 def random_orders(samples_B: np.ndarray, length: int, *seeds: int | str) -> np.ndarray:

@@ -33,6 +33,7 @@ from stage2_prior.token_batches import (
     VALIDATION_RULE,
     TokenBatches,
     describe_validation,
+    random_share,
     validation_batches,
     warn_of_sorted_shards,
 )
@@ -90,7 +91,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop, training.token_noise)
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
-    first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size, training.random_share(0))
+    first_batch = batches.batch(0, training.batch_size, run.rank, run.world_size, random_share(training, 0.0))
     seconds_per_step, first_loss = run.wait_before_training(lambda: time_and_loss_of_one_step(model, first_batch, run))
     validation_images = run.validations.choose_images(
         len(held_out), lambda count: validate(cast(TokenPrior, run.validated_model), held_out, run.micro_batch, count, accelerator), VALIDATION_RULE)
@@ -121,7 +122,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
             make_pictures(validated_prior, run, on_validation)
 
     for progress in training_steps(run, validate_now, run.save):
-        batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size, training.random_share(progress))
+        batch = batches.batch(run.state.step, training.batch_size, run.rank, run.world_size, random_share(training, progress))
         reseed_step(recipe.seed, "prior", run.state.step, run.rank)
         model.train()
         total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()

@@ -11,6 +11,7 @@ from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder, ma
 from stage2_prior.generation.drawing_order import drawing_orders, tokens_per_pass
 from stage2_prior.generation.passes import OrderedPasses
 from stage2_prior.prior import TokenPrior
+from stage2_prior.token_batches import random_share
 from stage2_prior.vocabulary import Vocabulary
 from tests.tiny_priors import TWO_GRIDS, VOCABULARY, random_batch, tiny_prior
 from token_shards import Grid
@@ -240,9 +241,9 @@ def test_spread_keeps_tokens_apart():
 
 def test_random_share_falls_between_the_two_fractions():
     training = PriorTrainingConfig(order="annealed", order_annealing=[0.5, 0.75], final_random_share=0.2)
-    assert [round(training.random_share(progress), 3) for progress in (0, 0.5, 0.625, 0.75, 0.99)] == [1, 1, 0.6, 0.2, 0.2]
-    assert PriorTrainingConfig(order="random").random_share(0.9) == 1 and PriorTrainingConfig().random_share(0) == 0
-    assert PriorTrainingConfig(order="annealed", order_annealing=[0.5, 0.5], final_random_share=0.25).random_share(0.5) == 0.25
+    assert [round(random_share(training, progress), 3) for progress in (0, 0.5, 0.625, 0.75, 0.99)] == [1, 1, 0.6, 0.2, 0.2]
+    assert random_share(PriorTrainingConfig(order="random"), 0.9) == 1 and random_share(PriorTrainingConfig(), 0) == 0
+    assert random_share(PriorTrainingConfig(order="annealed", order_annealing=[0.5, 0.5], final_random_share=0.25), 0.5) == 0.25
     for changes, words in (({"order": "spiral"}, "prior_training.order"), ({"order_annealing": [0.8, 0.2]}, "prior_training.order_annealing"),
                            ({"final_random_share": 2.0}, "prior_training.final_random_share")):
         with pytest.raises(InputError, match=words):

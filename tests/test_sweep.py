@@ -497,10 +497,11 @@ def test_sweep_with_weights_of_a_named_network(known, tmp_path):
 # --- arguments ---------------------------------------------------------------------------------------------------------------
 
 
-def test_numeric_sampling_settings_can_be_swept():
+def test_sampling_settings_of_a_single_value_can_be_swept():
     fields = sweepable_fields()
     assert {"guidance_scale": float, "temperature": float, "top_k": int, "top_p": float}.items() <= fields.items()
-    assert set(fields.values()) == {int, float}
+    assert {"steps": int, "order": str}.items() <= fields.items() and "guidance_interval" not in fields
+    assert parse_values("order", str, "raster,spread") == ("raster", "spread")
     combinations = combine(SamplingConfig(top_p=0.5), {"guidance_scale": (1.0, 2.0), "top_k": (0, 5)})
     assert [(item.guidance_scale, item.top_k, item.top_p) for item in combinations] == [(1, 0, 0.5), (1, 5, 0.5), (2, 0, 0.5), (2, 5, 0.5)]
     assert parse_values("top_p", float, "1, 0.5,1.0") == (1.0, 0.5), "duplicates are removed"

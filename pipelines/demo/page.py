@@ -193,9 +193,12 @@ def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str
     """The slider of a sampling setting. `unguided` says why guidance is off, if it is."""
     is_off = unguided is not None and control.name.startswith("guidance_")
     default = getattr(SamplingConfig(), control.name)
-    info = unguided if is_off else "0 selects the most likely token." if control.name == "temperature" else f"{default:g} is off."
-    return gr.Slider(control.minimum, control.maximum, value=default if is_off else getattr(recommended, control.name), step=control.step,
-                     label=control.label, info=info, interactive=not is_off)
+    value = default if is_off else getattr(recommended, control.name)
+    if control.name == "steps":
+        value, info = value or control.maximum, "Fewer are faster, because each draws several tokens."
+    else:
+        info = unguided if is_off else "0 selects the most likely token." if control.name == "temperature" else f"{default:g} is off."
+    return gr.Slider(control.minimum, control.maximum, value=value, step=control.step, label=control.label, info=info, interactive=not is_off)
 
 
 def generate_signature(controls: list[Control]) -> inspect.Signature:

@@ -58,13 +58,18 @@ class Control:
 
 
 def sampling_controls(pipe: ImageGenerationPipeline) -> list[Control]:
-    """The sliders of the page: the fields of SamplingConfig with a slider, guidance last. They reach at least to the recommended settings."""
+    """The sliders of the page: the fields of SamplingConfig with a slider, then guidance, then steps if the prior can draw several tokens in each.
+
+    They reach at least to the recommended settings.
+    """
     controls = []
     for field in sorted(fields(SamplingConfig), key=lambda field: field.name.startswith("guidance_")):
         if "slider" in field.metadata:
             minimum, maximum, step = field.metadata["slider"]
             largest = pipe.tokenizer.config.codebook_size if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
             controls.append(Control(field.name, minimum, largest, step))
+    if pipe.prior.any_order:
+        controls.append(Control("steps", 1, pipe.prior.vocabulary.num_tokens, 1))
     return controls
 
 

@@ -11,6 +11,7 @@ from stage2_prior.digests import fingerprint_of_weights
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError
+from vqmosaic.files.json_files import read_object
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, QUANTIZER_NAMES
@@ -40,6 +41,11 @@ def vocabulary_of_prior(folder: Path) -> Vocabulary:
         if not any((folder / name).is_file() for name in names):
             raise InputError(f"{folder} is not a prior: {names[0]} is missing. `vqmosaic train-prior` writes one.")
     return Vocabulary.load(folder)
+
+
+def predicts_in_any_order(prior: Path) -> bool:
+    """Whether a prior was trained to predict tokens in any order, according to its config.json."""
+    return bool(read_object(prior / "config.json", "train the prior again").get("any_order", False))
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:

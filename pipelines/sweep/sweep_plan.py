@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import itertools
-import types
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from stage1_tokenizer.data.data_location import check_data_path
 from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
+from vqmosaic.recipes.field_types import required_type
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
 
@@ -61,13 +60,9 @@ class SweepRequest:
 
 
 def sweepable_fields() -> dict[str, type]:
-    """Field name -> int or float, for the sampling settings that are a single number."""
-    found: dict[str, type] = {}
-    for field in dataclasses.fields(SamplingConfig):
-        members = typing.get_args(field.type) if typing.get_origin(field.type) in (types.UnionType, typing.Union) else (field.type,)
-        if set(members) - {type(None)} and set(members) <= {int, float, type(None)}:
-            found[field.name] = float if float in members else int
-    return found
+    """Field name -> int, float or str, for the sampling settings that are a single value."""
+    types = {field.name: required_type(field.type) for field in dataclasses.fields(SamplingConfig)}
+    return {name: type_ for name, type_ in types.items() if type_ in (int, float, str)}
 
 
 def add_sweep_options(parser: argparse.ArgumentParser) -> None:
@@ -131,9 +126,9 @@ def containing_folder(folder: Path) -> Path:
 
 
 def parse_values(name: str, kind: type, text: str) -> tuple[Any, ...]:
-    """The distinct numbers of a list separated by commas, in the given order. Raises InputError if the text is invalid."""
+    """The distinct values of a list separated by commas, in the given order. Raises InputError if the text is invalid."""
     try:
-        return tuple(dict.fromkeys(kind(word) for word in text.split(",")))
+        return tuple(dict.fromkeys(kind(word.strip()) for word in text.split(",")))
     except ValueError:
         raise InputError(f"--{name} is {text!r}; it must be {'integers' if kind is int else 'numbers'} separated by commas, "
                          f"such as {'0,50,100' if kind is int else '1,1.5,2'}.") from None

@@ -48,17 +48,20 @@ def is_boolean(given: Any) -> bool:
 CONVERSIONS = {int: as_integer, float: as_number, bool: as_boolean}
 
 
+def required_type(type_: Any) -> Any:
+    """The type of a field without None: int for `int | None`."""
+    return typing.get_args(type_)[0] if isinstance(type_, types.UnionType) else type_
+
+
 def check_types(section: Any, name: str) -> None:
     """Check and convert the fields of a dataclass that are numbers, booleans or lists of these. Errors name the section and the field.
 
     Fields of other types stay unchanged.
     """
     for field in dataclasses.fields(section):
-        given, type_ = getattr(section, field.name), field.type
-        if isinstance(type_, types.UnionType):
-            if given is None and types.NoneType in typing.get_args(type_):
-                continue
-            type_ = typing.get_args(type_)[0]
+        given, type_ = getattr(section, field.name), required_type(field.type)
+        if given is None and types.NoneType in typing.get_args(field.type):
+            continue
         full_name = f"{name}.{field.name}" if name else field.name
         if type_ in CONVERSIONS:
             setattr(section, field.name, CONVERSIONS[type_](full_name, given))

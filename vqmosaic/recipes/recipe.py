@@ -85,6 +85,16 @@ class Recipe:
         if self.sampling.top_k > self.tokenizer.codebook_size:
             raise InputError(f"sampling.top_k is {self.sampling.top_k}, but tokenizer.codebook_size is {self.tokenizer.codebook_size}; "
                              "set sampling.top_k to at most the codebook size, or to 0 to turn it off.")
+        if self.prior_training.order != "raster" and self.prior.architecture != "grid_transformer":
+            raise InputError(f"prior_training.order is {self.prior_training.order!r}, but prior.architecture is {self.prior.architecture!r}, which "
+                             "predicts tokens only in raster order. Set prior_training.order to raster, or prior.architecture to grid_transformer.")
+        if self.prior_training.order == "raster" and (self.sampling.order != "raster" or self.sampling.steps is not None):
+            name = "order" if self.sampling.order != "raster" else "steps"
+            raise InputError(f"sampling.{name} is {getattr(self.sampling, name)!r}, but prior_training.order is 'raster', so the prior draws one "
+                             f"token after another. Set prior_training.order to annealed, or leave out sampling.{name}.")
+        if self.sampling.steps is not None and self.sampling.steps > self.num_tokens:
+            raise InputError(f"sampling.steps is {self.sampling.steps}, but an image has {self.num_tokens} tokens; set it to at most this number, "
+                             "or to null for one token in each pass.")
         if self.sampling.guidance_scale != 1 and self.prior_training.label_drop == 0:
             raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but prior_training.label_drop is 0, so the "
                              "prior does not learn the null class that guidance needs. Set prior_training.label_drop to 0.1, or "

@@ -308,14 +308,6 @@ class PriorTrainingConfig(TrainingConfig):
         check_range("prior_training.final_random_share", self.final_random_share, at_least=0, at_most=1)
         check_name("prior_training.export", self.export, ("best", "last"))
 
-    def random_share(self, progress: float) -> float:
-        """The share of images in random order after a fraction `progress` of the training."""
-        if self.order != "annealed":
-            return float(self.order == "random")
-        start, stop = self.order_annealing
-        annealed = min(1.0, max(0.0, (progress - start) / (stop - start))) if stop > start else float(progress >= start)
-        return 1 + annealed * (self.final_random_share - 1)
-
 
 def slider(default: float, minimum: float, maximum: float | None, step: float) -> Any:
     """A sampling setting that the web demo shows as a slider. Without a maximum, it goes up to the codebook size."""
