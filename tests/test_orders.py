@@ -18,7 +18,7 @@ from token_shards import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import PriorConfig, PriorTrainingConfig, SamplingConfig
 
-EMBEDDINGS = {"no embedding blocks": {"embedding_blocks": 0}, "embedding blocks": {"embedding_blocks": 1, "intermediate_size": 64}}
+OPTIONS = {"class embeddings": {"embedding_blocks": 0}, "embeddings of all ids": {"embedding_blocks": 1, "intermediate_size": 64}}
 
 
 def any_order_prior(vocabulary: Vocabulary = VOCABULARY, seed: int = 0, **options) -> TokenPrior:
@@ -64,7 +64,7 @@ def test_a_token_is_predicted_from_the_tokens_before_it_in_the_order(vocabulary)
 @pytest.mark.parametrize("decoder", [StaticDecoder, ReferenceDecoder])
 @pytest.mark.parametrize("known", [0, 1, 4])
 @pytest.mark.parametrize("by_confidence", [False, True])
-@pytest.mark.parametrize("options", EMBEDDINGS.values(), ids=EMBEDDINGS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, TWO_GRIDS], ids=["one grid", "two grids"])
 def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder, known, by_confidence, options, vocabulary):
     prior, length, images = any_order_prior(vocabulary, **options), vocabulary.num_tokens, 3

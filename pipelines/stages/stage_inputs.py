@@ -45,7 +45,7 @@ def vocabulary_of_prior(folder: Path) -> Vocabulary:
 
 def predicts_in_any_order(prior: Path) -> bool:
     """Whether a prior was trained to predict tokens in any order, according to its config.json."""
-    return bool(read_object(prior / "config.json", "train the prior again").get("any_order", False))
+    return bool(read_object(prior / "config.json", "train the prior again").get("query_blocks", 0))
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:

@@ -4,17 +4,19 @@
     logits = decoder.step(ids_N, 0)           # class ids, at position 0
     logits = decoder.step(ids_N, 1)           # ids sampled from these logits
 
-A model for any order can take several ids in one step and predict several tokens; see `OrderedInputs`.
+A model for any order takes several tokens and predicts several others in a step:
+
+    logits = decoder.predict(ids_Ns, places_Ns, targets_Nm, 2)   # s ids, the first at position 2, and m places to predict
 
 For models with only known modules (known_models.py), StaticDecoder and GraphDecoder call the model's blocks directly: the weights of linear layers
 are packed (vqmosaic/kernels/decoding_products.py), keys and values are in one static cache, and only the logits of codes are computed. For all other
 models, and models with hooks, adapters, wrappers or autocast, ReferenceDecoder calls the model itself.
 
-In comments: N rows, A heads, d head dimension, S positions, s ids of a step, m tokens predicted in a step, V ids, K codes.
+In comments: N rows, A heads, d head dimension, S positions, s ids and m targets of a step, V ids, K codes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,24 +25,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from stage2_prior.generation.known_models import KnownGridTransformer, KnownModel, prepare_known_model
 from stage2_prior.model.cached_positions import causal_mask
-
-
-class OrderedInputs(NamedTuple):
-    """The inputs of a step of a model for any order: which token each id is, and which token it predicts.
-
-    The last `parallel` ids are the same token, and predict as many tokens. They do not attend to each other, so none of them sees the others. Only
-    the first of them is valid in later steps.
-    """
-
-    ids_Ns: torch.Tensor
-    """The ids."""
-    places_Ns: torch.Tensor
-    """The place of each id; -1 for the class."""
-    targets_Ns: torch.Tensor
-    """The place that each id predicts."""
-    parallel: int
-    """The number m of tokens to predict."""
-
 
 CPU_CACHE_DTYPES = {torch.bfloat16: torch.float32}
 """dtypes of keys and values on a CPU that differ from that of the model: vqmosaic/kernels/single_query_attention.py needs float32."""
@@ -59,14 +43,11 @@ class ReferenceDecoder:
         self.cache = output.past_key_values
         return output.logits[:, -1]
 
-    def ordered_step(self, inputs: OrderedInputs, position: int) -> torch.Tensor:
-        """Logits (N, m, K) of m tokens. The first id is at a position, and replaces the ids that the last step put there and later."""
-        if self.cache is not None and (superfluous := self.cache.get_seq_length() - position):
-            self.cache.crop(-superfluous)
-        ids_Ns, places_Ns, targets_Ns, parallel = inputs
-        output = self.model(input_ids=ids_Ns, past_key_values=self.cache, use_cache=True, places=places_Ns, targets=targets_Ns, parallel=parallel)
+    def predict(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Nm: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits (N, m, K) of target places, from all ids so far: those of former steps and new ones, whose first is at `position`."""
+        output = self.model(input_ids=ids_Ns, past_key_values=self.cache, use_cache=True, places=places_Ns, targets=targets_Nm)
         self.cache = output.past_key_values
-        return output.logits[:, -parallel:]
+        return output.logits
 
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows, if the cache of the architecture supports it. Otherwise `rows` does not change."""
@@ -129,15 +110,16 @@ class StaticDecoder:
         mask_1S = None if isinstance(position, int) else (self.model.positions_S <= position)[None]
         return self.model.logits(ids_N, position, mask_1S, cast(Cache, self.cache))  # blocks need only its `update`
 
-    def ordered_step(self, inputs: OrderedInputs, position: int | torch.Tensor) -> torch.Tensor:
-        """Logits (N, m, K) of m tokens; see ReferenceDecoder. A position that is a tensor takes one id per row."""
+    def predict(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Nm: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
+        """Logits (N, m, K) of target places; see ReferenceDecoder. A position that is a tensor takes one id per row."""
         self.cache.position = position
         if isinstance(position, int):
-            length = inputs.ids_Ns.shape[1]
-            mask = causal_mask(self.model.positions_S[position:position + length], position, length, position + length, inputs.parallel)
+            length = ids_Ns.shape[1]
+            mask_sS, mask_1S = causal_mask(self.model.positions_S[position:position + length], position, length, position + length), None
         else:
-            mask = (self.model.positions_S <= position)[None]
-        return cast(KnownGridTransformer, self.model).ordered_logits(*inputs, position, mask, cast(Cache, self.cache))
+            mask_sS = mask_1S = (self.model.positions_S <= position)[None]
+        model = cast(KnownGridTransformer, self.model)
+        return model.target_logits(ids_Ns, places_Ns, targets_Nm, position, mask_sS, mask_1S, cast(Cache, self.cache))
 
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows."""
@@ -163,11 +145,11 @@ class GraphDecoder:
             return self.decoder.step(ids_N, 0)
         return self.replay(lambda ids_N: self.decoder.step(ids_N, self.position), [ids_N], position)
 
-    def ordered_step(self, inputs: OrderedInputs, position: int) -> torch.Tensor:
-        """Logits (N, m, K) of m tokens; see ReferenceDecoder. Only steps of one id per row use the graph, and the next one overwrites the logits."""
-        if position == 0 or inputs.ids_Ns.shape[1] > 1:
-            return self.decoder.ordered_step(inputs, position)
-        return self.replay(lambda *tensors: self.decoder.ordered_step(OrderedInputs(*tensors, 1), self.position), list(inputs[:3]), position)
+    def predict(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Nm: torch.Tensor, position: int) -> torch.Tensor:
+        """Logits (N, m, K) of target places. Only steps of one id and one target use the graph, and the next one overwrites their logits."""
+        if position == 0 or ids_Ns.shape[1] > 1 or targets_Nm.shape[1] > 1:
+            return self.decoder.predict(ids_Ns, places_Ns, targets_Nm, position)
+        return self.replay(lambda *tensors: self.decoder.predict(*tensors, self.position), [ids_Ns, places_Ns, targets_Nm], position)
 
     def replay(self, step: Callable[..., torch.Tensor], inputs: list[torch.Tensor], position: int) -> torch.Tensor:
         """Run the recorded step, or record it now, on new inputs at a position."""

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from stage2_prior.model import causal_lm
 from stage2_prior.model import grid_transformer as grid
-from stage2_prior.model.cached_positions import rotations_in_order
+from stage2_prior.model.query_block import KeysAndValues, QueryBlock
 from vqmosaic.kernels.decoding_products import Parts, pack_linear_layers, share_weights
 from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, reference, single_query_attention
 
@@ -127,9 +127,10 @@ def rotate_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tenso
 class KnownGridTransformer(KnownModel):
     """This project's GridTransformer."""
 
-    MODULES = (grid.GridTransformer, grid.GridBlock, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
-    WEIGHTS = frozenset(f"{name}.weight" for name in ("stream_embedding", "attention_norm", "attention_in", "attention_out", "feed_forward_norm",
-                                                      "feed_forward_in", "feed_forward_out"))
+    MODULES = (grid.GridTransformer, grid.GridBlock, QueryBlock, KeysAndValues, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
+    QUERY_WEIGHTS = frozenset(f"{name}.weight" for name in ("attention_norm", "attention_in", "attention_out", "feed_forward_norm",
+                                                            "feed_forward_in", "feed_forward_out"))
+    WEIGHTS = QUERY_WEIGHTS | {"stream_embedding.weight"}
 
     def __init__(self, model: grid.GridTransformer, rows: int, length: int):
         config = model.config
@@ -140,27 +141,31 @@ class KnownGridTransformer(KnownModel):
     @classmethod
     def fits(cls, model: grid.GridTransformer) -> bool:
         """Whether the blocks of the model have exactly the known weights. Some blocks also have a value embedding."""
-        return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == cls.WEIGHTS for block in model.blocks)
+        known = {grid.GridBlock: cls.WEIGHTS, QueryBlock: cls.QUERY_WEIGHTS}
+        return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == known[type(block)] for block in model.blocks)
 
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, codes) for the ids after `position`."""
+        """Logits (N, codes) for the ids after `position`. For models that predict in raster order only."""
         ids_N1 = ids_N[:, None]
         index = slice(position, position + 1) if isinstance(position, int) else position
-        classes_N1 = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
+        classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
         x_N1D = self.model.embed_ids(ids_N1, self.positions_S[index])
         for block in self.model.blocks:
-            x_N1D = block(x_N1D, ids_N1, classes_N1, self.rotations[index], mask_1S, past_key_values=cache)
+            x_N1D = block(x_N1D, ids_N1, classes_N, self.rotations[index], mask_1S, past_key_values=cache)
         return self.model.head(self.model.final_norm(x_N1D))[:, 0]
 
-    def ordered_logits(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Ns: torch.Tensor, parallel: int, position: int | torch.Tensor,
-                       mask_sS: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, m, codes) of the last m = `parallel` targets, for ids whose first one is at `position`; see decoding.OrderedInputs."""
-        classes_Nc = self.model.starting_classes(ids_Ns, position, parallel)[0] if isinstance(position, int) else None
-        rotations = rotations_in_order(self.rotations, places_Ns, targets_Ns)
-        x_NsD = self.model.embed_ids(ids_Ns, targets_Ns, places_Ns)
-        for block in self.model.blocks:
-            x_NsD = block(x_NsD, ids_Ns, classes_Nc, rotations, mask_sS, past_key_values=cache)
-        return self.model.head(self.model.final_norm(x_NsD[:, -parallel:]))
+    def target_logits(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Nm: torch.Tensor, position: int | torch.Tensor,
+                      mask_sS: torch.Tensor | None, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Logits (N, m, codes) of target places, from the ids in the cache and new ones, whose first is at `position`.
+
+        `mask_sS` are the keys that new ids attend to, `mask_1S` those that targets attend to. For models with query blocks.
+        """
+        classes_N = self.model.starting_classes(ids_Ns, position)[0] if isinstance(position, int) else None
+        x_NsD, rotations = self.model.embed_ids(ids_Ns), self.model.token_rotations(places_Ns)
+        for block in self.model.blocks[:self.model.config.num_token_blocks]:
+            x_NsD = block(x_NsD, ids_Ns, classes_N, rotations, mask_sS, past_key_values=cache)
+        x_NmD = self.model.predict(x_NsD, targets_Nm, rotations, mask_1S, is_causal=False, past_key_values=cache)
+        return self.model.head(self.model.final_norm(x_NmD))
 
 
 def join_linear_layers(layers: Sequence[nn.Linear]) -> nn.Linear:

@@ -14,7 +14,7 @@ in raster order.
 import torch
 import torch.nn.functional as F
 
-from stage2_prior.generation.decoding import GraphDecoder, OrderedInputs, ReferenceDecoder, StaticDecoder
+from stage2_prior.generation.decoding import GraphDecoder, ReferenceDecoder, StaticDecoder
 from stage2_prior.model.grid_transformer import CLASS_PLACE
 from stage2_prior.vocabulary import Vocabulary
 
@@ -80,11 +80,9 @@ class RasterPasses:
 
 
 class OrderedPasses:
-    """Several tokens per pass, in any order, another one for each image. For a GridTransformer with `any_order`.
+    """Several tokens per pass, in any order, another one for each image. For a GridTransformer with query blocks.
 
-    The sequence that the model sees is the class, the known tokens in raster order, and the drawn tokens in the order of drawing. Each id predicts
-    the token after it, so to predict m tokens at once, the last id is repeated m times, with as many targets. The first copy stays in the cache: its
-    target is the next token of the sequence.
+    The model sees the class, the known tokens in raster order, and the drawn tokens in the order of drawing.
     """
 
     def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor, orders_BT: torch.Tensor,
@@ -94,12 +92,11 @@ class OrderedPasses:
         With `confidence_noise_BT`, a random number for each token, a pass predicts all unknown tokens and keeps those with the highest log
         probability plus noise, instead of the next ones in the order.
         """
-        self.decoder, self.vocabulary, self.counts = decoder, vocabulary, list(counts)
+        self.decoder, self.vocabulary, self.counts, self.class_ids_N = decoder, vocabulary, list(counts), class_ids_N
         self.ids_BT, self.orders_BT, self.noise_BT = known_BT.clone(), orders_BT, confidence_noise_BT
-        self.class_ids_N = class_ids_N
         self.filled = int((known_BT[0] != UNKNOWN).sum())
         self.cached = 0
-        """Number of ids in the cache. The sequence has 1 + `filled` ids, so the others are inputs of the next pass."""
+        """Number of ids in the cache, of which the class is the first."""
 
     @property
     def remaining(self) -> int:
@@ -108,21 +105,14 @@ class OrderedPasses:
 
     def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, m, K) and the places (B, m) of the tokens to draw."""
-        images, length = self.ids_BT.shape
-        stop = length if self.noise_BT is not None else self.filled + self.counts[0]
-        targets_Bm = self.orders_BT[:, self.filled:stop]
-        parallel = targets_Bm.shape[1]
-        placed_BF = self.orders_BT[:, :self.filled]
-        tokens_BF = self.vocabulary.to_vocabulary(self.ids_BT).gather(1, placed_BF)
-        rows = self.decoder.rows // images
-        ids_NS = torch.cat([self.class_ids_N[:, None], tokens_BF.repeat(rows, 1)], dim=1)[:, self.cached:]
-        places_BS = F.pad(placed_BF, (1, 0), value=CLASS_PLACE)[:, self.cached:]
-        inputs = OrderedInputs(
-            ids_Ns=repeat_last(ids_NS, parallel), places_Ns=repeat_last(places_BS, parallel).repeat(rows, 1),
-            targets_Ns=torch.cat([placed_BF[:, self.cached:], targets_Bm], dim=1).repeat(rows, 1), parallel=parallel)
-        logits_NmV = self.decoder.ordered_step(inputs, self.cached)
-        # in order `confidence` the token after the last id is not known yet, so this id is an input of the next pass again
-        self.cached = self.filled + (self.noise_BT is None)
+        rows = self.decoder.rows // len(self.ids_BT)
+        stop = None if self.noise_BT is not None else self.filled + self.counts[0]
+        targets_Bm, filled_Bf = self.orders_BT[:, self.filled:stop], self.orders_BT[:, :self.filled]
+        tokens_Bf = self.vocabulary.to_vocabulary(self.ids_BT).gather(1, filled_Bf)
+        ids_Ns = torch.cat([self.class_ids_N[:, None], tokens_Bf.repeat(rows, 1)], dim=1)[:, self.cached:]
+        places_Bs = F.pad(filled_Bf, (1, 0), value=CLASS_PLACE)[:, self.cached:]
+        logits_NmV = self.decoder.predict(ids_Ns, places_Bs.repeat(rows, 1), targets_Bm.repeat(rows, 1), self.cached)
+        self.cached = 1 + self.filled
         return codes_at(self.vocabulary, logits_NmV, targets_Bm), targets_Bm
 
     def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
@@ -140,8 +130,3 @@ class OrderedPasses:
         """Keep only the first rows, if the decoder can."""
         self.decoder.keep_first(rows)
         self.class_ids_N = self.class_ids_N[:self.decoder.rows]
-
-
-def repeat_last(values_BS: torch.Tensor, times: int) -> torch.Tensor:
-    """Values with the last column `times` times."""
-    return torch.cat([values_BS, values_BS[:, -1:].expand(-1, times - 1)], dim=1)

@@ -189,23 +189,27 @@ def check_known(vocabulary: Vocabulary, known: Any, images: int, device: torch.d
 
 
 def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConfig, known_BT: torch.Tensor) -> bool:
-    """Whether the tokens are drawn one after another in raster order, which every prior can do.
+    """Whether the prior predicts tokens in any order.
 
-    Raises InputError if the prior was trained in raster order only and they are not, and for more steps than tokens.
+    Raises InputError if it does not, and the settings or the known tokens need another order than raster; and for more steps than tokens.
     """
     length = vocabulary.num_tokens
     if sampling.steps is not None and sampling.steps > length:
         raise InputError(f"sampling.steps is {sampling.steps}; allowed: 1 to {length}, the number of tokens of an image, or null for one token in "
                          "each pass.")
-    is_known_BT = known_BT != UNKNOWN
-    known_first = not bool((is_known_BT[:, 1:] & ~is_known_BT[:, :-1]).any())
-    if sampling.order == "raster" and sampling.steps in (None, length) and known_first:
+    if getattr(unwrapped(model).config, "query_blocks", 0):
         return True
-    if not getattr(unwrapped(model).config, "any_order", False):
-        given = (f"sampling.order is {sampling.order!r}" if sampling.order != "raster" else f"sampling.steps is {sampling.steps}"
-                 if known_first else "there are known tokens after unknown ones")
-        raise InputError(f"{given}, but the prior was trained in raster order, so it draws one token after another, row by row. Use order raster, no "
-                         "steps, and known tokens only before all others; or train a grid_transformer with prior_training.order annealed.")
+    is_known_BT = known_BT != UNKNOWN
+    reason = None
+    if sampling.order != "raster":
+        reason = f"sampling.order is {sampling.order!r}"
+    elif sampling.steps not in (None, length):
+        reason = f"sampling.steps is {sampling.steps}"
+    elif bool((is_known_BT[:, 1:] & ~is_known_BT[:, :-1]).any()):
+        reason = "there are known tokens after unknown ones"
+    if reason:
+        raise InputError(f"{reason}, but the prior was trained in raster order, so it draws one token after another, row by row. Use order raster, "
+                         "no steps, and known tokens only before all others; or train a grid_transformer with prior_training.order annealed.")
     return False
 
 
@@ -222,7 +226,7 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
     compile = as_boolean("compile", compile)
     device, length = next(model.parameters()).device, vocabulary.num_tokens
     known_BT = check_known(vocabulary, known, len(seeds), device)
-    in_raster = check_order(model, vocabulary, sampling, known_BT)
+    any_order = check_order(model, vocabulary, sampling, known_BT)
     ids_BT, unknown_B = known_BT.clone(), (known_BT == UNKNOWN).sum(dim=1)
     for unknown in unknown_B[unknown_B > 0].unique().tolist():  # images with as many unknown tokens share a batch
         images_b = (unknown_B == unknown).nonzero()[:, 0]
@@ -234,12 +238,12 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
                 raise SamplingStopped(f"Stopped by the callback after {done} of {length} tokens.")
 
         request = [[values[image] for image in images_b.tolist()] for values in (class_indices, seeds)]
-        ids_BT[images_b] = sample_together(model, vocabulary, *request, sampling, report, compile, known_BT[images_b], in_raster)
+        ids_BT[images_b] = sample_together(model, vocabulary, *request, sampling, report, compile, known_BT[images_b], any_order)
     return ids_BT
 
 
 def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: list[int], seeds: list[int], sampling: SamplingConfig,
-                    report: Callable[[int], None], compile: bool, known_BT: torch.Tensor, in_raster: bool) -> torch.Tensor:
+                    report: Callable[[int], None], compile: bool, known_BT: torch.Tensor, any_order: bool) -> torch.Tensor:
     """The ids (B, T) of images that all have the same number of known tokens. `report(filled)` is called after each pass. See `sample_tokens`."""
     device, (images, length) = known_BT.device, known_BT.shape
     num_known = int((known_BT[0] != UNKNOWN).sum())
@@ -254,7 +258,7 @@ def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: lis
     class_ids_N = vocabulary.condition_ids(classes_N)
     is_finite, is_finite_guided = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
     with torch.inference_mode(), evaluation_mode(model):
-        passes = make_passes(model, vocabulary, class_ids_N, seeds, sampling, known_BT, counts, compile, in_raster)
+        passes = make_passes(model, vocabulary, class_ids_N, seeds, sampling, known_BT, counts, compile, any_order)
         filled = num_known
         for number, (count, scale) in enumerate(zip(counts, scale_of_pass, strict=True)):
             logits_NmK, places_Bm = passes.predict()
@@ -276,11 +280,11 @@ def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: lis
 
 
 def make_passes(model: nn.Module, vocabulary: Vocabulary, class_ids_N: torch.Tensor, seeds: list[int], sampling: SamplingConfig,
-                known_BT: torch.Tensor, counts: list[int], compile: bool, in_raster: bool) -> RasterPasses | OrderedPasses:
+                known_BT: torch.Tensor, counts: list[int], compile: bool, any_order: bool) -> RasterPasses | OrderedPasses:
     """The passes of the prior for these settings."""
     length = vocabulary.num_tokens
-    if in_raster:
-        decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length, compile)
+    decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length, compile)
+    if not any_order:
         return RasterPasses(decoder, vocabulary, class_ids_N, known_BT)
     by_confidence = sampling.order == "confidence"
     orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(known_BT.device)
@@ -290,6 +294,4 @@ def make_passes(model: nn.Module, vocabulary: Vocabulary, class_ids_N: torch.Ten
     noise_BT = None
     if by_confidence:
         noise_BT = torch.from_numpy(confidence_noise(seeds, length)).to(known_BT.device, torch.float32) * CONFIDENCE_NOISE
-    most = length if by_confidence else max(counts)
-    decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length + most - 1, compile)
     return OrderedPasses(decoder, vocabulary, class_ids_N, known_BT, orders_BT, counts, noise_BT)

@@ -39,25 +39,20 @@ def new_positions(past_length: int | torch.Tensor, length: int, device: torch.de
     return torch.arange(past_length, past_length + length, device=device)
 
 
-def rotations_in_order(tables: torch.Tensor, places_BS: torch.Tensor, targets_BS: torch.Tensor) -> torch.Tensor:
-    """The rotations (B, S, 2, p, 2) of ids at these places (-1 is the class) that predict the tokens at the target places."""
-    return torch.stack([tables[:, 0][targets_BS], tables[:, 1][places_BS + 1]], dim=2)
-
-
 def select_rotations(tables: torch.Tensor, positions_S: torch.Tensor, past_length: int | torch.Tensor, length: int) -> torch.Tensor:
     """The rotations (S, 2, p, 2) of the new positions; a view unless the cache is static."""
     return tables[positions_S if isinstance(past_length, torch.Tensor) else slice(past_length, past_length + length)]
 
 
-def causal_mask(positions_S: torch.Tensor, past_length: int | torch.Tensor, length: int, num_keys: int, parallel: int = 1) -> torch.Tensor | None:
-    """The keys (S, keys) that each new position attends to, or None if torch's causal attention or attention to all keys is the same.
-
-    The last `parallel` positions predict different tokens from the same ids, so they do not attend to each other.
-    """
-    if parallel > 1:
-        num_keys = max(num_keys, int(past_length) + length)
-        keys, queries = torch.arange(num_keys, device=positions_S.device), positions_S[:, None]
-        return (keys <= queries) & ((keys < positions_S[-parallel]) | (keys == queries))
+def causal_mask(positions_S: torch.Tensor, past_length: int | torch.Tensor, length: int, num_keys: int) -> torch.Tensor | None:
+    """The keys (S, keys) that each new position attends to, or None if torch's causal attention or attention to all keys is the same."""
     if isinstance(past_length, torch.Tensor) or num_keys > past_length + length or (past_length and length > 1):
         return torch.arange(num_keys, device=positions_S.device) <= positions_S[:, None]
+    return None
+
+
+def mask_of_all(past_length: int | torch.Tensor, length: int, num_keys: int, device: torch.device) -> torch.Tensor | None:
+    """The keys (1, keys) that are filled, for queries that attend to all of them. None if all keys are filled."""
+    if isinstance(past_length, torch.Tensor) or num_keys > past_length + length:
+        return (torch.arange(num_keys, device=device) < past_length + length)[None]
     return None

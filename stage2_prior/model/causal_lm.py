@@ -34,7 +34,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
-VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids", "any_order")
+VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids")
 MAX_INITIAL_LOGIT_STD = 0.25
 """Maximum standard deviation of the initial logits. The first loss is above ln K by half its square."""
 ALTERNATIVES = "use grid_transformer, llama, gpt2 or qwen3"
@@ -92,7 +92,7 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
     optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
     if prior.architecture == GRID_TRANSFORMER:
-        optional |= grid_options(prior, vocabulary) | {"any_order": any_order}
+        optional |= grid_options(prior, vocabulary, any_order)
     elif any_order:
         raise InputError(f"prior.architecture is {prior.architecture!r}, which predicts tokens only in raster order: nothing tells it which token "
                          "comes next. Set prior_training.order to raster, or prior.architecture to grid_transformer.")
@@ -118,20 +118,26 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
     return config, any(name in fields for name in RESIDUAL_DROPOUTS)
 
 
-def grid_options(prior: PriorConfig, vocabulary: Vocabulary) -> dict[str, int]:
-    """The number of embedding blocks and the feed-forward width of a GridTransformer, for the sizes after prior.options."""
+def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) -> dict[str, int]:
+    """The numbers of query blocks and embedding blocks and the feed-forward width of a GridTransformer, for the sizes after prior.options."""
     options = prior.options
     layers, width = options.get("num_hidden_layers", prior.sizes.layers), options.get("hidden_size", prior.sizes.width)
-    blocks = options.get("embedding_blocks")
-    if "intermediate_size" in options or not all(isinstance(size, int) and size > 0 for size in (layers, width)):
-        return {"embedding_blocks": 0}
-    if blocks is not None and blocks not in range(layers + 1):
-        return {}  # the configuration raises an error for this
+    if not all(isinstance(size, int) and size > 0 for size in (layers, width)):
+        return {}  # the configuration raises an error for these
+    query_blocks = options.get("query_blocks", layers // 2 if any_order else 0)
+    if bool(query_blocks) != any_order or query_blocks not in range(layers):
+        allowed = f"1 to {layers - 1}, because prior_training.order is not raster" if any_order else "0, because prior_training.order is raster"
+        raise InputError(f"The prior has {layers} layers and {query_blocks} query_blocks (prior.options); allowed: {allowed}.")
+    blocks, token_blocks = options.get("embedding_blocks"), layers - query_blocks
+    if "intermediate_size" in options:
+        return {"query_blocks": query_blocks, "embedding_blocks": 0}
+    if blocks is not None and blocks not in range(token_blocks + 1):
+        return {"query_blocks": query_blocks}  # the configuration raises an error for this
     try:
-        blocks, feed_forward = split_parameter_budget(layers, width, vocabulary.size, blocks)
+        blocks, feed_forward = split_parameter_budget(token_blocks, width, vocabulary.size, blocks)
     except ValueError as error:
         raise InputError(f"prior.options: {error}.") from error
-    return {"embedding_blocks": blocks, "intermediate_size": feed_forward}
+    return {"query_blocks": query_blocks, "embedding_blocks": blocks, "intermediate_size": feed_forward}
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:

@@ -89,3 +89,23 @@ def check_labels(labels: torch.Tensor, input_ids: torch.Tensor, logits_to_keep: 
     if len(invalid):
         raise InputError(f"labels hold {int(invalid[0])} after the first position; allowed: codes from 0 to {num_codes - 1}, and {IGNORED_LABEL} for "
                          "positions to ignore. A class is never predicted: it stands first, and the first label is not used.")
+
+
+def check_targets(config: PreTrainedConfig, input_ids: torch.Tensor | None, places: torch.Tensor | None, targets: torch.Tensor | None,
+                  labels: torch.Tensor | None, cache: Cache | None) -> None:
+    """Raise InputError unless places and targets are either both missing, or fit the ids and a model with query blocks."""
+    assert input_ids is not None
+    if places is None and targets is None:
+        return
+    if not config.query_blocks:
+        raise InputError("places and targets are given, but this grid_transformer predicts tokens only in raster order: it has no query_blocks. "
+                         "Leave them out.")
+    if places is None or targets is None or places.shape != input_ids.shape or targets.dim() != 2 or len(targets) != len(input_ids):
+        shapes = ["missing" if given is None else str(tuple(given.shape)) for given in (places, targets)]
+        raise InputError(f"places is {shapes[0]} and targets is {shapes[1]}; give both, places of the shape {tuple(input_ids.shape)} of input_ids, "
+                         f"and targets of shape ({len(input_ids)}, number of places to predict).")
+    if cache is None and targets.shape != input_ids.shape:
+        raise InputError(f"targets has the shape {tuple(targets.shape)}; without a cache, each id predicts one target, so give the shape "
+                         f"{tuple(input_ids.shape)} of input_ids.")
+    if labels is not None:
+        raise InputError("Both labels and targets are given; labels are for raster order. Leave one of them out.")

@@ -22,12 +22,16 @@ def queries_keys_values(hidden_BSE: torch.Tensor, value_embeddings_BSD: torch.Te
     Value embeddings, if given, are added to the values.
     """
     queries_and_keys, values = hidden_BSE.unflatten(-1, (3, heads, -1)).split((2, 1), dim=2)                   # B, S, 2 or 1, A, d
-    normalized = F.layer_norm(queries_and_keys, queries_and_keys.shape[-1:], eps=epsilon)
-    queries, keys = rotate(normalized, rotations[..., None, :, :]).unbind(2)
+    queries, keys = normalize_and_rotate(queries_and_keys, rotations, epsilon).unbind(2)
     values = values.squeeze(2)
     if value_embeddings_BSD is not None:
         values = values + value_embeddings_BSD.view(values.shape)
     return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def normalize_and_rotate(heads: torch.Tensor, rotations: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Heads (..., A, d), each normalized, then rotated by rotations (..., p, 2), which are the same for all A heads."""
+    return rotate(F.layer_norm(heads, heads.shape[-1:], eps=epsilon), rotations[..., None, :, :])
 
 
 def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
@@ -40,11 +44,13 @@ def rotate(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
     return complex_rotation.reference(heads, rotations)
 
 
-def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_SS: torch.Tensor | None = None) -> torch.Tensor:
-    """Attention output (B, A, S, d) for queries, keys and values (B, A, S, d). Causal if there is no mask."""
+def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask_SS: torch.Tensor | None = None,
+           is_causal: bool = True) -> torch.Tensor:
+    """Attention output (B, A, S, d) for queries, keys and values (B, A, S, d). Without a mask, causal or of all queries to all keys."""
     if mask_SS is None and can_use_matmul_attention(queries, keys):
-        return matmul_attention(queries, keys, values, is_causal=True)
+        return matmul_attention(queries, keys, values, is_causal)
     if can_use_single_query_attention(queries, keys):
         return single_query_attention(queries, keys, values, mask_SS)
-    is_causal = mask_SS is None and queries.shape[2] > 1
+    is_causal = is_causal and mask_SS is None and queries.shape[2] > 1
+    # a key-value cache may have another dtype than the model
     return F.scaled_dot_product_attention(queries.to(keys.dtype), keys, values, attn_mask=mask_SS, is_causal=is_causal).to(queries.dtype)

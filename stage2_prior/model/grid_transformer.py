@@ -12,6 +12,8 @@ Differences from a language model for text:
   stream need not carry the identity of the token. The parameters are taken from the feed-forward blocks, which are expensive, while lookups cost
   almost nothing: steps are faster, and the model learns more per step.
 - Queries and keys are normalized in each head (Dehghani et al. 2023), which bounds attention logits at high learning rates.
+- With `query_blocks`, the model predicts tokens in any order, several at once: the last blocks are queries for tokens, and attend to what the first
+  blocks computed from the known tokens (query_block.py).
 - Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass on a CPU, where RMSNorm needs five.
 
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d head dimension, p pairs of a head, K codes of all grids together.
@@ -36,9 +38,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, new_positions, rotations_in_order, select_rotations
-from stage2_prior.model.forward_arguments import check_call
+from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, mask_of_all, new_positions, select_rotations
+from stage2_prior.model.forward_arguments import check_call, check_targets
 from stage2_prior.model.grid_attention import attend, queries_keys_values
+from stage2_prior.model.query_block import KeysAndValues, QueryBlock
 from vqmosaic.errors import InputError
 
 MODEL_TYPE = "grid_transformer"
@@ -66,10 +69,10 @@ class GridTransformerConfig(PreTrainedConfig):
     """Number of heads, A. D / A must be a multiple of 4."""
     intermediate_size: int = 1024
     """Width of the feed-forward blocks."""
-    any_order: bool = False
-    """Whether the model can predict tokens in any order. Then it has an embedding of the place of each id."""
+    query_blocks: int = 0
+    """Number of blocks, counted from the last, that are queries for tokens. 0 is a model that predicts in raster order only."""
     embedding_blocks: int = 0
-    """Number of blocks, counted from the last, with embeddings of all ids. The others have only class embeddings."""
+    """Number of blocks, counted from the last that are not query blocks, with embeddings of all ids. The others have only class embeddings."""
     max_position_embeddings: int = 65
     """1 + T: the class and the tokens."""
     rope_theta: float = 100.0
@@ -100,11 +103,19 @@ class GridTransformerConfig(PreTrainedConfig):
         if self.max_position_embeddings != 1 + tokens:
             raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids {self.grids} "
                              f"need {1 + tokens}")
-        if self.embedding_blocks not in range(self.num_hidden_layers + 1):
-            raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_hidden_layers}, the number of blocks")
+        if self.query_blocks not in range(self.num_hidden_layers):
+            raise ValueError(f"query_blocks is {self.query_blocks}; allowed: 0 to {self.num_hidden_layers - 1}, all blocks but one")
+        if self.embedding_blocks not in range(self.num_token_blocks + 1):
+            kind = "blocks that are not query blocks" if self.query_blocks else "blocks"
+            raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_token_blocks}, the number of {kind}")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; a grid_transformer has a separate output head, so it must be false")
         super().__post_init__(**kwargs)
+
+    @property
+    def num_token_blocks(self) -> int:
+        """Number of blocks that process tokens: all but the query blocks."""
+        return self.num_hidden_layers - self.query_blocks
 
 
 def token_coordinates(grids: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -157,7 +168,7 @@ class GridBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.hidden_size
         self.layer, self.heads, self.epsilon, self.dropout = layer, config.num_attention_heads, config.layer_norm_epsilon, config.resid_pdrop
-        self.embeds_all_ids = layer >= config.num_hidden_layers - config.embedding_blocks
+        self.embeds_all_ids = layer >= config.num_token_blocks - config.embedding_blocks
         self.stream_embedding = nn.Embedding(config.vocab_size - (0 if self.embeds_all_ids else config.num_codes), width)
         self.value_embedding = nn.Embedding(config.vocab_size, width) if self.embeds_all_ids else None
         self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_epsilon, bias=False)
@@ -167,16 +178,16 @@ class GridBlock(GradientCheckpointingLayer):
         self.feed_forward_in = nn.Linear(width, config.intermediate_size, bias=False)
         self.feed_forward_out = nn.Linear(config.intermediate_size, width, bias=False)
 
-    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_Bc: torch.Tensor | None, rotations: torch.Tensor,
+    def forward(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None, rotations: torch.Tensor,
                 mask_SS: torch.Tensor | None = None, is_start: torch.Tensor | None = None, past_key_values: Cache | None = None) -> torch.Tensor:
-        """The residual stream (B, S, D) after the block. The first c ids are classes; `classes_Bc` is None if the class is already in the cache.
+        """The residual stream (B, S, D) after the block. `classes_B` is None if the class token is already in the cache.
 
-        `is_start`, for static caches only: a bool scalar on the device, True if `ids_BS` starts with the class token. If False, `classes_Bc` has no
+        `is_start`, for static caches only: a bool scalar on the device, True if `ids_BS` starts with the class token. If False, `classes_B` has no
         effect.
         The cache has transformers' name and is passed by keyword, so that activation checkpointing finds it and leaves it out.
         """
         batch, length, width = x_BSD.shape
-        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_Bc, is_start)
+        x_BSD = self.add_stream_embedding(x_BSD, ids_BS, classes_B, is_start)
         hidden = self.attention_in(self.attention_norm(x_BSD))                                        # B, S, 3 D
         value_embeddings_BSD = None if self.value_embedding is None else self.value_embedding(ids_BS).to(hidden.dtype)
         query, key, value = queries_keys_values(hidden, value_embeddings_BSD, rotations, self.heads, self.epsilon)
@@ -187,15 +198,15 @@ class GridBlock(GradientCheckpointingLayer):
         hidden = torch.relu(self.feed_forward_in(self.feed_forward_norm(x_BSD))).square()             # B, S, intermediate
         return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
 
-    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_Bc: torch.Tensor | None,
+    def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None,
                              is_start: torch.Tensor | None) -> torch.Tensor:
         """The residual stream (B, S, D) with the block's own embedding of all ids, or of the class alone."""
         if self.embeds_all_ids:
             return x_BSD + self.stream_embedding(ids_BS).to(x_BSD.dtype)
-        if classes_Bc is None:
+        if classes_B is None:
             return x_BSD
-        classes_BcD = self.stream_embedding(classes_Bc) if is_start is None else self.stream_embedding(classes_Bc) * is_start
-        return x_BSD + F.pad(classes_BcD, (0, 0, 0, x_BSD.shape[1] - classes_Bc.shape[1])).to(x_BSD.dtype)
+        classes_BD = self.stream_embedding(classes_B) if is_start is None else self.stream_embedding(classes_B) * is_start
+        return x_BSD + F.pad(classes_BD[:, None], (0, 0, 0, x_BSD.shape[1] - 1)).to(x_BSD.dtype)
 
 
 class PadToVocabulary(LogitsProcessor):
@@ -219,7 +230,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     config_class = GridTransformerConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GridBlock"]  # noqa: RUF012 (name and type from transformers)
+    _no_split_modules = ["GridBlock", "QueryBlock"]  # noqa: RUF012 (name and type from transformers)
     _supports_sdpa = True
 
     def __init__(self, config: GridTransformerConfig):
@@ -227,8 +238,9 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers infers it from class names like LlamaForCausalLM; the Trainer needs it to count shifted labels
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.place_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.any_order else None
-        self.blocks = nn.ModuleList(GridBlock(config, layer) for layer in range(config.num_hidden_layers))
+        token_blocks = (GridBlock(config, layer) for layer in range(config.num_token_blocks))
+        self.blocks = nn.ModuleList([*token_blocks, *(QueryBlock(config) for _ in range(config.query_blocks))])
+        self.keys_and_values = KeysAndValues(config) if config.query_blocks else None
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
         self.head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
         self._rotations: dict[torch.device, torch.Tensor] = {}
@@ -237,7 +249,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Embeddings are normal. Matrices are normal with variance 1 / inputs; those that write into the residual stream are zero."""
-        if isinstance(module, GridBlock):
+        if isinstance(module, GridBlock | QueryBlock):
             for matrix in (module.attention_out, module.feed_forward_out):
                 nn.init.zeros_(matrix.weight)
         elif isinstance(module, nn.Linear) and not any(module is block.attention_out or module is block.feed_forward_out for block in self.blocks):
@@ -281,7 +293,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
     def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, past_key_values: Cache | None = None,
                 labels: torch.Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | torch.Tensor = 0,
                 output_hidden_states: bool | None = None, num_items_in_batch: torch.Tensor | int | None = None,
-                places: torch.Tensor | None = None, targets: torch.Tensor | None = None, parallel: int = 1, **others) -> CausalLMOutputWithPast:
+                places: torch.Tensor | None = None, targets: torch.Tensor | None = None, **others) -> CausalLMOutputWithPast:
         """Logits (B, S, K) for ids (B, S), or for the last `logits_to_keep` positions (if it is a tensor, for the positions in it).
 
         `labels` (B, S), usually the ids themselves, add the loss: the mean cross-entropy, in float32, of predicting labels[:, s + 1] at position s.
@@ -290,28 +302,39 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
         `past_key_values` may be any cache of transformers without a sliding window. `output_hidden_states` returns the embedded ids and the output
         of each block, the last one after the final norm. `return_dict=False` returns a tuple. `attention_mask` must be all ones, because all
-        sequences have the same length. Raises ValueError for zeros in it, for labels that are not codes, and for arguments that are not supported.
+        sequences have the same length.
+
+        A model with `query_blocks` takes tokens in any order: `places` (B, S) are the places of the ids, -1 for the class, and `targets` (B, Q)
+        the places to predict. Without a cache, Q is S, and target s is predicted from the first s + 1 ids. With a cache, each target is predicted
+        from all ids in the cache and all new ones.
+
+        Raises ValueError for zeros in the attention mask, for labels that are not codes, and for arguments that are not supported.
         """
         output_hidden_states = check_call(self.config, input_ids, attention_mask, labels, logits_to_keep, output_hidden_states, others)
         assert input_ids is not None
         length, device = input_ids.shape[1], input_ids.device
         is_checkpointing = self.training and any(block.gradient_checkpointing for block in self.blocks)
         past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, is_checkpointing)
+        check_targets(self.config, input_ids, places, targets, labels, past_key_values)
         past_length, num_keys = count_keys(past_key_values, length)
         positions_S = new_positions(past_length, length, device)
-        x_BSD = self.embed_ids(input_ids, positions_S if targets is None else targets, places)
-        classes_Bc, is_start = self.starting_classes(input_ids, past_length, parallel)
-        rotations = self.rotations(device)
-        if places is None or targets is None:
-            rotations = select_rotations(rotations, positions_S, past_length, length)
+        classes_B, is_start = self.starting_classes(input_ids, past_length)
+        mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
+        if self.keys_and_values is None:
+            x_BSD = self.embed_ids(input_ids, positions_S)
+            rotations = select_rotations(self.rotations(device), positions_S, past_length, length)
         else:
-            rotations = rotations_in_order(rotations, places, targets)
-        mask_SS = causal_mask(positions_S, past_length, length, num_keys, parallel)                   # S, keys
+            x_BSD = self.embed_ids(input_ids)
+            rotations = self.token_rotations(positions_S - 1 if places is None else places)
         hidden_states: list[torch.Tensor] | None = [] if output_hidden_states else None
-        for block in self.blocks:
+        for block in self.blocks[:self.config.num_token_blocks]:
             if hidden_states is not None:
                 hidden_states.append(x_BSD)
-            x_BSD = block(x_BSD, input_ids, classes_Bc, rotations, mask_SS, is_start, past_key_values=past_key_values)
+            x_BSD = block(x_BSD, input_ids, classes_B, rotations, mask_SS, is_start, past_key_values=past_key_values)
+        if self.keys_and_values is not None:
+            is_causal = targets is None or past_key_values is None
+            mask_QS = mask_SS if is_causal else mask_of_all(past_length, length, num_keys, device)
+            x_BSD = self.predict(x_BSD, positions_S if targets is None else targets, rotations, mask_QS, is_causal, past_key_values, hidden_states)
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
         logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
@@ -320,27 +343,45 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSK, past_key_values=past_key_values,
                                       hidden_states=None if hidden_states is None else (*hidden_states, x_BSD))
 
-    def embed_ids(self, ids_BS: torch.Tensor, targets: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum of the embeddings of the ids and of the predicted places (B, S, D), with dropout: the start of the residual stream.
+    def token_rotations(self, places: torch.Tensor) -> torch.Tensor:
+        """The rotations (..., 2, p, 2) of tokens at these places (...) in the token blocks: those of their own place, for queries too."""
+        return self.rotations(places.device)[places + 1][..., 1:, :, :].expand(*places.shape, 2, -1, -1)
 
-        `targets` and `places` are (B, S), or (S,) if they are the same for all sequences.
+    def predict(self, x_BSD: torch.Tensor, targets: torch.Tensor, rotations: torch.Tensor, mask_QS: torch.Tensor | None, is_causal: bool,
+                past_key_values: Cache | None, hidden_states: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """The stream (B, Q, D) of the queries for target places (B, Q), or (Q,), after the query blocks.
+
+        `rotations` are those of the tokens in the stream `x_BSD`. Appends the input of each block to `hidden_states`, if given.
         """
-        x_BSD = self.token_embedding(ids_BS) + self.position_embedding(targets)
-        if self.place_embedding is not None:
-            x_BSD = x_BSD + self.place_embedding(targets if places is None else places + 1)  # in raster order, a place is one before its target
+        assert self.keys_and_values is not None
+        keys, values = self.keys_and_values(x_BSD, rotations[..., 1, :, :])
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.config.num_token_blocks)
+        x_BQD = self.to_stream(self.position_embedding(targets).expand(len(x_BSD), -1, -1))
+        query_rotations = self.rotations(targets.device)[targets][..., 0, :, :]
+        for block in self.blocks[self.config.num_token_blocks:]:
+            if hidden_states is not None:
+                hidden_states.append(x_BQD)
+            x_BQD = block(x_BQD, keys, values, query_rotations, mask_QS, is_causal)
+        return x_BQD
+
+    def embed_ids(self, ids_BS: torch.Tensor, targets_S: torch.Tensor | None = None) -> torch.Tensor:
+        """The embeddings of the ids (B, S, D), plus those of the places to predict, if given: the start of the residual stream."""
+        x_BSD = self.token_embedding(ids_BS)
+        return self.to_stream(x_BSD if targets_S is None else x_BSD + self.position_embedding(targets_S))
+
+    def to_stream(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        """Embeddings with dropout, in the dtype of the residual stream."""
         x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
         return x_BSD
 
-    def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor,
-                         parallel: int = 1) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The arguments `classes_Bc` and `is_start` of GridBlock.forward. If there are only the last `parallel` ids, all of them are the class."""
+    def starting_classes(self, ids_BS: torch.Tensor, past_length: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The arguments `classes_B` and `is_start` of GridBlock.forward."""
         is_start = past_length == 0 if isinstance(past_length, torch.Tensor) else None
-        if is_start is None and past_length != 0:
-            return None, None
-        copies = parallel if ids_BS.shape[1] == parallel else 1
-        return (ids_BS[:, :copies] - self.config.num_codes).clamp_min(0), is_start
+        classes_B = (ids_BS[:, 0] - self.config.num_codes).clamp_min(0) if is_start is not None or past_length == 0 else None
+        return classes_B, is_start
 
 
 AutoConfig.register(MODEL_TYPE, GridTransformerConfig)
