@@ -58,7 +58,9 @@ def check_types(section: Any, name: str) -> None:
         if isinstance(type_, types.UnionType):
             if given is None and types.NoneType in typing.get_args(type_):
                 continue
-            type_ = typing.get_args(type_)[0]
+            type_, *others = (kind for kind in typing.get_args(type_) if kind is not types.NoneType)
+            if others:  # the section itself checks a field with several types
+                continue
         full_name = f"{name}.{field.name}" if name else field.name
         if type_ in CONVERSIONS:
             setattr(section, field.name, CONVERSIONS[type_](full_name, given))
