@@ -26,7 +26,8 @@ import torch
 from benchmarks import cifar10
 from benchmarks.measuring import ratio, record, time_alternately, use_two_cpu_threads
 from pipelines.stages.preprocess import preprocess
-from stage1_tokenizer.image_files.images import CENTER_VIEW, ImageTransform, View, read_image, to_tensor, training_views
+from stage1_tokenizer.image_files.images import ImageTransform, read_image, to_tensor
+from stage1_tokenizer.image_files.views import CENTER_VIEW, View, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe

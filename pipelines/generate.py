@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import math
 import operator
 import secrets
 import shutil
@@ -34,6 +35,7 @@ from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.exported_weights import same_weights
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.recipes.field_types import as_boolean, as_integer
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
 from vqmosaic.seeding import image_seeds
@@ -47,9 +49,9 @@ MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 8 * 256**2, 64
 """Largest number of pixels and of images in a batch of the encoder or decoder, whose feature maps are far larger than the images."""
 
 
-def tokenizer_batch_size(image_size: int) -> int:
-    """Number of images in a batch of the encoder or decoder, given their height in pixels."""
-    return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // image_size**2))
+def tokenizer_batch_size(image_size: ImageSize) -> int:
+    """Number of images of this size in a batch of the encoder or decoder."""
+    return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
 
 
 def decode_in_batches(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:

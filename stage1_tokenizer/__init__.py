@@ -6,7 +6,7 @@ _MODULE_OF_NAME = {
     "ImageTokenizer": "tokenizer",
     "QUANTIZERS": "quantizers",
     "ImageTransform": "image_files.images",
-    "View": "image_files.images",
+    "View": "image_files.views",
 }
 __all__ = list(_MODULE_OF_NAME)
 

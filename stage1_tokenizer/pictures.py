@@ -7,6 +7,7 @@ from PIL import Image
 
 from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling
 from vqmosaic.files.full_disks import explain_full_disk
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 GAP_PIXELS = 2
 
@@ -43,6 +44,6 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         publish(partial, path)
 
 
-def viewing_scale(image_size: int, target_size: int = 64) -> int:
-    """Integer factor that enlarges small images to about `target_size` pixels per side."""
-    return max(1, target_size // image_size)
+def viewing_scale(image_size: ImageSize, target_size: int = 64) -> int:
+    """Integer factor that enlarges small images to about `target_size` pixels along their longer side."""
+    return max(1, target_size // max(height_and_width(image_size)))

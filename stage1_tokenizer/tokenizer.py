@@ -29,7 +29,7 @@ from vqmosaic.files.permissions import explain_permission_errors
 from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
 from vqmosaic.recipes.field_types import as_integer
-from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig, token_grid
 from vqmosaic.runs.devices import as_device, as_dtype
 from vqmosaic.seeding import derive_seed
 
@@ -54,6 +54,7 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, transform: ImageTransform, class_names: list[str] | None = None, seed: int = 0):
         super().__init__()
         seed = as_integer("seed", seed)
+        token_grid("image_size", transform.image_size, config)  # raises an error if a side does not fit the downsampling
         self.config, self.transform, self.class_names = config, transform, class_names
         self.token_fingerprint: str | None = None  # both set by save_pretrained and from_pretrained
         self.full_fingerprint: str | None = None
@@ -66,14 +67,20 @@ class ImageTokenizer(nn.Module):
             self.decoder = Decoder(config, transform.channels)
 
     @property
-    def grid_size(self) -> int:
-        """Tokens along one side."""
-        return self.transform.image_size // self.config.downsampling
+    def grid_sides(self) -> tuple[int, int]:
+        """Height h and width w of the token grid."""
+        return token_grid("image_size", self.transform.image_size, self.config)
+
+    @property
+    def grid_size(self) -> int | tuple[int, int]:
+        """Tokens along one side of a square grid; the pair (h, w) for other grids."""
+        height, width = self.grid_sides
+        return height if height == width else (height, width)
 
     @property
     def grid_shape(self) -> tuple[int, ...]:
         """Shape of one image's ids: (h, w), or (h, w, depth) if each position has several ids."""
-        return (self.grid_size, self.grid_size, *([self.config.depth] if self.config.depth > 1 else []))
+        return (*self.grid_sides, *([self.config.depth] if self.config.depth > 1 else []))
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +129,7 @@ class ImageTokenizer(nn.Module):
 
     def _quantize_images(self, images_BCHW: torch.Tensor) -> QuantizerOutput:
         """Quantizer output for images, in eval mode and float32."""
-        expected = (self.transform.channels, self.transform.image_size, self.transform.image_size)
+        expected = self.transform.shape
         if tuple(images_BCHW.shape[1:]) != expected:
             raise InputError(f"images have shape {tuple(images_BCHW.shape)}. This tokenizer takes (B, {', '.join(map(str, expected))}).")
         was_training = self.training

@@ -70,20 +70,22 @@ def describe_loss(training: TokenizerTrainingConfig) -> str:
 
 def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
     """Lines of the plan about the tokens of one image."""
-    config, side = tokenizer.config, tokenizer.grid_size
+    config, (height, width) = tokenizer.config, tokenizer.grid_sides
     if not tokenizer.quantizer.has_ids:
-        return {"latents": f"{side} x {side} x {config.code_dim}, continuous ({config.quantizer}), so there are no tokens"}
+        return {"latents": f"{height} x {width} x {config.code_dim}, continuous ({config.quantizer}), so there are no tokens"}
     depth = f" x {config.depth}" if config.depth > 1 else ""
-    return {"tokens": f"{side} x {side}{depth} per image, {config.codebook_size:,} codes ({config.quantizer})",
-            "codebook use is measured on": f"{counted(validation_images, 'image')}, {counted(validation_images * side**2 * config.depth, 'token')}"}
+    return {"tokens": f"{height} x {width}{depth} per image, {config.codebook_size:,} codes ({config.quantizer})",
+            "codebook use is measured on":
+                f"{counted(validation_images, 'image')}, {counted(validation_images * height * width * config.depth, 'token')}"}
 
 
 def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:
     """Warn if the codebook has more codes than the training images have latent vectors, so that not all codes can be used."""
-    codes, vectors = tokenizer.config.codebook_size, images * tokenizer.grid_size ** 2
+    codes, (height, width) = tokenizer.config.codebook_size, tokenizer.grid_sides
+    vectors = images * height * width
     if tokenizer.quantizer.has_ids and codes > vectors:
         run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have only {vectors:,} latent "
-                   f"vectors ({tokenizer.grid_size} x {tokenizer.grid_size} each), so not all codes can be used. Lower tokenizer.codebook_size, or "
+                   f"vectors ({height} x {width} each), so not all codes can be used. Lower tokenizer.codebook_size, or "
                    "train on more images.")
 
 

@@ -253,7 +253,7 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
 def low_codebook_usage_warning(run: TrainingRun) -> str | None:
     """A warning if the last validation used few of the codes that its images could use, otherwise None."""
     metrics, tokenizer = run.metrics.newest["validation"], cast(ImageTokenizer, run.unwrapped)
-    tokens = metrics["images"] * tokenizer.grid_size ** 2
+    tokens = metrics["images"] * math.prod(tokenizer.grid_sides)
     possible = 1 - math.exp(-tokens / tokenizer.config.codebook_size)  # expected share of codes hit if all are equally likely
     if metrics.get("codebook_usage", 1.0) >= run.recipe.tokenizer_training.usage_alarm * possible:
         return None

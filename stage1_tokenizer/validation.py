@@ -91,4 +91,4 @@ def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tenso
     rows: list[np.ndarray] = []
     for start in range(0, len(originals), columns):
         rows += [originals[start:start + columns], restored[start:start + columns]]
-    return tile_images(rows, viewing_scale(originals.shape[1]))
+    return tile_images(rows, viewing_scale(originals.shape[1:3]))

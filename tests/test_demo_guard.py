@@ -634,7 +634,7 @@ def test_an_avif_is_rotated_and_a_damaged_one_is_refused(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "image.avif").write_bytes(avif(30, 20, exif=exif, quality=100, subsampling="4:4:4"))
-    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), channels=3, side=16)
+    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), channels=3, image_size=16)
     expected = read_image(tmp_path / "image.avif")
     assert seen.size == expected.size == (20, 30) and np.array_equal(np.asarray(seen), np.asarray(expected))
     (tmp_path / "cut.avif").write_bytes(avif(30, 20)[:-20])

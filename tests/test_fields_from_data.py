@@ -9,7 +9,7 @@ from PIL import Image
 from pipelines.stages.chain import longer_training_hint
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_checks import check_before_start
-from stage1_tokenizer.image_files.images import named_views
+from stage1_tokenizer.image_files.views import named_views
 from tests.tiny import fields_of
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, RULES, DataSize, Facts, describe_choices

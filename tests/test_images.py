@@ -10,19 +10,8 @@ import torch
 from PIL import Image, ImageOps
 
 from stage1_tokenizer.data.augmentation import augment, random_view
-from stage1_tokenizer.image_files.images import (
-    CENTER_VIEW,
-    ImageTransform,
-    UnreadableImage,
-    View,
-    as_batches,
-    named_views,
-    read_image,
-    to_pil,
-    to_tensor,
-    to_uint8,
-    training_views,
-)
+from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, as_batches, read_image, to_pil, to_tensor, to_uint8
+from stage1_tokenizer.image_files.views import CENTER_VIEW, View, named_views, training_views
 from tests.image_bytes import encoded, png
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig, TokensConfig

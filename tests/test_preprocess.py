@@ -24,7 +24,7 @@ from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer.data import digits_source
 from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.image_files.images import CENTER_VIEW, training_views
+from stage1_tokenizer.image_files.views import CENTER_VIEW, training_views
 from tests.run_files import edit_json, token_files
 from tests.test_resume import die_at
 from tests.test_two_processes import processes_with

@@ -9,7 +9,8 @@ from PIL import Image
 
 from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.image_files.images import ImageTransform, named_views
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.image_files.views import named_views
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.model.causal_lm import make_config

@@ -150,7 +150,7 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
     columns = number if labels and 1 < number <= 16 else min(count, 8)
     rows = [result.images[start:start + columns] for start in range(0, count, columns)]
     report = f"{count} image{'s' if count > 1 else ''} with seed {seed} in {time.monotonic() - started:.1f} s."
-    grid = tile_images(rows, viewing_scale(result.images.shape[1]))
+    grid = tile_images(rows, viewing_scale(result.images.shape[1:3]))
     return gallery, grid, seed, report, python_code(pipe, folder, request)
 
 
@@ -166,7 +166,7 @@ def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str)
     """Reconstruct an upload and return the outputs of the Reconstruct tab: the resized image, the token map, the reconstruction, a report."""
     transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
     stopped = *[gr.skip()] * 3, "Stopped."
-    image = read_upload(path, stop, channels=transform.channels, side=transform.image_size)
+    image = read_upload(path, stop, channels=transform.channels, image_size=transform.image_size)
     if image is None or stop.is_set():
         return stopped
     seen_HWC = transform.resize(image)
@@ -219,13 +219,13 @@ class Page(gr.Blocks):
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
-    side, codes = pipe.tokenizer.transform.image_size, pipe.tokenizer.config.codebook_size
+    image_sides, codes = pipe.tokenizer.transform.sides, pipe.tokenizer.config.codebook_size
     why = why_unguided(names, pipe.prior.vocabulary.label_drop)
     unguided = why and f"Off, because the prior {why}."
     style = ["pixels", "below-label"]
 
     with Page(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{side} x {side} pixels, "
+        gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{format_shape(image_sides)} pixels, "
                     f"{format_shape(pipe.tokenizer.grid_shape)} tokens of {codes} codes, "
                     f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():

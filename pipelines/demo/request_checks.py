@@ -20,6 +20,7 @@ from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range, did_you_mean
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 MAX_IMAGES = 64
@@ -38,7 +39,7 @@ _DECODER = ThreadPoolExecutor(1, "decoder")
 
 def image_limit(pipe: ImageGenerationPipeline) -> int:
     """The largest number of images in a request: 64, or fewer if they are large."""
-    return max(1, min(MAX_IMAGES, MAX_PIXELS // pipe.tokenizer.transform.image_size**2))
+    return max(1, min(MAX_IMAGES, MAX_PIXELS // math.prod(pipe.tokenizer.transform.sides)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def shown_value(given: object) -> str:
     return text if len(text := repr(given)) <= 60 else f"{text[:57]}..."
 
 
-def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, side: int) -> Image.Image | None:
+def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, image_size: ImageSize) -> Image.Image | None:
     """Read an uploaded image. Returns None once `stop` is set. Raises UnreadableImage for files that the page does not accept.
 
     A second thread decodes the image, because decoders written in C cannot be interrupted. After a stop, the worker is free immediately, while
@@ -136,11 +137,11 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
     is_avif = Image.OPEN["AVIF"][1] if "AVIF" in Image.OPEN else None  # None if Pillow cannot read AVIF
     if is_avif is not None and is_avif(content[:16]) is True:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
-            limit_decoded_size(header, side)
+            limit_decoded_size(header, image_size)
         content = avif_as_png(path, stop)
     with StoppableFile(content, stop) as file:
         decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS,
-                                   before_decoding=lambda image: limit_decoded_size(image, side))
+                                   before_decoding=lambda image: limit_decoded_size(image, image_size))
         while not stop.is_set():
             try:
                 return decoding.result(timeout=STOP_SECONDS)
@@ -176,13 +177,14 @@ def avif_as_png(path: str | os.PathLike, stop: threading.Event) -> bytes:
     return b""
 
 
-def limit_decoded_size(image: Image.Image, side: int) -> None:
-    """Reduce the decoded size of a large JPEG, to at least 4 * `side` pixels per side. Raises UnreadableImage if an image is too large."""
+def limit_decoded_size(image: Image.Image, image_size: ImageSize) -> None:
+    """Reduce the decoded size of a large JPEG, to at least four times `image_size` per side. Raises UnreadableImage if an image is too large."""
     width, height = image.size
     if isinstance(image, ImageFile.ImageFile) and image.format in ("JPEG", "MPO"):
         image.decodermaxblock = JPEG_BLOCK_BYTES
     if MAX_UPLOAD_PIXELS < width * height <= MAX_JPEG_PIXELS:
-        image.draft(None, (4 * side, 4 * side))  # does nothing for other formats
+        needed_height, needed_width = height_and_width(image_size)
+        image.draft(None, (4 * needed_width, 4 * needed_height))  # does nothing for other formats
     if image.width * image.height > MAX_UPLOAD_PIXELS:
         raise UnreadableImage(f"{width} x {height} pixels, more than the {MAX_UPLOAD_PIXELS // 10**6} million that this page accepts "
                               f"({MAX_JPEG_PIXELS // 10**6} million as JPEG); reduce its size")

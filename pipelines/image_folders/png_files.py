@@ -5,15 +5,17 @@ import zlib
 from pathlib import Path
 
 from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB = 0, 2
 """Colour types of a PNG header."""
 
 
-def png_header(size: int, channels: int) -> bytes:
-    """The IHDR data of a square PNG with sides of `size` pixels: 8 bits per channel, grey (1 channel) or RGB, not interlaced."""
-    return struct.pack(">IIBBBBB", size, size, 8, GREY if channels == 1 else RGB, 0, 0, 0)
+def png_header(image_size: ImageSize, channels: int) -> bytes:
+    """The IHDR data of a PNG of this size: 8 bits per channel, grey (1 channel) or RGB, not interlaced."""
+    height, width = height_and_width(image_size)
+    return struct.pack(">IIBBBBB", width, height, 8, GREY if channels == 1 else RGB, 0, 0, 0)
 
 
 @explain_permission_errors()

@@ -30,6 +30,7 @@ from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.generation.sampling import SamplingStopped
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import write_json
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.runs.run_folder import locked
 from vqmosaic.training.tracking import progress_bar
@@ -203,14 +204,14 @@ def digest_of_files(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def grid_rows(count: int, columns: int, size: int, rows_each: int = 1) -> list[range]:
-    """The positions of the images in each row of a grid of `count` images, with `columns` images per row.
+def grid_rows(count: int, columns: int, size: ImageSize, rows_each: int = 1) -> list[range]:
+    """The positions of the images in each row of a grid of `count` images, with `columns` images of this size per row.
 
     A large grid is cropped to its first rows and to the first images of each row. Each row takes `rows_each` rows in the picture.
     """
-    side = max(1, min(GRID_SIDE, GRID_PIXELS // size))
-    starts = range(0, count, columns)[:max(1, side // rows_each)]
-    return [range(start, min(start + min(columns, side), count)) for start in starts]
+    most_rows, most_columns = (max(1, min(GRID_SIDE, GRID_PIXELS // side)) for side in height_and_width(size))
+    starts = range(0, count, columns)[:max(1, most_rows // rows_each)]
+    return [range(start, min(start + min(columns, most_columns), count)) for start in starts]
 
 
 def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
@@ -222,10 +223,10 @@ def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
             return np.array(picture).reshape(picture.height, picture.width, -1)
 
     arrays = [np.stack([read_pixels(image) for image in row]) for row in rows]
-    save_picture(tile_images(arrays, viewing_scale(arrays[0].shape[1])), path)
+    save_picture(tile_images(arrays, viewing_scale(arrays[0].shape[1:3])), path)
 
 
-def image_size(path: Path) -> int:
-    """Height of an image file in pixels."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image file in pixels."""
     with Image.open(path) as picture:
-        return picture.height
+        return picture.height, picture.width

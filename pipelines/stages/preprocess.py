@@ -8,7 +8,6 @@ shards, because data sets are often stored class by class. Shard s holds the ima
 writes the same bytes, and after an interruption only the missing shards are written.
 """
 
-import dataclasses
 import sys
 import time
 from collections import deque
@@ -25,7 +24,8 @@ from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_recorded_splits
-from stage1_tokenizer.image_files.images import CENTER_VIEW, UnreadableImage, View, to_tensor, training_views
+from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
+from stage1_tokenizer.image_files.views import CENTER_VIEW, View, training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar
@@ -175,8 +175,8 @@ def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, 
 
     `former` selects the data set identities that vqmosaic 0.1.0 recorded.
     """
-    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=tokenizer.grid_size, width=tokenizer.grid_size,
-                depth=tokenizer.config.depth)
+    height, width = tokenizer.grid_sides
+    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=height, width=width, depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
     assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
     plans = []
@@ -251,8 +251,6 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
     Each thread decodes a part of a batch, not one image at a time: for 32-pixel images, passing tasks between threads would take a large part of the
     time. The threads work `ahead` batches ahead of the caller. With one thread and `ahead` 0, the calling thread decodes.
     """
-    size, channels = tokenizer.transform.image_size, tokenizer.transform.channels
-
     def decode(part: Sequence[int], rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
         errors: list[UnreadableImage | None] = []
         pixels: dict[int, np.ndarray] = {}
@@ -267,7 +265,7 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
         return errors
 
     def empty_rows(batch: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(len(batch), len(views), channels, size, size)
+        return torch.zeros(len(batch), len(views), *tokenizer.transform.shape)
 
     def submit(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor, list[Future]]:
         rows_NVCHW, part_size = empty_rows(batch), -(-len(batch) // threads)
@@ -305,11 +303,10 @@ def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: 
 
 def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path) -> None:
     """Raise InputError if the image size or another image field of the recipe differs from that of the tokenizer."""
-    for field in dataclasses.fields(tokenizer.transform):
-        given, needed = getattr(recipe.data, field.name, None), getattr(tokenizer.transform, field.name)
+    for name, needed in tokenizer.transform.to_dict().items():
+        given = getattr(recipe.data, name, None)
         if given is not None and given != needed:
-            raise InputError(f"data.{field.name} is {given}, but the tokenizer in {folder} was trained with {needed}. "
-                             f"Set data.{field.name} to {needed}.")
+            raise InputError(f"data.{name} is {given}, but the tokenizer in {folder} was trained with {needed}. Set data.{name} to {needed}.")
 
 
 def main(arguments: list[str]) -> None:

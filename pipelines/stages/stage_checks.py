@@ -179,8 +179,8 @@ def check_prior_config(recipe: Recipe) -> None:
     from stage2_prior.model.causal_lm import make_config
     from stage2_prior.vocabulary import Vocabulary
 
-    side = recipe.data.image_size // recipe.tokenizer.downsampling
-    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side, depth=recipe.tokenizer.depth)
+    height, width = recipe.grid_sides
+    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=height, width=width, depth=recipe.tokenizer.depth)
     make_config(recipe.prior, Vocabulary(grids=[grid], class_names=None, token_fingerprint=""))
 
 

@@ -99,7 +99,7 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
         out = pipe(num_images_per_label=ROWS * COLUMNS, seed=recipe.seed, output_type="np")
     assert isinstance(out.images, np.ndarray)  # as output_type says
     rows = [out.images[start:start + COLUMNS] for start in range(0, len(out.images), COLUMNS)]
-    save_picture(tile_images(rows, viewing_scale(out.images.shape[1])), path)
+    save_picture(tile_images(rows, viewing_scale(out.images.shape[1:3])), path)
 
 
 def summary_table(summary: dict[str, Any]) -> str:

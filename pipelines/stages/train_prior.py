@@ -74,7 +74,7 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
             pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
         pixels_NHWC = np.concatenate(pixels)
         rows = [pixels_NHWC[start:start + COLUMNS] for start in range(0, len(pixels_NHWC), COLUMNS)]
-        picture = tile_images(rows, viewing_scale(pixels_NHWC.shape[1]))
+        picture = tile_images(rows, viewing_scale(pixels_NHWC.shape[1:3]))
         save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
 
     return save

@@ -21,6 +21,7 @@ from pipelines.sweep.feature_file import FeatureFile
 from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 RETURN_FEATURES = "return_features"
 """Argument of NVIDIA's Inception file (inception-2015-12-05.pt). Without it, the network returns class probabilities."""
@@ -58,11 +59,12 @@ class FeatureExtractor(nn.Module):
         images_B3HW = images_BCHW.to(self.device).expand(-1, 3, -1, -1).contiguous()
         return self.network(self.prepare(images_B3HW)).cpu().double()  # in this order, because Apple devices have no float64
 
-    def check_on_test_batch(self, image_size: int) -> None:
+    def check_on_test_batch(self, image_size: ImageSize) -> None:
         """Run the network on a noise image and a black image, and set `num_features`. Raises InputError if the features are invalid or equal."""
-        images_BCHW = torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        height, width = height_and_width(image_size)
+        images_BCHW = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         images_BCHW[1] = 0
-        batch = f"a batch of two {image_size} x {image_size} images ({'uint8, 0 to 255' if self.file.model is None else 'float32, normalised'})"
+        batch = f"a batch of two {height} x {width} images ({'uint8, 0 to 255' if self.file.model is None else 'float32, normalised'})"
         try:
             features_BF = self(images_BCHW)
         except Exception as error:  # a user's network can raise anything
@@ -79,7 +81,7 @@ class FeatureExtractor(nn.Module):
         self.num_features = features_BF.shape[1]
 
 
-def load_feature_extractor(file: FeatureFile, image_size: int, device: torch.device,
+def load_feature_extractor(file: FeatureFile, image_size: ImageSize, device: torch.device,
                            build: Callable[[str], FeatureNetwork] | None = None) -> FeatureExtractor:
     """The extractor in a file, in evaluation mode, checked on one batch of images of this size.
 

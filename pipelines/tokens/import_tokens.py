@@ -36,7 +36,7 @@ from vqmosaic.files.given_paths import given_path
 from vqmosaic.files.json_files import from_fields, written_by
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.held_out import choose_held_out
-from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, TokenizerConfig, token_grid
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted
@@ -166,11 +166,11 @@ def get_codebook_size_and_grid(options: argparse.Namespace) -> tuple[int, tuple[
     config = from_fields(TokenizerConfig, content["network"], f"{options.tokenizer / 'config.json'}: network", written_by(content))
     if config.quantizer in CONTINUOUS_QUANTIZERS:
         raise InputError(f"--tokenizer {options.tokenizer} has the quantizer {config.quantizer!r}, which makes no ids.")
-    side = content["transform"]["image_size"] // config.downsampling
-    for name, expected in (("codebook_size", config.codebook_size), ("height", side), ("width", side)):
+    height, width = token_grid(f"{options.tokenizer / 'config.json'}: image_size", content["transform"]["image_size"], config)
+    for name, expected in (("codebook_size", config.codebook_size), ("height", height), ("width", width)):
         if getattr(options, name) not in (None, expected):
             raise InputError(f"--{name} is {getattr(options, name)}, but the tokenizer in {options.tokenizer} has {expected}; omit --{name}.")
-    return config.codebook_size, (side, side, config.depth)
+    return config.codebook_size, (height, width, config.depth)
 
 
 def parse_class_names(text: str | None) -> list[str] | None:

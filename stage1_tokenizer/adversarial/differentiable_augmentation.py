@@ -18,7 +18,7 @@ Augmentation = Callable[[torch.Tensor], torch.Tensor]
 TRANSLATION_SHARE = 0.125
 """Largest shift as a fraction of the image side."""
 CUTOUT_SHARE = 0.5
-"""Side of the cut-out square as a fraction of the image side."""
+"""Height and width of the cut-out rectangle as fractions of those of the image."""
 
 
 def augment_images(images_BCHW: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _translation(images_BCHW: torch.Tensor) -> Augmentation:
 
 
 def _cutout(images_BCHW: torch.Tensor) -> Augmentation:
-    """Set a random square of half the image side to 0. It may lie partly outside the image."""
+    """Set a random rectangle of half the height and half the width of the image to 0. It may lie partly outside the image."""
     height, width = images_BCHW.shape[2:]
     inside = []
     for side in (height, width):

@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from stage1_tokenizer.image_files.images import ImageTransform, View, flip_and_shift
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.image_files.views import View, flip_and_shift
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 

@@ -12,6 +12,7 @@ from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.colour_spaces import other_colour_space
 from stage1_tokenizer.image_files.images import UnreadableImage
 from vqmosaic.errors import printable
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.wording import counted, is_or_are
 
@@ -88,7 +89,7 @@ def _pixel_digest(image: Image.Image) -> bytes:
 
 
 def _check_split(source: ImageSource, report: Callable[[str], None], name: str, names_by_digest: dict[bytes, list[tuple[str, str]]],
-                 names_by_space: dict[str, list[str]], image_size: int) -> list[tuple[str, str]]:
+                 names_by_space: dict[str, list[str]], image_size: ImageSize) -> list[tuple[str, str]]:
     """(source name, reason) of every unreadable image in a split. Adds its images to `names_by_digest` and `names_by_space`."""
     digests: dict[int, bytes] = {}
     space_of: dict[int, str | None] = {}
@@ -110,7 +111,8 @@ def _check_split(source: ImageSource, report: Callable[[str], None], name: str, 
             names_by_space.setdefault(space, []).append(source.source_name(index))
     sizes = [size for size in results if isinstance(size, tuple)]
     report(f"{split}: {counted(len(source), 'image')}, {_size_range(sizes)}")
-    small = sum(min(size) < image_size for size in sizes)
+    needed_height, needed_width = height_and_width(image_size)
+    small = sum(width < needed_width or height < needed_height for width, height in sizes)
     if small:
         report(f"{split}: {counted(small, 'image')} {is_or_are(small)} smaller than data.image_size = {image_size} and will be enlarged, which adds "
                "no detail. A smaller data.image_size trains faster.")

@@ -1,5 +1,6 @@
 """A cache of resized images in memory. Each image is decoded when it is first requested, so a short run decodes only what it uses."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage
 
 def resized_megabytes(count: int, transform: ImageTransform) -> float:
     """Size in MiB of `count` resized images as uint8."""
-    return count * transform.image_size ** 2 * transform.channels / 2 ** 20
+    return count * math.prod(transform.shape) / 2 ** 20
 
 
 class ResizedImages:

@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import IO, Any, TypeGuard, cast
 
 import numpy as np
@@ -21,11 +21,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction
-from vqmosaic.errors import InputError, check_name
+from stage1_tokenizer.image_files.views import CENTER_VIEW, View, flip_and_shift
+from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import permission_denied
-from vqmosaic.recipes.field_types import as_integer
-from vqmosaic.recipes.recipe_sections import DataConfig, TokensConfig
-from vqmosaic.recipes.view_lists import POSITIONS, VIEW_SETS
+from vqmosaic.recipes.image_sizes import ImageSize, checked_image_size, height_and_width
+from vqmosaic.recipes.recipe_sections import DataConfig
 
 MAX_PIXELS = DataConfig.max_pixels
 
@@ -182,100 +182,33 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """A square crop of an image, optionally flipped and shifted."""
-
-    crop_scale: float = 1.0
-    """Side of the square crop relative to the short side of the image."""
-    x: float = 0.5
-    """Horizontal position of the crop: 0 is at the left edge of the image, 0.5 in the centre, 1 at the right edge."""
-    y: float = 0.5
-    """Vertical position of the crop: 0 is at the top edge of the image, 0.5 in the centre, 1 at the bottom edge."""
-    flip: bool = False
-    """Flip left and right."""
-    shift_x: int = 0
-    """Shift to the right, after the flip, in pixels of the resized image. The edge is repeated."""
-    shift_y: int = 0
-    """Shift down in pixels of the resized image. The edge is repeated."""
-
-    def __post_init__(self):
-        if not (0 < self.crop_scale <= 1 and 0 <= self.x <= 1 and 0 <= self.y <= 1):
-            raise InputError(f"{self}: crop_scale must be above 0 and at most 1; x and y must be at least 0 and at most 1.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
-
-
-CENTER_VIEW = View()
-"""The largest square in the centre of the image, neither flipped nor shifted."""
-_SHIFT_STEPS = {"shifts": (0, -1, 1), "wide-shifts": (0, -1, 1, -2, 2)}
-"""The shifts along each axis, in steps of `shift` pixels. Sets that are not listed have no shifts."""
-
-
-def training_views(tokens: TokensConfig) -> list[View]:
-    """The views of each training image that preprocessing stores, in stored order. The recipe names a set of views or lists them."""
-    if isinstance(tokens.views, str):
-        return named_views(tokens.views, tokens.view_shift, tokens.view_crop_scale)
-    views = []
-    for record in tokens.views:
-        (x, y), (shift_x, shift_y) = POSITIONS[record["position"]], record["shift"]
-        views.append(View(crop_scale=record["crop_scale"], x=x, y=y, flip=record["flip"], shift_x=shift_x, shift_y=shift_y))
-    return views
-
-
-def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view_crop_scale) -> list[View]:
-    """The views of a named set (VIEW_SETS). All sets except ten-crop begin with CENTER_VIEW.
-
-    none: only CENTER_VIEW. shifts: CENTER_VIEW and its eight neighbours at a distance of `shift` pixels. wide-shifts: the 25 views at up to
-    two such steps in each direction. flip: CENTER_VIEW and its flipped version. flip+NAME: the views of the set NAME, then their flipped versions.
-    ten-crop: the centre and the four corners at `crop_scale`, then their flipped versions (Krizhevsky et al. 2012; stored as tokens: LlamaGen,
-    Sun et al. 2024).
-    """
-    check_name("tokens.views", name, VIEW_SETS)
-    if name == "ten-crop":
-        positions = [POSITIONS[position] for position in ("center", "top-left", "top-right", "bottom-left", "bottom-right")]
-        return [View(crop_scale=crop_scale, x=x, y=y, flip=flip) for flip in (False, True) for x, y in positions]
-    shifts = [step * shift for step in _SHIFT_STEPS.get(name.removeprefix("flip+"), (0,))]
-    flips = (False, True) if name.startswith("flip") else (False,)
-    return [View(flip=flip, shift_x=shift_x, shift_y=shift_y) for flip in flips for shift_y in shifts for shift_x in shifts]
-
-
-def flip_and_shift(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
-    """The uint8 image (H, W, C) with the flip and shift of the view. Ignores the crop of the view."""
-    height, width = pixels_HWC.shape[:2]
-    if view.flip:
-        pixels_HWC = pixels_HWC[:, ::-1]
-    if view.shift_y:
-        pixels_HWC = pixels_HWC.take(_shifted_indices(height, view.shift_y), axis=0)
-    if view.shift_x:
-        pixels_HWC = pixels_HWC.take(_shifted_indices(width, view.shift_x), axis=1)
-    return np.ascontiguousarray(pixels_HWC)
-
-
-@functools.lru_cache(maxsize=256)
-def _shifted_indices(size: int, shift: int) -> np.ndarray:
-    """The indices that shift an axis of `size` pixels by `shift` and repeat its edge."""
-    return np.clip(np.arange(size) - shift, 0, size - 1)
-
-
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resizes images to one size: antialiased bicubic resize of the short side, and centre crop.
+    """Resizes images to one size: antialiased bicubic resize until the image covers it, and centre crop.
 
     Validation and the pipeline use the default view, preprocessing the views of the recipe, and training random views.
     """
 
-    image_size: int
-    """Height and width of the result in pixels."""
+    image_size: ImageSize
+    """Size of the result in pixels: an integer for squares, the tuple (height, width) for rectangles. Lists are accepted."""
     channels: int = 3
     """3 for RGB, 1 for grey."""
 
     def __post_init__(self):
-        if as_integer("image_size", self.image_size) < 1 or self.channels not in (1, 3):
-            raise InputError(f"image_size is {self.image_size} and channels is {self.channels}; "
-                             "allowed: an image_size of at least 1, and channels 1 (grey) or 3 (RGB).")
+        size = checked_image_size("image_size", self.image_size)
+        object.__setattr__(self, "image_size", size if isinstance(size, int) else tuple(size))
+        if self.channels not in (1, 3):
+            raise InputError(f"channels is {self.channels}; allowed: 1 (grey) or 3 (RGB).")
+
+    @functools.cached_property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the result in pixels."""
+        return height_and_width(self.image_size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the result as a tensor."""
+        return (self.channels, *self.sides)
 
     def __call__(self, image: Image.Image, view: View = CENTER_VIEW) -> Tensor:
         """The image as float32 (C, H, W) in [-1, 1]."""
@@ -284,15 +217,24 @@ class ImageTransform:
     def resize(self, image: Image.Image, view: View = CENTER_VIEW) -> np.ndarray:
         """The view of an image as uint8 (H, W, C): cropped and resized in one step, then flipped and shifted. Accepts any PIL image."""
         image = read_image(image, channels=self.channels)
-        width, height = image.size
-        side = min(width, height) * view.crop_scale
-        left, top = (width - side) * view.x, (height - side) * view.y
+        height, width = self.sides
+        resized = image.resize((width, height), Image.Resampling.BICUBIC, box=self._crop_box(image, view))
+        return flip_and_shift(np.array(resized).reshape(height, width, self.channels), view)
+
+    def _crop_box(self, image: Image.Image, view: View) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the view's crop: a box with the proportions of the result, the largest one for crop_scale 1.
+
+        Only the box is resampled, so a strip of 1 x 100,000 pixels does not become one of 32 x 3,200,000.
+        """
+        (width, height), (result_height, result_width) = image.size, self.sides
+        if width * result_height <= height * result_width:  # the crop has the full width of the image
+            box_width, box_height = width * view.crop_scale, width * result_height / result_width * view.crop_scale
+        else:
+            box_width, box_height = height * result_width / result_height * view.crop_scale, height * view.crop_scale
+        left, top = (width - box_width) * view.x, (height - box_height) * view.y
         if view.crop_scale == 1:  # whole pixels, so that an image that already has the right size is not blurred
-            left, top = round(left), round(top)
-        # Only the box is resampled, so a strip of 1 x 100,000 pixels does not become one of 32 x 3,200,000.
-        box = (left, top, min(left + side, width), min(top + side, height))
-        resized = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box=box)
-        return flip_and_shift(np.array(resized).reshape(self.image_size, self.image_size, self.channels), view)
+            left, top = min(round(left), width - box_width), min(round(top), height - box_height)
+        return left, top, min(left + box_width, width), min(top + box_height, height)
 
     def resize_views(self, image: Image.Image, views: Sequence[View]) -> np.ndarray:
         """All views of an image as uint8 (V, H, W, C), each the same as from `resize`. Views with the same crop are resized only once."""
@@ -306,7 +248,7 @@ class ImageTransform:
 
     def to_dict(self) -> dict[str, Any]:
         """The transform as a dictionary for the tokenizer's config."""
-        return {"image_size": self.image_size, "channels": self.channels, "resampling": "bicubic"}
+        return {"image_size": checked_image_size("image_size", self.image_size), "channels": self.channels, "resampling": "bicubic"}
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageTransform":
@@ -343,7 +285,7 @@ def as_batches(images: Image.Image | Sequence[Image.Image] | Tensor, transform: 
     converted one batch at a time. Raises InputError for anything else. As this is a generator, nothing is checked before its first batch is
     requested, and an unreadable image is an error only in its own batch.
     """
-    shape = (transform.channels, transform.image_size, transform.image_size)
+    shape = transform.shape
     allowed = f"allowed: a PIL image, a list of PIL images, or a floating-point tensor (B, {shape[0]}, {shape[1]}, {shape[2]}) in [-1, 1]"
     if isinstance(images, Tensor):
         if images.ndim != 4 or images.shape[1:] != shape or not len(images) or not images.is_floating_point():

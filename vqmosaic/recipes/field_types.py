@@ -49,8 +49,9 @@ CONVERSIONS = {int: as_integer, float: as_number, bool: as_boolean}
 
 
 def required_type(type_: Any) -> Any:
-    """The type of a field without None: int for `int | None`."""
-    return typing.get_args(type_)[0] if isinstance(type_, types.UnionType) else type_
+    """The type of a field without None: int for `int | None`. A union of other types stays a union."""
+    kinds = [kind for kind in typing.get_args(type_) if kind is not types.NoneType] if isinstance(type_, types.UnionType) else [type_]
+    return kinds[0] if len(kinds) == 1 else type_
 
 
 def check_types(section: Any, name: str) -> None:
@@ -60,6 +61,8 @@ def check_types(section: Any, name: str) -> None:
     """
     for field in dataclasses.fields(section):
         given, type_ = getattr(section, field.name), required_type(field.type)
+        if isinstance(type_, types.UnionType):
+            continue  # the section itself checks a field with several types
         if given is None and types.NoneType in typing.get_args(field.type):
             continue
         full_name = f"{name}.{field.name}" if name else field.name

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.json_files import read_object
+from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 from vqmosaic.recipes.tokenizer_sections import NEAREST_CODE_KINDS, PATCH_SIZES
 from vqmosaic.recipes.view_lists import VIEW_COUNTS
@@ -24,7 +25,8 @@ ASSUMED_IMAGES = 5000
 BUDGETS = {"tokenizer_training.max_minutes": 0.5, "prior_training.max_minutes": 0.5}
 """The fields among which `minutes` is divided, and the share of each."""
 PIXELS_PER_TOKEN, SMALLEST_SIDE, LARGEST_SIDE = 8, 8, 16
-"""The target grid: tokens of 8 x 8 pixels, but at least 8 and at most 16 tokens along one side."""
+"""The target grid: tokens of 8 x 8 pixels, but at least 8 and at most 16 tokens along one side. For images that are not square, the number of tokens
+is that of a square with the same number of pixels."""
 FEWEST_CODES, MOST_CODES, TOKENS_PER_CODE = 128, 512, 64
 """Bounds of the codebook size, and the target number of training tokens per code."""
 FEW_IMAGES, MANY_IMAGES = 2000, 25_000
@@ -95,6 +97,11 @@ class Rule:
     choose: Callable[[Mapping[str, Any], Facts], Iterator[Choice]]
 
 
+def sides_of_images(recipe: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width of the images of a recipe."""
+    return height_and_width(recipe["data.image_size"], "data.image_size")
+
+
 def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Divide `minutes` between the two training stages."""
     minutes = recipe["minutes"]
@@ -105,16 +112,19 @@ def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Choose the pixels along one side of a token: the power of two whose grid is closest to the target."""
-    size = recipe["data.image_size"]
-    check_range("data.image_size", size, at_least=16)
-    target_side = min(max(size / PIXELS_PER_TOKEN, SMALLEST_SIDE), LARGEST_SIDE)
-    candidates = [2**power for power in range(1, 8) if size % 2**power == 0 and size // 2**power >= 2] or [1]
-    downsampling = min(candidates, key=lambda candidate: abs(math.log2(size / candidate / target_side)))
-    if size // downsampling > 2 * LARGEST_SIDE:
-        raise InputError(f"data.image_size is {size}, which makes {size // downsampling} x {size // downsampling} tokens, because {downsampling} is "
-                         f"the largest power of two that divides it. Set it to a multiple of 16, such as {max(16, round(size / 16) * 16)}.")
-    reason = f"{size} pixels make {size // downsampling} x {size // downsampling} tokens"
+    """Choose the pixels along one side of a token: the power of two whose grid is closest to the target, the smaller one of two."""
+    size = checked_image_size("data.image_size", recipe["data.image_size"], at_least=16)
+    height, width = sides = height_and_width(size)
+    target = min(max(height * width / PIXELS_PER_TOKEN**2, SMALLEST_SIDE**2), LARGEST_SIDE**2)
+    candidates = [2**power for power in range(1, 8) if all(side % 2**power == 0 and side // 2**power >= 2 for side in sides)] or [1]
+    downsampling = min(candidates, key=lambda candidate: abs(math.log2(height * width / candidate**2 / target)))
+    grid = f"{height // downsampling} x {width // downsampling}"
+    if (height // downsampling) * (width // downsampling) > (2 * LARGEST_SIDE) ** 2:
+        nearest = checked_image_size("data.image_size", [max(16, round(side / 16) * 16) for side in sides])
+        of_what, numbers = ("it", "it to a multiple") if isinstance(size, int) else ("both sides", "both to multiples")
+        raise InputError(f"data.image_size is {size}, which makes {grid} tokens, because {downsampling} is the largest power of two that divides "
+                         f"{of_what}. Set {numbers} of 16, such as {nearest}.")
+    reason = f"{size if isinstance(size, int) else f'{height} x {width}'} pixels make {grid} tokens"
     halvings = max(0, len(recipe["tokenizer.channel_multipliers"]) - 1) if "tokenizer.channel_multipliers" in facts.given else 0
     yield Choice("tokenizer.patch_size", min(max(1, downsampling // 2**halvings), max(PATCH_SIZES)), reason)
     check_range("tokenizer.patch_size", recipe["tokenizer.patch_size"], at_least=1)
@@ -125,7 +135,8 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Choose the codebook size by the number of tokens in the training images."""
     downsampling = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
-    tokens = max(1, facts.images * (recipe["data.image_size"] // downsampling) ** 2)
+    height, width = sides_of_images(recipe)
+    tokens = max(1, facts.images * (height // downsampling) * (width // downsampling))
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
     yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
 
@@ -147,7 +158,7 @@ def tokenizer_network(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choic
 
 def random_shifts(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Shift the training images at random, unless there are many images."""
-    yield Choice("data.shift", recipe["data.image_size"] // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
+    yield Choice("data.shift", min(sides_of_images(recipe)) // 16 if facts.images < MANY_IMAGES else 0, f"{facts.images:,} training images")
 
 
 def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
@@ -160,7 +171,9 @@ def stored_views(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     else:
         views = "flip" if recipe["data.flip"] else "none"
     yield Choice("tokens.views", views, f"{facts.images:,} training images, data.flip is {str(recipe['data.flip']).lower()}")
-    yield Choice("tokens.view_shift", max(1, recipe["data.image_size"] // 32), f"less than a token, for images of {recipe['data.image_size']} pixels")
+    height, width = sides_of_images(recipe)
+    yield Choice("tokens.view_shift", max(1, min(height, width) // 32),
+                 f"less than a token, for images of {height if height == width else f'{height} x {width}'} pixels")
 
 
 def prior_training(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_range, printable
 from vqmosaic.recipes.field_types import check_types
+from vqmosaic.recipes.image_sizes import height_and_width
 from vqmosaic.recipes.recipe_sections import (
     DataConfig,
     PriorConfig,
@@ -16,7 +17,13 @@ from vqmosaic.recipes.recipe_sections import (
     TokensConfig,
     unrecorded,
 )
-from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, TokenizerConfig, TokenizerTrainingConfig, patches_per_side
+from vqmosaic.recipes.tokenizer_sections import (
+    AdversarialConfig,
+    TokenizerConfig,
+    TokenizerTrainingConfig,
+    check_discriminator_fits,
+    token_grid,
+)
 from vqmosaic.recipes.view_lists import check_shifts_fit
 
 
@@ -60,25 +67,20 @@ class Recipe:
                                  "file or folder, or give a link to it.")
         if not self.run_dir:
             raise InputError("run_dir is empty; set it to a folder for this run, such as runs/my-run.")
-        size, downsampling = self.data.image_size, self.tokenizer.downsampling
-        if size % downsampling or size // downsampling < 2:
-            nearest = max(2, round(size / downsampling)) * downsampling
-            raise InputError(f"data.image_size is {size}. With {len(self.tokenizer.channel_multipliers)} levels in tokenizer.channel_multipliers and "
-                             f"tokenizer.patch_size {self.tokenizer.patch_size}, it must be a multiple of {downsampling} with at least 2 tokens per "
-                             f"side; set data.image_size to {nearest}, or remove levels.")
+        token_grid("data.image_size", self.data.image_size, self.tokenizer, fewest=2)
         training = self.tokenizer_training
         if self.adversarial.weight and training.mixed_precision == "fp16":
             raise InputError("tokenizer_training.mixed_precision is 'fp16' and adversarial.weight is not 0, but balancing the two losses "
                              "overflows in fp16. Set mixed_precision to auto, bf16 or no.")
         if self.adversarial.weight:
-            patches_per_side(size, self.adversarial.layers)
+            check_discriminator_fits(self.data.image_size, self.adversarial.layers)
         if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0, so there is no "
                              "discriminator. Set adversarial.weight above 0, or perceptual_loss to lpips.")
         steps = 2 if self.tokens.views in ("wide-shifts", "flip+wide-shifts") else 1
         check_range(f"tokens.view_shift (tokens.views {self.tokens.views!r})" if steps == 2 else "tokens.view_shift", self.tokens.view_shift,
-                    at_least=1, below=size / 2 / steps)
-        check_shifts_fit("tokens.views", self.tokens.views, size)
+                    at_least=1, below=min(height_and_width(self.data.image_size)) / 2 / steps)
+        check_shifts_fit("tokens.views", self.tokens.views, self.data.image_size)
         if self.data.source == "digits" and (self.data.flip or self.tokens.mirrors):
             field_name = "data.flip" if self.data.flip else "tokens.views"
             raise InputError(f"{field_name} mirrors images, but data.source is 'digits', and mirroring changes the meaning of digits. Turn it off.")
@@ -104,9 +106,15 @@ class Recipe:
                              "class labels. Set sampling.guidance_scale to 1.")
 
     @property
+    def grid_sides(self) -> tuple[int, int]:
+        """Height and width of the token grid of one image."""
+        return token_grid("data.image_size", self.data.image_size, self.tokenizer)
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens T of one image."""
-        return (self.data.image_size // self.tokenizer.downsampling) ** 2 * self.tokenizer.depth
+        height, width = self.grid_sides
+        return height * width * self.tokenizer.depth
 
     @property
     def tokens_folder(self) -> Path:

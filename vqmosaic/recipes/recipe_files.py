@@ -317,7 +317,7 @@ def describe_parse_error(error: Exception, path: Path) -> str:
     union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
     single = re.search(r"Expected a <class '(\w+)'>\. Got value: (.*)$", reason)
     if found := union or single:
-        types, given = re.findall(r"'(\w+)'", found[1]) if union else [found[1]], found[2]
+        types, given = re.findall(r"(?<=')\w+(?=')|\blist(?=\[)", found[1]) if union else [found[1]], found[2]
         is_yaml_word = given in ("False", "True") and "str" in types
         hint = ' YAML reads no, off, yes and on as false and true. Write them in quotes: "no".' if is_yaml_word else ""
         given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))

@@ -10,6 +10,7 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.field_types import check_types
+from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
 from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
@@ -57,12 +58,13 @@ class DataConfig:
     """The split to validate on. If it is not given and no split has a usual name, images are selected by a hash of their path or row number."""
     validation_fraction: float = 0.05
     """Fraction of the images that the hash selects for validation, if the data has no validation split."""
-    image_size: int = 32
-    """Height and width of images in pixels. The short side is resized to this size, and the centre is cropped."""
+    image_size: int | list[int] = 32
+    """Size of images in pixels: one number for square images, or [height, width]. Images are resized to cover this size, and the centre is cropped.
+    Height and width must be multiples of the pixels per side of a token."""
     channels: int = 3
     """3 for RGB, 1 for grey."""
     crop_scale: float = 1.0
-    """Training augmentation: smallest side of the random crop, relative to the short side of the image; 1 turns it off."""
+    """Training augmentation: smallest side of the random crop, relative to the largest crop of the proportions of image_size; 1 turns it off."""
     flip: bool = False
     """Training augmentation: mirror half of the images left to right. Leave it off if that changes their meaning."""
     shift: int = 0
@@ -79,12 +81,12 @@ class DataConfig:
     def __post_init__(self):
         check_types(self, "data")
         check_name("data.source", self.source, SOURCES)
-        check_range("data.image_size", self.image_size, at_least=16, at_most=4096)
+        self.image_size = checked_image_size("data.image_size", self.image_size, at_least=16, at_most=4096)
         if self.channels not in (1, 3):
             raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (RGB).")
         check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_range("data.crop_scale", self.crop_scale, above=0, at_most=1)
-        check_range("data.shift", self.shift, at_least=0, below=self.image_size / 2)
+        check_range("data.shift", self.shift, at_least=0, below=min(height_and_width(self.image_size)) / 2)
         check_range("data.max_pixels", self.max_pixels, at_least=1)
         check_range("data.max_unreadable", self.max_unreadable, at_least=0, at_most=1)
         check_range("data.workers", self.workers, at_least=0)
@@ -198,7 +200,7 @@ class TokensConfig:
     view_shift: int = 1
     """Pixels by which shifts and wide-shifts move the image in each of eight directions."""
     view_crop_scale: float = 0.875
-    """Side of the ten-crop crops, relative to the short side of the image."""
+    """Side of the ten-crop crops, relative to the largest crop of the proportions of data.image_size."""
     images_per_shard: int = 1000
     """Source images per shard. Best a multiple of batch_size, because the last batch of each shard is padded to batch_size."""
     batch_size: int = 64

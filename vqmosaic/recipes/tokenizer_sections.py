@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.field_types import check_types
+from vqmosaic.recipes.image_sizes import SIDES, ImageSize, checked_image_size, height_and_width
 from vqmosaic.recipes.quantizer_sizes import fsq_levels, lfq_bits
 from vqmosaic.recipes.recipe_sections import TrainingConfig, unrecorded
+from vqmosaic.wording import counted
 
 NEAREST_CODE_KINDS = ("ema", "gradient", "simvq")
 """Quantizers that look up the nearest code. They support l2_normalize, rotation_trick and diveq, and residual can consist of them."""
@@ -242,18 +244,45 @@ class AdversarialConfig:
             check_range("adversarial.learning_rate", self.learning_rate, above=0)
 
 
-def patches_per_side(image_size: int, layers: int) -> int:
+def token_grid(field: str, image_size: ImageSize, config: TokenizerConfig, fewest: int = 1) -> tuple[int, int]:
+    """Height and width of the token grid of images of this size.
+
+    Raises:
+        InputError: a side of the images is not a multiple of config.downsampling, or has fewer than `fewest` tokens. The message names the field,
+            the side and the nearest size that fits.
+    """
+    sides, factor = height_and_width(image_size, field), config.downsampling
+    wrong = [name for name, side in zip(SIDES, sides, strict=True) if side % factor or side // factor < fewest]
+    if wrong:
+        size = checked_image_size(field, image_size)
+        nearest = checked_image_size(field, [max(fewest, round(side / factor)) * factor for side in sides])
+        subject = "it" if isinstance(size, int) else f"its {' and its '.join(wrong)}"
+        raise InputError(f"{field} is {size}. With {len(config.channel_multipliers)} levels in tokenizer.channel_multipliers and "
+                         f"tokenizer.patch_size {config.patch_size}, {subject} must be a multiple of {factor} with at least "
+                         f"{counted(fewest, 'token')} per side; set {field} to {nearest}, or remove levels.")
+    return sides[0] // factor, sides[1] // factor
+
+
+def check_discriminator_fits(image_size: ImageSize, layers: int) -> None:
+    """Raise InputError, which names the side, if a discriminator with this many strided layers classifies no patch of images of this size."""
+    size = checked_image_size("data.image_size", image_size)
+    for name, side in zip(SIDES, height_and_width(size), strict=True):
+        patches_per_side(side, layers, f"{side} (data.image_size)" if isinstance(size, int) else f"a {name} of {side} (data.image_size {size})")
+
+
+def patches_per_side(side: int, layers: int, described_as: str = "") -> int:
     """Number of patches along one side of an image that a discriminator with this many strided layers classifies.
 
-    Each strided layer halves the side. Each of the two 4x4 convolutions after them, with padding 1, shortens it by one.
+    Each strided layer halves the side. Each of the two 4x4 convolutions after them, with padding 1, shortens it by one. Errors describe the side as
+    `described_as`.
 
     Raises:
         InputError: no patch is left.
     """
-    side = image_size // 2**layers - 2
-    if side < 1:
-        possible = [fewer for fewer in range(1, layers) if image_size // 2**fewer >= 3]
+    patches = side // 2**layers - 2
+    if patches < 1:
+        possible = [fewer for fewer in range(1, layers) if side // 2**fewer >= 3]
         remedy = f"adversarial.layers to at most {possible[-1]}, or " if possible else ""
         raise InputError(f"adversarial.layers is {layers}, which needs images of at least {3 * 2**layers} pixels per side, but they have "
-                         f"{image_size} (data.image_size); set {remedy}data.image_size to at least {3 * 2**layers}.")
-    return side
+                         f"{described_as or side}; set {remedy}data.image_size to at least {3 * 2**layers}.")
+    return patches

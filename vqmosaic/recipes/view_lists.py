@@ -1,11 +1,12 @@
 """Checks which views of each training image a recipe stores as tokens: a named set, or a list with one record for each view.
 
-A view is a square crop of the image, flipped or shifted if the view says so. Does not load torch.
+A view is a crop of the image with the proportions of data.image_size, flipped or shifted if the view says so. Does not load torch.
 """
 
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 VIEW_COUNTS = {"none": 1, "flip": 2, "shifts": 9, "flip+shifts": 18, "wide-shifts": 25, "flip+wide-shifts": 50, "ten-crop": 10}
 """The named sets, and the number of views in each."""
@@ -18,8 +19,8 @@ POSITIONS = {
 }
 """Offset (x, y) of a crop as fractions of the largest possible offset: (0, 0) is the top left, (1, 1) the bottom right."""
 DEFAULTS = {"crop_scale": 1.0, "position": "center", "flip": False, "shift": [0, 0]}
-"""The fields of a record, with the values of fields that are not given. crop_scale is the side of the square crop (not its area) relative to the
-short side of the image. shift is in pixels to the right and down."""
+"""The fields of a record, with the values of fields that are not given. crop_scale is the side of the crop (not its area) relative to the
+largest crop of the same proportions. shift is in pixels to the right and down."""
 
 
 def checked_views(field: str, records: list) -> list[dict[str, Any]]:
@@ -56,8 +57,9 @@ def _checked_view(entry: str, record: Any) -> dict[str, Any]:
     return {**view, "crop_scale": float(scale), "shift": list(shift)}
 
 
-def check_shifts_fit(field: str, views: str | list[dict[str, Any]], image_size: int) -> None:
-    """Raise InputError, which names the entry, if a listed view shifts the image by half of its size or more."""
+def check_shifts_fit(field: str, views: str | list[dict[str, Any]], image_size: ImageSize) -> None:
+    """Raise InputError, which names the entry, if a listed view shifts the image by half of its width or height or more."""
+    height, width = height_and_width(image_size)
     for index, view in enumerate(views if isinstance(views, list) else ()):
-        for step in view["shift"]:
-            check_range(f"{field}[{index}].shift: an entry", step, above=-image_size / 2, below=image_size / 2)
+        for step, side in zip(view["shift"], (width, height), strict=True):
+            check_range(f"{field}[{index}].shift: an entry", step, above=-side / 2, below=side / 2)
