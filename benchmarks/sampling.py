@@ -56,12 +56,12 @@ MIN_BANDWIDTH_SHARE = 0.5
 """Required fraction of the memory-bound speed of XL with batch 1, if the weights are read once per token."""
 
 
-def make_prior(preset: Preset, architecture: str) -> TokenPrior:
+def make_prior(preset: Preset, architecture: str, any_order: bool = False) -> TokenPrior:
     """A prior with random weights whose logits are not all equal."""
     vocabulary = Vocabulary(grids=[Grid(name="image", codebook_size=preset.codes, height=preset.side, width=preset.side)],
                             class_names=[str(number) for number in range(CLASSES)], token_fingerprint="f" * 64, label_drop=0.1)
     config = PriorConfig(architecture=architecture, width=preset.width, layers=preset.layers, heads=preset.heads, dropout=0.0)
-    prior = TokenPrior.from_config(config, vocabulary, seed=0).eval()
+    prior = TokenPrior.from_config(config, vocabulary, 0, any_order).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in prior.parameters():

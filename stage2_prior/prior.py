@@ -135,7 +135,7 @@ class TokenPrior(nn.Module):
     @property
     def any_order(self) -> bool:
         """Whether the prior has learned to predict tokens in any order."""
-        return bool(getattr(self.model.config, "query_blocks", 0))
+        return getattr(self.model, "predicts_in_any_order", False)
 
     def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None, orders_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, T, K) for the id at each position, given the class and the ids before it. Class -1, or None, is the null class.

@@ -1,5 +1,6 @@
 """Every shipped recipe takes a step in both stages, at its own image size and grid, with narrow networks."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -23,8 +24,8 @@ from vqmosaic.training.learning_rate import learning_rate_share
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
-GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512), "imagenet256": (16, 16384),
-         "imagenet256_convnext": (16, 16384)}
+GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_any_order": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512),
+         "imagenet256": (16, 16384), "imagenet256_convnext": (16, 16384)}
 """Recipe -> (tokens along one side, codes)."""
 
 
@@ -120,6 +121,15 @@ def test_vqgan_recipe_is_cifar10_with_a_discriminator():
     plain, vqgan = load_recipe("cifar10"), load_recipe("cifar10_vqgan")
     assert vqgan.adversarial.weight > 0 and plain.adversarial.weight == 0
     assert (plain.data, plain.tokenizer, plain.prior) == (vqgan.data, vqgan.tokenizer, vqgan.prior)
+
+
+def test_any_order_recipe_is_cifar10_with_another_order():
+    plain, any_order = load_recipe("cifar10"), load_recipe("cifar10_any_order")
+    assert plain.prior_training.order == plain.sampling.order == "raster" and any_order.sampling.steps < any_order.num_tokens
+    for section in ("data", "tokenizer", "tokenizer_training", "tokens", "prior"):
+        assert getattr(plain, section) == getattr(any_order, section)
+    training = any_order.prior_training
+    assert dataclasses.replace(training, order="raster", order_annealing=[0.5, 0.75], final_random_share=0.5) == plain.prior_training
 
 
 def test_imagenet_recipe_downsamples_by_16():

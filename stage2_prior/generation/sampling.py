@@ -197,7 +197,7 @@ def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConf
     if sampling.steps is not None and sampling.steps > length:
         raise InputError(f"sampling.steps is {sampling.steps}; allowed: 1 to {length}, the number of tokens of an image, or null for one token in "
                          "each pass.")
-    if getattr(unwrapped(model).config, "query_blocks", 0):
+    if getattr(unwrapped(model), "predicts_in_any_order", False):
         return True
     is_known_BT = known_BT != UNKNOWN
     reason = None

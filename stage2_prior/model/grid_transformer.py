@@ -267,6 +267,11 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The output head, which computes the logits."""
         return self.head
 
+    @property
+    def predicts_in_any_order(self) -> bool:
+        """Whether the model has query blocks, so that it can predict any tokens from any others."""
+        return self.config.query_blocks > 0
+
     def rotations(self, device: torch.device) -> torch.Tensor:
         """The rotation tables on a device, computed once. (transformers loses non-persistent buffers when it loads a model.)"""
         if device not in self._rotations:
