@@ -26,9 +26,10 @@ TWO_GRIDS = [Grid(name="coarse", codebook_size=6, height=1, width=2), Grid(name=
 CLASSES = [0, 2, 1, -1, 0]
 
 
-def make_prior(architecture="llama", grids=GRIDS, **options):
+def make_prior(architecture="llama", grids=GRIDS, any_order=False, **options):
     vocabulary = Vocabulary(grids=grids, class_names=["ant", "bee", "cat"], token_fingerprint="f" * 64, label_drop=0.1)
-    prior = TokenPrior.from_config(PriorConfig(architecture=architecture, width=32, layers=2, heads=4, options=options), vocabulary, seed=0).eval()
+    config = PriorConfig(architecture=architecture, width=32, layers=2, heads=4, options=options)
+    prior = TokenPrior.from_config(config, vocabulary, 0, any_order).eval()
     perturb_weights(prior)
     return prior
 
@@ -55,7 +56,7 @@ FUSED = [
     ("llama", {}), ("llama", {"num_key_value_heads": 2}), ("llama", {"num_key_value_heads": 1, "head_dim": 12}), ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True, "hidden_act": "gelu"}), ("llama", {"tie_word_embeddings": True}), ("llama", {"rms_norm_eps": 0.3}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}), ("grid_transformer", {}),
-    ("grid_transformer", {"embedding_blocks": 1}), ("grid_transformer", {"embedding_blocks": 0}),
+    ("grid_transformer", {"embedding_blocks": 1}), ("grid_transformer", {"embedding_blocks": 0}), ("grid_transformer", {"any_order": True}),
 ]
 
 

@@ -28,6 +28,7 @@ from stage1_tokenizer.tokenizer_setup import measure_step_seconds
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder
 from stage2_prior.generation.known_models import KnownGridTransformer, KnownLlama
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
+from stage2_prior.generation.passes import OrderedPasses
 from stage2_prior.generation.sampling import apply_guidance, draw_ids
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.model.causal_lm import check_causal
@@ -212,7 +213,8 @@ def orthogonal_updates(device, dtype):
 
 # --- the prior ---------------------------------------------------------------------------------------------------------------
 
-PRIORS = [{"architecture": "llama"}, {"architecture": "grid_transformer"}, {"architecture": "grid_transformer", "embedding_blocks": 0}]
+PRIORS = [{"architecture": "llama"}, {"architecture": "grid_transformer"}, {"architecture": "grid_transformer", "embedding_blocks": 0},
+          {"architecture": "grid_transformer", "any_order": True}]
 
 
 @case(*PRIORS, *(prior | {"checkpointing": True} for prior in PRIORS), *(prior | {"in_bf16": True} for prior in PRIORS),
@@ -272,6 +274,28 @@ def sampling_steps(device: torch.device, prior: TokenPrior, decoder: ReferenceDe
         drawn.append(draw_ids(logits_BK, torch.rand(2, dtype=torch.float64).to(device), sampling))
         ids_N = vocabulary.to_vocabulary_at(position, drawn[-1].repeat(2))
     return drawn
+
+
+@case({}, {"is_recorded": True}, {"decoder": "reference"}, {"grids": 2})
+def passes_in_any_order(device, is_recorded=False, decoder="static", grids=1):
+    """Several tokens per pass with guidance. With `is_recorded`, one token per pass and the position on the device, as for CUDA graphs."""
+    prior = make_prior("grid_transformer", TWO_GRIDS if grids == 2 else GRIDS, any_order=True).to(device)
+    vocabulary, length = prior.vocabulary, prior.vocabulary.num_tokens
+    known_BT = torch.full((2, length), -1).to(device)
+    orders_BT = torch.stack([torch.randperm(length), torch.randperm(length)]).to(device)
+    with torch.inference_mode():
+        made = StaticDecoder(KnownGridTransformer(prior.model, 4, length), 4, length) if decoder == "static" else ReferenceDecoder(prior.model, 4)
+        class_ids_N = vocabulary.condition_ids(torch.tensor([0, 1, -1, -1]).to(device))
+        passes, results = OrderedPasses(made, vocabulary, class_ids_N, known_BT, orders_BT, [1] * length if is_recorded else [1, 3, length - 4]), []
+        if is_recorded:
+            original = made.predict
+            made.predict = lambda *inputs: original(*inputs[:3], torch.full((1,), inputs[3], device=device) if inputs[3] else 0)
+        while passes.remaining:
+            logits_NmK, places_Bm = passes.predict()
+            ids_Bm = logits_NmK[:2].argmax(dim=-1)
+            passes.accept(ids_Bm, logits_NmK[:2])
+            results += [logits_NmK, places_Bm, ids_Bm]
+    return prior, *results, passes.ids_BT
 
 
 STATIC = [*PRIORS, {"architecture": "llama", "num_key_value_heads": 2}]
@@ -348,7 +372,8 @@ def causality_check(device, architecture, **options):
 @case(*PRIORS, reason="The first loss is returned as a number.")
 def measured_step_and_loss(device, architecture, **options):
     prior = make_prior(architecture, **options).to(device)
-    run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, z_loss=1e-4), optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
+    run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, z_loss=1e-4, order="raster"),
+                          optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
                           accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward(), reduce=lambda value, how: value))
     ids_BT, classes_B = ids_on(torch.device("cpu"), prior)
     time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT, torch.arange(ids_BT.shape[1]).expand_as(ids_BT)), run)

@@ -24,21 +24,22 @@ from vqmosaic.errors import InputError
 LENGTH = 13  # ids in a sequence of config_of's grid
 
 
-@pytest.fixture(params=[0, 1, 2], ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids"])
+@pytest.fixture(params=[(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)],
+                ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids", "query_block", "query_block_and_ids"])
 def model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of(embedding_blocks=request.param)))
+    return with_perturbed_weights(GridTransformer(config_of(embedding_blocks=request.param[0], query_blocks=request.param[1])))
 
 
-@pytest.fixture
-def plain_model() -> GridTransformer:
+@pytest.fixture(params=[0, 1], ids=["raster", "any_order"])
+def plain_model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of()))
+    return with_perturbed_weights(GridTransformer(config_of(query_blocks=request.param)))
 
 
-@pytest.fixture
-def generating_model() -> GridTransformer:
-    prior = prior_of([Grid("image", CODES, 3, 4)])
+@pytest.fixture(params=[False, True], ids=["raster", "any_order"])
+def generating_model(request) -> GridTransformer:
+    prior = prior_of([Grid("image", CODES, 3, 4)], any_order=request.param)
     return with_perturbed_weights(prior.model)
 
 
@@ -261,7 +262,8 @@ def test_hidden_states(plain_model):
     output = plain_model(ids_BS, output_hidden_states=True)
     assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * 3
     assert torch.equal(plain_model.head(output.hidden_states[-1]), output.logits)
-    expected = plain_model.token_embedding(ids_BS) + plain_model.position_embedding.weight
+    places = plain_model.place_embedding if plain_model.predicts_in_any_order else plain_model.position_embedding
+    expected = plain_model.token_embedding(ids_BS) + places.weight
     torch.testing.assert_close(output.hidden_states[0], expected)
     assert torch.equal(output.logits, plain_model(ids_BS).logits) and plain_model(ids_BS).hidden_states is None
     kept = plain_model(ids_BS, output_hidden_states=True, logits_to_keep=1)

@@ -145,9 +145,12 @@ class KnownGridTransformer(KnownModel):
         return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == known[type(block)] for block in model.blocks)
 
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """Logits (N, codes) for the ids after `position`. For models that predict in raster order only."""
+        """Logits (N, codes) for the ids after `position`, in raster order."""
         ids_N1 = ids_N[:, None]
         index = slice(position, position + 1) if isinstance(position, int) else position
+        if self.model.predicts_in_any_order:
+            targets_N1 = self.positions_S[index].expand(ids_N1.shape)
+            return self.target_logits(ids_N1, targets_N1 - 1, targets_N1, position, mask_1S, mask_1S, cache)[:, 0]
         classes_N = self.model.starting_classes(ids_N1, position)[0] if isinstance(position, int) else None  # a tensor is never 0
         x_N1D = self.model.embed_ids(ids_N1, self.positions_S[index])
         for block in self.model.blocks:
@@ -161,7 +164,7 @@ class KnownGridTransformer(KnownModel):
         `mask_sS` are the keys that new ids attend to, `mask_1S` those that targets attend to. For models with query blocks.
         """
         classes_N = self.model.starting_classes(ids_Ns, position)[0] if isinstance(position, int) else None
-        x_NsD, rotations = self.model.embed_ids(ids_Ns), self.model.token_rotations(places_Ns)
+        x_NsD, rotations = self.model.embed_placed_ids(ids_Ns, places_Ns), self.model.token_rotations(places_Ns)
         for block in self.model.blocks[:self.model.config.num_token_blocks]:
             x_NsD = block(x_NsD, ids_Ns, classes_N, rotations, mask_sS, past_key_values=cache)
         x_NmD = self.model.predict(x_NsD, targets_Nm, rotations, mask_1S, is_causal=False, past_key_values=cache)

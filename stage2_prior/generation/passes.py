@@ -48,10 +48,10 @@ def codes_at(vocabulary: Vocabulary, logits_NmV: torch.Tensor, places_Bm: torch.
 class RasterPasses:
     """One token per pass, in raster order. For every architecture. Known ids must precede all unknown ones."""
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor):
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor, remaining: int):
+        """`remaining` is the number of unknown tokens."""
         self.decoder, self.vocabulary, self.ids_BT, self.next_ids_N = decoder, vocabulary, known_BT.clone(), class_ids_N
-        self.place, self.known = 0, int((known_BT[0] != UNKNOWN).sum())
-        self.remaining = known_BT.shape[1] - self.known
+        self.place, self.known, self.remaining = 0, known_BT.shape[1] - remaining, remaining
 
     def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, 1, K) at the next place, and this place (B, 1) of each image."""
@@ -94,7 +94,7 @@ class OrderedPasses:
         """
         self.decoder, self.vocabulary, self.counts, self.class_ids_N = decoder, vocabulary, list(counts), class_ids_N
         self.ids_BT, self.orders_BT, self.noise_BT = known_BT.clone(), orders_BT, confidence_noise_BT
-        self.filled = int((known_BT[0] != UNKNOWN).sum())
+        self.filled = known_BT.shape[1] - sum(counts)
         self.cached = 0
         """Number of ids in the cache, of which the class is the first."""
 

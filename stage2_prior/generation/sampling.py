@@ -285,7 +285,7 @@ def make_passes(model: nn.Module, vocabulary: Vocabulary, class_ids_N: torch.Ten
     length = vocabulary.num_tokens
     decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length, compile)
     if not any_order:
-        return RasterPasses(decoder, vocabulary, class_ids_N, known_BT)
+        return RasterPasses(decoder, vocabulary, class_ids_N, known_BT, len(counts))
     by_confidence = sampling.order == "confidence"
     orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(known_BT.device)
     is_drawn_BT = (known_BT == UNKNOWN).gather(1, orders_BT)

@@ -238,6 +238,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers infers it from class names like LlamaForCausalLM; the Trainer needs it to count shifted labels
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.place_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.query_blocks else None
         token_blocks = (GridBlock(config, layer) for layer in range(config.num_token_blocks))
         self.blocks = nn.ModuleList([*token_blocks, *(QueryBlock(config) for _ in range(config.query_blocks))])
         self.keys_and_values = KeysAndValues(config) if config.query_blocks else None
@@ -329,8 +330,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             x_BSD = self.embed_ids(input_ids, positions_S)
             rotations = select_rotations(self.rotations(device), positions_S, past_length, length)
         else:
-            x_BSD = self.embed_ids(input_ids)
-            rotations = self.token_rotations(positions_S - 1 if places is None else places)
+            places = positions_S - 1 if places is None else places
+            x_BSD, rotations = self.embed_placed_ids(input_ids, places), self.token_rotations(places)
         hidden_states: list[torch.Tensor] | None = [] if output_hidden_states else None
         for block in self.blocks[:self.config.num_token_blocks]:
             if hidden_states is not None:
@@ -370,10 +371,14 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             x_BQD = block(x_BQD, keys, values, query_rotations, mask_QS, is_causal)
         return x_BQD
 
-    def embed_ids(self, ids_BS: torch.Tensor, targets_S: torch.Tensor | None = None) -> torch.Tensor:
-        """The embeddings of the ids (B, S, D), plus those of the places to predict, if given: the start of the residual stream."""
-        x_BSD = self.token_embedding(ids_BS)
-        return self.to_stream(x_BSD if targets_S is None else x_BSD + self.position_embedding(targets_S))
+    def embed_ids(self, ids_BS: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
+        """The sum of the embeddings of the ids and of the places to predict (B, S, D): the start of the residual stream in raster order."""
+        return self.to_stream(self.token_embedding(ids_BS) + self.position_embedding(targets_S))
+
+    def embed_placed_ids(self, ids_BS: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The sum of the embeddings of the ids and of their places (B, S, D): the start of the residual stream in any order."""
+        assert self.place_embedding is not None
+        return self.to_stream(self.token_embedding(ids_BS) + self.place_embedding(places + 1))
 
     def to_stream(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Embeddings with dropout, in the dtype of the residual stream."""
