@@ -128,15 +128,17 @@ def test_activation_checkpointing_of_an_unsupported_architecture_is_refused(monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "recomputed"), [("llama", False), ("llama", True), ("grid_transformer", True)])
-def test_compiled_training_matches_eager_and_does_not_affect_files(architecture, recomputed, run_dir, tmp_path):
+@pytest.mark.parametrize(("architecture", "recomputed", "order"), [("llama", False, "raster"), ("llama", True, "raster"),
+                                                                    ("grid_transformer", True, "raster"), ("grid_transformer", False, "random")])
+def test_compiled_training_matches_eager_and_does_not_affect_files(architecture, recomputed, order, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "plain")
-    plain = train(tmp_path / "plain", prior__architecture=architecture, prior__dropout=0)
+    plain = train(tmp_path / "plain", prior__architecture=architecture, prior__dropout=0, prior__layers=2, order=order)
     compiled_models = []
     original = prior_setup.compile_layers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prior_setup, "compile_layers", lambda model, *how: (original(model, *how), compiled_models.append(model)))
-        found = train(run_dir, prior__architecture=architecture, prior__dropout=0, compile=True, activation_checkpointing=recomputed)
+        found = train(run_dir, prior__architecture=architecture, prior__dropout=0, prior__layers=2, order=order, compile=True,
+                      activation_checkpointing=recomputed)
     (model,) = compiled_models
     assert all(layer._compiled_call_impl is not None for layer in transformer_layers(model))
     for name in ("model.safetensors", "weights_ema.safetensors"):

@@ -148,8 +148,9 @@ def test_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path
     ("prior", {"prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 4, "prior_training__export": "last"}),
     ("prior", {"prior__architecture": "gpt2", "prior_training__window_shards": 1}),
     ("prior", {**GRID_TRANSFORMER, "prior_training__mixed_precision": "bf16", "prior_training__accumulation_steps": 2}),
+    ("prior", {**GRID_TRANSFORMER, "prior_training__order": "annealed", "prior_training__order_annealing": [0.2, 0.9]}),
 ], ids=["crops, workers, accumulation, l2, attention", "bf16", "bf16, accumulation, last", "gpt2, windows",
-        "grid_transformer, bf16, accumulation"])
+        "grid_transformer, bf16, accumulation", "annealed order"])
 def test_killed_training_with_other_settings_equals_uninterrupted_training(stage, changes, tiny_run, tmp_path, call):
     uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
     assert_killed_equals_uninterrupted(stage, uninterrupted, killed, changes, call)

@@ -32,6 +32,8 @@ RANK_INDEPENDENT = {
 }
 """Settings without noise that depends on the rank. 64 channels are two per GroupNorm group: with one, the gradient of a bias before the norm would be
 only a rounding error, which Adam amplifies."""
+ANNEALED = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior_training__order": "annealed",
+            "prior_training__order_annealing": [0.2, 0.9]}
 
 
 def start(stage: str, run_dir: Path, processes: int, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
@@ -96,14 +98,15 @@ def checkpoint_weights(run_dir: Path, stage: str, step: int):
 # --- same results ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", COMMANDS)
-def test_two_processes_train_the_same_weights_as_one(stage, tiny_run, tmp_path):
+@pytest.mark.parametrize(("stage", "changes"), [*((stage, {}) for stage in COMMANDS), ("prior", ANNEALED)], ids=[*COMMANDS, "prior, annealed order"])
+def test_two_processes_train_the_same_weights_as_one(stage, changes, tiny_run, tmp_path):
     """The two processes also accumulate gradients over two micro-batches each."""
     import torch
 
     one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
-    accumulated = RANK_INDEPENDENT | {f"{stage}_training__accumulation_steps": 2}
-    for run_dir, processes, changes in ((one, 1, RANK_INDEPENDENT), (two, 2, accumulated)):
+    plain = RANK_INDEPENDENT | changes
+    accumulated = plain | {f"{stage}_training__accumulation_steps": 2}
+    for run_dir, processes, changes in ((one, 1, plain), (two, 2, accumulated)):
         code, out, err = finish(start(stage, run_dir, processes, **changes))
         assert code == 0, err
         assert re.search(rf"threads? x {processes}\b", out) and "Traceback" not in err
