@@ -36,6 +36,7 @@ from stage2_prior.token_batches import (
     validation_batches,
     warn_of_sorted_shards,
 )
+from stage2_prior.token_columns import TokenColumns, check_same_tokens
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.recipes.fields_from_data import DataSize
@@ -82,6 +83,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     manifest = reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint,
                             label_drop=training.label_drop if manifest.class_names else 0.0)
+    check_same_tokens(held_out, vocabulary)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
     model = prepare_prior(prior, training, run)
     batches = TokenBatches(reader, vocabulary, recipe.seed, vocabulary.label_drop, training.token_noise)
@@ -123,9 +125,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         model.train()
         total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()
         micro_batches = zip(*(part.to(accelerator.device).chunk(training.accumulation_steps) for part in batch), strict=True)
-        for ids_bT, classes_b, inputs_bT in micro_batches:
+        for ids_bT, classes_b, inputs_bT, given_bG in micro_batches:
             with accelerator.accumulate(model):
-                logits_bTK = model(inputs_bT, classes_b)
+                logits_bTK = model(inputs_bT, classes_b, given_bG)
                 loss = next_token_loss(logits_bTK, ids_bT)
                 terms = {"nll": loss}
                 if training.z_loss:
@@ -161,12 +163,14 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images, the same on all ranks.
 
     Each process works on at most `batch_size` images at a time. If the null class is trained (label_drop), there are also nll_without_class and
-    so on, with the null class in place of each image's class. Returns None if a signal to any rank's `stop` interrupted the validation.
+    so on, with the null class in place of each image's class; for a prior with conditions, nll_without_given and so on, with null ids in all given
+    segments. With several drawn grids, there is also nll_<grid> for each. Returns None if a signal to any rank's `stop` interrupted the validation.
     """
     prior.eval()
-    vocabulary = prior.vocabulary
-    suffixes = ("", "_without_class") if vocabulary.num_classes and vocabulary.label_drop else ("",)
+    vocabulary, columns = prior.vocabulary, TokenColumns(reader, prior.vocabulary)
+    suffixes = ("", "_without_given" if vocabulary.conditions else "_without_class") if vocabulary.why_unguided() is None else ("",)
     sums = torch.zeros(2 * len(suffixes) + 2, device=accelerator.device)  # NLL and hits for each suffix; tokens; stopped ranks
+    nll_T = torch.zeros(vocabulary.num_tokens, dtype=torch.float64)       # by position, for several grids
     ranks = accelerator.num_processes
     progress = progress_lines(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
     for ids_BT, classes_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
@@ -177,10 +181,12 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
             sums[-1] = 1
             break
         progress.update(len(ids_BT) * ranks)
-        ids_BT, classes_B = ids_BT.to(accelerator.device), classes_B.to(accelerator.device)
-        for index, condition_B in enumerate((classes_B, None)[:len(suffixes)]):
+        (ids_BT, given_BG), classes_B = columns.split(ids_BT.to(accelerator.device)), classes_B.to(accelerator.device)
+        for index, given in enumerate(((classes_B, given_BG), (None, None))[:len(suffixes)]):
             with accelerator.autocast():
-                logits_BTK = prior(ids_BT, condition_B).float()
+                logits_BTK = prior(ids_BT, *given).float()
+            if len(vocabulary.grids) > 1 and index == 0:
+                nll_T += F.cross_entropy(logits_BTK.transpose(1, 2), ids_BT, reduction="none").double().sum(0).cpu()
             sums[2 * index] += F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
             sums[2 * index + 1] += (logits_BTK.argmax(-1) == ids_BT).sum()
         sums[-2] += ids_BT.numel()
@@ -191,6 +197,10 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     for suffix, nll, hits in zip(suffixes, totals[::2], totals[1::2], strict=True):
         metrics |= {f"nll{suffix}": nll / tokens, f"bits_per_image{suffix}": nll / tokens * vocabulary.num_tokens / math.log(2),
                     f"accuracy{suffix}": hits / tokens}
+    if len(vocabulary.grids) > 1:
+        by_grid = accelerator.reduce(nll_T.float().to(accelerator.device), "sum").split([grid.num_tokens for grid in vocabulary.grids])
+        images = tokens / vocabulary.num_tokens
+        metrics |= {f"nll_{grid.name}": float(nll_n.sum()) / images / grid.num_tokens for grid, nll_n in zip(vocabulary.grids, by_grid, strict=True)}
     return metrics
 
 
@@ -207,13 +217,20 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun)
     is_best = run.best_weights.save_if_best(metrics["nll"], prior)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)
 
-    def without_class(name: str, spec: str) -> str:
-        return f" (without class {metrics[name]:{spec}})" if name in metrics else ""
-
-    run.report(f"step {run.state.step:,}: NLL {metrics['nll']:.4f}{without_class('nll_without_class', '.4f')} nats per token, "
-               f"{metrics['bits_per_image']:.1f}{without_class('bits_per_image_without_class', '.1f')} bits per image, "
-               f"accuracy {metrics['accuracy']:.1%}{without_class('accuracy_without_class', '.1%')}{', the best so far' if is_best else ''}")
+    run.report(f"step {run.state.step:,}: {describe_metrics(metrics)}{', the best so far' if is_best else ''}")
     return prior if run.is_main else None
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """The metrics of a validation as text, with those without the class, or without all given segments, in parentheses."""
+    def without(name: str, spec: str) -> str:
+        return "".join(f" (without {what} {metrics[key]:{spec}})" for what in ("class", "given") if (key := f"{name}_without_{what}") in metrics)
+
+    grids = [f"{name.removeprefix('nll_')} {value:.4f}" for name, value in metrics.items() if name.startswith("nll_") and "_without_" not in name]
+    of_grids = f" ({', '.join(grids)})" if grids else ""
+    return (f"NLL {metrics['nll']:.4f}{without('nll', '.4f')} nats per token{of_grids}, "
+            f"{metrics['bits_per_image']:.1f}{without('bits_per_image', '.1f')} bits per image, "
+            f"accuracy {metrics['accuracy']:.1%}{without('accuracy', '.1%')}")
 
 
 def make_pictures(prior: TokenPrior, run: TrainingRun, on_validation: OnValidation) -> None:

@@ -351,7 +351,7 @@ def measured_step_and_loss(device, architecture, **options):
     run = SimpleNamespace(training=SimpleNamespace(accumulation_steps=2, z_loss=1e-4), optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
                           accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward(), reduce=lambda value, how: value))
     ids_BT, classes_B = ids_on(torch.device("cpu"), prior)
-    time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT), run)
+    time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT, ids_BT[:, :0]), run)
     return prior
 
 

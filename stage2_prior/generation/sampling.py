@@ -4,8 +4,9 @@ Each image has its own uniform random numbers and inverts the cumulative distrib
 images in the batch.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from stage2_prior.generation.decoding import make_decoder
-from stage2_prior.vocabulary import NO_CLASS, Vocabulary, why_unguided
+from stage2_prior.generation.guidance import check_given, combine_levels, level_start_ids, needed_levels, segment_scales
+from stage2_prior.given_ids import start_ids
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.field_types import as_boolean, as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -32,7 +35,7 @@ class SamplingStopped(Exception):
 
 def apply_guidance(conditional_BK: torch.Tensor, null_BK: torch.Tensor, scale: float) -> torch.Tensor:
     """Guided logits (B, K): null + scale * (conditional - null), after Ho and Salimans (2022). Scale 1 gives `conditional`, 0 gives `null`."""
-    return null_BK + scale * (conditional_BK - null_BK)
+    return combine_levels([null_BK, conditional_BK], [scale])
 
 
 def guidance_scales(sampling: SamplingConfig, length: int) -> list[float]:
@@ -130,12 +133,12 @@ def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: Sampling
         raise InputError(f"There are {len(class_indices)} class indices and {len(seeds)} seeds; give one of each for every image.")
     for index in set(class_indices) - {NO_CLASS}:
         vocabulary.class_id(index)
-    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
+    if sampling.guidance_scale != 1 and (why := vocabulary.why_unguided()):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior {why}; allowed: 1.")
-    if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == 0:
+    if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == vocabulary.class_drop == 0:
         raise InputError("An image has no class, but the prior was trained with label_drop 0, so its null class is untrained. Give every image a "
                          "class, or train with prior_training.label_drop 0.1.")
-    if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS}:
+    if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS} and not vocabulary.conditions:
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but no image has a class, so guidance has no effect; "
                          "give class indices, or set guidance_scale to 1.")
     return class_indices, seeds
@@ -170,33 +173,40 @@ def check_finite(is_finite: torch.Tensor, is_finite_guided: torch.Tensor, model:
 
 
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
-                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False) -> torch.Tensor:
-    """Sample ids (B, T) of the grids, int64 on the model's device. Image b depends only on class_indices[b] and seeds[b].
+                  seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+                  given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None) -> torch.Tensor:
+    """Sample ids (B, T) of the drawn grids, int64 on the model's device. Image b depends only on class_indices[b], its given ids and seeds[b].
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each position. If it returns
-    False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. Raises InputError for invalid arguments and for logits that
-    are not finite.
+    False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `given` has the ids (B, n) of conditions by name, and
+    `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance_scale. Raises InputError for invalid arguments and for
+    logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
+    check_given(vocabulary, class_indices, given)
+    segment_scales_n = segment_scales(vocabulary, sampling.guidance_scale, segment_guidance)
     compile = as_boolean("compile", compile)
     device, ranges, images = next(model.parameters()).device, vocabulary.position_ranges(), len(seeds)
     uniforms_BT = torch.from_numpy(uniforms(seeds, len(ranges))).to(device)
-    classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
-    scales = guidance_scales(sampling, len(ranges))
-    last_guided = max((position for position, scale in enumerate(scales) if scale != 1), default=-1)
-    if last_guided >= 0:  # guidance: the same images again with the null class, so N = 2 B rows
-        classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
-    ids_N, columns = vocabulary.condition_ids(classes_N), []
+    classes_B = torch.tensor(class_indices, dtype=torch.int64, device=device)
+    scales_Tn = list(zip(*(guidance_scales(dataclasses.replace(sampling, guidance_scale=scale), len(ranges)) for scale in segment_scales_n),
+                         strict=True)) or [()] * len(ranges)
+    last_guided = max((position for position, scales in enumerate(scales_Tn) if set(scales) - {1.0}), default=-1)
+    levels = needed_levels(segment_scales_n) if last_guided >= 0 else [len(segment_scales_n)]
+    start_NP = level_start_ids(vocabulary, start_ids(vocabulary, classes_B, given, classes_B[:, None]), levels)  # N = B rows for each level
+    ids_N, columns, first = start_NP[:, -1], [], start_NP.shape[1] - 1
     is_finite, is_finite_guided = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
     with torch.inference_mode(), evaluation_mode(model):
-        decoder = make_decoder(model, vocabulary.num_codes, len(ids_N), len(ranges), compile)
-        for position, ((start, stop), scale) in enumerate(zip(ranges, scales, strict=True)):
-            logits_NK = decoder.step(ids_N, position)[:, start:stop].float()
+        decoder = make_decoder(model, vocabulary.num_codes, len(ids_N), first + len(ranges), compile)
+        for place in range(first):  # the class and the conditions
+            decoder.step(start_NP[:, place], place)
+        for position, ((start, stop), scales) in enumerate(zip(ranges, scales_Tn, strict=True)):
+            logits_NK = decoder.step(ids_N, first + position)[:, start:stop].float()
             is_finite &= logits_NK.isfinite().all()
             logits_BK = logits_NK[:images]
-            if scale != 1:
-                conditional_BK, null_BK = logits_NK.chunk(2)
-                logits_BK = apply_guidance(conditional_BK, null_BK, scale)
+            if set(scales) - {1.0}:
+                by_level = logits_NK.chunk(len(levels))[::-1]
+                logits_BK = combine_levels(by_level, [scales[level - 1] for level in levels[1:]])
                 is_finite_guided &= logits_BK.isfinite().all()
             if device.type == "cpu" or position in (0, len(ranges) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)

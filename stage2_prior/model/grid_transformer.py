@@ -17,7 +17,9 @@ Differences from a language model for text:
 In comments: B batch, S sequence (class token and tokens), D width, A heads, d head dimension, p pairs of a head, K codes of all grids together.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,7 @@ from transformers.utils import can_return_tuple
 from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, new_positions, select_rotations
 from stage2_prior.model.forward_arguments import check_call
 from stage2_prior.model.grid_attention import attend, queries_keys_values
+from stage2_prior.model.grid_ranges import GridRanges
 from vqmosaic.errors import InputError
 
 MODEL_TYPE = "grid_transformer"
@@ -55,7 +58,9 @@ class GridTransformerConfig(PreTrainedConfig):
     num_codes: int = 512
     """Ids below this are codes. The others are classes; the last one is the null class."""
     grids: list | tuple = ((8, 8, 1),)
-    """[height, width, depth] of each grid, in the order of their tokens."""
+    """[height, width, depth] of each drawn grid, in the order of their tokens."""
+    given: list | tuple = ()
+    """[height, width, depth] of each given grid and [length] of each given text, in the order of their tokens, which follow the class."""
     hidden_size: int = 256
     """Width of the residual stream, D."""
     num_hidden_layers: int = 6
@@ -67,7 +72,7 @@ class GridTransformerConfig(PreTrainedConfig):
     embedding_blocks: int = 0
     """Number of blocks, counted from the last, with embeddings of all ids. The others have only class embeddings."""
     max_position_embeddings: int = 65
-    """1 + T: the class and the tokens."""
+    """1 + T: the class and the tokens, given and drawn."""
     rope_theta: float = 100.0
     """Base of the rotary frequencies. The slowest rotation is about 1 / rope_theta per row or column; grids have tens of rows and columns."""
     layer_norm_epsilon: float = 1e-5
@@ -92,22 +97,36 @@ class GridTransformerConfig(PreTrainedConfig):
         if self.hidden_size % self.num_attention_heads or head_width % 4:
             raise ValueError(f"hidden_size {self.hidden_size} / num_attention_heads {self.num_attention_heads} gives a head dimension of "
                              f"{head_width}; a grid_transformer rotates pairs of dimensions in two axes, so it must be a multiple of 4")
-        tokens = sum(height * width * depth for height, width, depth in self.grids)
+        tokens = sum(math.prod(shape) for shape in (*self.given, *self.grids))
         if self.max_position_embeddings != 1 + tokens:
-            raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids {self.grids} "
-                             f"need {1 + tokens}")
+            raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; the class and the tokens of grids "
+                             f"{[*self.given, *self.grids]} need {1 + tokens}")
         if self.embedding_blocks not in range(self.num_hidden_layers + 1):
             raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_hidden_layers}, the number of blocks")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; a grid_transformer has a separate output head, so it must be false")
         super().__post_init__(**kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The content of config.json. It omits an empty `given`, because older versions did not write it."""
+        content = super().to_diff_dict()
+        return content if self.given else {name: value for name, value in content.items() if name != "given"}
 
-def token_coordinates(grids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Row and column (T, 2) of each token, in units of the largest grid. A token of a smaller grid is at the centre of the area it covers."""
+
+def token_coordinates(shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Row and column (T, 2) of each token of grids [height, width, depth] and texts [length], in units of the largest grid.
+
+    A token of a smaller grid is at the centre of the area it covers. The first text is in row -2, the next in row -3, its columns are its places.
+    """
+    grids = [shape for shape in shapes if len(shape) == 3]
     max_rows, max_columns = max(grid[0] for grid in grids), max(grid[1] for grid in grids)
-    coordinates = []
-    for height, width, depth in grids:
+    coordinates, text_row = [], -2.0
+    for shape in shapes:
+        if len(shape) == 1:
+            coordinates.append(torch.stack([torch.full((shape[0],), text_row), torch.arange(shape[0], dtype=torch.float32)], dim=-1))
+            text_row -= 1
+            continue
+        height, width, depth = shape
         rows = (torch.arange(height) + 0.5) * (max_rows / height) - 0.5
         columns = (torch.arange(width) + 0.5) * (max_columns / width) - 0.5
         grid_coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
@@ -135,7 +154,7 @@ def split_parameter_budget(layers: int, width: int, vocabulary: int, embedding_b
 
 def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
     """Cosines and sines (S, 2, p, 2) that rotate queries (0) and keys (1) at S = 1 + T positions. The class has the coordinates (-1, -1)."""
-    tokens_T2 = token_coordinates(config.grids)
+    tokens_T2 = token_coordinates([*config.given, *config.grids])
     class_12 = torch.full((1, 2), -1.0)
     keys_S2 = torch.cat([class_12, tokens_T2])
     queries_S2 = torch.cat([tokens_T2, tokens_T2[-1:]])  # the last token predicts nothing
@@ -258,7 +277,13 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         return self._rotations[device]
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' `generate`. Scores cover the whole vocabulary, as beam search and `compute_transition_scores` expect."""
+        """transformers' `generate`. Scores cover the whole vocabulary, as beam search and `compute_transition_scores` expect.
+
+        Raises InputError for a model with several drawn grids without GridRanges, because ids of all grids would be mixed.
+        """
+        if len(self.config.grids) > 1 and not any(isinstance(processor, GridRanges) for processor in logits_processor or []):
+            raise InputError(f"This prior draws {len(self.config.grids)} grids, so generate needs the argument logits_processor: pass "
+                             "**stage2_prior.model.grid_ranges.generate_arguments(vocabulary), or use TokenPrior.sample.")
         self.rotations(self.device)  # before any compiled call: a CUDA graph that computes the tables would overwrite them in its next run
         processors = [*(logits_processor or []), PadToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
