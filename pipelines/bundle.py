@@ -24,7 +24,7 @@ from pipelines.stages.stage_inputs import (
     vocabulary_of_prior,
 )
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
-from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary, why_unguided
+from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
@@ -56,6 +56,7 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
     check_replaceable(out)
     token_fingerprint, vocabulary = token_fingerprint_of_tokenizer(tokenizer), vocabulary_of_prior(prior)
     check_same_tokens(token_fingerprint, tokenizer, vocabulary.token_fingerprint, prior)
+    check_one_grid(vocabulary, prior)
     check_sampling_fits(sampling, vocabulary, prior)
     check_digests(prior)
     record = find_sweep_record([tokenizer.parent, out], sampling, tokenizer, prior)
@@ -120,9 +121,17 @@ def check_replaceable(out: Path) -> None:
         raise InputError(f"{out} is {what}. Give a new folder, an empty folder, or a pipeline folder to replace.")
 
 
+def check_one_grid(vocabulary: Vocabulary, prior: Any) -> None:
+    """Raise InputError unless the prior (a path or a description) draws one grid and is given nothing but the class, as pipelines require."""
+    if vocabulary.conditions or len(vocabulary.grids) > 1:
+        given, drawn = (", ".join(part.name for part in parts) for parts in (vocabulary.conditions, vocabulary.grids))
+        raise InputError(f"{prior} draws the grids {drawn} and is given {given or 'only the class'}. A pipeline needs a prior that draws one grid "
+                         "and is given only the class. Use TokenPrior.sample for this one.")
+
+
 def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior: Path) -> None:
     """Raise InputError if a prior with this vocabulary does not support the sampling settings."""
-    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
+    if sampling.guidance_scale != 1 and (why := vocabulary.why_unguided()):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
     if (sampling.order, sampling.steps) != ("raster", None) and not predicts_in_any_order(prior):
         setting = f"order is {sampling.order!r}" if sampling.order != "raster" else f"steps is {sampling.steps}"

@@ -283,8 +283,9 @@ def export_to_json_lines(command: str, arguments: list[str]) -> int:
     parser.add_argument("folder", type=given_path, help="the shards of one split, such as runs/digits/tokens/train")
     parser.add_argument("--out", required=True, type=given_path, help="the file to write")
     parser.add_argument("--one_view_a_line", action="store_true", help="one line per stored view, as 1d-tokenizer reads; default: one line per image")
+    parser.add_argument("--grid", metavar="NAME", help="the grid to export, if the shards have several")
     options = parser.parse_args(arguments)
-    return export_tokens(options.folder, options.out, options.one_view_a_line)
+    return export_tokens(options.folder, options.out, options.one_view_a_line, options.grid)
 
 
 def demo(command: str, arguments: list[str]) -> int:

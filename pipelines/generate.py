@@ -24,7 +24,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.bundle import check_replaceable, class_indices, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
+from pipelines.bundle import (
+    check_one_grid,
+    check_replaceable,
+    class_indices,
+    find_pipeline,
+    make_bundle,
+    read_bundle,
+    recommended_sampling,
+    usable_device,
+)
 from stage1_tokenizer.image_files.images import as_batches, to_pil, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.generation.logit_differences import largest_logit_difference
@@ -93,6 +102,7 @@ class ImageGenerationPipeline:
         if tokenizer.token_fingerprint is None:
             raise InputError("the tokenizer has no token fingerprint yet, so it cannot be matched with the prior. Call its save_pretrained first.")
         check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", prior.vocabulary.token_fingerprint, "the prior")
+        check_one_grid(prior.vocabulary, "The prior")
         self.tokenizer, self.prior, self.sampling, self._source = tokenizer, prior, sampling or SamplingConfig(), source
 
     @classmethod
@@ -294,7 +304,7 @@ class ImageGenerationPipeline:
     def _resolve_classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
         """The class index of each image, `count` images per label, or None if no labels are given."""
         if class_labels is None:
-            if self.class_names is not None and self.prior.vocabulary.label_drop == 0:
+            if self.class_names is not None and not self.prior.vocabulary.is_trained(0):
                 raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
                                  f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
             return None

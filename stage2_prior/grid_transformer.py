@@ -2,7 +2,8 @@
 
 import warnings
 
-from stage2_prior.model.grid_transformer import GridTransformer, GridTransformerConfig
+from stage2_prior.model.grid_transformer import GridTransformer
+from stage2_prior.model.grid_transformer_config import GridTransformerConfig
 
 warnings.warn("stage2_prior.grid_transformer is now stage2_prior.model.grid_transformer", DeprecationWarning, stacklevel=2)
 

@@ -1,8 +1,8 @@
-"""The token prior: a transformers causal language model that continues a class token with the T tokens of an image."""
+"""The token prior: a transformers causal language model that continues a class token, and further conditions, with the T tokens of an image."""
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from stage2_prior.digests import check_digests, remove_stale_files, write_digests
 from stage2_prior.generation.sampling import sample_tokens
+from stage2_prior.given_ids import GivenIds, start_ids
 from stage2_prior.model.causal_lm import exportable_causal_lm, generation_config, load_causal_lm, make_causal_lm, quiet_transformers
-from stage2_prior.model.grid_transformer import CLASS_PLACE
-from stage2_prior.vocabulary import NO_CLASS, VOCABULARY_NAME, Vocabulary
+from stage2_prior.model.grid_transformer_config import CLASS_PLACE
+from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import publish, temporary_sibling
@@ -26,9 +27,10 @@ from vqmosaic.runs.devices import as_device, as_dtype
 
 
 class TokenPrior(nn.Module):
-    """p(ids | class) = product over t of p(id_t | class, ids before t). `.model` is a transformers model, `.vocabulary` defines its ids.
+    """p(ids | class, conditions) = product over t of p(id_t | class, conditions, ids before t).
 
-    In comments: B batch, T tokens, K codes (of the largest grid if there are several), V ids of the vocabulary.
+    `.model` is a transformers model, `.vocabulary` defines its ids. Most priors have no conditions besides the class.
+    In comments: B batch, G tokens of conditions, T drawn tokens, K codes (of the largest grid if there are several), V ids of the vocabulary.
     """
 
     _no_split_modules: set[str] | list[str] | None
@@ -38,10 +40,9 @@ class TokenPrior(nn.Module):
         super().__init__()
         if model.config.vocab_size != vocabulary.size:
             raise InputError(f"The model has {model.config.vocab_size} ids and the vocabulary {vocabulary.size}; they must be equal.")
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and positions < 1 + vocabulary.num_tokens:
-            raise InputError(f"The model has {positions} positions; the class and {vocabulary.num_tokens} tokens need "
-                             f"{1 + vocabulary.num_tokens}.")
+        positions, needed = getattr(model.config, "max_position_embeddings", None), vocabulary.num_given_tokens + vocabulary.num_tokens
+        if positions is not None and positions < needed:
+            raise InputError(f"The model has {positions} positions; the class and {needed - 1} tokens need {needed}.")
         self.model = model
         self.model.generation_config = generation_config(vocabulary)
         self.vocabulary = vocabulary
@@ -137,26 +138,25 @@ class TokenPrior(nn.Module):
         """Whether the prior has learned to predict tokens in any order."""
         return getattr(self.model, "predicts_in_any_order", False)
 
-    def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None, orders_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, T, K) for the id at each position, given the class and the ids before it. Class -1, or None, is the null class.
+    def forward(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None, given: GivenIds | None = None,
+                orders_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, K) for the id at each drawn position, given the class, the conditions and the ids before it.
 
-        Inputs and logits use each grid's own ids, from 0. With several grids, K is that of the largest; smaller ones are padded with -inf.
+        Class -1, or None, is the null class. `given` maps the names of conditions to their ids (B, n), or joins those of all conditions (B, G). -1 is
+        their null id, and conditions that are left out hold it everywhere. Inputs and logits use each grid's own ids, from 0. With several drawn
+        grids, K is that of the largest; smaller ones are padded with -inf. Raises InputError for unknown conditions and wrong shapes.
 
         `orders_BT` gives the positions of each image in the order in which they are predicted, so "before" means earlier in that order. None is
         raster order. Logits are in raster order in any case.
         """
-        if class_indices_B is None:
-            class_indices_B = ids_BT.new_full((len(ids_BT),), NO_CLASS)
-        condition_B1 = self.vocabulary.condition_ids(class_indices_B)[:, None]
+        given_BP = start_ids(self.vocabulary, class_indices_B, given, ids_BT)                        # B, 1 + G
         tokens_BT = self.vocabulary.to_vocabulary(ids_BT)
         if orders_BT is None:
-            inputs_BT = torch.cat([condition_B1, tokens_BT[:, :-1]], dim=1)                          # B, T: the last id is not an input
-            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits                     # B, T, V, or only the codes
+            inputs_BS = torch.cat([given_BP, tokens_BT[:, :-1]], dim=1)                              # B, G + T: the last id is not an input
+            logits_BTV = self.model(input_ids=inputs_BS, use_cache=False).logits                     # B, G + T, V, or only the codes
+            logits_BTV = logits_BTV[:, self.vocabulary.num_condition_tokens:]                        # logits of the conditions are not used
         else:
-            inputs_BT = torch.cat([condition_B1, tokens_BT.gather(1, orders_BT)[:, :-1]], dim=1)
-            places_BT = F.pad(orders_BT[:, :-1], (1, 0), value=CLASS_PLACE)
-            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False, places=places_BT, targets=orders_BT).logits
-            logits_BTV = logits_BTV.gather(1, orders_BT.argsort(dim=1)[..., None].expand_as(logits_BTV))
+            logits_BTV = self.logits_in_order(given_BP, tokens_BT, orders_BT)
         parts, position = [], 0
         for grid, (start, stop) in zip(self.vocabulary.grids, self.vocabulary.code_ranges, strict=True):
             parts.append(logits_BTV[:, position:position + grid.num_tokens, start:stop])             # B, tokens and codes of this grid
@@ -166,24 +166,38 @@ class TokenPrior(nn.Module):
         max_codes = self.vocabulary.most_codes
         return torch.cat([F.pad(part, (0, max_codes - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
 
-    def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean negative log likelihood per token in nats, a float32 scalar. Near ln K at initialization.
+    def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None,
+             given: GivenIds | None = None) -> torch.Tensor:
+        """Mean negative log likelihood per drawn token in nats, a float32 scalar. Near ln K at initialization. Arguments are those of `forward`.
 
         If the model is wrapped (DDP, FSDP), call the wrapper for the logits and compute the cross-entropy yourself.
         """
-        logits_BTK = self(ids_BT, class_indices_B)                                                   # B, T, K
+        logits_BTK = self(ids_BT, class_indices_B, given)                                            # B, T, K
         return F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
+
+    def logits_in_order(self, given_BP: torch.Tensor, tokens_BT: torch.Tensor, orders_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) in raster order for tokens that are predicted in another order, after the given ids (the class and G conditions)."""
+        num_given = given_BP.shape[1]
+        inputs_BS = torch.cat([given_BP, tokens_BT.gather(1, orders_BT)[:, :-1]], dim=1)             # B, G + T
+        given_places_BG = torch.arange(num_given - 1, device=orders_BT.device).expand(len(orders_BT), -1)
+        targets_BS = torch.cat([given_places_BG, orders_BT + (num_given - 1)], dim=1)                # each id predicts the next one
+        places_BS = F.pad(targets_BS[:, :-1], (1, 0), value=CLASS_PLACE)
+        logits_BSV = self.model(input_ids=inputs_BS, use_cache=False, places=places_BS, targets=targets_BS).logits
+        in_raster_BT1 = orders_BT.argsort(dim=1)[..., None] + (num_given - 1)
+        return logits_BSV.gather(1, in_raster_BT1.expand(-1, -1, logits_BSV.shape[-1]))
 
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+               given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None,
                known_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """Sample ids (B, T) of the grids, as int64 on the prior's device. Image b has the class class_indices_B[b] and the seed seeds[b].
+        """Sample ids (B, T) of the drawn grids, as int64 on the prior's device. Image b has the class class_indices_B[b] and the seed seeds[b].
 
         Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each pass. If it
         returns False, sampling.SamplingStopped is raised. `compile` records the forward pass of a token as a CUDA graph, if the device and the
-        model support it. Raises InputError for an unknown class, different lengths, arguments of the wrong type, and for guidance if the null
-        class was never trained or no image has a class.
+        model support it. `given` maps the names of conditions to their ids (B, n), and `segment_guidance` the names of given segments to guidance
+        scales in place of sampling.guidance_scale. Raises InputError for an unknown class or condition, different lengths, arguments of the wrong
+        type, and for guidance if the null ids were never trained or no image has a class.
 
         `known_BT` gives ids that are kept, with -1 for tokens to draw. Priors trained in raster order accept known ids only before all others.
         """
-        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile, known_BT)
+        return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile, given, segment_guidance, known_BT)

@@ -89,11 +89,11 @@ def time_and_loss_of_one_step(model: nn.Module, batch: TrainingBatch, run: Train
     """
     training = cast(PriorTrainingConfig, run.training)  # the run of a tokenizer has another class
     count = max(1, len(batch.ids_BT) // training.accumulation_steps)
-    ids_BT, classes_B, inputs_BT, orders_BT = (part[:count].to(run.accelerator.device) for part in batch)
+    ids_BT, classes_B, inputs_BT, given_BG, orders_BT = (part[:count].to(run.accelerator.device) for part in batch)
     model.train()
     for _ in range(2):  # the first one is a warm-up
         started = time.perf_counter()
-        logits_BTK = model(inputs_BT, classes_B, None if training.order == "raster" else orders_BT)
+        logits_BTK = model(inputs_BT, classes_B, given_BG, None if training.order == "raster" else orders_BT)
         nll = next_token_loss(logits_BTK, ids_BT)
         run.accelerator.backward(nll + training.z_loss * z_loss(logits_BTK) if training.z_loss else nll)
         if run.accelerator.device.type == "cuda":

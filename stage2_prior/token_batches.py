@@ -6,9 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stage2_prior.segments import Segment
+from stage2_prior.token_columns import TokenColumns
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from token_shards.reader import TokenShardReader, stored_views
-from vqmosaic.errors import InputError, check_range
+from vqmosaic.errors import check_range
 from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.seeding import derive_seed, hashes
 from vqmosaic.wording import counted
@@ -38,6 +40,8 @@ class TrainingBatch(NamedTuple):
     """Class indices; -1 is the null class."""
     inputs_BT: torch.Tensor
     """The input ids of the model: `ids_BT`, with a fraction of them replaced by random codes (prior_training.token_noise)."""
+    given_BG: torch.Tensor
+    """The ids of the conditions; -1 is the null id. No columns if the class is the only given segment."""
     orders_BT: torch.Tensor
     """The positions of each image in the order in which they are predicted."""
 
@@ -45,13 +49,14 @@ class TrainingBatch(NamedTuple):
 class TokenBatches:
     """Training batches from a reader's endless stream.
 
-    Label drop and token noise depend only on (seed, epoch, sample), not on rank, world size or resuming.
+    Label drop, the drop rates of segments and token noise depend only on (seed, epoch, sample), not on rank, world size or resuming.
     """
 
     def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary, seed: int, label_drop: float, token_noise: float = 0.0):
         check_range("prior_training.label_drop", label_drop, at_least=0, at_most=1)
         check_range("prior_training.token_noise", token_noise, at_least=0, below=1)
-        check_same_tokens(reader, vocabulary)
+        self.columns = TokenColumns(reader, vocabulary)
+        self.vocabulary = vocabulary
         self.reader, self.seed, self.label_drop, self.token_noise = reader, seed, label_drop, token_noise
         # The codebook size of each token's grid.
         self.codebook_sizes_T = np.concatenate([np.full(grid.num_tokens, grid.codebook_size, dtype=np.uint64) for grid in vocabulary.grids])
@@ -60,10 +65,17 @@ class TokenBatches:
         """The rank's slice of the stream's positions [step * batch_size, (step + 1) * batch_size), a share of it in random order."""
         start, stop = rank_slice(step * batch_size, (step + 1) * batch_size, rank, world_size)
         tokens = self.reader.read(np.arange(start, stop, dtype=np.int64))
-        classes_B = np.where(self.dropped(tokens.epochs_B, tokens.samples_B), NO_CLASS, tokens.labels_B)
-        inputs_BT = self.add_noise(tokens.ids_BT, tokens.epochs_B, tokens.samples_B)
+        ids_BT, given_BG = self.columns.split(tokens.ids_BT)
+        dropped_B = self.dropped(tokens.epochs_B, tokens.samples_B)
+        class_segment, *conditions = self.vocabulary.given_segments
+        class_dropped_B = dropped_B | self.dropped_segment(class_segment, tokens.epochs_B, tokens.samples_B)
+        classes_B = np.where(class_dropped_B, NO_CLASS, tokens.labels_B)
+        for segment in conditions:
+            segment_dropped_B = dropped_B | self.dropped_segment(segment, tokens.epochs_B, tokens.samples_B)
+            given_BG[segment_dropped_B, segment.places.start - 1:segment.places.stop - 1] = -1
+        inputs_BT = self.add_noise(ids_BT, tokens.epochs_B, tokens.samples_B)
         orders_BT = self.orders(tokens.epochs_B, tokens.samples_B, random_share)
-        return TrainingBatch(*map(torch.from_numpy, (tokens.ids_BT, classes_B, inputs_BT, orders_BT)))
+        return TrainingBatch(*map(torch.from_numpy, (ids_BT, classes_B, inputs_BT, given_BG, orders_BT)))
 
     def orders(self, epochs_B: np.ndarray, samples_B: np.ndarray, random_share: float) -> np.ndarray:
         """The order of positions (B, T) of each image: a random one with probability `random_share`, otherwise raster."""
@@ -88,18 +100,28 @@ class TokenBatches:
         return noisy_BT
 
     def dropped(self, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
-        """Mask (B,): True if the class of a sample is replaced by the null class in that epoch.
+        """Mask (B,): True if all given segments of a sample, such as its class, are dropped in that epoch (label_drop)."""
+        return self._chosen("label drop", self.label_drop, epochs_B, samples_B)
+
+    def dropped_segment(self, segment: Segment, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
+        """Mask (B,): True if a given segment of a sample is dropped in that epoch independently of the others."""
+        return self._chosen(f"drop of segment {segment.name}", segment.drop_rate, epochs_B, samples_B)
+
+    def _chosen(self, choice: str, fraction: float, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
+        """Mask (B,), True for this fraction of the samples. Each choice is independent of other choices and of other epochs.
 
         Computed only for these samples, so the cost of a step or a resume does not depend on the size of the data set.
         """
-        dropped_B = np.zeros(len(samples_B), dtype=bool)
+        chosen_B = np.zeros(len(samples_B), dtype=bool)
+        if fraction == 0:
+            return chosen_B
         for epoch in np.unique(epochs_B).tolist():  # a batch of a small data set may span a few epochs
             in_epoch_B = epochs_B == epoch
             samples = samples_B[in_epoch_B]
             # stored_views serves as a hash here: with UNIFORM_LEVELS views, the view number of a sample is a uniform random number.
-            uniforms = stored_views(derive_seed("label drop", self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
-            dropped_B[in_epoch_B] = uniforms < self.label_drop * UNIFORM_LEVELS
-        return dropped_B
+            uniforms = stored_views(derive_seed(choice, self.seed, epoch), np.zeros_like(samples), samples, UNIFORM_LEVELS)
+            chosen_B[in_epoch_B] = uniforms < fraction * UNIFORM_LEVELS
+        return chosen_B
 
 
 def random_share(training: PriorTrainingConfig, progress: float) -> float:
@@ -181,7 +203,7 @@ def describe_validation(reader: TokenShardReader, limit: int) -> str:
 
 def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0, world_size: int = 1,
                        limit: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield the rank's batches of the `validation_samples`: ids (B, T), class indices (B,), random orders (B, T). Each sample is on exactly one rank.
+    """Yield the rank's batches of the `validation_samples`: ids (B, T), class indices (B,), samples (B,). Each sample is on exactly one rank.
 
     No classes are replaced by the null class. Every rank gets the same number of batches. A batch has at most batch_size samples over all ranks.
     Samples are spread evenly: if there are at least as many as ranks, no batch is empty. Batch sizes can differ by one, so add up sums and counts
@@ -194,15 +216,4 @@ def validation_batches(reader: TokenShardReader, batch_size: int, rank: int = 0,
         batch_start, batch_stop = rank_slice(0, len(samples), number, batches)
         start, stop = rank_slice(batch_start, batch_stop, rank, world_size)
         tokens = reader.samples(samples[start:stop])
-        orders_BT = random_orders(tokens.samples_B, tokens.ids_BT.shape[1], "validation")
-        yield torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B), torch.from_numpy(orders_BT)
-
-
-def check_same_tokens(reader: TokenShardReader, vocabulary: Vocabulary) -> None:
-    """Raise InputError unless shards and vocabulary have the same tokenizer, grids and classes."""
-    manifest = reader.manifest
-    for name, found, expected in (("token fingerprint", manifest.token_fingerprint, vocabulary.token_fingerprint),
-                                ("grids", list(manifest.grids), list(vocabulary.grids)),
-                                ("class_names", manifest.class_names, vocabulary.class_names)):
-        if found != expected:
-            raise InputError(f"The {name} of the tokens in {reader.folder} is {found}, but the prior's vocabulary has {expected}.")
+        yield torch.from_numpy(tokens.ids_BT), torch.from_numpy(tokens.labels_B), torch.from_numpy(tokens.samples_B)

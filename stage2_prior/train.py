@@ -33,10 +33,12 @@ from stage2_prior.token_batches import (
     VALIDATION_RULE,
     TokenBatches,
     describe_validation,
+    random_orders,
     random_share,
     validation_batches,
     warn_of_sorted_shards,
 )
+from stage2_prior.token_columns import TokenColumns, check_same_tokens
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
 from vqmosaic.recipes.fields_from_data import DataSize
@@ -54,7 +56,7 @@ from vqmosaic.training.training_plan import describe_classes, print_plan
 from vqmosaic.training.training_run import TrainingRun
 from vqmosaic.wording import counted
 
-WITHOUT_CLASS, IN_RANDOM_ORDER = "_without_class", "_in_random_order"
+SUFFIXES = WITHOUT_CLASS, WITHOUT_GIVEN, IN_RANDOM_ORDER = ("_without_class", "_without_given", "_in_random_order")
 """Endings of the names of validation metrics; see `validate`."""
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
@@ -85,6 +87,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     manifest = reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint,
                             label_drop=training.label_drop if manifest.class_names else 0.0)
+    check_same_tokens(held_out, vocabulary)
     any_order = training.order != "raster"
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed, any_order)
     model = prepare_prior(prior, training, run)
@@ -127,9 +130,9 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         model.train()
         total, step_means = torch.zeros((), device=accelerator.device), RunningMeans()
         micro_batches = zip(*(part.to(accelerator.device).chunk(training.accumulation_steps) for part in batch), strict=True)
-        for ids_bT, classes_b, inputs_bT, orders_bT in micro_batches:
+        for ids_bT, classes_b, inputs_bT, given_bG, orders_bT in micro_batches:
             with accelerator.accumulate(model):
-                logits_bTK = model(inputs_bT, classes_b, orders_bT if any_order else None)
+                logits_bTK = model(inputs_bT, classes_b, given_bG, orders_bT if any_order else None)
                 loss = next_token_loss(logits_bTK, ids_bT)
                 terms = {"nll": loss}
                 if training.z_loss:
@@ -165,31 +168,38 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     """nll in nats per token, bits_per_image and next-token accuracy over `limit` validation images in raster order, the same on all ranks.
 
     Each process works on at most `batch_size` images at a time. If the null class is trained (label_drop), there are also nll_without_class and
-    so on, with the null class in place of each image's class. If the prior predicts in any order, there are also nll_in_random_order and so on, with
-    a fixed random order for each image. Returns None if a signal to any rank's `stop` interrupted the validation.
+    so on, with the null class in place of each image's class; for a prior with conditions, nll_without_given and so on, with null ids in all given
+    segments. With several drawn grids, there is also nll_<grid> for each. If the prior predicts in any order, there are also nll_in_random_order and
+    so on, with a fixed random order for each image. Returns None if a signal to any rank's `stop` interrupted the validation.
     """
     prior.eval()
-    vocabulary = prior.vocabulary
+    vocabulary, columns = prior.vocabulary, TokenColumns(reader, prior.vocabulary)
     suffixes = [""]
-    if vocabulary.num_classes and vocabulary.label_drop:
-        suffixes.append(WITHOUT_CLASS)
+    if vocabulary.why_unguided() is None:
+        suffixes.append(WITHOUT_GIVEN if vocabulary.conditions else WITHOUT_CLASS)
     if prior.any_order:
         suffixes.append(IN_RANDOM_ORDER)
     sums = torch.zeros(2 * len(suffixes) + 2, device=accelerator.device)  # NLL and hits for each suffix; tokens; stopped ranks
+    nll_T = torch.zeros(vocabulary.num_tokens, dtype=torch.float64)       # by position, for several grids
     ranks = accelerator.num_processes
     progress = progress_lines(min(limit, len(reader)), "validation", "image", accelerator.is_main_process)
-    for batch in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
+    for ids_BT, classes_B, samples_B in validation_batches(reader, batch_size * ranks, accelerator.process_index, ranks, limit):
         halted = stop is not None and bool(stop.signal)
         if is_sharded(accelerator):  # a sharded forward pass needs all ranks, so all must stop before the same batch
             halted = bool(accelerator.reduce(torch.tensor(float(halted), device=accelerator.device), "sum"))
         if halted:
             sums[-1] = 1
             break
-        ids_BT, classes_B, orders_BT = (part.to(accelerator.device) for part in batch)
         progress.update(len(ids_BT) * ranks)
+        (ids_BT, given_BG), classes_B = columns.split(ids_BT.to(accelerator.device)), classes_B.to(accelerator.device)
+        random_orders_BT = torch.from_numpy(random_orders(samples_B.numpy(), vocabulary.num_tokens, "validation"))
         for index, suffix in enumerate(suffixes):
+            conditions = (None, None) if suffix in (WITHOUT_CLASS, WITHOUT_GIVEN) else (classes_B, given_BG)
+            orders_BT = random_orders_BT.to(accelerator.device) if suffix == IN_RANDOM_ORDER else None
             with accelerator.autocast():
-                logits_BTK = prior(ids_BT, None if suffix == WITHOUT_CLASS else classes_B, orders_BT if suffix == IN_RANDOM_ORDER else None).float()
+                logits_BTK = prior(ids_BT, *conditions, orders_BT).float()
+            if len(vocabulary.grids) > 1 and index == 0:
+                nll_T += F.cross_entropy(logits_BTK.transpose(1, 2), ids_BT, reduction="none").double().sum(0).cpu()
             sums[2 * index] += F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="sum")
             sums[2 * index + 1] += (logits_BTK.argmax(-1) == ids_BT).sum()
         sums[-2] += ids_BT.numel()
@@ -200,6 +210,10 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
     for suffix, nll, hits in zip(suffixes, totals[::2], totals[1::2], strict=True):
         metrics |= {f"nll{suffix}": nll / tokens, f"bits_per_image{suffix}": nll / tokens * vocabulary.num_tokens / math.log(2),
                     f"accuracy{suffix}": hits / tokens}
+    if len(vocabulary.grids) > 1:
+        by_grid = accelerator.reduce(nll_T.float().to(accelerator.device), "sum").split([grid.num_tokens for grid in vocabulary.grids])
+        images = tokens / vocabulary.num_tokens
+        metrics |= {f"nll_{grid.name}": float(nll_n.sum()) / images / grid.num_tokens for grid, nll_n in zip(vocabulary.grids, by_grid, strict=True)}
     return metrics
 
 
@@ -217,14 +231,21 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun)
     is_best = run.best_weights.save_if_best((metrics["nll"] + metrics.get(f"nll{IN_RANDOM_ORDER}", metrics["nll"])) / 2, prior)
     run.metrics.write(run.state.step, "validation", images=images, **metrics)
 
+    run.report(f"step {run.state.step:,}: {describe_metrics(metrics)}{', the best so far' if is_best else ''}")
+    return prior if run.is_main else None
+
+
+def describe_metrics(metrics: dict[str, float]) -> str:
+    """The metrics of a validation as text, with those without the class or the given segments, and in random order, in parentheses."""
     def formatted(name: str, spec: str) -> str:
-        others = [f"{suffix[1:].replace('_', ' ')} {metrics[name + suffix]:{spec}}" for suffix in (WITHOUT_CLASS, IN_RANDOM_ORDER)
-                  if name + suffix in metrics]
+        others = [f"{suffix[1:].replace('_', ' ')} {metrics[name + suffix]:{spec}}" for suffix in SUFFIXES if name + suffix in metrics]
         return f"{metrics[name]:{spec}}" + (f" ({', '.join(others)})" if others else "")
 
-    run.report(f"step {run.state.step:,}: NLL {formatted('nll', '.4f')} nats per token, {formatted('bits_per_image', '.1f')} bits per image, "
-               f"accuracy {formatted('accuracy', '.1%')}{', the best so far' if is_best else ''}")
-    return prior if run.is_main else None
+    grids = [f"{name.removeprefix('nll_')} {value:.4f}" for name, value in metrics.items()
+             if name.startswith("nll_") and not name.endswith(SUFFIXES)]
+    of_grids = f" ({', '.join(grids)})" if grids else ""
+    return (f"NLL {formatted('nll', '.4f')} nats per token{of_grids}, {formatted('bits_per_image', '.1f')} bits per image, "
+            f"accuracy {formatted('accuracy', '.1%')}")
 
 
 def make_pictures(prior: TokenPrior, run: TrainingRun, on_validation: OnValidation) -> None:

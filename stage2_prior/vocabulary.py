@@ -1,14 +1,16 @@
-"""The ids of a prior: codes of the grids, then classes, then the null class. Stored in vocabulary.json. Does not import torch.
+"""The ids of a prior and the segments of its sequence. Stored in vocabulary.json. Does not import torch.
 
-    [0, K)                      codes of the first grid; each further grid has its own range after it
-    [num_codes, num_codes + C)  the C classes
-    null_id                     no class: guidance, unlabelled data
+    [0, num_codes)              codes of the drawn grids, one range for each grid
+    [num_codes, num_codes + C)  the C classes; the ids of further given segments follow
+    null_id                     no class: guidance, unlabelled data; the null ids of further given segments follow
 
-Only this file does arithmetic on ids.
+segments.py describes the order of the segments. Only these two files do arithmetic on ids.
 """
 
 import dataclasses
+import functools
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,55 +18,83 @@ from typing import Any
 import numpy as np
 
 from stage2_prior.digests import version_of
+from stage2_prior.segments import Condition, GivenGrid, Segment, make_segments, read_segments
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.json_files import VERSION_FIELD, check_fields, from_fields, read_object, version_hint, written_by
 from vqmosaic.files.permissions import check_readable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version of the file format. Version 1 has no conditions: its grids are drawn, and the class is the only given segment."""
 VOCABULARY_NAME = "vocabulary.json"
 NO_CLASS = -1
-"""Class index of the null class."""
-
-
-def why_unguided(class_names: list[str] | None, label_drop: float) -> str | None:
-    """Why a prior does not support guidance, to follow "the prior". None if it does."""
-    if class_names is None:
-        return "was trained without classes"
-    return "was trained with label_drop 0 and has not learned the null class that guidance needs" if label_drop == 0 else None
+"""Class index of the null class. In other given segments, the id -1 stands for the null id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The ids of a prior, and which ids are possible at each of the T positions after the class token."""
+    """The ids of a prior, and which ids are possible at each of the T drawn positions, which follow the class and the conditions."""
 
     grids: list[Grid]
-    """The grids of one image. Their tokens are concatenated in this order, each grid row by row."""
+    """The drawn grids of one image. Their tokens are concatenated in this order, each grid row by row."""
     class_names: list[str] | None
     """Name of each class, or None for a prior without classes."""
     token_fingerprint: str
-    """Fingerprint of the tokenizer that produces the ids."""
+    """Fingerprint of the tokenizer that produces the ids. A grid of another tokenizer has its own."""
     label_drop: float = 0.0
-    """Fraction of the training samples whose class was replaced by the null class. With 0, guidance is not possible."""
-    schema_version: int = SCHEMA_VERSION
-    """Version of the file format."""
+    """Fraction of the training samples in which all given segments were dropped together: the class was replaced by the null class."""
+    class_drop: float = 0.0
+    """Fraction of the training samples in which the class was dropped independently of the other given segments."""
+    conditions: Sequence[Condition] = ()
+    """Given segments that follow the class, in order: grids and texts."""
 
     def __post_init__(self):
+        object.__setattr__(self, "grids", [grid.relative_to(self.token_fingerprint) for grid in self.grids])
+        object.__setattr__(self, "conditions", tuple(
+            dataclasses.replace(condition, grid=condition.grid.relative_to(self.token_fingerprint)) if isinstance(condition, GivenGrid) else condition
+            for condition in self.conditions))
         if not self.grids:
-            raise InputError("The vocabulary has no grids; there must be at least one.")
+            raise InputError("The vocabulary has no grids that are drawn; there must be at least one.")
         if self.class_names is not None and not self.class_names:
             raise InputError("class_names of the vocabulary is empty; give the names, or None for a prior without classes.")
         check_range("label_drop of the vocabulary", self.label_drop, at_least=0, at_most=1)
+        check_range("class_drop of the vocabulary", self.class_drop, at_least=0, at_most=1)
+        make_segments(self.num_classes, self.class_drop, self.conditions, self.grids)  # checks the names
+
+    @functools.cached_property
+    def segments(self) -> list[Segment]:
+        """The segments in the order of the sequence: the class, the conditions, the drawn grids."""
+        return make_segments(self.num_classes, self.class_drop, self.conditions, self.grids)
+
+    @property
+    def given_segments(self) -> list[Segment]:
+        """The class and the conditions."""
+        return self.segments[:1 + len(self.conditions)]
+
+    @property
+    def token_fingerprints(self) -> dict[str, str]:
+        """Grid name -> fingerprint of the tokenizer that made its ids, for given and drawn grids."""
+        return {segment.name: segment.grid.token_fingerprint or self.token_fingerprint for segment in self.segments if segment.grid is not None}
 
     @property
     def num_tokens(self) -> int:
-        """Tokens per image over all grids, T."""
+        """Drawn tokens per image over all grids, T."""
         return sum(grid.num_tokens for grid in self.grids)
 
     @property
+    def num_condition_tokens(self) -> int:
+        """Number of tokens of the conditions, G."""
+        return sum(condition.num_tokens for condition in self.conditions)
+
+    @property
+    def num_given_tokens(self) -> int:
+        """Number of tokens before the first drawn one: 1 + G, the class and the conditions."""
+        return 1 + self.num_condition_tokens
+
+    @property
     def num_codes(self) -> int:
-        """Number of codes of all grids."""
+        """Number of codes of all drawn grids."""
         return sum(grid.codebook_size for grid in self.grids)
 
     @property
@@ -80,29 +110,25 @@ class Vocabulary:
     @property
     def size(self) -> int:
         """Number of ids, V."""
-        return self.num_codes + self.num_classes + 1
+        return self.null_id + 1 + len(self.conditions)
 
     @property
     def null_id(self) -> int:
         """The id of the null class."""
-        return self.num_codes + self.num_classes
+        return self.num_codes + self.num_classes + sum(condition.num_ids for condition in self.conditions)
 
     @property
     def suppressed_ids(self) -> list[int]:
-        """The ids that are never sampled: the classes and the null class."""
+        """The ids that are never sampled: those of given segments, and their null ids."""
         return list(range(self.num_codes, self.size))
 
     @property
     def code_ranges(self) -> list[tuple[int, int]]:
-        """The range of ids [start, stop) of each grid's codes."""
-        ranges, start = [], 0
-        for grid in self.grids:
-            ranges.append((start, start + grid.codebook_size))
-            start += grid.codebook_size
-        return ranges
+        """The range of ids [start, stop) of each drawn grid's codes."""
+        return [(segment.ids.start, segment.ids.stop) for segment in self.segments if segment.role == "drawn"]
 
     def position_ranges(self) -> list[tuple[int, int]]:
-        """The range of ids [start, stop) that are possible at each of the T positions."""
+        """The range of ids [start, stop) that are possible at each of the T drawn positions."""
         return [code_range for grid, code_range in zip(self.grids, self.code_ranges, strict=True) for _ in range(grid.num_tokens)]
 
     @property
@@ -127,8 +153,62 @@ class Vocabulary:
 
     def condition_ids(self, class_indices_B):
         """The ids (B,) of class indices; NO_CLASS (-1) gives the null class. Accepts numpy arrays and torch tensors. Does not check the indices."""
-        # floor modulo maps -1 to num_classes, the null class: no branch, no synchronization
-        return self.num_codes + class_indices_B % (self.num_classes + 1)
+        # floor modulo maps -1 to num_classes, the null class unless there are conditions: no branch, no synchronization
+        ids_B = self.num_codes + class_indices_B % (self.num_classes + 1)
+        if self.conditions:
+            ids_B = ids_B + (class_indices_B < 0) * (self.null_id - self.num_codes - self.num_classes)
+        return ids_B
+
+    def condition_token_ids(self, given_BG):
+        """The ids (B, G) of the conditions' own ids; -1 gives the null id. Accepts numpy arrays and torch tensors. Does not check the ids."""
+        segments = [segment for segment in self.given_segments[1:] for _ in segment.places]
+        offsets_G, null_ids_G = (np.array(ids, dtype=np.int64) for ids in ([segment.ids.start for segment in segments],
+                                                                          [segment.null_id for segment in segments]))
+        if hasattr(given_BG, "new_tensor"):
+            offsets_G, null_ids_G = given_BG.new_tensor(offsets_G), given_BG.new_tensor(null_ids_G)
+        return given_BG + offsets_G + (given_BG < 0) * (null_ids_G + 1 - offsets_G)
+
+    def check_conditions(self, given: Mapping[str, Any], check_ids: bool = False) -> None:
+        """Raise InputError unless each entry of `given` is a condition of this vocabulary and has its shape.
+
+        The ids of a grid have the shape (B, n), (B, height, width, depth) or, if the depth is 1, (B, height, width). `check_ids` also checks their
+        range, from -1, the null id. It reads them from their device.
+        """
+        names = [condition.name for condition in self.conditions]
+        if unknown := sorted(given.keys() - {*names}):
+            raise InputError(f"given has {', '.join(unknown)}; the conditions of the prior are: {', '.join(names) or 'none'}.")
+        for condition in self.conditions:
+            if condition.name not in given:
+                continue
+            ids = given[condition.name]
+            shapes: list[tuple[int, ...]] = [(condition.num_tokens,)]
+            if isinstance(condition, GivenGrid):
+                grid = condition.grid
+                shapes += [(grid.height, grid.width, grid.depth), *([(grid.height, grid.width)] if grid.depth == 1 else [])]
+            if tuple(ids.shape[1:]) not in shapes:
+                raise InputError(f"given[{condition.name!r}] has the shape {tuple(ids.shape)}; allowed for each image: "
+                                 f"{' or '.join(map(str, shapes))}.")
+            if check_ids and len(ids) and not -1 <= int(ids.min()) <= int(ids.max()) < condition.num_ids:
+                raise InputError(f"given[{condition.name!r}] holds ids from {int(ids.min())} to {int(ids.max())}; allowed: 0 to "
+                                 f"{condition.num_ids - 1}, and -1 for the null id.")
+
+    def is_trained(self, given: int) -> bool:
+        """Whether some training samples had the first `given` given segments and the null ids of all others. The empty class does not count."""
+        rates = self.drop_rates
+        if given == 0 and self.label_drop > 0:
+            return True
+        return self.label_drop < 1 and all(rate < 1 for rate in rates[:given]) and all(rate > 0 for rate in rates[given:])
+
+    @property
+    def drop_rates(self) -> list[float]:
+        """The drop rate of each given segment that can hold something: the class, if there are classes, and the conditions."""
+        return [segment.drop_rate for segment in self.given_segments if len(segment.ids)]
+
+    def why_unguided(self) -> str | None:
+        """Why a prior with this vocabulary does not support guidance, to follow "the prior". None if it does."""
+        if not self.drop_rates:
+            return "was trained without classes"
+        return None if self.is_trained(0) else "was trained with label_drop 0 and has not learned the null class that guidance needs"
 
     def class_id(self, index: int) -> int:
         """The id of one class. Raises InputError, which names the allowed indices, for an unknown one."""
@@ -139,9 +219,14 @@ class Vocabulary:
             raise InputError(f"The class index is {index}; allowed: {allowed}.")
         return self.num_codes + index
 
+    def to_dict(self) -> dict[str, Any]:
+        """The vocabulary as JSON content."""
+        return {"class_names": self.class_names, "token_fingerprint": self.token_fingerprint, "label_drop": self.label_drop,
+                "segments": [segment.to_dict() for segment in self.segments], "schema_version": SCHEMA_VERSION}
+
     def save(self, folder: str | Path) -> None:
         """Write vocabulary.json atomically."""
-        write_json(Path(folder) / VOCABULARY_NAME, dataclasses.asdict(self))
+        write_json(Path(folder) / VOCABULARY_NAME, self.to_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Vocabulary":
@@ -158,18 +243,28 @@ class Vocabulary:
         version = written_by(content) or version
         if not isinstance(content, dict) or "schema_version" not in content:
             raise InputError(f"{path} is not a vocabulary: it has no schema_version.")
-        if content["schema_version"] != SCHEMA_VERSION:
-            raise InputError(f"{path} has schema_version {content['schema_version']}; this version of vqmosaic reads {SCHEMA_VERSION}."
-                             f"{version_hint(version)}")
+        schema = content["schema_version"]
+        if schema not in (1, SCHEMA_VERSION):
+            raise InputError(f"{path} has schema_version {schema}; this version of vqmosaic reads 1 and {SCHEMA_VERSION}.{version_hint(version)}")
         content = {name: value for name, value in content.items() if name != VERSION_FIELD}
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = ["class_names", "token_fingerprint", "label_drop", "grids" if schema == 1 else "segments", "schema_version"]
         check_fields(content, known, str(path), version, known)
         names = content["class_names"]
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise InputError(f"{path}: class_names is {names!r}; it must be a list of strings, or null.")
         if not isinstance(content["token_fingerprint"], str):
             raise InputError(f"{path}: token_fingerprint is {content['token_fingerprint']!r}; it must be a string.")
-        if not isinstance(content["grids"], list):
-            raise InputError(f"{path}: grids is {content['grids']!r}; it must be a list.")
-        grids = [from_fields(Grid, grid, f"{path}: grids[{number}]", version) for number, grid in enumerate(content["grids"])]
-        return from_fields(cls, content | {"grids": grids}, str(path), version)
+        fields = {name: content[name] for name in ("class_names", "token_fingerprint", "label_drop")}
+        if schema == 1:
+            if not isinstance(content["grids"], list):
+                raise InputError(f"{path}: grids is {content['grids']!r}; it must be a list.")
+            grids = [from_fields(Grid, grid, f"{path}: grids[{number}]", version) for number, grid in enumerate(content["grids"])]
+            return from_fields(cls, fields | {"grids": grids}, str(path), version)
+        class_drop, conditions, grids = read_segments(content["segments"], str(path), version)
+        vocabulary = from_fields(cls, fields | {"class_drop": class_drop, "conditions": conditions, "grids": grids}, str(path), version)
+        for number, (found, expected) in enumerate(zip(content["segments"], vocabulary.to_dict()["segments"], strict=True)):
+            if found != expected:
+                name = next(name for name in expected if found.get(name) != expected[name])
+                raise InputError(f"{path}: segments[{number}] has {name} {found.get(name)!r}; with this order of the segments, it must be "
+                                 f"{expected[name]!r}. The file was edited: export the prior again.")
+        return vocabulary

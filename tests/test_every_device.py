@@ -285,8 +285,8 @@ def passes_in_any_order(device, is_recorded=False, decoder="static", grids=1):
     orders_BT = torch.stack([torch.randperm(length), torch.randperm(length)]).to(device)
     with torch.inference_mode():
         made = StaticDecoder(KnownGridTransformer(prior.model, 4, length), 4, length) if decoder == "static" else ReferenceDecoder(prior.model, 4)
-        class_ids_N = vocabulary.condition_ids(torch.tensor([0, 1, -1, -1]).to(device))
-        passes, results = OrderedPasses(made, vocabulary, class_ids_N, known_BT, orders_BT, [1] * length if is_recorded else [1, 3, length - 4]), []
+        start_N1 = vocabulary.condition_ids(torch.tensor([0, 1, -1, -1]).to(device))[:, None]
+        passes, results = OrderedPasses(made, vocabulary, start_N1, known_BT, orders_BT, [1] * length if is_recorded else [1, 3, length - 4]), []
         if is_recorded:
             original = made.predict
             made.predict = lambda *inputs: original(*inputs[:3], torch.full((1,), inputs[3], device=device) if inputs[3] else 0)
@@ -376,7 +376,8 @@ def measured_step_and_loss(device, architecture, **options):
                           optimizers=[SimpleNamespace(zero_grad=lambda **how: None)],
                           accelerator=SimpleNamespace(device=device, backward=lambda loss: loss.backward(), reduce=lambda value, how: value))
     ids_BT, classes_B = ids_on(torch.device("cpu"), prior)
-    time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT, torch.arange(ids_BT.shape[1]).expand_as(ids_BT)), run)
+    orders_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+    time_and_loss_of_one_step(prior, TrainingBatch(ids_BT, classes_B, ids_BT, ids_BT[:, :0], orders_BT), run)
     return prior
 
 

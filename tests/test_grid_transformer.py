@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from stage2_prior.model.causal_lm import make_config
 from stage2_prior.model.grid_attention import rotate
-from stage2_prior.model.grid_transformer import (
-    GridTransformer,
+from stage2_prior.model.grid_transformer import GridTransformer
+from stage2_prior.model.grid_transformer_config import (
     GridTransformerConfig,
     rotation_tables,
     split_parameter_budget,

@@ -18,7 +18,7 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train
 from tests.run_files import file_contents
 from tests.tiny import CODES, GRID_SIZE, ROOT, command, tiny_recipe
-from token_shards import TokenShardManifest, TokenShardReader
+from token_shards import Grid, ShardSetHeader, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import Interrupted
@@ -424,6 +424,30 @@ def test_export_rejects_existing_files_and_folders_without_shards(tmp_path):
     with pytest.raises(InputError, match="contains no shards"):
         run("export-tokens", tmp_path / "tokens", "--out", tmp_path / "new.jsonl")
     assert (tmp_path / "mine.jsonl").read_text() == "kept" and not list(tmp_path.glob("*new.jsonl"))
+
+
+def test_export_and_import_of_one_of_several_grids(tmp_path):
+    grids = [Grid("image", CODES, GRID_SIZE, GRID_SIZE), Grid("low", CODES, 1, 2, token_fingerprint="b" * 64)]
+    header = ShardSetHeader(split="train", token_fingerprint="a" * 64, grids=grids, views=[{"name": str(view)} for view in range(VIEWS)],
+                            class_names=["0", "1", "2", "3", "4"], dataset={"name": "made up"}, encoding={}, images_per_shard=25, num_sources=ROWS)
+    writer = TokenShardWriter(tmp_path / "both", header)
+    for number in range(writer.num_shards):
+        with writer.shard(number) as shard:
+            for index in header.source_indices(number):
+                shard.add(index=index, key=default_key(index), source=str(index), label=LABELS[index],
+                          ids={"image": IDS_NVT[index], "low": IDS_NVT[index, :, :2]})
+    writer.finish()
+    with pytest.raises(InputError, match=r"has the grids image, low; JSON lines can hold only one grid\. Choose it with --grid"):
+        run("export-tokens", tmp_path / "both", "--out", tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="--grid is 'loww'; allowed: image, low"):
+        run("export-tokens", tmp_path / "both", "--grid", "loww", "--out", tmp_path / "none.jsonl")
+    for name, ids_NVT in (("image", IDS_NVT), ("low", IDS_NVT[..., :2])):
+        assert run("export-tokens", tmp_path / "both", "--grid", name, "--out", tmp_path / f"{name}.jsonl") == 0
+        assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] == records_of(ids_NVT)
+    run("import-tokens", tmp_path / "low.jsonl", *COMMON, "--grid", "low", "--height", 1, "--width", 2, "--out", tmp_path / "imported")
+    assert [grid.name for grid in TokenShardManifest.load(tmp_path / "imported/train").grids] == ["low"]
+    with pytest.raises(InputError, match="The grid name is 'Low'"):
+        run("import-tokens", tmp_path / "low.jsonl", *COMMON, "--grid", "Low", "--height", 1, "--width", 2, "--out", tmp_path / "other")
 
 
 # --- training and bundling ---------------------------------------------------------------------------------------------------

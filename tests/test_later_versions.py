@@ -64,7 +64,8 @@ FILES: dict[str, tuple[str, tuple[str | int, ...], Callable[[Path], Any]]] = {
     "network": ("tokenizer/config.json", ("network",), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
     "transform": ("tokenizer/config.json", ("transform",), lambda run: ImageTokenizer.from_pretrained(run / "tokenizer")),
     "vocabulary": ("prior/vocabulary.json", (), lambda run: Vocabulary.load(run / "prior")),
-    "grid": ("prior/vocabulary.json", ("grids", 0), lambda run: Vocabulary.load(run / "prior")),
+    "segment": ("prior/vocabulary.json", ("segments", 1), lambda run: Vocabulary.load(run / "prior")),
+    "grid": ("prior/vocabulary.json", ("segments", 1, "grid"), lambda run: Vocabulary.load(run / "prior")),
     "digests": ("prior/digests.json", (), lambda run: TokenPrior.from_pretrained(run / "prior")),
     "pipeline": ("pipeline/pipeline.json", (), lambda run: read_bundle(run / "pipeline")),
     "sampling": ("pipeline/pipeline.json", ("sampling",),
@@ -115,7 +116,7 @@ def test_unknown_field_in_a_file_without_version(run, file, keys, read):
 @pytest.mark.parametrize(("file", "keys", "field", "read"), [
     ("tokenizer/config.json", (), "network", FILES["tokenizer"][2]),
     ("tokenizer/config.json", ("transform",), "channels", FILES["transform"][2]),
-    ("prior/vocabulary.json", ("grids", 0), "height", FILES["grid"][2]),
+    ("prior/vocabulary.json", ("segments", 1, "grid"), "height", FILES["grid"][2]),
     ("prior/digests.json", (), "files", FILES["digests"][2]),
     ("pipeline/pipeline.json", (), "sampling", FILES["pipeline"][2]),
     ("tokens/train/manifest.json", ("shards", 1), "sha256", FILES["manifest"][2]),

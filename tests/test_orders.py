@@ -42,7 +42,7 @@ def test_raster_order_gives_the_logits_without_an_order(vocabulary):
     ids_BT, classes_B = random_batch(vocabulary, size=4)
     raster_BT = torch.arange(vocabulary.num_tokens).expand(4, -1)
     with torch.no_grad():
-        torch.testing.assert_close(prior(ids_BT, classes_B, raster_BT), prior(ids_BT, classes_B))
+        torch.testing.assert_close(prior(ids_BT, classes_B, orders_BT=raster_BT), prior(ids_BT, classes_B))
 
 
 @pytest.mark.parametrize("vocabulary", [VOCABULARY, TWO_GRIDS], ids=["one grid", "two grids"])
@@ -51,12 +51,12 @@ def test_a_token_is_predicted_from_the_tokens_before_it_in_the_order(vocabulary)
     ids_BT, classes_B = random_batch(vocabulary, size=1)
     orders_BT = random_orders(1, length)
     with torch.no_grad():
-        logits_TK = prior(ids_BT, classes_B, orders_BT)[0]
+        logits_TK = prior(ids_BT, classes_B, orders_BT=orders_BT)[0]
         for place in range(length):
             changed_BT = ids_BT.clone()
             start, stop = vocabulary.position_ranges()[place]
             changed_BT[0, place] = (ids_BT[0, place] + 1) % (stop - start)
-            is_same_T = (prior(changed_BT, classes_B, orders_BT)[0] == logits_TK).all(dim=-1)
+            is_same_T = (prior(changed_BT, classes_B, orders_BT=orders_BT)[0] == logits_TK).all(dim=-1)
             before, after = orders_BT[0].tolist().index(place), orders_BT[0].tolist()
             assert is_same_T[after[:before + 1]].all() and not is_same_T[after[before + 1:]].any()
 
@@ -78,7 +78,7 @@ def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder,
         made = make_decoder(prior.model, vocabulary.num_codes, images, 2 * length)
         assert isinstance(made, StaticDecoder)
         used = made if decoder is StaticDecoder else ReferenceDecoder(prior.model, images)
-        steps = OrderedPasses(used, vocabulary, vocabulary.condition_ids(classes_B), known_BT, orders_BT, counts, noise_BT)
+        steps = OrderedPasses(used, vocabulary, vocabulary.condition_ids(classes_B)[:, None], known_BT, orders_BT, counts, noise_BT)
         for count in counts:
             before_BT, filled = steps.ids_BT.clone(), steps.filled
             logits_BmK, places_Bm = steps.predict()
@@ -87,7 +87,7 @@ def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder,
                 place_B1 = places_Bm[:, number:number + 1]
                 order_BT = torch.cat([steps.orders_BT[:, :filled], place_B1, steps.orders_BT[:, filled:]], dim=1)
                 rest_BT = torch.stack([torch.tensor(list(dict.fromkeys(row))) for row in order_BT.tolist()])
-                fresh_BTK = prior(before_BT.clamp_min(0), classes_B, rest_BT)
+                fresh_BTK = prior(before_BT.clamp_min(0), classes_B, orders_BT=rest_BT)
                 expected_BK = fresh_BTK.gather(1, place_B1[..., None].expand(-1, -1, fresh_BTK.shape[-1]))[:, 0]
                 found_BK = logits_BmK[:, number]
                 is_code = expected_BK.isfinite()
@@ -107,7 +107,7 @@ def test_sampling_in_random_order_follows_the_chain_rule():
         counts = torch.zeros(27).index_add(0, (drawn_BT[is_order_B] * torch.tensor([9, 3, 1])).sum(dim=1), torch.ones(int(is_order_B.sum())))
         ids_BT = torch.cartesian_prod(*[torch.arange(3)] * 3)
         with torch.no_grad():
-            log_p_BT = prior(ids_BT, None, torch.tensor([order] * 27)).log_softmax(dim=-1).gather(-1, ids_BT[..., None])[..., 0]
+            log_p_BT = prior(ids_BT, orders_BT=torch.tensor([order] * 27)).log_softmax(dim=-1).gather(-1, ids_BT[..., None])[..., 0]
         expected_B = log_p_BT.sum(dim=1).exp()
         torch.testing.assert_close(expected_B.sum(), torch.tensor(1.0))
         share = counts / counts.sum()

@@ -298,7 +298,7 @@ def make_reader(tmp_path_factory):
 def test_batches_do_not_depend_on_the_number_of_ranks(make_reader, world_size):
     batches = TokenBatches(make_reader(), VOCABULARY, seed=7, label_drop=0.3)
     for step in range(12):
-        ids_BT, classes_B, _, _ = batches.batch(step, 32)
+        ids_BT, classes_B, *_ = batches.batch(step, 32)
         parts = [batches.batch(step, 32, rank, world_size) for rank in range(world_size)]
         assert ids_BT.dtype == classes_B.dtype == torch.int64 and ids_BT.shape == (32, 9)
         assert torch.equal(torch.cat([part[0] for part in parts]), ids_BT)

@@ -22,7 +22,9 @@ from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
 from tests.run_files import edit_json, flip_byte, token_files
 from tests.tiny import command, tiny_recipe
-from token_shards import TokenShardManifest
+from token_shards import Grid, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
+from token_shards.manifest import shard_name
+from token_shards.sidecar import ShardSidecar
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file
 from vqmosaic.recipes.recipe import Recipe
@@ -442,3 +444,45 @@ def test_identities_of_readable_data_sets_are_unchanged(written, tmp_path):
 def size_and_digest(path: Path) -> tuple[int, str]:
     size, content = file_digest(path)
     return size, content.hex()
+
+
+# --- grids of several tokenizers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_with_other_grid(run) -> Path:
+    """The run after a grid `low` of another tokenizer was added to each image."""
+    for split in ("train", "validation"):
+        folder = run / "tokens" / split
+        manifest, reader = TokenShardManifest.load(folder), TokenShardReader(folder)
+        low = Grid("low", 16, 1, 2, token_fingerprint="b" * 64)
+        header = dataclasses.replace(manifest.header, grids=[*manifest.grids, low])
+        views = [reader.samples(range(len(reader)), view).ids_BT for view in range(len(manifest.views))]
+        rows = {index: row for row, index in enumerate(reader.indices_N.tolist())}
+        sidecars = [ShardSidecar.load(folder, name) for name in map(shard_name, range(manifest.num_shards))]
+        labels = {index: (source, label) for each in sidecars for index, source, label in zip(each.indices, each.sources, each.labels, strict=True)}
+        writer = TokenShardWriter(folder, header)
+        for number in range(writer.num_shards):
+            with writer.shard(number) as shard:
+                for record in sidecars[number].skipped:
+                    shard.skip(**record)
+                for index in sorted({*header.source_indices(number)} & rows.keys()):
+                    ids_VT = np.stack([view[rows[index]] for view in views])
+                    shard.add(index=index, key=default_key(index), source=labels[index][0], label=labels[index][1],
+                              ids={"image": ids_VT, "low": np.full((len(views), 2), index % 16)})
+        writer.finish()
+    return run
+
+
+def test_audit_and_repair_with_grids_of_several_tokenizers(run_with_other_grid, capsys):
+    run = run_with_other_grid
+    manifest = TokenShardManifest.load(run / "tokens/train")
+    assert manifest.token_fingerprints == {"image": manifest.token_fingerprint, "low": "b" * 64} and audit_run(run) == 0
+    before, shard = token_files(run), run / "tokens/train/shard-000002.tar"
+    flip_byte(shard, shard.read_bytes().index(b"\x93NUMPY") + 140)  # an id of `image`
+    (run / "tokens/train/shard-000001.json").unlink()
+    assert audit_run(run) == 1 and audit_run(run, repair=True) == 0
+    assert token_files(run) == before, "the ids of `low` come from the damaged shards"
+    shard.unlink()
+    with pytest.raises(InputError, match=r"grids of other tokenizers than that of the recipe: low \(tokenizer bbbbbbbbbbbbbbbb\.\.\.\)"):
+        audit_run(run, repair=True)

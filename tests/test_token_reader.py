@@ -164,8 +164,8 @@ def test_loader_workers_return_the_same_batches_as_one_process(folder, rank):
     loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2))
     fresh = make_batches(folder)
     assert len(loaded) == steps
-    for step, (ids_BT, classes_B, _) in enumerate(loaded):
-        expected_ids_BT, expected_classes_B, _ = fresh.batch(step, 30, rank, 2)
+    for step, (ids_BT, classes_B, *_) in enumerate(loaded):
+        expected_ids_BT, expected_classes_B, *_ = fresh.batch(step, 30, rank, 2)
         assert torch.equal(ids_BT, expected_ids_BT) and torch.equal(classes_B, expected_classes_B)
 
 
@@ -189,5 +189,5 @@ def test_resuming_at_any_step_gives_the_same_batches(folder):
     batches = make_batches(folder)
     expected = [batches.batch(step, 28) for step in range(30)]
     for step in (0, 8, 9, 17, 29):  # epochs of 240 samples end inside steps 8 and 17
-        ids_BT, classes_B, _ = make_batches(folder).batch(step, 28)
+        ids_BT, classes_B, *_ = make_batches(folder).batch(step, 28)
         assert torch.equal(ids_BT, expected[step][0]) and torch.equal(classes_B, expected[step][1])

@@ -108,6 +108,25 @@ def test_round_trip_with_two_grids(clean):
         assert batch.labels_B.tolist() == [index % 3 for index in stored]
 
 
+def test_grids_of_several_tokenizers(tmp_path):
+    plain = make_header()
+    own = make_header(grids=[dataclasses.replace(GRIDS[0], token_fingerprint="a" * 64), GRIDS[1]])
+    assert own == plain and own.fingerprint == plain.fingerprint, "naming the tokenizer of the manifest makes no difference"
+    assert all("token_fingerprint" not in grid for grid in plain.to_dict()["grids"])
+    header = make_header(grids=[GRIDS[0], dataclasses.replace(GRIDS[1], token_fingerprint="b" * 64)], num_sources=5)
+    assert header.token_fingerprints == {"image": "a" * 64, "detail": "b" * 64} and header.fingerprint != make_header(num_sources=5).fingerprint
+    writer = TokenShardWriter(tmp_path / "train", header)
+    with writer.shard(0) as shard:
+        for index in header.source_indices(0):
+            shard.add(index=index, key=default_key(index), source=source_of(index), label=index % 3, ids=ids_of(index, header))
+    written = writer.finish()
+    assert TokenShardManifest.load(tmp_path / "train") == written and written.token_fingerprints == header.token_fingerprints
+    assert TokenShardReader(tmp_path / "train").num_tokens == 14 and audit_folder(tmp_path / "train").passed
+    edit_manifest(tmp_path / "train", lambda manifest: manifest["grids"][1].update(token_fingerprint=3))
+    with pytest.raises(InputError, match="token_fingerprint of grid 'detail' is 3; it must be a string, or None"):
+        TokenShardManifest.load(tmp_path / "train")
+
+
 def test_storage_dtypes(clean):
     assert Grid("g", 65_536, 1, 1).dtype == np.uint16
     assert Grid("g", 65_537, 1, 1).dtype == np.int32

@@ -67,7 +67,8 @@ def test_saving_and_loading(tmp_path, fields):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"schema_version": 2}, "schema_version 2; this version of vqmosaic reads 1"),
+    ({"schema_version": 3}, "schema_version 3; this version of vqmosaic reads 1 and 2"),
+    ({"schema_version": "2"}, "schema_version 2; this version"),
     ({"extra": 1}, "unknown fields: extra"),
     ({"label_drop": None}, "missing fields: label_drop"),
     ({"label_drop": 1.5}, "label_drop of the vocabulary is 1.5"),
@@ -80,8 +81,11 @@ def test_saving_and_loading(tmp_path, fields):
     ({"grids": None}, "must be a list"),
 ])
 def test_invalid_file_is_refused(tmp_path, change, words):
-    Vocabulary(**ONE_GRID).save(tmp_path)
-    path = tmp_path / "vocabulary.json"
+    path, grid = tmp_path / "vocabulary.json", {"name": "image", "codebook_size": 16, "height": 2, "width": 3, "depth": 1}
+    if "grids" in change:  # a field of schema 1; tests/test_segments.py edits the segments of schema 2
+        path.write_text(json.dumps(ONE_GRID | {"grids": [grid], "schema_version": 1}))
+    else:
+        Vocabulary(**ONE_GRID).save(tmp_path)
     content = json.loads(path.read_text()) | change
     if change == {"label_drop": None}:
         del content["label_drop"]

@@ -44,6 +44,8 @@ class Grid:
     """Number of columns of the grid."""
     depth: int = 1
     """Number of ids at each position of the grid (residual quantizers have several)."""
+    token_fingerprint: str | None = None
+    """Fingerprint of the tokenizer that made the ids. None: the fingerprint in the manifest or vocabulary that contains the grid."""
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,29}", self.name):  # webdataset lower-cases the part after the key and splits it at dots
@@ -52,6 +54,19 @@ class Grid:
         check_range(f"codebook_size of grid {self.name!r}", self.codebook_size, at_least=1, at_most=2**31)
         for side in ("height", "width", "depth"):
             check_range(f"{side} of grid {self.name!r}", getattr(self, side), at_least=1)
+        if not isinstance(self.token_fingerprint, str | None):
+            raise InputError(f"token_fingerprint of grid {self.name!r} is {self.token_fingerprint!r}; it must be a string, or None.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The grid as JSON content. It omits a token_fingerprint of None, because older versions did not write the field."""
+        content = dataclasses.asdict(self)
+        if self.token_fingerprint is None:
+            del content["token_fingerprint"]
+        return content
+
+    def relative_to(self, token_fingerprint: str) -> "Grid":
+        """The same grid, without its own token_fingerprint if it equals that of the manifest or vocabulary. So equal grids compare equal."""
+        return dataclasses.replace(self, token_fingerprint=None) if self.token_fingerprint == token_fingerprint else self
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +102,7 @@ class ShardSetHeader:
     split: str
     """train or validation."""
     token_fingerprint: str
-    """Fingerprint of the tokenizer that made the ids (encoder, quantizer, deterministic transform)."""
+    """Fingerprint of the tokenizer that made the ids (encoder, quantizer, deterministic transform). A grid of another tokenizer has its own."""
     grids: list[Grid]
     """The grids of each image. A reader concatenates their ids in this order."""
     views: list[dict]
@@ -109,6 +124,7 @@ class ShardSetHeader:
     """Version of this record and of the layout of the shards."""
 
     def __post_init__(self):
+        object.__setattr__(self, "grids", [grid.relative_to(self.token_fingerprint) for grid in self.grids])
         check_name("split", self.split, SPLITS)
         check_range("images_per_shard", self.images_per_shard, at_least=1)
         check_range("num_sources", self.num_sources, at_least=1)
@@ -124,6 +140,11 @@ class ShardSetHeader:
     def num_tokens(self) -> int:
         """Number of ids of one image in all grids, T."""
         return sum(grid.num_tokens for grid in self.grids)
+
+    @property
+    def token_fingerprints(self) -> dict[str, str]:
+        """Grid name -> fingerprint of the tokenizer that made its ids."""
+        return {grid.name: grid.token_fingerprint or self.token_fingerprint for grid in self.grids}
 
     @property
     def num_shards(self) -> int:
@@ -144,7 +165,7 @@ class ShardSetHeader:
 
     def to_dict(self) -> dict[str, Any]:
         """The header as JSON content. It omits an order_seed of None, because older versions did not write the field."""
-        content = dataclasses.asdict(self)
+        content = dataclasses.asdict(self) | {"grids": [grid.to_dict() for grid in self.grids]}
         if self.order_seed is None:
             del content["order_seed"]
         return content
@@ -232,7 +253,10 @@ class TokenShardManifest(ShardSetHeader):
         return from_fields(cls, content, str(path), version)
 
     def check_token_fingerprint(self, expected: str, expected_path: str | Path, own_path: str | Path) -> None:
-        """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`. The paths name the two artefacts."""
+        """Raise InputError unless the ids come from the tokenizer whose token fingerprint is `expected`. The paths name the two artefacts.
+
+        Grids of other tokenizers, which have their own fingerprints, are not compared.
+        """
         if self.token_fingerprint != expected:
             raise InputError(f"The tokens in {own_path} were made by another tokenizer: their token fingerprint is "
                              f"{self.token_fingerprint}, but {expected_path} has {expected}. "

@@ -39,7 +39,6 @@ from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
 from stage1_tokenizer.pictures import tile_images, to_picture, viewing_scale
-from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import StopFlag
@@ -220,7 +219,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
     image_sides, codes = pipe.tokenizer.transform.sides, pipe.tokenizer.config.codebook_size
-    why = why_unguided(names, pipe.prior.vocabulary.label_drop)
+    why = pipe.prior.vocabulary.why_unguided()
     unguided = why and f"Off, because the prior {why}."
     style = ["pixels", "below-label"]
 

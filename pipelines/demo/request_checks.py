@@ -18,7 +18,6 @@ from PIL import Image, ImageFile
 from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
-from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range, did_you_mean
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -91,7 +90,7 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
     for control, value in zip(sampling_controls(pipe), settings, strict=True):
         check = checked_integer if control.step == 1 else checked_number
         sampling[control.name] = check(control.label, value, control.minimum, control.maximum)
-    if sampling["guidance_scale"] != 1 and why_unguided(pipe.class_names, pipe.prior.vocabulary.label_drop):
+    if sampling["guidance_scale"] != 1 and pipe.prior.vocabulary.why_unguided():
         raise InputError(f"Guidance scale is {sampling['guidance_scale']}; it must be 1, because this prior does not support guidance.")
     count = checked_integer(number_label(pipe), number, 1, image_limit(pipe))
     checked_seed = secrets.randbelow(2**31) if seed is None else checked_integer("Seed", seed, 0, MAX_SEED)

@@ -11,7 +11,7 @@ writes the same bytes, and after an interruption only the missing shards are wri
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,11 +206,12 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
 
 
 def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
-               skipped: dict[str, str]) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+               skipped: dict[str, str],
+               other_ids: Mapping[int, dict[str, np.ndarray]] | None = None) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
     """Encode the sources of one shard and add them to it one by one. If the caller does not exhaust this iterator, the shard stays incomplete.
 
     Yields each index with its ids (V, T) after they are stored, or with the error if the image is skipped. Adds skipped images to `skipped`
-    (source -> reason).
+    (source -> reason). `other_ids` has the ids of grids that this tokenizer does not make: source index -> grid name -> ids (V, T).
     """
     source = split.source
     for index, outcome in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
@@ -219,7 +220,8 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
             skipped[source.source_name(index)] = str(outcome)
             refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
         else:
-            shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index), ids={GRID_NAME: outcome})
+            shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index),
+                      ids={GRID_NAME: outcome, **(other_ids or {}).get(index, {})})
         yield index, outcome
 
 

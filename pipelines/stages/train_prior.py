@@ -40,7 +40,7 @@ UNCONDITIONAL_ROWS = 4
 def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one.
 
-    The callback saves nothing if the prior's tokens come from another tokenizer, or if a signal stops it.
+    The callback saves nothing if the prior's tokens come from another tokenizer, if it draws several grids or has conditions, or after a signal.
     """
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
@@ -53,9 +53,11 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
         if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
             return  # the tokens come from another tokenizer, so this one cannot decode them
+        if prior.vocabulary.conditions or len(prior.vocabulary.grids) > 1:
+            return  # a tokenizer decodes one grid, and there are no given ids here
         num_classes = prior.vocabulary.num_classes
         sampling = recipe.sampling
-        if not num_classes or prior.vocabulary.label_drop == 0:  # guidance needs a null class, which this prior does not learn
+        if prior.vocabulary.why_unguided():  # guidance needs a null class, which this prior does not learn
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
         labels = evenly_spaced_classes(num_classes, ROWS) or [NO_CLASS] * UNCONDITIONAL_ROWS
         classes = [label for label in labels for _ in range(COLUMNS)]

@@ -13,7 +13,6 @@ from pipelines.stages.stage_inputs import vocabulary_of_prior
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from pipelines.sweep.sweep_record import read_sweep
 from stage1_tokenizer.data.data_location import check_data_path
-from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 from vqmosaic.recipes.field_types import required_type
@@ -97,7 +96,7 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     for name, least in (("images", 2), ("seed", 0), ("batch_size", 1)):
         check_range(f"--{name}", getattr(options, name), at_least=least)
     vocabulary = vocabulary_of_prior(folder / "prior")
-    can_be_guided = why_unguided(vocabulary.class_names, vocabulary.label_drop) is None
+    can_be_guided = vocabulary.why_unguided() is None
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
     base = recommended_sampling(folder, read_bundle(folder))
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":

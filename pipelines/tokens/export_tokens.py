@@ -2,6 +2,7 @@
 
     vqmosaic export-tokens runs/cifar10/tokens/train --out tokens.jsonl
     vqmosaic export-tokens runs/cifar10/tokens/train --out tokens.jsonl --one_view_a_line      # the format that 1d-tokenizer reads
+    vqmosaic export-tokens tokens/train --grid low --out tokens.jsonl                          # one of several grids
 
 A line is {"class_id": 3, "tokens": [17, 4, ...]}. If an image has several views, "tokens" is a list of lists, one for each view.
 --one_view_a_line writes each view on a separate line. The lines are in the order of the data set, not in the order of the shards.
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from token_shards.reader import TokenShardReader
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.durable_files import publish, temporary_sibling
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.runs.interruption import Interrupted, StopFlag
@@ -25,16 +26,23 @@ MAX_SHARDS = 1_000_000
 """The largest number of shards that shard names allow. The reader keeps the index of every shard, about 24 bytes per sample."""
 
 
-def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int:
-    """Write the file `out` and return exit code 0. Raises InputError if the folder is incomplete or has several grids, or if `out` exists."""
+def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False, grid_name: str | None = None) -> int:
+    """Write the ids of one grid to the file `out` and return exit code 0.
+
+    Raises InputError if the folder is incomplete, if it has several grids and `grid_name` is None, if it has no such grid, or if `out` exists.
+    """
     if out.exists():
         raise InputError(f"--out is {str(out)!r}, which exists; give another name, or remove it.")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out is {str(out)!r}, but the folder {out.absolute().parent} does not exist.")
     reader = TokenShardReader(folder, window_shards=MAX_SHARDS)  # neighbours in the data set are in different shards
-    grids = reader.manifest.grids
-    if len(grids) != 1:
-        raise InputError(f"{folder} has the grids {', '.join(grid.name for grid in grids)}; JSON lines can hold only one grid.")
+    grids = {grid.name: grid for grid in reader.manifest.grids}
+    if grid_name is None and len(grids) != 1:
+        raise InputError(f"{folder} has the grids {', '.join(grids)}; JSON lines can hold only one grid. Choose it with --grid.")
+    grid_name = grid_name or next(iter(grids))
+    check_name("--grid", grid_name, grids)
+    first, grid = sum(each.num_tokens for each in reader.manifest.grids[:[*grids].index(grid_name)]), grids[grid_name]
+    columns = slice(first, first + grid.num_tokens)
     partial = temporary_sibling(out)
     order, lines = np.argsort(reader.indices_N), 0
     try:
@@ -44,23 +52,23 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
                 if stop.signal:
                     raise Interrupted(stop.signal, f"{out} was not written")
                 end = min(start + SAMPLES_PER_READ, len(reader))
-                for record in make_records(reader, order[start:end], one_view_a_line):
+                for record in make_records(reader, order[start:end], one_view_a_line, columns):
                     file.write(json.dumps(record) + "\n")
                     lines += 1
                 bar.update(end - start)
         publish(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{out}: {counted(lines, 'line')} for {counted(len(reader), 'image')}, {counted(reader.num_tokens, 'token')} each "
-          f"({grids[0].height} x {grids[0].width}{f' x {grids[0].depth}' if grids[0].depth > 1 else ''}), {grids[0].codebook_size:,} codes")
+    print(f"{out}: {counted(lines, 'line')} for {counted(len(reader), 'image')}, {counted(grid.num_tokens, 'token')} each "
+          f"({grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''}), {grid.codebook_size:,} codes")
     return 0
 
 
-def make_records(reader: TokenShardReader, samples: np.ndarray, one_view_a_line: bool) -> list[dict]:
-    """The JSON content of the lines for these samples."""
+def make_records(reader: TokenShardReader, samples: np.ndarray, one_view_a_line: bool, columns: slice) -> list[dict]:
+    """The JSON content of the lines for these samples, with these columns of their ids."""
     views = [reader.samples(samples, view) for view in range(len(reader.manifest.views))]
     classes = [None if label < 0 else label for label in views[0].labels_B.tolist()]
-    ids_VBT = [view.ids_BT.tolist() for view in views]
+    ids_VBT = [view.ids_BT[:, columns].tolist() for view in views]
     if one_view_a_line or len(views) == 1:
         return [{"class_id": label, "tokens": ids_BT[number]} for number, label in enumerate(classes) for ids_BT in ids_VBT]
     return [{"class_id": label, "tokens": [ids_BT[number] for ids_BT in ids_VBT]} for number, label in enumerate(classes)]

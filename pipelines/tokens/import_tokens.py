@@ -82,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codebook_size", type=int, help="number of codes K; ids are 0 .. K-1")
     parser.add_argument("--height", type=int, help="rows of the grid; default: a square grid of all tokens")
     parser.add_argument("--width", type=int, help="columns of the grid")
+    parser.add_argument("--grid", default=GRID_NAME, metavar="NAME", help=f"name of the grid in the shards; default: {GRID_NAME}")
     parser.add_argument("--class_names", help="class names separated by commas, or a file with one name per line; default: 0, 1, 2 ...")
     parser.add_argument("--images_per_shard", type=int, default=1000)
 
@@ -243,7 +244,7 @@ def make_grid(summary: SourceSummary, codebook_size: int, shape: tuple[int, int,
         origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else "--height and --width"
         raise InputError(f"{options.source} has {summary.tokens} tokens per view, but the grid {' x '.join(map(str, shape))} of {origin} has "
                          f"{math.prod(shape)}.")
-    return Grid(GRID_NAME, codebook_size, *shape)
+    return Grid(options.grid, codebook_size, *shape)
 
 
 def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], summaries: Sequence[SourceSummary], grid: Grid,
@@ -308,5 +309,5 @@ def write_split(writer: TokenShardWriter, source: ForeignTokens, rows: np.ndarra
                         raise Interrupted(stop.signal, f"finished shards are kept in {writer.folder}")
                     row = int(rows[index])
                     ids_VT, label = source.read(row)
-                    shard.add(index=index, key=default_key(index), source=source.name(row), label=label, ids={GRID_NAME: ids_VT})
+                    shard.add(index=index, key=default_key(index), source=source.name(row), label=label, ids={header.grids[0].name: ids_VT})
                     bar.update()

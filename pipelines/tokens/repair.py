@@ -8,6 +8,8 @@ its new digest is recorded in the manifest or in its sidecar.
 
 Images that were skipped as unreadable but can be read now are added: their shards are encoded again, and replaced only if the ids of all other
 images do not change.
+
+Only the tokenizer of the recipe is at hand. If a folder also has grids of other tokenizers, their ids are taken from the damaged shards.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ from PIL import Image
 from pipelines.stages.preprocess import GRID_NAME, SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from pipelines.tokens.origin import find_readable, find_run
+from pipelines.tokens.other_grids import other_grids, read_other_ids
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
@@ -129,11 +132,20 @@ def match_stored_plans(folders: dict[str, Path], plans: Sequence[SplitPlan], for
 
     `former_plans` have the data set identities that vqmosaic 0.1.0 recorded.
     """
-    by_split, former_by_split = ({plan.header.split: plan for plan in candidates} for candidates in (plans, former_plans))
+    by_split, former_by_split = ({plan.header.split: with_stored_grids(plan, folders) for plan in candidates} for candidates in (plans, former_plans))
     if any(has_former_identity(path, former_by_split[split].header) for split, path in folders.items()):
         by_split = former_by_split
     headers = headers_in_stored_order({path: by_split[split].header for split, path in folders.items()})
     return {split: dataclasses.replace(by_split[split], header=headers[path]) for split, path in folders.items()}
+
+
+def with_stored_grids(plan: SplitPlan, folders: dict[str, Path]) -> SplitPlan:
+    """The plan with the grids of other tokenizers that the manifest of its split has besides the plan's own grid."""
+    folder = folders.get(plan.header.split)
+    manifest = load_manifest(folder) if folder is not None else None
+    if manifest is None or plan.header.grids[0] not in manifest.grids or manifest.token_fingerprint != plan.header.token_fingerprint:
+        return plan
+    return dataclasses.replace(plan, header=dataclasses.replace(plan.header, grids=manifest.grids))
 
 
 def has_former_identity(folder: Path, former: ShardSetHeader) -> bool:
@@ -224,9 +236,9 @@ def encode_damaged_shards(writer: TokenShardWriter, manifest: TokenShardManifest
     with progress_bar(sum(len(plan.header.source_range(index)) for index in damaged), 0, plan.header.split, "image") as bar:
         for index, reason in damaged.items():
             print(f"    {reason}")
-            original_plan = skip_images(plan, recorded_skips(writer, index, manifest))
+            original_plan, other_ids = skip_images(plan, recorded_skips(writer, index, manifest)), read_other_ids(writer.folder, plan.header, index)
             with writer.shard(index, recorded_digests(writer, index, manifest), keep_manifest=manifest is not None) as shard:
-                for _ in fill_shard(shard, index, original_plan, tokenizer, recipe, stop, skipped):
+                for _ in fill_shard(shard, index, original_plan, tokenizer, recipe, stop, skipped, other_ids):
                     bar.update()
     for name in writer.strays():
         print(f"    {name} is not part of the shard set and is removed.")
@@ -239,6 +251,9 @@ def add_skipped_images(writer: TokenShardWriter, manifest: TokenShardManifest, r
 
     Raises InputError, without replacing the shard, if the ids of another image in the shard change.
     """
+    if others := other_grids(plan.header):
+        raise InputError(f"{writer.folder}: {counted(len(readable), 'skipped image')} can be read now, but other tokenizers than that of the recipe "
+                         f"made the grids {', '.join(others)}, so these images cannot be added. Write all shards again to store them.")
     added = {record["index"] for record in readable}
     shards = [index for index in range(writer.num_shards) if added.intersection(plan.header.source_indices(index))]
     print(f"{writer.folder}: {counted(len(readable), 'skipped image')} can be read now, in {len(shards)} of {counted(writer.num_shards, 'shard')}")
@@ -265,7 +280,7 @@ def stored_ids(writer: TokenShardWriter, index: int) -> dict[int, np.ndarray]:
     """Source index -> ids (V, T), for all samples of an undamaged shard."""
     header, name = writer.header, shard_name(index)
     sidecar, content = ShardSidecar.load(writer.folder, name), (writer.folder / name).read_bytes()
-    grid = header.grids[0]
+    grid = next(grid for grid in header.grids if grid.name == GRID_NAME)
     shape = (len(header.views), grid.num_tokens)
     count = shape[0] * shape[1]
     return {source: np.frombuffer(content, grid.dtype, count, offset).reshape(shape)

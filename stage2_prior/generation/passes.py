@@ -12,10 +12,9 @@ in raster order.
 """
 
 import torch
-import torch.nn.functional as F
 
 from stage2_prior.generation.decoding import GraphDecoder, ReferenceDecoder, StaticDecoder
-from stage2_prior.model.grid_transformer import CLASS_PLACE
+from stage2_prior.model.grid_transformer_config import CLASS_PLACE
 from stage2_prior.vocabulary import Vocabulary
 
 UNKNOWN = -1
@@ -48,17 +47,23 @@ def codes_at(vocabulary: Vocabulary, logits_NmV: torch.Tensor, places_Bm: torch.
 class RasterPasses:
     """One token per pass, in raster order. For every architecture. Known ids must precede all unknown ones."""
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor, remaining: int):
-        """`remaining` is the number of unknown tokens."""
-        self.decoder, self.vocabulary, self.ids_BT, self.next_ids_N = decoder, vocabulary, known_BT.clone(), class_ids_N
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, start_NP: torch.Tensor, known_BT: torch.Tensor, remaining: int):
+        """`start_NP` are the ids before the drawn ones: the class and the conditions. `remaining` is the number of unknown tokens."""
+        self.decoder, self.vocabulary, self.ids_BT, self.start_NP = decoder, vocabulary, known_BT.clone(), start_NP
+        self.next_ids_N = start_NP[:, -1]
         self.place, self.known, self.remaining = 0, known_BT.shape[1] - remaining, remaining
+        self.first_position = start_NP.shape[1] - 1
+        """The position of the id that predicts the first drawn token."""
 
     def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, 1, K) at the next place, and this place (B, 1) of each image."""
+        if self.place == 0:
+            for position in range(self.first_position):
+                self.decoder.step(self.start_NP[:, position], position)
         while self.place < self.known:
-            self.decoder.step(self.next_ids_N, self.place)
+            self.decoder.step(self.next_ids_N, self.first_position + self.place)
             self.advance()
-        logits_NV = self.decoder.step(self.next_ids_N, self.place)
+        logits_NV = self.decoder.step(self.next_ids_N, self.first_position + self.place)
         return codes_at(self.vocabulary, logits_NV[:, None], self.place), self.ids_BT.new_full((len(self.ids_BT), 1), self.place)
 
     def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
@@ -82,21 +87,22 @@ class RasterPasses:
 class OrderedPasses:
     """Several tokens per pass, in any order, another one for each image. For a GridTransformer with query blocks.
 
-    The model sees the class, the known tokens in raster order, and the drawn tokens in the order of drawing.
+    The model sees the class and the conditions, the known tokens in raster order, and the drawn tokens in the order of drawing.
     """
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, class_ids_N: torch.Tensor, known_BT: torch.Tensor, orders_BT: torch.Tensor,
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, start_NP: torch.Tensor, known_BT: torch.Tensor, orders_BT: torch.Tensor,
                  counts: list[int], confidence_noise_BT: torch.Tensor | None = None):
-        """`orders_BT` are all places, the known ones first. `counts` are the numbers of tokens to draw in each pass.
+        """`start_NP` are the class and the ids of the conditions. `orders_BT` are all places, the known ones first. `counts` are the numbers of
+        tokens to draw in each pass.
 
         With `confidence_noise_BT`, a random number for each token, a pass predicts all unknown tokens and keeps those with the highest log
         probability plus noise, instead of the next ones in the order.
         """
-        self.decoder, self.vocabulary, self.counts, self.class_ids_N = decoder, vocabulary, list(counts), class_ids_N
+        self.decoder, self.vocabulary, self.counts, self.start_NP = decoder, vocabulary, list(counts), start_NP
         self.ids_BT, self.orders_BT, self.noise_BT = known_BT.clone(), orders_BT, confidence_noise_BT
         self.filled = known_BT.shape[1] - sum(counts)
         self.cached = 0
-        """Number of ids in the cache, of which the class is the first."""
+        """Number of ids in the cache."""
 
     @property
     def remaining(self) -> int:
@@ -105,14 +111,17 @@ class OrderedPasses:
 
     def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, m, K) and the places (B, m) of the tokens to draw."""
-        rows = self.decoder.rows // len(self.ids_BT)
+        rows, num_given = self.decoder.rows // len(self.ids_BT), self.start_NP.shape[1] - 1
         stop = None if self.noise_BT is not None else self.filled + self.counts[0]
         targets_Bm, filled_Bf = self.orders_BT[:, self.filled:stop], self.orders_BT[:, :self.filled]
         tokens_Bf = self.vocabulary.to_vocabulary(self.ids_BT).gather(1, filled_Bf)
-        ids_Ns = torch.cat([self.class_ids_N[:, None], tokens_Bf.repeat(rows, 1)], dim=1)[:, self.cached:]
-        places_Bs = F.pad(filled_Bf, (1, 0), value=CLASS_PLACE)[:, self.cached:]
-        logits_NmV = self.decoder.predict(ids_Ns, places_Bs.repeat(rows, 1), targets_Bm.repeat(rows, 1), self.cached)
-        self.cached = 1 + self.filled
+        ids_NS = torch.cat([self.start_NP, tokens_Bf.repeat(rows, 1)], dim=1)
+        # places in the sequence of the model, where the drawn tokens follow the conditions
+        start_places_BP = torch.arange(CLASS_PLACE, num_given, device=filled_Bf.device).expand(len(filled_Bf), -1)
+        places_NS = torch.cat([start_places_BP, filled_Bf + num_given], dim=1).repeat(rows, 1)
+        targets_Nm = (targets_Bm + num_given).repeat(rows, 1)
+        logits_NmV = self.decoder.predict(ids_NS[:, self.cached:], places_NS[:, self.cached:], targets_Nm, self.cached)
+        self.cached = ids_NS.shape[1]
         return codes_at(self.vocabulary, logits_NmV, targets_Bm), targets_Bm
 
     def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
@@ -129,4 +138,4 @@ class OrderedPasses:
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows, if the decoder can."""
         self.decoder.keep_first(rows)
-        self.class_ids_N = self.class_ids_N[:self.decoder.rows]
+        self.start_NP = self.start_NP[:self.decoder.rows]

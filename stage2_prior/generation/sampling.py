@@ -4,11 +4,12 @@ Each image has its own uniform random numbers and inverts the cumulative distrib
 images in the batch.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import nn
 
 from stage2_prior.generation.decoding import make_decoder
 from stage2_prior.generation.drawing_order import confidence_noise, drawing_orders, tokens_per_pass
+from stage2_prior.generation.guidance import check_given, combine_levels, level_start_ids, needed_levels, segment_scales
 from stage2_prior.generation.passes import CONFIDENCE_NOISE, UNKNOWN, OrderedPasses, RasterPasses
-from stage2_prior.vocabulary import NO_CLASS, Vocabulary, why_unguided
+from stage2_prior.given_ids import start_ids
+from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.exported_weights import unwrapped
 from vqmosaic.recipes.field_types import as_boolean, as_integer
@@ -36,7 +39,7 @@ class SamplingStopped(Exception):
 
 def apply_guidance(conditional_BK: torch.Tensor, null_BK: torch.Tensor, scale: float) -> torch.Tensor:
     """Guided logits (B, K): null + scale * (conditional - null), after Ho and Salimans (2022). Scale 1 gives `conditional`, 0 gives `null`."""
-    return null_BK + scale * (conditional_BK - null_BK)
+    return combine_levels([null_BK, conditional_BK], [scale])
 
 
 def guidance_scales(sampling: SamplingConfig, length: int) -> list[float]:
@@ -134,12 +137,12 @@ def check_request(vocabulary: Vocabulary, class_indices: Any, sampling: Sampling
         raise InputError(f"There are {len(class_indices)} class indices and {len(seeds)} seeds; give one of each for every image.")
     for index in set(class_indices) - {NO_CLASS}:
         vocabulary.class_id(index)
-    if sampling.guidance_scale != 1 and (why := why_unguided(vocabulary.class_names, vocabulary.label_drop)):
+    if sampling.guidance_scale != 1 and (why := vocabulary.why_unguided()):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior {why}; allowed: 1.")
-    if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == 0:
+    if NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.label_drop == vocabulary.class_drop == 0:
         raise InputError("An image has no class, but the prior was trained with label_drop 0, so its null class is untrained. Give every image a "
                          "class, or train with prior_training.label_drop 0.1.")
-    if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS}:
+    if sampling.guidance_scale != 1 and set(class_indices) == {NO_CLASS} and not vocabulary.conditions:
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but no image has a class, so guidance has no effect; "
                          "give class indices, or set guidance_scale to 1.")
     return class_indices, seeds
@@ -215,18 +218,24 @@ def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConf
 
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
                   seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+                  given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None,
                   known: torch.Tensor | None = None) -> torch.Tensor:
-    """Sample ids (B, T) of the grids, int64 on the model's device. Image b depends only on class_indices[b], seeds[b] and known[b].
+    """Sample ids (B, T) of the drawn grids, int64 on the model's device. Image b depends only on its class, given and known ids, and seed.
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each pass with the number of tokens so
-    far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `known` are ids (B, T) to keep; -1 is a token
-    to draw. Raises InputError for invalid arguments and for logits that are not finite.
+    far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `given` has the ids (B, n) of conditions by
+    name, and `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance_scale. `known` are ids (B, T) to keep; -1 is a
+    token to draw. Raises InputError for invalid arguments and for logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
+    check_given(vocabulary, class_indices, given)
+    scales = segment_scales(vocabulary, sampling.guidance_scale, segment_guidance)
     compile = as_boolean("compile", compile)
     device, length = next(model.parameters()).device, vocabulary.num_tokens
     known_BT = check_known(vocabulary, known, len(seeds), device)
     any_order = check_order(model, vocabulary, sampling, known_BT)
+    classes_B = torch.tensor(class_indices, dtype=torch.int64, device=device)
+    start_BP = start_ids(vocabulary, classes_B, given, classes_B[:, None])
     ids_BT, unknown_B = known_BT.clone(), (known_BT == UNKNOWN).sum(dim=1)
     for unknown in unknown_B[unknown_B > 0].unique().tolist():  # images with as many unknown tokens share a batch
         images_b = (unknown_B == unknown).nonzero()[:, 0]
@@ -237,36 +246,45 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
             if callback is not None and callback(done, length) is False:
                 raise SamplingStopped(f"Stopped by the callback after {done} of {length} tokens.")
 
-        request = [[values[image] for image in images_b.tolist()] for values in (class_indices, seeds)]
-        ids_BT[images_b] = sample_together(model, vocabulary, *request, sampling, report, compile, known_BT[images_b], any_order)
+        group = Group(start_BP[images_b], [seeds[image] for image in images_b.tolist()], known_BT[images_b], unknown)
+        ids_BT[images_b] = sample_group(model, vocabulary, group, sampling, scales, report, compile, any_order)
     return ids_BT
 
 
-def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: list[int], seeds: list[int], sampling: SamplingConfig,
-                    report: Callable[[int], None], compile: bool, known_BT: torch.Tensor, any_order: bool) -> torch.Tensor:
-    """The ids (B, T) of images that all have the same number of known tokens. `report(filled)` is called after each pass. See `sample_tokens`."""
-    device, (images, length) = known_BT.device, known_BT.shape
-    num_known = int((known_BT[0] != UNKNOWN).sum())
-    counts = tokens_per_pass(length - num_known, sampling.steps, sampling.step_schedule)
-    uniforms_BT = torch.from_numpy(uniforms(seeds, length)).to(device)
-    scales = guidance_scales(sampling, length)
-    scale_of_pass = [scales[num_known + drawn] for drawn in accumulate(counts[:-1], initial=0)]
-    last_guided = max((number for number, scale in enumerate(scale_of_pass) if scale != 1), default=-1)
-    classes_N = torch.tensor(class_indices, dtype=torch.int64, device=device)
-    if last_guided >= 0:  # guidance: the same images again with the null class, so N = 2 B rows
-        classes_N = torch.cat([classes_N, torch.full_like(classes_N, NO_CLASS)])
-    class_ids_N = vocabulary.condition_ids(classes_N)
+class Group(NamedTuple):
+    """Images of a request that have the same number of unknown tokens, so that each pass draws as many tokens of each of them."""
+
+    start_BP: torch.Tensor
+    """The class and the ids of the conditions."""
+    seeds: list[int]
+    known_BT: torch.Tensor
+    """The known ids; UNKNOWN is a token to draw."""
+    unknown: int
+    """Number of tokens to draw in each image."""
+
+
+def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, sampling: SamplingConfig, segment_scales_n: Sequence[float],
+                 report: Callable[[int], None], compile: bool, any_order: bool) -> torch.Tensor:
+    """The ids (B, T) of the images of a group. `report(filled)` is called after each pass. See `sample_tokens`."""
+    device, (images, length) = group.known_BT.device, group.known_BT.shape
+    counts = tokens_per_pass(group.unknown, sampling.steps, sampling.step_schedule)
+    uniforms_BT = torch.from_numpy(uniforms(group.seeds, length)).to(device)
+    scales_nT = [guidance_scales(dataclasses.replace(sampling, guidance_scale=scale), length) for scale in segment_scales_n]
+    filled = length - group.unknown
+    scales_of_pass = [[scales_T[filled + drawn] for scales_T in scales_nT] for drawn in accumulate(counts[:-1], initial=0)]
+    last_guided = max((number for number, scales in enumerate(scales_of_pass) if set(scales) - {1.0}), default=-1)
+    levels = needed_levels(segment_scales_n) if last_guided >= 0 else [len(segment_scales_n)]
+    start_NP = level_start_ids(vocabulary, group.start_BP, levels)  # N = B rows for each level
     is_finite, is_finite_guided = (torch.ones((), dtype=torch.bool, device=device) for _ in range(2))
     with torch.inference_mode(), evaluation_mode(model):
-        passes = make_passes(model, vocabulary, class_ids_N, seeds, sampling, known_BT, counts, compile, any_order)
-        filled = num_known
-        for number, (count, scale) in enumerate(zip(counts, scale_of_pass, strict=True)):
+        passes = make_passes(model, vocabulary, group, start_NP, sampling, counts, compile, any_order)
+        for number, (count, scales) in enumerate(zip(counts, scales_of_pass, strict=True)):
             logits_NmK, places_Bm = passes.predict()
             is_finite &= logits_NmK.isfinite().all()
             logits_BmK = logits_NmK[:images]
-            if scale != 1:
-                conditional_BmK, null_BmK = logits_NmK.chunk(2)
-                logits_BmK = apply_guidance(conditional_BmK, null_BmK, scale)
+            if set(scales) - {1.0}:
+                by_level = logits_NmK.chunk(len(levels))[::-1]
+                logits_BmK = combine_levels(by_level, [scales[level - 1] for level in levels[1:]])
                 is_finite_guided &= logits_BmK.isfinite().all()
             if device.type == "cpu" or number in (0, len(counts) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)
@@ -279,19 +297,20 @@ def sample_together(model: nn.Module, vocabulary: Vocabulary, class_indices: lis
     return passes.ids_BT.clone()  # outside inference mode, so that the ids can be used in training
 
 
-def make_passes(model: nn.Module, vocabulary: Vocabulary, class_ids_N: torch.Tensor, seeds: list[int], sampling: SamplingConfig,
-                known_BT: torch.Tensor, counts: list[int], compile: bool, any_order: bool) -> RasterPasses | OrderedPasses:
+def make_passes(model: nn.Module, vocabulary: Vocabulary, group: Group, start_NP: torch.Tensor, sampling: SamplingConfig, counts: list[int],
+                compile: bool, any_order: bool) -> RasterPasses | OrderedPasses:
     """The passes of the prior for these settings."""
-    length = vocabulary.num_tokens
-    decoder = make_decoder(model, vocabulary.num_codes, len(class_ids_N), length, compile)
+    _, seeds, known_BT, unknown = group
+    length, device = vocabulary.num_tokens, known_BT.device
+    decoder = make_decoder(model, vocabulary.num_codes, len(start_NP), start_NP.shape[1] - 1 + length, compile)
     if not any_order:
-        return RasterPasses(decoder, vocabulary, class_ids_N, known_BT, len(counts))
+        return RasterPasses(decoder, vocabulary, start_NP, known_BT, unknown)
     by_confidence = sampling.order == "confidence"
-    orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(known_BT.device)
+    orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(device)
     is_drawn_BT = (known_BT == UNKNOWN).gather(1, orders_BT)
-    known_first_BT = torch.where(is_drawn_BT, torch.arange(length, device=orders_BT.device), orders_BT - length)  # known ones in raster order
+    known_first_BT = torch.where(is_drawn_BT, torch.arange(length, device=device), orders_BT - length)  # known ones in raster order
     orders_BT = orders_BT.gather(1, known_first_BT.argsort(dim=1))
     noise_BT = None
     if by_confidence:
-        noise_BT = torch.from_numpy(confidence_noise(seeds, length)).to(known_BT.device, torch.float32) * CONFIDENCE_NOISE
-    return OrderedPasses(decoder, vocabulary, class_ids_N, known_BT, orders_BT, counts, noise_BT)
+        noise_BT = torch.from_numpy(confidence_noise(seeds, length)).to(device, torch.float32) * CONFIDENCE_NOISE
+    return OrderedPasses(decoder, vocabulary, start_NP, known_BT, orders_BT, counts, noise_BT)

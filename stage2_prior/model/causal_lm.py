@@ -18,8 +18,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stage2_prior.digests import version_of
-from stage2_prior.model.grid_transformer import MODEL_TYPE as GRID_TRANSFORMER
-from stage2_prior.model.grid_transformer import GridTransformer, split_parameter_budget
+from stage2_prior.model.grid_transformer import GridTransformer
+from stage2_prior.model.grid_transformer_config import MODEL_TYPE as GRID_TRANSFORMER
+from stage2_prior.model.grid_transformer_config import split_parameter_budget
+from stage2_prior.segments import GivenGrid
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.exported_weights import exportable_weights, unwrapped
@@ -34,7 +36,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob", "dropout")
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
-VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids")
+VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids", "given")
 MAX_INITIAL_LOGIT_STD = 0.25
 """Maximum standard deviation of the initial logits. The first loss is above ln K by half its square."""
 ALTERNATIVES = "use grid_transformer, llama, gpt2 or qwen3"
@@ -75,7 +77,7 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
     fields = {field.name for field in dataclasses.fields(config_class)}
     attribute_map = config_class.attribute_map
 
-    sizes = prior.sizes
+    sizes, num_positions = prior.sizes, vocabulary.num_given_tokens + vocabulary.num_tokens
     settings: dict[str, Any] = {"hidden_size": sizes.width, "num_hidden_layers": sizes.layers, "num_attention_heads": sizes.heads,
                                 "vocab_size": vocabulary.size}
     settings = {attribute_map.get(name, name): value for name, value in settings.items()}
@@ -86,9 +88,11 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
     # a gated feed-forward block has three matrices instead of two: a width of 8/3 D gives as many parameters as 4 D without a gate
     gated = getattr(config_class, "hidden_act", None) in ("silu", "swish")
     optional: dict[str, Any] = {"num_key_value_heads": sizes.heads, "head_dim": sizes.width // sizes.heads, "tie_word_embeddings": False,
-                                "max_position_embeddings": 1 + vocabulary.num_tokens, "use_cache": True, "is_decoder": True,
+                                "max_position_embeddings": num_positions, "use_cache": True, "is_decoder": True,
                                 "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "num_codes": vocabulary.num_codes,
-                                "grids": [[grid.height, grid.width, grid.depth] for grid in vocabulary.grids]}
+                                "grids": [[grid.height, grid.width, grid.depth] for grid in vocabulary.grids],
+                                "given": [[condition.grid.height, condition.grid.width, condition.grid.depth] if isinstance(condition, GivenGrid)
+                                          else [condition.num_tokens] for condition in vocabulary.conditions]}
     optional |= dict.fromkeys(FEED_FORWARD_WIDTHS, -(-sizes.width * 8 // 96) * 32 if gated else 4 * sizes.width)
     optional |= dict.fromkeys(ATTENTION_DROPOUTS + RESIDUAL_DROPOUTS + EMBEDDING_DROPOUTS, prior.dropout)
     if prior.architecture == GRID_TRANSFORMER:
@@ -104,10 +108,9 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
         check_name("A name in prior.options", name, sorted(fields | attribute_map.keys()))
         if (name, value) != ("embedding_blocks", None):  # null: the number that grid_options chose
             settings[attribute_map.get(name, name)] = value
-    positions = settings.get(attribute_map.get("max_position_embeddings", "max_position_embeddings"), 1 + vocabulary.num_tokens)
-    if positions < 1 + vocabulary.num_tokens:
-        raise InputError(f"prior.options allows {positions} positions; the class and {vocabulary.num_tokens} tokens need "
-                         f"{1 + vocabulary.num_tokens}.")
+    positions = settings.get(attribute_map.get("max_position_embeddings", "max_position_embeddings"), num_positions)
+    if positions < num_positions:
+        raise InputError(f"prior.options allows {positions} positions; the class and {num_positions - 1} tokens need {num_positions}.")
     if "rope_parameters" in fields and settings.get("head_dim", 2) % 2:
         raise InputError(f"prior.width {sizes.width} / prior.heads {sizes.heads} gives a head dimension of {settings['head_dim']}; "
                          f"{prior.architecture} rotates pairs of dimensions, so it must be an even number.")
@@ -179,9 +182,15 @@ def check_causal(model: PreTrainedModel, architecture: str) -> None:
 
 
 def generation_config(vocabulary: Vocabulary) -> GenerationConfig:
-    """Settings for transformers' `generate` to sample exactly T codes after a class token. For one grid only: ids are not restricted by position."""
-    return GenerationConfig(do_sample=True, top_k=0, max_new_tokens=vocabulary.num_tokens, min_new_tokens=vocabulary.num_tokens,
-                            suppress_tokens=vocabulary.suppressed_ids, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    """Settings for transformers' `generate` to sample exactly T codes after the given tokens.
+
+    With several drawn grids, ids must be restricted by position, which settings cannot express. So `generate` raises a ValueError, because the given
+    tokens already have the maximum length, unless it is called with `grid_ranges.generate_arguments`.
+    """
+    length = ({"max_new_tokens": vocabulary.num_tokens, "min_new_tokens": vocabulary.num_tokens} if len(vocabulary.grids) == 1
+              else {"max_length": vocabulary.num_given_tokens})
+    return GenerationConfig(do_sample=True, top_k=0, suppress_tokens=vocabulary.suppressed_ids, bos_token_id=None, eos_token_id=None,
+                            pad_token_id=None, **length)
 
 
 def exportable_causal_lm(model: nn.Module, vocabulary: Vocabulary) -> PreTrainedModel:
