@@ -194,9 +194,9 @@ def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str
     default = getattr(SamplingConfig(), control.name)
     value = default if is_off else getattr(recommended, control.name)
     if control.name == "steps":
-        value, info = value or control.maximum, "Fewer are faster, because each draws several tokens."
-    else:
-        info = unguided if is_off else "0 selects the most likely token." if control.name == "temperature" else f"{default:g} is off."
+        value, default = value or control.maximum, control.maximum
+    infos = {"temperature": "0 selects the most likely token.", "steps": "Fewer passes are faster. Each draws several tokens."}
+    info = unguided if is_off else infos.get(control.name, f"{default:g} is off.")
     return gr.Slider(control.minimum, control.maximum, value=value, step=control.step, label=control.label, info=info, interactive=not is_off)
 
 

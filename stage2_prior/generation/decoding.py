@@ -149,7 +149,8 @@ class GraphDecoder:
         """Logits (N, m, K) of target places. Only steps of one id and one target use the graph, and the next one overwrites their logits."""
         if position == 0 or ids_Ns.shape[1] > 1 or targets_Nm.shape[1] > 1:
             return self.decoder.predict(ids_Ns, places_Ns, targets_Nm, position)
-        return self.replay(lambda *tensors: self.decoder.predict(*tensors, self.position), [ids_Ns, places_Ns, targets_Nm], position)
+        return self.replay(lambda ids, places, targets: self.decoder.predict(ids, places, targets, self.position),
+                           [ids_Ns, places_Ns, targets_Nm], position)
 
     def replay(self, step: Callable[..., torch.Tensor], inputs: list[torch.Tensor], position: int) -> torch.Tensor:
         """Run the recorded step, or record it now, on new inputs at a position."""
