@@ -270,10 +270,13 @@ def test_pipeline_without_newer_sampling_settings_loads(tiny_copy):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
-def test_cuda_graph_matches_eager_sampling(architecture):
-    prior = make_prior(architecture).to("cuda")
-    sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.0, 0.7])
+@pytest.mark.parametrize(("architecture", "any_order", "settings"), [
+    ("llama", False, {}), ("grid_transformer", False, {}), ("grid_transformer", True, {"order": "random"}),
+    ("grid_transformer", True, {"order": "spread", "steps": 6}),
+], ids=["llama", "raster", "random order", "several tokens per pass"])
+def test_cuda_graph_matches_eager_sampling(architecture, any_order, settings):
+    prior = make_prior(architecture, any_order=any_order).to("cuda")
+    sampling = SamplingConfig(guidance_scale=2.0, guidance_interval=[0.0, 0.7], **settings)
     with torch.inference_mode():
         assert isinstance(make_decoder(prior.model, 24, 4, 9, compile=True), GraphDecoder)
     expected = prior.sample([0, 1], sampling, [1, 2])
