@@ -23,7 +23,7 @@ from stage2_prior.prior import TokenPrior
 from stage2_prior.prior_setup import (
     check_first_loss,
     describe_attention,
-    describe_embeddings,
+    describe_blocks,
     prepare_prior,
     time_and_loss_of_one_step,
     uniform_loss,
@@ -104,7 +104,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
                   f"{describe_validation(held_out, validation_images)}",
         "classes": describe_classes(manifest.class_names),
         "model": f"{recipe.prior.architecture}, {counted(recipe.prior.sizes.layers, 'layer')}, {recipe.prior.sizes.width} wide, "
-                 f"vocabulary of {vocabulary.size:,}{describe_embeddings(prior.model.config)}",
+                 f"vocabulary of {vocabulary.size:,}{describe_blocks(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),
         **first_loss_line,
     }, seconds_per_step, DataSize(len(reader), len(manifest.views)))

@@ -17,7 +17,7 @@ from stage2_prior.model.grid_transformer_config import (
     token_coordinates,
 )
 from stage2_prior.prior import TokenPrior
-from stage2_prior.prior_setup import describe_embeddings
+from stage2_prior.prior_setup import describe_blocks
 from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
@@ -327,7 +327,8 @@ def test_number_of_blocks_with_embeddings_can_be_set():
         config = prior_of([Grid("image", 11, 3, 3)], options=dict(options)).model.config
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
         words = f", embeddings of all ids in {counted(expected[0], 'block')}, feed-forward {expected[1]} wide"
-        assert describe_embeddings(config) == (words if expected[0] else "")
+        assert describe_blocks(config) == (words if expected[0] else "")
+    assert describe_blocks(prior_of([Grid("image", 11, 3, 3)], any_order=True).model.config).endswith("wide, 1 query block")
 
 
 def test_embeddings_beyond_the_parameter_budget_are_refused():
