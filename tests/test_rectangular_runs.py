@@ -17,6 +17,7 @@ from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform, to_tensor
 from stage1_tokenizer.image_files.views import training_views
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage2_prior.vocabulary import Vocabulary
 from tests.run_files import flip_byte
 from tests.tiny import tiny_recipe
 from token_shards import TokenShardReader
@@ -70,8 +71,8 @@ def test_sizes_are_recorded(wide):
     assert config["transform"] == {"image_size": [HEIGHT, WIDTH], "channels": 1, "resampling": "bicubic"}
     grid = TokenShardReader(wide / "tokens" / "train").manifest.grids[0]
     assert (grid.height, grid.width) == (ROWS, COLUMNS)
-    prior_grid = json.loads((wide / "prior" / "vocabulary.json").read_text())["grids"][0]
-    assert (prior_grid["height"], prior_grid["width"]) == (ROWS, COLUMNS)
+    prior_grid = Vocabulary.load(wide / "prior").grids[0]
+    assert (prior_grid.height, prior_grid.width) == (ROWS, COLUMNS)
     assert json.loads((wide / "summary.json").read_text())["tokens"]["count"] == ROWS * COLUMNS
     tokenizer = ImageTokenizer.from_pretrained(wide / "tokenizer")
     assert tokenizer.grid_shape == tokenizer.grid_size == (ROWS, COLUMNS)

@@ -221,7 +221,7 @@ def test_validation_images_do_not_depend_on_the_number_of_ranks(world_size, tmp_
     for batches in zip(*per_rank, strict=True):
         sizes = [len(labels_B) for _, labels_B, _ in batches]
         assert sum(sizes) <= 16 and max(sizes) - min(sizes) <= 1
-        assert all((ids_BT[:, 1] == labels_B).all() for ids_BT, labels_B in batches)
+        assert all((ids_BT[:, 1] == labels_B).all() for ids_BT, labels_B, _ in batches)
 
 
 def test_unlabelled_validation_images_are_chosen_by_hash(tmp_path):
