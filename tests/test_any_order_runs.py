@@ -90,11 +90,14 @@ def test_recipes_with_impossible_orders_are_refused(changes, words, tmp_path):
         tiny_recipe(tmp_path, prior__architecture=changes.pop("prior__architecture", "llama"), **changes)
 
 
-@pytest.mark.parametrize(("options", "words"), [("{query_blocks: 2}", "The prior has 2 layers and 2 query_blocks"),
-                                                ("{query_blocks: 0}", "allowed: 1 to 1, because prior_training.order is not raster")])
-def test_an_impossible_number_of_query_blocks_is_refused(tiny_run, options, words, tmp_path, capsys):
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"prior__options": "{query_blocks: 2}"}, "The prior has 2 layers and 2 query_blocks"),
+    ({"prior__options": "{query_blocks: 0}"}, "allowed: 1 to 1, because prior_training.order is not raster"),
+    ({"prior__layers": 1}, "needs at least 2"),
+])
+def test_an_impossible_number_of_query_blocks_is_refused(tiny_run, changes, words, tmp_path, capsys):
     run_dir = copy_tokens(tiny_run, tmp_path / "run")
-    overrides = tiny_overrides(run_dir, **ANY_ORDER, prior__options=options)
+    overrides = tiny_overrides(run_dir, **(ANY_ORDER | changes))
     assert dispatch(["train-prior", "digits", *overrides]) == 2
     assert words in capsys.readouterr().err
 

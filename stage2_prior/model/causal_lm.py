@@ -127,7 +127,9 @@ def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) ->
     layers, width = options.get("num_hidden_layers", prior.sizes.layers), options.get("hidden_size", prior.sizes.width)
     if not all(isinstance(size, int) and size > 0 for size in (layers, width)):
         return {}  # the configuration raises an error for these
-    query_blocks = options.get("query_blocks", layers // 2 if any_order else 0)
+    if any_order and layers == 1:
+        raise InputError("The prior has 1 layer; prior_training.order other than raster needs at least 2: one for the known tokens, one for queries.")
+    query_blocks = options.get("query_blocks", max(1, layers * 2 // 3) if any_order else 0)
     if bool(query_blocks) != any_order or query_blocks not in range(layers):
         allowed = f"1 to {layers - 1}, because prior_training.order is not raster" if any_order else "0, because prior_training.order is raster"
         raise InputError(f"The prior has {layers} layers and {query_blocks} query_blocks (prior.options); allowed: {allowed}.")

@@ -243,7 +243,7 @@ class PriorConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further entries of the model's transformers configuration, under their names in transformers. grid_transformer also has embedding_blocks, the
     number of last blocks with embeddings of all ids (null: as many as can replace about half of the feed-forward parameters) and, unless
-    prior_training.order is raster, query_blocks, the number of last blocks that are queries for tokens (by default half of them)."""
+    prior_training.order is raster, query_blocks, the number of last blocks that are queries for tokens (by default two thirds of them)."""
 
     def __post_init__(self):
         check_types(self, "prior")
