@@ -4,6 +4,7 @@
     vqmosaic export-tokens runs/cifar10/tokens/train --out tokens.jsonl --one_view_a_line      # the format that 1d-tokenizer reads
 
 A line is {"class_id": 3, "tokens": [17, 4, ...]}. If an image has several views, "tokens" is a list of lists, one for each view.
+If the shards have several grids, "tokens" has those of all grids, in the order of the manifest, and each grid's own ids start at 0.
 --one_view_a_line writes each view on a separate line. The lines are in the order of the data set, not in the order of the shards.
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from token_shards.manifest import describe_grids
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import publish, temporary_sibling
@@ -26,15 +28,13 @@ MAX_SHARDS = 1_000_000
 
 
 def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int:
-    """Write the file `out` and return exit code 0. Raises InputError if the folder is incomplete or has several grids, or if `out` exists."""
+    """Write the file `out` and return exit code 0. Raises InputError if the folder is incomplete or if `out` exists."""
     if out.exists():
         raise InputError(f"--out is {str(out)!r}, which exists; give another name, or remove it.")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out is {str(out)!r}, but the folder {out.absolute().parent} does not exist.")
     reader = TokenShardReader(folder, window_shards=MAX_SHARDS)  # neighbours in the data set are in different shards
     grids = reader.manifest.grids
-    if len(grids) != 1:
-        raise InputError(f"{folder} has the grids {', '.join(grid.name for grid in grids)}; JSON lines can hold only one grid.")
     partial = temporary_sibling(out)
     order, lines = np.argsort(reader.indices_N), 0
     try:
@@ -52,7 +52,7 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False) -> int
     finally:
         partial.unlink(missing_ok=True)
     print(f"{out}: {counted(lines, 'line')} for {counted(len(reader), 'image')}, {counted(reader.num_tokens, 'token')} each "
-          f"({grids[0].height} x {grids[0].width}{f' x {grids[0].depth}' if grids[0].depth > 1 else ''}), {grids[0].codebook_size:,} codes")
+          f"({describe_grids(grids)})")
     return 0
 
 
