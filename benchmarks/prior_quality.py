@@ -32,7 +32,7 @@ from benchmarks.nanogpt import load_nanogpt
 from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import validation_batches
@@ -150,7 +150,7 @@ def nll(logits, run_dir: Path) -> float:
 
 
 @torch.no_grad()
-def evaluate_samples(ids_NT: torch.Tensor, classes: list[int], tokenizer: ImageTokenizer, test_NHWC: torch.Tensor,
+def evaluate_samples(ids_NT: torch.Tensor, classes: list[int], tokenizer: Tokenizer, test_NHWC: torch.Tensor,
                      classifier: Classifier) -> tuple[dict[str, float], torch.Tensor]:
     """Frechet distance and class agreement of samples, and the first images of each class (10, 8, H, W, C)."""
     distance = FrechetInceptionDistance(feature=classifier, normalize=False, input_img_size=(3, 32, 32), antialias=False)
@@ -158,7 +158,7 @@ def evaluate_samples(ids_NT: torch.Tensor, classes: list[int], tokenizer: ImageT
         distance.update(part_NHWC.permute(0, 3, 1, 2), real=True)
     correct, images = 0, []
     for ids_BT, labels_B in zip(ids_NT.split(200), torch.tensor(classes).split(200), strict=True):
-        images_BHWC = torch.from_numpy(to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape))))
+        images_BHWC = torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.split_tokens(ids_BT))))
         images_BCHW = images_BHWC.permute(0, 3, 1, 2)
         distance.update(images_BCHW, real=False)
         correct += int((classifier.head(classifier(images_BCHW)).argmax(1) == labels_B).sum())
@@ -179,7 +179,7 @@ def main() -> int:
     run_dir = options.tokens or Path(tempfile.mkdtemp()) / "tokens"
     if options.tokens is None:
         make_tokens(run_dir, 12.0)
-    tokenizer = ImageTokenizer.from_pretrained(run_dir / "tokenizer")
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
     classes = [label for label in range(CLASSES) for _ in range(SAMPLES_PER_CLASS)]
     rows, pictures = {}, {}
 

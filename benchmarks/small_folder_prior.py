@@ -23,7 +23,7 @@ from benchmarks.measuring import record, use_two_cpu_threads
 from pipelines.stages.count_images import count_images
 from pipelines.stages.measures import token_measures, training_grids
 from pipelines.stages.preprocess import preprocess
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import load_tokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train as train_prior
@@ -77,7 +77,7 @@ def main() -> int:
                            count_images=count_images)
 
     train_tokenizer(recipe("tokenizer", f"--tokenizer_training.max_minutes={options.minutes}"))
-    tokenizer = ImageTokenizer.from_pretrained(work / "tokenizer/tokenizer")
+    tokenizer = load_tokenizer(work / "tokenizer/tokenizer")
     lines = ["| views | token noise | dropout | best NLL, nats a token | at step | NLL at the end | of the class asked for | copies |",
              "|---|---|---|---|---|---|---|---|"]
     for number, name in enumerate(options.only):
@@ -94,7 +94,7 @@ def main() -> int:
         classes = [index for index in range(len(LABELS)) for _ in range(SAMPLES // len(LABELS))]
         with torch.no_grad():
             ids_BT = prior.sample(classes, SamplingConfig(), image_seeds(0, len(classes)))
-            images_BCHW = to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)))
+            images_BCHW = to_uint8(tokenizer.decode(tokenizer.split_tokens(ids_BT)))
             predictions_B = classifier.head(classifier(images_BCHW))[:, :len(LABELS)].argmax(1)
         agreement = float((predictions_B == torch.tensor(classes)).float().mean())
         copies = token_measures(ids_BT, training_grids(TokenShardReader(work / views / "tokens/train")))["copies"]

@@ -23,8 +23,10 @@ from pipelines.stages.stage_inputs import (
     token_fingerprint_of_tokenizer,
     vocabulary_of_prior,
 )
+from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
+from token_shards.manifest import Grid, describe_grids
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
@@ -51,12 +53,12 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
 
     Raises:
         ValueError: one of the parts is missing, the prior was trained on tokens of another tokenizer (the message gives both fingerprints and
-            paths), the sampling settings do not fit the prior, or `out` is a file, or a folder with files but without a pipeline.
+            paths) or on other grids, the sampling settings do not fit the prior, or `out` is a file, or a folder with files but without a pipeline.
     """
     check_replaceable(out)
     token_fingerprint, vocabulary = token_fingerprint_of_tokenizer(tokenizer), vocabulary_of_prior(prior)
     check_same_tokens(token_fingerprint, tokenizer, vocabulary.token_fingerprint, prior)
-    check_one_grid(vocabulary, prior)
+    check_same_grids(grids_of_tokenizer(tokenizer), tokenizer, vocabulary, prior)
     check_sampling_fits(sampling, vocabulary, prior)
     check_digests(prior)
     record = find_sweep_record([tokenizer.parent, out], sampling, tokenizer, prior)
@@ -121,12 +123,18 @@ def check_replaceable(out: Path) -> None:
         raise InputError(f"{out} is {what}. Give a new folder, an empty folder, or a pipeline folder to replace.")
 
 
-def check_one_grid(vocabulary: Vocabulary, prior: Any) -> None:
-    """Raise InputError unless the prior (a path or a description) draws one grid and is given nothing but the class, as pipelines require."""
-    if vocabulary.conditions or len(vocabulary.grids) > 1:
-        given, drawn = (", ".join(part.name for part in parts) for parts in (vocabulary.conditions, vocabulary.grids))
-        raise InputError(f"{prior} draws the grids {drawn} and is given {given or 'only the class'}. A pipeline needs a prior that draws one grid "
-                         "and is given only the class. Use TokenPrior.sample for this one.")
+def check_same_grids(grids: Sequence[Grid], tokenizer: object, vocabulary: Vocabulary, prior: object) -> None:
+    """Raise InputError unless a prior predicts all grids of a tokenizer, in its order, and is given nothing but the class.
+
+    `tokenizer` and `prior` are names for the message.
+    """
+    if list(grids) != list(vocabulary.grids):
+        raise InputError(f"{tokenizer} and {prior} do not belong together: the tokenizer has the grids {describe_grids(grids) or 'none'}, but the "
+                         f"prior predicts {describe_grids(vocabulary.grids)}. A pipeline needs a prior of all grids of its tokenizer, in the same "
+                         "order.")
+    if vocabulary.conditions:
+        raise InputError(f"{prior} is given {', '.join(condition.name for condition in vocabulary.conditions)} besides the class, which pipelines do "
+                         "not support yet. Use TokenPrior.sample.")
 
 
 def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior: Path) -> None:

@@ -15,7 +15,7 @@ import operator
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from pipelines.bundle import (
-    check_one_grid,
     check_replaceable,
+    check_same_grids,
     class_indices,
     find_pipeline,
     make_bundle,
@@ -35,7 +35,7 @@ from pipelines.bundle import (
     usable_device,
 )
 from stage1_tokenizer.image_files.images import as_batches, to_pil, to_uint8
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer, split_ids
 from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
@@ -63,10 +63,10 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
     return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
 
 
-def decode_in_batches(tokenizer: ImageTokenizer, ids_Bhw: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Decode ids and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device."""
-    for batch_Bhw in ids_Bhw.split(tokenizer_batch_size(tokenizer.transform.image_size)):
-        yield tokenizer.decode(batch_Bhw.to(tokenizer.device))
+def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
+    """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device."""
+    for batch in split_ids(ids, tokenizer_batch_size(tokenizer.transform.image_size), tokenizer.device):
+        yield tokenizer.decode(batch)
 
 
 class Request(NamedTuple):
@@ -83,8 +83,8 @@ class GenerationOutput:
 
     images: list[Image.Image] | Any = field(default_factory=list)
     """The images in the requested output type. Empty after a stop."""
-    token_ids: torch.Tensor | None = None
-    """int64 (B, h, w), or (B, h, w, depth), on the CPU. None after a stop."""
+    token_ids: Ids | None = None
+    """int64 (B, h, w), or (B, h, w, depth), on the CPU. A dict by grid name if the tokenizer has several grids. None after a stop."""
     seeds: list[int] = field(default_factory=list)
     """The seed of each image."""
     class_indices: list[int] | None = None
@@ -98,11 +98,11 @@ class GenerationOutput:
 class ImageGenerationPipeline:
     """A tokenizer and a prior that belong together, with recommended sampling settings."""
 
-    def __init__(self, tokenizer: ImageTokenizer, prior: TokenPrior, sampling: SamplingConfig | None = None, source: Path | None = None):
+    def __init__(self, tokenizer: Tokenizer, prior: TokenPrior, sampling: SamplingConfig | None = None, source: Path | None = None):
         if tokenizer.token_fingerprint is None:
             raise InputError("the tokenizer has no token fingerprint yet, so it cannot be matched with the prior. Call its save_pretrained first.")
         check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", prior.vocabulary.token_fingerprint, "the prior")
-        check_one_grid(prior.vocabulary, "The prior")
+        check_same_grids(tokenizer.grids, "the tokenizer", prior.vocabulary, "the prior")
         self.tokenizer, self.prior, self.sampling, self._source = tokenizer, prior, sampling or SamplingConfig(), source
 
     @classmethod
@@ -118,7 +118,7 @@ class ImageGenerationPipeline:
         folder, dtype = find_pipeline(path), as_dtype(dtype)
         content = read_bundle(folder)
         device = usable_device(device)
-        tokenizer = ImageTokenizer.from_pretrained(folder / "tokenizer", device, dtype)
+        tokenizer = load_tokenizer(folder / "tokenizer", device, dtype)
         prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
         assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
         check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
@@ -145,7 +145,7 @@ class ImageGenerationPipeline:
     def _has_loaded_weights(self, source: Path) -> bool:
         """Whether tokenizer and prior still have the weights in the folder. Loads both models again and compares. False if loading fails."""
         try:
-            return (same_weights(self.tokenizer, ImageTokenizer.from_pretrained(source / "tokenizer"))
+            return (same_weights(self.tokenizer, load_tokenizer(source / "tokenizer"))
                     and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
         except InputError:  # the folder was deleted or replaced
             return False
@@ -194,8 +194,8 @@ class ImageGenerationPipeline:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
         except SamplingStopped:
             return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True)
-        ids_Bhw = torch.cat([batch.token_ids for batch in batches if batch.token_ids is not None])
-        return GenerationOutput(concatenate(batch.images for batch in batches), ids_Bhw, request.seeds, request.classes,
+        ids = concatenate_ids([batch.token_ids for batch in batches if batch.token_ids is not None])
+        return GenerationOutput(concatenate(batch.images for batch in batches), ids, request.seeds, request.classes,
                                 places=range(len(request.seeds)))
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
@@ -226,8 +226,9 @@ class ImageGenerationPipeline:
         check_range("num_images_per_label", count, at_least=1)
         given = {name: value for name, value in settings.items() if value is not None}
         sampling = dataclasses.replace(self.sampling, **given)
-        if sampling.top_k > self.tokenizer.config.codebook_size:
-            raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {self.tokenizer.config.codebook_size}, the codebook size.")
+        codes = self.prior.vocabulary.most_codes
+        if sampling.top_k > codes:
+            raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {codes}, the codebook size.")
         classes = self._resolve_classes(class_labels, count)
         if classes is None:
             guided = {name: given[name] for name in GUIDANCE_SETTINGS if name in given}
@@ -257,9 +258,9 @@ class ImageGenerationPipeline:
                 batch = slice(positions.start, positions.stop)
                 classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
                 ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile)
-                ids_Bhw = ids_BT.view(len(positions), *self.tokenizer.grid_shape)
-                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decode_in_batches(self.tokenizer, ids_Bhw))
-                yield GenerationOutput(images, ids_Bhw.cpu(), seeds, classes, places=positions)
+                decoded = decode_in_batches(self.tokenizer, self.tokenizer.split_tokens(ids_BT))
+                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decoded)
+                yield GenerationOutput(images, self.tokenizer.split_tokens(ids_BT.cpu()), seeds, classes, places=positions)
 
         return sample()
 
@@ -268,13 +269,13 @@ class ImageGenerationPipeline:
         transform = self.tokenizer.transform
         return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
-    def logit_difference(self, token_ids: torch.Tensor, class_indices: Sequence[int] | None) -> float:
+    def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None) -> float:
         """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
 
         Loads the prior again from the folder, in float32.
 
         Args:
-            token_ids: the ids of the images, (B, h, w) or (B, h, w, depth), such as out.token_ids.
+            token_ids: the ids of the images, such as out.token_ids.
             class_indices: the class index of each image. None for unconditional images.
 
         Raises:
@@ -283,18 +284,21 @@ class ImageGenerationPipeline:
         if self._source is None:
             raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with. Load a saved pipeline.")
         reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
-        classes = [NO_CLASS] * len(token_ids) if class_indices is None else list(class_indices)
-        batches = [slice(start, start + MAX_BATCH_IMAGES) for start in range(0, len(token_ids), MAX_BATCH_IMAGES)]
-        return max(largest_logit_difference(self.prior, reference, token_ids[batch].flatten(1), classes[batch]) for batch in batches)
+        ids_BT = self.tokenizer.join_tokens(token_ids)
+        classes = [NO_CLASS] * len(ids_BT) if class_indices is None else list(class_indices)
+        batches = [slice(start, start + MAX_BATCH_IMAGES) for start in range(0, len(ids_BT), MAX_BATCH_IMAGES)]
+        return max(largest_logit_difference(self.prior, reference, ids_BT[batch], classes[batch]) for batch in batches)
 
-    def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
-        """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU."""
-        return torch.cat([self.tokenizer.encode(images_BCHW).cpu() for images_BCHW in self._image_batches(images)])
+    def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Ids:
+        """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU.
 
-    def decode(self, token_ids: torch.Tensor) -> list[Image.Image]:
-        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images."""
-        token_ids = torch.atleast_1d(torch.as_tensor(token_ids))  # a scalar cannot be split; the tokenizer refuses it with a clear message
-        batches = decode_in_batches(self.tokenizer, token_ids)
+        If the tokenizer has several grids, returns a dict with the ids of each.
+        """
+        return concatenate_ids([self.tokenizer.encode(images_BCHW) for images_BCHW in self._image_batches(images)])
+
+    def decode(self, token_ids: torch.Tensor | Mapping[str, torch.Tensor]) -> list[Image.Image]:
+        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images. Several grids are a dict."""
+        batches = decode_in_batches(self.tokenizer, as_ids(token_ids))
         return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
@@ -337,6 +341,13 @@ def concatenate(batches: Iterable[list | np.ndarray | torch.Tensor]) -> list | n
     if isinstance(batches[0], list):
         return [image for batch in batches for image in batch]
     return np.concatenate(batches) if isinstance(batches[0], np.ndarray) else torch.cat(cast("list[torch.Tensor]", batches))  # all of one type
+
+
+def as_ids(token_ids: Any) -> Ids:
+    """Ids that a user gave as tensors, arrays or lists, as a tensor or a dict of tensors. A scalar gets an axis, because it cannot be split."""
+    if isinstance(token_ids, Mapping):
+        return {name: torch.atleast_1d(torch.as_tensor(ids)) for name, ids in token_ids.items()}
+    return torch.atleast_1d(torch.as_tensor(token_ids))
 
 
 def as_index(value: Any) -> int | None:

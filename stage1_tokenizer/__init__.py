@@ -4,6 +4,8 @@ import importlib
 
 _MODULE_OF_NAME = {
     "ImageTokenizer": "tokenizer",
+    "Tokenizer": "tokenizer_protocol",
+    "load_tokenizer": "tokenizer_protocol",
     "QUANTIZERS": "quantizers",
     "ImageTransform": "image_files.images",
     "View": "image_files.views",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.data.data_location import nearest_sibling
-from stage1_tokenizer.tokenizer_config import is_tokenizer, read_tokenizer_config
+from stage1_tokenizer.tokenizer_config import IMAGE_TOKENIZER, is_tokenizer, read_tokenizer_config
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable, explain_permission_errors
 from vqmosaic.recipes.recipe import Recipe
@@ -54,7 +54,11 @@ def locate_initial_weights(path: str) -> InitialWeights:
     for folder in (given, given / "tokenizer"):
         check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
         if is_tokenizer(folder) and (folder / "model.safetensors").is_file():
-            return InitialWeights(folder, folder / "model.safetensors", True, read_tokenizer_config(folder))
+            config = read_tokenizer_config(folder)
+            if config["format"] != IMAGE_TOKENIZER:
+                raise InputError(f"{FIELD} is {path!r}, a tokenizer of format {config['format']!r}. Only tokenizers of format {IMAGE_TOKENIZER!r} "
+                                 f"can be trained. Set {FIELD} to one of them.")
+            return InitialWeights(folder, folder / "model.safetensors", True, config)
     for name in ("weights_ema.safetensors", "model.safetensors"):  # prefer the weight average: it is what training exports
         if (given / "checksums.json").is_file() and (given / name).is_file():
             return InitialWeights(given, given / name, False, _recorded_config(given))

@@ -1,25 +1,37 @@
-"""Reads config.json of a tokenizer folder. Imports neither torch nor numpy."""
+"""The kinds of tokenizers, and config.json of a tokenizer folder. Imports neither torch nor numpy."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from vqmosaic.errors import InputError
-from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, read_object, written_by
+from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, read_object, version_hint, written_by
 from vqmosaic.files.permissions import check_readable
 
-FORMAT = "vqmosaic.image_tokenizer"
+IMAGE_TOKENIZER = "vqmosaic.image_tokenizer"
+FORMATS = {
+    IMAGE_TOKENIZER: ("stage1_tokenizer.tokenizer", "ImageTokenizer"),
+}
+"""`format` in config.json -> module and name of the class, a subclass of tokenizer_protocol.Tokenizer. The module is imported on first use."""
 FORMAT_VERSION = 1
-CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint",
-                 VERSION_FIELD, "config_digest")
-"""Fields of config.json. The last two are optional. config_digest covers all other fields; version 0.1.0 did not write it."""
+OPTIONAL_FIELDS = (VERSION_FIELD, "config_digest", "grids")
+CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint", *OPTIONAL_FIELDS)
+"""Fields of config.json. `network` has the settings of the class. config_digest covers all other fields; version 0.1.0 did not write it. `grids` is
+missing for ImageTokenizer, where it follows from network and transform."""
+
+
+def tokenizer_class(name: str) -> Any:
+    """The class of a format. Imports its module."""
+    module, class_name = FORMATS[name]
+    return getattr(importlib.import_module(module), class_name)
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """Whether a folder contains the config.json of a tokenizer, of any format version."""
+    """Whether a folder contains the config.json of a tokenizer of a known format, in any version."""
     check_readable(folder / "config.json")
     try:
-        return read_object(folder / "config.json", "").get("format") == FORMAT
-    except (OSError, InputError):
+        return read_object(folder / "config.json", "").get("format") in FORMATS
+    except (OSError, InputError, TypeError):
         return False
 
 
@@ -33,10 +45,13 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     content = read_object(path, "copy the tokenizer again from where it was trained")
     if "format" not in content:
         raise InputError(f"{folder} is not a tokenizer: {path.name} has no format. {remedy}.")
-    check_format(content, FORMAT, FORMAT_VERSION, str(path))
-    check_fields(content, CONFIG_FIELDS, str(path), written_by(content), CONFIG_FIELDS[:-2])
-    for name, kind in (("network", dict), ("transform", dict), ("token_fingerprint", str), ("full_fingerprint", str)):
-        if not isinstance(content[name], kind):
-            raise InputError(f"{path}: {name} is {content[name]!r}; it must be {'an object' if kind is dict else 'a string'}. Copy the tokenizer "
-                             "again from where it was trained.")
+    if content["format"] not in [*FORMATS]:
+        raise InputError(f"{path} says format {content['format']!r}; this vqmosaic reads tokenizers of the formats: {', '.join(FORMATS)}."
+                         f"{version_hint(written_by(content))}")
+    check_format(content, content["format"], FORMAT_VERSION, str(path))
+    check_fields(content, CONFIG_FIELDS, str(path), written_by(content), [name for name in CONFIG_FIELDS if name not in OPTIONAL_FIELDS])
+    for name, kind in (("network", dict), ("transform", dict), ("token_fingerprint", str), ("full_fingerprint", str), ("grids", list)):
+        if not isinstance(content.get(name, kind()), kind):
+            words = {dict: "an object", list: "a list", str: "a string"}[kind]
+            raise InputError(f"{path}: {name} is {content[name]!r}; it must be {words}. Copy the tokenizer again from where it was trained.")
     return content

@@ -12,6 +12,7 @@ from stage1_tokenizer.data.image_batches import ImageBatch, TrainingImages
 from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
 from stage1_tokenizer.quantizers import Quantizer
 from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.training.tracking import progress_lines
@@ -117,9 +118,8 @@ def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, pe
     return seconds * training.accumulation_steps
 
 
-def set_training_mode(model: torch.nn.Module, tokenizer: ImageTokenizer, parts: str) -> None:
-    """Set training mode. A frozen encoder and quantizer stay in eval mode: no dropout, no codebook statistics."""
+def set_training_mode(model: torch.nn.Module, tokenizer: Tokenizer, parts: str) -> None:
+    """Set training mode. Frozen modules, such as encoder and quantizer, stay in eval mode: no dropout, no codebook statistics."""
     model.train()
-    if parts == "decoder":
-        tokenizer.encoder.eval()
-        tokenizer.quantizer.eval()
+    for part in tokenizer.frozen_modules(parts):
+        part.eval()

@@ -95,9 +95,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         if training.train_parts == "decoder":
             check_tokens_unchanged(tokenizer, init_from)
     perceptual = load_perceptual_loss(recipe, accelerator.device)
-    if training.train_parts == "decoder":
-        for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantizer):
-            part.requires_grad_(False)
+    for part in tokenizer.frozen_modules(training.train_parts):
+        part.requires_grad_(False)
     if training.channels_last:
         tokenizer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare this argument
     discriminator = PatchDiscriminator(adversarial, transform.channels, recipe.seed) if adversarial.weight else None

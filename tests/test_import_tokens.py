@@ -437,8 +437,9 @@ def test_export_and_import_of_one_of_several_grids(tmp_path):
                 shard.add(index=index, key=default_key(index), source=str(index), label=LABELS[index],
                           ids={"image": IDS_NVT[index], "low": IDS_NVT[index, :, :2]})
     writer.finish()
-    with pytest.raises(InputError, match=r"has the grids image, low; JSON lines can hold only one grid\. Choose it with --grid"):
-        run("export-tokens", tmp_path / "both", "--out", tmp_path / "none.jsonl")
+    assert run("export-tokens", tmp_path / "both", "--out", tmp_path / "all.jsonl") == 0
+    both_NVT = np.concatenate([IDS_NVT, IDS_NVT[..., :2]], axis=2)
+    assert [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()] == records_of(both_NVT)
     with pytest.raises(InputError, match="--grid is 'loww'; allowed: image, low"):
         run("export-tokens", tmp_path / "both", "--grid", "loww", "--out", tmp_path / "none.jsonl")
     for name, ids_NVT in (("image", IDS_NVT), ("low", IDS_NVT[..., :2])):

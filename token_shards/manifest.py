@@ -79,6 +79,21 @@ class Grid:
         return np.dtype("<u2" if self.codebook_size <= 65536 else "<i4")
 
 
+def grid_columns(grids: Sequence[Grid]) -> dict[str, slice]:
+    """Grid name -> columns of its ids in the tokens (..., T) of all grids, which are concatenated in this order."""
+    columns, start = {}, 0
+    for grid in grids:
+        columns[grid.name] = slice(start, start + grid.num_tokens)
+        start += grid.num_tokens
+    return columns
+
+
+def describe_grids(grids: Sequence[Grid]) -> str:
+    """The sizes of grids, such as "8 x 8 of 512 codes". With several grids, each with its name."""
+    return ", ".join(f"{f'{grid.name}: ' if len(grids) > 1 else ''}{grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''} of "
+                     f"{counted(grid.codebook_size, 'code')}" for grid in grids)
+
+
 @dataclass(frozen=True)
 class ShardEntry:
     """The manifest's record of one shard."""

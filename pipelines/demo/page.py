@@ -34,7 +34,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 from pipelines.demo.guard import Endpoint, Guard
 from pipelines.demo.http_limits import close_idle_connections, format_error, report
 from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, read_upload, sampling_controls
-from pipelines.demo.token_map import format_shape, token_map
+from pipelines.demo.token_map import format_grids, format_shape, format_used_codes, token_maps
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
@@ -163,7 +163,7 @@ def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dic
 
 def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str) -> tuple:
     """Reconstruct an upload and return the outputs of the Reconstruct tab: the resized image, the token map, the reconstruction, a report."""
-    transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
+    transform, grids = pipe.tokenizer.transform, pipe.tokenizer.grids
     stopped = *[gr.skip()] * 3, "Stopped."
     image = read_upload(path, stop, channels=transform.channels, image_size=transform.image_size)
     if image is None or stop.is_set():
@@ -171,21 +171,16 @@ def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str)
     seen_HWC = transform.resize(image)
     if stop.is_set():
         return stopped
-    ids = pipe.encode(to_tensor(seen_HWC)[None])[0]
+    ids = pipe.encode(to_tensor(seen_HWC)[None])
     if stop.is_set():
         return stopped
-    restored = pipe.decode(ids[None])[0]
+    restored = pipe.decode(ids)[0]
     difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
     psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
-    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {format_shape(ids.shape)} tokens, "
-              f"{' + '.join(str(len(ids_hw.unique())) for ids_hw in split_grids(ids))} of {codes} codes are used: "
-              f"{8 * seen_HWC.size:,} bits became {math.ceil(ids.numel() * math.log2(codes)):,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
-    return to_picture(seen_HWC), "".join(map(token_map, split_grids(ids))), restored, report
-
-
-def split_grids(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split ids (h, w), or (h, w, depth), into grids (h, w), the coarsest first."""
-    return (ids,) if ids.ndim == 2 else ids.unbind(-1)
+    bits = math.ceil(sum(grid.num_tokens * math.log2(grid.codebook_size) for grid in grids))
+    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {format_grids(grids)} tokens, {format_used_codes(ids, grids)} are used: "
+              f"{8 * seen_HWC.size:,} bits became {bits:,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
+    return to_picture(seen_HWC), token_maps(ids, grids), restored, report
 
 
 def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str | None) -> gr.Slider:
@@ -218,14 +213,14 @@ class Page(gr.Blocks):
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
-    image_sides, codes = pipe.tokenizer.transform.sides, pipe.tokenizer.config.codebook_size
+    image_sides, grids = pipe.tokenizer.transform.sides, pipe.tokenizer.grids
     why = pipe.prior.vocabulary.why_unguided()
     unguided = why and f"Off, because the prior {why}."
     style = ["pixels", "below-label"]
 
     with Page(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{format_shape(image_sides)} pixels, "
-                    f"{format_shape(pipe.tokenizer.grid_shape)} tokens of {codes} codes, "
+                    f"{format_grids(grids)} tokens of {' and '.join(str(grid.codebook_size) for grid in grids)} codes, "
                     f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):

@@ -66,7 +66,7 @@ def sampling_controls(pipe: ImageGenerationPipeline) -> list[Control]:
     for field in sorted(fields(SamplingConfig), key=lambda field: field.name.startswith("guidance_")):
         if "slider" in field.metadata:
             minimum, maximum, step = field.metadata["slider"]
-            largest = pipe.tokenizer.config.codebook_size if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
+            largest = pipe.prior.vocabulary.most_codes if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
             controls.append(Control(field.name, minimum, largest, step))
     if pipe.prior.any_order:
         controls.append(Control("steps", 1, pipe.prior.vocabulary.num_tokens, 1))

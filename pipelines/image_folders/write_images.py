@@ -26,7 +26,7 @@ from pipelines.image_folders.sample_folder import (
 )
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image, to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, to_picture, viewing_scale
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, first_ids, load_tokenizer
 from stage2_prior.generation.sampling import SamplingStopped
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import write_json
@@ -102,7 +102,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
     if samples.dtype != "float32" and pipe is not None and first_batch is not None and first_batch.token_ids is not None:
         count = min(len(first_batch.images), COMPARED_IMAGES)
         try:
-            difference = pipe.logit_difference(first_batch.token_ids[:count], first_batch.class_indices and first_batch.class_indices[:count])
+            classes = first_batch.class_indices and first_batch.class_indices[:count]
+            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes)
             print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (measured on {count} images)")
         except torch.OutOfMemoryError:
             print(f"the logits in {samples.dtype} were not compared with those in float32: both priors together do not fit in memory")
@@ -126,12 +127,12 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
         if (out / name).resolve() in originals:
             raise InputError(f"--out {out} would replace the original image {out / name}. Give another folder.")
     make_folder(out)
-    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder, usable_device(device), dtype)
+    tokenizer = load_tokenizer(tokenizer_folder, usable_device(device), dtype)
     with locked(out, "--out"):
         return write_missing_reconstructions(tokenizer, paths, names, out, dtype)
 
 
-def write_missing_reconstructions(tokenizer: ImageTokenizer, paths: list[Path], names: list[str], out: Path, dtype: str) -> int:
+def write_missing_reconstructions(tokenizer: Tokenizer, paths: list[Path], names: list[str], out: Path, dtype: str) -> int:
     """The part of `write_reconstructions` that runs while this process holds the lock of the folder."""
     remove_outdated_reconstructions(out, names, {"tokenizer": tokenizer.full_fingerprint, "dtype": dtype, "images": len(paths),
                                               "sources": digest_of_files(paths)})

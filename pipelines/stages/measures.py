@@ -78,7 +78,7 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
     for name, changed in settings.items():
         out = pipe(labels, per_label, seed=seed, output_type="pt", **changed)
         assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
-        results[name] = {"samples": len(out.seeds), **token_measures(out.token_ids, training_digests)}
+        results[name] = {"samples": len(out.seeds), **token_measures(pipe.tokenizer.join_tokens(out.token_ids), training_digests)}
         if classifier is not None and out.class_indices is not None:
             results[name].update(classifier.measures(out.images, out.class_indices))
     return results

@@ -26,8 +26,17 @@ from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse
 from stage1_tokenizer.data.open_data import open_recorded_splits
 from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, training_views
-from stage1_tokenizer.tokenizer import ImageTokenizer
-from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest, shard_name
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
+from token_shards.manifest import (
+    MANIFEST_NAME,
+    ORDER_SEED,
+    SPLITS,
+    ShardSetHeader,
+    TokenShardManifest,
+    describe_grids,
+    grid_columns,
+    shard_name,
+)
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.errors import InputError, listed_names, printable
@@ -42,7 +51,6 @@ from vqmosaic.runs.stage_records import decide_action, load_record, write_record
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted, is_or_are
 
-GRID_NAME = "image"
 SOURCE_ORDER = "order of the sources"
 """Name of the permutation in the stage record. Missing in records of version 0.1.0, which did not permute."""
 
@@ -66,7 +74,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     report, started = Reporter("tokens", state.is_main_process), time.monotonic()
     folder = tokenizer_folder(recipe)
     check_tokenizer_has_ids(recipe, folder)  # again, because a user's own launcher skips the checks of the command line
-    tokenizer = ImageTokenizer.from_pretrained(folder, state.device)
+    tokenizer = load_tokenizer(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
     earlier_record = load_record(run, "tokens")
     recorded_inputs = earlier_record.inputs if earlier_record is not None else None
@@ -110,13 +118,13 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
-def report_plan(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, state: PartialState, report: Reporter) -> None:
+def report_plan(recipe: Recipe, tokenizer: Tokenizer, splits: ImageSplits, state: PartialState, report: Reporter) -> None:
     """Print the number of images, views and tokens, and the devices."""
     views = training_views(recipe.tokens)
     report.table("plan", {
         "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on "
                   f"({splits.validation_origin})",
-        "tokens": f"{' x '.join(map(str, tokenizer.grid_shape))} of {tokenizer.config.codebook_size} codes a view",
+        "tokens": f"{describe_grids(tokenizer.grids)} a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
 
@@ -169,27 +177,25 @@ class SplitPlan:
     views: list[View]
 
 
-def split_plans(recipe: Recipe, tokenizer: ImageTokenizer, splits: ImageSplits, device: torch.device,
+def split_plans(recipe: Recipe, tokenizer: Tokenizer, splits: ImageSplits, device: torch.device,
                 order_seed: int | None = ORDER_SEED, former: bool = False) -> list[SplitPlan]:
     """The plans of the training split, with the views of the recipe, and of the validation split, whose only view is the unchanged image.
 
     `former` selects the data set identities that vqmosaic 0.1.0 recorded.
     """
-    height, width = tokenizer.grid_sides
-    grid = Grid(name=GRID_NAME, codebook_size=tokenizer.config.codebook_size, height=height, width=width, depth=tokenizer.config.depth)
     encoding = {"batch_size": recipe.tokens.batch_size, "threads": recipe.tokens.threads, "dtype": "float32", "device": device.type}
     assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
     plans = []
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [CENTER_VIEW])):
         header = ShardSetHeader(
             split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names,
-            dataset=source.former_identity if former else source.identity, grids=[grid], views=[view.to_dict() for view in views],
+            dataset=source.former_identity if former else source.identity, grids=tokenizer.grids, views=[view.to_dict() for view in views],
             images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), order_seed=order_seed, encoding=encoding)
         plans.append(SplitPlan(header, source, views))
     return plans
 
 
-def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, state: PartialState, stop: StopFlag,
+def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: Tokenizer, recipe: Recipe, state: PartialState, stop: StopFlag,
                 report: Reporter) -> None:
     """Write this process's part of the shards of one split. Complete shards are skipped."""
     own = range(state.process_index, writer.num_shards, state.num_processes)
@@ -205,15 +211,15 @@ def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: ImageToke
                     bar.update()
 
 
-def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag,
+def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer: Tokenizer, recipe: Recipe, stop: StopFlag,
                skipped: dict[str, str],
                other_ids: Mapping[int, dict[str, np.ndarray]] | None = None) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
     """Encode the sources of one shard and add them to it one by one. If the caller does not exhaust this iterator, the shard stays incomplete.
 
-    Yields each index with its ids (V, T) after they are stored, or with the error if the image is skipped. Adds skipped images to `skipped`
-    (source -> reason). `other_ids` has the ids of grids that this tokenizer does not make: source index -> grid name -> ids (V, T).
+    Yields each index with its ids (V, T) of all grids after they are stored, or with the error if the image is skipped. Adds skipped images to
+    `skipped` (source -> reason). `other_ids` has the ids of grids that this tokenizer does not make: source index -> grid name -> ids (V, T).
     """
-    source = split.source
+    source, columns = split.source, grid_columns(tokenizer.grids)
     for index, outcome in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
         if isinstance(outcome, UnreadableImage):
             shard.skip(index=index, source=source.source_name(index), reason=str(outcome))
@@ -221,7 +227,7 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
             refuse_if_too_many_unreadable(skipped, len(source), recipe.data)
         else:
             shard.add(index=index, key=default_key(index), source=source.source_name(index), label=source.label(index),
-                      ids={GRID_NAME: outcome, **(other_ids or {}).get(index, {})})
+                      ids={name: outcome[:, places] for name, places in columns.items()} | (other_ids or {}).get(index, {}))
         yield index, outcome
 
 
@@ -231,7 +237,7 @@ def read_skipped_sources(writer: TokenShardWriter) -> dict[str, str]:
     return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
 
 
-def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: ImageTokenizer, recipe: Recipe,
+def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: Tokenizer, recipe: Recipe,
                    stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
     """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones."""
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
@@ -246,7 +252,7 @@ def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View
         yield from ((index, ids_VT if error is None else error) for index, ids_VT, error in zip(batch, ids_NVT, errors, strict=True))
 
 
-def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: ImageTokenizer, threads: int,
+def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: Tokenizer, threads: int,
                    ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
     """Yield the indices of each batch, its rows (N, V, C, H, W) float32 (zeros for unreadable images), and an error or None for each image.
 
@@ -295,15 +301,15 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
         pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file
 
 
-def encode_rows(rows_NCHW: torch.Tensor, tokenizer: ImageTokenizer, batch_size: int) -> np.ndarray:
-    """Ids (N, T) of images (N, C, H, W). Every batch is padded to `batch_size` images, because rounding may depend on the batch shape."""
+def encode_rows(rows_NCHW: torch.Tensor, tokenizer: Tokenizer, batch_size: int) -> np.ndarray:
+    """Ids (N, T) of all grids of images (N, C, H, W). Every batch is padded to `batch_size`, because rounding may depend on the batch shape."""
     padding = -len(rows_NCHW) % batch_size
     padded_NCHW = torch.cat([rows_NCHW, torch.zeros(padding, *rows_NCHW.shape[1:])]) if padding else rows_NCHW
-    ids = [tokenizer.encode(piece.to(tokenizer.device)).flatten(1).cpu() for piece in padded_NCHW.split(batch_size)]
+    ids = [tokenizer.join_tokens(tokenizer.encode_grids(piece.to(tokenizer.device))).cpu() for piece in padded_NCHW.split(batch_size)]
     return torch.cat(ids)[:len(rows_NCHW)].numpy()
 
 
-def check_tokenizer_fits(recipe: Recipe, tokenizer: ImageTokenizer, folder: Path) -> None:
+def check_tokenizer_fits(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
     """Raise InputError if the image size or another image field of the recipe differs from that of the tokenizer."""
     for name, needed in tokenizer.transform.to_dict().items():
         given = getattr(recipe.data, name, None)

@@ -8,7 +8,8 @@ from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerp
 from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
-from token_shards.manifest import Grid, TokenShardManifest
+from stage1_tokenizer.tokenizer_grids import image_tokenizer_grids
+from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split
@@ -17,6 +18,7 @@ from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import CheckpointFolder
 from vqmosaic.training.tracking import check_trackers
+from vqmosaic.wording import counted
 
 TRAINING_SECTIONS = {"tokenizer": "tokenizer_training", "prior": "prior_training"}
 USUAL_ARCHITECTURES = ("grid_transformer", "llama", "gpt2", "qwen3")
@@ -57,6 +59,7 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
         check_architecture(recipe)
         if alone:
             check_own_tokens(recipe)
+            check_sampling_fits_tokens(recipe)
     return action
 
 
@@ -102,6 +105,19 @@ def check_own_tokens(recipe: Recipe) -> None:
         raise InputError(f"{run.export('tokens')} was made with another tokenizer than the current {run.export('tokenizer')}, so a prior trained on "
                          "these tokens would not fit it. Encode the images again (`vqmosaic preprocess` with --redo tokens), or set "
                          "--tokens.tokenizer to the tokenizer of these tokens.")
+
+
+def check_sampling_fits_tokens(recipe: Recipe) -> None:
+    """Raise InputError if the tokens that the prior trains on have fewer codes than sampling.top_k, or fewer tokens than sampling.steps."""
+    folder, sampling = recipe.tokens_folder / "train", recipe.sampling
+    manifest = TokenShardManifest.load(folder)
+    most_codes = max(grid.codebook_size for grid in manifest.grids)
+    if sampling.top_k > most_codes:
+        raise InputError(f"sampling.top_k is {sampling.top_k}, but the tokens in {folder} have {counted(most_codes, 'code')}; set sampling.top_k to "
+                         "at most this number, or to 0 to turn it off.")
+    if sampling.steps is not None and sampling.steps > manifest.num_tokens:
+        raise InputError(f"sampling.steps is {sampling.steps}, but an image in {folder} has {counted(manifest.num_tokens, 'token')}; set it to at "
+                         "most this number, or to null for one token in each pass.")
 
 
 def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
@@ -179,9 +195,8 @@ def check_prior_config(recipe: Recipe) -> None:
     from stage2_prior.model.causal_lm import make_config
     from stage2_prior.vocabulary import Vocabulary
 
-    height, width = recipe.grid_sides
-    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=height, width=width, depth=recipe.tokenizer.depth)
-    make_config(recipe.prior, Vocabulary(grids=[grid], class_names=None, token_fingerprint=""))
+    grids = image_tokenizer_grids(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
+    make_config(recipe.prior, Vocabulary(grids=grids, class_names=None, token_fingerprint=""))
 
 
 def check_image(path: Path) -> None:

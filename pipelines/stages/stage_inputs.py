@@ -7,6 +7,7 @@ tokenizer whose ids it generates. The full fingerprint covers all weights, inclu
 from pathlib import Path
 
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
+from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.digests import fingerprint_of_weights
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import TokenShardManifest
@@ -49,7 +50,7 @@ def predicts_in_any_order(prior: Path) -> bool:
 
 
 def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
-    """Raise InputError if the tokenizer used in preprocessing has a continuous quantizer.
+    """Raise InputError if the tokenizer used in preprocessing has no ids.
 
     Args:
         recipe: its tokenizer section is checked, unless it takes the tokenizer from another folder (tokens.tokenizer).
@@ -63,9 +64,9 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
         raise continuous_error("tokenizer.quantizer", recipe.tokenizer.quantizer, "Set it to")
     if folder is None:
         return
-    network = read_tokenizer_config(folder)["network"]
-    if isinstance(network, dict) and network.get("quantizer") in CONTINUOUS_QUANTIZERS:
-        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", network["quantizer"],
+    if not grids_of_tokenizer(folder):
+        content = read_tokenizer_config(folder)
+        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", content["network"].get("quantizer", content["format"]),
                                "Set tokens.tokenizer to the folder of a tokenizer with")
 
 

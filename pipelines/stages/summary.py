@@ -52,10 +52,12 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         held_out_rows = [int(splits.validation.source_name(index)) for index in range(len(splits.validation))]
         classifier = DigitsClassifier(held_out_rows)
     tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
-    num_tokens, codebook_size = pipe.prior.vocabulary.num_tokens, pipe.tokenizer.config.codebook_size
+    grids = pipe.tokenizer.grids
     summary = {
         "run_dir": recipe.run_dir, "images": {"train": len(splits.train), "validation": len(splits.validation)},
-        "tokens": {"count": num_tokens, "codebook_size": codebook_size, "bits_per_image": num_tokens * math.log2(codebook_size)},
+        "tokens": {"count": sum(grid.num_tokens for grid in grids),
+                   "codebook_size": grids[0].codebook_size if len(grids) == 1 else {grid.name: grid.codebook_size for grid in grids},
+                   "bits_per_image": sum(grid.num_tokens * math.log2(grid.codebook_size) for grid in grids)},
         "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
         "tokenizer_export": recipe.tokenizer_training.export,
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
@@ -106,7 +108,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     """The summary of a run as a text table."""
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
     rows = [
-        ("tokens per image", f"{tokens['count']} of {counted(tokens['codebook_size'], 'code')}, {tokens['bits_per_image']:.0f} bits"),
+        ("tokens per image", f"{tokens['count']} of {format_codes(tokens['codebook_size'])}, {tokens['bits_per_image']:.0f} bits"),
         ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
                                        f"{format_image_count(tokenizer)})"),
         ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
@@ -120,6 +122,13 @@ def summary_table(summary: dict[str, Any]) -> str:
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def format_codes(codebook_size: int | dict[str, int]) -> str:
+    """The number of codes, such as "512 codes", or that of each grid."""
+    if isinstance(codebook_size, int):
+        return counted(codebook_size, "code")
+    return " and ".join(f"{counted(codes, 'code')} ({name})" for name, codes in codebook_size.items())
 
 
 def format_image_count(record: dict[str, Any]) -> str:

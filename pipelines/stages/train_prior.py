@@ -19,7 +19,7 @@ from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import tokenizer_folder
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import load_tokenizer
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import OnValidation, train
@@ -40,21 +40,21 @@ UNCONDITIONAL_ROWS = 4
 def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one.
 
-    The callback saves nothing if the prior's tokens come from another tokenizer, if it draws several grids or has conditions, or after a signal.
+    The callback saves nothing if the prior's grids are not those of the tokenizer, if the prior has conditions, or if a signal stops it.
     """
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
         return None
-    tokenizer = ImageTokenizer.from_pretrained(folder, default_device())
+    tokenizer = load_tokenizer(folder, default_device())
     training, world_size = recipe.prior_training, int(os.environ.get("WORLD_SIZE", "1"))
     batch_size = max(1, training.batch_size // training.accumulation_steps // world_size // 2)  # with guidance, an image takes two rows
 
     @torch.no_grad()
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
-        if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint:
-            return  # the tokens come from another tokenizer, so this one cannot decode them
-        if prior.vocabulary.conditions or len(prior.vocabulary.grids) > 1:
-            return  # a tokenizer decodes one grid, and there are no given ids here
+        if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint or prior.vocabulary.grids != tokenizer.grids:
+            return  # the tokens come from another tokenizer, or are not all of its tokens, so this one cannot decode them
+        if prior.vocabulary.conditions:
+            return  # there are no given ids here
         num_classes = prior.vocabulary.num_classes
         sampling = recipe.sampling
         if prior.vocabulary.why_unguided():  # guidance needs a null class, which this prior does not learn
@@ -73,7 +73,7 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
                 ids_BT = prior.sample(classes[batch] if num_classes else None, sampling, seeds[batch], should_continue)
             except SamplingStopped:
                 return
-            pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, ids_BT.view(-1, *tokenizer.grid_shape))]
+            pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, tokenizer.split_tokens(ids_BT))]
         pixels_NHWC = np.concatenate(pixels)
         rows = [pixels_NHWC[start:start + COLUMNS] for start in range(0, len(pixels_NHWC), COLUMNS)]
         picture = tile_images(rows, viewing_scale(pixels_NHWC.shape[1:3]))

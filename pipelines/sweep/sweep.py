@@ -187,7 +187,7 @@ def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, cl
                                        callback=lambda done, total: not stop.signal)
         except SamplingStopped:
             return
-        yield from decode_in_batches(pipe.tokenizer, ids_BT.view(len(ids_BT), *pipe.tokenizer.grid_shape))
+        yield from decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))
 
 
 def until_stopped(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:

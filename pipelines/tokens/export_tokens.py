@@ -5,6 +5,7 @@
     vqmosaic export-tokens tokens/train --grid low --out tokens.jsonl                          # one of several grids
 
 A line is {"class_id": 3, "tokens": [17, 4, ...]}. If an image has several views, "tokens" is a list of lists, one for each view.
+If the shards have several grids, "tokens" has those of all grids, in the order of the manifest, and each grid's own ids start at 0.
 --one_view_a_line writes each view on a separate line. The lines are in the order of the data set, not in the order of the shards.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from token_shards.manifest import describe_grids, grid_columns
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.durable_files import publish, temporary_sibling
@@ -27,22 +29,21 @@ MAX_SHARDS = 1_000_000
 
 
 def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False, grid_name: str | None = None) -> int:
-    """Write the ids of one grid to the file `out` and return exit code 0.
+    """Write the ids of all grids, or of one, to the file `out` and return exit code 0.
 
-    Raises InputError if the folder is incomplete, if it has several grids and `grid_name` is None, if it has no such grid, or if `out` exists.
+    Raises InputError if the folder is incomplete, if it has no such grid, or if `out` exists.
     """
     if out.exists():
         raise InputError(f"--out is {str(out)!r}, which exists; give another name, or remove it.")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out is {str(out)!r}, but the folder {out.absolute().parent} does not exist.")
     reader = TokenShardReader(folder, window_shards=MAX_SHARDS)  # neighbours in the data set are in different shards
-    grids = {grid.name: grid for grid in reader.manifest.grids}
-    if grid_name is None and len(grids) != 1:
-        raise InputError(f"{folder} has the grids {', '.join(grids)}; JSON lines can hold only one grid. Choose it with --grid.")
-    grid_name = grid_name or next(iter(grids))
-    check_name("--grid", grid_name, grids)
-    first, grid = sum(each.num_tokens for each in reader.manifest.grids[:[*grids].index(grid_name)]), grids[grid_name]
-    columns = slice(first, first + grid.num_tokens)
+    grids = reader.manifest.grids
+    columns = slice(None)
+    if grid_name is not None:
+        check_name("--grid", grid_name, [grid.name for grid in grids])
+        columns = grid_columns(grids)[grid_name]
+        grids = [grid for grid in grids if grid.name == grid_name]
     partial = temporary_sibling(out)
     order, lines = np.argsort(reader.indices_N), 0
     try:
@@ -59,8 +60,8 @@ def export_tokens(folder: Path, out: Path, one_view_a_line: bool = False, grid_n
         publish(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{out}: {counted(lines, 'line')} for {counted(len(reader), 'image')}, {counted(grid.num_tokens, 'token')} each "
-          f"({grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''}), {grid.codebook_size:,} codes")
+    print(f"{out}: {counted(lines, 'line')} for {counted(len(reader), 'image')}, {counted(sum(grid.num_tokens for grid in grids), 'token')} each "
+          f"({describe_grids(grids)})")
     return 0
 
 

@@ -5,6 +5,7 @@
     vqmosaic import-tokens codes.npy --labels labels.npy --tokenizer runs/cifar10/tokenizer --out tokens
     vqmosaic train-prior cifar10 --prior_training.tokens tokens
 
+With --tokenizer, an image may have several grids: its tokens are those of all grids, in the order of the tokenizer.
 The source is read twice: first to check every row before anything is written, then to write the shards. Do not change it in between. If the command
 is killed, run it again to write the missing shards; this works if the source has not changed.
 Rows are often sorted by class, so they are permuted by a recorded seed before they are divided into shards. The second pass therefore reads the
@@ -28,15 +29,23 @@ from pipelines.stages.stage_checks import check_can_write
 from pipelines.stages.stage_inputs import token_fingerprint_of_tokenizer
 from pipelines.tokens.foreign_tokens import ForeignTokens, open_foreign_tokens
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
-from token_shards.manifest import MANIFEST_NAME, ORDER_SEED, SPLITS, Grid, ShardSetHeader, TokenShardManifest
+from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
+from token_shards.manifest import (
+    MANIFEST_NAME,
+    ORDER_SEED,
+    SPLITS,
+    Grid,
+    ShardSetHeader,
+    TokenShardManifest,
+    describe_grids,
+    grid_columns,
+)
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import TokenShardWriter, default_key, headers_in_stored_order
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
-from vqmosaic.files.json_files import from_fields, written_by
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.held_out import choose_held_out
-from vqmosaic.recipes.tokenizer_sections import CONTINUOUS_QUANTIZERS, TokenizerConfig, token_grid
 from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted
@@ -91,7 +100,8 @@ def import_tokens(options: argparse.Namespace) -> int:
     """Write both splits and return exit code 0. Raises InputError, before anything is written, for invalid options or rows."""
     check_options(options)
     report = Reporter("import")
-    codebook_size, grid_shape = get_codebook_size_and_grid(options)
+    grids = get_tokenizer_grids(options)
+    grid_shape = get_grid_shape(options, grids)
     names = parse_class_names(options.class_names)
     sources = [open_foreign_tokens(options.source, options.labels, options.unlabelled, grid_shape=grid_shape)]
     if options.validation is not None:
@@ -100,11 +110,10 @@ def import_tokens(options: argparse.Namespace) -> int:
         raise InputError(f"{options.source} has {counted(len(sources[0]), 'row')}; at least 2 are needed, one for training and one for validation.")
     for source in sources:
         if len(source):
-            make_grid(SourceSummary(*source.read(0)[0].shape), codebook_size, grid_shape, options)  # fails early: reading all rows can take minutes
+            make_grids(SourceSummary(*source.read(0)[0].shape), grids, options)  # fails early: reading all rows can take minutes
     with StopFlag() as stop:
-        summaries = [check_rows(source, codebook_size, None if names is None else len(names), stop) for source in sources]
-        grid = make_grid(summaries[0], codebook_size, grid_shape, options)
-        parts = make_headers(options, sources, summaries, grid, names)
+        summaries = [check_rows(source, grids, options, None if names is None else len(names), stop) for source in sources]
+        parts = make_headers(options, sources, summaries, make_grids(summaries[0], grids, options), names)
         # an import that version 0.1.0 began continues in the order of the rows
         headers = headers_in_stored_order({options.out / header.split: header for header, _, _ in parts})
         parts = [(headers[options.out / header.split], source, rows) for header, source, rows in parts]
@@ -123,11 +132,10 @@ def import_tokens(options: argparse.Namespace) -> int:
 def print_plan(report: Reporter, parts: list[tuple[ShardSetHeader, ForeignTokens, np.ndarray]], summaries: Sequence[SourceSummary]) -> None:
     """Print what will be written."""
     train, source, _ = parts[0]
-    grid = train.grids[0]
     report.table("plan", {
         "source": f"{source.path}, {source.layout}",
         "images": ", ".join(f"{len(rows):,} x {counted(len(header.views), 'view')} in {header.split}" for header, _, rows in parts),
-        "tokens": f"{grid.height} x {grid.width}{f' x {grid.depth}' if grid.depth > 1 else ''} of {grid.codebook_size:,} codes; "
+        "tokens": f"{describe_grids(train.grids)}; "
                   f"the largest id is {max(summary.largest_id for summary in summaries):,}",
         "classes": "none" if train.class_names is None else f"{len(train.class_names):,}",
         "token fingerprint": train.token_fingerprint})
@@ -158,20 +166,29 @@ def check_options(options: argparse.Namespace) -> None:
                          "or --tokenizer with its folder if it is a vqmosaic tokenizer.")
 
 
-def get_codebook_size_and_grid(options: argparse.Namespace) -> tuple[int, tuple[int, int, int] | None]:
-    """Number of codes K and (height, width, depth), or None if the grid is not known. Raises InputError if options and tokenizer differ."""
-    given = None if options.height is None else (options.height, options.width, 1)
+def get_tokenizer_grids(options: argparse.Namespace) -> list[Grid] | None:
+    """The grids of --tokenizer, or None without it. Raises InputError if the tokenizer has no ids, or if other options differ from it."""
     if options.tokenizer is None:
-        return options.codebook_size, given
-    content = read_tokenizer_config(options.tokenizer)
-    config = from_fields(TokenizerConfig, content["network"], f"{options.tokenizer / 'config.json'}: network", written_by(content))
-    if config.quantizer in CONTINUOUS_QUANTIZERS:
-        raise InputError(f"--tokenizer {options.tokenizer} has the quantizer {config.quantizer!r}, which makes no ids.")
-    height, width = token_grid(f"{options.tokenizer / 'config.json'}: image_size", content["transform"]["image_size"], config)
-    for name, expected in (("codebook_size", config.codebook_size), ("height", height), ("width", width)):
-        if getattr(options, name) not in (None, expected):
-            raise InputError(f"--{name} is {getattr(options, name)}, but the tokenizer in {options.tokenizer} has {expected}; omit --{name}.")
-    return config.codebook_size, (height, width, config.depth)
+        return None
+    grids = grids_of_tokenizer(options.tokenizer)
+    if not grids:
+        network = read_tokenizer_config(options.tokenizer)["network"]
+        raise InputError(f"--tokenizer {options.tokenizer} has the quantizer {network.get('quantizer')!r}, which makes no ids.")
+    for name in ("codebook_size", "height", "width"):
+        expected = [getattr(grid, name) for grid in grids]
+        if getattr(options, name) is not None and set(expected) != {getattr(options, name)}:
+            raise InputError(f"--{name} is {getattr(options, name)}, but the tokenizer in {options.tokenizer} has "
+                             f"{', '.join(map(str, expected))}; omit --{name}.")
+    return grids
+
+
+def get_grid_shape(options: argparse.Namespace, grids: Sequence[Grid] | None) -> tuple[int, int, int] | None:
+    """(height, width, depth) of an image's ids, or None if it is not known. The ids of several grids are one row."""
+    if grids is None:
+        return None if options.height is None else (options.height, options.width, 1)
+    if len(grids) > 1:
+        return 1, sum(grid.num_tokens for grid in grids), 1
+    return grids[0].height, grids[0].width, grids[0].depth
 
 
 def parse_class_names(text: str | None) -> list[str] | None:
@@ -196,16 +213,21 @@ def parse_class_names(text: str | None) -> list[str] | None:
     return names
 
 
-def check_rows(source: ForeignTokens, codebook_size: int, classes: int | None, stop: StopFlag) -> SourceSummary:
-    """Read and check all rows. Raises InputError, which names the row, for a row that is out of range or has another shape than the first row."""
+def check_rows(source: ForeignTokens, grids: Sequence[Grid] | None, options: argparse.Namespace, classes: int | None,
+               stop: StopFlag) -> SourceSummary:
+    """Read and check all rows. `grids` are those of --tokenizer, or None without it.
+
+    Raises InputError, which names the row, for a row that is out of range or has another shape than the first row.
+    """
     if not len(source):
         raise InputError(f"{source.path} has no rows.")
     summary, digest = SourceSummary(*source.read(0)[0].shape), hashlib.sha256()
+    grids = make_grids(summary, grids, options)
     with progress_bar(len(source), 0, f"check {source.path.name}", "image") as bar:
         for row in range(len(source)):
             if stop.signal:
                 raise Interrupted(stop.signal, "nothing was written yet")
-            ids_VT, label = read_checked_row(source, row, summary, codebook_size, classes)
+            ids_VT, label = read_checked_row(source, row, summary, grids, classes)
             summary.largest_id = max(summary.largest_id, int(ids_VT.max()))
             summary.classes = max(summary.classes, 0 if label is None else label + 1)
             digest.update(ids_VT.astype("<i4").tobytes())
@@ -215,25 +237,32 @@ def check_rows(source: ForeignTokens, codebook_size: int, classes: int | None, s
     return summary
 
 
-def read_checked_row(source: ForeignTokens, row: int, summary: SourceSummary, codebook_size: int,
+def read_checked_row(source: ForeignTokens, row: int, summary: SourceSummary, grids: Sequence[Grid],
                      classes: int | None) -> tuple[np.ndarray, int | None]:
     """Ids (V, T) and label of a row. Raises InputError, which names the row, if shape, ids or label are not allowed."""
     ids_VT, label = source.read(row)
     if ids_VT.shape != (summary.views, summary.tokens):
         raise InputError(f"{source.where(row)} has {counted(ids_VT.shape[0], 'view')} of {counted(ids_VT.shape[1], 'token')}, but the rows before it "
                          f"have {summary.views} of {summary.tokens}; all rows must have the same numbers.")
-    low, high = int(ids_VT.min()), int(ids_VT.max())
-    if low < 0 or high >= codebook_size:
-        raise InputError(f"{source.where(row)}: the ids run from {low} to {high}; allowed: 0 to {codebook_size - 1}, because --codebook_size or the "
-                         f"tokenizer gives {codebook_size} codes.")
+    columns = grid_columns(grids)
+    for grid in grids:
+        low, high = int(ids_VT[:, columns[grid.name]].min()), int(ids_VT[:, columns[grid.name]].max())
+        if low < 0 or high >= grid.codebook_size:
+            which = f" of grid {grid.name!r}" if len(grids) > 1 else ""
+            raise InputError(f"{source.where(row)}: the ids{which} run from {low} to {high}; allowed: 0 to {grid.codebook_size - 1}, because "
+                             f"--codebook_size or the tokenizer gives {grid.codebook_size} codes.")
     if label is not None and not 0 <= label < (MAX_UNNAMED_CLASSES if classes is None else classes):
         allowed = f"0 to {MAX_UNNAMED_CLASSES - 1} without --class_names" if classes is None else f"0 to {classes - 1}, as in --class_names"
         raise InputError(f"{source.where(row)}: the label is {label}; allowed: {allowed}.")
     return ids_VT, label
 
 
-def make_grid(summary: SourceSummary, codebook_size: int, shape: tuple[int, int, int] | None, options: argparse.Namespace) -> Grid:
-    """The grid of the T tokens of a view, a square by default. Raises InputError if `shape` does not have T positions."""
+def make_grids(summary: SourceSummary, grids: Sequence[Grid] | None, options: argparse.Namespace) -> list[Grid]:
+    """The grids of the T tokens of a view: those of --tokenizer or, without it, one grid, by default a square.
+
+    Raises InputError if the grids do not have T tokens.
+    """
+    shape = get_grid_shape(options, grids)
     if shape is None:
         side = math.isqrt(summary.tokens)
         if side * side != summary.tokens:
@@ -244,10 +273,10 @@ def make_grid(summary: SourceSummary, codebook_size: int, shape: tuple[int, int,
         origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else "--height and --width"
         raise InputError(f"{options.source} has {summary.tokens} tokens per view, but the grid {' x '.join(map(str, shape))} of {origin} has "
                          f"{math.prod(shape)}.")
-    return Grid(options.grid, codebook_size, *shape)
+    return list(grids) if grids is not None else [Grid(options.grid, options.codebook_size, *shape)]
 
 
-def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], summaries: Sequence[SourceSummary], grid: Grid,
+def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], summaries: Sequence[SourceSummary], grids: list[Grid],
                  names: list[str] | None) -> list[tuple[ShardSetHeader, ForeignTokens, np.ndarray]]:
     """For each split, its header, its source, and the rows of the source to store."""
     if len(summaries) == 2 and summaries[0].tokens != summaries[1].tokens:
@@ -274,7 +303,7 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
         identity = {"imported": source.layout, "name": source.path.name, "rows": len(source), "sha256": summary.digest,
                     "validation_fraction": fraction}
         views = [{"name": "original" if summary.views == 1 else f"imported {view}"} for view in range(summary.views)]
-        header = ShardSetHeader(split=split, token_fingerprint=fingerprint, grids=[grid], views=views, class_names=names, dataset=identity,
+        header = ShardSetHeader(split=split, token_fingerprint=fingerprint, grids=grids, views=views, class_names=names, dataset=identity,
                                 encoding={"imported": source.layout}, images_per_shard=options.images_per_shard, num_sources=len(rows),
                                 order_seed=ORDER_SEED)
         parts.append((header, source, rows))
@@ -299,7 +328,7 @@ def check_folder_unused(folder: Path, header: ShardSetHeader) -> None:
 
 def write_split(writer: TokenShardWriter, source: ForeignTokens, rows: np.ndarray, stop: StopFlag) -> None:
     """Write the shards of one split that are not complete yet."""
-    header = writer.header
+    header, columns = writer.header, grid_columns(writer.header.grids)
     missing = [shard for shard in range(writer.num_shards) if not writer.is_complete(shard)]
     with progress_bar(sum(len(header.source_range(shard)) for shard in missing), 0, header.split, "image") as bar:
         for number in missing:
@@ -309,5 +338,6 @@ def write_split(writer: TokenShardWriter, source: ForeignTokens, rows: np.ndarra
                         raise Interrupted(stop.signal, f"finished shards are kept in {writer.folder}")
                     row = int(rows[index])
                     ids_VT, label = source.read(row)
-                    shard.add(index=index, key=default_key(index), source=source.name(row), label=label, ids={header.grids[0].name: ids_VT})
+                    shard.add(index=index, key=default_key(index), source=source.name(row), label=label,
+                              ids={name: ids_VT[:, places] for name, places in columns.items()})
                     bar.update()

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.stages.preprocess import GRID_NAME
 from token_shards.manifest import ShardSetHeader, shard_name
 from vqmosaic.errors import InputError
 
 
 def other_grids(header: ShardSetHeader) -> dict[str, str]:
     """Grid name -> token fingerprint, for the grids that the tokenizer of the recipe does not make."""
-    return {name: fingerprint for name, fingerprint in header.token_fingerprints.items() if name != GRID_NAME}
+    return {name: fingerprint for name, fingerprint in header.token_fingerprints.items() if fingerprint != header.token_fingerprint}
 
 
 def read_other_ids(folder: Path, header: ShardSetHeader, index: int) -> dict[int, dict[str, np.ndarray]]:

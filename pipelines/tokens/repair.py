@@ -22,14 +22,14 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from pipelines.stages.preprocess import GRID_NAME, SplitPlan, check_tokenizer_fits, fill_shard, split_plans
+from pipelines.stages.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from pipelines.tokens.origin import find_readable, find_run
 from pipelines.tokens.other_grids import other_grids, read_other_ids
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import UnreadableImage
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from token_shards.audit import audit_folder, audit_shard
 from token_shards.manifest import SPLITS, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path
@@ -60,7 +60,7 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
     with StopFlag() as stop, lock_run(folder):
         source = tokenizer_folder(recipe)
         check_tokenizer_has_ids(recipe, source)
-        tokenizer = ImageTokenizer.from_pretrained(source, device)
+        tokenizer = load_tokenizer(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
         splits = match_recorded_splits(folders, open_splits(recipe.data))
         plans = match_stored_plans(folders, *(split_plans(recipe, tokenizer, splits, device, former=former) for former in (False, True)))
@@ -140,10 +140,11 @@ def match_stored_plans(folders: dict[str, Path], plans: Sequence[SplitPlan], for
 
 
 def with_stored_grids(plan: SplitPlan, folders: dict[str, Path]) -> SplitPlan:
-    """The plan with the grids of other tokenizers that the manifest of its split has besides the plan's own grid."""
+    """The plan with the grids of other tokenizers that the manifest of its split has besides the plan's own grids."""
     folder = folders.get(plan.header.split)
     manifest = load_manifest(folder) if folder is not None else None
-    if manifest is None or plan.header.grids[0] not in manifest.grids or manifest.token_fingerprint != plan.header.token_fingerprint:
+    has_grids = manifest is not None and all(grid in manifest.grids for grid in plan.header.grids)
+    if manifest is None or not has_grids or manifest.token_fingerprint != plan.header.token_fingerprint:
         return plan
     return dataclasses.replace(plan, header=dataclasses.replace(plan.header, grids=manifest.grids))
 
@@ -208,7 +209,7 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def repair_split(folder: Path, plan: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe, stop: StopFlag) -> list[str]:
+def repair_split(folder: Path, plan: SplitPlan, tokenizer: Tokenizer, recipe: Recipe, stop: StopFlag) -> list[str]:
     """Repair one split and return the names of the re-encoded shards. If there were problems, also removes stray files and rewrites the manifest."""
     manifest, writer = load_manifest(folder), TokenShardWriter(folder, plan.header)
     if manifest is not None and manifest.header != plan.header:  # the manifest is damaged, because most sidecars match the plan
@@ -227,7 +228,7 @@ def repair_split(folder: Path, plan: SplitPlan, tokenizer: ImageTokenizer, recip
     return list(dict.fromkeys(encoded))
 
 
-def encode_damaged_shards(writer: TokenShardWriter, manifest: TokenShardManifest | None, plan: SplitPlan, tokenizer: ImageTokenizer, recipe: Recipe,
+def encode_damaged_shards(writer: TokenShardWriter, manifest: TokenShardManifest | None, plan: SplitPlan, tokenizer: Tokenizer, recipe: Recipe,
                           stop: StopFlag) -> list[str]:
     """Encode the damaged shards again to the same bytes, and return their names. Images that were skipped are skipped again."""
     damaged = {index: reason for index in range(writer.num_shards) if (reason := describe_damage(writer, index, manifest))}
@@ -245,7 +246,7 @@ def encode_damaged_shards(writer: TokenShardWriter, manifest: TokenShardManifest
     return [shard_name(index) for index in damaged]
 
 
-def add_skipped_images(writer: TokenShardWriter, manifest: TokenShardManifest, readable: Sequence[dict], plan: SplitPlan, tokenizer: ImageTokenizer,
+def add_skipped_images(writer: TokenShardWriter, manifest: TokenShardManifest, readable: Sequence[dict], plan: SplitPlan, tokenizer: Tokenizer,
                        recipe: Recipe, stop: StopFlag) -> list[str]:
     """Encode shards again to add skipped images that can be read now, and return the names of these shards.
 
@@ -277,14 +278,12 @@ def add_skipped_images(writer: TokenShardWriter, manifest: TokenShardManifest, r
 
 
 def stored_ids(writer: TokenShardWriter, index: int) -> dict[int, np.ndarray]:
-    """Source index -> ids (V, T), for all samples of an undamaged shard."""
+    """Source index -> ids (V, T) of all grids, for all samples of an undamaged shard."""
     header, name = writer.header, shard_name(index)
     sidecar, content = ShardSidecar.load(writer.folder, name), (writer.folder / name).read_bytes()
-    grid = next(grid for grid in header.grids if grid.name == GRID_NAME)
-    shape = (len(header.views), grid.num_tokens)
-    count = shape[0] * shape[1]
-    return {source: np.frombuffer(content, grid.dtype, count, offset).reshape(shape)
-            for source, offset in zip(sidecar.indices, sidecar.offsets[GRID_NAME], strict=True)}
+    views = len(header.views)
+    return {source: np.concatenate([np.frombuffer(content, grid.dtype, views * grid.num_tokens, sidecar.offsets[grid.name][row]).reshape(views, -1)
+                                    for grid in header.grids], axis=1) for row, source in enumerate(sidecar.indices)}
 
 
 def recorded_skips(writer: TokenShardWriter, index: int, manifest: TokenShardManifest | None) -> dict[int, str]:

@@ -84,7 +84,8 @@ class Recipe:
         if self.data.source == "digits" and (self.data.flip or self.tokens.mirrors):
             field_name = "data.flip" if self.data.flip else "tokens.views"
             raise InputError(f"{field_name} mirrors images, but data.source is 'digits', and mirroring changes the meaning of digits. Turn it off.")
-        if self.sampling.top_k > self.tokenizer.codebook_size:
+        has_own_tokens = self.tokens.tokenizer is None and self.prior_training.tokens is None  # otherwise stage_checks.py checks the given tokens
+        if has_own_tokens and self.sampling.top_k > self.tokenizer.codebook_size:
             raise InputError(f"sampling.top_k is {self.sampling.top_k}, but tokenizer.codebook_size is {self.tokenizer.codebook_size}; "
                              "set sampling.top_k to at most the codebook size, or to 0 to turn it off.")
         if self.prior_training.order != "raster" and self.prior.architecture != "grid_transformer":
@@ -94,7 +95,7 @@ class Recipe:
             name = "order" if self.sampling.order != "raster" else "steps"
             raise InputError(f"sampling.{name} is {getattr(self.sampling, name)!r}, but prior_training.order is 'raster', so the prior draws one "
                              f"token after another. Set prior_training.order to annealed, or leave out sampling.{name}.")
-        if self.sampling.steps is not None and self.sampling.steps > self.num_tokens:
+        if has_own_tokens and self.sampling.steps is not None and self.sampling.steps > self.num_tokens:
             raise InputError(f"sampling.steps is {self.sampling.steps}, but an image has {self.num_tokens} tokens; set it to at most this number, "
                              "or to null for one token in each pass.")
         if self.sampling.guidance_scale != 1 and self.prior_training.label_drop == 0:
