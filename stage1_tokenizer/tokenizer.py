@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stage1_tokenizer.image_files.images import TRANSFORM_KEYS, ImageTransform
+from stage1_tokenizer.image_files.images import OPTIONAL_TRANSFORM_KEYS, TRANSFORM_KEYS, ImageTransform
 from stage1_tokenizer.networks import Decoder, Encoder
 from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
@@ -224,7 +224,7 @@ class ImageTokenizer(nn.Module):
         content = read_tokenizer_config(folder)
         where, version = folder / "config.json", written_by(content)
         config = from_fields(TokenizerConfig, content["network"], f"{where}: network", version)
-        check_fields(content["transform"], TRANSFORM_KEYS, f"{where}: transform", version, TRANSFORM_KEYS)
+        check_fields(content["transform"], (*TRANSFORM_KEYS, *OPTIONAL_TRANSFORM_KEYS), f"{where}: transform", version, TRANSFORM_KEYS)
         tokenizer = cls(config, ImageTransform.from_dict(content["transform"]), content["class_names"])
         try:
             weights = read_weight_file(folder / "model.safetensors")

@@ -13,7 +13,6 @@ import functools
 import html
 import inspect
 import logging
-import math
 import os
 import socket
 import tempfile
@@ -33,11 +32,12 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo.guard import Endpoint, Guard
 from pipelines.demo.http_limits import close_idle_connections, format_error, report
-from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, read_upload, sampling_controls
-from pipelines.demo.token_map import format_shape, token_map
+from pipelines.demo.reconstruction import reconstruct
+from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, sampling_controls
+from pipelines.demo.token_map import format_shape
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
+from stage1_tokenizer.image_files.images import UnreadableImage
 from stage1_tokenizer.pictures import tile_images, to_picture, viewing_scale
 from stage2_prior.vocabulary import why_unguided
 from vqmosaic.errors import InputError, check_range
@@ -162,38 +162,12 @@ def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dic
             f'out = pipe({", ".join(f"{name}={value!r}" for name, value in request.items())})\nout.images[0].save("image.png")')
 
 
-def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str) -> tuple:
-    """Reconstruct an upload and return the outputs of the Reconstruct tab: the resized image, the token map, the reconstruction, a report."""
-    transform, codes = pipe.tokenizer.transform, pipe.tokenizer.config.codebook_size
-    stopped = *[gr.skip()] * 3, "Stopped."
-    image = read_upload(path, stop, channels=transform.channels, image_size=transform.image_size)
-    if image is None or stop.is_set():
-        return stopped
-    seen_HWC = transform.resize(image)
-    if stop.is_set():
-        return stopped
-    ids = pipe.encode(to_tensor(seen_HWC)[None])[0]
-    if stop.is_set():
-        return stopped
-    restored = pipe.decode(ids[None])[0]
-    difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
-    psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
-    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {format_shape(ids.shape)} tokens, "
-              f"{' + '.join(str(len(ids_hw.unique())) for ids_hw in split_grids(ids))} of {codes} codes are used: "
-              f"{8 * seen_HWC.size:,} bits became {math.ceil(ids.numel() * math.log2(codes)):,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
-    return to_picture(seen_HWC), "".join(map(token_map, split_grids(ids))), restored, report
-
-
-def split_grids(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split ids (h, w), or (h, w, depth), into grids (h, w), the coarsest first."""
-    return (ids,) if ids.ndim == 2 else ids.unbind(-1)
-
-
 def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str | None) -> gr.Slider:
     """The slider of a sampling setting. `unguided` says why guidance is off, if it is."""
     is_off = unguided is not None and control.name.startswith("guidance_")
     default = getattr(SamplingConfig(), control.name)
     value = default if is_off else getattr(recommended, control.name)
+    info: str | None
     if control.name == "steps":
         value, info = value or control.maximum, "Fewer are faster, because each draws several tokens."
     else:

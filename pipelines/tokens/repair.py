@@ -25,6 +25,7 @@ from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_fol
 from pipelines.tokens.origin import find_readable, find_run
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import UnreadableImage
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from token_shards.audit import audit_folder, audit_shard
@@ -301,7 +302,7 @@ class SourceWithSkips:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
         """The image. Raises UnreadableImage if it is skipped or unreadable."""
         if index in self._skipped:
             raise UnreadableImage(self._skipped[index])
