@@ -90,7 +90,7 @@ def main() -> int:
         stored = write_subset(data)
         recipe = load_recipe("cifar10", [f"--run_dir={run_dir}", f"--data.path={data}", f"--tokens.tokenizer={folder}/tokenizer"])
         set_threads(recipe.tokens.threads)
-        tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform(recipe.data.image_size, recipe.data.channels))
+        tokenizer = ImageTokenizer(recipe.tokenizer, ImageTransform.from_recipe(recipe.data))
         tokenizer.save_pretrained(f"{folder}/tokenizer")
         tokenizer.requires_grad_(False).eval()
 

@@ -171,7 +171,8 @@ class ImageGenerationPipeline:
             class_labels: class names (strings) or indices (integers). None for a pipeline without classes, or for unconditional images.
             num_images_per_label: images per label.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
-            output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W).
+            output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
+                without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
             callback: called as callback(done, total) after each token position of each batch. total is the number of batches times the tokens
                 per image. If it returns False, sampling stops: out.stopped is True and out.images is empty.
             batch_size: images sampled in parallel.
@@ -297,12 +298,15 @@ class ImageGenerationPipeline:
         return concatenate_ids([self.tokenizer.encode(images_BCHW) for images_BCHW in self._image_batches(images)])
 
     def decode(self, token_ids: torch.Tensor | Mapping[str, torch.Tensor]) -> list[Image.Image]:
-        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images. Several grids are a dict."""
+        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images (see to_pil).
+
+        Several grids are a dict.
+        """
         batches = decode_in_batches(self.tokenizer, as_ids(token_ids))
         return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
 
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
-        """Encode images to tokens and decode them again, to PIL images."""
+        """Encode images to tokens and decode them again, to PIL images (see to_pil). `pipe.tokenizer.reconstruct` returns tensors."""
         return [image for images_BCHW in self._image_batches(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]
 
     def _resolve_classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:

@@ -21,8 +21,10 @@ from vqmosaic.runs.stage_records import load_record
 FIELD = "tokenizer_training.init_from"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
-DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels")
+DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels", "value_range")
 """The fields of section data on which the tokens depend. The token fingerprint covers no other field of that section."""
+_OPTIONAL_DATA_FIELDS = ("value_range",)
+"""Those of them that files contain only if they are set."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,25 @@ def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
 
 
 def check_same_transform(found: InitialWeights, data: Mapping[str, Any]) -> None:
-    """Raise InputError unless the weights were trained with the recipe's image size and channels.
+    """Raise InputError unless the weights were trained with the recipe's image size, channels and value range.
 
     For training the decoder alone (train_parts decoder), where the tokens must not change. Weights whose size or channels are unknown are refused.
 
     Args:
-        data: the recipe's image_size and channels, by field name of section data. Other fields are ignored.
+        data: the recipe's image_size, channels and value_range, by field name of section data. Other fields are ignored.
     """
     theirs = found.config.get("transform", {})
     for name in DATA_FIELDS_THAT_DECIDE_TOKENS:
-        if name not in theirs:
+        if name not in theirs and name not in _OPTIONAL_DATA_FIELDS:
             raise InputError(f"tokenizer_training.train_parts is 'decoder', which must not change the tokens, but the data.{name} that the weights "
                              f"in {found.folder} were trained with is unknown. Set {FIELD} to a tokenizer folder or to the checkpoint "
                              "inside the run that wrote it (<run_dir>/checkpoints/tokenizer), or tokenizer_training.train_parts to all.")
-        if theirs[name] != data[name]:
-            raise InputError(f"data.{name} is {data[name]!r}, but the weights of {FIELD} ({found.folder}) were trained with {theirs[name]!r}, "
+        given, needed = data.get(name), theirs.get(name)
+        if given != needed:
+            given, needed = ("null" if value is None else repr(value) for value in (given, needed))
+            raise InputError(f"data.{name} is {given}, but the weights of {FIELD} ({found.folder}) were trained with {needed}, "
                              "and tokenizer_training.train_parts decoder must not change the tokens. "
-                             f"Set data.{name} to {theirs[name]!r}, or tokenizer_training.train_parts to all.")
+                             f"Set data.{name} to {needed}, or tokenizer_training.train_parts to all.")
 
 
 def fingerprint_of_initial_weights(path: str) -> str:
@@ -145,4 +149,5 @@ def _recorded_config(checkpoint: Path) -> dict[str, Any]:
     if record is None:
         return {}
     return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
-            "transform": {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if f"data.{name}" in record.fields}}
+            "transform": {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS
+                          if record.fields.get(f"data.{name}") is not None}}

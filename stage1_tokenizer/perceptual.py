@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from stage1_tokenizer.image_files.channels import colour_channels
 from stage1_tokenizer.perceptual_weights import FIELD, PerceptualWeights, resolve_perceptual_weights
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable
@@ -75,7 +76,7 @@ class LPIPS(nn.Module):
         A float32 scalar. It is symmetric, and 0 for equal images.
 
         Args:
-            first_BCHW, second_BCHW: images in [-1, 1] with 1 or 3 channels, at least 16 pixels per side. Gradients flow to both.
+            first_BCHW, second_BCHW: images in [-1, 1] with 1 to 4 channels (colour_channels), at least 16 pixels per side. Gradients flow to both.
 
         Raises:
             ValueError: the images are too small.
@@ -93,7 +94,7 @@ class LPIPS(nn.Module):
 
     def _features(self, images_BCHW: torch.Tensor) -> list[torch.Tensor]:
         """The output of each of the five VGG16 stages, from (B, 64, H, W) to (B, 512, H / 16, W / 16)."""
-        features = (images_BCHW.expand(-1, 3, -1, -1) - self.shift) / self.scale  # repeats a single grey channel
+        features = (colour_channels(images_BCHW).expand(-1, 3, -1, -1) - self.shift) / self.scale  # repeats a single channel
         maps: list[torch.Tensor] = []
         for stage in self.stages:
             if maps:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from stage1_tokenizer.image_files.channels import visible_pixels
 from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
@@ -16,9 +17,10 @@ def tile_images(rows: list[np.ndarray], scale: int = 1) -> Image.Image:
     """One picture with each row of images below the previous one, on white, with gaps of GAP_PIXELS between the images.
 
     Args:
-        rows: uint8 (n, H, W, C) each. H, W and C are the same in all rows; n may differ.
+        rows: uint8 (n, H, W, C) each. H, W and C are the same in all rows; n may differ. With 2 or 4 channels, the visible ones are shown.
         scale: each pixel of the result, gaps included, becomes scale x scale pixels.
     """
+    rows = [visible_pixels(row) for row in rows]
     height, width, channels = rows[0].shape[1:]
     columns = max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height + GAP_PIXELS) + GAP_PIXELS, columns * (width + GAP_PIXELS) + GAP_PIXELS, channels), 255, dtype=np.uint8)
@@ -31,7 +33,8 @@ def tile_images(rows: list[np.ndarray], scale: int = 1) -> Image.Image:
 
 
 def to_picture(pixels_HWC: np.ndarray) -> Image.Image:
-    """A PIL image, grey or RGB, from uint8 pixels (H, W, C)."""
+    """A PIL image, grey or RGB, from uint8 pixels (H, W, C): the first of 2 channels; RGB composited on white if there are 4."""
+    pixels_HWC = visible_pixels(pixels_HWC)
     return Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from stage1_tokenizer.image_files.images import TRANSFORM_KEYS, ImageTransform
+from stage1_tokenizer.image_files.images import OPTIONAL_TRANSFORM_KEYS, TRANSFORM_KEYS, ImageTransform
 from stage1_tokenizer.tokenizer_config import FORMAT_VERSION, is_tokenizer, read_tokenizer_config, tokenizer_class
 from token_shards.manifest import Grid
 from vqmosaic import __version__
@@ -254,7 +254,7 @@ class Tokenizer(nn.Module, ABC):
         where, version = folder / "config.json", written_by(content)
         if content["format"] != cls.FORMAT:
             raise InputError(f"{where} says format {content['format']!r}; {cls.__name__} reads {cls.FORMAT!r}. Use load_tokenizer.")
-        check_fields(content["transform"], TRANSFORM_KEYS, f"{where}: transform", version, TRANSFORM_KEYS)
+        check_fields(content["transform"], (*TRANSFORM_KEYS, *OPTIONAL_TRANSFORM_KEYS), f"{where}: transform", version, TRANSFORM_KEYS)
         tokenizer = cls.from_config(content["network"], ImageTransform.from_dict(content["transform"]), content["class_names"], str(where), version)
         try:
             weights = read_weight_file(folder / "model.safetensors")

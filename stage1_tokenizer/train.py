@@ -85,7 +85,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
         run.wait_before_training(lambda: check_compiler("tokenizer_training.compile", accelerator.device))
     for note in splits.notes:
         report(f"note: {note}")
-    transform = ImageTransform(image_size=recipe.data.image_size, channels=recipe.data.channels)
+    transform = ImageTransform.from_recipe(recipe.data)
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
 
     # --- model --------------------------------------------------------------------------------------------------------------

@@ -29,10 +29,11 @@ pytest.importorskip("gradio")
 from pipelines.demo import guard as demo_guard
 from pipelines.demo import http_limits as demo_http
 from pipelines.demo import page as demo
+from pipelines.demo import reconstruction as demo_reconstruction
 from pipelines.demo import request_checks as demo_requests
 from pipelines.demo import uploads as demo_uploads
 from pipelines.demo.http_limits import Refusal, strict_json
-from stage1_tokenizer.image_files.images import UnreadableImage, read_image
+from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image
 from tests.test_demo import SlowPipeline, tiny_pipeline, wait_until
 
 GENERATE = [["ant"], 1, 0, False, 1, 0, 1, 1]
@@ -634,7 +635,7 @@ def test_an_avif_is_rotated_and_a_damaged_one_is_refused(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "image.avif").write_bytes(avif(30, 20, exif=exif, quality=100, subsampling="4:4:4"))
-    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), channels=3, image_size=16)
+    seen = demo_requests.read_upload(tmp_path / "image.avif", threading.Event(), ImageTransform(16))
     expected = read_image(tmp_path / "image.avif")
     assert seen.size == expected.size == (20, 30) and np.array_equal(np.asarray(seen), np.asarray(expected))
     (tmp_path / "cut.avif").write_bytes(avif(30, 20)[:-20])
@@ -713,9 +714,9 @@ def test_stop_works_between_the_stages_of_a_reconstruction(tmp_path, monkeypatch
             return function(*arguments, **options)
         return call
 
-    monkeypatch.setattr(demo, "read_upload", stopping("read_image", demo.read_upload))
+    monkeypatch.setattr(demo_reconstruction, "read_upload", stopping("read_image", demo_reconstruction.read_upload))
     monkeypatch.setattr(pipe, "encode", stopping("encode", pipe.encode))
-    monkeypatch.setattr(pipe, "decode", stopping("decode", pipe.decode))
+    monkeypatch.setattr(pipe.tokenizer, "decode", stopping("decode", pipe.tokenizer.decode))
     report = demo.reconstruct(pipe, stop, tmp_path / "image.png")[3]
     assert called[-1] == stage and (report == "Stopped.") == (stage != "decode")
 

@@ -47,6 +47,9 @@ def test_torchscript_receives_uint8_rgb_of_the_pipeline_size(tmp_path):
     assert features_BF.dtype == torch.float64 and torch.equal(features_BF, grey_B1HW.expand(-1, 3, -1, -1).double().flatten(1))
     colour_B3HW = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(extractor(colour_B3HW), colour_B3HW.double().flatten(1))
+    alpha_B1HW = torch.zeros_like(grey_B1HW)
+    assert torch.equal(extractor(torch.cat([grey_B1HW, alpha_B1HW], 1)), features_BF)
+    assert torch.equal(extractor(torch.cat([colour_B3HW, alpha_B1HW], 1)), extractor(colour_B3HW))
 
 
 def test_return_features_argument_is_used(tmp_path):

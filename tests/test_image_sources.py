@@ -21,7 +21,8 @@ from stage1_tokenizer.data.content_digest import content_digest, file_digest
 from stage1_tokenizer.data.data_location import IMAGE_SUFFIXES, check_data_path, image_files, resolve_source
 from stage1_tokenizer.data.image_sources import comparable_identity, hold_out_validation, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
-from stage1_tokenizer.image_files.images import UnreadableImage, _formats
+from stage1_tokenizer.image_files.images import UnreadableImage
+from stage1_tokenizer.image_files.read_images import _formats
 from tests.image_folders import contents, names, write_classes, write_image
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError

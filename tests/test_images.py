@@ -271,7 +271,7 @@ def test_transform_round_trip_through_a_dict():
         with pytest.raises(InputError, match="allowed"):
             ImageTransform.from_dict(invalid)
     with pytest.raises(InputError, match="channels"):
-        ImageTransform(32, 4)
+        ImageTransform(32, 5)
 
 
 def as_batch(images, transform) -> torch.Tensor:

@@ -279,6 +279,12 @@ def test_gray_images_equal_rgb_images_with_equal_channels(lpips):
     torch.testing.assert_close(lpips(first, second), lpips(first.repeat(1, 3, 1, 1), second.repeat(1, 3, 1, 1)))
 
 
+def test_alpha_does_not_count(lpips):
+    first, second = torch.rand(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    assert torch.equal(lpips(first, second), lpips(first[:, :3], second[:, :3]))
+    assert torch.equal(lpips(first[:, :2], second[:, :2]), lpips(first[:, :1], second[:, :1]))
+
+
 def test_gradients_are_nonzero_and_finite_for_equal_images(lpips):
     first, second = pair()
     first.requires_grad_()

@@ -30,10 +30,11 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
         (tmp_path / "photos" / name).mkdir(parents=True)
         for index in range(10):
             Image.new("RGB", (64, 64), (index * 20, 0, 0)).save(tmp_path / "photos" / name / f"{index:04d}.jpg")
+    (tmp_path / "scans").symlink_to(tmp_path / "photos")
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "parquet").symlink_to(tmp_path / "photos")
     (tmp_path / "runs").mkdir()
-    for run in ("quickstart", "photos", "a", "b"):
+    for run in ("quickstart", "photos", "scans", "a", "b"):
         (tmp_path / "runs" / run).mkdir(parents=True)
         for child in tiny_run.iterdir():  # links in a new folder, because commands write into it
             (tmp_path / "runs" / run / child.name).symlink_to(child)

@@ -13,7 +13,6 @@ import functools
 import html
 import inspect
 import logging
-import math
 import os
 import socket
 import tempfile
@@ -33,11 +32,12 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo.guard import Endpoint, Guard
 from pipelines.demo.http_limits import close_idle_connections, format_error, report
-from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, read_upload, sampling_controls
-from pipelines.demo.token_map import format_grids, format_shape, format_used_codes, token_maps
+from pipelines.demo.reconstruction import reconstruct
+from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, sampling_controls
+from pipelines.demo.token_map import format_grids, format_shape
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
+from stage1_tokenizer.image_files.images import UnreadableImage
 from stage1_tokenizer.pictures import tile_images, to_picture, viewing_scale
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -159,28 +159,6 @@ def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dic
     return ("import torch\nfrom pipelines import ImageGenerationPipeline\n\n"
             f"pipe = ImageGenerationPipeline.from_pretrained({source})\n"
             f'out = pipe({", ".join(f"{name}={value!r}" for name, value in request.items())})\nout.images[0].save("image.png")')
-
-
-def reconstruct(pipe: ImageGenerationPipeline, stop: threading.Event, path: str) -> tuple:
-    """Reconstruct an upload and return the outputs of the Reconstruct tab: the resized image, the token map, the reconstruction, a report."""
-    transform, grids = pipe.tokenizer.transform, pipe.tokenizer.grids
-    stopped = *[gr.skip()] * 3, "Stopped."
-    image = read_upload(path, stop, channels=transform.channels, image_size=transform.image_size)
-    if image is None or stop.is_set():
-        return stopped
-    seen_HWC = transform.resize(image)
-    if stop.is_set():
-        return stopped
-    ids = pipe.encode(to_tensor(seen_HWC)[None])
-    if stop.is_set():
-        return stopped
-    restored = pipe.decode(ids)[0]
-    difference_HWC = np.asarray(restored, dtype=np.float64).reshape(seen_HWC.shape) - seen_HWC
-    psnr = 10 * math.log10(255**2 / max(np.square(difference_HWC).mean(), 1e-9))
-    bits = math.ceil(sum(grid.num_tokens * math.log2(grid.codebook_size) for grid in grids))
-    report = (f"{seen_HWC.shape[0]} x {seen_HWC.shape[1]} pixels became {format_grids(grids)} tokens, {format_used_codes(ids, grids)} are used: "
-              f"{8 * seen_HWC.size:,} bits became {bits:,}. The PSNR of the reconstruction is {psnr:.1f} dB.")
-    return to_picture(seen_HWC), token_maps(ids, grids), restored, report
 
 
 def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str | None) -> gr.Slider:

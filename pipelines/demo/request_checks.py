@@ -17,7 +17,8 @@ from PIL import Image, ImageFile
 
 from pipelines.demo import avif_decoder as demo_avif
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.image_files.images import UnreadableImage, read_image
+from stage1_tokenizer.image_files.float_images import FloatImage
+from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_range, did_you_mean
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -123,8 +124,8 @@ def shown_value(given: object) -> str:
     return text if len(text := repr(given)) <= 60 else f"{text[:57]}..."
 
 
-def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int, image_size: ImageSize) -> Image.Image | None:
-    """Read an uploaded image. Returns None once `stop` is set. Raises UnreadableImage for files that the page does not accept.
+def read_upload(path: str | os.PathLike, stop: threading.Event, transform: ImageTransform) -> Image.Image | FloatImage | None:
+    """Read an uploaded image for a transform. Returns None once `stop` is set. Raises UnreadableImage for files that the page does not accept.
 
     A second thread decodes the image, because decoders written in C cannot be interrupted. After a stop, the worker is free immediately, while
     that thread finishes the image, which takes seconds at most. The next upload waits for it.
@@ -136,11 +137,11 @@ def read_upload(path: str | os.PathLike, stop: threading.Event, *, channels: int
     is_avif = Image.OPEN["AVIF"][1] if "AVIF" in Image.OPEN else None  # None if Pillow cannot read AVIF
     if is_avif is not None and is_avif(content[:16]) is True:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(content), formats=("AVIF",)) as header:
-            limit_decoded_size(header, image_size)
+            limit_decoded_size(header, transform.image_size)
         content = avif_as_png(path, stop)
     with StoppableFile(content, stop) as file:
-        decoding = _DECODER.submit(read_image, file, channels=channels, formats=FORMATS,
-                                   before_decoding=lambda image: limit_decoded_size(image, image_size))
+        decoding = _DECODER.submit(read_image, file, channels=transform.channels, value_range=transform.value_range, formats=FORMATS,
+                                   before_decoding=lambda image: limit_decoded_size(image, transform.image_size))
         while not stop.is_set():
             try:
                 return decoding.result(timeout=STOP_SECONDS)

@@ -13,9 +13,9 @@ GREY, RGB = 0, 2
 
 
 def png_header(image_size: ImageSize, channels: int) -> bytes:
-    """The IHDR data of a PNG of this size: 8 bits per channel, grey (1 channel) or RGB, not interlaced."""
+    """The IHDR data of a PNG of this size: 8 bits per channel, not interlaced, grey (images with 1 or 2 channels) or RGB."""
     height, width = height_and_width(image_size)
-    return struct.pack(">IIBBBBB", width, height, 8, GREY if channels == 1 else RGB, 0, 0, 0)
+    return struct.pack(">IIBBBBB", width, height, 8, GREY if channels <= 2 else RGB, 0, 0, 0)
 
 
 @explain_permission_errors()

@@ -1,5 +1,7 @@
 """Writes the output of `vqmosaic generate` and `vqmosaic reconstruct`: one PNG per image, and a grid of the first images.
 
+The PNG files are for viewing. They have 8 bits per channel, with data.value_range mapped to 0..255, and no alpha (to_picture).
+
 Both commands keep at most one batch in memory and continue after an interruption.
 """
 
@@ -168,7 +170,7 @@ def write_missing_reconstructions(tokenizer: Tokenizer, paths: list[Path], names
 def load_image(path: Path, transform: ImageTransform) -> torch.Tensor:
     """Read an image file as float32 (C, H, W) in [-1, 1]. Raises InputError with the path if it is unreadable."""
     try:
-        return transform(read_image(path, channels=transform.channels))
+        return transform(read_image(path, channels=transform.channels, value_range=transform.value_range))
     except UnreadableImage as error:
         raise InputError(f"image {str(path)!r} cannot be read: {error}") from None
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pipelines.bundle import evenly_spaced_classes
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.data.digits_source import load_scans
+from stage1_tokenizer.image_files.channels import colour_channels
 from token_shards import TokenShardReader
 
 SAMPLES = 500
@@ -52,7 +53,7 @@ class DigitsClassifier:
 
     def measures(self, images_BCHW: torch.Tensor, classes_B: list[int]) -> dict[str, float]:
         """class_agreement: fraction of samples classified as the requested class; spread: pixel spread relative to that of the scans."""
-        pixels_BP = (F.interpolate(images_BCHW.mean(1, keepdim=True), size=(8, 8), mode="area").flatten(1).numpy() + 1) / 2
+        pixels_BP = (F.interpolate(colour_channels(images_BCHW).mean(1, keepdim=True), size=(8, 8), mode="area").flatten(1).numpy() + 1) / 2
         classes = np.asarray(classes_B)
         return {"class_agreement": float((self.svc.predict(pixels_BP) == classes).mean()),
                 "spread": within_class_spread(pixels_BP, classes) / self.spread}

@@ -24,7 +24,7 @@ from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_recorded_splits
-from stage1_tokenizer.image_files.images import UnreadableImage, to_tensor
+from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, to_tensor
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, training_views
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from token_shards.manifest import (
@@ -311,9 +311,10 @@ def encode_rows(rows_NCHW: torch.Tensor, tokenizer: Tokenizer, batch_size: int) 
 
 def check_tokenizer_fits(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
     """Raise InputError if the image size or another image field of the recipe differs from that of the tokenizer."""
-    for name, needed in tokenizer.transform.to_dict().items():
-        given = getattr(recipe.data, name, None)
-        if given is not None and given != needed:
+    own, expected = ImageTransform.from_recipe(recipe.data).to_dict(), tokenizer.transform.to_dict()
+    for name in ("image_size", "channels", "value_range"):
+        given, needed = ("null" if value is None else value for value in (own.get(name), expected.get(name)))
+        if given != needed:
             raise InputError(f"data.{name} is {given}, but the tokenizer in {folder} was trained with {needed}. Set data.{name} to {needed}.")
 
 

@@ -5,7 +5,8 @@
     weights of a timm model               takes float32 images, scaled to [0, 1], resized to the network's input size (bicubic, antialiased, no crop)
                                           and normalised by the mean and standard deviation that timm lists for the model
 
-Grey images are repeated to three channels. A TorchScript file is a program: torch.jit.load reads no pickled Python objects, but runs the code in the
+Grey images are repeated to three channels, and so is the first of 2 channels. Of 4 channels, the first three are used.
+A TorchScript file is a program: torch.jit.load reads no pickled Python objects, but runs the code in the
 file. Use only files from sources that you would install a package from. weight_files.py reads weights as tensors only.
 """
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipelines.sweep.feature_file import FeatureFile
+from stage1_tokenizer.image_files.channels import colour_channels
 from vqmosaic.errors import InputError, did_you_mean
 from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
@@ -46,7 +48,7 @@ class FeatureNetwork:
 
 
 class FeatureExtractor(nn.Module):
-    """Maps uint8 images (B, C, H, W) with 1 or 3 channels to float64 features (B, F) on the CPU. `num_features` is F."""
+    """Maps uint8 images (B, C, H, W) with 1 to 4 channels, without alpha, to float64 features (B, F) on the CPU. `num_features` is F."""
 
     def __init__(self, file: FeatureFile, network: nn.Module, prepare: Callable[[torch.Tensor], torch.Tensor], device: torch.device):
         super().__init__()
@@ -56,7 +58,7 @@ class FeatureExtractor(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        images_B3HW = images_BCHW.to(self.device).expand(-1, 3, -1, -1).contiguous()
+        images_B3HW = colour_channels(images_BCHW.to(self.device)).expand(-1, 3, -1, -1).contiguous()
         return self.network(self.prepare(images_B3HW)).cpu().double()  # in this order, because Apple devices have no float64
 
     def check_on_test_batch(self, image_size: ImageSize) -> None:

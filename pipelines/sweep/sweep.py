@@ -258,7 +258,8 @@ def open_all_images(folder: Path, transform: ImageTransform, class_names: list[s
     if class_names is not None and set(folders) <= set(class_names):
         labels = [class_names.index(name) for name in folders if name is not None]
     return FolderSource("all", names, labels, class_names if labels is not None else None,
-                        DataConfig(source="folder", path=str(folder), channels=transform.channels))
+                        DataConfig(source="folder", path=str(folder), channels=transform.channels,
+                                   value_range=None if transform.value_range is None else [*transform.value_range]))
 
 
 def class_counts(class_names: list[str] | None, labelled: ImageSource | None, images: int) -> tuple[list[int] | None, str]:

@@ -28,6 +28,7 @@ from pipelines.tokens.origin import find_readable, find_run
 from pipelines.tokens.other_grids import other_grids, read_other_ids
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import UnreadableImage
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from token_shards.audit import audit_folder, audit_shard
@@ -315,7 +316,7 @@ class SourceWithSkips:
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
         """The image. Raises UnreadableImage if it is skipped or unreadable."""
         if index in self._skipped:
             raise UnreadableImage(self._skipped[index])

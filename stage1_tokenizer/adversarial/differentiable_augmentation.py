@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from stage1_tokenizer.image_files.channels import colour_channels
+
 Augmentation = Callable[[torch.Tensor], torch.Tensor]
 
 TRANSLATION_SHARE = 0.125
@@ -47,17 +49,18 @@ def _draw_augmentations(images_BCHW: torch.Tensor, names: Sequence[str]) -> list
 
 
 def _color(images_BCHW: torch.Tensor) -> Augmentation:
-    """Brightness +-0.5, saturation x 0..2 around the channel mean, contrast x 0.5..1.5 around the image mean."""
+    """Brightness +-0.5, saturation x 0..2 around the channel mean, contrast x 0.5..1.5 around the image mean. Alpha does not change."""
     draws = torch.rand(3, len(images_BCHW), 1, 1, 1, device=images_BCHW.device)
     brightness, saturation, contrast = draws[0] - 0.5, draws[1] * 2, draws[2] + 0.5
 
     def apply(x_BCHW: torch.Tensor) -> torch.Tensor:
-        x = x_BCHW.float() + brightness
+        x = colour_channels(x_BCHW).float() + brightness
         if x.shape[1] > 1:  # saturation does not change a grey image
             grey_B1HW = x.mean(1, keepdim=True)
             x = (x - grey_B1HW) * saturation + grey_B1HW
         mean_B111 = x.mean((1, 2, 3), keepdim=True)
-        return ((x - mean_B111) * contrast + mean_B111).to(x_BCHW.dtype)
+        x = ((x - mean_B111) * contrast + mean_B111).to(x_BCHW.dtype)
+        return x if x.shape == x_BCHW.shape else torch.cat([x, x_BCHW[:, x.shape[1]:]], 1)
 
     return apply
 

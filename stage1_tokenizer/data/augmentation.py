@@ -3,6 +3,7 @@
 import numpy as np
 from PIL import Image
 
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.image_files.views import View, flip_and_shift
 from vqmosaic.recipes.recipe_sections import DataConfig
@@ -25,10 +26,10 @@ def random_view(data: DataConfig, rng: np.random.Generator) -> View:
                 shift_x=int(shift_x * (2 * data.shift + 1)) - data.shift, shift_y=int(shift_y * (2 * data.shift + 1)) - data.shift)
 
 
-def augment(image: Image.Image | np.ndarray, transform: ImageTransform, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """A random view of the image as uint8 (H, W, C).
+def augment(image: Image.Image | FloatImage | np.ndarray, transform: ImageTransform, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
+    """A random view of the image (H, W, C), as uint8, or as float32 with data.value_range.
 
-    `image` is a PIL image. With data.crop_scale = 1 it may also be the uint8 array from transform.resize, which gives the same result.
+    `image` is an image from a source. With data.crop_scale = 1 it may also be the array from transform.resize, which gives the same result.
     """
     view = random_view(data, rng)
     if isinstance(image, np.ndarray):

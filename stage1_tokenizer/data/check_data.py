@@ -10,6 +10,7 @@ from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.colour_spaces import other_colour_space
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import UnreadableImage
 from vqmosaic.errors import printable
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
@@ -83,7 +84,7 @@ def _report_duplicates(names_by_digest: dict[bytes, list[tuple[str, str]]], repo
         report(f"duplicates: and {len(groups) - _MAX_LISTED_DUPLICATES} more groups")
 
 
-def _pixel_digest(image: Image.Image) -> bytes:
+def _pixel_digest(image: Image.Image | FloatImage) -> bytes:
     """Digest of an image's mode, size and pixels. It does not depend on the file format."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
 

@@ -20,6 +20,7 @@ from stage1_tokenizer.data.data_location import VALIDATION_SPLITS, data_files, i
 from stage1_tokenizer.data.folder_metadata import METADATA_NAMES, FolderMetadata
 from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_out_validation, update_digest
 from stage1_tokenizer.data.threaded_map import map_in_threads
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import read_image
 from vqmosaic.errors import InputError, did_you_mean, printable
 from vqmosaic.files.permissions import permission_denied
@@ -38,7 +39,7 @@ class FolderSource:
         self._root = local_path(data)
         self._names = names
         self._labels = labels
-        self._channels, self._max_pixels = data.channels, data.max_pixels
+        self._channels, self._value_range, self._max_pixels = data.channels, data.value_range, data.max_pixels
         self._unread: frozenset[int] | None = None
 
     @cached_property
@@ -82,8 +83,9 @@ class FolderSource:
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels is not None else None
 
-    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
-        return read_image(self._root / self._names[index], channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
+        return read_image(self._root / self._names[index], channels=self._channels, value_range=self._value_range, max_pixels=self._max_pixels,
+                          before_decoding=before_decoding)
 
 
 def open_folder(data: DataConfig) -> ImageSplits:

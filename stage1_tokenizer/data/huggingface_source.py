@@ -26,6 +26,7 @@ from stage1_tokenizer.data.content_digest import content_digest, file_digest
 from stage1_tokenizer.data.data_location import TABLE_SUFFIXES, VALIDATION_SPLITS, local_path, nearest_sibling
 from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_out_validation, update_digest
 from stage1_tokenizer.data.threaded_map import map_in_threads
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.permissions import check_readable
@@ -48,7 +49,7 @@ class HuggingFaceSource:
         path = local_path(data)
         self._folder = path if path.is_dir() else path.parent if path.is_file() else None
         self._name = str(path.resolve()) if path.exists() else data.path
-        self._channels, self._max_pixels = data.channels, data.max_pixels
+        self._channels, self._value_range, self._max_pixels = data.channels, data.value_range, data.max_pixels
         self._unread: frozenset[int] | None = None  # indices; None: `identity` finds the files whose bytes cannot be read
 
     @cached_property
@@ -105,17 +106,16 @@ class HuggingFaceSource:
         label = int(self._labels[self._row_numbers[index]])
         return label if label >= 0 else None
 
-    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
         stored = self._stored(index)
         if stored is None:
             raise UnreadableImage("the row has no image")
-        if not isinstance(stored, str):
-            return read_image(stored, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
-        path = self._path(stored)
+        file = self._path(stored) if isinstance(stored, str) else stored
         try:
-            return read_image(path, channels=self._channels, max_pixels=self._max_pixels, before_decoding=before_decoding)
+            return read_image(file, channels=self._channels, value_range=self._value_range, max_pixels=self._max_pixels,
+                              before_decoding=before_decoding)
         except UnreadableImage as error:
-            raise UnreadableImage(f"{str(path)!r}: {error}") from error
+            raise UnreadableImage(f"{str(file)!r}: {error}" if isinstance(file, Path) else str(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_column", "_bytes")}  # pickling these would copy the images

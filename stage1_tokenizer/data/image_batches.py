@@ -84,7 +84,7 @@ class _Samples(Dataset[tuple[np.ndarray | None, list[tuple[str, str]]]]):
         self.source, self.transform, self.data, self.seed, self.cache = source, transform, data, seed, cache
 
     def __getitem__(self, sample: tuple[int, int]) -> tuple[np.ndarray | None, list[tuple[str, str]]]:
-        """The image as uint8 (H, W, C), and (source name, reason) of the unreadable images that were tried before it.
+        """The image (H, W, C), uint8 or float32, and (source name, reason) of the unreadable images that were tried before it.
 
         The image is None if all substitutes are unreadable too.
         """
@@ -171,13 +171,13 @@ class TrainingImages:
 
 
 _Collated = tuple[np.ndarray | None, list[tuple[str, str]]]
-"""Images as uint8 (B, H, W, C), and (source name, reason) of the unreadable ones. The images are None if one has no readable substitute."""
+"""Images (B, H, W, C), uint8 or float32, and (source name, reason) of the unreadable ones. The images are None if one has no readable substitute."""
 
 
 def _collate(samples: list[tuple[np.ndarray | None, list[tuple[str, str]]]]) -> _Collated:
     """Stack the results of _Samples.
 
-    The pixels stay uint8, because float32 would send four times as many bytes between processes. They are an array because arrays go through a
+    8-bit pixels stay uint8, because float32 would send four times as many bytes between processes. They are an array because arrays go through a
     pipe. A tensor would go through shared memory, and if /dev/shm is full (64 MB in Docker), the worker's error is lost and training waits forever.
     """
     unreadable = [entry for _, entries in samples for entry in entries]
@@ -309,7 +309,7 @@ class ValidationImages:
                 yield to_tensor(np.stack(images_HWC)), len(images_HWC)
 
     def _read(self, indices: list[int]) -> list[np.ndarray]:
-        """The readable images among these as uint8 (H, W, C). Records the others in `unreadable`."""
+        """The readable images among these (H, W, C). Records the others in `unreadable`."""
         images = self._cache or ResizedImages(self.source, self.transform)  # without a cache, a temporary one decodes in several threads
         images.prepare(indices)
         pixels = []

@@ -11,8 +11,8 @@ from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage
 
 
 def resized_megabytes(count: int, transform: ImageTransform) -> float:
-    """Size in MiB of `count` resized images as uint8."""
-    return count * math.prod(transform.shape) / 2 ** 20
+    """Size in MiB of `count` resized images: 1 byte per value, or 4 with value_range."""
+    return count * math.prod(transform.shape) * (1 if transform.value_range is None else 4) / 2 ** 20
 
 
 class ResizedImages:
@@ -37,7 +37,7 @@ class ResizedImages:
                 self._pixels[index] = pixels_or_reason
 
     def read(self, index: int) -> np.ndarray:
-        """The resized image as uint8 (H, W, C). Raises UnreadableImage if it cannot be decoded."""
+        """The resized image (H, W, C), see ImageTransform.resize. Raises UnreadableImage if it cannot be decoded."""
         self.prepare([index])
         if index in self._unreadable_reasons:
             raise UnreadableImage(self._unreadable_reasons[index])

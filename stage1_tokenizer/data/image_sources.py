@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from PIL import Image
 
+from stage1_tokenizer.image_files.float_images import FloatImage
 from vqmosaic.errors import InputError, printable
 from vqmosaic.files.fingerprints import fingerprint
 from vqmosaic.held_out import choose_held_out
@@ -57,8 +58,8 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None:
         """The index of the image's class in class_names; None for an image without a class."""
 
-    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
-        """The upright 8-bit image in mode RGB or L. Raises UnreadableImage with the reason. See read_image for before_decoding."""
+    def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
+        """The upright image with data.channels and data.value_range. Raises UnreadableImage with the reason. See read_image."""
 
 
 Source = TypeVar("Source", bound=ImageSource)

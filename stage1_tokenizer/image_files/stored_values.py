@@ -35,7 +35,7 @@ _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENC
 _SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}  # types with the bit of a reduced image (1) or of a mask (4)
 _PIXEL_TAGS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
 _WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
-_NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS"}
+_NATIVE_ORDER = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 _BMP_RLE4, _PILLOW_MAJOR = 2, int(PIL.__version__.split(".")[0])
 _JP2_CMYK, _JP2_BILEVEL, _JP2_SRGB, _JP2_GREY, _JP2_SYCC = 12, 15, 16, 17, 18
 _JP2_ALPHA, _JP2_PREMULTIPLIED = 1, 2
@@ -47,15 +47,19 @@ class UnreadableImage(ValueError):
     """An image cannot be used. The message is the reason, without the file name."""
 
 
-def header_correction(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+def header_correction(image: Image.Image, stored_values: bool = False) -> Callable[[Image.Image], Image.Image]:
     """A function that applies the header of an image to its pixels. Call it with the image after loading the pixels.
 
     Call header_correction before the pixels are loaded, because it may set up the decoder. For an image that is already loaded, only the parts of
     the header that Pillow keeps are applied. Raises UnreadableImage if the header leaves the levels of black and white unknown.
+
+    With stored_values, the values of a TIFF with one channel are not scaled, may be signed, and must not be inverted.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
                    "JPEG2000": _jpeg2000}.get(image.format or "")
     opened = cast(ImageFile.ImageFile, image)  # only opened files have a format
+    if stored_values and image.format == "TIFF":
+        return _tiff(opened, stored_values=True) or (lambda loaded: loaded)
     return (read_header(opened) if read_header is not None else None) or (lambda loaded: loaded)
 
 
@@ -71,16 +75,16 @@ def stored_file(image: Image.Image) -> Iterator[IO[bytes]]:
         file.seek(position)
 
 
-def _raw_mode(image: ImageFile.ImageFile) -> str:
+def raw_mode(image: ImageFile.ImageFile) -> str:
     """The raw mode in which the decoder unpacks the pixels. It is the only decoder argument or the first one."""
     arguments = image.tile[0].args
     assert arguments is not None
     return arguments if isinstance(arguments, str) else arguments[0]
 
 
-def _set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
+def set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
     """Make the decoder unpack the pixels in another raw mode than Pillow chose."""
-    image.tile = [tile._replace(args=(raw_mode, *(tile.args or ())[1:])) for tile in image.tile]
+    image.tile = [tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:])) for tile in image.tile]
 
 
 def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
@@ -93,14 +97,14 @@ def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         # pattern) as a single transparent entry.
         image.info["transparency"] = stored if image.mode == "P" else 255 * (stored[1] & 1)
     if not isinstance(transparent, int | tuple) or image.mode not in ("L", "RGB"):
-        return None  # with a palette, or 16-bit grey (see images.py)
-    raw_mode = _raw_mode(image)
-    if raw_mode == "RGB;16B":
+        return None  # with a palette, or 16-bit grey (see read_images.py)
+    stored_mode = raw_mode(image)
+    if stored_mode == "RGB;16B":
         low_bytes = _low_bytes(image)
         return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low_bytes != np.array(transparent))
 
     # Pillow scales samples of 2 and 4 bits to 8 bits, but not the transparent value. Its bits beyond the depth have no meaning.
-    max_value = {"L;2": 3, "L;4": 15}.get(raw_mode, 255)
+    max_value = {"L;2": 3, "L;4": 15}.get(stored_mode, 255)
     scaled = tuple((value & max_value) * (255 // max_value) for value in np.atleast_1d(transparent).tolist())
 
     def correct(loaded: Image.Image) -> Image.Image:
@@ -145,7 +149,16 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
     return image
 
 
-def _tiff(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
+def keep_extra_channel(image: Image.Image) -> None:
+    """Let an opened RGB TIFF with a fourth channel of unspecified meaning be read in mode RGBA. By default, Pillow drops this channel."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "RGB" and image.tile and len(image.tag_v2.get(_BITS, ())) == 4:
+        stored = raw_mode(image)
+        if stored.partition(";")[0] == "RGBX":
+            image._mode = "RGBA"
+            set_raw_mode(image, stored.replace("RGBX", "RGBA"))
+
+
+def _tiff(image: ImageFile.ImageFile, stored_values: bool = False) -> Callable[[Image.Image], Image.Image] | None:
     assert isinstance(image, TiffImagePlugin.TiffImageFile)
     tags = image.tag_v2
     photometric, bits = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO), max(tags.get(_BITS, (1,)))
@@ -153,7 +166,8 @@ def _tiff(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | 
         raise UnreadableImage(f"a TIFF with tag {repeated[0]} more than once; decoders disagree on which value to use")
     if tags.get(_SUBFILE_TYPE, 0) in _PREVIEWS and (image.is_animated or _SUBFILES in tags):
         raise UnreadableImage("a TIFF whose first page is a preview or a mask of another page (tag NewSubfileType)")
-    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < 32:  # Pillow writes 16-bit values as signed 32-bit values (see images.py)
+    # without stored_values, 32 bits may be signed, because Pillow writes 16-bit values as signed 32-bit values (see read_images.py)
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < (16 if stored_values else 32):
         raise UnreadableImage("a TIFF of signed values; their black and white levels are unknown")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
         raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow cannot convert without libtiff")
@@ -164,9 +178,13 @@ def _tiff(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | 
         raise UnreadableImage("an RGB TIFF with its own black and white levels (tag ReferenceBlackWhite)")
     if image.mode in ("P", "PA") and max(tags.get(_COLOR_MAP, (65535,))) < 256:  # 8-bit entries, although the standard requires 16
         image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
-    if image.tile and image.tile[0][0] == "libtiff" and _raw_mode(image) in _NATIVE_ORDER:  # libtiff returns all samples in native order
-        _set_raw_mode(image, _NATIVE_ORDER[_raw_mode(image)])
+    if image.tile and image.tile[0][0] == "libtiff" and raw_mode(image) in _NATIVE_ORDER:  # libtiff returns all samples in native order
+        set_raw_mode(image, _NATIVE_ORDER[raw_mode(image)])
     is_inverted = photometric == _WHITE_IS_ZERO
+    if stored_values:
+        if is_inverted and image.mode != "1":
+            raise UnreadableImage("a TIFF with an inverted scale, which data.value_range does not support")
+        return None
     if image.mode == "F" and is_inverted:
         return lambda loaded: Image.fromarray(1 - np.asarray(loaded))
     if image.mode.startswith("I;16") and (is_inverted or bits < 16):
@@ -206,7 +224,7 @@ def _tga(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         return None
     bits = descriptor & 0x0F
     # In a 16-bit pixel, one bit is not part of a colour. Some writers use it to mean opaque, and others to mean transparent.
-    is_declared = bits > 0 and "15" not in _raw_mode(image) and not (image.mode == "P" and bits < 8)
+    is_declared = bits > 0 and "15" not in raw_mode(image) and not (image.mode == "P" and bits < 8)
 
     def correct(loaded: Image.Image) -> Image.Image:
         if loaded.mode == "P":
@@ -249,7 +267,7 @@ def _bmp(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         # If the palette is black and white, or begins the scale of greys, Pillow assumes 1 or 8 bits per pixel and ignores the header.
         greys = [0, 255] if image.mode == "1" else range(2**bits)
         image.palette, image._mode = ImagePalette.raw("RGB", bytes(grey for grey in greys for _ in range(3))), "P"
-        _set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
+        set_raw_mode(image, {1: "P;1", 4: "P;4", 8: "P"}[bits])
     if image.mode == "RGBA":  # alpha that is zero everywhere is ignored, as in browsers
         return lambda loaded: loaded.convert("RGB") if loaded.getchannel("A").getextrema() == (0, 0) else loaded
     return None

@@ -72,7 +72,7 @@ def named_views(name: str, shift: int = 1, crop_scale: float = TokensConfig.view
 
 
 def flip_and_shift(pixels_HWC: np.ndarray, view: View) -> np.ndarray:
-    """The uint8 image (H, W, C) with the flip and shift of the view. Ignores the crop of the view."""
+    """The image (H, W, C) with the flip and shift of the view. Ignores the crop of the view."""
     height, width = pixels_HWC.shape[:2]
     if view.flip:
         pixels_HWC = pixels_HWC[:, ::-1]

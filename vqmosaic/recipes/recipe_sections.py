@@ -11,6 +11,7 @@ from typing import Any
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
+from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
 from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
@@ -62,7 +63,13 @@ class DataConfig:
     """Size of images in pixels: one number for square images, or [height, width]. Images are resized to cover this size, and the centre is cropped.
     Height and width must be multiples of the pixels per side of a token."""
     channels: int = 3
-    """3 for RGB, 1 for grey."""
+    """1 for grey, 2 for grey and alpha (or any two bands), 3 for RGB, 4 for RGB and alpha (or any four bands of an RGBA file). With 1 and 3, alpha is
+    composited on white; with 2 and 4, it is a channel like the others, opaque in images without alpha. Colours become grey by their luma, grey is
+    repeated as red, green and blue, and CMYK is converted to RGB."""
+    value_range: list[float] | None = None
+    """null reads 8 bits per channel, 16-bit values divided by 257. [low, high] reads the stored values at full depth, for 16-bit and float data: low
+    becomes -1, high becomes 1, and values outside are clipped. It applies to all channels, and opaque alpha is high. Files without such values
+    are unreadable (palettes, CMYK, inverted scales), and so are 8-bit files if high exceeds 255, and transparent pixels with 1 or 3 channels."""
     crop_scale: float = 1.0
     """Training augmentation: smallest side of the random crop, relative to the largest crop of the proportions of image_size; 1 turns it off."""
     flip: bool = False
@@ -82,8 +89,11 @@ class DataConfig:
         check_types(self, "data")
         check_name("data.source", self.source, SOURCES)
         self.image_size = checked_image_size("data.image_size", self.image_size, at_least=16, at_most=4096)
-        if self.channels not in (1, 3):
-            raise InputError(f"data.channels is {self.channels}; allowed: 1 (grey) or 3 (RGB).")
+        self.channels = checked_channels("data.channels", self.channels)
+        self.value_range = checked_value_range("data.value_range", self.value_range)
+        if self.source == "digits" and self.value_range is not None:
+            raise InputError(f"data.value_range is {self.value_range}, but data.source is 'digits', whose images have 8 bits; "
+                             "set --data.value_range null.")
         check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_range("data.crop_scale", self.crop_scale, above=0, at_most=1)
         check_range("data.shift", self.shift, at_least=0, below=min(height_and_width(self.image_size)) / 2)
