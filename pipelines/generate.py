@@ -75,6 +75,8 @@ class Request(NamedTuple):
     sampling: SamplingConfig
     classes: list[int] | None
     seeds: list[int]
+    known_BT: torch.Tensor | None = None
+    """Ids of all grids that are kept; -1 is a token to draw. None draws all."""
 
 
 @dataclass
@@ -258,7 +260,8 @@ class ImageGenerationPipeline:
 
                 batch = slice(positions.start, positions.stop)
                 classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
-                ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile)
+                known_BT = None if request.known_BT is None else request.known_BT[batch]
+                ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile, known_BT=known_BT)
                 decoded = decode_in_batches(self.tokenizer, self.tokenizer.split_tokens(ids_BT))
                 images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decoded)
                 yield GenerationOutput(images, self.tokenizer.split_tokens(ids_BT.cpu()), seeds, classes, places=positions)

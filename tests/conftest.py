@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.tiny import copy_tokens, make_tiny_run
+from tests.tiny import ANY_ORDER, copy_tokens, make_tiny_run
 
 torch.set_num_threads(1)
 
@@ -40,6 +40,12 @@ def one_thread():
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a finished tiny digits run. All tests share it, so they must not change it."""
     return make_tiny_run(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="session")
+def any_order_run(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run whose prior predicts in any order. Tests must not change it."""
+    return make_tiny_run(tmp_path_factory.mktemp("any_order") / "run", **ANY_ORDER)
 
 
 @pytest.fixture

@@ -13,18 +13,10 @@ from stage2_prior.generation.drawing_order import drawing_orders
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import random_orders
 from tests.test_prior_training import records
-from tests.tiny import copy_tokens, make_tiny_run, tiny_overrides, tiny_recipe
+from tests.tiny import ANY_ORDER, copy_tokens, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
-
-ANY_ORDER = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior_training__order": "annealed", "sampling__order": "spread",
-             "sampling__steps": 4}
-
-
-@pytest.fixture(scope="module")
-def any_order_run(tmp_path_factory):
-    return make_tiny_run(tmp_path_factory.mktemp("any_order") / "run", **ANY_ORDER)
 
 
 def test_the_chain_draws_in_the_passes_of_the_recipe(any_order_run):
@@ -131,7 +123,9 @@ def test_known_tokens_stay_in_images_of_a_trained_prior(any_order_run):
     pipe = ImageGenerationPipeline.from_pretrained(any_order_run)
     known_BT = torch.full((4, 16), -1)
     known_BT[:, 5:9] = torch.arange(16).view(4, 4)
-    ids_BT = pipe.prior.sample([1, 2, 3, 4], pipe.sampling, [1, 2, 3, 4], known_BT=known_BT)
+    request = pipe._check_request(["1", "2", "3", "4"], 1, 7, {})._replace(known_BT=known_BT)
+    outputs = list(pipe._sample_batches(request, "pil", None, 3, False))  # two batches
+    ids_BT = torch.cat([output.token_ids for output in outputs]).flatten(1)
     assert torch.equal(ids_BT[:, 5:9], known_BT[:, 5:9]) and ids_BT.min() >= 0
     whole_BT = pipe.prior.sample([1, 2, 3, 4], SamplingConfig(order="random"), [1, 2, 3, 4])
     orders_BT = torch.from_numpy(drawing_orders("random", pipe.prior.vocabulary.grids, [1, 2, 3, 4]))

@@ -24,7 +24,7 @@ SNIPPETS = list(dict.fromkeys(block for language, block in BLOCKS if language ==
 
 
 @pytest.fixture
-def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
+def workplace(tiny_run, any_order_run, tmp_path, monkeypatch) -> Path:
     """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -34,9 +34,9 @@ def workplace(tiny_run, tmp_path, monkeypatch) -> Path:
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "parquet").symlink_to(tmp_path / "photos")
     (tmp_path / "runs").mkdir()
-    for run in ("quickstart", "photos", "scans", "a", "b"):
+    for run in ("quickstart", "photos", "scans", "a", "b", "cifar10_any_order"):
         (tmp_path / "runs" / run).mkdir(parents=True)
-        for child in tiny_run.iterdir():  # links in a new folder, because commands write into it
+        for child in (any_order_run if run == "cifar10_any_order" else tiny_run).iterdir():  # links in a new folder, because commands write into it
             (tmp_path / "runs" / run / child.name).symlink_to(child)
     for name, rows in (("pretokenized", 12), ("validation", 4)):
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]

@@ -24,7 +24,7 @@ from vqmosaic.runs.run_folder import RunFolder
 MODULES = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
 STEP = "vqmosaic.training.training_run:TrainingRun.optimizer_step"
 CHECKPOINT, HALF_WRITTEN = "vqmosaic.training.checkpoints:publish", "vqmosaic.training.checkpoints:write_json"
-EXPORTS = {"tokenizer": "stage1_tokenizer.tokenizer:publish", "prior": "stage2_prior.prior:publish"}
+EXPORTS = {"tokenizer": "stage1_tokenizer.tokenizer_protocol:publish", "prior": "stage2_prior.prior:publish"}
 RANDOM = {"data__shift": 1, "tokenizer__dropout": 0.1, "prior__dropout": 0.1, "prior_training__label_drop": 0.3}
 """Settings that enable all sources of randomness."""
 GRID_TRANSFORMER = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior__options": '{"embedding_blocks": 1}',

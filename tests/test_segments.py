@@ -288,10 +288,10 @@ def test_generate_with_one_drawn_grid_and_conditions(architecture):
 # --- pipelines ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("vocabulary", "words"), [(FULL, "draws the grids image and is given low, text"),
-                                                   (TWO_GRIDS, "draws the grids coarse, fine and is given only the class")])
+@pytest.mark.parametrize(("vocabulary", "words"), [(FULL, "the prior is given low, text besides the class"),
+                                                   (TWO_GRIDS, "the tokenizer has the grids 2 x 2 of 6 codes, but the prior predicts coarse")])
 def test_pipelines_refuse_priors_that_they_cannot_decode(vocabulary, words):
-    sizes = {"codebook_size": 6, "code_dim": 4, "latent_channels": 16, "channels": 32, "channel_multipliers": [1], "residual_blocks": 0}
+    sizes = {"codebook_size": 6, "code_dim": 4, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1, 1, 1], "residual_blocks": 0}
     tokenizer = ImageTokenizer(TokenizerConfig(**sizes), ImageTransform(image_size=16, channels=1))
     tokenizer.token_fingerprint = vocabulary.token_fingerprint
     with pytest.raises(InputError, match=words):

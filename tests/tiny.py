@@ -34,6 +34,11 @@ SETTINGS = {
 """Overrides that make the digits recipe small: 16 tokens, 32 codes, six steps per stage, a checkpoint every two steps."""
 
 
+ANY_ORDER = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior_training__order": "annealed", "sampling__order": "spread",
+             "sampling__steps": 4}
+"""Changes for a prior that predicts in any order."""
+
+
 def tiny_overrides(run_dir: Path | str, **changes: object) -> list[str]:
     """Command line overrides for a tiny digits run. In the names of `changes`, two underscores stand for a dot: prior__layers=2."""
     settings = {"run_dir": run_dir, **SETTINGS, **{name.replace("__", "."): value for name, value in changes.items()}}
