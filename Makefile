@@ -53,6 +53,9 @@ bench: install
 	$(BIN)/python -m benchmarks.image_folder --images 3000 --size 64 --minutes 15 --only new before --record
 	$(BIN)/python -m benchmarks.small_folder_prior --record
 	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
+	$(BIN)/python -m benchmarks.parallel_sampling quality --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.parallel_sampling layouts --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.parallel_sampling speed $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 
 test-gpu: install

@@ -141,7 +141,8 @@ def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior:
     """Raise InputError if a prior with this vocabulary does not support the sampling settings."""
     if sampling.guidance_scale != 1 and (why := vocabulary.why_unguided()):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
-    if (sampling.order, sampling.steps) != ("raster", None) and not predicts_in_any_order(prior):
+    is_usual = sampling.order == "raster" and sampling.steps in (None, vocabulary.num_tokens)  # one token after another, row by row
+    if not is_usual and not predicts_in_any_order(prior):
         setting = f"order is {sampling.order!r}" if sampling.order != "raster" else f"steps is {sampling.steps}"
         raise InputError(f"sampling.{setting}, but the prior in {prior} was trained in raster order, so it draws one token after another. Leave "
                          "it out, or train a grid_transformer with prior_training.order annealed.")

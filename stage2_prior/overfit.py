@@ -57,9 +57,8 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
     training = dataclasses.replace(
         training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, weight_ema_decay=0.0,
         learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
-        final_learning_rate=1.0, order="raster", resume="never", trackers=[])
-    # guidance is an error without label drop, and other orders without training in them
-    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0, order="raster", steps=None)
+        final_learning_rate=1.0, resume="never", trackers=[])
+    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # guidance is an error without label drop
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
 
 
@@ -67,7 +66,7 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     """Train on the same images until they are memorized or the budget is used up, and print the NLL. Returns the exit code."""
     recipe, training, manifest = run.recipe, run.recipe.prior_training, reader.manifest
     vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
-    prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed)
+    prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed, training.order != "raster")  # trained in raster order in any case
     model = prepare_prior(prior, training, run)
     tokens = reader.read(range(images))  # in shuffled order: the first stored images may all be of one class
     irreducible_nll = conditional_entropy(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens

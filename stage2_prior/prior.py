@@ -57,10 +57,11 @@ class TokenPrior(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, *, codebook_size: int, num_classes: int, num_tokens: int, architecture: str = "grid_transformer",
-                    seed: int = 0) -> "TokenPrior":
+                    seed: int = 0, any_order: bool = False) -> "TokenPrior":
         """A new prior of a preset size (vqmosaic.recipes.prior_sizes.PRESETS) for one square grid of codes, without dropout and without a tokenizer.
 
-        `num_classes` 0 gives a prior without classes. Raises InputError for an unknown preset, and if num_tokens is not a square number.
+        `num_classes` 0 gives a prior without classes. `any_order` is that of `from_config`. Raises InputError for an unknown preset, and if
+        num_tokens is not a square number.
         """
         codebook_size, num_classes = as_integer("codebook_size", codebook_size), as_integer("num_classes", num_classes)
         num_tokens = as_integer("num_tokens", num_tokens)
@@ -70,7 +71,7 @@ class TokenPrior(nn.Module):
                              "make a Vocabulary and use from_config.")
         vocabulary = Vocabulary(grids=[Grid(name="image", codebook_size=codebook_size, height=side, width=side)],
                                 class_names=[str(index) for index in range(num_classes)] or None, token_fingerprint="none", label_drop=0.1)
-        return cls.from_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary, seed)
+        return cls.from_config(PriorConfig(architecture=architecture, preset=preset, dropout=0.0), vocabulary, seed, any_order)
 
     @classmethod
     @explain_permission_errors()
@@ -166,13 +167,13 @@ class TokenPrior(nn.Module):
         max_codes = self.vocabulary.most_codes
         return torch.cat([F.pad(part, (0, max_codes - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)  # B, T, K
 
-    def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None,
-             given: GivenIds | None = None) -> torch.Tensor:
+    def loss(self, ids_BT: torch.Tensor, class_indices_B: torch.Tensor | None = None, given: GivenIds | None = None,
+             orders_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Mean negative log likelihood per drawn token in nats, a float32 scalar. Near ln K at initialization. Arguments are those of `forward`.
 
         If the model is wrapped (DDP, FSDP), call the wrapper for the logits and compute the cross-entropy yourself.
         """
-        logits_BTK = self(ids_BT, class_indices_B, given)                                            # B, T, K
+        logits_BTK = self(ids_BT, class_indices_B, given, orders_BT)                                 # B, T, K
         return F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten())
 
     def logits_in_order(self, given_BP: torch.Tensor, tokens_BT: torch.Tensor, orders_BT: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ from token_shards import TokenShardReader
 from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import run_worker
 from vqmosaic.runs.stage_records import write_record
@@ -158,7 +159,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         exported_step = export_best_and_last(run, "NLL")
         write_record(run.folder, recipe, "prior", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('prior')}: the {training.export} weights (best: step {run.state.best_step:,}, "
-               f"{run.state.best_validation:.4f} nats per token; last: step {run.state.step:,})")
+               f"{run.state.best_validation:.4f} nats per token{', the mean of raster and random order' if any_order else ''}; "
+               f"last: step {run.state.step:,})")
     run.finish()
 
 
@@ -259,7 +261,8 @@ def warn_if_nothing_was_learned(run: TrainingRun, vocabulary: Vocabulary) -> Non
     """Warn if no validation loss was lower than that of a uniform distribution over the codes."""
     uniform = uniform_loss(vocabulary)
     if uniform <= run.state.best_validation < math.inf:
-        run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token. A uniform distribution over "
+        mean = ", the mean of raster and random order" if cast(PriorTrainingConfig, run.training).order != "raster" else ""
+        run.report(f"warning: the best NLL of all validations is {run.state.best_validation:.4g} nats per token{mean}. A uniform distribution over "
                    f"all codes has {uniform:.3f} (ln K), so this prior has learned nothing and its images are noise. Lower "
                    f"prior_training.learning_rate, which is {run.training.learning_rate:g}, or train longer.")
 

@@ -129,6 +129,10 @@ class Vocabulary:
 
     def position_ranges(self) -> list[tuple[int, int]]:
         """The range of ids [start, stop) that are possible at each of the T drawn positions."""
+        return self._position_ranges
+
+    @functools.cached_property
+    def _position_ranges(self) -> list[tuple[int, int]]:
         return [code_range for grid, code_range in zip(self.grids, self.code_ranges, strict=True) for _ in range(grid.num_tokens)]
 
     @property
@@ -181,6 +185,9 @@ class Vocabulary:
             if condition.name not in given:
                 continue
             ids = given[condition.name]
+            if "int" not in str(getattr(ids, "dtype", "")):
+                found = getattr(ids, "dtype", type(ids).__name__)
+                raise InputError(f"given[{condition.name!r}] is {found}; give a tensor of integer ids.")
             shapes: list[tuple[int, ...]] = [(condition.num_tokens,)]
             if isinstance(condition, GivenGrid):
                 grid = condition.grid

@@ -9,14 +9,14 @@ from PIL import Image
 
 from pipelines.command_line import dispatch
 from pipelines.generate import ImageGenerationPipeline
-from stage2_prior.generation.drawing_order import drawing_orders
+from pipelines.stages.stage_checks import check_prior_config
 from stage2_prior.prior import TokenPrior
-from stage2_prior.token_batches import random_orders
-from tests.test_prior_training import records
+from stage2_prior.token_batches import random_orders, validation_samples
+from tests.run_files import records
+from tests.test_feature_extractors import Pooled, scripted
 from tests.tiny import ANY_ORDER, copy_tokens, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 
 def test_the_chain_draws_in_the_passes_of_the_recipe(any_order_run):
@@ -28,13 +28,11 @@ def test_the_chain_draws_in_the_passes_of_the_recipe(any_order_run):
     assert json.loads((any_order_run / "summary.json").read_text())
 
 
-def test_validation_reports_the_nll_in_raster_and_in_random_order(any_order_run, capsys):
+def test_validation_reports_the_nll_in_raster_and_in_random_order(any_order_run):
     record = records(any_order_run, "prior", "validation")[-1]
     prior, reader = TokenPrior.from_pretrained(any_order_run / "prior"), TokenShardReader(any_order_run / "tokens/validation")
     weights = any_order_run / "checkpoints/prior/last"
     last = TokenPrior.from_pretrained(weights) if weights.is_dir() else prior
-    from stage2_prior.token_batches import validation_samples
-
     samples = reader.samples(validation_samples(reader, 64))
     ids_BT, classes_B = torch.from_numpy(samples.ids_BT), torch.from_numpy(samples.labels_B)
     orders_BT = torch.from_numpy(random_orders(samples.samples_B, 16, "validation"))
@@ -94,14 +92,27 @@ def test_an_impossible_number_of_query_blocks_is_refused(tiny_run, changes, word
     assert words in capsys.readouterr().err
 
 
-def test_sweep_compares_orders_and_steps(any_order_run, tmp_path):
-    """The plan alone: what a sweep measures is in test_sweep.py."""
-    from pipelines.sweep.sweep_plan import combine, parse_values, sweepable_fields
+@pytest.mark.parametrize(("changes", "words"), [({"prior__layers": 3, "prior__options": "{query_blocks: 1}"}, None),
+                                                ({"prior__layers": 1}, "needs at least 2")])
+def test_the_chain_checks_the_prior_before_it_starts(changes, words, tmp_path):
+    recipe = tiny_recipe(tmp_path, **(ANY_ORDER | changes))
+    if words is None:
+        check_prior_config(recipe)
+    else:
+        with pytest.raises(InputError, match=words):
+            check_prior_config(recipe)
 
-    kinds = sweepable_fields()
-    values = {name: parse_values(name, kinds[name], text) for name, text in (("order", "random, spread"), ("steps", "4,16"))}
-    combinations = combine(ImageGenerationPipeline.from_pretrained(any_order_run).sampling, values)
-    assert [(settings.order, settings.steps) for settings in combinations] == [("random", 4), ("random", 16), ("spread", 4), ("spread", 16)]
+
+def test_sweep_compares_orders_and_steps(any_order_run, tiny_run, tmp_path, capsys):
+    """The plan alone: what a sweep measures is in test_sweep.py."""
+    features = scripted(Pooled(), tmp_path / "pooled.pt")
+    common = ["--features", str(features), "--images", "8", "--dry_run", "--out", str(tmp_path / "sweep.json")]
+    assert dispatch(["sweep", str(any_order_run), "--order", "random, spread", "--steps", "4,16", *common]) == 0
+    assert "4 combinations" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--order is 'random', but the prior in"):
+        dispatch(["sweep", str(tiny_run), "--order", "raster,random", *common])
+    with pytest.raises(InputError, match="--step_schedule has no effect"):
+        dispatch(["sweep", str(tiny_run), "--step_schedule", "cosine,linear", *common])
 
 
 def test_demo_has_a_slider_for_the_passes(any_order_run, tiny_run):
@@ -127,8 +138,3 @@ def test_known_tokens_stay_in_images_of_a_trained_prior(any_order_run):
     outputs = list(pipe._sample_batches(request, "pil", None, 3, False))  # two batches
     ids_BT = torch.cat([output.token_ids for output in outputs]).flatten(1)
     assert torch.equal(ids_BT[:, 5:9], known_BT[:, 5:9]) and ids_BT.min() >= 0
-    whole_BT = pipe.prior.sample([1, 2, 3, 4], SamplingConfig(order="random"), [1, 2, 3, 4])
-    orders_BT = torch.from_numpy(drawing_orders("random", pipe.prior.vocabulary.grids, [1, 2, 3, 4]))
-    partly_BT = torch.full_like(whole_BT, -1).scatter(1, orders_BT[:, :6], whole_BT.gather(1, orders_BT[:, :6]))
-    continued_BT = pipe.prior.sample([1, 2, 3, 4], SamplingConfig(order="random"), [1, 2, 3, 4], known_BT=partly_BT)
-    assert torch.equal(continued_BT.gather(1, orders_BT[:, :6]), whole_BT.gather(1, orders_BT[:, :6]))

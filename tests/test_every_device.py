@@ -26,10 +26,11 @@ from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.tokenizer_setup import measure_step_seconds
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder
+from stage2_prior.generation.guidance import combine_levels
 from stage2_prior.generation.known_models import KnownGridTransformer, KnownLlama
 from stage2_prior.generation.logit_differences import largest_logit_difference, step_logits
 from stage2_prior.generation.passes import OrderedPasses
-from stage2_prior.generation.sampling import apply_guidance, draw_ids
+from stage2_prior.generation.sampling import draw_ids
 from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.model.causal_lm import check_causal
 from stage2_prior.model.grid_transformer import GridTransformer
@@ -270,7 +271,7 @@ def sampling_steps(device: torch.device, prior: TokenPrior, decoder: ReferenceDe
             decoder.keep_first(2)
         step_position = torch.full((1,), position, device=device) if is_recorded and position else position
         logits_NK = decoder.step(ids_N[:decoder.rows], step_position)[:, start:stop].float()
-        logits_BK = apply_guidance(*logits_NK.chunk(2), 2.0) if decoder.rows == 4 else logits_NK[:2]
+        logits_BK = combine_levels(logits_NK.chunk(2)[::-1], [2.0]) if decoder.rows == 4 else logits_NK[:2]
         drawn.append(draw_ids(logits_BK, torch.rand(2, dtype=torch.float64).to(device), sampling))
         ids_N = vocabulary.to_vocabulary_at(position, drawn[-1].repeat(2))
     return drawn

@@ -328,7 +328,7 @@ def test_number_of_blocks_with_embeddings_can_be_set():
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
         words = f", embeddings of all ids in {counted(expected[0], 'block')}, feed-forward {expected[1]} wide"
         assert describe_blocks(config) == (words if expected[0] else "")
-    assert describe_blocks(prior_of([Grid("image", 11, 3, 3)], any_order=True).model.config).endswith("wide, 1 query block")
+    assert describe_blocks(prior_of([Grid("image", 11, 3, 3)], any_order=True).model.config).endswith("wide, 1 query block, feed-forward 128 wide")
 
 
 def test_embeddings_beyond_the_parameter_budget_are_refused():

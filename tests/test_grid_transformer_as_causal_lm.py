@@ -58,6 +58,21 @@ def test_static_cache_matches_the_full_sequence(model, cuts, room):
         cache.reset()
 
 
+@pytest.mark.parametrize("cuts", [[2, 2], [1, 3], [3]], ids=str)
+def test_targets_with_a_static_cache(cuts):
+    torch.manual_seed(0)
+    any_order = with_perturbed_weights(GridTransformer(config_of(query_blocks=1)))
+    ids_BS, places_BS = sequences(any_order)[:, :sum(cuts)], torch.arange(-1, sum(cuts) - 1).expand(3, -1)
+    static, dynamic = StaticCache(config=any_order.config, max_cache_len=LENGTH + 4), DynamicCache()
+    start = 0
+    for length in cuts:
+        part, targets_BQ = slice(start, start + length), torch.tensor([[7, 5]] * 3)
+        found, expected = (any_order(ids_BS[:, part], past_key_values=cache, places=places_BS[:, part], targets=targets_BQ).logits
+                           for cache in (static, dynamic))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        start += length
+
+
 @pytest.mark.slow
 def test_step_with_a_static_cache_compiles_without_graph_breaks(model):
     ids_BS = sequences(model)

@@ -10,9 +10,11 @@ from stage2_prior.generation import passes
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder, make_decoder
 from stage2_prior.generation.drawing_order import drawing_orders, tokens_per_pass
 from stage2_prior.generation.passes import OrderedPasses
+from stage2_prior.given_ids import start_ids
 from stage2_prior.prior import TokenPrior
 from stage2_prior.token_batches import random_share
 from stage2_prior.vocabulary import Vocabulary
+from tests.test_segments import FULL, random_given
 from tests.tiny_priors import TWO_GRIDS, VOCABULARY, random_batch, tiny_prior
 from token_shards import Grid
 from vqmosaic.errors import InputError
@@ -65,7 +67,7 @@ def test_a_token_is_predicted_from_the_tokens_before_it_in_the_order(vocabulary)
 @pytest.mark.parametrize("known", [0, 1, 4])
 @pytest.mark.parametrize("by_confidence", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("vocabulary", [VOCABULARY, TWO_GRIDS], ids=["one grid", "two grids"])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, TWO_GRIDS, FULL], ids=["one grid", "two grids", "conditions"])
 def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder, known, by_confidence, options, vocabulary):
     prior, length, images = any_order_prior(vocabulary, **options), vocabulary.num_tokens, 3
     ids_BT, classes_B = random_batch(vocabulary, size=images)
@@ -74,11 +76,13 @@ def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder,
     known_BT = torch.full_like(ids_BT, passes.UNKNOWN).scatter(1, orders_BT[:, :known], ids_BT.gather(1, orders_BT[:, :known]))
     counts = [2, 1, length - known - 3] if length - known > 3 else [1] * (length - known)
     noise_BT = torch.from_numpy(np.random.default_rng(0).normal(size=(images, length))) if by_confidence else None
+    given = random_given(images, vocabulary) if vocabulary.conditions else None
+    start_BP = start_ids(vocabulary, classes_B, given, ids_BT)
     with torch.no_grad():
-        made = make_decoder(prior.model, vocabulary.num_codes, images, 2 * length)
+        made = make_decoder(prior.model, vocabulary.num_codes, images, start_BP.shape[1] + length)
         assert isinstance(made, StaticDecoder)
         used = made if decoder is StaticDecoder else ReferenceDecoder(prior.model, images)
-        steps = OrderedPasses(used, vocabulary, vocabulary.condition_ids(classes_B)[:, None], known_BT, orders_BT, counts, noise_BT)
+        steps = OrderedPasses(used, vocabulary, start_BP, known_BT, orders_BT, counts, noise_BT)
         for count in counts:
             before_BT, filled = steps.ids_BT.clone(), steps.filled
             logits_BmK, places_Bm = steps.predict()
@@ -87,7 +91,7 @@ def test_logits_of_a_pass_are_those_of_a_fresh_pass_on_the_known_tokens(decoder,
                 place_B1 = places_Bm[:, number:number + 1]
                 order_BT = torch.cat([steps.orders_BT[:, :filled], place_B1, steps.orders_BT[:, filled:]], dim=1)
                 rest_BT = torch.stack([torch.tensor(list(dict.fromkeys(row))) for row in order_BT.tolist()])
-                fresh_BTK = prior(before_BT.clamp_min(0), classes_B, orders_BT=rest_BT)
+                fresh_BTK = prior(before_BT.clamp_min(0), classes_B, given, rest_BT)
                 expected_BK = fresh_BTK.gather(1, place_B1[..., None].expand(-1, -1, fresh_BTK.shape[-1]))[:, 0]
                 found_BK = logits_BmK[:, number]
                 is_code = expected_BK.isfinite()
@@ -129,15 +133,20 @@ def test_samples_depend_on_their_own_seed_only(order, steps, vocabulary):
         assert together_BT[:, place].min() >= 0 and together_BT[:, place].max() < stop - start
 
 
-def test_raster_order_of_a_prior_for_any_order_in_passes_of_one_token_is_the_default():
-    prior = any_order_prior()
-    default_BT = prior.sample([0, 1, 2], SamplingConfig(guidance_scale=2.0), [1, 2, 3])
-    assert torch.equal(prior.sample([0, 1, 2], SamplingConfig(guidance_scale=2.0, steps=9), [1, 2, 3]), default_BT)
-    # the same through the passes for any order: the last token is known, and not before all others
-    known_BT = torch.full((3, 9), -1)
-    known_BT[:, -1] = default_BT[:, -1]
-    sampled_BT = prior.sample([0, 1, 2], SamplingConfig(guidance_scale=2.0), [1, 2, 3], known_BT=known_BT)
-    assert torch.equal(sampled_BT[:, -1], default_BT[:, -1])
+def test_samples_in_raster_order_are_those_of_forward_passes_without_an_order():
+    prior, classes_B = any_order_prior(), torch.tensor([0, 1, 2])
+    ids_BT = prior.sample(classes_B, SamplingConfig(temperature=0), [1, 2, 3])
+    with torch.no_grad():
+        assert torch.equal(prior(ids_BT, classes_B).argmax(dim=-1), ids_BT)
+
+
+def test_samples_with_conditions_depend_on_them_and_on_their_own_seed_only():
+    prior, given = any_order_prior(FULL), random_given(3)
+    settings = SamplingConfig(order="spread", steps=2)
+    together_BT = prior.sample([0, 1, 0], settings, [1, 2, 3], given=given, segment_guidance={"text": 9.0})
+    alone = {name: ids[2:] for name, ids in given.items()}
+    assert torch.equal(prior.sample([0], settings, [3], given=alone, segment_guidance={"text": 9.0}), together_BT[2:])
+    assert not torch.equal(prior.sample([0, 1, 0], settings, [1, 2, 3], given=given), together_BT)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "grid_transformer"])

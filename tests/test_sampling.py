@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from stage2_prior.generation.guidance import combine_levels
 from stage2_prior.generation.sampling import (
     SamplingStopped,
-    apply_guidance,
     apply_temperature,
     draw_ids,
     guidance_scales,
@@ -59,13 +59,6 @@ def reference_sample(prior, classes, seeds, sampling):
 
 
 # --- pure functions ----------------------------------------------------------------------------------------------------------
-
-
-def test_apply_guidance():
-    conditional_BK, null_BK = torch.tensor([[1.0, 2.0, 3.0, 0.0, -1.0]]), torch.tensor([[0.0, 2.0, 1.0, 1.0, -2.0]])
-    assert apply_guidance(conditional_BK, null_BK, 3.0).tolist() == [[3.0, 2.0, 7.0, -2.0, 1.0]]
-    assert torch.equal(apply_guidance(conditional_BK, null_BK, 1.0), conditional_BK)
-    assert torch.equal(apply_guidance(conditional_BK, null_BK, 0.0), null_BK)
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
@@ -334,7 +327,7 @@ def test_bfloat16_samples_match_float32_up_to_rounding(architecture):
     prior, classes, seeds = tiny_prior(architecture), [0, 1, 2] * 20, image_seeds(0, 60)
     ids_BT = tiny_prior(architecture).to(torch.bfloat16).sample(classes, SamplingConfig(guidance_scale=2.0), seeds)
     with torch.no_grad():
-        logits_BTK = apply_guidance(prior(ids_BT, torch.tensor(classes)), prior(ids_BT), 2.0)
+        logits_BTK = combine_levels([prior(ids_BT), prior(ids_BT, torch.tensor(classes))], [2.0])
     probabilities_BTK, uniforms_BT = logits_BTK.double().softmax(dim=-1), torch.from_numpy(uniforms(seeds, 9))
     upper_BT, width_BT = (each.gather(2, ids_BT[:, :, None])[:, :, 0] for each in (probabilities_BTK.cumsum(dim=-1), probabilities_BTK))
     distances_BT = torch.maximum(uniforms_BT - upper_BT, upper_BT - width_BT - uniforms_BT).clamp_min(0)

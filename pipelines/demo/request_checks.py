@@ -59,7 +59,7 @@ class Control:
 
 
 def sampling_controls(pipe: ImageGenerationPipeline) -> list[Control]:
-    """The sliders of the page: the fields of SamplingConfig with a slider, then guidance, then steps if the prior can draw several tokens in each.
+    """The sliders of the page: fields of SamplingConfig with a slider, then guidance, then the number of passes if the prior predicts in any order.
 
     They reach at least to the recommended settings.
     """

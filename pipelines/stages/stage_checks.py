@@ -196,7 +196,7 @@ def check_prior_config(recipe: Recipe) -> None:
     from stage2_prior.vocabulary import Vocabulary
 
     grids = image_tokenizer_grids(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
-    make_config(recipe.prior, Vocabulary(grids=grids, class_names=None, token_fingerprint=""))
+    make_config(recipe.prior, Vocabulary(grids=grids, class_names=None, token_fingerprint=""), recipe.prior_training.order != "raster")
 
 
 def check_image(path: Path) -> None:

@@ -102,6 +102,8 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power has no effect, because sampling.guidance_schedule of this pipeline is {base.guidance_schedule!r}. Only "
                          "power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")
+    if "step_schedule" in given and "steps" not in given and base.steps is None:
+        raise InputError("--step_schedule has no effect, because each pass draws one token. Give --steps too.")
     with naming_options(sweepable_fields()):
         combinations = combine(base, given or (GUIDANCE_GRID if can_be_guided else TEMPERATURE_GRID))
         for sampling in combinations:

@@ -48,8 +48,8 @@ def segment_scales(vocabulary: Vocabulary, guidance_scale: float, given_scales: 
     names, given_scales = [segment.name for segment in guided_segments(vocabulary)], given_scales or {}
     for name, scale in given_scales.items():
         if name not in names:
-            raise InputError(f"segment_scales has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")
-        check_range(f"segment_scales[{name!r}]", scale, at_least=0)
+            raise InputError(f"segment_guidance has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")
+        check_range(f"segment_guidance[{name!r}]", scale, at_least=0)
     scales = [float(given_scales.get(name, guidance_scale)) for name in names]
     for level in needed_levels(scales)[:-1]:
         if not vocabulary.is_trained(level):
@@ -80,6 +80,9 @@ def check_given(vocabulary: Vocabulary, class_indices: Sequence[int], given: Map
     for name, ids in given.items():
         if len(ids) != len(class_indices):
             raise InputError(f"given[{name!r}] has {len(ids)} rows, but there are {len(class_indices)} images; give one row for each.")
+    if given and NO_CLASS in class_indices and vocabulary.num_classes and vocabulary.class_drop == 0:
+        raise InputError("An image has conditions but no class, and the prior was trained with class_drop 0, so it has seen this only with a class. "
+                         "Give every image a class.")
     is_unconditional = not given and set(class_indices) == {NO_CLASS}
     for condition in vocabulary.conditions:
         if condition.name not in given and condition.drop_rate == 0 and not (is_unconditional and vocabulary.is_trained(0)):

@@ -18,7 +18,7 @@ from torch import nn
 from stage2_prior.generation.decoding import make_decoder
 from stage2_prior.generation.drawing_order import confidence_noise, drawing_orders, tokens_per_pass
 from stage2_prior.generation.guidance import check_given, combine_levels, level_start_ids, needed_levels, segment_scales
-from stage2_prior.generation.passes import CONFIDENCE_NOISE, UNKNOWN, OrderedPasses, RasterPasses
+from stage2_prior.generation.passes import CONFIDENCE_NOISE, PADDING, UNKNOWN, OrderedPasses, RasterPasses
 from stage2_prior.given_ids import start_ids
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError, check_range
@@ -35,11 +35,6 @@ MAX_TEMPERATURE = torch.finfo(torch.float32).max
 
 class SamplingStopped(Exception):
     """Raised when the callback returns False. No ids are returned."""
-
-
-def apply_guidance(conditional_BK: torch.Tensor, null_BK: torch.Tensor, scale: float) -> torch.Tensor:
-    """Guided logits (B, K): null + scale * (conditional - null), after Ho and Salimans (2022). Scale 1 gives `conditional`, 0 gives `null`."""
-    return combine_levels([null_BK, conditional_BK], [scale])
 
 
 def guidance_scales(sampling: SamplingConfig, length: int) -> list[float]:
@@ -288,7 +283,8 @@ def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, samplin
                 is_finite_guided &= logits_BmK.isfinite().all()
             if device.type == "cpu" or number in (0, len(counts) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)
-            ids_Bm = draw_ids(logits_BmK.flatten(0, 1), uniforms_BT.gather(1, places_Bm).flatten(), sampling).view(places_Bm.shape)
+            possible_BmK = logits_BmK.masked_fill(logits_BmK <= PADDING / 2, -torch.inf) if len(vocabulary.grids) > 1 else logits_BmK
+            ids_Bm = draw_ids(possible_BmK.flatten(0, 1), uniforms_BT.gather(1, places_Bm).flatten(), sampling).view(places_Bm.shape)
             if number == last_guided < len(counts) - 1:  # not earlier: later guided passes attend to earlier null rows
                 passes.keep_first(images)
             passes.accept(ids_Bm, logits_BmK)

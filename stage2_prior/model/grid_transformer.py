@@ -215,6 +215,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         positions_S = new_positions(past_length, length, device)
         classes_B, is_start = self.starting_classes(input_ids, past_length)
         mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
+        mask_1S = mask_of_all(past_length, length, num_keys, device)                                  # before a block changes past_length
         if self.keys_and_values is None:
             x_BSD = self.embed_ids(input_ids, positions_S)
             rotations = select_rotations(self.rotations(device), positions_S, past_length, length)
@@ -228,7 +229,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
             x_BSD = block(x_BSD, input_ids, classes_B, rotations, mask_SS, is_start, past_key_values=past_key_values)
         if self.keys_and_values is not None:
             is_causal = targets is None or past_key_values is None
-            mask_QS = mask_SS if is_causal else mask_of_all(past_length, length, num_keys, device)
+            mask_QS = mask_SS if is_causal else mask_1S
             x_BSD = self.predict(x_BSD, positions_S if targets is None else targets, rotations, mask_QS, is_causal, past_key_values, hidden_states)
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all

@@ -36,7 +36,7 @@ class GridTransformerConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     """Number of heads, A. D / A must be a multiple of 4."""
     intermediate_size: int = 1024
-    """Width of the feed-forward blocks."""
+    """Width of the feed-forward layers of blocks that are not query blocks. Those of query blocks are 4 D wide."""
     query_blocks: int = 0
     """Number of blocks, counted from the last, that are queries for tokens. 0 is a model that predicts in raster order only."""
     embedding_blocks: int = 0

@@ -353,8 +353,9 @@ class SamplingConfig:
     those before it) or confidence (first those that the prior is most certain of). All but raster need a prior that was trained with
     prior_training.order random or annealed."""
     steps: int | None = None
-    """Number of passes in which the tokens are drawn; null draws one token in each. Fewer passes are faster, but tokens of the same pass are drawn
-    independently of each other. They need a prior that was trained with prior_training.order random or annealed."""
+    """Number of passes in which the tokens are drawn; null in a recipe, or the number of tokens, draws one token in each. Fewer passes are faster,
+    but tokens of the same pass are drawn independently of each other. They need a prior that was trained with prior_training.order random or
+    annealed."""
     step_schedule: str = "cosine"
     """With steps: how many tokens each pass draws. cosine (few at first, then more), arccos (about equally many, more at the end) or linear (equally
     many)."""
