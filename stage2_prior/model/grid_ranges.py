@@ -1,4 +1,4 @@
-"""Restricts transformers' `generate` to the codes of each position's grid, for priors with several drawn grids.
+"""Restricts transformers' `generate` to the codes of each position's grid, for priors with several drawn grids::
 
     prior = TokenPrior.from_pretrained(folder)
     drawn = prior.model.generate(class_token_B1, **generate_arguments(prior.vocabulary))
