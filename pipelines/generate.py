@@ -64,7 +64,15 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
 
 
 def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
-    """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device."""
+    """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
+
+    Raises InputError if a dict does not have ids of all grids, for the same number of images.
+    """
+    if isinstance(ids, dict):
+        tokenizer.check_grid_names(ids)
+        if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
+            counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
+            raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
     for batch in split_ids(ids, tokenizer_batch_size(tokenizer.transform.image_size), tokenizer.device):
         yield tokenizer.decode(batch)
 
@@ -175,8 +183,8 @@ class ImageGenerationPipeline:
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
                 without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
-            callback: called as callback(done, total) after each token position of each batch. total is the number of batches times the tokens
-                per image. If it returns False, sampling stops: out.stopped is True and out.images is empty.
+            callback: called as callback(done, total) after each pass of each batch, with the number of tokens so far. total is the number of
+                batches times the tokens per image. If it returns False, sampling stops: out.stopped is True and out.images is empty.
             batch_size: images sampled in parallel.
             compile: record the step of the prior as a CUDA graph. This is faster for small batches on CUDA and has no effect on other devices.
             settings: guidance_scale, temperature, top_k, top_p, min_p and the other fields of SamplingConfig. None, or a setting that is not
@@ -276,7 +284,7 @@ class ImageGenerationPipeline:
     def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None) -> float:
         """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
 
-        Loads the prior again from the folder, in float32.
+        Loads the prior again from the folder, in float32. For priors that draw tokens in any order, it measures raster order.
 
         Args:
             token_ids: the ids of the images, such as out.token_ids.

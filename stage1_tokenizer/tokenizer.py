@@ -14,7 +14,7 @@ from stage1_tokenizer.quantizers import QUANTIZERS, QuantizerOutput
 from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer_config import IMAGE_TOKENIZER
 from stage1_tokenizer.tokenizer_grids import IMAGE_GRID, image_tokenizer_grids
-from stage1_tokenizer.tokenizer_protocol import Tokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, ids_shape
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.json_files import from_fields
@@ -78,8 +78,8 @@ class ImageTokenizer(Tokenizer):
 
     @property
     def grid_shape(self) -> tuple[int, ...]:
-        """Shape of one image's ids: (h, w), or (h, w, depth) if each position has several ids."""
-        return (*self.grid_sides, *([self.config.depth] if self.config.depth > 1 else []))
+        """Shape of one image's ids: (h, w), or (h, w, depth) if each position has several ids. Height and width of the latents without ids."""
+        return ids_shape(self.grids[0]) if self.grids else self.grid_sides
 
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Parameters that are codes. They get no weight decay (no reason to shrink) and no weight averaging (a revived code jumps)."""

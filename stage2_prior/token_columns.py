@@ -1,11 +1,11 @@
 """Finds the tokens of a vocabulary's segments among the grids that a reader of token shards returns."""
 
 import dataclasses
-from itertools import pairwise
 
 import numpy as np
 
 from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import grid_columns
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError
 
@@ -16,9 +16,7 @@ class TokenColumns:
     def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary):
         """Raises InputError unless the shards have the same tokenizers, grids and classes. They may have further grids, which are not used."""
         check_same_tokens(reader, vocabulary)
-        grids = reader.manifest.grids
-        bounds = pairwise(np.cumsum([0, *(grid.num_tokens for grid in grids)]).tolist())
-        columns = {grid.name: np.arange(first, last) for grid, (first, last) in zip(grids, bounds, strict=True)}
+        columns = {name: np.arange(part.start, part.stop) for name, part in grid_columns(reader.manifest.grids).items()}
         self.conditions_G = np.concatenate([np.zeros(0, dtype=np.int64), *(columns[condition.name] for condition in vocabulary.conditions)])
         self.drawn_T = np.concatenate([columns[grid.name] for grid in vocabulary.grids])
         self._is_plain = not vocabulary.conditions and list(columns) == [grid.name for grid in vocabulary.grids]

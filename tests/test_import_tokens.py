@@ -305,6 +305,7 @@ def test_invalid_arrays_are_reported_before_writing(tmp_path, codes, labels, mes
     (["--codebook_size", CODES, "--token_fingerprint", "a b"], "allowed: 1 to 200 letters"),
     ([*COMMON, "--labels", "nowhere.npy"], "'nowhere.npy', which does not exist"),
     (["--tokenizer", "nowhere"], "nowhere is not a tokenizer"),
+    (["--tokenizer", "x", "--grid", "low"], "--grid and --tokenizer are both given; the tokenizer names its grids. Omit --grid."),
 ])
 def test_invalid_options_are_rejected(tmp_path, options, message):
     with pytest.raises(InputError, match=message):

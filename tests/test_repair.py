@@ -483,6 +483,58 @@ def test_audit_and_repair_with_grids_of_several_tokenizers(run_with_other_grid, 
     (run / "tokens/train/shard-000001.json").unlink()
     assert audit_run(run) == 1 and audit_run(run, repair=True) == 0
     assert token_files(run) == before, "the ids of `low` come from the damaged shards"
-    shard.unlink()
-    with pytest.raises(InputError, match=r"grids of other tokenizers than that of the recipe: low \(tokenizer bbbbbbbbbbbbbbbb\.\.\.\)"):
+    content, message = shard.read_bytes(), r"grids of other tokenizers than that of the recipe: low \(tokenizer bbbbbbbbbbbbbbbb\.\.\.\)"
+    last_sample = content.rindex(b".image.npy") - len(default_key(0))
+    for damaged in (content[:last_sample] + bytes(len(content) - last_sample), content[:last_sample] + b"x" * (len(content) - last_sample),
+                    content.replace(b"(9, 2)", b"(2, 9)", 1), content.replace(b"(9, 2)", b"(9, 2 ", 1), None):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        with pytest.raises(InputError, match=message):
+            audit_run(run, repair=True)
+        assert damaged is None or shard.read_bytes() == damaged, "the shard is not replaced"
+
+
+def test_damaged_ids_of_another_tokenizer_are_named(run_with_other_grid):
+    run, shard = run_with_other_grid, run_with_other_grid / "tokens/train/shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    place = content.index(b".low.npy") - len(default_key(0)) + 512 + 128  # the first id of `low`, after the headers of tar and npy
+    content[place] = (content[place] + 1) % 16
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"An image has changed, .* Or the ids of the grids low, which other tokenizers made, are damaged; restore"):
         audit_run(run, repair=True)
+    assert shard.read_bytes() == content
+    content[place] = 16
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read from the damaged shard \(grid 'low' has ids from \d+ to 16; allowed: 0 to 15"):
+        audit_run(run, repair=True)
+
+
+@pytest.mark.parametrize("damage", ["manifest deleted", "manifest cut short", "manifest of another recipe"])
+@pytest.mark.parametrize("repaired", ["tokens", "tokens/train"])
+def test_lost_manifest_of_grids_of_several_tokenizers_is_restored(damage, repaired, run_with_other_grid):
+    run = run_with_other_grid
+    before = token_files(run)
+    DAMAGES[damage][0](run / "tokens/train")
+    assert audit_run(run / repaired, repair=True) == 0 and token_files(run) == before
+
+
+def test_both_manifests_of_grids_of_several_tokenizers_are_lost(run_with_other_grid):
+    run = run_with_other_grid
+    for manifest in run.glob("tokens/*/manifest.json"):
+        manifest.unlink()
+    before = token_files(run)
+    with pytest.raises(InputError, match=r"tokens/train cannot be repaired: .*does not make: low\. Only the manifest says"):
+        audit_run(run, repair=True)
+    assert token_files(run) == before
+
+
+def test_images_that_became_readable_are_not_added_to_grids_of_several_tokenizers(run_with_other_grid, monkeypatch, capsys):
+    run, read = run_with_other_grid, FolderSource.read
+    (skipped,), before = TokenShardManifest.load(run / "tokens/train").skipped, token_files(run)
+    monkeypatch.setattr(FolderSource, "read", lambda source, index: Image.new("L", (24, 20)) if source.source_name(index) == skipped["source"]
+                        else read(source, index))
+    (run / "tokens/validation/shard-000000.json").unlink()
+    capsys.readouterr()
+    assert audit_run(run, repair=True) == 1 and token_files(run) == before, "the validation shard is repaired"
+    output = capsys.readouterr().out
+    assert "1 skipped image can be read now, but cannot be added, because other tokenizers than that of the recipe made the grids low" in output
+    assert f"{skipped['source']}: it was skipped" in output and "write all shards again to store it" in output and "--repair encodes it" not in output

@@ -576,6 +576,11 @@ def test_audit_reports_duplicate_names_and_garbage(damaged):
     assert "shard-000003.tar: 0 samples can be read, the manifest says 10" in problems
 
 
+def test_audit_reports_a_damaged_npy_header(damaged):
+    forge(damaged, 1, lambda members: [(name, content.replace(b"), }", b" , }", 1)) for name, content in members], update_records=True)
+    assert any("the npy header of grid 'image' is damaged" in problem for problem in audit_folder(damaged).problems)
+
+
 def test_pickled_arrays_are_rejected(damaged):
     class MaliciousPickle:
         def __reduce__(self):

@@ -93,10 +93,21 @@ class MeanColours(Tokenizer):
         return cls(network["levels"], transform, class_names)
 
 
+class WithoutIds(MeanColours):
+    """A tokenizer without ids. Its settings have no quantizer."""
+
+    FORMAT = "tests.without_ids"
+
+    @property
+    def grids(self) -> list[Grid]:
+        return []
+
+
 @pytest.fixture(scope="module", autouse=True)
 def second_format() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FORMATS, MeanColours.FORMAT, ("tests.test_tokenizer_protocol", "MeanColours"))
+        for kind in (MeanColours, WithoutIds):
+            patch.setitem(FORMATS, kind.FORMAT, ("tests.test_tokenizer_protocol", kind.__name__))
         yield
 
 
@@ -190,9 +201,8 @@ def test_generation_draws_both_grids(pipe):
     assert all(torch.equal(alone.token_ids[name], ids) for name, ids in out.token_ids.items())
     if labels:
         assert out.class_indices == [0] * 3 + [1] * 3
-    if not pipe.prior.any_order:
-        assert pipe.logit_difference(out.token_ids, out.class_indices) < 1e-4
-    else:
+    assert pipe.logit_difference(out.token_ids, out.class_indices) < 1e-4
+    if pipe.prior.any_order:
         assert set(pipe(labels, seed=5, order="random", steps=7).token_ids) == {"coarse", "fine"}
     with pytest.raises(InputError, match=r"top_k is 17; allowed: 0 \(off\) to 16"):
         pipe(labels, top_k=17)
@@ -212,9 +222,8 @@ def test_reconstruct_is_decode_after_encode(run, pipe, folder, photos):
 
 def test_commands_write_images(run, pipe, photos, tmp_path, capsys):
     classes = ["--classes", "b"] if pipe.class_names else []
-    dtype = [] if pipe.prior.any_order else ["--dtype", "bfloat16"]
-    assert dispatch(["generate", str(run), *classes, "--num", "2", "--seed", "1", *dtype, "--out", str(tmp_path / "out")]) == 0
-    assert not dtype or "logits of the prior in bfloat16 differ" in capsys.readouterr().out
+    assert dispatch(["generate", str(run), *classes, "--num", "2", "--seed", "1", "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
+    assert "logits of the prior in bfloat16 differ" in capsys.readouterr().out
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
     assert dispatch(["reconstruct", str(run), str(photos / "a/00.png"), "--out", str(tmp_path / "restored")]) == 0
     with Image.open(photos / "a/00.png") as image, Image.open(tmp_path / "restored/00.png") as restored:
@@ -280,6 +289,11 @@ def test_exported_tokens_can_be_imported(run, folder, tmp_path, capsys):
         dispatch([*options, "--out", str(tmp_path / "other")])
     with pytest.raises(InputError, match=r"--codebook_size is 9, but the tokenizer in .* has 4, 16"):
         dispatch([*options, "--codebook_size", "9", "--out", str(tmp_path / "other")])
+    record["tokens"] = [tokens[:-1] for tokens in record["tokens"]]
+    lines["train"].write_text(json.dumps(record) + "\n")
+    expected = "59 tokens per view, but the grids of the tokenizer in .* \\(coarse: 2 x 2 x 3 of 4 codes, fine: 4 x 4 x 3 of 16 codes\\) have 60"
+    with pytest.raises(InputError, match=expected):
+        dispatch([*options, "--out", str(tmp_path / "other")])
 
 
 def test_demo_shows_each_grid(pipe, photos):
@@ -379,6 +393,26 @@ def test_decoding_needs_the_ids_of_all_grids(folder):
         tokenizer.encode(torch.zeros(1, 3, 8, 8))
 
 
+def test_pipeline_decodes_the_ids_of_all_grids_for_the_same_images(pipe):
+    ids = pipe.tokenizer.encode(torch.zeros(3, 3, SIZE, SIZE))
+    for wrong in ({}, {"fine": ids["fine"]}, {**ids, "finest": ids["fine"]}):
+        with pytest.raises(InputError, match=r"of the grids .*; this tokenizer has: coarse, fine"):
+            pipe.decode(wrong)
+    for count in (0, 2):
+        with pytest.raises(InputError, match=rf"different numbers of images \(coarse: {count}, fine: 3\)"):
+            pipe.decode(ids | {"coarse": ids["coarse"][:count]})
+
+
+def test_tokenizers_without_ids_make_no_tokens(photos, tmp_path):
+    WithoutIds({"coarse": 4, "fine": 16}, ImageTransform(SIZE)).save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokens.jsonl").write_text('{"class_id": 0, "tokens": [1]}\n' * 9)
+    why = rf"^The tokenizer in {tmp_path}/tokenizer has no ids, so there are no tokens\. Set "
+    with pytest.raises(InputError, match=why + r"tokens\.tokenizer to a tokenizer with ids\.$"):
+        check_before_start(recipe_for(tmp_path / "tokenizer", tmp_path / "run", photos), "tokens")
+    with pytest.raises(InputError, match=why + r"--tokenizer to a tokenizer with ids\.$"):
+        dispatch(["import-tokens", str(tmp_path / "tokens.jsonl"), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(tmp_path / "tokens")])
+
+
 def test_image_tokenizer_has_one_grid_or_none(tiny_run):
     tokenizer = load_tokenizer(tiny_run / "tokenizer")
     assert tokenizer.grids == grids_of_tokenizer(tiny_run / "tokenizer") == TokenShardManifest.load(tiny_run / "tokens/train").grids
@@ -391,7 +425,7 @@ def test_image_tokenizer_has_one_grid_or_none(tiny_run):
     with pytest.raises(InputError, match="of the grids picture; this tokenizer has: image"):
         tokenizer.decode({"picture": ids_Bhw})
     continuous = ImageTokenizer(dataclasses.replace(tokenizer.config, quantizer="kl"), tokenizer.transform)
-    assert continuous.grids == []
+    assert continuous.grids == [] and continuous.grid_shape == tokenizer.grid_shape == ids_Bhw.shape[1:]
 
 
 def test_frozen_parts(folder):

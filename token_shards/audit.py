@@ -8,6 +8,7 @@ data set.
 import hashlib
 import io
 import json
+import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -173,7 +174,7 @@ def _decode(fields: dict, name: str, header: ShardSetHeader) -> tuple[_Sample, d
     expected = {f"{grid.name}.npy" for grid in header.grids} | {"json"}
     if members != expected:
         raise ValueError(f"the members are {sorted(members)}; expected {sorted(expected)}.")
-    arrays = {grid.name: _decode_ids(fields[f"{grid.name}.npy"], grid, len(header.views)) for grid in header.grids}
+    arrays = {grid.name: decode_ids(fields[f"{grid.name}.npy"], grid, len(header.views)) for grid in header.grids}
     record = json.loads(fields["json"])
     if record.keys() != {"index", "label", "source", "views"}:
         raise ValueError(f"the json has the fields {sorted(record)}; expected index, label, source, views.")
@@ -189,9 +190,13 @@ def _decode(fields: dict, name: str, header: ShardSetHeader) -> tuple[_Sample, d
     return _Sample(shard=name, key=fields["__key__"], index=index, label=label, source=source), arrays
 
 
-def _decode_ids(content: bytes, grid: Grid, views: int) -> np.ndarray:
+def decode_ids(content: bytes, grid: Grid, views: int) -> np.ndarray:
+    """The ids (V, T) in the npy file of one grid. Raises ValueError if they have another shape or type, or are out of range."""
     stream = io.BytesIO(content)
-    ids_VT = np.lib.format.read_array(stream, allow_pickle=False)
+    try:
+        ids_VT = np.lib.format.read_array(stream, allow_pickle=False)
+    except tokenize.TokenError as error:  # numpy raises it for an npy header with an open bracket
+        raise ValueError(f"the npy header of grid {grid.name!r} is damaged ({error.args[0]}).") from None
     if ids_VT.shape != (views, grid.num_tokens) or ids_VT.dtype != grid.dtype or stream.read(1):
         raise ValueError(f"grid {grid.name!r} is {ids_VT.dtype} {ids_VT.shape}; "
                          f"expected {grid.dtype} {(views, grid.num_tokens)} and no bytes after it.")

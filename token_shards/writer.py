@@ -29,6 +29,10 @@ def default_key(index: int) -> str:
     return f"{index:09d}"
 
 
+class DigestMismatch(InputError):
+    """A shard that was encoded again has other bytes than the original. The original was not replaced."""
+
+
 class ShardInProgress:
     """A shard that is being written. Add or skip each of its sources. Sources must be added in index order."""
 
@@ -231,8 +235,8 @@ class TokenShardWriter:
         """A new shard, to which the block adds sources. It is published when the block ends, but not if the block raises or the process dies.
 
         Publishing a shard deletes the manifest, which no longer describes the folder. `keep_manifest` keeps it, for repairs that restore the shards
-        that it lists. Raises ValueError if a source of the shard was neither added nor skipped. Raises InputError if `allowed_sha256` is given and
-        does not contain the digest of the new tar.
+        that it lists. Raises ValueError if a source of the shard was neither added nor skipped. Raises DigestMismatch if `allowed_sha256` is given
+        and does not contain the digest of the new tar.
         """
         if not 0 <= shard_index < self.num_shards:
             raise ValueError(f"shard_index is {shard_index}; allowed: 0 to {self.num_shards - 1}.")
@@ -247,10 +251,10 @@ class TokenShardWriter:
                 shard.check_complete()
             digest = sha256_of_file(partial)
             if allowed_sha256 is not None and digest not in allowed_sha256:
-                raise InputError(f"{path}: re-encoding gave a different file: its sha256 is {digest}, but the original had "
-                                 f"{' or '.join(sorted(allowed_sha256))}. An image has changed, or this processor or torch version rounds "
-                                 "differently. The shard was not replaced. Repair it on the machine that wrote it, or write all shards again with "
-                                 "`vqmosaic preprocess --redo tokens`.")
+                raise DigestMismatch(f"{path}: re-encoding gave a different file: its sha256 is {digest}, but the original had "
+                                     f"{' or '.join(sorted(allowed_sha256))}. An image has changed, or this processor or torch version rounds "
+                                     "differently. The shard was not replaced. Repair it on the machine that wrote it, or write all shards again "
+                                     "with `vqmosaic preprocess --redo tokens`.")
             sidecar = ShardSidecar(shard=path.name, count=len(shard.keys), size=partial.stat().st_size, sha256=digest,
                                    header_fingerprint=self._header_fingerprint, skipped=shard.skipped, keys=shard.keys,
                                    indices=shard.indices, labels=shard.labels, sources=shard.sources, offsets=shard.offsets)

@@ -56,18 +56,11 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
         recipe: its tokenizer section is checked, unless it takes the tokenizer from another folder (tokens.tokenizer).
         folder: folder of the tokenizer, whose config.json is checked too. None if the tokenizer is not trained yet.
     """
-    def continuous_error(subject: str, quantizer: str, remedy: str) -> InputError:
-        return InputError(f"{subject} is {quantizer!r}, whose latents are continuous. Token shards and priors need discrete ids. "
-                          f"{remedy} one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
-
     if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS_QUANTIZERS:
-        raise continuous_error("tokenizer.quantizer", recipe.tokenizer.quantizer, "Set it to")
-    if folder is None:
-        return
-    if not grids_of_tokenizer(folder):
-        content = read_tokenizer_config(folder)
-        raise continuous_error(f"tokenizer.quantizer of the tokenizer in {folder}", content["network"].get("quantizer", content["format"]),
-                               "Set tokens.tokenizer to the folder of a tokenizer with")
+        raise InputError(f"tokenizer.quantizer is {recipe.tokenizer.quantizer!r}, whose latents are continuous. Token shards and priors need "
+                         f"discrete ids. Set it to one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
+    if folder is not None and not grids_of_tokenizer(folder):
+        raise InputError(f"The tokenizer in {folder} has no ids, so there are no tokens. Set tokens.tokenizer to a tokenizer with ids.")
 
 
 def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:

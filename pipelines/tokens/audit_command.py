@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tokens.origin import find_readable, find_run, is_imported, load_run_recipe
+from pipelines.tokens.other_grids import other_grids
 from token_shards.audit import MAX_LISTED_PROBLEMS, audit_tokens
 from token_shards.manifest import SPLITS, TokenShardManifest
 from vqmosaic.errors import InputError, listed_names, printable
@@ -114,7 +115,8 @@ def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> lis
     except InputError:  # the audit has reported it
         return []
     found = find_readable(source, manifest.skipped)
-    problems = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), but can be read now; --repair encodes it."
+    remedy = "write all shards again to store it" if other_grids(manifest) else "--repair encodes it"
+    problems = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), but can be read now; {remedy}."
                 for record in found]
     return problems if len(problems) <= MAX_LISTED_PROBLEMS else [
         *problems[:MAX_LISTED_PROBLEMS], f"... and {len(problems) - MAX_LISTED_PROBLEMS} more problems of this kind."]

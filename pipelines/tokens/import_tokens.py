@@ -28,8 +28,7 @@ import numpy as np
 from pipelines.stages.stage_checks import check_can_write
 from pipelines.stages.stage_inputs import token_fingerprint_of_tokenizer
 from pipelines.tokens.foreign_tokens import ForeignTokens, open_foreign_tokens
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
-from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
+from stage1_tokenizer.tokenizer_grids import IMAGE_GRID, grids_of_tokenizer
 from token_shards.manifest import (
     MANIFEST_NAME,
     ORDER_SEED,
@@ -50,7 +49,6 @@ from vqmosaic.runs.interruption import Interrupted, StopFlag
 from vqmosaic.training.tracking import Reporter, progress_bar
 from vqmosaic.wording import counted
 
-GRID_NAME = "image"
 FOREIGN_PREFIX = "imported:"  # the fingerprints of vqmosaic tokenizers are hex digits, so they never begin with this
 VALIDATION_FRACTION = 0.05
 MAX_UNNAMED_CLASSES = 1_000_000
@@ -91,7 +89,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codebook_size", type=int, help="number of codes K; ids are 0 .. K-1")
     parser.add_argument("--height", type=int, help="rows of the grid; default: a square grid of all tokens")
     parser.add_argument("--width", type=int, help="columns of the grid")
-    parser.add_argument("--grid", default=GRID_NAME, metavar="NAME", help=f"name of the grid in the shards; default: {GRID_NAME}")
+    parser.add_argument("--grid", metavar="NAME", help=f"name of the grid in the shards, without --tokenizer; default: {IMAGE_GRID}")
     parser.add_argument("--class_names", help="class names separated by commas, or a file with one name per line; default: 0, 1, 2 ...")
     parser.add_argument("--images_per_shard", type=int, default=1000)
 
@@ -159,6 +157,8 @@ def check_options(options: argparse.Namespace) -> None:
     name = options.token_fingerprint
     if name is not None and options.tokenizer is not None:
         raise InputError("--tokenizer and --token_fingerprint are both given; omit --token_fingerprint, because a tokenizer has its own.")
+    if options.grid is not None and options.tokenizer is not None:
+        raise InputError("--grid and --tokenizer are both given; the tokenizer names its grids. Omit --grid.")
     if name is not None and not re.fullmatch(r"[\w.:/@+-]{1,200}", name):
         raise InputError(f"--token_fingerprint is {name!r}; allowed: 1 to 200 letters, digits and any of . : / @ + - _")
     if options.tokenizer is None and options.codebook_size is None:
@@ -172,8 +172,7 @@ def get_tokenizer_grids(options: argparse.Namespace) -> list[Grid] | None:
         return None
     grids = grids_of_tokenizer(options.tokenizer)
     if not grids:
-        network = read_tokenizer_config(options.tokenizer)["network"]
-        raise InputError(f"--tokenizer {options.tokenizer} has the quantizer {network.get('quantizer')!r}, which makes no ids.")
+        raise InputError(f"The tokenizer in {options.tokenizer} has no ids, so there are no tokens. Set --tokenizer to a tokenizer with ids.")
     for name in ("codebook_size", "height", "width"):
         expected = [getattr(grid, name) for grid in grids]
         if getattr(options, name) is not None and set(expected) != {getattr(options, name)}:
@@ -271,9 +270,10 @@ def make_grids(summary: SourceSummary, grids: Sequence[Grid] | None, options: ar
         shape = (side, side, 1)
     if math.prod(shape) != summary.tokens:
         origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else "--height and --width"
-        raise InputError(f"{options.source} has {summary.tokens} tokens per view, but the grid {' x '.join(map(str, shape))} of {origin} has "
-                         f"{math.prod(shape)}.")
-    return list(grids) if grids is not None else [Grid(options.grid, options.codebook_size, *shape)]
+        several = grids is not None and len(grids) > 1
+        what = f"the grids of {origin} ({describe_grids(grids)}) have" if several else f"the grid {' x '.join(map(str, shape))} of {origin} has"
+        raise InputError(f"{options.source} has {summary.tokens} tokens per view, but {what} {math.prod(shape)}.")
+    return list(grids) if grids is not None else [Grid(IMAGE_GRID if options.grid is None else options.grid, options.codebook_size, *shape)]
 
 
 def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], summaries: Sequence[SourceSummary], grids: list[Grid],

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from token_shards.manifest import MANIFEST_NAME, SPLITS, TokenShardManifest
+from token_shards.sidecar import ShardSidecar
 from vqmosaic.errors import InputError
+from vqmosaic.files.permissions import PermissionDenied
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 
@@ -26,6 +28,26 @@ def is_imported(folder: Path) -> bool:
             except InputError:
                 continue
     return False
+
+
+def load_manifest(folder: Path) -> TokenShardManifest | None:
+    """The manifest of a split's folder, or None if it is missing or malformed."""
+    try:
+        return TokenShardManifest.load(folder)
+    except PermissionDenied:
+        raise
+    except InputError:
+        return None
+
+
+def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
+    """The sidecar of a shard, or None if it is missing or malformed."""
+    try:
+        return ShardSidecar.load(folder, name)
+    except PermissionDenied:
+        raise
+    except InputError:
+        return None
 
 
 def load_run_recipe(folder: Path) -> Recipe | None:

@@ -24,8 +24,8 @@ from PIL import Image
 
 from pipelines.stages.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from pipelines.tokens.origin import find_readable, find_run
-from pipelines.tokens.other_grids import other_grids, read_other_ids
+from pipelines.tokens.origin import find_readable, find_run, load_manifest, load_sidecar
+from pipelines.tokens.other_grids import other_grids, read_other_ids, stored_grids
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.float_images import FloatImage
@@ -34,10 +34,9 @@ from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from token_shards.audit import audit_folder, audit_shard
 from token_shards.manifest import SPLITS, ShardEntry, ShardSetHeader, TokenShardManifest, shard_name
 from token_shards.sidecar import ShardSidecar, sidecar_path
-from token_shards.writer import TokenShardWriter, headers_in_stored_order
+from token_shards.writer import DigestMismatch, TokenShardWriter, headers_in_stored_order
 from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import sha256_of_file
-from vqmosaic.files.permissions import PermissionDenied
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.accelerator import set_threads
 from vqmosaic.runs.devices import default_device
@@ -91,26 +90,6 @@ def lock_run(folder: Path) -> Iterator[None]:
         yield
 
 
-def load_manifest(folder: Path) -> TokenShardManifest | None:
-    """The manifest of a split's folder, or None if it is missing or malformed."""
-    try:
-        return TokenShardManifest.load(folder)
-    except PermissionDenied:
-        raise
-    except InputError:
-        return None
-
-
-def load_sidecar(folder: Path, name: str) -> ShardSidecar | None:
-    """The sidecar of a shard, or None if it is missing or malformed."""
-    try:
-        return ShardSidecar.load(folder, name)
-    except PermissionDenied:
-        raise
-    except InputError:
-        return None
-
-
 def match_recorded_splits(folders: dict[str, Path], splits: ImageSplits) -> ImageSplits:
     """The splits with the class order of the shards in these folders, and with the same images excluded from the identity of the data set.
 
@@ -141,13 +120,11 @@ def match_stored_plans(folders: dict[str, Path], plans: Sequence[SplitPlan], for
 
 
 def with_stored_grids(plan: SplitPlan, folders: dict[str, Path]) -> SplitPlan:
-    """The plan with the grids of other tokenizers that the manifest of its split has besides the plan's own grids."""
+    """The plan with the grids of other tokenizers that the shards of its split have besides the plan's own grids."""
     folder = folders.get(plan.header.split)
-    manifest = load_manifest(folder) if folder is not None else None
-    has_grids = manifest is not None and all(grid in manifest.grids for grid in plan.header.grids)
-    if manifest is None or not has_grids or manifest.token_fingerprint != plan.header.token_fingerprint:
+    if folder is None:
         return plan
-    return dataclasses.replace(plan, header=dataclasses.replace(plan.header, grids=manifest.grids))
+    return dataclasses.replace(plan, header=dataclasses.replace(plan.header, grids=stored_grids(folder, plan.header)))
 
 
 def has_former_identity(folder: Path, former: ShardSetHeader) -> bool:
@@ -221,7 +198,10 @@ def repair_split(folder: Path, plan: SplitPlan, tokenizer: Tokenizer, recipe: Re
         encoded = encode_damaged_shards(writer, manifest, plan, tokenizer, recipe, stop)
         manifest = writer.finish()
     readable = find_readable(plan.source, manifest.skipped)
-    if readable:
+    if readable and (others := other_grids(plan.header)):
+        print(f"{folder}: {counted(len(readable), 'skipped image')} can be read now, but cannot be added, because other tokenizers than that of the "
+              f"recipe made the grids {', '.join(others)}. Write all shards again to store them.")
+    elif readable:
         encoded += add_skipped_images(writer, manifest, readable, plan, tokenizer, recipe, stop)
         writer.finish()
     elif is_intact:
@@ -238,10 +218,17 @@ def encode_damaged_shards(writer: TokenShardWriter, manifest: TokenShardManifest
     with progress_bar(sum(len(plan.header.source_range(index)) for index in damaged), 0, plan.header.split, "image") as bar:
         for index, reason in damaged.items():
             print(f"    {reason}")
-            original_plan, other_ids = skip_images(plan, recorded_skips(writer, index, manifest)), read_other_ids(writer.folder, plan.header, index)
-            with writer.shard(index, recorded_digests(writer, index, manifest), keep_manifest=manifest is not None) as shard:
-                for _ in fill_shard(shard, index, original_plan, tokenizer, recipe, stop, skipped, other_ids):
-                    bar.update()
+            skips = recorded_skips(writer, index, manifest)
+            original_plan, other_ids = skip_images(plan, skips), read_other_ids(writer.folder, plan.header, index, skips)
+            try:
+                with writer.shard(index, recorded_digests(writer, index, manifest), keep_manifest=manifest is not None) as shard:
+                    for _ in fill_shard(shard, index, original_plan, tokenizer, recipe, stop, skipped, other_ids):
+                        bar.update()
+            except DigestMismatch as error:
+                if others := other_grids(plan.header):
+                    raise DigestMismatch(f"{error} Or the ids of the grids {', '.join(others)}, which other tokenizers made, are damaged; restore "
+                                         "the shard from a copy.") from None
+                raise
     for name in writer.strays():
         print(f"    {name} is not part of the shard set and is removed.")
     return [shard_name(index) for index in damaged]
@@ -253,9 +240,6 @@ def add_skipped_images(writer: TokenShardWriter, manifest: TokenShardManifest, r
 
     Raises InputError, without replacing the shard, if the ids of another image in the shard change.
     """
-    if others := other_grids(plan.header):
-        raise InputError(f"{writer.folder}: {counted(len(readable), 'skipped image')} can be read now, but other tokenizers than that of the recipe "
-                         f"made the grids {', '.join(others)}, so these images cannot be added. Write all shards again to store them.")
     added = {record["index"] for record in readable}
     shards = [index for index in range(writer.num_shards) if added.intersection(plan.header.source_indices(index))]
     print(f"{writer.folder}: {counted(len(readable), 'skipped image')} can be read now, in {len(shards)} of {counted(writer.num_shards, 'shard')}")
@@ -341,11 +325,14 @@ def describe_damage(writer: TokenShardWriter, index: int, manifest: TokenShardMa
 
 
 def recorded_digests(writer: TokenShardWriter, index: int, manifest: TokenShardManifest | None) -> set[str] | None:
-    """The digests allowed for a re-encoded shard: those in the manifest and the sidecar, and that of the tar. None if only the tar is left."""
+    """The digests allowed for a re-encoded shard: those in the manifest and the sidecar, and that of the tar. None if only the tar is left.
+
+    With grids of other tokenizers, that of the tar is not allowed, because their ids are copied from it and may be damaged.
+    """
     sidecar, path = load_sidecar(writer.folder, shard_name(index)), writer.folder / shard_name(index)
     digests = {manifest.shards[index].sha256} if manifest is not None else set()
     if sidecar is not None and sidecar.header_fingerprint == writer.header.fingerprint:
         digests.add(sidecar.sha256)
-    if digests and path.is_file():
+    if digests and path.is_file() and not other_grids(writer.header):
         digests.add(sha256_of_file(path))  # the tar may be undamaged, and the recorded digests damaged
     return digests or None
