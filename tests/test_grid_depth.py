@@ -239,15 +239,14 @@ def test_preprocessing_with_a_continuous_tokenizer_in_the_recipe_is_refused(tmp_
 def test_preprocessing_with_a_given_continuous_tokenizer_is_refused(kl_run, tmp_path):
     recipe = tiny_recipe(tmp_path / "run", tokens__tokenizer=kl_run / "tokenizer")
     for call in (lambda: check_before_start(recipe, "tokens"), lambda: preprocess(recipe)):
-        with pytest.raises(InputError, match=rf"tokenizer in {kl_run}/tokenizer is {WHY}.*") as caught:
+        with pytest.raises(InputError, match=f"tokenizer in {kl_run}/tokenizer has no ids, .* Set tokens.tokenizer to a tokenizer with ids"):
             call()
-        assert "Set tokens.tokenizer to" in str(caught.value)
     assert not RunFolder(tmp_path / "run").export("tokens").exists()
 
 
 def test_preprocessing_with_a_continuous_tokenizer_in_the_run_is_refused(kl_run, tmp_path):
     shutil.copytree(kl_run, tmp_path / "run")
-    with pytest.raises(InputError, match=rf"tokenizer in {tmp_path}/run/tokenizer is {WHY}"):
+    with pytest.raises(InputError, match=f"tokenizer in {tmp_path}/run/tokenizer has no ids"):
         check_before_start(tiny_recipe(tmp_path / "run"), "tokens")
 
 
