@@ -166,7 +166,7 @@ def test_check_data_reads_the_values(run, channels, tmp_path, capsys):
     dispatch(["check-data", str(run), "--data.path", str(photos)])
     printed = capsys.readouterr().out
     assert "a/00.png" in printed and "a/copy.png" in printed, "equal images are duplicates"
-    assert ("eight.png: 8 bits per value" in printed) == (channels == 1)
+    assert ("eight.png: Pillow reads it with 8 bits per value" in printed) == (channels == 1)
 
 
 def test_another_range_is_refused(run, channels, tmp_path, capsys):

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
+from stage1_tokenizer.image_files.decoders import stored_file
 from stage1_tokenizer.image_files.iso_boxes import iso_boxes
-from stage1_tokenizer.image_files.stored_values import png_chunk, stored_file
+from stage1_tokenizer.image_files.stored_values import png_chunk
 
 _CLOSE_LEVELS = 4.0
 """A profile is close to sRGB if it changes the colours of a test image by less than this many of 255 levels on average."""

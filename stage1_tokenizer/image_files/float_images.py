@@ -3,8 +3,7 @@
 Pillow keeps 8 bits of images with several channels of 16 bits. For the low bytes, PNG and TIFF files are decoded a second time.
 """
 
-import io
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -12,14 +11,14 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction, raw_mode, set_raw_mode, stored_file
+from stage1_tokenizer.image_files.decoders import LOW_BYTES, low_bytes, raw_mode, reopened, set_raw_mode
+from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction
 
 _LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow."""
-_NATIVE, _SWAPPED = (";16L", ";16B") if sys.byteorder == "little" else (";16B", ";16L")
-_LOW_BYTES = {";16B": ";16L", ";16L": ";16B", ";16N": _SWAPPED}
-"""The suffix of a raw mode that unpacks the high bytes -> of the one that unpacks the low bytes."""
 _PLANES_TAG, _SAMPLE_FORMAT_TAG, _BITS_TAG, _UNSIGNED = 284, 339, 258, 1
+_BLOCK_VALUES = 2**16
+"""Values are scaled in blocks of rows with about this many values, to save memory: in float64, each value takes eight bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,38 +54,41 @@ def float_image(image: Image.Image, channels: int, value_range: Sequence[float])
     Images without alpha get an opaque alpha channel, whose value is the end of the range.
 
     Raises UnreadableImage for images whose stored values are unknown: palettes, CMYK, transparent colours, inverted scales and premultiplied
-    alpha; for transparent images if there is no channel for alpha; for 8-bit images if the range exceeds 255; and for NaN.
+    alpha; for transparent images if there is no channel for alpha; for images that Pillow reads with 8 bits if the range exceeds 255; and for NaN.
     """
     low, high = value_range
     colours, alpha, most = _stored_bands(image)
     if most == 255 and high > 255:
-        raise UnreadableImage(f"8 bits per value, at most 255, but data.value_range ends at {high:g}")
-    if alpha is not None and channels in (1, 3) and (most is None or alpha.min() < most):
+        raise UnreadableImage(f"Pillow reads it with 8 bits per value, at most 255, but data.value_range ends at {high:g}")
+    if alpha is not None and channels in (1, 3) and alpha.min() < most:
         raise UnreadableImage(f"transparent pixels, which data.value_range does not composite; set data.channels to {channels + 1} to keep alpha")
-    if channels < 3 and len(colours) == 3:
-        red, green, blue = (weight * band.astype(np.float64) for weight, band in zip(_LUMA, colours, strict=True))
-        colours = [red + green + blue]
-    elif channels >= 3 and len(colours) == 1:
-        colours = colours * 3
+    if channels < 3:
+        bands = [_scaled_band(colours, low, high)]
+    elif len(colours) == 1:
+        bands = [_scaled_band(colours, low, high)] * 3
+    else:
+        bands = [_scaled_band([band], low, high) for band in colours]
     if channels in (2, 4):
-        colours = [*colours, np.full_like(colours[0], high, dtype=np.float64) if alpha is None else alpha]
-    bands = []
-    for values in colours:
+        bands.append(Image.new("F", bands[0].size, 1) if alpha is None else _scaled_band([alpha], low, high))
+    return FloatImage(tuple(bands), (low, high))
+
+
+def _scaled_band(bands: Sequence[np.ndarray], low: float, high: float) -> Image.Image:
+    """One band, or the grey of red, green and blue, with the range mapped to [-1, 1]."""
+    height, width = bands[0].shape
+    scaled, rows = np.empty((height, width), np.float32), max(1, _BLOCK_VALUES // width)
+    for start in range(0, height, rows):
+        blocks = [band[start:start + rows].astype(np.float64) for band in bands]
+        values = blocks[0] if len(blocks) == 1 else sum(weight * block for weight, block in zip(_LUMA, blocks, strict=True))
         if np.isnan(values).any():
             raise UnreadableImage("pixels that are not numbers (NaN)")
-        scaled = (values.astype(np.float64).clip(low, high) - low) * (2 / (high - low)) - 1
-        bands.append(Image.fromarray(scaled.clip(-1, 1).astype(np.float32)))
-    return FloatImage(tuple(bands), (low, high))
+        scaled[start:start + rows] = ((values.clip(low, high) - low) * (2 / (high - low)) - 1).clip(-1, 1)
+    return Image.fromarray(scaled)
 
 
 def separate_handle(image: Image.Image) -> Image.Image:
     """A new handle of an opened file with several bands of 16 bits, because reading it changes the handle. Other images are returned unchanged."""
-    if not _has_deep_bands(image):
-        return image
-    with stored_file(image) as file:
-        file.seek(0)
-        content = file.read()
-    return Image.open(io.BytesIO(content), formats=(cast(str, image.format),))
+    return reopened(image) if _has_deep_bands(image) else image
 
 
 def _has_deep_bands(image: Image.Image) -> bool:
@@ -95,8 +97,8 @@ def _has_deep_bands(image: Image.Image) -> bool:
     return has_bands and is_opened and ";16" in raw_mode(cast(ImageFile.ImageFile, image))
 
 
-def _stored_bands(image: Image.Image) -> tuple[list[np.ndarray], np.ndarray | None, int | None]:
-    """(1 or 3 colour bands (H, W), alpha or None, the largest value that the file can store). The last is None for more than 16 bits."""
+def _stored_bands(image: Image.Image) -> tuple[list[np.ndarray], np.ndarray | None, float]:
+    """(1 or 3 colour bands (H, W), alpha or None, the largest value that Pillow can read). The last is infinite for more than 16 bits."""
     apply_header = header_correction(image, stored_values=True)
     if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV") or "transparency" in image.info:
         kind = "a transparent colour" if "transparency" in image.info else {"P": "a palette", "PA": "a palette"}.get(image.mode, image.mode)
@@ -116,7 +118,7 @@ def _stored_bands(image: Image.Image) -> tuple[list[np.ndarray], np.ndarray | No
         values = np.asarray(image)
         if is_unsigned_32 and values.min() < 0:
             raise UnreadableImage("32-bit pixels of 2**31 or more, which Pillow reads as negative values")
-        return [values], None, 65535 if image.mode.startswith("I;16") else None
+        return [values], None, 65535 if image.mode.startswith("I;16") else math.inf
     if image.mode not in ("1", "L", "LA", "RGB", "RGBX", "RGBA"):
         raise UnreadableImage(f"pixels of mode {image.mode}, which data.value_range does not support")
     converted = image.convert({"1": "L", "RGBX": "RGB"}.get(image.mode, image.mode))
@@ -129,16 +131,14 @@ def _bands_of_16_bits(image: ImageFile.ImageFile, raw: str) -> list[np.ndarray]:
 
     Afterwards, `image` may hold other pixels (separate_handle).
     """
-    if image.format not in ("PNG", "TIFF") or raw[-4:] not in _LOW_BYTES:
+    if image.format not in ("PNG", "TIFF") or raw[-4:] not in LOW_BYTES:
         raise UnreadableImage(f"{image.format} pixels of {raw}, of which Pillow keeps 8 bits")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PLANES_TAG, 1) != 1:
         raise UnreadableImage("a TIFF with separate planes of 16 bits, of which Pillow keeps 8 bits")
-    low = cast(ImageFile.ImageFile, separate_handle(image))
     if raw == "LA;16B":  # Pillow has no mode for the low bytes, but RGBA takes the same four bytes of each pixel
         set_raw_mode(image, "RGBA")
         grey_high, grey_low, alpha_high, alpha_low = (np.asarray(band).astype(np.uint16) for band in image.split())
         return [grey_high * 256 + grey_low, alpha_high * 256 + alpha_low]
-    low._mode = image.mode  # keep_extra_channel may have changed it
-    set_raw_mode(low, raw[:-4] + _LOW_BYTES[raw[-4:]])
+    low = low_bytes(image)
     return [np.asarray(high_band).astype(np.uint16) * 256 + np.asarray(low_band)
             for high_band, low_band in zip(image.split(), low.split(), strict=True)]

@@ -52,7 +52,8 @@ def read_image(file: ImageInput, *, channels: int = 3, value_range: Sequence[flo
 
     Applies the EXIF rotation, divides 16-bit values by 257, and converts palettes, CMYK and 1-bit images. With 1 or 3 channels, composites
     transparency on white. With 2 or 4, keeps alpha, which is opaque for images without it; a fourth channel of unspecified meaning in a TIFF counts
-    as alpha. Colours become grey by their luma, and grey is repeated as red, green and blue.
+    as alpha. (Pillow drops that channel, so it is opaque in a PIL image that was loaded before.) Colours become grey by their luma, and grey is
+    repeated as red, green and blue.
     With value_range [low, high], values are read at their full depth, clipped to the range, and mapped to [-1, 1] (float_images.py).
     Uses the scale, white level and transparent colour from the header (stored_values.py). Reads the first frame of an animation. The limit
     max_pixels is checked on the header, before anything is decoded. Pillow has its own limit, about 179 million pixels
@@ -131,7 +132,7 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
     """The upright 8-bit image in `mode`. Checks the limit on pixels before decoding."""
     _check_size(image, max_pixels)
     if mode in ("LA", "RGBA"):
-        keep_extra_channel(image)
+        image = keep_extra_channel(image)
     apply_header = header_correction(image)  # before `load`, because it may read the file and set up the decoder
     image.load()
     orientation = _orientation(image)  # read after the pixels: a PNG may have EXIF at its end, and Pillow rotates TIFF itself
@@ -146,9 +147,8 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
 def _convert_to_floats(image: Image.Image, channels: int, value_range: Sequence[float], max_pixels: int) -> FloatImage:
     """The upright FloatImage. Checks the limit on pixels before decoding."""
     _check_size(image, max_pixels)
-    image = separate_handle(image)
-    if channels in (2, 4):
-        keep_extra_channel(image)
+    kept = keep_extra_channel(image) if channels in (2, 4) else image
+    image = separate_handle(image) if kept is image else kept
     converted = float_image(image, channels, value_range)
     orientation = _orientation(image)
     if orientation not in _TRANSPOSE_BY_ORIENTATION:

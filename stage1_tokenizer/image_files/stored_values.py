@@ -5,17 +5,16 @@ functions (ICC, gAMA, cHRM, cICP) are not applied: values are used as stored, wh
 files (colour_spaces.py). CMYK in JPEG is read by Adobe's convention, as in Pillow.
 """
 
-import contextlib
-import io
 import os
 import struct
-from collections.abc import Callable, Iterator
-from typing import IO, cast
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import PIL
 from PIL import Image, ImageFile, ImagePalette, PngImagePlugin, TiffImagePlugin, features
 
+from stage1_tokenizer.image_files.decoders import low_bytes, raw_mode, reopened, set_raw_mode, stored_file
 from stage1_tokenizer.image_files.jpeg2000_header import Jpeg2000Header, read_jpeg2000_header
 
 # Image editors write PNG files with profiles and workflows of several megabytes, and Pillow refuses to read such files.
@@ -32,6 +31,7 @@ _load_exif = Image.Exif.load
 Image.Exif.load = lambda self, data: _load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced on purpose
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
+_SAMPLES, _PLANES = 277, 284
 _SUBFILE_TYPE, _SUBFILES, _PREVIEWS = 254, 330, {1, 3, 4, 5, 6, 7}  # types with the bit of a reduced image (1) or of a mask (4)
 _PIXEL_TAGS = frozenset({256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 332, 336, 338, 339, 347, 530, 532})
 _WHITE_IS_ZERO, _RGB, _YCBCR, _SIGNED = 0, 2, 6, 2
@@ -53,7 +53,8 @@ def header_correction(image: Image.Image, stored_values: bool = False) -> Callab
     Call header_correction before the pixels are loaded, because it may set up the decoder. For an image that is already loaded, only the parts of
     the header that Pillow keeps are applied. Raises UnreadableImage if the header leaves the levels of black and white unknown.
 
-    With stored_values, the values of a TIFF with one channel are not scaled, may be signed, and must not be inverted.
+    With stored_values, TIFF values of 8 bits and more, and PFM values, are not scaled. TIFF values may be signed, and must not be inverted. Values of
+    fewer than 8 bits are scaled to 0..255 in all formats, and grey PPM and JPEG 2000 values of more than 8 bits to 0..65535.
     """
     read_header = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "PPM": _ppm, "BMP": _bmp, "DIB": _bmp, "GIF": _gif,
                    "JPEG2000": _jpeg2000}.get(image.format or "")
@@ -61,30 +62,6 @@ def header_correction(image: Image.Image, stored_values: bool = False) -> Callab
     if stored_values and image.format == "TIFF":
         return _tiff(opened, stored_values=True) or (lambda loaded: loaded)
     return (read_header(opened) if read_header is not None else None) or (lambda loaded: loaded)
-
-
-@contextlib.contextmanager
-def stored_file(image: Image.Image) -> Iterator[IO[bytes]]:
-    """The file of an opened image. Restores the file position at the end."""
-    file = cast(ImageFile.ImageFile, image).fp
-    assert file is not None, "the file is closed"
-    position = file.tell()
-    try:
-        yield file
-    finally:
-        file.seek(position)
-
-
-def raw_mode(image: ImageFile.ImageFile) -> str:
-    """The raw mode in which the decoder unpacks the pixels. It is the only decoder argument or the first one."""
-    arguments = image.tile[0].args
-    assert arguments is not None
-    return arguments if isinstance(arguments, str) else arguments[0]
-
-
-def set_raw_mode(image: ImageFile.ImageFile, raw_mode: str) -> None:
-    """Make the decoder unpack the pixels in another raw mode than Pillow chose."""
-    image.tile = [tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *(tile.args or ())[1:])) for tile in image.tile]
 
 
 def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | None:
@@ -100,8 +77,8 @@ def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         return None  # with a palette, or 16-bit grey (see read_images.py)
     stored_mode = raw_mode(image)
     if stored_mode == "RGB;16B":
-        low_bytes = _low_bytes(image)
-        return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low_bytes != np.array(transparent))
+        low = np.asarray(low_bytes(image))
+        return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low != np.array(transparent))
 
     # Pillow scales samples of 2 and 4 bits to 8 bits, but not the transparent value. Its bits beyond the depth have no meaning.
     max_value = {"L;2": 3, "L;4": 15}.get(stored_mode, 255)
@@ -131,16 +108,6 @@ def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
     return found
 
 
-def _low_bytes(image: ImageFile.ImageFile) -> np.ndarray:
-    """The low bytes (H, W, 3) of a PNG with 16 bits per sample. Decodes the file again as if the bytes of each sample were swapped."""
-    with stored_file(image) as file:
-        file.seek(0)
-        content = file.read()
-    with Image.open(io.BytesIO(content), formats=("PNG",)) as swapped:
-        swapped.tile = [tile._replace(args="RGB;16L") for tile in swapped.tile]
-        return np.asarray(swapped).astype(np.uint16)
-
-
 def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
     """The image with pixels made transparent where `differs_HWC` is False in all channels."""
     image = image.convert("RGB")
@@ -149,13 +116,25 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
     return image
 
 
-def keep_extra_channel(image: Image.Image) -> None:
-    """Let an opened RGB TIFF with a fourth channel of unspecified meaning be read in mode RGBA. By default, Pillow drops this channel."""
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "RGB" and image.tile and len(image.tag_v2.get(_BITS, ())) == 4:
-        stored = raw_mode(image)
-        if stored.partition(";")[0] == "RGBX":
-            image._mode = "RGBA"
-            set_raw_mode(image, stored.replace("RGBX", "RGBA"))
+def keep_extra_channel(image: Image.Image) -> Image.Image:
+    """A new handle of an opened RGB TIFF with a fourth channel of unspecified meaning, which Pillow drops. After header_correction, it has mode RGBA.
+
+    Other images, and images that are already loaded, are returned unchanged.
+    """
+    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "RGB" and image.tile
+            and image.tag_v2.get(_SAMPLES) == len(image.tag_v2.get(_BITS, ())) == 4):
+        return image
+    is_planar = image.tag_v2.get(_PLANES, 1) != 1
+    if is_planar and image.tile[0][0] != "libtiff":
+        raise UnreadableImage("a TIFF with a fourth channel in a separate plane, which Pillow drops")
+    colours, separator, depth = raw_mode(image).partition(";")
+    if colours != ("RGB" if is_planar else "RGBX"):
+        return image
+    # From planes in mode RGBA, Pillow would divide the colours by the fourth channel. Mode RGBX stores the same four bands.
+    kept, mode = reopened(image), "RGBX" if is_planar else "RGBA"
+    kept._mode = mode
+    set_raw_mode(kept, mode + separator + depth)
+    return kept
 
 
 def _tiff(image: ImageFile.ImageFile, stored_values: bool = False) -> Callable[[Image.Image], Image.Image] | None:
@@ -180,6 +159,8 @@ def _tiff(image: ImageFile.ImageFile, stored_values: bool = False) -> Callable[[
         image.palette = ImagePalette.raw("RGB;L", bytes(tags[_COLOR_MAP]))
     if image.tile and image.tile[0][0] == "libtiff" and raw_mode(image) in _NATIVE_ORDER:  # libtiff returns all samples in native order
         set_raw_mode(image, _NATIVE_ORDER[raw_mode(image)])
+    if image.mode == "RGBX":  # see keep_extra_channel
+        return lambda loaded: Image.merge("RGBA", loaded.split())
     is_inverted = photometric == _WHITE_IS_ZERO
     if stored_values:
         if is_inverted and image.mode != "1":
