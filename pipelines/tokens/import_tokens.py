@@ -270,8 +270,9 @@ def make_grids(summary: SourceSummary, grids: Sequence[Grid] | None, options: ar
         shape = (side, side, 1)
     if math.prod(shape) != summary.tokens:
         origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else "--height and --width"
-        several = grids is not None and len(grids) > 1
-        what = f"the grids of {origin} ({describe_grids(grids)}) have" if several else f"the grid {' x '.join(map(str, shape))} of {origin} has"
+        what = f"the grid {' x '.join(map(str, shape))} of {origin} has"
+        if grids is not None and len(grids) > 1:
+            what = f"the grids of {origin} ({describe_grids(grids)}) have"
         raise InputError(f"{options.source} has {summary.tokens} tokens per view, but {what} {math.prod(shape)}.")
     return list(grids) if grids is not None else [Grid(IMAGE_GRID if options.grid is None else options.grid, options.codebook_size, *shape)]
 
