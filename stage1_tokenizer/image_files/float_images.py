@@ -79,7 +79,8 @@ def _scaled_band(bands: Sequence[np.ndarray], low: float, high: float) -> Image.
     scaled, rows = np.empty((height, width), np.float32), max(1, _BLOCK_VALUES // width)
     for start in range(0, height, rows):
         blocks = [band[start:start + rows].astype(np.float64) for band in bands]
-        values = blocks[0] if len(blocks) == 1 else sum((weight * block for weight, block in zip(_LUMA, blocks, strict=True)), np.zeros(blocks[0].shape))
+        weighted = (weight * block for weight, block in zip(_LUMA if len(blocks) == 3 else [1.0], blocks, strict=True))
+        values = sum(weighted, np.zeros(blocks[0].shape))
         if np.isnan(values).any():
             raise UnreadableImage("pixels that are not numbers (NaN)")
         scaled[start:start + rows] = ((values.clip(low, high) - low) * (2 / (high - low)) - 1).clip(-1, 1)
