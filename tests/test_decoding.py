@@ -250,7 +250,7 @@ def test_pipeline_uses_sampling_settings_and_reports_the_bfloat16_difference(tin
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, device="cpu")
     calls = []
     sample = pipe.prior.sample
-    pipe.prior.sample = lambda classes, sampling, *rest: calls.append(sampling) or sample(classes, sampling, *rest)
+    pipe.prior.sample = lambda classes, sampling, *rest, **named: calls.append(sampling) or sample(classes, sampling, *rest, **named)
     out = pipe(["3"], 2, seed=1, guidance_schedule="linear", guidance_interval=(0.1, 0.9), min_p=0.1, guidance_power=3.0)
     expected = {"guidance_schedule": "linear", "guidance_interval": [0.1, 0.9], "min_p": 0.1, "guidance_power": 3.0}
     assert calls == [dataclasses.replace(pipe.sampling, **expected)]

@@ -136,7 +136,7 @@ def test_check_prior_counts_tokens_of_all_levels(tmp_path, monkeypatch):
     import stage2_prior.model.causal_lm
 
     seen = []
-    monkeypatch.setattr(stage2_prior.model.causal_lm, "make_config", lambda prior, vocabulary: seen.append(vocabulary.num_tokens))
+    monkeypatch.setattr(stage2_prior.model.causal_lm, "make_config", lambda prior, vocabulary, any_order: seen.append(vocabulary.num_tokens))
     stage_checks.check_prior_config(tiny_recipe(tmp_path, **RESIDUAL))
     stage_checks.check_prior_config(tiny_recipe(tmp_path))
     assert seen == [GRID_SIZE**2 * DEPTH, GRID_SIZE**2]

@@ -114,7 +114,7 @@ def test_record_without_a_newer_setting_is_continued(tiny_run, tmp_path, capsys)
 def test_signal_stops_in_the_middle_of_a_batch(number, tiny_run, tmp_path, monkeypatch, capsys):
     sample, calls = TokenPrior.sample, []
 
-    def interrupted(self, classes, sampling, seeds, callback, compile=False):
+    def interrupted(self, classes, sampling, seeds, callback, compile=False, **named):
         def count(done, total):
             calls.append(done)
             if len(calls) == 16 + 3:
@@ -131,7 +131,8 @@ def test_only_batches_with_missing_images_are_sampled(tiny_run, tmp_path, uninte
     out = tmp_path / "out"
     assert generate(tiny_run, out) == 0
     sample, asked = TokenPrior.sample, []
-    monkeypatch.setattr(TokenPrior, "sample", lambda self, classes, *others: asked.append(len(classes)) or sample(self, classes, *others))
+    monkeypatch.setattr(TokenPrior, "sample",
+                        lambda self, classes, *others, **named: asked.append(len(classes)) or sample(self, classes, *others, **named))
     (out / "5-03.png").unlink()  # place 68 of the request, in the second batch
     times = {path: path.stat().st_mtime_ns for path in out.glob("?-*.png")}
     assert generate(tiny_run, out) == 0
