@@ -51,7 +51,7 @@ from vqmosaic.training.tracking import read_metrics
 RASTER, ANY_ORDER, DOUBLE = "cifar10", "cifar10_any_order", "double positions"
 PASSES = (4, 8, 16, 32, 64)
 GUIDANCE_SCALES = (1.5, 2.0, 2.5, 3.0, 4.0)
-"""Those of the sweep on held-out images. Without top-p, which made all distances larger."""
+"""The scales that are compared on the held-out images, without top-p."""
 SAMPLES, HELD_OUT_SAMPLES, BATCH, SHOWN, SEED = 10_000, 2_500, 250, 3, 0
 MINUTES, BATCH_SIZE = 12.0, 32
 

@@ -336,9 +336,10 @@ def test_a_folder_gives_float_images_and_the_same_identity(tmp_path):
 
 
 def test_a_float_image_survives_a_pipe():
-    """Worker processes send images to the training process."""
     import pickle
+
     read = read_image(io.BytesIO(deep_png(random_values(2))), channels=2, value_range=WHOLE_RANGE)
+    # Worker processes pickle images to send them. This pickle is made here, so loading it is safe.
     assert pickle.loads(pickle.dumps(read)).tobytes() == read.tobytes()
 
 

@@ -9,7 +9,8 @@ its new digest is recorded in the manifest or in its sidecar.
 Images that were skipped as unreadable but can be read now are added: their shards are encoded again, and replaced only if the ids of all other
 images do not change.
 
-Only the tokenizer of the recipe is at hand. If a folder also has grids of other tokenizers, their ids are taken from the damaged shards.
+Repair encodes images with the recipe's tokenizer only. If a folder also has grids of other tokenizers, their ids are copied from the damaged
+shards.
 """
 
 import dataclasses
