@@ -4,13 +4,15 @@
     python -m benchmarks.parallel_sampling quality --run runs/parallel    # keeps tokenizer, tokens and priors, and continues with them
     python -m benchmarks.parallel_sampling layouts --run runs/parallel    # double positions beside query blocks, 4 minutes each
     python -m benchmarks.parallel_sampling speed --llamagen /tmp/LlamaGen # about ten minutes
+    python -m benchmarks.parallel_sampling gpu --arpg /tmp/ARPG           # on a GPU: bf16, models of 111M and 775M, batches 1, 8 and 64
 
 quality: recipe cifar10, whose prior predicts in raster order, and recipe cifar10_any_order, trained for the same time on the same tokens (8x8 of
 512 codes), without dropout. A tenth of the training images is held out. On them (as many as the time for validations allows), the NLL is measured,
 and for each prior and number of passes the guidance scale with the lowest Frechet distance is chosen. The distances in the table are those of 10,000
 samples to the 10,000 test images, in the features of a small classifier that this script trains. That of 10,000 real training images is beside them.
 
-speed: sampling of one image with guidance, models with random weights, alternating in one process.
+speed, gpu: sampling with guidance, models with random weights, alternating in one process. ARPG (github.com/hp-l33/ARPG) runs as it is, with as many
+passes, layers and channels.
 """
 
 import argparse
@@ -20,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -31,7 +33,7 @@ from benchmarks import cifar10
 from benchmarks.classifier import Classifier, train_classifier
 from benchmarks.double_positions import make_double_positions
 from benchmarks.measuring import RESULTS, ratio, record, time_alternately, use_two_cpu_threads
-from benchmarks.sampling import CLASSES, GUIDANCE, PRESETS, llamagen_generate, make_prior
+from benchmarks.sampling import CLASSES, GPU_PRESETS, GUIDANCE, PRESETS, Preset, llamagen_generate, make_prior
 from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
@@ -253,17 +255,61 @@ def measure_speed(rounds: int, llamagen: str | None, presets: Sequence[str]) -> 
     return int(not all_kept)
 
 
+def arpg_generate(path: str, preset: Preset, batch: int, steps: int, device: str) -> Callable[[], torch.Tensor]:
+    """A function that calls `generate` of ARPG's model in bf16, from a checkout of its repository."""
+    sys.path.insert(0, path)
+    try:
+        from models import arpg
+    finally:
+        sys.path.remove(path)
+    torch.manual_seed(0)
+    model = arpg.Transformer(arpg.ModelArgs(dim=preset.width, n_layer=preset.layers, n_head=preset.heads, vocab_size=preset.codes,
+                                            block_size=preset.side**2, num_classes=CLASSES)).eval().to(device, torch.bfloat16)
+    torch.nn.init.normal_(model.head.weight, std=0.02)  # initialized to zero
+    classes_B = torch.arange(batch, device=device) % CLASSES
+    return lambda: model.generate(classes_B, guidance_scale=GUIDANCE, seq_len=preset.side**2, num_iter=steps)
+
+
+def measure_gpu(rounds: int, arpg: str | None, presets: dict[str, Preset] = GPU_PRESETS, batches: Sequence[int] = (1, 8, 64),
+                passes: Sequence[int] = (64, 32), device: str = "cuda") -> int:
+    """Print the images per second in bf16, with one and with several tokens per pass, each with and without a CUDA graph."""
+    lines = ["| | batch | images/s | with compile=True | ARPG, images/s |", "|---|---|---|---|---|"]
+    for name, preset in presets.items():
+        kinds = {"raster only": make_prior(preset, "grid_transformer"), "any order": make_prior(preset, "grid_transformer", any_order=True)}
+        for prior in kinds.values():
+            prior.to(device, torch.bfloat16)
+        for batch in batches:
+            classes, seeds = [number % CLASSES for number in range(batch)], list(range(batch))
+            for kind, steps in (("raster only", None), *(("any order", count) for count in passes)):
+                settings = SamplingConfig(guidance_scale=GUIDANCE, order="raster" if steps is None else "spread", steps=steps)
+                calls: dict[str, Callable[[], object]] = {
+                    "plain": functools.partial(kinds[kind].sample, classes, settings, seeds),
+                    "graph": functools.partial(kinds[kind].sample, classes, settings, seeds, compile=True)}
+                if arpg and steps:
+                    calls["ARPG"] = arpg_generate(arpg, preset, batch, steps, device)
+                rates = {call: batch / statistics.median(times) for call, times in time_alternately(calls, rounds).items()}
+                peer = f"{rates['ARPG']:.1f}" if "ARPG" in rates else ""
+                lines.append(f"| {name}, {kinds[kind].num_parameters / 1e6:.0f}M, {kind}, {steps or preset.side**2} passes | {batch} | "
+                             f"{rates['plain']:.1f} | {rates['graph']:.1f} | {peer} |")
+                print(lines[-1], flush=True)
+    record("Sampling with several tokens per pass on a GPU", lines, ("transformers",))
+    return 0
+
+
 def main() -> int:
-    """Run one of the three measurements."""
+    """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("quality", "layouts", "speed"))
+    parser.add_argument("what", choices=("quality", "layouts", "speed", "gpu"))
     parser.add_argument("--run", type=Path, help="a folder for tokenizer, tokens and priors; default: a temporary one")
     parser.add_argument("--minutes", type=float, help="minutes of training per prior; default: 12, for layouts 4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--presets", default="tiny,B", help="comma-separated")
     parser.add_argument("--llamagen", metavar="PATH", help="a checkout of github.com/FoundationVision/LlamaGen")
+    parser.add_argument("--arpg", metavar="PATH", help="a checkout of github.com/hp-l33/ARPG")
     parser.add_argument("--record", action="store_true", help="write the result to RESULTS.md")
     options = parser.parse_args()
+    if options.what == "gpu":
+        return measure_gpu(options.rounds, options.arpg)
     use_two_cpu_threads()
     if options.what == "speed":
         return measure_speed(options.rounds, options.llamagen, options.presets.split(","))
