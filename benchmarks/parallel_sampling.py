@@ -52,8 +52,8 @@ from vqmosaic.training.tracking import read_metrics
 
 RASTER, ANY_ORDER, DOUBLE = "cifar10", "cifar10_any_order", "double positions"
 PASSES = (4, 8, 16, 32, 64)
-GUIDANCE_SCALES = (1.5, 2.0, 2.5, 3.0, 4.0)
-"""The scales that are compared on the held-out images, without top-p."""
+GUIDANCE_SCALES = {"linear": (4.0, 5.0, 6.0, 8.0, 10.0, 12.0), "constant": (1.5, 2.0, 2.5, 3.0, 4.0)}
+"""For each guidance schedule, the scales that are compared on the held-out images, without top-p."""
 SAMPLES, HELD_OUT_SAMPLES, BATCH, SHOWN, SEED = 10_000, 2_500, 250, 3, 0
 MINUTES, BATCH_SIZE = 12.0, 32
 
@@ -130,14 +130,15 @@ def sample_images(prior: TokenPrior, tokenizer: ImageTokenizer, settings: Sampli
     return torch.cat(images), classes, seconds
 
 
-def settings_of(steps: int | None, guidance_scale: float) -> SamplingConfig:
+def settings_of(steps: int | None, guidance_schedule: str, guidance_scale: float) -> SamplingConfig:
     """The settings of a point of the curve. Without steps, raster order."""
     base = load_recipe(ANY_ORDER).sampling
     order = "raster" if steps is None else base.order
-    return SamplingConfig(order=order, steps=steps, step_schedule=base.step_schedule, guidance_scale=guidance_scale)
+    return SamplingConfig(order=order, steps=steps, step_schedule=base.step_schedule, guidance_schedule=guidance_schedule,
+                          guidance_scale=guidance_scale)
 
 
-def measure_quality(run_dir: Path, minutes: float) -> int:
+def measure_quality(run_dir: Path, minutes: float, schedule: str) -> int:
     """Train both priors, and print the tables. Returns exit code 1 if a target is missed."""
     tokenizer = ImageTokenizer.from_pretrained(make_tokens(run_dir) / "tokenizer")
     priors, metrics = {}, {}
@@ -156,10 +157,10 @@ def measure_quality(run_dir: Path, minutes: float) -> int:
     points: dict[tuple[str, int | None], dict[str, float]] = {}
     rows = []
     for name, steps in ((RASTER, None), (ANY_ORDER, None), *((ANY_ORDER, count) for count in PASSES)):
-        held_out = {scale: chooser.distance_of(sample_images(priors[name], tokenizer, settings_of(steps, scale), HELD_OUT_SAMPLES)[0])
-                    for scale in GUIDANCE_SCALES}
+        held_out = {scale: chooser.distance_of(sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), HELD_OUT_SAMPLES)[0])
+                    for scale in GUIDANCE_SCALES[schedule]}
         scale = min(held_out, key=lambda scale: held_out[scale])
-        images_NHWC, classes, seconds = sample_images(priors[name], tokenizer, settings_of(steps, scale), SAMPLES)
+        images_NHWC, classes, seconds = sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), SAMPLES)
         points[name, steps] = {"distance": judge.distance_of(images_NHWC), "agreement": judge.agreement(images_NHWC, classes), "scale": scale,
                                "seconds": seconds}
         rows.append([images_NHWC[column].numpy() for column in range(SHOWN * CLASSES)])
@@ -169,13 +170,13 @@ def measure_quality(run_dir: Path, minutes: float) -> int:
                               test_NHWC.split(500)])
 
     def order_of(name: str, steps: int | None) -> str:
-        order = "raster, 64 passes" if steps is None else f"{settings_of(steps, 1).order}, {steps} passes"
+        order = "raster, 64 passes" if steps is None else f"{load_recipe(ANY_ORDER).sampling.order}, {steps} passes"
         return f"{'raster only' if name == RASTER else 'any order'}: {order}"
 
     lines = [f"Each prior trained for {minutes:g} minutes. NLL on {metrics[RASTER]['images']:,} held-out images, in nats per token: raster only "
              f"{raster_nll:.4f} ({metrics[RASTER]['step']:,} steps); any order {own_nll:.4f} in raster and {random_nll:.4f} in random order "
-             f"({metrics[ANY_ORDER]['step']:,} steps).", "",
-             "| | guidance, chosen on held-out images | Frechet distance to the test images | requested class | seconds for 10,000 images |",
+             f"({metrics[ANY_ORDER]['step']:,} steps). Guidance schedule: {schedule}.", "",
+             "| | guidance scale, chosen on held-out images | Frechet distance to the test images | requested class | seconds for 10,000 images |",
              "|---|---|---|---|---|"]
     lines += [f"| {order_of(*key)} | {point['scale']:g} | {point['distance']:.3f} | {point['agreement']:.1%} | {point['seconds']:.0f} |"
               for key, point in points.items()]
@@ -302,6 +303,7 @@ def main() -> int:
     parser.add_argument("what", choices=("quality", "layouts", "speed", "gpu"))
     parser.add_argument("--run", type=Path, help="a folder for tokenizer, tokens and priors; default: a temporary one")
     parser.add_argument("--minutes", type=float, help="minutes of training per prior; default: 12, for layouts 4")
+    parser.add_argument("--guidance_schedule", choices=tuple(GUIDANCE_SCALES), default="linear", help="for quality")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--presets", default="tiny,B", help="comma-separated")
     parser.add_argument("--llamagen", metavar="PATH", help="a checkout of github.com/FoundationVision/LlamaGen")
@@ -316,7 +318,7 @@ def main() -> int:
     run_dir = options.run or Path(tempfile.mkdtemp())
     if options.what == "layouts":
         return measure_layouts(run_dir, options.minutes or 4.0)
-    return measure_quality(run_dir, options.minutes or MINUTES)
+    return measure_quality(run_dir, options.minutes or MINUTES, options.guidance_schedule)
 
 
 if __name__ == "__main__":
