@@ -327,7 +327,7 @@ def test_doctor_prints_versions_device_and_recipes(capsys):
     assert dispatch(["doctor"]) == 0
     stdout = capsys.readouterr().out
     for word in ("torch", "transformers", "gradio", "threads 1 of",
-                 "mixed_precision auto is", "recipes: cifar10, cifar10_any_order, cifar10_vqgan, digits", __version__):
+                 "mixed_precision auto is", "recipes: cifar10, cifar10_any_order, cifar10_vqgan, cifar10_vqvae2, digits", __version__):
         assert word in stdout
     if default_device().type == "cpu":
         cores = os.cpu_count()

@@ -61,7 +61,8 @@ def test_learning_rates_of_shipped_recipes_scale_with_batch_size(name):
 
 
 def test_names_of_shipped_recipes():
-    assert shipped_names() == ["cifar10", "cifar10_any_order", "cifar10_vqgan", "digits", "image_folder", "imagenet256", "imagenet256_convnext"]
+    assert shipped_names() == ["cifar10", "cifar10_any_order", "cifar10_vqgan", "cifar10_vqvae2", "digits", "digits_vqvae2", "image_folder",
+                               "imagenet256", "imagenet256_convnext"]
 
 
 @pytest.mark.parametrize("overrides", [

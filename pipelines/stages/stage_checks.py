@@ -8,7 +8,7 @@ from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerp
 from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
-from stage1_tokenizer.tokenizer_grids import image_tokenizer_grids
+from stage1_tokenizer.tokenizer_grids import grids_of_config
 from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
@@ -195,7 +195,7 @@ def check_prior_config(recipe: Recipe) -> None:
     from stage2_prior.model.causal_lm import make_config
     from stage2_prior.vocabulary import Vocabulary
 
-    grids = image_tokenizer_grids(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
+    grids = grids_of_config(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
     make_config(recipe.prior, Vocabulary(grids=grids, class_names=None, token_fingerprint=""), recipe.prior_training.order != "raster")
 
 

@@ -56,9 +56,10 @@ def check_tokenizer_has_ids(recipe: Recipe, folder: Path | None) -> None:
         recipe: its tokenizer section is checked, unless it takes the tokenizer from another folder (tokens.tokenizer).
         folder: folder of the tokenizer, whose config.json is checked too. None if the tokenizer is not trained yet.
     """
-    if recipe.tokens.tokenizer is None and recipe.tokenizer.quantizer in CONTINUOUS_QUANTIZERS:
-        raise InputError(f"tokenizer.quantizer is {recipe.tokenizer.quantizer!r}, whose latents are continuous. Token shards and priors need "
-                         f"discrete ids. Set it to one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
+    for level in recipe.tokenizer.levels.values() if recipe.tokens.tokenizer is None else ():
+        if not level.has_ids:
+            raise InputError(f"{level.SECTION}.quantizer is {level.quantizer!r}, whose latents are continuous. Token shards and priors need "
+                             f"discrete ids. Set it to one of: {', '.join(DISCRETE_QUANTIZERS)}. (train-tokenizer and reconstruct work without ids.)")
     if folder is not None and not grids_of_tokenizer(folder):
         raise InputError(f"The tokenizer in {folder} has no ids, so there are no tokens. Set tokens.tokenizer to a tokenizer with ids.")
 

@@ -111,7 +111,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         ("tokens per image", f"{tokens['count']} of {format_codes(tokens['codebook_size'])}, {tokens['bits_per_image']:.0f} bits"),
         ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
                                        f"{format_image_count(tokenizer)})"),
-        ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
+        *((f"{name}codebook, validation", f"{tokenizer[f'codebook_usage{suffix}']:.1%} used, perplexity {tokenizer[f'perplexity{suffix}']:.0f}")
+          for name, suffix in codebook_names(tokens["codebook_size"])),
         ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,}"
                               f"{format_image_count(prior)})"),
     ]
@@ -122,6 +123,11 @@ def summary_table(summary: dict[str, Any]) -> str:
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def codebook_names(codebook_size: int | dict[str, int]) -> list[tuple[str, str]]:
+    """For each grid, the words before "codebook" in the table, and the end of the names of its metrics. Both are empty for a single grid."""
+    return [("", "")] if isinstance(codebook_size, int) else [(f"{name} ", f"_{name}") for name in codebook_size]
 
 
 def format_codes(codebook_size: int | dict[str, int]) -> str:

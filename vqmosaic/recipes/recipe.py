@@ -1,6 +1,7 @@
 """The recipe of a run: all its sections. The constructor checks combinations of fields. Loads no torch."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from vqmosaic.recipes.tokenizer_sections import (
     TokenizerConfig,
     TokenizerTrainingConfig,
     check_discriminator_fits,
-    token_grid,
+    token_grids,
 )
 from vqmosaic.recipes.view_lists import check_shifts_fit
 
@@ -67,7 +68,7 @@ class Recipe:
                                  "file or folder, or give a link to it.")
         if not self.run_dir:
             raise InputError("run_dir is empty; set it to a folder for this run, such as runs/my-run.")
-        token_grid("data.image_size", self.data.image_size, self.tokenizer, fewest=2)
+        token_grids("data.image_size", self.data.image_size, self.tokenizer, fewest=2)
         training = self.tokenizer_training
         if self.adversarial.weight and training.mixed_precision == "fp16":
             raise InputError("tokenizer_training.mixed_precision is 'fp16' and adversarial.weight is not 0, but balancing the two losses "
@@ -85,8 +86,9 @@ class Recipe:
             field_name = "data.flip" if self.data.flip else "tokens.views"
             raise InputError(f"{field_name} mirrors images, but data.source is 'digits', and mirroring changes the meaning of digits. Turn it off.")
         has_own_tokens = self.tokens.tokenizer is None and self.prior_training.tokens is None  # otherwise stage_checks.py checks the given tokens
-        if has_own_tokens and self.sampling.top_k > self.tokenizer.codebook_size:
-            raise InputError(f"sampling.top_k is {self.sampling.top_k}, but tokenizer.codebook_size is {self.tokenizer.codebook_size}; "
+        largest = max(self.tokenizer.levels.values(), key=lambda level: level.codebook_size)
+        if has_own_tokens and self.sampling.top_k > largest.codebook_size:
+            raise InputError(f"sampling.top_k is {self.sampling.top_k}, but {largest.SECTION}.codebook_size is {largest.codebook_size}; "
                              "set sampling.top_k to at most the codebook size, or to 0 to turn it off.")
         if self.prior_training.order != "raster" and self.prior.architecture != "grid_transformer":
             raise InputError(f"prior_training.order is {self.prior_training.order!r}, but prior.architecture is {self.prior.architecture!r}, which "
@@ -107,15 +109,10 @@ class Recipe:
                              "class labels. Set sampling.guidance_scale to 1.")
 
     @property
-    def grid_sides(self) -> tuple[int, int]:
-        """Height and width of the token grid of one image."""
-        return token_grid("data.image_size", self.data.image_size, self.tokenizer)
-
-    @property
     def num_tokens(self) -> int:
         """Number of tokens T of one image."""
-        height, width = self.grid_sides
-        return height * width * self.tokenizer.depth
+        sides = token_grids("data.image_size", self.data.image_size, self.tokenizer)
+        return sum(math.prod(sides[name]) * level.depth for name, level in self.tokenizer.levels.items())
 
     @property
     def tokens_folder(self) -> Path:

@@ -31,6 +31,9 @@ PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", 
 """Fields that may hold a path. data.path may also be the name of a data set, and resume may be auto or never."""
 SHIPPED_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
+OPEN_FIELDS = ("prior.options", "tokenizer.top")
+"""Fields that are mappings. Their entries can be set by dotted names too, such as prior.options.hidden_act."""
+
 MAX_LISTED_RUNS = 12
 """Largest number of run folders in an error message."""
 
@@ -73,7 +76,7 @@ def section_names() -> list[str]:
 
 
 def field_names() -> dict[str, bool]:
-    """Dotted names of all fields and sections of a recipe. The value is True for sections, and for prior.options, which takes any entries."""
+    """Dotted names of all fields and sections of a recipe. The value is True for sections, and for mappings (OPEN_FIELDS)."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
     names.update({entry.name: True for entry in dataclasses.fields(Recipe) if entry.name not in names})
     return names
@@ -265,7 +268,8 @@ def fit_to_data(values: jsonargparse.Namespace, path: Path, overrides: list[str]
     """Set the fields that neither the recipe file nor an override sets, with the rules of fields_from_data.py."""
     if not values["fit_to_data"] and values["minutes"] is None:
         return
-    overridden = {option[2:].partition("=")[0] for option in overrides if option.startswith("--")}
+    options = [option[2:].partition("=")[0] for option in overrides if option.startswith("--")]
+    overridden = {open_field(name) or name for name in options}
     given = overridden | set(leaf_names(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
     recorded = recorded_fields(values["run_dir"], redo_stage)
     if "minutes" in overridden:  # a new budget: divide it again
@@ -284,8 +288,8 @@ def has_gpu() -> bool:
 
 
 def check_field_name(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
-    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of prior.options."""
-    if name in known or name.startswith("prior.options."):
+    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of a mapping."""
+    if name in known or open_field(name) is not None:
         return
     nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
     hint = f" Did you mean {nearest}?" if nearest else ""
@@ -297,12 +301,17 @@ def check_field_name(name: str, known: dict[str, bool], given_as: str, other_opt
     raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
 
 
+def open_field(name: str) -> str | None:
+    """The field whose entry a dotted name is, such as prior.options for prior.options.hidden_act; None for other names."""
+    return next((field for field in OPEN_FIELDS if name.startswith(f"{field}.")), None)
+
+
 def leaf_names(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves of nested mappings. prior.options is one leaf."""
+    """Dotted names of the leaves of nested mappings. A field that is a mapping is one leaf."""
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = name not in known or (known[name] and name != "prior.options")
+        is_section = name not in known or (known[name] and name not in OPEN_FIELDS)
         names += leaf_names(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
     return names
 
