@@ -169,8 +169,8 @@ def test_alarm_names_the_level_that_collapsed(collapsed, other, tmp_path, monkey
           tokenizer_training__max_steps=2, tokenizer_training__usage_alarm=0.4)
     out = capsys.readouterr().out
     usage, section = ("6.2%", "tokenizer.top") if collapsed == "top" else ("3.1%", "tokenizer")
-    assert f"only {usage} of the codebook of level {collapsed} is in use at step 2. Remedies: a smaller {section}.codebook_size" in out
-    assert f"of level {other} is in use" not in out and f"{usage} of the {collapsed} codebook used" in out
+    assert f"only {usage} of the {collapsed} codebook is in use at step 2. Remedies: a smaller {section}.codebook_size" in out
+    assert f"of the {other} codebook is in use" not in out and f"{usage} of the {collapsed} codebook used" in out
 
 
 # --- training ----------------------------------------------------------------------------------------------------------------

@@ -50,43 +50,34 @@ def codebook_metrics(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float
     return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy)) / levels}
 
 
+def metric_suffixes(tokenizer: TrainableTokenizer) -> dict[str, str]:
+    """For each grid with ids, the end of the names of its metrics: "_top" and "_bottom", or nothing if there is only one codebook."""
+    names = [name for name, quantizer in tokenizer.quantizers.items() if quantizer.has_ids]
+    return {name: f"_{name}" if len(names) > 1 else "" for name in names}
+
+
 def describe_usage(metrics: Mapping[str, Any], tokenizer: TrainableTokenizer) -> str:
     """Text about codebook usage and perplexity in validation metrics, for a line of the log. Empty without ids."""
-    if "perplexity" not in metrics:
-        return ""
-    parts = []
-    for name in tokenizer.level_sides:
-        suffix = suffix_of(name, tokenizer)
-        if f"perplexity{suffix}" in metrics:
-            usage, perplexity = metrics[f"codebook_usage{suffix}"], metrics[f"perplexity{suffix}"]
-            parts.append(f", {usage:.1%} of the {f'{name} ' if suffix else ''}codebook used, perplexity {perplexity:.0f}")
-    return "".join(parts)
-
-
-def suffix_of(name: str, tokenizer: TrainableTokenizer) -> str:
-    """The end of the names of a level's metrics: "_top", or nothing if the tokenizer has only one codebook."""
-    return f"_{name}" if sum(quantizer.has_ids for quantizer in tokenizer.quantizers.values()) > 1 else ""
+    return "".join(f", {metrics[f'codebook_usage{suffix}']:.1%} of the {f'{name} ' if suffix else ''}codebook used, "
+                   f"perplexity {metrics[f'perplexity{suffix}']:.0f}" for name, suffix in metric_suffixes(tokenizer).items())
 
 
 def low_codebook_usage_warnings(metrics: Mapping[str, Any], tokenizer: TrainableTokenizer, alarm: float) -> dict[str, str]:
-    """Warnings by level, for each level of which the validation with these metrics used few of the codes that its images could use.
+    """Warnings by grid name, for each codebook of which the validation with these metrics used few of the codes that its images could use.
 
     Args:
         alarm: the fraction of the possible codes below which there is a warning (tokenizer_training.usage_alarm).
     """
     warnings = {}
-    for name, (height, width) in tokenizer.level_sides.items():
-        level, suffix = tokenizer.config.levels[name], suffix_of(name, tokenizer)
-        vectors = metrics["images"] * height * width
-        possible = 1 - math.exp(-vectors / level.codebook_size)  # expected share of codes hit if all are equally likely
-        usage = metrics.get(f"codebook_usage{suffix}", 1.0)
-        if not level.has_ids or usage >= alarm * possible:
+    for name, suffix in metric_suffixes(tokenizer).items():
+        level, (height, width) = tokenizer.config.levels[name], tokenizer.level_sides[name]
+        possible = 1 - math.exp(-metrics["images"] * height * width / level.codebook_size)  # expected share of codes hit if all are equally likely
+        usage, section = metrics.get(f"codebook_usage{suffix}", 1.0), level.SECTION
+        if usage >= alarm * possible:
             continue
-        section = level.SECTION
         remedies = {"fsq": "", "gumbel": f"a higher {section}.entropy_weight, ", "lfq": f"a higher {section}.entropy_weight, ",
                     "ibq": f"a lower {section}.entropy_weight, a higher {section}.revival_threshold, "}
         others = f"a smaller {section}.code_dim, {section}.l2_normalize true, a higher {section}.revival_threshold, "
-        warnings[name] = (f"warning: only {usage:.1%} of the codebook{f' of level {name}' if suffix else ''} is in use at step "
-                          f"{metrics['step']:,}. Remedies: a smaller {section}.codebook_size, {remedies.get(level.quantizer, others)}"
-                          "longer training, more data.")
+        warnings[name] = (f"warning: only {usage:.1%} of the {f'{name} ' if suffix else ''}codebook is in use at step {metrics['step']:,}. "
+                          f"Remedies: a smaller {section}.codebook_size, {remedies.get(level.quantizer, others)}longer training, more data.")
     return warnings

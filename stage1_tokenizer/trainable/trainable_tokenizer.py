@@ -7,7 +7,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -51,17 +51,15 @@ class TokenizerOutput:
 
 class TrainableTokenizer(Tokenizer):
     """Base class of tokenizers with a TokenizerConfig. A subclass defines `quantizers`, `quantize`, `latents`, `decode_latents`, `networks`,
-    `network_config` and KIND.
-
-    Its constructor takes (config, transform, class_names, seed). The main decoder is the attribute `decoder`.
+    `network_config`, `decoder`, which makes the images, and a constructor (config, transform, class_names, seed).
     """
 
-    KIND: str
+    KIND: ClassVar[str]
     """`tokenizer.kind` in a recipe."""
     config: TokenizerConfig
     decoder: Decoder
 
-    def __init__(self, config: TokenizerConfig, transform: ImageTransform, class_names: list[str] | None = None, seed: int = 0):
+    def __init__(self, config: TokenizerConfig, transform: ImageTransform, class_names: list[str] | None = None):
         super().__init__(transform, class_names)
         if config.kind != self.KIND:
             raise InputError(f"tokenizer.kind is {config.kind!r}; {type(self).__name__} needs {self.KIND!r}.")
