@@ -1,12 +1,13 @@
 """The recipe of a run: all its sections. The constructor checks combinations of fields. Loads no torch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vqmosaic.errors import InputError, check_range, printable
+from vqmosaic.errors import InputError, check_name, check_range, printable
+from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import height_and_width
 from vqmosaic.recipes.recipe_sections import (
@@ -25,6 +26,11 @@ from vqmosaic.recipes.tokenizer_sections import (
     token_grid,
 )
 from vqmosaic.recipes.view_lists import check_shifts_fit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 @dataclass(kw_only=True)
@@ -62,18 +68,20 @@ class Recipe:
             check_range("minutes", self.minutes, above=0)
         check_range("seed", self.seed, at_least=0, below=2**63)
         for each in recipe_fields(self):
-            if isinstance(each.value, str) and any("\ud800" <= character <= "\udfff" for character in each.value):
-                raise InputError(f"{each.name} is '{printable(each.value)}', which is not UTF-8, so recipe.yaml cannot store it. Rename the "
-                                 "file or folder, or give a link to it.")
+            texts = [each.value] if isinstance(each.value, str) else strings_in(each.value) if each.omit_if_default else []
+            for text in texts:
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise InputError(f"{each.name} is '{printable(text)}', which is not UTF-8, so recipe.yaml cannot store it. Rename the file or "
+                                     "folder, or give a link to it.")
         if not self.run_dir:
             raise InputError("run_dir is empty; set it to a folder for this run, such as runs/my-run.")
-        token_grid("data.image_size", self.data.image_size, self.tokenizer, fewest=2)
+        token_grid("data.image_size" if self.data.derived is None else "the size of its images", self.data.final_size, self.tokenizer, fewest=2)
         training = self.tokenizer_training
         if self.adversarial.weight and training.mixed_precision == "fp16":
             raise InputError("tokenizer_training.mixed_precision is 'fp16' and adversarial.weight is not 0, but balancing the two losses "
                              "overflows in fp16. Set mixed_precision to auto, bf16 or no.")
         if self.adversarial.weight:
-            check_discriminator_fits(self.data.image_size, self.adversarial.layers)
+            check_discriminator_fits(self.data.final_size, self.adversarial.layers)
         if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0, so there is no "
                              "discriminator. Set adversarial.weight above 0, or perceptual_loss to lpips.")
@@ -105,11 +113,14 @@ class Recipe:
         if self.sampling.guidance_scale != 1 and not self.data.use_labels:
             raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but data.use_labels is false, and guidance needs "
                              "class labels. Set sampling.guidance_scale to 1.")
+        for condition in self.data.given_conditions:
+            if not condition.is_caption and condition.tokenizer is None:
+                condition_recipe(self, condition)  # raises InputError if its tokenizer could not be trained
 
     @property
     def grid_sides(self) -> tuple[int, int]:
         """Height and width of the token grid of one image."""
-        return token_grid("data.image_size", self.data.image_size, self.tokenizer)
+        return token_grid("data.image_size", self.data.final_size, self.tokenizer)
 
     @property
     def num_tokens(self) -> int:
@@ -131,6 +142,13 @@ class RecipeField:
     value: Any
     default: Any
     change_policy: str
+    omit_if_default: bool = False
+    """Whether files omit the field while it has its default value, as those of versions before this field do."""
+
+    @property
+    def is_omitted(self) -> bool:
+        """Whether files omit the field."""
+        return self.omit_if_default and self.value == self.default
 
 
 def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
@@ -140,9 +158,44 @@ def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
         if dataclasses.is_dataclass(value):
             for inner in dataclasses.fields(value):
                 yield RecipeField(f"{entry.name}.{inner.name}", getattr(value, inner.name), field_default(inner),
-                                  inner.metadata.get("change_policy", "same"))
+                                  inner.metadata.get("change_policy", "same"), inner.metadata.get("omit_if_default", False))
         else:
             yield RecipeField(entry.name, value, field_default(entry), entry.metadata.get("change_policy", "same"))
+
+
+def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
+    """The recipe of the tokenizer of an image condition, a run of its own in <run_dir>/conditions/<name>.
+
+    It is the recipe's tokenizer with the changes of `network` and `training`. Not inherited: initial weights, the discriminator and the perceptual
+    loss, which are for images.
+
+    Raises InputError, which names the condition, if the tokenizer does not fit its images.
+    """
+    entry = f"data.conditions ({condition.name})"
+    training = dataclasses.replace(recipe.tokenizer_training, init_from=None, train_parts="all", perceptual_weight=0.0, resume="auto")
+    try:
+        return Recipe(run_dir=str(Path(recipe.run_dir) / "conditions" / condition.name), seed=recipe.seed,
+                      data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()),
+                      tokenizer=_with_changes(recipe.tokenizer, condition.network, f"{entry}.network"),
+                      tokenizer_training=_with_changes(training, condition.training, f"{entry}.training"))
+    except InputError as error:
+        raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "
+                         f"tokenizer_training in {entry}.training.") from None
+
+
+def _with_changes(section: Section, changes: Mapping[str, Any], entry: str) -> Section:
+    for name in changes:
+        check_name(f"{entry}: a field", name, [each.name for each in dataclasses.fields(section)])
+    return dataclasses.replace(section, **changes)
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield the strings in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from strings_in(inner)
 
 
 def field_default(entry: dataclasses.Field) -> Any:
