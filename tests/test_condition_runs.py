@@ -139,9 +139,9 @@ def test_images_without_a_pair_or_a_caption_are_skipped(trained):
 
 
 def test_too_many_images_without_a_pair_stop_the_run(run, folders):
-    recipe = recipe_of(run, folders, data__max_unreadable=0.01)
+    recipe = recipe_of(run, folders, data__max_unreadable=0)
     delete_stages_from(recipe, "tokens")
-    with pytest.raises(InputError, match=r"images are unreadable, more than data\.max_unreadable = 0\.01 allows"):
+    with pytest.raises(InputError, match=r"images are unreadable, more than data\.max_unreadable = 0 allows"):
         preprocess(recipe)
 
 
@@ -250,7 +250,19 @@ def test_the_chain_is_checked_before_it_starts(tmp_path, folders):
     with pytest.raises(InputError, match="batch_size is 15, which is not divisible by 2 processes"):
         changed = conditions(folders, edges={"training": {"batch_size": 15}})
         check_chain(tiny_recipe(tmp_path / "run", **fields(folders, data__conditions=changed)), 2, None)
+    with pytest.raises(InputError, match=r"images are unreadable, more than data\.max_unreadable"):
+        check_chain(tiny_recipe(tmp_path / "run", **fields(folders, data__max_unreadable=0)), 1, None)
+    with pytest.raises(InputError, match=r"\(text\): no image .* has a caption"):
+        changed = json.dumps([{"name": "text", "kind": "caption", "length": 9}])
+        check_chain(tiny_recipe(tmp_path / "run", **fields(folders, data__path=folders / "maps", data__conditions=changed)), 1, None)
     assert not (tmp_path / "run").exists()
+
+
+def test_tokenizers_of_conditions_do_not_encode_the_images(trained, folders, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", **fields(folders, data__channels=1, data__conditions="[]",
+                                                    tokens__tokenizer=trained / "conditions/edges/tokenizer"))
+    with pytest.raises(InputError, match=r"encodes images that are computed from others \(edges\)"):
+        preprocess(recipe)
 
 
 def test_a_grown_budget_needs_new_tokens(run, folders):
