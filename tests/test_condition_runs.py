@@ -37,6 +37,7 @@ from vqmosaic.runs.interruption import Interrupted
 
 PER_SHARD = 8
 NO_PAIR, BAD_PAIR, NO_CAPTION = "cat/003.png", "dog/004.png", "dog/006.png"
+VIEWS = [{}, {"flip": True, "shift": [2, 0]}, {"crop_scale": 0.75, "position": "top-left"}]
 GIVEN = ("low", "edges", "maps", "text")
 
 
@@ -68,9 +69,9 @@ def conditions(folders: Path, **changes: dict) -> str:
 
 
 def fields(folders: Path, **changes: object) -> dict[str, object]:
-    return {"data__source": "folder", "data__path": folders / "photos", "data__validation_fraction": 0.25, "data__max_unreadable": 0.2,
+    return {"data__source": "folder", "data__path": folders / "photos", "data__validation_fraction": 0.25, "data__max_unreadable": 0.4,
             "data__channels": 3, "data__conditions": conditions(folders), "tokens__images_per_shard": PER_SHARD, "tokens__batch_size": 8,
-            "tokens__views": "flip+shifts", "tokenizer_training__max_steps": 2, **changes}
+            "tokens__views": json.dumps(VIEWS), "tokenizer_training__max_steps": 2, **changes}
 
 
 def train_tokenizers(recipe: Recipe) -> None:

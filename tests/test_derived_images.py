@@ -70,7 +70,9 @@ def test_float_images_give_the_same_result_as_8_bits(derived):
 @pytest.mark.parametrize("derived", KINDS, ids=lambda derived: derived["kind"])
 def test_flipping_commutes_with_derivation(derived):
     view = View(flip=True)
-    assert np.array_equal(derived_image(flip_and_shift(photo(), view), derived), flip_and_shift(derived_image(photo(), derived), view))
+    flipped = [derived_image(flip_and_shift(photo(), view), derived), flip_and_shift(derived_image(photo(), derived), view)]
+    difference = np.abs(flipped[0].astype(int) - flipped[1]).max()
+    assert difference <= (1 if derived == EDGES else 0), "edges are sums of fractions, which round differently in another order"
 
 
 def test_canny_needs_its_package(monkeypatch):

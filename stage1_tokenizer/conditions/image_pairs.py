@@ -84,7 +84,7 @@ def paired_splits(splits: ImageSplits, data: DataConfig) -> ImageSplits:
     Raises InputError if a split has no pair.
     """
     assert data.derived is not None
-    sources, notes = {}, list(splits.notes)
+    sources, notes = {}, []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         pairs = ImagePairs(source, data.derived["path"], data.derived.get("channels"), data)
         if not pairs.indices:

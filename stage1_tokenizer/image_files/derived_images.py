@@ -23,7 +23,8 @@ def derived_image(pixels_HWC: np.ndarray, derived: Mapping[str, Any]) -> np.ndar
     where there are none; sobel is the gradient magnitude of the grey image, where a step from black to white is white, and canny marks thin lines.
     """
     if derived["kind"] == "low_resolution":
-        return _as_type(area_mean(_as_numbers(pixels_HWC), derived["factor"]), pixels_HWC.dtype)
+        means = area_mean(pixels_HWC.astype(np.float64), derived["factor"])  # of 8-bit values, exact sums: the same for a mirrored image
+        return means.astype(np.float32) if pixels_HWC.dtype == np.float32 else np.rint(means).astype(np.uint8)
     grey_HW = grey(_as_numbers(pixels_HWC))
     if derived["kind"] == "edges":
         grey_HW = sobel_edges(grey_HW) if derived["method"] == "sobel" else canny_edges(grey_HW)
