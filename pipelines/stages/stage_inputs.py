@@ -9,6 +9,7 @@ from pathlib import Path
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.digests import fingerprint_of_weights
+from stage2_prior.recipe_vocabulary import token_inputs
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError
@@ -69,8 +70,7 @@ def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
         return {"tokenizer": token_fingerprint_of_tokenizer(tokenizer_folder(recipe))}
     if stage == "prior":
         folder = recipe.tokens_folder
-        return {"tokens": TokenShardManifest.load(folder / "train").fingerprint,
-                "validation tokens": TokenShardManifest.load(folder / "validation").fingerprint}
+        return token_inputs(recipe, TokenShardManifest.load(folder / "train"), TokenShardManifest.load(folder / "validation"))
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
         vocabulary_of_prior(prior)  # raises InputError if there is no prior

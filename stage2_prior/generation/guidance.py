@@ -48,8 +48,8 @@ def segment_scales(vocabulary: Vocabulary, guidance_scale: float, given_scales: 
     names, given_scales = [segment.name for segment in guided_segments(vocabulary)], given_scales or {}
     for name, scale in given_scales.items():
         if name not in names:
-            raise InputError(f"segment_guidance has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")
-        check_range(f"segment_guidance[{name!r}]", scale, at_least=0)
+            raise InputError(f"The guidance by segment has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")
+        check_range(f"the guidance of segment {name!r}", scale, at_least=0)
     scales = [float(given_scales.get(name, guidance_scale)) for name in names]
     for level in needed_levels(scales)[:-1]:
         if not vocabulary.is_trained(level):
