@@ -48,7 +48,7 @@ def text_names(manifest: TokenShardManifest) -> list[str]:
 
 def drop_rates(recipe: Recipe) -> dict[str, float]:
     """Segment name -> drop rate, of data.conditions and prior_training.drop_rates, which takes precedence. Rates of 0 are left out."""
-    rates = {condition.name: condition.drop_rate for condition in recipe.data.conditions} | recipe.prior_training.drop_rates
+    rates = {condition.name: condition.drop_rate for condition in recipe.data.given_conditions} | recipe.prior_training.drop_rates
     return {name: rate for name, rate in rates.items() if rate}
 
 

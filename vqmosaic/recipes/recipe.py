@@ -1,12 +1,13 @@
 """The recipe of a run: all its sections. The constructor checks combinations of fields. Loads no torch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from vqmosaic.errors import InputError, check_range, printable
+from vqmosaic.errors import InputError, check_name, check_range, printable
+from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import height_and_width
 from vqmosaic.recipes.recipe_sections import (
@@ -25,6 +26,11 @@ from vqmosaic.recipes.tokenizer_sections import (
     token_grid,
 )
 from vqmosaic.recipes.view_lists import check_shifts_fit
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Section = TypeVar("Section", bound="DataclassInstance")
 
 
 @dataclass(kw_only=True)
@@ -62,18 +68,20 @@ class Recipe:
             check_range("minutes", self.minutes, above=0)
         check_range("seed", self.seed, at_least=0, below=2**63)
         for each in recipe_fields(self):
-            if isinstance(each.value, str) and any("\ud800" <= character <= "\udfff" for character in each.value):
-                raise InputError(f"{each.name} is '{printable(each.value)}', which is not UTF-8, so recipe.yaml cannot store it. Rename the "
-                                 "file or folder, or give a link to it.")
+            texts = [each.value] if isinstance(each.value, str) else strings_in(each.value) if each.omit_if_default else []
+            for text in texts:
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise InputError(f"{each.name} is '{printable(text)}', which is not UTF-8, so recipe.yaml cannot store it. Rename the file or "
+                                     "folder, or give a link to it.")
         if not self.run_dir:
             raise InputError("run_dir is empty; set it to a folder for this run, such as runs/my-run.")
-        token_grid("data.image_size", self.data.image_size, self.tokenizer, fewest=2)
+        token_grid("data.image_size" if self.data.derived is None else "the size of its images", self.data.final_size, self.tokenizer, fewest=2)
         training = self.tokenizer_training
         if self.adversarial.weight and training.mixed_precision == "fp16":
             raise InputError("tokenizer_training.mixed_precision is 'fp16' and adversarial.weight is not 0, but balancing the two losses "
                              "overflows in fp16. Set mixed_precision to auto, bf16 or no.")
         if self.adversarial.weight:
-            check_discriminator_fits(self.data.image_size, self.adversarial.layers)
+            check_discriminator_fits(self.data.final_size, self.adversarial.layers)
         if training.perceptual_weight and training.perceptual_loss == "discriminator_features" and not self.adversarial.weight:
             raise InputError("tokenizer_training.perceptual_loss is 'discriminator_features', but adversarial.weight is 0, so there is no "
                              "discriminator. Set adversarial.weight above 0, or perceptual_loss to lpips.")
@@ -99,18 +107,21 @@ class Recipe:
             raise InputError(f"sampling.steps is {self.sampling.steps}, but an image has {self.num_tokens} tokens; set it to at most this number, "
                              "or to null for one token in each pass.")
         self.check_guidance()
+        for condition in self.data.given_conditions:
+            if not condition.is_caption and condition.tokenizer is None:
+                condition_recipe(self, condition)  # raises InputError if its tokenizer could not be trained
 
     def check_guidance(self) -> None:
         """Raise InputError for guidance that the prior of this recipe cannot learn. With conditions, the vocabulary of the tokens decides."""
         training, sampling, has_own_tokens = self.prior_training, self.sampling, self.prior_training.tokens is None
-        names = list(dict.fromkeys(["class", *(condition.name for condition in self.data.conditions), *(training.given or [])]))
+        names = list(dict.fromkeys(["class", *(condition.name for condition in self.data.given_conditions), *(training.given or [])]))
         for field_name, given in (("sampling.guidance", sampling.guidance), ("prior_training.drop_rates", training.drop_rates)):
             if has_own_tokens and (unknown := [name for name in given if name not in names]):
                 raise InputError(f"{field_name} has {', '.join(unknown)}; the given segments of this recipe are: {', '.join(names)}.")
         if not sampling.is_guided:
             return
         setting = f"sampling.guidance_scale is {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else "sampling.guidance is set"
-        if training.label_drop == 0 and not training.drop_rates and not any(condition.drop_rate for condition in self.data.conditions):
+        if training.label_drop == 0 and not training.drop_rates and not any(condition.drop_rate for condition in self.data.given_conditions):
             raise InputError(f"{setting}, but prior_training.label_drop is 0, so the prior does not learn the null class that guidance needs. Set "
                              "prior_training.label_drop to 0.1, or sampling.guidance_scale to 1.")
         if not self.data.use_labels and has_own_tokens and len(names) == 1:
@@ -119,7 +130,7 @@ class Recipe:
     @property
     def grid_sides(self) -> tuple[int, int]:
         """Height and width of the token grid of one image."""
-        return token_grid("data.image_size", self.data.image_size, self.tokenizer)
+        return token_grid("data.image_size", self.data.final_size, self.tokenizer)
 
     @property
     def num_tokens(self) -> int:
@@ -141,6 +152,13 @@ class RecipeField:
     value: Any
     default: Any
     change_policy: str
+    omit_if_default: bool = False
+    """Whether files omit the field while it has its default value, as those of versions before this field do."""
+
+    @property
+    def is_omitted(self) -> bool:
+        """Whether files omit the field."""
+        return self.omit_if_default and self.value == self.default
 
 
 def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
@@ -150,9 +168,44 @@ def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
         if dataclasses.is_dataclass(value):
             for inner in dataclasses.fields(value):
                 yield RecipeField(f"{entry.name}.{inner.name}", getattr(value, inner.name), field_default(inner),
-                                  inner.metadata.get("change_policy", "same"))
+                                  inner.metadata.get("change_policy", "same"), inner.metadata.get("omit_if_default", False))
         else:
             yield RecipeField(entry.name, value, field_default(entry), entry.metadata.get("change_policy", "same"))
+
+
+def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
+    """The recipe of the tokenizer of an image condition, a run of its own in <run_dir>/conditions/<name>.
+
+    It is the recipe's tokenizer with the changes of `network` and `training`. Not inherited: initial weights, the discriminator and the perceptual
+    loss, which are for images.
+
+    Raises InputError, which names the condition, if the tokenizer does not fit its images.
+    """
+    entry = f"data.conditions ({condition.name})"
+    training = dataclasses.replace(recipe.tokenizer_training, init_from=None, train_parts="all", perceptual_weight=0.0, resume="auto")
+    try:
+        return Recipe(run_dir=str(Path(recipe.run_dir) / "conditions" / condition.name), seed=recipe.seed,
+                      data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()),
+                      tokenizer=_with_changes(recipe.tokenizer, condition.network, f"{entry}.network"),
+                      tokenizer_training=_with_changes(training, condition.training, f"{entry}.training"))
+    except InputError as error:
+        raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "
+                         f"tokenizer_training in {entry}.training.") from None
+
+
+def _with_changes(section: Section, changes: Mapping[str, Any], entry: str) -> Section:
+    for name in changes:
+        check_name(f"{entry}: a field", name, [each.name for each in dataclasses.fields(section)])
+    return dataclasses.replace(section, **changes)
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Yield the strings in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from strings_in(inner)
 
 
 def field_default(entry: dataclasses.Field) -> Any:

@@ -164,7 +164,12 @@ def field_help(section: type) -> dict[str, str]:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML. load_recipe reads an equal recipe from it. Comments at the top give the version and the working directory."""
     comments = f"{VERSION_COMMENT}{__version__}\n{WORKING_DIRECTORY_COMMENT}{json.dumps(os.getcwd())}\n"
-    write_bytes(path, f"{comments}{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
+    content = dataclasses.asdict(recipe)
+    for field in recipe_fields(recipe):
+        if field.is_omitted:
+            section, _, name = field.name.partition(".")
+            del content[section][name]
+    write_bytes(path, f"{comments}{yaml.safe_dump(content, sort_keys=False)}".encode())
 
 
 def recorded_path_overrides(path: Path) -> list[str]:

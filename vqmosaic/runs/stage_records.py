@@ -67,7 +67,7 @@ def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, s
                  exported_step: int | None = None) -> None:
     """Record that a stage starts or has finished with this recipe and these inputs."""
     save_recipe(recipe, run.recipe)  # here and not in the command line, so that it also happens under a user's own launcher
-    fields = {name: field.value for name, field in fields_read(recipe, stage).items()}
+    fields = {name: field.value for name, field in fields_read(recipe, stage).items() if not field.is_omitted}
     write_json(run.record(stage), {"stage": stage, "finished": finished, VERSION_FIELD: __version__, "fields": fields, "inputs": inputs,
                                    "seconds": round(seconds, 2), "exported_step": exported_step,
                                    "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
