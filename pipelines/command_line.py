@@ -165,8 +165,9 @@ def generate(command: str, arguments: list[str]) -> int:
     add_sampling_options(parser, "default: recommended by the bundle")
     options = parser.parse_args(arguments)
 
-    from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
+    from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
     from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
+    from pipelines.labels import classes_from_text
     from pipelines.stages.stage_checks import check_can_write
 
     folder = find_pipeline(options.pipeline)

@@ -21,6 +21,8 @@ from vqmosaic.files.fingerprints import check_same_tokens
 
 PRIOR_NAME = re.compile(r"prior(_[2-9])?")
 """Names of the folders of priors in a pipeline: prior, prior_2 and so on."""
+BYTES_FINGERPRINT = "text:bytes"
+"""The token fingerprint of texts whose ids are the bytes of UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class PipelineParts:
 
     @classmethod
     def in_folder(cls, folder: Path, content: Mapping[str, Any]) -> "PipelineParts":
-        """The parts in a pipeline folder, according to the content of its pipeline.json. Raises InputError for names of priors that are not allowed."""
+        """The parts in a pipeline folder, according to the content of its pipeline.json. Raises InputError for names that are not allowed."""
         names, path = content.get("priors", ["prior"]), folder / "pipeline.json"
         if not isinstance(names, list) or not names or not all(isinstance(name, str) and PRIOR_NAME.fullmatch(name) for name in names):
             raise InputError(f"{path}: priors is {names!r}; it must be a list of the folders prior, prior_2 and so on. Bundle the pipeline again.")
@@ -62,6 +64,11 @@ class PipelineParts:
         conditions = {f"condition_{name}": fingerprint_of_condition(folder) for name, folder in self.conditions.items()}
         return {"tokens": token_fingerprint_of_tokenizer(self.tokenizer), "tokenizer": full_fingerprint_of_tokenizer(self.tokenizer),
                 **priors, **conditions}
+
+    def used_by(self, vocabulary: ChainVocabulary) -> "PipelineParts":
+        """The same parts without tokenizers of conditions that the priors are not given."""
+        names = [condition.name for condition in vocabulary.conditions]
+        return PipelineParts(self.tokenizer, self.priors, {name: self.conditions[name] for name in names if name in self.conditions})
 
     def check(self) -> ChainVocabulary:
         """The vocabulary of the priors. Raises InputError unless all parts exist and belong together."""
@@ -96,12 +103,12 @@ def check_condition(condition: Condition, vocabulary: ChainVocabulary, folder: P
     """Raise InputError unless the folder has the tokenizer that made the ids of a condition."""
     name, expected = condition.name, vocabulary.token_fingerprints.get(condition.name)
     if isinstance(condition, GivenText):
-        if expected in (None, BYTES_FINGERPRINT):
+        if is_bytes(condition):
             return
         if folder is None:
             raise InputError(f"the prior is given the text {name!r}, whose ids come from a tokenizer of transformers. Give its folder with "
                              f"--condition {name}=FOLDER.")
-        check_same_tokens(fingerprint_of_condition(folder), folder, expected, f"the text {name!r} of the prior")
+        check_same_tokens(fingerprint_of_condition(folder), folder, str(expected), f"the text {name!r} of the prior")
         return
     if folder is None:
         raise InputError(f"the prior is given the grid {name!r}, so the pipeline needs the tokenizer that made its ids. Give its folder with "
@@ -110,6 +117,16 @@ def check_condition(condition: Condition, vocabulary: ChainVocabulary, folder: P
     if len(grids) != 1:
         raise InputError(f"{folder} has the grids {describe_grids(grids) or 'none'}; the tokenizer of a condition must have one grid.")
     check_same_tokens(token_fingerprint_of_tokenizer(folder), folder, str(expected), f"the condition {name!r} of the prior")
+
+
+def is_bytes(text: GivenText) -> bool:
+    """Whether the ids of a text are the bytes of UTF-8. True if its tokenizer is not known."""
+    return text.token_fingerprint in (None, BYTES_FINGERPRINT)
+
+
+def fingerprint_of_condition(folder: Path) -> str:
+    """The token fingerprint of a condition's tokenizer: that of images, or a tokenizer of transformers for texts."""
+    return token_fingerprint_of_tokenizer(folder)
 
 
 def condition_records(vocabulary: ChainVocabulary, conditions: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -71,7 +71,8 @@ class ChainVocabulary:
                     continue
                 earlier = found.setdefault(condition.name, condition)
                 if dataclasses.replace(earlier, drop_rate=0.0) != dataclasses.replace(condition, drop_rate=0.0):
-                    raise InputError(f"{name} and an earlier prior have different conditions named {condition.name!r}. Train them on the same tokens.")
+                    raise InputError(f"{name} and an earlier prior have different conditions named {condition.name!r}. Train both on the same "
+                                     "tokens.")
                 if condition.drop_rate < earlier.drop_rate:
                     found[condition.name] = condition
             drawn |= {grid.name for grid in vocabulary.grids}

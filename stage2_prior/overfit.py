@@ -57,8 +57,8 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
     prior = dataclasses.replace(recipe.prior, dropout=0.0, options=recipe.prior.options | dict.fromkeys(dropouts, 0.0))
     training = recipe.prior_training
     training = dataclasses.replace(
-        training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, drop_rates={}, weight_ema_decay=0.0,
-        learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
+        training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, drop_rates={},
+        weight_ema_decay=0.0, learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
         final_learning_rate=1.0, resume="never", trackers=[])
     sampling = recipe.sampling.unguided()  # guidance is an error without label drop
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)

@@ -192,14 +192,14 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
     image_sides, grids = pipe.tokenizer.transform.sides, pipe.tokenizer.grids
-    why = pipe.prior.vocabulary.why_unguided()
+    why = pipe.vocabulary.why_unguided()
     unguided = why and f"Off, because the prior {why}."
     style = ["pixels", "below-label"]
 
     with Page(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{format_shape(image_sides)} pixels, "
                     f"{format_grids(grids)} tokens of {' and '.join(str(grid.codebook_size) for grid in grids)} codes, "
-                    f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
+                    f"a prior of {sum(prior.num_parameters for prior in pipe.chain.priors):,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from pipelines.bundle import usable_device
-from pipelines.generate import ImageGenerationPipeline, tokenizer_batch_size
+from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.image_folders.sample_folder import (
     GRID_NAME,
@@ -80,7 +81,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
 
         if pipe is not None:
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
-            batches = pipe.batches(samples.labels, samples.num, samples.seed, output_type="np", callback=on_token,
+            batches = pipe.batches(samples.labels, samples.num, samples.seed, prompt=samples.prompt, output_type="np", callback=on_token,
                                    skip=lambda positions: complete.issuperset(samples.names[position] for position in positions))
             try:
                 for batch in batches:
@@ -105,7 +106,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
         count = min(len(first_batch.images), COMPARED_IMAGES)
         try:
             classes = first_batch.class_indices and first_batch.class_indices[:count]
-            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes)
+            given_ids = {name: ids_Bn[:count] for name, ids_Bn in first_batch.given_ids.items()}
+            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes, given_ids)
             print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (measured on {count} images)")
         except torch.OutOfMemoryError:
             print(f"the logits in {samples.dtype} were not compared with those in float32: both priors together do not fit in memory")

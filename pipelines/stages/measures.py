@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipelines.bundle import evenly_spaced_classes
 from pipelines.generate import ImageGenerationPipeline
+from pipelines.labels import evenly_spaced_classes
 from stage1_tokenizer.data.digits_source import load_scans
 from stage1_tokenizer.image_files.channels import colour_channels
 from token_shards import TokenShardReader

@@ -1,6 +1,5 @@
 """Draws samples.png and reconstructions.png of a finished run, collects its measures for summary.json, and formats them as a text table."""
 
-import dataclasses
 import math
 import platform
 from importlib.metadata import version
@@ -10,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.bundle import evenly_spaced_classes
+from pipelines.decoded_images import tokenizer_batch_size
 from pipelines.doctor import processor_name
-from pipelines.generate import ImageGenerationPipeline, tokenizer_batch_size
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.measures import DigitsClassifier, measure_generation
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
@@ -61,7 +61,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
         "tokenizer_export": recipe.tokenizer_training.export,
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
-        "sampling": dataclasses.asdict(pipe.sampling),
+        "sampling": pipe.sampling.to_dict(),
         "generation": measure_generation(pipe, reader, recipe.seed, classifier),
         **({"classifier_accuracy_on_held_out_scans": classifier.accuracy} if classifier else {}),
         "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipelines.bundle import evenly_spaced_classes
-from pipelines.generate import decode_in_batches
+from pipelines.decoded_images import decode_in_batches
+from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import tokenizer_folder
 from stage1_tokenizer.image_files.images import to_uint8

@@ -23,12 +23,14 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipelines.bundle import part_fingerprints, recommend, usable_device
-from pipelines.generate import ImageGenerationPipeline, decode_in_batches
+from pipelines.bundle import read_bundle, recommend, usable_device
+from pipelines.decoded_images import decode_in_batches
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.pipeline_parts import PipelineParts
 from pipelines.sweep.feature_extractors import FeatureExtractor, FeatureNetwork, load_feature_extractor
 from pipelines.sweep.random_subset import RandomSubset
 from pipelines.sweep.sweep_plan import SweepRequest, containing_folder
-from pipelines.sweep.sweep_record import SETTING_NAMES, SweepRecord, format_settings, ranking_table, read_sweep, varying_settings
+from pipelines.sweep.sweep_record import SweepRecord, format_settings, ranking_table, read_sweep, setting_names, varying_settings
 from stage1_tokenizer.data.data_location import image_files
 from stage1_tokenizer.data.folder_source import FolderSource, class_name
 from stage1_tokenizer.data.image_batches import ValidationImages
@@ -122,7 +124,7 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
     real = ValidationImages(source, transform, cache_megabytes=0)
     counts, classes_text = class_counts(pipe.class_names, labelled, request.images)
     recorded_real = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
-    setup = {"pipeline": part_fingerprints(request.folder / "tokenizer", request.folder / "prior"),
+    setup = {"pipeline": PipelineParts.in_folder(request.folder, read_bundle(request.folder)).fingerprints(),
              "features": {**request.features.to_dict(), "count": extractor.num_features},
              "real": {**comparable_identity(source, recorded_real), "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
@@ -183,11 +185,11 @@ def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, cl
     for start in range(0, request.images, request.batch_size):
         batch = slice(start, start + request.batch_size)
         try:
-            ids_BT = pipe.prior.sample(None if classes is None else classes[batch], sampling, seeds[batch],
-                                       callback=lambda done, total: not stop.signal)
+            ids = pipe.sample_ids(None if classes is None else classes[batch], sampling, seeds[batch],
+                                  callback=lambda done, total: not stop.signal)
         except SamplingStopped:
             return
-        yield from decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))
+        yield from decode_in_batches(pipe.tokenizer, ids)
 
 
 def until_stopped(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:
@@ -212,7 +214,7 @@ def report_and_recommend(request: SweepRequest, record: SweepRecord) -> None:
         names = varying_settings([record.settings_of(result) for result in ranked])
         print(f"the kernel distance ranks another combination first: {format_settings(record.settings_of(by_kernel), names)}")
     best = record.settings_of(ranked[0])
-    settings = format_settings(best, SETTING_NAMES)
+    settings = format_settings(best, setting_names([best]))
     if request.keep:
         print(f"best: {settings}\n--keep: the recommended settings in {request.folder / 'pipeline.json'} were not changed")
         return

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.bundle import check_sampling_fits, find_pipeline, naming_options, read_bundle, recommended_sampling
+from pipelines.pipeline_parts import PipelineParts
 from pipelines.stages.stage_checks import check_can_write
-from pipelines.stages.stage_inputs import vocabulary_of_prior
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from pipelines.sweep.sweep_record import read_sweep
 from stage1_tokenizer.data.data_location import check_data_path
@@ -95,10 +95,12 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     folder = find_pipeline(options.pipeline)
     for name, least in (("images", 2), ("seed", 0), ("batch_size", 1)):
         check_range(f"--{name}", getattr(options, name), at_least=least)
-    vocabulary = vocabulary_of_prior(folder / "prior")
+    content = read_bundle(folder)
+    parts = PipelineParts.in_folder(folder, content)
+    vocabulary = parts.vocabulary()
     can_be_guided = vocabulary.why_unguided() is None
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
-    base = recommended_sampling(folder, read_bundle(folder))
+    base = recommended_sampling(folder, content)
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power has no effect, because sampling.guidance_schedule of this pipeline is {base.guidance_schedule!r}. Only "
                          "power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")
@@ -107,7 +109,7 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     with naming_options(sweepable_fields()):
         combinations = combine(base, given or (GUIDANCE_GRID if can_be_guided else TEMPERATURE_GRID))
         for sampling in combinations:
-            check_sampling_fits(sampling, vocabulary, folder / "prior")
+            check_sampling_fits(sampling, vocabulary, parts.priors)
     record = options.out or containing_folder(folder) / RECORD_NAME
     if record.is_dir():
         raise InputError(f"--out is {str(record)!r}, which is a folder; give the path of a JSON file.")

@@ -31,11 +31,6 @@ def place(default: Any) -> Any:
     return field(default=default, metadata={"change_policy": "place"})
 
 
-def optional(default_factory: Any = lambda: None) -> Any:
-    """A field that files omit while it has its default value, as those of versions before this field do."""
-    return field(default_factory=default_factory, metadata={"omit_if_default": True})
-
-
 def as_integer(name: str, given: Any) -> int:
     """The argument as an int; numpy and torch integers are accepted. Raises InputError for text, booleans, fractions and anything else."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.data_section import DataConfig as DataConfig  # re-exported
-from vqmosaic.recipes.field_types import budget, check_types, checked_names, checked_numbers, optional, unrecorded
+from vqmosaic.recipes.field_types import budget, check_types, checked_names, checked_numbers, unrecorded
 from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
 from vqmosaic.recipes.sampling_section import SamplingConfig as SamplingConfig  # re-exported
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
@@ -192,13 +192,13 @@ class PriorTrainingConfig(TrainingConfig):
     tokens: str | None = unrecorded(None)
     """A folder of token shards from another run or source; null uses this run's tokens/."""
     label_drop: float = 0.1
-    """Fraction of the samples whose class, and all other given segments, are replaced by null ids. Guidance needs this; 0 makes guidance impossible."""
-    drop_rates: dict[str, float] = optional(dict)
+    """Fraction of the samples whose class is replaced by the null class, and all other given segments by null ids. Guidance needs this."""
+    drop_rates: dict[str, float] = field(default_factory=dict, metadata={"omit_if_default": True})
     """Fraction of the samples in which a given segment is dropped independently of the others, by name: the class (class), or a condition, whose rate
     in data.conditions it replaces. Guidance by segment, and sampling without a segment, need this."""
-    given: list[str] | None = optional()
+    given: list[str] | None = field(default=None, metadata={"omit_if_default": True})
     """Names of the grids and texts that are given to the prior; null: the conditions of the tokens."""
-    drawn: list[str] | None = optional()
+    drawn: list[str] | None = field(default=None, metadata={"omit_if_default": True})
     """Names of the grids that the prior draws; null: all grids that are not given. For several priors that draw one grid each."""
     token_noise: float = 0.0
     """Fraction of the input tokens replaced by random codes in training. The targets stay unchanged. It delays overfitting to few images."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
-from vqmosaic.recipes.field_types import check_types, checked_numbers, optional
+from vqmosaic.recipes.field_types import check_types, checked_numbers
 
 DRAWING_ORDERS = ("raster", "random", "spread", "confidence")
 STEP_SCHEDULES = ("cosine", "arccos", "linear")
@@ -23,7 +23,7 @@ class SamplingConfig:
 
     guidance_scale: float = slider(1.0, 0, 10, 0.1)
     """Classifier-free guidance: logits = null + scale * (conditional - null); 1 turns it off."""
-    guidance: dict[str, float] = optional(dict)
+    guidance: dict[str, float] = field(default_factory=dict, metadata={"omit_if_default": True})
     """Guidance scales of given segments by name, such as {low: 2.0}, in place of guidance_scale. The names are class and those of the conditions."""
     guidance_schedule: str = "constant"
     """Scale at token t: 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1). The functions f are constant (1), linear (p), cosine
