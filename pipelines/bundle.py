@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.pipeline_parts import PipelineParts, condition_records
+from pipelines.pipeline_parts import PipelineParts, condition_records, copy_condition
 from pipelines.stages.stage_inputs import predicts_in_any_order
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.digests import DIGESTS_NAME, check_digests, write_digests
@@ -83,7 +83,7 @@ def make_bundle(tokenizer: Path, prior: Path | Sequence[Path], out: Path, sampli
                 write_digests(partial / name)
         for name, folder in parts.conditions.items():
             (partial / "conditions").mkdir(exist_ok=True)
-            copy_folder(folder, partial / "conditions" / name)
+            copy_condition(folder, partial / "conditions" / name)
         write_json(partial / "pipeline.json", {
             "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary.class_names,
             "token_fingerprint": vocabulary.token_fingerprint, "sampling": sampling.to_dict(),

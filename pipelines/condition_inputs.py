@@ -9,7 +9,7 @@ import torch
 from pipelines.decoded_images import tokenizer_batch_size
 from pipelines.pipeline_parts import is_bytes
 from pipelines.prompts import TextEncoder
-from stage1_tokenizer.image_files.images import ImageTransform, as_batches
+from stage1_tokenizer.image_files.images import as_batches
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary, describe_conditions
 from stage2_prior.segments import GivenText
@@ -87,7 +87,7 @@ class ConditionInputs:
     def encode_images(self, name: str, images: Any) -> torch.Tensor:
         """The ids (N, n) of images of a condition, such as images at low resolution. They are resized to the size of the condition."""
         tokenizer = self.tokenizers[name]
-        transform = own_transform(tokenizer.transform)
+        transform = tokenizer.transform.without_derivation
         try:
             parts = [tokenizer.join_tokens(tokenizer.encode(images_BCHW.to(tokenizer.device))).cpu()
                      for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size))]
@@ -139,7 +139,7 @@ class ConditionInputs:
 
     def kind_of(self, name: str) -> str:
         """The kind of an image condition, such as low_resolution. Images that are not derived from the image itself are paired."""
-        derived = getattr(self.tokenizers[name].transform, "derived", None)
+        derived = self.tokenizers[name].transform.derived
         return "paired_folder" if derived is None else str(derived["kind"])
 
     def image_for(self, task: str) -> str:
@@ -153,8 +153,3 @@ class ConditionInputs:
             raise InputError(f"{task}: this pipeline takes several such images: {', '.join(names)}. Call the pipeline with a dict, such as "
                              f"image={{{names[0]!r}: ...}}.")
         return names[0]
-
-
-def own_transform(transform: ImageTransform) -> ImageTransform:
-    """The transform of a condition for images that already are conditions, such as edges: without the step that derives them from an image."""
-    return getattr(transform, "without_derivation", transform)

@@ -4,25 +4,26 @@ Checks that they belong together by their fingerprints. Does not load torch.
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines.stages.stage_inputs import full_fingerprint_of_tokenizer, token_fingerprint_of_tokenizer, vocabulary_of_prior
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
+from stage1_tokenizer.conditions.text_tokenizer import BYTES_FINGERPRINT, text_fingerprint, tokenizer_files
+from stage1_tokenizer.tokenizer_config import is_tokenizer, read_tokenizer_config
 from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.digests import fingerprint_of_weights
 from stage2_prior.segments import Condition, GivenText
 from token_shards.manifest import Grid, describe_grids
 from vqmosaic.errors import InputError
+from vqmosaic.files.durable_files import copy_folder
 from vqmosaic.files.fingerprints import check_same_tokens
 
 PRIOR_NAME = re.compile(r"prior(_[2-9])?")
 """Names of the folders of priors in a pipeline: prior, prior_2 and so on."""
-BYTES_FINGERPRINT = "text:bytes"
-"""The token fingerprint of texts whose ids are the bytes of UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,17 @@ def is_bytes(text: GivenText) -> bool:
 
 def fingerprint_of_condition(folder: Path) -> str:
     """The token fingerprint of a condition's tokenizer: that of images, or a tokenizer of transformers for texts."""
-    return token_fingerprint_of_tokenizer(folder)
+    return token_fingerprint_of_tokenizer(folder) if is_tokenizer(folder) else text_fingerprint(folder)
+
+
+def copy_condition(source: Path, target: Path) -> None:
+    """Copy the tokenizer of a condition. Of a folder of transformers only the files of the tokenizer, because it may hold a whole model."""
+    if is_tokenizer(source):
+        copy_folder(source, target)
+        return
+    target.mkdir(parents=True)
+    for path in tokenizer_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def condition_records(vocabulary: ChainVocabulary, conditions: Mapping[str, Path]) -> list[dict[str, Any]]:

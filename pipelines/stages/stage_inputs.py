@@ -6,7 +6,7 @@ tokenizer whose ids it generates. The full fingerprint covers all weights, inclu
 
 from pathlib import Path
 
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
+from stage1_tokenizer.tokenizer_config import is_tokenizer, read_tokenizer_config
 from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.digests import fingerprint_of_weights
 from stage2_prior.recipe_vocabulary import token_inputs
@@ -24,6 +24,19 @@ DISCRETE_QUANTIZERS = tuple(name for name in QUANTIZER_NAMES if name not in CONT
 def tokenizer_folder(recipe: Recipe) -> Path:
     """The folder of the tokenizer used in preprocessing: tokens.tokenizer of the recipe, or the tokenizer of this run."""
     return Path(recipe.tokens.tokenizer or Path(recipe.run_dir) / "tokenizer")
+
+
+def condition_folders(recipe: Recipe) -> dict[str, Path]:
+    """Name of a condition -> the folder of its tokenizer: a given one, or that of this run. Captions whose ids are bytes have none."""
+    folders = {}
+    for condition in recipe.data.given_conditions:
+        if condition.is_caption:
+            given = condition.text_tokenizer
+        else:
+            given = condition.tokenizer or str(Path(recipe.run_dir) / "conditions" / condition.name / "tokenizer")
+        if given is not None:
+            folders[condition.name] = Path(given).expanduser()
+    return folders
 
 
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
@@ -74,6 +87,7 @@ def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
         vocabulary_of_prior(prior)  # raises InputError if there is no prior
-        return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer),
-                "prior": fingerprint_of_weights(prior)}
+        conditions = {f"condition {name}": token_fingerprint_of_tokenizer(folder) for name, folder in condition_folders(recipe).items()
+                      if (folder / "config.json").is_file() and is_tokenizer(folder)}
+        return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer), "prior": fingerprint_of_weights(prior), **conditions}
     return {}
