@@ -35,3 +35,8 @@ class TextEncoder:
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt is {str(texts)[:100]!r}; give a text, or a list of texts.")
         return torch.from_numpy(np.stack([text_ids(self.tokenizer, text, self.condition.num_tokens) for text in texts]))
+
+    def texts(self, ids_Nn: torch.Tensor) -> list[str]:
+        """The texts of ids (N, n), without padding. Dropped texts (ids -1) are empty."""
+        rows = [[each for each in row if 0 <= each < self.condition.text_ids] for row in ids_Nn.tolist()]
+        return [self.tokenizer.decode(row) for row in rows]

@@ -72,7 +72,8 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     model = prepare_prior(prior, training, run)
     tokens = reader.read(range(images))  # in shuffled order: the first stored images may all be of one class
     ids, given = TokenColumns(reader, vocabulary).split(tokens.ids_BT)
-    conditions = [(label, *row) for label, row in zip(tokens.labels_B.tolist(), given.tolist(), strict=True)]
+    labels = tokens.labels_B.tolist()
+    conditions = [(label, *row) for label, row in zip(labels, given.tolist(), strict=True)] if vocabulary.conditions else labels
     irreducible_nll = conditional_entropy(ids.tolist(), conditions) / vocabulary.num_tokens
     goal = irreducible_nll + NLL_MARGIN
     run.report.table("overfit test", {

@@ -8,6 +8,7 @@ from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.passes import UNKNOWN
 from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import derive_seed
 
@@ -18,6 +19,11 @@ class PriorChain:
     def __init__(self, priors: Sequence[TokenPrior], names: Sequence[str] = ()):
         self.priors = list(priors)
         self.vocabulary = ChainVocabulary([prior.vocabulary for prior in priors], names)
+
+    @property
+    def vocabularies(self) -> Sequence[Vocabulary]:
+        """The vocabulary of each prior."""
+        return self.vocabulary.vocabularies
 
     @property
     def any_order(self) -> bool:
