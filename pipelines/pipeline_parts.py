@@ -140,6 +140,22 @@ def copy_condition(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
+def find_conditions(given: Sequence[str], priors: Sequence[Path]) -> dict[str, Path]:
+    """Name of a condition -> the folder of its tokenizer, from options NAME=FOLDER and, for the others, from the run folders of the priors."""
+    found = {}
+    for prior in priors:
+        for config in sorted(prior.parent.glob("conditions/*/tokenizer/config.json")):
+            found.setdefault(config.parent.parent.name, config.parent)
+    for option in given:
+        name, _, folder = option.partition("=")
+        if not name or not folder:
+            raise InputError(f"--condition is {option!r}; give the name of a condition and a folder, such as low=runs/NAME/conditions/low/tokenizer.")
+        found[name] = Path(folder).expanduser()
+        if not found[name].is_dir():
+            raise InputError(f"--condition {option}: {folder} is not a folder.")
+    return found
+
+
 def condition_records(vocabulary: ChainVocabulary, conditions: Mapping[str, Path]) -> list[dict[str, Any]]:
     """The records of the conditions for pipeline.json: name, and kind of the image or text."""
     records = []

@@ -177,6 +177,15 @@ def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
                          "Give another --out, or delete them.")
 
 
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Hex sha256 over the paths, sizes and modification times of files. Detects changes without reading the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 def make_folder(out: Path) -> None:
     """Create the output folder. Raises InputError if this fails."""
     try:

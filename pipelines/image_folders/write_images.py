@@ -5,7 +5,6 @@ The PNG files are for viewing. They have 8 bits per channel, with data.value_ran
 Both commands keep at most one batch in memory and continue after an interruption.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipelines.image_folders.sample_folder import (
     GRID_NAME,
     SampleFolder,
     check_no_unrecorded_files,
+    digest_of_files,
     files_in,
     make_folder,
     reconstruction_names,
@@ -200,15 +200,6 @@ def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: di
     write_json(record, {"request": request, "files": sorted(new_files | old_files if is_same_tokenizer else new_files)})
 
 
-def digest_of_files(paths: Sequence[Path]) -> str:
-    """Hex sha256 over the paths, sizes and modification times of files. Detects changes without reading the files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 def grid_rows(count: int, columns: int, size: ImageSize, rows_each: int = 1) -> list[range]:
     """The positions of the images in each row of a grid of `count` images, with `columns` images of this size per row.
 
@@ -219,13 +210,14 @@ def grid_rows(count: int, columns: int, size: ImageSize, rows_each: int = 1) -> 
     return [range(start, min(start + min(columns, most_columns), count)) for start in starts]
 
 
-def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
-    """Save rows of images, which are arrays (H, W, C) or files, as one picture."""
+def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path, channels: int | None = None) -> None:
+    """Save rows of images, which are arrays (H, W, C) or files, as one picture. With `channels`, grey ones are repeated to this number."""
     def read_pixels(image: Path | np.ndarray) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return image
         with Image.open(image) as picture:
-            return np.array(picture).reshape(picture.height, picture.width, -1)
+            pixels_HWC = np.array(picture).reshape(picture.height, picture.width, -1)
+        return np.repeat(pixels_HWC, channels, axis=-1) if channels is not None and pixels_HWC.shape[-1] == 1 else pixels_HWC
 
     arrays = [np.stack([read_pixels(image) for image in row]) for row in rows]
     save_picture(tile_images(arrays, viewing_scale(arrays[0].shape[1:3])), path)

@@ -79,9 +79,9 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
                              f"Leave it out, or run the remaining stages one by one: {commands}.")
     for field, names in (("prior_training.drawn", recipe.prior_training.drawn), ("prior_training.given", recipe.prior_training.given)):
         if names is not None:
-            raise InputError(f"{field} is {names}, but `vqmosaic run` trains one prior that is given the conditions of the recipe and draws all grids of "
-                             "the tokenizer. Leave it out, or run the stages one by one: train-tokenizer, preprocess, train-prior for each prior, and "
-                             "bundle with several --prior.")
+            raise InputError(f"{field} is {names}, but `vqmosaic run` trains one prior, which is given the conditions of the recipe and draws all "
+                             "grids of the tokenizer. Leave it out, or run the stages one by one: train-tokenizer, preprocess, train-prior for each "
+                             "prior, and bundle with several --prior.")
     check_guidance_of_chain(recipe)
     actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
     check_stages_fit(recipe, actions)
