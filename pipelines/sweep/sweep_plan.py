@@ -13,6 +13,7 @@ from pipelines.stages.stage_checks import check_can_write
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from pipelines.sweep.sweep_record import read_sweep
 from stage1_tokenizer.data.data_location import check_data_path
+from token_shards.manifest import MANIFEST_NAME
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 from vqmosaic.recipes.field_types import required_type
@@ -40,6 +41,8 @@ class SweepRequest:
     """The data set of the run, or None if it is not known. Its validation images are the reference, and its labels give the class proportions."""
     real: Path | None
     """A folder of real images to use as the reference instead."""
+    conditions: Path | None = None
+    """The token shards with the conditions of validation images, for a prior that is given more than the class. None for others."""
     record: Path
     """The JSON file to which each result is added as soon as it is available."""
     images: int = DEFAULT_IMAGES
@@ -119,7 +122,8 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
         check_can_write("the pipeline", folder)
     return SweepRequest(
         folder=folder, combinations=combinations, features=resolve_feature_file(options.features, options.features_model),
-        data=find_data(folder, options, overrides), real=options.real, record=record, images=options.images, seed=options.seed,
+        data=find_data(folder, options, overrides), real=options.real, record=record,
+        conditions=find_conditions(folder, options, overrides) if vocabulary.conditions else None, images=options.images, seed=options.seed,
         batch_size=options.batch_size, keep=options.keep, dry_run=options.dry_run, device=options.device, dtype=options.dtype)
 
 
@@ -140,6 +144,17 @@ def parse_values(name: str, kind: type, text: str) -> tuple[Any, ...]:
 def combine(base: SamplingConfig, values: dict[str, tuple[Any, ...]]) -> list[SamplingConfig]:
     """All combinations of the values, with the other settings from `base`. The last name varies fastest."""
     return [dataclasses.replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+
+
+def find_conditions(folder: Path, options: argparse.Namespace, overrides: list[str]) -> Path:
+    """The validation shards of the given recipe or of the run that contains a pipeline folder. Raises InputError if there are none."""
+    run = containing_folder(folder)
+    recipe = options.recipe if options.recipe is not None else str(run) if (run / "recipe.yaml").is_file() else None
+    tokens = (run / "tokens" if recipe is None else load_recipe(recipe, overrides).tokens_folder) / "validation"
+    if not (tokens / MANIFEST_NAME).is_file():
+        raise InputError(f"the prior of {folder} is given more than the class, so sweep needs the conditions of validation images, but {tokens} has "
+                         "no token shards. Give a run folder with its tokens, or --recipe with the recipe of such a run.")
+    return tokens
 
 
 def find_data(folder: Path, options: argparse.Namespace, overrides: list[str]) -> DataConfig | None:
