@@ -10,11 +10,12 @@ from pipelines.image_commands import generate, reconstruct, translate, upscale
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.given_paths import given_path
+from vqmosaic.recipes.recipe import recipe_of_condition
 from vqmosaic.recipes.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.launch import exit_code_of, exit_process, find_accelerate_config, processes_to_start, run_stage
 from vqmosaic.runs.process_settings import set_up_process
-from vqmosaic.runs.run_folder import STAGES
+from vqmosaic.runs.run_folder import REDO_STAGES, main_stage
 
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
 
@@ -25,7 +26,9 @@ def recipe_command_parser(command: str) -> Parser:
                     add_help=False, usage=f"vqmosaic {command} RECIPE [options] [--section.field value ...]")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes; default: 1, or the number in the configuration")
     parser.add_argument("--accelerate_config", metavar="FILE", help="Accelerate configuration to launch with: a file or a shipped name")
-    parser.add_argument("--redo", metavar="STAGE", help=f"delete and rerun this stage ({', '.join(STAGES)}) and all later ones")
+    parser.add_argument("--redo", metavar="STAGE", help=f"delete and rerun this stage ({', '.join(REDO_STAGES)}) and all later ones")
+    if command == "train-tokenizer":
+        parser.add_argument("--condition", metavar="NAME", help="train the tokenizer of this condition (data.conditions), not that of the images")
     if command == "train-prior":
         parser.add_argument("--overfit", type=int, metavar="N", help="only check that the prior can memorize N images; takes about a minute")
     return parser
@@ -50,8 +53,12 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
-        check_name("--redo", options.redo, STAGES)
-    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, options.redo)
+        check_name("--redo", options.redo, REDO_STAGES)
+    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, main_stage(options.redo))
+    if getattr(options, "condition", None) is not None:
+        options.recipe = recipe_of_condition(options.recipe, options.condition)
+        if options.redo is not None:
+            check_name("--redo (with --condition)", options.redo, ("tokenizer",))
     if options.accelerate_config is not None:
         options.accelerate_config = str(find_accelerate_config(options.accelerate_config))
     options.processes = processes_to_start(options.processes, options.accelerate_config)
@@ -76,10 +83,10 @@ def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path
     from pipelines.stages.chain import delete_stages_from, record_recipe
     from pipelines.stages.stage_checks import check_before_start
 
-    if options.redo is not None and STAGES.index(options.redo) < STAGES.index(stage):
+    if options.redo is not None and REDO_STAGES.index(options.redo) < REDO_STAGES.index(stage):
         raise InputError(f"--redo {options.redo} would delete the input of {command}. Give --redo {stage}, or rerun all stages with "
                          f"`vqmosaic run RECIPE --redo {options.redo}`.")
-    check_before_start(options.recipe, stage, options.processes, redo=options.redo)
+    check_before_start(options.recipe, stage, options.processes, redo=main_stage(options.redo))
     delete_stages_from(options.recipe, options.redo)
     return record_recipe(options.recipe)
 

@@ -52,14 +52,6 @@ def drop_rates(recipe: Recipe) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if rate}
 
 
-def token_inputs(recipe: Recipe, train: TokenShardManifest, validation: TokenShardManifest) -> dict[str, str]:
-    """The inputs of the prior's training, as name -> fingerprint. With conditions, also their drop rates, which the section data may set."""
-    inputs = {"tokens": train.fingerprint, "validation tokens": validation.fingerprint}
-    if train.conditions:
-        inputs["drop rates"] = ", ".join(f"{name} {rate:g}" for name, rate in sorted(drop_rates(recipe).items())) or "none"
-    return inputs
-
-
 def describe_given(vocabulary: Vocabulary) -> str:
     """The given segments and the drawn grids as text for the plan, such as "low (4 x 4 of 64 codes, dropped in 10 %)"."""
     def described(condition: Condition) -> str:

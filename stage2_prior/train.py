@@ -28,7 +28,7 @@ from stage2_prior.prior_setup import (
     time_and_loss_of_one_step,
     uniform_loss,
 )
-from stage2_prior.recipe_vocabulary import describe_given, token_inputs, vocabulary_of_recipe
+from stage2_prior.recipe_vocabulary import describe_given, vocabulary_of_recipe
 from stage2_prior.stored_images import count_stored_images
 from stage2_prior.token_batches import (
     VALIDATION_RULE,
@@ -82,7 +82,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
     folder = recipe.tokens_folder
     reader = TokenShardReader(folder / "train", recipe.seed, training.window_shards)
     held_out = TokenShardReader(folder / "validation", token_fingerprint=reader.manifest.token_fingerprint)
-    inputs = token_inputs(recipe, reader.manifest, held_out.manifest)
+    inputs = {"tokens": reader.manifest.fingerprint, "validation tokens": held_out.manifest.fingerprint}
     if finished_already(run, inputs):
         return
 

@@ -4,7 +4,9 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+from pipelines.stages.condition_tokenizers import check_given_tokenizers, check_not_stale
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerprints, token_fingerprint_of_tokenizer, tokenizer_folder
+from stage1_tokenizer.conditions.condition_checks import check_condition_data
 from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
@@ -16,9 +18,9 @@ from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid, TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
-from vqmosaic.recipes.recipe import Recipe, check_batch_split
+from vqmosaic.recipes.recipe import Recipe, check_batch_split, condition_recipes
 from vqmosaic.recipes.recipe_sections import DataConfig
-from vqmosaic.runs.run_folder import STAGES, RunFolder
+from vqmosaic.runs.run_folder import STAGES, RunFolder, main_stage
 from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import CheckpointFolder
 from vqmosaic.training.tracking import check_trackers
@@ -42,8 +44,10 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
     check_can_write("run_dir", run.root)
-    if stage in ("tokenizer", "tokens") and check_data_path(recipe.data) == "folder":
-        check_outside_of_data(run.root, recipe.data)
+    if stage in ("tokenizer", "tokens"):
+        if check_data_path(recipe.data) == "folder":
+            check_outside_of_data(run.root, recipe.data)
+        check_condition_data(recipe.data)
     if stage == "tokens":
         check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
@@ -83,22 +87,30 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
                              "grids of the tokenizer. Leave it out, or run the stages one by one: train-tokenizer, preprocess, train-prior for each "
                              "prior, and bundle with several --prior.")
     check_guidance_of_chain(recipe)
-    actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
-    check_stages_fit(recipe, actions)
+    main_redo = main_stage(redo)
+    actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=main_redo) for stage in STAGES}
+    check_given_tokenizers(recipe)
+    inner_redo = "tokenizer" if redo in ("tokenizer", "conditions") else None
+    of_conditions = {name: check_before_start(each, "tokenizer", processes, alone=False, redo=inner_redo)
+                     for name, each in condition_recipes(recipe).items()}
+    check_stages_fit(recipe, actions, of_conditions)
     check_no_stale_stage(recipe, actions)
+    check_not_stale(recipe, of_conditions, actions["tokens"])
     if actions["prior"] != "skip":
         check_prior_config(recipe)
 
 
-def check_stages_fit(recipe: Recipe, actions: dict[str, str]) -> None:
+def check_stages_fit(recipe: Recipe, actions: dict[str, str], of_conditions: dict[str, str]) -> None:
     """Raise InputError if the result of a finished stage has changed since the next stage was made from it.
 
     Args:
         actions: the result of check_before_start for each stage.
+        of_conditions: the result of check_before_start for the tokenizer of each condition that the run trains.
     """
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
-        if actions[stage] not in ("skip", "compare"):
+        unfinished = {actions[stage], *(of_conditions.values() if stage == "tokenizer" else ())} - {"skip", "compare"}
+        if unfinished:
             return  # later stages are checked when this stage is finished
         if actions[following] != "start":
             decide_action(run, recipe, following, input_fingerprints(recipe, following))  # raises InputError if the inputs differ

@@ -1,12 +1,13 @@
 """What a data set holds for the conditions of a recipe: the paired images and captions of each split."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stage1_tokenizer.conditions.captions import Captions
 from stage1_tokenizer.conditions.image_pairs import ImagePairs
 from stage1_tokenizer.data.image_sources import ImageSource
+from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.recipe_sections import DataConfig
 
@@ -43,6 +44,21 @@ def open_condition_data(data: DataConfig, source: ImageSource, split: str) -> li
         else:
             opened.append(ConditionData(config))
     return opened
+
+
+def check_complete(conditions: Iterable[ConditionData], index: int) -> None:
+    """Raise UnreadableImage, with the reason, if an image has no pair or no caption."""
+    for condition in conditions:
+        if reason := condition.missing(index):
+            raise UnreadableImage(f"{reason} (condition {condition.config.name!r})")
+
+
+def check_readable(conditions: Sequence[ConditionData], index: int) -> None:
+    """Raise UnreadableImage, with the reason, if an image has no pair or caption, or if its pair cannot be read."""
+    check_complete(conditions, index)
+    for condition in conditions:
+        if condition.pairs is not None:
+            condition.pairs.read(index)
 
 
 def identities(conditions: Sequence[ConditionData]) -> dict[str, dict[str, Any]]:

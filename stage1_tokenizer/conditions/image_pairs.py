@@ -45,7 +45,7 @@ class ImagePairs:
 
     def missing(self, index: int) -> str | None:
         """The reason why the image has no pair, or None if it has one."""
-        return None if self._names[index] is not None else f"it has no pair in {printable(self.path)}"
+        return None if self._names[index] is not None else "it has no pair"
 
     def read(self, index: int) -> Image.Image | FloatImage:
         """The paired image. Raises UnreadableImage with the reason."""
@@ -94,4 +94,4 @@ def paired_splits(splits: ImageSplits, data: DataConfig) -> ImageSplits:
         if lacking:
             notes.append(f"{split}: {counted(lacking, 'image')} {is_or_are(lacking)} not used, because there is no pair")
         sources[split] = pairs.as_source(source)
-    return dataclasses.replace(splits, **sources, notes=tuple(notes))
+    return dataclasses.replace(splits, train=sources["train"], validation=sources["validation"], notes=tuple(notes))

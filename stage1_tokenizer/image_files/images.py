@@ -9,7 +9,7 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from stage1_tokenizer.image_files.read_images import read_image
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, flip_and_shift
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.conditions import DERIVED_KINDS, checked_derivation, derived_channels
+from vqmosaic.recipes.conditions import DERIVED_KINDS, checked_derivation
 from vqmosaic.recipes.image_sizes import ImageSize, checked_image_size, height_and_width
 from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
 from vqmosaic.recipes.recipe_sections import DataConfig
@@ -63,13 +63,7 @@ class ImageTransform:
     @classmethod
     def from_recipe(cls, data: DataConfig) -> "ImageTransform":
         """The transform of a recipe. With data.derived, that of the images that are made from those of the data set."""
-        value_range, derived = cast("tuple[float, float] | None", data.value_range), data.derived
-        if derived is None:
-            return cls(data.image_size, data.channels, value_range)
-        channels = derived_channels(data.channels, derived)
-        if derived["kind"] not in DERIVED_KINDS:  # images of their own, with 8 bits
-            return cls(data.image_size, channels)
-        return cls(data.final_size, channels, value_range, {**derived, **({} if channels == data.channels else {"channels": data.channels})})
+        return cls.from_dict(data.transform_config)
 
     @functools.cached_property
     def base(self) -> "ImageTransform":

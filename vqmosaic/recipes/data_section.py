@@ -4,7 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
-from vqmosaic.recipes.conditions import ConditionConfig, checked_derivation, derived_size, read_conditions
+from vqmosaic.recipes.conditions import (
+    DERIVED_KINDS,
+    ConditionConfig,
+    checked_derivation,
+    derived_channels,
+    derived_size,
+    read_conditions,
+)
 from vqmosaic.recipes.field_types import check_types, place, unrecorded
 from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
 from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
@@ -97,6 +104,19 @@ class DataConfig:
     def given_conditions(self) -> list[ConditionConfig]:
         """The conditions as objects, with the defaults of the fields that their records omit."""
         return [ConditionConfig(**record) for record in self.conditions]
+
+    @property
+    def transform_config(self) -> dict[str, Any]:
+        """The image transform that follows from these fields, as in config.json of a tokenizer."""
+        derived, value_range = self.derived, self.value_range
+        content: dict[str, Any] = {"image_size": self.final_size, "channels": derived_channels(self.channels, derived), "resampling": "bicubic"}
+        if derived is not None and derived["kind"] not in DERIVED_KINDS:  # images of their own, with 8 bits
+            return content
+        if value_range is not None:
+            content["value_range"] = value_range
+        if derived is not None:
+            content["derived"] = {**derived, **({} if content["channels"] == self.channels else {"channels": self.channels})}
+        return content
 
     @property
     def final_size(self) -> int | list[int]:

@@ -107,9 +107,7 @@ class Recipe:
             raise InputError(f"sampling.steps is {self.sampling.steps}, but an image has {self.num_tokens} tokens; set it to at most this number, "
                              "or to null for one token in each pass.")
         self.check_guidance()
-        for condition in self.data.given_conditions:
-            if not condition.is_caption and condition.tokenizer is None:
-                condition_recipe(self, condition)  # raises InputError if its tokenizer could not be trained
+        condition_recipes(self)  # raises InputError if a tokenizer could not be trained
 
     def check_guidance(self) -> None:
         """Raise InputError for guidance that the prior of this recipe cannot learn. With conditions, the vocabulary of the tokens decides."""
@@ -191,6 +189,22 @@ def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
     except InputError as error:
         raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "
                          f"tokenizer_training in {entry}.training.") from None
+
+
+def condition_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Name -> recipe of the tokenizers that the run trains for its conditions, in order."""
+    return {condition.name: condition_recipe(recipe, condition) for condition in recipe.data.given_conditions
+            if not condition.is_caption and condition.tokenizer is None}
+
+
+def recipe_of_condition(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of the tokenizer of one condition. Raises InputError, which lists the conditions, if the run does not train one of this name."""
+    recipes = condition_recipes(recipe)
+    if not recipes:
+        raise InputError("--condition is given, but the recipe has no condition whose tokenizer is trained: data.conditions has none with images, or "
+                         "all of them have a tokenizer.")
+    check_name("--condition", name, recipes)
+    return recipes[name]
 
 
 def _with_changes(section: Section, changes: Mapping[str, Any], entry: str) -> Section:

@@ -19,6 +19,7 @@ from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.files.given_paths import check_path
 from vqmosaic.files.json_files import is_later, version_hint
 from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.recipes.conditions import PATH_FIELDS_OF_CONDITIONS
 from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, fill_unset_fields, recorded_fields, rules_of
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 
@@ -195,10 +196,30 @@ def recorded_path_overrides(path: Path) -> list[str]:
         value = content.get(section, {}).get(name)
         if not isinstance(value, str) or not value or value in ("auto", "never") or value.startswith("~") or os.path.isabs(value):
             continue
-        found = next((full for folder in folders if os.path.exists(full := os.path.normpath(folder / value))), None)
-        if found is not None and found != os.path.abspath(value):
+        if found := moved_path(value, folders):
             overrides.append(f"--{field}={found}")
+    for name in ("conditions", "derived"):
+        value = content.get("data", {}).get(name)
+        moved = with_moved_paths(value, folders)
+        if moved != value:
+            overrides.append(f"--data.{name}={json.dumps(moved)}")
     return overrides
+
+
+def moved_path(path: str, folders: Sequence[Path]) -> str | None:
+    """The absolute path of a relative one in the first of the folders where it exists; None if there is none, or if it is the same path."""
+    found = next((full for folder in folders if os.path.exists(full := os.path.normpath(folder / path))), None)
+    return found if found != os.path.abspath(path) else None
+
+
+def with_moved_paths(value: Any, folders: Sequence[Path]) -> Any:
+    """The value of data.conditions or data.derived with the paths in its records made absolute, see `recorded_path_overrides`."""
+    if isinstance(value, list):
+        return [with_moved_paths(record, folders) for record in value]
+    if not isinstance(value, dict):
+        return value
+    paths = {name: value[name] for name in PATH_FIELDS_OF_CONDITIONS if isinstance(value.get(name), str) and not value[name].startswith("~")}
+    return value | {name: moved for name, path in paths.items() if not os.path.isabs(path) and (moved := moved_path(path, folders))}
 
 
 def may_be_same_path(before: Any, now: Any) -> bool:

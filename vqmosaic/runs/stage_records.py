@@ -27,6 +27,8 @@ SECTIONS_READ = {
 }
 # These fields only affect the training images of stage 1. Stored tokens do not depend on them.
 FIELDS_NOT_READ = {"tokens": ("data.crop_scale", "data.flip", "data.shift")}
+CONDITIONS = "data.conditions"
+"""Recorded for the tokens without what does not affect them, and for the prior as the drop rates."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,16 @@ class StageRecord:
 
 def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
     """The recipe fields that a stage's result depends on, by dotted name."""
-    return {field.name: field for field in recipe_fields(recipe)
-            if field.change_policy != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage]
-            and field.name not in FIELDS_NOT_READ.get(stage, ())}
+    fields = {field.name: field for field in recipe_fields(recipe)
+              if field.change_policy != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage]
+              and field.name not in (CONDITIONS, *FIELDS_NOT_READ.get(stage, ()))}
+    conditions = recipe.data.given_conditions
+    if stage == "tokens":
+        fields[CONDITIONS] = RecipeField(CONDITIONS, [condition.ids_record() for condition in conditions], [], "same", True)
+    elif stage == "prior":
+        rates = [{"name": condition.name, "drop_rate": condition.drop_rate} for condition in conditions if condition.drop_rate]
+        fields[CONDITIONS] = RecipeField(CONDITIONS, rates, [], "same", True)
+    return fields
 
 
 def load_record(run: RunFolder, stage: str) -> StageRecord | None:
@@ -95,7 +104,7 @@ def decide_action(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, 
         if field.change_policy == "budget" and has_grown(before, field.value):
             grown = True
             continue
-        if field.change_policy == "place" and "data set" in record.inputs:
+        if (field.change_policy == "place" or differs_only_in_path(before, field.value)) and "data set" in record.inputs:
             moved = True
             continue
         if name in PATH_FIELDS and may_be_same_path(before, field.value):
@@ -108,6 +117,12 @@ def decide_action(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, 
     if record.finished and not grown and run.export(stage).exists():
         return "compare" if moved and "data set" not in (inputs or {}) else "skip"
     return "resume"
+
+
+def differs_only_in_path(before: Any, now: Any) -> bool:
+    """Whether two records, such as data.derived, are equal except for their path."""
+    without_path = [{name: value for name, value in record.items() if name != "path"} for record in (before, now) if isinstance(record, dict)]
+    return len(without_path) == 2 and without_path[0] == without_path[1]
 
 
 def has_grown(before: float | None, now: float | None) -> bool:
