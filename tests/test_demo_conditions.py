@@ -90,7 +90,7 @@ def test_prompts_are_limited(server):
     assert server.call("generate", request(prompt="x" * 1001)).status_code == 400
     assert server.result("generate", request(prompt="x" * 1000))[0] == "complete"
     for value in (3, ["x"]):
-        with pytest.raises(InputError, match="Prompt is .*; it must be a text of at most 1000 characters"):
+        with pytest.raises(InputError, match=r"Prompt is .*; it must be a text of at most 1000 characters"):
             checked_given(server.pipe, [None, value])
     with pytest.raises(InputError, match="Given image: low is 'x'; upload an image"):
         checked_given(server.pipe, ["x", ""])
