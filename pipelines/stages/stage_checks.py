@@ -96,8 +96,17 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
     check_stages_fit(recipe, actions, of_conditions)
     check_no_stale_stage(recipe, actions)
     check_not_stale(recipe, of_conditions, actions["tokens"])
+    if actions["tokens"] == "start" and any(condition.kind in ("paired_folder", "caption") for condition in recipe.data.given_conditions):
+        check_pairs_and_captions(recipe)
     if actions["prior"] != "skip":
         check_prior_config(recipe)
+
+
+def check_pairs_and_captions(recipe: Recipe) -> None:
+    """Raise InputError if preprocessing would stop because too many images lack a pair or a caption. Opens the data set and imports torch."""
+    from stage1_tokenizer.conditions.condition_data import check_coverage
+
+    check_coverage(recipe.data)
 
 
 def check_stages_fit(recipe: Recipe, actions: dict[str, str], of_conditions: dict[str, str]) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from stage1_tokenizer.conditions.captions import Captions
 from stage1_tokenizer.conditions.image_pairs import ImagePairs
-from stage1_tokenizer.data.image_sources import ImageSource
+from stage1_tokenizer.data.image_sources import ImageSource, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.recipe_sections import DataConfig
@@ -59,6 +60,21 @@ def check_readable(conditions: Sequence[ConditionData], index: int) -> None:
     for condition in conditions:
         if condition.pairs is not None:
             condition.pairs.read(index)
+
+
+def check_coverage(data: DataConfig) -> None:
+    """Raise InputError if so many images lack a pair or a caption that preprocessing would stop, or if there are no captions. Loads no image.
+
+    Opens the data set, finds the pairs and reads the captions.
+    """
+    splits = open_splits(data)
+    for split, source in (("train", splits.train), ("validation", splits.validation)):
+        conditions = open_condition_data(data, source, split)
+        missing: dict[str, str] = {}
+        for index in range(len(source)):
+            if reason := next((reason for condition in conditions if (reason := condition.missing(index)) is not None), None):
+                missing[source.source_name(index)] = reason
+        refuse_if_too_many_unreadable(missing, len(source), data)
 
 
 def identities(conditions: Sequence[ConditionData]) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ from vqmosaic.recipes.view_lists import check_shifts_fit
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+TWO_LEVEL_FIELDS = ("kind", "top_factor", "top")
+"""Fields of a tokenizer with two levels. The tokenizer of a condition has one."""
 Section = TypeVar("Section", bound="DataclassInstance")
 
 
@@ -174,17 +176,18 @@ def recipe_fields(recipe: Recipe) -> Iterator[RecipeField]:
 def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
     """The recipe of the tokenizer of an image condition, a run of its own in <run_dir>/conditions/<name>.
 
-    It is the recipe's tokenizer with the changes of `network` and `training`. Not inherited: initial weights, the discriminator and the perceptual
-    loss, which are for images.
+    It is the recipe's tokenizer with the changes of `network` and `training`. Not inherited: a second level, initial weights, the discriminator and
+    the perceptual loss, which are for images.
 
     Raises InputError, which names the condition, if the tokenizer does not fit its images.
     """
     entry = f"data.conditions ({condition.name})"
+    one_level = {each.name: field_default(each) for each in dataclasses.fields(recipe.tokenizer) if each.name in TWO_LEVEL_FIELDS}
     training = dataclasses.replace(recipe.tokenizer_training, init_from=None, train_parts="all", perceptual_weight=0.0, resume="auto")
     try:
         return Recipe(run_dir=str(Path(recipe.run_dir) / "conditions" / condition.name), seed=recipe.seed,
                       data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()),
-                      tokenizer=_with_changes(recipe.tokenizer, condition.network, f"{entry}.network"),
+                      tokenizer=_with_changes(recipe.tokenizer, {**one_level, **condition.network}, f"{entry}.network"),
                       tokenizer_training=_with_changes(training, condition.training, f"{entry}.training"))
     except InputError as error:
         raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "

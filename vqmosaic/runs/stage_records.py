@@ -28,7 +28,7 @@ SECTIONS_READ = {
 # These fields only affect the training images of stage 1. Stored tokens do not depend on them.
 FIELDS_NOT_READ = {"tokens": ("data.crop_scale", "data.flip", "data.shift")}
 CONDITIONS = "data.conditions"
-"""Recorded for the tokens without what does not affect them, and for the prior as the drop rates."""
+"""Recorded for the tokens only, without the fields that do not affect them. Tokenizers of conditions are inputs, compared by fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,9 @@ def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
     fields = {field.name: field for field in recipe_fields(recipe)
               if field.change_policy != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage]
               and field.name not in (CONDITIONS, *FIELDS_NOT_READ.get(stage, ()))}
-    conditions = recipe.data.given_conditions
     if stage == "tokens":
-        fields[CONDITIONS] = RecipeField(CONDITIONS, [condition.ids_record() for condition in conditions], [], "same", True)
-    elif stage == "prior":
-        rates = [{"name": condition.name, "drop_rate": condition.drop_rate} for condition in conditions if condition.drop_rate]
-        fields[CONDITIONS] = RecipeField(CONDITIONS, rates, [], "same", True)
+        records = [condition.ids_record() for condition in recipe.data.given_conditions]
+        fields[CONDITIONS] = RecipeField(CONDITIONS, records, [], "same", omit_if_default=True)
     return fields
 
 
