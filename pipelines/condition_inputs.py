@@ -125,6 +125,11 @@ class ConditionInputs:
         """The argument of a call for a condition: prompt or image."""
         return "prompt" if name in self.texts else "image"
 
+    def label_of(self, name: str) -> str:
+        """What a message calls the given value of a condition: its argument, with its name if there are several of them."""
+        argument, names = self.argument_of(name), self.texts if name in self.texts else self.tokenizers
+        return argument if len(names) == 1 else f"{argument} ({name})"
+
     def describe_taken(self) -> str:
         """A sentence that lists what can be given."""
         taken = ["class_labels"] if self.vocabulary.class_names else []

@@ -73,7 +73,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
                              f"effect; {remedy}.")
         sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
     check_guidance(vocabulary, sampling)
-    rows = common_length({"class_labels": classes, **{inputs.argument_of(name): rows for name, rows in ids.items()}})
+    rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}})
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}

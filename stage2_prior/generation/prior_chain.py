@@ -49,9 +49,11 @@ class PriorChain:
 
             # random numbers of their own: those of an earlier prior have already chosen its ids, which this prior is given
             own_seeds = seeds if number == 0 else [derive_seed("prior", number, seed) for seed in seeds]
-            known_BT = join_known(prior, known, len(own_seeds))
-            ids_BT = prior.sample(class_indices, self.vocabulary.settings_of(number, sampling), own_seeds, report if callback is not None else None,
-                                  compile, given=given_ids_of(prior, drawn, given), known_BT=known_BT)
+            own_given, settings = given_ids_of(prior, drawn, given), self.vocabulary.settings_of(number, sampling)
+            if len(self.priors) > 1 and class_indices is None and not own_given:
+                settings = settings.unguided()  # only the other priors are given something
+            ids_BT = prior.sample(class_indices, settings, own_seeds, report if callback is not None else None, compile, given=own_given,
+                                  known_BT=join_known(prior, known, len(own_seeds)))
             drawn |= split_grids(prior, ids_BT)
             done_before += vocabulary.num_tokens
         return drawn
