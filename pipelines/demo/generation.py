@@ -45,6 +45,8 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
         return not stop.is_set()
 
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
+    if labels is None and not given.names and pipe.vocabulary.conditions:
+        request["guidance_scale"] = 1.0  # the slider is for requests that give something
     images = {}
     for name, path in given.images.items():
         transform = pipe.inputs.tokenizers[name].transform.without_derivation

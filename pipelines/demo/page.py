@@ -168,8 +168,10 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
                     f"a prior of {sum(prior.num_parameters for prior in pipe.chain.priors):,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
-                classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
-                    "Default: all classes." if len(names or []) <= limit else f"Default: the first {limit} of {len(names or [])}."))
+                default = "all classes" if len(names or []) <= limit else f"the first {limit} of {len(names or [])}"
+                if fields and pipe.vocabulary.why_not_sampled(False, [field.name for field in fields]) is None:
+                    default = f"no class if something else is given, otherwise {default}"
+                classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=f"Default: {default}.")
                 given = [given_input(field) for field in fields]
                 number = gr.Slider(1, limit, value=max(1, min(4, limit // len(names or [None]))), step=1,
                                    label=number_label(pipe), info=f"At most {limit} images in total.")
