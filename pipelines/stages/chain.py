@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.stages.condition_tokenizers import delete_condition_tokenizers, train_condition_tokenizers
 from pipelines.stages.stage_checks import check_chain
-from pipelines.stages.stage_inputs import input_fingerprints, tokenizer_folder, vocabulary_of_prior
+from pipelines.stages.stage_inputs import condition_folders, input_fingerprints, tokenizer_folder, vocabulary_of_prior
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import save_recipe
@@ -90,10 +90,11 @@ def bundle_run(recipe: Recipe) -> Path:
         inputs = input_fingerprints(recipe, "pipeline")
         decide_action(run, recipe, "pipeline", inputs)
         started, sampling = time.monotonic(), recipe.sampling
-        if sampling.guidance_scale != 1 and vocabulary_of_prior(run.export("prior")).class_names is None:
+        vocabulary = vocabulary_of_prior(run.export("prior"))
+        if sampling.guidance_scale != 1 and vocabulary.class_names is None and not vocabulary.conditions:
             print(f"the bundle does not use sampling.guidance_scale {sampling.guidance_scale:g}, because the images have no classes")
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling)
+        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling, condition_folders(recipe))
         write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
     print(f"bundled {folder}")
     return folder

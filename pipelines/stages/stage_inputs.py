@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.conditions.text_tokenizer import text_fingerprint
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
+from stage1_tokenizer.tokenizer_config import is_tokenizer, read_tokenizer_config
 from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
 from stage2_prior.digests import fingerprint_of_weights
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
@@ -71,6 +71,17 @@ def condition_fingerprints(recipe: Recipe) -> dict[str, str]:
     return inputs
 
 
+def condition_folders(recipe: Recipe) -> dict[str, Path]:
+    """Name of a condition -> the folder of its tokenizer, given or of this run. Captions whose ids are bytes have none."""
+    folders = {}
+    for condition in recipe.data.given_conditions:
+        if not condition.is_caption:
+            folders[condition.name] = condition_tokenizer_folder(recipe, condition)
+        elif condition.text_tokenizer is not None:
+            folders[condition.name] = Path(condition.text_tokenizer).expanduser()
+    return folders
+
+
 def token_fingerprint_of_tokenizer(folder: Path) -> str:
     """The token fingerprint in a tokenizer's config.json. Raises InputError if there is no tokenizer."""
     return read_tokenizer_config(folder)["token_fingerprint"]
@@ -120,6 +131,7 @@ def input_fingerprints(recipe: Recipe, stage: str) -> dict[str, str]:
     if stage == "pipeline":
         tokenizer, prior = tokenizer_folder(recipe), Path(recipe.run_dir) / "prior"
         vocabulary_of_prior(prior)  # raises InputError if there is no prior
-        return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer),
-                "prior": fingerprint_of_weights(prior)}
+        conditions = {f"condition {name}": token_fingerprint_of_tokenizer(folder) for name, folder in condition_folders(recipe).items()
+                      if (folder / "config.json").is_file() and is_tokenizer(folder)}
+        return {"tokenizer": full_fingerprint_of_tokenizer(tokenizer), "prior": fingerprint_of_weights(prior), **conditions}
     return {}

@@ -30,6 +30,9 @@ class TextTokenizer(Protocol):
     def encode(self, text: str, length: int) -> list[int]:
         """The ids of a text, at most `length` of them."""
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without the padding id. Not every tokenizer returns the same text."""
+
 
 class ByteTokenizer:
     """The bytes of a text in UTF-8. Longer texts are cut between characters, not within one."""
@@ -39,6 +42,9 @@ class ByteTokenizer:
 
     def encode(self, text: str, length: int) -> list[int]:
         return list(text.encode(errors="replace")[:length].decode(errors="ignore").encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 class TransformersTokenizer:
@@ -56,6 +62,9 @@ class TransformersTokenizer:
 
     def encode(self, text: str, length: int) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))[:length]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
 
 
 def load_text_tokenizer(folder: str | Path | None) -> TextTokenizer:

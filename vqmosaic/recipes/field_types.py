@@ -7,10 +7,11 @@ import dataclasses
 import operator
 import types
 import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, check_range
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
 
@@ -92,3 +93,24 @@ def check_types(section: Any, name: str) -> None:
             if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
                 raise InputError(f"{full_name} is {given!r}; it must be a list, and each entry {TYPE_NAMES[kind]}.")
             setattr(section, entry.name, [CONVERSIONS[kind](f"{full_name}: an entry", value) for value in given])
+
+
+def checked_numbers(name: str, given: Any, **bounds: float) -> dict[str, float]:
+    """A mapping from names to numbers, each within the bounds of check_range. Raises InputError for anything else."""
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise InputError(f"{name} is {given!r}; it must be a mapping from names to numbers, such as {{low: 0.1}}.")
+    numbers = {key: float(as_number(f"{name}.{key}", value)) for key, value in given.items()}
+    for key, value in numbers.items():
+        check_range(f"{name}.{key}", value, **bounds)
+    return numbers
+
+
+def checked_names(name: str, given: Any) -> list[str] | None:
+    """A list of names, or None. Raises InputError for anything else, and for a name that is there twice."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(entry, str) for entry in given):
+        raise InputError(f"{name} is {given!r}; it must be a list of names, such as [low], or null.")
+    if len(set(given)) < len(given):
+        raise InputError(f"{name} is {list(given)}; each name may be there only once.")
+    return list(given)

@@ -108,14 +108,24 @@ class Recipe:
         if has_own_tokens and self.sampling.steps is not None and self.sampling.steps > self.num_tokens:
             raise InputError(f"sampling.steps is {self.sampling.steps}, but an image has {self.num_tokens} tokens; set it to at most this number, "
                              "or to null for one token in each pass.")
-        if self.sampling.guidance_scale != 1 and self.prior_training.label_drop == 0:
-            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but prior_training.label_drop is 0, so the "
-                             "prior does not learn the null class that guidance needs. Set prior_training.label_drop to 0.1, or "
-                             "sampling.guidance_scale to 1.")
-        if self.sampling.guidance_scale != 1 and not self.data.use_labels:
-            raise InputError(f"sampling.guidance_scale is {self.sampling.guidance_scale:g}, but data.use_labels is false, and guidance needs "
-                             "class labels. Set sampling.guidance_scale to 1.")
+        self.check_guidance()
         condition_recipes(self)  # raises InputError if a tokenizer could not be trained
+
+    def check_guidance(self) -> None:
+        """Raise InputError for guidance that the prior of this recipe cannot learn. With conditions, the vocabulary of the tokens decides."""
+        training, sampling, has_own_tokens = self.prior_training, self.sampling, self.prior_training.tokens is None
+        names = list(dict.fromkeys(["class", *(condition.name for condition in self.data.given_conditions), *(training.given or [])]))
+        for field_name, given in (("sampling.guidance", sampling.guidance), ("prior_training.drop_rates", training.drop_rates)):
+            if has_own_tokens and (unknown := [name for name in given if name not in names]):
+                raise InputError(f"{field_name} has {', '.join(unknown)}; the given segments of this recipe are: {', '.join(names)}.")
+        if not sampling.is_guided:
+            return
+        setting = f"sampling.guidance_scale is {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else "sampling.guidance is set"
+        if training.label_drop == 0 and not training.drop_rates and not any(condition.drop_rate for condition in self.data.given_conditions):
+            raise InputError(f"{setting}, but prior_training.label_drop is 0, so the prior does not learn the null class that guidance needs. Set "
+                             "prior_training.label_drop to 0.1, or sampling.guidance_scale to 1.")
+        if not self.data.use_labels and has_own_tokens and len(names) == 1:
+            raise InputError(f"{setting}, but data.use_labels is false, and guidance needs class labels. Set sampling.guidance_scale to 1.")
 
     @property
     def grid_sides(self) -> tuple[int, int]:

@@ -30,6 +30,8 @@ WORKING_DIRECTORY_COMMENT = "# relative paths start from "
 PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
                "tokenizer_training.resume", "prior_training.tokens", "prior_training.resume")
 """Fields that may hold a path. data.path may also be the name of a data set, and resume may be auto or never."""
+MAPPING_FIELDS = ("prior.options", "prior_training.drop_rates", "sampling.guidance")
+"""Fields that take any entries."""
 SHIPPED_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
 MAX_LISTED_RUNS = 12
@@ -74,7 +76,7 @@ def section_names() -> list[str]:
 
 
 def field_names() -> dict[str, bool]:
-    """Dotted names of all fields and sections of a recipe. The value is True for sections, and for prior.options, which takes any entries."""
+    """Dotted names of all fields and sections of a recipe. The value is True for sections and MAPPING_FIELDS."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
     names.update({entry.name: True for entry in dataclasses.fields(Recipe) if entry.name not in names})
     return names
@@ -310,8 +312,8 @@ def has_gpu() -> bool:
 
 
 def check_field_name(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
-    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of prior.options."""
-    if name in known or name.startswith("prior.options."):
+    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of a mapping."""
+    if name in known or name.startswith(tuple(f"{field}." for field in MAPPING_FIELDS)):
         return
     nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
     hint = f" Did you mean {nearest}?" if nearest else ""
@@ -324,11 +326,11 @@ def check_field_name(name: str, known: dict[str, bool], given_as: str, other_opt
 
 
 def leaf_names(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves of nested mappings. prior.options is one leaf."""
+    """Dotted names of the leaves of nested mappings. Each of MAPPING_FIELDS is one leaf."""
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = name not in known or (known[name] and name != "prior.options")
+        is_section = name not in known or (known[name] and name not in MAPPING_FIELDS)
         names += leaf_names(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
     return names
 

@@ -1,4 +1,4 @@
-"""Recipe sections for tokens, prior and sampling, as keyword-only dataclasses. Constructors check the values. Loads no torch.
+"""Recipe sections for tokens and prior, as keyword-only dataclasses. Constructors check the values. Loads no torch.
 
 The docstring under a field is its help text. Field metadata says whether a field may change when a stage is run again
 (vqmosaic/runs/stage_records.py): a budget may grow, an unrecorded field may change freely, a place may change if the data is the same. Any other
@@ -10,15 +10,13 @@ from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.data_section import DataConfig as DataConfig  # re-exported
-from vqmosaic.recipes.field_types import budget, check_types, unrecorded
+from vqmosaic.recipes.field_types import budget, check_types, checked_names, checked_numbers, unrecorded
 from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
+from vqmosaic.recipes.sampling_section import SamplingConfig as SamplingConfig  # re-exported
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE_SCHEDULES = ("cosine", "linear")
-DRAWING_ORDERS = ("raster", "random", "spread", "confidence")
-STEP_SCHEDULES = ("cosine", "arccos", "linear")
-GUIDANCE_SCHEDULES = ("constant", "linear", "cosine", "power-cosine")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
 
 
@@ -194,7 +192,14 @@ class PriorTrainingConfig(TrainingConfig):
     tokens: str | None = unrecorded(None)
     """A folder of token shards from another run or source; null uses this run's tokens/."""
     label_drop: float = 0.1
-    """Fraction of the samples whose class is replaced by the null class. Guidance needs this; 0 makes guidance impossible."""
+    """Fraction of the samples whose class is replaced by the null class, and all other given segments by null ids. Guidance needs this."""
+    drop_rates: dict[str, float] = field(default_factory=dict, metadata={"omit_if_default": True})
+    """Fraction of the samples in which a given segment is dropped independently of the others, by name: the class (class), or a condition, whose rate
+    in data.conditions it replaces. Guidance by segment, and sampling without a segment, need this."""
+    given: list[str] | None = field(default=None, metadata={"omit_if_default": True})
+    """Names of the grids and texts that are given to the prior; null: the conditions of the tokens."""
+    drawn: list[str] | None = field(default=None, metadata={"omit_if_default": True})
+    """Names of the grids that the prior draws; null: all grids that are not given. For several priors that draw one grid each."""
     token_noise: float = 0.0
     """Fraction of the input tokens replaced by random codes in training. The targets stay unchanged. It delays overfitting to few images."""
     z_loss: float = 0.0
@@ -223,6 +228,12 @@ class PriorTrainingConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("prior_training.label_drop", self.label_drop, at_least=0, at_most=1)
+        self.drop_rates = checked_numbers("prior_training.drop_rates", self.drop_rates, at_least=0, at_most=1)
+        self.given, self.drawn = (checked_names(f"prior_training.{key}", getattr(self, key)) for key in ("given", "drawn"))
+        if self.drawn is not None and not self.drawn:
+            raise InputError("prior_training.drawn is empty; give the names of grids, or null for all grids that are not given.")
+        if both := sorted({*(self.given or [])} & {*(self.drawn or [])}):
+            raise InputError(f"prior_training.given and prior_training.drawn both have {', '.join(both)}; a grid is either given or drawn.")
         check_range("prior_training.token_noise", self.token_noise, at_least=0, below=1)
         check_range("prior_training.z_loss", self.z_loss, at_least=0)
         check_range("prior_training.first_loss_tolerance", self.first_loss_tolerance, above=0)
@@ -233,59 +244,3 @@ class PriorTrainingConfig(TrainingConfig):
                              "0 <= start <= stop <= 1, such as [0.5, 0.75].")
         check_range("prior_training.final_random_share", self.final_random_share, at_least=0, at_most=1)
         check_name("prior_training.export", self.export, ("best", "last"))
-
-
-def slider(default: float, minimum: float, maximum: float | None, step: float) -> Any:
-    """A sampling setting that the web demo shows as a slider. Without a maximum, it goes up to the codebook size."""
-    return field(default=default, metadata={"slider": (minimum, maximum, step)})
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """Settings for sampling tokens from the prior. A pipeline folder stores them as its recommended settings."""
-
-    guidance_scale: float = slider(1.0, 0, 10, 0.1)
-    """Classifier-free guidance: logits = null + scale * (conditional - null); 1 turns it off."""
-    guidance_schedule: str = "constant"
-    """Scale at token t: 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1). The functions f are constant (1), linear (p), cosine
-    ((1 - cos(pi p)) / 2) and power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
-    guidance_power: float = 2.75
-    """power-cosine only: exponent of the schedule. Larger values start guidance later."""
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """[start, stop] as fractions of the T tokens. Guidance is off outside of it (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
-    temperature: float = slider(1.0, 0, 2, 0.01)
-    """Divisor of the logits; 0, or any value below 1e-6, selects the most likely token."""
-    top_k: int = slider(0, 0, None, 1)
-    """Sample only from the k most likely tokens; 0 turns it off."""
-    top_p: float = slider(1.0, 0.01, 1, 0.01)
-    """Sample only from the most likely tokens that together reach this probability; 1 turns it off."""
-    min_p: float = 0.0
-    """Sample only from tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 turns it off."""
-    order: str = "raster"
-    """Order in which the tokens of an image are drawn: raster (row by row), random (another order for each image), spread (each token far from
-    those before it) or confidence (first those that the prior is most certain of). All but raster need a prior that was trained with
-    prior_training.order random or annealed."""
-    steps: int | None = None
-    """Number of passes in which the tokens are drawn; null in a recipe, or the number of tokens, draws one token in each. Fewer passes are faster,
-    but tokens of the same pass are drawn independently of each other. They need a prior that was trained with prior_training.order random or
-    annealed."""
-    step_schedule: str = "cosine"
-    """With steps: how many tokens each pass draws. cosine (few at first, then more), arccos (about equally many, more at the end) or linear (equally
-    many)."""
-
-    def __post_init__(self):
-        check_types(self, "sampling")
-        check_range("sampling.guidance_scale", self.guidance_scale, at_least=0)
-        check_name("sampling.guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
-        check_range("sampling.guidance_power", self.guidance_power, above=0)
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise InputError(f"sampling.guidance_interval is {self.guidance_interval}; it must be two numbers [start, stop] with "
-                             "0 <= start <= stop <= 1, such as [0.1, 0.8].")
-        check_range("sampling.temperature", self.temperature, at_least=0)
-        check_range("sampling.top_k", self.top_k, at_least=0)
-        check_range("sampling.top_p", self.top_p, above=0, at_most=1)
-        check_range("sampling.min_p", self.min_p, at_least=0, at_most=1)
-        check_name("sampling.order", self.order, DRAWING_ORDERS)
-        if self.steps is not None:
-            check_range("sampling.steps", self.steps, at_least=1)
-        check_name("sampling.step_schedule", self.step_schedule, STEP_SCHEDULES)
