@@ -49,7 +49,7 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
         (root / "runs" / run).mkdir()
         (root / "runs" / run / "pipeline").symlink_to(folder)
     (root / "small").mkdir()
-    (root / "sketches").symlink_to(root / "photos")
+    shutil.copytree(root / "photos", root / "sketches")
     for path in (root / "small/1.png", root / "small/2.png", root / "my-sketch.png"):
         Image.new("L", (8, 8), 100).save(path)
 
