@@ -29,7 +29,7 @@ from vqmosaic.recipes.fields_from_data import DataSize, describe_choices
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe, save_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
-from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, TokenizerConfig, token_grids
+from vqmosaic.recipes.tokenizer_sections import AdversarialConfig, TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import decide_action, write_record
 
@@ -123,8 +123,7 @@ def test_records_compare_sizes(tmp_path):
 ])
 def test_rules_choose_a_grid_that_fits_both_sides(size, grid, shift):
     recipe = load_recipe("image_folder", ["--data.path=photos", f"--data.image_size={size}"], count_images=lambda fields: DataSize(1000))
-    assert token_grids("data.image_size", recipe.data.image_size, recipe.tokenizer) == {"image": grid}
-    assert recipe.data.shift == shift and recipe.tokens.view_shift >= 1
+    assert recipe.grid_sides == grid and recipe.data.shift == shift and recipe.tokens.view_shift >= 1
     expected = f"{size.strip('[]').replace(',', ' x ')} pixels make {grid[0]} x {grid[1]} tokens"
     described = describe_choices(recipe, "tokenizer", DataSize(1000), on_gpu=False)
     assert expected in described["tokenizer.patch_size"]

@@ -8,6 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.stages.chain import record_recipe
+from pipelines.stages.condition_tokenizers import train_condition_tokenizers
+from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
@@ -15,16 +18,22 @@ from stage1_tokenizer.image_files.views import named_views
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, tokenizer_class
 from stage1_tokenizer.tokenizer_grids import grids_of_config
+from stage1_tokenizer.train import train
 from stage2_prior.model.causal_lm import make_config
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
-from vqmosaic.recipes.recipe import Recipe
+from token_shards.manifest import TokenShardManifest
+from vqmosaic.recipes.recipe import Recipe, condition_recipes
 from vqmosaic.recipes.recipe_files import load_recipe, shipped_names
 from vqmosaic.training.learning_rate import learning_rate_share
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
+CONDITIONAL = {"cifar10_superres": {"low": 8}, "cifar10_edges": {"edges": 8}, "cifar10_captions": {},
+               "digits_superres": {"low": 4}, "digits_edges": {"edges": 4}, "digits_captions": {}}
+"""Recipe with conditions -> name and tokens along one side of the conditions that have images."""
 GRIDS = {"digits": [(4, 128)], "cifar10": [(8, 512)], "cifar10_any_order": [(8, 512)], "cifar10_vqgan": [(8, 512)], "image_folder": [(8, 512)],
+         **{name: [(8, 512) if name.startswith("cifar10") else (4, 64)] for name in CONDITIONAL},
          "imagenet256": [(16, 16384)], "imagenet256_convnext": [(16, 16384)],
          "cifar10_vqvae2": [(4, 256), (8, 128)], "digits_vqvae2": [(2, 256), (4, 32)]}
 """Recipe -> (tokens along one side, codes) of each grid."""
@@ -142,6 +151,41 @@ def test_any_order_recipe_is_cifar10_with_another_order():
         assert getattr(plain, section) == getattr(any_order, section)
     training = any_order.prior_training
     assert dataclasses.replace(training, order="raster", order_annealing=[0.5, 0.75], final_random_share=0.5) == plain.prior_training
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_recipes_with_conditions_train_their_tokenizers(name):
+    recipe = load_recipe(name)
+    trained = condition_recipes(recipe)
+    assert {each: inner.grid_sides for each, inner in trained.items()} == {each: (side, side) for each, side in CONDITIONAL[name].items()}
+    for inner in trained.values():
+        assert inner.tokenizer.codebook_size == recipe.tokenizer.codebook_size and inner.data.derived is not None
+    plain = load_recipe("cifar10")
+    if name.startswith("cifar10"):
+        for section in ("tokenizer", "tokenizer_training", "tokens", "prior"):
+            assert getattr(plain, section) == getattr(recipe, section), "tokenizers can be shared with recipe cifar10"
+
+
+@pytest.mark.parametrize("name", ["cifar10_captions", "digits_captions"])
+def test_caption_recipes_have_enough_templates(name):
+    [caption] = load_recipe(name).data.given_conditions
+    longest = {"cifar10_captions": "automobile", "digits_captions": "0"}[name]
+    assert len(caption.templates) >= 8 and len(caption.held_out_templates) >= 2
+    assert all(len(text.replace("{class}", longest)) <= caption.length for text in (*caption.templates, *caption.held_out_templates))
+
+
+@pytest.mark.parametrize("name", [name for name in CONDITIONAL if name.startswith("digits")])
+def test_digits_recipes_with_conditions_write_tokens(name, tmp_path):
+    """The settings of the recipe, with fewer steps and views."""
+    recipe = load_recipe(name, [f"--run_dir={tmp_path / 'run'}", "--tokenizer_training.max_steps=3", "--tokens.views=none", "--tokens.threads=1",
+                                "--tokenizer_training.validation_images=20", "--data.workers=0"])
+    record_recipe(recipe)
+    train(recipe)
+    assert train_condition_tokenizers(recipe, lambda each: train(each) or 0)[0] == 0
+    preprocess(recipe)
+    manifest = TokenShardManifest.load(tmp_path / "run/tokens/train")
+    assert [grid.name for grid in manifest.grids] == ["image", recipe.data.conditions[0]["name"]] and not manifest.skipped
+    assert [grid.name for grid in manifest.drawn_grids] == ["image"]
 
 
 def test_imagenet_recipe_downsamples_by_16():

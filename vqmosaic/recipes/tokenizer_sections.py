@@ -44,11 +44,11 @@ class TokenizerConfig:
     SECTION: ClassVar[str] = "tokenizer"
     """The name of these fields in error messages."""
 
-    kind: str = "image"
+    kind: str = field(default="image", metadata={"omit_if_default": True})
     """image (one token grid), or hierarchical (VQ-VAE-2: a bottom grid for details, and a smaller top grid for the whole)."""
-    top_factor: int = 2
+    top_factor: int = field(default=2, metadata={"omit_if_default": True})
     """hierarchical only: the top grid has this many times fewer rows and columns than the bottom grid. A power of two."""
-    top: dict[str, Any] = field(default_factory=dict)
+    top: dict[str, Any] = field(default_factory=dict, metadata={"omit_if_default": True})
     """hierarchical only: fields of the quantizer, such as codebook_size, that differ for the top grid. All others are those of this section."""
     quantizer: str = "ema"
     """Maps latents to ids: ema, gradient, simvq, gumbel, fsq, lfq, ibq or residual. kl is a baseline with continuous latents and no ids."""
