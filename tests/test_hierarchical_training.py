@@ -23,6 +23,7 @@ from stage1_tokenizer.quantizers import EMAQuantizer, QuantizerOutput
 from stage1_tokenizer.tokenizer_setup import describe_tokens, initialize_codebooks, warn_if_codebook_is_large
 from stage1_tokenizer.trainable.codebook_usage import CodeCounts
 from stage1_tokenizer.trainable.hierarchical_tokenizer import HierarchicalTokenizer
+from stage2_prior.train import train as train_prior
 from stage2_prior.vocabulary import Vocabulary
 from tests.run_files import records
 from tests.test_adversarial_training import ADVERSARIAL, assert_same_results, train_until_interrupted
@@ -89,6 +90,19 @@ def test_commands_and_summary(run, tmp_path, capsys):
     assert dispatch(["run", str(run)]) == 0
     table = capsys.readouterr().out
     assert "top codebook, validation" in table and "bottom codebook, validation" in table and "20 of 256 codes (top) and 32 codes (bottom)" in table
+
+
+def test_two_priors_draw_one_grid_each(run, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, changes in ((first, {"drawn": "[top]"}), (second, {"given": "[top]", "drawn": "[bottom]"})):
+        settings = {f"prior_training__{name}": value for name, value in {"tokens": run / "tokens", **changes}.items()}
+        train_prior(load_recipe("digits_vqvae2", tiny_overrides(folder, **settings)))
+    priors = ["--prior", str(first / "prior"), "--prior", str(second / "prior")]
+    assert dispatch(["bundle", "--tokenizer", str(run / "tokenizer"), *priors, "--out", str(tmp_path / "pipeline")]) == 0
+    pipe = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", device="cpu")
+    out = pipe(["3", 7], 2, seed=1, output_type="pt")
+    assert {name: tuple(grid_ids.shape) for name, grid_ids in out.token_ids.items()} == {"top": (4, 2, 2), "bottom": (4, 4, 4)}
+    assert torch.equal(out.images, pipe.tokenizer.decode(out.token_ids).clamp(-1, 1))
 
 
 # --- start -------------------------------------------------------------------------------------------------------------------
