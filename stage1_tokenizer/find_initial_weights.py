@@ -114,7 +114,7 @@ def compared_fields(config: TokenizerConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": config.kind}
     for level in config.levels.values():
         without_effect = LEARNING_FIELDS if level.quantizer == "residual" else (*LEARNING_FIELDS, *RESIDUAL_FIELDS)
-        prefix, names = ("", vars(level)) if level is config else ("top.", QUANTIZER_FIELDS)
+        prefix, names = ("", tuple(vars(level))) if level is config else ("top.", QUANTIZER_FIELDS)
         fields |= {f"{prefix}{name}": getattr(level, name) for name in names if name not in (*ignored, *without_effect)}
     return fields
 

@@ -34,7 +34,7 @@ def initialize_codebooks(tokenizer: TrainableTokenizer, images: TrainingImages, 
         for tensor in quantizer.state_dict().values():  # on GPUs, the sums of k-means may round differently on each rank
             tensor.copy_(broadcast(tensor.clone(), from_process=0))
         if run.average is not None:  # the average starts from these codes too
-            run.average.module.quantizers[name].load_state_dict(quantizer.state_dict())
+            cast(TrainableTokenizer, run.average.module).quantizers[name].load_state_dict(quantizer.state_dict())
 
 
 def first_latents(tokenizer: TrainableTokenizer, name: str, images: TrainingImages, run: TrainingRun) -> torch.Tensor:
