@@ -61,6 +61,11 @@ def test_names_are_unique():
         with_conditions(LOW, {"name": "low", "kind": "grey"})
 
 
+def test_conditions_are_made_from_the_images_themselves():
+    with pytest.raises(InputError, match=r"data\.derived and data\.conditions are both given"):
+        DataConfig(source="digits", image_size=16, derived={"kind": "grey"}, conditions=[LOW])
+
+
 @pytest.mark.parametrize(("record", "message"), [
     ({**LOW, "network": {"codebok_size": 8}}, r"network: a field is 'codebok_size'; .*Did you mean 'codebook_size'"),
     ({**LOW, "factor": 16}, r"data.conditions \(low\) needs a tokenizer .*the size of its images is 1"),

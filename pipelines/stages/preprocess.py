@@ -361,9 +361,10 @@ def check_tokenizer_fits(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> 
         given, needed = ("null" if value is None else value for value in (own.get(name), expected.get(name)))
         if given != needed:
             raise InputError(f"data.{name} is {given}, but the tokenizer in {folder} was trained with {needed}. Set data.{name} to {needed}.")
-    if tokenizer.transform.derived is not None:
-        raise InputError(f"The tokenizer in {folder} encodes images that are computed from others ({tokenizer.transform.derived['kind']}), such as "
-                         "those of a condition. Set tokens.tokenizer to the tokenizer of the images.")
+    if own.get("derived") != expected.get("derived"):
+        kind = (expected.get("derived") or {}).get("kind", "image")
+        raise InputError(f"The tokenizer in {folder} encodes images of the kind {kind!r}, as those of a condition, but the recipe has other images "
+                         "(data.derived). Set tokens.tokenizer to the tokenizer of these images.")
 
 
 def main(arguments: list[str]) -> None:

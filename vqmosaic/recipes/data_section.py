@@ -86,6 +86,9 @@ class DataConfig:
         if self.derived is not None:
             self.derived = checked_derivation("data.derived", self.derived)
             derived_size("data.derived.factor", self.image_size, self.derived)
+            if self.conditions:
+                raise InputError("data.derived and data.conditions are both given, but conditions are made from the images of the data set itself. "
+                                 "Remove one of them.")
         check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
         check_range("data.crop_scale", self.crop_scale, above=0, at_most=1)
         check_range("data.shift", self.shift, at_least=0, below=min(height_and_width(self.image_size)) / 2)
