@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -129,14 +130,19 @@ def test_columns_of_metadata(photos, kind):
 def test_columns_of_hugging_face_data_sets(tmp_path):
     images = [Image.fromarray(np.full((9, 9, 3), 5 * number, np.uint8)) for number in range(20)]
     texts = [f"picture {number}" if number % 5 else None for number in range(20)]
-    table = datasets.Dataset.from_dict({"picture": images, "text": texts, "number": list(range(20))},
-                                       features=datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string"),
+    table = datasets.Dataset.from_dict({"text": texts, "picture": images, "number": list(range(20))},
+                                       features=datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image(),
                                                                    "number": datasets.Value("int64")}))
     (tmp_path / "tables").mkdir()
     table.to_parquet(str(tmp_path / "tables" / "train.parquet"))
     for split in ("train", "validation"):
         found = captions_of(data_with(tmp_path / "tables", column="text"), split)
         assert found and all(text == texts[int(name)] for name, text in found.items())
+    source, plain = open_splits(data_with(tmp_path / "tables", column="text")).train, open_splits(DataConfig(
+        path=str(tmp_path / "tables"), image_size=16, validation_fraction=0.2)).train
+    assert source.identity == plain.identity and source.former_identity == plain.former_identity, "the identity of the images stays the same"
+    assert np.asarray(source.read(3)).max() == 5 * int(source.source_name(3))
+    assert pickle.loads(pickle.dumps(source)).texts("text") == source.texts("text"), "worker processes get it"
     with pytest.raises(InputError, match=r"column 'number' holds .*not text"):
         captions_of(data_with(tmp_path / "tables", column="number"))
     with pytest.raises(InputError, match=r"column .* is 'txt'; allowed"):

@@ -8,9 +8,11 @@ import pytest
 from tests.tiny import fields_of, tiny_recipe
 from token_shards.manifest import Grid, ShardSetHeader, TokenShardManifest
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.recipe import Recipe, condition_recipe
+from vqmosaic.recipes.conditions import ConditionConfig
+from vqmosaic.recipes.recipe import Recipe, condition_recipe, fewer_pixels_per_token
 from vqmosaic.recipes.recipe_files import load_recipe, save_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import write_record
 
@@ -61,7 +63,8 @@ def test_names_are_unique():
 
 @pytest.mark.parametrize(("record", "message"), [
     ({**LOW, "network": {"codebok_size": 8}}, r"network: a field is 'codebok_size'; .*Did you mean 'codebook_size'"),
-    ({**LOW, "factor": 8}, r"data.conditions \(low\) needs a tokenizer .*the size of its images is 2"),
+    ({**LOW, "factor": 16}, r"data.conditions \(low\) needs a tokenizer .*the size of its images is 1"),
+    ({**LOW, "network": {"channel_multipliers": [1, 1, 1, 1]}}, r"\(low\) needs a tokenizer .*the size of its images is 8"),
     ({**LOW, "training": {"max_steps": 0}}, r"tokenizer_training.max_steps is 0; .*\(low\)\.training"),
 ])
 def test_tokenizers_of_conditions_are_checked(record, message, tmp_path):
@@ -88,8 +91,8 @@ def test_recipe_round_trip_and_override(tmp_path):
     assert load_recipe(str(tmp_path / "recipe.yaml"), ["--data.conditions=[]"]).data.conditions == []
     low = condition_recipe(recipe, recipe.data.given_conditions[0])
     assert low.run_dir == str(tmp_path / "run" / "conditions" / "low")
-    assert low.data.derived == {"kind": "low_resolution", "factor": 2} and low.data.final_size == 8 and low.grid_sides == (4, 4)
-    assert low.data.conditions == [] and low.tokenizer == recipe.tokenizer
+    assert low.data.derived == {"kind": "low_resolution", "factor": 2} and low.data.final_size == 8 and low.grid_sides == (8, 8)
+    assert low.data.conditions == [] and low.tokenizer == dataclasses.replace(recipe.tokenizer, channel_multipliers=[1])
     save_recipe(low, tmp_path / "low.yaml")
     assert load_recipe(str(tmp_path / "low.yaml")) == low
 
@@ -103,6 +106,19 @@ def test_tokenizers_of_conditions_inherit_what_fits_them(tmp_path):
     assert (low.tokenizer.codebook_size, low.tokenizer_training.max_steps) == (16, 3)
     assert low.adversarial.weight == low.tokenizer_training.perceptual_weight == 0
     assert low.tokenizer_training.batch_size == recipe.tokenizer_training.batch_size
+
+
+@pytest.mark.parametrize(("patch_size", "levels", "factor", "expected"), [
+    (4, 1, 4, (1, 1)), (4, 1, 2, (2, 1)), (2, 2, 4, (1, 1)), (1, 3, 2, (1, 2)), (1, 3, 8, (1, 1)), (2, 2, 1, (2, 2)), (4, 1, 8, (1, 1))])
+def test_low_resolutions_have_as_many_tokens_as_the_image(patch_size, levels, factor, expected):
+    tokenizer = TokenizerConfig(patch_size=patch_size, channel_multipliers=[1, 2, 2][:levels], attention_levels=[levels - 1])
+    condition = ConditionConfig(name="low", kind="low_resolution", factor=factor)
+    changes = fewer_pixels_per_token(tokenizer, condition)
+    changed = dataclasses.replace(tokenizer, **changes)
+    assert (changed.patch_size, len(changed.channel_multipliers)) == expected
+    assert changed.downsampling == max(1, tokenizer.downsampling // factor)
+    condition.network = {"patch_size": 2}
+    assert fewer_pixels_per_token(tokenizer, condition) == {}, "the recipe sets the size itself"
 
 
 def test_recipes_without_conditions_are_written_as_before(tmp_path):

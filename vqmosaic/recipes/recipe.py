@@ -1,6 +1,7 @@
 """The recipe of a run: all its sections. The constructor checks combinations of fields. Loads no torch."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,15 +184,31 @@ def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
     """
     entry = f"data.conditions ({condition.name})"
     one_level = {each.name: field_default(each) for each in dataclasses.fields(recipe.tokenizer) if each.name in TWO_LEVEL_FIELDS}
+    network = {**one_level, **fewer_pixels_per_token(recipe.tokenizer, condition), **condition.network}
     training = dataclasses.replace(recipe.tokenizer_training, init_from=None, train_parts="all", perceptual_weight=0.0, resume="auto")
     try:
         return Recipe(run_dir=str(Path(recipe.run_dir) / "conditions" / condition.name), seed=recipe.seed,
                       data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()),
-                      tokenizer=_with_changes(recipe.tokenizer, {**one_level, **condition.network}, f"{entry}.network"),
+                      tokenizer=_with_changes(recipe.tokenizer, network, f"{entry}.network"),
                       tokenizer_training=_with_changes(training, condition.training, f"{entry}.training"))
     except InputError as error:
         raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "
                          f"tokenizer_training in {entry}.training.") from None
+
+
+def fewer_pixels_per_token(tokenizer: TokenizerConfig, condition: ConditionConfig) -> dict[str, Any]:
+    """Changes of the network for the smaller images of a low resolution: as many tokens as the image has, or one for each pixel.
+
+    First the patch size is divided, then levels are removed. Returns nothing if `network` of the condition sets one of these fields.
+    """
+    if condition.factor == 1 or {"patch_size", "channel_multipliers"} & condition.network.keys():
+        return {}
+    divisor = math.gcd(tokenizer.patch_size, condition.factor)
+    levels, factor = len(tokenizer.channel_multipliers), condition.factor // divisor
+    while levels > 1 and factor % 2 == 0:
+        levels, factor = levels - 1, factor // 2
+    return {"patch_size": tokenizer.patch_size // divisor, "channel_multipliers": tokenizer.channel_multipliers[:levels],
+            "attention_levels": [level for level in tokenizer.attention_levels if level < levels]}
 
 
 def condition_recipes(recipe: Recipe) -> dict[str, Recipe]:
