@@ -38,7 +38,7 @@ from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train as train_prior
@@ -69,9 +69,9 @@ def make_recipe(name: str, run_dir: Path, *changes: str) -> Recipe:
                               *changes])
 
 
-def make_tokens(run_dir: Path) -> Path:
-    """Train the tokenizer of recipe cifar10 and write its tokens, unless they exist. Returns the run folder."""
-    recipe = make_recipe(RASTER, run_dir, "--tokenizer_training.max_steps=null", f"--tokenizer_training.max_minutes={MINUTES}",
+def make_tokens(run_dir: Path, name: str = "cifar10", minutes: float = MINUTES) -> Path:
+    """Train the tokenizer of a recipe and write its tokens, unless they exist. Returns the run folder."""
+    recipe = make_recipe(name, run_dir, "--tokenizer_training.max_steps=null", f"--tokenizer_training.max_minutes={minutes}",
                          "--tokenizer_training.validate_every=500")
     if not (run_dir / "tokens/train/manifest.json").is_file():
         train_tokenizer(recipe)
@@ -96,7 +96,7 @@ def train(name: str, run_dir: Path, minutes: float, extra: Sequence[str] = ()) -
 class Judge:
     """Decodes samples and computes their Frechet distance to real images."""
 
-    def __init__(self, tokenizer: ImageTokenizer, classifier: Classifier, real_NHWC: torch.Tensor):
+    def __init__(self, tokenizer: Tokenizer, classifier: Classifier, real_NHWC: torch.Tensor):
         self.tokenizer, self.classifier = tokenizer, classifier
         self.distance = FrechetInceptionDistance(feature=classifier, normalize=False, input_img_size=(3, 32, 32), antialias=False,
                                                  reset_real_features=False)
@@ -119,14 +119,14 @@ class Judge:
 
 
 @torch.no_grad()
-def sample_images(prior: TokenPrior, tokenizer: ImageTokenizer, settings: SamplingConfig, count: int) -> tuple[torch.Tensor, list[int], float]:
+def sample_images(prior: TokenPrior, tokenizer: Tokenizer, settings: SamplingConfig, count: int) -> tuple[torch.Tensor, list[int], float]:
     """Images (N, H, W, C), their classes in turn, and the seconds of sampling, without those of decoding."""
     classes, seeds, images, seconds = [number % CLASSES for number in range(count)], image_seeds(SEED, count), [], 0.0
     for start in range(0, count, BATCH):
         part, started = slice(start, start + BATCH), time.perf_counter()
         ids_BT = prior.sample(classes[part], settings, seeds[part])
         seconds += time.perf_counter() - started
-        images.append(torch.from_numpy(to_uint8(tokenizer.decode(ids_BT.view(-1, *tokenizer.grid_shape)))))
+        images.append(torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.split_tokens(ids_BT)))))
     return torch.cat(images), classes, seconds
 
 
@@ -140,7 +140,7 @@ def settings_of(steps: int | None, guidance_schedule: str, guidance_scale: float
 
 def measure_quality(run_dir: Path, minutes: float, schedule: str) -> int:
     """Train both priors, and print the tables. Returns exit code 1 if a target is missed."""
-    tokenizer = ImageTokenizer.from_pretrained(make_tokens(run_dir) / "tokenizer")
+    tokenizer = load_tokenizer(make_tokens(run_dir) / "tokenizer")
     priors, metrics = {}, {}
     for name in (RASTER, ANY_ORDER):
         priors[name], metrics[name] = train(name, run_dir, minutes)

@@ -1,36 +1,32 @@
-"""Joins a tokenizer and a prior into one self-contained pipeline folder.
+"""Joins a tokenizer and one or several priors into one self-contained pipeline folder.
 
-    vqmosaic bundle digits                                                    # the two parts of this run
+    vqmosaic bundle digits                                                    # the parts of this run
     vqmosaic bundle --tokenizer a/tokenizer --prior b/prior --out pipeline    # parts from anywhere
+    vqmosaic bundle --tokenizer a/tokenizer --prior a/prior --prior b/prior --out pipeline    # two priors: the second is given what the first draws
 
 pipeline/
-    tokenizer/, prior/    copies of the exports
+    tokenizer/, prior/    copies of the exports; further priors are prior_2/ and so on
+    conditions/<name>/    copies of the tokenizers of the conditions, if the prior is given any
     pipeline.json         recommended sampling settings, class names, token fingerprint; the sweep record if `vqmosaic sweep` chose the settings
 """
 
 import dataclasses
-import operator
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.stages.stage_inputs import (
-    full_fingerprint_of_tokenizer,
-    predicts_in_any_order,
-    token_fingerprint_of_tokenizer,
-    vocabulary_of_prior,
-)
-from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
-from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_weights, write_digests
+from pipelines.pipeline_parts import PipelineParts, condition_records, copy_condition
+from pipelines.stages.stage_inputs import predicts_in_any_order
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.digests import DIGESTS_NAME, check_digests, write_digests
+from stage2_prior.generation.guidance_scales import segment_scales
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
-from token_shards.manifest import Grid, describe_grids
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, did_you_mean
+from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
-from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.files.full_disks import explain_full_disk, size_of
 from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, from_fields, read_object, written_by
 from vqmosaic.files.permissions import check_readable
@@ -42,26 +38,35 @@ if TYPE_CHECKING:
 FORMAT = "vqmosaic.pipeline"
 FORMAT_VERSION = 1
 FIELDS = ("format", "format_version", "class_names", "token_fingerprint", "sampling")
+OPTIONAL_FIELDS = (VERSION_FIELD, "sweep", "priors", "conditions")
+"""Fields of pipeline.json that are there only if needed: priors if there are several, conditions if the prior is given any."""
 SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 
 
-def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfig) -> Path:
+def make_bundle(tokenizer: Path, prior: Path | Sequence[Path], out: Path, sampling: SamplingConfig,
+                conditions: Mapping[str, Path] | None = None) -> Path:
     """Write a pipeline folder from a tokenizer folder and a prior folder, and return its path. After a failure, no partial folder remains.
 
     If a sweep chose these settings for these parts, its record is kept. It is read from the pipeline that contains the tokenizer, or from the
     one that is replaced.
 
+    Args:
+        prior: the folder of the prior, or those of several priors in the order of sampling. Each may be given grids that earlier ones draw.
+        conditions: name -> folder of the tokenizer of each condition that is given to the priors.
+
     Raises:
-        ValueError: one of the parts is missing, the prior was trained on tokens of another tokenizer (the message gives both fingerprints and
-            paths) or on other grids, the sampling settings do not fit the prior, or `out` is a file, or a folder with files but without a pipeline.
+        ValueError: one of the parts is missing, a prior was trained on tokens of another tokenizer (the message gives both fingerprints and
+            paths) or the priors do not draw all grids, the tokenizer of a condition is missing or another one, the sampling settings do not fit the
+            prior, or `out` is a file, or a folder with files but without a pipeline.
     """
     check_replaceable(out)
-    token_fingerprint, vocabulary = token_fingerprint_of_tokenizer(tokenizer), vocabulary_of_prior(prior)
-    check_same_tokens(token_fingerprint, tokenizer, vocabulary.token_fingerprint, prior)
-    check_same_grids(grids_of_tokenizer(tokenizer), tokenizer, vocabulary, prior)
-    check_sampling_fits(sampling, vocabulary, prior)
-    check_digests(prior)
-    record = find_sweep_record([tokenizer.parent, out], sampling, tokenizer, prior)
+    parts = PipelineParts(tokenizer, [prior] if isinstance(prior, Path) else list(prior), dict(conditions or {}))
+    vocabulary = parts.check()
+    parts = parts.used_by(vocabulary)
+    check_sampling_fits(sampling, vocabulary, parts.priors)
+    for folder in parts.priors:
+        check_digests(folder)
+    record = find_sweep_record([tokenizer.parent, out], sampling, parts)
     partial = temporary_sibling(out)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -69,25 +74,32 @@ def make_bundle(tokenizer: Path, prior: Path, out: Path, sampling: SamplingConfi
             partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot create {out}: {error.strerror}. Give another folder for the pipeline.") from None
-    with explain_full_disk(out.parent, lambda: size_of(tokenizer) + size_of(prior)), removed_on_failure(partial):
+    prior_names = [f"prior_{number}" if number > 1 else "prior" for number in range(1, len(parts.priors) + 1)]
+    with explain_full_disk(out.parent, lambda: sum(map(size_of, parts.folders))), removed_on_failure(partial):
         copy_folder(tokenizer, partial / "tokenizer")
-        copy_folder(prior, partial / "prior")
-        if not (partial / "prior" / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: detect later changes of the copy
-            write_digests(partial / "prior")
+        for name, folder in zip(prior_names, parts.priors, strict=True):
+            copy_folder(folder, partial / name)
+            if not (partial / name / DIGESTS_NAME).is_file():  # a prior saved by 0.1.0: detect later changes of the copy
+                write_digests(partial / name)
+        for name, folder in parts.conditions.items():
+            (partial / "conditions").mkdir(exist_ok=True)
+            copy_condition(folder, partial / "conditions" / name)
         write_json(partial / "pipeline.json", {
             "format": FORMAT, "format_version": FORMAT_VERSION, VERSION_FIELD: __version__, "class_names": vocabulary.class_names,
-            "token_fingerprint": token_fingerprint, "sampling": dataclasses.asdict(sampling), **({"sweep": record} if record else {})})
+            "token_fingerprint": vocabulary.token_fingerprint, "sampling": sampling.to_dict(),
+            **({"priors": prior_names} if len(prior_names) > 1 else {}),
+            **({"conditions": condition_records(vocabulary, parts.conditions)} if vocabulary.conditions else {}),
+            **({"sweep": record} if record else {})})
         publish(partial, out)
     return out
 
 
 def part_fingerprints(tokenizer: Path, prior: Path) -> dict[str, str]:
-    """The fingerprints that identify the parts of a pipeline: of the tokens, of the whole tokenizer, and of the prior's weights."""
-    return {"tokens": token_fingerprint_of_tokenizer(tokenizer), "tokenizer": full_fingerprint_of_tokenizer(tokenizer),
-            "prior": fingerprint_of_weights(prior)}
+    """The fingerprints of a pipeline with one prior and no conditions. `PipelineParts.fingerprints` has those of any pipeline."""
+    return PipelineParts(tokenizer, [prior]).fingerprints()
 
 
-def find_sweep_record(folders: Sequence[Path], sampling: SamplingConfig, tokenizer: Path, prior: Path) -> dict[str, Any] | None:
+def find_sweep_record(folders: Sequence[Path], sampling: SamplingConfig, parts: PipelineParts) -> dict[str, Any] | None:
     """The record of the sweep that chose these settings for these parts, from the first pipeline in `folders` that has it, or None."""
     for folder in folders:
         if not (folder / "pipeline.json").is_file():
@@ -95,7 +107,7 @@ def find_sweep_record(folders: Sequence[Path], sampling: SamplingConfig, tokeniz
         try:
             content = read_bundle(folder)
             record = content.get("sweep")
-            if record and recommended_sampling(folder, content) == sampling and record["setup"]["pipeline"] == part_fingerprints(tokenizer, prior):
+            if record and recommended_sampling(folder, content) == sampling and record["setup"]["pipeline"] == parts.fingerprints():
                 return record
         except (InputError, TypeError, KeyError):  # the pipeline to be replaced may have another version, or be damaged
             continue
@@ -108,11 +120,11 @@ def recommend(folder: Path, sampling: SamplingConfig, record: dict[str, Any]) ->
     Raises:
         ValueError: the record was not made with the parts of this pipeline.
     """
-    content, parts = read_bundle(folder), part_fingerprints(folder / "tokenizer", folder / "prior")
-    if record["setup"]["pipeline"] != parts:
+    content = read_bundle(folder)
+    if record["setup"]["pipeline"] != PipelineParts.in_folder(folder, content).fingerprints():
         raise InputError(f"{folder} has changed since the sweep started: the sweep measured another tokenizer or prior. "
                          "The recommended settings are unchanged. Start a new sweep.")
-    write_json(folder / "pipeline.json", content | {"sampling": dataclasses.asdict(sampling), "sweep": record})
+    write_json(folder / "pipeline.json", content | {"sampling": sampling.to_dict(), "sweep": record})
 
 
 def check_replaceable(out: Path) -> None:
@@ -123,43 +135,44 @@ def check_replaceable(out: Path) -> None:
         raise InputError(f"{out} is {what}. Give a new folder, an empty folder, or a pipeline folder to replace.")
 
 
-def check_same_grids(grids: Sequence[Grid], tokenizer: object, vocabulary: Vocabulary, prior: object) -> None:
-    """Raise InputError unless a prior predicts all grids of a tokenizer, in its order, and is given nothing but the class.
-
-    `tokenizer` and `prior` are names for the message.
-    """
-    if list(grids) != list(vocabulary.grids):
-        raise InputError(f"{tokenizer} and {prior} do not belong together: the tokenizer has the grids {describe_grids(grids) or 'none'}, but the "
-                         f"prior predicts {describe_grids(vocabulary.grids)}. A pipeline needs a prior of all grids of its tokenizer, in the same "
-                         "order.")
-    if vocabulary.conditions:
-        raise InputError(f"{prior} is given {', '.join(condition.name for condition in vocabulary.conditions)} besides the class, which pipelines do "
-                         "not support yet. Use TokenPrior.sample.")
-
-
-def check_sampling_fits(sampling: SamplingConfig, vocabulary: Vocabulary, prior: Path) -> None:
-    """Raise InputError if a prior with this vocabulary does not support the sampling settings."""
+def check_sampling_fits(sampling: SamplingConfig, vocabulary: ChainVocabulary, priors: Sequence[Path]) -> None:
+    """Raise InputError if the priors in these folders do not support the sampling settings."""
+    prior = " and ".join(map(str, priors))
     if sampling.guidance_scale != 1 and (why := vocabulary.why_unguided()):
         raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g}, but the prior in {prior} {why}. Set sampling.guidance_scale to 1.")
-    is_usual = sampling.order == "raster" and sampling.steps in (None, vocabulary.num_tokens)  # one token after another, row by row
-    if not is_usual and not predicts_in_any_order(prior):
-        setting = f"order is {sampling.order!r}" if sampling.order != "raster" else f"steps is {sampling.steps}"
-        raise InputError(f"sampling.{setting}, but the prior in {prior} was trained in raster order, so it draws one token after another. Leave "
-                         "it out, or train a grid_transformer with prior_training.order annealed.")
-    if sampling.steps is not None and sampling.steps > vocabulary.num_tokens:
-        raise InputError(f"sampling.steps is {sampling.steps}, but the prior in {prior} has {vocabulary.num_tokens} tokens per image; allowed: 1 to "
-                         f"{vocabulary.num_tokens}.")
+    if unknown := [name for name in sampling.guidance if name not in vocabulary.given_names]:
+        raise InputError(f"sampling.guidance has {', '.join(unknown)}; the given segments of the prior in {prior} are: "
+                         f"{', '.join(vocabulary.given_names) or 'none'}.")
+    for number, (folder, each) in enumerate(zip(priors, vocabulary.vocabularies, strict=True)):
+        check_prior_settings(vocabulary.settings_of(number, sampling), each, folder)
+    if sampling.steps is not None and sampling.steps > vocabulary.most_steps:
+        raise InputError(f"sampling.steps is {sampling.steps}, but the prior in {prior} has {vocabulary.most_steps} tokens per image; allowed: 1 to "
+                         f"{vocabulary.most_steps}.")
     if sampling.top_k > vocabulary.most_codes:
         raise InputError(f"sampling.top_k is {sampling.top_k}, but the prior in {prior} has {vocabulary.most_codes} codes; allowed: 0 (off) to "
                          f"{vocabulary.most_codes}.")
 
 
+def check_prior_settings(sampling: SamplingConfig, vocabulary: Vocabulary, prior: Path) -> None:
+    """Raise InputError if one prior has not learned the drawing order or the guidance of the settings."""
+    is_usual = sampling.order == "raster" and sampling.steps in (None, vocabulary.num_tokens)  # one token after another, row by row
+    if not is_usual and not predicts_in_any_order(prior):
+        setting = f"order is {sampling.order!r}" if sampling.order != "raster" else f"steps is {sampling.steps}"
+        raise InputError(f"sampling.{setting}, but the prior in {prior} was trained in raster order, so it draws one token after another. Leave "
+                         "it out, or train a grid_transformer with prior_training.order annealed.")
+    if sampling.guidance:
+        try:
+            segment_scales(vocabulary, sampling.guidance_scale, sampling.guidance)
+        except InputError as error:
+            raise InputError(f"sampling.guidance does not fit the prior in {prior}. {error}") from None
+
+
 def check_given_sampling(folder: Path, content: dict, given: dict[str, Any]) -> SamplingConfig:
     """The recommended settings of a pipeline, overridden by the given ones. Raises InputError if they are invalid or do not fit its prior."""
-    recommended = recommended_sampling(folder, content)
+    recommended, parts = recommended_sampling(folder, content), PipelineParts.in_folder(folder, content)
     with naming_options():
         sampling = dataclasses.replace(recommended, **given)
-        check_sampling_fits(sampling, vocabulary_of_prior(folder / "prior"), folder / "prior")
+        check_sampling_fits(sampling, parts.vocabulary(), parts.priors)
     return sampling
 
 
@@ -204,79 +217,30 @@ def find_tokenizer(path: str | Path) -> Path:
 
 
 def read_bundle(folder: Path) -> dict:
-    """The content of pipeline.json, after a check of its format, version, fields, class names and token fingerprint.
+    """The content of pipeline.json, after a check of its format, version, fields, class names, token fingerprint and conditions.
 
     Does not check the sampling settings, which users may edit: `recommended_sampling` does.
     """
     path = folder / "pipeline.json"
     content = read_object(path, "`vqmosaic bundle` writes it again")
     check_format(content, FORMAT, FORMAT_VERSION, str(path))
-    check_fields(content, (*FIELDS, VERSION_FIELD, "sweep"), str(path), written_by(content), FIELDS)
-    vocabulary = vocabulary_of_prior(folder / "prior")
+    check_fields(content, (*FIELDS, *OPTIONAL_FIELDS), str(path), written_by(content), FIELDS)
+    parts = PipelineParts.in_folder(folder, content)
+    vocabulary = parts.vocabulary()
+    remedy = "One of them was edited or replaced. Copy the pipeline again, or run `vqmosaic bundle` again."
     for name in ("class_names", "token_fingerprint"):
         if content[name] != getattr(vocabulary, name):
-            raise InputError(f"{path} has another {name} than {folder / 'prior' / VOCABULARY_NAME}. One of them was edited or replaced. Copy the "
-                             "pipeline again, or run `vqmosaic bundle` again.")
+            raise InputError(f"{path} has another {name} than {parts.priors[0] / VOCABULARY_NAME}. {remedy}")
+    if [record["name"] for record in content.get("conditions", [])] != [condition.name for condition in vocabulary.conditions]:
+        raise InputError(f"{path} has other conditions than {parts.priors[0] / VOCABULARY_NAME}. {remedy}")
+    if vocabulary.conditions or len(parts.priors) > 1:
+        parts.check()
     return content
 
 
 def recommended_sampling(folder: Path, content: dict) -> SamplingConfig:
     """The sampling settings in the content of a folder's pipeline.json. Missing settings get their defaults."""
     return from_fields(SamplingConfig, content["sampling"], f"{folder / 'pipeline.json'}: sampling", written_by(content))
-
-
-def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
-    """At most `samples` class indices, evenly spaced between 0 and classes - 1."""
-    count = min(classes, samples)
-    return [index * classes // count for index in range(count)]
-
-
-def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[int]:
-    """The index of each label, which is a class name or an integer of any type.
-
-    Raises InputError for unknown classes, and if the pipeline has no classes (`names` is None).
-    """
-    if names is None:
-        raise InputError(f"the classes {list(labels)} are given, but this pipeline was trained without classes. Leave them out.")
-    indices = []
-    for label in labels:
-        if isinstance(label, str):
-            if label not in names:
-                raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}."
-                                 f"{did_you_mean(label, names)}")
-            indices.append(names.index(label))
-            continue
-        try:
-            index = operator.index(label)
-        except TypeError:
-            raise InputError(f"class_labels has {label!r}; allowed: class names as strings, class indices as integers.") from None
-        if not 0 <= index < len(names):
-            raise InputError(f"class index {index} does not exist; allowed: 0 to {len(names) - 1}.")
-        indices.append(index)
-    return indices
-
-
-def labels_from_text(names: list[str] | None, text: str) -> list[str | int]:
-    """The labels in a comma-separated text: class names as strings, class indices as integers.
-
-    Class names take precedence, longer ones first, because names may contain commas. If all class names are numbers, a number is always a name:
-    with classes 1 to 12, 0 is an error and not the first class.
-    """
-    parts, known, labels, start = text.split(","), set(names or []), [], 0
-    has_indices = not known or not all(name.isdecimal() for name in known)
-    while start < len(parts):
-        spans = (",".join(parts[start:stop]).strip() for stop in range(len(parts), start, -1))
-        label = next((span for span in spans if span in known), parts[start].strip())
-        labels.append(int(label) if has_indices and label not in known and label.isdecimal() else label)
-        start += 1 + label.count(",")  # only a class name can contain commas
-    return labels
-
-
-def classes_from_text(names: list[str] | None, text: str | None) -> list[int] | None:
-    """The class indices in a comma-separated text. Without a text: all classes, or None if there are none. Raises as `class_indices` does."""
-    if text is not None:
-        return class_indices(names, labels_from_text(names, text))
-    return None if names is None else list(range(len(names)))
 
 
 def usable_device(device: "str | torch.device | None", given_as: str = "device") -> "torch.device":

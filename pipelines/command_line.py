@@ -1,45 +1,23 @@
 """The `vqmosaic` command. Imports torch only when a stage starts, so help and input errors appear at once."""
 
 import argparse
-import dataclasses
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
+from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from pipelines.image_commands import generate, reconstruct, translate, upscale
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, check_name, check_range, nearest_name
+from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.given_paths import given_path
-from vqmosaic.recipes.field_types import required_type
-from vqmosaic.recipes.recipe_files import field_help, load_recipe, recipe_help, shipped_names
+from vqmosaic.recipes.recipe import recipe_of_condition
+from vqmosaic.recipes.recipe_files import load_recipe, recipe_help, shipped_names
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.launch import exit_code_of, exit_process, find_accelerate_config, processes_to_start, run_stage
 from vqmosaic.runs.process_settings import set_up_process
-from vqmosaic.runs.run_folder import STAGES
+from vqmosaic.runs.run_folder import REDO_STAGES, main_stage
 
-RECONSTRUCTIONS = "reconstructions"
-"""The default output folder of `reconstruct`."""
 STAGE_COMMANDS = {"train-tokenizer": "tokenizer", "preprocess": "tokens", "train-prior": "prior"}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises InputError instead of exiting, and suggests the nearest option for an unknown one."""
-
-    def __init__(self, command: str, description: str | None = None, **settings):
-        super().__init__(prog=f"vqmosaic {command}", description=description, allow_abbrev=False, **settings)
-
-    @property
-    def option_names(self) -> list[str]:
-        """The long options, such as --redo."""
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-
-    def error(self, message: str) -> NoReturn:
-        """Raise InputError with argparse's message."""
-        unknown = re.match(r"unrecognized arguments: (-\S+)", message)
-        nearest = nearest_name(unknown[1].partition("=")[0], self.option_names) if unknown else None
-        hint = f" Did you mean {nearest}?" if nearest else ""
-        raise InputError(f"{message}.{hint} Options of {self.prog}: {', '.join(self.option_names)}.")
 
 
 def recipe_command_parser(command: str) -> Parser:
@@ -48,7 +26,9 @@ def recipe_command_parser(command: str) -> Parser:
                     add_help=False, usage=f"vqmosaic {command} RECIPE [options] [--section.field value ...]")
     parser.add_argument("--processes", type=int, metavar="N", help="number of processes; default: 1, or the number in the configuration")
     parser.add_argument("--accelerate_config", metavar="FILE", help="Accelerate configuration to launch with: a file or a shipped name")
-    parser.add_argument("--redo", metavar="STAGE", help=f"delete and rerun this stage ({', '.join(STAGES)}) and all later ones")
+    parser.add_argument("--redo", metavar="STAGE", help=f"delete and rerun this stage ({', '.join(REDO_STAGES)}) and all later ones")
+    if command == "train-tokenizer":
+        parser.add_argument("--condition", metavar="NAME", help="train the tokenizer of this condition (data.conditions), not that of the images")
     if command == "train-prior":
         parser.add_argument("--overfit", type=int, metavar="N", help="only check that the prior can memorize N images; takes about a minute")
     return parser
@@ -73,8 +53,12 @@ def parse_recipe_command(command: str, arguments: list[str]) -> tuple[argparse.N
     if options.processes is not None:
         check_range("--processes", options.processes, at_least=1)
     if options.redo is not None:
-        check_name("--redo", options.redo, STAGES)
-    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, options.redo)
+        check_name("--redo", options.redo, REDO_STAGES)
+    options.recipe = load_recipe(arguments[0], overrides, parser.option_names, count_images, main_stage(options.redo))
+    if getattr(options, "condition", None) is not None:
+        options.recipe = recipe_of_condition(options.recipe, options.condition)
+        if options.redo is not None:
+            check_name("--redo (with --condition)", options.redo, ("tokenizer",))
     if options.accelerate_config is not None:
         options.accelerate_config = str(find_accelerate_config(options.accelerate_config))
     options.processes = processes_to_start(options.processes, options.accelerate_config)
@@ -99,10 +83,10 @@ def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path
     from pipelines.stages.chain import delete_stages_from, record_recipe
     from pipelines.stages.stage_checks import check_before_start
 
-    if options.redo is not None and STAGES.index(options.redo) < STAGES.index(stage):
+    if options.redo is not None and REDO_STAGES.index(options.redo) < REDO_STAGES.index(stage):
         raise InputError(f"--redo {options.redo} would delete the input of {command}. Give --redo {stage}, or rerun all stages with "
                          f"`vqmosaic run RECIPE --redo {options.redo}`.")
-    check_before_start(options.recipe, stage, options.processes, redo=options.redo)
+    check_before_start(options.recipe, stage, options.processes, redo=main_stage(options.redo))
     delete_stages_from(options.recipe, options.redo)
     return record_recipe(options.recipe)
 
@@ -125,68 +109,22 @@ def bundle(command: str, arguments: list[str]) -> int:
         bundle_run(options.recipe)
         return 0
     from pipelines.bundle import make_bundle, naming_options
+    from pipelines.pipeline_parts import find_conditions
 
-    parser = Parser(command, "Join a tokenizer and a prior. `vqmosaic bundle RECIPE` takes those of a run; the options below take any.")
+    parser = Parser(command, "Join a tokenizer and one or several priors. `vqmosaic bundle RECIPE` takes those of a run; the options below take any.")
     parser.add_argument("--tokenizer", required=True, type=given_path, help="a tokenizer folder")
-    parser.add_argument("--prior", required=True, type=given_path, help="a prior folder")
+    parser.add_argument("--prior", required=True, action="append", type=given_path,
+                        help="a prior folder. Repeat it for several priors in the order of sampling: each may be given what earlier ones draw")
+    parser.add_argument("--condition", action="append", default=[], metavar="NAME=FOLDER",
+                        help="the tokenizer of a condition; default: conditions/NAME/tokenizer beside a prior")
     parser.add_argument("--out", required=True, type=given_path, help="the pipeline folder to write")
     add_sampling_options(parser, "recommended in the bundle; default: off")
     options = parser.parse_args(arguments)
+    conditions = find_conditions(options.condition, options.prior)
     with naming_options():
-        folder = make_bundle(options.tokenizer, options.prior, options.out, SamplingConfig(**given_sampling(options)))
+        folder = make_bundle(options.tokenizer, options.prior, options.out, SamplingConfig(**given_sampling(options)), conditions)
     print(f"bundled {folder}")
     return 0
-
-
-def add_sampling_options(parser: argparse.ArgumentParser, note: str) -> None:
-    """Add an option for each field of SamplingConfig to a parser. The help of each one ends with `note` in parentheses."""
-    helps = field_help(SamplingConfig)
-    for field in dataclasses.fields(SamplingConfig):
-        kind = {"type": float, "nargs": 2, "metavar": ("START", "STOP")} if field.type == list[float] else {"type": required_type(field.type)}
-        parser.add_argument(f"--{field.name}", help=f"{helps[field.name]} ({note})", **kind)
-
-
-def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings given on the command line."""
-    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(SamplingConfig)}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def generate(command: str, arguments: list[str]) -> int:
-    """generate: sample images from a run or a pipeline to PNG files and a grid."""
-    parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption, the same command continues.")
-    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
-    parser.add_argument("--classes", help="comma-separated class names or indices, such as cat,3; default: all classes")
-    parser.add_argument("--num", type=int, default=4, help="images per class; default: 4")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
-    parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
-                                                      "if samples holds other images")
-    add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle")
-    options = parser.parse_args(arguments)
-
-    from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
-    from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
-    from pipelines.stages.stage_checks import check_can_write
-
-    folder = find_pipeline(options.pipeline)
-    content = read_bundle(folder)
-    check_range("--num", options.num, at_least=1)
-    sampling = check_given_sampling(folder, content, given_sampling(options))
-    check_can_write("--out", options.out or Path("samples"))
-    names = content["class_names"]
-    samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=classes_from_text(names, options.classes),
-                           num=options.num, seed=options.seed, sampling=sampling, dtype=options.dtype)
-    samples = samples if options.out else find_output_folder(samples)
-    if samples.is_finished():
-        return 0
-    usable_device(options.device, "--device")
-    if options.out is None:
-        print(f"without --out, the images are written to {samples.out.absolute()}", flush=True)
-
-    from pipelines.image_folders.write_images import write_generated
-
-    return write_generated(samples, options.device)
 
 
 def sweep(command: str, arguments: list[str]) -> int:
@@ -204,38 +142,6 @@ def sweep(command: str, arguments: list[str]) -> int:
     from pipelines.sweep.sweep import run_sweep
 
     return run_sweep(request)
-
-
-def reconstruct(command: str, arguments: list[str]) -> int:
-    """reconstruct: encode images to tokens and decode them."""
-    parser = Parser(command, "Encode images to tokens and decode them again.")
-    parser.add_argument("tokenizer", type=given_path, help="a run folder, a pipeline folder or a tokenizer folder")
-    parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files")
-    parser.add_argument("--out", type=given_path, help=f"output folder; default: {RECONSTRUCTIONS} in the working directory")
-    add_device_options(parser)
-    options = parser.parse_args(arguments)
-
-    from pipelines.bundle import find_tokenizer, usable_device
-    from pipelines.stages.stage_checks import check_can_write, check_image
-
-    folder = find_tokenizer(options.tokenizer)
-    for image in options.images:
-        check_image(image)
-    out = options.out or Path(RECONSTRUCTIONS)
-    check_can_write("--out", out)
-    usable_device(options.device, "--device")
-
-    from pipelines.image_folders.write_images import write_reconstructions
-
-    if options.out is None:
-        print(f"without --out, the images are written to {out.absolute()}", flush=True)
-    return write_reconstructions(folder, options.images, out, options.device, options.dtype)
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options --device and --dtype to a parser."""
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: the best available")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of prior and decoder")
 
 
 def check_data(command: str, arguments: list[str]) -> int:
@@ -328,6 +234,8 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "bundle": (bundle, "Join a tokenizer and a prior into a pipeline folder."),
     "generate": (generate, "Generate images from a run or a pipeline."),
     "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
+    "upscale": (upscale, "Make large images from small ones, with a prior that is given images at low resolution."),
+    "translate": (translate, "Make images from others, such as edges, with a prior that is given those."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
     "audit": (audit, "Check token shards for completeness."),

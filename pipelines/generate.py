@@ -7,36 +7,32 @@
 
     for out in pipe.batches(num_images_per_label=50_000, class_labels=3, seed=1):      # many images, one batch in memory at a time
         ...
+
+Pipelines whose prior is given more than the class also take `prompt` and `image`:
+
+    pipe(prompt="a photo of a cat")
+    pipe.super_resolve(small_images)
+    pipe.translate(pictures_of_edges)
 """
 
-import dataclasses
-import math
-import operator
-import secrets
 import shutil
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.bundle import (
-    check_replaceable,
-    check_same_grids,
-    class_indices,
-    find_pipeline,
-    make_bundle,
-    read_bundle,
-    recommended_sampling,
-    usable_device,
-)
-from stage1_tokenizer.image_files.images import as_batches, to_pil, to_uint8
-from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer, split_ids
-from stage2_prior.generation.logit_differences import largest_logit_difference
+from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
+from pipelines.condition_inputs import ConditionInputs
+from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
+from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
+from pipelines.pipeline_parts import PipelineParts, check_same_grids
+from stage1_tokenizer.image_files.images import as_batches, to_pil
+from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.generation.prior_chain import PriorChain
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import NO_CLASS
@@ -44,47 +40,11 @@ from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.exported_weights import same_weights
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.recipes.field_types import as_boolean, as_integer
-from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
-from vqmosaic.seeding import image_seeds
 
-OUTPUT_TYPES = ("pil", "np", "pt")
-SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance_"))
-FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
-"""The arguments of a call that could be positional in version 0.1.0, after seed."""
-MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 8 * 256**2, 64
-"""Largest number of pixels and of images in a batch of the encoder or decoder, whose feature maps are far larger than the images."""
-
-
-def tokenizer_batch_size(image_size: ImageSize) -> int:
-    """Number of images of this size in a batch of the encoder or decoder."""
-    return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
-
-
-def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
-    """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
-
-    Raises InputError if a dict does not have ids of all grids, for the same number of images.
-    """
-    if isinstance(ids, dict):
-        tokenizer.check_grid_names(ids)
-        if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
-            counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
-            raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
-    for batch in split_ids(ids, tokenizer_batch_size(tokenizer.transform.image_size), tokenizer.device):
-        yield tokenizer.decode(batch)
-
-
-class Request(NamedTuple):
-    """A checked request to a pipeline: the sampling settings, the class index of each image (None without classes) and its seed."""
-
-    sampling: SamplingConfig
-    classes: list[int] | None
-    seeds: list[int]
-    known_BT: torch.Tensor | None = None
-    """Ids of all grids that are kept; -1 is a token to draw. None draws all."""
+Images = Image.Image | Sequence[Image.Image] | torch.Tensor
+"""A PIL image, a list of them, or a floating-point tensor (B, C, H, W) in [-1, 1]."""
 
 
 @dataclass
@@ -103,36 +63,44 @@ class GenerationOutput:
     """True if the callback stopped the sampling."""
     places: range = range(0)
     """The positions of the images in the request, starting at 0. Empty after a stop."""
+    given_ids: dict[str, torch.Tensor] = field(default_factory=dict)
+    """int64 (B, n): the ids of the conditions by name, on the CPU."""
 
 
 class ImageGenerationPipeline:
-    """A tokenizer and a prior that belong together, with recommended sampling settings."""
+    """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
-    def __init__(self, tokenizer: Tokenizer, prior: TokenPrior, sampling: SamplingConfig | None = None, source: Path | None = None):
+    def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
+                 source: PipelineParts | None = None, inputs: ConditionInputs | None = None):
+        """`prior` may be several, in the order of sampling. `inputs` has the tokenizers of the conditions that they are given."""
         if tokenizer.token_fingerprint is None:
             raise InputError("the tokenizer has no token fingerprint yet, so it cannot be matched with the prior. Call its save_pretrained first.")
-        check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", prior.vocabulary.token_fingerprint, "the prior")
-        check_same_grids(tokenizer.grids, "the tokenizer", prior.vocabulary, "the prior")
-        self.tokenizer, self.prior, self.sampling, self._source = tokenizer, prior, sampling or SamplingConfig(), source
+        self.chain = PriorChain([prior] if isinstance(prior, TokenPrior) else prior)
+        check_same_tokens(tokenizer.token_fingerprint, "the tokenizer", self.vocabulary.token_fingerprint, "the prior")
+        check_same_grids(tokenizer.grids, "the tokenizer", self.vocabulary, "the prior")
+        self.tokenizer, self.sampling, self._source = tokenizer, sampling or SamplingConfig(), source
+        self.inputs = inputs or ConditionInputs(self.vocabulary, {}, {})
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None,
                         dtype: torch.dtype | str = torch.float32) -> "ImageGenerationPipeline":
         """Load the pipeline of a pipeline folder or a run folder to a device, by default the best available one.
 
-        dtype, a torch.dtype or its name such as "bfloat16", applies to the prior and the decoder. Encoder and quantizer stay in float32.
+        dtype, a torch.dtype or its name such as "bfloat16", applies to the priors and the decoder. Encoder and quantizer stay in float32.
 
         Raises:
             ValueError: there is no pipeline, its parts do not belong together, this machine does not have the device, or the dtype is unknown.
         """
         folder, dtype = find_pipeline(path), as_dtype(dtype)
         content = read_bundle(folder)
-        device = usable_device(device)
-        tokenizer = load_tokenizer(folder / "tokenizer", device, dtype)
-        prior = TokenPrior.from_pretrained(folder / "prior", device=device, dtype=dtype)
+        parts, device = PipelineParts.in_folder(folder, content), usable_device(device)
+        tokenizer = load_tokenizer(parts.tokenizer, device, dtype)
+        priors = [TokenPrior.from_pretrained(prior, device=device, dtype=dtype) for prior in parts.priors]
+        vocabulary = ChainVocabulary([prior.vocabulary for prior in priors])
         assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
-        check_same_tokens(tokenizer.token_fingerprint, folder / "tokenizer", prior.vocabulary.token_fingerprint, folder / "prior")
-        return cls(tokenizer, prior, recommended_sampling(folder, content), folder)
+        check_same_tokens(tokenizer.token_fingerprint, parts.tokenizer, vocabulary.token_fingerprint, parts.priors[0])
+        inputs = ConditionInputs.load(vocabulary, parts.conditions, device)
+        return cls(tokenizer, priors, recommended_sampling(folder, content), parts, inputs)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline to another folder, with the current recommended settings.
@@ -140,30 +108,43 @@ class ImageGenerationPipeline:
         If the weights have not changed since loading, except by a cast, the original files are copied. Otherwise the weights are saved.
         """
         folder = Path(folder)
-        if self._source is None or not self._has_loaded_weights(self._source):
-            check_replaceable(folder)
-            parts = folder.with_name(f".parts-{folder.name}")
-            try:
-                self.tokenizer.save_pretrained(parts / "tokenizer")
-                self.prior.save_pretrained(parts / "prior")
-                make_bundle(parts / "tokenizer", parts / "prior", folder, self.sampling)
-            finally:
-                shutil.rmtree(parts, ignore_errors=True)
-        else:  # copy the files, because the weights in memory may have been cast
-            make_bundle(self._source / "tokenizer", self._source / "prior", folder, self.sampling)
-
-    def _has_loaded_weights(self, source: Path) -> bool:
-        """Whether tokenizer and prior still have the weights in the folder. Loads both models again and compares. False if loading fails."""
+        if self._source is not None and self._has_loaded_weights(self._source):  # copy the files, because the weights in memory may have been cast
+            make_bundle(self._source.tokenizer, self._source.priors, folder, self.sampling, self._source.conditions)
+            return
+        check_replaceable(folder)
+        temporary = folder.with_name(f".parts-{folder.name}")
         try:
-            return (same_weights(self.tokenizer, load_tokenizer(source / "tokenizer"))
-                    and same_weights(self.prior, TokenPrior.from_pretrained(source / "prior")))
+            self.tokenizer.save_pretrained(temporary / "tokenizer")
+            priors = [temporary / f"prior-{number}" for number in range(len(self.chain.priors))]
+            for prior, path in zip(self.chain.priors, priors, strict=True):
+                prior.save_pretrained(path)
+            make_bundle(temporary / "tokenizer", priors, folder, self.sampling, self.inputs.save(temporary / "conditions"))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _has_loaded_weights(self, source: PipelineParts) -> bool:
+        """Whether tokenizer and priors still have the weights in the folders. Loads all models again and compares. False if loading fails."""
+        try:
+            return (same_weights(self.tokenizer, load_tokenizer(source.tokenizer))
+                    and all(same_weights(prior, TokenPrior.from_pretrained(path))
+                            for prior, path in zip(self.chain.priors, source.priors, strict=True)))
         except InputError:  # the folder was deleted or replaced
             return False
 
     @property
+    def prior(self) -> TokenPrior:
+        """The prior; the first one if there are several."""
+        return self.chain.priors[0]
+
+    @property
+    def vocabulary(self) -> ChainVocabulary:
+        """What the priors are given and draw."""
+        return self.chain.vocabulary
+
+    @property
     def class_names(self) -> list[str] | None:
         """The class names, or None if the prior was trained without classes."""
-        return self.prior.vocabulary.class_names
+        return self.vocabulary.class_names
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +152,8 @@ class ImageGenerationPipeline:
         return self.tokenizer.device
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
-                 *positional: Any, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
+                 *positional: Any, prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
+                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
                  compile: bool = False, **settings: Any) -> GenerationOutput:
         """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
 
@@ -179,7 +161,11 @@ class ImageGenerationPipeline:
 
         Args:
             class_labels: class names (strings) or indices (integers). None for a pipeline without classes, or for unconditional images.
-            num_images_per_label: images per label.
+            num_images_per_label: images per label (or per prompt, or per given image).
+            prompt: a text or a list of texts, for a prior that is given captions. With several texts, a dict of them by name.
+            image: a PIL image, a list of them or a tensor (B, C, H, W) in [-1, 1], for a prior that is given an image, such as one at low resolution.
+                With several images, a dict of them by name. Labels, prompts and images are paired by position; a single one counts for all.
+            given_ids: ids of conditions by name, as token shards hold them, in place of prompt and image.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
                 without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
@@ -192,24 +178,41 @@ class ImageGenerationPipeline:
             positional: deprecated; the arguments that version 0.1.0 accepted by position.
 
         Raises:
-            ValueError: an unknown class, a setting out of range or of the wrong type, or guidance without class_labels.
+            ValueError: an unknown class, a setting out of range or of the wrong type, guidance without class_labels, something that the prior was not
+                trained with (the message lists what it takes), or something missing that was never dropped in training.
         """
         if positional:
             former = keywords_from_former_positions(positional)
             keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size}
             if twice := former.keys() & settings.keys():
                 raise TypeError(f"{', '.join(sorted(twice))} given both by position and by keyword")
-            return self(class_labels, num_images_per_label, seed, compile=compile, **settings, **keywords | former)
-        request = self._check_request(class_labels, num_images_per_label, seed, settings)
+            return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, compile=compile, **settings,
+                        **keywords | former)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
         try:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
         except SamplingStopped:
-            return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True)
+            return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True, given_ids=dict(request.given))
         ids = concatenate_ids([batch.token_ids for batch in batches if batch.token_ids is not None])
         return GenerationOutput(concatenate(batch.images for batch in batches), ids, request.seeds, request.classes,
-                                places=range(len(request.seeds)))
+                                places=range(len(request.seeds)), given_ids=dict(request.given))
+
+    def super_resolve(self, images: Images, class_labels: Sequence[str | int] | str | int | None = None, **arguments: Any) -> GenerationOutput:
+        """Images at full size for images at low resolution, by a prior that is given those. Other arguments are those of a call.
+
+        Larger images are first resized to the low resolution. Raises InputError if the prior is not given images at low resolution.
+        """
+        return self(class_labels, image={self.inputs.image_for("super_resolve"): images}, **arguments)
+
+    def translate(self, images: Images, class_labels: Sequence[str | int] | str | int | None = None, **arguments: Any) -> GenerationOutput:
+        """Images for images of another kind, such as edges, by a prior that is given those. Other arguments are those of a call.
+
+        Raises InputError if the prior is given no such image, or only one at low resolution.
+        """
+        return self(class_labels, image={self.inputs.image_for("translate"): images}, **arguments)
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
+                prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
         """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
@@ -225,30 +228,12 @@ class ImageGenerationPipeline:
         Raises:
             ValueError: as in `__call__`, before the first batch.
         """
-        request = self._check_request(class_labels, num_images_per_label, seed, settings)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
         return self._sample_batches(request, output_type, callback, batch_size, compile, skip)
 
     def _check_request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
-                       settings: dict[str, Any]) -> Request:
-        """Check the arguments of a call and resolve classes, seeds and sampling settings. Raises InputError for invalid ones."""
-        for name in settings:
-            check_name("a setting", name, SAMPLING_SETTINGS)
-        count = as_integer("num_images_per_label", num_images_per_label)
-        check_range("num_images_per_label", count, at_least=1)
-        given = {name: value for name, value in settings.items() if value is not None}
-        sampling = dataclasses.replace(self.sampling, **given)
-        codes = self.prior.vocabulary.most_codes
-        if sampling.top_k > codes:
-            raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {codes}, the codebook size.")
-        classes = self._resolve_classes(class_labels, count)
-        if classes is None:
-            guided = {name: given[name] for name in GUIDANCE_SETTINGS if name in given}
-            if guided and guided.get("guidance_scale") != 1:
-                remedy = "leave it out" if self.class_names is None else "give class_labels, or leave it out"
-                words = " and ".join(f"{name} is {value}" for name, value in guided.items())
-                raise InputError(f"{words}, but no class_labels are given, so guidance has no effect; {remedy}.")
-            sampling = dataclasses.replace(sampling, guidance_scale=1.0)  # the recommended guidance needs classes
-        return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, count if classes is None else len(classes)))
+                       settings: dict[str, Any], given: Given | None = None) -> Request:
+        return check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings)
 
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
                         compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
@@ -258,7 +243,7 @@ class ImageGenerationPipeline:
         compile, total = as_boolean("compile", compile), len(request.seeds)
         batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
         batches = [positions for positions in batches if skip is None or not skip(positions)]
-        tokens_per_image = self.prior.vocabulary.num_tokens
+        tokens_per_image = self.vocabulary.num_tokens
 
         def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             for number, positions in enumerate(batches):
@@ -269,19 +254,32 @@ class ImageGenerationPipeline:
                 batch = slice(positions.start, positions.stop)
                 classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
                 known_BT = None if request.known_BT is None else request.known_BT[batch]
-                ids_BT = self.prior.sample(classes, request.sampling, seeds, report if callback is not None else None, compile, known_BT=known_BT)
-                decoded = decode_in_batches(self.tokenizer, self.tokenizer.split_tokens(ids_BT))
-                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decoded)
-                yield GenerationOutput(images, self.tokenizer.split_tokens(ids_BT.cpu()), seeds, classes, places=positions)
+                given = {name: ids_Nn[batch] for name, ids_Nn in request.given.items()}
+                ids = self.sample_ids(classes, request.sampling, seeds, report if callback is not None else None, compile, given, known_BT)
+                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decode_in_batches(self.tokenizer, ids))
+                yield GenerationOutput(images, concatenate_ids([ids]), seeds, classes, places=positions, given_ids=given)
 
         return sample()
+
+    def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
+                   callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
+                   known_BT: torch.Tensor | None = None) -> Ids:
+        """Sample ids of all grids of the tokenizer, in the form of `encode`, on the pipeline's device. Image b has the seed seeds[b].
+
+        `given` are ids of conditions by name, `known_BT` tokens of all grids to keep, with -1 for tokens to draw.
+        """
+        grids = self.tokenizer.grids
+        known = None if known_BT is None else {grid.name: part for grid, part in zip(
+            grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
+        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known)
+        return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
 
     def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
         """The given images as batches (B, C, H, W) in [-1, 1] on the pipeline's device."""
         transform = self.tokenizer.transform
         return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
-    def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None) -> float:
+    def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None, given_ids: Mapping[str, torch.Tensor] | None = None) -> float:
         """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
 
         Loads the prior again from the folder, in float32. For priors that draw tokens in any order, it measures raster order.
@@ -289,17 +287,23 @@ class ImageGenerationPipeline:
         Args:
             token_ids: the ids of the images, such as out.token_ids.
             class_indices: the class index of each image. None for unconditional images.
+            given_ids: the ids of the conditions, such as out.given_ids.
 
         Raises:
             ValueError: the pipeline was not loaded from a folder.
         """
         if self._source is None:
             raise InputError("the pipeline was not loaded from a folder, so there are no float32 weights to compare with. Load a saved pipeline.")
-        reference = TokenPrior.from_pretrained(self._source / "prior", device=self.device)
-        ids_BT = self.tokenizer.join_tokens(token_ids)
+        references = [TokenPrior.from_pretrained(path, device=self.device) for path in self._source.priors]
+        ids_BT, grids = self.tokenizer.join_tokens(token_ids), self.tokenizer.grids
         classes = [NO_CLASS] * len(ids_BT) if class_indices is None else list(class_indices)
-        batches = [slice(start, start + MAX_BATCH_IMAGES) for start in range(0, len(ids_BT), MAX_BATCH_IMAGES)]
-        return max(largest_logit_difference(self.prior, reference, ids_BT[batch], classes[batch]) for batch in batches)
+        differences = []
+        for start in range(0, len(ids_BT), MAX_BATCH_IMAGES):
+            batch = slice(start, start + MAX_BATCH_IMAGES)
+            ids = dict(zip([grid.name for grid in grids], ids_BT[batch].split([grid.num_tokens for grid in grids], dim=1), strict=True))
+            given = {name: rows[batch] for name, rows in (given_ids or {}).items()}
+            differences.append(self.chain.logit_difference(references, ids, classes[batch], given))
+        return max(differences)
 
     def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Ids:
         """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU.
@@ -319,55 +323,3 @@ class ImageGenerationPipeline:
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
         """Encode images to tokens and decode them again, to PIL images (see to_pil). `pipe.tokenizer.reconstruct` returns tensors."""
         return [image for images_BCHW in self._image_batches(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]
-
-    def _resolve_classes(self, class_labels: Sequence[str | int] | str | int | None, count: int) -> list[int] | None:
-        """The class index of each image, `count` images per label, or None if no labels are given."""
-        if class_labels is None:
-            if self.class_names is not None and not self.prior.vocabulary.is_trained(0):
-                raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
-                                 f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
-            return None
-        single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)  # None for a sequence
-        labels = list(cast("Sequence[str | int]", class_labels)) if single_label is None else [single_label]
-        if not labels:
-            raise InputError("class_labels is empty; give class names or indices, or None.")
-        return [index for index in class_indices(self.class_names, labels) for _ in range(count)]
-
-
-def keywords_from_former_positions(positional: Sequence[Any]) -> dict[str, Any]:
-    """Name the deprecated positional arguments of a call of the pipeline, and warn its caller. Raises TypeError if there are too many."""
-    if len(positional) > len(FORMER_POSITIONS):
-        raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
-    keywords = dict(zip(FORMER_POSITIONS[:len(positional)], positional, strict=True))
-    warnings.warn(f"pass {', '.join(keywords)} by keyword", DeprecationWarning, stacklevel=3)
-    return keywords
-
-
-def to_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """Convert decoded images in [-1, 1] to an output type (pil, np or pt), on the CPU."""
-    if output_type == "pt":
-        return images_BCHW.clamp(-1, 1).cpu()
-    return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
-
-
-def concatenate(batches: Iterable[list | np.ndarray | torch.Tensor]) -> list | np.ndarray | torch.Tensor:
-    """Concatenate batches of one type: lists, arrays or tensors."""
-    batches = list(batches)
-    if isinstance(batches[0], list):
-        return [image for batch in batches for image in batch]
-    return np.concatenate(batches) if isinstance(batches[0], np.ndarray) else torch.cat(cast("list[torch.Tensor]", batches))  # all of one type
-
-
-def as_ids(token_ids: Any) -> Ids:
-    """Ids that a user gave as tensors, arrays or lists, as a tensor or a dict of tensors. A scalar gets an axis, because it cannot be split."""
-    if isinstance(token_ids, Mapping):
-        return {name: torch.atleast_1d(torch.as_tensor(ids)) for name, ids in token_ids.items()}
-    return torch.atleast_1d(torch.as_tensor(token_ids))
-
-
-def as_index(value: Any) -> int | None:
-    """A single integer of any type (int, numpy, torch) as int, or None for anything else."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None

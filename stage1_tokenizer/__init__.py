@@ -3,6 +3,7 @@
 import importlib
 
 _MODULE_OF_NAME = {
+    "HierarchicalTokenizer": "trainable.hierarchical_tokenizer",
     "ImageTokenizer": "tokenizer",
     "Tokenizer": "tokenizer_protocol",
     "load_tokenizer": "tokenizer_protocol",

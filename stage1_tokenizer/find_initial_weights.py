@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from stage1_tokenizer.data.data_location import nearest_sibling
-from stage1_tokenizer.tokenizer_config import IMAGE_TOKENIZER, is_tokenizer, read_tokenizer_config
+from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, is_tokenizer, read_tokenizer_config
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable, explain_permission_errors
 from vqmosaic.recipes.recipe import Recipe
-from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
+from vqmosaic.recipes.tokenizer_sections import HIERARCHICAL_FIELDS, LEARNING_FIELDS, QUANTIZER_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
 
@@ -38,7 +38,8 @@ class InitialWeights:
     is_export: bool
     """True for a tokenizer folder, False for a checkpoint."""
     config: dict[str, Any]
-    """A tokenizer folder: its config.json. A checkpoint in its run folder: {"network": ..., "transform": ...} from the stage record. Else empty."""
+    """A tokenizer folder: its config.json. A checkpoint in its run folder: {"network": ..., "transform": ...} from the stage record. Else empty.
+    `network` has the fields of TokenizerConfig."""
 
 
 @explain_permission_errors()
@@ -57,10 +58,12 @@ def locate_initial_weights(path: str) -> InitialWeights:
         check_readable(folder / "config.json", folder / "model.safetensors", folder / "checksums.json")
         if is_tokenizer(folder) and (folder / "model.safetensors").is_file():
             config = read_tokenizer_config(folder)
-            if config["format"] != IMAGE_TOKENIZER:
-                raise InputError(f"{FIELD} is {path!r}, a tokenizer of format {config['format']!r}. Only tokenizers of format {IMAGE_TOKENIZER!r} "
-                                 f"can be trained. Set {FIELD} to one of them.")
-            return InitialWeights(folder, folder / "model.safetensors", True, config)
+            kinds = {name: kind for kind, name in FORMAT_OF_KIND.items()}
+            if config["format"] not in kinds:
+                raise InputError(f"{FIELD} is {path!r}, a tokenizer of format {config['format']!r}. Only tokenizers of format "
+                                 f"{' or '.join(map(repr, kinds))} can be trained. Set {FIELD} to one of them.")
+            network = config["network"] | {"kind": kinds[config["format"]]}
+            return InitialWeights(folder, folder / "model.safetensors", True, config | {"network": network})
     for name in ("weights_ema.safetensors", "model.safetensors"):  # prefer the weight average: it is what training exports
         if (given / "checksums.json").is_file() and (given / name).is_file():
             return InitialWeights(given, given / name, False, _recorded_config(given))
@@ -95,14 +98,25 @@ def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
     """Raise InputError if the network of the weights differs from the recipe's. The message lists every field that differs."""
     if "network" not in found.config:
         return
-    theirs = vars(TokenizerConfig()) | found.config["network"]  # fields added later have defaults that keep the old behaviour
-    ignored_fields = LEARNING_FIELDS if config.quantizer == "residual" else (*LEARNING_FIELDS, *RESIDUAL_FIELDS)
-    differing = {name: value for name, value in vars(config).items() if name not in ignored_fields and theirs[name] != value}
+    theirs = compared_fields(TokenizerConfig(**{name: value for name, value in found.config["network"].items() if name in vars(config)}))
+    ours = compared_fields(config) if config.kind == theirs["kind"] else {"kind": config.kind}
+    differing = {name: value for name, value in ours.items() if theirs[name] != value}
     if differing:
         listed = "; ".join(f"tokenizer.{name} is {value!r} in the recipe and {theirs[name]!r} in the weights" for name, value in differing.items())
         fields = ", ".join(f"tokenizer.{name}" for name in differing)
         raise InputError(f"the weights of {FIELD} ({found.folder}) belong to another network: {listed}. Set {fields} to the values of the "
                          f"weights, or {FIELD} to weights of this network.")
+
+
+def compared_fields(config: TokenizerConfig) -> dict[str, Any]:
+    """The fields that must equal those of initial weights, by their names in section tokenizer, such as top.codebook_size for the top level."""
+    ignored = HIERARCHICAL_FIELDS if config.kind == "image" else ("top",)
+    fields: dict[str, Any] = {"kind": config.kind}
+    for level in config.levels.values():
+        without_effect = LEARNING_FIELDS if level.quantizer == "residual" else (*LEARNING_FIELDS, *RESIDUAL_FIELDS)
+        prefix, names = ("", tuple(vars(level))) if level is config else ("top.", QUANTIZER_FIELDS)
+        fields |= {f"{prefix}{name}": getattr(level, name) for name in names if name not in (*ignored, *without_effect)}
+    return fields
 
 
 def check_same_transform(found: InitialWeights, data: Mapping[str, Any]) -> None:

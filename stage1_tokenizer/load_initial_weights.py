@@ -5,7 +5,8 @@ import re
 import torch
 
 from stage1_tokenizer.find_initial_weights import FIELD, InitialWeights, check_same_network, check_same_transform, locate_initial_weights
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_protocol import load_tokenizer
+from stage1_tokenizer.trainable.trainable_tokenizer import TrainableTokenizer
 from vqmosaic.errors import InputError
 from vqmosaic.files.weight_files import WeightFileError, read_weight_file
 from vqmosaic.files.weights_fit import describe_mismatches
@@ -17,7 +18,7 @@ WRAPPER_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 def read_initial_weights(path: str, tokenizer_config: TokenizerConfig) -> dict[str, torch.Tensor]:
-    """CPU tensors by ImageTokenizer state_dict name. An export lacks the tensors that only training needs.
+    """CPU tensors by state_dict name of the tokenizer. An export lacks the tensors that only training needs.
 
     Args:
         path: a tokenizer folder, a training checkpoint (its weight average, if it has one) or a run folder.
@@ -29,7 +30,7 @@ def read_initial_weights(path: str, tokenizer_config: TokenizerConfig) -> dict[s
     found = locate_initial_weights(path)
     check_same_network(found, tokenizer_config)
     if found.is_export:  # from_pretrained checks names, shapes and fingerprint against config.json
-        tokenizer = ImageTokenizer.from_pretrained(found.folder)
+        tokenizer = load_tokenizer(found.folder)
         training_only = tokenizer.training_only_names()
         return {name: tensor for name, tensor in tokenizer.state_dict().items() if name not in training_only}
     return read_checkpoint(found)
@@ -48,7 +49,7 @@ def read_checkpoint(found: InitialWeights) -> dict[str, torch.Tensor]:
     return {WRAPPER_PREFIXES.sub("", name): tensor for name, tensor in weights.items() if name != "n_averaged"}
 
 
-def check_tokens_unchanged(tokenizer: ImageTokenizer, path: str) -> None:
+def check_tokens_unchanged(tokenizer: TrainableTokenizer, path: str) -> None:
     """Raise InputError if a tokenizer that loaded the weights at a path gives other tokens than the original. For train_parts decoder.
 
     A checkpoint has no fingerprint to compare with. This function compares the image size and channels instead; network and weights were checked
@@ -64,8 +65,8 @@ def check_tokens_unchanged(tokenizer: ImageTokenizer, path: str) -> None:
 
 
 @torch.no_grad()
-def load_initial_weights(tokenizer: ImageTokenizer, path: str) -> None:
-    """Load the weights at a path into a tokenizer. If they lack the quantizer's moving averages, those restart from the loaded codes.
+def load_initial_weights(tokenizer: TrainableTokenizer, path: str) -> None:
+    """Load the weights at a path into a tokenizer. If they lack the quantizers' moving averages, those restart from the loaded codes.
 
     Raises:
         ValueError: see `read_initial_weights`; also lists weights that are missing, unexpected or of the wrong shape.
@@ -77,4 +78,4 @@ def load_initial_weights(tokenizer: ImageTokenizer, path: str) -> None:
                          f"Set the tokenizer fields and data.channels to the values of the weights, or {FIELD} to weights of this network.")
     tokenizer.load_state_dict(found | {name: own[name] for name in training_only})
     if training_only:
-        tokenizer.quantizer.restart_averages()
+        tokenizer.after_loading()

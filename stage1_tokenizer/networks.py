@@ -197,13 +197,15 @@ class Decoder(nn.Module):
         return self.norm_out(features, swish=True)
 
 
-def compile_networks(encoder: Encoder, decoder: Decoder) -> None:
-    """Compile the encoder, and the decoder without its last convolution, whose gradient the adaptive adversarial weight needs separately.
+def compile_networks(encoder: Encoder, decoder: Decoder, *others: nn.Module) -> None:
+    """Compile the encoder, and the decoder without its last convolution, whose gradient the adaptive adversarial weight needs separately. Compile
+    all other networks completely.
 
     In one process each becomes one graph. Compiling smaller parts would add tens of graph entries and exits per step, which cost as much time as
     some of the parts. (With several processes, torch splits the graphs where gradients are exchanged.)
     """
     # torch limits the recompilations of a function, and compiled modules share one: Module._call_impl
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    encoder.compile()
+    for network in (encoder, *others):
+        network.compile()
     vars(decoder)["features"] = torch.compile(decoder.features)  # this object's attribute hides the method

@@ -8,11 +8,14 @@ from vqmosaic.errors import InputError
 from vqmosaic.files.json_files import VERSION_FIELD, check_fields, check_format, read_object, version_hint, written_by
 from vqmosaic.files.permissions import check_readable
 
-IMAGE_TOKENIZER = "vqmosaic.image_tokenizer"
+IMAGE_TOKENIZER, HIERARCHICAL_TOKENIZER = "vqmosaic.image_tokenizer", "vqmosaic.hierarchical_tokenizer"
 FORMATS = {
     IMAGE_TOKENIZER: ("stage1_tokenizer.tokenizer", "ImageTokenizer"),
+    HIERARCHICAL_TOKENIZER: ("stage1_tokenizer.trainable.hierarchical_tokenizer", "HierarchicalTokenizer"),
 }
 """`format` in config.json -> module and name of the class, a subclass of tokenizer_protocol.Tokenizer. The module is imported on first use."""
+FORMAT_OF_KIND = {"image": IMAGE_TOKENIZER, "hierarchical": HIERARCHICAL_TOKENIZER}
+"""tokenizer.kind of a recipe -> `format` of the tokenizer that it trains. Its class is a trainable.trainable_tokenizer.TrainableTokenizer."""
 FORMAT_VERSION = 1
 OPTIONAL_FIELDS = (VERSION_FIELD, "config_digest", "grids")
 CONFIG_FIELDS = ("format", "format_version", "network", "transform", "class_names", "token_fingerprint", "full_fingerprint", *OPTIONAL_FIELDS)

@@ -11,8 +11,8 @@ from stage1_tokenizer.adversarial.discriminator_training import Adversary
 from stage1_tokenizer.data.image_batches import ImageBatch, TrainingImages
 from stage1_tokenizer.perceptual import LPIPS, resolve_perceptual_weights
 from stage1_tokenizer.quantizers import Quantizer
-from stage1_tokenizer.tokenizer import ImageTokenizer
-from stage1_tokenizer.tokenizer_protocol import Tokenizer
+from stage1_tokenizer.tokenizer_protocol import Tokenizer, ids_shape
+from stage1_tokenizer.trainable.trainable_tokenizer import TrainableTokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.training.tracking import progress_lines
@@ -24,27 +24,35 @@ KMEANS_MAX_BATCHES = 256
 
 
 @torch.no_grad()
-def initialize_codebook(tokenizer: ImageTokenizer, images: TrainingImages, run: TrainingRun) -> None:
-    """Initialize the codebook by k-means on latents of the first batches. Collects enough latents, from all ranks, in stream order."""
-    if type(tokenizer.quantizer).initialize is Quantizer.initialize:  # this quantizer is not initialized from latents
-        return
-    needed = KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size
-    collected: list[torch.Tensor] = []
-    lines = progress_lines(needed, "k-means", "vector", run.is_main)
+def initialize_codebooks(tokenizer: TrainableTokenizer, images: TrainingImages, run: TrainingRun) -> None:
+    """Initialize the codebook of each level in turn, because its latents depend on the codes of the levels before it."""
     tokenizer.eval()
+    for name, quantizer in tokenizer.quantizers.items():
+        if type(quantizer).initialize is Quantizer.initialize:  # this quantizer is not initialized from latents
+            continue
+        quantizer.initialize(first_latents(tokenizer, name, images, run))
+        for tensor in quantizer.state_dict().values():  # on GPUs, the sums of k-means may round differently on each rank
+            tensor.copy_(broadcast(tensor.clone(), from_process=0))
+        if run.average is not None:  # the average starts from these codes too
+            cast(TrainableTokenizer, run.average.module).quantizers[name].load_state_dict(quantizer.state_dict())
+
+
+def first_latents(tokenizer: TrainableTokenizer, name: str, images: TrainingImages, run: TrainingRun) -> torch.Tensor:
+    """Latents (N, D) of the first batches before the quantizer `name`, enough for k-means, from all ranks, in stream order."""
+    quantizer = tokenizer.quantizers[name]
+    needed = KMEANS_VECTORS_PER_CODE * quantizer.codebook_size
+    collected: list[torch.Tensor] = []
+    words = f"k-means {name}" if len(tokenizer.quantizers) > 1 else "k-means"
+    lines = progress_lines(needed, words, "vector", run.is_main)
     for batch in islice(images.batches(0, run.training.batch_size, run.rank, run.world_size), KMEANS_MAX_BATCHES):
         images_BCHW = batch.images_BCHW.to(run.accelerator.device)
-        latents_BDhw = torch.cat([tokenizer.latents(part) for part in images_BCHW.split(run.micro_batch)])
-        vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, tokenizer.config.code_dim)
+        latents_BDhw = torch.cat([tokenizer.latents(part, name) for part in images_BCHW.split(run.micro_batch)])
+        vectors_ND = latents_BDhw.permute(0, 2, 3, 1).reshape(-1, quantizer.code_dim)
         collected.append(run.accelerator.gather(vectors_ND))
         lines.update(len(collected[-1]))
         if sum(map(len, collected)) >= needed:
             break
-    tokenizer.quantizer.initialize(torch.cat(collected))
-    for tensor in tokenizer.quantizer.state_dict().values():  # on GPUs, the sums of k-means may round differently on each rank
-        tensor.copy_(broadcast(tensor.clone(), from_process=0))
-    if run.average is not None:  # the average starts from these codes too
-        run.average.module.get_submodule("quantizer").load_state_dict(tokenizer.quantizer.state_dict())
+    return torch.cat(collected)
 
 
 def load_perceptual_loss(recipe: Recipe, device: torch.device) -> LPIPS | None:
@@ -69,30 +77,32 @@ def describe_loss(training: TokenizerTrainingConfig) -> str:
     return f"{training.reconstruction_loss} reconstruction{perceptual}"
 
 
-def describe_tokens(tokenizer: ImageTokenizer, validation_images: int) -> dict[str, str]:
+def describe_tokens(tokenizer: TrainableTokenizer, validation_images: int) -> dict[str, str]:
     """Lines of the plan about the tokens of one image."""
-    config, (height, width) = tokenizer.config, tokenizer.grid_sides
-    if not tokenizer.quantizer.has_ids:
-        return {"latents": f"{height} x {width} x {config.code_dim}, continuous ({config.quantizer}), so there are no tokens"}
-    depth = f" x {config.depth}" if config.depth > 1 else ""
-    return {"tokens": f"{height} x {width}{depth} per image, {config.codebook_size:,} codes ({config.quantizer})",
-            "codebook use is measured on":
-                f"{counted(validation_images, 'image')}, {counted(validation_images * height * width * config.depth, 'token')}"}
+    levels, sides = tokenizer.config.levels, tokenizer.level_sides
+    if not tokenizer.grids:
+        sizes = [f"{f'{name} ' if len(levels) > 1 else ''}{sides[name][0]} x {sides[name][1]} x {level.code_dim}"
+                 f"{'' if level.has_ids else ', continuous'} ({level.quantizer})" for name, level in levels.items()]
+        return {"latents": f"{'; '.join(sizes)}, so there are no tokens"}
+    sizes = [f"{f'{grid.name} ' if len(levels) > 1 else ''}{' x '.join(map(str, ids_shape(grid)))} per image, {grid.codebook_size:,} codes "
+             f"({levels[grid.name].quantizer})" for grid in tokenizer.grids]
+    tokens = validation_images * sum(grid.num_tokens for grid in tokenizer.grids)
+    return {"tokens": "; ".join(sizes), "codebook use is measured on": f"{counted(validation_images, 'image')}, {counted(tokens, 'token')}"}
 
 
-def warn_if_codebook_is_large(tokenizer: ImageTokenizer, images: int, run: TrainingRun) -> None:
-    """Warn if the codebook has more codes than the training images have latent vectors, so that not all codes can be used."""
-    codes, (height, width) = tokenizer.config.codebook_size, tokenizer.grid_sides
-    vectors = images * height * width
-    if tokenizer.quantizer.has_ids and codes > vectors:
-        run.report(f"warning: tokenizer.codebook_size is {codes:,}, but the {images:,} training images have only {vectors:,} latent "
-                   f"vectors ({height} x {width} each), so not all codes can be used. Lower tokenizer.codebook_size, or "
-                   "train on more images.")
+def warn_if_codebook_is_large(tokenizer: TrainableTokenizer, images: int, run: TrainingRun) -> None:
+    """Warn of each codebook with more codes than the training images have latent vectors, so that not all codes can be used."""
+    for name, level in tokenizer.config.levels.items():
+        (height, width), field = tokenizer.level_sides[name], f"{level.SECTION}.codebook_size"
+        codes, vectors = level.codebook_size, images * height * width
+        if level.has_ids and codes > vectors:
+            run.report(f"warning: {field} is {codes:,}, but the {images:,} training images have only {vectors:,} latent vectors "
+                       f"({height} x {width} each), so not all codes can be used. Lower {field}, or train on more images.")
 
 
 def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, perceptual: LPIPS | None, batch: ImageBatch, run: TrainingRun) -> float:
     """Seconds of one step's forward and backward passes, with perceptual loss and discriminator. Discards gradients and statistics."""
-    training, tokenizer = cast(TokenizerTrainingConfig, run.training), cast(ImageTokenizer, run.unwrapped)
+    training, tokenizer = cast(TokenizerTrainingConfig, run.training), cast(TrainableTokenizer, run.unwrapped)
     images_BCHW = batch.images_BCHW.to(run.accelerator.device)
     images_BCHW = images_BCHW[: max(1, len(images_BCHW) // training.accumulation_steps)]
     if training.channels_last:
@@ -101,7 +111,7 @@ def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, pe
     for _ in range(2):  # the first pass warms up
         started = time.perf_counter()
         output = model(images_BCHW)
-        loss = output.reconstructions.float().square().mean() + output.quantizer.loss
+        loss = output.reconstructions.float().square().mean() + output.quantizer_loss
         if perceptual is not None:
             loss = loss + perceptual(output.reconstructions, images_BCHW)
         if adversary is not None:
@@ -114,7 +124,7 @@ def measure_step_seconds(model: torch.nn.Module, adversary: Adversary | None, pe
         seconds = time.perf_counter() - started
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    tokenizer.quantizer.discard()
+    tokenizer.discard()
     return seconds * training.accumulation_steps
 
 

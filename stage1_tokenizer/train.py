@@ -8,7 +8,6 @@ Writes <run_dir>/tokenizer/ (the export), checkpoints/tokenizer/ and logs/tokeni
 adversarial.weight above 0 it trains a VQGAN: a discriminator joins later, on the schedule of adversarial/guard.py.
 """
 
-import math
 import sys
 import zlib
 from pathlib import Path
@@ -27,17 +26,19 @@ from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.load_initial_weights import check_tokens_unchanged, load_initial_weights
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.networks import compile_networks
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, tokenizer_class
 from stage1_tokenizer.tokenizer_setup import (
     describe_loss,
     describe_start,
     describe_tokens,
-    initialize_codebook,
+    initialize_codebooks,
     load_perceptual_loss,
     measure_step_seconds,
     set_training_mode,
     warn_if_codebook_is_large,
 )
+from stage1_tokenizer.trainable.codebook_usage import describe_usage, low_codebook_usage_warnings
+from stage1_tokenizer.trainable.trainable_tokenizer import TrainableTokenizer
 from stage1_tokenizer.validation import validate
 from vqmosaic.errors import printable
 from vqmosaic.recipes.fields_from_data import DataSize
@@ -89,7 +90,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     train_images = TrainingImages(splits.train, transform, recipe.data, recipe.seed)
 
     # --- model --------------------------------------------------------------------------------------------------------------
-    tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
+    make_tokenizer = tokenizer_class(FORMAT_OF_KIND[recipe.tokenizer.kind])
+    tokenizer: TrainableTokenizer = make_tokenizer(recipe.tokenizer, transform, splits.train.class_names, recipe.seed)
     if init_from is not None:
         load_initial_weights(tokenizer, init_from)
         if training.train_parts == "decoder":
@@ -108,9 +110,9 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.state.step == 0 and training.init_from is not None and init_from is None:
         load_initial_weights(tokenizer, training.init_from)  # no checkpoint is intact, so raise the error about missing weights
     if run.state.step == 0 and training.init_from is None:
-        run.wait_before_training(lambda: initialize_codebook(tokenizer, train_images, run))
+        run.wait_before_training(lambda: initialize_codebooks(tokenizer, train_images, run))
     if training.compile:
-        compile_networks(tokenizer.encoder, tokenizer.decoder)
+        compile_networks(*tokenizer.networks())
 
     # --- plan ---------------------------------------------------------------------------------------------------------------
     batches = UpcomingBatch(train_images.batches(run.state.step, training.batch_size, run.rank, run.world_size))
@@ -119,7 +121,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     candidates = ValidationImages(splits.validation, transform, training.validation_images)
     validation_images = candidates.first(run.validations.choose_images(
         len(splits.validation),
-        lambda count: validate(cast(ImageTokenizer, run.validated_model), candidates.first(count), run.micro_batch, accelerator)))
+        lambda count: validate(cast(TrainableTokenizer, run.validated_model), candidates.first(count), run.micro_batch, accelerator)))
     if run.validations.has_other_images:
         guard.forget_errors()
     print_plan(run, {
@@ -161,7 +163,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                 unreadable.add(source)
         reseed_step(recipe.seed, "tokenizer", run.state.step, run.rank)
         set_training_mode(model, tokenizer, training.train_parts)
-        tokenizer.quantizer.set_progress(progress)
+        tokenizer.set_progress(progress)
         if adversary is not None and guard.joined_at is None and guard.joins(adversarial, progress):
             report(f"the discriminator joins at step {run.state.step:,}")
         train_discriminator, share = guard.joined_at is not None, guard.share(adversarial, progress)
@@ -173,12 +175,12 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
             with accelerator.accumulate(*filter(None, (model, run.second_model))):
                 output = model(images_BCHW)
                 terms = {"reconstruction_loss": reconstruction_loss(training.reconstruction_loss, output.reconstructions, images_BCHW),
-                         "quantizer_loss": output.quantizer.loss}
+                         "quantizer_loss": output.quantizer_loss}
                 reconstruction = terms["reconstruction_loss"]
                 if perceptual is not None:
                     terms["perceptual_loss"] = perceptual(output.reconstructions, images_BCHW)
                     reconstruction = reconstruction + training.perceptual_weight * terms["perceptual_loss"]
-                loss = reconstruction + output.quantizer.loss
+                loss = reconstruction + output.quantizer_loss
                 if adversary is not None and share > 0:
                     generator_loss, generator_terms = adversary.generator_terms(images_BCHW, output.reconstructions, reconstruction, share,
                                                                                 feature_matching_weight(training))
@@ -190,13 +192,13 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
                     loss, terms = loss + discriminator_loss.detach(), terms | discriminator_terms
             total += loss.detach()
             step_means.add(terms)
-        accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.quantizer.commit, update_second=train_discriminator)
+        accepted, norm, learning_rate = run.optimizer_step(total, progress, tokenizer.commit, update_second=train_discriminator)
         if accepted:
             means.update(step_means)
             if discriminator is not None and train_discriminator:
                 discriminator.commit()
         else:
-            tokenizer.quantizer.discard()
+            tokenizer.discard()
         run.end_step()
 
         if run.due(training.log_every, finished=False):
@@ -208,7 +210,7 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     if run.is_main:
         exported_step = export_best_and_last(run, "reconstruction error")
         warn_if_nothing_was_learned(run, exported_step)
-        if "validation" in run.metrics.newest and (warning := low_codebook_usage_warning(run)):
+        for warning in usage_warnings(run).values():
             report(warning)
         write_record(run.folder, recipe, "tokenizer", inputs, finished=True, seconds=run.state.elapsed_seconds, exported_step=exported_step)
         report(f"exported {run.folder.export('tokenizer')} after {counted(run.state.step, 'step')}: the {training.export} weights "
@@ -224,11 +226,13 @@ def feature_matching_weight(training: TokenizerTrainingConfig) -> float:
 def validate_and_report(images: ValidationImages, run: TrainingRun, guard: AdversarialGuard, progress: float, warned_of: set[str]) -> None:
     """Validate the model to be exported, save it if it is the best so far, log the metrics, update the guard, and warn about low codebook usage.
 
-    The codebook warning is given once at most before the end; `warned_of` records it. Returns early if a signal aborted the validation.
+    The warning of each codebook is given once at most before the end; `warned_of` records the grids. Returns early if a signal aborted the
+    validation.
     """
     picture = run.folder.logs("tokenizer") / "reconstructions" / f"step-{run.state.step:08d}.png"
     known = set(images.unreadable)
-    metrics = validate(cast(ImageTokenizer, run.validated_model), images, run.micro_batch, run.accelerator, picture, run.stop)
+    tokenizer = cast(TrainableTokenizer, run.validated_model)
+    metrics = validate(tokenizer, images, run.micro_batch, run.accelerator, picture, run.stop)
     for source in images.unreadable.keys() - known:
         run.report(f"warning: {printable(source)} is unreadable ({images.unreadable[source]}). Validation skips it.", all_processes=True)
     refuse_if_too_many_unreadable(images.unreadable, len(images), run.recipe.data)
@@ -238,41 +242,31 @@ def validate_and_report(images: ValidationImages, run: TrainingRun, guard: Adver
     error = metrics["reconstruction_l2" if run.recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"]
     run.best_weights.save_if_best(error, run.validated_model)
     run.metrics.write(run.state.step, "validation", images=len(images), **metrics)
-    usage = f", {metrics['codebook_usage']:.1%} of the codebook used, perplexity {metrics['perplexity']:.0f}" if "perplexity" in metrics else ""
-    run.report(f"step {run.state.step:,}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{usage}")
+    run.report(f"step {run.state.step:,}: PSNR {metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.3f}{describe_usage(metrics, tokenizer)}")
     guard_message = guard.update_after_validation(run.recipe.adversarial, error, progress)
     if guard_message:
         run.report(f"step {run.state.step:,}: {guard_message}")
-    warning = low_codebook_usage_warning(run)
-    if warning is not None and "codebook" not in warned_of and USAGE_WARNING_MIN_PROGRESS <= progress < 1:
-        warned_of.add("codebook")
-        run.report(warning)
+    for level, warning in usage_warnings(run).items():
+        if level not in warned_of and USAGE_WARNING_MIN_PROGRESS <= progress < 1:
+            warned_of.add(level)
+            run.report(warning)
 
 
-def low_codebook_usage_warning(run: TrainingRun) -> str | None:
-    """A warning if the last validation used few of the codes that its images could use, otherwise None."""
-    metrics, tokenizer = run.metrics.newest["validation"], cast(ImageTokenizer, run.unwrapped)
-    tokens = metrics["images"] * math.prod(tokenizer.grid_sides)
-    possible = 1 - math.exp(-tokens / tokenizer.config.codebook_size)  # expected share of codes hit if all are equally likely
-    if metrics.get("codebook_usage", 1.0) >= run.recipe.tokenizer_training.usage_alarm * possible:
-        return None
-    kind = run.recipe.tokenizer.quantizer
-    remedies = {"fsq": "", "gumbel": "a higher tokenizer.entropy_weight, ", "lfq": "a higher tokenizer.entropy_weight, ",
-            "ibq": "a lower tokenizer.entropy_weight, a higher tokenizer.revival_threshold, "}
-    return (f"warning: only {metrics['codebook_usage']:.1%} of the codebook is in use at step {metrics['step']:,}. Remedies: a smaller "
-            "tokenizer.codebook_size, "
-            + remedies.get(kind, "a smaller tokenizer.code_dim, tokenizer.l2_normalize true, a higher tokenizer.revival_threshold, ")
-            + "longer training, more data.")
+def usage_warnings(run: TrainingRun) -> dict[str, str]:
+    """The warnings about codebook usage in the last validation, by level."""
+    metrics, alarm = run.metrics.newest.get("validation"), run.recipe.tokenizer_training.usage_alarm
+    return {} if metrics is None else low_codebook_usage_warnings(metrics, cast(TrainableTokenizer, run.unwrapped), alarm)
 
 
-def check_replicas_agree(tokenizer: ImageTokenizer, run: TrainingRun) -> None:
+def check_replicas_agree(tokenizer: TrainableTokenizer, run: TrainingRun) -> None:
     """Raise RuntimeError if the codes or buffers of the quantizers differ between ranks, which must never happen.
 
     Layers inside a quantizer, encoder or decoder are not compared, because matrix products may round differently on each rank.
     """
     if run.world_size == 1:
         return
-    tensors = [*tokenizer.quantizer.buffers(), *tokenizer.codebook_parameters()]
+    buffers = [buffer for quantizer in tokenizer.quantizers.values() for buffer in quantizer.buffers()]
+    tensors = [*buffers, *tokenizer.codebook_parameters()]
     own = zlib.crc32(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors))
     everyone = run.accelerator.gather(torch.tensor([own], device=run.accelerator.device)).tolist()
     if len(set(everyone)) > 1:

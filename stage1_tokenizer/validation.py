@@ -1,6 +1,5 @@
 """Tokenizer validation: PSNR, SSIM, reconstruction error, codebook usage and a picture of reconstructions."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,8 @@ from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.trainable.codebook_usage import CodeCounts
+from stage1_tokenizer.trainable.trainable_tokenizer import TrainableTokenizer
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.training.tracking import progress_lines
 
@@ -19,7 +19,7 @@ PICTURE_IMAGES = 16
 
 
 @torch.no_grad()  # not inference mode: without a weight average, this is the model being trained
-def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
+def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size: int, accelerator, picture: Path | None = None,
              stop: StopFlag | None = None) -> dict[str, float] | None:
     """Compute metrics over the fixed validation images. Returns the same metrics on all ranks, or None if a signal stopped any rank.
 
@@ -31,14 +31,13 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     - codebook_usage, if the quantizer has ids: the share of codes used at least once on these images.
     - perplexity, if the quantizer has ids: exp of the entropy of the code frequencies.
 
-    With several ids per position, each level's codes are counted separately, and the perplexity is per level.
+    With several ids per position, the codes are counted separately for each, and the perplexity is that of one. With several grids, there are also
+    codebook_usage_<grid> and perplexity_<grid> (see CodeCounts.metrics).
     """
     device = accelerator.device
     psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
-    codes, depth = tokenizer.config.codebook_size, tokenizer.config.depth
-    counts_K = torch.zeros(codes * depth, device=device)  # a separate count for each level
-    level_offsets = codes * torch.arange(depth, device=device)
+    counts = CodeCounts(tokenizer.quantizers, device)
     # sums of absolute errors, squared errors, pixels and squared pixels; number of elements; number of stopped ranks
     sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     lines = progress_lines(len(images), "validation", "image", accelerator.is_main_process)
@@ -50,22 +49,21 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
             break
         lines.update(len(images_BCHW) * accelerator.num_processes)
         images_BCHW = images_BCHW.to(device)
-        output = ImageTokenizer.forward(tokenizer, images_BCHW)  # not tokenizer(...): Accelerate wraps the instance's forward in autocast
+        output = type(tokenizer).forward(tokenizer, images_BCHW)  # not tokenizer(...): Accelerate wraps the instance's forward in autocast
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
         # the luminance term of SSIM compares means, so it requires values >= 0 (Wang et al. 2004, equation 6)
         restored_01, images_01 = (restored_BCHW + 1) / 2, (images_BCHW + 1) / 2
         psnr.update(restored_01, images_01)
         with full_precision(device):  # a variance is a small difference of large means: TF32 is too coarse
             ssim.update(restored_01, images_01)
-        if output.quantizer.ids is not None:
-            ids_Bhwd = output.quantizer.ids if depth > 1 else output.quantizer.ids[..., None]
-            counts_K += torch.bincount((ids_Bhwd + level_offsets).flatten(), minlength=len(counts_K))
+        counts.add(output.levels)
         difference = restored_BCHW - images_BCHW
         sums[:4] += torch.stack([difference.abs().sum(), difference.square().sum(), images_BCHW.sum(), images_BCHW.square().sum()])
         sums[4] += difference.numel()
         if sum(len(part) for part, _ in picture_parts) < PICTURE_IMAGES:
             picture_parts.append((images_BCHW, restored_BCHW))
-    counts_K, sums = accelerator.reduce(counts_K, "sum"), accelerator.reduce(sums, "sum")
+    counts.reduce(accelerator)
+    sums = accelerator.reduce(sums, "sum")
     if sums[-1]:
         return None
     if picture_parts and picture is not None and accelerator.is_main_process:
@@ -75,14 +73,7 @@ def validate(tokenizer: ImageTokenizer, images: ValidationImages, batch_size: in
     similarity = ssim.compute()
     assert isinstance(similarity, torch.Tensor)  # it is a tuple only if SSIM also returns the image of local similarities
     return {"psnr": float(psnr.compute()), "ssim": float(similarity), "reconstruction_l1": l1, "reconstruction_l2": l2,
-            "variance": mean_square - mean**2, **(codebook_metrics(counts_K, depth) if tokenizer.quantizer.has_ids else {})}
-
-
-def codebook_metrics(counts_K: torch.Tensor, levels: int = 1) -> dict[str, float]:
-    """codebook_usage and perplexity from code counts (levels * K,)."""
-    shares_K = counts_K.double() / counts_K.sum().clamp_min(1)
-    entropy = -(shares_K * shares_K.clamp_min(1e-12).log()).sum()
-    return {"codebook_usage": float((counts_K > 0).double().mean()), "perplexity": math.exp(float(entropy)) / levels}
+            "variance": mean_square - mean**2, **counts.metrics()}
 
 
 def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):

@@ -11,6 +11,7 @@ import dataclasses
 import math
 import tempfile
 from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -18,7 +19,8 @@ from stage2_prior.losses import next_token_loss, z_loss
 from stage2_prior.model.causal_lm import ATTENTION_DROPOUTS, EMBEDDING_DROPOUTS, RESIDUAL_DROPOUTS
 from stage2_prior.prior import TokenPrior
 from stage2_prior.prior_setup import describe_attention, prepare_prior, uniform_loss
-from stage2_prior.vocabulary import Vocabulary
+from stage2_prior.recipe_vocabulary import vocabulary_of_recipe
+from stage2_prior.token_columns import TokenColumns
 from token_shards import TokenShardReader
 from vqmosaic.errors import check_range
 from vqmosaic.recipes.recipe import Recipe
@@ -55,36 +57,40 @@ def overfit_recipe(recipe: Recipe, images: int, scratch: str, max_minutes: float
     prior = dataclasses.replace(recipe.prior, dropout=0.0, options=recipe.prior.options | dict.fromkeys(dropouts, 0.0))
     training = recipe.prior_training
     training = dataclasses.replace(
-        training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, weight_ema_decay=0.0,
-        learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
+        training, max_steps=MAX_STEPS, max_minutes=max_minutes, batch_size=images, accumulation_steps=1, label_drop=0.0, drop_rates={},
+        weight_ema_decay=0.0, learning_rate=training.learning_rate * training.learning_rate_factor, learning_rate_batch=None, warmup_fraction=0.02,
         final_learning_rate=1.0, resume="never", trackers=[])
-    sampling = dataclasses.replace(recipe.sampling, guidance_scale=1.0)  # guidance is an error without label drop
+    sampling = recipe.sampling.unguided()  # guidance is an error without label drop
     return dataclasses.replace(recipe, run_dir=scratch, prior=prior, prior_training=training, sampling=sampling)
 
 
 def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     """Train on the same images until they are memorized or the budget is used up, and print the NLL. Returns the exit code."""
-    recipe, training, manifest = run.recipe, run.recipe.prior_training, reader.manifest
-    vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint)
+    recipe, training = run.recipe, run.recipe.prior_training
+    vocabulary = vocabulary_of_recipe(recipe, reader.manifest)
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed, training.order != "raster")  # trained in raster order in any case
     model = prepare_prior(prior, training, run)
     tokens = reader.read(range(images))  # in shuffled order: the first stored images may all be of one class
-    irreducible_nll = conditional_entropy(tokens.ids_BT.tolist(), tokens.labels_B.tolist()) / vocabulary.num_tokens
+    ids, given = TokenColumns(reader, vocabulary).split(tokens.ids_BT)
+    labels = tokens.labels_B.tolist()
+    conditions = [(label, *row) for label, row in zip(labels, given.tolist(), strict=True)] if vocabulary.conditions else labels
+    irreducible_nll = conditional_entropy(ids.tolist(), conditions) / vocabulary.num_tokens
     goal = irreducible_nll + NLL_MARGIN
     run.report.table("overfit test", {
         "images": f"{images} of {len(reader):,}, {counted(vocabulary.num_tokens, 'token')} each",
         "attention": describe_attention(prior.model, run.accelerator.device, run.accelerator.mixed_precision),
         "learning rate": f"{training.learning_rate:.4g}", "dtype": f"{run.accelerator.mixed_precision} autocast, float32 weights",
-        "goal": f"at most {goal:.3f} nats per token, of which {irreducible_nll:.3f} are irreducible: the choice among the images of a class",
+        "goal": f"at most {goal:.3f} nats per token, of which {irreducible_nll:.3f} are irreducible: the choice among the images of "
+                f"{'equal conditions' if vocabulary.conditions else 'a class'}",
         "budget": f"{counted(MAX_STEPS, 'step')} or {training.max_minutes:g} minute{'' if training.max_minutes == 1 else 's'}"})
-    ids_BT, classes_B = (torch.from_numpy(part).to(run.accelerator.device) for part in (tokens.ids_BT, tokens.labels_B))
+    ids_BT, classes_B, given_BG = (torch.from_numpy(part).to(run.accelerator.device) for part in (ids, tokens.labels_B, given))
 
     def forward_and_backward() -> torch.Tensor:
         """Compute the gradients of one step. Returns the NLL of the images."""
         reseed_step(recipe.seed, "overfit", run.state.step)
         model.train()
         with run.accelerator.accumulate(model):
-            logits_BTK = model(ids_BT, classes_B)
+            logits_BTK = model(ids_BT, classes_B, given_BG)
             loss = next_token_loss(logits_BTK, ids_BT)
             run.accelerator.backward(loss + training.z_loss * z_loss(logits_BTK) if training.z_loss else loss)
         return loss.detach()
@@ -115,8 +121,11 @@ def memorize(run: TrainingRun, reader: TokenShardReader, images: int) -> int:
     return 1
 
 
-def conditional_entropy(ids_BT: list[list[int]], classes_B: list[int]) -> float:
-    """Mean entropy, in nats per image, of an image given its class. All images of a class are equally likely; identical images are one outcome."""
-    class_counts = Counter(classes_B)
-    image_counts = Counter((label, *ids) for ids, label in zip(ids_BT, classes_B, strict=True))
-    return sum(math.log(class_counts[label] / image_counts[label, *ids]) for ids, label in zip(ids_BT, classes_B, strict=True)) / len(classes_B)
+def conditional_entropy(ids_BT: list[list[int]], given_B: Sequence[Hashable]) -> float:
+    """Mean entropy, in nats per image, of an image given its class (and further conditions).
+
+    All images of a class are equally likely; identical images are one outcome.
+    """
+    class_counts = Counter(given_B)
+    image_counts = Counter((given, *ids) for ids, given in zip(ids_BT, given_B, strict=True))
+    return sum(math.log(class_counts[given] / image_counts[given, *ids]) for ids, given in zip(ids_BT, given_B, strict=True)) / len(given_B)

@@ -22,7 +22,7 @@ CLASS_NAME = "class"
 """Name of the class segment, which no other segment may have."""
 KINDS = ("class", "grid", "text")
 SEGMENT_FIELDS = ("name", "kind", "role", "ids", "places", "drop_rate", "null_id")
-"""Fields of every segment in vocabulary.json. Grids also have `grid`."""
+"""Fields of every segment in vocabulary.json. Grids also have `grid`, and texts may have `token_fingerprint`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,8 @@ class GivenText:
     """Number of places."""
     drop_rate: float = 0.0
     """Fraction of the training samples in which the segment was dropped independently of the others."""
+    token_fingerprint: str | None = None
+    """How the text becomes ids: text:bytes, or text: and the digest of a tokenizer of transformers. None if it is not known."""
     kind = "text"
 
     def __post_init__(self):
@@ -80,6 +82,19 @@ class GivenText:
     def num_ids(self) -> int:
         """Number of ids with the padding id, without the null id."""
         return self.text_ids + 1
+
+    @property
+    def grid(self) -> Grid:
+        """The text as a grid of one row, in which token shards store it. The padding id is its last id."""
+        return Grid(self.name, self.num_ids, 1, self.num_tokens, token_fingerprint=self.token_fingerprint)
+
+    @classmethod
+    def from_grid(cls, grid: Grid, drop_rate: float) -> "GivenText":
+        """The text that token shards store as this grid. Raises InputError for a grid of several rows."""
+        if (grid.height, grid.depth) != (1, 1):
+            raise InputError(f"The text {grid.name!r} is stored as a grid of {grid.height} x {grid.width} x {grid.depth} ids; it must have one row.")
+        return cls(name=grid.name, text_ids=grid.codebook_size - 1, num_tokens=grid.width, drop_rate=drop_rate,
+                   token_fingerprint=grid.token_fingerprint)
 
 
 Condition = GivenGrid | GivenText
@@ -106,11 +121,14 @@ class Segment:
     """The id at every place of a dropped segment. None for drawn segments."""
     grid: Grid | None = None
     """The grid of a segment of the kind `grid`."""
+    token_fingerprint: str | None = None
+    """How a segment of the kind `text` becomes ids, if it is known."""
 
     def to_dict(self) -> dict[str, Any]:
         """The segment as JSON content."""
         content = {name: getattr(self, name) for name in SEGMENT_FIELDS}
         content |= {name: [getattr(self, name).start, getattr(self, name).stop] for name in ("ids", "places")}
+        content |= {} if self.token_fingerprint is None else {"token_fingerprint": self.token_fingerprint}
         return content if self.grid is None else content | {"grid": self.grid.to_dict()}
 
 
@@ -120,14 +138,15 @@ def make_segments(num_classes: int, class_drop: float, conditions: Sequence[Cond
     if repeated := {name for name in names if names.count(name) > 1}:
         raise InputError(f"The segments are named {', '.join(names)}; {', '.join(sorted(repeated))} is there twice, but names must be unique.")
     num_codes = sum(grid.codebook_size for grid in grids)
-    given = [(CLASS_NAME, "class", num_classes, 1, class_drop, None),
-             *((condition.name, condition.kind, condition.num_ids, condition.num_tokens, condition.drop_rate,
-                condition.grid if isinstance(condition, GivenGrid) else None) for condition in conditions)]
+    given: list[tuple[str, str, int, int, float, dict[str, Any]]] = [(CLASS_NAME, "class", num_classes, 1, class_drop, {})]
+    for condition in conditions:
+        own = {"grid": condition.grid} if isinstance(condition, GivenGrid) else {"token_fingerprint": condition.token_fingerprint}
+        given.append((condition.name, condition.kind, condition.num_ids, condition.num_tokens, condition.drop_rate, own))
     first_null_id = num_codes + sum(num_ids for _, _, num_ids, *_ in given)
     segments, first_id, place = [], num_codes, 0
-    for number, (name, kind, num_ids, num_tokens, drop_rate, grid) in enumerate(given):
+    for number, (name, kind, num_ids, num_tokens, drop_rate, own) in enumerate(given):
         segments.append(Segment(name=name, kind=kind, role="given", ids=range(first_id, first_id + num_ids), places=range(place, place + num_tokens),
-                                drop_rate=drop_rate, null_id=first_null_id + number, grid=grid))
+                                drop_rate=drop_rate, null_id=first_null_id + number, **own))
         first_id, place = first_id + num_ids, place + num_tokens
     first_id = 0
     for grid in grids:
@@ -151,8 +170,8 @@ def read_segments(content: Any, where: str, version: str | None) -> tuple[float,
     grids: list[Grid] = []
     for number, entry in enumerate(content):
         at = f"{where}: segments[{number}]"
-        fields = (*SEGMENT_FIELDS, "grid") if entry.get("kind") == "grid" else SEGMENT_FIELDS
-        check_fields(entry, fields, at, version, fields)
+        required = (*SEGMENT_FIELDS, "grid") if entry.get("kind") == "grid" else SEGMENT_FIELDS
+        check_fields(entry, (*required, "token_fingerprint") if entry.get("kind") == "text" else required, at, version, required)
         check_name(f"{at}: kind", entry["kind"], KINDS)
         check_name(f"{at}: role", entry["role"], ("given", "drawn"))
         if (entry["kind"] == "class") != (number == 0) or (entry["role"] == "given" and grids) or (entry["kind"], entry["role"]) in (
@@ -163,7 +182,8 @@ def read_segments(content: Any, where: str, version: str | None) -> tuple[float,
         elif entry["kind"] == "text":
             start, stop = _read_range(entry, "ids", at)
             first, last = _read_range(entry, "places", at)
-            fields_of_text = {"name": entry["name"], "text_ids": stop - start - 1, "num_tokens": last - first, "drop_rate": entry["drop_rate"]}
+            fields_of_text = {"name": entry["name"], "text_ids": stop - start - 1, "num_tokens": last - first, "drop_rate": entry["drop_rate"],
+                              "token_fingerprint": entry.get("token_fingerprint")}
             conditions.append(from_fields(GivenText, fields_of_text, at, version))
         else:
             grid = from_fields(Grid, entry["grid"], f"{at}: grid", version)

@@ -11,7 +11,10 @@ from vqmosaic.errors import InputError
 
 
 class TokenColumns:
-    """The columns of a reader's ids that hold the conditions and the drawn grids of a vocabulary, each in its order."""
+    """The columns of a reader's ids that hold the conditions and the drawn grids of a vocabulary, each in its order.
+
+    Shards store a text as a grid of one row.
+    """
 
     def __init__(self, reader: TokenShardReader, vocabulary: Vocabulary):
         """Raises InputError unless the shards have the same tokenizers, grids and classes. They may have further grids, which are not used."""
@@ -29,10 +32,8 @@ class TokenColumns:
 def check_same_tokens(reader: TokenShardReader, vocabulary: Vocabulary) -> None:
     """Raise InputError unless shards and vocabulary have the same classes, and the vocabulary's grids are among those of the shards."""
     manifest = reader.manifest
-    if texts := [condition.name for condition in vocabulary.conditions if condition.kind == "text"]:
-        raise InputError(f"The prior's vocabulary has the text {', '.join(texts)}, but token shards hold no texts.")
     stored, needed = ({grid.name: dataclasses.replace(grid, token_fingerprint=None) for grid in grids}
-                      for grids in (manifest.grids, [segment.grid for segment in vocabulary.segments if segment.grid is not None]))
+                      for grids in (manifest.grids, [*(condition.grid for condition in vocabulary.conditions), *vocabulary.grids]))
     pairs: list[tuple[str, object, object]] = []
     for name, fingerprint in vocabulary.token_fingerprints.items():
         what = "token fingerprint" if len(needed) == 1 else f"token fingerprint of grid {name!r}"

@@ -28,6 +28,7 @@ from stage2_prior.prior_setup import (
     time_and_loss_of_one_step,
     uniform_loss,
 )
+from stage2_prior.recipe_vocabulary import describe_given, vocabulary_of_recipe
 from stage2_prior.stored_images import count_stored_images
 from stage2_prior.token_batches import (
     VALIDATION_RULE,
@@ -41,6 +42,7 @@ from stage2_prior.token_batches import (
 from stage2_prior.token_columns import TokenColumns, check_same_tokens
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
+from token_shards.manifest import describe_grids
 from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -86,8 +88,7 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
 
     # --- model --------------------------------------------------------------------------------------------------------------
     manifest = reader.manifest
-    vocabulary = Vocabulary(grids=manifest.grids, class_names=manifest.class_names, token_fingerprint=manifest.token_fingerprint,
-                            label_drop=training.label_drop if manifest.class_names else 0.0)
+    vocabulary = vocabulary_of_recipe(recipe, manifest)
     check_same_tokens(held_out, vocabulary)
     any_order = training.order != "raster"
     prior = TokenPrior.from_config(recipe.prior, vocabulary, recipe.seed, any_order)
@@ -104,6 +105,8 @@ def train_locked(recipe: Recipe, run: TrainingRun, on_validation: OnValidation |
         "tokens": f"{counted(len(reader), 'image')} x {counted(len(manifest.views), 'view')} x {counted(vocabulary.num_tokens, 'token')}; "
                   f"{describe_validation(held_out, validation_images)}",
         "classes": describe_classes(manifest.class_names),
+        **({"given": describe_given(vocabulary)} if vocabulary.conditions else {}),
+        **({"drawn": describe_grids(vocabulary.grids)} if vocabulary.grids != manifest.grids else {}),
         "model": f"{recipe.prior.architecture}, {counted(recipe.prior.sizes.layers, 'layer')}, {recipe.prior.sizes.width} wide, "
                  f"vocabulary of {vocabulary.size:,}{describe_blocks(prior.model.config)}",
         "attention": describe_attention(prior.model, accelerator.device, accelerator.mixed_precision),

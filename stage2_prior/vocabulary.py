@@ -74,8 +74,9 @@ class Vocabulary:
 
     @property
     def token_fingerprints(self) -> dict[str, str]:
-        """Grid name -> fingerprint of the tokenizer that made its ids, for given and drawn grids."""
-        return {segment.name: segment.grid.token_fingerprint or self.token_fingerprint for segment in self.segments if segment.grid is not None}
+        """Segment name -> fingerprint of the tokenizer that made its ids, for given and drawn grids and for texts whose tokenizer is known."""
+        return {segment.name: segment.grid.token_fingerprint or self.token_fingerprint if segment.grid is not None else str(segment.token_fingerprint)
+                for segment in self.segments if segment.grid is not None or segment.token_fingerprint is not None}
 
     @property
     def num_tokens(self) -> int:
@@ -215,7 +216,10 @@ class Vocabulary:
         """Why a prior with this vocabulary does not support guidance, to follow "the prior". None if it does."""
         if not self.drop_rates:
             return "was trained without classes"
-        return None if self.is_trained(0) else "was trained with label_drop 0 and has not learned the null class that guidance needs"
+        if self.is_trained(0):
+            return None
+        what = "null class" if not self.conditions else "null ids"
+        return f"was trained with label_drop 0 and has not learned the {what} that guidance needs"
 
     def class_id(self, index: int) -> int:
         """The id of one class. Raises InputError, which names the allowed indices, for an unknown one."""

@@ -210,7 +210,7 @@ def test_low_codebook_usage_prints_a_warning_with_remedies(tmp_path, monkeypatch
         for buffer in (tokenizer.quantizer.codebook, tokenizer.quantizer.ema_sums):
             buffer.add_(100 * torch.arange(32)[:, None])
 
-    monkeypatch.setattr(train_module, "initialize_codebook", spread_codes)
+    monkeypatch.setattr(train_module, "initialize_codebooks", spread_codes)
     train(tmp_path / "run", adversarial__weight=0, tokenizer__revival_threshold=0, tokenizer__ema_decay=0.999999,
           tokenizer_training__weight_ema_decay=0, tokenizer_training__max_steps=2)
     assert "warning: only 3.1% of the codebook is in use at step 2. Remedies: a smaller tokenizer.codebook_size" in capsys.readouterr().out

@@ -25,6 +25,7 @@ from tests.run_files import pictures
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe_files import shipped_names
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import default_device
 
@@ -327,7 +328,7 @@ def test_doctor_prints_versions_device_and_recipes(capsys):
     assert dispatch(["doctor"]) == 0
     stdout = capsys.readouterr().out
     for word in ("torch", "transformers", "gradio", "threads 1 of",
-                 "mixed_precision auto is", "recipes: cifar10, cifar10_any_order, cifar10_vqgan, digits", __version__):
+                 "mixed_precision auto is", f"recipes: {', '.join(shipped_names())}", __version__):
         assert word in stdout
     if default_device().type == "cpu":
         cores = os.cpu_count()

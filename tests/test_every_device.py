@@ -25,6 +25,8 @@ from stage1_tokenizer.perceptual_weights import PerceptualWeights
 from stage1_tokenizer.quantizers.operations.nearest_code import full_precision
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage1_tokenizer.tokenizer_setup import measure_step_seconds
+from stage1_tokenizer.trainable.codebook_usage import CodeCounts
+from stage1_tokenizer.trainable.hierarchical_tokenizer import HierarchicalTokenizer
 from stage2_prior.generation.decoding import ReferenceDecoder, StaticDecoder
 from stage2_prior.generation.guidance import combine_levels
 from stage2_prior.generation.known_models import KnownGridTransformer, KnownLlama
@@ -168,6 +170,19 @@ def measured_step(device, channels_last, parts):
     return tokenizer, discriminator
 
 
+@case({}, {"in_bf16": True})
+def step_with_two_levels(device, in_bf16=False):
+    config = TokenizerConfig(kind="hierarchical", top={"codebook_size": 16}, **TOKENIZER)
+    tokenizer, images_BCHW = HierarchicalTokenizer(config, ImageTransform(SIZE, 3)).to(device).train(), images_on(device)
+    with autocast_on(device, in_bf16):
+        output = tokenizer(images_BCHW)
+    (reconstruction_loss("l1", output.reconstructions, images_BCHW) + output.quantizer_loss).backward()
+    tokenizer.discard()
+    counts = CodeCounts(tokenizer.quantizers, device)
+    ids = tokenizer.encode(images_BCHW)
+    return tokenizer, output.reconstructions, *ids.values(), *counts.counts.values(), clip_gradients(tokenizer)
+
+
 @case(*KINDS, *OPTIONS)
 def codebook_initialization(device, **fields):
     tokenizer = tokenizer_on(device, **fields)
@@ -204,7 +219,8 @@ def ids_to_images(device, **fields):
     """ImageTokenizer.decode without the check that needs data."""
     tokenizer = tokenizer_on(device, **fields)
     with torch.inference_mode():
-        return tokenizer._decode_latents(tokenizer.quantizer.ids_to_latents(torch.zeros(ROWS, *tokenizer.grid_shape, dtype=torch.int64).to(device)))
+        ids = torch.zeros(ROWS, *tokenizer.grid_shape, dtype=torch.int64).to(device)
+        return tokenizer.decode_latents({"image": tokenizer.quantizer.ids_to_latents(ids)})
 
 
 @case({"dtype": torch.float32}, {"dtype": torch.bfloat16})

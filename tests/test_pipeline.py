@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from pipelines import GenerationOutput, ImageGenerationPipeline, make_bundle
-from pipelines.bundle import class_indices, find_pipeline, labels_from_text
+from pipelines.bundle import find_pipeline
+from pipelines.labels import class_indices, labels_from_text
 from stage1_tokenizer.data.digits_source import load_scans
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer import ImageTokenizer

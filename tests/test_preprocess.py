@@ -135,7 +135,7 @@ def test_decoding_does_not_depend_on_the_number_of_threads(threads, ahead, tiny_
 
     def results(threads: int, ahead: int) -> list[tuple[list[int], list[float], list[str | None]]]:
         return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
-                for batch, rows_NVCHW, reasons in module.decode_batches(source, batches, views, tokenizer, threads, ahead)]
+                for batch, [rows_NVCHW], reasons in module.decode_batches(source, batches, views, tokenizer, threads, ahead)]
 
     expected = results(1, 0)
     assert [batch for batch, _, _ in expected] == batches and sum(reason is not None for _, _, reasons in expected for reason in reasons) == 2

@@ -1,5 +1,6 @@
 """Commands in README.md and docs/ are valid, and their Python snippets run on a tiny finished run."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,11 @@ import pytest
 from PIL import Image
 
 from pipelines import command_line
+from pipelines.bundle import make_bundle
+from stage1_tokenizer import ImageTokenizer
+from tests.conditioned import LOW_DERIVATION, given_low, given_text, image_tokenizer, saved_prior
 from tests.tiny import ROOT, tiny_overrides
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 GENERATED = ("recipe_reference.md", "benchmarks.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
@@ -23,8 +28,34 @@ COMMANDS = list(dict.fromkeys(LINES))
 SNIPPETS = list(dict.fromkeys(block for language, block in BLOCKS if language == "python"))
 
 
+@pytest.fixture(scope="session")
+def conditioned_runs(tmp_path_factory) -> dict[str, Path]:
+    """Run name -> pipeline folder, for priors that are given a low resolution, a paired image or a text, with random weights."""
+    root, folders = tmp_path_factory.mktemp("conditioned"), {}
+    for run, name, derived in (("large", "low", LOW_DERIVATION), ("sketches", "sketch", None), ("captions", "text", None)):
+        tokenizer, own = image_tokenizer(root / run / "tokenizer"), image_tokenizer(root / run / name, derived=derived, seed=1)
+        loaded = ImageTokenizer.from_pretrained(tokenizer)
+        given = given_text() if name == "text" else given_low(own)
+        if name != "text":
+            given = dataclasses.replace(given, grid=dataclasses.replace(given.grid, name=name))
+        prior = saved_prior(root / run / "prior", loaded.grids, loaded.token_fingerprint, [given], class_drop=0.1)
+        folders[run] = make_bundle(tokenizer, prior, root / run / "pipeline", SamplingConfig(), {} if name == "text" else {name: own})
+    return folders
+
+
+def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
+    """Link the pipelines, and write the images that the documented commands give them."""
+    for run, folder in folders.items():
+        (root / "runs" / run).mkdir()
+        (root / "runs" / run / "pipeline").symlink_to(folder)
+    (root / "small").mkdir()
+    shutil.copytree(root / "photos", root / "sketches")
+    for path in (root / "small/1.png", root / "small/2.png", root / "my-sketch.png"):
+        Image.new("L", (8, 8), 100).save(path)
+
+
 @pytest.fixture
-def workplace(tiny_run, any_order_run, tmp_path, monkeypatch) -> Path:
+def workplace(tiny_run, any_order_run, conditioned_runs, tmp_path, monkeypatch) -> Path:
     """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -41,6 +72,7 @@ def workplace(tiny_run, any_order_run, tmp_path, monkeypatch) -> Path:
     for name, rows in (("pretokenized", 12), ("validation", 4)):
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    make_conditioned_runs(conditioned_runs, tmp_path)
     (tmp_path / "inception.pt").write_bytes(b"a TorchScript file: it is not opened before the sweep begins")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -15,7 +15,7 @@ from vqmosaic.recipes.recipe_sections import DataConfig, PriorConfig, PriorTrain
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
-RECIPE_FILES = {"recipe.py", "recipe_sections.py", "tokenizer_sections.py", "recipe_files.py"}
+RECIPE_FILES = {"recipe.py", "data_section.py", "recipe_sections.py", "sampling_section.py", "tokenizer_sections.py", "recipe_files.py"}
 SECTION_VARIABLES = {
     "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"},
     "tokenizer_training": {"tokenizer_training", "training"}, "adversarial": {"adversarial", "config"},
@@ -61,7 +61,9 @@ def test_learning_rates_of_shipped_recipes_scale_with_batch_size(name):
 
 
 def test_names_of_shipped_recipes():
-    assert shipped_names() == ["cifar10", "cifar10_any_order", "cifar10_vqgan", "digits", "image_folder", "imagenet256", "imagenet256_convnext"]
+    assert shipped_names() == ["cifar10", "cifar10_any_order", "cifar10_captions", "cifar10_edges", "cifar10_superres", "cifar10_vqgan",
+                               "cifar10_vqvae2", "digits", "digits_captions", "digits_edges", "digits_superres", "digits_vqvae2", "image_folder",
+                               "imagenet256", "imagenet256_convnext"]
 
 
 @pytest.mark.parametrize("overrides", [
@@ -282,7 +284,7 @@ def is_sentence(text: str | None) -> bool:
 
 
 def test_every_field_is_documented():
-    documented = {owner: fields for name in ("recipe_sections", "tokenizer_sections", "recipe")
+    documented = {owner: fields for name in ("data_section", "recipe_sections", "sampling_section", "tokenizer_sections", "recipe")
                   for owner, fields in documented_fields((ROOT / f"vqmosaic/recipes/{name}.py").read_text()).items()}
     documented.pop("RecipeField")
     known = {name.rpartition(".")[2] for name in fields_of(Recipe())} | set(section_names())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, copy_tokens, tiny_overrides, tiny_recipe
+from tests.tiny import HIERARCHICAL, ROOT, copy_tokens, tiny_overrides, tiny_recipe
 from vqmosaic.runs.run_folder import RunFolder
 
 MODULES = {"tokenizer": "stage1_tokenizer.train", "prior": "stage2_prior.train"}
@@ -138,6 +138,10 @@ def assert_killed_equals_uninterrupted(stage: str, uninterrupted: Path, killed: 
 def test_killed_training_equals_uninterrupted_training(stage, tiny_run, tmp_path, call):
     uninterrupted, killed = copy_tokens(tiny_run, tmp_path / "uninterrupted"), copy_tokens(tiny_run, tmp_path / "killed")
     assert_killed_equals_uninterrupted(stage, uninterrupted, killed, {}, call)
+
+
+def test_killed_training_of_two_levels_equals_uninterrupted_training(tmp_path, call):
+    assert_killed_equals_uninterrupted("tokenizer", tmp_path / "uninterrupted", tmp_path / "killed", HIERARCHICAL, call)
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from stage2_prior.generation.guidance import combine_levels, needed_levels, segment_scales
+from stage2_prior.generation.guidance import combine_levels
+from stage2_prior.generation.guidance_scales import needed_levels, segment_scales
 from stage2_prior.prior import TokenPrior
 from stage2_prior.segments import GivenGrid
 from stage2_prior.token_batches import TokenBatches
@@ -174,7 +175,7 @@ def test_drops_do_not_depend_on_ranks_and_leave_label_drop_unchanged(reader):
      "token fingerprint of grid 'low' of the tokens in .* is aaa.*, but the prior's vocabulary has bbb"),
     (dataclasses.replace(GIVEN_LOW, conditions=[GivenGrid(grid=dataclasses.replace(LOW.grid, width=3))]), "grids of the tokens"),
     (dataclasses.replace(GIVEN_LOW, conditions=[GivenGrid(grid=dataclasses.replace(LOW.grid, name="depth"))]), "grids of the tokens"),
-    (FULL, "the text text, but token shards hold no texts"),
+    (FULL, "grids of the tokens in .* is .*, but the prior's vocabulary has .*name='text', codebook_size=8, height=1, width=3"),
 ])
 def test_tokens_that_do_not_match_the_segments_are_refused(vocabulary, words, reader):
     with pytest.raises(InputError, match=words):

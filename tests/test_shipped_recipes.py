@@ -8,25 +8,35 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.stages.chain import record_recipe
+from pipelines.stages.condition_tokenizers import train_condition_tokenizers
+from pipelines.stages.preprocess import preprocess
 from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.image_files.views import named_views
 from stage1_tokenizer.losses import reconstruction_loss
-from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, tokenizer_class
+from stage1_tokenizer.tokenizer_grids import grids_of_config
+from stage1_tokenizer.train import train
 from stage2_prior.model.causal_lm import make_config
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
-from token_shards import Grid
-from vqmosaic.recipes.recipe import Recipe
+from token_shards.manifest import TokenShardManifest
+from vqmosaic.recipes.recipe import Recipe, condition_recipes
 from vqmosaic.recipes.recipe_files import load_recipe, shipped_names
 from vqmosaic.training.learning_rate import learning_rate_share
 
 NARROW = ["--tokenizer.channels=32", "--tokenizer.latent_channels=32", "--prior.layers=1", "--prior.width=96",
           "--tokenizer_training.batch_size=2", "--prior_training.batch_size=2", "--data.workers=0"]
-GRIDS = {"digits": (4, 128), "cifar10": (8, 512), "cifar10_any_order": (8, 512), "cifar10_vqgan": (8, 512), "image_folder": (8, 512),
-         "imagenet256": (16, 16384), "imagenet256_convnext": (16, 16384)}
-"""Recipe -> (tokens along one side, codes)."""
+CONDITIONAL = {"cifar10_superres": {"low": 8}, "cifar10_edges": {"edges": 8}, "cifar10_captions": {},
+               "digits_superres": {"low": 4}, "digits_edges": {"edges": 4}, "digits_captions": {}}
+"""Recipe with conditions -> name and tokens along one side of the conditions that have images."""
+GRIDS = {"digits": [(4, 128)], "cifar10": [(8, 512)], "cifar10_any_order": [(8, 512)], "cifar10_vqgan": [(8, 512)], "image_folder": [(8, 512)],
+         **{name: [(8, 512) if name.startswith("cifar10") else (4, 64)] for name in CONDITIONAL},
+         "imagenet256": [(16, 16384)], "imagenet256_convnext": [(16, 16384)],
+         "cifar10_vqvae2": [(4, 256), (8, 128)], "digits_vqvae2": [(2, 256), (4, 32)]}
+"""Recipe -> (tokens along one side, codes) of each grid."""
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +52,13 @@ def photos(tmp_path_factory):
 
 
 def narrow_recipe(name: str, photos) -> Recipe:
-    source = [] if name == "digits" else ["--data.source=folder", f"--data.path={photos}", "--data.validation_split=null"]
+    source = [] if name.startswith("digits") else ["--data.source=folder", f"--data.path={photos}", "--data.validation_split=null"]
     return load_recipe(name, NARROW + source)
 
 
 def vocabulary_of(recipe: Recipe, class_names: list[str] | None) -> Vocabulary:
-    side = recipe.data.image_size // recipe.tokenizer.downsampling
-    grid = Grid(name="image", codebook_size=recipe.tokenizer.codebook_size, height=side, width=side, depth=recipe.tokenizer.depth)
-    return Vocabulary(grids=[grid], class_names=class_names, token_fingerprint="0" * 64, label_drop=recipe.prior_training.label_drop)
+    grids = grids_of_config(recipe.tokenizer, recipe.data.image_size)
+    return Vocabulary(grids=grids, class_names=class_names, token_fingerprint="0" * 64, label_drop=recipe.prior_training.label_drop)
 
 
 def test_grids_cover_every_recipe():
@@ -59,8 +68,9 @@ def test_grids_cover_every_recipe():
 @pytest.mark.parametrize("name", shipped_names())
 def test_both_stages_take_a_step(name, photos):
     recipe = narrow_recipe(name, photos)
-    side, codes = GRIDS[name]
-    assert recipe.num_tokens == side**2 and recipe.tokenizer.codebook_size == codes
+    assert [(grid.height, grid.width, grid.codebook_size) for grid in vocabulary_of(recipe, None).grids] == [
+        (side, side, codes) for side, codes in GRIDS[name]]
+    assert recipe.num_tokens == sum(side**2 for side, _ in GRIDS[name])
 
     # loader
     splits = open_splits(recipe.data)
@@ -74,22 +84,22 @@ def test_both_stages_take_a_step(name, photos):
     assert len(views) == {"none": 1, "flip": 2, "shifts": 9, "flip+shifts": 18}[recipe.tokens.views]
 
     # stage 1
-    tokenizer = ImageTokenizer(recipe.tokenizer, transform, splits.class_names, recipe.seed).train()
-    assert tokenizer.grid_size == side
+    tokenizer = tokenizer_class(FORMAT_OF_KIND[recipe.tokenizer.kind])(recipe.tokenizer, transform, splits.class_names, recipe.seed).train()
     output = tokenizer(images_BCHW)
-    assert output.reconstructions.shape == images_BCHW.shape and output.quantizer.ids.shape == (2, side, side)
-    loss = reconstruction_loss(recipe.tokenizer_training.reconstruction_loss, output.reconstructions, images_BCHW) + output.quantizer.loss
+    assert output.reconstructions.shape == images_BCHW.shape
+    assert [level.ids.shape for level in output.levels.values()] == [(2, side, side) for side, _ in GRIDS[name]]
+    loss = reconstruction_loss(recipe.tokenizer_training.reconstruction_loss, output.reconstructions, images_BCHW) + output.quantizer_loss
     loss.backward()
     without_gradient = [key for key, parameter in tokenizer.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not without_gradient and all(parameter.grad.isfinite().all() for parameter in tokenizer.parameters() if parameter.requires_grad)
-    tokenizer.quantizer.commit()
-    ids_BT = tokenizer.encode(images_BCHW).flatten(1)
-    assert ids_BT.shape == (2, recipe.num_tokens) and 0 <= ids_BT.min() <= ids_BT.max() < codes
+    tokenizer.commit()
+    ids_BT = tokenizer.join_tokens(tokenizer.encode(images_BCHW))
+    assert ids_BT.shape == (2, recipe.num_tokens) and ids_BT.min() >= 0
 
     # stage 2
     prior = TokenPrior.from_config(recipe.prior, vocabulary_of(recipe, splits.class_names), recipe.seed)
     loss = prior.loss(ids_BT.clone(), torch.tensor([0, -1]))
-    assert loss.item() == pytest.approx(math.log(codes), rel=0.05)
+    assert loss.item() == pytest.approx(sum(side**2 * math.log(codes) for side, codes in GRIDS[name]) / recipe.num_tokens, rel=0.05)
     loss.backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in prior.parameters())
 
@@ -98,7 +108,7 @@ def test_both_stages_take_a_step(name, photos):
 def test_full_size_priors_can_be_configured(name):
     recipe = load_recipe(name)
     config, _ = make_config(recipe.prior, vocabulary_of(recipe, ["cat"]))
-    assert config.hidden_size == recipe.prior.sizes.width and config.max_position_embeddings == 1 + GRIDS[name][0] ** 2
+    assert config.hidden_size == recipe.prior.sizes.width and config.max_position_embeddings == 1 + sum(side**2 for side, _ in GRIDS[name])
 
 
 @pytest.mark.parametrize("name", shipped_names())
@@ -123,6 +133,17 @@ def test_vqgan_recipe_is_cifar10_with_a_discriminator():
     assert (plain.data, plain.tokenizer, plain.prior) == (vqgan.data, vqgan.tokenizer, vqgan.prior)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "digits"])
+def test_recipes_with_two_grids_have_as_many_bits_as_with_one(name):
+    one, two = load_recipe(name), load_recipe(f"{name}_vqvae2")
+    bits = [sum(grid.num_tokens * math.log2(grid.codebook_size) for grid in vocabulary_of(recipe, None).grids) for recipe in (one, two)]
+    assert bits[0] == bits[1] and two.tokenizer.kind == "hierarchical"
+    if name == "cifar10":
+        for section in ("data", "tokenizer_training", "tokens", "prior", "prior_training", "sampling"):
+            assert getattr(one, section) == getattr(two, section)
+        assert dataclasses.replace(two.tokenizer, kind="image", top={}, codebook_size=512) == one.tokenizer
+
+
 def test_any_order_recipe_is_cifar10_with_another_order():
     plain, any_order = load_recipe("cifar10"), load_recipe("cifar10_any_order")
     assert plain.prior_training.order == plain.sampling.order == "raster" and any_order.sampling.steps < any_order.num_tokens
@@ -130,6 +151,41 @@ def test_any_order_recipe_is_cifar10_with_another_order():
         assert getattr(plain, section) == getattr(any_order, section)
     training = any_order.prior_training
     assert dataclasses.replace(training, order="raster", order_annealing=[0.5, 0.75], final_random_share=0.5) == plain.prior_training
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_recipes_with_conditions_train_their_tokenizers(name):
+    recipe = load_recipe(name)
+    trained = condition_recipes(recipe)
+    assert {each: inner.grid_sides for each, inner in trained.items()} == {each: (side, side) for each, side in CONDITIONAL[name].items()}
+    for inner in trained.values():
+        assert inner.tokenizer.codebook_size == recipe.tokenizer.codebook_size and inner.data.derived is not None
+    plain = load_recipe("cifar10")
+    if name.startswith("cifar10"):
+        for section in ("tokenizer", "tokenizer_training", "tokens", "prior"):
+            assert getattr(plain, section) == getattr(recipe, section), "tokenizers can be shared with recipe cifar10"
+
+
+@pytest.mark.parametrize("name", ["cifar10_captions", "digits_captions"])
+def test_caption_recipes_have_enough_templates(name):
+    [caption] = load_recipe(name).data.given_conditions
+    longest = {"cifar10_captions": "automobile", "digits_captions": "0"}[name]
+    assert len(caption.templates) >= 8 and len(caption.held_out_templates) >= 2
+    assert all(len(text.replace("{class}", longest)) <= caption.length for text in (*caption.templates, *caption.held_out_templates))
+
+
+@pytest.mark.parametrize("name", [name for name in CONDITIONAL if name.startswith("digits")])
+def test_digits_recipes_with_conditions_write_tokens(name, tmp_path):
+    """The settings of the recipe, with fewer steps and views."""
+    recipe = load_recipe(name, [f"--run_dir={tmp_path / 'run'}", "--tokenizer_training.max_steps=3", "--tokens.views=none", "--tokens.threads=1",
+                                "--tokenizer_training.validation_images=20", "--data.workers=0"])
+    record_recipe(recipe)
+    train(recipe)
+    assert train_condition_tokenizers(recipe, lambda each: train(each) or 0)[0] == 0
+    preprocess(recipe)
+    manifest = TokenShardManifest.load(tmp_path / "run/tokens/train")
+    assert [grid.name for grid in manifest.grids] == ["image", recipe.data.conditions[0]["name"]] and not manifest.skipped
+    assert [grid.name for grid in manifest.drawn_grids] == ["image"]
 
 
 def test_imagenet_recipe_downsamples_by_16():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipelines.bundle import evenly_spaced_classes
+from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.chain import run_chain
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer

@@ -436,6 +436,6 @@ def test_frozen_parts(folder):
     assert trained == {"post_quant_conv", "decoder"}
 
 
-def test_only_image_tokenizers_can_be_trained(folder, tmp_path):
-    with pytest.raises(InputError, match=r"a tokenizer of format 'tests.mean_colours'. Only tokenizers of format 'vqmosaic.image_tokenizer'"):
+def test_only_trainable_formats_can_be_fine_tuned(folder, tmp_path):
+    with pytest.raises(InputError, match=r"format 'tests.mean_colours'. Only tokenizers of format 'vqmosaic.image_tokenizer' or 'vqmosaic.h"):
         check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=folder), "tokenizer")

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from stage1_tokenizer.image_files.images import ImageTransform
-from stage1_tokenizer.tokenizer import ALWAYS_FINGERPRINTED_FIELDS, ImageTokenizer
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.trainable.trainable_tokenizer import ALWAYS_FINGERPRINTED_FIELDS
 from tests.test_tokenizer import CHANNELS, SIZE, images
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import LEARNING_FIELDS, QUANTIZER_NAMES, TokenizerConfig

@@ -9,7 +9,8 @@ from sklearn.datasets import load_sample_image
 
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.quantizers import QuantizerOutput
-from stage1_tokenizer.tokenizer import ImageTokenizer, TokenizerOutput
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.trainable.trainable_tokenizer import TokenizerOutput
 from stage1_tokenizer.validation import validate
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
@@ -36,7 +37,7 @@ def measure_metrics(monkeypatch):
                                    ImageTransform(image_size=images_01.shape[-1], channels=images_01.shape[1]))
         reconstructions = iter((restored_01 * 2 - 1).split(batch_size))
         monkeypatch.setattr(ImageTokenizer, "forward", lambda self, images: TokenizerOutput(
-            next(reconstructions), QuantizerOutput(images, None, torch.zeros(()))))
+            next(reconstructions), {"image": QuantizerOutput(images, None, torch.zeros(()))}))
         return validate(tokenizer, TensorImages(images_01 * 2 - 1), batch_size, Accelerator(cpu=True))
     return measure
 

@@ -37,6 +37,8 @@ SETTINGS = {
 ANY_ORDER = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prior_training__order": "annealed", "sampling__order": "spread",
              "sampling__steps": 4}
 """Changes for a prior that predicts in any order."""
+HIERARCHICAL = {"tokenizer__kind": "hierarchical", "tokenizer__top": '{"codebook_size": 16, "code_dim": 4}'}
+"""Changes for a tokenizer with two levels: 2 x 2 tokens of 16 codes and 4 x 4 tokens of 32 codes."""
 
 
 def tiny_overrides(run_dir: Path | str, **changes: object) -> list[str]:

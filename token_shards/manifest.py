@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from vqmosaic.wording import counted, is_or_are
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+OPTIONAL_FIELDS = ("order_seed", "conditions")
+"""Fields that a manifest has only if they are set. Versions before them did not write them."""
 ORDER_SEED = 0
 """The order_seed of all new shard sets. The training stream has its own seed."""
 
@@ -132,6 +134,9 @@ class ShardSetHeader:
     """Number of source images in one shard, n. Shard s holds the positions [s*n, (s+1)*n) of the order given by order_seed."""
     num_sources: int
     """Number of source images in the split, readable or not."""
+    conditions: list[dict] = field(default_factory=list)
+    """The grids that are given to a prior, in order, each described by a record with its name, its kind, and the settings that determine its ids. All
+    other grids are drawn."""
     order_seed: int | None = None
     """Seed that permutes the sources before they are divided into shards, so that each shard holds a random part of the data set.
     None means not permuted, as in shard sets written by version 0.1.0."""
@@ -148,8 +153,19 @@ class ShardSetHeader:
         names = [grid.name for grid in self.grids]
         if not names or len(set(names)) < len(names):
             raise InputError(f"The grids are named {names}; there must be at least one grid, and names must be unique.")
+        given = [record.get("name") if isinstance(record, dict) else None for record in self.conditions]
+        if unknown := [name for name in given if name not in names]:
+            raise InputError(f"conditions names the grid {unknown[0]!r}, but the grids are named {names}.")
+        if len(set(given)) < len(given) or len(given) == len(names):
+            raise InputError(f"conditions names the grids {given} of {names}; each may be named once, and at least one grid must be drawn.")
         if not self.views:
             raise InputError('views is empty; there must be at least one, such as {"name": "original"}.')
+
+    @property
+    def drawn_grids(self) -> list[Grid]:
+        """The grids that conditions does not name, in order."""
+        given = {record["name"] for record in self.conditions}
+        return [grid for grid in self.grids if grid.name not in given]
 
     @property
     def num_tokens(self) -> int:
@@ -179,11 +195,9 @@ class ShardSetHeader:
         return np.sort(permuted_sources(self.num_sources, self.order_seed)[positions.start:positions.stop]).tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """The header as JSON content. It omits an order_seed of None, because older versions did not write the field."""
+        """The header as JSON content. It omits an order_seed of None and empty conditions, because older versions did not write these fields."""
         content = dataclasses.asdict(self) | {"grids": [grid.to_dict() for grid in self.grids]}
-        if self.order_seed is None:
-            del content["order_seed"]
-        return content
+        return {name: value for name, value in content.items() if not (name in OPTIONAL_FIELDS and value in (None, []))}
 
     @property
     def fingerprint(self) -> str:
@@ -260,7 +274,7 @@ class TokenShardManifest(ShardSetHeader):
         version = written_by(content)
         content = {name: value for name, value in content.items() if name != VERSION_FIELD}
         known = [field.name for field in dataclasses.fields(cls)]
-        check_fields(content, known, str(path), version, required=[name for name in known if name != "order_seed"])  # 0.1.0 did not write it
+        check_fields(content, known, str(path), version, required=[name for name in known if name not in OPTIONAL_FIELDS])
         for name, part in (("grids", Grid), ("shards", ShardEntry)):
             if not isinstance(content[name], list):
                 raise InputError(f"{path}: {name} is {str(content[name])[:100]!r}; it must be a list.")

@@ -4,6 +4,7 @@ import difflib
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -40,7 +41,7 @@ def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     return f" Did you mean {nearest!r}?" if nearest else ""
 
 
-def check_name(field: str, given: str, allowed: Iterable[str]) -> None:
+def check_name(field: str, given: Any, allowed: Iterable[str]) -> None:
     """Raise InputError unless `given` is one of `allowed`. The message lists the allowed names and suggests the nearest."""
     allowed = list(allowed)
     if given in allowed:

@@ -58,8 +58,8 @@ class Endpoint:
     number: int
     arguments: int
     is_queued: bool
-    takes_upload: bool
-    """Whether the arguments are uploads. Other endpoints take numbers, texts and lists of them."""
+    uploads: frozenset[int] = frozenset()
+    """Positions of the arguments that are uploads. All others are numbers, texts and lists of them."""
 
 
 class Guard:
@@ -177,8 +177,8 @@ class Guard:
         data = body.get("data")
         if not isinstance(data, list) or len(data) != endpoint.arguments:
             raise Refusal(400, f"The body must have a list `data` with the {endpoint.arguments} arguments of {endpoint.name}.")
-        check_argument = self._checked_upload if endpoint.takes_upload else _checked_value
-        checked = {"data": [check_argument(value) for value in data], "fn_index": endpoint.number}
+        values = [self._checked_upload(value) if position in endpoint.uploads else _checked_value(value) for position, value in enumerate(data)]
+        checked: dict[str, object] = {"data": values, "fn_index": endpoint.number}
         if needs_session or body.get("session_hash") is not None:
             checked["session_hash"] = _checked_id(body)
         return checked
@@ -237,7 +237,7 @@ def _checked_value(value: object, in_list: bool = False) -> object:
     is_text = isinstance(value, str) and len(value) <= MAX_ARGUMENT_LENGTH and not re.search("[\ud800-\udfff]", value)
     if value is None or is_number or is_text:
         return value
-    raise Refusal(400, "The arguments must be numbers, texts, true, false, null, or lists of these. Only reconstruct accepts files.")
+    raise Refusal(400, "The arguments must be numbers, texts, true, false, null, or lists of these. Only images are files.")
 
 
 def _checked_id(body: dict, field: str = "session_hash") -> str:

@@ -22,23 +22,22 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
-import numpy as np
 import torch
 from gradio.routes import App
 from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
+from pipelines.demo.generation import UPDATE_SECONDS, generate
 from pipelines.demo.guard import Endpoint, Guard
 from pipelines.demo.http_limits import close_idle_connections, format_error, report
 from pipelines.demo.reconstruction import reconstruct
 from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, sampling_controls
+from pipelines.demo.request_fields import MAX_PROMPT_LENGTH, GivenField, checked_given, given_fields
 from pipelines.demo.token_map import format_grids, format_shape
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage
-from stage1_tokenizer.pictures import tile_images, to_picture, viewing_scale
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import StopFlag
@@ -46,7 +45,6 @@ from vqmosaic.runs.interruption import StopFlag
 HOST = "127.0.0.1"
 MAX_WAITING = 8
 MAX_OPEN_PAGES = 500  # number of pages whose state gradio keeps
-UPDATE_SECONDS = 0.2  # between updates of the progress bar; an update per token would slow down sampling
 CSS = """
 .pixels img { image-rendering: pixelated; object-fit: contain; width: 100%; height: 100%; }
 .pixels .grid-wrap { max-height: none !important; }
@@ -120,47 +118,6 @@ def show_errors_on_page(endpoint: str) -> Iterator[None]:
     raise gr.Error(html.escape(message, quote=False), duration=20, print_exception=False)
 
 
-def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading.Event, progress: Callable, classes: list[str],
-             number: int, seed: int, sampling: dict[str, float]) -> tuple:
-    """Generate images and return the outputs of the Generate tab: gallery, grid, seed, report, Python code."""
-    names, limit = pipe.class_names, image_limit(pipe)
-    labels = (classes or names[:limit]) if names else None
-    count = number * len(labels or [None])
-    if count > limit:
-        raise InputError(f"{count} images are too many ({number} for each of {len(labels or [None])} classes); allowed: at most {limit}. "
-                         "Choose fewer classes or fewer images.")
-    started, updated, done, total = time.monotonic(), 0.0, 0, 0
-
-    def on_token(tokens_done: int, tokens_in_total: int) -> bool:
-        nonlocal updated, done, total
-        done, total = tokens_done, tokens_in_total
-        if time.monotonic() > updated + UPDATE_SECONDS:
-            updated = time.monotonic()
-            progress((done, total), unit="tokens")
-        return not stop.is_set()
-
-    request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": number, "seed": seed, **sampling}
-    result = pipe(**request, output_type="np", callback=on_token)
-    if result.stopped:
-        return *[gr.skip()] * 3, f"Stopped after {done} of {total} tokens.", gr.skip()
-    captions = [names[index] for index in result.class_indices] if names and result.class_indices else [None] * count
-    assert isinstance(result.images, np.ndarray)  # as output_type says
-    gallery = [(to_picture(pixels_HWC), caption) for pixels_HWC, caption in zip(result.images, captions, strict=True)]
-    columns = number if labels and 1 < number <= 16 else min(count, 8)
-    rows = [result.images[start:start + columns] for start in range(0, count, columns)]
-    report = f"{count} image{'s' if count > 1 else ''} with seed {seed} in {time.monotonic() - started:.1f} s."
-    grid = tile_images(rows, viewing_scale(result.images.shape[1:3]))
-    return gallery, grid, seed, report, python_code(pipe, folder, request)
-
-
-def python_code(pipe: ImageGenerationPipeline, folder: Path | None, request: dict) -> str:
-    """Python code for the same request."""
-    source = f"{str(folder or 'runs/NAME')!r}, device={str(pipe.device)!r}, dtype={pipe.prior.model.dtype}"
-    return ("import torch\nfrom pipelines import ImageGenerationPipeline\n\n"
-            f"pipe = ImageGenerationPipeline.from_pretrained({source})\n"
-            f'out = pipe({", ".join(f"{name}={value!r}" for name, value in request.items())})\nout.images[0].save("image.png")')
-
-
 def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str | None) -> gr.Slider:
     """The slider of a sampling setting. `unguided` says why guidance is off, if it is."""
     is_off = unguided is not None and control.name.startswith("guidance_")
@@ -173,13 +130,22 @@ def sampling_slider(control: Control, recommended: SamplingConfig, unguided: str
     return gr.Slider(control.minimum, control.maximum, value=value, step=control.step, label=control.label, info=info, interactive=not is_off)
 
 
-def generate_signature(controls: list[Control]) -> inspect.Signature:
+def generate_signature(fields: list[GivenField], controls: list[Control]) -> inspect.Signature:
     """The signature of the Generate handler. From it, gradio takes the argument names of the API, and which arguments are request and progress."""
-    names = ["classes", "number", "seed", "new_seed", *(control.name for control in controls)]
+    names = ["classes", "number", "seed", "new_seed", *(f"given_{field.name}" for field in fields), *(control.name for control in controls)]
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
     parameters.append(inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request))
     parameters.append(inspect.Parameter("progress", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=gr.Progress()))
     return inspect.Signature(parameters)
+
+
+def given_input(field: GivenField) -> gr.Textbox | gr.Image:
+    """The input of the page for a condition: a prompt box, or an image. No URL and no file on the server can be given."""
+    if field.is_text:
+        return gr.Textbox("", label=field.label, max_length=MAX_PROMPT_LENGTH, lines=2, info=field.info)
+    image = gr.Image(label=field.label, type="filepath", sources=["upload", "clipboard"], buttons=["fullscreen"], height=220)
+    vars(image).update(async_move_resource_to_block_cache=keep_upload_path)
+    return image
 
 
 class Page(gr.Blocks):
@@ -191,19 +157,22 @@ class Page(gr.Blocks):
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
     worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
-    image_sides, grids = pipe.tokenizer.transform.sides, pipe.tokenizer.grids
-    why = pipe.prior.vocabulary.why_unguided()
+    image_sides, grids, fields = pipe.tokenizer.transform.sides, pipe.tokenizer.grids, given_fields(pipe)
+    why = pipe.vocabulary.why_unguided()
     unguided = why and f"Off, because the prior {why}."
     style = ["pixels", "below-label"]
 
     with Page(title="vqmosaic", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"## vqmosaic\n{f'{len(names)} classes, ' if names else ''}{format_shape(image_sides)} pixels, "
                     f"{format_grids(grids)} tokens of {' and '.join(str(grid.codebook_size) for grid in grids)} codes, "
-                    f"a prior of {pipe.prior.num_parameters:,} parameters, on {pipe.device}.")
+                    f"a prior of {sum(prior.num_parameters for prior in pipe.chain.priors):,} parameters, on {pipe.device}.")
         with gr.Tab("Generate"), gr.Row():
             with gr.Column(scale=2, min_width=300):
-                classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=(
-                    "Default: all classes." if len(names or []) <= limit else f"Default: the first {limit} of {len(names or [])}."))
+                default = "all classes" if len(names or []) <= limit else f"the first {limit} of {len(names or [])}"
+                if fields and pipe.vocabulary.why_not_sampled(False, [field.name for field in fields]) is None:
+                    default = f"no class if something else is given, otherwise {default}"
+                classes = gr.Dropdown(names or [], value=[], multiselect=True, label="Classes", visible=bool(names), info=f"Default: {default}.")
+                given = [given_input(field) for field in fields]
                 number = gr.Slider(1, limit, value=max(1, min(4, limit // len(names or [None]))), step=1,
                                    label=number_label(pipe), info=f"At most {limit} images in total.")
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -233,15 +202,16 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
         async def run(request: gr.Request, progress: gr.Progress, work: Callable[[threading.Event], tuple]) -> tuple | None:
             return await worker.run(request.session_hash, work, lambda ahead: progress(0, desc=f"waiting for {ahead} earlier requests"))
 
-        async def on_generate(classes, number, seed, new_seed, *settings_request_progress):
-            *settings, request, progress = settings_request_progress
+        async def on_generate(classes, number, seed, new_seed, *given_settings_request_progress):
+            *values, request, progress = given_settings_request_progress
             with show_errors_on_page("generate"):
                 # In a thread, because finding the nearest of a thousand class names takes most of a second and would block other requests.
-                checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, *settings)
-                outputs = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked))
+                checked = await asyncio.to_thread(checked_request, pipe, classes, number, None if new_seed else seed, *values[len(fields):])
+                found = checked_given(pipe, values[:len(fields)])
+                outputs = await run(request, progress, lambda stop: generate(pipe, folder, stop, progress, *checked, found))
                 return outputs or (*[gr.skip()] * 3, "Stopped before it started.", gr.skip())
 
-        vars(on_generate).update(__signature__=generate_signature(sampling_controls(pipe)))
+        vars(on_generate).update(__signature__=generate_signature(fields, sampling_controls(pipe)))
         on_generate.__annotations__ = {"request": gr.Request}
 
         async def on_upload(upload, request: gr.Request, progress=gr.Progress()):  # noqa: B008
@@ -255,7 +225,7 @@ def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
             worker.stop(request.session_hash)
 
         generate_button.click(
-            on_generate, [classes, number, seed, new_seed, *sliders], [gallery, grid, seed, report, code],
+            on_generate, [classes, number, seed, new_seed, *given, *sliders], [gallery, grid, seed, report, code],
             preprocess=False,  # its error messages do not name the field, and it prints a traceback
             api_name="generate", concurrency_limit=None, show_progress_on=gallery)
         stop_button.click(on_stop, api_name="stop", queue=False)
@@ -281,7 +251,8 @@ async def guard_lifespan(page: gr.Blocks, app: App) -> AsyncIterator[None]:
     assert app.middleware_stack is not None  # the app makes it before it starts its lifespan
     uploads = Uploads(Path(app.uploaded_file_dir), page.upload_file_set)
     app.middleware_stack = Guard(app.middleware_stack, uploads, [
-        Endpoint(function.api_name, number, len(function.inputs), function.queue, any(isinstance(field, gr.Image) for field in function.inputs))
+        Endpoint(function.api_name, number, len(function.inputs), function.queue, frozenset(
+            position for position, field in enumerate(function.inputs) if isinstance(field, gr.Image)))
         for number, function in page.fns.items() if function.api_name is not None and "unload" not in dict(function.targets).values()])
     tasks = [asyncio.create_task(uploads.keep_room()), asyncio.create_task(close_idle_connections(
         lambda: page.server.server_state.connections if getattr(page, "server", None) else ()))]

@@ -7,9 +7,10 @@ import threading
 import gradio as gr
 import torch
 
+from pipelines.decoded_images import decode_in_batches
 from pipelines.demo.request_checks import read_upload
 from pipelines.demo.token_map import format_grids, format_used_codes, token_maps
-from pipelines.generate import ImageGenerationPipeline, decode_in_batches
+from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import ImageTransform, to_pil, to_tensor, to_uint8
 
 

@@ -67,10 +67,10 @@ def sampling_controls(pipe: ImageGenerationPipeline) -> list[Control]:
     for field in sorted(fields(SamplingConfig), key=lambda field: field.name.startswith("guidance_")):
         if "slider" in field.metadata:
             minimum, maximum, step = field.metadata["slider"]
-            largest = pipe.prior.vocabulary.most_codes if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
+            largest = pipe.vocabulary.most_codes if maximum is None else max(maximum, getattr(pipe.sampling, field.name))
             controls.append(Control(field.name, minimum, largest, step))
-    if pipe.prior.any_order:
-        controls.append(Control("steps", 1, pipe.prior.vocabulary.num_tokens, 1))
+    if pipe.chain.any_order:
+        controls.append(Control("steps", 1, pipe.vocabulary.most_steps, 1))
     return controls
 
 
@@ -91,7 +91,7 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
     for control, value in zip(sampling_controls(pipe), settings, strict=True):
         check = checked_integer if control.step == 1 else checked_number
         sampling[control.name] = check(control.label, value, control.minimum, control.maximum)
-    if sampling["guidance_scale"] != 1 and pipe.prior.vocabulary.why_unguided():
+    if sampling["guidance_scale"] != 1 and pipe.vocabulary.why_unguided():
         raise InputError(f"Guidance scale is {sampling['guidance_scale']}; it must be 1, because this prior does not support guidance.")
     count = checked_integer(number_label(pipe), number, 1, image_limit(pipe))
     checked_seed = secrets.randbelow(2**31) if seed is None else checked_integer("Seed", seed, 0, MAX_SEED)

@@ -16,8 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.bundle import part_fingerprints
+from pipelines.bundle import read_bundle
 from pipelines.image_folders.png_files import is_whole_png, png_header
+from pipelines.pipeline_parts import PipelineParts
 from pipelines.sweep.sweep_record import describe_pipeline_change, is_pipeline_field, iterate_differences
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from vqmosaic import __version__
@@ -57,6 +58,8 @@ class SampleFolder:
     """All sampling settings, including the recommended ones."""
     dtype: str
     """Number format of prior and decoder."""
+    prompt: str | None = None
+    """The text that is given for all images, or None."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -72,8 +75,9 @@ class SampleFolder:
     @cached_property
     def request(self) -> dict[str, Any]:
         """Everything that determines the images, as JSON content. Reads the prior's weights to compute their digest."""
-        return {"pipeline": part_fingerprints(self.pipeline / "tokenizer", self.pipeline / "prior"), "classes": self.labels,
-                "num": self.num, "seed": self.seed, "sampling": dataclasses.asdict(self.sampling), "dtype": self.dtype}
+        return {"pipeline": PipelineParts.in_folder(self.pipeline, read_bundle(self.pipeline)).fingerprints(), "classes": self.labels,
+                "num": self.num, "seed": self.seed, "sampling": self.sampling.to_dict(), "dtype": self.dtype,
+                **({} if self.prompt is None else {"prompt": self.prompt})}
 
     def existing_files(self) -> set[str]:
         """Check that the folder can be used for this request, and return the files of this request that exist: images and grid.
@@ -98,7 +102,7 @@ class SampleFolder:
             raise InputError(f"{self.out / RECORD_NAME} is not a record of generated images that this vqmosaic can read. {remedy}")
         recorded = content["request"]
         if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
-            recorded = recorded | {"sampling": dataclasses.asdict(SamplingConfig()) | recorded["sampling"]}
+            recorded = recorded | {"sampling": SamplingConfig().to_dict() | recorded["sampling"]}
         if recorded != self.request and not any(name.endswith(".png") for name in existing):
             return set()  # the other request was stopped before its first image
         if recorded != self.request:
@@ -171,6 +175,15 @@ def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
         others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
         raise InputError(f"--out {out} contains {min(names)}{others} that would be replaced and that no {record} lists. "
                          "Give another --out, or delete them.")
+
+
+def digest_of_files(paths: Sequence[Path]) -> str:
+    """Hex sha256 over the paths, sizes and modification times of files. Detects changes without reading the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def make_folder(out: Path) -> None:

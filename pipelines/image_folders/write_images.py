@@ -5,7 +5,6 @@ The PNG files are for viewing. They have 8 bits per channel, with data.value_ran
 Both commands keep at most one batch in memory and continue after an interruption.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,14 @@ import torch
 from PIL import Image
 
 from pipelines.bundle import usable_device
-from pipelines.generate import ImageGenerationPipeline, tokenizer_batch_size
+from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.image_folders.sample_folder import (
     GRID_NAME,
     SampleFolder,
     check_no_unrecorded_files,
+    digest_of_files,
     files_in,
     make_folder,
     reconstruction_names,
@@ -80,7 +81,7 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
 
         if pipe is not None:
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
-            batches = pipe.batches(samples.labels, samples.num, samples.seed, output_type="np", callback=on_token,
+            batches = pipe.batches(samples.labels, samples.num, samples.seed, prompt=samples.prompt, output_type="np", callback=on_token,
                                    skip=lambda positions: complete.issuperset(samples.names[position] for position in positions))
             try:
                 for batch in batches:
@@ -105,7 +106,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
         count = min(len(first_batch.images), COMPARED_IMAGES)
         try:
             classes = first_batch.class_indices and first_batch.class_indices[:count]
-            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes)
+            given_ids = {name: ids_Bn[:count] for name, ids_Bn in first_batch.given_ids.items()}
+            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes, given_ids)
             print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (measured on {count} images)")
         except torch.OutOfMemoryError:
             print(f"the logits in {samples.dtype} were not compared with those in float32: both priors together do not fit in memory")
@@ -198,15 +200,6 @@ def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: di
     write_json(record, {"request": request, "files": sorted(new_files | old_files if is_same_tokenizer else new_files)})
 
 
-def digest_of_files(paths: Sequence[Path]) -> str:
-    """Hex sha256 over the paths, sizes and modification times of files. Detects changes without reading the files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 def grid_rows(count: int, columns: int, size: ImageSize, rows_each: int = 1) -> list[range]:
     """The positions of the images in each row of a grid of `count` images, with `columns` images of this size per row.
 
@@ -217,13 +210,14 @@ def grid_rows(count: int, columns: int, size: ImageSize, rows_each: int = 1) -> 
     return [range(start, min(start + min(columns, most_columns), count)) for start in starts]
 
 
-def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path) -> None:
-    """Save rows of images, which are arrays (H, W, C) or files, as one picture."""
+def save_grid(rows: Sequence[Sequence[Path | np.ndarray]], path: Path, channels: int | None = None) -> None:
+    """Save rows of images, which are arrays (H, W, C) or files, as one picture. With `channels`, grey ones are repeated to this number."""
     def read_pixels(image: Path | np.ndarray) -> np.ndarray:
         if isinstance(image, np.ndarray):
             return image
         with Image.open(image) as picture:
-            return np.array(picture).reshape(picture.height, picture.width, -1)
+            pixels_HWC = np.array(picture).reshape(picture.height, picture.width, -1)
+        return np.repeat(pixels_HWC, channels, axis=-1) if channels is not None and pixels_HWC.shape[-1] == 1 else pixels_HWC
 
     arrays = [np.stack([read_pixels(image) for image in row]) for row in rows]
     save_picture(tile_images(arrays, viewing_scale(arrays[0].shape[1:3])), path)

@@ -5,13 +5,14 @@ import shlex
 import time
 from pathlib import Path
 
+from pipelines.stages.condition_tokenizers import delete_condition_tokenizers, train_condition_tokenizers
 from pipelines.stages.stage_checks import check_chain
-from pipelines.stages.stage_inputs import input_fingerprints, tokenizer_folder, vocabulary_of_prior
+from pipelines.stages.stage_inputs import condition_folders, input_fingerprints, tokenizer_folder, vocabulary_of_prior
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import save_recipe
 from vqmosaic.runs.launch import processes_to_start, run_stage
-from vqmosaic.runs.run_folder import STAGES, RunFolder
+from vqmosaic.runs.run_folder import STAGES, RunFolder, main_stage
 from vqmosaic.runs.stage_records import decide_action, redo, write_record
 from vqmosaic.training.budget import format_duration
 
@@ -26,6 +27,12 @@ def run_chain(recipe: Recipe, processes: int | None = None, accelerate_config: s
     record_recipe(recipe)
     seconds: dict[str, float] = {}
     for stage in STAGES:
+        if stage == "tokens":
+            code, of_conditions = train_condition_tokenizers(
+                recipe, lambda each: run_stage(MODULES["tokenizer"], [str(record_recipe(each))], processes, accelerate_config))
+            seconds |= of_conditions
+            if code:
+                return code
         if decide_action(run, recipe, stage, input_fingerprints(recipe, stage)) == "skip":
             print(f"{stage}: finished already, {run.export(stage)}")
             continue
@@ -67,7 +74,10 @@ def delete_stages_from(recipe: Recipe, stage: str | None) -> None:
         return
     run = RunFolder(Path(recipe.run_dir))
     with run.lock():
-        print(f"--redo {stage}: removed {', '.join(redo(run, stage)) or 'nothing'}")
+        removed = redo(run, main_stage(stage) or stage)
+        if stage in ("tokenizer", "conditions"):
+            removed += delete_condition_tokenizers(run)
+        print(f"--redo {stage}: removed {', '.join(removed) or 'nothing'}")
         run.summary.unlink(missing_ok=True)
 
 
@@ -80,10 +90,11 @@ def bundle_run(recipe: Recipe) -> Path:
         inputs = input_fingerprints(recipe, "pipeline")
         decide_action(run, recipe, "pipeline", inputs)
         started, sampling = time.monotonic(), recipe.sampling
-        if sampling.guidance_scale != 1 and vocabulary_of_prior(run.export("prior")).class_names is None:
+        vocabulary = vocabulary_of_prior(run.export("prior"))
+        if sampling.guidance_scale != 1 and vocabulary.class_names is None and not vocabulary.conditions:
             print(f"the bundle does not use sampling.guidance_scale {sampling.guidance_scale:g}, because the images have no classes")
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling)
+        folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling, condition_folders(recipe))
         write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
     print(f"bundled {folder}")
     return folder

@@ -1,17 +1,23 @@
 """Measures of generated samples: copies of training images, distinct samples and, for digits, agreement with the requested class."""
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipelines.bundle import evenly_spaced_classes
+from pipelines.condition_inputs import ConditionInputs
 from pipelines.generate import ImageGenerationPipeline
+from pipelines.labels import evenly_spaced_classes
+from pipelines.stages.stored_conditions import stored_images
 from stage1_tokenizer.data.digits_source import load_scans
 from stage1_tokenizer.image_files.channels import colour_channels
+from stage1_tokenizer.image_files.images import to_tensor, to_uint8
 from token_shards import TokenShardReader
+from token_shards.manifest import grid_columns
 
 SAMPLES = 500
 SAMPLES_WITHOUT_CLASSIFIER = 100
@@ -23,12 +29,14 @@ def grid_digests(ids_BT: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(np.ascontiguousarray(row, dtype=np.int64).tobytes(), digest_size=16).digest() for row in ids_BT]
 
 
-def training_grids(reader: TokenShardReader) -> set[bytes]:
-    """Digests of every stored view of every training image."""
+def training_grids(reader: TokenShardReader, names: Sequence[str]) -> set[bytes]:
+    """Digests of the grids with these names in every stored view of every training image."""
     digests: set[bytes] = set()
+    columns = grid_columns(reader.manifest.grids)
+    columns_T = np.concatenate([np.arange(columns[name].start, columns[name].stop) for name in names])
     for view in range(len(reader.manifest.views)):
         for start in range(0, len(reader), CHUNK_IMAGES):
-            digests.update(grid_digests(reader.sequential(start, min(start + CHUNK_IMAGES, len(reader)), view).ids_BT))
+            digests.update(grid_digests(reader.sequential(start, min(start + CHUNK_IMAGES, len(reader)), view).ids_BT[:, columns_T]))
     return digests
 
 
@@ -64,22 +72,45 @@ def within_class_spread(pixels_BP: np.ndarray, classes_B: np.ndarray) -> float:
     return float(np.mean([pixels_BP[classes_B == label].std(axis=0).mean() for label in np.unique(classes_B)]))
 
 
-def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int,
-                       classifier: DigitsClassifier | None) -> dict[str, dict[str, float]]:
-    """Measures of samples generated with the recommended settings and, if a classifier is given, also without guidance and at temperature 1."""
-    training_digests, names = training_grids(reader), pipe.class_names
+def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, seed: int, classifier: DigitsClassifier | None,
+                       held_out: TokenShardReader | None = None) -> dict[str, dict[str, float]]:
+    """Measures of samples generated with the recommended settings and, if a classifier is given, also without guidance and at temperature 1.
+
+    A prior with conditions gets those of validation images, from the shards of `held_out`. psnr_of_<condition> compares a condition that is derived
+    from the samples (such as their low resolution) with the given one.
+    """
+    training_digests, names = training_grids(reader, [grid.name for grid in pipe.tokenizer.grids]), pipe.class_names
     samples = SAMPLES if classifier is not None else SAMPLES_WITHOUT_CLASSIFIER
     labels = evenly_spaced_classes(len(names), samples) if names else None
     per_label = samples // len(labels) if labels else samples
     settings: dict[str, dict[str, Any]] = {"recommended": {}}
     if classifier is not None:
-        unguided, plain = {"guidance_scale": 1.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        unguided: dict[str, Any] = {"guidance_scale": 1.0, "guidance": {}}
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
+    request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": per_label}
+    if held_out is not None:
+        stored = stored_images(held_out, pipe.chain.vocabularies, samples)
+        request = {"class_labels": stored.classes, "given_ids": stored.select([condition.name for condition in pipe.vocabulary.conditions])}
     results = {}
     for name, changed in settings.items():
-        out = pipe(labels, per_label, seed=seed, output_type="pt", **changed)
+        out = pipe(**request, seed=seed, output_type="pt", **changed)
         assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
         results[name] = {"samples": len(out.seeds), **token_measures(pipe.tokenizer.join_tokens(out.token_ids), training_digests)}
         if classifier is not None and out.class_indices is not None:
             results[name].update(classifier.measures(out.images, out.class_indices))
+        results[name].update(condition_psnr(pipe.inputs, out.images, out.given_ids))
     return results
+
+
+def condition_psnr(inputs: ConditionInputs, images_BCHW: torch.Tensor, given: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """psnr_of_<name> for each condition that is derived from an image: PSNR in dB between those derived from images and the given ones (decoded)."""
+    psnr = {}
+    for name in inputs.tokenizers:
+        transform = inputs.tokenizers[name].transform
+        if transform.derived is None or name not in given:
+            continue
+        found_BCHW = to_tensor(np.stack([transform.derive(pixels_HWC) for pixels_HWC in to_uint8(images_BCHW)]))
+        error = (found_BCHW - inputs.decode_images(name, given[name])).double().square().mean().item() / 4  # of values in [0, 1]
+        psnr[f"psnr_of_{name}"] = -10 * math.log10(max(error, 1e-14))
+    return psnr

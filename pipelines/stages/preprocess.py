@@ -15,13 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 
+from pipelines.stages.condition_grids import ConditionGrid, ConditionTokenizers, condition_grids
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
+from stage1_tokenizer.conditions.condition_data import check_complete, identities
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_recorded_splits
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, to_tensor
@@ -40,6 +43,7 @@ from token_shards.manifest import (
 from token_shards.sidecar import ShardSidecar
 from token_shards.writer import ShardInProgress, TokenShardWriter, default_key
 from vqmosaic.errors import InputError, listed_names, printable
+from vqmosaic.files.fingerprints import fingerprint
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.runs.accelerator import keep_process_group, lock_run_folder, set_threads
@@ -76,12 +80,14 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     check_tokenizer_has_ids(recipe, folder)  # again, because a user's own launcher skips the checks of the command line
     tokenizer = load_tokenizer(folder, state.device)
     check_tokenizer_fits(recipe, tokenizer, folder)
+    condition_tokenizers = ConditionTokenizers.load(recipe, state.device)
     earlier_record = load_record(run, "tokens")
     recorded_inputs = earlier_record.inputs if earlier_record is not None else None
     # `splits` are the images as the earlier record describes them or, without one, in the class order of the tokenizer
     opened, splits, data_fingerprint = stop.wait_or_raise(
         lambda: open_recorded_splits(recipe.data, recorded_inputs, tokenizer.class_names), "no shard was started")
-    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint}
+    conditions = stop.wait_or_raise(lambda: open_conditions(recipe, condition_tokenizers, splits), "no shard was started")
+    inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint, **condition_inputs(conditions)}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
         report(f"finished already: {run.export('tokens')}")
@@ -105,9 +111,9 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
-    report_plan(recipe, tokenizer, splits, state, report)
+    report_plan(recipe, tokenizer, conditions["train"], splits, state, report)
     writers = []
-    for split in split_plans(recipe, tokenizer, splits, state.device, order_seed, has_former_identities):
+    for split in split_plans(recipe, tokenizer, conditions, splits, state.device, order_seed, has_former_identities):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
         write_split(writer, split, tokenizer, recipe, state, stop, report)
         writers.append(writer)
@@ -118,13 +124,29 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
-def report_plan(recipe: Recipe, tokenizer: Tokenizer, splits: ImageSplits, state: PartialState, report: Reporter) -> None:
+def open_conditions(recipe: Recipe, tokenizers: ConditionTokenizers, splits: ImageSplits) -> dict[str, list[ConditionGrid]]:
+    """Split -> the grids of the conditions of its images. Finds the pairs, and reads all captions and some bytes of each pair."""
+    opened = {split: condition_grids(recipe, tokenizers, source, split) for split, source in (("train", splits.train),
+                                                                                             ("validation", splits.validation))}
+    condition_inputs(opened)  # computes the digests, which are cached
+    return opened
+
+
+def condition_inputs(conditions: Mapping[str, Sequence[ConditionGrid]]) -> dict[str, str]:
+    """The inputs that the conditions add to the stage record: fingerprints of the tokenizers, and of the pairs and captions of both splits."""
+    inputs = {f"tokenizer of {condition.name}": str(condition.grid.token_fingerprint) for condition in conditions["train"]}
+    digests = {split: identities([condition.data for condition in grids]) for split, grids in conditions.items()}
+    return inputs | {f"data of {name}": fingerprint({split: digests[split][name] for split in digests}) for name in digests["train"]}
+
+
+def report_plan(recipe: Recipe, tokenizer: Tokenizer, conditions: Sequence[ConditionGrid], splits: ImageSplits, state: PartialState,
+                report: Reporter) -> None:
     """Print the number of images, views and tokens, and the devices."""
     views = training_views(recipe.tokens)
     report.table("plan", {
         "images": f"{len(splits.train):,} x {counted(len(views), 'view')} to train on, {len(splits.validation):,} to validate on "
                   f"({splits.validation_origin})",
-        "tokens": f"{describe_grids(tokenizer.grids)} a view",
+        "tokens": f"{describe_grids([*tokenizer.grids, *(condition.grid for condition in conditions)])} a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
 
@@ -175,9 +197,10 @@ class SplitPlan:
     header: ShardSetHeader
     source: ImageSource
     views: list[View]
+    conditions: Sequence[ConditionGrid] = ()
 
 
-def split_plans(recipe: Recipe, tokenizer: Tokenizer, splits: ImageSplits, device: torch.device,
+def split_plans(recipe: Recipe, tokenizer: Tokenizer, conditions: Mapping[str, Sequence[ConditionGrid]], splits: ImageSplits, device: torch.device,
                 order_seed: int | None = ORDER_SEED, former: bool = False) -> list[SplitPlan]:
     """The plans of the training split, with the views of the recipe, and of the validation split, whose only view is the unchanged image.
 
@@ -187,12 +210,21 @@ def split_plans(recipe: Recipe, tokenizer: Tokenizer, splits: ImageSplits, devic
     assert tokenizer.token_fingerprint is not None  # every saved tokenizer has one
     plans = []
     for name, source, views in (("train", splits.train, training_views(recipe.tokens)), ("validation", splits.validation, [CENTER_VIEW])):
+        given = conditions[name]
         header = ShardSetHeader(
             split=name, token_fingerprint=tokenizer.token_fingerprint, class_names=source.class_names,
-            dataset=source.former_identity if former else source.identity, grids=tokenizer.grids, views=[view.to_dict() for view in views],
+            dataset=dataset_identity(source.former_identity if former else source.identity, given),
+            grids=[*tokenizer.grids, *(condition.grid for condition in given)],
+            conditions=[condition.data.config.ids_record() for condition in given], views=[view.to_dict() for view in views],
             images_per_shard=recipe.tokens.images_per_shard, num_sources=len(source), order_seed=order_seed, encoding=encoding)
-        plans.append(SplitPlan(header, source, views))
+        plans.append(SplitPlan(header, source, views, given))
     return plans
+
+
+def dataset_identity(identity: dict[str, Any], conditions: Sequence[ConditionGrid]) -> dict[str, Any]:
+    """The identity of a split's images, with that of the pairs and captions if there are any."""
+    digests = identities([condition.data for condition in conditions])
+    return {**identity, "conditions": digests} if digests else identity
 
 
 def write_split(writer: TokenShardWriter, split: SplitPlan, tokenizer: Tokenizer, recipe: Recipe, state: PartialState, stop: StopFlag,
@@ -219,8 +251,8 @@ def fill_shard(shard: ShardInProgress, number: int, split: SplitPlan, tokenizer:
     Yields each index with its ids (V, T) of all grids after they are stored, or with the error if the image is skipped. Adds skipped images to
     `skipped` (source -> reason). `other_ids` has the ids of grids that this tokenizer does not make: source index -> grid name -> ids (V, T).
     """
-    source, columns = split.source, grid_columns(tokenizer.grids)
-    for index, outcome in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop):
+    source, columns = split.source, grid_columns([*tokenizer.grids, *(condition.grid for condition in split.conditions)])
+    for index, outcome in encode_sources(source, split.header.source_indices(number), split.views, tokenizer, recipe, stop, split.conditions):
         if isinstance(outcome, UnreadableImage):
             shard.skip(index=index, source=source.source_name(index), reason=str(outcome))
             skipped[source.source_name(index)] = str(outcome)
@@ -237,58 +269,71 @@ def read_skipped_sources(writer: TokenShardWriter) -> dict[str, str]:
     return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
 
 
-def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: Tokenizer, recipe: Recipe,
-                   stop: StopFlag) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones."""
+def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: Tokenizer, recipe: Recipe, stop: StopFlag,
+                   conditions: Sequence[ConditionGrid] = ()) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
+    """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones.
+
+    The ids are those of the tokenizer's grids, then those of the conditions.
+    """
     images_per_batch = max(1, recipe.tokens.batch_size // len(views))
     batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
     # if the encoder uses all cores, a decoding thread would compete with it for cores and for the GIL
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
-    decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2)
+    decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2, conditions)
     for _ in batches:
-        batch, rows_NVCHW, errors = stop.wait_or_raise(lambda: next(decoded), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-        ids_RT = encode_rows(rows_NVCHW.flatten(0, 1), tokenizer, recipe.tokens.batch_size)  # one row per view of each image
-        ids_NVT = ids_RT.reshape(len(batch), len(views), -1)
+        batch, rows, errors = stop.wait_or_raise(lambda: next(decoded), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+        encoders = [tokenizer, *(condition.tokenizer for condition in conditions if condition.tokenizer is not None)]
+        encoded = iter([encode_rows(rows_NVCHW.flatten(0, 1), encoder, recipe.tokens.batch_size).reshape(len(batch), len(views), -1)
+                        for encoder, rows_NVCHW in zip(encoders, rows, strict=True)])  # one row per view of each image
+        ids_NVT = np.concatenate([next(encoded), *(next(encoded) if condition.tokenizer is not None else condition.text_ids_of(batch, len(views))
+                                                   for condition in conditions)], axis=2)
         yield from ((index, ids_VT if error is None else error) for index, ids_VT, error in zip(batch, ids_NVT, errors, strict=True))
 
 
-def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: Tokenizer, threads: int,
-                   ahead: int) -> Iterator[tuple[Sequence[int], torch.Tensor, list[UnreadableImage | None]]]:
-    """Yield the indices of each batch, its rows (N, V, C, H, W) float32 (zeros for unreadable images), and an error or None for each image.
+def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: Tokenizer, threads: int, ahead: int,
+                   conditions: Sequence[ConditionGrid] = ()) -> Iterator[tuple[Sequence[int], list[torch.Tensor], list[UnreadableImage | None]]]:
+    """Yield the indices of each batch, its rows, and an error or None for each image.
 
+    The rows are float32 (N, V, C, H, W), zeros for unreadable images: those of the images, then those of each image condition.
     Each thread decodes a part of a batch, not one image at a time: for 32-pixel images, passing tasks between threads would take a large part of the
     time. The threads work `ahead` batches ahead of the caller. With one thread and `ahead` 0, the calling thread decodes.
     """
-    def decode(part: Sequence[int], rows_NVCHW: torch.Tensor) -> list[UnreadableImage | None]:
+    images = [condition for condition in conditions if condition.tokenizer is not None]
+    shapes = [tokenizer.transform.shape, *(condition.tokenizer.transform.shape for condition in images if condition.tokenizer is not None)]
+
+    def decode(part: Sequence[int], rows: Sequence[torch.Tensor]) -> list[UnreadableImage | None]:
         errors: list[UnreadableImage | None] = []
-        pixels: dict[int, np.ndarray] = {}
+        pixels: dict[int, list[np.ndarray]] = {}
         for position, index in enumerate(part):
             errors.append(None)
             try:
-                pixels[position] = tokenizer.transform.resize_views(source.read(index), views)
+                view_VHWC = tokenizer.transform.resize_views(source.read(index), views)
+                check_complete((condition.data for condition in conditions), index)
+                pixels[position] = [view_VHWC, *(condition.pixels(index, view_VHWC, views) for condition in images)]
             except UnreadableImage as error:
                 errors[-1] = UnreadableImage(str(error))  # a copy, because the traceback of the original keeps images in memory
         if pixels:
-            rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(list(pixels.values()))).numpy()  # in numpy, as in to_tensor
+            for rows_NVCHW, same_kind in zip(rows, zip(*pixels.values(), strict=True), strict=True):
+                rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(same_kind)).numpy()  # in numpy, as in to_tensor
         return errors
 
-    def empty_rows(batch: Sequence[int]) -> torch.Tensor:
-        return torch.zeros(len(batch), len(views), *tokenizer.transform.shape)
+    def empty_rows(batch: Sequence[int]) -> list[torch.Tensor]:
+        return [torch.zeros(len(batch), len(views), *shape) for shape in shapes]
 
-    def submit(batch: Sequence[int]) -> tuple[Sequence[int], torch.Tensor, list[Future]]:
-        rows_NVCHW, part_size = empty_rows(batch), -(-len(batch) // threads)
-        return batch, rows_NVCHW, [pool.submit(decode, batch[start:start + part_size], rows_NVCHW[start:start + part_size])
-                                   for start in range(0, len(batch), part_size)]
+    def submit(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor], list[Future]]:
+        rows, part_size = empty_rows(batch), -(-len(batch) // threads)
+        return batch, rows, [pool.submit(decode, batch[start:start + part_size], [row[start:start + part_size] for row in rows])
+                             for start in range(0, len(batch), part_size)]
 
-    def finish(batch: Sequence[int], rows_NVCHW: torch.Tensor, parts: list[Future]) -> tuple[Sequence[int], torch.Tensor, list]:
-        return batch, rows_NVCHW, [error for part in parts for error in part.result()]
+    def finish(batch: Sequence[int], rows: list[torch.Tensor], parts: list[Future]) -> tuple[Sequence[int], list[torch.Tensor], list]:
+        return batch, rows, [error for part in parts for error in part.result()]
 
     if threads == 1 and not ahead:
         for batch in batches:
-            rows_NVCHW = empty_rows(batch)
-            yield batch, rows_NVCHW, decode(batch, rows_NVCHW)
+            rows = empty_rows(batch)
+            yield batch, rows, decode(batch, rows)
         return
-    pending: deque[tuple[Sequence[int], torch.Tensor, list[Future]]] = deque()
+    pending: deque[tuple[Sequence[int], list[torch.Tensor], list[Future]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for batch in batches:
@@ -316,6 +361,10 @@ def check_tokenizer_fits(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> 
         given, needed = ("null" if value is None else value for value in (own.get(name), expected.get(name)))
         if given != needed:
             raise InputError(f"data.{name} is {given}, but the tokenizer in {folder} was trained with {needed}. Set data.{name} to {needed}.")
+    if own.get("derived") != expected.get("derived"):
+        kind = (expected.get("derived") or {}).get("kind", "image")
+        raise InputError(f"The tokenizer in {folder} encodes images of the kind {kind!r}, as those of a condition, but the recipe has other images "
+                         "(data.derived). Set tokens.tokenizer to the tokenizer of these images.")
 
 
 def main(arguments: list[str]) -> None:

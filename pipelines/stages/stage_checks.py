@@ -4,17 +4,23 @@ import os
 from itertools import pairwise
 from pathlib import Path
 
+from pipelines.stages.condition_tokenizers import check_given_tokenizers, check_not_stale
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, input_fingerprints, token_fingerprint_of_tokenizer, tokenizer_folder
+from stage1_tokenizer.conditions.condition_checks import check_condition_data
 from stage1_tokenizer.data.data_location import check_data_path, local_path
 from stage1_tokenizer.find_initial_weights import check_init_from
 from stage1_tokenizer.perceptual_weights import resolve_perceptual_weights
-from stage1_tokenizer.tokenizer_grids import image_tokenizer_grids
-from token_shards.manifest import TokenShardManifest
+from stage1_tokenizer.tokenizer_grids import grids_of_config
+from stage2_prior.generation.guidance_scales import segment_scales
+from stage2_prior.recipe_vocabulary import drop_rates, vocabulary_of_recipe
+from stage2_prior.segments import CLASS_NAME, GivenText
+from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import Grid, TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
-from vqmosaic.recipes.recipe import Recipe, check_batch_split
+from vqmosaic.recipes.recipe import Recipe, check_batch_split, condition_recipes
 from vqmosaic.recipes.recipe_sections import DataConfig
-from vqmosaic.runs.run_folder import STAGES, RunFolder
+from vqmosaic.runs.run_folder import STAGES, RunFolder, main_stage
 from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.checkpoints import CheckpointFolder
 from vqmosaic.training.tracking import check_trackers
@@ -38,8 +44,10 @@ def check_before_start(recipe: Recipe, stage: str, processes: int = 1, alone: bo
     check_range("--processes", processes, at_least=1)
     run = RunFolder(Path(recipe.run_dir))
     check_can_write("run_dir", run.root)
-    if stage in ("tokenizer", "tokens") and check_data_path(recipe.data) == "folder":
-        check_outside_of_data(run.root, recipe.data)
+    if stage in ("tokenizer", "tokens"):
+        if check_data_path(recipe.data) == "folder":
+            check_outside_of_data(run.root, recipe.data)
+        check_condition_data(recipe.data)
     if stage == "tokens":
         check_tokenizer_has_ids(recipe, tokenizer_folder(recipe) if alone else None)
     is_redone = redo is not None and STAGES.index(redo) <= STAGES.index(stage)
@@ -73,22 +81,45 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
         if value is not None:
             raise InputError(f"{field} is {value!r}, but `vqmosaic run` makes every part of the run itself. "
                              f"Leave it out, or run the remaining stages one by one: {commands}.")
-    actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=redo) for stage in STAGES}
-    check_stages_fit(recipe, actions)
+    for field, names in (("prior_training.drawn", recipe.prior_training.drawn), ("prior_training.given", recipe.prior_training.given)):
+        if names is not None:
+            raise InputError(f"{field} is {names}, but `vqmosaic run` trains one prior, which is given the conditions of the recipe and draws all "
+                             "grids of the tokenizer. Leave it out, or run the stages one by one: train-tokenizer, preprocess, train-prior for each "
+                             "prior, and bundle with several --prior.")
+    check_guidance_of_chain(recipe)
+    main_redo = main_stage(redo)
+    actions = {stage: check_before_start(recipe, stage, processes, alone=False, redo=main_redo) for stage in STAGES}
+    check_given_tokenizers(recipe)
+    inner_redo = "tokenizer" if redo in ("tokenizer", "conditions") else None
+    of_conditions = {name: check_before_start(each, "tokenizer", processes, alone=False, redo=inner_redo)
+                     for name, each in condition_recipes(recipe).items()}
+    check_stages_fit(recipe, actions, of_conditions)
     check_no_stale_stage(recipe, actions)
+    check_not_stale(recipe, of_conditions, actions["tokens"])
+    if actions["tokens"] == "start" and any(condition.kind in ("paired_folder", "caption") for condition in recipe.data.given_conditions):
+        check_pairs_and_captions(recipe)
     if actions["prior"] != "skip":
         check_prior_config(recipe)
 
 
-def check_stages_fit(recipe: Recipe, actions: dict[str, str]) -> None:
+def check_pairs_and_captions(recipe: Recipe) -> None:
+    """Raise InputError if preprocessing would stop because too many images lack a pair or a caption. Opens the data set and imports torch."""
+    from stage1_tokenizer.conditions.condition_data import check_coverage
+
+    check_coverage(recipe.data)
+
+
+def check_stages_fit(recipe: Recipe, actions: dict[str, str], of_conditions: dict[str, str]) -> None:
     """Raise InputError if the result of a finished stage has changed since the next stage was made from it.
 
     Args:
         actions: the result of check_before_start for each stage.
+        of_conditions: the result of check_before_start for the tokenizer of each condition that the run trains.
     """
     run = RunFolder(Path(recipe.run_dir))
     for stage, following in pairwise(STAGES):
-        if actions[stage] not in ("skip", "compare"):
+        unfinished = {actions[stage], *(of_conditions.values() if stage == "tokenizer" else ())} - {"skip", "compare"}
+        if unfinished:
             return  # later stages are checked when this stage is finished
         if actions[following] != "start":
             decide_action(run, recipe, following, input_fingerprints(recipe, following))  # raises InputError if the inputs differ
@@ -108,16 +139,43 @@ def check_own_tokens(recipe: Recipe) -> None:
 
 
 def check_sampling_fits_tokens(recipe: Recipe) -> None:
-    """Raise InputError if the tokens that the prior trains on have fewer codes than sampling.top_k, or fewer tokens than sampling.steps."""
+    """Raise InputError if the sampling settings do not fit the tokens that the prior trains on.
+
+    The tokens may have fewer codes than sampling.top_k, fewer drawn tokens than sampling.steps, or other conditions than sampling.guidance names.
+    """
     folder, sampling = recipe.tokens_folder / "train", recipe.sampling
     manifest = TokenShardManifest.load(folder)
-    most_codes = max(grid.codebook_size for grid in manifest.grids)
+    vocabulary = vocabulary_of_recipe(recipe, manifest)
+    check_guidance_is_learned(recipe, vocabulary)
+    most_codes = vocabulary.most_codes
     if sampling.top_k > most_codes:
         raise InputError(f"sampling.top_k is {sampling.top_k}, but the tokens in {folder} have {counted(most_codes, 'code')}; set sampling.top_k to "
                          "at most this number, or to 0 to turn it off.")
-    if sampling.steps is not None and sampling.steps > manifest.num_tokens:
-        raise InputError(f"sampling.steps is {sampling.steps}, but an image in {folder} has {counted(manifest.num_tokens, 'token')}; set it to at "
+    if sampling.steps is not None and sampling.steps > vocabulary.num_tokens:
+        raise InputError(f"sampling.steps is {sampling.steps}, but an image in {folder} has {counted(vocabulary.num_tokens, 'token')}; set it to at "
                          "most this number, or to null for one token in each pass.")
+
+
+def check_guidance_is_learned(recipe: Recipe, vocabulary: Vocabulary) -> None:
+    """Raise InputError if a prior with conditions is not trained without segments in the way that the recipe's guidance needs."""
+    sampling = recipe.sampling
+    if not sampling.is_guided or not (vocabulary.conditions or sampling.guidance):
+        return
+    try:
+        segment_scales(vocabulary, sampling.guidance_scale, sampling.guidance)
+    except InputError as error:
+        raise InputError(f"sampling.guidance_scale is {sampling.guidance_scale:g} and sampling.guidance {sampling.guidance}. {error} Drop rates are "
+                         "those of data.conditions, prior_training.drop_rates and, for all segments together, prior_training.label_drop.") from None
+
+
+def check_guidance_of_chain(recipe: Recipe) -> None:
+    """Raise InputError if the prior that a chain will train does not learn the recipe's guidance. The sizes of its conditions do not matter here."""
+    rates = drop_rates(recipe)
+    conditions = [GivenText(name=condition.name, text_ids=1, num_tokens=1, drop_rate=rates.get(condition.name, 0.0))
+                  for condition in recipe.data.given_conditions]
+    vocabulary = Vocabulary(grids=[Grid("image", 2, 1, 1)], class_names=["any"] if recipe.data.use_labels else None, token_fingerprint="none",
+                            label_drop=recipe.prior_training.label_drop, class_drop=rates.get(CLASS_NAME, 0.0), conditions=conditions)
+    check_guidance_is_learned(recipe, vocabulary)
 
 
 def check_no_stale_stage(recipe: Recipe, actions: dict[str, str]) -> None:
@@ -193,9 +251,8 @@ def check_architecture(recipe: Recipe) -> None:
 def check_prior_config(recipe: Recipe) -> None:
     """Raise InputError if transformers cannot make the model configuration of the prior. Takes seconds, because it imports torch and transformers."""
     from stage2_prior.model.causal_lm import make_config
-    from stage2_prior.vocabulary import Vocabulary
 
-    grids = image_tokenizer_grids(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
+    grids = grids_of_config(recipe.tokenizer, recipe.data.image_size, "data.image_size")  # that the chain trains
     make_config(recipe.prior, Vocabulary(grids=grids, class_names=None, token_fingerprint=""), recipe.prior_training.order != "raster")
 
 

@@ -1,6 +1,5 @@
 """Draws samples.png and reconstructions.png of a finished run, collects its measures for summary.json, and formats them as a text table."""
 
-import dataclasses
 import math
 import platform
 from importlib.metadata import version
@@ -10,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.bundle import evenly_spaced_classes
+from pipelines.decoded_images import decode_in_batches, tokenizer_batch_size
 from pipelines.doctor import processor_name
-from pipelines.generate import ImageGenerationPipeline, tokenizer_batch_size
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.measures import DigitsClassifier, measure_generation
+from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, comparison_picture, condition_columns, stored_images, texts_of
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
@@ -21,6 +22,7 @@ from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
+from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import load_record
@@ -38,7 +40,11 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     run = RunFolder(Path(recipe.run_dir))
     pipe = ImageGenerationPipeline.from_pretrained(run.export("pipeline"))
     splits = open_splits(recipe.data)
-    save_samples(pipe, recipe, run.root / "samples.png")
+    held_out = TokenShardReader(run.export("tokens") / "validation") if pipe.vocabulary.conditions else None
+    if held_out is None:
+        save_samples(pipe, recipe, run.root / "samples.png")
+    else:
+        save_comparison(pipe, held_out, recipe.seed, run.root / "samples.png")
     validation = ValidationImages(splits.validation, pipe.tokenizer.transform, limit=PICTURE_IMAGES)
     images_BCHW = torch.cat([images for images, _ in validation.batches(batch_size=PICTURE_IMAGES)])
     batch_size = tokenizer_batch_size(pipe.tokenizer.transform.image_size)
@@ -61,8 +67,8 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "tokenizer": exported_validation(run, "tokenizer", recipe.tokenizer_training.export, tokenizer_error),
         "tokenizer_export": recipe.tokenizer_training.export,
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
-        "sampling": dataclasses.asdict(pipe.sampling),
-        "generation": measure_generation(pipe, reader, recipe.seed, classifier),
+        "sampling": pipe.sampling.to_dict(),
+        "generation": measure_generation(pipe, reader, recipe.seed, classifier, held_out),
         **({"classifier_accuracy_on_held_out_scans": classifier.accuracy} if classifier else {}),
         "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -104,6 +110,20 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
     save_picture(tile_images(rows, viewing_scale(out.images.shape[1:3])), path)
 
 
+def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, seed: int, path: Path) -> None:
+    """Save a picture of validation images: in each row the conditions that are images, samples, and the image itself. Captions are in a text file."""
+    stored = stored_images(held_out, pipe.chain.vocabularies, min(ROWS, len(held_out)))
+    given = stored.select([condition.name for condition in pipe.vocabulary.conditions])
+    out = pipe(stored.classes, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
+    assert isinstance(out.images, np.ndarray)  # as output_type says
+    ids_BT = torch.cat([stored.ids[grid.name] for grid in pipe.tokenizer.grids], dim=1)
+    originals_BCHW = torch.cat([images.cpu() for images in decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))])
+    save_picture(comparison_picture(condition_columns(pipe.inputs, given), out.images, originals_BCHW), path)
+    if texts := texts_of(pipe.inputs, given):
+        lines = ["\t".join(row) for row in zip(*texts.values(), strict=True)]
+        write_bytes(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
+
+
 def summary_table(summary: dict[str, Any]) -> str:
     """The summary of a run as a text table."""
     tokenizer, prior, tokens = summary["tokenizer"], summary["prior"], summary["tokens"]
@@ -111,7 +131,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         ("tokens per image", f"{tokens['count']} of {format_codes(tokens['codebook_size'])}, {tokens['bits_per_image']:.0f} bits"),
         ("reconstruction, validation", f"PSNR {tokenizer['psnr']:.2f} dB, SSIM {tokenizer['ssim']:.3f} (step {tokenizer['step']:,}"
                                        f"{format_image_count(tokenizer)})"),
-        ("codebook, validation", f"{tokenizer['codebook_usage']:.1%} used, perplexity {tokenizer['perplexity']:.0f}"),
+        *((f"{name}codebook, validation", f"{tokenizer[f'codebook_usage{suffix}']:.1%} used, perplexity {tokenizer[f'perplexity{suffix}']:.0f}")
+          for name, suffix in codebook_names(tokens["codebook_size"])),
         ("prior, validation", f"{prior['nll']:.3f} nats per token, {prior['bits_per_image']:.1f} bits per image (step {prior['step']:,}"
                               f"{format_image_count(prior)})"),
     ]
@@ -119,9 +140,16 @@ def summary_table(summary: dict[str, Any]) -> str:
         words = [f"{measures['copies']:.1%} copies", f"{measures['distinct']:.1%} distinct"]
         if "class_agreement" in measures:
             words = [f"{measures['class_agreement']:.1%} of the requested class", *words, f"spread {measures['spread']:.2f} relative to the scans"]
+        words += [f"PSNR {measures[key]:.1f} dB of their {key.removeprefix('psnr_of_')} from the given one" for key in measures
+                  if key.startswith("psnr_of_")]
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
+
+
+def codebook_names(codebook_size: int | dict[str, int]) -> list[tuple[str, str]]:
+    """For each grid, the words before "codebook" in the table, and the end of the names of its metrics. Both are empty for a single grid."""
+    return [("", "")] if isinstance(codebook_size, int) else [(f"{name} ", f"_{name}") for name in codebook_size]
 
 
 def format_codes(codebook_size: int | dict[str, int]) -> str:

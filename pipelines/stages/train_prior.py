@@ -5,25 +5,29 @@
 Without a tokenizer (tokens of another program), or with one that did not make the tokens, training saves no pictures.
 """
 
-import dataclasses
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipelines.bundle import evenly_spaced_classes
-from pipelines.generate import decode_in_batches
+from pipelines.decoded_images import decode_in_batches
+from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.count_images import count_images
-from pipelines.stages.stage_inputs import tokenizer_folder
+from pipelines.stages.stage_inputs import condition_folders, token_fingerprint_of_tokenizer, tokenizer_folder
+from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, StoredImages, comparison_picture, stored_images
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
+from stage1_tokenizer.tokenizer_config import is_tokenizer
 from stage1_tokenizer.tokenizer_protocol import load_tokenizer
+from stage2_prior.generation.prior_chain import split_grids
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import OnValidation, train
-from stage2_prior.vocabulary import NO_CLASS
+from stage2_prior.vocabulary import Vocabulary
+from token_shards import TokenShardReader
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.runs.accelerator import default_device
@@ -40,7 +44,8 @@ UNCONDITIONAL_ROWS = 4
 def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one.
 
-    The callback saves nothing if the prior's grids are not those of the tokenizer, if the prior has conditions, or if a signal stops it.
+    The callback saves nothing if the tokenizer cannot decode what the prior draws and is given, or if a signal stops it. Samples of a prior with
+    conditions have those of validation images. Each row shows the conditions that are images, samples, and the image itself.
     """
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
@@ -51,33 +56,56 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
 
     @torch.no_grad()
     def save(prior: TokenPrior, step: int, log_folder: Path, stop: StopFlag) -> None:
-        if prior.vocabulary.token_fingerprint != tokenizer.token_fingerprint or prior.vocabulary.grids != tokenizer.grids:
+        vocabulary = prior.vocabulary
+        known = {grid.name: grid for grid in [*(part.grid for part in vocabulary.conditions if part.kind == "grid"), *vocabulary.grids]}
+        if vocabulary.token_fingerprint != tokenizer.token_fingerprint or any(known.get(grid.name) != grid for grid in tokenizer.grids):
             return  # the tokens come from another tokenizer, or are not all of its tokens, so this one cannot decode them
-        if prior.vocabulary.conditions:
-            return  # there are no given ids here
-        num_classes = prior.vocabulary.num_classes
         sampling = recipe.sampling
-        if prior.vocabulary.why_unguided():  # guidance needs a null class, which this prior does not learn
-            sampling = dataclasses.replace(sampling, guidance_scale=1.0)
-        labels = evenly_spaced_classes(num_classes, ROWS) or [NO_CLASS] * UNCONDITIONAL_ROWS
-        classes = [label for label in labels for _ in range(COLUMNS)]
-        seeds = image_seeds(recipe.seed, len(classes))
-        pixels = []
+        if vocabulary.why_unguided():  # guidance needs null ids, which this prior does not learn
+            sampling = sampling.unguided()
+        stored = stored_images(TokenShardReader(recipe.tokens_folder / "validation"), [vocabulary], ROWS) if vocabulary.conditions else None
+        if stored is not None:
+            labels, columns = stored.classes, SAMPLES_OF_CONDITIONS
+        else:
+            labels, columns = evenly_spaced_classes(vocabulary.num_classes, ROWS) or None, COLUMNS
+        rows = ROWS if stored is not None else len(labels or range(UNCONDITIONAL_ROWS))
+        classes = None if labels is None else [label for label in labels for _ in range(columns)]
+        given = {} if stored is None else {part.name: stored.ids[part.name].repeat_interleave(columns, dim=0) for part in vocabulary.conditions}
+        seeds, pixels = image_seeds(recipe.seed, rows * columns), []
 
         def should_continue(done: int, total: int) -> bool:
             return not stop.signal
 
         for start in range(0, len(seeds), batch_size):
             batch = slice(start, start + batch_size)
+            of_batch = {name: ids_Nn[batch] for name, ids_Nn in given.items()}
             try:
-                ids_BT = prior.sample(classes[batch] if num_classes else None, sampling, seeds[batch], should_continue)
+                ids_BT = prior.sample(classes and classes[batch], sampling, seeds[batch], should_continue, given=of_batch)
             except SamplingStopped:
                 return
-            pixels += [to_uint8(images.cpu()) for images in decode_in_batches(tokenizer, tokenizer.split_tokens(ids_BT))]
-        pixels_NHWC = np.concatenate(pixels)
-        rows = [pixels_NHWC[start:start + COLUMNS] for start in range(0, len(pixels_NHWC), COLUMNS)]
-        picture = tile_images(rows, viewing_scale(pixels_NHWC.shape[1:3]))
-        save_picture(picture, log_folder / "samples" / f"step-{step:08d}.png")
+            tokens = of_batch | split_grids(prior, ids_BT.cpu())
+            pixels += [to_uint8(images.cpu()) for images in decode(tokens)]
+        path, pixels_NHWC = log_folder / "samples" / f"step-{step:08d}.png", np.concatenate(pixels)
+        if stored is None:
+            tiles = [pixels_NHWC[start:start + columns] for start in range(0, len(pixels_NHWC), columns)]
+            save_picture(tile_images(tiles, viewing_scale(pixels_NHWC.shape[1:3])), path)
+        else:
+            originals_BCHW = torch.cat([images.cpu() for images in decode(stored.ids)])
+            save_picture(comparison_picture(decoded_conditions(vocabulary, stored), pixels_NHWC, originals_BCHW), path)
+
+    def decode(tokens: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+        ids_BT = torch.cat([tokens[grid.name] for grid in tokenizer.grids], dim=1)
+        return decode_in_batches(tokenizer, tokenizer.split_tokens(ids_BT))
+
+    def decoded_conditions(vocabulary: Vocabulary, stored: StoredImages) -> list[torch.Tensor]:
+        """The images (N, C, h, w) of the conditions whose tokenizers are in this run or in the recipe."""
+        folders, expected, columns = condition_folders(recipe), vocabulary.token_fingerprints, []
+        for name in [part.name for part in vocabulary.conditions if part.kind == "grid"]:
+            folder = folders.get(name)
+            if folder is not None and is_tokenizer(folder) and token_fingerprint_of_tokenizer(folder) == expected[name]:
+                own = load_tokenizer(folder)
+                columns.append(own.decode(own.split_tokens(stored.ids[name])))
+        return columns
 
     return save
 

@@ -16,19 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from pipelines.bundle import part_fingerprints, recommend, usable_device
-from pipelines.generate import ImageGenerationPipeline, decode_in_batches
+from pipelines.bundle import read_bundle, recommend, usable_device
+from pipelines.decoded_images import decode_in_batches
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.pipeline_parts import PipelineParts
+from pipelines.stages.stored_conditions import stored_images
 from pipelines.sweep.feature_extractors import FeatureExtractor, FeatureNetwork, load_feature_extractor
 from pipelines.sweep.random_subset import RandomSubset
 from pipelines.sweep.sweep_plan import SweepRequest, containing_folder
-from pipelines.sweep.sweep_record import SETTING_NAMES, SweepRecord, format_settings, ranking_table, read_sweep, varying_settings
+from pipelines.sweep.sweep_record import SweepRecord, format_settings, ranking_table, read_sweep, setting_names, varying_settings
 from stage1_tokenizer.data.data_location import image_files
 from stage1_tokenizer.data.folder_source import FolderSource, class_name
 from stage1_tokenizer.data.image_batches import ValidationImages
@@ -37,6 +40,7 @@ from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from stage2_prior.generation.sampling import SamplingStopped
+from token_shards import TokenShardReader
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
@@ -53,6 +57,15 @@ KERNEL_IMAGES, KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 10_000, 20, 1000
 """The kernel distance uses the features of at most KERNEL_IMAGES images, chosen at random. It is the mean over KERNEL_SUBSETS random subsets
 of KERNEL_SUBSET_SIZE images each."""
 LIBRARIES = ("torch", "transformers", "torchmetrics", "numpy", "pillow")
+
+
+class Generated(NamedTuple):
+    """What is given for the N generated images of each combination."""
+
+    classes: list[int] | None
+    """The class index of each image, or None for a prior without classes."""
+    given: dict[str, torch.Tensor]
+    """Ids (N, n) of the conditions, by name."""
 
 
 class FeaturesAsGiven(nn.Identity):
@@ -120,12 +133,20 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
     pipe = ImageGenerationPipeline.from_pretrained(request.folder, device, getattr(torch, request.dtype))
     source, labelled, description = open_reference(request, transform, pipe.class_names)
     real = ValidationImages(source, transform, cache_megabytes=0)
-    counts, classes_text = class_counts(pipe.class_names, labelled, request.images)
+    counts, classes_text, stored = None, "with the conditions of validation images", None
+    if request.conditions is None:
+        counts, classes_text = class_counts(pipe.class_names, labelled, request.images)
+        classes = None if counts is None else [index for index, count in enumerate(counts) for _ in range(count)]
+    else:
+        reader = TokenShardReader(request.conditions)
+        stored = stored_images(reader, pipe.chain.vocabularies, request.images)
+        classes = stored.classes
     recorded_real = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
-    setup = {"pipeline": part_fingerprints(request.folder / "tokenizer", request.folder / "prior"),
+    setup = {"pipeline": PipelineParts.in_folder(request.folder, read_bundle(request.folder)).fingerprints(),
              "features": {**request.features.to_dict(), "count": extractor.num_features},
              "real": {**comparable_identity(source, recorded_real), "transform": transform.to_dict()},
              "images": request.images, "seed": request.seed, "images_of_class": counts, "dtype": request.dtype,
+             **({} if stored is None else {"conditions": reader.manifest.fingerprint}),
              "kernel": {"images": KERNEL_IMAGES, "subsets": KERNEL_SUBSETS, "subset_size": KERNEL_SUBSET_SIZE,
                         # older records used the first images; they are refused if this makes a difference
                         **({"images_chosen": "at random"} if max(request.images, len(real)) > KERNEL_IMAGES else {})}}
@@ -144,7 +165,8 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
             print("--dry_run: nothing was measured or written")
             return 0
         if missing:
-            measure_combinations(request, pipe, Distances(extractor), real, counts, record, missing)
+            given = {} if stored is None else stored.select([condition.name for condition in pipe.vocabulary.conditions])
+            measure_combinations(request, pipe, Distances(extractor), real, Generated(classes, given), record, missing)
         else:
             print(f"nothing to do: {combinations} {is_or_are(total)} in the record already, so nothing was measured")
         report_and_recommend(request, record)
@@ -152,10 +174,9 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
 
 
 def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, distances: Distances, real: ValidationImages,
-                         counts: list[int] | None, record: SweepRecord, missing: list[SamplingConfig]) -> None:
+                         generated: Generated, record: SweepRecord, missing: list[SamplingConfig]) -> None:
     """Measure the combinations that are missing from the record, and add each to the record as soon as it is done."""
     names = varying_settings(request.combinations)
-    classes = None if counts is None else [index for index, count in enumerate(counts) for _ in range(count)]
     with StopFlag() as stop:
         for images_BCHW, _ in until_stopped(real.batches(request.batch_size), stop, record):
             distances.update(images_BCHW, real=True)
@@ -165,7 +186,7 @@ def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, d
             started = time.monotonic()
             settings = format_settings(sampling, names)
             with progress_bar(request.images, 0, settings, "image") as bar:
-                for images_BCHW in until_stopped(generate_batches(pipe, sampling, classes, request, stop), stop, record):
+                for images_BCHW in until_stopped(generate_batches(pipe, sampling, generated, request, stop), stop, record):
                     distances.update(images_BCHW, real=False)
                     bar.update(len(images_BCHW))
             result, seconds = distances.result(request.seed), time.monotonic() - started
@@ -176,18 +197,19 @@ def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, d
                   flush=True)
 
 
-def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, classes: list[int] | None, request: SweepRequest,
+def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, generated: Generated, request: SweepRequest,
                      stop: StopFlag) -> Iterator[torch.Tensor]:
-    """Yield the images of one combination in batches (B, C, H, W). Image i depends on the seed, i and its class. Ends early on a signal."""
+    """Yield the images of one combination in batches (B, C, H, W). Image i depends on the seed, i, its class and conditions. Ends on a signal."""
     seeds = image_seeds(request.seed, request.images)
     for start in range(0, request.images, request.batch_size):
         batch = slice(start, start + request.batch_size)
         try:
-            ids_BT = pipe.prior.sample(None if classes is None else classes[batch], sampling, seeds[batch],
-                                       callback=lambda done, total: not stop.signal)
+            ids = pipe.sample_ids(None if generated.classes is None else generated.classes[batch], sampling, seeds[batch],
+                                  callback=lambda done, total: not stop.signal,
+                                  given={name: ids_Nn[batch] for name, ids_Nn in generated.given.items()})
         except SamplingStopped:
             return
-        yield from decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))
+        yield from decode_in_batches(pipe.tokenizer, ids)
 
 
 def until_stopped(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:
@@ -212,7 +234,7 @@ def report_and_recommend(request: SweepRequest, record: SweepRecord) -> None:
         names = varying_settings([record.settings_of(result) for result in ranked])
         print(f"the kernel distance ranks another combination first: {format_settings(record.settings_of(by_kernel), names)}")
     best = record.settings_of(ranked[0])
-    settings = format_settings(best, SETTING_NAMES)
+    settings = format_settings(best, setting_names([best]))
     if request.keep:
         print(f"best: {settings}\n--keep: the recommended settings in {request.folder / 'pipeline.json'} were not changed")
         return

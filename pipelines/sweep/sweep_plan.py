@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.bundle import check_sampling_fits, find_pipeline, naming_options, read_bundle, recommended_sampling
+from pipelines.pipeline_parts import PipelineParts
 from pipelines.stages.stage_checks import check_can_write
-from pipelines.stages.stage_inputs import vocabulary_of_prior
 from pipelines.sweep.feature_file import FeatureFile, resolve_feature_file
 from pipelines.sweep.sweep_record import read_sweep
 from stage1_tokenizer.data.data_location import check_data_path
+from token_shards.manifest import MANIFEST_NAME
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 from vqmosaic.recipes.field_types import required_type
@@ -40,6 +41,8 @@ class SweepRequest:
     """The data set of the run, or None if it is not known. Its validation images are the reference, and its labels give the class proportions."""
     real: Path | None
     """A folder of real images to use as the reference instead."""
+    conditions: Path | None = None
+    """The token shards with the conditions of validation images, for a prior that is given more than the class. None for others."""
     record: Path
     """The JSON file to which each result is added as soon as it is available."""
     images: int = DEFAULT_IMAGES
@@ -95,10 +98,12 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     folder = find_pipeline(options.pipeline)
     for name, least in (("images", 2), ("seed", 0), ("batch_size", 1)):
         check_range(f"--{name}", getattr(options, name), at_least=least)
-    vocabulary = vocabulary_of_prior(folder / "prior")
+    content = read_bundle(folder)
+    parts = PipelineParts.in_folder(folder, content)
+    vocabulary = parts.vocabulary()
     can_be_guided = vocabulary.why_unguided() is None
     given = {name: parse_values(name, kind, text) for name, kind in sweepable_fields().items() if (text := getattr(options, name)) is not None}
-    base = recommended_sampling(folder, read_bundle(folder))
+    base = recommended_sampling(folder, content)
     if "guidance_power" in given and base.guidance_schedule != "power-cosine":
         raise InputError(f"--guidance_power has no effect, because sampling.guidance_schedule of this pipeline is {base.guidance_schedule!r}. Only "
                          "power-cosine has a power: set sampling.guidance_schedule in the recipe and bundle again.")
@@ -107,7 +112,7 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
     with naming_options(sweepable_fields()):
         combinations = combine(base, given or (GUIDANCE_GRID if can_be_guided else TEMPERATURE_GRID))
         for sampling in combinations:
-            check_sampling_fits(sampling, vocabulary, folder / "prior")
+            check_sampling_fits(sampling, vocabulary, parts.priors)
     record = options.out or containing_folder(folder) / RECORD_NAME
     if record.is_dir():
         raise InputError(f"--out is {str(record)!r}, which is a folder; give the path of a JSON file.")
@@ -117,7 +122,8 @@ def plan_sweep(options: argparse.Namespace, overrides: list[str]) -> SweepReques
         check_can_write("the pipeline", folder)
     return SweepRequest(
         folder=folder, combinations=combinations, features=resolve_feature_file(options.features, options.features_model),
-        data=find_data(folder, options, overrides), real=options.real, record=record, images=options.images, seed=options.seed,
+        data=find_data(folder, options, overrides), real=options.real, record=record,
+        conditions=find_conditions(folder, options, overrides) if vocabulary.conditions else None, images=options.images, seed=options.seed,
         batch_size=options.batch_size, keep=options.keep, dry_run=options.dry_run, device=options.device, dtype=options.dtype)
 
 
@@ -138,6 +144,17 @@ def parse_values(name: str, kind: type, text: str) -> tuple[Any, ...]:
 def combine(base: SamplingConfig, values: dict[str, tuple[Any, ...]]) -> list[SamplingConfig]:
     """All combinations of the values, with the other settings from `base`. The last name varies fastest."""
     return [dataclasses.replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+
+
+def find_conditions(folder: Path, options: argparse.Namespace, overrides: list[str]) -> Path:
+    """The validation shards of the given recipe or of the run that contains a pipeline folder. Raises InputError if there are none."""
+    run = containing_folder(folder)
+    recipe = options.recipe if options.recipe is not None else str(run) if (run / "recipe.yaml").is_file() else None
+    tokens = (run / "tokens" if recipe is None else load_recipe(recipe, overrides).tokens_folder) / "validation"
+    if not (tokens / MANIFEST_NAME).is_file():
+        raise InputError(f"the prior of {folder} is given more than the class, so sweep needs the conditions of validation images, but {tokens} has "
+                         "no token shards. Give a run folder with its tokens, or --recipe with the recipe of such a run.")
+    return tokens
 
 
 def find_data(folder: Path, options: argparse.Namespace, overrides: list[str]) -> DataConfig | None:

@@ -61,7 +61,7 @@ class SweepRecord:
 
     def add(self, sampling: SamplingConfig, **numbers: Any) -> None:
         """Add the result of a combination and write the file."""
-        self.content["results"].append({"settings": dataclasses.asdict(sampling), **numbers})
+        self.content["results"].append({"settings": sampling.to_dict(), **numbers})
         write_json(self.path, self.content)
 
     def ranked(self) -> list[dict[str, Any]]:
@@ -101,8 +101,8 @@ def describe_pipeline_change(differences: Sequence[tuple[str, Any, Any]]) -> str
     """A clause that names the changed parts of a recorded pipeline. It omits the fingerprints, which are not useful to the user."""
     names = {name for name, _, _ in differences}
     # pipeline.tokens is the fingerprint of the part of the tokenizer that determines the ids, pipeline.tokenizer that of the whole tokenizer
-    parts = [part for part, fingerprints in (("tokenizer", {"pipeline.tokens", "pipeline.tokenizer"}), ("prior", {"pipeline.prior"}))
-             if names & fingerprints]
+    parts = [part for part, prefix in (("tokenizer", "pipeline.token"), ("prior", "pipeline.prior"), ("conditions", "pipeline.condition_"))
+             if any(name.startswith(prefix) for name in names)]
     return "the pipeline is a different one" + (f": its {' and its '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}" if parts else "")
 
 
@@ -119,6 +119,8 @@ def describe_setup_differences(differences: Sequence[tuple[str, Any, Any]]) -> s
 
 def format_value(value: Any) -> str:
     """The value of a setting as text."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={number:g}" for key, number in value.items())
     return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
@@ -129,7 +131,13 @@ def format_settings(sampling: SamplingConfig, names: Sequence[str]) -> str:
 
 def varying_settings(combinations: Sequence[SamplingConfig]) -> Sequence[str]:
     """Names of the settings that differ between combinations, or all names if none differ."""
-    return [name for name in SETTING_NAMES if len({json.dumps(getattr(sampling, name)) for sampling in combinations}) > 1] or SETTING_NAMES
+    names = setting_names(combinations)
+    return [name for name in names if len({json.dumps(getattr(sampling, name)) for sampling in combinations}) > 1] or names
+
+
+def setting_names(combinations: Sequence[SamplingConfig]) -> Sequence[str]:
+    """Names of all settings; `guidance`, which is by segment, only if a combination has any."""
+    return [name for name in SETTING_NAMES if name != "guidance" or any(sampling.guidance for sampling in combinations)]
 
 
 def ranking_table(record: SweepRecord) -> str:

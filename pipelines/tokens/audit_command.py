@@ -1,6 +1,6 @@
 """`vqmosaic audit`: checks token shards, compares them with the data set they were made from, and repairs them on request."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.wording import counted
 
 if TYPE_CHECKING:
+    from stage1_tokenizer.conditions.condition_data import ConditionData
     from stage1_tokenizer.data.image_sources import ImageSource
 
 
@@ -30,20 +31,25 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         folder = folder / "tokens"
     if repair:
         repair_run(folder, recipe)
-    reference, splits = "no data set: the recipe of this folder is not known; give --recipe", {}
+    reference = "no data set: the recipe of this folder is not known; give --recipe"
+    splits: dict[str, ImageSource] = {}
+    conditions: dict[str, list[ConditionData]] = {}
     try:
         recipe = recipe or load_run_recipe(folder)
         if is_imported(folder):
             reference = "no data set: these tokens were imported"
         elif recipe is not None:
             splits, reference = open_sources(recipe, folder), f"the data set of {recipe.run_dir}"
+            conditions = open_conditions_of(recipe, splits)
     except InputError as error:
         reference = f"no data set: {error}"
     reports = audit_tokens(folder, expected_sources(splits))
     print(f"compared with {reference}")
     for split, report in reports.items():
         if split in splits:
-            report.problems.extend([*changed_images(folder, split, splits[split]), *skipped_but_readable(folder, split, splits[split])])
+            given = conditions.get(split, [])
+            report.problems.extend([*changed_images(folder, split, splits[split]), *changed_conditions(folder, split, given),
+                                    *skipped_but_readable(folder, split, splits[split], given)])
         verdict = "no problems" if report.passed else counted(len(report.problems), "problem")
         print(f"{split}: {counted(report.samples, 'sample')} in {counted(report.shards, 'shard')}, {report.skipped} skipped: {verdict}")
         for problem in report.problems:
@@ -81,6 +87,16 @@ def open_sources(recipe: Recipe, folder: Path) -> dict[str, "ImageSource"]:
     return sources
 
 
+def open_conditions_of(recipe: Recipe, splits: "Mapping[str, ImageSource]") -> "dict[str, list[ConditionData]]":
+    """Split -> the pairs and captions of its images."""
+    from stage1_tokenizer.conditions.condition_data import identities, open_condition_data
+
+    opened = {split: open_condition_data(recipe.data, source, split) for split, source in splits.items()}
+    for conditions in opened.values():
+        identities(conditions)  # computed and cached here, where the caller handles the InputError of an unreadable file
+    return opened
+
+
 def expected_sources(splits: Mapping[str, "ImageSource"]) -> dict[str, Iterable[tuple[str, int | None]]]:
     """(source name, label) of every image of both splits, in order."""
     return {name: [(source.source_name(index), source.label(index)) for index in range(len(source))] for name, source in splits.items()}
@@ -97,15 +113,29 @@ def changed_images(folder: Path, split: str, source: "ImageSource") -> list[str]
     recorded, stored, names = manifest.dataset, manifest.class_names, source.class_names
     if stored and names and stored != names and sorted(stored) == sorted(names):
         return [f"the class order of the tokens is {listed_names(stored)}, but the data set has {listed_names(names)}."]
-    current = comparable_identity(source, recorded)
+    current = comparable_identity(source, {key: value for key, value in recorded.items() if key != "conditions"})
     if all(recorded.get(key) == value for key, value in current.items() if key != "path"):
         return []
     return [f"the images have changed since they were encoded: names, labels, sizes or contents differ (sha256 was {recorded.get('sha256')}, "
             f"is now {current['sha256']})."]
 
 
-def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> list[str]:
-    """A message for each image of a split that was skipped as unreadable but can be read now.
+def changed_conditions(folder: Path, split: str, conditions: "Sequence[ConditionData]") -> list[str]:
+    """A problem for each condition whose pairs or captions have changed since the images were encoded."""
+    from stage1_tokenizer.conditions.condition_data import identities
+
+    try:
+        manifest = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder)
+    except InputError:
+        return []  # the audit has reported it
+    recorded, current = manifest.dataset.get("conditions", {}), identities(conditions)
+    return [f"the {'captions' if identity['kind'] == 'captions' else 'pairs'} of condition {name!r} have changed since they were encoded: sha256 was "
+            f"{recorded[name].get('sha256')}, is now {identity['sha256']}."
+            for name, identity in current.items() if name in recorded and recorded[name] != identity]
+
+
+def skipped_but_readable(folder: Path, split: str, source: "ImageSource", conditions: "Sequence[ConditionData]" = ()) -> list[str]:
+    """A message for each image of a split that was skipped as unreadable but can be read now, with its pairs and captions.
 
     The cause may have been a temporary read error of a network file system. Such an image would otherwise be missing from all later training.
     """
@@ -114,7 +144,9 @@ def skipped_but_readable(folder: Path, split: str, source: "ImageSource") -> lis
         manifest = TokenShardManifest.load(folder)
     except InputError:  # the audit has reported it
         return []
-    found = find_readable(source, manifest.skipped)
+    from stage1_tokenizer.conditions.condition_data import check_readable
+
+    found = find_readable(source, manifest.skipped, lambda index: check_readable(conditions, index))
     remedy = "write all shards again to store it" if other_grids(manifest) else "--repair encodes it"
     problems = [f"{printable(record['source'])}: it was skipped as unreadable ({record['reason']}), but can be read now; {remedy}."
                 for record in found]

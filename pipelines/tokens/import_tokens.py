@@ -5,7 +5,8 @@
     vqmosaic import-tokens codes.npy --labels labels.npy --tokenizer runs/cifar10/tokenizer --out tokens
     vqmosaic train-prior cifar10 --prior_training.tokens tokens
 
-With --tokenizer, an image may have several grids: its tokens are those of all grids, in the order of the tokenizer.
+With --tokenizer or --like, an image may have several grids: its tokens are those of all grids, in order. --like takes the grids, and which of them
+are given to a prior, from a folder of shards, such as the one that export-tokens read.
 The source is read twice: first to check every row before anything is written, then to write the shards. Do not change it in between. If the command
 is killed, run it again to write the missing shards; this works if the source has not changed.
 Rows are often sorted by class, so they are permuted by a recorded seed before they are divided into shards. The second pass therefore reads the
@@ -85,6 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation_fraction", type=float, help="fraction of the rows for validation, chosen by a hash of the row number; default: "
                         f"{VALIDATION_FRACTION}")
     parser.add_argument("--tokenizer", type=given_path, help="the vqmosaic tokenizer that made the ids; it determines codebook size and grid")
+    parser.add_argument("--like", type=given_path, metavar="FOLDER", help="token shards of one split with the same grids, tokenizers and conditions")
     parser.add_argument("--token_fingerprint", help="a name for the tokenizer of another program; default: a digest of the tokens")
     parser.add_argument("--codebook_size", type=int, help="number of codes K; ids are 0 .. K-1")
     parser.add_argument("--height", type=int, help="rows of the grid; default: a square grid of all tokens")
@@ -154,6 +156,10 @@ def check_options(options: argparse.Namespace) -> None:
         check_range("--validation_fraction", options.validation_fraction, above=0, below=1)
     if (options.height is None) != (options.width is None):
         raise InputError(f"--height is {options.height} and --width is {options.width}; give both, or neither for a square grid.")
+    if options.like is not None:
+        for name in ("tokenizer", "token_fingerprint", "codebook_size", "height", "width", "grid"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--like and --{name} are both given; the shards in --like have all grids and their tokenizers. Omit --{name}.")
     name = options.token_fingerprint
     if name is not None and options.tokenizer is not None:
         raise InputError("--tokenizer and --token_fingerprint are both given; omit --token_fingerprint, because a tokenizer has its own.")
@@ -161,13 +167,15 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("--grid and --tokenizer are both given; the tokenizer names its grids. Omit --grid.")
     if name is not None and not re.fullmatch(r"[\w.:/@+-]{1,200}", name):
         raise InputError(f"--token_fingerprint is {name!r}; allowed: 1 to 200 letters, digits and any of . : / @ + - _")
-    if options.tokenizer is None and options.codebook_size is None:
+    if options.tokenizer is None and options.like is None and options.codebook_size is None:
         raise InputError("--codebook_size is not given; give the number of codes of the tokenizer that made the ids, "
                          "or --tokenizer with its folder if it is a vqmosaic tokenizer.")
 
 
 def get_tokenizer_grids(options: argparse.Namespace) -> list[Grid] | None:
-    """The grids of --tokenizer, or None without it. Raises InputError if the tokenizer has no ids, or if other options differ from it."""
+    """The grids of --tokenizer or --like, or None without them. Raises InputError if the tokenizer has no ids, or if other options differ from it."""
+    if options.like is not None:
+        return TokenShardManifest.load(options.like).grids
     if options.tokenizer is None:
         return None
     grids = grids_of_tokenizer(options.tokenizer)
@@ -269,7 +277,8 @@ def make_grids(summary: SourceSummary, grids: Sequence[Grid] | None, options: ar
                              f"--width (--height 1 --width {summary.tokens} if the tokens are not a grid).")
         shape = (side, side, 1)
     if math.prod(shape) != summary.tokens:
-        origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else "--height and --width"
+        origin = f"the tokenizer in {options.tokenizer}" if options.tokenizer else f"the shards in {options.like}" if options.like else (
+            "--height and --width")
         what = f"the grid {' x '.join(map(str, shape))} of {origin} has"
         if grids is not None and len(grids) > 1:
             what = f"the grids of {origin} ({describe_grids(grids)}) have"
@@ -288,7 +297,12 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
         raise InputError(f"--class_names is given, but no row of {options.source} has a label.")
     if names is None and classes:
         names = [str(label) for label in range(classes)]
-    if options.tokenizer is not None:
+    like = TokenShardManifest.load(options.like) if options.like is not None else None
+    if like is not None:
+        fingerprint = like.token_fingerprint
+        if options.class_names is None and like.class_names is not None and classes <= len(like.class_names):
+            names = like.class_names if classes else None
+    elif options.tokenizer is not None:
         fingerprint = token_fingerprint_of_tokenizer(options.tokenizer)
     else:
         fingerprint = FOREIGN_PREFIX + (options.token_fingerprint
@@ -306,7 +320,7 @@ def make_headers(options: argparse.Namespace, sources: Sequence[ForeignTokens], 
         views = [{"name": "original" if summary.views == 1 else f"imported {view}"} for view in range(summary.views)]
         header = ShardSetHeader(split=split, token_fingerprint=fingerprint, grids=grids, views=views, class_names=names, dataset=identity,
                                 encoding={"imported": source.layout}, images_per_shard=options.images_per_shard, num_sources=len(rows),
-                                order_seed=ORDER_SEED)
+                                order_seed=ORDER_SEED, conditions=like.conditions if like is not None else [])
         parts.append((header, source, rows))
     return parts
 

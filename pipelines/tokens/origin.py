@@ -3,7 +3,7 @@
 Importing this module does not load torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,10 +64,11 @@ def find_run(folder: Path) -> Path | None:
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
 
 
-def find_readable(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
+def find_readable(source: "ImageSource", skipped: Sequence[dict], check_given: Callable[[int], object] = lambda index: None) -> list[dict]:
     """The records of skipped images (from a manifest or a sidecar) whose image can be read now. Tries to read each of them. Loads torch.
 
-    Leaves out records whose index is not in `source` or belongs to another file name there.
+    Leaves out records whose index is not in `source` or belongs to another file name there. `check_given` raises UnreadableImage for an image whose
+    pair or caption is missing.
     """
     from stage1_tokenizer.image_files.images import UnreadableImage
 
@@ -76,6 +77,7 @@ def find_readable(source: "ImageSource", skipped: Sequence[dict]) -> list[dict]:
         if record["index"] >= len(source) or source.source_name(record["index"]) != record["source"]:
             continue  # the data set has changed; the audit compares the names and reports it
         with suppress(UnreadableImage):
+            check_given(record["index"])
             source.read(record["index"])
             found.append(record)
     return found

@@ -1,4 +1,4 @@
-"""Reads the ids of grids that the tokenizer of the recipe does not make, for repairs of shards with grids of several tokenizers."""
+"""Reads the ids of grids that the recipe does not make, for repairs of shards with grids of several tokenizers."""
 
 import json
 import tarfile
@@ -16,8 +16,10 @@ from vqmosaic.wording import counted
 
 
 def other_grids(header: ShardSetHeader) -> dict[str, str]:
-    """Grid name -> token fingerprint, for the grids that the tokenizer of the recipe does not make."""
-    return {name: fingerprint for name, fingerprint in header.token_fingerprints.items() if fingerprint != header.token_fingerprint}
+    """Grid name -> token fingerprint, for the grids that are made neither by the tokenizer of the recipe nor for its conditions."""
+    given = {record["name"] for record in header.conditions}
+    return {name: fingerprint for name, fingerprint in header.token_fingerprints.items()
+            if fingerprint != header.token_fingerprint and name not in given}
 
 
 def stored_grids(folder: Path, header: ShardSetHeader) -> list[Grid]:

@@ -9,8 +9,8 @@ its new digest is recorded in the manifest or in its sidecar.
 Images that were skipped as unreadable but can be read now are added: their shards are encoded again, and replaced only if the ids of all other
 images do not change.
 
-Repair encodes images with the recipe's tokenizer only. If a folder also has grids of other tokenizers, their ids are copied from the damaged
-shards.
+Repair encodes images with the recipe's tokenizer and those of its conditions. If a folder also has grids of other tokenizers, their ids are copied
+from the damaged shards.
 """
 
 import dataclasses
@@ -23,10 +23,12 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from pipelines.stages.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, split_plans
+from pipelines.stages.condition_grids import ConditionTokenizers
+from pipelines.stages.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, open_conditions, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from pipelines.tokens.origin import find_readable, find_run, load_manifest, load_sidecar
 from pipelines.tokens.other_grids import other_grids, read_other_ids, stored_grids
+from stage1_tokenizer.conditions.condition_data import check_readable
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.float_images import FloatImage
@@ -63,8 +65,10 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_has_ids(recipe, source)
         tokenizer = load_tokenizer(source, device)
         check_tokenizer_fits(recipe, tokenizer, source)
+        condition_tokenizers = ConditionTokenizers.load(recipe, device)
         splits = match_recorded_splits(folders, open_splits(recipe.data))
-        plans = match_stored_plans(folders, *(split_plans(recipe, tokenizer, splits, device, former=former) for former in (False, True)))
+        conditions = open_conditions(recipe, condition_tokenizers, splits)
+        plans = match_stored_plans(folders, *(split_plans(recipe, tokenizer, conditions, splits, device, former=former) for former in (False, True)))
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
 
@@ -198,7 +202,7 @@ def repair_split(folder: Path, plan: SplitPlan, tokenizer: Tokenizer, recipe: Re
     if manifest is None or not is_intact:
         encoded = encode_damaged_shards(writer, manifest, plan, tokenizer, recipe, stop)
         manifest = writer.finish()
-    readable = find_readable(plan.source, manifest.skipped)
+    readable = find_readable(plan.source, manifest.skipped, lambda index: check_readable([condition.data for condition in plan.conditions], index))
     if readable and (others := other_grids(plan.header)):
         print(f"{folder}: {counted(len(readable), 'skipped image')} can be read now, but cannot be added, because other tokenizers than that of the "
               f"recipe made the grids {', '.join(others)}. Write all shards again to store them.")

@@ -29,10 +29,10 @@ def random_view(data: DataConfig, rng: np.random.Generator) -> View:
 def augment(image: Image.Image | FloatImage | np.ndarray, transform: ImageTransform, data: DataConfig, rng: np.random.Generator) -> np.ndarray:
     """A random view of the image (H, W, C), as uint8, or as float32 with data.value_range.
 
-    `image` is an image from a source. With data.crop_scale = 1 it may also be the array from transform.resize, which gives the same result.
+    `image` is an image from a source. With data.crop_scale = 1 it may also be the array from transform.base.resize, which gives the same result.
     """
     view = random_view(data, rng)
     if isinstance(image, np.ndarray):
         assert data.crop_scale == 1, "random crops need the original image, not the resized one"
-        return flip_and_shift(image, view)
+        return transform.derive(flip_and_shift(image, view))
     return transform.resize(image, view)

@@ -1,4 +1,7 @@
-"""Checks a data set: reads every image once and reports unreadable images, classes, sizes, colour spaces and duplicates."""
+"""Checks a data set: reads every image once and reports unreadable images, classes, sizes, colour spaces and duplicates.
+
+With data.conditions, also images without a pair or a caption.
+"""
 
 import hashlib
 from collections import Counter
@@ -6,6 +9,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from stage1_tokenizer.conditions.check_conditions import check_conditions
+from stage1_tokenizer.conditions.condition_checks import check_condition_data
 from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.data.threaded_map import map_in_threads
@@ -24,11 +29,12 @@ _MAX_LISTED_COLOUR_SPACES = 10
 
 
 def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[tuple[str, str]]:
-    """(source name, reason) of every unreadable image in both splits.
+    """(source name, reason) of every unreadable image in both splits, and of every image that lacks a pair or a caption.
 
-    Calls `report` with each line of the result: counts, classes, sizes, colour spaces and duplicates. Raises InputError if the data set cannot
-    be opened.
+    Calls `report` with each line of the result: counts, classes, sizes, pairs and captions, colour spaces and duplicates. Raises InputError if the
+    data set cannot be opened.
     """
+    check_condition_data(data)
     splits = open_splits(data)
     report(splits.validation_origin)
     for note in splits.notes:
@@ -36,8 +42,11 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     unreadable: list[tuple[str, str]] = []
     names_by_digest: dict[bytes, list[tuple[str, str]]] = {}
     names_by_space: dict[str, list[str]] = {}
+    incomplete: list[tuple[str, str]] = []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         unreadable += _check_split(source, report, split, names_by_digest, names_by_space, data.image_size)
+        if data.conditions:
+            incomplete += check_conditions(data, source, split, report)
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_MAX_LISTED_UNREADABLE]:
         report(f"unreadable: {printable(name)}: {reason}")
@@ -46,7 +55,7 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
     report(f"{total - len(unreadable)} of {counted(total, 'image')} {is_or_are(total - len(unreadable))} readable")
     _report_colours(names_by_space, report)
     _report_duplicates(names_by_digest, report)
-    return unreadable
+    return unreadable + incomplete
 
 
 def _report_colours(names_by_space: dict[str, list[str]], report: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from stage1_tokenizer.data.image_sources import ImageSplits, hold_out_validation
 from stage1_tokenizer.image_files.images import read_image
+from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 
@@ -50,6 +51,9 @@ class DigitsSource:
 
     def label(self, index: int) -> int | None:
         return int(self._labels[index]) if self.class_names else None
+
+    def texts(self, column: str | None) -> list[str | None]:
+        raise InputError("the digits have no captions. Give templates, such as 'the digit {class}'.")
 
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image:
         return read_image(Image.fromarray(self._pixels_NHW[index]), channels=self._channels)

@@ -1,11 +1,15 @@
-"""Reads metadata.csv and metadata.jsonl beside the images of a folder: one row per image, with its file_name and optionally its class."""
+"""Reads the text files beside the images of a folder.
+
+metadata.csv and metadata.jsonl have one row per image, with its file_name and optionally its class and its caption. A .txt file with the name of an
+image has its caption.
+"""
 
 import csv
 import json
 import posixpath
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stage1_tokenizer.data.class_labels import label_hint, sorted_classes
@@ -69,6 +73,12 @@ class FolderMetadata:
                              "strings, true and false.") from None
         return values
 
+    def texts(self, names: list[str], column: str) -> list[str | None]:
+        """The text in `column` for each image; None for images without one. Of several rows of an image, the first counts."""
+        check_name(f"data.conditions: column (for {self.paths[0]})", column, self.columns)
+        values = [self._rows.get(_normalize(name), {}).get(column) for name in names]
+        return [None if value is None else str(value) for value in values]
+
     def names_without_image(self, names: Iterable[str]) -> list[str]:
         """Names of images that have a row but are not among `names`, sorted."""
         return sorted(set(self._rows) - set(map(_normalize, names)))
@@ -128,3 +138,29 @@ def _convert_numbers(rows: list[dict[str, Any]]) -> None:
             for row, value in zip(rows, values, strict=True):
                 if value is not None:
                     row[column] = int(value) if _WHOLE_NUMBER.fullmatch(value) else float(value)
+
+
+def text_beside(image: Path) -> str | None:
+    """The content of the .txt file with the name of an image file; None if there is none. Raises InputError if it is not UTF-8."""
+    path = image.with_suffix(".txt")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError as error:
+        raise permission_denied(path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{printable(str(path))} cannot be read as a caption in UTF-8 ({error}). Convert or remove this file.") from None
+
+
+def texts_in_metadata(root: Path, names: list[str], column: str) -> list[str | None]:
+    """The text of each image in a column of the metadata files beside the images and in the folders above them. Names are relative to `root`.
+
+    Raises InputError if there is no such file, or no such column.
+    """
+    folders = {str(parent) for folder in {posixpath.dirname(name) for name in names} for parent in PurePosixPath(folder, "_").parents}
+    metadata = FolderMetadata(root, sorted(folders))
+    if not metadata.paths:
+        raise InputError(f"data.conditions: column is {column!r}, but data.path {str(root)!r} has no {' or '.join(METADATA_NAMES)}. Add one, or "
+                         "leave out column to read a .txt file beside each image.")
+    return metadata.texts(names, column)

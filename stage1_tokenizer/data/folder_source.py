@@ -17,7 +17,7 @@ from PIL import Image
 from stage1_tokenizer.data.class_labels import class_of, sorted_classes, text_order
 from stage1_tokenizer.data.content_digest import file_digest
 from stage1_tokenizer.data.data_location import VALIDATION_SPLITS, data_files, is_image, local_path, no_images_error, split_by_name, suffix_counts
-from stage1_tokenizer.data.folder_metadata import METADATA_NAMES, FolderMetadata
+from stage1_tokenizer.data.folder_metadata import METADATA_NAMES, FolderMetadata, text_beside, texts_in_metadata
 from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_out_validation, update_digest
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.float_images import FloatImage
@@ -83,6 +83,11 @@ class FolderSource:
     def label(self, index: int) -> int | None:
         return self._labels[index] if self._labels is not None else None
 
+    def texts(self, column: str | None) -> list[str | None]:
+        if column is None:
+            return list(map_in_threads(lambda name: text_beside(self._root / name), self._names))
+        return texts_in_metadata(self._root, self._names, column)
+
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
         return read_image(self._root / self._names[index], channels=self._channels, value_range=self._value_range, max_pixels=self._max_pixels,
                           before_decoding=before_decoding)
@@ -108,7 +113,7 @@ def open_folder(data: DataConfig) -> ImageSplits:
     class_values = sorted_classes(train_classes) if train_classes else None
     notes = [] if metadata or not (data.use_labels and data.label_column) else [
         f"data.label_column {data.label_column!r} is not used: there is no {' or '.join(METADATA_NAMES)} beside the images"]
-    notes += [*_note_ignored_files(files), *_note_unused_images(names, train_split, validation_split), *_note_missing_images(names, metadata),
+    notes += [*_note_ignored_files(files, data), *_note_unused_images(names, train_split, validation_split), *_note_missing_images(names, metadata),
               *_note_other_classes(train_names, train_split, class_values, data)]
     if validation_split is None:
         train, validation, origin = hold_out_validation(train_names, train_classes, data)
@@ -202,9 +207,11 @@ def _metadata(train_split: str | None, validation_split: str | None, data: DataC
     return metadata if metadata.paths else None
 
 
-def _note_ignored_files(files: list[str]) -> list[str]:
-    """The note about files that are not read as images; empty if there are none."""
-    ignored = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES]
+def _note_ignored_files(files: list[str], data: DataConfig) -> list[str]:
+    """The note about files that are neither read as images nor as captions; empty if there are none."""
+    has_texts = any(condition.is_caption and condition.column is None and not condition.templates for condition in data.given_conditions)
+    ignored = [name for name in files if not is_image(name) and os.path.basename(name) not in METADATA_NAMES
+               and not (has_texts and name.endswith(".txt"))]
     if not ignored:
         return []
     return [f"{counted(len(ignored), 'file')} without the suffix of a supported image format {is_or_are(len(ignored))} ignored: "

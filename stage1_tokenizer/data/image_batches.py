@@ -98,7 +98,7 @@ class _Samples(Dataset[tuple[np.ndarray | None, list[tuple[str, str]]]]):
                 unreadable.append((self.source.source_name(candidate), str(error)))
                 continue
             if isinstance(image, np.ndarray) and not is_augmented(self.data):
-                return image, unreadable
+                return self.transform.derive(image), unreadable
             return augment(image, self.transform, self.data, generator("augment", self.seed, epoch, index)), unreadable
         return None, unreadable
 
@@ -121,8 +121,8 @@ class TrainingImages:
         self.unreadable: dict[str, str] = {}
         """Unreadable images found so far: source name -> reason."""
         # Random crops need the original images. The cache only has those resized for the centre crop.
-        is_cached = data.crop_scale == 1 and resized_megabytes(len(source), transform) <= data.cache_megabytes
-        self._cache = ResizedImages(source, transform) if is_cached else None
+        is_cached = data.crop_scale == 1 and resized_megabytes(len(source), transform.base) <= data.cache_megabytes
+        self._cache = ResizedImages(source, transform.base) if is_cached else None
         # The permutation of an epoch. A batch may need those of two epochs.
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: permutation(len(source), "order", seed, epoch))
 

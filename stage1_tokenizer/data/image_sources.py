@@ -58,6 +58,12 @@ class ImageSource(Protocol):
     def label(self, index: int) -> int | None:
         """The index of the image's class in class_names; None for an image without a class."""
 
+    def texts(self, column: str | None) -> Sequence[str | None]:
+        """The text of each image in a column, or in a .txt file beside it for None. None for images without one.
+
+        Raises InputError if the data set has no texts of this kind.
+        """
+
     def read(self, index: int, before_decoding: Callable[[Image.Image], object] | None = None) -> Image.Image | FloatImage:
         """The upright image with data.channels and data.value_range. Raises UnreadableImage with the reason. See read_image."""
 

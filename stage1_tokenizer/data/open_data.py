@@ -1,5 +1,6 @@
 """Opens the data set of a recipe. Imports only the module for its kind of source."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,13 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 
 
 def open_splits(data: DataConfig) -> ImageSplits:
-    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts that it cannot use."""
+    """The training and validation images of a recipe. Raises InputError for paths, splits, columns and layouts that it cannot use.
+
+    With data.derived of the kind paired_folder, these are the paired images.
+    """
+    if data.derived is not None and data.derived["kind"] == "paired_folder":
+        from stage1_tokenizer.conditions.image_pairs import paired_splits
+        return paired_splits(open_splits(dataclasses.replace(data, derived=None)), data)
     source = check_data_path(data)
     if source == "digits":
         from stage1_tokenizer.data.digits_source import open_digits

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from stage1_tokenizer.image_files.decoders import LOW_BYTES, low_bytes, raw_mode, reopened, set_raw_mode
 from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction
 
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow."""
 _PLANES_TAG, _SAMPLE_FORMAT_TAG, _BITS_TAG, _UNSIGNED = 284, 339, 258, 1
 _BLOCK_VALUES = 2**16
@@ -79,7 +79,7 @@ def _scaled_band(bands: Sequence[np.ndarray], low: float, high: float) -> Image.
     scaled, rows = np.empty((height, width), np.float32), max(1, _BLOCK_VALUES // width)
     for start in range(0, height, rows):
         blocks = [band[start:start + rows].astype(np.float64) for band in bands]
-        weighted = (weight * block for weight, block in zip(_LUMA if len(blocks) == 3 else [1.0], blocks, strict=True))
+        weighted = (weight * block for weight, block in zip(LUMA if len(blocks) == 3 else [1.0], blocks, strict=True))
         values = sum(weighted, np.zeros(blocks[0].shape))
         if np.isnan(values).any():
             raise UnreadableImage("pixels that are not numbers (NaN)")

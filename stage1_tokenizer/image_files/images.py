@@ -2,13 +2,14 @@
 
     read_image        any file, bytes or PIL image -> an upright 8-bit PIL image in mode L, LA, RGB or RGBA; with value_range, a FloatImage
     ImageTransform    a View of that image -> uint8 (H, W, C), or float32 with value_range -> float32 (C, H, W) in [-1, 1]
+                      with `derived`, an image computed from that view, such as its edges
     to_uint8, to_pil  tensors -> uint8 arrays or PIL images
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_tokenizer.image_files.channels import visible_pixels
+from stage1_tokenizer.image_files.derived_images import derived_image
 from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.read_images import read_image
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, flip_and_shift
 from vqmosaic.errors import InputError
+from vqmosaic.recipes.conditions import DERIVED_KINDS, checked_derivation
 from vqmosaic.recipes.image_sizes import ImageSize, checked_image_size, height_and_width
 from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
 from vqmosaic.recipes.recipe_sections import DataConfig
 
-TRANSFORM_KEYS, OPTIONAL_TRANSFORM_KEYS = ("image_size", "channels", "resampling"), ("value_range",)
+TRANSFORM_KEYS, OPTIONAL_TRANSFORM_KEYS = ("image_size", "channels", "resampling"), ("value_range", "derived")
 """The keys of ImageTransform.to_dict, and those that it has only if they are set."""
 
 
@@ -42,6 +45,9 @@ class ImageTransform:
     """1 for grey, 2 for grey and alpha, 3 for RGB, 4 for RGB and alpha."""
     value_range: tuple[float, float] | None = None
     """The stored values that become -1 and 1, for images that are read at their full depth. None for 8-bit images. Lists are accepted."""
+    derived: Mapping[str, Any] | None = field(default=None, hash=False)
+    """How the result is computed from the view of an image: kind, factor or method and, if it differs, the number of channels of the view. image_size
+    and channels are those of the result. None: the result is the view itself."""
 
     def __post_init__(self):
         size = checked_image_size("image_size", self.image_size)
@@ -49,11 +55,32 @@ class ImageTransform:
         object.__setattr__(self, "channels", checked_channels("channels", self.channels))
         value_range = checked_value_range("value_range", self.value_range)
         object.__setattr__(self, "value_range", value_range and tuple(value_range))
+        if self.derived is not None:
+            channels = self.derived.get("channels")
+            derived = checked_derivation("derived", {name: value for name, value in self.derived.items() if name != "channels"})
+            object.__setattr__(self, "derived", derived if channels is None else {**derived, "channels": checked_channels("channels", channels)})
 
     @classmethod
     def from_recipe(cls, data: DataConfig) -> "ImageTransform":
-        """The transform of a recipe."""
-        return cls(data.image_size, data.channels, cast("tuple[float, float] | None", data.value_range))
+        """The transform of a recipe. With data.derived, that of the images that are made from those of the data set."""
+        return cls.from_dict(data.transform_config)
+
+    @functools.cached_property
+    def base(self) -> "ImageTransform":
+        """The transform of the views from which the result is computed; this transform without `derived`."""
+        if self.derived is None:
+            return self
+        factor = self.derived.get("factor", 1)
+        return ImageTransform([side * factor for side in self.sides], self.derived.get("channels", self.channels), self.value_range)
+
+    @functools.cached_property
+    def without_derivation(self) -> "ImageTransform":
+        """The transform for images that are already of the kind of the result, such as a picture of edges."""
+        return replace(self, derived=None)
+
+    def derive(self, view_HWC: np.ndarray) -> np.ndarray:
+        """The result for a view of an image, as `base` returns it. Without `derived`, the view itself."""
+        return view_HWC if self.derived is None else derived_image(view_HWC, self.derived)
 
     @functools.cached_property
     def sides(self) -> tuple[int, int]:
@@ -73,7 +100,10 @@ class ImageTransform:
         """The view of an image as uint8 (H, W, C): cropped and resized in one step, then flipped and shifted. Accepts any PIL image.
 
         With value_range, the view is float32 in [-1, 1]. Each channel is resized separately, so alpha does not change the colours.
+        With `derived`, the result is computed from the view.
         """
+        if self.derived is not None:
+            return self.derive(self.base.resize(image, view))
         image = self._read(image)
         (height, width), box = self.sides, self._crop_box(image, view)
         if isinstance(image, FloatImage):
@@ -104,6 +134,8 @@ class ImageTransform:
 
     def resize_views(self, image: Image.Image | FloatImage, views: Sequence[View]) -> np.ndarray:
         """All views of an image as (V, H, W, C), each the same as from `resize`. Views with the same crop are resized only once."""
+        if self.derived is not None:
+            return np.stack([self.derive(pixels_HWC) for pixels_HWC in self.base.resize_views(image, views)])
         resized: dict[View, np.ndarray] = {}
         image, pixels = self._read(image), []
         for view in views:
@@ -115,15 +147,22 @@ class ImageTransform:
 
     def to_dict(self) -> dict[str, Any]:
         """The transform as a dictionary for the tokenizer's config."""
-        optional = {} if self.value_range is None else {"value_range": [*self.value_range]}  # absent: fingerprints of 8-bit tokenizers stay the same
+        optional: dict[str, Any] = {}  # absent where not set: fingerprints of earlier tokenizers stay the same
+        if self.value_range is not None:
+            optional["value_range"] = [*self.value_range]
+        if self.derived is not None:
+            optional["derived"] = {**self.derived}
         return {"image_size": checked_image_size("image_size", self.image_size), "channels": self.channels, "resampling": "bicubic", **optional}
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageTransform":
         """The inverse of to_dict. Raises InputError for unknown or missing keys and for another resampling."""
         if set(config) - {*OPTIONAL_TRANSFORM_KEYS} != {*TRANSFORM_KEYS} or config["resampling"] != "bicubic":
-            raise InputError(f"transform is {config}; allowed: image_size, channels, resampling = 'bicubic' and value_range.")
-        return cls(config["image_size"], config["channels"], config.get("value_range"))
+            raise InputError(f"transform is {config}; allowed: image_size, channels, resampling = 'bicubic', value_range and derived.")
+        derived = config.get("derived")
+        if derived is not None and (not isinstance(derived, Mapping) or derived.get("kind") not in DERIVED_KINDS):
+            raise InputError(f"transform.derived is {derived!r}; allowed kinds: {', '.join(DERIVED_KINDS)}.")
+        return cls(config["image_size"], config["channels"], config.get("value_range"), derived)
 
     def to_stored_values(self, images_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] as float32 in the data's own units: value_range, or 0..255 without one. Clipped, not rounded."""

@@ -1,8 +1,6 @@
-"""Classifier-free guidance for priors with one or several given segments.
+"""Classifier-free guidance for priors with one or several given segments: the ids of each level, and their logits combined.
 
-Level i of n given segments, in the order of the vocabulary, has the first i segments as they are given and null ids in all others. Guided logits are
-l_0 + sum_i s_i (l_i - l_(i-1)) with one scale s_i for each segment, as for the two conditions of InstructPix2Pix (Brooks et al. 2022). A prior with
-classes only has the levels 0, the null class, and 1. Levels whose logits cancel out are not computed.
+guidance_scales.py describes the levels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,14 +8,9 @@ from itertools import pairwise
 
 import torch
 
-from stage2_prior.segments import Segment
+from stage2_prior.generation.guidance_scales import guided_segments
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
-from vqmosaic.errors import InputError, check_range
-
-
-def guided_segments(vocabulary: Vocabulary) -> list[Segment]:
-    """The given segments that can hold something, in the order of the vocabulary: without the class if there are no classes."""
-    return [segment for segment in vocabulary.given_segments if len(segment.ids)]
+from vqmosaic.errors import InputError
 
 
 def combine_levels(level_logits: Sequence[torch.Tensor], scales: Sequence[float]) -> torch.Tensor:
@@ -29,36 +22,6 @@ def combine_levels(level_logits: Sequence[torch.Tensor], scales: Sequence[float]
     for (before, after), scale in zip(pairwise(level_logits), scales, strict=True):
         guided = guided + scale * (after - before)
     return guided
-
-
-def needed_levels(scales: Sequence[float]) -> list[int]:
-    """The levels, in ascending order, whose logits count with these scales of the n segments. The last one is always n.
-
-    The logits of level i have the factor s_i - s_(i+1), where s_0 is 1 and s_(n+1) is 0. Between two needed levels, all scales are equal.
-    """
-    padded = [1.0, *scales]
-    return [level for level in range(len(scales)) if padded[level] != padded[level + 1]] + [len(scales)]
-
-
-def segment_scales(vocabulary: Vocabulary, guidance_scale: float, given_scales: Mapping[str, float] | None) -> list[float]:
-    """The guidance scale of each of the guided segments: that in `given_scales`, or `guidance_scale`.
-
-    Raises InputError for unknown segments, and for scales that need a level that the prior has not learned.
-    """
-    names, given_scales = [segment.name for segment in guided_segments(vocabulary)], given_scales or {}
-    for name, scale in given_scales.items():
-        if name not in names:
-            raise InputError(f"segment_guidance has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")
-        check_range(f"segment_guidance[{name!r}]", scale, at_least=0)
-    scales = [float(given_scales.get(name, guidance_scale)) for name in names]
-    for level in needed_levels(scales)[:-1]:
-        if not vocabulary.is_trained(level):
-            dropped = ", ".join(names[level:])
-            raise InputError(f"Guidance with the scales {', '.join(f'{name} {scale:g}' for name, scale in zip(names, scales, strict=True))} needs a "
-                             f"prior that was trained without {dropped}{f' but with {names[level - 1]}' if level else ''}, and this one was not: "
-                             f"their drop rates are {', '.join(f'{rate:g}' for rate in vocabulary.drop_rates[level:])}. Give all segments the same "
-                             "scale, or train with drop rates above 0.")
-    return scales
 
 
 def level_start_ids(vocabulary: Vocabulary, start_BP: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:

@@ -17,7 +17,8 @@ from torch import nn
 
 from stage2_prior.generation.decoding import make_decoder
 from stage2_prior.generation.drawing_order import confidence_noise, drawing_orders, tokens_per_pass
-from stage2_prior.generation.guidance import check_given, combine_levels, level_start_ids, needed_levels, segment_scales
+from stage2_prior.generation.guidance import check_given, combine_levels, level_start_ids
+from stage2_prior.generation.guidance_scales import needed_levels, segment_scales
 from stage2_prior.generation.passes import CONFIDENCE_NOISE, PADDING, UNKNOWN, OrderedPasses, RasterPasses
 from stage2_prior.given_ids import start_ids
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
@@ -219,12 +220,12 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each pass with the number of tokens so
     far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `given` has the ids (B, n) of conditions by
-    name, and `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance_scale. `known` are ids (B, T) to keep; -1 is a
-    token to draw. Raises InputError for invalid arguments and for logits that are not finite.
+    name, and `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance and sampling.guidance_scale. `known` are ids
+    (B, T) to keep; -1 is a token to draw. Raises InputError for invalid arguments and for logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
     check_given(vocabulary, class_indices, given)
-    scales = segment_scales(vocabulary, sampling.guidance_scale, segment_guidance)
+    scales = segment_scales(vocabulary, sampling.guidance_scale, {**sampling.guidance, **(segment_guidance or {})})
     compile = as_boolean("compile", compile)
     device, length = next(model.parameters()).device, vocabulary.num_tokens
     known_BT = check_known(vocabulary, known, len(seeds), device)

@@ -1,14 +1,34 @@
-"""Type checks for arguments and fields. Numbers from other libraries become Python numbers; text in place of a number raises InputError."""
+"""How fields of a recipe may change between runs, and type checks for arguments and fields.
+
+Numbers from other libraries become Python numbers; text in place of a number raises InputError.
+"""
 
 import dataclasses
 import operator
 import types
 import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, check_range
 
 TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false"}
+
+
+def budget(default: Any) -> Any:
+    """A field that may grow when a finished or interrupted stage is run again."""
+    return field(default=default, metadata={"change_policy": "budget"})
+
+
+def unrecorded(default: Any) -> Any:
+    """A field that affects no result, so it may change when a stage is run again."""
+    return field(default=default, metadata={"change_policy": "unrecorded"})
+
+
+def place(default: Any) -> Any:
+    """A field that gives the location of data. It may change when a stage is run again, if the data is the same."""
+    return field(default=default, metadata={"change_policy": "place"})
 
 
 def as_integer(name: str, given: Any) -> int:
@@ -59,17 +79,38 @@ def check_types(section: Any, name: str) -> None:
 
     Fields of other types stay unchanged.
     """
-    for field in dataclasses.fields(section):
-        given, type_ = getattr(section, field.name), required_type(field.type)
+    for entry in dataclasses.fields(section):
+        given, type_ = getattr(section, entry.name), required_type(entry.type)
         if isinstance(type_, types.UnionType):
             continue  # the section itself checks a field with several types
-        if given is None and types.NoneType in typing.get_args(field.type):
+        if given is None and types.NoneType in typing.get_args(entry.type):
             continue
-        full_name = f"{name}.{field.name}" if name else field.name
+        full_name = f"{name}.{entry.name}" if name else entry.name
         if type_ in CONVERSIONS:
-            setattr(section, field.name, CONVERSIONS[type_](full_name, given))
+            setattr(section, entry.name, CONVERSIONS[type_](full_name, given))
         elif typing.get_origin(type_) is list and typing.get_args(type_)[0] in CONVERSIONS:
             kind = typing.get_args(type_)[0]
             if isinstance(given, (str, bytes)) or not hasattr(given, "__iter__"):
                 raise InputError(f"{full_name} is {given!r}; it must be a list, and each entry {TYPE_NAMES[kind]}.")
-            setattr(section, field.name, [CONVERSIONS[kind](f"{full_name}: an entry", entry) for entry in given])
+            setattr(section, entry.name, [CONVERSIONS[kind](f"{full_name}: an entry", value) for value in given])
+
+
+def checked_numbers(name: str, given: Any, **bounds: float) -> dict[str, float]:
+    """A mapping from names to numbers, each within the bounds of check_range. Raises InputError for anything else."""
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise InputError(f"{name} is {given!r}; it must be a mapping from names to numbers, such as {{low: 0.1}}.")
+    numbers = {key: float(as_number(f"{name}.{key}", value)) for key, value in given.items()}
+    for key, value in numbers.items():
+        check_range(f"{name}.{key}", value, **bounds)
+    return numbers
+
+
+def checked_names(name: str, given: Any) -> list[str] | None:
+    """A list of names, or None. Raises InputError for anything else, and for a name that is there twice."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(entry, str) for entry in given):
+        raise InputError(f"{name} is {given!r}; it must be a list of names, such as [low], or null.")
+    if len(set(given)) < len(given):
+        raise InputError(f"{name} is {list(given)}; each name may be there only once.")
+    return list(given)

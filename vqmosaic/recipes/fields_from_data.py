@@ -116,7 +116,11 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     size = checked_image_size("data.image_size", recipe["data.image_size"], at_least=16)
     height, width = sides = height_and_width(size)
     target = min(max(height * width / PIXELS_PER_TOKEN**2, SMALLEST_SIDE**2), LARGEST_SIDE**2)
-    candidates = [2**power for power in range(1, 8) if all(side % 2**power == 0 and side // 2**power >= 2 for side in sides)] or [1]
+    factor = 1
+    if recipe["tokenizer.kind"] == "hierarchical":  # its top grid needs whole tokens too
+        factor = recipe["tokenizer.top_factor"]
+        check_range("tokenizer.top_factor", factor, at_least=2)
+    candidates = [2**power for power in range(1, 8) if all(side % (2**power * factor) == 0 and side // 2**power >= 2 for side in sides)] or [1]
     downsampling = min(candidates, key=lambda candidate: abs(math.log2(height * width / candidate**2 / target)))
     grid = f"{height // downsampling} x {width // downsampling}"
     if (height // downsampling) * (width // downsampling) > (2 * LARGEST_SIDE) ** 2:
@@ -134,11 +138,29 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
 
 def codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     """Choose the codebook size by the number of tokens in the training images."""
-    downsampling = recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
+    codes, reason = codes_for_tokens(recipe, facts, pixels_per_token(recipe))
+    yield Choice("tokenizer.codebook_size", codes, reason)
+
+
+def top_codebook(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
+    """Choose the codebook size of the top grid, if there is one, by the number of its tokens."""
+    if recipe["tokenizer.kind"] == "hierarchical":
+        pixels = pixels_per_token(recipe) * recipe["tokenizer.top_factor"]
+        codes, reason = codes_for_tokens(recipe, facts, pixels)
+        yield Choice("tokenizer.top", {"codebook_size": codes}, reason)
+
+
+def pixels_per_token(recipe: Mapping[str, Any]) -> int:
+    """Pixels along one side of a token."""
+    return recipe["tokenizer.patch_size"] * 2 ** (len(recipe["tokenizer.channel_multipliers"]) - 1)
+
+
+def codes_for_tokens(recipe: Mapping[str, Any], facts: Facts, pixels: int) -> tuple[int, str]:
+    """The codebook size for a grid whose tokens are `pixels` pixels wide, and the reason."""
     height, width = sides_of_images(recipe)
-    tokens = max(1, facts.images * (height // downsampling) * (width // downsampling))
+    tokens = max(1, facts.images * (height // pixels) * (width // pixels))
     codes = min(MOST_CODES, max(FEWEST_CODES, 2 ** round(math.log2(tokens / TOKENS_PER_CODE))))
-    yield Choice("tokenizer.codebook_size", codes, f"for {tokens:,} tokens in {facts.images:,} training images")
+    return codes, f"for {tokens:,} tokens in {facts.images:,} training images"
 
 
 def gradient_path(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
@@ -196,6 +218,7 @@ BUDGET_RULE = Rule(tuple(BUDGETS), time_budgets)
 RULES = (
     Rule(("tokenizer.patch_size", "tokenizer.channel_multipliers"), token_grid),
     Rule(("tokenizer.codebook_size",), codebook),
+    Rule(("tokenizer.top",), top_codebook),
     Rule(("tokenizer.diveq",), gradient_path),
     Rule(("tokenizer.channels", "tokenizer.residual_blocks", "tokenizer_training.batch_size"), tokenizer_network),
     Rule(("data.shift",), random_shifts),

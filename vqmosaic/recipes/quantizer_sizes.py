@@ -29,11 +29,11 @@ def _products_of_small_primes(limit: int) -> set[int]:
     return sizes
 
 
-def fsq_levels(codebook_size: int) -> list[int]:
+def fsq_levels(codebook_size: int, section: str = "tokenizer") -> list[int]:
     """Levels of each fsq dimension: 3 to 8 each, as even as possible, with the codebook size as their product (240 -> 8, 6, 5).
 
     Raises:
-        InputError: there is no such product. The message names the nearest sizes that have one.
+        InputError: there is no such product. The message names the field in `section` and the nearest sizes that have one.
     """
     levels = _factorize(codebook_size, MAX_LEVELS)
     if levels:
@@ -41,18 +41,18 @@ def fsq_levels(codebook_size: int) -> list[int]:
     # The limit includes a possible size above codebook_size: 3, or a power of two.
     possible = sorted(size for size in _products_of_small_primes(2 * codebook_size + MIN_LEVELS) if size > 1 and _factorize(size, MAX_LEVELS))
     below, above = max((size for size in possible if size < codebook_size), default=None), min(size for size in possible if size > codebook_size)
-    raise InputError(f"tokenizer.codebook_size is {codebook_size}, but tokenizer.quantizer fsq needs a product of levels from {MIN_LEVELS} to "
+    raise InputError(f"{section}.codebook_size is {codebook_size}, but {section}.quantizer fsq needs a product of levels from {MIN_LEVELS} to "
                      f"{MAX_LEVELS}; nearest: {' or '.join(str(size) for size in (below, above) if size)}.")
 
 
-def lfq_bits(codebook_size: int) -> int:
+def lfq_bits(codebook_size: int, section: str = "tokenizer") -> int:
     """Number of bits of an lfq code.
 
     Raises:
-        InputError: the size is not a power of two. The message names the nearest ones.
+        InputError: the size is not a power of two. The message names the field in `section` and the nearest ones.
     """
     bits = codebook_size.bit_length() - 1
     if codebook_size != 2**bits:
-        raise InputError(f"tokenizer.codebook_size is {codebook_size}, but tokenizer.quantizer lfq needs a power of two; "
+        raise InputError(f"{section}.codebook_size is {codebook_size}, but {section}.quantizer lfq needs a power of two; "
                          f"nearest: {2**bits} or {2 ** (bits + 1)}.")
     return bits

@@ -19,6 +19,7 @@ from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.files.given_paths import check_path
 from vqmosaic.files.json_files import is_later, version_hint
 from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.recipes.conditions import PATH_FIELDS_OF_CONDITIONS
 from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImages, Facts, fill_unset_fields, recorded_fields, rules_of
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 
@@ -29,6 +30,8 @@ WORKING_DIRECTORY_COMMENT = "# relative paths start from "
 PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
                "tokenizer_training.resume", "prior_training.tokens", "prior_training.resume")
 """Fields that may hold a path. data.path may also be the name of a data set, and resume may be auto or never."""
+MAPPING_FIELDS = ("tokenizer.top", "prior.options", "prior_training.drop_rates", "sampling.guidance")
+"""Fields that are mappings. Their entries can be set by dotted names too, such as prior.options.hidden_act."""
 SHIPPED_RECIPES = Path(__file__).resolve().parents[2] / "configs"
 
 MAX_LISTED_RUNS = 12
@@ -73,7 +76,7 @@ def section_names() -> list[str]:
 
 
 def field_names() -> dict[str, bool]:
-    """Dotted names of all fields and sections of a recipe. The value is True for sections, and for prior.options, which takes any entries."""
+    """Dotted names of all fields and sections of a recipe. The value is True for sections and MAPPING_FIELDS."""
     names = {field.name: isinstance(field.value, dict) for field in recipe_fields(Recipe())}
     names.update({entry.name: True for entry in dataclasses.fields(Recipe) if entry.name not in names})
     return names
@@ -162,7 +165,12 @@ def field_help(section: type) -> dict[str, str]:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as YAML. load_recipe reads an equal recipe from it. Comments at the top give the version and the working directory."""
     comments = f"{VERSION_COMMENT}{__version__}\n{WORKING_DIRECTORY_COMMENT}{json.dumps(os.getcwd())}\n"
-    write_bytes(path, f"{comments}{yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False)}".encode())
+    content = dataclasses.asdict(recipe)
+    for field in recipe_fields(recipe):
+        if field.is_omitted:
+            section, _, name = field.name.partition(".")
+            del content[section][name]
+    write_bytes(path, f"{comments}{yaml.safe_dump(content, sort_keys=False)}".encode())
 
 
 def recorded_path_overrides(path: Path) -> list[str]:
@@ -188,10 +196,30 @@ def recorded_path_overrides(path: Path) -> list[str]:
         value = content.get(section, {}).get(name)
         if not isinstance(value, str) or not value or value in ("auto", "never") or value.startswith("~") or os.path.isabs(value):
             continue
-        found = next((full for folder in folders if os.path.exists(full := os.path.normpath(folder / value))), None)
-        if found is not None and found != os.path.abspath(value):
+        if found := moved_path(value, folders):
             overrides.append(f"--{field}={found}")
+    for name in ("conditions", "derived"):
+        value = content.get("data", {}).get(name)
+        moved = with_moved_paths(value, folders)
+        if moved != value:
+            overrides.append(f"--data.{name}={json.dumps(moved)}")
     return overrides
+
+
+def moved_path(path: str, folders: Sequence[Path]) -> str | None:
+    """The absolute path of a relative one in the first of the folders where it exists; None if there is none, or if it is the same path."""
+    found = next((full for folder in folders if os.path.exists(full := os.path.normpath(folder / path))), None)
+    return found if found != os.path.abspath(path) else None
+
+
+def with_moved_paths(value: Any, folders: Sequence[Path]) -> Any:
+    """The value of data.conditions or data.derived with the paths in its records made absolute, see `recorded_path_overrides`."""
+    if isinstance(value, list):
+        return [with_moved_paths(record, folders) for record in value]
+    if not isinstance(value, dict):
+        return value
+    paths = {name: value[name] for name in PATH_FIELDS_OF_CONDITIONS if isinstance(value.get(name), str) and not value[name].startswith("~")}
+    return value | {name: moved for name, path in paths.items() if not os.path.isabs(path) and (moved := moved_path(path, folders))}
 
 
 def may_be_same_path(before: Any, now: Any) -> bool:
@@ -265,7 +293,8 @@ def fit_to_data(values: jsonargparse.Namespace, path: Path, overrides: list[str]
     """Set the fields that neither the recipe file nor an override sets, with the rules of fields_from_data.py."""
     if not values["fit_to_data"] and values["minutes"] is None:
         return
-    overridden = {option[2:].partition("=")[0] for option in overrides if option.startswith("--")}
+    options = [option[2:].partition("=")[0] for option in overrides if option.startswith("--")]
+    overridden = {mapping_field(name) or name for name in options}
     given = overridden | set(leaf_names(yaml.safe_load(path.read_text(encoding="utf-8")), field_names()))
     recorded = recorded_fields(values["run_dir"], redo_stage)
     if "minutes" in overridden:  # a new budget: divide it again
@@ -284,8 +313,8 @@ def has_gpu() -> bool:
 
 
 def check_field_name(name: str, known: dict[str, bool], given_as: str, other_options: Sequence[str] = ()) -> None:
-    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of prior.options."""
-    if name in known or name.startswith("prior.options."):
+    """Raise InputError, with the nearest valid name, unless `name` is a field, a section or an entry of a mapping."""
+    if name in known or mapping_field(name) is not None:
         return
     nearest = nearest_name(name, [*known, *(option.removeprefix("--") for option in other_options)])
     hint = f" Did you mean {nearest}?" if nearest else ""
@@ -297,12 +326,17 @@ def check_field_name(name: str, known: dict[str, bool], given_as: str, other_opt
     raise InputError(f"{given_as}: there is no field {name!r} in a recipe.{hint}{listing}")
 
 
+def mapping_field(name: str) -> str | None:
+    """The field whose entry a dotted name is, such as prior.options for prior.options.hidden_act; None for other names."""
+    return next((field for field in MAPPING_FIELDS if name.startswith(f"{field}.")), None)
+
+
 def leaf_names(content: dict[str, Any], known: dict[str, bool], prefix: str = "") -> list[str]:
-    """Dotted names of the leaves of nested mappings. prior.options is one leaf."""
+    """Dotted names of the leaves of nested mappings. Each of MAPPING_FIELDS is one leaf."""
     names = []
     for key, value in content.items():
         name = f"{prefix}{key}"
-        is_section = name not in known or (known[name] and name != "prior.options")
+        is_section = name not in known or (known[name] and name not in MAPPING_FIELDS)
         names += leaf_names(value, known, f"{name}.") if isinstance(value, dict) and value and is_section else [name]
     return names
 

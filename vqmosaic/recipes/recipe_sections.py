@@ -1,4 +1,4 @@
-"""Recipe sections for data, tokens, prior and sampling, as keyword-only dataclasses. Constructors check the values. Loads no torch.
+"""Recipe sections for tokens and prior, as keyword-only dataclasses. Constructors check the values. Loads no torch.
 
 The docstring under a field is its help text. Field metadata says whether a field may change when a stage is run again
 (vqmosaic/runs/stage_records.py): a budget may grow, an unrecorded field may change freely, a place may change if the data is the same. Any other
@@ -9,104 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vqmosaic.errors import InputError, check_name, check_range
-from vqmosaic.recipes.field_types import check_types
-from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
-from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
+from vqmosaic.recipes.data_section import DataConfig as DataConfig  # re-exported
+from vqmosaic.recipes.field_types import budget, check_types, checked_names, checked_numbers, unrecorded
 from vqmosaic.recipes.prior_sizes import PRESETS, PriorSizes, resolve_sizes
+from vqmosaic.recipes.sampling_section import SamplingConfig as SamplingConfig  # re-exported
 from vqmosaic.recipes.view_lists import MIRRORED_SETS, VIEW_SETS, checked_views
 
-SOURCES = ("auto", "digits", "folder", "huggingface")
 OPTIMIZERS = ("adamw", "muon")
 LEARNING_RATE_SCHEDULES = ("cosine", "linear")
-DRAWING_ORDERS = ("raster", "random", "spread", "confidence")
-STEP_SCHEDULES = ("cosine", "arccos", "linear")
-GUIDANCE_SCHEDULES = ("constant", "linear", "cosine", "power-cosine")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
-
-
-def budget(default: Any) -> Any:
-    """A field that may grow when a finished or interrupted stage is run again."""
-    return field(default=default, metadata={"change_policy": "budget"})
-
-
-def unrecorded(default: Any) -> Any:
-    """A field that affects no result, so it may change when a stage is run again."""
-    return field(default=default, metadata={"change_policy": "unrecorded"})
-
-
-def place(default: Any) -> Any:
-    """A field that gives the location of data. It may change when a stage is run again, if the data is the same."""
-    return field(default=default, metadata={"change_policy": "place"})
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """The data set, its splits, and how images are resized and augmented."""
-
-    source: str = "auto"
-    """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto (chosen by path)."""
-    path: str | None = place(None)
-    """A folder of images (with or without class sub-folders), a folder of parquet or arrow files, or the name of a Hugging Face data set."""
-    image_column: str | None = None
-    """Hugging Face data only: the column with the images. By default, it is found by its type."""
-    label_column: str | None = None
-    """The column with the class labels. Hugging Face data: by default found by type or name. Folders: a column of metadata.csv beside the images."""
-    use_labels: bool = True
-    """Read class labels if there are any; false trains an unconditional prior."""
-    train_split: str = "train"
-    """The split to train on. For folders: the sub-folder with this or another usual name (Training), if there is one; . is the whole folder."""
-    validation_split: str | None = None
-    """The split to validate on. If it is not given and no split has a usual name, images are selected by a hash of their path or row number."""
-    validation_fraction: float = 0.05
-    """Fraction of the images that the hash selects for validation, if the data has no validation split."""
-    image_size: int | list[int] = 32
-    """Size of images in pixels: one number for square images, or [height, width]. Images are resized to cover this size, and the centre is cropped.
-    Height and width must be multiples of the pixels per side of a token."""
-    channels: int = 3
-    """1 for grey, 2 for grey and alpha (or any two bands), 3 for RGB, 4 for RGB and alpha (or any four bands of an RGBA file). With 1 and 3, alpha is
-    composited on white; with 2 and 4, it is a channel like the others, opaque in images without alpha. Colours become grey by their luma, grey is
-    repeated as red, green and blue, and CMYK is converted to RGB."""
-    value_range: list[float] | None = None
-    """null reads 8 bits per channel, 16-bit values divided by 257. [low, high] reads the stored values at full depth, for 16-bit and float data: low
-    becomes -1, high becomes 1, and values outside are clipped. It applies to all channels, and opaque alpha is high. Files without such values
-    are unreadable (palettes, CMYK, inverted scales), and so are 8-bit files if high exceeds 255, and transparent pixels with 1 or 3 channels."""
-    crop_scale: float = 1.0
-    """Training augmentation: smallest side of the random crop, relative to the largest crop of the proportions of image_size; 1 turns it off."""
-    flip: bool = False
-    """Training augmentation: mirror half of the images left to right. Leave it off if that changes their meaning."""
-    shift: int = 0
-    """Training augmentation: largest random shift in pixels in each direction. Edge pixels are repeated."""
-    max_pixels: int = 100_000_000
-    """Images with more pixels than this are refused as decompression bombs."""
-    max_unreadable: float = unrecorded(0.01)
-    """Largest fraction of unreadable images, which are replaced or skipped. With more of them, the run stops."""
-    workers: int = unrecorded(1)
-    """Additional processes that decode images; 0 decodes in the training process."""
-    cache_megabytes: int = unrecorded(512)
-    """Keep decoded training images in memory if all of them fit in this many megabytes; 0 keeps none."""
-
-    def __post_init__(self):
-        check_types(self, "data")
-        check_name("data.source", self.source, SOURCES)
-        self.image_size = checked_image_size("data.image_size", self.image_size, at_least=16, at_most=4096)
-        self.channels = checked_channels("data.channels", self.channels)
-        self.value_range = checked_value_range("data.value_range", self.value_range)
-        if self.source == "digits" and self.value_range is not None:
-            raise InputError(f"data.value_range is {self.value_range}, but data.source is 'digits', whose images have 8 bits; "
-                             "set --data.value_range null.")
-        check_range("data.validation_fraction", self.validation_fraction, above=0, below=1)
-        check_range("data.crop_scale", self.crop_scale, above=0, at_most=1)
-        check_range("data.shift", self.shift, at_least=0, below=min(height_and_width(self.image_size)) / 2)
-        check_range("data.max_pixels", self.max_pixels, at_least=1)
-        check_range("data.max_unreadable", self.max_unreadable, at_least=0, at_most=1)
-        check_range("data.workers", self.workers, at_least=0)
-        check_range("data.cache_megabytes", self.cache_megabytes, at_least=0)
-        if self.source in ("folder", "huggingface") and not self.path:
-            raise InputError(f"data.path is not given, but data.source is {self.source!r}; set --data.path to a folder of images "
-                             "or the name of a Hugging Face data set.")
-        if self.source == "digits" and self.path:
-            raise InputError(f"data.path is {self.path!r}, but data.source is 'digits', which needs no path; "
-                             "set --data.source auto to train on that path, or remove data.path.")
 
 
 @dataclass(kw_only=True)
@@ -281,7 +192,14 @@ class PriorTrainingConfig(TrainingConfig):
     tokens: str | None = unrecorded(None)
     """A folder of token shards from another run or source; null uses this run's tokens/."""
     label_drop: float = 0.1
-    """Fraction of the samples whose class is replaced by the null class. Guidance needs this; 0 makes guidance impossible."""
+    """Fraction of the samples whose class is replaced by the null class, and all other given segments by null ids. Guidance needs this."""
+    drop_rates: dict[str, float] = field(default_factory=dict, metadata={"omit_if_default": True})
+    """Fraction of the samples in which a given segment is dropped independently of the others, by name: the class (class), or a condition, whose rate
+    in data.conditions it replaces. Guidance by segment, and sampling without a segment, need this."""
+    given: list[str] | None = field(default=None, metadata={"omit_if_default": True})
+    """Names of the grids and texts that are given to the prior; null: the conditions of the tokens."""
+    drawn: list[str] | None = field(default=None, metadata={"omit_if_default": True})
+    """Names of the grids that the prior draws; null: all grids that are not given. For several priors that draw one grid each."""
     token_noise: float = 0.0
     """Fraction of the input tokens replaced by random codes in training. The targets stay unchanged. It delays overfitting to few images."""
     z_loss: float = 0.0
@@ -310,6 +228,12 @@ class PriorTrainingConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range("prior_training.label_drop", self.label_drop, at_least=0, at_most=1)
+        self.drop_rates = checked_numbers("prior_training.drop_rates", self.drop_rates, at_least=0, at_most=1)
+        self.given, self.drawn = (checked_names(f"prior_training.{key}", getattr(self, key)) for key in ("given", "drawn"))
+        if self.drawn is not None and not self.drawn:
+            raise InputError("prior_training.drawn is empty; give the names of grids, or null for all grids that are not given.")
+        if both := sorted({*(self.given or [])} & {*(self.drawn or [])}):
+            raise InputError(f"prior_training.given and prior_training.drawn both have {', '.join(both)}; a grid is either given or drawn.")
         check_range("prior_training.token_noise", self.token_noise, at_least=0, below=1)
         check_range("prior_training.z_loss", self.z_loss, at_least=0)
         check_range("prior_training.first_loss_tolerance", self.first_loss_tolerance, above=0)
@@ -320,59 +244,3 @@ class PriorTrainingConfig(TrainingConfig):
                              "0 <= start <= stop <= 1, such as [0.5, 0.75].")
         check_range("prior_training.final_random_share", self.final_random_share, at_least=0, at_most=1)
         check_name("prior_training.export", self.export, ("best", "last"))
-
-
-def slider(default: float, minimum: float, maximum: float | None, step: float) -> Any:
-    """A sampling setting that the web demo shows as a slider. Without a maximum, it goes up to the codebook size."""
-    return field(default=default, metadata={"slider": (minimum, maximum, step)})
-
-
-@dataclass(kw_only=True)
-class SamplingConfig:
-    """Settings for sampling tokens from the prior. A pipeline folder stores them as its recommended settings."""
-
-    guidance_scale: float = slider(1.0, 0, 10, 0.1)
-    """Classifier-free guidance: logits = null + scale * (conditional - null); 1 turns it off."""
-    guidance_schedule: str = "constant"
-    """Scale at token t: 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1). The functions f are constant (1), linear (p), cosine
-    ((1 - cos(pi p)) / 2) and power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
-    guidance_power: float = 2.75
-    """power-cosine only: exponent of the schedule. Larger values start guidance later."""
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """[start, stop] as fractions of the T tokens. Guidance is off outside of it (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
-    temperature: float = slider(1.0, 0, 2, 0.01)
-    """Divisor of the logits; 0, or any value below 1e-6, selects the most likely token."""
-    top_k: int = slider(0, 0, None, 1)
-    """Sample only from the k most likely tokens; 0 turns it off."""
-    top_p: float = slider(1.0, 0.01, 1, 0.01)
-    """Sample only from the most likely tokens that together reach this probability; 1 turns it off."""
-    min_p: float = 0.0
-    """Sample only from tokens with at least this fraction of the highest probability (Nguyen et al. 2024); 0 turns it off."""
-    order: str = "raster"
-    """Order in which the tokens of an image are drawn: raster (row by row), random (another order for each image), spread (each token far from
-    those before it) or confidence (first those that the prior is most certain of). All but raster need a prior that was trained with
-    prior_training.order random or annealed."""
-    steps: int | None = None
-    """Number of passes in which the tokens are drawn; null in a recipe, or the number of tokens, draws one token in each. Fewer passes are faster,
-    but tokens of the same pass are drawn independently of each other. They need a prior that was trained with prior_training.order random or
-    annealed."""
-    step_schedule: str = "cosine"
-    """With steps: how many tokens each pass draws. cosine (few at first, then more), arccos (about equally many, more at the end) or linear (equally
-    many)."""
-
-    def __post_init__(self):
-        check_types(self, "sampling")
-        check_range("sampling.guidance_scale", self.guidance_scale, at_least=0)
-        check_name("sampling.guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
-        check_range("sampling.guidance_power", self.guidance_power, above=0)
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise InputError(f"sampling.guidance_interval is {self.guidance_interval}; it must be two numbers [start, stop] with "
-                             "0 <= start <= stop <= 1, such as [0.1, 0.8].")
-        check_range("sampling.temperature", self.temperature, at_least=0)
-        check_range("sampling.top_k", self.top_k, at_least=0)
-        check_range("sampling.top_p", self.top_p, above=0, at_most=1)
-        check_range("sampling.min_p", self.min_p, at_least=0, at_most=1)
-        check_name("sampling.order", self.order, DRAWING_ORDERS)
-        if self.steps is not None:
-            check_range("sampling.steps", self.steps, at_least=1)
-        check_name("sampling.step_schedule", self.step_schedule, STEP_SCHEDULES)

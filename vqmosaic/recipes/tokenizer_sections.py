@@ -1,14 +1,20 @@
 """Recipe sections for stage 1: the tokenizer, its training, and the discriminator of a VQ-GAN. Loads no torch."""
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.errors import InputError, check_name, check_range, did_you_mean
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import SIDES, ImageSize, checked_image_size, height_and_width
 from vqmosaic.recipes.quantizer_sizes import fsq_levels, lfq_bits
 from vqmosaic.recipes.recipe_sections import TrainingConfig, unrecorded
 from vqmosaic.wording import counted
 
+TOKENIZER_KINDS = ("image", "hierarchical")
+IMAGE_GRID, TOP_GRID, BOTTOM_GRID = "image", "top", "bottom"
+"""Names of the grids: that of a tokenizer of kind image, and the two of kind hierarchical."""
+HIERARCHICAL_FIELDS = ("kind", "top_factor", "top")
+"""Fields of TokenizerConfig that do not describe a network of kind image."""
 NEAREST_CODE_KINDS = ("ema", "gradient", "simvq")
 """Quantizers that look up the nearest code. They support l2_normalize, rotation_trick and diveq, and residual can consist of them."""
 QUANTIZER_NAMES = (*NEAREST_CODE_KINDS, "gumbel", "fsq", "lfq", "ibq", "residual", "kl")
@@ -19,6 +25,9 @@ RESIDUAL_FIELDS = ("residual_depth", "residual_kind", "residual_shared")
 LEARNING_FIELDS = ("dropout", "commitment_weight", "codebook_weight", "ema_decay", "rotation_trick", "diveq", "revival_threshold",
                    "gumbel_temperature", "entropy_weight", "entropy_diversity", "entropy_temperature", "kl_weight")
 """Fields of TokenizerConfig that affect the loss or the learning of the codebook, but not what the trained network computes."""
+QUANTIZER_FIELDS = ("quantizer", "codebook_size", "code_dim", "l2_normalize", *RESIDUAL_FIELDS,
+                    *(name for name in LEARNING_FIELDS if name != "dropout"))
+"""Fields of TokenizerConfig that belong to the quantizer. `tokenizer.top` can set them for the top grid."""
 PATCH_SIZES = (1, 2, 4, 8)
 BLOCKS = ("resnet", "convnext")
 RECONSTRUCTION_LOSSES = ("l1", "l2", "huber")
@@ -32,6 +41,15 @@ AUGMENTATIONS = ("color", "translation", "cutout")
 class TokenizerConfig:
     """The stage 1 network: convolutional encoder, quantizer, convolutional decoder."""
 
+    SECTION: ClassVar[str] = "tokenizer"
+    """The name of these fields in error messages."""
+
+    kind: str = field(default="image", metadata={"omit_if_default": True})
+    """image (one token grid), or hierarchical (VQ-VAE-2: a bottom grid for details, and a smaller top grid for the whole)."""
+    top_factor: int = field(default=2, metadata={"omit_if_default": True})
+    """hierarchical only: the top grid has this many times fewer rows and columns than the bottom grid. A power of two."""
+    top: dict[str, Any] = field(default_factory=dict, metadata={"omit_if_default": True})
+    """hierarchical only: fields of the quantizer, such as codebook_size, that differ for the top grid. All others are those of this section."""
     quantizer: str = "ema"
     """Maps latents to ids: ema, gradient, simvq, gumbel, fsq, lfq, ibq or residual. kl is a baseline with continuous latents and no ids."""
     codebook_size: int = 512
@@ -90,10 +108,10 @@ class TokenizerConfig:
     """kl only: weight of the KL divergence from a standard normal distribution."""
 
     def __post_init__(self):
-        check_types(self, "tokenizer")
-        check_name("tokenizer.quantizer", self.quantizer, QUANTIZER_NAMES)
-        check_range("tokenizer.codebook_size", self.codebook_size, at_least=2, at_most=2**31 - 1)
-        check_range("tokenizer.code_dim", self.code_dim, at_least=1)
+        check_types(self, self.SECTION)
+        check_name("tokenizer.kind", self.kind, TOKENIZER_KINDS)
+        check_range(f"{self.SECTION}.codebook_size", self.codebook_size, at_least=2, at_most=2**31 - 1)
+        check_range(f"{self.SECTION}.code_dim", self.code_dim, at_least=1)
         check_range("tokenizer.latent_channels", self.latent_channels, at_least=1)
         if self.channels < 32 or self.channels % 32:
             raise InputError(f"tokenizer.channels is {self.channels}; it must be a multiple of 32 (GroupNorm has 32 groups); "
@@ -112,38 +130,80 @@ class TokenizerConfig:
         for level in self.attention_levels:
             check_range(f"tokenizer.attention_levels (there are {levels} levels, the first is 0): an entry", level, at_least=0, below=levels)
         check_range("tokenizer.dropout", self.dropout, at_least=0, below=1)
-        for key in ("commitment_weight", "codebook_weight", "entropy_weight", "entropy_diversity", "kl_weight"):
-            check_range(f"tokenizer.{key}", getattr(self, key), at_least=0)
-        check_range("tokenizer.ema_decay", self.ema_decay, at_least=0, below=1)
-        check_range("tokenizer.revival_threshold", self.revival_threshold, at_least=0, below=1)
-        for key in ("gumbel_temperature", "entropy_temperature"):
-            check_range(f"tokenizer.{key}", getattr(self, key), above=0)
-        check_range("tokenizer.residual_depth", self.residual_depth, at_least=1, at_most=64)
-        check_name("tokenizer.residual_kind", self.residual_kind, NEAREST_CODE_KINDS)
         self._check_quantizer()
+        self._check_top()
 
     def _check_quantizer(self) -> None:
-        """Raise InputError for fields that do not work with the quantizer."""
+        """Raise InputError for fields of the quantizer that are invalid or do not work together."""
+        section = self.SECTION
+        check_name(f"{section}.quantizer", self.quantizer, QUANTIZER_NAMES)
+        for key in ("commitment_weight", "codebook_weight", "entropy_weight", "entropy_diversity", "kl_weight"):
+            check_range(f"{section}.{key}", getattr(self, key), at_least=0)
+        check_range(f"{section}.ema_decay", self.ema_decay, at_least=0, below=1)
+        check_range(f"{section}.revival_threshold", self.revival_threshold, at_least=0, below=1)
+        for key in ("gumbel_temperature", "entropy_temperature"):
+            check_range(f"{section}.{key}", getattr(self, key), above=0)
+        check_range(f"{section}.residual_depth", self.residual_depth, at_least=1, at_most=64)
+        check_name(f"{section}.residual_kind", self.residual_kind, NEAREST_CODE_KINDS)
         if self.quantizer == "fsq":
-            fsq_levels(self.codebook_size)
+            fsq_levels(self.codebook_size, section)
         if self.quantizer == "lfq":
-            lfq_bits(self.codebook_size)
+            lfq_bits(self.codebook_size, section)
         if self.rotation_trick and self.diveq:
-            raise InputError("tokenizer.rotation_trick and tokenizer.diveq are both true, but only one of them can be used; turn one off.")
+            raise InputError(f"{section}.rotation_trick and {section}.diveq are both true, but only one of them can be used; turn one off.")
         for key in ("l2_normalize", "rotation_trick", "diveq"):
             if getattr(self, key) and self.quantizer not in (*NEAREST_CODE_KINDS, "residual"):
-                raise InputError(f"tokenizer.{key} is true, but tokenizer.quantizer is {self.quantizer!r}, which does not look up the nearest code. "
+                raise InputError(f"{section}.{key} is true, but {section}.quantizer is {self.quantizer!r}, which does not look up the nearest code. "
                                  f"Set it to false (a recipe may have set it), or use one of: {', '.join(NEAREST_CODE_KINDS)}, residual.")
+
+    def _check_top(self) -> None:
+        """Raise InputError for an invalid top grid."""
+        if not isinstance(self.top, dict):
+            raise InputError(f"tokenizer.top is {self.top!r}; it must be a mapping of fields, such as {{codebook_size: 256}}.")
+        if self.kind != "hierarchical":
+            if self.top:
+                raise InputError(f"tokenizer.top sets {', '.join(map(str, self.top))}, but tokenizer.kind is {self.kind!r}, which has no top grid. "
+                                 "Set tokenizer.kind to hierarchical, or tokenizer.top to {}.")
+            return
+        factor = self.top_factor
+        if factor < 2 or factor & (factor - 1):
+            raise InputError(f"tokenizer.top_factor is {factor}; it must be a power of two of at least 2, such as 2 or 4.")
+        for name in self.top:
+            if name not in QUANTIZER_FIELDS:
+                raise InputError(f"tokenizer.top sets {name!r}; allowed are the fields of the quantizer: {', '.join(QUANTIZER_FIELDS)}. "
+                                 f"All other fields are the same for both grids.{did_you_mean(str(name), QUANTIZER_FIELDS)}")
+        self._top_level()  # its constructor checks the values
+
+    def _top_level(self) -> "TopLevelConfig":
+        fields = {name: value for name, value in vars(self).items() if name not in HIERARCHICAL_FIELDS}
+        return TopLevelConfig(**fields | self.top)
+
+    @property
+    def levels(self) -> "dict[str, TokenizerConfig]":
+        """The section by grid name, in the order in which the grids are computed, with the fields of the quantizer of each grid."""
+        return {TOP_GRID: self._top_level(), BOTTOM_GRID: self} if self.kind == "hierarchical" else {IMAGE_GRID: self}
 
     @property
     def downsampling(self) -> int:
-        """Pixels along one side of a token."""
+        """Pixels along one side of a token, in the bottom grid if there are two."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def depth(self) -> int:
         """Number of ids per position of the grid."""
         return self.residual_depth if self.quantizer == "residual" else 1
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the quantizer of this level has ids."""
+        return self.quantizer not in CONTINUOUS_QUANTIZERS
+
+
+@dataclass(kw_only=True)
+class TopLevelConfig(TokenizerConfig):
+    """The section with the quantizer of the top grid."""
+
+    SECTION: ClassVar[str] = "tokenizer.top"
 
 
 @dataclass(kw_only=True)
@@ -244,23 +304,31 @@ class AdversarialConfig:
             check_range("adversarial.learning_rate", self.learning_rate, above=0)
 
 
-def token_grid(field: str, image_size: ImageSize, config: TokenizerConfig, fewest: int = 1) -> tuple[int, int]:
-    """Height and width of the token grid of images of this size.
+def token_grids(field: str, image_size: ImageSize, config: TokenizerConfig, fewest: int = 1) -> dict[str, tuple[int, int]]:
+    """Height and width of each token grid of images of this size, by grid name.
 
     Raises:
-        InputError: a side of the images is not a multiple of config.downsampling, or has fewer than `fewest` tokens. The message names the field,
-            the side and the nearest size that fits.
+        InputError: a side of the images is not a multiple of the pixels along one side of a token, or has fewer than `fewest` tokens (one in the top
+            grid, if there are two grids). The message names the field, the side and the nearest size that fits.
     """
-    sides, factor = height_and_width(image_size, field), config.downsampling
+    sides, is_hierarchical = height_and_width(image_size, field), config.kind == "hierarchical"
+    factor = config.downsampling * (config.top_factor if is_hierarchical else 1)
+    fewest = 1 if is_hierarchical else fewest
     wrong = [name for name, side in zip(SIDES, sides, strict=True) if side % factor or side // factor < fewest]
     if wrong:
         size = checked_image_size(field, image_size)
         nearest = checked_image_size(field, [max(fewest, round(side / factor)) * factor for side in sides])
         subject = "it" if isinstance(size, int) else f"its {' and its '.join(wrong)}"
-        raise InputError(f"{field} is {size}. With {len(config.channel_multipliers)} levels in tokenizer.channel_multipliers and "
-                         f"tokenizer.patch_size {config.patch_size}, {subject} must be a multiple of {factor} with at least "
-                         f"{counted(fewest, 'token')} per side; set {field} to {nearest}, or remove levels.")
-    return sides[0] // factor, sides[1] // factor
+        levels, patches = f"{len(config.channel_multipliers)} levels in tokenizer.channel_multipliers", f"tokenizer.patch_size {config.patch_size}"
+        cause, remedy = f"{levels} and {patches}", "remove levels"
+        if is_hierarchical:
+            cause, remedy = f"{levels}, {patches} and tokenizer.top_factor {config.top_factor}", "remove levels or lower tokenizer.top_factor"
+        raise InputError(f"{field} is {size}. With {cause}, {subject} must be a multiple of {factor} with at least {counted(fewest, 'token')} per "
+                         f"side{' of the top grid' if is_hierarchical else ''}; set {field} to {nearest}, or {remedy}.")
+    height, width = sides[0] // config.downsampling, sides[1] // config.downsampling
+    if is_hierarchical:
+        return {TOP_GRID: (height // config.top_factor, width // config.top_factor), BOTTOM_GRID: (height, width)}
+    return {IMAGE_GRID: (height, width)}
 
 
 def check_discriminator_fits(image_size: ImageSize, layers: int) -> None:

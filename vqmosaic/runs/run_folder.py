@@ -12,7 +12,14 @@ from vqmosaic.errors import InputError
 from vqmosaic.files.full_disks import DISK_FULL_ERRNOS, disk_full, explain_full_disk, is_quota
 
 STAGES = ("tokenizer", "tokens", "prior", "pipeline")
+REDO_STAGES = ("tokenizer", "conditions", "tokens", "prior", "pipeline")
+"""Values of --redo. `conditions` are the tokenizers of all conditions, each a run of its own in conditions/<name>."""
 LOCK_WAIT_SECONDS = 10.0
+
+
+def main_stage(redo_stage: str | None) -> str | None:
+    """The first stage of the run itself that --redo repeats."""
+    return "tokens" if redo_stage == "conditions" else redo_stage
 
 
 @dataclass(frozen=True)

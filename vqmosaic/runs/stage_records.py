@@ -27,6 +27,8 @@ SECTIONS_READ = {
 }
 # These fields only affect the training images of stage 1. Stored tokens do not depend on them.
 FIELDS_NOT_READ = {"tokens": ("data.crop_scale", "data.flip", "data.shift")}
+CONDITIONS = "data.conditions"
+"""Recorded for the tokens only, without the fields that do not affect them. Tokenizers of conditions are inputs, compared by fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,13 @@ class StageRecord:
 
 def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
     """The recipe fields that a stage's result depends on, by dotted name."""
-    return {field.name: field for field in recipe_fields(recipe)
-            if field.change_policy != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage]
-            and field.name not in FIELDS_NOT_READ.get(stage, ())}
+    fields = {field.name: field for field in recipe_fields(recipe)
+              if field.change_policy != "unrecorded" and field.name.partition(".")[0] in SECTIONS_READ[stage]
+              and field.name not in (CONDITIONS, *FIELDS_NOT_READ.get(stage, ()))}
+    if stage == "tokens":
+        records = [condition.ids_record() for condition in recipe.data.given_conditions]
+        fields[CONDITIONS] = RecipeField(CONDITIONS, records, [], "same", omit_if_default=True)
+    return fields
 
 
 def load_record(run: RunFolder, stage: str) -> StageRecord | None:
@@ -67,7 +73,7 @@ def write_record(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, s
                  exported_step: int | None = None) -> None:
     """Record that a stage starts or has finished with this recipe and these inputs."""
     save_recipe(recipe, run.recipe)  # here and not in the command line, so that it also happens under a user's own launcher
-    fields = {name: field.value for name, field in fields_read(recipe, stage).items()}
+    fields = {name: field.value for name, field in fields_read(recipe, stage).items() if not field.is_omitted}
     write_json(run.record(stage), {"stage": stage, "finished": finished, VERSION_FIELD: __version__, "fields": fields, "inputs": inputs,
                                    "seconds": round(seconds, 2), "exported_step": exported_step,
                                    "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
@@ -95,7 +101,7 @@ def decide_action(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, 
         if field.change_policy == "budget" and has_grown(before, field.value):
             grown = True
             continue
-        if field.change_policy == "place" and "data set" in record.inputs:
+        if (field.change_policy == "place" or differs_only_in_path(before, field.value)) and "data set" in record.inputs:
             moved = True
             continue
         if name in PATH_FIELDS and may_be_same_path(before, field.value):
@@ -108,6 +114,12 @@ def decide_action(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, 
     if record.finished and not grown and run.export(stage).exists():
         return "compare" if moved and "data set" not in (inputs or {}) else "skip"
     return "resume"
+
+
+def differs_only_in_path(before: Any, now: Any) -> bool:
+    """Whether two records, such as data.derived, are equal except for their path."""
+    without_path = [{name: value for name, value in record.items() if name != "path"} for record in (before, now) if isinstance(record, dict)]
+    return len(without_path) == 2 and without_path[0] == without_path[1]
 
 
 def has_grown(before: float | None, now: float | None) -> bool:

@@ -1,0 +1,133 @@
+"""Checks the arguments of a call of a pipeline: settings, classes, conditions and seeds of each image."""
+
+import dataclasses
+import operator
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from pipelines.condition_inputs import ConditionInputs
+from pipelines.labels import class_indices
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.generation.guidance_scales import segment_scales
+from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.seeding import image_seeds
+
+SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
+GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
+FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
+"""The arguments of a call that could be positional in version 0.1.0, after seed."""
+
+
+class Request(NamedTuple):
+    """A checked request to a pipeline: the sampling settings, the class index of each image (None without classes) and its seed."""
+
+    sampling: SamplingConfig
+    classes: list[int] | None
+    seeds: list[int]
+    known_BT: torch.Tensor | None = None
+    """Ids of all grids that are kept; -1 is a token to draw. None draws all."""
+    given: Mapping[str, torch.Tensor] = {}
+    """Ids (B, n) of the conditions, by name."""
+
+
+class Given(NamedTuple):
+    """What a call gives beside the class: prompts, images, and ids of conditions."""
+
+    prompt: str | Sequence[str] | None = None
+    image: Any = None
+    ids: Mapping[str, torch.Tensor] | None = None
+
+
+def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommended: SamplingConfig,
+                  class_labels: Sequence[str | int] | str | int | None, given: Given, num_images_per_label: int, seed: int | None,
+                  settings: dict[str, Any]) -> Request:
+    """Check the arguments of a call and resolve classes, conditions, seeds and sampling settings. Raises InputError for invalid ones."""
+    for name in settings:
+        check_name("a setting", name, SAMPLING_SETTINGS)
+    count = as_integer("num_images_per_label", num_images_per_label)
+    check_range("num_images_per_label", count, at_least=1)
+    changed = {name: value for name, value in settings.items() if value is not None}
+    sampling = dataclasses.replace(recommended, **changed)
+    if sampling.top_k > vocabulary.most_codes:
+        raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {vocabulary.most_codes}, the codebook size.")
+    labels, names = as_labels(class_labels), vocabulary.class_names
+    classes = None if labels is None else class_indices(names, labels)
+    ids = inputs.ids(given.prompt, given.image, given.ids)
+    if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
+        if not vocabulary.conditions and len(vocabulary.vocabularies) == 1:
+            raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
+                             f"Give class_labels; allowed: {', '.join((names or [])[:50])}.")
+        raise InputError(f"{why} {inputs.describe_taken()}")
+    if classes is None and not ids:
+        guided = {name: changed[name] for name in GUIDANCE_SETTINGS if name in changed}
+        if guided and guided.get("guidance_scale") != 1:
+            remedy = inputs.remedy_without_guidance()
+            words = " and ".join(f"{name} is {value}" for name, value in guided.items())
+            raise InputError(f"{words}, but {'no class_labels are given' if not vocabulary.conditions else 'nothing is given'}, so guidance has no "
+                             f"effect; {remedy}.")
+        sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
+    check_guidance(vocabulary, sampling)
+    rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}})
+    if classes is not None:
+        classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
+    ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
+    return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+
+
+def check_guidance(vocabulary: ChainVocabulary, sampling: SamplingConfig) -> None:
+    """Raise InputError for guidance of segments that no prior is given, and for scales that a prior has not learned."""
+    if unknown := [name for name in sampling.guidance if name not in vocabulary.given_names]:
+        raise InputError(f"guidance has {', '.join(unknown)}; the given segments of the prior are: {', '.join(vocabulary.given_names) or 'none'}.")
+    for number, each in enumerate(vocabulary.vocabularies):
+        own = vocabulary.settings_of(number, sampling)
+        if own.guidance:
+            segment_scales(each, own.guidance_scale, own.guidance)
+
+
+def as_labels(class_labels: Sequence[str | int] | str | int | None) -> list[str | int] | None:
+    """The labels of a call as a list, or None if there are none. Raises InputError for an empty list."""
+    if class_labels is None:
+        return None
+    single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)  # None for a sequence
+    labels = list(cast("Sequence[str | int]", class_labels)) if single_label is None else [single_label]
+    if not labels:
+        raise InputError("class_labels is empty; give class names or indices, or None.")
+    return labels
+
+
+def common_length(given: Mapping[str, Any]) -> int:
+    """The number of entries of what is given, 1 for nothing. A single entry counts for all. Raises InputError for different numbers."""
+    lengths = {name: len(entries) for name, entries in given.items() if entries is not None}
+    several = {length for length in lengths.values() if length != 1}
+    if len(several) > 1:
+        raise InputError(f"{' and '.join(f'{name} has {counted_entries(length)}' for name, length in lengths.items())}; give one for each image, or "
+                         "a single one for all.")
+    return several.pop() if several else 1
+
+
+def counted_entries(count: int) -> str:
+    """The number with its noun."""
+    return f"{count} {'entry' if count == 1 else 'entries'}"
+
+
+def keywords_from_former_positions(positional: Sequence[Any]) -> dict[str, Any]:
+    """Name the deprecated positional arguments of a call of the pipeline, and warn its caller. Raises TypeError if there are too many."""
+    if len(positional) > len(FORMER_POSITIONS):
+        raise TypeError(f"a call takes at most {3 + len(FORMER_POSITIONS)} positional arguments")
+    keywords = dict(zip(FORMER_POSITIONS[:len(positional)], positional, strict=True))
+    warnings.warn(f"pass {', '.join(keywords)} by keyword", DeprecationWarning, stacklevel=3)
+    return keywords
+
+
+def as_index(value: Any) -> int | None:
+    """A single integer of any type (int, numpy, torch) as int, or None for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

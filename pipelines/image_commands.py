@@ -1,0 +1,150 @@
+"""The commands that write images: generate, upscale, translate and reconstruct. They load torch only when the options are checked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.files.given_paths import given_path
+
+if TYPE_CHECKING:
+    from stage2_prior.chain_vocabulary import ChainVocabulary
+
+RECONSTRUCTIONS = "reconstructions"
+"""The default output folder of `reconstruct`."""
+
+
+def generate(command: str, arguments: list[str]) -> int:
+    """generate: sample images from a run or a pipeline to PNG files and a grid."""
+    parser = Parser(command, "Generate images, one PNG each plus a grid. After an interruption, the same command continues.")
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+    parser.add_argument("--classes", help="comma-separated class names or indices, such as cat,3; default: all classes")
+    parser.add_argument("--num", type=int, default=4, help="images per class; default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
+    parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
+                                                      "if samples holds other images")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text, for a prior that is given captions")
+    add_device_options(parser)
+    add_sampling_options(parser, "default: recommended by the bundle")
+    options = parser.parse_args(arguments)
+
+    from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
+    from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
+    from pipelines.labels import classes_from_text
+    from pipelines.pipeline_parts import PipelineParts
+    from pipelines.stages.stage_checks import check_can_write
+
+    folder = find_pipeline(options.pipeline)
+    content = read_bundle(folder)
+    check_range("--num", options.num, at_least=1)
+    sampling = check_given_sampling(folder, content, given_sampling(options))
+    check_can_write("--out", options.out or Path("samples"))
+    names = content["class_names"]
+    # a prompt says what to draw, so without --classes there is no class
+    labels = None if options.prompt is not None and options.classes is None else classes_from_text(names, options.classes)
+    check_can_sample(PipelineParts.in_folder(folder, content).vocabulary(), labels is not None, options.prompt is not None)
+    samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=labels, num=options.num, seed=options.seed,
+                           sampling=sampling, dtype=options.dtype, prompt=options.prompt)
+    samples = samples if options.out else find_output_folder(samples)
+    if samples.is_finished():
+        return 0
+    usable_device(options.device, "--device")
+    if options.out is None:
+        print(f"without --out, the images are written to {samples.out.absolute()}", flush=True)
+
+    from pipelines.image_folders.write_images import write_generated
+
+    return write_generated(samples, options.device)
+
+
+def check_can_sample(vocabulary: "ChainVocabulary", has_class: bool, has_prompt: bool) -> None:
+    """Raise InputError if a pipeline does not take a prompt, or needs more than the class and the prompt."""
+    texts = [condition.name for condition in vocabulary.conditions if condition.kind == "text"]
+    if has_prompt and not texts:
+        takes = ", ".join([*(["--classes"] if vocabulary.class_names else []), *(f"an image ({each.name})" for each in vocabulary.conditions)])
+        raise InputError(f"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: {takes or 'nothing'}.")
+    if has_prompt and len(texts) > 1:
+        raise InputError(f"--prompt is given, but the prior of this pipeline takes several texts: {', '.join(texts)}. Use the Python interface.")
+    why = vocabulary.why_not_sampled(has_class, texts if has_prompt else [])
+    if why and vocabulary.conditions:
+        raise InputError(f"{why} Give --classes or --prompt, or use `vqmosaic upscale` or `vqmosaic translate` if it is an image.")
+
+
+def upscale(command: str, arguments: list[str]) -> int:
+    """upscale: make large images from small ones."""
+    return make_from_images(command, arguments, "Make large images from small ones. Larger images are first reduced to the prior's low resolution.",
+                            "images")
+
+
+def translate(command: str, arguments: list[str]) -> int:
+    """translate: make images from others, such as edges."""
+    return make_from_images(command, arguments, "Make images from others of the kind that the prior was trained with, such as edges.",
+                            "images of this kind")
+
+
+def make_from_images(command: str, arguments: list[str], description: str, what: str) -> int:
+    """upscale and translate, which differ in the condition that they need."""
+    parser = Parser(command, f"{description} After an interruption, the same command continues.")
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+    parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help=f"{what}: files, or folders of them")
+    parser.add_argument("--out", required=True, type=given_path, help="output folder. Files keep their names, and in folders their sub-folders")
+    parser.add_argument("--classes", help="comma-separated class names or indices: one for all images, or one for each")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
+    add_device_options(parser)
+    add_sampling_options(parser, "default: recommended by the bundle")
+    options = parser.parse_args(arguments)
+
+    from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
+    from pipelines.image_folders.translation_folder import TranslationFolder, check_has_condition, find_images
+    from pipelines.labels import class_indices, labels_from_text
+    from pipelines.pipeline_parts import PipelineParts
+    from pipelines.stages.stage_checks import check_can_write
+
+    folder = find_pipeline(options.pipeline)
+    content = read_bundle(folder)
+    name = check_has_condition(content, command)
+    sampling = check_given_sampling(folder, content, given_sampling(options))
+    names = content["class_names"]
+    labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
+    if why := PipelineParts.in_folder(folder, content).vocabulary().why_not_sampled(labels is not None, [name]):
+        raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
+    images = find_images(options.images)
+    if labels is not None and len(labels) not in (1, len(images)):
+        raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
+    check_range("--seed", options.seed, at_least=0)
+    check_can_write("--out", options.out)
+    request = TranslationFolder(out=options.out, pipeline=folder, condition=name, images=images, labels=labels, seed=options.seed, sampling=sampling,
+                                dtype=options.dtype)
+    if request.is_finished():
+        return 0
+    usable_device(options.device, "--device")
+
+    from pipelines.image_folders.write_translations import write_translations
+
+    return write_translations(request, options.device)
+
+
+def reconstruct(command: str, arguments: list[str]) -> int:
+    """reconstruct: encode images to tokens and decode them."""
+    parser = Parser(command, "Encode images to tokens and decode them again.")
+    parser.add_argument("tokenizer", type=given_path, help="a run folder, a pipeline folder or a tokenizer folder")
+    parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files")
+    parser.add_argument("--out", type=given_path, help=f"output folder; default: {RECONSTRUCTIONS} in the working directory")
+    add_device_options(parser)
+    options = parser.parse_args(arguments)
+
+    from pipelines.bundle import find_tokenizer, usable_device
+    from pipelines.stages.stage_checks import check_can_write, check_image
+
+    folder = find_tokenizer(options.tokenizer)
+    for image in options.images:
+        check_image(image)
+    out = options.out or Path(RECONSTRUCTIONS)
+    check_can_write("--out", out)
+    usable_device(options.device, "--device")
+
+    from pipelines.image_folders.write_images import write_reconstructions
+
+    if options.out is None:
+        print(f"without --out, the images are written to {out.absolute()}", flush=True)
+    return write_reconstructions(folder, options.images, out, options.device, options.dtype)

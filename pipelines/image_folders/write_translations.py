@@ -1,0 +1,94 @@
+"""Writes the output of `vqmosaic upscale` and `vqmosaic translate`: one PNG per given image, and a grid of given images over results."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pipelines.generate import ImageGenerationPipeline
+from pipelines.image_folders.sample_folder import GRID_NAME, report_damaged
+from pipelines.image_folders.translation_folder import TranslationFolder
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid
+from pipelines.stages.stored_conditions import as_channels
+from stage1_tokenizer.image_files.channels import visible_pixels
+from stage1_tokenizer.image_files.images import to_uint8
+from stage1_tokenizer.pictures import save_picture, to_picture
+from stage2_prior.generation.sampling import SamplingStopped
+from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.run_folder import locked
+from vqmosaic.training.tracking import progress_bar
+from vqmosaic.wording import counted, is_or_are
+
+READ_IMAGES = 64
+"""Number of images that are read and encoded at a time."""
+
+
+def write_translations(folder: TranslationFolder, device: str | None) -> int:
+    """Write the missing and damaged images of a request to its folder. Returns exit code 0.
+
+    Raises:
+        ValueError: an image cannot be read, the folder contains images of another request, or another process is writing to it.
+        Interrupted: a signal stopped it. Written images are kept, and the same request continues from there.
+    """
+    with locked(folder.out, "--out"):
+        return write_missing(folder, device)
+
+
+def write_missing(folder: TranslationFolder, device: str | None) -> int:
+    """The part of `write_translations` that runs while this process holds the lock of the folder."""
+    if folder.is_finished():  # another process finished it before releasing the lock
+        return 0
+    complete, names = folder.complete_files(), folder.names
+    report_damaged(folder.out, folder.existing_files() - complete)
+    kept, written = len(complete - {GRID_NAME}), 0
+    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
+    pipe.sampling = folder.sampling
+    paths, transform = list(folder.images.values()), pipe.inputs.tokenizers[folder.condition].transform.without_derivation
+    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
+        chunks = (paths[start:start + READ_IMAGES] for start in range(0, len(paths), READ_IMAGES))
+        ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, torch.stack([load_image(path, transform) for path in chunk]))
+                            for chunk in chunks])
+
+        def on_token(done: int, tokens: int) -> bool:
+            bar.total = tokens
+            bar.update(done - bar.n)
+            return not stop.signal
+
+        # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
+        batches = pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=on_token,
+                               skip=lambda positions: complete.issuperset(names[position] for position in positions))
+        folder.begin()
+        try:
+            for batch in batches:
+                for position, pixels_HWC in zip(batch.places, batch.images, strict=True):
+                    if names[position] not in complete:
+                        save_picture(to_picture(pixels_HWC), folder.out / names[position])
+                        written += 1
+                if stop.signal:
+                    break
+        except SamplingStopped:
+            pass
+        if stop.signal:
+            done = kept + written
+            raise Interrupted(stop.signal, f"{done:,} of {counted(len(names), 'image')} {is_or_are(done)} written to {folder.out}")
+    save_grid_of_pairs(folder, pipe)
+    print(f"wrote {counted(written, 'image')} and {GRID_NAME} (given images over results) to {folder.out}"
+          + (f", which now contains all {len(names):,}" if kept else ""))
+    return 0
+
+
+def save_grid_of_pairs(folder: TranslationFolder, pipe: ImageGenerationPipeline) -> None:
+    """Save the first given images, enlarged without smoothing, over their results."""
+    transform, own = pipe.inputs.tokenizers[folder.condition].transform.without_derivation, pipe.tokenizer.transform
+    channels = max(1 if each.channels <= 2 else 3 for each in (transform, own))
+
+    def given(name: str) -> np.ndarray:
+        enlarged_1CHW = F.interpolate(load_image(folder.images[name], transform)[None], size=own.sides, mode="nearest")
+        return as_channels(visible_pixels(to_uint8(enlarged_1CHW)), channels)[0]
+
+    rows: list[list[np.ndarray | Path]] = []
+    for positions in grid_rows(len(folder.names), GRID_COLUMNS, own.image_size, rows_each=2):
+        names = [folder.names[position] for position in positions]
+        rows += [[given(name) for name in names], [folder.out / name for name in names]]
+    save_grid(rows, folder.out / GRID_NAME, channels)

@@ -1,0 +1,42 @@
+"""Encodes prompts as the ids of a text condition: the bytes of UTF-8, or the ids of a tokenizer of transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stage1_tokenizer.conditions.text_tokenizer import TextTokenizer, load_text_tokenizer, text_ids
+from stage2_prior.segments import GivenText
+from vqmosaic.errors import InputError
+from vqmosaic.files.fingerprints import check_same_tokens
+
+
+class TextEncoder:
+    """Texts to ids (N, n) of a condition: cut to its length, and padded with its padding id."""
+
+    def __init__(self, condition: GivenText, tokenizer: TextTokenizer, folder: Path | None = None):
+        """Raises InputError unless this tokenizer made the ids on which the prior was trained. `folder` is that of a tokenizer of transformers."""
+        expected = condition.token_fingerprint or tokenizer.fingerprint
+        check_same_tokens(tokenizer.fingerprint, folder or "the bytes of UTF-8", expected, f"the text {condition.name!r} of the prior")
+        if tokenizer.num_ids != condition.text_ids:
+            raise InputError(f"The tokenizer of the text {condition.name!r} has {tokenizer.num_ids} ids, but the prior was trained with "
+                             f"{condition.text_ids}. Use the tokenizer that made its captions.")
+        self.condition, self.tokenizer, self.folder = condition, tokenizer, folder
+
+    @classmethod
+    def load(cls, condition: GivenText, folder: Path | None) -> "TextEncoder":
+        """The encoder of a condition, with the tokenizer in a folder, or without a folder the bytes of UTF-8."""
+        return cls(condition, load_text_tokenizer(folder), folder)
+
+    def ids(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """int64 ids (N, n) of a text or a list of texts. Raises InputError for anything else."""
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"prompt is {str(texts)[:100]!r}; give a text, or a list of texts.")
+        return torch.from_numpy(np.stack([text_ids(self.tokenizer, text, self.condition.num_tokens) for text in texts]))
+
+    def texts(self, ids_Nn: torch.Tensor) -> list[str]:
+        """The texts of ids (N, n), without padding. Dropped texts (ids -1) are empty."""
+        rows = [[each for each in row if 0 <= each < self.condition.text_ids] for row in ids_Nn.tolist()]
+        return [self.tokenizer.decode(row) for row in rows]

@@ -1,0 +1,1 @@
+"""The data of conditions (data.conditions): paired images, captions, and the tokenizers of texts."""

@@ -1,0 +1,88 @@
+"""Samples with one or several priors, one after another: each is given the grids that earlier ones have drawn."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.generation.logit_differences import largest_logit_difference
+from stage2_prior.generation.passes import UNKNOWN
+from stage2_prior.prior import TokenPrior
+from stage2_prior.vocabulary import Vocabulary
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.seeding import derive_seed
+
+
+class PriorChain:
+    """Priors in the order of sampling. `.vocabulary` describes what they are given and draw together."""
+
+    def __init__(self, priors: Sequence[TokenPrior], names: Sequence[str] = ()):
+        self.priors = list(priors)
+        self.vocabulary = ChainVocabulary([prior.vocabulary for prior in priors], names)
+
+    @property
+    def vocabularies(self) -> Sequence[Vocabulary]:
+        """The vocabulary of each prior."""
+        return self.vocabulary.vocabularies
+
+    @property
+    def any_order(self) -> bool:
+        """Whether all priors predict tokens in any order."""
+        return all(prior.any_order for prior in self.priors)
+
+    def sample(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
+               callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
+               given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Sample ids (B, n) of each drawn grid, by name. Image b depends on its class, given and known ids, and seed.
+
+        `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. The other arguments
+        are those of `TokenPrior.sample`. The callback gets the numbers of tokens over all priors. One prior gives the same ids as without a chain.
+        """
+        drawn: dict[str, torch.Tensor] = {}
+        done_before, total = 0, self.vocabulary.num_tokens
+        for number, prior in enumerate(self.priors):
+            vocabulary = prior.vocabulary
+
+            def report(done: int, _: int, before: int = done_before) -> bool | None:
+                assert callback is not None  # otherwise this function is not passed on
+                return callback(before + done, total)
+
+            # random numbers of their own: those of an earlier prior have already chosen its ids, which this prior is given
+            own_seeds = seeds if number == 0 else [derive_seed("prior", number, seed) for seed in seeds]
+            own_given, settings = given_ids_of(prior, drawn, given), self.vocabulary.settings_of(number, sampling)
+            if len(self.priors) > 1 and class_indices is None and not own_given:
+                settings = settings.unguided()  # only the other priors are given something
+            ids_BT = prior.sample(class_indices, settings, own_seeds, report if callback is not None else None, compile, given=own_given,
+                                  known_BT=join_known(prior, known, len(own_seeds)))
+            drawn |= split_grids(prior, ids_BT)
+            done_before += vocabulary.num_tokens
+        return drawn
+
+    def logit_difference(self, references: Sequence[TokenPrior], ids: Mapping[str, torch.Tensor], class_indices: Sequence[int],
+                         given: Mapping[str, torch.Tensor] | None = None) -> float:
+        """The largest difference between the logits of these priors in sampling and those of other priors in a forward pass, for given ids."""
+        differences = []
+        for prior, reference in zip(self.priors, references, strict=True):
+            ids_BT = torch.cat([ids[grid.name].flatten(1) for grid in prior.vocabulary.grids], dim=1)
+            differences.append(largest_logit_difference(prior, reference, ids_BT, class_indices, given_ids_of(prior, ids, given)))
+        return max(differences)
+
+
+def given_ids_of(prior: TokenPrior, drawn: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The ids of a prior's conditions: those that earlier priors have drawn, and the given ones."""
+    known = {**(given or {}), **drawn}
+    return {condition.name: known[condition.name] for condition in prior.vocabulary.conditions if condition.name in known}
+
+
+def split_grids(prior: TokenPrior, ids_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The ids (B, n) of each grid that a prior draws, from those of all of them (B, T)."""
+    grids = prior.vocabulary.grids
+    return {grid.name: part for grid, part in zip(grids, ids_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
+
+
+def join_known(prior: TokenPrior, known: Mapping[str, torch.Tensor] | None, images: int) -> torch.Tensor | None:
+    """The known ids (B, T) of the grids that a prior draws, -1 for tokens to draw. None if no grid has any."""
+    grids = prior.vocabulary.grids
+    if known is None or not any(grid.name in known for grid in grids):
+        return None
+    return torch.cat([known[grid.name].flatten(1) if grid.name in known else torch.full((images, grid.num_tokens), UNKNOWN) for grid in grids], dim=1)

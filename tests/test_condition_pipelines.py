@@ -1,0 +1,280 @@
+"""Pipelines whose prior is given a low resolution and a text: arguments, errors, and the commands generate, upscale and translate."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import ImageGenerationPipeline
+from pipelines.bundle import make_bundle
+from pipelines.command_line import dispatch
+from pipelines.image_folders.translation_folder import find_images
+from stage1_tokenizer import load_tokenizer
+from tests.conditioned import LOW_SIZE, SIZE, TEXT_LENGTH, Parts, given_low, image_tokenizer, make_parts, saved_prior
+from tests.run_files import pictures
+from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Parts:
+    return make_parts(tmp_path_factory.mktemp("parts"), class_drop=0.1)
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory) -> Path:
+    return parts.bundle(tmp_path_factory.mktemp("bundle") / "pipeline", guidance_scale=1.5)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> ImageGenerationPipeline:
+    return ImageGenerationPipeline.from_pretrained(folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Image.Image]:
+    """Black, white and a gradient, which the random tokenizer distinguishes."""
+    gradient_HW = np.linspace(0, 255, LOW_SIZE**2).reshape(LOW_SIZE, LOW_SIZE).astype(np.uint8)
+    return [Image.fromarray(pixels_HW) for pixels_HW in (np.zeros_like(gradient_HW), np.full_like(gradient_HW, 255), gradient_HW)]
+
+
+@pytest.fixture(scope="module")
+def edges_pipeline(tmp_path_factory) -> Path:
+    """A pipeline whose prior needs an image of edges, without classes."""
+    root = tmp_path_factory.mktemp("edges")
+    tokenizer = image_tokenizer(root / "tokenizer")
+    edges = image_tokenizer(root / "edges", derived={"kind": "edges", "method": "sobel"}, seed=2)
+    loaded, condition = load_tokenizer(tokenizer), given_low(edges, 0.0)
+    condition = dataclasses.replace(condition, grid=dataclasses.replace(condition.grid, name="edges"))
+    prior = saved_prior(root / "prior", loaded.grids, loaded.token_fingerprint, [condition], class_names=None, label_drop=0.0)
+    return make_bundle(tokenizer, prior, root / "pipeline", SamplingConfig(), {"edges": edges})
+
+
+def digests(output) -> list[bytes]:
+    """The tokens of each image. Images of different tokens may be equal, because the decoder has random weights."""
+    return [ids.numpy().tobytes() for ids in output.token_ids]
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_prompts_become_ids(pipe, small):
+    out = pipe(["ant", "bee", "ant"], prompt="sea", image=small, seed=1)
+    assert len(out.images) == 3 and {name: tuple(ids.shape) for name, ids in out.given_ids.items()} == {"low": (3, 4), "text": (3, TEXT_LENGTH)}
+    assert out.given_ids["text"].tolist() == [[*b"sea", 256, 256, 256]] * 3
+    low = pipe.inputs.tokenizers["low"]
+    encoded = low.encode(torch.stack([low.transform.without_derivation(image) for image in small]))
+    assert torch.equal(out.given_ids["low"], encoded.flatten(1))
+
+
+def test_same_ids_give_the_same_images(pipe, small):
+    out = pipe("ant", 2, prompt=["a", "bc", "a"], image=small, seed=4)
+    assert out.class_indices == [0] * 6 and len(out.images) == 6
+    again = pipe("ant", 2, given_ids={name: ids[::2] for name, ids in out.given_ids.items()}, seed=4)
+    assert digests(again) == digests(out)
+    batches = list(pipe.batches("ant", 2, 4, prompt=["a", "bc", "a"], image=small, batch_size=4))
+    assert [digest for batch in batches for digest in digests(batch)] == digests(out)
+    assert [image.tobytes() for batch in batches for image in batch.images] == [image.tobytes() for image in out.images]
+
+
+def test_conditions_change_images_and_can_be_left_out(pipe, small):
+    whole = pipe("ant", 4, 1, image=small[0], prompt="abc")
+    for other in (pipe("ant", 4, 1, image=small[1], prompt="abc"), pipe("ant", 4, 1, prompt="abc"), pipe("ant", 4, 1, image=small[0]),
+                  pipe("ant", 4, 1), pipe(None, 4, 1)):
+        assert len(other.images) == 4 and digests(other) != digests(whole)
+    assert pipe(None, 4, 1, image=small[0]).class_indices is None
+
+
+def test_tensors_dicts_and_single_values(pipe, small):
+    tensor = torch.stack([pipe.inputs.tokenizers["low"].transform.without_derivation(image) for image in small])
+    expected = digests(pipe(image=small, prompt="x", seed=2))
+    assert digests(pipe(image=tensor, prompt="x", seed=2)) == expected
+    assert digests(pipe(image={"low": small}, prompt={"text": ["x"] * 3}, seed=2)) == expected
+
+
+def test_super_resolve(pipe, small):
+    out = pipe.super_resolve(small, "bee", seed=3)
+    assert digests(out) == digests(pipe("bee", image=small, seed=3)) and out.images[0].size == (SIZE, SIZE)
+    larger = [image.resize((64, 64), Image.Resampling.NEAREST) for image in small]
+    assert pipe.super_resolve(larger, seed=3).given_ids["low"].shape == (3, 4)
+    stopped = pipe.super_resolve(small, seed=3, callback=lambda done, total: False)
+    assert stopped.stopped and not stopped.images and len(stopped.seeds) == 3
+
+
+def test_translate(edges_pipeline, pipe, small):
+    translator = ImageGenerationPipeline.from_pretrained(edges_pipeline, "cpu")
+    assert translator.translate(small, seed=1).images[0].size == (SIZE, SIZE)
+    with pytest.raises(InputError, match=r"super_resolve needs a prior that is given an image at low resolution.*takes: image \(edges\)"):
+        translator.super_resolve(small)
+    with pytest.raises(InputError, match=r"translate needs a prior .*takes: class_labels, image \(low\), prompt \(text\)"):
+        pipe.translate(small)
+    with pytest.raises(InputError, match="edges is not given, but the prior was trained with drop rate 0"):
+        translator(seed=1)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"prompt": 3}, "prompt is '3'; give a text|prompt is 3"),
+    ({"prompt": []}, "prompt is"),
+    ({"prompt": {"caption": "x"}}, "prompt has caption; this pipeline takes: text"),
+    ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
+    ({"image": "photo.png"}, "image for the condition 'low': images is str"),
+    ({"image": torch.zeros(1, 1, SIZE, SIZE)}, r"image for the condition 'low': images is a torch.float32 tensor of shape"),
+    ({"given_ids": {"depth": torch.zeros(1, 4, dtype=torch.int64)}}, r"given_ids has depth. This pipeline takes: class_labels, image \(low\)"),
+    ({"given_ids": {"low": torch.full((1, 4), 16)}}, "ids from 16 to 16; allowed: 0 to 15"),
+    ({"given_ids": {"low": torch.zeros(1, 3, dtype=torch.int64)}}, "has the shape"),
+    ({"prompt": "x", "given_ids": {"text": torch.zeros(1, TEXT_LENGTH, dtype=torch.int64)}}, "text is given as ids and as prompt"),
+    ({"prompt": ["a", "b"], "class_labels": ["ant", "bee", "ant"]}, "class_labels has 3 entries and prompt has 2 entries; give one for each image"),
+    ({"guidance": {"depth": 2.0}, "prompt": "a"}, "guidance has depth; the given segments of the prior are: class, low, text"),
+    ({"guidance_scale": 2.0}, "nothing is given, so guidance has no effect; give class_labels or image or prompt"),
+    ({"strength": 1}, "a setting is 'strength'"),
+])
+def test_invalid_arguments_are_refused(arguments, words, pipe):
+    with pytest.raises(InputError, match=words):
+        pipe(**arguments)
+
+
+def test_other_pipelines_take_neither_prompt_nor_image(tiny_run, small):
+    plain = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
+    with pytest.raises(InputError, match=r"prompt is given, but this prior was not trained with a text. This pipeline takes: class_labels\."):
+        plain("3", prompt="three")
+    with pytest.raises(InputError, match="image is given, but this prior was not trained with an image"):
+        plain("3", image=small[0])
+
+
+def test_a_class_is_needed_if_it_was_never_dropped(tmp_path, small):
+    parts = make_parts(tmp_path, low_drop=0.0)
+    strict = ImageGenerationPipeline.from_pretrained(parts.bundle(tmp_path / "pipeline"), "cpu")
+    with pytest.raises(InputError, match=r"No class is given, but the prior was trained without a drop rate of the class.*takes: class_labels"):
+        strict(image=small[0])
+    with pytest.raises(InputError, match="low is not given, but the prior was trained with drop rate 0"):
+        strict("ant")
+    assert len(strict("ant", image=small[0]).images) == 1 and len(strict().images) == 1, "all are dropped together (label_drop)"
+
+
+def test_guidance_by_segment(pipe, small):
+    plain = pipe("ant", image=small[0], guidance_scale=1.0, seed=1, num_images_per_label=3)
+    by_name = pipe("ant", image=small[0], guidance_scale=1.0, guidance={"low": 4.0}, seed=1, num_images_per_label=3)
+    assert digests(plain) != digests(by_name)
+    same = pipe("ant", image=small[0], guidance_scale=1.0, guidance={"low": 1.0}, seed=1, num_images_per_label=3)
+    assert digests(same) == digests(plain)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, small) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    for name, image in zip(("a/1.png", "b/1.png", "c.png"), small, strict=True):
+        (root / name).parent.mkdir(exist_ok=True)
+        image.save(root / name)
+    return root
+
+
+def test_upscale_writes_the_images_of_super_resolve(folder, photos, tmp_path, pipe, small, capsys):
+    command = ["upscale", str(folder), str(photos), "--out", str(tmp_path / "out"), "--classes", "ant", "--seed", "5", "--device", "cpu"]
+    assert dispatch(command) == 0
+    expected = pipe.super_resolve(small, "ant", seed=5).images
+    for name, image in zip(("a/1.png", "b/1.png", "c.png"), expected, strict=True):
+        with Image.open(tmp_path / "out" / name) as written:
+            assert written.tobytes() == image.tobytes()
+    with Image.open(tmp_path / "out/grid.png") as grid:
+        assert grid.height > 2 * SIZE
+    capsys.readouterr()
+    assert dispatch(command) == 0 and "nothing to do" in capsys.readouterr().out
+
+
+def test_upscale_continues_and_replaces_damaged_files(folder, photos, tmp_path, capsys):
+    command = ["upscale", str(folder), str(photos / "a/1.png"), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert dispatch(command) == 0
+    before = pictures(tmp_path / "out")
+    (tmp_path / "out/c.png").write_bytes(b"broken")
+    (tmp_path / "out/grid.png").unlink()
+    assert dispatch(command) == 0 and "damaged or replaced" in capsys.readouterr().out
+    assert pictures(tmp_path / "out") == before and set(before) == {"1.png", "c.png", "grid.png"}
+    with pytest.raises(InputError, match="contains the images of another request: seed was 0, now 1"):
+        dispatch([*command, "--seed", "1"])
+    with pytest.raises(InputError, match="the given images are other files"):
+        dispatch(["upscale", str(folder), str(photos / "b/1.png"), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    (tmp_path / "out/translations.json").unlink()
+    with pytest.raises(InputError, match=r"would be replaced and that no translations\.json lists"):
+        dispatch(command)
+
+
+def test_upscale_stops_at_a_signal_and_continues(folder, photos, tmp_path, monkeypatch):
+    import pipelines.image_folders.write_translations as module
+    from vqmosaic.runs.interruption import Interrupted
+
+    command = ["upscale", str(folder), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    save, stops = module.save_picture, []
+
+    class Stop(module.StopFlag):
+        def __enter__(self):
+            stops.append(super().__enter__())
+            return stops[-1]
+
+    def save_and_stop(picture, path):
+        save(picture, path)
+        stops[-1].signal = 15
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "StopFlag", Stop)
+        patch.setattr(module, "save_picture", save_and_stop)
+        with pytest.raises(Interrupted):
+            dispatch(command)
+    assert dispatch(command) == 0 and (tmp_path / "out/c.png").is_file()
+
+
+def test_translate_command(edges_pipeline, folder, photos, tmp_path):
+    assert dispatch(["translate", str(edges_pipeline), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "out/translations.json").read_text())
+    assert record["request"]["condition"] == "edges" and set(record["request"]["pipeline"]) == {"tokens", "tokenizer", "prior", "condition_edges"}
+    with pytest.raises(InputError, match=r"translate needs a prior that is given images of another kind.*is given: low \(low_resolution\), text"):
+        dispatch(["translate", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "other")])
+    with pytest.raises(InputError, match=r"upscale needs a prior that is given images at low resolution.*is given: edges \(edges\)"):
+        dispatch(["upscale", str(edges_pipeline), str(photos / "c.png"), "--out", str(tmp_path / "other")])
+    with pytest.raises(InputError, match="trained without classes"):
+        dispatch(["translate", str(edges_pipeline), str(photos / "c.png"), "--out", str(tmp_path / "other"), "--classes", "ant"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_names_of_results(photos, tmp_path):
+    assert list(find_images([photos])) == ["a/1.png", "b/1.png", "c.png"]
+    assert list(find_images([photos / "a/1.png", photos / "b/1.png"])) == ["1.png", "1_2.png"]
+    with pytest.raises(InputError, match="a folder without images"):
+        find_images([tmp_path])
+    with pytest.raises(InputError, match="does not exist"):
+        find_images([tmp_path / "none.png"])
+
+
+def test_generate_with_a_prompt(folder, pipe, tmp_path):
+    command = ["generate", str(folder), "--prompt", "sea", "--num", "2", "--seed", "3", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert dispatch(command) == 0
+    expected = pipe(prompt="sea", num_images_per_label=2, seed=3).images
+    for number, image in enumerate(expected):
+        with Image.open(tmp_path / f"out/sample-{number}.png") as written:
+            assert written.tobytes() == image.tobytes()
+    with pytest.raises(InputError, match="another request: --prompt was sea, now sky"):
+        dispatch([word.replace("sea", "sky") for word in command])
+    by_class = ["generate", str(folder), "--prompt", "sea", "--classes", "bee", "--num", "1", "--out", str(tmp_path / "bee"), "--device", "cpu"]
+    assert dispatch([*by_class, "--guidance", "text=2"]) == 0 and (tmp_path / "bee/bee-0.png").is_file()
+    assert dispatch(["generate", str(folder), "--classes", "bee", "--num", "1", "--out", str(tmp_path / "none"), "--device", "cpu"]) == 0
+
+
+def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
+    with pytest.raises(InputError, match=r"edges is not given.*use `vqmosaic upscale` or `vqmosaic translate`"):
+        dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=r"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: --classes"):
+        dispatch(["generate", str(tiny_run), "--prompt", "x", "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="--guidance is 'low'"):
+        dispatch(["generate", str(edges_pipeline), "--guidance", "low", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_other_dtypes_are_compared_with_the_conditions(folder, photos, tmp_path, dtype, capsys):
+    assert dispatch(["generate", str(folder), "--prompt", "x", "--num", "2", "--out", str(tmp_path / "a"), "--dtype", dtype, "--device", "cpu"]) == 0
+    assert "differ from those in float32" in capsys.readouterr().out
