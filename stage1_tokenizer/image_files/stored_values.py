@@ -117,25 +117,22 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
 
 
 def keep_extra_channel(image: Image.Image) -> Image.Image:
-    """A new handle of an opened TIFF whose last channel, after grey or RGB, has no specified meaning, so that Pillow drops it.
+    """A new handle of an opened TIFF whose last channel, after grey, a palette or RGB, has no specified meaning, so that Pillow drops it.
 
-    After header_correction, the new handle has mode LA or RGBA. Other images, and images that are already loaded, are returned unchanged.
+    After header_correction, the new handle has mode LA, PA or RGBA. Other images, and images that are already loaded, are returned unchanged.
     """
-    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.mode in ("L", "LA", "RGB")
+    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.mode in ("L", "LA", "P", "RGB")
             and image.tag_v2.get(_SAMPLES) == len(image.tag_v2.get(_BITS, ())) == (4 if image.mode == "RGB" else 2)):
         return image
     is_planar = image.tag_v2.get(_PLANES, 1) != 1
-    if is_planar and (image.mode == "L" or image.tile[0][0] != "libtiff"):
-        raise UnreadableImage("a TIFF whose last channel is in a separate plane, which Pillow drops")
+    if is_planar and (image.mode != "RGB" or image.tile[0][0] != "libtiff"):
+        raise UnreadableImage("a TIFF with its last channel in a separate plane, which Pillow drops or misreads")
     colours, separator, depth = raw_mode(image).partition(";")
-    if (image.mode, colours) == ("LA", "LX"):
-        kept = reopened(image)
-        set_raw_mode(kept, "LA" + separator + depth)
-        return kept
-    if image.mode != "RGB" or colours != ("RGB" if is_planar else "RGBX"):
-        return image
     # From planes in mode RGBA, Pillow would divide the colours by the fourth channel. Mode RGBX stores the same four bands.
-    kept, mode = reopened(image), "RGBX" if is_planar else "RGBA"
+    mode = "RGBX" if is_planar and colours == "RGB" else {"LX": "LA", "PX": "PA", "RGBX": "RGBA"}.get(colours)
+    if mode is None:
+        return image
+    kept = reopened(image)
     kept._mode = mode
     set_raw_mode(kept, mode + separator + depth)
     return kept
@@ -152,6 +149,8 @@ def _tiff(image: ImageFile.ImageFile, stored_values: bool = False) -> Callable[[
     # without stored_values, 32 bits may be signed, because Pillow writes 16-bit values as signed 32-bit values (see read_images.py)
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < (16 if stored_values else 32):
         raise UnreadableImage("a TIFF of signed values; their black and white levels are unknown")
+    if image.mode in ("LA", "PA") and tags.get(_PLANES, 1) != 1:
+        raise UnreadableImage("a TIFF with alpha in a separate plane, which Pillow does not read")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
         raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow cannot convert without libtiff")
     if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):
