@@ -19,7 +19,13 @@ from pipelines.demo import http_limits as demo_http
 from pipelines.demo import page as demo
 from pipelines.demo import unread_messages as demo_messages
 from tests.test_demo import CLASSES, wait_until
-from tests.test_demo_guard import FORM, GENERATE, Server, picture, server  # noqa: F401  # `server` is a fixture
+from tests.test_demo_guard import FORM, GENERATE, Server, picture, served_pipeline
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served_pipeline(tmp_path_factory) as served:
+        yield served
 
 
 def connections(server: Server) -> int:
@@ -35,7 +41,7 @@ def connect_without_reading(server: Server, request: str) -> socket.socket:
     return opened
 
 
-def test_clients_that_do_not_read_are_disconnected(server, monkeypatch, capsys):  # noqa: F811
+def test_clients_that_do_not_read_are_disconnected(server, monkeypatch, capsys):
     monkeypatch.setattr(demo_http, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr(demo_http, "CHECK_SECONDS", 0.1)
     large = server.upload(os.urandom(30_000_000)).json()[0]
@@ -55,7 +61,7 @@ def test_clients_that_do_not_read_are_disconnected(server, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_slow_client_gets_the_whole_response(server, monkeypatch):  # noqa: F811
+def test_a_slow_client_gets_the_whole_response(server, monkeypatch):
     monkeypatch.setattr(demo_http, "IDLE_SECONDS", 0.5)
     monkeypatch.setattr(demo_http, "CHECK_SECONDS", 0.1)
     content, received = os.urandom(3_000_000), b""
@@ -67,7 +73,7 @@ def test_a_slow_client_gets_the_whole_response(server, monkeypatch):  # noqa: F8
     assert received.partition(b"\r\n\r\n")[2] == content
 
 
-def test_running_requests_keep_their_messages(server, monkeypatch, capsys):  # noqa: F811
+def test_running_requests_keep_their_messages(server, monkeypatch, capsys):
     monkeypatch.setattr(demo_messages, "MAX_SESSIONS", 20)
     monkeypatch.setattr(server.pipe, "delay", 0.15)
     queue = server.page._queue
@@ -85,7 +91,7 @@ def test_running_requests_keep_their_messages(server, monkeypatch, capsys):  # n
     assert server.result("generate", GENERATE)[0] == "complete"
 
 
-def test_an_invalid_form_gives_one_log_line(server, capsys):  # noqa: F811
+def test_an_invalid_form_gives_one_log_line(server, capsys):
     start = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n'
     for body in (b"x", b"--bX", b"--b\rX", start + b"X\r\n\r\n", start + b": a\r\n\r\n", start + b"X: a\rb\r\n\r\n", start + b"A: " + b"a" * 9000,
                  start + b"A: b\r\n" * 20 + b"\r\n", start + b"\rX"):
@@ -98,7 +104,7 @@ def test_an_invalid_form_gives_one_log_line(server, capsys):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_parallel_clients_get_the_images_of_their_seeds(server, monkeypatch):  # noqa: F811
+def test_parallel_clients_get_the_images_of_their_seeds(server, monkeypatch):
     monkeypatch.setattr(demo, "MAX_WAITING", 20)
     clients, rounds = 20, 5
     expected = {}

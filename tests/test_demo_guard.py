@@ -83,8 +83,9 @@ class Server:
         return [path for path in self.files.rglob("*") if path.is_file()]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@contextlib.contextmanager
+def served_pipeline(tmp_path_factory):
+    """A Server with a tiny pipeline and its own folder for uploads."""
     root = tmp_path_factory.mktemp("guard")
     tiny_pipeline(folder=root).save_pretrained(root / "pipeline")
     with pytest.MonkeyPatch.context() as patch:
@@ -93,6 +94,12 @@ def server(tmp_path_factory):
         yield served
         served.http.close()
         served.page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served_pipeline(tmp_path_factory) as served:
+        yield served
 
 
 def picture(width: int = 20, height: int = 20, kind: str = "PNG", **options) -> bytes:

@@ -1,4 +1,4 @@
-"""Files and data sets from others: metadata that takes gigabytes, impossible names and links, and images of the caller, which reading must not change."""
+"""Files from others: metadata that takes gigabytes, impossible names and links. Images of the caller, which reading must not change."""
 
 import io
 import json
@@ -22,6 +22,8 @@ from tests.test_stored_values import bmp, greys, tiff
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig
 
+JPEG = encoded(Image.new("L", (9, 9)), "JPEG")
+
 # --- metadata ----------------------------------------------------------------------------------------------------------------
 
 
@@ -34,7 +36,7 @@ def big_tiff_bomb(size: int, entries: int) -> bytes:
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("content", [
     exif_bomb(1_000_000, 300), big_tiff_bomb(1_000_000, 300), big_tiff_bomb(100_000, 0)[:16] + b"\xff" * 8 + bytes(99_000),
-    encoded(Image.new("L", (9, 9)), "JPEG")[:2] + jpeg_segment(0xE1, b"Exif\0\0" + exif_bomb(60_000, 2500)) + encoded(Image.new("L", (9, 9)), "JPEG")[2:],
+    JPEG[:2] + jpeg_segment(0xE1, b"Exif\0\0" + exif_bomb(60_000, 2500)) + JPEG[2:],
     encoded(Image.new("L", (9, 9)), "PNG", exif=exif_bomb(60_000, 2500)),
 ], ids=["TIFF", "BigTIFF", "tag count", "JPEG", "PNG"])
 def test_tags_that_share_bytes_take_little_memory(content):
@@ -150,7 +152,7 @@ def test_folders_with_links_to_each_other_are_refused(tmp_path, monkeypatch):
             if other != number:
                 (tmp_path / str(number) / f"to-{other}").symlink_to(tmp_path / str(other))
     started = time.monotonic()
-    with pytest.raises(InputError, match="on more than 50 paths.*Remove links"):
+    with pytest.raises(InputError, match=r"on more than 50 paths.*Remove links"):
         open_splits(DataConfig(path=str(tmp_path)))
     assert time.monotonic() - started < 5
 
