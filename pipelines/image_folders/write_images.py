@@ -122,8 +122,8 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     Otherwise they are replaced.
 
     Raises:
-        ValueError: an image cannot be read or would be replaced by its reconstruction, files with these names exist without a record, or
-            another process is writing to the folder.
+        ValueError: an image cannot be read or would be replaced by its reconstruction, the folder contains images and no record, or another
+            process is writing to the folder.
         Interrupted: a signal stopped it. Written images are kept, and the same call continues from there.
     """
     names = reconstruction_names(paths)
@@ -131,6 +131,9 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     for name in (*names, GRID_NAME):
         if (out / name).resolve() in originals:
             raise InputError(f"--out {out} would replace the original image {out / name}. Give another folder.")
+    if not (out / RECONSTRUCTIONS_RECORD).exists():
+        check_no_unrecorded_files(out, files_in(out) & {*names, GRID_NAME}, RECONSTRUCTIONS_RECORD)
+        check_no_other_images(out)
     make_folder(out)
     tokenizer = load_tokenizer(tokenizer_folder, usable_device(device), dtype)
     with locked(out, "--out"):
@@ -188,7 +191,7 @@ def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: di
     Then record this request.
 
     Raises:
-        ValueError: a file would be replaced that is not in the record, so its origin is unknown; or the folder contains images and no record.
+        ValueError: a file would be replaced that is not in the record, so its origin is unknown.
     """
     record, new_files = out / RECONSTRUCTIONS_RECORD, {*names, GRID_NAME}
     try:
@@ -198,8 +201,6 @@ def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: di
     except (OSError, ValueError, KeyError, TypeError):
         old_files, old_request = set(), {}
     check_no_unrecorded_files(out, (files_in(out) & new_files) - old_files, RECONSTRUCTIONS_RECORD)
-    if not record.exists():
-        check_no_other_images(out)
     if old_request == request:
         return
     is_same_tokenizer = all(old_request.get(name) == request[name] for name in ("tokenizer", "dtype"))
