@@ -28,7 +28,7 @@ from stage2_prior.digests import DIGESTS_NAME, check_digests, fingerprint_of_wei
 from stage2_prior.vocabulary import VOCABULARY_NAME, Vocabulary
 from token_shards.manifest import Grid, describe_grids
 from vqmosaic import __version__
-from vqmosaic.errors import InputError, did_you_mean
+from vqmosaic.errors import InputError, did_you_mean, listed_names
 from vqmosaic.files.durable_files import copy_folder, publish, removed_on_failure, temporary_sibling, write_json
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.files.full_disks import explain_full_disk, size_of
@@ -242,7 +242,7 @@ def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[
     for label in labels:
         if isinstance(label, str):
             if label not in names:
-                raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}."
+                raise InputError(f"no class {label!r}; there are {len(names)}: {listed_names(names, 50)}."
                                  f"{did_you_mean(label, names)}")
             indices.append(names.index(label))
             continue

@@ -40,7 +40,7 @@ from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import NO_CLASS
-from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.errors import InputError, check_name, check_range, listed_names
 from vqmosaic.files.exported_weights import same_weights
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.recipes.field_types import as_boolean, as_integer
@@ -325,7 +325,7 @@ class ImageGenerationPipeline:
         if class_labels is None:
             if self.class_names is not None and not self.prior.vocabulary.is_trained(0):
                 raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
-                                 f"Give class_labels; allowed: {', '.join(self.class_names[:50])}.")
+                                 f"Give class_labels; allowed: {listed_names(self.class_names, 50)}.")
             return None
         single_label = class_labels if isinstance(class_labels, str) else as_index(class_labels)  # None for a sequence
         labels = list(cast("Sequence[str | int]", class_labels)) if single_label is None else [single_label]
