@@ -253,5 +253,6 @@ def format_option(option: str, value: Any, class_names: list[str] | None) -> str
         if class_names is not None and value == list(range(len(class_names))):
             return "all classes"
         labels = [class_names[index] if class_names is not None and index in range(len(class_names)) else str(index) for index in value]
-        return printable(",".join(labels[:MAX_LISTED_CLASSES])) + (f" ... ({counted(len(labels), 'class')})" if len(labels) > MAX_LISTED_CLASSES else "")
+        more = f" ... ({counted(len(labels), 'class')})" if len(labels) > MAX_LISTED_CLASSES else ""
+        return printable(",".join(labels[:MAX_LISTED_CLASSES])) + more
     return " ".join(format_option("", item, None) for item in value) if isinstance(value, list) else str(value)
