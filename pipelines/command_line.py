@@ -167,7 +167,7 @@ def generate(command: str, arguments: list[str]) -> int:
 
     from pipelines.bundle import check_given_sampling, classes_from_text, find_pipeline, read_bundle, usable_device
     from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
-    from pipelines.stages.stage_checks import check_can_write
+    from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
@@ -180,6 +180,7 @@ def generate(command: str, arguments: list[str]) -> int:
     samples = samples if options.out else find_output_folder(samples)
     if samples.is_finished():
         return 0
+    check_output_outside_of_data(options.pipeline, samples.out)
     usable_device(options.device, "--device")
     if options.out is None:
         print(f"without --out, the images are written to {samples.out.absolute()}", flush=True)
@@ -216,13 +217,14 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_tokenizer, usable_device
-    from pipelines.stages.stage_checks import check_can_write, check_image
+    from pipelines.stages.stage_checks import check_can_write, check_image, check_output_outside_of_data
 
     folder = find_tokenizer(options.tokenizer)
     for image in options.images:
         check_image(image)
     out = options.out or Path(RECONSTRUCTIONS)
     check_can_write("--out", out)
+    check_output_outside_of_data(options.tokenizer, out)
     usable_device(options.device, "--device")
 
     from pipelines.image_folders.write_images import write_reconstructions

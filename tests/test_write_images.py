@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from pipelines.command_line import dispatch
@@ -20,6 +21,7 @@ from pipelines.image_folders import write_images
 from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from tests.image_folders import write_classes
 from tests.run_files import pictures
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError, printable
@@ -252,6 +254,21 @@ def test_samples_are_not_written_into_a_data_set(image, tiny_run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert exit_code_of(lambda: dispatch(["generate", str(tiny_run), "--num", "1"])) == 0
     assert (tmp_path / "samples-2" / "samples.json").is_file(), "the default folder is one without images"
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_output_folders_inside_the_training_images_are_refused(is_relative, tiny_copy, tmp_path, monkeypatch, capsys):
+    photo = write_photo(write_classes(tmp_path / "photos", {"cat": 2}) / "photo.png")
+    recipe = yaml.safe_load((tiny_copy / "recipe.yaml").read_text())
+    recipe["data"] |= {"source": "folder", "path": "." if is_relative else str(tmp_path / "photos")}
+    (tiny_copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path / "photos")
+    for source in (tiny_copy, tiny_copy / "pipeline"):
+        for arguments in (["generate", source], ["generate", source, "--out", "cat/new"], ["reconstruct", source, photo]):
+            assert exit_code_of(lambda arguments=arguments: dispatch([*map(str, arguments)])) == 2
+            assert "the new images would become part of the data set" in capsys.readouterr().err.lower()
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["cat", "photo.png"]
+    assert generate(tiny_copy, tmp_path / "samples") == 0
 
 
 def test_results_may_be_beside_and_above_other_results(tiny_run, tmp_path):

@@ -1,5 +1,6 @@
 """Checks made before a stage starts slow work. They import no torch and take well under a second, unless a docstring says otherwise."""
 
+import contextlib
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from token_shards.manifest import TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split
+from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import decide_action, load_record
@@ -140,6 +142,24 @@ def check_outside_of_data(root: Path, data: DataConfig) -> None:
     if root.resolve().is_relative_to(local_path(data).resolve()):
         raise InputError(f"run_dir is {str(root)!r}, inside data.path {data.path!r}, so the pictures of the run would become part of the data "
                          "set. Set --run_dir to a folder outside of it.")
+
+
+def check_output_outside_of_data(source: Path, out: Path) -> None:
+    """Raise InputError if --out is inside the folder of images that a run was trained on. The new images would become part of the data set.
+
+    `source` is the run folder, or a folder directly inside it. Does nothing for folders without a run, or if the recipe cannot be read.
+    """
+    for run in (source.resolve(), source.resolve().parent):
+        if not (run / "recipe.yaml").is_file():
+            continue
+        with contextlib.suppress(InputError):  # such as of another version, which does not matter here
+            data = load_recipe(str(run)).data
+            if data.path and local_path(data).is_dir() and out.resolve().is_relative_to(local_path(data).resolve()):
+                break
+    else:
+        return
+    raise InputError(f"--out {out} is inside {local_path(data)}, the images that {source} was trained on. The new images would become part of the "
+                     "data set. Give a folder outside of it as --out.")
 
 
 def check_can_write(field: str, folder: Path) -> None:
