@@ -13,7 +13,7 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
-from vqmosaic.errors import InputError, check_name, check_range
+from vqmosaic.errors import InputError, check_name, check_range, listed_names
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import image_seeds
@@ -62,7 +62,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
         if not vocabulary.conditions and len(vocabulary.vocabularies) == 1:
             raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
-                             f"Give class_labels; allowed: {', '.join((names or [])[:50])}.")
+                             f"Give class_labels; allowed: {listed_names(names or [], 50)}.")
         raise InputError(f"{why} {inputs.describe_taken()}")
     if classes is None and not ids:
         guided = {name: changed[name] for name in GUIDANCE_SETTINGS if name in changed}

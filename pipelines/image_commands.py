@@ -32,7 +32,7 @@ def generate(command: str, arguments: list[str]) -> int:
     from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
     from pipelines.labels import classes_from_text
     from pipelines.pipeline_parts import PipelineParts
-    from pipelines.stages.stage_checks import check_can_write
+    from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
@@ -48,6 +48,7 @@ def generate(command: str, arguments: list[str]) -> int:
     samples = samples if options.out else find_output_folder(samples)
     if samples.is_finished():
         return 0
+    check_output_outside_of_data(options.pipeline, samples.out)
     usable_device(options.device, "--device")
     if options.out is None:
         print(f"without --out, the images are written to {samples.out.absolute()}", flush=True)
@@ -98,7 +99,7 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     from pipelines.image_folders.translation_folder import TranslationFolder, check_has_condition, find_images
     from pipelines.labels import class_indices, labels_from_text
     from pipelines.pipeline_parts import PipelineParts
-    from pipelines.stages.stage_checks import check_can_write
+    from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
@@ -117,6 +118,7 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
                                 dtype=options.dtype)
     if request.is_finished():
         return 0
+    check_output_outside_of_data(options.pipeline, options.out)
     usable_device(options.device, "--device")
 
     from pipelines.image_folders.write_translations import write_translations
@@ -134,13 +136,14 @@ def reconstruct(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_tokenizer, usable_device
-    from pipelines.stages.stage_checks import check_can_write, check_image
+    from pipelines.stages.stage_checks import check_can_write, check_image, check_output_outside_of_data
 
     folder = find_tokenizer(options.tokenizer)
     for image in options.images:
         check_image(image)
     out = options.out or Path(RECONSTRUCTIONS)
     check_can_write("--out", out)
+    check_output_outside_of_data(options.tokenizer, out)
     usable_device(options.device, "--device")
 
     from pipelines.image_folders.write_images import write_reconstructions

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Sequence
 
-from vqmosaic.errors import InputError, did_you_mean
+from vqmosaic.errors import InputError, did_you_mean, listed_names
 
 
 def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
@@ -23,7 +23,7 @@ def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[
     for label in labels:
         if isinstance(label, str):
             if label not in names:
-                raise InputError(f"no class {label!r}; there are {len(names)}: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}."
+                raise InputError(f"no class {label!r}; there are {len(names)}: {listed_names(names, 50)}."
                                  f"{did_you_mean(label, names)}")
             indices.append(names.index(label))
             continue

@@ -3,6 +3,7 @@
 Checks that they belong together by their fingerprints. Does not load torch.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -150,7 +151,7 @@ def find_conditions(given: Sequence[str], priors: Sequence[Path]) -> dict[str, P
         name, _, folder = option.partition("=")
         if not name or not folder:
             raise InputError(f"--condition is {option!r}; give the name of a condition and a folder, such as low=runs/NAME/conditions/low/tokenizer.")
-        found[name] = Path(folder).expanduser()
+        found[name] = Path(os.path.expanduser(folder))
         if not found[name].is_dir():
             raise InputError(f"--condition {option}: {folder} is not a folder.")
     return found

@@ -121,7 +121,8 @@ def train_locked(recipe: Recipe, run: TrainingRun) -> None:
     candidates = ValidationImages(splits.validation, transform, training.validation_images)
     validation_images = candidates.first(run.validations.choose_images(
         len(splits.validation),
-        lambda count: validate(cast(TrainableTokenizer, run.validated_model), candidates.first(count), run.micro_batch, accelerator)))
+        lambda count: run.wait_before_training(
+            lambda: validate(cast(TrainableTokenizer, run.validated_model), candidates.first(count), run.micro_batch, accelerator))))
     if run.validations.has_other_images:
         guard.forget_errors()
     print_plan(run, {

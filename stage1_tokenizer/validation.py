@@ -43,10 +43,8 @@ def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size
     lines = progress_lines(len(images), "validation", "image", accelerator.is_main_process)
     tokenizer.eval()
     picture_parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions
-    for images_BCHW, _ in images.batches(batch_size, accelerator.process_index, accelerator.num_processes):
-        if stop is not None and stop.signal:
-            sums[-1] = 1
-            break
+    batches = images.batches(batch_size, accelerator.process_index, accelerator.num_processes)
+    for images_BCHW, _ in batches if stop is None else stop.until_signal(batches):
         lines.update(len(images_BCHW) * accelerator.num_processes)
         images_BCHW = images_BCHW.to(device)
         output = type(tokenizer).forward(tokenizer, images_BCHW)  # not tokenizer(...): Accelerate wraps the instance's forward in autocast
@@ -62,6 +60,7 @@ def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size
         sums[4] += difference.numel()
         if sum(len(part) for part, _ in picture_parts) < PICTURE_IMAGES:
             picture_parts.append((images_BCHW, restored_BCHW))
+    sums[-1] = stop is not None and stop.signal != 0
     counts.reduce(accelerator)
     sums = accelerator.reduce(sums, "sum")
     if sums[-1]:

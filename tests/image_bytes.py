@@ -25,3 +25,13 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: 
 def png_row(depth: int, colour: int, row: bytes, *chunks: tuple[bytes, bytes], width: int = 2) -> bytes:
     """A PNG of one row, written by hand."""
     return png(width, 1, depth, colour, b"\0" + row, *chunks)
+
+
+def exif_bomb(size: int, entries: int) -> bytes:
+    """A TIFF directory in which every entry refers to all of its bytes."""
+    records = b"".join(struct.pack("<HHII", tag, 7, size - 8, 8) for tag in range(1000, 1000 + entries))
+    return (b"II*\0" + struct.pack("<IH", 8, entries) + records).ljust(size, b"\0")
+
+
+def jpeg_segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content

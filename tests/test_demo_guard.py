@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 from PIL import Image, ImageFile
 
-from tests.image_bytes import encoded
+from tests.image_bytes import encoded, exif_bomb, jpeg_segment
 
 pytest.importorskip("gradio")
 
@@ -83,8 +83,9 @@ class Server:
         return [path for path in self.files.rglob("*") if path.is_file()]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
+@contextlib.contextmanager
+def served_pipeline(tmp_path_factory):
+    """A Server with a tiny pipeline and its own folder for uploads."""
     root = tmp_path_factory.mktemp("guard")
     tiny_pipeline(folder=root).save_pretrained(root / "pipeline")
     with pytest.MonkeyPatch.context() as patch:
@@ -93,6 +94,12 @@ def server(tmp_path_factory):
         yield served
         served.http.close()
         served.page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with served_pipeline(tmp_path_factory) as served:
+        yield served
 
 
 def picture(width: int = 20, height: int = 20, kind: str = "PNG", **options) -> bytes:
@@ -503,16 +510,6 @@ def test_other_formats_are_not_opened(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("it was opened"), Image.OPEN[kind][1]))
     with pytest.raises(UnreadableImage, match=f"it is {kind}, but only AVIF, .* are accepted here" if kind != "TGA" else "not an image of a known"):
         demo.reconstruct(tiny_pipeline(), threading.Event(), tmp_path / "image")
-
-
-def exif_bomb(size: int, entries: int) -> bytes:
-    """A TIFF directory in which every entry refers to all of its bytes."""
-    records = b"".join(struct.pack("<HHII", tag, 7, size - 8, 8) for tag in range(1000, 1000 + entries))
-    return (b"II*\0" + struct.pack("<IH", 8, entries) + records).ljust(size, b"\0")
-
-
-def jpeg_segment(marker: int, content: bytes) -> bytes:
-    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")

@@ -12,12 +12,23 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+from pipelines.image_folders import write_images
 from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.data.folder_source import FolderSource
+from stage1_tokenizer.data.image_batches import MAX_CLOSE_SECONDS, TrainingImages, ValidationImages
+from stage1_tokenizer.data.open_data import open_splits
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.tokenizer import ImageTokenizer
+from stage1_tokenizer.validation import validate
+from tests.image_folders import write_classes, write_image
 from tests.test_two_processes import run_own_stage
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe_sections import DataConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 from vqmosaic.runs import launch
 from vqmosaic.runs.accelerator import set_threads
 from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, StopFlag
@@ -208,6 +219,62 @@ def test_the_first_signal_ends_a_wait(number):
         with pytest.raises(Interrupted, match="all is kept") as caught:
             stop.wait_or_raise(lambda: 3, "all is kept")
         assert caught.value.exit_code == EXIT_CODES[number]
+
+
+def test_a_signal_ends_the_wait_for_the_next_item():
+    def items():
+        yield from range(3)
+        signal_soon()
+        time.sleep(60)  # as if a network file system did not answer
+
+    with StopFlag() as stop:
+        assert list(stop.until_signal(iter(range(3)))) == [0, 1, 2]
+        started = time.monotonic()
+        assert list(stop.until_signal(items())) == [0, 1, 2] and stop.signal == signal.SIGTERM
+        assert time.monotonic() - started < 5 and list(stop.until_signal(iter(range(3)))) == []
+
+
+@pytest.mark.parametrize("cache_megabytes", [0, 128])
+def test_the_first_signal_ends_a_validation_that_waits_for_images(cache_megabytes, tmp_path, monkeypatch):
+    write_classes(tmp_path, {"cat": 40, "dog": 40})
+    source, read, finish = open_splits(DataConfig(path=str(tmp_path), validation_fraction=0.5)).validation, FolderSource.read, threading.Event()
+    monkeypatch.setattr(FolderSource, "read", lambda self, index: (finish.wait(60) if index >= 8 else None, read(self, index))[1])
+    tokenizer = ImageTokenizer(TokenizerConfig(channels=32, channel_multipliers=[1, 1], code_dim=8, latent_channels=8), ImageTransform(16))
+    with StopFlag() as stop:
+        signal_soon(signal.SIGINT, 1.0)
+        started = time.monotonic()
+        assert validate(tokenizer, ValidationImages(source, ImageTransform(16), cache_megabytes=cache_megabytes), 4, Accelerator(cpu=True), None,
+                        stop) is None
+        assert stop.signal == signal.SIGINT and time.monotonic() - started < 10
+    finish.set()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_closing_the_batches_does_not_wait_for_images_that_are_stuck(workers, tmp_path, monkeypatch):
+    """After a signal during a step, training closes the batches, although nobody waits for the next one."""
+    write_classes(tmp_path, {"cat": 4, "dog": 4})
+    data, started = DataConfig(path=str(tmp_path), image_size=16, workers=workers, cache_megabytes=0), time.monotonic()
+    images = TrainingImages(open_splits(data).train, ImageTransform(16), data, 0)
+    read = images.source.read
+    monkeypatch.setattr(images.source, "read", lambda index: (time.sleep(0 if time.monotonic() < started + 4 else 60), read(index))[1])
+    batches = images.batches(0, 4)
+    while time.monotonic() < started + 4:
+        next(batches)
+    time.sleep(1)  # until all images that are read ahead are stuck
+    closed = time.monotonic()
+    batches.close()
+    assert time.monotonic() - closed < MAX_CLOSE_SECONDS + 1
+
+
+def test_the_first_signal_ends_a_reconstruction_that_waits_for_an_image(tiny_run, tmp_path):
+    write_image(tmp_path / "image.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write_images, "read_image", lambda path, **_: time.sleep(60))
+        signal_soon(signal.SIGTERM, 1.0)
+        started = time.monotonic()
+        with pytest.raises(Interrupted, match="0 of 1 reconstruction is written"):
+            write_images.write_reconstructions(tiny_run / "tokenizer", [tmp_path / "image.png"], tmp_path / "out", "cpu", "float32")
+        assert time.monotonic() - started < 10
 
 
 def test_except_exception_does_not_catch_an_interruption():

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.image_folders.sample_folder import NAME_BYTES, file_name, shorten_name
+from pipelines.image_folders.sample_folder import NAME_BYTES, file_name, format_option, shorten_name
 from pipelines.image_folders.write_images import write_reconstructions
+from pipelines.labels import class_indices
+from pipelines.stages.chain import example_classes
 from pipelines.stages.preprocess import preprocess
 from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer.data.check_data import check_data
@@ -19,12 +21,14 @@ from stage1_tokenizer.data.image_sources import refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
 from tests.image_bytes import encoded
+from tests.image_folders import write_classes
 from tests.tiny import command, tiny_recipe
 from token_shards.reader import TokenShardReader
 from vqmosaic.errors import InputError, printable
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.seeding import derive_seed
 from vqmosaic.training.tracking import Reporter
+from vqmosaic.training.training_plan import describe_classes
 
 LATIN, FORGED = b"caf\xe9.png", b"a.png is unreadable\n40 of 40 images are readable.png"
 
@@ -116,3 +120,16 @@ def test_reconstructions_of_images_with_long_names(tiny_run, tmp_path):
         Image.new("L", (16, 16)).save(path)
     assert write_reconstructions(tiny_run / "tokenizer", paths, tmp_path / "out", "cpu", "float32") == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == len(paths) + 1
+
+
+def test_class_names_cannot_forge_lines(tmp_path, capsys):
+    forged = "cat\n[tokenizer  9.0 s] exported\x1b[2J"
+    write_classes(tmp_path / "photos", {forged: 6, "dog": 6})
+    splits = open_splits(DataConfig(path=str(tmp_path / "photos")))
+    shown = r"cat\n[tokenizer  9.0 s] exported\x1b[2J"
+    assert splits.class_names == [forged, "dog"] and describe_classes(splits.class_names) == f"{shown}, dog"
+    assert format_option("classes", [0], splits.class_names) == shown
+    assert example_classes([forged, "dog"]) == "dog" and example_classes([forged]) == ""
+    with pytest.raises(InputError) as error:
+        class_indices(splits.class_names, ["cow"])
+    assert str(error.value).isprintable() and shown in str(error.value)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from pipelines.command_line import dispatch
@@ -20,9 +21,10 @@ from pipelines.image_folders import write_images
 from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.prior import TokenPrior
+from tests.image_folders import write_classes
 from tests.run_files import pictures
 from tests.tiny import ROOT
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import EXIT_CODES
 from vqmosaic.runs.launch import exit_code_of
@@ -230,12 +232,63 @@ def test_invalid_record_is_rejected(content, tiny_run, tmp_path, capsys):
 
 def test_files_of_unknown_origin_are_not_replaced(tiny_run, tmp_path, capsys):
     (tmp_path / "3-00.png").write_text("mine")
-    (tmp_path / "other.png").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
     assert generate(tiny_run, tmp_path) == 2
     assert "3-00.png that would be replaced and that no samples.json lists" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3-00.png", "other.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3-00.png", "notes.txt"]
     (tmp_path / "3-00.png").unlink()
-    assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "other.png").read_text() == "mine"
+    assert generate(tiny_run, tmp_path) == 0 and (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("image", ["other.png", "cat/001.JPG", "cat/a\nb.png"])
+def test_samples_are_not_written_into_a_data_set(image, tiny_run, tmp_path, monkeypatch, capsys):
+    photos = tmp_path / "samples"
+    (photos / image).parent.mkdir(parents=True, exist_ok=True)
+    (photos / image).write_text("a photo")
+    assert generate(tiny_run, photos) == 2
+    err = capsys.readouterr().err
+    assert f"--out {photos} contains images of another origin, such as {printable(image)}" in err and "Give a folder that is new or empty" in err
+    assert reconstruct(tiny_run, [write_photo(tmp_path / "photo.png")], photos) == 2
+    assert "contains images of another origin" in capsys.readouterr().err
+    assert [path for path in photos.rglob("*") if path.is_file()] == [photos / image]
+    monkeypatch.chdir(tmp_path)
+    assert exit_code_of(lambda: dispatch(["generate", str(tiny_run), "--num", "1"])) == 0
+    assert (tmp_path / "samples-2" / "samples.json").is_file(), "the default folder is one without images"
+
+
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_output_folders_inside_the_training_images_are_refused(is_relative, tiny_copy, tmp_path, monkeypatch, capsys):
+    photo = write_photo(write_classes(tmp_path / "photos", {"cat": 2}) / "photo.png")
+    recipe = yaml.safe_load((tiny_copy / "recipe.yaml").read_text())
+    recipe["data"] |= {"source": "folder", "path": "." if is_relative else str(tmp_path / "photos")}
+    (tiny_copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path / "photos")
+    for source in (tiny_copy, tiny_copy / "pipeline"):
+        for arguments in (["generate", source], ["generate", source, "--out", "cat/new"], ["reconstruct", source, photo]):
+            assert exit_code_of(lambda arguments=arguments: dispatch([*map(str, arguments)])) == 2
+            assert "the new images would become part of the data set" in capsys.readouterr().err.lower()
+    assert sorted(path.name for path in (tmp_path / "photos").iterdir()) == ["cat", "photo.png"]
+    assert generate(tiny_copy, tmp_path / "samples") == 0
+
+
+def test_results_may_be_beside_and_above_other_results(tiny_run, tmp_path):
+    assert generate(tiny_run, tmp_path / "results/samples") == 0
+    assert reconstruct(tiny_run, [write_photo(tmp_path / "photo.png")], tmp_path / "results/reconstructions") == 0
+    assert generate(tiny_run, tmp_path / "results") == 0
+    (tmp_path / "results/kept.png").write_text("mine")
+    (tmp_path / "results/3-00.png").unlink()
+    assert generate(tiny_run, tmp_path / "results") == 0 and (tmp_path / "results/3-00.png").is_file(), "the folder holds an earlier result"
+
+
+def test_a_record_cannot_name_files_outside_of_its_folder(tiny_run, tmp_path):
+    victim, out = tmp_path / "victim.txt", tmp_path / "out"
+    victim.write_text("mine")
+    out.mkdir()
+    names = ["../victim.txt", str(victim), "001.png"]
+    (out / "reconstructions.json").write_text(json.dumps({"request": {"tokenizer": "another"}, "files": names}))
+    (out / "001.png").write_text("of the other tokenizer")
+    assert reconstruct(tiny_run, [write_photo(tmp_path / "photo.png")], out) == 0
+    assert victim.read_text() == "mine" and not (out / "001.png").exists()
 
 
 # --- locks and damaged files -------------------------------------------------------------------------------------------------
@@ -410,6 +463,11 @@ def photos(tmp_path) -> list[Path]:
     return paths
 
 
+def write_photo(path: Path) -> Path:
+    Image.new("L", (16, 16), 99).save(path)
+    return path
+
+
 def reconstruct(run: Path, paths: list[Path], out: Path) -> int:
     return exit_code_of(lambda: dispatch(["reconstruct", str(run), *map(str, paths), "--out", str(out)]))
 
@@ -452,7 +510,9 @@ def test_reconstruct_does_not_replace_originals_or_unknown_files(tiny_run, photo
     assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2
     assert "001.png that would be replaced and that no reconstructions.json lists" in capsys.readouterr().err
     assert pictures(photos[0].parent) == before and (tmp_path / "out" / "001.png").read_text() == "mine"
+    (tmp_path / "out" / "001.png").unlink()
     assert reconstruct(tiny_run, photos[2:4], tmp_path / "out") == 0
+    (tmp_path / "out" / "001.png").write_text("mine")
     assert reconstruct(tiny_run, photos[:2], tmp_path / "out") == 2, "the record lists other images only"
     assert (tmp_path / "out" / "001.png").read_text() == "mine"
 

@@ -46,7 +46,7 @@ def check_name(field: str, given: Any, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if given in allowed:
         return
-    raise InputError(f"{field} is {given!r}; allowed: {', '.join(allowed)}.{did_you_mean(str(given), allowed)}")
+    raise InputError(f"{field} is {given!r}; allowed: {printable(', '.join(allowed))}.{did_you_mean(str(given), allowed)}")
 
 
 def check_range(field: str, given: float, *, at_least: float | None = None, above: float | None = None,

@@ -22,7 +22,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     AvifImagePlugin.DEFAULT_MAX_THREADS = 2  # each thread reserves memory
     load_exif = Image.Exif.load
-    Image.Exif.load = lambda self, data: load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced as in stored_values.py
+    Image.Exif.load = lambda self, data: load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced as in metadata_limits.py
     with Image.open(sys.argv[1], formats=["AVIF"]) as image:
         image.load()
         exif = Image.Exif()

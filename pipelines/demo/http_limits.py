@@ -1,4 +1,4 @@
-"""HTTP functions of the demo's guard: size and time limits of bodies, strict JSON, error messages, and a limit on idle connections."""
+"""HTTP functions of the demo's guard: size and time limits of bodies, strict JSON, error messages, and limits on idle connections."""
 
 import asyncio
 import json
@@ -142,22 +142,29 @@ def strict_json(body: bytes) -> dict[str, Any]:
 
 
 async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
-    """Close connections of uvicorn that send no complete request head for IDLE_SECONDS. Runs until cancelled.
+    """Close connections of uvicorn on which nothing happens for IDLE_SECONDS: no complete request head arrives, or the client does not read the
+    response. Runs until cancelled.
 
-    uvicorn limits only the time between two requests. It waits without limit for the first request, for the rest of a head, and for the rest of
-    an unread body.
+    uvicorn limits only the time between two requests. It waits without limit for the first request, for the rest of a head, for the rest of an
+    unread body, and for a client that does not read. Open event streams that send nothing are kept.
     """
     loop = asyncio.get_running_loop()
-    idle_since: dict[object, tuple[float, object]] = {}  # connection -> start of its idle time, last answered request
+    idle_since: dict[object, tuple[float, object]] = {}  # connection -> start of its idle time, (last request, bytes that the client has not read)
     while True:
         await asyncio.sleep(CHECK_SECONDS)
-        now, idle = loop.time(), {}
+        now = loop.time()
+        idle: dict[object, tuple[float, object]] = {}
         for connection in list(connections()):
-            cycle = getattr(connection, "cycle", None)
-            if cycle is not None and not cycle.response_complete:
+            cycle, unread_bytes = getattr(connection, "cycle", None), connection.transport.get_write_buffer_size()
+            if cycle is not None and not cycle.response_complete and not unread_bytes:
                 continue
-            since, answered = idle_since.get(connection, (now, cycle))
-            idle[connection] = since, answered = (since, answered) if answered is cycle else (now, cycle)
+            state = (cycle, unread_bytes)
+            since, before = idle_since.get(connection, (now, state))
+            since = since if before == state else now
+            idle[connection] = since, state
             if now - since > IDLE_SECONDS:
-                connection.transport.close()
+                if unread_bytes:
+                    connection.transport.abort()  # close() would wait until the client reads them
+                else:
+                    connection.transport.close()
         idle_since = idle

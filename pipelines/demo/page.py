@@ -35,6 +35,7 @@ from pipelines.demo.reconstruction import reconstruct
 from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, sampling_controls
 from pipelines.demo.request_fields import MAX_PROMPT_LENGTH, GivenField, checked_given, given_fields
 from pipelines.demo.token_map import format_grids, format_shape
+from pipelines.demo.unread_messages import UnreadMessages
 from pipelines.demo.uploads import MAX_UPLOAD_BYTES, Uploads
 from pipelines.generate import ImageGenerationPipeline
 from stage1_tokenizer.image_files.images import UnreadableImage
@@ -250,6 +251,7 @@ async def guard_lifespan(page: gr.Blocks, app: App) -> AsyncIterator[None]:
     """Lifespan of the app. Puts the guard in front of all gradio middleware before the first request, and runs the cleanup tasks."""
     assert app.middleware_stack is not None  # the app makes it before it starts its lifespan
     uploads = Uploads(Path(app.uploaded_file_dir), page.upload_file_set)
+    page._queue.pending_messages_per_session = UnreadMessages(page._queue)  # type: ignore[assignment]  # replaced on purpose
     app.middleware_stack = Guard(app.middleware_stack, uploads, [
         Endpoint(function.api_name, number, len(function.inputs), function.queue, frozenset(
             position for position, field in enumerate(function.inputs) if isinstance(field, gr.Image)))

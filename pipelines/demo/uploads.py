@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,8 @@ MAX_STORED_BYTES = 2**30  # uploads and results together; the oldest ones are de
 BYTES_PER_FILE = 2**13  # disk space of the smallest file and its folder
 MAX_UPLOADS_AT_ONCE = 8
 SWEEP_SECONDS = 60.0  # between checks of the stored files
+# The guard reports invalid forms. The parser's own warnings would be further lines on the terminal.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 _FOLDER = re.compile(r"[0-9a-f]{64}")
 """Name of the folder of an upload or result."""
 

@@ -4,6 +4,7 @@ After an interruption, the same command writes the missing images. A folder neve
 Importing this module does not load torch.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -20,9 +21,10 @@ from pipelines.bundle import read_bundle
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.pipeline_parts import PipelineParts
 from pipelines.sweep.sweep_record import describe_pipeline_change, is_pipeline_field, iterate_differences
+from stage1_tokenizer.data.data_location import is_image
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from vqmosaic import __version__
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -32,6 +34,9 @@ from vqmosaic.wording import counted, is_or_are
 FORMAT = "vqmosaic.samples"
 FORMAT_VERSION = 1
 RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
+RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "reconstructions.json", "translations.json"
+RECORDS = frozenset({RECORD_NAME, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD})
+"""The records of all commands that write images. A folder with one of them holds results."""
 NAME_BYTES = 220
 """Largest length of a file name without number and suffix. File systems allow 255 bytes, and temporary names add a suffix."""
 MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
@@ -86,12 +91,13 @@ class SampleFolder:
 
         Raises:
             InputError: the folder contains images of another request; its samples.json cannot be read as a record; or there is no samples.json,
-                but files with the names of this request exist and would be replaced.
+                but the folder or a sub-folder contains images.
         """
         expected, existing = {*self.names, GRID_NAME}, files_in(self.out)
         remedy = f"Give another --out, or delete these images and {RECORD_NAME}."
         if RECORD_NAME not in existing:
             check_no_unrecorded_files(self.out, expected & existing, RECORD_NAME)
+            check_no_other_images(self.out)
             return set()
         try:
             content = json.loads((self.out / RECORD_NAME).read_text())
@@ -173,8 +179,24 @@ def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
     """
     if names:
         others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
-        raise InputError(f"--out {out} contains {min(names)}{others} that would be replaced and that no {record} lists. "
+        raise InputError(f"--out {out} contains {printable(min(names))}{others} that would be replaced and that no {record} lists. "
                          "Give another --out, or delete them.")
+
+
+def check_no_other_images(out: Path) -> None:
+    """Raise InputError if a folder without a record, or one of its sub-folders, contains images: it may be a data set.
+
+    Sub-folders with a record contain results of an earlier command, so they are ignored.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        entries = sorted(os.scandir(out), key=lambda entry: entry.name)
+        found = [entry.name for entry in entries if is_image(entry.name)]
+        for entry in entries:
+            if not found and not entry.name.startswith(".") and entry.is_dir() and not files_in(Path(entry)) & RECORDS:
+                found = [f"{entry.name}/{name}" for name in sorted(files_in(Path(entry))) if is_image(name)]
+        if found:
+            raise InputError(f"--out {out} contains images of another origin, such as {printable(found[0])}. The new images would be mixed with "
+                             "them, as in a data set. Give a folder that is new or empty.")
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
@@ -229,9 +251,8 @@ def reconstruction_names(paths: Sequence[Path]) -> list[str]:
 def report_damaged(out: Path, names: set[str]) -> None:
     """Warn that files of an earlier call are damaged or were replaced."""
     if names:
-        listed = ", ".join(sorted(names)[:MAX_LISTED_FILES]) + (" ..." if len(names) > MAX_LISTED_FILES else "")
         print(f"warning: {counted(len(names), 'file')} in {out} {is_or_are(len(names))} damaged or replaced and will be "
-              f"written again: {listed}", flush=True)
+              f"written again: {listed_names(sorted(names), MAX_LISTED_FILES)}", flush=True)
 
 
 def format_option(option: str, value: Any, class_names: list[str] | None) -> str:
@@ -247,5 +268,6 @@ def format_option(option: str, value: Any, class_names: list[str] | None) -> str
         if class_names is not None and value == list(range(len(class_names))):
             return "all classes"
         labels = [class_names[index] if class_names is not None and index in range(len(class_names)) else str(index) for index in value]
-        return ",".join(labels[:MAX_LISTED_CLASSES]) + (f" ... ({counted(len(labels), 'class')})" if len(labels) > MAX_LISTED_CLASSES else "")
-    return " ".join(format_option("", item, None) for item in value) if isinstance(value, list) else str(value)
+        more = f" ... ({counted(len(labels), 'class')})" if len(labels) > MAX_LISTED_CLASSES else ""
+        return printable(",".join(labels[:MAX_LISTED_CLASSES])) + more
+    return " ".join(format_option("", item, None) for item in value) if isinstance(value, list) else printable(str(value))

@@ -12,7 +12,16 @@ from typing import Any
 
 from pipelines.bundle import read_bundle
 from pipelines.image_folders.png_files import is_whole_png, png_header
-from pipelines.image_folders.sample_folder import GRID_NAME, check_no_unrecorded_files, digest_of_files, format_option, make_folder, shorten_name
+from pipelines.image_folders.sample_folder import (
+    GRID_NAME,
+    TRANSLATIONS_RECORD,
+    check_no_other_images,
+    check_no_unrecorded_files,
+    digest_of_files,
+    format_option,
+    make_folder,
+    shorten_name,
+)
 from pipelines.pipeline_parts import PipelineParts
 from pipelines.stages.stage_checks import check_image
 from pipelines.sweep.sweep_record import describe_pipeline_change, is_pipeline_field, iterate_differences
@@ -27,7 +36,6 @@ from vqmosaic.wording import counted
 
 FORMAT = "vqmosaic.translations"
 FORMAT_VERSION = 1
-RECORD_NAME = "translations.json"
 LOW_RESOLUTION = "low_resolution"
 """The kind of a condition that `upscale` needs. `translate` takes all other images."""
 
@@ -69,18 +77,19 @@ class TranslationFolder:
         """Names of the results and the grid that exist, complete or not.
 
         Raises:
-            InputError: the folder contains results of another request, or files with these names that no record lists.
+            InputError: the folder contains results of another request, or it has no record, but it or a sub-folder contains images.
         """
         existing = {name for name in (*self.names, GRID_NAME) if (self.out / name).exists()}
-        if not (self.out / RECORD_NAME).exists():
-            check_no_unrecorded_files(self.out, existing, RECORD_NAME)
+        if not (self.out / TRANSLATIONS_RECORD).exists():
+            check_no_unrecorded_files(self.out, existing, TRANSLATIONS_RECORD)
+            check_no_other_images(self.out)
             return set()
-        content = read_object(self.out / RECORD_NAME, "give another --out")
+        content = read_object(self.out / TRANSLATIONS_RECORD, "give another --out")
         if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION) or not isinstance(content.get("request"), Mapping):
-            raise InputError(f"{self.out / RECORD_NAME} is not a record that this vqmosaic can read. Give another --out.")
+            raise InputError(f"{self.out / TRANSLATIONS_RECORD} is not a record that this vqmosaic can read. Give another --out.")
         if content["request"] != self.request:
             raise InputError(f"--out {self.out} contains the images of another request: {self._differences(content['request'])}. Give another --out, "
-                             f"or delete these images and {RECORD_NAME}.")
+                             f"or delete these images and {TRANSLATIONS_RECORD}.")
         return existing
 
     def _differences(self, recorded: Mapping[str, Any]) -> str:
@@ -112,8 +121,9 @@ class TranslationFolder:
     def begin(self) -> None:
         """Create the folder and record the request. Called before the first image is written."""
         make_folder(self.out)
-        if not (self.out / RECORD_NAME).exists():
-            write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+        if not (self.out / TRANSLATIONS_RECORD).exists():
+            write_json(self.out / TRANSLATIONS_RECORD,
+                       {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
 
 
 def check_has_condition(content: Mapping[str, Any], command: str) -> str:

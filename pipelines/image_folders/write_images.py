@@ -5,7 +5,9 @@ The PNG files are for viewing. They have 8 bits per channel, with data.value_ran
 Both commands keep at most one batch in memory and continue after an interruption.
 """
 
+import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,9 @@ from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.image_folders.sample_folder import (
     GRID_NAME,
+    RECONSTRUCTIONS_RECORD,
     SampleFolder,
+    check_no_other_images,
     check_no_unrecorded_files,
     digest_of_files,
     files_in,
@@ -45,7 +49,6 @@ GRID_SIDE, GRID_PIXELS = 16, 16 * 256
 """Largest number of images along a side of a grid, and of their pixels along that side."""
 COMPARED_IMAGES = 8
 """Number of images whose logits are compared with float32 if another dtype is requested."""
-RECONSTRUCTIONS_RECORD = "reconstructions.json"
 
 
 def write_generated(samples: SampleFolder, device: str | None) -> int:
@@ -121,8 +124,8 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     Otherwise they are replaced.
 
     Raises:
-        ValueError: an image cannot be read or would be replaced by its reconstruction, files with these names exist without a record, or
-            another process is writing to the folder.
+        ValueError: an image cannot be read or would be replaced by its reconstruction, the folder contains images and no record, or another
+            process is writing to the folder.
         Interrupted: a signal stopped it. Written images are kept, and the same call continues from there.
     """
     names = reconstruction_names(paths)
@@ -130,6 +133,9 @@ def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, 
     for name in (*names, GRID_NAME):
         if (out / name).resolve() in originals:
             raise InputError(f"--out {out} would replace the original image {out / name}. Give another folder.")
+    if not (out / RECONSTRUCTIONS_RECORD).exists():
+        check_no_unrecorded_files(out, files_in(out) & {*names, GRID_NAME}, RECONSTRUCTIONS_RECORD)
+        check_no_other_images(out)
     make_folder(out)
     tokenizer = load_tokenizer(tokenizer_folder, usable_device(device), dtype)
     with locked(out, "--out"):
@@ -151,11 +157,10 @@ def write_missing_reconstructions(tokenizer: Tokenizer, paths: list[Path], names
     kept = len(names) - len(missing)
     with StopFlag() as stop, progress_bar(len(missing), 0, "reconstructing", "image") as bar:
         for start in range(0, len(missing), batch_size):
-            if stop.signal:
-                raise Interrupted(stop.signal, f"{kept + start:,} of {counted(len(names), 'reconstruction')} {is_or_are(kept + start)} written "
-                                               f"to {out}")
             batch = missing[start:start + batch_size]
-            images_BCHW = torch.stack([load_image(paths[index], tokenizer.transform) for index in batch])
+            images_BCHW = stop.wait_or_raise(
+                functools.partial(load_images, [paths[index] for index in batch], tokenizer.transform),
+                f"{kept + start:,} of {counted(len(names), 'reconstruction')} {is_or_are(kept + start)} written to {out}")
             restored = to_uint8(tokenizer.reconstruct(images_BCHW.to(tokenizer.device)))
             for index, pixels_HWC in zip(batch, restored, strict=True):
                 save_picture(to_picture(pixels_HWC), out / names[index])
@@ -167,6 +172,11 @@ def write_missing_reconstructions(tokenizer: Tokenizer, paths: list[Path], names
     print(f"wrote {counted(len(missing), 'reconstruction')} and {GRID_NAME} (originals over reconstructions) to {out}"
           + (f", which now contains all {len(names):,}" if kept else ""))
     return 0
+
+
+def load_images(paths: list[Path], transform: ImageTransform) -> torch.Tensor:
+    """Read image files as float32 (B, C, H, W) in [-1, 1]. Raises InputError with the path of an unreadable one."""
+    return torch.stack([load_image(path, transform) for path in paths])
 
 
 def load_image(path: Path, transform: ImageTransform) -> torch.Tensor:
@@ -188,7 +198,8 @@ def remove_outdated_reconstructions(out: Path, names: Sequence[str], request: di
     record, new_files = out / RECONSTRUCTIONS_RECORD, {*names, GRID_NAME}
     try:
         content = json.loads(record.read_text())
-        old_files, old_request = set(content["files"]), dict(content["request"])
+        old_files = {name for name in content["files"] if os.path.basename(name) == name}  # others would be deleted outside of the folder
+        old_request = dict(content["request"])
     except (OSError, ValueError, KeyError, TypeError):
         old_files, old_request = set(), {}
     check_no_unrecorded_files(out, (files_in(out) & new_files) - old_files, RECONSTRUCTIONS_RECORD)

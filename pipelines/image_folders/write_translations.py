@@ -1,5 +1,6 @@
 """Writes the output of `vqmosaic upscale` and `vqmosaic translate`: one PNG per given image, and a grid of given images over results."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders.sample_folder import GRID_NAME, report_damaged
 from pipelines.image_folders.translation_folder import TranslationFolder
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_images, save_grid
 from pipelines.stages.stored_conditions import as_channels
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import to_uint8
@@ -47,8 +48,9 @@ def write_missing(folder: TranslationFolder, device: str | None) -> int:
     paths, transform = list(folder.images.values()), pipe.inputs.tokenizers[folder.condition].transform.without_derivation
     with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
         chunks = (paths[start:start + READ_IMAGES] for start in range(0, len(paths), READ_IMAGES))
-        ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, torch.stack([load_image(path, transform) for path in chunk]))
-                            for chunk in chunks])
+        message = f"{kept:,} of {counted(len(names), 'image')} {is_or_are(kept)} written to {folder.out}"
+        images = (stop.wait_or_raise(functools.partial(load_images, chunk, transform), message) for chunk in chunks)
+        ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, images_BCHW) for images_BCHW in images])
 
         def on_token(done: int, tokens: int) -> bool:
             bar.total = tokens

@@ -120,5 +120,9 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
 
 
 def example_classes(names: list[str]) -> str:
-    """Two class names (or the only one) in the format of --classes, or "" without classes. Of ten classes: the fourth and the eighth."""
+    """Two class names (or the only one) in the format of --classes, or "" without classes. Of ten classes: the fourth and the eighth.
+
+    Names that cannot be printed on a line are left out.
+    """
+    names = [name for name in names if name.isprintable()]
     return ",".join(names[index] for index in sorted({len(names) * 3 // 10, len(names) * 7 // 10})) if names else ""

@@ -1,5 +1,6 @@
 """Checks made before a stage starts slow work. They import no torch and take well under a second, unless a docstring says otherwise."""
 
+import contextlib
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from token_shards.manifest import Grid, TokenShardManifest
 from vqmosaic.errors import InputError, check_range, did_you_mean, nearest_name
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe import Recipe, check_batch_split, condition_recipes
+from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.runs.run_folder import STAGES, RunFolder, main_stage
 from vqmosaic.runs.stage_records import decide_action, load_record
@@ -198,6 +200,28 @@ def check_outside_of_data(root: Path, data: DataConfig) -> None:
     if root.resolve().is_relative_to(local_path(data).resolve()):
         raise InputError(f"run_dir is {str(root)!r}, inside data.path {data.path!r}, so the pictures of the run would become part of the data "
                          "set. Set --run_dir to a folder outside of it.")
+
+
+def check_output_outside_of_data(source: Path, out: Path) -> None:
+    """Raise InputError if --out is inside a folder of images that a run was trained on. The new images would become part of the data set.
+
+    `source` is the run folder, or a folder directly inside it. Does nothing for folders without a run, or if the recipe cannot be read.
+    """
+    for run in (source.resolve(), source.resolve().parent):
+        folders: list[Path] = []
+        if (run / "recipe.yaml").is_file():
+            with contextlib.suppress(InputError):  # such as of another version, which does not matter here
+                folders = image_folders(load_recipe(str(run)).data)
+        for folder in folders:
+            if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"--out {out} is inside {folder}, the images that {source} was trained on. The new images would become part of the "
+                                 "data set. Give a folder outside of it as --out.")
+
+
+def image_folders(data: DataConfig) -> list[Path]:
+    """The folders with the images of a recipe: data.path, and those of paired images."""
+    paired = [condition.path for condition in data.given_conditions] + [(data.derived or {}).get("path")]
+    return [local_path(data)] * bool(data.path) + [Path(os.path.expanduser(path)) for path in paired if path]
 
 
 def check_can_write(field: str, folder: Path) -> None:

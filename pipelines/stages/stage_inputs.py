@@ -6,6 +6,7 @@ tokenizer whose ids it generates. The full fingerprint covers all weights, inclu
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def tokenizer_folder(recipe: Recipe) -> Path:
 
 def condition_tokenizer_folder(recipe: Recipe, condition: ConditionConfig) -> Path:
     """The folder of the tokenizer of an image condition: the given one, or that of this run."""
-    return Path(condition.tokenizer or Path(recipe.run_dir) / "conditions" / condition.name / "tokenizer").expanduser()
+    return Path(os.path.expanduser(condition.tokenizer or Path(recipe.run_dir) / "conditions" / condition.name / "tokenizer"))
 
 
 def check_condition_tokenizer(recipe: Recipe, condition: ConditionConfig) -> None:
@@ -78,7 +79,7 @@ def condition_folders(recipe: Recipe) -> dict[str, Path]:
         if not condition.is_caption:
             folders[condition.name] = condition_tokenizer_folder(recipe, condition)
         elif condition.text_tokenizer is not None:
-            folders[condition.name] = Path(condition.text_tokenizer).expanduser()
+            folders[condition.name] = Path(os.path.expanduser(condition.text_tokenizer))
     return folders
 
 

@@ -42,7 +42,7 @@ def _check_is_folder(entry: str, data: DataConfig) -> None:
 
 def check_pairs_folder(path: str, data: DataConfig, field: str = "paired_folder: path") -> Path:
     """The folder of paired images. Raises InputError, which names the field, unless it holds images outside of data.path. Reads only names."""
-    root, images = Path(path).expanduser(), local_path(data)
+    root, images = Path(os.path.expanduser(path)), local_path(data)
     if not root.is_dir():
         raise InputError(f"{field} is {path!r}, which is not a folder on this machine (working directory: {os.getcwd()}).")
     if root.resolve().is_relative_to(images.resolve()):

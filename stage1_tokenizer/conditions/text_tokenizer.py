@@ -4,6 +4,7 @@ The padding id follows the ids of the text, so that it is the last one.
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -74,7 +75,7 @@ def load_text_tokenizer(folder: str | Path | None) -> TextTokenizer:
 
 def check_text_tokenizer(folder: str | Path, field: str = "text_tokenizer") -> Path:
     """The folder of a tokenizer. Raises InputError, which names the field, if it has no file of one. Reads only names."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if not path.is_dir():
         raise InputError(f"{field} is {str(folder)!r}, which is not a folder on this machine. Give the folder of a tokenizer of transformers, or "
                          "null for the bytes of UTF-8.")

@@ -17,6 +17,8 @@ IMAGE_SUFFIXES = frozenset({
 """Suffixes of the files that are read as images: those of the formats in images.py."""
 NO_DATA_FOLDERS = frozenset({"@eaDir", "@tmp", "#recycle", "@Recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 """Folders that archives, network storage and operating systems add: thumbnails, resource forks and deleted files, not data."""
+MAX_PATHS_TO_FOLDER = 1000
+"""The largest number of paths to one folder in a data set. Ten folders with links to each other have ten million paths."""
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 VALIDATION_SPLITS = ("validation", "val", "valid", "test")
 """Names of splits and sub-folders that are used for validation, in order of preference."""
@@ -76,7 +78,7 @@ def check_data_path(data: DataConfig) -> str:
 def local_path(data: DataConfig) -> Path:
     """data.path as a path on this machine, with ~ expanded."""
     assert data.path is not None  # it is given for all sources other than digits
-    return Path(data.path).expanduser()
+    return Path(os.path.expanduser(data.path))  # unlike Path.expanduser, raises no error for an unknown user
 
 
 def is_image(name: str) -> bool:
@@ -93,14 +95,20 @@ def data_files(folder: Path) -> Iterator[str]:
     """POSIX paths, relative to the folder, of its files at any depth, except hidden files and those in NO_DATA_FOLDERS.
 
     Links to folders are followed, except links to a folder that contains them. Dead links are listed: reading them gives the reason.
+    Raises InputError if links reach a folder on more than MAX_PATHS_TO_FOLDER paths.
     """
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    paths: Counter[tuple[int, int]] = Counter()
     while pending:
         prefix, ancestors = pending.pop()
         status = os.stat(folder / prefix)
         identity = (status.st_dev, status.st_ino)
         if identity in ancestors:
             continue
+        paths[identity] += 1
+        if paths[identity] > MAX_PATHS_TO_FOLDER:
+            raise InputError(f"links in {printable(str(folder))!r} reach the folder {printable(os.path.realpath(folder / prefix))!r} on more than "
+                             f"{MAX_PATHS_TO_FOLDER} paths, such as {printable(prefix)!r}. Remove links to folders that link to each other.")
         entries = _visible_entries(folder / prefix)
         yield from (prefix + name for name, is_folder in entries if not is_folder)
         pending += [(f"{prefix}{name}/", (*ancestors, identity)) for name, is_folder in reversed(entries) if is_folder]

@@ -124,6 +124,8 @@ def _parse_line(number: int, line: str) -> Any:
     """The JSON value in a line. Raises ValueError that names the number of the line."""
     try:
         return json.loads(line)
+    except RecursionError:
+        raise ValueError(f"line {number}: too deeply nested") from None
     except ValueError as error:
         raise ValueError(f"line {number}: {error}") from None
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute
 
 from stage1_tokenizer.data.class_labels import LABEL_NAMES, class_of, label_hint, sorted_classes, text_order
-from vqmosaic.errors import InputError, check_name
+from vqmosaic.errors import InputError, check_name, printable
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 
@@ -28,7 +28,7 @@ def find_label_column(rows: datasets.Dataset, data: DataConfig) -> str | None:
         return data.label_column
     found = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) > 1:
-        raise InputError(f"{given} is not given, and there are several: {', '.join(found)}; give one of them, or set --data.use_labels false.")
+        raise InputError(f"{given} is not given, and there are several: {printable(', '.join(found))}; give one, or set --data.use_labels false.")
     named = (name for name in LABEL_NAMES if name in rows.features and _has_class_type(rows.features[name]) and _has_only_class_values(rows, name))
     return found[0] if found else next(named, None)
 

@@ -5,6 +5,7 @@ Rows are read as stored bytes, and images.py decodes them. So the rules for EXIF
 
 import hashlib
 import json
+import os
 import re
 import socket
 import sys
@@ -28,7 +29,7 @@ from stage1_tokenizer.data.image_sources import ImageSplits, changed_copy, hold_
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import UnreadableImage, read_image
-from vqmosaic.errors import InputError, check_name
+from vqmosaic.errors import InputError, check_name, printable
 from vqmosaic.files.permissions import check_readable
 from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.wording import counted
@@ -141,7 +142,7 @@ class HuggingFaceSource:
         """The file that a row names, relative to the folder of the tables, or else to the working directory."""
         path = Path(stored)
         inside = self._folder / path if self._folder is not None else path  # an absolute path stays as it is
-        return path if path.exists() and not inside.exists() else inside
+        return path if os.path.exists(path) and not os.path.exists(inside) else inside  # unlike Path.exists, raises no error for impossible paths
 
     def _digest(self, index: int) -> tuple[int | None, bytes | None, bool]:
         """(size in bytes, content_digest, is_file_path) of an image; (None, None, False) if the row has none. Does not copy stored images."""
@@ -255,8 +256,7 @@ def _load_from_hub(name: str) -> datasets.DatasetDict:
     """The data set from the hub, or from the local cache if a test of the connection fails. Without the test, the library would retry for 25 s."""
     import huggingface_hub.constants as hub
 
-    endpoint = urlsplit(hub.ENDPOINT)
-    before = hub.HF_HUB_OFFLINE
+    endpoint, before = urlsplit(hub.ENDPOINT), hub.HF_HUB_OFFLINE
     try:
         if not before and not urllib.request.getproxies():  # behind a proxy, a failed direct connection does not mean that the hub is unreachable
             try:
@@ -289,7 +289,7 @@ def _image_column(rows: datasets.Dataset, data: DataConfig) -> str:
     found = typed or [name for name, feature in rows.features.items() if _has_image_type(feature)]
     if len(found) != 1:
         raise InputError(f"{given} is not given, and {len(found) or 'no'} columns hold images; give one of: "
-                         f"{', '.join(found or rows.column_names)}.")
+                         f"{printable(', '.join(found or rows.column_names))}.")
     return found[0]
 
 

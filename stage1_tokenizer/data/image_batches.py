@@ -39,6 +39,8 @@ _PREFETCHED_BATCHES = 4
 """Batches that each worker process decodes ahead of training."""
 MAX_WAIT_SECONDS = 600
 """The longest time that training waits for a batch from the processes that decode images."""
+MAX_CLOSE_SECONDS = 2
+"""The longest time to wait for a thread that decodes images when nobody needs them. It may be stuck reading a file."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _from_thread(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]]
         try:
             yield batch
         except GeneratorExit:
-            wait([upcoming])  # otherwise the thread would slow down what the caller does next
+            wait([upcoming], timeout=MAX_CLOSE_SECONDS)  # otherwise the thread would slow down what the caller does next
             raise
 
 
@@ -236,9 +238,7 @@ def _from_workers(samples: _Samples, sample_lists: Iterator[list[tuple[int, int]
                                  "network file system, check it. If memory is short, lower data.workers. The same command continues from the last "
                                  "checkpoint.") from error
             yield batch
-    except GeneratorExit:  # the caller closed the iterator, and the workers are not stuck
-        raise
-    except BaseException:  # a worker may be stuck, and the loader would wait for it
+    except BaseException:  # the caller closed the iterator, or there was an error; a worker may be stuck, and the loader would wait for it
         _kill(processes)
         raise
     finally:

@@ -11,6 +11,9 @@ from PIL import Image, ImageFile
 LOW_BYTES = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
 """The suffix of a raw mode that unpacks the high bytes -> of the one that unpacks the low bytes."""
 
+_CHANGED_FORMATS = ("PNG", "TIFF", "BMP", "DIB")
+"""Formats for which stored_values.py and float_images.py set up the decoder, the palette or the transparent colour of the handle."""
+
 
 @contextlib.contextmanager
 def stored_file(image: Image.Image) -> Iterator[IO[bytes]]:
@@ -33,6 +36,11 @@ def reopened(image: Image.Image) -> ImageFile.ImageFile:
     if image.tell():
         copy.seek(image.tell())
     return copy
+
+
+def separate_handle(image: Image.Image) -> Image.Image:
+    """A new handle of a file that is opened but not loaded, if reading its format changes the handle. Other images are returned unchanged."""
+    return reopened(image) if getattr(image, "tile", None) and image.format in _CHANGED_FORMATS else image
 
 
 def raw_mode(image: ImageFile.ImageFile) -> str:

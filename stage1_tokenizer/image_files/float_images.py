@@ -11,8 +11,8 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from stage1_tokenizer.image_files.decoders import LOW_BYTES, low_bytes, raw_mode, reopened, set_raw_mode
-from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction
+from stage1_tokenizer.image_files.decoders import LOW_BYTES, low_bytes, raw_mode, set_raw_mode
+from stage1_tokenizer.image_files.stored_values import UnreadableImage, check_has_all_bits, header_correction
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601), as in Pillow."""
@@ -87,11 +87,6 @@ def _scaled_band(bands: Sequence[np.ndarray], low: float, high: float) -> Image.
     return Image.fromarray(scaled)
 
 
-def separate_handle(image: Image.Image) -> Image.Image:
-    """A new handle of an opened file with several bands of 16 bits, because reading it changes the handle. Other images are returned unchanged."""
-    return reopened(image) if _has_deep_bands(image) else image
-
-
 def _has_deep_bands(image: Image.Image) -> bool:
     """Whether an image is opened, but not loaded, and has several bands of 16 bits."""
     has_bands, is_opened = image.mode in ("RGB", "RGBA", "LA", "RGBX"), bool(getattr(image, "tile", None))
@@ -130,8 +125,9 @@ def _stored_bands(image: Image.Image) -> tuple[list[np.ndarray], np.ndarray | No
 def _bands_of_16_bits(image: ImageFile.ImageFile, raw: str) -> list[np.ndarray]:
     """The bands (H, W) of an opened PNG or TIFF with two to four bands of 16 bits. Reads the file a second time for the low bytes.
 
-    Afterwards, `image` may hold other pixels (separate_handle).
+    Afterwards, `image` may hold other pixels.
     """
+    check_has_all_bits(image)
     if image.format not in ("PNG", "TIFF") or raw[-4:] not in LOW_BYTES:
         raise UnreadableImage(f"{image.format} pixels of {raw}, of which Pillow keeps 8 bits")
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PLANES_TAG, 1) != 1:

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from stage1_tokenizer.image_files.channels import PILLOW_MODES
-from stage1_tokenizer.image_files.float_images import FloatImage, float_image, separate_handle
+from stage1_tokenizer.image_files.decoders import separate_handle
+from stage1_tokenizer.image_files.float_images import FloatImage, float_image
 from stage1_tokenizer.image_files.stored_values import UnreadableImage, header_correction, keep_extra_channel
 from vqmosaic.files.permissions import permission_denied
 from vqmosaic.recipes.recipe_sections import DataConfig
@@ -51,9 +52,9 @@ def read_image(file: ImageInput, *, channels: int = 3, value_range: Sequence[flo
     """The upright 8-bit image in mode L (channels=1), LA (2), RGB (3) or RGBA (4). With value_range, the FloatImage with that many channels.
 
     Applies the EXIF rotation, divides 16-bit values by 257, and converts palettes, CMYK and 1-bit images. With 1 or 3 channels, composites
-    transparency on white. With 2 or 4, keeps alpha, which is opaque for images without it; a fourth channel of unspecified meaning in a TIFF counts
-    as alpha. (Pillow drops that channel, so it is opaque in a PIL image that was loaded before.) Colours become grey by their luma, and grey is
-    repeated as red, green and blue.
+    transparency on white. With 2 or 4, keeps alpha, which is opaque for images without it; a second or fourth channel of unspecified meaning in a
+    TIFF counts as alpha. (Pillow drops that channel, so it is opaque in a PIL image that was loaded before.) Colours become grey by their luma, and
+    grey is repeated as red, green and blue.
     With value_range [low, high], values are read at their full depth, clipped to the range, and mapped to [-1, 1] (float_images.py).
     Uses the scale, white level and transparent colour from the header (stored_values.py). Reads the first frame of an animation. The limit
     max_pixels is checked on the header, before anything is decoded. Pillow has its own limit, about 179 million pixels
@@ -79,7 +80,7 @@ def read_image(file: ImageInput, *, channels: int = 3, value_range: Sequence[flo
 
     try:
         if isinstance(file, Image.Image):
-            return convert(file)
+            return convert(separate_handle(file))
         if isinstance(file, (bytes, bytearray, memoryview)):
             if not len(file):
                 raise UnreadableImage("the file is empty")
@@ -147,8 +148,8 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
 def _convert_to_floats(image: Image.Image, channels: int, value_range: Sequence[float], max_pixels: int) -> FloatImage:
     """The upright FloatImage. Checks the limit on pixels before decoding."""
     _check_size(image, max_pixels)
-    kept = keep_extra_channel(image) if channels in (2, 4) else image
-    image = separate_handle(image) if kept is image else kept
+    if channels in (2, 4):
+        image = keep_extra_channel(image)
     converted = float_image(image, channels, value_range)
     orientation = _orientation(image)
     if orientation not in _TRANSPOSE_BY_ORIENTATION:

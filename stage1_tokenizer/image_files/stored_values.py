@@ -12,23 +12,16 @@ from typing import cast
 
 import numpy as np
 import PIL
-from PIL import Image, ImageFile, ImagePalette, PngImagePlugin, TiffImagePlugin, features
+from PIL import Image, ImageFile, ImagePalette, TiffImagePlugin, features
 
 from stage1_tokenizer.image_files.decoders import low_bytes, raw_mode, reopened, set_raw_mode, stored_file
 from stage1_tokenizer.image_files.jpeg2000_header import Jpeg2000Header, read_jpeg2000_header
+from stage1_tokenizer.image_files.metadata_limits import limit_metadata
 
-# Image editors write PNG files with profiles and workflows of several megabytes, and Pillow refuses to read such files.
-# This sets a higher limit on the decompressed size of one chunk. Pillow's limit on all texts together still applies.
-PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**24)
+limit_metadata()
 # For uncompressed TIFF, Pillow's own decoder reads missing strips as black or as bytes of the header, 16-bit planes as 8-bit planes, and
 # YCbCr as RGB. libtiff, which decodes all compressed TIFF files, refuses missing strips and reads the other two correctly.
 TiffImagePlugin.READ_LIBTIFF = features.check_codec("libtiff")
-
-# Pillow copies the bytes that each EXIF entry points to, and thousands of entries may point to the same bytes: 1 MB of EXIF can take 4 GB
-# of memory. For a JPEG, this happens as soon as the file is opened. The orientation is in the first directory, near the start.
-MAX_EXIF_BYTES = 2**16  # the size limit of a JPEG segment
-_load_exif = Image.Exif.load
-Image.Exif.load = lambda self, data: _load_exif(self, data[:MAX_EXIF_BYTES])  # type: ignore[method-assign]  # replaced on purpose
 
 _PHOTOMETRIC, _BITS, _COLOR_MAP, _SAMPLE_FORMAT, _INK_SET, _DOT_RANGE, _REFERENCE_LEVELS = 262, 258, 320, 339, 332, 336, 532
 _SAMPLES, _PLANES = 277, 284
@@ -77,6 +70,7 @@ def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         return None  # with a palette, or 16-bit grey (see read_images.py)
     stored_mode = raw_mode(image)
     if stored_mode == "RGB;16B":
+        check_has_all_bits(image)
         low = np.asarray(low_bytes(image))
         return lambda loaded: _with_alpha(loaded, np.asarray(loaded) * np.uint16(256) + low != np.array(transparent))
 
@@ -89,6 +83,12 @@ def _png(image: ImageFile.ImageFile) -> Callable[[Image.Image], Image.Image] | N
         return loaded
 
     return correct
+
+
+def check_has_all_bits(image: ImageFile.ImageFile) -> None:
+    """Raise UnreadableImage for a later frame of an animated PNG, whose low bytes are unknown: Pillow combines the frames with 8 bits per value."""
+    if image.format == "PNG" and image.tell():
+        raise UnreadableImage("a later frame of an animated PNG with 16 bits per value, of which Pillow keeps 8 bits")
 
 
 def png_chunk(image: Image.Image, wanted: bytes) -> bytes:
@@ -117,21 +117,22 @@ def _with_alpha(image: Image.Image, differs_HWC: np.ndarray) -> Image.Image:
 
 
 def keep_extra_channel(image: Image.Image) -> Image.Image:
-    """A new handle of an opened RGB TIFF with a fourth channel of unspecified meaning, which Pillow drops. After header_correction, it has mode RGBA.
+    """A new handle of an opened TIFF whose last channel, after grey, a palette or RGB, has no specified meaning, so that Pillow drops it.
 
-    Other images, and images that are already loaded, are returned unchanged.
+    After header_correction, the new handle has mode LA, PA or RGBA. Other images, and images that are already loaded, are returned unchanged.
     """
-    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode == "RGB" and image.tile
-            and image.tag_v2.get(_SAMPLES) == len(image.tag_v2.get(_BITS, ())) == 4):
+    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.mode in ("L", "LA", "P", "RGB")
+            and image.tag_v2.get(_SAMPLES) == len(image.tag_v2.get(_BITS, ())) == (4 if image.mode == "RGB" else 2)):
         return image
     is_planar = image.tag_v2.get(_PLANES, 1) != 1
-    if is_planar and image.tile[0][0] != "libtiff":
-        raise UnreadableImage("a TIFF with a fourth channel in a separate plane, which Pillow drops")
+    if is_planar and (image.mode != "RGB" or image.tile[0][0] != "libtiff"):
+        raise UnreadableImage("a TIFF with its last channel in a separate plane, which Pillow drops or misreads")
     colours, separator, depth = raw_mode(image).partition(";")
-    if colours != ("RGB" if is_planar else "RGBX"):
-        return image
     # From planes in mode RGBA, Pillow would divide the colours by the fourth channel. Mode RGBX stores the same four bands.
-    kept, mode = reopened(image), "RGBX" if is_planar else "RGBA"
+    mode = "RGBX" if is_planar and colours == "RGB" else {"LX": "LA", "PX": "PA", "RGBX": "RGBA"}.get(colours)
+    if mode is None:
+        return image
+    kept = reopened(image)
     kept._mode = mode
     set_raw_mode(kept, mode + separator + depth)
     return kept
@@ -148,6 +149,8 @@ def _tiff(image: ImageFile.ImageFile, stored_values: bool = False) -> Callable[[
     # without stored_values, 32 bits may be signed, because Pillow writes 16-bit values as signed 32-bit values (see read_images.py)
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and bits < (16 if stored_values else 32):
         raise UnreadableImage("a TIFF of signed values; their black and white levels are unknown")
+    if image.mode in ("LA", "PA") and tags.get(_PLANES, 1) != 1:
+        raise UnreadableImage("a TIFF with alpha in a separate plane, which Pillow does not read")
     if photometric == _YCBCR and image.mode == "RGB" and image.tile and image.tile[0][0] == "raw":
         raise UnreadableImage("a TIFF of uncompressed YCbCr, which Pillow cannot convert without libtiff")
     if image.mode == "CMYK" and (tags.get(_INK_SET, 1) != 1 or tags.get(_DOT_RANGE, (0, 2**bits - 1))[:2] != (0, 2**bits - 1)):

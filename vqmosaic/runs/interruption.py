@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 EXIT_CODES: dict[int, int] = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 """Signals that stop a stage -> the exit code of the process, 128 plus the number of the signal."""
@@ -14,6 +14,8 @@ GRACE_SECONDS = 3.0
 """Seconds from the second signal until a process that has not ended by itself is ended."""
 PR_SET_PDEATHSIG = 1
 """Option of Linux's prctl: the signal that a process receives when its parent ends."""
+
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -77,6 +79,11 @@ class StopFlag:
             return None
         finally:
             self._is_waiting = False
+
+    def until_signal(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items until a signal arrives, which ends a wait for the next item immediately, as in `wait_for`."""
+        while (item := self.wait_for(lambda: next(items, None))) is not None:
+            yield item
 
     def wait_or_raise(self, call: Callable[[], Any], kept: str) -> Any:
         """The result of `call`, as in `wait_for`. Raises Interrupted with the message `kept` if a signal has arrived.

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from vqmosaic.errors import listed_names
 from vqmosaic.recipes.fields_from_data import DataSize, describe_choices
 from vqmosaic.recipes.recipe_sections import TrainingConfig
 from vqmosaic.training.budget import describe_epochs, few_steps_warning, format_duration, remaining_seconds
@@ -50,7 +51,7 @@ def print_plan(run: TrainingRun, facts: dict[str, Any], seconds_per_step: float,
 
 def describe_classes(names: list[str] | None) -> str:
     """The first class names as text."""
-    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "none"
+    return listed_names(names) if names else "none"
 
 
 def describe_learning_rate(training: TrainingConfig) -> str:
