@@ -1,7 +1,7 @@
 """Measures priors that predict in any order: what they learn, and the quality and time of sampling with several tokens per pass.
 
     python -m benchmarks.parallel_sampling quality                        # tokenizer, tokens, 12 minutes per prior, samples: two hours
-    python -m benchmarks.parallel_sampling quality --run runs/parallel    # keeps tokenizer, tokens and priors, and continues with them
+    python -m benchmarks.parallel_sampling quality --run runs/parallel    # keeps all results, and continues with them
     python -m benchmarks.parallel_sampling layouts --run runs/parallel    # double positions beside query blocks, 4 minutes each
     python -m benchmarks.parallel_sampling speed --llamagen /tmp/LlamaGen # about ten minutes
     python -m benchmarks.parallel_sampling gpu --arpg /tmp/ARPG           # on a GPU: bf16, models of 111M and 775M, batches 1, 8 and 64
@@ -42,6 +42,8 @@ from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from stage1_tokenizer.train import train as train_tokenizer
 from stage2_prior.prior import TokenPrior
 from stage2_prior.train import train as train_prior
+from vqmosaic.files.durable_files import write_json
+from vqmosaic.files.json_files import read_object
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -157,13 +159,18 @@ def measure_quality(run_dir: Path, minutes: float, schedule: str) -> int:
     points: dict[tuple[str, int | None], dict[str, float]] = {}
     rows = []
     for name, steps in ((RASTER, None), (ANY_ORDER, None), *((ANY_ORDER, count) for count in PASSES)):
-        held_out = {scale: chooser.distance_of(sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), HELD_OUT_SAMPLES)[0])
-                    for scale in GUIDANCE_SCALES[schedule]}
-        scale = min(held_out, key=lambda scale: held_out[scale])
-        images_NHWC, classes, seconds = sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), SAMPLES)
-        points[name, steps] = {"distance": judge.distance_of(images_NHWC), "agreement": judge.agreement(images_NHWC, classes), "scale": scale,
-                               "seconds": seconds}
-        rows.append([images_NHWC[column].numpy() for column in range(SHOWN * CLASSES)])
+        file = run_dir / "points" / f"{name}-{minutes:g}-minutes-{schedule}-{steps or 'raster'}.json"
+        if not file.is_file():
+            held_out = {scale: chooser.distance_of(sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), HELD_OUT_SAMPLES)[0])
+                        for scale in GUIDANCE_SCALES[schedule]}
+            scale = min(held_out, key=lambda scale: held_out[scale])
+            images_NHWC, classes, seconds = sample_images(priors[name], tokenizer, settings_of(steps, schedule, scale), SAMPLES)
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, {"distance": judge.distance_of(images_NHWC), "agreement": judge.agreement(images_NHWC, classes), "scale": scale,
+                              "seconds": seconds})
+        points[name, steps] = read_object(file, "delete it")
+        shown_NHWC = sample_images(priors[name], tokenizer, settings_of(steps, schedule, points[name, steps]["scale"]), SHOWN * CLASSES)[0]
+        rows.append(shown_NHWC.numpy())
         print(name, steps, points[name, steps], flush=True)
     real_distance = judge.distance_of(train_NHWC[:SAMPLES])
     decoded_NHWC = torch.cat([torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.encode(cifar10.to_float(part))))) for part in
