@@ -79,9 +79,9 @@ def test_one_prior_draws_both_grids(run):
 
 def test_commands_and_summary(run, tmp_path, capsys):
     assert dispatch(["generate", str(run), "--classes", "3", "--num", "2", "--seed", "1", "--out", str(tmp_path / "out")]) == 0
-    assert len([path for path in (tmp_path / "out").rglob("*.png") if path.parent.name == "3"]) == 2
-    picture = next((tmp_path / "out").rglob("3/*.png"))
-    assert dispatch(["reconstruct", str(run), str(picture), "--out", str(tmp_path / "restored")]) == 0
+    pictures = sorted((tmp_path / "out").glob("3-*.png"))
+    assert len(pictures) == 2
+    assert dispatch(["reconstruct", str(run), str(pictures[0]), "--out", str(tmp_path / "restored")]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tokens"] == {"count": 20, "codebook_size": {"top": 256, "bottom": 32}, "bits_per_image": 4 * 8 + 16 * 5}
     assert {"codebook_usage_top", "perplexity_bottom", "codebook_usage"} <= summary["tokenizer"].keys()
