@@ -79,9 +79,9 @@ def test_one_prior_draws_both_grids(run):
 
 def test_commands_and_summary(run, tmp_path, capsys):
     assert dispatch(["generate", str(run), "--classes", "3", "--num", "2", "--seed", "1", "--out", str(tmp_path / "out")]) == 0
-    assert len([path for path in (tmp_path / "out").rglob("*.png") if path.parent.name == "3"]) == 2
-    picture = next((tmp_path / "out").rglob("3/*.png"))
-    assert dispatch(["reconstruct", str(run), str(picture), "--out", str(tmp_path / "restored")]) == 0
+    pictures = sorted((tmp_path / "out").glob("3-*.png"))
+    assert len(pictures) == 2
+    assert dispatch(["reconstruct", str(run), str(pictures[0]), "--out", str(tmp_path / "restored")]) == 0
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tokens"] == {"count": 20, "codebook_size": {"top": 256, "bottom": 32}, "bits_per_image": 4 * 8 + 16 * 5}
     assert {"codebook_usage_top", "perplexity_bottom", "codebook_usage"} <= summary["tokenizer"].keys()
@@ -175,8 +175,8 @@ def test_alarm_names_the_level_that_collapsed(collapsed, other, tmp_path, monkey
     def initialize_and_spread(tokenizer, *arguments):
         initialize(tokenizer, *arguments)
         quantizer = tokenizer.quantizers[collapsed]
-        for buffer in (quantizer.codebook, quantizer.ema_sums):
-            buffer.copy_(100 * torch.arange(1, 1 + quantizer.codebook_size)[:, None])
+        quantizer.codebook += 100 * torch.arange(quantizer.codebook_size)[:, None]  # all but the first are far away from all latents
+        quantizer.ema_sums.copy_(quantizer.codebook * quantizer.ema_counts[:, None])
 
     monkeypatch.setattr(train_module, "initialize_codebooks", initialize_and_spread)
     train(tmp_path / "run", tokenizer__revival_threshold=0, tokenizer__ema_decay=0.999999, tokenizer_training__weight_ema_decay=0,
@@ -239,7 +239,7 @@ def test_fine_tuning_the_decoder_keeps_the_ids(start, trained, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"tokenizer__top": '{"codebook_size": 8, "code_dim": 4}'}, r"tokenizer\.top\.codebook_size is 8 in the recipe and 16 in the weights"),
-    ({"tokenizer__top_factor": 4}, r"tokenizer\.top_factor is 4 in the recipe and 2 in the weights"),
+    ({"tokenizer__top_factor": 4, "tokenizer__channel_multipliers": [1, 1]}, r"tokenizer\.top_factor is 4 in the recipe and 2 in the weights"),
     ({"tokenizer__kind": "image", "tokenizer__top": "{}"}, r"tokenizer\.kind is 'image' in the recipe and 'hierarchical' in the weights\. Set"),
     ({"tokenizer__code_dim": 4}, r"tokenizer\.code_dim is 4 in the recipe and 8 in the weights\. Set")])
 @pytest.mark.parametrize("start", ["tokenizer", "checkpoints/tokenizer/step-00000006"])

@@ -120,7 +120,8 @@ def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
     if recipe["tokenizer.kind"] == "hierarchical":  # its top grid needs whole tokens too
         factor = recipe["tokenizer.top_factor"]
         check_range("tokenizer.top_factor", factor, at_least=2)
-    candidates = [2**power for power in range(1, 8) if all(side % (2**power * factor) == 0 and side // 2**power >= 2 for side in sides)] or [1]
+    fitting = [2**power for power in range(1, 8) if all(side % (2**power * factor) == 0 and side // (2**power * factor) >= 2 for side in sides)]
+    candidates = fitting or [1]
     downsampling = min(candidates, key=lambda candidate: abs(math.log2(height * width / candidate**2 / target)))
     grid = f"{height // downsampling} x {width // downsampling}"
     if (height // downsampling) * (width // downsampling) > (2 * LARGEST_SIDE) ** 2:

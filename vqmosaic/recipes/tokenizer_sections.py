@@ -308,12 +308,11 @@ def token_grids(field: str, image_size: ImageSize, config: TokenizerConfig, fewe
     """Height and width of each token grid of images of this size, by grid name.
 
     Raises:
-        InputError: a side of the images is not a multiple of the pixels along one side of a token, or has fewer than `fewest` tokens (one in the top
-            grid, if there are two grids). The message names the field, the side and the nearest size that fits.
+        InputError: a side of the images is not a multiple of the pixels along one side of a token, or has fewer than `fewest` tokens. If there are
+            two grids, this is about the top grid. The message names the field, the side and the nearest size that fits.
     """
     sides, is_hierarchical = height_and_width(image_size, field), config.kind == "hierarchical"
     factor = config.downsampling * (config.top_factor if is_hierarchical else 1)
-    fewest = 1 if is_hierarchical else fewest
     wrong = [name for name, side in zip(SIDES, sides, strict=True) if side % factor or side // factor < fewest]
     if wrong:
         size = checked_image_size(field, image_size)
