@@ -142,7 +142,7 @@ def copy_condition(source: Path, target: Path) -> None:
 
 def find_conditions(given: Sequence[str], priors: Sequence[Path]) -> dict[str, Path]:
     """Name of a condition -> the folder of its tokenizer, from options NAME=FOLDER and, for the others, from the run folders of the priors."""
-    found = {}
+    found: dict[str, Path] = {}
     for prior in priors:
         for config in sorted(prior.parent.glob("conditions/*/tokenizer/config.json")):
             found.setdefault(config.parent.parent.name, config.parent)

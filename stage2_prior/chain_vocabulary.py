@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from stage2_prior.segments import CLASS_NAME, Condition, GivenGrid
 from stage2_prior.vocabulary import Vocabulary
@@ -140,7 +141,7 @@ class ChainVocabulary:
 
     def settings_of(self, number: int, sampling: SamplingConfig) -> SamplingConfig:
         """The sampling settings of one of the priors: guidance only of its own segments and if it supports it, and at most one pass per token."""
-        vocabulary, changes = self.vocabularies[number], dict[str, object]()
+        vocabulary, changes = self.vocabularies[number], dict[str, Any]()
         own = [segment.name for segment in vocabulary.given_segments if len(segment.ids)]
         if len(self.vocabularies) > 1:
             changes["guidance"] = {name: scale for name, scale in sampling.guidance.items() if name in own}

@@ -56,7 +56,7 @@ def test_image_and_prompt_are_used(server):
     event, data = server.result("generate", request({"path": path, "meta": {"_type": "gradio.FileData"}}, "sea"))
     assert event == "complete" and "1 image with seed 3" in data[3]
     assert "prompt={'text': 'sea'}" in data[4] and "Image.open(\"low.png\")" in data[4] and path not in data[4]
-    direct = server.pipe("ant", image=Image.open(io.BytesIO(content)).convert("L"), prompt="sea", seed=3)
+    direct = server.pipe("ant", image=Image.open(io.BytesIO(content)).convert("L"), prompt="sea", seed=3, callback=lambda *_: True)
     gallery, *_ = demo.generate(server.pipe, None, threading.Event(), lambda *_, **__: None, ["ant"], 1, 3, {}, GivenValues(
         {"text": "sea"}, {"low": path}))
     assert np.array_equal(np.array(gallery[0][0]), np.array(direct.images[0]))

@@ -32,7 +32,7 @@ TOP, BOTTOM = Grid("top", 5, 1, 2), Grid("bottom", 7, 2, 2)
 LOW = GivenGrid(grid=Grid("low", 4, 1, 1, token_fingerprint="a" * 64), drop_rate=0.2)
 TOP_PRIOR = Vocabulary(grids=[TOP], class_names=CLASSES, token_fingerprint="f" * 64, label_drop=0.1)
 BOTTOM_PRIOR = Vocabulary(grids=[BOTTOM], class_names=CLASSES, token_fingerprint="f" * 64, label_drop=0.1, class_drop=0.1,
-                          conditions=[GivenGrid(grid=TOP)])
+                          conditions=[GivenGrid(grid=TOP, drop_rate=0.1)])
 
 
 # --- vocabularies ----------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_priors_of_a_chain_use_different_random_numbers():
                changed(BOTTOM_PRIOR, grids=[Grid("bottom", 64, 2, 2)], conditions=[GivenGrid(grid=Grid("top", 64, 2, 2))])]
     priors = [tiny_prior("grid_transformer", vocabulary).eval() for vocabulary in uniform]
     for prior in priors:
-        torch.nn.init.zeros_(prior.model.lm_head.weight)
+        torch.nn.init.zeros_(prior.model.get_output_embeddings().weight)
     drawn = PriorChain(priors).sample([0, 1], SamplingConfig(), [1, 2])
     assert (drawn["top"] == drawn["bottom"]).float().mean() < 0.5
 
@@ -148,7 +148,7 @@ def two_priors(tmp_path_factory) -> tuple[Path, Path, Path]:
     tokenizer = load_tokenizer(root / "tokenizer")
     coarse, fine = tokenizer.grids
     first = saved_prior(root / "coarse/prior", [coarse], tokenizer.token_fingerprint)
-    second = saved_prior(root / "fine/prior", [fine], tokenizer.token_fingerprint, [GivenGrid(grid=coarse)], class_drop=0.1)
+    second = saved_prior(root / "fine/prior", [fine], tokenizer.token_fingerprint, [GivenGrid(grid=coarse, drop_rate=0.2)], class_drop=0.1)
     return root / "tokenizer", first, second
 
 
@@ -171,7 +171,7 @@ def test_bundle_of_two_priors(two_priors, tmp_path):
     again = ImageGenerationPipeline.from_pretrained(tmp_path / "copy", "cpu")(["ant", "bee"], seed=1)
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in images.images]
     with torch.no_grad():
-        pipe.chain.priors[1].model.lm_head.weight.mul_(2)
+        pipe.chain.priors[1].model.get_output_embeddings().weight.mul_(2)
     pipe.save_pretrained(tmp_path / "changed")
     fingerprints = [PipelineParts.in_folder(path, read_bundle(path)).fingerprints() for path in (out, tmp_path / "changed")]
     assert fingerprints[0]["prior"] == fingerprints[1]["prior"] and fingerprints[0]["prior_2"] != fingerprints[1]["prior_2"]
@@ -192,15 +192,14 @@ def test_priors_that_do_not_draw_all_grids_are_refused(two_priors, tmp_path):
 
 def test_sampling_settings_are_checked_for_each_prior(two_priors, tmp_path):
     tokenizer, first, second = two_priors
-    for settings, words in ((SamplingConfig(guidance={"depth": 2.0}), "sampling.guidance has depth; the given segments of .* are: class, coarse"),
-                            (SamplingConfig(order="random"), "trained in raster order"), (SamplingConfig(top_k=17), "has 16 codes"),
-                            (SamplingConfig(guidance={"coarse": 3.0}), "")):
-        if words:
-            with pytest.raises(InputError, match=words):
-                make_bundle(tokenizer, [first, second], tmp_path / "pipeline", settings)
-        else:
-            with pytest.raises(InputError, match="trained without coarse but with class"):
-                make_bundle(tokenizer, [first, second], tmp_path / "pipeline", settings)
+    for settings, words in ((SamplingConfig(guidance={"depth": 2.0}), r"sampling\.guidance has depth; the given segments of .* are: class, coarse"),
+                            (SamplingConfig(order="random"), "trained in raster order"), (SamplingConfig(top_k=17), "has 16 codes")):
+        with pytest.raises(InputError, match=words):
+            make_bundle(tokenizer, [first, second], tmp_path / "pipeline", settings)
+    grids, fingerprint = load_tokenizer(tokenizer).grids, load_tokenizer(tokenizer).token_fingerprint
+    never_dropped = saved_prior(tmp_path / "prior", grids[1:], fingerprint, [GivenGrid(grid=grids[0])])
+    with pytest.raises(InputError, match="trained without coarse but with class"):
+        make_bundle(tokenizer, [first, never_dropped], tmp_path / "pipeline", SamplingConfig(guidance={"class": 3.0}))
 
 
 @pytest.mark.parametrize("priors", ["prior", ["../prior"], ["prior", "/etc"], [], [3]])
@@ -230,7 +229,7 @@ def test_bundle_copies_the_tokenizers_of_conditions(parts, tmp_path):
     pipe = ImageGenerationPipeline.from_pretrained(folder, "cpu")
     pipe.save_pretrained(tmp_path / "copy")
     with torch.no_grad():
-        pipe.prior.model.lm_head.weight.mul_(2)
+        pipe.prior.model.get_output_embeddings().weight.mul_(2)
     pipe.save_pretrained(tmp_path / "changed")
     for copy in ("copy", "changed"):
         assert read_bundle(tmp_path / copy)["conditions"] == content["conditions"]

@@ -15,7 +15,7 @@ from vqmosaic.recipes.recipe_sections import DataConfig, PriorConfig, PriorTrain
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig, TokenizerTrainingConfig
 
 PACKAGES = ("vqmosaic", "token_shards", "stage1_tokenizer", "stage2_prior", "pipelines")
-RECIPE_FILES = {"recipe.py", "data_section.py", "recipe_sections.py", "tokenizer_sections.py", "recipe_files.py"}
+RECIPE_FILES = {"recipe.py", "data_section.py", "recipe_sections.py", "sampling_section.py", "tokenizer_sections.py", "recipe_files.py"}
 SECTION_VARIABLES = {
     "": {"recipe"}, "data": {"data", "DataConfig"}, "tokenizer": {"tokenizer", "config"},
     "tokenizer_training": {"tokenizer_training", "training"}, "adversarial": {"adversarial", "config"},
@@ -283,7 +283,7 @@ def is_sentence(text: str | None) -> bool:
 
 
 def test_every_field_is_documented():
-    documented = {owner: fields for name in ("data_section", "recipe_sections", "tokenizer_sections", "recipe")
+    documented = {owner: fields for name in ("data_section", "recipe_sections", "sampling_section", "tokenizer_sections", "recipe")
                   for owner, fields in documented_fields((ROOT / f"vqmosaic/recipes/{name}.py").read_text()).items()}
     documented.pop("RecipeField")
     known = {name.rpartition(".")[2] for name in fields_of(Recipe())} | set(section_names())

@@ -288,7 +288,7 @@ def test_generate_with_one_drawn_grid_and_conditions(architecture):
 # --- pipelines ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("vocabulary", "words"), [(FULL, "the prior is given low, text besides the class"),
+@pytest.mark.parametrize(("vocabulary", "words"), [(FULL, "besides the class, but there is no tokenizer for low, text"),
                                                    (TWO_GRIDS, "the tokenizer has the grids 2 x 2 of 6 codes, but the prior predicts coarse")])
 def test_pipelines_refuse_priors_that_they_cannot_decode(vocabulary, words):
     sizes = {"codebook_size": 6, "code_dim": 4, "latent_channels": 16, "channels": 32, "channel_multipliers": [1, 1, 1, 1], "residual_blocks": 0}

@@ -54,8 +54,7 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
         if image is None or stop.is_set():
             return *[gr.skip()] * 3, "Stopped.", gr.skip()
         images[name] = to_tensor(transform.resize(image))[None]
-    inputs = {"prompt": given.prompts or None, "image": images or None}
-    result = pipe(**request, **inputs, output_type="np", callback=on_token)
+    result = pipe(**request, prompt=given.prompts or None, image=images or None, output_type="np", callback=on_token)
     if result.stopped:
         return *[gr.skip()] * 3, f"Stopped after {done} of {total} tokens.", gr.skip()
     captions = [names[index] for index in result.class_indices] if names and result.class_indices else [None] * count

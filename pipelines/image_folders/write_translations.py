@@ -1,5 +1,7 @@
 """Writes the output of `vqmosaic upscale` and `vqmosaic translate`: one PNG per given image, and a grid of given images over results."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ def save_grid_of_pairs(folder: TranslationFolder, pipe: ImageGenerationPipeline)
         enlarged_1CHW = F.interpolate(load_image(folder.images[name], transform)[None], size=own.sides, mode="nearest")
         return as_channels(visible_pixels(to_uint8(enlarged_1CHW)), channels)[0]
 
-    rows = []
+    rows: list[list[np.ndarray | Path]] = []
     for positions in grid_rows(len(folder.names), GRID_COLUMNS, own.image_size, rows_each=2):
         names = [folder.names[position] for position in positions]
         rows += [[given(name) for name in names], [folder.out / name for name in names]]

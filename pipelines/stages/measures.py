@@ -85,8 +85,8 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
     per_label = samples // len(labels) if labels else samples
     settings: dict[str, dict[str, Any]] = {"recommended": {}}
     if classifier is not None:
-        unguided, plain = {"guidance_scale": 1.0}, {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        unguided |= {"guidance": {}}
+        unguided: dict[str, Any] = {"guidance_scale": 1.0, "guidance": {}}
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": per_label}
     if held_out is not None:

@@ -64,7 +64,7 @@ class TransformersTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))[:length]
 
     def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return str(self._tokenizer.decode(ids))
 
 
 def load_text_tokenizer(folder: str | Path | None) -> TextTokenizer:
