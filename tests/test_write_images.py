@@ -538,7 +538,7 @@ def test_pipeline_methods_split_large_batches(tiny_run, photos, monkeypatch):
     for name in ("encode", "decode", "reconstruct"):
         method = getattr(ImageTokenizer, name)
         monkeypatch.setattr(ImageTokenizer, name, lambda self, batch, method=method: sizes.append(len(batch)) or method(self, batch))
-    monkeypatch.setattr("pipelines.generate.MAX_BATCH_PIXELS", 3 * 16**2)
+    monkeypatch.setattr("pipelines.decoded_images.MAX_BATCH_PIXELS", 3 * 16**2)
     assert torch.equal(pipe.encode(images), ids_Bhw)
     assert [image.tobytes() for image in pipe.reconstruct(images)] == restored == [image.tobytes() for image in pipe.decode(ids_Bhw)]
     assert len(pipe(3, 7, seed=1).images) == 7

@@ -102,7 +102,6 @@ def bundle_run(recipe: Recipe) -> Path:
 
 def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     """Measure a finished run, and print the results, the seconds of each stage and the next commands to try."""
-    from pipelines.bundle import read_bundle
     from pipelines.stages.summary import summarize, summary_table
 
     started = time.monotonic()
@@ -113,10 +112,30 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     print(f"\nmeasured ({run.summary}):\n{summary_table(summary)}")
     print("\ntime:\n" + "\n".join(f"    {name:<24} {format_duration(value)}" for name, value in seconds.items()))
     print(f"    {'total':<24} {format_duration(sum(seconds.values()))}")
-    names = example_classes(read_bundle(run.export("pipeline"))["class_names"] or [])
-    classes = f"--classes {shlex.quote(names)} " if names else ""
-    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext steps:\n"
-          f"    vqmosaic generate {run.root} {classes}--num 8 --seed 7 --out {run.root}/samples/\n    vqmosaic demo {run.root}")
+    steps = "\n".join(f"    {command}" for command in next_steps(run))
+    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext steps:\n{steps}")
+
+
+def next_steps(run: RunFolder) -> list[str]:
+    """Commands to try with a finished run. Those for images depend on what the prior is given."""
+    from pipelines.bundle import read_bundle
+    from pipelines.pipeline_parts import PipelineParts
+
+    folder = run.export("pipeline")
+    content = read_bundle(folder)
+    kinds = [record["kind"] for record in content.get("conditions", [])]
+    names = example_classes(content["class_names"] or [])
+    classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
+    vocabulary, commands = PipelineParts.in_folder(folder, content).vocabulary(), []
+    if vocabulary.why_not_sampled(bool(names), []) is None:
+        commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
+    if "caption" in kinds:
+        commands.append(f'vqmosaic generate {run.root} --prompt "TEXT" --num 8 --seed 7 --out {run.root}/prompted/')
+    if "low_resolution" in kinds:
+        commands.append(f"vqmosaic upscale {run.root} IMAGES --out {run.root}/upscaled/")
+    if {*kinds} - {"caption", "low_resolution"}:
+        commands.append(f"vqmosaic translate {run.root} IMAGES --out {run.root}/translated/")
+    return [*commands, f"vqmosaic demo {run.root}"]
 
 
 def example_classes(names: list[str]) -> str:

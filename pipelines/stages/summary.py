@@ -140,7 +140,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         words = [f"{measures['copies']:.1%} copies", f"{measures['distinct']:.1%} distinct"]
         if "class_agreement" in measures:
             words = [f"{measures['class_agreement']:.1%} of the requested class", *words, f"spread {measures['spread']:.2f} relative to the scans"]
-        words += [f"PSNR {measures[key]:.1f} dB of their {key.removeprefix('psnr_of_')} from the given one" for key in measures
+        words += [f"{key.removeprefix('psnr_of_')}: PSNR {value:.1f} dB to the given one" for key, value in measures.items()
                   if key.startswith("psnr_of_")]
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
     width = max(len(title) for title, _ in rows)
