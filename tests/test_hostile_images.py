@@ -117,10 +117,11 @@ def test_a_channel_of_unspecified_meaning_after_a_palette_is_alpha():
     assert np.asarray(read_image(content, channels=4)).tolist() == [[[200] * 3 + [255], [100] * 3 + [0]]]
     assert np.asarray(read_image(content, channels=2)).tolist() == [[[200, 255], [100, 0]]]
     assert np.asarray(read_image(content, channels=1)).tolist() == [[200, 100]]
-    separate = planes([8, 8], 1, 0)
-    assert np.asarray(read_image(separate, channels=1)).tolist() == [[10, 11]]
-    with pytest.raises(UnreadableImage, match="separate plane"):
-        read_image(separate, channels=2)
+    for separate, grey in ((planes([8, 8], 1, 0), [10, 11]), (planes([1, 1], 1, 0), [0, 0]),
+                           (tiff(1, [16, 16], 1, bytes([0, 10, 0, 20]), extra=0, more={284: [2], 273: [8, 10], 279: [2, 2]}), [10])):
+        assert np.asarray(read_image(separate, channels=1)).tolist() == [grey]
+        with pytest.raises(UnreadableImage, match="separate plane"):
+            read_image(separate, channels=2)
 
 
 def test_later_frames_of_an_animated_png_with_16_bits_are_refused():
