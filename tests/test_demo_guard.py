@@ -399,6 +399,13 @@ def test_errors_do_not_end_the_sweep_of_stored_files(tmp_path, monkeypatch, caps
     assert len(calls) > 1 and capsys.readouterr().err.startswith("error: stored files: OSError: a disk error")
 
 
+def test_cancelling_does_not_make_a_session_known(server, capsys):
+    body = {"session_hash": "never-seen", "fn_index": 0, "event_id": "x"}
+    assert server.http.post("/gradio_api/cancel", json=body).status_code == 200
+    assert server.http.get("/gradio_api/queue/data", params={"session_hash": "never-seen"}).status_code == 404
+    assert "error: " not in capsys.readouterr().err
+
+
 def test_a_file_name_that_is_too_long_is_refused(server):
     upload = Path(server.upload(picture()).json()[0])
     assert server.http.get(f"/gradio_api/file={upload.with_name('a' * 300)}").status_code == 403

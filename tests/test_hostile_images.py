@@ -66,7 +66,7 @@ def test_tags_may_share_values_and_end_after_the_file():
 
 
 @pytest.mark.parametrize("content", [
-    bmp(4, 4, greys(*range(16)), bytes([0x01, 0xEF])), bmp(4, 8, greys(0, 255), bytes([0, 1, 1, 0])),
+    bmp(4, 4, greys(*range(16)), bytes([0x01, 0xEF, 0, 0])), bmp(4, 8, greys(0, 255), bytes([0, 1, 1, 0])),
     png_row(2, 0, bytes([0b01100000]), (b"tRNS", struct.pack(">H", 1))), png_row(16, 2, bytes(range(12)), (b"tRNS", bytes(range(6)))),
     png_row(8, 3, bytes([0, 1, 2]), (b"PLTE", bytes(9)), (b"tRNS", bytes([255, 0, 10])), width=3), png_row(16, 4, bytes(range(8))),
     tiff(2, [8], 3, bytes([0, 255]), more={320: [*range(256)] * 3}), tiff(1, [32], 1, struct.pack(">f", 0.5), 3, order=">", deflate=True),
@@ -88,8 +88,6 @@ def test_reading_an_image_of_the_caller_does_not_change_it(content):
         else:
             assert read_image(image, channels=channels, value_range=(0, 255)).tobytes() == expected
         assert state(image) == before
-    with Image.open(io.BytesIO(content)) as other:
-        assert image.tobytes() == other.tobytes()
 
 
 # --- TIFF and PNG with channels that Pillow misreads -------------------------------------------------------------------------
@@ -117,10 +115,11 @@ def test_a_channel_of_unspecified_meaning_after_a_palette_is_alpha():
     assert np.asarray(read_image(content, channels=4)).tolist() == [[[200] * 3 + [255], [100] * 3 + [0]]]
     assert np.asarray(read_image(content, channels=2)).tolist() == [[[200, 255], [100, 0]]]
     assert np.asarray(read_image(content, channels=1)).tolist() == [[200, 100]]
-    separate = planes([8, 8], 1, 0)
-    assert np.asarray(read_image(separate, channels=1)).tolist() == [[10, 11]]
-    with pytest.raises(UnreadableImage, match="separate plane"):
-        read_image(separate, channels=2)
+    for separate, grey in ((planes([8, 8], 1, 0), [10, 11]), (planes([1, 1], 1, 0), [0, 0]),
+                           (tiff(1, [16, 16], 1, bytes([0, 10, 0, 20]), extra=0, more={284: [2], 273: [8, 10], 279: [2, 2]}), [10])):
+        assert np.asarray(read_image(separate, channels=1)).tolist() == [grey]
+        with pytest.raises(UnreadableImage, match="separate plane"):
+            read_image(separate, channels=2)
 
 
 def test_later_frames_of_an_animated_png_with_16_bits_are_refused():

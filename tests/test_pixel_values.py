@@ -131,6 +131,7 @@ def test_the_fourth_channel_of_a_tiff_is_kept(kind, planes, monkeypatch):
             assert np.abs(stored_values(read, 0, 255) - values).max() < 0.01
         assert np.array_equal(np.asarray(read_image(opened, channels=4)), expected)
         assert np.array_equal(np.asarray(read_image(opened, channels=3)), expected[..., :3]) and opened.mode == "RGB"
+        opened.load()
         assert np.array_equal(np.asarray(read_image(opened, channels=4)), np.insert(expected[..., :3], 3, 255, -1)), "it was loaded"
     monkeypatch.setattr(TiffImagePlugin, "READ_LIBTIFF", False)
     with pytest.raises(UnreadableImage, match=r"separate plane|Pillow does not read") if planes == 2 else contextlib.nullcontext():

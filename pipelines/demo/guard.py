@@ -118,7 +118,8 @@ class Guard:
             raise Refusal(415, "The body must be JSON, with Content-Type: application/json.")
         chunks = [chunk async for chunk in read_body(headers, receive, MAX_JSON_BYTES)]
         body = check(strict_json(b"".join(chunks)))
-        self._remember_id(body.get("session_hash"))
+        if "data" in body:  # a call, after which the session may read its results
+            self._remember_id(body.get("session_hash"))
         answer.before_body = self._remember_event  # gets the response before the page does, which may ask for the event at once
         await self._app(self._cleaned(scope, {}), replay_body(json.dumps(body).encode(), receive), answer.pass_on)
 

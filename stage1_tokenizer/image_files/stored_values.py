@@ -121,7 +121,7 @@ def keep_extra_channel(image: Image.Image) -> Image.Image:
 
     After header_correction, the new handle has mode LA, PA or RGBA. Other images, and images that are already loaded, are returned unchanged.
     """
-    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile and image.mode in ("L", "LA", "P", "RGB")
+    if not (isinstance(image, TiffImagePlugin.TiffImageFile) and image.tile
             and image.tag_v2.get(_SAMPLES) == len(image.tag_v2.get(_BITS, ())) == (4 if image.mode == "RGB" else 2)):
         return image
     is_planar = image.tag_v2.get(_PLANES, 1) != 1
