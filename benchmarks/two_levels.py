@@ -5,8 +5,8 @@
     python -m benchmarks.two_levels --minutes 0.2 --samples 200   # checks that the benchmark works
 
 Both recipes have 576 bits per image, the same networks at the resolution of the 8x8 grid, and the same settings for training and for the prior. Each
-tokenizer and each prior trains for the same time. A tenth of the training images is held out. On them, the guidance scale with the lowest Frechet
-distance is chosen for each prior. The table has the PSNR of the 10,000 test images and the Frechet distances of their reconstructions and of
+tokenizer and each prior trains for the same time. A tenth of the training images is held out. On them, the scale of linear guidance with the lowest
+Frechet distance is chosen for each prior. The table has the PSNR of the 10,000 test images and the Frechet distances of their reconstructions and of
 10,000 samples to the test images, in the features of a small classifier that this script trains.
 """
 
@@ -46,6 +46,8 @@ from vqmosaic.training.tracking import read_metrics
 
 ONE, TWO = "cifar10", "cifar10_vqvae2"
 BATCH = 250
+SCHEDULE = "linear"
+"""The guidance schedule."""
 
 
 @torch.no_grad()
@@ -56,7 +58,8 @@ def reconstruct(tokenizer: Tokenizer, images_NHWC: torch.Tensor) -> torch.Tensor
 
 def best_scale(prior, tokenizer: Tokenizer, chooser: Judge, count: int) -> float:
     """The guidance scale whose samples have the lowest Frechet distance to the held-out images."""
-    distances = {scale: chooser.distance_of(sample_images(prior, tokenizer, settings_of(None, scale), count)[0]) for scale in GUIDANCE_SCALES}
+    distances = {scale: chooser.distance_of(sample_images(prior, tokenizer, settings_of(None, SCHEDULE, scale), count)[0])
+                 for scale in GUIDANCE_SCALES[SCHEDULE]}
     print("Frechet distance to the held-out images by guidance scale:", distances, flush=True)
     return min(distances, key=lambda scale: distances[scale])
 
@@ -72,7 +75,7 @@ def measure(name: str, run_dir: Path, minutes: float, samples: int, classifier: 
     splits = open_splits(make_recipe(name, run_dir).data)
     held_out_NHWC = train_NHWC[[int(splits.validation.source_name(index)) for index in range(len(splits.validation))]]
     scale = best_scale(prior, tokenizer, Judge(tokenizer, classifier, held_out_NHWC), min(samples, HELD_OUT_SAMPLES))
-    images_NHWC, classes, _ = sample_images(prior, tokenizer, settings_of(None, scale), samples)
+    images_NHWC, classes, _ = sample_images(prior, tokenizer, settings_of(None, SCHEDULE, scale), samples)
     judge = Judge(tokenizer, classifier, test_NHWC)
     usage = {grid.name: validation.get(f"codebook_usage_{grid.name}", validation["codebook_usage"]) for grid in tokenizer.grids}
     row = {"grids": describe_grids(tokenizer.grids), "bits": sum(grid.num_tokens * math.log2(grid.codebook_size) for grid in tokenizer.grids),

@@ -109,6 +109,10 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     if why := PipelineParts.in_folder(folder, content).vocabulary().why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
+    for path in options.images:
+        if path.is_dir() and options.out.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"--out {options.out} is inside {path}, so the same command would take its results as further images. Give a folder "
+                             "outside of it.")
     images = find_images(options.images)
     if labels is not None and len(labels) not in (1, len(images)):
         raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")

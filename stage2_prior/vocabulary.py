@@ -157,7 +157,12 @@ class Vocabulary:
         return ids_BT.new_tensor(self.offsets_T) if hasattr(ids_BT, "new_tensor") else self.offsets_T
 
     def condition_ids(self, class_indices_B):
-        """The ids (B,) of class indices; NO_CLASS (-1) gives the null class. Accepts numpy arrays and torch tensors. Does not check the indices."""
+        """The ids (B,) of class indices; NO_CLASS (-1) gives the null class. Accepts numpy arrays and torch tensors. Does not check the indices.
+
+        If the class was dropped from all training samples, every index gives the null class, because the other ids are not trained.
+        """
+        if self.class_drop == 1:
+            class_indices_B = class_indices_B * 0 + NO_CLASS
         # floor modulo maps -1 to num_classes, the null class unless there are conditions: no branch, no synchronization
         ids_B = self.num_codes + class_indices_B % (self.num_classes + 1)
         if self.conditions:

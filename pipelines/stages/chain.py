@@ -123,18 +123,22 @@ def next_steps(run: RunFolder) -> list[str]:
 
     folder = run.export("pipeline")
     content = read_bundle(folder)
-    kinds = [record["kind"] for record in content.get("conditions", [])]
     names = example_classes(content["class_names"] or [])
     classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     vocabulary, commands = PipelineParts.in_folder(folder, content).vocabulary(), []
     if vocabulary.why_not_sampled(bool(names), []) is None:
         commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
-    if "caption" in kinds:
-        commands.append(f'vqmosaic generate {run.root} --prompt "TEXT" --num 8 --seed 7 --out {run.root}/prompted/')
-    if "low_resolution" in kinds:
-        commands.append(f"vqmosaic upscale {run.root} IMAGES --out {run.root}/upscaled/")
-    if {*kinds} - {"caption", "low_resolution"}:
-        commands.append(f"vqmosaic translate {run.root} IMAGES --out {run.root}/translated/")
+    for record in content.get("conditions", []):
+        name, kind, needed = record["name"], record["kind"], ""
+        if vocabulary.why_not_sampled(False, [name]) is not None:  # not without a class, or not with this condition alone
+            needed = f"--classes {shlex.quote(example_classes(content['class_names'][:1]))} " if content["class_names"] else ""
+            if vocabulary.why_not_sampled(True, [name]) is not None:
+                continue
+        if kind == "caption":
+            commands.append(f'vqmosaic generate {run.root} {needed}--prompt "TEXT" --num 8 --seed 7 --out {run.root}/prompted/')
+        else:
+            command, out_name = ("upscale", "upscaled") if kind == "low_resolution" else ("translate", "translated")
+            commands.append(f"vqmosaic {command} {run.root} IMAGES {needed}--out {run.root}/{out_name}/")
     return [*commands, f"vqmosaic demo {run.root}"]
 
 
