@@ -50,12 +50,12 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def scales_from_text(text: str) -> dict[str, float]:
-    """The guidance scales in a text such as low=2,class=1.5. Raises InputError for any other text."""
+    """The guidance scales in a text such as low=2,class=1.5. Raises argparse's error for any other text."""
     pairs = [part.partition("=") for part in text.split(",")]
     try:
         return {name.strip(): float(scale) for name, _, scale in pairs if name.strip() or scale}
     except ValueError:
-        raise InputError(f"--guidance is {text!r}; give a scale for each segment, such as low=2,class=1.5.") from None
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give a scale for each segment, such as low=2,class=1.5") from None
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
