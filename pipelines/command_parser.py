@@ -50,7 +50,7 @@ def given_sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def scales_from_text(text: str) -> dict[str, float]:
-    """The guidance scales in a text such as low=2,class=1.5. For use as an argparse type."""
+    """The guidance scales in a text such as low=2,class=1.5. Raises argparse's error for any other text."""
     pairs = [part.partition("=") for part in text.split(",")]
     try:
         return {name.strip(): float(scale) for name, _, scale in pairs if name.strip() or scale}
