@@ -77,7 +77,7 @@ def test_a_slow_client_gets_the_whole_response(server, monkeypatch):
 
 def test_running_requests_keep_their_messages(server, monkeypatch, capsys):
     monkeypatch.setattr(demo_messages, "MAX_SESSIONS", 20)
-    monkeypatch.setattr(server.pipe, "delay", 0.15)
+    monkeypatch.setattr(server.pipe, "delay", 1.0)
     queue = server.page._queue
     sent = {"data": GENERATE, "fn_index": next(number for number, function in server.page.fns.items() if function.api_name == "generate"),
             "session_hash": "page"}
@@ -112,7 +112,7 @@ def test_parallel_clients_get_the_images_of_their_seeds(server, monkeypatch):
     expected = {}
     for seed in range(clients * rounds):
         images = server.pipe(class_labels=[CLASSES[seed % 3]], num_images_per_label=5, seed=seed, temperature=1.0, top_k=0, top_p=1.0,
-                             guidance_scale=1.0, output_type="np").images
+                             guidance_scale=1.0, output_type="np", callback=lambda done, total: True).images
         expected[seed] = [np.asarray(image) for image in images]
 
     def work(client: int) -> int:
