@@ -1,8 +1,10 @@
 """HTTP functions of the demo's guard: size and time limits of bodies, strict JSON, error messages, and limits on idle connections."""
 
 import asyncio
+import contextlib
 import json
 import re
+import struct
 import sys
 import traceback
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -155,7 +157,7 @@ async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
         now = loop.time()
         idle: dict[object, tuple[float, object]] = {}
         for connection in list(connections()):
-            cycle, unread_bytes = getattr(connection, "cycle", None), connection.transport.get_write_buffer_size()
+            cycle, unread_bytes = getattr(connection, "cycle", None), _unread_bytes(connection.transport)
             if cycle is not None and not cycle.response_complete and not unread_bytes:
                 continue
             state = (cycle, unread_bytes)
@@ -168,3 +170,15 @@ async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
                 else:
                     connection.transport.close()
         idle_since = idle
+
+
+def _unread_bytes(transport: asyncio.Transport) -> int:
+    """The bytes that the client of a connection has not read. 0 if the buffer of the transport is empty, because the system sends the rest."""
+    size = transport.get_write_buffer_size()
+    if size:
+        # The buffer of the transport shrinks in steps of up to megabytes. The system knows how much of its own buffer a client has not read.
+        with contextlib.suppress(ImportError, OSError, ValueError):  # not on all systems, or the connection is closed
+            import fcntl
+            import termios
+            size += struct.unpack("i", fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4)))[0]
+    return size
