@@ -2,22 +2,29 @@
 
 import dataclasses
 import json
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from pipelines import ImageGenerationPipeline
 from pipelines.bundle import make_bundle
 from pipelines.command_line import dispatch
+from pipelines.image_folders import write_images
 from pipelines.image_folders.translation_folder import find_images
 from stage1_tokenizer import load_tokenizer
 from tests.conditioned import LOW_SIZE, SIZE, TEXT_LENGTH, Parts, given_low, image_tokenizer, make_parts, saved_prior
 from tests.run_files import pictures
+from tests.test_interruption import signal_soon
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +214,6 @@ def test_upscale_continues_and_replaces_damaged_files(folder, photos, tmp_path, 
 
 def test_upscale_stops_at_a_signal_and_continues(folder, photos, tmp_path, monkeypatch):
     import pipelines.image_folders.write_translations as module
-    from vqmosaic.runs.interruption import Interrupted
 
     command = ["upscale", str(folder), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
     save, stops = module.save_picture, []
@@ -227,6 +233,47 @@ def test_upscale_stops_at_a_signal_and_continues(folder, photos, tmp_path, monke
         with pytest.raises(Interrupted):
             dispatch(command)
     assert dispatch(command) == 0 and (tmp_path / "out/c.png").is_file()
+
+
+def test_upscale_ends_the_wait_for_an_image_at_the_first_signal(folder, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_images, "read_image", lambda path, **_: time.sleep(60))
+    signal_soon(signal.SIGTERM, 3.0)
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="0 of 1 image"):
+        dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("image", ["other.png", "cat/001.JPG"])
+def test_upscale_does_not_write_into_a_data_set(image, folder, photos, tmp_path):
+    out = tmp_path / "out"
+    (out / image).parent.mkdir(parents=True)
+    (out / image).write_text("a photo")
+    with pytest.raises(InputError, match=f"contains images of another origin, such as {image}"):
+        dispatch(["upscale", str(folder), str(photos), "--out", str(out), "--device", "cpu"])
+    assert [path for path in out.rglob("*") if path.is_file()] == [out / image]
+
+
+def test_results_of_upscale_are_no_data_set(folder, photos, tmp_path):
+    assert dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "results/large"), "--device", "cpu"]) == 0
+    generate = ["generate", str(folder), "--classes", "bee", "--num", "1", "--device", "cpu", "--out"]
+    assert dispatch([*generate, str(tmp_path / "results")]) == 0
+    with pytest.raises(InputError, match="contains images of another origin"):
+        dispatch([*generate, str(tmp_path / "results/large")])
+
+
+@pytest.mark.parametrize("is_paired", [False, True])
+def test_upscale_does_not_write_into_the_training_images(is_paired, parts, photos, tmp_path):
+    folder = parts.bundle(tmp_path / "run/pipeline")
+    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(photos, tmp_path / "maps")
+    pairs = [{"name": "maps", "kind": "paired_folder", "path": str(tmp_path / "maps")}] if is_paired else []
+    data = {"source": "folder", "path": str(tmp_path / "photos"), "conditions": pairs}
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump({"data": data}))
+    inside = tmp_path / ("maps" if is_paired else "photos") / "new"
+    with pytest.raises(InputError, match=f"is inside {inside.parent}, the images that .* was trained on"):
+        dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(inside), "--device", "cpu"])
+    assert not inside.exists()
 
 
 def test_translate_command(edges_pipeline, folder, photos, tmp_path):
@@ -270,7 +317,7 @@ def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
         dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match=r"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: --classes"):
         dispatch(["generate", str(tiny_run), "--prompt", "x", "--out", str(tmp_path / "out")])
-    with pytest.raises(InputError, match="argument --guidance: 'low' was given; give a scale for each segment, such as low=2"):
+    with pytest.raises(InputError, match="argument --guidance: 'low' was given; give a scale for each segment"):
         dispatch(["generate", str(edges_pipeline), "--guidance", "low", "--out", str(tmp_path / "out")])
 
 

@@ -221,7 +221,7 @@ def check_output_outside_of_data(source: Path, out: Path) -> None:
 def image_folders(data: DataConfig) -> list[Path]:
     """The folders with the images of a recipe: data.path, and those of paired images."""
     paired = [condition.path for condition in data.given_conditions] + [(data.derived or {}).get("path")]
-    return [local_path(data)] * bool(data.path) + [Path(os.path.expanduser(path)) for path in paired if path]
+    return [*([local_path(data)] if data.path else []), *(Path(os.path.expanduser(path)) for path in paired if path)]
 
 
 def check_can_write(field: str, folder: Path) -> None:
