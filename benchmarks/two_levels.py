@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write the result to RESULTS.md")
     options = parser.parse_args()
     use_two_cpu_threads()
-    run_dir = options.run or Path(tempfile.mkdtemp())
+    run_dir = (options.run or Path(tempfile.mkdtemp())) / f"{options.minutes:g}_minutes"
     train_NHWC, labels_N = cifar10.load("train")
     test_NHWC, _ = cifar10.load("test")
     classifier = train_classifier(train_NHWC, labels_N)

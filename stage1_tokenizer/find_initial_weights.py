@@ -13,6 +13,7 @@ from stage1_tokenizer.data.data_location import nearest_sibling
 from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, is_tokenizer, read_tokenizer_config
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable, explain_permission_errors
+from vqmosaic.recipes.conditions import DERIVED_KINDS, derived_channels, derived_size
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.tokenizer_sections import HIERARCHICAL_FIELDS, LEARNING_FIELDS, QUANTIZER_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
@@ -86,12 +87,13 @@ def check_init_from(recipe: Recipe, resumes: bool = False) -> None:
             raise InputError(f"{FIELD} is {path!r}, which this run writes and --redo deletes. Set run_dir to another folder, "
                              "or copy the weights elsewhere.")
     check_same_network(found, recipe.tokenizer)
-    channels = found.config.get("transform", {}).get("channels", recipe.data.channels)
-    if channels != recipe.data.channels:
-        raise InputError(f"data.channels is {recipe.data.channels}, but the weights of {FIELD} ({found.folder}) were trained with {channels}. "
+    own = recipe.data.transform_config  # with data.derived, that of the derived images
+    channels = found.config.get("transform", {}).get("channels", own["channels"])
+    if channels != own["channels"]:
+        raise InputError(f"data.channels is {own['channels']}, but the weights of {FIELD} ({found.folder}) were trained with {channels}. "
                          f"Set data.channels to {channels}.")
     if recipe.tokenizer_training.train_parts == "decoder":
-        check_same_transform(found, vars(recipe.data))
+        check_same_transform(found, own)
 
 
 def check_same_network(found: InitialWeights, config: TokenizerConfig) -> None:
@@ -162,6 +164,12 @@ def _recorded_config(checkpoint: Path) -> dict[str, Any]:
     record = load_record(run, "tokenizer")
     if record is None:
         return {}
+    transform = {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if record.fields.get(f"data.{name}") is not None}
+    derived = record.fields.get("data.derived")
+    if derived is not None:  # the weights are for the derived images
+        transform |= {"image_size": derived_size("data.derived.factor", transform["image_size"], derived),
+                      "channels": derived_channels(transform["channels"], derived)}
+        if derived["kind"] not in DERIVED_KINDS:
+            transform.pop("value_range", None)
     return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
-            "transform": {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS
-                          if record.fields.get(f"data.{name}") is not None}}
+            "transform": transform}

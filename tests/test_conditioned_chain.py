@@ -81,8 +81,10 @@ def test_sweep_gives_the_conditions_of_validation_images(run, tmp_path, capsys):
 def test_sweep_needs_the_shards_of_the_run(run, tmp_path):
     shutil.copytree(run / "pipeline", tmp_path / "alone")
     features = scripted(Pooled(), tmp_path / "pooled.pt")
+    (tmp_path / "real").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "real/1.png")
     with pytest.raises(InputError, match=r"sweep needs the conditions of validation images, but .* has no token shards"):
-        dispatch(["sweep", str(tmp_path / "alone"), "--features", str(features), "--real", str(tmp_path), "--images", "4"])
+        dispatch(["sweep", str(tmp_path / "alone"), "--features", str(features), "--real", str(tmp_path / "real"), "--images", "4"])
 
 
 def test_a_second_prior_from_the_shards_of_a_run(run, tmp_path):
@@ -100,6 +102,6 @@ def test_run_refuses_parts_of_the_grids_and_guidance_that_is_not_learned(tmp_pat
     with pytest.raises(InputError, match=r"prior_training\.drawn is \['image'\], but `vqmosaic run` trains one prior"):
         run_chain(tiny_recipe(tmp_path / "run", prior_training__drawn="[image]"))
     never = CONDITIONS.replace("drop_rate: 0.2", "drop_rate: 0.0")
-    with pytest.raises(InputError, match="needs a prior that was trained without text but with low"):
+    with pytest.raises(InputError, match="needs a prior that was trained without low, text but with class"):
         run_chain(tiny_recipe(tmp_path / "run", **CHANGES | {"data__conditions": never}))
     assert not (tmp_path / "run/tokenizer").exists()

@@ -73,7 +73,7 @@ def test_epochs_follow_the_views_of_existing_tokens():
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.choose.__name__)
 def test_rule_chooses_exactly_the_fields_it_declares(rule):
-    values = fields_of(load(images=500))
+    values = fields_of(load("--tokenizer.kind=hierarchical", images=500))
     assert tuple(choice.field for choice in rule.choose(values, Facts(lambda: DataSize(500), lambda: False))) == rule.fields
 
 

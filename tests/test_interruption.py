@@ -272,7 +272,7 @@ def test_the_first_signal_ends_a_reconstruction_that_waits_for_an_image(tiny_run
         patch.setattr(write_images, "read_image", lambda path, **_: time.sleep(60))
         signal_soon(signal.SIGTERM, 1.0)
         started = time.monotonic()
-        with pytest.raises(Interrupted, match="0 of 1 reconstruction is written"):
+        with pytest.raises(Interrupted, match="0 of 1 reconstruction are written"):
             write_images.write_reconstructions(tiny_run / "tokenizer", [tmp_path / "image.png"], tmp_path / "out", "cpu", "float32")
         assert time.monotonic() - started < 10
 

@@ -313,8 +313,8 @@ def test_sample_pictures_use_micro_batches(tiny_run, tmp_path, monkeypatch):
     recipe = tiny_recipe(tiny_run, prior_training__batch_size=64, prior_training__accumulation_steps=16)
     save, prior = make_picture_saver(recipe), TokenPrior.from_pretrained(tiny_run / "prior")
     sample, decode = prior.sample, ImageTokenizer.decode
-    monkeypatch.setattr(prior, "sample", lambda classes, sampling, seeds, callback: rows.append(2 * len(seeds)) or sample(classes, sampling, seeds,
-                                                                                                                         callback))
+    monkeypatch.setattr(prior, "sample", lambda classes, sampling, seeds, callback, **given: rows.append(2 * len(seeds)) or sample(
+        classes, sampling, seeds, callback, **given))
     monkeypatch.setattr(ImageTokenizer, "decode", lambda self, ids: decoded.append(len(ids)) or decode(self, ids))
     with StopFlag() as stop:
         save(prior, 1, tmp_path, stop)

@@ -357,7 +357,8 @@ def test_fingerprints(folder, tmp_path):
 def test_unknown_format_names_the_known_ones(tiny_run, folder, tmp_path):
     shutil.copytree(tiny_run / "tokenizer", tmp_path / "tokenizer")
     edit_json(tmp_path / "tokenizer/config.json", format="vqmosaic.of_later", vqmosaic="9.0.0")
-    with pytest.raises(InputError, match=r"format 'vqmosaic.of_later'.*formats: vqmosaic.image_tokenizer, tests.mean_colours.*vqmosaic 9.0.0"):
+    with pytest.raises(InputError, match=r"format 'vqmosaic.of_later'.*formats: vqmosaic.image_tokenizer, vqmosaic.hierarchical_tokenizer, "
+                                         r"tests.mean_colours.*vqmosaic 9.0.0"):
         load_tokenizer(tmp_path / "tokenizer")
     assert not is_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(InputError, match="is not a tokenizer folder"):

@@ -26,6 +26,7 @@ from torch import nn
 from pipelines.stages.stage_checks import check_before_start
 from pipelines.stages.train_prior import COLUMNS, ROWS, make_picture_saver
 from pipelines.stages.train_prior import main as train_prior_with_pictures
+from stage1_tokenizer import ImageTokenizer
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer import validation as tokenizer_validation
 from stage1_tokenizer.pictures import GAP_PIXELS
@@ -595,9 +596,9 @@ def test_bf16_training_on_a_cpu_validates_in_float32(stage, run_dir, monkeypatch
     """Without a weight average, validation uses the trained model itself, which Accelerate has wrapped with autocast."""
     if stage == "tokenizer":
         dtypes = []
-        original = tokenizer_validation.ImageTokenizer.latents
-        monkeypatch.setattr(tokenizer_validation.ImageTokenizer, "latents",
-                            lambda self, images: dtypes.append((self.training, (latents := original(self, images)).dtype)) or latents)
+        original = ImageTokenizer.latents
+        monkeypatch.setattr(ImageTokenizer, "latents", lambda self, images: dtypes.append(
+            (self.training, (latents := original(self, images)).dtype)) or latents)
     train(stage, run_dir, mixed_precision="bf16", weight_ema_decay=0, max_steps=2)
     exported = load_file(run_dir / stage / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}

@@ -91,6 +91,8 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": per_label}
     if held_out is not None:
         stored = stored_images(held_out, pipe.chain.vocabularies, samples)
+        if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
+            return {}  # no validation image has a class, and the prior has not learned to sample without one
         request = {"class_labels": stored.classes, "given_ids": stored.select([condition.name for condition in pipe.vocabulary.conditions])}
     results = {}
     for name, changed in settings.items():

@@ -113,6 +113,8 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
 def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, seed: int, path: Path) -> None:
     """Save a picture of validation images: in each row the conditions that are images, samples, and the image itself. Captions are in a text file."""
     stored = stored_images(held_out, pipe.chain.vocabularies, min(ROWS, len(held_out)))
+    if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
+        return  # no validation image has a class, and the prior has not learned to sample without one
     given = stored.select([condition.name for condition in pipe.vocabulary.conditions])
     out = pipe(stored.classes, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
     assert isinstance(out.images, np.ndarray)  # as output_type says

@@ -22,6 +22,7 @@ from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.tokenizer_config import is_tokenizer
 from stage1_tokenizer.tokenizer_protocol import load_tokenizer
+from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import split_grids
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
@@ -65,6 +66,8 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
             sampling = sampling.unguided()
         stored = stored_images(TokenShardReader(recipe.tokens_folder / "validation"), [vocabulary], ROWS) if vocabulary.conditions else None
         if stored is not None:
+            if ChainVocabulary([vocabulary]).why_not_sampled(stored.classes is not None, stored.ids):
+                return  # no validation image has a class, and the prior has not learned to sample without one
             labels, columns = stored.classes, SAMPLES_OF_CONDITIONS
         else:
             labels, columns = evenly_spaced_classes(vocabulary.num_classes, ROWS) or None, COLUMNS

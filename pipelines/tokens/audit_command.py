@@ -39,8 +39,9 @@ def audit_run(folder: Path, recipe: Recipe | None = None, repair: bool = False) 
         if is_imported(folder):
             reference = "no data set: these tokens were imported"
         elif recipe is not None:
-            splits, reference = open_sources(recipe, folder), f"the data set of {recipe.run_dir}"
-            conditions = open_conditions_of(recipe, splits)
+            opened = open_sources(recipe, folder)
+            conditions = open_conditions_of(recipe, opened)
+            splits, reference = opened, f"the data set of {recipe.run_dir}"
     except InputError as error:
         reference = f"no data set: {error}"
     reports = audit_tokens(folder, expected_sources(splits))

@@ -59,7 +59,7 @@ class TransformersTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise InputError(f"text_tokenizer is {str(folder)!r}, which transformers cannot load: {' '.join(str(error).split())[:300]}") from error
-        self.num_ids = len(self._tokenizer)
+        self.num_ids = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # not the length: some vocabularies skip ids
 
     def encode(self, text: str, length: int) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))[:length]

@@ -180,7 +180,7 @@ def open_huggingface(data: DataConfig) -> ImageSplits:
     class_names, to_index, order = class_indices(train, label_column)
     notes = (hint,) if class_names is None and data.use_labels and (hint := hint_of_labels(train, image_column)) else ()
 
-    text_columns = [condition.column for condition in data.given_conditions if condition.column is not None]
+    text_columns = [*dict.fromkeys(condition.column for condition in data.given_conditions if condition.column is not None)]
 
     def undecoded_images(rows: datasets.Dataset) -> datasets.Dataset:
         for column in text_columns:

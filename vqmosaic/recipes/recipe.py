@@ -123,7 +123,8 @@ class Recipe:
         if not sampling.is_guided:
             return
         setting = f"sampling.guidance_scale is {sampling.guidance_scale:g}" if sampling.guidance_scale != 1 else "sampling.guidance is set"
-        if training.label_drop == 0 and not training.drop_rates and not any(condition.drop_rate for condition in self.data.given_conditions):
+        of_conditions = [condition.drop_rate for condition in self.data.given_conditions]
+        if not any([training.label_drop, *training.drop_rates.values(), *of_conditions]):
             raise InputError(f"{setting}, but prior_training.label_drop is 0, so the prior does not learn the null class that guidance needs. Set "
                              "prior_training.label_drop to 0.1, or sampling.guidance_scale to 1.")
         if not self.data.use_labels and has_own_tokens and len(names) == 1:
@@ -188,9 +189,12 @@ def condition_recipe(recipe: Recipe, condition: ConditionConfig) -> Recipe:
     network = {**one_level, **fewer_pixels_per_token(recipe.tokenizer, condition), **condition.network}
     training = dataclasses.replace(recipe.tokenizer_training, init_from=None, train_parts="all", perceptual_weight=0.0, resume="auto")
     try:
+        tokenizer = _with_changes(recipe.tokenizer, network, f"{entry}.network")
+        if tokenizer.kind != "image" or not tokenizer.has_ids:
+            raise InputError(f"tokenizer.kind is {tokenizer.kind!r} and tokenizer.quantizer {tokenizer.quantizer!r}; allowed: kind 'image' with a "
+                             "quantizer that has ids, because a condition is one grid of ids.")
         return Recipe(run_dir=str(Path(recipe.run_dir) / "conditions" / condition.name), seed=recipe.seed,
-                      data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()),
-                      tokenizer=_with_changes(recipe.tokenizer, network, f"{entry}.network"),
+                      data=dataclasses.replace(recipe.data, conditions=[], derived=condition.derivation()), tokenizer=tokenizer,
                       tokenizer_training=_with_changes(training, condition.training, f"{entry}.training"))
     except InputError as error:
         raise InputError(f"{entry} needs a tokenizer of its own. {error} Here, fields of tokenizer are set in {entry}.network, and those of "

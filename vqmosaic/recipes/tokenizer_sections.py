@@ -204,6 +204,7 @@ class TopLevelConfig(TokenizerConfig):
     """The section with the quantizer of the top grid."""
 
     SECTION: ClassVar[str] = "tokenizer.top"
+    """The name of these fields in error messages."""
 
 
 @dataclass(kw_only=True)

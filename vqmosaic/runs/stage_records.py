@@ -28,7 +28,9 @@ SECTIONS_READ = {
 # These fields only affect the training images of stage 1. Stored tokens do not depend on them.
 FIELDS_NOT_READ = {"tokens": ("data.crop_scale", "data.flip", "data.shift")}
 CONDITIONS = "data.conditions"
-"""Recorded for the tokens only, without the fields that do not affect them. Tokenizers of conditions are inputs, compared by fingerprint."""
+"""Recorded for the tokens, without the fields that do not affect them. Tokenizers of conditions are inputs, compared by fingerprint."""
+DROP_RATES = "data.conditions.drop_rate"
+"""Recorded for the prior: the drop rates above 0 by condition, without those that prior_training.drop_rates replaces."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ def fields_read(recipe: Recipe, stage: str) -> dict[str, RecipeField]:
     if stage == "tokens":
         records = [condition.ids_record() for condition in recipe.data.given_conditions]
         fields[CONDITIONS] = RecipeField(CONDITIONS, records, [], "same", omit_if_default=True)
+    if stage == "prior":
+        rates = {condition.name: condition.drop_rate for condition in recipe.data.given_conditions
+                 if condition.drop_rate and condition.name not in recipe.prior_training.drop_rates}
+        fields[DROP_RATES] = RecipeField(DROP_RATES, rates, {}, "same", omit_if_default=True)
     return fields
 
 
@@ -106,11 +112,11 @@ def decide_action(run: RunFolder, recipe: Recipe, stage: str, inputs: dict[str, 
             continue
         if name in PATH_FIELDS and may_be_same_path(before, field.value):
             continue
-        raise InputError(changed_message(run, stage, name, before, field.value, shrunk=field.change_policy == "budget"))
+        raise InputError(changed_message(run, recipe, stage, name, before, field.value, shrunk=field.change_policy == "budget"))
     for name, fingerprint in (inputs or {}).items():
         before = record.inputs.get(name)
         if before is not None and before != fingerprint:
-            raise InputError(changed_message(run, stage, name, before, fingerprint))
+            raise InputError(changed_message(run, recipe, stage, name, before, fingerprint))
     if record.finished and not grown and run.export(stage).exists():
         return "compare" if moved and "data set" not in (inputs or {}) else "skip"
     return "resume"
@@ -127,11 +133,14 @@ def has_grown(before: float | None, now: float | None) -> bool:
     return before is not None and (now is None or now > before)
 
 
-def changed_message(run: RunFolder, stage: str, name: str, before: Any, now: Any, shrunk: bool = False) -> str:
+def changed_message(run: RunFolder, recipe: Recipe, stage: str, name: str, before: Any, now: Any, shrunk: bool = False) -> str:
     """The error message for a field or an input that has changed."""
     reason = "a budget can only grow" if shrunk else "the result would be different"
+    remedy = f"repeat the stage with --redo {stage} (which also repeats the stages after it)"
+    if recipe.data.derived is not None:  # the tokenizer of a condition; --redo tokenizer would also repeat that of the images
+        remedy = "train the tokenizers of all conditions again with `vqmosaic run RECIPE --redo conditions`"
     return (f"{run.root}: stage {stage} was run with {name} = {as_yaml(before)}, now it is {as_yaml(now)}; {reason}. Set it back, "
-            f"choose another --run_dir, or repeat the stage with --redo {stage} (which also repeats the stages after it).")
+            f"choose another --run_dir, or {remedy}.")
 
 
 def as_yaml(value: Any) -> str:
