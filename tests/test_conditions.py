@@ -46,6 +46,8 @@ def with_conditions(*records: dict) -> DataConfig:
     ({"name": "m", "kind": "paired_folder", "path": "maps", "channels": 5}, "channels is 5; allowed: 1"),
     ({"name": "t", "kind": "caption"}, "length is not given"),
     ({"name": "t", "kind": "caption", "length": 0}, "length is 0; it must be at least 1"),
+    ({"name": "t", "kind": "caption", "length": 10**12}, "length is 1000000000000; it must be .*at most 4096"),
+    ({"name": "g", "kind": "grey"}, "of kind grey, but data.channels is 1"),
     ({"name": "t", "kind": "caption", "length": 8, "templates": ["a photo"]}, r"'a photo' does not contain \{class\}"),
     ({"name": "t", "kind": "caption", "length": 8, "held_out_templates": ["a {class}"]}, "no templates to train on"),
     ({"name": "t", "kind": "caption", "length": 8, "templates": ["a {class}"], "column": "text"}, "both templates and column"),
@@ -156,10 +158,12 @@ def test_manifest_lists_the_given_grids(tmp_path):
 
 
 @pytest.mark.parametrize(("conditions", "message"), [
-    ([{"name": "edges"}], "conditions names the grid 'edges', but the grids are"),
+    ([{"name": "edges", "kind": "edges"}], "conditions names the grid 'edges', but the grids are"),
     ([LOW, LOW], "each may be named once"),
-    ([{"name": name} for name in ("image", "low", "text")], "at least one grid must be drawn"),
-    (["low"], "conditions names the grid None"),
+    ([{"name": name, "kind": "grey"} for name in ("image", "low", "text")], "at least one grid must be drawn"),
+    (["low"], "it must be a list of records with name and kind"),
+    (5, "it must be a list of records with name and kind"),
+    ([{"name": "low"}], "it must be a list of records with name and kind"),
 ])
 def test_manifest_checks_the_given_grids(conditions, message):
     with pytest.raises(InputError, match=message):

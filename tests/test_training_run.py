@@ -597,8 +597,8 @@ def test_bf16_training_on_a_cpu_validates_in_float32(stage, run_dir, monkeypatch
     if stage == "tokenizer":
         dtypes = []
         original = ImageTokenizer.latents
-        monkeypatch.setattr(ImageTokenizer, "latents", lambda self, images: dtypes.append(
-            (self.training, (latents := original(self, images)).dtype)) or latents)
+        monkeypatch.setattr(ImageTokenizer, "latents", lambda self, *given: dtypes.append(
+            (self.training, (latents := original(self, *given)).dtype)) or latents)
     train(stage, run_dir, mixed_precision="bf16", weight_ema_decay=0, max_steps=2)
     exported = load_file(run_dir / stage / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}

@@ -153,7 +153,10 @@ class ShardSetHeader:
         names = [grid.name for grid in self.grids]
         if not names or len(set(names)) < len(names):
             raise InputError(f"The grids are named {names}; there must be at least one grid, and names must be unique.")
-        given = [record.get("name") if isinstance(record, dict) else None for record in self.conditions]
+        if not (isinstance(self.conditions, list) and all(isinstance(record, dict) and isinstance(record.get("name"), str)
+                                                          and isinstance(record.get("kind"), str) for record in self.conditions)):
+            raise InputError(f"conditions is {str(self.conditions)[:100]!r}; it must be a list of records with name and kind.")
+        given = [record["name"] for record in self.conditions]
         if unknown := [name for name in given if name not in names]:
             raise InputError(f"conditions names the grid {unknown[0]!r}, but the grids are named {names}.")
         if len(set(given)) < len(given) or len(given) == len(names):

@@ -21,6 +21,8 @@ from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import SIDES, ImageSize, checked_image_size, height_and_width
 from vqmosaic.recipes.pixel_values import checked_channels
 
+MAX_CAPTION_LENGTH = 4096
+"""Largest number of places of a caption. All of them are part of the prior's sequence."""
 DERIVED_KINDS = ("low_resolution", "edges", "grey")
 """Kinds whose images are computed from the image itself."""
 IMAGE_KINDS = (*DERIVED_KINDS, "paired_folder")
@@ -180,7 +182,7 @@ def _check_image(entry: str, condition: ConditionConfig) -> None:
 
 
 def _check_caption(entry: str, condition: ConditionConfig) -> None:
-    check_range(f"{entry}.length", condition.length, at_least=1)
+    check_range(f"{entry}.length", condition.length, at_least=1, at_most=MAX_CAPTION_LENGTH)
     if condition.column is not None and not isinstance(condition.column, str):
         raise InputError(f"{entry}.column is {condition.column!r}; it must be the name of a column.")
     for name in ("templates", "held_out_templates"):

@@ -83,6 +83,10 @@ class DataConfig:
             raise InputError(f"data.value_range is {self.value_range}, but data.source is 'digits', whose images have 8 bits; "
                              "set --data.value_range null.")
         self.conditions = [condition.to_record() for condition in read_conditions("data.conditions", self.conditions, self.image_size)]
+        for condition in self.conditions:
+            if condition["kind"] == "grey" and self.channels < 3:
+                raise InputError(f"data.conditions has {condition['name']!r} of kind grey, but data.channels is {self.channels}, so the images are "
+                                 "grey already. Use another kind, or set data.channels to 3.")
         if self.derived is not None:
             self.derived = checked_derivation("data.derived", self.derived)
             derived_size("data.derived.factor", self.image_size, self.derived)
