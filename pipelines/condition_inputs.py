@@ -132,13 +132,13 @@ class ConditionInputs:
 
     def describe_taken(self) -> str:
         """A sentence that lists what can be given."""
-        taken = ["class_labels"] if self.vocabulary.class_names else []
+        taken = ["class_labels"] if self.vocabulary.learned_class_names else []
         taken += [f"{self.argument_of(condition.name)} ({condition.name})" for condition in self.vocabulary.conditions]
         return f"This pipeline takes: {', '.join(taken) or 'nothing'}."
 
     def remedy_without_guidance(self) -> str:
         """What to do about guidance of images for which nothing is given."""
-        names = ["class_labels"] if self.vocabulary.class_names else []
+        names = ["class_labels"] if self.vocabulary.learned_class_names else []
         names += dict.fromkeys(self.argument_of(condition.name) for condition in self.vocabulary.conditions)
         return f"give {' or '.join(names)}, or leave it out" if names else "leave it out"
 

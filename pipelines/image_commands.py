@@ -40,9 +40,12 @@ def generate(command: str, arguments: list[str]) -> int:
     sampling = check_given_sampling(folder, content, given_sampling(options))
     check_can_write("--out", options.out or Path("samples"))
     names = content["class_names"]
+    vocabulary = PipelineParts.in_folder(folder, content).vocabulary()
+    check_classes_are_learned(vocabulary, options.classes)
     # a prompt says what to draw, so without --classes there is no class
-    labels = None if options.prompt is not None and options.classes is None else classes_from_text(names, options.classes)
-    check_can_sample(PipelineParts.in_folder(folder, content).vocabulary(), labels is not None, options.prompt is not None)
+    has_class = options.classes is not None or (options.prompt is None and vocabulary.learned_class_names is not None)
+    labels = classes_from_text(names, options.classes) if has_class else None
+    check_can_sample(vocabulary, labels is not None, options.prompt is not None)
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=labels, num=options.num, seed=options.seed,
                            sampling=sampling, dtype=options.dtype, prompt=options.prompt)
     samples = samples if options.out else find_output_folder(samples)
@@ -62,13 +65,22 @@ def check_can_sample(vocabulary: "ChainVocabulary", has_class: bool, has_prompt:
     """Raise InputError if a pipeline does not take a prompt, or needs more than the class and the prompt."""
     texts = [condition.name for condition in vocabulary.conditions if condition.kind == "text"]
     if has_prompt and not texts:
-        takes = ", ".join([*(["--classes"] if vocabulary.class_names else []), *(f"an image ({each.name})" for each in vocabulary.conditions)])
+        classes = ["--classes"] if vocabulary.learned_class_names else []
+        takes = ", ".join([*classes, *(f"an image ({each.name})" for each in vocabulary.conditions)])
         raise InputError(f"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: {takes or 'nothing'}.")
     if has_prompt and len(texts) > 1:
         raise InputError(f"--prompt is given, but the prior of this pipeline takes several texts: {', '.join(texts)}. Use the Python interface.")
     why = vocabulary.why_not_sampled(has_class, texts if has_prompt else [])
     if why and vocabulary.conditions:
-        raise InputError(f"{why} Give --classes or --prompt, or use `vqmosaic upscale` or `vqmosaic translate` if it is an image.")
+        options = "--classes or --prompt" if vocabulary.learned_class_names else "--prompt"
+        raise InputError(f"{why} Give {options}, or use `vqmosaic upscale` or `vqmosaic translate` if it is an image.")
+
+
+def check_classes_are_learned(vocabulary: "ChainVocabulary", classes: str | None) -> None:
+    """Raise InputError if --classes is given, but the priors have never seen a class in training, so it would have no effect."""
+    if classes is not None and vocabulary.class_names and not vocabulary.learned_class_names:
+        raise InputError(f"--classes is {classes!r}, but the prior of this pipeline was trained with drop rate 1 of the class, so a class has no "
+                         "effect. Leave it out, or train with prior_training.drop_rates.class below 1.")
 
 
 def upscale(command: str, arguments: list[str]) -> int:
@@ -105,9 +117,10 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     content = read_bundle(folder)
     name = check_has_condition(content, command)
     sampling = check_given_sampling(folder, content, given_sampling(options))
-    names = content["class_names"]
+    names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
+    check_classes_are_learned(vocabulary, options.classes)
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
-    if why := PipelineParts.in_folder(folder, content).vocabulary().why_not_sampled(labels is not None, [name]):
+    if why := vocabulary.why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
     for path in options.images:
         if path.is_dir() and options.out.resolve().is_relative_to(path.resolve()):

@@ -90,6 +90,11 @@ class ChainVocabulary:
         return self.vocabularies[0].class_names
 
     @property
+    def learned_class_names(self) -> list[str] | None:
+        """Name of each class, or None if no prior has seen a class in training, so that a class would have no effect."""
+        return None if all(vocabulary.class_drop == 1 for vocabulary in self.vocabularies) else self.class_names
+
+    @property
     def num_tokens(self) -> int:
         """Drawn tokens per image over all priors."""
         return sum(grid.num_tokens for grid in self.grids)
@@ -107,7 +112,7 @@ class ChainVocabulary:
     @property
     def given_names(self) -> list[str]:
         """Names of all given segments for which there can be a guidance scale, without repetitions."""
-        return list(dict.fromkeys(segment.name for vocabulary in self.vocabularies for segment in vocabulary.given_segments if len(segment.ids)))
+        return list(dict.fromkeys(segment.name for vocabulary in self.vocabularies for segment in vocabulary.learned_segments))
 
     @property
     def token_fingerprints(self) -> dict[str, str]:
@@ -142,7 +147,7 @@ class ChainVocabulary:
     def settings_of(self, number: int, sampling: SamplingConfig) -> SamplingConfig:
         """The sampling settings of one of the priors: guidance only of its own segments and if it supports it, and at most one pass per token."""
         vocabulary, changes = self.vocabularies[number], dict[str, Any]()
-        own = [segment.name for segment in vocabulary.given_segments if len(segment.ids)]
+        own = [segment.name for segment in vocabulary.learned_segments]
         if len(self.vocabularies) > 1:
             changes["guidance"] = {name: scale for name, scale in sampling.guidance.items() if name in own}
             if vocabulary.why_unguided():

@@ -73,6 +73,11 @@ class Vocabulary:
         return self.segments[:1 + len(self.conditions)]
 
     @property
+    def learned_segments(self) -> list[Segment]:
+        """The given segments that the prior has seen in training: without the class if there are no classes, and without those of drop rate 1."""
+        return [segment for segment in self.given_segments if len(segment.ids) and segment.drop_rate < 1]
+
+    @property
     def token_fingerprints(self) -> dict[str, str]:
         """Segment name -> fingerprint of the tokenizer that made its ids, for given and drawn grids and for texts whose tokenizer is known."""
         return {segment.name: segment.grid.token_fingerprint or self.token_fingerprint if segment.grid is not None else str(segment.token_fingerprint)
@@ -170,12 +175,17 @@ class Vocabulary:
         return ids_B
 
     def condition_token_ids(self, given_BG):
-        """The ids (B, G) of the conditions' own ids; -1 gives the null id. Accepts numpy arrays and torch tensors. Does not check the ids."""
+        """The ids (B, G) of the conditions' own ids; -1 gives the null id. Accepts numpy arrays and torch tensors. Does not check the ids.
+
+        All ids of a condition that was dropped from all training samples give its null id, because the other ids are not trained.
+        """
         segments = [segment for segment in self.given_segments[1:] for _ in segment.places]
         offsets_G, null_ids_G = (np.array(ids, dtype=np.int64) for ids in ([segment.ids.start for segment in segments],
                                                                           [segment.null_id for segment in segments]))
+        is_dropped_G = np.array([segment.drop_rate == 1 for segment in segments], dtype=np.int64)
         if hasattr(given_BG, "new_tensor"):
-            offsets_G, null_ids_G = given_BG.new_tensor(offsets_G), given_BG.new_tensor(null_ids_G)
+            offsets_G, null_ids_G, is_dropped_G = (given_BG.new_tensor(each_G) for each_G in (offsets_G, null_ids_G, is_dropped_G))
+        given_BG = given_BG - (given_BG + 1) * is_dropped_G  # -1 where is_dropped_G is 1
         return given_BG + offsets_G + (given_BG < 0) * (null_ids_G + 1 - offsets_G)
 
     def check_conditions(self, given: Mapping[str, Any], check_ids: bool = False) -> None:
@@ -206,16 +216,16 @@ class Vocabulary:
                                  f"{condition.num_ids - 1}, and -1 for the null id.")
 
     def is_trained(self, given: int) -> bool:
-        """Whether some training samples had the first `given` given segments and the null ids of all others. The empty class does not count."""
+        """Whether some training samples had the first `given` learned segments and the null ids of all others."""
         rates = self.drop_rates
         if given == 0 and self.label_drop > 0:
             return True
-        return self.label_drop < 1 and all(rate < 1 for rate in rates[:given]) and all(rate > 0 for rate in rates[given:])
+        return self.label_drop < 1 and all(rate > 0 for rate in rates[given:])
 
     @property
     def drop_rates(self) -> list[float]:
-        """The drop rate of each given segment that can hold something: the class, if there are classes, and the conditions."""
-        return [segment.drop_rate for segment in self.given_segments if len(segment.ids)]
+        """The drop rate of each learned segment."""
+        return [segment.drop_rate for segment in self.learned_segments]
 
     def why_unguided(self) -> str | None:
         """Why a prior with this vocabulary does not support guidance, to follow "the prior". None if it does."""

@@ -325,3 +325,45 @@ def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
 def test_other_dtypes_are_compared_with_the_conditions(folder, photos, tmp_path, dtype, capsys):
     assert dispatch(["generate", str(folder), "--prompt", "x", "--num", "2", "--out", str(tmp_path / "a"), "--dtype", dtype, "--device", "cpu"]) == 0
     assert "differ from those in float32" in capsys.readouterr().out
+
+
+# --- classes that the prior has not learned --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_classes(tmp_path_factory) -> Path:
+    """A pipeline whose tokens have classes, but whose prior was trained without them, as in the recipes of captions."""
+    root = tmp_path_factory.mktemp("dropped")
+    return make_parts(root, class_drop=1.0).bundle(root / "pipeline", guidance_scale=1.5)
+
+
+def test_classes_without_effect_are_refused(without_classes, photos, tmp_path):
+    words = "--classes is 'ant', but the prior of this pipeline was trained with drop rate 1 of the class"
+    with pytest.raises(InputError, match=words):
+        dispatch(["generate", str(without_classes), "--classes", "ant", "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=words):
+        dispatch(["upscale", str(without_classes), str(photos / "c.png"), "--classes", "ant", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_without_learned_classes(without_classes, tmp_path):
+    command = ["generate", str(without_classes), "--num", "2", "--device", "cpu", "--out"]
+    assert dispatch([*command, str(tmp_path / "plain")]) == 0
+    assert len(pictures(tmp_path / "plain")) == 3 and not list((tmp_path / "plain").glob("ant*")), "two images and the grid, of no class"
+    assert dispatch([*command, str(tmp_path / "prompted"), "--prompt", "sea", "--guidance", "text=3"]) == 0
+    with pytest.raises(InputError, match=r"guidance has class; the given segments .*: low, text"):
+        dispatch([*command, str(tmp_path / "guided"), "--prompt", "sea", "--guidance", "class=3"])
+
+
+def test_demo_has_no_field_for_classes_without_effect(without_classes):
+    pytest.importorskip("gradio")
+    from pipelines.demo.page import build
+    from pipelines.demo.request_checks import checked_request, number_label
+
+    pipe = ImageGenerationPipeline.from_pretrained(without_classes, "cpu")
+    page = build(pipe)
+    field = next(block for block in page.blocks.values() if getattr(block, "label", None) == "Classes")
+    assert not field.visible and number_label(pipe) == "Images"
+    with pytest.raises(InputError, match="no class 'ant'"):
+        checked_request(pipe, ["ant"], 1, 0, 1, 0, 1, 1)
+    page.close(verbose=False)

@@ -10,12 +10,16 @@ from PIL import Image
 
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
-from pipelines.stages.chain import run_chain
+from pipelines.stages.chain import longer_training_hint, next_steps, run_chain
 from stage2_prior.vocabulary import Vocabulary
+from tests.conditioned import make_parts
 from tests.test_feature_extractors import Pooled, scripted
 from tests.tiny import make_tiny_run, tiny_overrides, tiny_recipe
 from token_shards import TokenShardManifest
 from vqmosaic.errors import InputError
+from vqmosaic.recipes.recipe import condition_recipes
+from vqmosaic.recipes.recipe_files import load_recipe
+from vqmosaic.runs.run_folder import RunFolder
 
 CONDITIONS = ('[{name: low, kind: low_resolution, factor: 2, drop_rate: 0.2}, {name: text, kind: caption, length: 12, drop_rate: 0.2, '
               'templates: ["digit {class}", "a {class}"], held_out_templates: ["number {class}"]}]')
@@ -105,3 +109,40 @@ def test_run_refuses_parts_of_the_grids_and_guidance_that_is_not_learned(tmp_pat
     with pytest.raises(InputError, match="needs a prior that was trained without low, text but with class"):
         run_chain(tiny_recipe(tmp_path / "run", **CHANGES | {"data__conditions": never}))
     assert not (tmp_path / "run/tokenizer").exists()
+
+
+def test_guidance_of_the_class_is_left_out_without_classes(tmp_path, capsys):
+    """The folder of images may turn out to have no classes, which the check before the run does not know."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / f"photos/{number}.png")
+    low = "[{name: low, kind: low_resolution, factor: 2, drop_rate: 0.2}]"
+    run = make_tiny_run(tmp_path / "run", data__source="folder", data__path=tmp_path / "photos", data__conditions=low,
+                        prior__architecture="grid_transformer", sampling__guidance="{class: 1.5, low: 2.0}")
+    assert "does not use sampling.guidance of the class, because the images have no classes" in capsys.readouterr().out
+    assert json.loads((run / "pipeline/pipeline.json").read_text())["sampling"]["guidance"] == {"low": 2.0}
+    assert list((run / "logs/prior/samples").glob("step-*.png"))
+
+
+def test_next_steps_name_no_classes_that_the_prior_has_not_learned(tmp_path):
+    root = tmp_path / "run"
+    make_parts(root, class_drop=1.0).bundle(root / "pipeline")
+    commands = next_steps(RunFolder(root))
+    assert any("upscale" in command for command in commands) and not any("--classes" in command for command in commands)
+
+
+@pytest.mark.parametrize(("conditions", "minutes"), [
+    ([], 15), (["low"], 7.5), (["low", "edges"], 5), (["low", "text"], 7.5), (["low", "given"], 7.5), (["low", "own_time"], 7.5),
+])
+def test_minutes_are_the_total_with_tokenizers_of_conditions(conditions, minutes, tmp_path):
+    known = {"low": "kind: low_resolution, factor: 2", "edges": "kind: edges", "text": "kind: caption, length: 8, templates: ['a {class}']",
+             "given": "kind: edges, tokenizer: tokenizers/edges", "own_time": "kind: edges, training: {max_minutes: 3}"}
+    listed = f"[{', '.join(f'{{name: {name}, {known[name]}}}' for name in conditions)}]"
+    recipe = load_recipe("digits", [f"--run_dir={tmp_path / 'run'}", "--minutes=30", f"--data.conditions={listed}"])
+    own = {name: each.tokenizer_training.max_minutes for name, each in condition_recipes(recipe).items()}
+    assert recipe.tokenizer_training.max_minutes == minutes and recipe.prior_training.max_minutes == 15
+    assert own.pop("own_time", 3) == 3 and sum(own.values(), minutes) == 15
+    given = load_recipe("digits", ["--minutes=30", f"--data.conditions={listed}", "--tokenizer_training.max_minutes=9"])
+    assert given.tokenizer_training.max_minutes == 9, "divided only if it is not set"
+    assert "add --minutes 60 --redo tokens" in longer_training_hint(recipe)

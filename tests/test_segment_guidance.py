@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance import combine_levels
 from stage2_prior.generation.guidance_scales import needed_levels, segment_scales
 from stage2_prior.prior import TokenPrior
@@ -19,7 +20,7 @@ from stage2_prior.token_columns import TokenColumns
 from stage2_prior.train import describe_metrics, train, validate
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from tests.run_files import records
-from tests.test_segments import FULL, IMAGE, LOW, perturbed, random_given
+from tests.test_segments import FULL, IMAGE, LOW, TEXT, perturbed, random_given
 from tests.tiny import tiny_recipe
 from tests.tiny_priors import VOCABULARY, tiny_prior
 from token_shards import ShardSetHeader, TokenShardManifest, TokenShardReader, TokenShardWriter, default_key
@@ -65,6 +66,19 @@ def test_scales_of_segments():
         segment_scales(never_dropped_alone, 1.0, {"class": 3.0})
 
 
+def test_segments_dropped_from_all_samples_are_not_guided():
+    """A prior of captions: the shards have classes, but it was trained without them."""
+    captions = dataclasses.replace(FULL, class_drop=1.0, conditions=[TEXT])
+    assert captions.drop_rates == [TEXT.drop_rate] and ChainVocabulary([captions]).given_names == ["text"]
+    assert captions.is_trained(0) and captions.is_trained(1) and captions.why_unguided() is None
+    assert segment_scales(captions, 1.5, {"text": 3.0}) == [3.0]
+    with pytest.raises(InputError, match="'class'; the given segments of the prior are: text"):
+        segment_scales(captions, 1.5, {"class": 3.0})
+    without_text = dataclasses.replace(FULL, conditions=[LOW, dataclasses.replace(TEXT, drop_rate=1.0)])
+    assert segment_scales(without_text, 1.0, {"low": 3.0}) == [1.0, 3.0]
+    assert dataclasses.replace(captions, conditions=[]).why_unguided() == "was trained without classes"
+
+
 # --- sampling ----------------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +120,15 @@ def test_guidance_interval_with_several_segments():
     assert torch.equal(guided[:, :2], full[:, :2])
     with torch.no_grad():  # tokens 2 and 3 are the most likely ones without guidance
         assert torch.equal(prior(guided, torch.tensor([0, 1]), given).argmax(dim=-1)[:, 2:], guided[:, 2:])
+
+
+def test_segments_dropped_from_all_samples_have_no_effect_on_guided_samples():
+    vocabulary = dataclasses.replace(FULL, class_drop=1.0, conditions=[dataclasses.replace(LOW, drop_rate=1.0), TEXT])
+    prior, given = perturbed(tiny_prior(vocabulary=vocabulary)), random_given(2)
+    config, by_name = SamplingConfig(temperature=0, guidance_scale=1.5), {"text": 3.0}
+    drawn_BT = prior.sample([0, 1], config, [1, 2], given=given, segment_guidance=by_name)
+    assert torch.equal(prior.sample(None, config, [1, 2], given={"text": given["text"]}, segment_guidance=by_name), drawn_BT)
+    assert torch.equal(greedy_reference(prior, torch.tensor([0, 1]), given, [1.5, 1.5, 3.0]), drawn_BT)
 
 
 def test_segment_guidance_of_a_class_is_the_guidance_scale():

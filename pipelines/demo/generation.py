@@ -26,7 +26,7 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
     `given` are the prompts and the paths of uploads for a prior that is given more than the class. Without classes, it draws images of no class if it
     has learned this, otherwise of all classes.
     """
-    names, limit, given = pipe.class_names, image_limit(pipe), given or GivenValues({}, {})
+    names, limit, given = pipe.vocabulary.learned_class_names, image_limit(pipe), given or GivenValues({}, {})
     labels = (classes or names[:limit]) if names else None
     if given.names and not classes and pipe.vocabulary.why_not_sampled(False, given.names) is None:
         labels = None

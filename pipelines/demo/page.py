@@ -157,7 +157,7 @@ class Page(gr.Blocks):
 
 def build(pipe: ImageGenerationPipeline, folder: Path | None = None) -> Page:
     """Build the page of a pipeline without serving it. The Python code on the page loads the pipeline from `folder`."""
-    worker, limit, names, settings = Worker(), image_limit(pipe), pipe.class_names, pipe.sampling
+    worker, limit, names, settings = Worker(), image_limit(pipe), pipe.vocabulary.learned_class_names, pipe.sampling
     image_sides, grids, fields = pipe.tokenizer.transform.sides, pipe.tokenizer.grids, given_fields(pipe)
     why = pipe.vocabulary.why_unguided()
     unguided = why and f"Off, because the prior {why}."

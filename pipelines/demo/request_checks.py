@@ -80,7 +80,7 @@ def checked_request(pipe: ImageGenerationPipeline, classes: object, number: obje
 
     `settings` are the values of sampling_controls. Raises InputError for values that the fields do not allow.
     """
-    names = pipe.class_names or []
+    names = pipe.vocabulary.learned_class_names or []
     classes = classes or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise InputError(f"Classes is {shown_value(classes)}; it must be a list of class names.")
@@ -116,7 +116,7 @@ def checked_integer(label: str, given: object, at_least: float, at_most: float) 
 
 def number_label(pipe: ImageGenerationPipeline) -> str:
     """The label of the field for the number of images."""
-    return "Images of each class" if pipe.class_names else "Images"
+    return "Images of each class" if pipe.vocabulary.learned_class_names else "Images"
 
 
 def shown_value(given: object) -> str:

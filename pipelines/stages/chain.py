@@ -9,6 +9,7 @@ from pipelines.stages.condition_tokenizers import delete_condition_tokenizers, t
 from pipelines.stages.stage_checks import check_chain
 from pipelines.stages.stage_inputs import condition_folders, input_fingerprints, tokenizer_folder, vocabulary_of_prior
 from vqmosaic.files.durable_files import write_json
+from vqmosaic.recipes.fields_from_data import conditions_in_budget
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import save_recipe
 from vqmosaic.runs.launch import processes_to_start, run_stage
@@ -56,8 +57,11 @@ def longer_training_hint(recipe: Recipe) -> str:
     tokenizer, prior = recipe.tokenizer_training.max_minutes, recipe.prior_training.max_minutes
     if tokenizer is None or prior is None:
         return ""
-    option = f"--minutes {(tokenizer + prior) * 2:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {tokenizer * 2:g}"
-    return f". The budget was {tokenizer:g} min for the tokenizer and {prior:g} min for the prior. To train longer, add {option} --redo tokens"
+    tokenizers = 1 + conditions_in_budget(recipe.data.conditions)
+    longer = (tokenizer * tokenizers + prior) * 2
+    option = f"--minutes {longer:g}" if recipe.minutes is not None else f"--tokenizer_training.max_minutes {tokenizer * 2:g}"
+    which = "the" if tokenizers == 1 else "each"
+    return f". The budget was {tokenizer:g} min for {which} tokenizer and {prior:g} min for the prior. To train longer, add {option} --redo tokens"
 
 
 def record_recipe(recipe: Recipe) -> Path:
@@ -91,9 +95,13 @@ def bundle_run(recipe: Recipe) -> Path:
         decide_action(run, recipe, "pipeline", inputs)
         started, sampling = time.monotonic(), recipe.sampling
         vocabulary = vocabulary_of_prior(run.export("prior"))
-        if sampling.guidance_scale != 1 and vocabulary.class_names is None and not vocabulary.conditions:
-            print(f"the bundle does not use sampling.guidance_scale {sampling.guidance_scale:g}, because the images have no classes")
+        why = "the images have no classes" if vocabulary.class_names is None else "the prior was trained without its classes"
+        if sampling.guidance_scale != 1 and not vocabulary.learned_segments:
+            print(f"the bundle does not use sampling.guidance_scale {sampling.guidance_scale:g}, because {why}")
             sampling = dataclasses.replace(sampling, guidance_scale=1.0)
+        if "class" in sampling.guidance and vocabulary.class_names is None:
+            print(f"the bundle does not use sampling.guidance of the class, because {why}")
+            sampling = sampling.without_class()
         folder = make_bundle(tokenizer_folder(recipe), run.export("prior"), run.export("pipeline"), sampling, condition_folders(recipe))
         write_record(run, recipe, "pipeline", inputs, finished=True, seconds=time.monotonic() - started)
     print(f"bundled {folder}")
@@ -123,15 +131,16 @@ def next_steps(run: RunFolder) -> list[str]:
 
     folder = run.export("pipeline")
     content = read_bundle(folder)
-    names = example_classes(content["class_names"] or [])
-    classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     vocabulary, commands = PipelineParts.in_folder(folder, content).vocabulary(), []
+    class_names = vocabulary.learned_class_names or []
+    names = example_classes(class_names)
+    classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     if vocabulary.why_not_sampled(bool(names), []) is None:
         commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
     for record in content.get("conditions", []):
         name, kind, needed = record["name"], record["kind"], ""
         if vocabulary.why_not_sampled(False, [name]) is not None:  # not without a class, or not with this condition alone
-            needed = f"--classes {shlex.quote(example_classes(content['class_names'][:1]))} " if content["class_names"] else ""
+            needed = f"--classes {shlex.quote(example_classes(class_names[:1]))} " if class_names else ""
             if vocabulary.why_not_sampled(True, [name]) is not None:
                 continue
         if kind == "caption":

@@ -61,7 +61,7 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
         known = {grid.name: grid for grid in [*(part.grid for part in vocabulary.conditions if part.kind == "grid"), *vocabulary.grids]}
         if vocabulary.token_fingerprint != tokenizer.token_fingerprint or any(known.get(grid.name) != grid for grid in tokenizer.grids):
             return  # the tokens come from another tokenizer, or are not all of its tokens, so this one cannot decode them
-        sampling = recipe.sampling
+        sampling = recipe.sampling if vocabulary.class_names is not None else recipe.sampling.without_class()
         if vocabulary.why_unguided():  # guidance needs null ids, which this prior does not learn
             sampling = sampling.unguided()
         stored = stored_images(TokenShardReader(recipe.tokens_folder / "validation"), [vocabulary], ROWS) if vocabulary.conditions else None

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import torch
 
-from stage2_prior.generation.guidance_scales import guided_segments
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
 from vqmosaic.errors import InputError
 
@@ -26,7 +25,7 @@ def combine_levels(level_logits: Sequence[torch.Tensor], scales: Sequence[float]
 
 def level_start_ids(vocabulary: Vocabulary, start_BP: torch.Tensor, levels: Sequence[int]) -> torch.Tensor:
     """The start of the sequence (N, P) for all levels, from the last to the first: N is B times the number of levels."""
-    segments, rows = guided_segments(vocabulary), []
+    segments, rows = vocabulary.learned_segments, []
     for level in reversed(levels):
         level_BP = start_BP.clone()
         for segment in segments[level:]:

@@ -1,20 +1,14 @@
 """The levels and scales of classifier-free guidance for priors with one or several given segments. Does not import torch.
 
-Level i of n given segments, in the order of the vocabulary, has the first i segments as they are given and null ids in all others. Guided logits are
+Level i of n learned segments, in the order of the vocabulary, has the first i segments as given and null ids in all others. Guided logits are
 l_0 + sum_i s_i (l_i - l_(i-1)) with one scale s_i for each segment, as for the two conditions of InstructPix2Pix (Brooks et al. 2022). A prior with
 classes only has the levels 0, the null class, and 1. Levels whose logits cancel out are not computed.
 """
 
 from collections.abc import Mapping, Sequence
 
-from stage2_prior.segments import Segment
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_range
-
-
-def guided_segments(vocabulary: Vocabulary) -> list[Segment]:
-    """The given segments that can hold something, in the order of the vocabulary: without the class if there are no classes."""
-    return [segment for segment in vocabulary.given_segments if len(segment.ids)]
 
 
 def needed_levels(scales: Sequence[float]) -> list[int]:
@@ -27,11 +21,11 @@ def needed_levels(scales: Sequence[float]) -> list[int]:
 
 
 def segment_scales(vocabulary: Vocabulary, guidance_scale: float, given_scales: Mapping[str, float] | None) -> list[float]:
-    """The guidance scale of each of the guided segments: that in `given_scales`, or `guidance_scale`.
+    """The guidance scale of each learned segment: that in `given_scales`, or `guidance_scale`.
 
     Raises InputError for unknown segments, and for scales that need a level that the prior has not learned.
     """
-    names, given_scales = [segment.name for segment in guided_segments(vocabulary)], given_scales or {}
+    names, given_scales = [segment.name for segment in vocabulary.learned_segments], given_scales or {}
     for name, scale in given_scales.items():
         if name not in names:
             raise InputError(f"The guidance by segment has {name!r}; the given segments of the prior are: {', '.join(names) or 'none'}.")

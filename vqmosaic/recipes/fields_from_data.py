@@ -6,7 +6,7 @@ stages/<stage>.json records them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,12 +103,21 @@ def sides_of_images(recipe: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def time_budgets(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:
-    """Divide `minutes` between the two training stages."""
+    """Divide `minutes` between the two training stages, and the share of the tokenizer among all tokenizers that are trained for so long."""
     minutes = recipe["minutes"]
     if minutes is not None:
         check_range("minutes", minutes, above=0)
         for field, share in BUDGETS.items():
-            yield Choice(field, round(minutes * share, 4), f"{share:.0%} of minutes = {minutes:g}")
+            tokenizers = 1 + conditions_in_budget(recipe["data.conditions"]) if field == "tokenizer_training.max_minutes" else 1
+            among = f", divided among {tokenizers} tokenizers" if tokenizers > 1 else ""
+            yield Choice(field, round(minutes * share / tokenizers, 4), f"{share:.0%} of minutes = {minutes:g}{among}")
+
+
+def conditions_in_budget(conditions: Sequence[Any]) -> int:
+    """The number of conditions whose tokenizer is trained as long as that of the images: without those whose `training` sets max_minutes."""
+    trained = [record.get("training", {}) for record in conditions if isinstance(record, Mapping)  # the recipe reports other entries
+               and record.get("kind") != "caption" and record.get("tokenizer") is None]
+    return sum(not (isinstance(training, Mapping) and "max_minutes" in training) for training in trained)
 
 
 def token_grid(recipe: Mapping[str, Any], facts: Facts) -> Iterator[Choice]:

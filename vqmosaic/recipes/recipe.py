@@ -44,7 +44,8 @@ class Recipe:
     seed: int = 0
     """Seed of all random choices in the run."""
     minutes: float | None = unrecorded(None)
-    """Time budget in minutes for both training stages together. Each stage gets a share as its max_minutes, unless its max_minutes is set."""
+    """Time budget in minutes for both training stages together. Each stage gets a share as its max_minutes, unless its max_minutes is set. The
+    tokenizers of the images and of conditions divide the share of the tokenizer equally."""
     fit_to_data: bool = unrecorded(False)
     """Choose unset fields by image size, number of images and device. The plan of each training lists them with the reasons."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -79,6 +79,10 @@ class SamplingConfig:
         """The same settings without guidance."""
         return dataclasses.replace(self, guidance_scale=1.0, guidance={})
 
+    def without_class(self) -> "SamplingConfig":
+        """The same settings without a guidance scale of the class, for a prior without classes."""
+        return dataclasses.replace(self, guidance={name: scale for name, scale in self.guidance.items() if name != "class"})
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON content. It omits `guidance` if it is empty, because earlier versions do not know it."""
         content = dataclasses.asdict(self)
