@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 from tests.image_bytes import encoded, exif_bomb, jpeg_segment
 
@@ -33,6 +33,7 @@ from pipelines.demo import reconstruction as demo_reconstruction
 from pipelines.demo import request_checks as demo_requests
 from pipelines.demo import uploads as demo_uploads
 from pipelines.demo.http_limits import Refusal, strict_json
+from stage1_tokenizer.image_files import metadata_limits
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image
 from tests.test_demo import SlowPipeline, tiny_pipeline, wait_until
 
@@ -535,7 +536,9 @@ def test_metadata_bombs_use_little_memory(tmp_path, kind):
         segments = [jpeg_segment(0xE1, b"Exif\0\0" + exif[at:at + 60_000]) for at in range(0, len(exif), 60_000)]
         path.write_bytes(content[:2] + b"".join(segments) + content[start:])
     else:
-        image.save(path, kind, exif=exif)
+        with pytest.MonkeyPatch.context() as patch:  # Pillow reads the EXIF data of an AVIF that it writes
+            patch.setattr(TiffImagePlugin.ImageFileDirectory_v2, "load", metadata_limits._load_directory)
+            image.save(path, kind, exif=exif)
     tracemalloc.start()
     try:
         demo.reconstruct(tiny_pipeline(), threading.Event(), path)
