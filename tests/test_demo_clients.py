@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import resource
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,27 @@ def test_a_slow_client_gets_the_whole_response(server, monkeypatch):
             received += part
             time.sleep(0.005)
     assert received.partition(b"\r\n\r\n")[2] == content
+
+
+def test_more_connections_than_descriptors_give_one_log_line(server, capsys, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[socket.socket] = []
+    with socket.socket() as spare:  # so that the highest descriptor is known
+        limit = spare.fileno() + 41
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(socket.create_connection(("127.0.0.1", server.port)))
+        time.sleep(2.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for connection in opened:
+            connection.close()
+    wait_until(lambda: server.http.get("/robots.txt").status_code == 200)
+    err = capsys.readouterr().err
+    assert err.startswith("error: connections: no further connection can be accepted: Too many open files") and len(err.splitlines()) == 1
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_running_requests_keep_their_messages(server, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import re
 import struct
 import sys
@@ -16,6 +17,8 @@ from starlette.datastructures import Headers
 IDLE_SECONDS = 10.0  # without a byte of an incomplete request
 BODY_SECONDS = 120.0  # for a complete body
 CHECK_SECONDS = 1.0  # between checks of the open connections
+REPORT_SECONDS = 60.0  # between messages that no further connection can be accepted
+MIN_DESCRIPTORS = 4096
 
 # The page must not load anything from other servers, and other pages must not show it in a frame.
 _ADDED_HEADERS = [
@@ -170,6 +173,35 @@ async def close_idle_connections(connections: Callable[[], Iterable]) -> None:
                 else:
                     connection.transport.close()
         idle_since = idle
+
+
+class AcceptErrors:
+    """An exception handler for the server's event loop: one line per minute while the server has no descriptors for further connections.
+
+    By itself, asyncio prints a traceback for each attempt to accept one, thousands per second. Other errors are printed as usual.
+    """
+
+    def __init__(self) -> None:
+        self._last_report = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Handle an error of the event loop."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and context.get("message", "").startswith("socket.accept()")):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._last_report >= REPORT_SECONDS:
+            self._last_report = loop.time()
+            report("error", "connections", f"no further connection can be accepted: {error.strerror}")
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files to MIN_DESCRIPTORS, if the system allows it. The usual limit on macOS is 256."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MIN_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(MIN_DESCRIPTORS, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:

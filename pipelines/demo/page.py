@@ -30,7 +30,7 @@ from uvicorn.config import HTTP_PROTOCOLS, WS_PROTOCOLS
 
 from pipelines.demo.generation import UPDATE_SECONDS, generate
 from pipelines.demo.guard import Endpoint, Guard
-from pipelines.demo.http_limits import close_idle_connections, format_error, report
+from pipelines.demo.http_limits import AcceptErrors, allow_many_connections, close_idle_connections, format_error, report
 from pipelines.demo.reconstruction import reconstruct
 from pipelines.demo.request_checks import MAX_SEED, Control, checked_request, image_limit, number_label, sampling_controls
 from pipelines.demo.request_fields import MAX_PROMPT_LENGTH, GivenField, checked_given, given_fields
@@ -256,6 +256,7 @@ async def guard_lifespan(page: gr.Blocks, app: App) -> AsyncIterator[None]:
         Endpoint(function.api_name, number, len(function.inputs), function.queue, frozenset(
             position for position, field in enumerate(function.inputs) if isinstance(field, gr.Image)))
         for number, function in page.fns.items() if function.api_name is not None and "unload" not in dict(function.targets).values()])
+    asyncio.get_running_loop().set_exception_handler(AcceptErrors())
     tasks = [asyncio.create_task(uploads.keep_room()), asyncio.create_task(close_idle_connections(
         lambda: page.server.server_state.connections if getattr(page, "server", None) else ()))]
     try:
@@ -318,6 +319,7 @@ def serve(folder: Path, port: int | None, device: str | None, dtype: str) -> Non
     if port is not None:
         check_port(port)
     with tempfile.TemporaryDirectory(prefix="vqmosaic-demo-") as files, StopFlag() as interrupted:
+        allow_many_connections()
         warnings.filterwarnings("ignore", module="PIL")  # Pillow warns about damaged metadata in uploads
         os.environ["GRADIO_TEMP_DIR"] = files  # gradio's default folder is shared by, and served by, all gradio pages of a machine
         page = build(ImageGenerationPipeline.from_pretrained(folder, device, getattr(torch, dtype)), folder)

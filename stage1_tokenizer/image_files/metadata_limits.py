@@ -29,20 +29,20 @@ def limit_metadata() -> None:
     PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, MAX_PNG_CHUNK_BYTES)
 
 
-def _load_short_exif(exif: Image.Exif, data: bytes) -> None:
-    _load_exif(exif, data[:MAX_EXIF_BYTES])
+def _load_short_exif(self: Image.Exif, data: bytes) -> None:
+    _load_exif(self, data[:MAX_EXIF_BYTES])
 
 
-def _load_limited_directory(directory: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes]) -> None:
+def _load_limited_directory(self: TiffImagePlugin.ImageFileDirectory_v2, fp: IO[bytes]) -> None:
     """Read a TIFF directory. Raises SyntaxError, Pillow's error for invalid headers, if its tags refer to the same bytes too often."""
-    start = file.tell()
-    file_size = file.seek(0, os.SEEK_END)
-    file.seek(start)
-    count, value_bytes = _stated_size(directory, file, file_size)
-    file.seek(start)
+    start = fp.tell()
+    file_size = fp.seek(0, os.SEEK_END)
+    fp.seek(start)
+    count, value_bytes = _stated_size(self, fp, file_size)
+    fp.seek(start)
     if count > MAX_TAGS or value_bytes > max(MIN_VALUE_BYTES, MAX_VALUE_FACTOR * file_size):
         raise SyntaxError(f"a TIFF directory of {count} tags with {value_bytes} bytes of values, in a file of {file_size} bytes")
-    _load_directory(directory, file)
+    _load_directory(self, fp)
 
 
 def _stated_size(directory: TiffImagePlugin.ImageFileDirectory_v2, file: IO[bytes], file_size: int) -> tuple[int, int]:
