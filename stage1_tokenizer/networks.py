@@ -206,6 +206,7 @@ def compile_networks(encoder: Encoder, decoder: Decoder, *others: nn.Module) -> 
     """
     # torch limits the recompilations of a function, and compiled modules share one: Module._call_impl
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    for network in (encoder, *others):
-        network.compile()
+    encoder.compile()
+    for network in others:  # inputs of another size than the encoder's would make torch compile for any size, which fails in torch 2.13
+        network.compile(dynamic=False)
     vars(decoder)["features"] = torch.compile(decoder.features)  # this object's attribute hides the method
