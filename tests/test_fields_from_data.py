@@ -116,7 +116,8 @@ def test_shifted_views_fit_the_smallest_images():
 
 
 def test_every_chosen_field_can_be_set(tmp_path):
-    chosen = {name: value for name, value in fields_of(load(images=500)).items() if name in chosen_fields()}
+    names = chosen_fields()
+    chosen = {name: value for name, value in fields_of(load(images=500)).items() if name in names}
     other = {
         **chosen, "tokenizer.patch_size": 4, "tokenizer.channel_multipliers": [1, 1], "tokenizer.residual_blocks": 1, "tokenizer.channels": 96,
         "tokenizer.codebook_size": 100, "tokenizer.diveq": False, "tokenizer_training.batch_size": 5, "tokenizer_training.max_minutes": 3.0,

@@ -256,7 +256,7 @@ def test_closing_the_batches_does_not_wait_for_images_that_are_stuck(workers, tm
     data, started = DataConfig(path=str(tmp_path), image_size=16, workers=workers, cache_megabytes=0), time.monotonic()
     images = TrainingImages(open_splits(data).train, ImageTransform(16), data, 0)
     read = images.source.read
-    monkeypatch.setattr(images.source, "read", lambda index: (time.sleep(0 if time.monotonic() < started + 4 else 60), read(index))[1])
+    monkeypatch.setattr(images.source, "read", lambda index: (time.sleep(0 if time.monotonic() < started + 4 else 15), read(index))[1])
     batches = images.batches(0, 4)
     while time.monotonic() < started + 4:
         next(batches)
