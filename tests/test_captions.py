@@ -142,6 +142,7 @@ def test_columns_of_hugging_face_data_sets(tmp_path):
         path=str(tmp_path / "tables"), image_size=16, validation_fraction=0.2)).train
     assert source.identity == plain.identity and source.former_identity == plain.former_identity, "the identity of the images stays the same"
     assert np.asarray(source.read(3)).max() == 5 * int(source.source_name(3))
+    # DataLoader pickles a source to send it to workers. This pickle is made here, so loading it is safe.
     assert pickle.loads(pickle.dumps(source)).texts("text") == source.texts("text"), "worker processes get it"
     with pytest.raises(InputError, match=r"column 'number' holds .*not text"):
         captions_of(data_with(tmp_path / "tables", column="number"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,7 +117,7 @@ def test_codes_of_the_top_are_initialized_first():
                           average=average)
     images = TrainingImages(splits.train, tokenizer.transform, recipe.data, recipe.seed)
     initialize_codebooks(tokenizer, images, run)
-    images_BCHW = torch.cat([batch.images_BCHW for batch, _ in zip(images.batches(0, 16), range(4), strict=False)])  # 256 vectors of the top grid
+    images_BCHW = torch.cat([batch.images_BCHW for batch in islice(images.batches(0, 16), 4)])  # 256 vectors of the top grid
     for name, level in tokenizer.config.levels.items():
         quantizer, expected = tokenizer.quantizers[name], EMAQuantizer(level, seed=tokenizer.quantizers[name].seed)
         with torch.no_grad():  # the latents of the bottom grid are those with the final codes of the top grid
