@@ -66,7 +66,8 @@ def describe_blocks(config: PreTrainedConfig) -> str:
     """Describe the kinds of blocks and the feed-forward width of a GridTransformer for the plan; "" for other models."""
     blocks, query_blocks = getattr(config, "embedding_blocks", 0), getattr(config, "query_blocks", 0)
     return ((f", embeddings of all ids in {counted(blocks, 'block')}, feed-forward {config.intermediate_size} wide" if blocks else "")
-            + (f", {counted(query_blocks, 'query block')}, feed-forward {4 * config.hidden_size} wide" if query_blocks else ""))
+            + (f", {counted(query_blocks, 'query block')}{' with embeddings of all ids' if config.query_embeddings else ''}, feed-forward "
+               f"{config.query_feed_forward} wide" if query_blocks else ""))
 
 
 def describe_attention(model: PreTrainedModel, device: torch.device, precision: str) -> str:

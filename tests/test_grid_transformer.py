@@ -12,6 +12,7 @@ from stage2_prior.model.grid_attention import rotate
 from stage2_prior.model.grid_transformer import GridTransformer
 from stage2_prior.model.grid_transformer_config import (
     GridTransformerConfig,
+    query_block_sizes,
     rotation_tables,
     split_parameter_budget,
     token_coordinates,
@@ -45,10 +46,13 @@ def with_perturbed_weights(model: GridTransformer) -> GridTransformer:
     return model.eval()
 
 
-@pytest.fixture(params=[0, 1], ids=["raster", "any_order"])
+ANY_ORDER = {"num_hidden_layers": 4, "query_blocks": 2, "query_embeddings": True, "query_intermediate_size": 48}
+
+
+@pytest.fixture(params=[False, True], ids=["raster", "any_order"])
 def model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of(num_hidden_layers=2 + request.param, query_blocks=request.param)))
+    return with_perturbed_weights(GridTransformer(config_of(**ANY_ORDER if request.param else {})))
 
 
 def sequences(model: GridTransformer, count: int = 3) -> torch.Tensor:
@@ -307,13 +311,15 @@ def test_embeddings_and_feed_forward_blocks_share_a_parameter_budget(layers, wid
     assert chosen == blocks and 0.92 * budget < used <= budget and intermediate >= 1.5 * width
 
 
-@pytest.mark.parametrize("kind", ["stream_embedding", "value_embedding"])
-def test_block_embeddings_affect_only_positions_from_their_token_on(model, kind):
+@pytest.mark.parametrize("layer, kind", [(1, "stream_embedding"), (1, "value_embedding"), (2, "value_embedding"), (3, "value_embedding")])
+def test_block_embeddings_affect_only_positions_from_their_token_on(model, layer, kind):
     assert [block.embeds_all_ids for block in model.blocks[:2]] == [False, True]
+    if layer >= len(model.blocks):
+        pytest.skip("the model for raster order has two blocks")
     ids_BS = sequences(model, 1)
     before, token_id = model(ids_BS).logits, int(ids_BS[0, 4])
     with torch.no_grad():
-        getattr(model.blocks[1], kind).weight[token_id] += torch.linspace(-3, 3, 32)
+        getattr(model.blocks[layer], kind).weight[token_id] += torch.linspace(-3, 3, 32)
     first = int((ids_BS[0] == token_id).nonzero()[0])
     difference = (model(ids_BS).logits - before).abs().amax(dim=(0, 2))
     assert (difference[:first] == 0).all() and (difference[first:] > 1e-4).all()
@@ -328,7 +334,17 @@ def test_number_of_blocks_with_embeddings_can_be_set():
         assert (config.embedding_blocks, config.intermediate_size) == expected, options
         words = f", embeddings of all ids in {counted(expected[0], 'block')}, feed-forward {expected[1]} wide"
         assert describe_blocks(config) == (words if expected[0] else "")
-    assert describe_blocks(prior_of([Grid("image", 11, 3, 3)], any_order=True).model.config).endswith("wide, 1 query block, feed-forward 128 wide")
+
+
+def test_query_blocks_with_embeddings_have_no_more_parameters():
+    for codes, has_embeddings, width in ((11, True, 64), (300, False, 128)):
+        config = prior_of([Grid("image", codes, 3, 3)], any_order=True).model.config
+        assert (config.query_embeddings, config.query_intermediate_size) == (has_embeddings, width)
+        embeddings = " with embeddings of all ids" if has_embeddings else ""
+        assert describe_blocks(config).endswith(f", 1 query block{embeddings}, feed-forward {width} wide")
+    for vocabulary in (100, 1024):
+        has_embeddings, feed_forward = query_block_sizes(256, vocabulary)
+        assert has_embeddings and 2 * 256 * feed_forward + 256 * vocabulary <= 8 * 256**2
 
 
 def test_embeddings_beyond_the_parameter_budget_are_refused():

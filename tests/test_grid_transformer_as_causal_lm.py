@@ -17,24 +17,28 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from stage2_prior.model.grid_transformer import GridTransformer
-from tests.test_grid_transformer import CODES, config_of, prior_of, sequences, with_perturbed_weights
+from tests.test_grid_transformer import ANY_ORDER, CODES, config_of, prior_of, sequences, with_perturbed_weights
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
 LENGTH = 13  # ids in a sequence of config_of's grid
 
 
-@pytest.fixture(params=[(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)],
-                ids=["no_block_embeds_ids", "one_block_embeds_ids", "all_blocks_embed_ids", "query_block", "query_block_and_ids"])
+KINDS: dict[str, dict] = {"no_block_embeds_ids": {"embedding_blocks": 0}, "one_block_embeds_ids": {"embedding_blocks": 1},
+                          "all_blocks_embed_ids": {"embedding_blocks": 2}, "query_block": {"embedding_blocks": 0, "query_blocks": 1},
+                          "query_block_and_ids": {"embedding_blocks": 1, "query_blocks": 1}, "query_blocks_with_ids": ANY_ORDER}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
 def model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of(embedding_blocks=request.param[0], query_blocks=request.param[1])))
+    return with_perturbed_weights(GridTransformer(config_of(**request.param)))
 
 
-@pytest.fixture(params=[0, 1], ids=["raster", "any_order"])
+@pytest.fixture(params=[{}, ANY_ORDER], ids=["raster", "any_order"])
 def plain_model(request) -> GridTransformer:
     torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of(query_blocks=request.param)))
+    return with_perturbed_weights(GridTransformer(config_of(**request.param)))
 
 
 @pytest.fixture(params=[False, True], ids=["raster", "any_order"])
@@ -61,7 +65,7 @@ def test_static_cache_matches_the_full_sequence(model, cuts, room):
 @pytest.mark.parametrize("cuts", [[2, 2], [1, 3], [3]], ids=str)
 def test_targets_with_a_static_cache(cuts):
     torch.manual_seed(0)
-    any_order = with_perturbed_weights(GridTransformer(config_of(query_blocks=1)))
+    any_order = with_perturbed_weights(GridTransformer(config_of(**ANY_ORDER)))
     ids_BS, places_BS = sequences(any_order)[:, :sum(cuts)], torch.arange(-1, sum(cuts) - 1).expand(3, -1)
     static, dynamic = StaticCache(config=any_order.config, max_cache_len=LENGTH + 4), DynamicCache()
     start = 0

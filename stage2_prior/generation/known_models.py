@@ -134,8 +134,7 @@ class KnownGridTransformer(KnownModel):
 
     def __init__(self, model: grid.GridTransformer, rows: int, length: int):
         config = model.config
-        layers_in_cache = config.num_token_blocks + bool(config.query_blocks)  # all query blocks share their keys and values
-        super().__init__(model, layers_in_cache, config.num_attention_heads, config.hidden_size // config.num_attention_heads, length)
+        super().__init__(model, config.num_hidden_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads, length)
         self.model = cast(grid.GridTransformer, pack_linear_layers(model, rows))
         self.rotations = model.rotations(self.device)                                                  # S, 2, p, 2
 
@@ -168,7 +167,7 @@ class KnownGridTransformer(KnownModel):
         x_NsD, rotations = self.model.embed_placed_ids(ids_Ns, places_Ns), self.model.token_rotations(places_Ns)
         for block in self.model.blocks[:self.model.config.num_token_blocks]:
             x_NsD = block(x_NsD, ids_Ns, classes_N, rotations, mask_sS, past_key_values=cache)
-        x_NmD = self.model.predict(x_NsD, targets_Nm, rotations, mask_1S, is_causal=False, past_key_values=cache)
+        x_NmD = self.model.predict(x_NsD, ids_Ns, targets_Nm, rotations, mask_1S, is_causal=False, past_key_values=cache)
         return self.model.head(self.model.final_norm(x_NmD))
 
 

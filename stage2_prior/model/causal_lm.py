@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from stage2_prior.digests import version_of
 from stage2_prior.model.grid_transformer import GridTransformer
 from stage2_prior.model.grid_transformer_config import MODEL_TYPE as GRID_TRANSFORMER
-from stage2_prior.model.grid_transformer_config import split_parameter_budget
+from stage2_prior.model.grid_transformer_config import query_block_sizes, split_parameter_budget
 from stage2_prior.segments import GivenGrid
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError, check_name
@@ -121,8 +121,8 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
     return config, any(name in fields for name in RESIDUAL_DROPOUTS)
 
 
-def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) -> dict[str, int]:
-    """The numbers of query blocks and embedding blocks and the feed-forward width of a GridTransformer, for the sizes after prior.options."""
+def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) -> dict[str, Any]:
+    """The kinds of blocks of a GridTransformer and their feed-forward widths, for the sizes after prior.options."""
     options = prior.options
     layers, width = options.get("num_hidden_layers", prior.sizes.layers), options.get("hidden_size", prior.sizes.width)
     if not all(isinstance(size, int) and size > 0 for size in (layers, width)):
@@ -133,16 +133,19 @@ def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) ->
     if bool(query_blocks) != any_order or query_blocks not in range(layers):
         allowed = f"1 to {layers - 1}, because prior_training.order is not raster" if any_order else "0, because prior_training.order is raster"
         raise InputError(f"The prior has {layers} layers and {query_blocks} query_blocks (prior.options); allowed: {allowed}.")
+    chosen: dict[str, Any] = {"query_blocks": query_blocks}
+    if any_order:
+        chosen["query_embeddings"], chosen["query_intermediate_size"] = query_block_sizes(width, vocabulary.size)
     blocks, token_blocks = options.get("embedding_blocks"), layers - query_blocks
     if "intermediate_size" in options:
-        return {"query_blocks": query_blocks, "embedding_blocks": 0}
+        return chosen | {"embedding_blocks": 0}
     if blocks is not None and blocks not in range(token_blocks + 1):
-        return {"query_blocks": query_blocks}  # the configuration raises an error for this
+        return chosen  # the configuration raises an error for this
     try:
         blocks, feed_forward = split_parameter_budget(token_blocks, width, vocabulary.size, blocks)
     except ValueError as error:
         raise InputError(f"prior.options: {error}.") from error
-    return {"query_blocks": query_blocks, "embedding_blocks": blocks, "intermediate_size": feed_forward}
+    return chosen | {"embedding_blocks": blocks, "intermediate_size": feed_forward}
 
 
 def add_dropout(model: PreTrainedModel, probability: float) -> None:

@@ -122,8 +122,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.place_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.query_blocks else None
-        token_blocks = (GridBlock(config, layer) for layer in range(config.num_token_blocks))
-        self.blocks = nn.ModuleList([*token_blocks, *(QueryBlock(config) for _ in range(config.query_blocks))])
+        layers, first_query = range(config.num_hidden_layers), config.num_token_blocks
+        self.blocks = nn.ModuleList([GridBlock(config, layer) if layer < first_query else QueryBlock(config, layer) for layer in layers])
         self.keys_and_values = KeysAndValues(config) if config.query_blocks else None
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon, bias=False)
         self.head = nn.Linear(config.hidden_size, config.num_codes, bias=False)
@@ -230,7 +230,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         if self.keys_and_values is not None:
             is_causal = targets is None or past_key_values is None
             mask_QS = mask_SS if is_causal else mask_1S
-            x_BSD = self.predict(x_BSD, positions_S if targets is None else targets, rotations, mask_QS, is_causal, past_key_values, hidden_states)
+            x_BSD = self.predict(x_BSD, input_ids, positions_S if targets is None else targets, rotations, mask_QS, is_causal, past_key_values,
+                                 hidden_states)
         x_BSD = self.final_norm(x_BSD)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep    # -0 keeps all
         logits_BSK = self.head(x_BSD[:, kept])                                                        # B, S, K
@@ -243,22 +244,21 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The rotations (..., 2, p, 2) of tokens at these places (...) in the token blocks: those of their own place, for queries too."""
         return self.rotations(places.device)[places + 1][..., 1:, :, :].expand(*places.shape, 2, -1, -1)
 
-    def predict(self, x_BSD: torch.Tensor, targets: torch.Tensor, rotations: torch.Tensor, mask_QS: torch.Tensor | None, is_causal: bool,
-                past_key_values: Cache | None, hidden_states: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def predict(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, targets: torch.Tensor, rotations: torch.Tensor, mask_QS: torch.Tensor | None,
+                is_causal: bool, past_key_values: Cache | None, hidden_states: list[torch.Tensor] | None = None) -> torch.Tensor:
         """The stream (B, Q, D) of the queries for target places (B, Q), or (Q,), after the query blocks.
 
-        `rotations` are those of the tokens in the stream `x_BSD`. Appends the input of each block to `hidden_states`, if given.
+        `x_BSD` is the stream of tokens `ids_BS` after the token blocks, and `rotations` are those of their places. Appends the input of each block
+        to `hidden_states`, if given.
         """
         assert self.keys_and_values is not None
         keys, values = self.keys_and_values(x_BSD, rotations[..., 1, :, :])
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.config.num_token_blocks)
         x_BQD = self.to_stream(self.position_embedding(targets).expand(len(x_BSD), -1, -1))
         query_rotations = self.rotations(targets.device)[targets][..., 0, :, :]
         for block in self.blocks[self.config.num_token_blocks:]:
             if hidden_states is not None:
                 hidden_states.append(x_BQD)
-            x_BQD = block(x_BQD, keys, values, query_rotations, mask_QS, is_causal)
+            x_BQD = block(x_BQD, ids_BS, keys, values, query_rotations, mask_QS, is_causal, past_key_values=past_key_values)
         return x_BQD
 
     def embed_ids(self, ids_BS: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:

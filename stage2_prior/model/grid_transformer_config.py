@@ -36,9 +36,13 @@ class GridTransformerConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     """Number of heads, A. D / A must be a multiple of 4."""
     intermediate_size: int = 1024
-    """Width of the feed-forward layers of blocks that are not query blocks. Those of query blocks are 4 D wide."""
+    """Width of the feed-forward layers of blocks that are not query blocks."""
     query_blocks: int = 0
     """Number of blocks, counted from the last, that are queries for tokens. 0 is a model that predicts in raster order only."""
+    query_embeddings: bool = False
+    """Whether each query block adds its own embeddings of all ids to the attention values."""
+    query_intermediate_size: int | None = None
+    """Width of the feed-forward layers of query blocks. None is 4 D."""
     embedding_blocks: int = 0
     """Number of blocks, counted from the last that are not query blocks, with embeddings of all ids. The others have only class embeddings."""
     max_position_embeddings: int = 65
@@ -85,10 +89,15 @@ class GridTransformerConfig(PreTrainedConfig):
         """Number of blocks that process tokens: all but the query blocks."""
         return self.num_hidden_layers - self.query_blocks
 
+    @property
+    def query_feed_forward(self) -> int:
+        """Width of the feed-forward layers of query blocks."""
+        return 4 * self.hidden_size if self.query_intermediate_size is None else self.query_intermediate_size
+
     def to_diff_dict(self) -> dict[str, Any]:
-        """The content of config.json. It omits an empty `given`, because older versions did not write it."""
-        content = super().to_diff_dict()
-        return content if self.given else {name: value for name, value in content.items() if name != "given"}
+        """The content of config.json. It omits what older versions did not write, unless it is set."""
+        newer = ("given", "query_embeddings", "query_intermediate_size")
+        return {name: value for name, value in super().to_diff_dict().items() if name not in newer or value}
 
 
 def token_coordinates(shapes: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -128,6 +137,15 @@ def split_parameter_budget(layers: int, width: int, vocabulary: int, embedding_b
         raise ValueError(f"embedding_blocks {embedding_blocks}, for {vocabulary:,} ids, leaves no parameters for the feed-forward blocks; "
                          f"allowed: 0 to {int((4 * width - step) * layers / vocabulary)}, or more with an intermediate_size")
     return embedding_blocks, feed_forward
+
+
+def query_block_sizes(width: int, vocabulary: int) -> tuple[bool, int]:
+    """Whether query blocks have embeddings of the known ids, and their feed-forward width.
+
+    With embeddings, feed-forward layers of half the usual width 4 D learn as much per step, and steps are faster. The embeddings of more than 4 D ids
+    would be larger than what that saves.
+    """
+    return (True, 2 * width) if vocabulary <= 4 * width else (False, 4 * width)
 
 
 def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:
