@@ -258,7 +258,8 @@ def measure_speed(rounds: int, llamagen: str | None, presets: Sequence[str]) -> 
                 found = ratio(seconds, "LlamaGen, float32", fast)
                 checks[f"{checked} passes at least {llamagen_factor:g} times as fast as LlamaGen, {dtype}: {found:.2f}"] = found >= llamagen_factor
         lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items())]
-        record(f"Sampling with several tokens per pass: time, preset {name}", lines, ("transformers",))
+        title = f"Sampling with several tokens per pass: time, preset {name}"
+        record(title if cpu_has_bf16() else f"{title}, processor without bf16", lines, ("transformers",))
         all_kept = all_kept and all(checks.values())
     return int(not all_kept)
 

@@ -343,8 +343,8 @@ def test_query_blocks_with_embeddings_have_no_more_parameters():
         embeddings = " with embeddings of all ids" if has_embeddings else ""
         assert describe_blocks(config).endswith(f", 1 query block{embeddings}, feed-forward {width} wide")
     for vocabulary in (100, 1024):
-        has_embeddings, feed_forward = query_block_sizes(256, vocabulary)
-        assert has_embeddings and 2 * 256 * feed_forward + 256 * vocabulary <= 8 * 256**2
+        sizes = query_block_sizes(256, vocabulary)
+        assert sizes["query_embeddings"] and 2 * 256 * sizes["query_intermediate_size"] + 256 * vocabulary <= 8 * 256**2
 
 
 def test_embeddings_beyond_the_parameter_budget_are_refused():

@@ -134,7 +134,7 @@ class KnownGridTransformer(KnownModel):
 
     def __init__(self, model: grid.GridTransformer, rows: int, length: int):
         config = model.config
-        super().__init__(model, config.num_hidden_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads, length)
+        super().__init__(model, config.num_cache_layers, config.num_attention_heads, config.hidden_size // config.num_attention_heads, length)
         self.model = cast(grid.GridTransformer, pack_linear_layers(model, rows))
         self.rotations = model.rotations(self.device)                                                  # S, 2, p, 2
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,7 +268,8 @@ def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, samplin
     uniforms_BT = torch.from_numpy(uniforms(group.seeds, length)).to(device)
     scales_nT = [guidance_scales(dataclasses.replace(sampling, guidance_scale=scale), length) for scale in segment_scales_n]
     filled = length - group.unknown
-    scales_of_pass = [[scales_T[filled + drawn] for scales_T in scales_nT] for drawn in accumulate(counts[:-1], initial=0)]
+    scales_of_pass = [[fmean(scales_T[start:start + count]) for scales_T in scales_nT]
+                      for start, count in zip(accumulate(counts[:-1], initial=filled), counts, strict=True)]
     last_guided = max((number for number, scales in enumerate(scales_of_pass) if set(scales) - {1.0}), default=-1)
     levels = needed_levels(segment_scales_n) if last_guided >= 0 else [len(segment_scales_n)]
     start_NP = level_start_ids(vocabulary, group.start_BP, levels)  # N = B rows for each level

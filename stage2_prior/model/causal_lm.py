@@ -135,7 +135,7 @@ def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) ->
         raise InputError(f"The prior has {layers} layers and {query_blocks} query_blocks (prior.options); allowed: {allowed}.")
     chosen: dict[str, Any] = {"query_blocks": query_blocks}
     if any_order:
-        chosen["query_embeddings"], chosen["query_intermediate_size"] = query_block_sizes(width, vocabulary.size)
+        chosen |= query_block_sizes(width, vocabulary.size, options.get("query_embeddings"))
     blocks, token_blocks = options.get("embedding_blocks"), layers - query_blocks
     if "intermediate_size" in options:
         return chosen | {"embedding_blocks": 0}

@@ -253,6 +253,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """
         assert self.keys_and_values is not None
         keys, values = self.keys_and_values(x_BSD, rotations[..., 1, :, :])
+        if past_key_values is not None and not self.config.query_embeddings:  # all query blocks share a layer of the cache
+            keys, values = past_key_values.update(keys, values, self.config.num_token_blocks)
         x_BQD = self.to_stream(self.position_embedding(targets).expand(len(x_BSD), -1, -1))
         query_rotations = self.rotations(targets.device)[targets][..., 0, :, :]
         for block in self.blocks[self.config.num_token_blocks:]:

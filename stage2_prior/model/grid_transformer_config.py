@@ -77,6 +77,11 @@ class GridTransformerConfig(PreTrainedConfig):
                              f"{[*self.given, *self.grids]} need {1 + tokens}")
         if self.query_blocks not in range(self.num_hidden_layers):
             raise ValueError(f"query_blocks is {self.query_blocks}; allowed: 0 to {self.num_hidden_layers - 1}, all blocks but one")
+        if self.query_embeddings and not self.query_blocks:
+            raise ValueError("query_embeddings is true, but query_blocks is 0; query embeddings belong to query blocks")
+        if self.query_intermediate_size is not None and (not self.query_blocks or self.query_intermediate_size < 1):
+            raise ValueError(f"query_intermediate_size is {self.query_intermediate_size} with {self.query_blocks} query_blocks; allowed: a width of "
+                             "at least 1 if there are query blocks, otherwise null")
         if self.embedding_blocks not in range(self.num_token_blocks + 1):
             kind = "blocks that are not query blocks" if self.query_blocks else "blocks"
             raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_token_blocks}, the number of {kind}")
@@ -88,6 +93,11 @@ class GridTransformerConfig(PreTrainedConfig):
     def num_token_blocks(self) -> int:
         """Number of blocks that process tokens: all but the query blocks."""
         return self.num_hidden_layers - self.query_blocks
+
+    @property
+    def num_cache_layers(self) -> int:
+        """Number of layers in a key-value cache. Query blocks without embeddings share one."""
+        return self.num_hidden_layers if self.query_embeddings else self.num_token_blocks + bool(self.query_blocks)
 
     @property
     def query_feed_forward(self) -> int:
@@ -139,13 +149,14 @@ def split_parameter_budget(layers: int, width: int, vocabulary: int, embedding_b
     return embedding_blocks, feed_forward
 
 
-def query_block_sizes(width: int, vocabulary: int) -> tuple[bool, int]:
-    """Whether query blocks have embeddings of the known ids, and their feed-forward width.
+def query_block_sizes(width: int, vocabulary: int, has_embeddings: bool | None = None) -> dict[str, Any]:
+    """Whether query blocks have embeddings of the known ids (unless it is given), and their feed-forward width.
 
     With embeddings, feed-forward layers of half the usual width 4 D learn as much per step, and steps are faster. The embeddings of more than 4 D ids
     would be larger than what that saves.
     """
-    return (True, 2 * width) if vocabulary <= 4 * width else (False, 4 * width)
+    has_embeddings = vocabulary <= 4 * width if has_embeddings is None else has_embeddings
+    return {"query_embeddings": has_embeddings, "query_intermediate_size": 2 * width if has_embeddings else 4 * width}
 
 
 def rotation_tables(config: GridTransformerConfig) -> torch.Tensor:

@@ -19,7 +19,7 @@ from stage2_prior.model.grid_transformer_config import GridTransformerConfig
 
 
 class KeysAndValues(nn.Module):
-    """Keys and values of the known tokens, the same for all query blocks."""
+    """Keys and values of the known tokens for all query blocks, which may add embeddings to the values."""
 
     def __init__(self, config: GridTransformerConfig):
         super().__init__()
@@ -51,14 +51,15 @@ class QueryBlock(GradientCheckpointingLayer):
 
     def forward(self, x_BQD: torch.Tensor, ids_BS: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rotations: torch.Tensor,
                 mask_QS: torch.Tensor | None, is_causal: bool, past_key_values: Cache | None = None) -> torch.Tensor:
-        """The queries (B, Q, D) after the block, from the keys and values (B, A, S, d) of new ids, and those in the cache.
+        """The queries (B, Q, D) after the block, from keys and values (B, A, S, d).
 
-        Without a mask, each query attends to all keys or, if causal, query q to the first q + 1.
+        With value embeddings, these are the keys and values of the new ids, and the block has a layer in the cache. Otherwise, they are those of all
+        ids. Without a mask, each query attends to all keys or, if causal, query q to the first q + 1.
         """
         if self.value_embedding is not None:
             values = values + self.value_embedding(ids_BS).to(values.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer)                             # of all positions
+            if past_key_values is not None:
+                keys, values = past_key_values.update(keys, values, self.layer)                         # of all positions
         queries = self.attention_in(self.attention_norm(x_BQD)).unflatten(-1, (self.heads, -1))
         queries = normalize_and_rotate(queries, rotations, self.epsilon).transpose(1, 2)
         mixed_BQD = attend(queries, keys, values, mask_QS, is_causal).transpose(1, 2).flatten(2)
