@@ -135,7 +135,7 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def train_conditioned(name: str, run_dir: Path, minutes: float, condition_minutes: float) -> tuple[Contender, Recipe]:
     """Train the tokenizer of the condition and the prior of a recipe, and write the tokens between. Returns the prior, and the recipe."""
     condition, = load_recipe(name).data.given_conditions
-    changes = {"training": {"max_steps": None, "max_minutes": condition_minutes, "validate_every": 500}}
+    changes: dict[str, Any] = {"training": {"max_steps": None, "max_minutes": condition_minutes, "validate_every": 500}}
     if condition.is_caption:
         changes, folder = {}, run_dir / name
     else:
@@ -181,12 +181,13 @@ def sample_with_best_scale(setup: Setup, contender: Contender, held_out_given: M
     folder = setup.run_dir / "conditions_benchmark"
     folder.mkdir(exist_ok=True)
     file = folder / f"{contender.key}-held-out-{len(setup.held_out_classes)}.json"
-    if not file.is_file():
-        found = {f"{scale:g}": setup.chooser.distance_of(sample_images(contender, setup.tokenizer, scale, setup.held_out_classes, held_out_given))
-                 for scale in SCALES[contender.segment]}
-        write_json(file, found)
-    distances = read_object(file, "delete it")
-    scale = float(min(distances, key=lambda scale: distances[scale]))
+    distances = read_object(file, "delete it") if file.is_file() else {}
+    for scale in SCALES[contender.segment]:
+        if f"{scale:g}" not in distances:
+            images_NHWC = sample_images(contender, setup.tokenizer, scale, setup.held_out_classes, held_out_given)
+            distances[f"{scale:g}"] = setup.chooser.distance_of(images_NHWC)
+            write_json(file, distances)
+    scale = min(SCALES[contender.segment], key=lambda scale: distances[f"{scale:g}"])
     print(f"{contender.key}: Frechet distance to the held-out images by guidance scale: {distances}", flush=True)
     file = folder / f"{contender.key}-test-{len(setup.test_classes)}-scale-{scale:g}.safetensors"
     if not file.is_file():
