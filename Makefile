@@ -55,6 +55,9 @@ bench: install
 	$(if $(TOKENS),$(BIN)/python -m benchmarks.prior_architectures --tokens $(TOKENS) --record)
 	$(BIN)/python -m benchmarks.parallel_sampling quality --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.parallel_sampling layouts --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.conditions superres --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.conditions edges --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.conditions captions --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.parallel_sampling speed $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 

@@ -26,15 +26,15 @@ class Classifier(nn.Module):
         return self.blocks(images_BCHW.float() / 127.5 - 1).mean((2, 3))
 
 
-def train_classifier(images_NHWC: torch.Tensor, labels_N: torch.Tensor) -> Classifier:
+def train_classifier(images_NHWC: torch.Tensor, labels_N: torch.Tensor, seconds: float = CLASSIFIER_SECONDS) -> Classifier:
     """Train the classifier for a fixed time on flipped and shifted training images."""
     torch.manual_seed(1)
     model = Classifier().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     started = time.monotonic()
-    while (elapsed := time.monotonic() - started) < CLASSIFIER_SECONDS:
+    while (elapsed := time.monotonic() - started) < seconds:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - elapsed / CLASSIFIER_SECONDS) + 1e-5
+            group["lr"] = 2e-3 * (1 - elapsed / seconds) + 1e-5
         chosen_B = torch.randint(len(images_NHWC), (128,))
         images_BCHW = images_NHWC[chosen_B].permute(0, 3, 1, 2)
         if torch.rand(()) < 0.5:
