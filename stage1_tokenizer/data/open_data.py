@@ -6,6 +6,7 @@ from typing import Any
 
 from stage1_tokenizer.data.data_location import check_data_path
 from stage1_tokenizer.data.image_sources import ImageSplits
+from vqmosaic.recipes.data_section import DIGITS
 from vqmosaic.recipes.fields_from_data import DataSize
 from vqmosaic.recipes.recipe_sections import DataConfig
 
@@ -19,7 +20,7 @@ def open_splits(data: DataConfig) -> ImageSplits:
         from stage1_tokenizer.conditions.image_pairs import paired_splits
         return paired_splits(open_splits(dataclasses.replace(data, derived=None)), data)
     source = check_data_path(data)
-    if source == "digits":
+    if source in DIGITS:
         from stage1_tokenizer.data.digits_source import open_digits
         return open_digits(data)
     if source == "folder":
@@ -43,6 +44,6 @@ def open_recorded_splits(data: DataConfig, inputs: Mapping[str, str] | None,
 def count_training_images(recipe: Mapping[str, Any]) -> DataSize | None:
     """The number of training images; None if the recipe names no data set. `recipe` maps the dotted names of its fields to their values."""
     data = DataConfig(**{name.removeprefix("data."): value for name, value in recipe.items() if name.startswith("data.")})
-    if data.source == "auto" and data.path is None:  # digits needs no path; for the other sources, open_splits reports a missing path
+    if data.source == "auto" and data.path is None:  # DIGITS need no path; for the other sources, open_splits reports a missing path
         return None
     return DataSize(len(open_splits(data).train))

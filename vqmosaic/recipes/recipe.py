@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vqmosaic.errors import InputError, check_name, check_range, printable
 from vqmosaic.recipes.conditions import ConditionConfig
+from vqmosaic.recipes.data_section import DIGITS
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import height_and_width
 from vqmosaic.recipes.recipe_sections import (
@@ -93,9 +94,10 @@ class Recipe:
         check_range(f"tokens.view_shift (tokens.views {self.tokens.views!r})" if steps == 2 else "tokens.view_shift", self.tokens.view_shift,
                     at_least=1, below=min(height_and_width(self.data.image_size)) / 2 / steps)
         check_shifts_fit("tokens.views", self.tokens.views, self.data.image_size)
-        if self.data.source == "digits" and (self.data.flip or self.tokens.mirrors):
+        if self.data.source in DIGITS and (self.data.flip or self.tokens.mirrors):
             field_name = "data.flip" if self.data.flip else "tokens.views"
-            raise InputError(f"{field_name} mirrors images, but data.source is 'digits', and mirroring changes the meaning of digits. Turn it off.")
+            raise InputError(f"{field_name} mirrors images, but data.source is {self.data.source!r}, and mirroring changes the meaning of digits. "
+                             "Turn it off.")
         has_own_tokens = self.tokens.tokenizer is None and self.prior_training.tokens is None  # otherwise stage_checks.py checks the given tokens
         largest = max(self.tokenizer.levels.values(), key=lambda level: level.codebook_size)
         if has_own_tokens and self.sampling.top_k > largest.codebook_size:
