@@ -14,14 +14,21 @@ from pipelines.doctor import processor_name
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.measures import DigitsClassifier, measure_generation
-from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, comparison_picture, condition_columns, stored_images, texts_of
+from pipelines.stages.stored_conditions import (
+    SAMPLES_OF_CONDITIONS,
+    comparison_picture,
+    condition_images,
+    row_titles,
+    stored_images,
+    texts_of,
+)
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.run_folder import STAGES, RunFolder
@@ -111,7 +118,10 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
 
 
 def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, seed: int, path: Path) -> None:
-    """Save a picture of validation images: in each row the conditions that are images, samples, and the image itself. Captions are in a text file."""
+    """Save a picture of validation images: each row has the conditions that are images, samples, and the image itself, below class and captions.
+
+    The captions, which the picture may cut, are also in a text file with one line for each row.
+    """
     stored = stored_images(held_out, pipe.chain.vocabularies, min(ROWS, len(held_out)))
     if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
         return  # no validation image has a class, and the prior has not learned to sample without one
@@ -120,9 +130,12 @@ def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, s
     assert isinstance(out.images, np.ndarray)  # as output_type says
     ids_BT = torch.cat([stored.ids[grid.name] for grid in pipe.tokenizer.grids], dim=1)
     originals_BCHW = torch.cat([images.cpu() for images in decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))])
-    save_picture(comparison_picture(condition_columns(pipe.inputs, given), out.images, originals_BCHW), path)
-    if texts := texts_of(pipe.inputs, given):
-        lines = ["\t".join(row) for row in zip(*texts.values(), strict=True)]
+    texts, names = texts_of(pipe.inputs, given), pipe.vocabulary.learned_class_names
+    classes = None if names is None or stored.classes is None else [names[index] for index in stored.classes]
+    titles = row_titles(classes, texts, len(originals_BCHW))
+    save_picture(comparison_picture(condition_images(pipe.inputs, given), titles, out.images, originals_BCHW), path)
+    if texts:
+        lines = ["\t".join(map(printable, row)) for row in zip(*texts.values(), strict=True)]
         write_bytes(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
 
 
