@@ -68,6 +68,11 @@ class ConditionInputs:
             found |= {name: each.cpu().long().flatten(1) for name, each in ids.items()}
         return found
 
+    def describe_cut(self, prompt: Any) -> list[str]:
+        """A message for each condition with prompts that are longer than its captions in training. `ids` cuts them."""
+        messages = (self.texts[name].describe_cut(texts) for name, texts in self.by_name("prompt", prompt, list(self.texts)).items())
+        return [message for message in messages if message is not None]
+
     def by_name(self, argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
         """The given value by the name of its condition. Raises InputError if the prior does not take it, or several conditions do."""
         if given is None:

@@ -59,6 +59,8 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     labels, names = as_labels(class_labels), vocabulary.class_names
     classes = None if labels is None else class_indices(names, labels)
     ids = inputs.ids(given.prompt, given.image, given.ids)
+    for message in inputs.describe_cut(given.prompt):
+        warnings.warn(message, stacklevel=4)  # the caller of the pipeline
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
         if not vocabulary.conditions and len(vocabulary.vocabularies) == 1:
             raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "

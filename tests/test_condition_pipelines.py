@@ -312,6 +312,18 @@ def test_generate_with_a_prompt(folder, pipe, tmp_path):
     assert dispatch(["generate", str(folder), "--classes", "bee", "--num", "1", "--out", str(tmp_path / "none"), "--device", "cpu"]) == 0
 
 
+def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
+    message = r"the prompt is longer than 6 bytes, the length of captions in training, and the rest is ignored. The prior sees 'a shor'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        cut = pipe(prompt="a short text", seed=1)
+    assert caught[0].filename == __file__, "it points to the call"
+    assert digests(cut) == digests(pipe(prompt="a shor", seed=1)), "no warning, which would be an error"
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts is longer .* sees, for example, 'a shor'"):
+        list(pipe.batches(prompt=["a", "a short text"], seed=1))
+    assert dispatch(["generate", str(folder), "--prompt", "a short text", "--num", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert f"warning: {message}" in capsys.readouterr().out
+
+
 def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
     with pytest.raises(InputError, match=r"edges is not given.*use `vqmosaic upscale` or `vqmosaic translate`"):
         dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])

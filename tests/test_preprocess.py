@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from pipelines.stages import preprocess as module
+from pipelines.stages.encode_images import decode_batches, encode_rows
 from pipelines.stages.preprocess import preprocess
 from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer import ImageTokenizer
@@ -119,9 +120,9 @@ def test_rows_are_encoded_in_batches_of_fixed_shape(tiny_run):
     tokenizer, shapes = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), []
     tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     rows_NCHW = torch.rand(19, 1, 16, 16) * 2 - 1
-    ids_NT = module.encode_rows(rows_NCHW, tokenizer, 8)
+    ids_NT = encode_rows(rows_NCHW, tokenizer, 8)
     assert ids_NT.shape == (19, 16) and set(shapes) == {(8, 1, 16, 16)} and len(shapes) == 3
-    assert np.array_equal(ids_NT[16:], module.encode_rows(rows_NCHW[16:], tokenizer, 8))
+    assert np.array_equal(ids_NT[16:], encode_rows(rows_NCHW[16:], tokenizer, 8))
 
 
 @pytest.mark.parametrize(("threads", "ahead"), [(1, 2), (3, 0), (3, 2), (2, 5)])
@@ -135,7 +136,7 @@ def test_decoding_does_not_depend_on_the_number_of_threads(threads, ahead, tiny_
 
     def results(threads: int, ahead: int) -> list[tuple[list[int], list[float], list[str | None]]]:
         return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
-                for batch, [rows_NVCHW], reasons in module.decode_batches(source, batches, views, tokenizer, threads, ahead)]
+                for batch, [rows_NVCHW], reasons in decode_batches(source, batches, views, tokenizer, threads, ahead)]
 
     expected = results(1, 0)
     assert [batch for batch, _, _ in expected] == batches and sum(reason is not None for _, _, reasons in expected for reason in reasons) == 2

@@ -83,9 +83,11 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
             return not stop.signal
 
         if pipe is not None:
+            for message in pipe.inputs.describe_cut(samples.prompt):
+                print(f"warning: {message}", flush=True)
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
-            batches = pipe.batches(samples.labels, samples.num, samples.seed, prompt=samples.prompt, output_type="np", callback=on_token,
-                                   skip=lambda positions: complete.issuperset(samples.names[position] for position in positions))
+            batches = pipe.batches(samples.labels, samples.num, samples.seed, given_ids=pipe.inputs.ids(samples.prompt), output_type="np",
+                                   callback=on_token, skip=lambda positions: complete.issuperset(samples.names[position] for position in positions))
             try:
                 for batch in batches:
                     first_batch = first_batch or batch

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from stage1_tokenizer.conditions.captions import describe_cut_captions, shortened
 from stage1_tokenizer.conditions.condition_data import ConditionData, open_condition_data
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
 from stage1_tokenizer.data.image_sources import ImageSource
@@ -68,16 +69,12 @@ def _report_pairs(condition: ConditionData, source: ImageSource, where: str, rep
 
 
 def _report_captions(condition: ConditionData, source: ImageSource, where: str, report: Callable[[str], None]) -> None:
-    """Report how many captions are cut, and show one."""
+    """Report the number of different captions, one of them, and how many are cut."""
     captions, config = condition.captions, condition.config
     assert captions is not None
     tokenizer = load_text_tokenizer(config.text_tokenizer)
-    lengths = {text: len(tokenizer.encode(text, 2**31)) for text in set(captions.texts) if text}
-    cut = [index for index, text in enumerate(captions.texts) if text and lengths[text] > config.length]
-    unit = "bytes" if config.text_tokenizer is None else "ids"
     first = next(index for index, text in enumerate(captions.texts) if text)
-    report(f"{where}: {counted(len(lengths), 'different caption')} of up to {max(lengths.values())} {unit}, such as "
-           f"'{printable(captions.texts[first] or '')}' of {printable(source.source_name(first))}")
-    if cut:
-        report(f"{where}: {counted(len(cut), 'caption')} {is_or_are(len(cut))} cut at length = {config.length}: "
-               f"{listed_names([source.source_name(index) for index in cut], _MAX_LISTED)}")
+    report(f"{where}: {counted(len({text for text in captions.texts if text}), 'different caption')}, such as "
+           f"'{shortened(captions.texts[first] or '')}' of {printable(source.source_name(first))}")
+    if cut := describe_cut_captions(captions, source, config, tokenizer):
+        report(f"{where}: warning: {cut}")

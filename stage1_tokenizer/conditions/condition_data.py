@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stage1_tokenizer.conditions.captions import Captions
+from stage1_tokenizer.conditions.captions import Captions, describe_cut_captions
 from stage1_tokenizer.conditions.image_pairs import ImagePairs
+from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
 from stage1_tokenizer.data.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
@@ -62,12 +63,12 @@ def check_readable(conditions: Sequence[ConditionData], index: int) -> None:
             condition.pairs.read(index)
 
 
-def check_coverage(data: DataConfig) -> None:
-    """Raise InputError if so many images lack a pair or a caption that preprocessing would stop, or if there are no captions. Loads no image.
+def check_coverage(data: DataConfig) -> list[str]:
+    """Warnings about captions that are cut. Opens the data set, finds the pairs and reads the captions, but no image.
 
-    Opens the data set, finds the pairs and reads the captions.
+    Raises InputError if so many images lack a pair or a caption that preprocessing would stop, or if there are no captions.
     """
-    splits = open_splits(data)
+    splits, warnings = open_splits(data), []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         conditions = open_condition_data(data, source, split)
         missing: dict[str, str] = {}
@@ -75,6 +76,11 @@ def check_coverage(data: DataConfig) -> None:
             if reason := next((reason for condition in conditions if (reason := condition.missing(index)) is not None), None):
                 missing[source.source_name(index)] = reason
         refuse_if_too_many_unreadable(missing, len(source), data)
+        for condition in conditions:
+            if condition.captions is not None:
+                cut = describe_cut_captions(condition.captions, source, condition.config, load_text_tokenizer(condition.config.text_tokenizer))
+                warnings += [f"{split}: {cut}"] if cut else []
+    return warnings
 
 
 def identities(conditions: Sequence[ConditionData]) -> dict[str, dict[str, Any]]:
