@@ -339,7 +339,7 @@ def test_other_dtypes_are_compared_with_the_conditions(folder, photos, tmp_path,
     assert "differ from those in float32" in capsys.readouterr().out
 
 
-# --- classes that the prior has not learned --------------------------------------------------------------------------------------
+# --- classes and conditions that the prior has not learned --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -356,6 +356,23 @@ def test_classes_without_effect_are_refused(without_classes, photos, tmp_path):
     with pytest.raises(InputError, match=words):
         dispatch(["upscale", str(without_classes), str(photos / "c.png"), "--classes", "ant", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_calls_with_what_the_prior_was_not_trained_with_are_refused(without_classes, pipe, photos, small, tmp_path):
+    with pytest.raises(InputError, match=r"class_labels is given, but .* drop rate 1 of the class.*takes: image \(low\), prompt \(text\)\."):
+        ImageGenerationPipeline.from_pretrained(without_classes, "cpu")("ant", prompt="sea")
+    folder = make_parts(tmp_path, low_drop=1.0).bundle(tmp_path / "pipeline")
+    without_low = ImageGenerationPipeline.from_pretrained(folder, "cpu")
+    assert len(without_low("ant", prompt="sea", seed=1).images) == 1
+    taken = r"This pipeline takes: class_labels, prompt \(text\)\."
+    with pytest.raises(InputError, match=f"image is given, but this prior was not trained with an image. {taken}"):
+        without_low("ant", image=small)
+    with pytest.raises(InputError, match=f"given_ids has low, which this prior was not trained with. {taken}"):
+        without_low("ant", given_ids=pipe.inputs.ids(image=small))
+    with pytest.raises(InputError, match="super_resolve needs a prior that is given an image at low resolution"):
+        without_low.super_resolve(small)
+    with pytest.raises(InputError, match="the image 'low', but it was trained with drop rate 1 of it"):
+        dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "out")])
 
 
 def test_generate_without_learned_classes(without_classes, tmp_path):

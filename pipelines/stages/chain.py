@@ -138,8 +138,11 @@ def next_steps(run: RunFolder) -> list[str]:
     classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     if vocabulary.why_not_sampled(bool(names), []) is None:
         commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
+    learned = [condition.name for condition in vocabulary.learned_conditions]
     for record in content.get("conditions", []):
         name, kind, needed = record["name"], record["kind"], ""
+        if name not in learned:
+            continue
         if vocabulary.why_not_sampled(False, [name]) is not None:  # not without a class, or not with this condition alone
             needed = f"--classes {shlex.quote(example_classes(class_names[:1]))} " if class_names else ""
             if vocabulary.why_not_sampled(True, [name]) is not None:

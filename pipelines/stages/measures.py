@@ -79,7 +79,7 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
     A prior with conditions gets those of validation images, from the shards of `held_out`. psnr_of_<condition> compares a condition that is derived
     from the samples (such as their low resolution) with the given one.
     """
-    training_digests, names = training_grids(reader, [grid.name for grid in pipe.tokenizer.grids]), pipe.class_names
+    training_digests, names = training_grids(reader, [grid.name for grid in pipe.tokenizer.grids]), pipe.vocabulary.learned_class_names
     samples = SAMPLES if classifier is not None else SAMPLES_WITHOUT_CLASSIFIER
     labels = evenly_spaced_classes(len(names), samples) if names else None
     per_label = samples // len(labels) if labels else samples
@@ -89,18 +89,20 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
         plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": per_label}
+    classes = None if labels is None else [label for label in labels for _ in range(per_label)]
     if held_out is not None:
         stored = stored_images(held_out, pipe.chain.vocabularies, samples)
         if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
             return {}  # no validation image has a class, and the prior has not learned to sample without one
-        request = {"class_labels": stored.classes, "given_ids": stored.select([condition.name for condition in pipe.vocabulary.conditions])}
+        class_labels, given_ids = stored.learned_by(pipe.vocabulary)
+        request, classes = {"class_labels": class_labels, "given_ids": given_ids}, stored.classes
     results = {}
     for name, changed in settings.items():
         out = pipe(**request, seed=seed, output_type="pt", **changed)
         assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
         results[name] = {"samples": len(out.seeds), **token_measures(pipe.tokenizer.join_tokens(out.token_ids), training_digests)}
-        if classifier is not None and out.class_indices is not None:
-            results[name].update(classifier.measures(out.images, out.class_indices))
+        if classifier is not None and classes is not None:  # a prior that is not given the class can learn it from the caption
+            results[name].update(classifier.measures(out.images, classes))
         results[name].update(condition_psnr(pipe.inputs, out.images, out.given_ids))
     return results
 

@@ -12,6 +12,7 @@ from pipelines.condition_inputs import ConditionInputs
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import titled_picture, viewing_scale
+from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.segments import CLASS_NAME
 from stage2_prior.token_batches import validation_samples
 from stage2_prior.token_columns import check_same_tokens
@@ -31,9 +32,10 @@ class StoredImages(NamedTuple):
     ids: dict[str, torch.Tensor]
     """Grid name -> int64 ids (N, n), for all grids and texts in the shards."""
 
-    def select(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The ids of the grids and texts with these names."""
-        return {name: self.ids[name] for name in names}
+    def learned_by(self, vocabulary: ChainVocabulary) -> tuple[list[int] | None, dict[str, torch.Tensor]]:
+        """The classes, and the ids of the conditions by name, as far as the priors were trained with them."""
+        classes = self.classes if vocabulary.learned_class_names is not None else None
+        return classes, {condition.name: self.ids[condition.name] for condition in vocabulary.learned_conditions}
 
 
 def stored_images(reader: TokenShardReader, vocabularies: Sequence[Vocabulary], count: int) -> StoredImages:

@@ -106,7 +106,7 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
 
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
     """Save a picture of samples with one row for each of up to ten evenly spaced classes, or ten rows without classes."""
-    names = pipe.class_names
+    names = pipe.vocabulary.learned_class_names
     if names:
         labels = evenly_spaced_classes(len(names), ROWS)
         out = pipe(labels, num_images_per_label=COLUMNS, seed=recipe.seed, output_type="np")
@@ -125,13 +125,13 @@ def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, s
     stored = stored_images(held_out, pipe.chain.vocabularies, min(ROWS, len(held_out)))
     if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
         return  # no validation image has a class, and the prior has not learned to sample without one
-    given = stored.select([condition.name for condition in pipe.vocabulary.conditions])
-    out = pipe(stored.classes, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
+    class_indices, given = stored.learned_by(pipe.vocabulary)
+    out = pipe(class_indices, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
     assert isinstance(out.images, np.ndarray)  # as output_type says
     ids_BT = torch.cat([stored.ids[grid.name] for grid in pipe.tokenizer.grids], dim=1)
     originals_BCHW = torch.cat([images.cpu() for images in decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))])
-    texts, names = texts_of(pipe.inputs, given), pipe.vocabulary.learned_class_names
-    classes = None if names is None or stored.classes is None else [names[index] for index in stored.classes]
+    texts, names = texts_of(pipe.inputs, given), pipe.class_names or []
+    classes = None if class_indices is None else [names[index] for index in class_indices]
     titles = row_titles(classes, texts, len(originals_BCHW))
     save_picture(comparison_picture(condition_images(pipe.inputs, given), titles, out.images, originals_BCHW), path)
     if texts:

@@ -111,7 +111,7 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     def decoded_conditions(vocabulary: Vocabulary, stored: StoredImages) -> dict[str, torch.Tensor]:
         """Name -> images (N, C, h, w) of the conditions whose tokenizers are in this run or in the recipe."""
         folders, expected, images = condition_folders(recipe), vocabulary.token_fingerprints, {}
-        for name in [part.name for part in vocabulary.conditions if part.kind == "grid"]:
+        for name in [part.name for part in vocabulary.conditions if part.kind == "grid" and part.drop_rate < 1]:
             folder = folders.get(name)
             if folder is not None and is_tokenizer(folder) and token_fingerprint_of_tokenizer(folder) == expected[name]:
                 own = load_tokenizer(folder)
@@ -122,7 +122,7 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
         """Name -> the captions of the N images, if they are bytes or their tokenizer is in the recipe."""
         folders, texts = condition_folders(recipe), {}
         for part in vocabulary.conditions:
-            if not isinstance(part, GivenText):
+            if not isinstance(part, GivenText) or part.drop_rate == 1:
                 continue
             folder = None if is_bytes(part) else folders.get(part.name)
             if text_fingerprint(folder) == (part.token_fingerprint or BYTES_FINGERPRINT):
