@@ -57,9 +57,10 @@ def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: lis
         for position, index in enumerate(part):
             errors.append(None)
             try:
-                view_VHWC = tokenizer.transform.resize_views(source.read(index), views)
+                image = source.read(index)
+                view_VHWC = tokenizer.transform.resize_views(image, views)
                 check_complete((condition.data for condition in conditions), index)
-                pixels[position] = [view_VHWC, *(condition.pixels(index, view_VHWC, views) for condition in images)]
+                pixels[position] = [view_VHWC, *(condition.pixels(index, image.size, view_VHWC, views) for condition in images)]
             except UnreadableImage as error:
                 errors[-1] = UnreadableImage(str(error))  # a copy, because the traceback of the original keeps images in memory
         if pixels:

@@ -8,6 +8,7 @@ shards, because data sets are often stored class by class. Shard s holds the ima
 writes the same bytes, and after an interruption only the missing shards are written.
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +59,9 @@ from vqmosaic.wording import counted, is_or_are
 SOURCE_ORDER = "order of the sources"
 """Name of the permutation in the stage record. Missing in records of version 0.1.0, which did not permute."""
 
+UNREAD_PAIRS = "unread pairs"
+"""The key in a stage record for pairs whose contents are not part of the fingerprint of the pairs."""
+
 
 def preprocess(recipe: Recipe) -> None:
     """Write the token shards of both splits that an earlier call has not written."""
@@ -86,7 +90,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     # `splits` are the images as the earlier record describes them or, without one, in the class order of the tokenizer
     opened, splits, data_fingerprint = stop.wait_or_raise(
         lambda: open_recorded_splits(recipe.data, recorded_inputs, tokenizer.class_names), "no shard was started")
-    conditions = stop.wait_or_raise(lambda: open_conditions(recipe, condition_tokenizers, splits), "no shard was started")
+    conditions = stop.wait_or_raise(lambda: open_conditions(recipe, condition_tokenizers, splits, recorded_inputs), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint, **condition_inputs(conditions)}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
@@ -107,6 +111,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     has_former_identities = data_fingerprint != splits.fingerprint  # version 0.1.0 started these shards, so they keep its data set identities
     if not has_former_identities:
         inputs |= splits.unread_input
+    inputs |= unread_pairs_input(conditions)
     state.wait_for_everyone()  # until all processes have read the record, which is written next
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
@@ -125,10 +130,18 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
-def open_conditions(recipe: Recipe, tokenizers: ConditionTokenizers, splits: ImageSplits) -> dict[str, list[ConditionGrid]]:
-    """Split -> the grids of the conditions of its images. Finds the pairs, and reads all captions and some bytes of each pair."""
+def open_conditions(recipe: Recipe, tokenizers: ConditionTokenizers, splits: ImageSplits,
+                    inputs: Mapping[str, str] | None = None) -> dict[str, list[ConditionGrid]]:
+    """Split -> the grids of the conditions of its images. Finds the pairs, and reads all captions and some bytes of each pair.
+
+    `inputs` are those that the stage has recorded, if it has started before.
+    """
     opened = {split: condition_grids(recipe, tokenizers, source, split) for split, source in (("train", splits.train),
                                                                                              ("validation", splits.validation))}
+    if inputs is not None:
+        unread = json.loads(inputs.get(UNREAD_PAIRS, "{}"))
+        opened = {split: [grid.as_recorded({"unread": unread.get(split, {}).get(grid.name, ())}) for grid in grids]
+                  for split, grids in opened.items()}
     condition_inputs(opened)  # computes the digests, which are cached
     return opened
 
@@ -138,6 +151,13 @@ def condition_inputs(conditions: Mapping[str, Sequence[ConditionGrid]]) -> dict[
     inputs = {f"tokenizer of {condition.name}": str(condition.grid.token_fingerprint) for condition in conditions["train"]}
     digests = {split: identities([condition.data for condition in grids]) for split, grids in conditions.items()}
     return inputs | {f"data of {name}": fingerprint({split: digests[split][name] for split in digests}) for name in digests["train"]}
+
+
+def unread_pairs_input(conditions: Mapping[str, Sequence[ConditionGrid]]) -> dict[str, str]:
+    """The entry of the stage record about missing or forbidden pairs, as ImageSplits.unread_input for images; empty if there are none."""
+    unread = {split: {name: identity["unread"] for name, identity in identities([condition.data for condition in grids]).items()
+                      if "unread" in identity} for split, grids in conditions.items()}
+    return {UNREAD_PAIRS: json.dumps(unread)} if any(unread.values()) else {}
 
 
 def report_plan(recipe: Recipe, tokenizer: Tokenizer, conditions: Sequence[ConditionGrid], splits: ImageSplits, state: PartialState,
