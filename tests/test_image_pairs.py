@@ -51,6 +51,24 @@ def test_pairs_have_the_same_name_without_suffix(photos, maps):
     assert find_pairs(str(maps), data)["cat/003"] == "cat/003.bmp"
 
 
+def test_pairs_can_be_read_at_full_depth(photos, maps, tmp_path):
+    deep = tmp_path / "deep"
+    for path in photos.glob("*/*.png"):
+        target = deep / path.relative_to(photos)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((12, 12), 40_001, np.uint16)).save(target)
+    data = data_with(photos, deep, channels=1, value_range=[0, 65535])
+    [condition] = open_condition_data(data, open_splits(data).train, "train")
+    derived = dataclasses.replace(data, conditions=[], derived=data.given_conditions[0].derivation())
+    transform = ImageTransform.from_recipe(derived)
+    assert transform == ImageTransform(16, 1, (0, 65535))
+    pixels = transform(condition.pairs.read(0))
+    assert transform.to_stored_values(pixels[None]).round().unique().tolist() == [40_001], "all 16 bits"
+    assert np.array_equal(transform(open_splits(derived).train.read(0)), pixels), "its tokenizer is trained on the same values"
+    with pytest.raises(InputError, match=r"data\.value_range is .*, but 'maps' in data\.conditions has no value_range, .* 8 bits"):
+        dataclasses.replace(data_with(photos, maps), value_range=[0, 65535])
+
+
 def test_missing_and_unreadable_pairs_have_a_reason(photos, maps):
     data = data_with(photos, maps)
     source = open_splits(data).train
@@ -138,7 +156,7 @@ def test_no_pairs_at_all(photos, maps):
     data = data_with(photos, maps)
     with pytest.raises(InputError, match=r"no image of the train split has a pair in .*maps\. .*an image is cat/"):
         open_splits(dataclasses.replace(data, conditions=[], derived=data.given_conditions[0].derivation()))
-    pairs = ImagePairs(open_splits(data).train, str(maps), None, data)
+    pairs = ImagePairs(open_splits(data).train, {"path": str(maps)}, data)
     assert pairs.indices == []
 
 
@@ -168,7 +186,7 @@ def test_pairs_of_other_proportions_are_refused_before_a_run(photos, maps):
 
 
 def test_proportions_may_differ_by_rounding(photos, maps):
-    pairs = ImagePairs(open_splits(data_with(photos, maps)).train, str(maps), None, data_with(photos, maps))
+    pairs = ImagePairs(open_splits(data_with(photos, maps)).train, {"path": str(maps)}, data_with(photos, maps))
     width, height = pairs.read(0).size
     pairs.read(0, (3 * width + 1, 3 * height))
     with pytest.raises(OtherProportions):

@@ -50,8 +50,7 @@ def open_condition_data(data: DataConfig, source: ImageSource, split: str) -> li
     opened = []
     for config in data.given_conditions:
         if config.kind == "paired_folder":
-            assert config.path is not None  # the recipe checks it
-            opened.append(ConditionData(config, pairs=ImagePairs(source, config.path, config.channels, data)))
+            opened.append(ConditionData(config, pairs=ImagePairs(source, config.derivation(), data)))
         elif config.is_caption:
             opened.append(ConditionData(config, captions=Captions(source, config, split)))
         else:

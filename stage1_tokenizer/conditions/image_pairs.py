@@ -6,7 +6,7 @@
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -36,12 +36,14 @@ class OtherProportions(UnreadableImage):
 class ImagePairs:
     """The paired images of one split. Images without a pair have none at their index."""
 
-    def __init__(self, source: ImageSource, path: str, channels: int | None, data: DataConfig):
+    def __init__(self, source: ImageSource, derivation: Mapping[str, Any], data: DataConfig):
+        """`derivation` is that of a condition (ConditionConfig.derivation): path and, if they are given, channels and value_range."""
+        path = derivation["path"]
         by_name = find_pairs(path, data)
         self.path, self._images = path, source
         self._names = [by_name.get(name_without_suffix(source.source_name(index))) for index in range(len(source))]
-        self._data = dataclasses.replace(data, source="folder", path=path, channels=channels or data.channels, value_range=None, conditions=[],
-                                         derived=None)
+        self._data = dataclasses.replace(data, source="folder", path=path, channels=derivation.get("channels", data.channels),
+                                         value_range=derivation.get("value_range"), conditions=[], derived=None)
         self._source = self.as_source(source)
         self._position = {index: position for position, index in enumerate(self.indices)}
 
@@ -116,7 +118,7 @@ def paired_splits(splits: ImageSplits, data: DataConfig) -> ImageSplits:
     assert data.derived is not None
     sources, notes = {}, []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
-        pairs = ImagePairs(source, data.derived["path"], data.derived.get("channels"), data)
+        pairs = ImagePairs(source, data.derived, data)
         if not pairs.indices:
             raise InputError(f"no image of the {split} split has a pair in {data.derived['path']}. Pairs have the same path relative to data.path, "
                              f"without the suffix; an image is {printable(source.source_name(0))}.")
