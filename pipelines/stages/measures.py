@@ -1,5 +1,6 @@
 """Measures of generated samples: copies of training images, distinct samples and, for digits, agreement with the requested class."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from stage1_tokenizer.image_files.channels import colour_channels
 from stage1_tokenizer.image_files.images import to_tensor, to_uint8
 from token_shards import TokenShardReader
 from token_shards.manifest import grid_columns
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 SAMPLES = 500
 SAMPLES_WITHOUT_CLASSIFIER = 100
@@ -76,6 +78,8 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
                        held_out: TokenShardReader | None = None) -> dict[str, dict[str, float]]:
     """Measures of samples generated with the recommended settings and, if a classifier is given, also without guidance and at temperature 1.
 
+    Settings that equal earlier ones, such as those without guidance if none is recommended, are left out.
+
     A prior with conditions gets those of validation images, from the shards of `held_out`. psnr_of_<condition> compares a condition that is derived
     from the samples (such as their low resolution) with the given one.
     """
@@ -96,8 +100,13 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
             return {}  # no validation image has a class, and the prior has not learned to sample without one
         class_labels, given_ids = stored.learned_by(pipe.vocabulary)
         request, classes = {"class_labels": class_labels, "given_ids": given_ids}, stored.classes
-    results = {}
+    results: dict[str, dict[str, float]] = {}
+    measured: list[SamplingConfig] = []
     for name, changed in settings.items():
+        sampling = dataclasses.replace(pipe.sampling, **changed)
+        if sampling in measured:
+            continue
+        measured.append(sampling)
         out = pipe(**request, seed=seed, output_type="pt", **changed)
         assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
         results[name] = {"samples": len(out.seeds), **token_measures(pipe.tokenizer.join_tokens(out.token_ids), training_digests)}
