@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.stages import encode_images
 from pipelines.stages import preprocess as module
 from pipelines.stages.encode_images import decode_batches, encode_rows
 from pipelines.stages.preprocess import preprocess
@@ -252,7 +253,7 @@ def test_limit_includes_images_skipped_by_earlier_runs(tiny_run, photos, tmp_pat
     """Each run finds one unreadable image, which is allowed. Two images exceed the limit."""
     corrupt(photos, (0, 1), (3, 3))
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
-    at_image(2 * PER_SHARD, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    at_image(2 * PER_SHARD + 3, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     with pytest.raises(Interrupted):
         preprocess(recipe)
     monkeypatch.undo()
@@ -341,9 +342,12 @@ def test_signal_keeps_finished_shards_for_the_next_run(number, code, cores, tiny
     """With one core, decoding and encoding alternate. With many cores, images are decoded ahead. Both write the same bytes."""
     changes = fields(tiny_run, photos)
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
-    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(encode_images, "available_cores", lambda: cores)
+    at_image(3, lambda: os.kill(os.getpid(), number), monkeypatch)
+    with pytest.raises(Interrupted, match="no shard was finished"):
+        preprocess(tiny_recipe(tmp_path / "stopped", **changes))
     at_image(2 * PER_SHARD + 3, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(Interrupted, match="finished shards are kept") as stopped:
+    with pytest.raises(Interrupted, match="2 finished shards are kept") as stopped:
         preprocess(tiny_recipe(tmp_path / "stopped", **changes))
     assert stopped.value.exit_code == code
     assert not list((tmp_path / "stopped/tokens").rglob(".partial-*"))
@@ -443,10 +447,10 @@ def test_first_signal_interrupts_a_blocked_read(cores, tiny_run, photos, tmp_pat
             unblock.wait()
         return read(self, index)
 
-    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(encode_images, "available_cores", lambda: cores)
     monkeypatch.setattr(FolderSource, "read", blocking_read)
     started = time.monotonic()
-    with pytest.raises(Interrupted, match="finished shards are kept"):
+    with pytest.raises(Interrupted, match=r"finished shards? (is|are) kept|no shard was finished"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos)))
     assert time.monotonic() - started < 30
     unblock.set()

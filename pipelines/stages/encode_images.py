@@ -17,6 +17,7 @@ from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.devices import available_cores
 from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.wording import counted, is_or_are
 
 
 def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: Tokenizer, recipe: Recipe, stop: StopFlag,
@@ -31,13 +32,19 @@ def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View
     has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
     decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2, conditions)
     for _ in batches:
-        batch, rows, errors = stop.wait_or_raise(lambda: next(decoded), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
+        batch, rows, errors = stop.wait_or_raise(lambda: next(decoded), lambda: describe_kept_shards(Path(recipe.run_dir) / "tokens"))
         encoders = [tokenizer, *(condition.tokenizer for condition in conditions if condition.tokenizer is not None)]
         encoded = iter([encode_rows(rows_NVCHW.flatten(0, 1), encoder, recipe.tokens.batch_size).reshape(len(batch), len(views), -1)
                         for encoder, rows_NVCHW in zip(encoders, rows, strict=True)])  # one row per view of each image
         ids_NVT = np.concatenate([next(encoded), *(next(encoded) if condition.tokenizer is not None else condition.text_ids_of(batch, len(views))
                                                    for condition in conditions)], axis=2)
         yield from ((index, ids_VT if error is None else error) for index, ids_VT, error in zip(batch, ids_NVT, errors, strict=True))
+
+
+def describe_kept_shards(folder: Path) -> str:
+    """How many finished shards of both splits there are in a tokens folder, for the message after an interruption."""
+    shards = sum(1 for _ in folder.glob("*/shard-*.json"))  # the sidecar of a shard is written when it is complete
+    return f"{counted(shards, 'finished shard')} {is_or_are(shards)} kept in {folder}" if shards else "no shard was finished"
 
 
 def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: Tokenizer, threads: int, ahead: int,
