@@ -233,7 +233,7 @@ def test_a_stopped_tokenizer_stops_the_chain(tmp_path, folders):
 def test_another_condition_keeps_the_other_tokenizers(run, folders):
     recipe = recipe_of(run, folders, data__conditions=conditions(folders)[:-1] + ', {"name": "grey", "kind": "grey"}]')
     assert check_before_start(recipe, "tokenizer", alone=False) == "skip"
-    with pytest.raises(InputError, match=r"stage tokens was run with data\.conditions"):
+    with pytest.raises(InputError, match=r"stage tokens was started with data\.conditions"):
         check_before_start(recipe, "tokens", alone=False)
     delete_stages_from(recipe, "tokens")
     trained = []

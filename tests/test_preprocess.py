@@ -206,7 +206,7 @@ def test_another_tokenizer_is_rejected_for_finished_tokens(tiny_run, photos, tmp
     other = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     other.quantizer.codebook[0] += 1
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"stage tokens was run with tokenizer = .*--redo tokens"):
+    with pytest.raises(InputError, match=r"stage tokens was started with tokenizer = .*--redo tokens"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__tokenizer=tmp_path / "other")))
 
 
@@ -214,7 +214,7 @@ def test_other_images_are_rejected_for_finished_tokens(tiny_run, photos, tmp_pat
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)
     Image.new("L", (20, 20)).save(photos / "ant/new.png")
-    with pytest.raises(InputError, match=r"stage tokens was run with data set = .*--redo tokens"):
+    with pytest.raises(InputError, match=r"stage tokens was started with data set = .*--redo tokens"):
         preprocess(recipe)
 
 
