@@ -130,7 +130,7 @@ def test_translate(edges_pipeline, pipe, small):
     ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
     ({"image": "photo.png"}, "image for the condition 'low': images is str"),
     ({"image": torch.zeros(1, 1, SIZE, SIZE)}, r"image for the condition 'low': images is a torch.float32 tensor of shape"),
-    ({"given_ids": {"depth": torch.zeros(1, 4, dtype=torch.int64)}}, r"given_ids has depth. This pipeline takes: class_labels, image \(low\)"),
+    ({"given_ids": {"depth": torch.zeros(1, 4, dtype=torch.int64)}}, r"given_ids has depth, which this prior was not trained with. This pipeline takes: class_labels, image \(low\)"),
     ({"given_ids": {"low": torch.full((1, 4), 16)}}, "ids from 16 to 16; allowed: 0 to 15"),
     ({"given_ids": {"low": torch.zeros(1, 3, dtype=torch.int64)}}, "has the shape"),
     ({"prompt": "x", "given_ids": {"text": torch.zeros(1, TEXT_LENGTH, dtype=torch.int64)}}, "text is given as ids and as prompt"),
