@@ -134,8 +134,8 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
         raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
     check_range("--seed", options.seed, at_least=0)
     check_can_write("--out", options.out)
-    request = TranslationFolder(out=options.out, pipeline=folder, condition=name, images=images, labels=labels, seed=options.seed, sampling=sampling,
-                                dtype=options.dtype)
+    request = TranslationFolder(out=options.out, pipeline=folder, class_names=names, condition=name, images=images, labels=labels, seed=options.seed,
+                                sampling=sampling, dtype=options.dtype)
     if request.is_finished():
         return 0
     check_output_outside_of_data(options.pipeline, options.out)
