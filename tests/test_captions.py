@@ -194,7 +194,7 @@ def test_check_data_reports_captions(photos):
     assert {name for name, _ in problems} == {"cat/000.png", "cat/001.png"} and "it has no caption in a .txt file beside it" in report
     long = sum(name in names(open_splits(data_with(photos)).train) for name in long_names)
     assert f"train, condition text: warning: {long} captions are longer than 12 bytes, and the rest is cut" in report
-    assert "has 20: 'a photo of an animal'. To keep more, raise length of the condition 'text' in data.conditions" in report
+    assert "has 20: 'a photo of an animal'. To keep more, raise `length` of the condition 'text' in data.conditions" in report
     for name in ("cat/000.txt", "cat/001.txt"):
         (photos / name).write_text("short")
     assert [warning.split(":")[0] for warning in check_coverage(data_with(photos))] == ["train", "validation"]

@@ -51,8 +51,8 @@ def describe_cut_captions(captions: Captions, source: ImageSource, condition: Co
         return None
     index, text = cut[0]
     return (f"{counted(len(cut), 'caption')} {is_or_are(len(cut))} longer than {condition.length} {tokenizer.unit}, and the rest is cut. For "
-            f"example, that of {printable(source.source_name(index))} has {lengths[text]}: '{shortened(text)}'. To keep more, raise length of the "
-            f"condition {condition.name!r} in data.conditions (the longest caption has {max(lengths.values())} {tokenizer.unit})")
+            f"example, that of {printable(source.source_name(index))} has {lengths[text]}: '{shortened(text)}'. To keep more, raise `length` of "
+            f"the condition {condition.name!r} in data.conditions (the longest caption has {max(lengths.values())} {tokenizer.unit})")
 
 
 def shortened(text: str, limit: int = 100) -> str:
