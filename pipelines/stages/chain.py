@@ -121,7 +121,8 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     print("\ntime:\n" + "\n".join(f"    {name:<24} {format_duration(value)}" for name, value in seconds.items()))
     print(f"    {'total':<24} {format_duration(sum(seconds.values()))}")
     steps = "\n".join(f"    {command}" for command in next_steps(run))
-    pictures = [run.root / name for name in ("samples.png", "samples.txt", "reconstructions.png") if (run.root / name).exists()]  # samples.txt: captions
+    # samples.txt has the captions of samples.png
+    pictures = [run.root / name for name in ("samples.png", "samples.txt", "reconstructions.png") if (run.root / name).exists()]
     print(f"\npictures: {', '.join(map(str, pictures))}\nnext steps:\n{steps}")
 
 
