@@ -1,6 +1,7 @@
 """Reports what the conditions of a recipe lack in a data set: images without a pair, unreadable pairs, images without a caption."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from stage1_tokenizer.conditions.captions import describe_cut_captions, shortened
 from stage1_tokenizer.conditions.condition_data import ConditionData, open_condition_data
@@ -45,10 +46,9 @@ def _report_pairs(condition: ConditionData, source: ImageSource, where: str, rep
     assert pairs is not None
 
     def problem_of(index: int) -> UnreadableImage | None:
-        try:
+        image_size: tuple[int, int] | None = None
+        with suppress(UnreadableImage):  # reported with the images
             image_size = source.read(index).size
-        except UnreadableImage:  # reported with the images
-            image_size = None
         try:
             pairs.read(index, image_size)
         except UnreadableImage as error:
