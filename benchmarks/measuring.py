@@ -49,7 +49,7 @@ def describe_processor() -> str:
     except OSError:
         return platform.processor()
     name = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor())
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, bf16 products {'yes' if 'avx512_bf16' in text or 'amx_bf16' in text else 'no'}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, bf16 instructions {'yes' if 'avx512_bf16' in text or 'amx_bf16' in text else 'no'}"
 
 
 def describe_machine(*packages: str) -> str:

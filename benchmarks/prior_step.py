@@ -129,7 +129,7 @@ def main() -> int:
     lines += ["", *(f"- {'kept' if speedups[name] >= required else 'NOT kept'}: {name} at least {required} times the peer: {speedups[name]:.2f}"
                     for name, required in required_speedups.items())]
     if not cpu_has_bf16():
-        lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 products")
+        lines.append("- not measured: at least 2.5 times in bf16; this processor has no bf16 instructions")
     lines += ["", f"Matrix products take about {matmul_share:.0%} of the peer's step here. A step without anything else would be about "
                   f"{1 / matmul_share:.2f} times as fast. Our model has the same size but fewer matrix products: {embedding_share:.0%} of its "
                   "weights are embeddings, which are looked up and not multiplied. `benchmarks.prior_quality` measures what it learns."]

@@ -170,7 +170,7 @@ def measure(preset: Preset, rounds: int, llamagen: str | None) -> tuple[list[str
     if not llamagen:
         lines.append("- not checked: the ratios to LlamaGen, because --llamagen is not given")
     if not has_bf16:
-        lines.append(f"- not checked: {preset.speedup_bf16} times LlamaGen in bf16, since this processor has no bf16 products")
+        lines.append(f"- not checked: {preset.speedup_bf16} times LlamaGen in bf16, since this processor has no bf16 instructions")
     return lines, all(kept for _, kept in checks)
 
 

@@ -187,7 +187,7 @@ def main() -> int:
                    f"{quality[best]:.2f}, {quality[plain]:.2f} dB": quality[best] >= quality[plain] - SPREAD}
     lines += ["", *(f"- {'kept' if kept else 'NOT kept'}: {text}" for text, kept in checks.items())]
     if not has_bf16:
-        lines.append("- not measured: 2.2 times, of which 1.9 come from bf16 products, which this processor does not have")
+        lines.append("- not measured: 2.2 times, of which 1.9 come from bf16 instructions, which this processor does not have")
     record("Training step of the tokenizer", lines, ("diffusers", "accelerate"))
     return int(not all(checks.values()))
 

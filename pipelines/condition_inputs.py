@@ -57,9 +57,9 @@ class ConditionInputs:
             ids: ids of conditions by name, as token shards hold them; -1 is the null id.
         """
         found: dict[str, torch.Tensor] = {}
-        for name, texts in self.by_name("prompt", prompt, list(self.texts)).items():
+        for name, texts in self.by_name("prompt", prompt, self.text_names).items():
             found[name] = self.texts[name].ids(texts)
-        for name, images in self.by_name("image", image, list(self.tokenizers)).items():
+        for name, images in self.by_name("image", image, self.image_names).items():
             found[name] = self.encode_images(name, images)
         if ids:
             if twice := sorted(ids.keys() & found.keys()):
@@ -67,6 +67,11 @@ class ConditionInputs:
             self.check_ids(ids)
             found |= {name: each.cpu().long().flatten(1) for name, each in ids.items()}
         return found
+
+    def describe_cut(self, prompt: Any) -> list[str]:
+        """A message for each condition with prompts that are longer than its captions in training. `ids` cuts them."""
+        messages = (self.texts[name].describe_cut(texts) for name, texts in self.by_name("prompt", prompt, self.text_names).items())
+        return [message for message in messages if message is not None]
 
     def by_name(self, argument: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
         """The given value by the name of its condition. Raises InputError if the prior does not take it, or several conditions do."""
@@ -104,9 +109,8 @@ class ConditionInputs:
 
     def check_ids(self, ids: Mapping[str, torch.Tensor]) -> None:
         """Raise InputError unless ids are of conditions of this pipeline, and have their shapes and ranges."""
-        names = [condition.name for condition in self.vocabulary.conditions]
-        if unknown := sorted(ids.keys() - {*names}):
-            raise InputError(f"given_ids has {', '.join(unknown)}. {self.describe_taken()}")
+        if unknown := sorted(ids.keys() - {*self.text_names, *self.image_names}):
+            raise InputError(f"given_ids has {', '.join(unknown)}, which this prior was not trained with. {self.describe_taken()}")
         for vocabulary in self.vocabulary.vocabularies:
             own = [condition.name for condition in vocabulary.conditions]
             vocabulary.check_conditions({name: each for name, each in ids.items() if name in own}, check_ids=True)
@@ -121,25 +125,35 @@ class ConditionInputs:
 
     # --- what can be given -------------------------------------------------------------------------------------------------
 
+    @property
+    def text_names(self) -> list[str]:
+        """Names of the texts that can be given."""
+        return [condition.name for condition in self.vocabulary.learned_conditions if condition.name in self.texts]
+
+    @property
+    def image_names(self) -> list[str]:
+        """Names of the images that can be given."""
+        return [condition.name for condition in self.vocabulary.learned_conditions if condition.name in self.tokenizers]
+
     def argument_of(self, name: str) -> str:
         """The argument of a call for a condition: prompt or image."""
         return "prompt" if name in self.texts else "image"
 
     def label_of(self, name: str) -> str:
         """What a message calls the given value of a condition: its argument, with its name if there are several of them."""
-        argument, names = self.argument_of(name), self.texts if name in self.texts else self.tokenizers
+        argument, names = self.argument_of(name), self.text_names if name in self.texts else self.image_names
         return argument if len(names) == 1 else f"{argument} ({name})"
 
     def describe_taken(self) -> str:
-        """A sentence that lists what can be given."""
+        """A sentence that lists what can be given: what the priors were trained with."""
         taken = ["class_labels"] if self.vocabulary.learned_class_names else []
-        taken += [f"{self.argument_of(condition.name)} ({condition.name})" for condition in self.vocabulary.conditions]
+        taken += [f"{self.argument_of(condition.name)} ({condition.name})" for condition in self.vocabulary.learned_conditions]
         return f"This pipeline takes: {', '.join(taken) or 'nothing'}."
 
     def remedy_without_guidance(self) -> str:
         """What to do about guidance of images for which nothing is given."""
         names = ["class_labels"] if self.vocabulary.learned_class_names else []
-        names += dict.fromkeys(self.argument_of(condition.name) for condition in self.vocabulary.conditions)
+        names += dict.fromkeys(self.argument_of(condition.name) for condition in self.vocabulary.learned_conditions)
         return f"give {' or '.join(names)}, or leave it out" if names else "leave it out"
 
     def kind_of(self, name: str) -> str:
@@ -150,7 +164,7 @@ class ConditionInputs:
     def image_for(self, task: str) -> str:
         """The name of the condition for super_resolve (a low resolution) or translate (any other image). Raises InputError unless there is one."""
         is_wanted = {"super_resolve": lambda kind: kind == LOW_RESOLUTION, "translate": lambda kind: kind != LOW_RESOLUTION}[task]
-        names = [name for name in self.tokenizers if is_wanted(self.kind_of(name))]
+        names = [name for name in self.image_names if is_wanted(self.kind_of(name))]
         what = "an image at low resolution" if task == "super_resolve" else "an image of another kind, such as edges or a paired image"
         if not names:
             raise InputError(f"{task} needs a prior that is given {what}, and this one is not. {self.describe_taken()}")

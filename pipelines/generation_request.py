@@ -57,8 +57,13 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     if sampling.top_k > vocabulary.most_codes:
         raise InputError(f"top_k is {sampling.top_k}; allowed: 0 (off) to {vocabulary.most_codes}, the codebook size.")
     labels, names = as_labels(class_labels), vocabulary.class_names
+    if labels is not None and names is not None and vocabulary.learned_class_names is None:
+        raise InputError("class_labels is given, but this prior was trained with drop rate 1 of the class, so it would have no effect. "
+                         f"{inputs.describe_taken()}")
     classes = None if labels is None else class_indices(names, labels)
     ids = inputs.ids(given.prompt, given.image, given.ids)
+    for message in inputs.describe_cut(given.prompt):
+        warnings.warn(message, stacklevel=4)  # the caller of the pipeline
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
         if not vocabulary.conditions and len(vocabulary.vocabularies) == 1:
             raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "

@@ -63,10 +63,10 @@ def generate(command: str, arguments: list[str]) -> int:
 
 def check_can_sample(vocabulary: "ChainVocabulary", has_class: bool, has_prompt: bool) -> None:
     """Raise InputError if a pipeline does not take a prompt, or needs more than the class and the prompt."""
-    texts = [condition.name for condition in vocabulary.conditions if condition.kind == "text"]
+    texts = [condition.name for condition in vocabulary.learned_conditions if condition.kind == "text"]
     if has_prompt and not texts:
         classes = ["--classes"] if vocabulary.learned_class_names else []
-        takes = ", ".join([*classes, *(f"an image ({each.name})" for each in vocabulary.conditions)])
+        takes = ", ".join([*classes, *(f"an image ({each.name})" for each in vocabulary.learned_conditions)])
         raise InputError(f"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: {takes or 'nothing'}.")
     if has_prompt and len(texts) > 1:
         raise InputError(f"--prompt is given, but the prior of this pipeline takes several texts: {', '.join(texts)}. Use the Python interface.")
@@ -119,6 +119,9 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     sampling = check_given_sampling(folder, content, given_sampling(options))
     names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
     check_classes_are_learned(vocabulary, options.classes)
+    if name not in [condition.name for condition in vocabulary.learned_conditions]:
+        raise InputError(f"{command} gives the prior of this pipeline the image {name!r}, but it was trained with drop rate 1 of it, so the image "
+                         "would have no effect. Train it with a drop rate below 1.")
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     if why := vocabulary.why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
@@ -131,8 +134,8 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
         raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
     check_range("--seed", options.seed, at_least=0)
     check_can_write("--out", options.out)
-    request = TranslationFolder(out=options.out, pipeline=folder, condition=name, images=images, labels=labels, seed=options.seed, sampling=sampling,
-                                dtype=options.dtype)
+    request = TranslationFolder(out=options.out, pipeline=folder, class_names=names, condition=name, images=images, labels=labels, seed=options.seed,
+                                sampling=sampling, dtype=options.dtype)
     if request.is_finished():
         return 0
     check_output_outside_of_data(options.pipeline, options.out)

@@ -10,6 +10,7 @@ from stage1_tokenizer.conditions.text_tokenizer import TextTokenizer, load_text_
 from stage2_prior.segments import GivenText
 from vqmosaic.errors import InputError
 from vqmosaic.files.fingerprints import check_same_tokens
+from vqmosaic.wording import is_or_are
 
 
 class TextEncoder:
@@ -35,6 +36,16 @@ class TextEncoder:
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt is {str(texts)[:100]!r}; give a text, or a list of texts.")
         return torch.from_numpy(np.stack([text_ids(self.tokenizer, text, self.condition.num_tokens) for text in texts]))
+
+    def describe_cut(self, texts: str | Sequence[str]) -> str | None:
+        """How many texts are longer than the captions of the prior, with what is left of the first. None if there are none."""
+        texts, length = [texts] if isinstance(texts, str) else texts, self.condition.num_tokens
+        cut = [text for text in texts if len(self.tokenizer.encode(text)) > length]
+        if not cut:
+            return None
+        which = "the prompt is" if len(texts) == 1 else f"{len(cut)} of {len(texts)} prompts {is_or_are(len(cut))}"
+        return (f"{which} longer than {length} {self.tokenizer.unit}, the length of captions in training, and the rest is ignored. The prior "
+                f"sees{'' if len(texts) == 1 else ', for example,'} {self.tokenizer.decode(self.tokenizer.encode(cut[0], length))!r}")
 
     def texts(self, ids_Nn: torch.Tensor) -> list[str]:
         """The texts of ids (N, n), without padding. Dropped texts (ids -1) are empty."""

@@ -13,8 +13,8 @@ from stage1_tokenizer.data.data_location import nearest_sibling
 from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, is_tokenizer, read_tokenizer_config
 from vqmosaic.errors import InputError
 from vqmosaic.files.permissions import check_readable, explain_permission_errors
-from vqmosaic.recipes.conditions import DERIVED_KINDS, derived_channels, derived_size
 from vqmosaic.recipes.recipe import Recipe
+from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.recipes.tokenizer_sections import HIERARCHICAL_FIELDS, LEARNING_FIELDS, QUANTIZER_FIELDS, RESIDUAL_FIELDS, TokenizerConfig
 from vqmosaic.runs.run_folder import RunFolder
 from vqmosaic.runs.stage_records import load_record
@@ -22,9 +22,9 @@ from vqmosaic.runs.stage_records import load_record
 FIELD = "tokenizer_training.init_from"
 ALLOWED = ("a tokenizer folder (config.json and model.safetensors), a training checkpoint (a folder such as checkpoints/tokenizer/step-00000500) "
            "or the folder of a run with a finished tokenizer")
-DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels", "value_range")
+DATA_FIELDS_THAT_DECIDE_TOKENS = ("image_size", "channels", "value_range", "derived")
 """The fields of section data on which the tokens depend. The token fingerprint covers no other field of that section."""
-_OPTIONAL_DATA_FIELDS = ("value_range",)
+_OPTIONAL_DATA_FIELDS = ("value_range", "derived")
 """Those of them that files contain only if they are set."""
 
 
@@ -122,12 +122,12 @@ def compared_fields(config: TokenizerConfig) -> dict[str, Any]:
 
 
 def check_same_transform(found: InitialWeights, data: Mapping[str, Any]) -> None:
-    """Raise InputError unless the weights were trained with the recipe's image size, channels and value range.
+    """Raise InputError unless the weights were trained with the recipe's image size, channels, value range and derived images.
 
     For training the decoder alone (train_parts decoder), where the tokens must not change. Weights whose size or channels are unknown are refused.
 
     Args:
-        data: the recipe's image_size, channels and value_range, by field name of section data. Other fields are ignored.
+        data: the recipe's image transform, by field name of section data. Fields that do not affect tokens are ignored.
     """
     theirs = found.config.get("transform", {})
     for name in DATA_FIELDS_THAT_DECIDE_TOKENS:
@@ -164,12 +164,7 @@ def _recorded_config(checkpoint: Path) -> dict[str, Any]:
     record = load_record(run, "tokenizer")
     if record is None:
         return {}
-    transform = {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if record.fields.get(f"data.{name}") is not None}
-    derived = record.fields.get("data.derived")
-    if derived is not None:  # the weights are for the derived images
-        transform |= {"image_size": derived_size("data.derived.factor", transform["image_size"], derived),
-                      "channels": derived_channels(transform["channels"], derived)}
-        if derived["kind"] not in DERIVED_KINDS:
-            transform.pop("value_range", None)
+    data = {name: record.fields[f"data.{name}"] for name in DATA_FIELDS_THAT_DECIDE_TOKENS if record.fields.get(f"data.{name}") is not None}
+    transform = DataConfig(**data).transform_config if {"image_size", "channels"} <= data.keys() else data
     return {"network": {name.partition(".")[2]: value for name, value in record.fields.items() if name.startswith("tokenizer.")},
             "transform": transform}

@@ -52,8 +52,8 @@ def read_checkpoint(found: InitialWeights) -> dict[str, torch.Tensor]:
 def check_tokens_unchanged(tokenizer: TrainableTokenizer, path: str) -> None:
     """Raise InputError if a tokenizer that loaded the weights at a path gives other tokens than the original. For train_parts decoder.
 
-    A checkpoint has no fingerprint to compare with. This function compares the image size and channels instead; network and weights were checked
-    on loading.
+    A checkpoint has no fingerprint to compare with. This function compares the image transforms instead; network and weights were checked on
+    loading.
     """
     found = locate_initial_weights(path)
     check_same_transform(found, tokenizer.transform.to_dict())

@@ -1,16 +1,20 @@
-"""Tiles images into one picture and writes PNG files."""
+"""Tiles images into one picture, with headings and titles if there are any, and writes PNG files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from stage1_tokenizer.image_files.channels import visible_pixels
+from vqmosaic.errors import printable
 from vqmosaic.files.durable_files import publish, removed_on_failure, temporary_sibling
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 GAP_PIXELS = 2
+TEXT_PIXELS = 12
+"""Font size of headings and titles."""
 
 
 def tile_images(rows: list[np.ndarray], scale: int = 1) -> Image.Image:
@@ -30,6 +34,42 @@ def tile_images(rows: list[np.ndarray], scale: int = 1) -> Image.Image:
             canvas[top:top + height, left:left + width] = image
     picture = to_picture(canvas)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def titled_picture(rows: Sequence[np.ndarray], headings: Sequence[Sequence[tuple[str, int]]], titles: Sequence[str], scale: int = 1) -> Image.Image:
+    """One picture as from `tile_images`, with lines of text above it and a title above each row.
+
+    Args:
+        rows: uint8 (n, H, W, C) each, with the same n, H, W and C.
+        headings: for each line of text, (text, number of columns that it spans) from left to right.
+        titles: one for each row. If all are empty, they take no space.
+        scale: as in `tile_images`. Text is not enlarged.
+    """
+    columns, width = len(rows[0]), (rows[0].shape[2] + GAP_PIXELS) * scale
+    parts = [text_line([(text, span * width) for text, span in line]) for line in headings]
+    for row, title in zip(rows, titles, strict=True):
+        if any(titles):
+            parts.append(text_line([(title, columns * width)]))
+        parts.append(tile_images([row], scale))
+    picture = Image.new(parts[-1].mode, (parts[-1].width, sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        picture.paste(part.convert(picture.mode), (0, top))
+        top += part.height
+    return picture
+
+
+def text_line(texts: Sequence[tuple[str, int]]) -> Image.Image:
+    """A line of black text on white: each text in a part of the given width in pixels, side by side. Longer texts are cut."""
+    font, left = ImageFont.load_default(TEXT_PIXELS), 0
+    line = Image.new("L", (sum(width for _, width in texts), TEXT_PIXELS + 2 * GAP_PIXELS), "white")
+    for text, width in texts:
+        text = printable(text).encode("latin-1", "replace").decode("latin-1")  # the default font has no other characters
+        shortened = (f"{text[:end]}..." for end in range(min(len(text), width), 0, -1))
+        fitting = next((each for each in (text, *shortened) if font.getlength(each) <= width - 2 * GAP_PIXELS), "")
+        ImageDraw.Draw(line).text((left + GAP_PIXELS, 0), fitting, "black", font)
+        left += width
+    return line
 
 
 def to_picture(pixels_HWC: np.ndarray) -> Image.Image:

@@ -95,6 +95,11 @@ class ChainVocabulary:
         return None if all(vocabulary.class_drop == 1 for vocabulary in self.vocabularies) else self.class_names
 
     @property
+    def learned_conditions(self) -> list[Condition]:
+        """The conditions that a prior has seen in training: without those of drop rate 1, which would have no effect."""
+        return [condition for condition in self.conditions if condition.drop_rate < 1]
+
+    @property
     def num_tokens(self) -> int:
         """Drawn tokens per image over all priors."""
         return sum(grid.num_tokens for grid in self.grids)

@@ -61,6 +61,8 @@ from vqmosaic.wording import counted
 
 SUFFIXES = WITHOUT_CLASS, WITHOUT_GIVEN, IN_RANDOM_ORDER = ("_without_class", "_without_given", "_in_random_order")
 """Endings of the names of validation metrics; see `validate`."""
+SUFFIX_WORDS = {WITHOUT_CLASS: "without the class", WITHOUT_GIVEN: "without class and conditions", IN_RANDOM_ORDER: "in random order"}
+"""Ending -> how progress lines describe it."""
 OnValidation = Callable[[TokenPrior, int, Path, StopFlag], None]
 
 
@@ -243,7 +245,7 @@ def validate_and_report(reader: TokenShardReader, images: int, run: TrainingRun)
 def describe_metrics(metrics: dict[str, float]) -> str:
     """The metrics of a validation as text, with those without the class or the given segments, and in random order, in parentheses."""
     def formatted(name: str, spec: str) -> str:
-        others = [f"{suffix[1:].replace('_', ' ')} {metrics[name + suffix]:{spec}}" for suffix in SUFFIXES if name + suffix in metrics]
+        others = [f"{words} {metrics[name + suffix]:{spec}}" for suffix, words in SUFFIX_WORDS.items() if name + suffix in metrics]
         return f"{metrics[name]:{spec}}" + (f" ({', '.join(others)})" if others else "")
 
     grids = [f"{name.removeprefix('nll_')} {value:.4f}" for name, value in metrics.items()

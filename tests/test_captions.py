@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stage1_tokenizer.conditions.captions import Captions
 from stage1_tokenizer.conditions.condition_checks import check_condition_data
+from stage1_tokenizer.conditions.condition_data import check_coverage
 from stage1_tokenizer.conditions.text_tokenizer import (
     BYTES_FINGERPRINT,
     ByteTokenizer,
@@ -183,10 +184,18 @@ def test_captions_that_cannot_be_read(photos):
 
 
 def test_check_data_reports_captions(photos):
+    long_names = []
     for number, path in enumerate(sorted(photos.glob("*/*.png"))[2:]):
-        path.with_suffix(".txt").write_text("a photo of an animal" if number % 4 == 0 else "short")
+        path.with_suffix(".txt").write_text("short" if number % 3 else "a photo of an animal")
+        long_names += [] if number % 3 else [path.relative_to(photos).as_posix()]
     lines = []
     problems = check_data(data_with(photos), lines.append)
     report = "\n".join(lines)
     assert {name for name, _ in problems} == {"cat/000.png", "cat/001.png"} and "it has no caption in a .txt file beside it" in report
-    assert "cut at length = 12" in report and "of up to 20 bytes" in report
+    long = sum(name in names(open_splits(data_with(photos)).train) for name in long_names)
+    assert f"train, condition text: warning: {long} captions are longer than 12 bytes, and the rest is cut" in report
+    assert "has 20: 'a photo of an animal'. To keep more, raise `length` of the condition 'text' in data.conditions" in report
+    for name in ("cat/000.txt", "cat/001.txt"):
+        (photos / name).write_text("short")
+    assert [warning.split(":")[0] for warning in check_coverage(data_with(photos))] == ["train", "validation"]
+    assert check_coverage(data_with(photos, length=20)) == [], "nothing is cut"

@@ -130,7 +130,7 @@ def test_translate(edges_pipeline, pipe, small):
     ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
     ({"image": "photo.png"}, "image for the condition 'low': images is str"),
     ({"image": torch.zeros(1, 1, SIZE, SIZE)}, r"image for the condition 'low': images is a torch.float32 tensor of shape"),
-    ({"given_ids": {"depth": torch.zeros(1, 4, dtype=torch.int64)}}, r"given_ids has depth. This pipeline takes: class_labels, image \(low\)"),
+    ({"given_ids": {"depth": torch.zeros(1, 4, dtype=torch.int64)}}, r"given_ids has depth, which this prior was not trained with. .* image \(low\)"),
     ({"given_ids": {"low": torch.full((1, 4), 16)}}, "ids from 16 to 16; allowed: 0 to 15"),
     ({"given_ids": {"low": torch.zeros(1, 3, dtype=torch.int64)}}, "has the shape"),
     ({"prompt": "x", "given_ids": {"text": torch.zeros(1, TEXT_LENGTH, dtype=torch.int64)}}, "text is given as ids and as prompt"),
@@ -203,7 +203,7 @@ def test_upscale_continues_and_replaces_damaged_files(folder, photos, tmp_path, 
     (tmp_path / "out/grid.png").unlink()
     assert dispatch(command) == 0 and "damaged or replaced" in capsys.readouterr().out
     assert pictures(tmp_path / "out") == before and set(before) == {"1.png", "c.png", "grid.png"}
-    with pytest.raises(InputError, match="contains the images of another request: seed was 0, now 1"):
+    with pytest.raises(InputError, match="contains the images of another request: --seed was 0, now 1"):
         dispatch([*command, "--seed", "1"])
     with pytest.raises(InputError, match="the given images are other files"):
         dispatch(["upscale", str(folder), str(photos / "b/1.png"), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])
@@ -312,6 +312,18 @@ def test_generate_with_a_prompt(folder, pipe, tmp_path):
     assert dispatch(["generate", str(folder), "--classes", "bee", "--num", "1", "--out", str(tmp_path / "none"), "--device", "cpu"]) == 0
 
 
+def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
+    message = r"the prompt is longer than 6 bytes, the length of captions in training, and the rest is ignored. The prior sees 'a shor'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        cut = pipe(prompt="a short text", seed=1)
+    assert caught[0].filename == __file__, "it points to the call"
+    assert digests(cut) == digests(pipe(prompt="a shor", seed=1)), "no warning, which would be an error"
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts is longer .* sees, for example, 'a shor'"):
+        list(pipe.batches(prompt=["a", "a short text"], seed=1))
+    assert dispatch(["generate", str(folder), "--prompt", "a short text", "--num", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert f"warning: {message}" in capsys.readouterr().out
+
+
 def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
     with pytest.raises(InputError, match=r"edges is not given.*use `vqmosaic upscale` or `vqmosaic translate`"):
         dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])
@@ -327,7 +339,7 @@ def test_other_dtypes_are_compared_with_the_conditions(folder, photos, tmp_path,
     assert "differ from those in float32" in capsys.readouterr().out
 
 
-# --- classes that the prior has not learned --------------------------------------------------------------------------------------
+# --- classes and conditions that the prior has not learned --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +356,23 @@ def test_classes_without_effect_are_refused(without_classes, photos, tmp_path):
     with pytest.raises(InputError, match=words):
         dispatch(["upscale", str(without_classes), str(photos / "c.png"), "--classes", "ant", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_calls_with_what_the_prior_was_not_trained_with_are_refused(without_classes, pipe, photos, small, tmp_path):
+    with pytest.raises(InputError, match=r"class_labels is given, but .* drop rate 1 of the class.*takes: image \(low\), prompt \(text\)\."):
+        ImageGenerationPipeline.from_pretrained(without_classes, "cpu")("ant", prompt="sea")
+    folder = make_parts(tmp_path, low_drop=1.0).bundle(tmp_path / "pipeline")
+    without_low = ImageGenerationPipeline.from_pretrained(folder, "cpu")
+    assert len(without_low("ant", prompt="sea", seed=1).images) == 1
+    taken = r"This pipeline takes: class_labels, prompt \(text\)\."
+    with pytest.raises(InputError, match=f"image is given, but this prior was not trained with an image. {taken}"):
+        without_low("ant", image=small)
+    with pytest.raises(InputError, match=f"given_ids has low, which this prior was not trained with. {taken}"):
+        without_low("ant", given_ids=pipe.inputs.ids(image=small))
+    with pytest.raises(InputError, match="super_resolve needs a prior that is given an image at low resolution"):
+        without_low.super_resolve(small)
+    with pytest.raises(InputError, match="the image 'low', but it was trained with drop rate 1 of it"):
+        dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "out")])
 
 
 def test_generate_without_learned_classes(without_classes, tmp_path):

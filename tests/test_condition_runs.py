@@ -18,7 +18,7 @@ from pipelines.stages.condition_tokenizers import train_condition_tokenizers
 from pipelines.stages.preprocess import preprocess
 from pipelines.stages.stage_checks import check_before_start, check_chain
 from pipelines.stages.stage_inputs import input_fingerprints
-from pipelines.tokens.audit_command import audit_run
+from pipelines.tokens.audit_command import audit_run, repair_run
 from pipelines.tokens.export_tokens import export_tokens
 from stage1_tokenizer.conditions.text_tokenizer import ByteTokenizer, text_ids
 from stage1_tokenizer.data.open_data import open_splits
@@ -146,6 +146,24 @@ def test_too_many_images_without_a_pair_stop_the_run(run, folders):
         preprocess(recipe)
 
 
+def test_pairs_that_were_unread_at_the_start_do_not_stop_a_run(run, folders, tmp_path, capsys):
+    data = shutil.copytree(folders, tmp_path / "data")
+    pair, content = data / "maps/cat/005.bmp", (data / "maps/cat/005.bmp").read_bytes()
+    pair.unlink()
+    pair.symlink_to(data / "unmounted.bmp")
+    recipe = recipe_of(run, data)
+    delete_stages_from(recipe, "tokens")
+    preprocess(recipe)
+    (data / "unmounted.bmp").write_bytes(content)
+    preprocess(recipe)
+    assert "finished already" in capsys.readouterr().out, "the pairs count as the same"
+    assert audit_run(run / "tokens", recipe) == 1
+    report = capsys.readouterr().out
+    assert "have changed" not in report and report.count("can be read now") == 1
+    repair_run(run / "tokens", recipe)
+    assert audit_run(run / "tokens", recipe) == 0
+
+
 def test_manifest_and_records_describe_the_conditions(trained):
     manifest = TokenShardManifest.load(trained / "tokens/train")
     assert manifest.conditions == [{"name": "low", "kind": "low_resolution", "factor": 2}, {"name": "edges", "kind": "edges", "method": "sobel"},
@@ -215,7 +233,7 @@ def test_a_stopped_tokenizer_stops_the_chain(tmp_path, folders):
 def test_another_condition_keeps_the_other_tokenizers(run, folders):
     recipe = recipe_of(run, folders, data__conditions=conditions(folders)[:-1] + ', {"name": "grey", "kind": "grey"}]')
     assert check_before_start(recipe, "tokenizer", alone=False) == "skip"
-    with pytest.raises(InputError, match=r"stage tokens was run with data\.conditions"):
+    with pytest.raises(InputError, match=r"stage tokens was started with data\.conditions"):
         check_before_start(recipe, "tokens", alone=False)
     delete_stages_from(recipe, "tokens")
     trained = []

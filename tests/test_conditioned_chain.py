@@ -11,6 +11,7 @@ from PIL import Image
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from pipelines.stages.chain import longer_training_hint, next_steps, run_chain
+from stage1_tokenizer.pictures import GAP_PIXELS, TEXT_PIXELS
 from stage2_prior.vocabulary import Vocabulary
 from tests.conditioned import make_parts
 from tests.test_feature_extractors import Pooled, scripted
@@ -43,8 +44,9 @@ def test_run_bundles_the_conditions(run):
 
 def test_pictures_and_measures_use_the_conditions_of_validation_images(run):
     with Image.open(run / "samples.png") as picture:
-        columns, rows = (side // 4 // 18 for side in picture.size)  # enlarged four times; images of 16 pixels with gaps
-        assert (columns, rows) == (1 + 6 + 1, 10), "low resolution, samples, image"
+        tile, text = 4 * (16 + GAP_PIXELS), TEXT_PIXELS + 2 * GAP_PIXELS  # enlarged four times
+        assert picture.width == 8 * tile + 4 * GAP_PIXELS, "low resolution, six samples, image"
+        assert picture.height == 2 * text + 10 * (text + tile + 4 * GAP_PIXELS), "two lines of headings, ten rows with titles"
     captions = (run / "samples.txt").read_text().splitlines()
     assert len(captions) == 10 and all(caption.startswith("number ") for caption in captions), "templates of validation images"
     assert list((run / "logs/prior/samples").glob("step-*.png"))

@@ -21,7 +21,9 @@ from vqmosaic.recipes.recipe_sections import DataConfig
 from vqmosaic.seeding import generator
 
 LOW, EDGES, GREY = {"kind": "low_resolution", "factor": 4}, {"kind": "edges", "method": "sobel"}, {"kind": "grey"}
-KINDS = [LOW, EDGES, GREY]
+CANNY = {"kind": "edges", "method": "canny"}
+needs_canny = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image")
+KINDS = [LOW, EDGES, GREY, pytest.param(CANNY, marks=needs_canny)]
 
 
 def photo(channels: int = 3, height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
@@ -78,16 +80,18 @@ def test_flipping_commutes_with_derivation(derived):
 def test_canny_needs_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"data\.conditions\[0\]\.method is 'canny', which needs the package scikit-image"):
-        check_derived_kind("data.conditions[0]", {"kind": "edges", "method": "canny"})
+        check_derived_kind("data.conditions[0]", CANNY)
     check_derived_kind("data.conditions[0]", EDGES)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs scikit-image")
+@needs_canny
 def test_canny_marks_edges():
+    check_derived_kind("data.conditions[0]", CANNY)
     step = np.zeros((16, 16, 1), np.uint8)
     step[:, 8:] = 255
-    edges = derived_image(step, {"kind": "edges", "method": "canny"})
+    edges = derived_image(step, CANNY)
     assert {*np.unique(edges)} == {0, 255} and 7 <= np.flatnonzero(edges.any(axis=(0, 2))).mean() <= 9
+    assert not derived_image(np.full((16, 16, 3), 77, np.uint8), CANNY).any()
 
 
 # --- transforms --------------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from stage1_tokenizer.conditions.condition_checks import check_condition_data
-from stage1_tokenizer.conditions.condition_data import check_readable, identities, open_condition_data
-from stage1_tokenizer.conditions.image_pairs import ImagePairs, find_pairs
+from stage1_tokenizer.conditions.condition_data import check_coverage, check_readable, identities, open_condition_data
+from stage1_tokenizer.conditions.image_pairs import ImagePairs, OtherProportions, find_pairs
 from stage1_tokenizer.data.check_data import check_data
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage
@@ -49,6 +49,24 @@ def test_pairs_have_the_same_name_without_suffix(photos, maps):
             expected = Image.open(maps / Path(source.source_name(index)).with_suffix(".bmp"))
             assert condition.missing(index) is None and np.array_equal(np.asarray(condition.pairs.read(index)), np.asarray(expected))
     assert find_pairs(str(maps), data)["cat/003"] == "cat/003.bmp"
+
+
+def test_pairs_can_be_read_at_full_depth(photos, maps, tmp_path):
+    deep = tmp_path / "deep"
+    for path in photos.glob("*/*.png"):
+        target = deep / path.relative_to(photos)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((12, 12), 40_001, np.uint16)).save(target)
+    data = data_with(photos, deep, channels=1, value_range=[0, 65535])
+    [condition] = open_condition_data(data, open_splits(data).train, "train")
+    derived = dataclasses.replace(data, conditions=[], derived=data.given_conditions[0].derivation())
+    transform = ImageTransform.from_recipe(derived)
+    assert transform == ImageTransform(16, 1, (0, 65535))
+    pixels = transform(condition.pairs.read(0))
+    assert transform.to_stored_values(pixels[None]).round().unique().tolist() == [40_001], "all 16 bits"
+    assert np.array_equal(transform(open_splits(derived).train.read(0)), pixels), "its tokenizer is trained on the same values"
+    with pytest.raises(InputError, match=r"data\.value_range is .*, but 'maps' in data\.conditions has no value_range, .* 8 bits"):
+        dataclasses.replace(data_with(photos, maps), value_range=[0, 65535])
 
 
 def test_missing_and_unreadable_pairs_have_a_reason(photos, maps):
@@ -96,6 +114,22 @@ def test_the_tokenizer_is_trained_on_the_pairs_of_each_split(photos, maps):
     assert any("1 image is not used, because there is no pair" in note for note in paired.notes)
 
 
+def test_pairs_that_were_unread_when_recorded_do_not_change_the_identity_later(photos, maps, tmp_path):
+    source = open_splits(data_with(photos, maps)).train
+    path = (maps / source.source_name(1)).with_suffix(".bmp")
+    path.rename(tmp_path / "elsewhere.bmp")
+    path.symlink_to(tmp_path / "gone.bmp")  # such as on a file system that is not mounted
+
+    def opened():
+        return open_condition_data(data_with(photos, maps), source, "train")
+
+    recorded = identities(opened())
+    assert recorded["maps"]["unread"] == [1]
+    (tmp_path / "elsewhere.bmp").rename(tmp_path / "gone.bmp")
+    assert identities(opened()) != recorded and "unread" not in identities(opened())["maps"]
+    assert identities([opened()[0].as_recorded(recorded["maps"])]) == recorded
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda photos, maps: (maps / "cat" / "000.png").write_bytes((photos / "cat" / "000.png").read_bytes()), "cat/000.bmp and cat/000.png"),
     (lambda photos, maps: shutil.move(maps, photos / "maps"), "which is not a folder"),
@@ -122,7 +156,7 @@ def test_no_pairs_at_all(photos, maps):
     data = data_with(photos, maps)
     with pytest.raises(InputError, match=r"no image of the train split has a pair in .*maps\. .*an image is cat/"):
         open_splits(dataclasses.replace(data, conditions=[], derived=data.given_conditions[0].derivation()))
-    pairs = ImagePairs(open_splits(data).train, str(maps), None, data)
+    pairs = ImagePairs(open_splits(data).train, {"path": str(maps)}, data)
     assert pairs.indices == []
 
 
@@ -134,9 +168,29 @@ def test_check_data_names_what_is_missing(photos, maps):
     lines = []
     problems = check_data(data_with(photos, maps), lines.append)
     report = "\n".join(lines)
-    assert {name for name, _ in problems} == {*(f"cat/{number:03}.png" for number in range(4)), "dog/001.png"}
+    assert {name for name, _ in problems} == {*(f"cat/{number:03}.png" for number in range(4)), "dog/001.png", "dog/002.png"}
     assert "it has no pair: cat/00" in report and "its pair is unreadable" in report
-    assert "1 pair has other proportions than the image, so the two are cropped differently: dog/002.png" in report
+    assert "1 image is not used, because the pair has other proportions than the image" in report and "part: dog/002.png" in report
+
+
+def test_pairs_of_other_proportions_are_refused_before_a_run(photos, maps):
+    data = data_with(photos, maps)
+    assert check_coverage(data) == []
+    for path in maps.glob("*/*"):
+        Image.fromarray(np.zeros((30, 10), np.uint8)).save(path)
+    with pytest.raises(InputError, match=r"\(maps\): \d+ of the \d+ pairs of the train split .* have other proportions .*10 x 30 pixels, the image"):
+        check_coverage(data)
+    source = open_splits(data).train
+    with pytest.raises(UnreadableImage, match="other proportions"):
+        check_readable(open_condition_data(data, source, "train"), 0)
+
+
+def test_proportions_may_differ_by_rounding(photos, maps):
+    pairs = ImagePairs(open_splits(data_with(photos, maps)).train, {"path": str(maps)}, data_with(photos, maps))
+    width, height = pairs.read(0).size
+    pairs.read(0, (3 * width + 1, 3 * height))
+    with pytest.raises(OtherProportions):
+        pairs.read(0, (3 * width + 4, 3 * height))
 
 
 def test_check_data_lists_the_first_ten(photos, maps):

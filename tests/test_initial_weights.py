@@ -299,3 +299,11 @@ def test_decoder_fine_tuning_with_an_unknown_image_size_is_refused(checkpoint, t
                      "<run_dir>/checkpoints/tokenizer", "tokenizer_training.train_parts to all"):
             assert word in words
     assert check_before_start(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=checkpoint), "tokenizer") == "start"
+
+
+@pytest.mark.parametrize("path", ["tokenizer", CHECKPOINT], ids=["export", "checkpoint"])
+def test_decoder_fine_tuning_on_derived_images_is_refused(path, tiny_run, tmp_path):
+    """Edges have the size and channels of grey images, but would be other images to the encoder."""
+    changes = {"data__derived": "{kind: edges}", **DECODER}
+    for words in error_messages(tiny_recipe(tmp_path / "run", tokenizer_training__init_from=tiny_run / path, **changes)):
+        assert "data.derived is {'kind': 'edges', 'method': 'sobel'}, but the weights" in words and "Set data.derived to null" in words

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.image_folders.sample_folder import NAME_BYTES, file_name, format_option, shorten_name
+from pipelines.image_folders.output_folder import format_option
+from pipelines.image_folders.sample_folder import NAME_BYTES, file_name, shorten_name
 from pipelines.image_folders.write_images import write_reconstructions
 from pipelines.labels import class_indices
 from pipelines.stages.chain import example_classes

@@ -17,7 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.stages import encode_images
 from pipelines.stages import preprocess as module
+from pipelines.stages.encode_images import decode_batches, encode_rows
 from pipelines.stages.preprocess import preprocess
 from pipelines.tokens.audit_command import audit_run
 from stage1_tokenizer import ImageTokenizer
@@ -119,9 +121,9 @@ def test_rows_are_encoded_in_batches_of_fixed_shape(tiny_run):
     tokenizer, shapes = ImageTokenizer.from_pretrained(tiny_run / "tokenizer"), []
     tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     rows_NCHW = torch.rand(19, 1, 16, 16) * 2 - 1
-    ids_NT = module.encode_rows(rows_NCHW, tokenizer, 8)
+    ids_NT = encode_rows(rows_NCHW, tokenizer, 8)
     assert ids_NT.shape == (19, 16) and set(shapes) == {(8, 1, 16, 16)} and len(shapes) == 3
-    assert np.array_equal(ids_NT[16:], module.encode_rows(rows_NCHW[16:], tokenizer, 8))
+    assert np.array_equal(ids_NT[16:], encode_rows(rows_NCHW[16:], tokenizer, 8))
 
 
 @pytest.mark.parametrize(("threads", "ahead"), [(1, 2), (3, 0), (3, 2), (2, 5)])
@@ -135,7 +137,7 @@ def test_decoding_does_not_depend_on_the_number_of_threads(threads, ahead, tiny_
 
     def results(threads: int, ahead: int) -> list[tuple[list[int], list[float], list[str | None]]]:
         return [(batch, rows_NVCHW.tolist(), [reason and str(reason) for reason in reasons])
-                for batch, [rows_NVCHW], reasons in module.decode_batches(source, batches, views, tokenizer, threads, ahead)]
+                for batch, [rows_NVCHW], reasons in decode_batches(source, batches, views, tokenizer, threads, ahead)]
 
     expected = results(1, 0)
     assert [batch for batch, _, _ in expected] == batches and sum(reason is not None for _, _, reasons in expected for reason in reasons) == 2
@@ -204,7 +206,7 @@ def test_another_tokenizer_is_rejected_for_finished_tokens(tiny_run, photos, tmp
     other = ImageTokenizer.from_pretrained(tiny_run / "tokenizer")
     other.quantizer.codebook[0] += 1
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"stage tokens was run with tokenizer = .*--redo tokens"):
+    with pytest.raises(InputError, match=r"stage tokens was started with tokenizer = .*--redo tokens"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos, tokens__tokenizer=tmp_path / "other")))
 
 
@@ -212,7 +214,7 @@ def test_other_images_are_rejected_for_finished_tokens(tiny_run, photos, tmp_pat
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
     preprocess(recipe)
     Image.new("L", (20, 20)).save(photos / "ant/new.png")
-    with pytest.raises(InputError, match=r"stage tokens was run with data set = .*--redo tokens"):
+    with pytest.raises(InputError, match=r"stage tokens was started with data set = .*--redo tokens"):
         preprocess(recipe)
 
 
@@ -251,7 +253,7 @@ def test_limit_includes_images_skipped_by_earlier_runs(tiny_run, photos, tmp_pat
     """Each run finds one unreadable image, which is allowed. Two images exceed the limit."""
     corrupt(photos, (0, 1), (3, 3))
     recipe = tiny_recipe(tmp_path / "run", **fields(tiny_run, photos))
-    at_image(2 * PER_SHARD, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    at_image(2 * PER_SHARD + 3, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     with pytest.raises(Interrupted):
         preprocess(recipe)
     monkeypatch.undo()
@@ -340,9 +342,12 @@ def test_signal_keeps_finished_shards_for_the_next_run(number, code, cores, tiny
     """With one core, decoding and encoding alternate. With many cores, images are decoded ahead. Both write the same bytes."""
     changes = fields(tiny_run, photos)
     preprocess(tiny_recipe(tmp_path / "straight", **changes))
-    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(encode_images, "available_cores", lambda: cores)
+    at_image(3, lambda: os.kill(os.getpid(), number), monkeypatch)
+    with pytest.raises(Interrupted, match="no shard was finished"):
+        preprocess(tiny_recipe(tmp_path / "stopped", **changes))
     at_image(2 * PER_SHARD + 3, lambda: os.kill(os.getpid(), number), monkeypatch)
-    with pytest.raises(Interrupted, match="finished shards are kept") as stopped:
+    with pytest.raises(Interrupted, match="2 finished shards are kept") as stopped:
         preprocess(tiny_recipe(tmp_path / "stopped", **changes))
     assert stopped.value.exit_code == code
     assert not list((tmp_path / "stopped/tokens").rglob(".partial-*"))
@@ -442,10 +447,10 @@ def test_first_signal_interrupts_a_blocked_read(cores, tiny_run, photos, tmp_pat
             unblock.wait()
         return read(self, index)
 
-    monkeypatch.setattr(module, "available_cores", lambda: cores)
+    monkeypatch.setattr(encode_images, "available_cores", lambda: cores)
     monkeypatch.setattr(FolderSource, "read", blocking_read)
     started = time.monotonic()
-    with pytest.raises(Interrupted, match="finished shards are kept"):
+    with pytest.raises(Interrupted, match=r"finished shards? (is|are) kept|no shard was finished"):
         preprocess(tiny_recipe(tmp_path / "run", **fields(tiny_run, photos)))
     assert time.monotonic() - started < 30
     unblock.set()

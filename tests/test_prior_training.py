@@ -309,7 +309,7 @@ def test_validation_metrics_with_and_without_the_class(tiny_run, capsys):
 def test_validation_without_the_class_requires_label_drop(run_dir, tmp_path, capsys):
     shutil.copytree(run_dir, tmp_path / "conditional")
     train(run_dir, max_steps=2)
-    assert "(without class " in capsys.readouterr().out
+    assert "(without the class " in capsys.readouterr().out
     (record,) = records(run_dir, "prior", "validation")
     assert {"nll", "accuracy", "bits_per_image", "nll_without_class", "accuracy_without_class", "bits_per_image_without_class"} <= record.keys()
     train(tmp_path / "conditional", max_steps=2, label_drop=0, sampling__guidance_scale=1)

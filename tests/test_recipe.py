@@ -157,6 +157,7 @@ def test_binary_recipe_file_is_rejected(tmp_path):
     ("tokenizer.channel_multipliers", "3", "a list in brackets"),
     ("tokenizer.channel_multipliers", "[1,two]", "an integer"),
     ("prior.options", "3", "a mapping"),
+    ("data.derived", "5", "a mapping in braces or null"),
 ])
 def test_wrong_type_error_names_field_value_and_allowed_type(field, given, allowed):
     message = error_message(f"--{field}", given)

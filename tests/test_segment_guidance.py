@@ -217,7 +217,7 @@ def test_validation_reports_each_drawn_grid_and_the_null_ids(reader):
     assert metrics["bits_per_image"] == pytest.approx(8 * metrics["nll"] / math.log(2), rel=1e-5)
     assert metrics["nll_without_given"] != pytest.approx(metrics["nll"], rel=1e-4) and "nll_without_class" not in metrics
     text = describe_metrics(metrics)
-    assert f"(image {metrics['nll_image']:.4f}, edges {metrics['nll_edges']:.4f})" in text and "(without given " in text
+    assert f"(image {metrics['nll_image']:.4f}, edges {metrics['nll_edges']:.4f})" in text and "(without class and conditions " in text
 
 
 def test_validation_tokens_of_other_grids_are_refused_before_training(tiny_run, tmp_path):

@@ -196,7 +196,7 @@ def test_training_resumes_with_a_moved_data_set_but_not_with_a_changed_one(photo
     content = changed.read_bytes()
     changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for steps in (4, 6):
-        with pytest.raises(InputError, match="was run with data set = "):
+        with pytest.raises(InputError, match="was started with data set = "):
             train(recipe(data__path=moved, tokenizer_training__max_steps=steps))
 
 
@@ -365,7 +365,7 @@ def test_tokens_of_an_earlier_tokenizer_are_refused_before_anything_is_removed(t
     train(tiny_recipe(tiny_copy, **longer))
     recipe = tiny_recipe(tiny_copy, **longer)
     for redo_stage in (None, "pipeline", "prior"):
-        with pytest.raises(InputError, match=r"stage tokens was run with tokenizer.*--redo tokens"):
+        with pytest.raises(InputError, match=r"stage tokens was started with tokenizer.*--redo tokens"):
             run_chain(recipe, redo_stage=redo_stage)
     assert (tiny_copy / "pipeline/pipeline.json").is_file() and (tiny_copy / "prior/config.json").is_file()
     with pytest.raises(InputError, match=r"tokens was made with another tokenizer than .*--redo tokens"):

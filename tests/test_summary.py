@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pipelines import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.chain import run_chain
+from pipelines.stages.measures import DigitsClassifier, measure_generation
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
 from stage2_prior import train as train_prior
 from tests.run_files import records
 from tests.tiny import tiny_recipe
+from token_shards import TokenShardReader
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.run_folder import RunFolder
 
 ERRORS = {2: 0.5, 4: 0.3000001, 6: 0.3, 8: 0.4, 10: 0.2}
@@ -73,3 +77,14 @@ def test_evenly_spaced_classes():
     chosen = evenly_spaced_classes(1000, 100)
     assert chosen == list(range(0, 1000, 10))
     assert len(set(evenly_spaced_classes(130, 100))) == 100
+
+
+@pytest.mark.parametrize(("sampling", "names"), [
+    (SamplingConfig(), ["recommended"]),
+    (SamplingConfig(temperature=0.9), ["recommended", "temperature 1"]),
+    (SamplingConfig(guidance_scale=2.0), ["recommended", "guidance off"]),
+])
+def test_equal_settings_are_measured_once(sampling, names, tiny_run):
+    pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
+    pipe.sampling = sampling
+    assert list(measure_generation(pipe, TokenShardReader(tiny_run / "tokens/train"), 0, DigitsClassifier([0]))) == names

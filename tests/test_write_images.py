@@ -85,7 +85,7 @@ def test_request_interrupted_twice_gives_the_same_files(tiny_run, tmp_path, unin
     out = tmp_path / "out"
     after_files(5, interrupt)
     assert generate(tiny_run, out) == EXIT_CODES[signal.SIGTERM]
-    assert f"stopped by SIGTERM; 64 of {TOTAL} images are written to {out}. Run the same command to continue from there." in capsys.readouterr().err
+    assert f"stopped by SIGTERM; 64 of {TOTAL} images are written to {out}. Run the same command to continue." in capsys.readouterr().err
     assert len(pictures(out)) == 64
 
     after_files(7, kill)
@@ -477,7 +477,7 @@ def test_reconstructions_continue_after_an_interruption(tiny_run, photos, tmp_pa
     out = tmp_path / "out"
     after_files(3, interrupt)
     assert reconstruct(tiny_run, photos, out) == 143
-    assert f"64 of 150 reconstructions are written to {out}. Run the same command to continue from there." in capsys.readouterr().err
+    assert f"64 of 150 reconstructions are written to {out}. Run the same command to continue." in capsys.readouterr().err
     after_files(9, kill)
     with pytest.raises(Killed):
         reconstruct(tiny_run, photos, out)

@@ -63,6 +63,7 @@ def generate(pipe: ImageGenerationPipeline, folder: Path | None, stop: threading
     columns = number if labels and 1 < number <= 16 else min(count, 8)
     rows = [result.images[start:start + columns] for start in range(0, count, columns)]
     report = f"{count} image{'s' if count > 1 else ''} with seed {seed} in {time.monotonic() - started:.1f} s."
+    report += "".join(f" Warning: {message}." for message in pipe.inputs.describe_cut(given.prompts or None))
     grid = tile_images(rows, viewing_scale(result.images.shape[1:3]))
     return gallery, grid, seed, report, python_code(pipe, folder, request, given)
 

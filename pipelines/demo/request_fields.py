@@ -41,8 +41,8 @@ class GivenValues:
 
 
 def given_fields(pipe: ImageGenerationPipeline) -> list[GivenField]:
-    """The inputs for the conditions of a pipeline, in their order."""
-    conditions, fields = pipe.vocabulary.conditions, []
+    """The inputs for the conditions that can be given to a pipeline, in their order."""
+    conditions, fields = pipe.vocabulary.learned_conditions, []
     texts = sum(condition.name in pipe.inputs.texts for condition in conditions)
     for condition in conditions:
         is_text = condition.name in pipe.inputs.texts

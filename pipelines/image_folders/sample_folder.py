@@ -1,14 +1,11 @@
-"""The output folder of `vqmosaic generate`: one PNG per image, grid.png, and samples.json, which records the request.
+"""The output folder of `vqmosaic generate`, with samples.json, and the names of its images and those of `vqmosaic reconstruct`.
 
-After an interruption, the same command writes the missing images. A folder never holds images of two requests.
 Importing this module does not load torch.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -17,52 +14,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.bundle import read_bundle
-from pipelines.image_folders.png_files import is_whole_png, png_header
-from pipelines.pipeline_parts import PipelineParts
-from pipelines.sweep.sweep_record import describe_pipeline_change, is_pipeline_field, iterate_differences
-from stage1_tokenizer.data.data_location import is_image
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
-from vqmosaic import __version__
-from vqmosaic.errors import InputError, listed_names, printable
-from vqmosaic.files.durable_files import write_json
-from vqmosaic.files.full_disks import explain_full_disk
-from vqmosaic.recipes.recipe_sections import SamplingConfig
+from pipelines.image_folders.output_folder import GRID_NAME, SAMPLES_RECORD, OutputFolder
+from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import is_locked
-from vqmosaic.wording import counted, is_or_are
 
-FORMAT = "vqmosaic.samples"
-FORMAT_VERSION = 1
-RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
-RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "reconstructions.json", "translations.json"
-RECORDS = frozenset({RECORD_NAME, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD})
-"""The records of all commands that write images. A folder with one of them holds results."""
 NAME_BYTES = 220
 """Largest length of a file name without number and suffix. File systems allow 255 bytes, and temporary names add a suffix."""
-MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
-"""Largest number of classes listed in an error, and of damaged files listed in a warning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleFolder:
-    """An output folder and the request for its images."""
+class SampleFolder(OutputFolder):
+    """The output folder of `vqmosaic generate` and the request for its images."""
 
-    out: Path
-    """The output folder."""
-    pipeline: Path
-    """The pipeline folder that generates the images."""
-    class_names: list[str] | None
-    """Class names of the pipeline, or None without classes."""
-    labels: list[int] | None
-    """The requested class indices, or None for a pipeline without classes."""
+    RECORD, FORMAT = SAMPLES_RECORD, "vqmosaic.samples"
+
     num: int
     """Images per label."""
-    seed: int
-    """Seed of the request."""
-    sampling: SamplingConfig
-    """All sampling settings, including the recommended ones."""
-    dtype: str
-    """Number format of prior and decoder."""
     prompt: str | None = None
     """The text that is given for all images, or None."""
 
@@ -77,78 +44,9 @@ class SampleFolder:
             counts[stem] += self.num
         return names
 
-    @cached_property
-    def request(self) -> dict[str, Any]:
-        """Everything that determines the images, as JSON content. Reads the prior's weights to compute their digest."""
-        return {"pipeline": PipelineParts.in_folder(self.pipeline, read_bundle(self.pipeline)).fingerprints(), "classes": self.labels,
-                "num": self.num, "seed": self.seed, "sampling": self.sampling.to_dict(), "dtype": self.dtype,
-                **({} if self.prompt is None else {"prompt": self.prompt})}
-
-    def existing_files(self) -> set[str]:
-        """Check that the folder can be used for this request, and return the files of this request that exist: images and grid.
-
-        The files may be incomplete; see `complete_files`.
-
-        Raises:
-            InputError: the folder contains images of another request; its samples.json cannot be read as a record; or there is no samples.json,
-                but the folder or a sub-folder contains images.
-        """
-        expected, existing = {*self.names, GRID_NAME}, files_in(self.out)
-        remedy = f"Give another --out, or delete these images and {RECORD_NAME}."
-        if RECORD_NAME not in existing:
-            check_no_unrecorded_files(self.out, expected & existing, RECORD_NAME)
-            check_no_other_images(self.out)
-            return set()
-        try:
-            content = json.loads((self.out / RECORD_NAME).read_text())
-            is_known = (content["format"], content["format_version"]) == (FORMAT, FORMAT_VERSION) and isinstance(content["request"], dict)
-        except (OSError, ValueError, KeyError, TypeError):
-            is_known = False
-        if not is_known:
-            raise InputError(f"{self.out / RECORD_NAME} is not a record of generated images that this vqmosaic can read. {remedy}")
-        recorded = content["request"]
-        if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
-            recorded = recorded | {"sampling": SamplingConfig().to_dict() | recorded["sampling"]}
-        if recorded != self.request and not any(name.endswith(".png") for name in existing):
-            return set()  # the other request was stopped before its first image
-        if recorded != self.request:
-            raise InputError(f"--out {self.out} contains the images of another request: {self._differences(recorded)}. {remedy}")
-        return expected & existing
-
-    def _differences(self, recorded: dict[str, Any]) -> str:
-        """The differences between a recorded request and this one, in terms of the command's options."""
-        changed = list(iterate_differences(recorded, self.request))
-        is_other_pipeline = any(is_pipeline_field(name) for name, _, _ in changed)
-        names = None if is_other_pipeline else self.class_names  # another pipeline may have other classes
-        words = [describe_pipeline_change(changed)] if is_other_pipeline else []
-        for name, before, now in changed:
-            if not is_pipeline_field(name):
-                option = name.removeprefix("sampling.")
-                words.append(f"--{option} was {format_option(option, before, names)}, now {format_option(option, now, names)}")
-        return "; ".join(words)
-
-    def complete_files(self) -> set[str]:
-        """Names of the files of this request that are complete PNGs of the expected size. Raises as `existing_files` does."""
-        transform = read_tokenizer_config(self.pipeline / "tokenizer")["transform"]
-        header = png_header(transform["image_size"], transform["channels"])
-        return {name for name in self.existing_files() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
-
-    def is_finished(self) -> bool:
-        """Whether all images and the grid exist and are complete. If so, prints that there is nothing to do.
-
-        Counts the files first, which is fast, and reads them only if none is missing. Raises as `existing_files` does.
-        """
-        total = len(self.names)
-        if len(self.existing_files()) < total + 1 or len(self.complete_files()) < total + 1:
-            return False
-        print(f"nothing to do: {self.out} already contains {'the' if total == 1 else 'all'} {counted(total, 'image')} of this request")
-        return True
-
-    def begin(self) -> None:
-        """Create the folder and record the request. Called before the first image is written."""
-        make_folder(self.out)
-        if not self.existing_files():
-            write_json(self.out / RECORD_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+    @property
+    def own_request(self) -> dict[str, Any]:
+        return {"num": self.num, **({} if self.prompt is None else {"prompt": self.prompt})}
 
 
 def find_output_folder(samples: SampleFolder) -> SampleFolder:
@@ -161,60 +59,10 @@ def find_output_folder(samples: SampleFolder) -> SampleFolder:
             candidate.existing_files()
         except InputError:
             return False
-        return (candidate.out / RECORD_NAME).exists() or not is_locked(candidate.out)
+        return (candidate.out / SAMPLES_RECORD).exists() or not is_locked(candidate.out)
 
     numbered = (dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}")) for number in itertools.count(2))
     return next(filter(is_free, itertools.chain([samples], numbered)))
-
-
-def files_in(out: Path) -> set[str]:
-    """Names of all entries of a folder. Empty if the folder does not exist."""
-    return set(os.listdir(out)) if out.is_dir() else set()
-
-
-def check_no_unrecorded_files(out: Path, names: set[str], record: str) -> None:
-    """Raise InputError if there are any `names`: existing files that would be replaced and that no record lists.
-
-    `record` is the file name of the record, for the message.
-    """
-    if names:
-        others = f" and {counted(len(names) - 1, 'other file')}" if len(names) > 1 else ""
-        raise InputError(f"--out {out} contains {printable(min(names))}{others} that would be replaced and that no {record} lists. "
-                         "Give another --out, or delete them.")
-
-
-def check_no_other_images(out: Path) -> None:
-    """Raise InputError if a folder without a record, or one of its sub-folders, contains images: it may be a data set.
-
-    Sub-folders with a record contain results of an earlier command, so they are ignored.
-    """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        entries = sorted(os.scandir(out), key=lambda entry: entry.name)
-        found = [entry.name for entry in entries if is_image(entry.name)]
-        for entry in entries:
-            if not found and not entry.name.startswith(".") and entry.is_dir() and not files_in(Path(entry)) & RECORDS:
-                found = [f"{entry.name}/{name}" for name in sorted(files_in(Path(entry))) if is_image(name)]
-        if found:
-            raise InputError(f"--out {out} contains images of another origin, such as {printable(found[0])}. The new images would be mixed with "
-                             "them, as in a data set. Give a folder that is new or empty.")
-
-
-def digest_of_files(paths: Sequence[Path]) -> str:
-    """Hex sha256 over the paths, sizes and modification times of files. Detects changes without reading the files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def make_folder(out: Path) -> None:
-    """Create the output folder. Raises InputError if this fails."""
-    try:
-        with explain_full_disk(out.parent):
-            out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create --out {out}: {error.strerror}.") from None
 
 
 def file_name(class_name: str) -> str:
@@ -246,28 +94,3 @@ def reconstruction_names(paths: Sequence[Path]) -> list[str]:
         taken.add(name)
         names.append(f"{name}.png")
     return names
-
-
-def report_damaged(out: Path, names: set[str]) -> None:
-    """Warn that files of an earlier call are damaged or were replaced."""
-    if names:
-        print(f"warning: {counted(len(names), 'file')} in {out} {is_or_are(len(names))} damaged or replaced and will be "
-              f"written again: {listed_names(sorted(names), MAX_LISTED_FILES)}", flush=True)
-
-
-def format_option(option: str, value: Any, class_names: list[str] | None) -> str:
-    """Format the value of an option of `generate` for a message, about as the user would type it. Long lists of classes are cut.
-
-    `class_names` are the names for the indices in option `classes`; None if they are not known.
-    """
-    if value is None:
-        return "not given"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if option == "classes" and isinstance(value, list):
-        if class_names is not None and value == list(range(len(class_names))):
-            return "all classes"
-        labels = [class_names[index] if class_names is not None and index in range(len(class_names)) else str(index) for index in value]
-        more = f" ... ({counted(len(labels), 'class')})" if len(labels) > MAX_LISTED_CLASSES else ""
-        return printable(",".join(labels[:MAX_LISTED_CLASSES])) + more
-    return " ".join(format_option("", item, None) for item in value) if isinstance(value, list) else printable(str(value))

@@ -8,7 +8,7 @@ Both commands keep at most one batch in memory and continue after an interruptio
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +17,20 @@ from PIL import Image
 
 from pipelines.bundle import usable_device
 from pipelines.decoded_images import tokenizer_batch_size
-from pipelines.generate import ImageGenerationPipeline
-from pipelines.image_folders.png_files import is_whole_png, png_header
-from pipelines.image_folders.sample_folder import (
+from pipelines.generate import GenerationOutput, ImageGenerationPipeline
+from pipelines.image_folders.output_folder import (
     GRID_NAME,
     RECONSTRUCTIONS_RECORD,
-    SampleFolder,
+    OutputFolder,
     check_no_other_images,
     check_no_unrecorded_files,
     digest_of_files,
     files_in,
     make_folder,
-    reconstruction_names,
     report_damaged,
 )
+from pipelines.image_folders.png_files import is_whole_png, png_header
+from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image, to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, to_picture, viewing_scale
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, first_ids, load_tokenizer
@@ -47,6 +47,8 @@ GRID_COLUMNS = 8
 """Images per row of the grid, unless each row is a class."""
 GRID_SIDE, GRID_PIXELS = 16, 16 * 256
 """Largest number of images along a side of a grid, and of their pixels along that side."""
+SampleBatches = Callable[[StopFlag, Callable[[int, int], bool], Callable[[range], bool]], Iterator[GenerationOutput]]
+"""Starts the sampling of a request; see `write_batches`."""
 COMPARED_IMAGES = 8
 """Number of images whose logits are compared with float32 if another dtype is requested."""
 
@@ -76,29 +78,12 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
     samples.begin()
     if kept:
         print(f"continuing: {kept:,} of {counted(total, 'image')} {is_or_are(kept)} already in {samples.out}", flush=True)
-    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
-        def on_token(done: int, tokens: int) -> bool:
-            bar.total = tokens
-            bar.update(done - bar.n)
-            return not stop.signal
-
-        if pipe is not None:
-            # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
-            batches = pipe.batches(samples.labels, samples.num, samples.seed, prompt=samples.prompt, output_type="np", callback=on_token,
-                                   skip=lambda positions: complete.issuperset(samples.names[position] for position in positions))
-            try:
-                for batch in batches:
-                    first_batch = first_batch or batch
-                    for position, pixels_HWC in zip(batch.places, batch.images, strict=True):
-                        if samples.names[position] not in complete:
-                            save_picture(to_picture(pixels_HWC), samples.out / samples.names[position])
-                            written += 1
-                    if stop.signal:
-                        break
-            except SamplingStopped:
-                pass
-        if stop.signal:
-            raise Interrupted(stop.signal, f"{kept + written:,} of {counted(total, 'image')} {is_or_are(kept + written)} written to {samples.out}")
+    if pipe is not None:
+        for message in pipe.inputs.describe_cut(samples.prompt):
+            print(f"warning: {message}", flush=True)
+        given_ids = pipe.inputs.ids(samples.prompt)
+        written, first_batch = write_batches(samples, complete, lambda _, callback, skip: pipe.batches(
+            samples.labels, samples.num, samples.seed, given_ids=given_ids, output_type="np", callback=callback, skip=skip))
     has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # one row per class
     rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
     shown = sum(map(len, rows))
@@ -115,6 +100,43 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
         except torch.OutOfMemoryError:
             print(f"the logits in {samples.dtype} were not compared with those in float32: both priors together do not fit in memory")
     return 0
+
+
+def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatches) -> tuple[int, GenerationOutput | None]:
+    """Write the sampled images that are not in `complete`. Returns the number of written images and the first sampled batch.
+
+    Args:
+        sample: starts the sampling. Its arguments are a StopFlag, and the callback and skip of pipe.batches.
+
+    Raises:
+        Interrupted: a signal stopped it. Written images are kept.
+    """
+    names, kept, written, first_batch = folder.names, len(complete - {GRID_NAME}), 0, None
+    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
+        def on_token(done: int, tokens: int) -> bool:
+            bar.total = tokens
+            bar.update(done - bar.n)
+            return not stop.signal
+
+        def is_complete(positions: range) -> bool:
+            return complete.issuperset(names[position] for position in positions)
+
+        try:
+            # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
+            for batch in sample(stop, on_token, is_complete):
+                first_batch = first_batch or batch
+                for position, pixels_HWC in zip(batch.places, batch.images, strict=True):
+                    if names[position] not in complete:
+                        save_picture(to_picture(pixels_HWC), folder.out / names[position])
+                        written += 1
+                if stop.signal:
+                    break
+        except SamplingStopped:
+            pass
+        if stop.signal:
+            done = kept + written
+            raise Interrupted(stop.signal, f"{done:,} of {counted(len(names), 'image')} {is_or_are(done)} written to {folder.out}")
+    return written, first_batch
 
 
 def write_reconstructions(tokenizer_folder: Path, paths: list[Path], out: Path, device: str | None, dtype: str) -> int:

@@ -1,24 +1,22 @@
 """Writes the output of `vqmosaic upscale` and `vqmosaic translate`: one PNG per given image, and a grid of given images over results."""
 
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipelines.generate import ImageGenerationPipeline
-from pipelines.image_folders.sample_folder import GRID_NAME, report_damaged
+from pipelines.generate import GenerationOutput, ImageGenerationPipeline
+from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
 from pipelines.image_folders.translation_folder import TranslationFolder
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_images, save_grid
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_images, save_grid, write_batches
 from pipelines.stages.stored_conditions import as_channels
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import to_uint8
-from stage1_tokenizer.pictures import save_picture, to_picture
-from stage2_prior.generation.sampling import SamplingStopped
-from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import locked
-from vqmosaic.training.tracking import progress_bar
 from vqmosaic.wording import counted, is_or_are
 
 READ_IMAGES = 64
@@ -40,43 +38,25 @@ def write_missing(folder: TranslationFolder, device: str | None) -> int:
     """The part of `write_translations` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, names = folder.complete_files(), folder.names
+    complete, total = folder.complete_files(), len(folder.names)
     report_damaged(folder.out, folder.existing_files() - complete)
-    kept, written = len(complete - {GRID_NAME}), 0
+    kept = len(complete - {GRID_NAME})
     pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
     pipe.sampling = folder.sampling
     paths, transform = list(folder.images.values()), pipe.inputs.tokenizers[folder.condition].transform.without_derivation
-    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
-        chunks = (paths[start:start + READ_IMAGES] for start in range(0, len(paths), READ_IMAGES))
-        message = f"{kept:,} of {counted(len(names), 'image')} {is_or_are(kept)} written to {folder.out}"
+
+    def sample(stop: StopFlag, callback: Callable[[int, int], bool], skip: Callable[[range], bool]) -> Iterator[GenerationOutput]:
+        chunks = (paths[start:start + READ_IMAGES] for start in range(0, total, READ_IMAGES))
+        message = f"{kept:,} of {counted(total, 'image')} {is_or_are(kept)} written to {folder.out}"
         images = (stop.wait_or_raise(functools.partial(load_images, chunk, transform), message) for chunk in chunks)
         ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, images_BCHW) for images_BCHW in images])
+        folder.begin()  # all given images are readable
+        return pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=callback, skip=skip)
 
-        def on_token(done: int, tokens: int) -> bool:
-            bar.total = tokens
-            bar.update(done - bar.n)
-            return not stop.signal
-
-        # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
-        batches = pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=on_token,
-                               skip=lambda positions: complete.issuperset(names[position] for position in positions))
-        folder.begin()
-        try:
-            for batch in batches:
-                for position, pixels_HWC in zip(batch.places, batch.images, strict=True):
-                    if names[position] not in complete:
-                        save_picture(to_picture(pixels_HWC), folder.out / names[position])
-                        written += 1
-                if stop.signal:
-                    break
-        except SamplingStopped:
-            pass
-        if stop.signal:
-            done = kept + written
-            raise Interrupted(stop.signal, f"{done:,} of {counted(len(names), 'image')} {is_or_are(done)} written to {folder.out}")
+    written, _ = write_batches(folder, complete, sample)
     save_grid_of_pairs(folder, pipe)
     print(f"wrote {counted(written, 'image')} and {GRID_NAME} (given images over results) to {folder.out}"
-          + (f", which now contains all {len(names):,}" if kept else ""))
+          + (f", which now contains all {total:,}" if kept else ""))
     return 0
 
 

@@ -121,7 +121,9 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     print("\ntime:\n" + "\n".join(f"    {name:<24} {format_duration(value)}" for name, value in seconds.items()))
     print(f"    {'total':<24} {format_duration(sum(seconds.values()))}")
     steps = "\n".join(f"    {command}" for command in next_steps(run))
-    print(f"\npictures: {run.root / 'samples.png'}, {run.root / 'reconstructions.png'}\nnext steps:\n{steps}")
+    # samples.txt has the captions of samples.png
+    pictures = [run.root / name for name in ("samples.png", "samples.txt", "reconstructions.png") if (run.root / name).exists()]
+    print(f"\npictures: {', '.join(map(str, pictures))}\nnext steps:\n{steps}")
 
 
 def next_steps(run: RunFolder) -> list[str]:
@@ -137,8 +139,11 @@ def next_steps(run: RunFolder) -> list[str]:
     classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     if vocabulary.why_not_sampled(bool(names), []) is None:
         commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
+    learned = [condition.name for condition in vocabulary.learned_conditions]
     for record in content.get("conditions", []):
         name, kind, needed = record["name"], record["kind"], ""
+        if name not in learned:
+            continue
         if vocabulary.why_not_sampled(False, [name]) is not None:  # not without a class, or not with this condition alone
             needed = f"--classes {shlex.quote(example_classes(class_names[:1]))} " if class_names else ""
             if vocabulary.why_not_sampled(True, [name]) is not None:

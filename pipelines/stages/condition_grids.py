@@ -5,12 +5,14 @@ All grids of an image are made from the same view of it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipelines.stages.stage_inputs import check_condition_tokenizer, condition_tokenizer_folder
 from stage1_tokenizer.conditions.condition_data import ConditionData, open_condition_data
+from stage1_tokenizer.conditions.image_pairs import OtherProportions
 from stage1_tokenizer.conditions.text_tokenizer import TextTokenizer, load_text_tokenizer, text_grid, text_ids
 from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.image_files.images import UnreadableImage
@@ -57,16 +59,22 @@ class ConditionGrid:
         """Name of the condition and its grid."""
         return self.data.config.name
 
-    def pixels(self, index: int, view_VHWC: np.ndarray, views: Sequence[View]) -> np.ndarray:
-        """The images (V, h, w, c) of the condition, given the views of an image.
+    def as_recorded(self, identity: Mapping[str, Any]) -> "ConditionGrid":
+        """The same grid, with the pairs left out of the identity whose contents are not part of the recorded one."""
+        return replace(self, data=self.data.as_recorded(identity))
 
-        Raises UnreadableImage if the paired image cannot be read.
+    def pixels(self, index: int, image_size: tuple[int, int], view_VHWC: np.ndarray, views: Sequence[View]) -> np.ndarray:
+        """The images (V, h, w, c) of the condition, given the size (width, height) of an image and its views.
+
+        Raises UnreadableImage if the paired image cannot be read, or has other proportions.
         """
         assert self.tokenizer is not None
         if self.data.pairs is None:
             return np.stack([self.tokenizer.transform.derive(view_HWC) for view_HWC in view_VHWC])
         try:
-            return self.tokenizer.transform.resize_views(self.data.pairs.read(index), views)
+            return self.tokenizer.transform.resize_views(self.data.pairs.read(index, image_size), views)
+        except OtherProportions as error:
+            raise UnreadableImage(f"its pair for {self.name!r} cannot be used: {error}") from error
         except UnreadableImage as error:
             raise UnreadableImage(f"its pair for {self.name!r} is unreadable: {error}") from error
 

@@ -1,5 +1,6 @@
 """Measures of generated samples: copies of training images, distinct samples and, for digits, agreement with the requested class."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from stage1_tokenizer.image_files.channels import colour_channels
 from stage1_tokenizer.image_files.images import to_tensor, to_uint8
 from token_shards import TokenShardReader
 from token_shards.manifest import grid_columns
+from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 SAMPLES = 500
 SAMPLES_WITHOUT_CLASSIFIER = 100
@@ -76,10 +78,12 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
                        held_out: TokenShardReader | None = None) -> dict[str, dict[str, float]]:
     """Measures of samples generated with the recommended settings and, if a classifier is given, also without guidance and at temperature 1.
 
+    Settings that equal earlier ones, such as those without guidance if none is recommended, are left out.
+
     A prior with conditions gets those of validation images, from the shards of `held_out`. psnr_of_<condition> compares a condition that is derived
     from the samples (such as their low resolution) with the given one.
     """
-    training_digests, names = training_grids(reader, [grid.name for grid in pipe.tokenizer.grids]), pipe.class_names
+    training_digests, names = training_grids(reader, [grid.name for grid in pipe.tokenizer.grids]), pipe.vocabulary.learned_class_names
     samples = SAMPLES if classifier is not None else SAMPLES_WITHOUT_CLASSIFIER
     labels = evenly_spaced_classes(len(names), samples) if names else None
     per_label = samples // len(labels) if labels else samples
@@ -89,18 +93,25 @@ def measure_generation(pipe: ImageGenerationPipeline, reader: TokenShardReader, 
         plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         settings |= {"guidance off": unguided, "temperature 1": plain, "guidance off, temperature 1": unguided | plain}
     request: dict[str, Any] = {"class_labels": labels, "num_images_per_label": per_label}
+    classes = None if labels is None else [label for label in labels for _ in range(per_label)]
     if held_out is not None:
         stored = stored_images(held_out, pipe.chain.vocabularies, samples)
         if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
             return {}  # no validation image has a class, and the prior has not learned to sample without one
-        request = {"class_labels": stored.classes, "given_ids": stored.select([condition.name for condition in pipe.vocabulary.conditions])}
-    results = {}
+        class_labels, given_ids = stored.learned_by(pipe.vocabulary)
+        request, classes = {"class_labels": class_labels, "given_ids": given_ids}, stored.classes
+    results: dict[str, dict[str, float]] = {}
+    measured: list[SamplingConfig] = []
     for name, changed in settings.items():
+        sampling = dataclasses.replace(pipe.sampling, **changed)
+        if sampling in measured:
+            continue
+        measured.append(sampling)
         out = pipe(**request, seed=seed, output_type="pt", **changed)
         assert isinstance(out.images, torch.Tensor) and out.token_ids is not None  # as output_type says, and nothing stops the sampling
         results[name] = {"samples": len(out.seeds), **token_measures(pipe.tokenizer.join_tokens(out.token_ids), training_digests)}
-        if classifier is not None and out.class_indices is not None:
-            results[name].update(classifier.measures(out.images, out.class_indices))
+        if classifier is not None and classes is not None:  # a prior that is not given the class can learn it from the caption
+            results[name].update(classifier.measures(out.images, classes))
         results[name].update(condition_psnr(pipe.inputs, out.images, out.given_ids))
     return results
 

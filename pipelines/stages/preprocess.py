@@ -8,11 +8,10 @@ shards, because data sets are often stored class by class. Shard s holds the ima
 writes the same bytes, and after an interruption only the missing shards are written.
 """
 
+import json
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ from accelerate import PartialState
 
 from pipelines.stages.condition_grids import ConditionGrid, ConditionTokenizers, condition_grids
 from pipelines.stages.count_images import count_images
+from pipelines.stages.encode_images import encode_sources
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.conditions.condition_data import check_complete, identities
+from stage1_tokenizer.conditions.captions import describe_cut_captions
+from stage1_tokenizer.conditions.condition_data import identities
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_recorded_splits
-from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, to_tensor
+from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, training_views
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from token_shards.manifest import (
@@ -47,7 +48,7 @@ from vqmosaic.files.fingerprints import fingerprint
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.runs.accelerator import keep_process_group, lock_run_folder, set_threads
-from vqmosaic.runs.devices import available_cores, default_device
+from vqmosaic.runs.devices import default_device
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.launch import check_world_size, run_worker
 from vqmosaic.runs.run_folder import RunFolder
@@ -57,6 +58,9 @@ from vqmosaic.wording import counted, is_or_are
 
 SOURCE_ORDER = "order of the sources"
 """Name of the permutation in the stage record. Missing in records of version 0.1.0, which did not permute."""
+
+UNREAD_PAIRS = "unread pairs"
+"""The key in a stage record for pairs whose contents are not part of the fingerprint of the pairs."""
 
 
 def preprocess(recipe: Recipe) -> None:
@@ -86,7 +90,7 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     # `splits` are the images as the earlier record describes them or, without one, in the class order of the tokenizer
     opened, splits, data_fingerprint = stop.wait_or_raise(
         lambda: open_recorded_splits(recipe.data, recorded_inputs, tokenizer.class_names), "no shard was started")
-    conditions = stop.wait_or_raise(lambda: open_conditions(recipe, condition_tokenizers, splits), "no shard was started")
+    conditions = stop.wait_or_raise(lambda: open_conditions(recipe, condition_tokenizers, splits, recorded_inputs), "no shard was started")
     inputs = {"tokenizer": tokenizer.token_fingerprint, "data set": data_fingerprint, **condition_inputs(conditions)}
     check_same_data(run, recipe, opened)
     if decide_action(run, recipe, "tokens", inputs) == "skip":
@@ -107,11 +111,13 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     has_former_identities = data_fingerprint != splits.fingerprint  # version 0.1.0 started these shards, so they keep its data set identities
     if not has_former_identities:
         inputs |= splits.unread_input
+    inputs |= unread_pairs_input(conditions)
     state.wait_for_everyone()  # until all processes have read the record, which is written next
     if state.is_main_process:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
     report_plan(recipe, tokenizer, conditions["train"], splits, state, report)
+    report_cut_captions(conditions, splits, report)
     writers = []
     for split in split_plans(recipe, tokenizer, conditions, splits, state.device, order_seed, has_former_identities):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
@@ -124,10 +130,18 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
     state.wait_for_everyone()
 
 
-def open_conditions(recipe: Recipe, tokenizers: ConditionTokenizers, splits: ImageSplits) -> dict[str, list[ConditionGrid]]:
-    """Split -> the grids of the conditions of its images. Finds the pairs, and reads all captions and some bytes of each pair."""
+def open_conditions(recipe: Recipe, tokenizers: ConditionTokenizers, splits: ImageSplits,
+                    inputs: Mapping[str, str] | None = None) -> dict[str, list[ConditionGrid]]:
+    """Split -> the grids of the conditions of its images. Finds the pairs, and reads all captions and some bytes of each pair.
+
+    `inputs` are those that the stage has recorded, if it has started before.
+    """
     opened = {split: condition_grids(recipe, tokenizers, source, split) for split, source in (("train", splits.train),
                                                                                              ("validation", splits.validation))}
+    if inputs is not None:
+        unread = json.loads(inputs.get(UNREAD_PAIRS, "{}"))
+        opened = {split: [grid.as_recorded({"unread": unread.get(split, {}).get(grid.name, ())}) for grid in grids]
+                  for split, grids in opened.items()}
     condition_inputs(opened)  # computes the digests, which are cached
     return opened
 
@@ -137,6 +151,13 @@ def condition_inputs(conditions: Mapping[str, Sequence[ConditionGrid]]) -> dict[
     inputs = {f"tokenizer of {condition.name}": str(condition.grid.token_fingerprint) for condition in conditions["train"]}
     digests = {split: identities([condition.data for condition in grids]) for split, grids in conditions.items()}
     return inputs | {f"data of {name}": fingerprint({split: digests[split][name] for split in digests}) for name in digests["train"]}
+
+
+def unread_pairs_input(conditions: Mapping[str, Sequence[ConditionGrid]]) -> dict[str, str]:
+    """The entry of the stage record about missing or forbidden pairs, as ImageSplits.unread_input for images; empty if there are none."""
+    unread = {split: {name: identity["unread"] for name, identity in identities([condition.data for condition in grids]).items()
+                      if "unread" in identity} for split, grids in conditions.items()}
+    return {UNREAD_PAIRS: json.dumps(unread)} if any(unread.values()) else {}
 
 
 def report_plan(recipe: Recipe, tokenizer: Tokenizer, conditions: Sequence[ConditionGrid], splits: ImageSplits, state: PartialState,
@@ -149,6 +170,17 @@ def report_plan(recipe: Recipe, tokenizer: Tokenizer, conditions: Sequence[Condi
         "tokens": f"{describe_grids([*tokenizer.grids, *(condition.grid for condition in conditions)])} a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
+
+
+def report_cut_captions(conditions: Mapping[str, Sequence[ConditionGrid]], splits: ImageSplits, report: Reporter) -> None:
+    """Warn of captions that are longer than the length of their condition."""
+    for split, source in (("train", splits.train), ("validation", splits.validation)):
+        for condition in conditions[split]:
+            if condition.data.captions is None:
+                continue
+            assert condition.text_tokenizer is not None  # captions have one
+            if cut := describe_cut_captions(condition.data.captions, source, condition.data.config, condition.text_tokenizer):
+                report(f"warning: {split}: {cut}")
 
 
 def write_manifests(writers: Sequence[TokenShardWriter], recipe: Recipe, run: RunFolder, report: Reporter) -> None:
@@ -267,91 +299,6 @@ def read_skipped_sources(writer: TokenShardWriter) -> dict[str, str]:
     """Source -> reason of all images that the finished shards skip."""
     sidecars = (ShardSidecar.load(writer.folder, shard_name(shard)) for shard in range(writer.num_shards))
     return {entry["source"]: entry["reason"] for sidecar in sidecars for entry in sidecar.skipped}
-
-
-def encode_sources(source: ImageSource, indices: Sequence[int], views: list[View], tokenizer: Tokenizer, recipe: Recipe, stop: StopFlag,
-                   conditions: Sequence[ConditionGrid] = ()) -> Iterator[tuple[int, np.ndarray | UnreadableImage]]:
-    """Yield (index, ids (V, T)) for each source in order, or (index, error) for unreadable ones.
-
-    The ids are those of the tokenizer's grids, then those of the conditions.
-    """
-    images_per_batch = max(1, recipe.tokens.batch_size // len(views))
-    batches = [indices[start:start + images_per_batch] for start in range(0, len(indices), images_per_batch)]
-    # if the encoder uses all cores, a decoding thread would compete with it for cores and for the GIL
-    has_all_cores = tokenizer.device.type == "cpu" and recipe.tokens.threads >= available_cores()
-    decoded = decode_batches(source, batches, views, tokenizer, max(1, recipe.data.workers), 0 if has_all_cores else 2, conditions)
-    for _ in batches:
-        batch, rows, errors = stop.wait_or_raise(lambda: next(decoded), f"finished shards are kept in {Path(recipe.run_dir) / 'tokens'}")
-        encoders = [tokenizer, *(condition.tokenizer for condition in conditions if condition.tokenizer is not None)]
-        encoded = iter([encode_rows(rows_NVCHW.flatten(0, 1), encoder, recipe.tokens.batch_size).reshape(len(batch), len(views), -1)
-                        for encoder, rows_NVCHW in zip(encoders, rows, strict=True)])  # one row per view of each image
-        ids_NVT = np.concatenate([next(encoded), *(next(encoded) if condition.tokenizer is not None else condition.text_ids_of(batch, len(views))
-                                                   for condition in conditions)], axis=2)
-        yield from ((index, ids_VT if error is None else error) for index, ids_VT, error in zip(batch, ids_NVT, errors, strict=True))
-
-
-def decode_batches(source: ImageSource, batches: list[Sequence[int]], views: list[View], tokenizer: Tokenizer, threads: int, ahead: int,
-                   conditions: Sequence[ConditionGrid] = ()) -> Iterator[tuple[Sequence[int], list[torch.Tensor], list[UnreadableImage | None]]]:
-    """Yield the indices of each batch, its rows, and an error or None for each image.
-
-    The rows are float32 (N, V, C, H, W), zeros for unreadable images: those of the images, then those of each image condition.
-    Each thread decodes a part of a batch, not one image at a time: for 32-pixel images, passing tasks between threads would take a large part of the
-    time. The threads work `ahead` batches ahead of the caller. With one thread and `ahead` 0, the calling thread decodes.
-    """
-    images = [condition for condition in conditions if condition.tokenizer is not None]
-    shapes = [tokenizer.transform.shape, *(condition.tokenizer.transform.shape for condition in images if condition.tokenizer is not None)]
-
-    def decode(part: Sequence[int], rows: Sequence[torch.Tensor]) -> list[UnreadableImage | None]:
-        errors: list[UnreadableImage | None] = []
-        pixels: dict[int, list[np.ndarray]] = {}
-        for position, index in enumerate(part):
-            errors.append(None)
-            try:
-                view_VHWC = tokenizer.transform.resize_views(source.read(index), views)
-                check_complete((condition.data for condition in conditions), index)
-                pixels[position] = [view_VHWC, *(condition.pixels(index, view_VHWC, views) for condition in images)]
-            except UnreadableImage as error:
-                errors[-1] = UnreadableImage(str(error))  # a copy, because the traceback of the original keeps images in memory
-        if pixels:
-            for rows_NVCHW, same_kind in zip(rows, zip(*pixels.values(), strict=True), strict=True):
-                rows_NVCHW.numpy()[list(pixels)] = to_tensor(np.stack(same_kind)).numpy()  # in numpy, as in to_tensor
-        return errors
-
-    def empty_rows(batch: Sequence[int]) -> list[torch.Tensor]:
-        return [torch.zeros(len(batch), len(views), *shape) for shape in shapes]
-
-    def submit(batch: Sequence[int]) -> tuple[Sequence[int], list[torch.Tensor], list[Future]]:
-        rows, part_size = empty_rows(batch), -(-len(batch) // threads)
-        return batch, rows, [pool.submit(decode, batch[start:start + part_size], [row[start:start + part_size] for row in rows])
-                             for start in range(0, len(batch), part_size)]
-
-    def finish(batch: Sequence[int], rows: list[torch.Tensor], parts: list[Future]) -> tuple[Sequence[int], list[torch.Tensor], list]:
-        return batch, rows, [error for part in parts for error in part.result()]
-
-    if threads == 1 and not ahead:
-        for batch in batches:
-            rows = empty_rows(batch)
-            yield batch, rows, decode(batch, rows)
-        return
-    pending: deque[tuple[Sequence[int], list[torch.Tensor], list[Future]]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for batch in batches:
-            pending.append(submit(batch))
-            if len(pending) > ahead:
-                yield finish(*pending.popleft())
-        while pending:
-            yield finish(*pending.popleft())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # do not wait: a thread may be stuck reading a file
-
-
-def encode_rows(rows_NCHW: torch.Tensor, tokenizer: Tokenizer, batch_size: int) -> np.ndarray:
-    """Ids (N, T) of all grids of images (N, C, H, W). Every batch is padded to `batch_size`, because rounding may depend on the batch shape."""
-    padding = -len(rows_NCHW) % batch_size
-    padded_NCHW = torch.cat([rows_NCHW, torch.zeros(padding, *rows_NCHW.shape[1:])]) if padding else rows_NCHW
-    ids = [tokenizer.join_tokens(tokenizer.encode_grids(piece.to(tokenizer.device))).cpu() for piece in padded_NCHW.split(batch_size)]
-    return torch.cat(ids)[:len(rows_NCHW)].numpy()
 
 
 def check_tokenizer_fits(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:

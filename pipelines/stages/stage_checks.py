@@ -105,10 +105,14 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
 
 
 def check_pairs_and_captions(recipe: Recipe) -> None:
-    """Raise InputError if preprocessing would stop because too many images lack a pair or a caption. Opens the data set and imports torch."""
+    """Warn of captions that are cut. Raise InputError if preprocessing would stop because too many images lack a pair or a caption.
+
+    Opens the data set and imports torch.
+    """
     from stage1_tokenizer.conditions.condition_data import check_coverage
 
-    check_coverage(recipe.data)
+    for warning in check_coverage(recipe.data):
+        print(f"warning: {warning}", flush=True)
 
 
 def check_stages_fit(recipe: Recipe, actions: dict[str, str], of_conditions: dict[str, str]) -> None:

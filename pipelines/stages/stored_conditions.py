@@ -11,7 +11,9 @@ from PIL import Image
 from pipelines.condition_inputs import ConditionInputs
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import to_uint8
-from stage1_tokenizer.pictures import tile_images, viewing_scale
+from stage1_tokenizer.pictures import titled_picture, viewing_scale
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.segments import CLASS_NAME
 from stage2_prior.token_batches import validation_samples
 from stage2_prior.token_columns import check_same_tokens
 from stage2_prior.vocabulary import Vocabulary
@@ -30,9 +32,10 @@ class StoredImages(NamedTuple):
     ids: dict[str, torch.Tensor]
     """Grid name -> int64 ids (N, n), for all grids and texts in the shards."""
 
-    def select(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The ids of the grids and texts with these names."""
-        return {name: self.ids[name] for name in names}
+    def learned_by(self, vocabulary: ChainVocabulary) -> tuple[list[int] | None, dict[str, torch.Tensor]]:
+        """The classes, and the ids of the conditions by name, as far as the priors were trained with them."""
+        classes = self.classes if vocabulary.learned_class_names is not None else None
+        return classes, {condition.name: self.ids[condition.name] for condition in vocabulary.learned_conditions}
 
 
 def stored_images(reader: TokenShardReader, vocabularies: Sequence[Vocabulary], count: int) -> StoredImages:
@@ -52,29 +55,40 @@ def stored_images(reader: TokenShardReader, vocabularies: Sequence[Vocabulary], 
     return StoredImages(batch.labels_B.tolist() if has_classes and (batch.labels_B >= 0).all() else None, ids)
 
 
-def condition_columns(inputs: ConditionInputs, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The images (N, C, h, w) of the image conditions, decoded from their ids."""
-    return [inputs.decode_images(name, given[name]) for name in inputs.tokenizers if name in given]
+def condition_images(inputs: ConditionInputs, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name -> images (N, C, h, w) of each image condition, decoded from their ids."""
+    return {name: inputs.decode_images(name, given[name]) for name in inputs.tokenizers if name in given}
 
 
-def comparison_picture(columns: Sequence[torch.Tensor], samples_BHWC: np.ndarray, originals_BCHW: torch.Tensor) -> Image.Image:
-    """A picture with a row for each image: its conditions, samples, and the image itself, as the tokenizer reconstructs it.
+def comparison_picture(conditions: Mapping[str, torch.Tensor], titles: Sequence[str], samples_BHWC: np.ndarray,
+                       originals_BCHW: torch.Tensor) -> Image.Image:
+    """A picture with a row for each image: its conditions, samples, and the image itself, as the tokenizer reconstructs it. Columns have headings.
 
     Args:
-        columns: images (N, C, h, w) in [-1, 1] of each condition. They are enlarged without smoothing.
+        conditions: name -> images (N, C, h, w) in [-1, 1] of each condition. They are enlarged without smoothing.
+        titles: a text above each row, such as its class and its captions.
         samples_BHWC: uint8, the same number of samples of each of the N images, image by image.
         originals_BCHW: the N images.
     """
     sides, count = samples_BHWC.shape[1:3], len(originals_BCHW)
-    conditions = [visible_pixels(to_uint8(F.interpolate(column.float(), size=sides, mode="nearest"))) for column in columns]
+    parts = [visible_pixels(to_uint8(F.interpolate(images.float(), size=sides, mode="nearest"))) for images in conditions.values()]
     samples, originals = visible_pixels(samples_BHWC), visible_pixels(to_uint8(originals_BCHW))
-    channels = max(pixels.shape[-1] for pixels in (*conditions, samples, originals))
-    parts = [as_channels(pixels, channels) for pixels in conditions]
+    channels = max(pixels.shape[-1] for pixels in (*parts, samples, originals))
+    parts = [as_channels(pixels, channels) for pixels in parts]
     samples, originals = as_channels(samples, channels), as_channels(originals, channels)
     per_image = len(samples) // count
     rows = [np.concatenate([*(part[row:row + 1] for part in parts), samples[row * per_image:(row + 1) * per_image], originals[row:row + 1]])
             for row in range(count)]
-    return tile_images(rows, viewing_scale(sides))
+    headings = [[*([("given", len(conditions))] if conditions else []), ("samples", per_image), ("original", 1)]]
+    if conditions:
+        headings.append([*((name, 1) for name in conditions), ("", per_image + 1)])
+    return titled_picture(rows, headings, titles, viewing_scale(sides))
+
+
+def row_titles(classes: Sequence[str] | None, texts: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """The title of each of `count` rows: its class and its texts, such as "class: boat; text: a small red boat"."""
+    given = {**({} if classes is None else {CLASS_NAME: classes}), **texts}
+    return ["; ".join(f"{name}: {each[row]}" for name, each in given.items()) for row in range(count)]
 
 
 def as_channels(pixels_BHWC: np.ndarray, channels: int) -> np.ndarray:

@@ -14,14 +14,21 @@ from pipelines.doctor import processor_name
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.measures import DigitsClassifier, measure_generation
-from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, comparison_picture, condition_columns, stored_images, texts_of
+from pipelines.stages.stored_conditions import (
+    SAMPLES_OF_CONDITIONS,
+    comparison_picture,
+    condition_images,
+    row_titles,
+    stored_images,
+    texts_of,
+)
 from stage1_tokenizer.data.data_location import resolve_source
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import write_bytes
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.run_folder import STAGES, RunFolder
@@ -99,7 +106,7 @@ def exported_validation(run: RunFolder, stage: str, export: str, error: str) -> 
 
 def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> None:
     """Save a picture of samples with one row for each of up to ten evenly spaced classes, or ten rows without classes."""
-    names = pipe.class_names
+    names = pipe.vocabulary.learned_class_names
     if names:
         labels = evenly_spaced_classes(len(names), ROWS)
         out = pipe(labels, num_images_per_label=COLUMNS, seed=recipe.seed, output_type="np")
@@ -111,18 +118,24 @@ def save_samples(pipe: ImageGenerationPipeline, recipe: Recipe, path: Path) -> N
 
 
 def save_comparison(pipe: ImageGenerationPipeline, held_out: TokenShardReader, seed: int, path: Path) -> None:
-    """Save a picture of validation images: in each row the conditions that are images, samples, and the image itself. Captions are in a text file."""
+    """Save a picture of validation images: each row has the conditions that are images, samples, and the image itself, below class and captions.
+
+    The captions, which the picture may cut, are also in a text file with one line for each row.
+    """
     stored = stored_images(held_out, pipe.chain.vocabularies, min(ROWS, len(held_out)))
     if pipe.vocabulary.why_not_sampled(stored.classes is not None, stored.ids):
         return  # no validation image has a class, and the prior has not learned to sample without one
-    given = stored.select([condition.name for condition in pipe.vocabulary.conditions])
-    out = pipe(stored.classes, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
+    class_indices, given = stored.learned_by(pipe.vocabulary)
+    out = pipe(class_indices, SAMPLES_OF_CONDITIONS, seed, given_ids=given, output_type="np")
     assert isinstance(out.images, np.ndarray)  # as output_type says
     ids_BT = torch.cat([stored.ids[grid.name] for grid in pipe.tokenizer.grids], dim=1)
     originals_BCHW = torch.cat([images.cpu() for images in decode_in_batches(pipe.tokenizer, pipe.tokenizer.split_tokens(ids_BT))])
-    save_picture(comparison_picture(condition_columns(pipe.inputs, given), out.images, originals_BCHW), path)
-    if texts := texts_of(pipe.inputs, given):
-        lines = ["\t".join(row) for row in zip(*texts.values(), strict=True)]
+    texts, names = texts_of(pipe.inputs, given), pipe.class_names or []
+    classes = None if class_indices is None else [names[index] for index in class_indices]
+    titles = row_titles(classes, texts, len(originals_BCHW))
+    save_picture(comparison_picture(condition_images(pipe.inputs, given), titles, out.images, originals_BCHW), path)
+    if texts:
+        lines = ["\t".join(map(printable, row)) for row in zip(*texts.values(), strict=True)]
         write_bytes(path.with_suffix(".txt"), ("\n".join(lines) + "\n").encode())
 
 

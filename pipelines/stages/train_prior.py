@@ -15,9 +15,12 @@ import torch
 
 from pipelines.decoded_images import decode_in_batches
 from pipelines.labels import evenly_spaced_classes
+from pipelines.pipeline_parts import is_bytes
+from pipelines.prompts import TextEncoder
 from pipelines.stages.count_images import count_images
 from pipelines.stages.stage_inputs import condition_folders, token_fingerprint_of_tokenizer, tokenizer_folder
-from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, StoredImages, comparison_picture, stored_images
+from pipelines.stages.stored_conditions import SAMPLES_OF_CONDITIONS, StoredImages, comparison_picture, row_titles, stored_images
+from stage1_tokenizer.conditions.text_tokenizer import BYTES_FINGERPRINT, text_fingerprint
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
 from stage1_tokenizer.tokenizer_config import is_tokenizer
@@ -26,6 +29,7 @@ from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import split_grids
 from stage2_prior.generation.sampling import SamplingStopped
 from stage2_prior.prior import TokenPrior
+from stage2_prior.segments import GivenText
 from stage2_prior.train import OnValidation, train
 from stage2_prior.vocabulary import Vocabulary
 from token_shards import TokenShardReader
@@ -46,7 +50,8 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
     """A callback that saves a picture of decoded samples. None without a tokenizer, and in all processes but the main one.
 
     The callback saves nothing if the tokenizer cannot decode what the prior draws and is given, or if a signal stops it. Samples of a prior with
-    conditions have those of validation images. Each row shows the conditions that are images, samples, and the image itself.
+    conditions have those of validation images. Each row shows the conditions that are images, samples, and the image itself, and has its class and
+    captions as a title.
     """
     folder = tokenizer_folder(recipe)
     if not (folder / "config.json").is_file() or os.environ.get("RANK", "0") != "0":
@@ -94,21 +99,35 @@ def make_picture_saver(recipe: Recipe) -> OnValidation | None:
             save_picture(tile_images(tiles, viewing_scale(pixels_NHWC.shape[1:3])), path)
         else:
             originals_BCHW = torch.cat([images.cpu() for images in decode(stored.ids)])
-            save_picture(comparison_picture(decoded_conditions(vocabulary, stored), pixels_NHWC, originals_BCHW), path)
+            names = vocabulary.class_names if vocabulary.class_drop < 1 else None
+            class_names = None if names is None or stored.classes is None else [names[index] for index in stored.classes]
+            titles = row_titles(class_names, decoded_texts(vocabulary, stored), rows)
+            save_picture(comparison_picture(decoded_conditions(vocabulary, stored), titles, pixels_NHWC, originals_BCHW), path)
 
     def decode(tokens: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
         ids_BT = torch.cat([tokens[grid.name] for grid in tokenizer.grids], dim=1)
         return decode_in_batches(tokenizer, tokenizer.split_tokens(ids_BT))
 
-    def decoded_conditions(vocabulary: Vocabulary, stored: StoredImages) -> list[torch.Tensor]:
-        """The images (N, C, h, w) of the conditions whose tokenizers are in this run or in the recipe."""
-        folders, expected, columns = condition_folders(recipe), vocabulary.token_fingerprints, []
-        for name in [part.name for part in vocabulary.conditions if part.kind == "grid"]:
+    def decoded_conditions(vocabulary: Vocabulary, stored: StoredImages) -> dict[str, torch.Tensor]:
+        """Name -> images (N, C, h, w) of the conditions whose tokenizers are in this run or in the recipe."""
+        folders, expected, images = condition_folders(recipe), vocabulary.token_fingerprints, {}
+        for name in [part.name for part in vocabulary.conditions if part.kind == "grid" and part.drop_rate < 1]:
             folder = folders.get(name)
             if folder is not None and is_tokenizer(folder) and token_fingerprint_of_tokenizer(folder) == expected[name]:
                 own = load_tokenizer(folder)
-                columns.append(own.decode(own.split_tokens(stored.ids[name])))
-        return columns
+                images[name] = own.decode(own.split_tokens(stored.ids[name]))
+        return images
+
+    def decoded_texts(vocabulary: Vocabulary, stored: StoredImages) -> dict[str, list[str]]:
+        """Name -> the captions of the N images, if they are bytes or their tokenizer is in the recipe."""
+        folders, texts = condition_folders(recipe), {}
+        for part in vocabulary.conditions:
+            if not isinstance(part, GivenText) or part.drop_rate == 1:
+                continue
+            folder = None if is_bytes(part) else folders.get(part.name)
+            if text_fingerprint(folder) == (part.token_fingerprint or BYTES_FINGERPRINT):
+                texts[part.name] = TextEncoder.load(part, folder).texts(stored.ids[part.name])
+        return texts
 
     return save
 

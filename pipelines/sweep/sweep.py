@@ -133,14 +133,14 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
     pipe = ImageGenerationPipeline.from_pretrained(request.folder, device, getattr(torch, request.dtype))
     source, labelled, description = open_reference(request, transform, pipe.class_names)
     real = ValidationImages(source, transform, cache_megabytes=0)
-    counts, classes_text, stored = None, "with the conditions of validation images", None
+    counts, classes_text, stored, given = None, "with the conditions of validation images", None, dict[str, torch.Tensor]()
     if request.conditions is None:
-        counts, classes_text = class_counts(pipe.class_names, labelled, request.images)
+        counts, classes_text = class_counts(pipe.vocabulary.learned_class_names, labelled, request.images)
         classes = None if counts is None else [index for index, count in enumerate(counts) for _ in range(count)]
     else:
         reader = TokenShardReader(request.conditions)
         stored = stored_images(reader, pipe.chain.vocabularies, request.images)
-        classes = stored.classes
+        classes, given = stored.learned_by(pipe.vocabulary)
     recorded_real = (read_sweep(request.record) or {"setup": {}})["setup"].get("real", {})
     setup = {"pipeline": PipelineParts.in_folder(request.folder, read_bundle(request.folder)).fingerprints(),
              "features": {**request.features.to_dict(), "count": extractor.num_features},
@@ -165,7 +165,6 @@ def run_sweep(request: SweepRequest, build: Callable[[str], FeatureNetwork] | No
             print("--dry_run: nothing was measured or written")
             return 0
         if missing:
-            given = {} if stored is None else stored.select([condition.name for condition in pipe.vocabulary.conditions])
             measure_combinations(request, pipe, Distances(extractor), real, Generated(classes, given), record, missing)
         else:
             print(f"nothing to do: {combinations} {is_or_are(total)} in the record already, so nothing was measured")

@@ -129,7 +129,8 @@ def changed_conditions(folder: Path, split: str, conditions: "Sequence[Condition
         manifest = TokenShardManifest.load(folder / split if (folder / split).is_dir() else folder)
     except InputError:
         return []  # the audit has reported it
-    recorded, current = manifest.dataset.get("conditions", {}), identities(conditions)
+    recorded = manifest.dataset.get("conditions", {})
+    current = identities([condition.as_recorded(recorded.get(condition.config.name, {})) for condition in conditions])
     return [f"the {'captions' if identity['kind'] == 'captions' else 'pairs'} of condition {name!r} have changed since they were encoded: sha256 was "
             f"{recorded[name].get('sha256')}, is now {identity['sha256']}."
             for name, identity in current.items() if name in recorded and recorded[name] != identity]

@@ -23,7 +23,7 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from pipelines.stages.condition_grids import ConditionTokenizers
+from pipelines.stages.condition_grids import ConditionGrid, ConditionTokenizers
 from pipelines.stages.preprocess import SplitPlan, check_tokenizer_fits, fill_shard, open_conditions, split_plans
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
 from pipelines.tokens.origin import find_readable, find_run, load_manifest, load_sidecar
@@ -67,7 +67,7 @@ def repair_tokens(folder: Path, recipe: Recipe) -> dict[str, list[str]]:
         check_tokenizer_fits(recipe, tokenizer, source)
         condition_tokenizers = ConditionTokenizers.load(recipe, device)
         splits = match_recorded_splits(folders, open_splits(recipe.data))
-        conditions = open_conditions(recipe, condition_tokenizers, splits)
+        conditions = open_recorded_conditions(folders, recipe, condition_tokenizers, splits)
         plans = match_stored_plans(folders, *(split_plans(recipe, tokenizer, conditions, splits, device, former=former) for former in (False, True)))
         check_same_origin(folders, plans)
         return {split: repair_split(path, plans[split], tokenizer, recipe, stop) for split, path in folders.items()}
@@ -100,16 +100,34 @@ def match_recorded_splits(folders: dict[str, Path], splits: ImageSplits) -> Imag
 
     Both come from the record of the run and from the manifests.
     """
-    root = find_run(next(iter(folders.values())))
-    with suppress(InputError):
-        record = load_record(RunFolder(root), "tokens") if root is not None else None
-        splits = splits.as_recorded(record.inputs if record is not None else {})
+    splits = splits.as_recorded(recorded_inputs(folders) or {})
     for split, folder in folders.items():
         manifest = load_manifest(folder)
         if manifest is not None:
             splits = splits.in_class_order_of(manifest.class_names)
             splits = dataclasses.replace(splits, **{split: getattr(splits, split).with_unread(manifest.dataset.get("unread", ()))})
     return splits
+
+
+def open_recorded_conditions(folders: dict[str, Path], recipe: Recipe, tokenizers: ConditionTokenizers,
+                             splits: ImageSplits) -> dict[str, list[ConditionGrid]]:
+    """Split -> the grids of the conditions, with the same pairs excluded from their identity as in the record of the run and in the manifests."""
+    conditions = open_conditions(recipe, tokenizers, splits, recorded_inputs(folders))
+    for split, folder in folders.items():
+        manifest = load_manifest(folder)
+        if manifest is not None:
+            recorded = manifest.dataset.get("conditions", {})
+            conditions[split] = [grid.as_recorded(recorded.get(grid.name, {})) for grid in conditions[split]]
+    return conditions
+
+
+def recorded_inputs(folders: dict[str, Path]) -> dict[str, str] | None:
+    """The inputs in the record of the run that contains the folders; None if there is none that can be read."""
+    root = find_run(next(iter(folders.values())))
+    with suppress(InputError):
+        record = load_record(RunFolder(root), "tokens") if root is not None else None
+        return record.inputs if record is not None else None
+    return None
 
 
 def match_stored_plans(folders: dict[str, Path], plans: Sequence[SplitPlan], former_plans: Sequence[SplitPlan]) -> dict[str, SplitPlan]:

@@ -5,10 +5,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from stage1_tokenizer.conditions.text_tokenizer import TextTokenizer
 from stage1_tokenizer.data.image_sources import ImageSource
 from vqmosaic.errors import InputError, printable
 from vqmosaic.recipes.conditions import CLASS_PLACEHOLDER, ConditionConfig
 from vqmosaic.seeding import derive_seed
+from vqmosaic.wording import counted, is_or_are
 
 
 class Captions:
@@ -39,6 +41,23 @@ class Captions:
         """Identifies the captions, as JSON."""
         digest = hashlib.sha256(json.dumps(self.texts).encode())
         return {"kind": "captions", "count": sum(text is not None for text in self.texts), "sha256": digest.hexdigest()}
+
+
+def describe_cut_captions(captions: Captions, source: ImageSource, condition: ConditionConfig, tokenizer: TextTokenizer) -> str | None:
+    """How many captions are longer than the condition's `length`, with an example and the field to change. None if there are none."""
+    lengths = {text: len(tokenizer.encode(text)) for text in set(captions.texts) if text}
+    cut = [(index, text) for index, text in enumerate(captions.texts) if text and lengths[text] > condition.length]
+    if not cut:
+        return None
+    index, text = cut[0]
+    return (f"{counted(len(cut), 'caption')} {is_or_are(len(cut))} longer than {condition.length} {tokenizer.unit}, and the rest is cut. For "
+            f"example, that of {printable(source.source_name(index))} has {lengths[text]}: '{shortened(text)}'. To keep more, raise `length` of "
+            f"the condition {condition.name!r} in data.conditions (the longest caption has {max(lengths.values())} {tokenizer.unit})")
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """A text on one line, for a message. Of a long one, the first `limit` characters."""
+    return printable(text[:limit]) + ("..." if len(text) > limit else "")
 
 
 def texts_from_classes(source: ImageSource, name: str, templates: Sequence[str]) -> list[str | None]:

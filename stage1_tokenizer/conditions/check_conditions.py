@@ -1,8 +1,11 @@
 """Reports what the conditions of a recipe lack in a data set: images without a pair, unreadable pairs, images without a caption."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
+from stage1_tokenizer.conditions.captions import describe_cut_captions, shortened
 from stage1_tokenizer.conditions.condition_data import ConditionData, open_condition_data
+from stage1_tokenizer.conditions.image_pairs import OtherProportions
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
 from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.threaded_map import map_in_threads
@@ -15,7 +18,7 @@ _MAX_LISTED = 10
 
 
 def check_conditions(data: DataConfig, source: ImageSource, split: str, report: Callable[[str], None]) -> list[tuple[str, str]]:
-    """(source name, reason) of every image of a split that lacks a pair or a caption, or whose pair is unreadable. Reads every pair once."""
+    """(source name, reason) of every image of a split that lacks a pair or a caption, or whose pair cannot be used. Reads every pair."""
     problems: list[tuple[str, str]] = []
     for condition in open_condition_data(data, source, split):
         where = f"{split}, condition {condition.config.name}"
@@ -38,46 +41,41 @@ def _report_missing(condition: ConditionData, source: ImageSource, where: str, r
 
 
 def _report_pairs(condition: ConditionData, source: ImageSource, where: str, report: Callable[[str], None]) -> list[tuple[str, str]]:
-    """The unreadable pairs. Reports them, and pairs with other proportions than their image."""
+    """(source name, reason) of pairs that are unreadable or have other proportions than their image. Reports them."""
     pairs = condition.pairs
     assert pairs is not None
 
-    def compare(index: int) -> tuple[str, str | bool]:
-        name = source.source_name(index)
+    def problem_of(index: int) -> UnreadableImage | None:
+        image_size: tuple[int, int] | None = None
+        with suppress(UnreadableImage):  # reported with the images
+            image_size = source.read(index).size
         try:
-            width, height = pairs.read(index).size
+            pairs.read(index, image_size)
         except UnreadableImage as error:
-            return name, str(error)
-        try:
-            image_width, image_height = source.read(index).size
-        except UnreadableImage:  # reported with the images
-            return name, True
-        return name, abs(width * image_height - height * image_width) < max(width, height, image_width, image_height)
+            return type(error)(str(error))  # a copy, because the traceback of the original keeps images in memory
+        return None
 
-    results = list(map_in_threads(compare, pairs.indices, bar=f"reading pairs of {condition.config.name}"))
-    unreadable = [(name, f"its pair is unreadable: {result}") for name, result in results if isinstance(result, str)]
+    results = zip(pairs.indices, map_in_threads(problem_of, pairs.indices, bar=f"reading pairs of {condition.config.name}"), strict=True)
+    problems = [(source.source_name(index), problem) for index, problem in results if problem is not None]
+    unreadable = [(name, f"its pair is unreadable: {problem}") for name, problem in problems if not isinstance(problem, OtherProportions)]
     for name, reason in unreadable[:_MAX_LISTED]:
         report(f"{where}: {printable(name)}: {reason}")
     if len(unreadable) > _MAX_LISTED:
         report(f"{where}: and {len(unreadable) - _MAX_LISTED} more unreadable pairs")
-    other = [name for name, result in results if result is False]
+    other = [(name, f"its pair cannot be used: {problem}") for name, problem in problems if isinstance(problem, OtherProportions)]
     if other:
-        report(f"{where}: {counted(len(other), 'pair')} {'has' if len(other) == 1 else 'have'} other proportions than the image, so the two are "
-               f"cropped differently: {listed_names(other, _MAX_LISTED)}")
-    return unreadable
+        report(f"{where}: {counted(len(other), 'image')} {is_or_are(len(other))} not used, because the pair has other proportions than the image, so "
+               f"the same crop would show another part: {listed_names([name for name, _ in other], _MAX_LISTED)}")
+    return unreadable + other
 
 
 def _report_captions(condition: ConditionData, source: ImageSource, where: str, report: Callable[[str], None]) -> None:
-    """Report how many captions are cut, and show one."""
+    """Report the number of different captions, one of them, and how many are cut."""
     captions, config = condition.captions, condition.config
     assert captions is not None
     tokenizer = load_text_tokenizer(config.text_tokenizer)
-    lengths = {text: len(tokenizer.encode(text, 2**31)) for text in set(captions.texts) if text}
-    cut = [index for index, text in enumerate(captions.texts) if text and lengths[text] > config.length]
-    unit = "bytes" if config.text_tokenizer is None else "ids"
     first = next(index for index, text in enumerate(captions.texts) if text)
-    report(f"{where}: {counted(len(lengths), 'different caption')} of up to {max(lengths.values())} {unit}, such as "
-           f"'{printable(captions.texts[first] or '')}' of {printable(source.source_name(first))}")
-    if cut:
-        report(f"{where}: {counted(len(cut), 'caption')} {is_or_are(len(cut))} cut at length = {config.length}: "
-               f"{listed_names([source.source_name(index) for index in cut], _MAX_LISTED)}")
+    report(f"{where}: {counted(len({text for text in captions.texts if text}), 'different caption')}, such as "
+           f"'{shortened(captions.texts[first] or '')}' of {printable(source.source_name(first))}")
+    if cut := describe_cut_captions(captions, source, config, tokenizer):
+        report(f"{where}: warning: {cut}")

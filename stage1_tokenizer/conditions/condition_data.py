@@ -1,16 +1,23 @@
 """What a data set holds for the conditions of a recipe: the paired images and captions of each split."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stage1_tokenizer.conditions.captions import Captions
-from stage1_tokenizer.conditions.image_pairs import ImagePairs
+from stage1_tokenizer.conditions.captions import Captions, describe_cut_captions
+from stage1_tokenizer.conditions.image_pairs import ImagePairs, OtherProportions
+from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
 from stage1_tokenizer.data.image_sources import ImageSource, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
+from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
+from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.recipe_sections import DataConfig
+
+CHECKED_PAIRS = 200
+"""Largest number of pairs of a split that are read before a run starts, to compare their proportions with those of their images."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,17 @@ class ConditionData:
         return None if data is None else data.identity
 
 
+    def as_recorded(self, identity: Mapping[str, Any]) -> "ConditionData":
+        """The same data, with the pairs left out of the identity whose contents are not part of the recorded one."""
+        return self if self.pairs is None else dataclasses.replace(self, pairs=self.pairs.with_unread(identity.get("unread", ())))
+
+
 def open_condition_data(data: DataConfig, source: ImageSource, split: str) -> list[ConditionData]:
     """The data of each condition of the recipe for the images of one split, train or validation."""
     opened = []
     for config in data.given_conditions:
         if config.kind == "paired_folder":
-            assert config.path is not None  # the recipe checks it
-            opened.append(ConditionData(config, pairs=ImagePairs(source, config.path, config.channels, data)))
+            opened.append(ConditionData(config, pairs=ImagePairs(source, config.derivation(), data)))
         elif config.is_caption:
             opened.append(ConditionData(config, captions=Captions(source, config, split)))
         else:
@@ -55,19 +66,20 @@ def check_complete(conditions: Iterable[ConditionData], index: int) -> None:
 
 
 def check_readable(conditions: Sequence[ConditionData], index: int) -> None:
-    """Raise UnreadableImage, with the reason, if an image has no pair or caption, or if its pair cannot be read."""
+    """Raise UnreadableImage, with the reason, if an image has no pair or caption, or if its pair cannot be used."""
     check_complete(conditions, index)
     for condition in conditions:
         if condition.pairs is not None:
-            condition.pairs.read(index)
+            condition.pairs.check(index)
 
 
-def check_coverage(data: DataConfig) -> None:
-    """Raise InputError if so many images lack a pair or a caption that preprocessing would stop, or if there are no captions. Loads no image.
+def check_coverage(data: DataConfig) -> list[str]:
+    """Warnings about captions that are cut. Opens the data set, finds the pairs, and reads the captions and some pairs.
 
-    Opens the data set, finds the pairs and reads the captions.
+    Raises InputError if so many images lack a pair or a caption, or have a pair of other proportions, that preprocessing would stop, or if there are
+    no captions.
     """
-    splits = open_splits(data)
+    splits, warnings = open_splits(data), []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
         conditions = open_condition_data(data, source, split)
         missing: dict[str, str] = {}
@@ -75,6 +87,39 @@ def check_coverage(data: DataConfig) -> None:
             if reason := next((reason for condition in conditions if (reason := condition.missing(index)) is not None), None):
                 missing[source.source_name(index)] = reason
         refuse_if_too_many_unreadable(missing, len(source), data)
+        for condition in conditions:
+            if condition.pairs is not None:
+                check_proportions(condition.pairs, condition.config.name, source, split, data.max_unreadable)
+            if condition.captions is not None:
+                cut = describe_cut_captions(condition.captions, source, condition.config, load_text_tokenizer(condition.config.text_tokenizer))
+                warnings += [f"{split}: {cut}"] if cut else []
+    return warnings
+
+
+def check_proportions(pairs: ImagePairs, name: str, source: ImageSource, split: str, max_unreadable: float) -> None:
+    """Raise InputError if a larger fraction of the pairs than `max_unreadable` has other proportions than their images.
+
+    Reads up to CHECKED_PAIRS pairs, evenly spaced. Unreadable ones are left to preprocessing.
+    """
+    indices = pairs.indices[::-(-len(pairs.indices) // CHECKED_PAIRS) or 1]
+    found: dict[str, str] = {}
+
+    def check(index: int) -> None:
+        try:
+            pairs.check(index)
+        except OtherProportions as error:
+            found[source.source_name(index)] = str(error)
+        except UnreadableImage:
+            return
+
+    for _ in map_in_threads(check, indices):
+        pass
+    if len(found) > max(max_unreadable * len(indices), 1 if max_unreadable else 0):
+        example = min(found)
+        raise InputError(f"data.conditions ({name}): {len(found)} of the {len(indices)} pairs of the {split} split that were checked have other "
+                         f"proportions than their image: {listed_names(sorted(found))}. The pair of {printable(example)}: {found[example]}. Both "
+                         "get the same crop and flip, so they must show the same part. Crop or resize the images, or remove these pairs. `vqmosaic "
+                         "check-data` checks all pairs.")
 
 
 def identities(conditions: Sequence[ConditionData]) -> dict[str, dict[str, Any]]:

@@ -25,11 +25,13 @@ class TextTokenizer(Protocol):
 
     num_ids: int
     """Number of ids, without the padding id."""
+    unit: str
+    """What messages call several ids: bytes or ids."""
     fingerprint: str
     """Identifies the tokenizer: text:bytes, or text:<sha256 of its files>."""
 
-    def encode(self, text: str, length: int) -> list[int]:
-        """The ids of a text, at most `length` of them."""
+    def encode(self, text: str, length: int | None = None) -> list[int]:
+        """The ids of a text, at most `length` of them. None gives all."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without the padding id. Not every tokenizer returns the same text."""
@@ -39,9 +41,10 @@ class ByteTokenizer:
     """The bytes of a text in UTF-8. Longer texts are cut between characters, not within one."""
 
     num_ids = 256
+    unit = "bytes"
     fingerprint = BYTES_FINGERPRINT
 
-    def encode(self, text: str, length: int) -> list[int]:
+    def encode(self, text: str, length: int | None = None) -> list[int]:
         return list(text.encode(errors="replace")[:length].decode(errors="ignore").encode())
 
     def decode(self, ids: list[int]) -> str:
@@ -50,6 +53,8 @@ class ByteTokenizer:
 
 class TransformersTokenizer:
     """A tokenizer of transformers in a local folder, without its special tokens. Never downloads anything and never runs code from the folder."""
+
+    unit = "ids"
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer  # imported here, because bytes need no library
@@ -61,7 +66,7 @@ class TransformersTokenizer:
             raise InputError(f"text_tokenizer is {str(folder)!r}, which transformers cannot load: {' '.join(str(error).split())[:300]}") from error
         self.num_ids = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # not the length: some vocabularies skip ids
 
-    def encode(self, text: str, length: int) -> list[int]:
+    def encode(self, text: str, length: int | None = None) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))[:length]
 
     def decode(self, ids: list[int]) -> str:

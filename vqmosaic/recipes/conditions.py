@@ -19,7 +19,7 @@ from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.given_paths import check_path
 from vqmosaic.recipes.field_types import check_types
 from vqmosaic.recipes.image_sizes import SIDES, ImageSize, checked_image_size, height_and_width
-from vqmosaic.recipes.pixel_values import checked_channels
+from vqmosaic.recipes.pixel_values import checked_channels, checked_value_range
 
 MAX_CAPTION_LENGTH = 4096
 """Largest number of places of a caption. All of them are part of the prior's sequence."""
@@ -39,14 +39,14 @@ FIELDS_OF_KIND = {
     "low_resolution": ("factor", *_TOKENIZER_FIELDS),
     "edges": ("method", *_TOKENIZER_FIELDS),
     "grey": _TOKENIZER_FIELDS,
-    "paired_folder": ("path", "channels", *_TOKENIZER_FIELDS),
+    "paired_folder": ("path", "channels", "value_range", *_TOKENIZER_FIELDS),
     "caption": ("length", "column", "text_tokenizer", "templates", "held_out_templates"),
 }
 """Kind -> the fields of its records beside name, kind and drop_rate."""
 REQUIRED_FIELDS = {"low_resolution": ("factor",), "paired_folder": ("path",), "caption": ("length",)}
 PATH_FIELDS_OF_CONDITIONS = ("path", "tokenizer", "text_tokenizer")
 """Fields that hold a path on this machine."""
-IDS_FIELDS = ("factor", "method", "channels", "length", "column", "templates", "held_out_templates")
+IDS_FIELDS = ("factor", "method", "channels", "value_range", "length", "column", "templates", "held_out_templates")
 """Fields that determine the ids of a condition, together with its tokenizer and the data."""
 
 
@@ -68,6 +68,8 @@ class ConditionConfig:
     """paired_folder: the folder with the paired images. Pairs have the same path relative to their folder, without the suffix."""
     channels: int | None = None
     """paired_folder: channels of the paired images; null uses data.channels."""
+    value_range: list[float] | None = None
+    """paired_folder: as data.value_range, for the paired images. null reads 8 bits. It must be given if data.value_range is."""
     length: int = 0
     """caption: number of places. Longer captions are cut, shorter ones are padded."""
     column: str | None = None
@@ -102,8 +104,8 @@ class ConditionConfig:
         return {name: value for name, value in given.items() if value not in (None, [])}
 
     def derivation(self) -> dict[str, Any]:
-        """How its image is made, the value of data.derived: kind and factor, method, or path and channels."""
-        names = ("kind", "factor", "method", "path", "channels")
+        """How its image is made, the value of data.derived: kind and factor, method, or path, channels and value_range."""
+        names = ("kind", "factor", "method", "path", "channels", "value_range")
         given = {name: getattr(self, name) for name in names if name == "kind" or name in FIELDS_OF_KIND[self.kind]}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -172,6 +174,7 @@ def _check_image(entry: str, condition: ConditionConfig) -> None:
     check_name(f"{entry}.method", condition.method, EDGE_METHODS)
     if condition.channels is not None:
         condition.channels = checked_channels(f"{entry}.channels", condition.channels)
+    condition.value_range = checked_value_range(f"{entry}.value_range", condition.value_range)
     for name in ("network", "training"):
         if not isinstance(getattr(condition, name), Mapping):
             section = {"network": "tokenizer", "training": "tokenizer_training"}[name]
@@ -204,12 +207,12 @@ def _check_caption(entry: str, condition: ConditionConfig) -> None:
 
 
 def checked_derivation(field_name: str, derived: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked value of data.derived: kind, and factor, method, or path and channels."""
+    """The checked value of data.derived: kind, and factor, method, or path, channels and value_range."""
     if not isinstance(derived, Mapping):
         raise InputError(f"{field_name} is {derived!r}; it must be a record such as {{kind: low_resolution, factor: 4}}, or null.")
     check_name(f"{field_name}.kind", derived.get("kind", ""), IMAGE_KINDS)
     for name in derived:
-        check_name(f"{field_name}: a field", name, ("kind", "factor", "method", "path", "channels"))
+        check_name(f"{field_name}: a field", name, ("kind", "factor", "method", "path", "channels", "value_range"))
     return _read_condition(field_name, {"name": "derived", **derived}).derivation()
 
 

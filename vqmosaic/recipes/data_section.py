@@ -61,8 +61,8 @@ class DataConfig:
     """Training augmentation: largest random shift in pixels in each direction. Edge pixels are repeated."""
     conditions: list[Any] = field(default_factory=list, metadata={"omit_if_default": True})
     """What the prior is given beside the class: a list of records with name, kind and the fields of the kind. low_resolution (factor), edges (method:
-    sobel or canny), grey, paired_folder (path, channels) and caption (length; column, templates or .txt files beside the images; text_tokenizer).
-    All have drop_rate. Image kinds have tokenizer (a trained tokenizer's folder), or network and training (changes of tokenizer and
+    sobel or canny), grey, paired_folder (path, channels, value_range) and caption (length; column, templates or .txt files beside the images;
+    text_tokenizer). All have drop_rate. Image kinds have tokenizer (a trained tokenizer's folder), or network and training (changes of tokenizer and
     tokenizer_training for the tokenizer that is trained)."""
     derived: dict[str, Any] | None = field(default=None, metadata={"omit_if_default": True})
     """Train on images that are made from those of the data set, such as {kind: low_resolution, factor: 4}. `vqmosaic run` sets it in the recipes of
@@ -87,6 +87,10 @@ class DataConfig:
                              "set --data.value_range null.")
         self.conditions = [condition.to_record() for condition in read_conditions("data.conditions", self.conditions, self.image_size)]
         for condition in self.conditions:
+            if condition["kind"] == "paired_folder" and self.value_range is not None and condition.get("value_range") is None:
+                raise InputError(f"data.value_range is {self.value_range}, but {condition['name']!r} in data.conditions has no value_range, so its "
+                                 "images would be read with 8 bits. Set its field value_range to the range of their values: [0, 255] for images with "
+                                 "8 bits, [0, 65535] for those with 16.")
             if condition["kind"] == "grey" and self.channels < 3:
                 raise InputError(f"data.conditions has {condition['name']!r} of kind grey, but data.channels is {self.channels}, so the images are "
                                  "grey already. Use another kind, or set data.channels to 3.")
@@ -120,8 +124,8 @@ class DataConfig:
         """The image transform that follows from these fields, as in config.json of a tokenizer."""
         derived, value_range = self.derived, self.value_range
         content: dict[str, Any] = {"image_size": self.final_size, "channels": derived_channels(self.channels, derived), "resampling": "bicubic"}
-        if derived is not None and derived["kind"] not in DERIVED_KINDS:  # images of their own, with 8 bits
-            return content
+        if derived is not None and derived["kind"] not in DERIVED_KINDS:  # images of their own
+            return content | ({"value_range": derived["value_range"]} if derived.get("value_range") is not None else {})
         if value_range is not None:
             content["value_range"] = value_range
         if derived is not None:

@@ -24,7 +24,7 @@ from vqmosaic.recipes.fields_from_data import ASSUMED_IMAGES, BUDGETS, CountImag
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 
 TYPE_DESCRIPTIONS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list in brackets",
-                     "dict": "a mapping", "NoneType": "null"}
+                     "dict": "a mapping in braces", "NoneType": "null"}
 VERSION_COMMENT = "# written by vqmosaic "
 WORKING_DIRECTORY_COMMENT = "# relative paths start from "
 PATH_FIELDS = ("data.path", "tokens.tokenizer", "tokenizer_training.init_from", "tokenizer_training.perceptual_weights",
@@ -351,7 +351,7 @@ def describe_parse_error(error: Exception, path: Path) -> str:
     union = re.search(r"Subtypes: \[(.*?)\] Errors.*Given value: (.*)$", reason)
     single = re.search(r"Expected a <class '(\w+)'>\. Got value: (.*)$", reason)
     if found := union or single:
-        types, given = re.findall(r"(?<=')\w+(?=')|\blist(?=\[)", found[1]) if union else [found[1]], found[2]
+        types, given = re.findall(r"(?<=')\w+(?=')|\b(?:list|dict)(?=\[)", found[1]) if union else [found[1]], found[2]
         is_yaml_word = given in ("False", "True") and "str" in types
         hint = ' YAML reads no, off, yes and on as false and true. Write them in quotes: "no".' if is_yaml_word else ""
         given = {"None": "null", "False": "false", "True": "true"}.get(given, repr(given))

@@ -26,7 +26,7 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, signal_number: int, kept: str):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {kept}. Run the same command to continue from there.")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {kept}. Run the same command to continue.")
         self.exit_code = EXIT_CODES[signal_number]
 
 
@@ -85,8 +85,8 @@ class StopFlag:
         while (item := self.wait_for(lambda: next(items, None))) is not None:
             yield item
 
-    def wait_or_raise(self, call: Callable[[], Any], kept: str) -> Any:
-        """The result of `call`, as in `wait_for`. Raises Interrupted with the message `kept` if a signal has arrived.
+    def wait_or_raise(self, call: Callable[[], Any], kept: str | Callable[[], str]) -> Any:
+        """The result of `call`, as in `wait_for`. Raises Interrupted with the message `kept`, or what it returns, if a signal has arrived.
 
         An error of `call` after a signal also raises Interrupted, because Ctrl-C in a terminal ends compilers and other child processes too.
         """
@@ -94,10 +94,10 @@ class StopFlag:
             result = self.wait_for(call)
         except Exception as error:
             if self.signal:
-                raise Interrupted(self.signal, kept) from error
+                raise Interrupted(self.signal, kept if isinstance(kept, str) else kept()) from error
             raise
         if self.signal:
-            raise Interrupted(self.signal, kept)
+            raise Interrupted(self.signal, kept if isinstance(kept, str) else kept())
         return result
 
     def _watch(self) -> None:

@@ -71,7 +71,7 @@ def load_record(run: RunFolder, stage: str) -> StageRecord | None:
     version = written_by(content)
     unknown = sorted(content["fields"].keys() - {field.name for field in recipe_fields(Recipe())}) if isinstance(content.get("fields"), dict) else []
     if unknown and is_later(version):  # a field that an older version recorded may have been removed
-        raise InputError(f"{path}: stage {stage} was run with the unknown fields {', '.join(unknown)}.{version_hint(version)}")
+        raise InputError(f"{path}: stage {stage} was started with the unknown fields {', '.join(unknown)}.{version_hint(version)}")
     return from_fields(StageRecord, {name: value for name, value in content.items() if name not in (VERSION_FIELD, "written")}, str(path), version)
 
 
@@ -139,7 +139,7 @@ def changed_message(run: RunFolder, recipe: Recipe, stage: str, name: str, befor
     remedy = f"repeat the stage with --redo {stage} (which also repeats the stages after it)"
     if recipe.data.derived is not None:  # the tokenizer of a condition; --redo tokenizer would also repeat that of the images
         remedy = "train the tokenizers of all conditions again with `vqmosaic run RECIPE --redo conditions`"
-    return (f"{run.root}: stage {stage} was run with {name} = {as_yaml(before)}, now it is {as_yaml(now)}; {reason}. Set it back, "
+    return (f"{run.root}: stage {stage} was started with {name} = {as_yaml(before)}, now it is {as_yaml(now)}; {reason}. Set it back, "
             f"choose another --run_dir, or {remedy}.")
 
 
