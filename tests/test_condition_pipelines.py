@@ -213,12 +213,10 @@ def test_upscale_continues_and_replaces_damaged_files(folder, photos, tmp_path, 
 
 
 def test_upscale_stops_at_a_signal_and_continues(folder, photos, tmp_path, monkeypatch):
-    import pipelines.image_folders.write_translations as module
-
     command = ["upscale", str(folder), str(photos), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    save, stops = module.save_picture, []
+    save, stops = write_images.save_picture, []
 
-    class Stop(module.StopFlag):
+    class Stop(write_images.StopFlag):
         def __enter__(self):
             stops.append(super().__enter__())
             return stops[-1]
@@ -228,8 +226,8 @@ def test_upscale_stops_at_a_signal_and_continues(folder, photos, tmp_path, monke
         stops[-1].signal = 15
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "StopFlag", Stop)
-        patch.setattr(module, "save_picture", save_and_stop)
+        patch.setattr(write_images, "StopFlag", Stop)
+        patch.setattr(write_images, "save_picture", save_and_stop)
         with pytest.raises(Interrupted):
             dispatch(command)
     assert dispatch(command) == 0 and (tmp_path / "out/c.png").is_file()
