@@ -135,7 +135,7 @@ def random_share(training: PriorTrainingConfig, progress: float) -> float:
 
 
 def random_orders(samples_B: np.ndarray, grids: Sequence[Grid], *seeds: int | str) -> np.ndarray:
-    """A random order of the positions (B, T) for each sample, which depends only on the sample and the seeds. As in sampling, grids follow each other."""
+    """A random order of the positions (B, T) for each sample, one grid after another, as in sampling. It depends only on the sample and the seeds."""
     stops = np.cumsum([grid.num_tokens for grid in grids])
     keys_BT = hashes(samples_B[:, None] * stops[-1] + np.arange(stops[-1]), "random orders", *seeds)
     parts = [keys_Bn.argsort(axis=1) for keys_Bn in np.split(keys_BT, stops[:-1], axis=1)]

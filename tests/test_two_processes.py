@@ -17,9 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conditioned import write_shards
 from tests.run_files import records
-from tests.test_condition_training import IMAGE, LOW, RECORDS, TEXT, made_up_ids
 from tests.tiny import HIERARCHICAL, ROOT, copy_tokens, tiny_overrides
 from vqmosaic.errors import InputError
 from vqmosaic.runs.interruption import Interrupted, StopFlag
@@ -109,6 +107,9 @@ def test_two_processes_train_the_same_weights_as_one(stage, changes, tiny_run, t
 
 
 def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path):
+    from tests.conditioned import write_shards
+    from tests.test_condition_training import IMAGE, LOW, RECORDS, TEXT, made_up_ids
+
     ids = made_up_ids()
     tokens = write_shards(tmp_path / "tokens", [IMAGE, LOW, TEXT], ids, RECORDS, [number % 2 for number in range(len(ids["image"]))])
     changes = {"prior_training__tokens": tokens, "prior__architecture": "grid_transformer", "prior__layers": 2, "sampling__guidance_scale": 1.0,
@@ -117,7 +118,7 @@ def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path):
 
 
 def assert_two_processes_equal_one(stage: str, one: Path, two: Path, changes: dict[str, object]) -> None:
-    """Train in the folder `one` with one process and in `two` with two, and compare weights and metrics. Checks the errors of one more run too."""
+    """Train in the folder `one` with one process and in `two` with two. Compare weights and metrics; continuing with one process is an error."""
     import torch
 
     plain = RANK_INDEPENDENT | changes

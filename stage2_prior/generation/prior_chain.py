@@ -33,7 +33,7 @@ class PriorChain:
         return all(prior.any_order for prior in self.priors)
 
     def check_order(self, sampling: SamplingConfig, known: Mapping[str, torch.Tensor] | None = None, images: int = 1) -> None:
-        """Raise InputError if one of the priors has not learned the order or the number of passes of the settings, or cannot keep the known tokens.
+        """Raise InputError if a prior has not learned the order or the number of passes of the settings, or cannot keep the known tokens.
 
         `known` has ids (B, n) of drawn grids by name, as in `sample`, for as many images.
         """
