@@ -242,7 +242,8 @@ def measure_speed(rounds: int, llamagen: str | None, presets: Sequence[str]) -> 
             calls["LlamaGen, float32"] = llamagen_generate(llamagen, preset)
         seconds = time_alternately(calls, rounds)
         lines = [f"{preset.layers} layers, {preset.width} wide, {preset.codes} codes, {preset.side**2} tokens, one image, guidance {GUIDANCE:g}, "
-                 f"{rounds} rounds.", "", "| | milliseconds | times one token per pass |", "|---|---|---|"]
+                 f"{rounds} rounds. Parameters: {', '.join(f'{prior.num_parameters:,} ({kind})' for kind, prior in kinds.items())}.", "",
+                 "| | milliseconds | times one token per pass |", "|---|---|---|"]
         for call, times in seconds.items():
             dtype = call.rpartition(", ")[2]
             speedup = f"{ratio(seconds, f'raster only, {preset.side**2} passes, {dtype}', call):.2f}"

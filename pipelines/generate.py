@@ -172,7 +172,8 @@ class ImageGenerationPipeline:
             callback: called as callback(done, total) after each pass of each batch, with the number of tokens so far. total is the number of
                 batches times the tokens per image. If it returns False, sampling stops: out.stopped is True and out.images is empty.
             batch_size: images sampled in parallel.
-            compile: record the step of the prior as a CUDA graph. This is faster for small batches on CUDA and has no effect on other devices.
+            compile: record the step of the prior as a CUDA graph. This is faster for small batches on CUDA and has no effect on other devices. Only
+                steps that draw one token after one new token use the graph, so with fewer `steps` than tokens, it makes almost no difference.
             settings: guidance_scale, temperature, top_k, top_p, min_p and the other fields of SamplingConfig. None, or a setting that is not
                 given, uses the recommended one. Unconditional images are sampled without guidance, which would have no effect.
             positional: deprecated; the arguments that version 0.1.0 accepted by position.
@@ -233,7 +234,9 @@ class ImageGenerationPipeline:
 
     def _check_request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
                        settings: dict[str, Any], given: Given | None = None) -> Request:
-        return check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings)
+        request = check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings)
+        self.chain.check_order(request.sampling)
+        return request
 
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
                         compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:

@@ -195,9 +195,10 @@ class TokenPrior(nn.Module):
 
         Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each pass. If it
         returns False, sampling.SamplingStopped is raised. `compile` records the forward pass of a token as a CUDA graph, if the device and the
-        model support it. `given` maps the names of conditions to their ids (B, n), and `segment_guidance` the names of given segments to guidance
-        scales in place of sampling.guidance and sampling.guidance_scale. Raises InputError for an unknown class or condition, different lengths,
-        arguments of the wrong type, and for guidance if the null ids were never trained or no image has a class.
+        model support it; passes of several tokens do not use the graph. `given` maps the names of conditions to their ids (B, n), and
+        `segment_guidance` the names of given segments to guidance scales in place of sampling.guidance and sampling.guidance_scale. Raises
+        InputError for an unknown class or condition, different lengths, arguments of the wrong type, and for guidance if the null ids were never
+        trained or no image has a class.
 
         `known_BT` gives ids that are kept, with -1 for tokens to draw. Priors trained in raster order accept known ids only before all others.
         """

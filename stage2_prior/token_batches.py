@@ -1,6 +1,6 @@
 """Batches of tokens and classes for the prior. A batch does not depend on earlier batches, so training can resume at any step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from stage2_prior.segments import Segment
 from stage2_prior.token_columns import TokenColumns
 from stage2_prior.vocabulary import NO_CLASS, Vocabulary
+from token_shards.manifest import Grid
 from token_shards.reader import TokenShardReader, stored_views
 from vqmosaic.errors import check_range
 from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
@@ -82,7 +83,7 @@ class TokenBatches:
         orders_BT = np.tile(np.arange(len(self.codebook_sizes_T)), (len(samples_B), 1))
         for epoch in np.unique(epochs_B).tolist() if random_share else ():
             is_random_B = (epochs_B == epoch) & (hashes(samples_B, "is random order", self.seed, epoch) / 2.0**64 < random_share)
-            orders_BT[is_random_B] = random_orders(samples_B[is_random_B], orders_BT.shape[1], self.seed, epoch)
+            orders_BT[is_random_B] = random_orders(samples_B[is_random_B], self.vocabulary.grids, self.seed, epoch)
         return orders_BT
 
     def add_noise(self, ids_BT: np.ndarray, epochs_B: np.ndarray, samples_B: np.ndarray) -> np.ndarray:
@@ -133,9 +134,12 @@ def random_share(training: PriorTrainingConfig, progress: float) -> float:
     return 1 + annealed * (training.final_random_share - 1)
 
 
-def random_orders(samples_B: np.ndarray, length: int, *seeds: int | str) -> np.ndarray:
-    """A random permutation of the `length` positions (B, T) for each sample. It depends only on the sample and the seeds."""
-    return hashes(samples_B[:, None] * length + np.arange(length), "random orders", *seeds).argsort(axis=1)
+def random_orders(samples_B: np.ndarray, grids: Sequence[Grid], *seeds: int | str) -> np.ndarray:
+    """A random order of the positions (B, T) for each sample, one grid after another, as in sampling. It depends only on the sample and the seeds."""
+    stops = np.cumsum([grid.num_tokens for grid in grids])
+    keys_BT = hashes(samples_B[:, None] * stops[-1] + np.arange(stops[-1]), "random orders", *seeds)
+    parts = [keys_Bn.argsort(axis=1) for keys_Bn in np.split(keys_BT, stops[:-1], axis=1)]
+    return np.concatenate([part + stop - part.shape[1] for part, stop in zip(parts, stops.tolist(), strict=True)], axis=1)
 
 
 def expected_classes(labels_N: np.ndarray, draws: int) -> float:

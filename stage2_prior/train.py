@@ -199,7 +199,7 @@ def validate(prior: TokenPrior, reader: TokenShardReader, batch_size: int, limit
             break
         progress.update(len(ids_BT) * ranks)
         (ids_BT, given_BG), classes_B = columns.split(ids_BT.to(accelerator.device)), classes_B.to(accelerator.device)
-        random_orders_BT = torch.from_numpy(random_orders(samples_B.numpy(), vocabulary.num_tokens, "validation"))
+        random_orders_BT = torch.from_numpy(random_orders(samples_B.numpy(), vocabulary.grids, "validation"))
         for index, suffix in enumerate(suffixes):
             conditions = (None, None) if suffix in (WITHOUT_CLASS, WITHOUT_GIVEN) else (classes_B, given_BG)
             orders_BT = random_orders_BT.to(accelerator.device) if suffix == IN_RANDOM_ORDER else None

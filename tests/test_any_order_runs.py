@@ -35,7 +35,7 @@ def test_validation_reports_the_nll_in_raster_and_in_random_order(any_order_run)
     last = TokenPrior.from_pretrained(weights) if weights.is_dir() else prior
     samples = reader.samples(validation_samples(reader, 64))
     ids_BT, classes_B = torch.from_numpy(samples.ids_BT), torch.from_numpy(samples.labels_B)
-    orders_BT = torch.from_numpy(random_orders(samples.samples_B, 16, "validation"))
+    orders_BT = torch.from_numpy(random_orders(samples.samples_B, prior.vocabulary.grids, "validation"))
     for name, orders in (("nll", None), ("nll_in_random_order", orders_BT)):
         with torch.no_grad():
             logits_BTK = last(ids_BT, classes_B, orders_BT=orders)

@@ -26,6 +26,7 @@ from tests.tiny_priors import tiny_prior
 from token_shards import Grid, TokenShardManifest, TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
+from vqmosaic.training.training_run import TrainingRun
 
 IMAGE = Grid("image", 6, 2, 2)
 LOW = Grid("low", 5, 1, 2, token_fingerprint="a" * 64)
@@ -208,7 +209,14 @@ def test_masked_super_resolution_in_any_order(unlabelled, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["grid_transformer", "llama"])
-def test_training_with_conditions_reports_both_losses_and_resumes(architecture, tokens, tmp_path, capsys):
+def test_training_with_conditions_reports_both_losses_and_resumes_exactly(architecture, tokens, tmp_path, capsys, monkeypatch):
+    optimizer_step = TrainingRun.optimizer_step
+
+    def fails_in_step_4(run, *arguments):
+        if run.state.step == 4:
+            raise ConnectionError
+        return optimizer_step(run, *arguments)
+
     changes = {"prior__architecture": architecture, "prior_training__drop_rates": "{low: 0.1, text: 0.1}"}
     whole = recipe_for(tokens, tmp_path / "whole", **changes)
     train(whole)
@@ -218,9 +226,16 @@ def test_training_with_conditions_reports_both_losses_and_resumes(architecture, 
     assert {"nll", "nll_without_given", "accuracy_without_given"} <= metrics.keys()
     prior = TokenPrior.from_pretrained(tmp_path / "whole/prior")
     assert [segment.name for segment in prior.vocabulary.segments] == ["class", "low", "text", "image"]
-    train(recipe_for(tokens, tmp_path / "parts", **changes, prior_training__max_steps=4))
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(TrainingRun, "optimizer_step", fails_in_step_4)
+        train(recipe_for(tokens, tmp_path / "parts", **changes))
     train(recipe_for(tokens, tmp_path / "parts", **changes))
-    assert len(records(tmp_path / "parts", "prior", "validation")) >= 2
+    assert "resumed at step 4" in capsys.readouterr().out
+    for name in ("prior/model.safetensors", "checkpoints/prior/step-00000006/model.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for kind in ("train", "validation"):
+        whole_records, parts_records = ([{**record, "seconds": 0} for record in records(tmp_path / run, "prior", kind)] for run in ("whole", "parts"))
+        assert parts_records == whole_records
     with pytest.raises(InputError, match=r"prior_training\.drop_rates"):
         train(recipe_for(tokens, tmp_path / "whole", **changes | {"prior_training__drop_rates": "{low: 0.2}"}))
 

@@ -57,6 +57,7 @@ FUSED = [
     ("llama", {"mlp_bias": True, "hidden_act": "gelu"}), ("llama", {"tie_word_embeddings": True}), ("llama", {"rms_norm_eps": 0.3}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}), ("grid_transformer", {}),
     ("grid_transformer", {"embedding_blocks": 1}), ("grid_transformer", {"embedding_blocks": 0}), ("grid_transformer", {"any_order": True}),
+    ("grid_transformer", {"any_order": True, "query_embeddings": False, "num_hidden_layers": 4}),
 ]
 
 
@@ -70,8 +71,18 @@ def test_static_decoder_matches_the_model(architecture, options, grids):
     assert largest_logit_difference(prior, prior, ids_BT, CLASSES) < 1e-4
 
 
+@pytest.mark.parametrize(("query_embeddings", "layers"), [(True, 4), (False, 3)])
+def test_query_blocks_without_embeddings_share_a_layer_of_the_cache(query_embeddings, layers):
+    prior = make_prior(any_order=True, architecture="grid_transformer", query_embeddings=query_embeddings, num_hidden_layers=4)
+    assert (prior.model.config.query_blocks, prior.model.config.num_cache_layers) == (2, layers)
+    assert len(decoder_of(prior).cache.keys) == layers
+    reference = ReferenceDecoder(prior.model, 1)
+    reference.step(torch.tensor([prior.vocabulary.class_id(0)]), 0)
+    assert len(reference.cache.layers) == layers
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], *FUSED[-3:]])
+@pytest.mark.parametrize(("architecture", "options"), [FUSED[0], FUSED[1], *FUSED[-4:]])
 def test_positions_as_tensors_match_positions_as_integers(architecture, options, dtype):
     prior = make_prior(architecture, **options).to(dtype)
     ids_BT = random_ids(prior)

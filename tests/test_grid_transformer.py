@@ -49,10 +49,14 @@ def with_perturbed_weights(model: GridTransformer) -> GridTransformer:
 ANY_ORDER = {"num_hidden_layers": 4, "query_blocks": 2, "query_embeddings": True, "query_intermediate_size": 48}
 
 
+def make_model(any_order: bool) -> GridTransformer:
+    torch.manual_seed(0)
+    return with_perturbed_weights(GridTransformer(config_of(**ANY_ORDER if any_order else {})))
+
+
 @pytest.fixture(params=[False, True], ids=["raster", "any_order"])
 def model(request) -> GridTransformer:
-    torch.manual_seed(0)
-    return with_perturbed_weights(GridTransformer(config_of(**ANY_ORDER if request.param else {})))
+    return make_model(request.param)
 
 
 def sequences(model: GridTransformer, count: int = 3) -> torch.Tensor:
@@ -311,11 +315,13 @@ def test_embeddings_and_feed_forward_blocks_share_a_parameter_budget(layers, wid
     assert chosen == blocks and 0.92 * budget < used <= budget and intermediate >= 1.5 * width
 
 
-@pytest.mark.parametrize("layer, kind", [(1, "stream_embedding"), (1, "value_embedding"), (2, "value_embedding"), (3, "value_embedding")])
-def test_block_embeddings_affect_only_positions_from_their_token_on(model, layer, kind):
+@pytest.mark.parametrize(("any_order", "layer", "kind"), [
+    (False, 1, "stream_embedding"), (False, 1, "value_embedding"),
+    (True, 1, "stream_embedding"), (True, 1, "value_embedding"), (True, 2, "value_embedding"), (True, 3, "value_embedding"),
+])
+def test_block_embeddings_affect_only_positions_from_their_token_on(any_order, layer, kind):
+    model = make_model(any_order)
     assert [block.embeds_all_ids for block in model.blocks[:2]] == [False, True]
-    if layer >= len(model.blocks):
-        pytest.skip("the model for raster order has two blocks")
     ids_BS = sequences(model, 1)
     before, token_id = model(ids_BS).logits, int(ids_BS[0, 4])
     with torch.no_grad():
@@ -345,6 +351,28 @@ def test_query_blocks_with_embeddings_have_no_more_parameters():
     for vocabulary in (100, 1024):
         sizes = query_block_sizes(256, vocabulary)
         assert sizes["query_embeddings"] and 2 * 256 * sizes["query_intermediate_size"] + 256 * vocabulary <= 8 * 256**2
+
+
+def test_query_blocks_have_the_embeddings_and_the_width_of_the_options():
+    grids = [Grid("image", 11, 3, 3)]
+    for options, expected in (({"query_embeddings": False}, (False, 128)), ({"query_intermediate_size": 48}, (True, 48)),
+                              ({"query_embeddings": False, "query_intermediate_size": 48}, (False, 48))):
+        model = prior_of(grids, any_order=True, options=options).model
+        assert (model.config.query_embeddings, model.config.query_feed_forward) == expected
+        assert (model.blocks[-1].value_embedding is not None, model.blocks[-1].feed_forward_in.out_features) == expected
+    with_embeddings = prior_of([Grid("image", 300, 3, 3)], any_order=True, options={"query_embeddings": True}).model
+    assert with_embeddings.blocks[-1].value_embedding is not None and with_embeddings.blocks[-1].feed_forward_in.out_features == 64
+
+
+@pytest.mark.parametrize(("any_order", "options", "words"), [
+    (True, {"query_intermediate_size": 0}, "query_intermediate_size is 0 with 1 query_blocks; allowed: a width of at least 1"),
+    (True, {"query_intermediate_size": -5}, "query_intermediate_size is -5 with 1 query_blocks"),
+    (False, {"query_intermediate_size": 64}, "query_intermediate_size is 64 with 0 query_blocks"),
+    (False, {"query_embeddings": True}, "query_embeddings is true, but query_blocks is 0"),
+])
+def test_impossible_options_of_query_blocks_are_refused(any_order, options, words):
+    with pytest.raises(InputError, match=words):
+        prior_of([Grid("image", 11, 3, 3)], any_order=any_order, options=options)
 
 
 def test_embeddings_beyond_the_parameter_budget_are_refused():

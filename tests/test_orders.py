@@ -20,7 +20,8 @@ from token_shards import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import PriorConfig, PriorTrainingConfig, SamplingConfig
 
-OPTIONS = {"class embeddings": {"embedding_blocks": 0}, "embeddings of all ids": {"embedding_blocks": 1, "intermediate_size": 64}}
+OPTIONS = {"class embeddings": {"embedding_blocks": 0}, "embeddings of all ids": {"embedding_blocks": 1, "intermediate_size": 64},
+           "query blocks without embeddings": {"query_embeddings": False, "num_hidden_layers": 3}}
 
 
 def any_order_prior(vocabulary: Vocabulary = VOCABULARY, seed: int = 0, **options) -> TokenPrior:
@@ -238,13 +239,16 @@ def test_orders_hold_every_place_once_grid_by_grid_and_follow_from_the_seed(orde
     assert (orders_BT[0] == orders_BT[2]).all() and (orders_BT[0] == orders_BT[1]).all() == (order == "raster")
 
 
-def test_spread_keeps_tokens_apart():
-    grid = Grid(name="image", codebook_size=8, height=8, width=8)
+@pytest.mark.parametrize(("height", "width", "distances_apart"), [(8, 8, ((2, 5.6), (4, 4), (8, 2.8), (16, 2))),
+                                                                  (4, 8, ((2, 4.4), (4, 2.2), (8, 1.4)))], ids=["square", "wide"])
+def test_spread_keeps_tokens_apart(height, width, distances_apart):
+    """On a torus, the second place is at the opposite point."""
+    grid = Grid(name="image", codebook_size=8, height=height, width=width)
     for row in drawing_orders("spread", [grid], range(20)):
-        for count, apart in ((2, 5.6), (4, 4), (8, 2.8), (16, 2)):  # on a torus, the second place is at the opposite point
-            rows, columns = row[:count] // 8, row[:count] % 8
+        for count, apart in distances_apart:
+            rows, columns = row[:count] // width, row[:count] % width
             down, across = (np.abs(axis[:, None] - axis) for axis in (rows, columns))
-            distances = np.hypot(np.minimum(down, 8 - down), np.minimum(across, 8 - across))
+            distances = np.hypot(np.minimum(down, height - down), np.minimum(across, width - across))
             assert distances[~np.eye(count, dtype=bool)].min() >= apart
 
 

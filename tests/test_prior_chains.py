@@ -26,7 +26,7 @@ from tests.test_tokenizer_protocol import SIZE, MeanColours
 from tests.tiny_priors import tiny_prior
 from token_shards import Grid
 from vqmosaic.errors import InputError
-from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.recipes.recipe_sections import PriorConfig, SamplingConfig
 
 TOP, BOTTOM = Grid("top", 5, 1, 2), Grid("bottom", 7, 2, 2)
 LOW = GivenGrid(grid=Grid("low", 4, 1, 1, token_fingerprint="a" * 64), drop_rate=0.2)
@@ -111,6 +111,32 @@ def test_the_second_prior_is_given_what_the_first_draws(chain):
     assert torch.equal(direct, greedy["bottom"])
 
 
+def any_order_then_raster() -> PriorChain:
+    """A prior of top that predicts in any order, and one of bottom that does not."""
+    config = PriorConfig(architecture="grid_transformer", width=32, layers=2, heads=2)
+    return PriorChain([TokenPrior.from_config(config, TOP_PRIOR, 0, any_order=True), tiny_prior("grid_transformer", BOTTOM_PRIOR)])
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"order": "spread"}, r"sampling\.order is 'spread', but the prior was trained in raster order"),
+    ({"steps": 3}, r"sampling\.steps is 3, but the prior was trained in raster order"),
+    ({"steps": 100_000}, r"sampling\.steps is 100000; allowed: 1 to 4, the number of tokens of an image that one prior draws"),
+])
+def test_settings_that_a_later_prior_does_not_support_are_refused_before_the_first_one_samples(settings, words):
+    progress: list[int] = []
+    with pytest.raises(InputError, match=words):
+        any_order_then_raster().sample([0], SamplingConfig(**settings), [1], lambda done, total: progress.append(done))
+    assert not progress
+
+
+def test_known_tokens_that_a_later_prior_cannot_keep_are_refused_before_the_first_one_samples():
+    progress: list[int] = []
+    with pytest.raises(InputError, match="there are known tokens after unknown ones"):
+        any_order_then_raster().sample([0], SamplingConfig(), [1], lambda done, total: progress.append(done),
+                                       known={"bottom": torch.tensor([[-1, 2, -1, -1]])})
+    assert not progress
+
+
 def test_priors_of_a_chain_use_different_random_numbers():
     """With equal numbers, ids of uniform priors would be equal."""
     uniform = [changed(TOP_PRIOR, grids=[Grid("top", 64, 2, 2)]),
@@ -167,6 +193,10 @@ def test_bundle_of_two_priors(two_priors, tmp_path):
     request = pipe._check_request(["ant", "bee"], 1, 1, {})._replace(known_BT=torch.where(torch.arange(20) < 4, ids_BT, -1))
     assert torch.equal(next(pipe._sample_batches(request, "pil", None, 8, False)).token_ids["coarse"], images.token_ids["coarse"])
     assert pipe.logit_difference(images.token_ids, images.class_indices) < 1e-4
+    for settings, words in (({"order": "random"}, "sampling.order is 'random', but the prior was trained in raster order"),
+                            ({"steps": 2}, "sampling.steps is 2, but"), ({"steps": 17}, "sampling.steps is 17; allowed: 1 to 16")):
+        with pytest.raises(InputError, match=words):
+            pipe.batches(["ant"], seed=1, **settings)  # before the first batch
     pipe.save_pretrained(tmp_path / "copy")
     again = ImageGenerationPipeline.from_pretrained(tmp_path / "copy", "cpu")(["ant", "bee"], seed=1)
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in images.images]

@@ -102,9 +102,25 @@ def checkpoint_weights(run_dir: Path, stage: str, step: int):
                          ids=[*COMMANDS, "prior, annealed order", "tokenizer with two levels"])
 def test_two_processes_train_the_same_weights_as_one(stage, changes, tiny_run, tmp_path):
     """The two processes also accumulate gradients over two micro-batches each."""
+    one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
+    assert_two_processes_equal_one(stage, one, two, changes)
+
+
+def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path):
+    from tests.conditioned import write_shards
+    from tests.test_condition_training import IMAGE, LOW, RECORDS, TEXT, made_up_ids
+
+    ids = made_up_ids()
+    tokens = write_shards(tmp_path / "tokens", [IMAGE, LOW, TEXT], ids, RECORDS, [number % 2 for number in range(len(ids["image"]))])
+    changes = {"prior_training__tokens": tokens, "prior__architecture": "grid_transformer", "prior__layers": 2, "sampling__guidance_scale": 1.0,
+               "prior_training__drop_rates": "{class: 0.3, low: 0.3, text: 0.3}"}
+    assert_two_processes_equal_one("prior", tmp_path / "one", tmp_path / "two", changes)
+
+
+def assert_two_processes_equal_one(stage: str, one: Path, two: Path, changes: dict[str, object]) -> None:
+    """Train in the folder `one` with one process and in `two` with two. Compare weights and metrics; continuing with one process is an error."""
     import torch
 
-    one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
     plain = RANK_INDEPENDENT | changes
     accumulated = plain | {f"{stage}_training__accumulation_steps": 2}
     for run_dir, processes, changes in ((one, 1, plain), (two, 2, accumulated)):

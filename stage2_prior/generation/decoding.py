@@ -186,7 +186,8 @@ def make_decoder(model: nn.Module, num_codes: int, rows: int, length: int, compi
     """The fastest decoder that supports the model, for `rows` sequences of `length` positions, with the current weights.
 
     Make a new decoder for each call of the sampler, so that no decoder holds memory or stale weights while the model is trained. Packing the
-    weights takes a few percent of the sampling time. `compile` records the step as a CUDA graph, on CUDA only.
+    weights takes a few percent of the sampling time. `compile` records the step as a CUDA graph, on CUDA only. Steps of several
+    ids or targets do not use the graph.
     """
     known_model = prepare_known_model(model, num_codes, rows, length)
     if known_model is None:

@@ -5,6 +5,8 @@
     spread      each token far from those before it
     confidence  the tokens that the prior is most certain of; known only while sampling
 
+If a prior draws several grids, each order draws one grid after another.
+
 In comments: B batch, T tokens, U unknown tokens. A place is the number of a token in raster order.
 """
 

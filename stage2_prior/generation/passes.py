@@ -96,11 +96,15 @@ class OrderedPasses:
         tokens to draw in each pass.
 
         With `confidence_noise_BT`, a random number for each token, a pass predicts all unknown tokens and keeps those with the highest log
-        probability plus noise, instead of the next ones in the order.
+        probability plus noise, instead of the next ones in the order. If there are several grids, a pass keeps tokens of a grid only after all
+        tokens of the grids before it.
         """
         self.decoder, self.vocabulary, self.counts, self.start_NP = decoder, vocabulary, list(counts), start_NP
         self.ids_BT, self.orders_BT, self.noise_BT = known_BT.clone(), orders_BT, confidence_noise_BT
         self.filled = known_BT.shape[1] - sum(counts)
+        numbers = [number for number, grid in enumerate(vocabulary.grids) for _ in range(grid.num_tokens)]
+        self.grid_T = torch.tensor(numbers, device=known_BT.device)
+        """The number of the grid of each place."""
         self.cached = 0
         """Number of ids in the cache."""
 
@@ -130,6 +134,7 @@ class OrderedPasses:
         if self.noise_BT is not None:
             log_probabilities_Bm = logits_BmK.log_softmax(dim=-1).gather(-1, ids_Bm[..., None])[..., 0]
             ranking_Bm = (log_probabilities_Bm + self.noise_BT.gather(1, places_Bm)).argsort(dim=1, descending=True, stable=True)
+            ranking_Bm = ranking_Bm.gather(1, self.grid_T[places_Bm.gather(1, ranking_Bm)].argsort(dim=1, stable=True))
             places_Bm, ids_Bm = places_Bm.gather(1, ranking_Bm), ids_Bm.gather(1, ranking_Bm)
             self.orders_BT = torch.cat([self.orders_BT[:, :self.filled], places_Bm], dim=1)
         self.ids_BT.scatter_(1, places_Bm[:, :count], ids_Bm[:, :count])

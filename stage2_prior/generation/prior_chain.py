@@ -7,8 +7,10 @@ import torch
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.passes import UNKNOWN
+from stage2_prior.generation.sampling import check_known, check_order
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
+from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import derive_seed
 
@@ -30,6 +32,18 @@ class PriorChain:
         """Whether all priors predict tokens in any order."""
         return all(prior.any_order for prior in self.priors)
 
+    def check_order(self, sampling: SamplingConfig, known: Mapping[str, torch.Tensor] | None = None, images: int = 1) -> None:
+        """Raise InputError if a prior has not learned the order or the number of passes of the settings, or cannot keep the known tokens.
+
+        `known` has ids (B, n) of drawn grids by name, as in `sample`, for as many images.
+        """
+        if sampling.steps is not None and sampling.steps > self.vocabulary.most_steps:
+            raise InputError(f"sampling.steps is {sampling.steps}; allowed: 1 to {self.vocabulary.most_steps}, the number of tokens of an image"
+                             f"{' that one prior draws' if len(self.priors) > 1 else ''}, or null for one token in each pass.")
+        for number, prior in enumerate(self.priors):
+            known_BT = check_known(prior.vocabulary, join_known(prior, known, images), images, next(prior.parameters()).device)
+            check_order(prior.model, prior.vocabulary, self.vocabulary.settings_of(number, sampling), known_BT)
+
     def sample(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
                given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -38,6 +52,7 @@ class PriorChain:
         `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. The other arguments
         are those of `TokenPrior.sample`. The callback gets the numbers of tokens over all priors. One prior gives the same ids as without a chain.
         """
+        self.check_order(sampling, known, len(seeds))
         drawn: dict[str, torch.Tensor] = {}
         done_before, total = 0, self.vocabulary.num_tokens
         for number, prior in enumerate(self.priors):
@@ -85,4 +100,6 @@ def join_known(prior: TokenPrior, known: Mapping[str, torch.Tensor] | None, imag
     grids = prior.vocabulary.grids
     if known is None or not any(grid.name in known for grid in grids):
         return None
-    return torch.cat([known[grid.name].flatten(1) if grid.name in known else torch.full((images, grid.num_tokens), UNKNOWN) for grid in grids], dim=1)
+    device = next(known[grid.name].device for grid in grids if grid.name in known)
+    return torch.cat([known[grid.name].flatten(1) if grid.name in known else torch.full((images, grid.num_tokens), UNKNOWN, device=device)
+                      for grid in grids], dim=1)

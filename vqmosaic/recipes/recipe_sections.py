@@ -164,7 +164,9 @@ class PriorConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further entries of the model's transformers configuration, under their names in transformers. grid_transformer also has embedding_blocks, the
     number of last blocks with embeddings of all ids (null: as many as can replace about half of the feed-forward parameters) and, unless
-    prior_training.order is raster, query_blocks, the number of last blocks that are queries for tokens (by default two thirds of them)."""
+    prior_training.order is raster, query_blocks, the number of last blocks that are queries for tokens (by default two thirds of them),
+    query_embeddings, whether they have embeddings of all ids (true or false; by default if there are at most 4 times as many as the width), and
+    query_intermediate_size, the width of their feed-forward layers."""
 
     def __post_init__(self):
         check_types(self, "prior")

@@ -27,11 +27,13 @@ class SamplingConfig:
     """Guidance scales of given segments by name, such as {low: 2.0}, in place of guidance_scale. The names are class and those of the conditions."""
     guidance_schedule: str = "constant"
     """Scale at token t: 1 + (guidance_scale - 1) * f(p) with p = t / (T - 1). The functions f are constant (1), linear (p), cosine
-    ((1 - cos(pi p)) / 2) and power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023)."""
+    ((1 - cos(pi p)) / 2) and power-cosine ((1 - cos(pi p^guidance_power)) / 2; MDTv2, Gao et al. 2023). t counts the tokens in the order of drawing,
+    known ones first. If a pass draws several tokens (steps), all of them have the mean of their scales."""
     guidance_power: float = 2.75
     """power-cosine only: exponent of the schedule. Larger values start guidance later."""
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
-    """[start, stop] as fractions of the T tokens. Guidance is off outside of it (Kynkaanniemi et al. 2024). Tokens after stop cost half as much."""
+    """[start, stop] as fractions of the T tokens, counted as in guidance_schedule. Guidance is off outside of it (Kynkaanniemi et al. 2024). Tokens
+    after stop cost half as much. A pass that draws tokens on both sides of an end has the mean of their scales."""
     temperature: float = slider(1.0, 0, 2, 0.01)
     """Divisor of the logits; 0, or any value below 1e-6, selects the most likely token."""
     top_k: int = slider(0, 0, None, 1)
