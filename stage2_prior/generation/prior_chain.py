@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.passes import UNKNOWN
+from stage2_prior.generation.sampling import evaluation_mode
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -32,7 +34,8 @@ class PriorChain:
 
     def sample(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
-               given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+               given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None,
+               keep_unseen: bool = False) -> dict[str, torch.Tensor]:
         """Sample ids (B, n) of each drawn grid, by name. Image b depends on its class, given and known ids, and seed.
 
         `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. The other arguments
@@ -53,10 +56,28 @@ class PriorChain:
             if len(self.priors) > 1 and class_indices is None and not own_given:
                 settings = settings.unguided()  # only the other priors are given something
             ids_BT = prior.sample(class_indices, settings, own_seeds, report if callback is not None else None, compile, given=own_given,
-                                  known_BT=join_known(prior, known, len(own_seeds)))
+                                  known_BT=join_known(prior, known, len(own_seeds)), keep_unseen=keep_unseen)
             drawn |= split_grids(prior, ids_BT)
             done_before += vocabulary.num_tokens
         return drawn
+
+    def token_nll(self, ids: Mapping[str, torch.Tensor], class_indices: Sequence[int] | None,
+                  given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The negative log likelihood (B, n) of each token in nats, float32, by name of the grid: given the tokens before it in raster order.
+
+        `ids` has the ids (B, n) of all drawn grids. `given` and `class_indices` are those of `sample`. Each prior is given the grids that earlier
+        ones draw.
+        """
+        nll: dict[str, torch.Tensor] = {}
+        for prior in self.priors:
+            device = next(prior.parameters()).device
+            ids_BT = torch.cat([ids[grid.name].flatten(1) for grid in prior.vocabulary.grids], dim=1).to(device)
+            classes_B = None if class_indices is None else torch.tensor(class_indices, device=device)
+            with torch.inference_mode(), evaluation_mode(prior.model):
+                logits_BTK = prior(ids_BT, classes_B, given_ids_of(prior, ids, given))
+                nll_BT = F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+            nll |= split_grids(prior, nll_BT)
+        return nll
 
     def logit_difference(self, references: Sequence[TokenPrior], ids: Mapping[str, torch.Tensor], class_indices: Sequence[int],
                          given: Mapping[str, torch.Tensor] | None = None) -> float:
