@@ -35,7 +35,8 @@ FORMAT = "vqmosaic.samples"
 FORMAT_VERSION = 1
 RECORD_NAME, GRID_NAME = "samples.json", "grid.png"
 RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "reconstructions.json", "translations.json"
-RECORDS = frozenset({RECORD_NAME, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD})
+EDITS_RECORD, SCORES_RECORD = "edits.json", "scores.json"
+RECORDS = frozenset({RECORD_NAME, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD})
 """The records of all commands that write images. A folder with one of them holds results."""
 NAME_BYTES = 220
 """Largest length of a file name without number and suffix. File systems allow 255 bytes, and temporary names add a suffix."""

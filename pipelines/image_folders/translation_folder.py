@@ -88,21 +88,9 @@ class TranslationFolder:
         if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION) or not isinstance(content.get("request"), Mapping):
             raise InputError(f"{self.out / TRANSLATIONS_RECORD} is not a record that this vqmosaic can read. Give another --out.")
         if content["request"] != self.request:
-            raise InputError(f"--out {self.out} contains the images of another request: {self._differences(content['request'])}. Give another --out, "
-                             f"or delete these images and {TRANSLATIONS_RECORD}.")
+            raise InputError(f"--out {self.out} contains the images of another request: {describe_differences(content['request'], self.request)}. "
+                             f"Give another --out, or delete these images and {TRANSLATIONS_RECORD}.")
         return existing
-
-    def _differences(self, recorded: Mapping[str, Any]) -> str:
-        changed = list(iterate_differences(dict(recorded), self.request))
-        is_other_pipeline = any(is_pipeline_field(name) for name, _, _ in changed)
-        words = [describe_pipeline_change(changed)] if is_other_pipeline else []
-        for name, before, now in changed:
-            if name == "contents":
-                words.append("the given images are other files, or have changed")
-            elif not is_pipeline_field(name):
-                option = name.removeprefix("sampling.")
-                words.append(f"{option} was {format_option(option, before, None)}, now {format_option(option, now, None)}")
-        return "; ".join(words)
 
     def complete_files(self) -> set[str]:
         """Names of the results and the grid that are complete PNGs of the expected size. Raises as `existing_files` does."""
@@ -124,6 +112,20 @@ class TranslationFolder:
         if not (self.out / TRANSLATIONS_RECORD).exists():
             write_json(self.out / TRANSLATIONS_RECORD,
                        {"format": FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+
+
+def describe_differences(recorded: Mapping[str, Any], request: Mapping[str, Any]) -> str:
+    """What differs between a recorded request for given images and the current one."""
+    changed = list(iterate_differences(dict(recorded), dict(request)))
+    is_other_pipeline = any(is_pipeline_field(name) for name, _, _ in changed)
+    words = [describe_pipeline_change(changed)] if is_other_pipeline else []
+    for name, before, now in changed:
+        if name == "contents":
+            words.append("the given images are other files, or have changed")
+        elif not is_pipeline_field(name):
+            option = name.removeprefix("sampling.")
+            words.append(f"{option} was {format_option(option, before, None)}, now {format_option(option, now, None)}")
+    return "; ".join(words)
 
 
 def check_has_condition(content: Mapping[str, Any], command: str) -> str:
