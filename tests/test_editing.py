@@ -44,7 +44,7 @@ def pipe_of_two_grids(request, tmp_path_factory) -> ImageGenerationPipeline:
         return ImageGenerationPipeline(tokenizer, make_prior(tokenizer, any_order=request.param == "one prior"))
     coarse, fine = tokenizer.grids
     return ImageGenerationPipeline(tokenizer, [make_prior(tokenizer, grids=[coarse]),
-                                               make_prior(tokenizer, grids=[fine], conditions=[GivenGrid(grid=coarse)])])
+                                               make_prior(tokenizer, grids=[fine], class_drop=0.1, conditions=[GivenGrid(grid=coarse)])])
 
 
 def random_masks(sides: tuple[int, int]) -> list[np.ndarray]:
