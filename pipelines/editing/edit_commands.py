@@ -5,9 +5,6 @@ from pipelines.command_parser import Parser, add_device_options, add_sampling_op
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 
-TABLE_NAME = "scores.csv"
-"""The table that `score` writes."""
-
 
 def edit(command: str, arguments: list[str]) -> int:
     """edit: draw a part of an image again."""
@@ -70,7 +67,7 @@ def edit(command: str, arguments: list[str]) -> int:
 
 def score(command: str, arguments: list[str]) -> int:
     """score: measure how unusual images and their parts are."""
-    parser = Parser(command, f"Measure how unusual images and their parts are. Writes {TABLE_NAME}, and each image beside its heat map.")
+    parser = Parser(command, "Measure how unusual images and their parts are. Writes a table, scores.csv, and each image beside its heat map.")
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=given_path, help="output folder")
@@ -79,7 +76,7 @@ def score(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_pipeline, read_bundle, usable_device
-    from pipelines.editing.result_folder import ResultFolder
+    from pipelines.editing.result_folder import TABLE_NAME, ResultFolder
     from pipelines.image_commands import check_classes_are_learned, check_out_not_inside
     from pipelines.image_folders.sample_folder import SCORES_RECORD, digest_of_files
     from pipelines.image_folders.translation_folder import find_images

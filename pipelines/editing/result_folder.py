@@ -14,6 +14,8 @@ from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.json_files import read_object
 
 FORMAT_VERSION = 1
+TABLE_NAME = "scores.csv"
+"""The table that `score` writes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipelines.decoded_images import tokenizer_batch_size
-from pipelines.editing.edit_commands import TABLE_NAME
 from pipelines.editing.given_images import images_of_size
 from pipelines.editing.masked_images import masks_from
-from pipelines.editing.result_folder import ResultFolder
+from pipelines.editing.result_folder import TABLE_NAME, ResultFolder
 from pipelines.editing.scores import Scores
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.image_folders.sample_folder import GRID_NAME
