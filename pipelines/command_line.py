@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from pipelines.editing.edit_commands import edit, score
 from pipelines.image_commands import generate, reconstruct, translate, upscale
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range
@@ -236,6 +237,8 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
     "upscale": (upscale, "Make large images from small ones, with a prior that is given images at low resolution."),
     "translate": (translate, "Make images from others, such as edges, with a prior that is given those."),
+    "edit": (edit, "Draw the masked part of an image again."),
+    "score": (score, "Measure how unusual images and their parts are."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
     "audit": (audit, "Check token shards for completeness."),

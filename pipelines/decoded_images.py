@@ -37,10 +37,12 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
         yield tokenizer.decode(batch)
 
 
-def to_output_type(images_BCHW: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-    """Convert decoded images in [-1, 1] to an output type (pil, np or pt), on the CPU."""
+def to_output_type(images_BCHW: torch.Tensor, output_type: str, keep_alpha: bool = False) -> list[Image.Image] | np.ndarray | torch.Tensor:
+    """Convert decoded images in [-1, 1] to an output type (pil, np or pt), on the CPU. `keep_alpha` gives pil images the mode LA or RGBA."""
     if output_type == "pt":
         return images_BCHW.clamp(-1, 1).cpu()
+    if output_type == "pil" and keep_alpha and images_BCHW.shape[1] in (2, 4):
+        return [Image.fromarray(pixels_HWC) for pixels_HWC in to_uint8(images_BCHW)]  # Pillow takes 2 channels for LA and 4 for RGBA
     return to_uint8(images_BCHW) if output_type == "np" else to_pil(images_BCHW)
 
 

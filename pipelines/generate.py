@@ -13,11 +13,12 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe(prompt="a photo of a cat")
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
+
+editing/edit_methods.py has inpaint, outpaint, complete, variations and score.
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from PIL import Image
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
-from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
+from pipelines.editing.edit_methods import EditingMethods
+from pipelines.editing.scores import bits_of_tokens
+from pipelines.generation_output import GenerationOutput, Images
+from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions, tries_seeds
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
 from stage1_tokenizer.image_files.images import as_batches, to_pil
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
@@ -43,31 +47,8 @@ from vqmosaic.recipes.field_types import as_boolean, as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
 
-Images = Image.Image | Sequence[Image.Image] | torch.Tensor
-"""A PIL image, a list of them, or a floating-point tensor (B, C, H, W) in [-1, 1]."""
 
-
-@dataclass
-class GenerationOutput:
-    """Generated images. If the callback stopped the sampling, there are none, but seeds and class_indices are those of the whole request."""
-
-    images: list[Image.Image] | Any = field(default_factory=list)
-    """The images in the requested output type. Empty after a stop."""
-    token_ids: Ids | None = None
-    """int64 (B, h, w), or (B, h, w, depth), on the CPU. A dict by grid name if the tokenizer has several grids. None after a stop."""
-    seeds: list[int] = field(default_factory=list)
-    """The seed of each image."""
-    class_indices: list[int] | None = None
-    """The class index of each image; None if the request has no classes."""
-    stopped: bool = False
-    """True if the callback stopped the sampling."""
-    places: range = range(0)
-    """The positions of the images in the request, starting at 0. Empty after a stop."""
-    given_ids: dict[str, torch.Tensor] = field(default_factory=dict)
-    """int64 (B, n): the ids of the conditions by name, on the CPU."""
-
-
-class ImageGenerationPipeline:
+class ImageGenerationPipeline(EditingMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
@@ -190,13 +171,18 @@ class ImageGenerationPipeline:
             return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, compile=compile, **settings,
                         **keywords | former)
         request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
+        return self._generate(request, output_type, callback, batch_size, compile)
+
+    def _generate(self, request: Request, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
+                  compile: bool = False) -> GenerationOutput:
+        """All images of a checked request together."""
         try:
             batches = list(self._sample_batches(request, output_type, callback, batch_size, compile))
         except SamplingStopped:
             return GenerationOutput(seeds=request.seeds, class_indices=request.classes, stopped=True, given_ids=dict(request.given))
         ids = concatenate_ids([batch.token_ids for batch in batches if batch.token_ids is not None])
-        return GenerationOutput(concatenate(batch.images for batch in batches), ids, request.seeds, request.classes,
-                                places=range(len(request.seeds)), given_ids=dict(request.given))
+        return GenerationOutput(concatenate(batch.images for batch in batches), ids, [seed for batch in batches for seed in batch.seeds],
+                                request.classes, places=range(len(request.seeds)), given_ids=dict(request.given))
 
     def super_resolve(self, images: Images, class_labels: Sequence[str | int] | str | int | None = None, **arguments: Any) -> GenerationOutput:
         """Images at full size for images at low resolution, by a prior that is given those. Other arguments are those of a call.
@@ -246,35 +232,56 @@ class ImageGenerationPipeline:
         compile, total = as_boolean("compile", compile), len(request.seeds)
         batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
         batches = [positions for positions in batches if skip is None or not skip(positions)]
-        tokens_per_image = self.vocabulary.num_tokens
+        tokens_per_batch = request.num_tries * self.vocabulary.num_tokens
 
         def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             for number, positions in enumerate(batches):
                 def report(done: int, _: int, number=number) -> bool | None:  # the default keeps the number of this batch
                     assert callback is not None  # otherwise this function is not passed on
-                    return callback(number * tokens_per_image + done, len(batches) * tokens_per_image)
+                    return callback(number * tokens_per_batch + done, len(batches) * tokens_per_batch)
 
-                batch = slice(positions.start, positions.stop)
-                classes, seeds = request.classes and request.classes[batch], request.seeds[batch]
-                known_BT = None if request.known_BT is None else request.known_BT[batch]
-                given = {name: ids_Nn[batch] for name, ids_Nn in request.given.items()}
-                ids = self.sample_ids(classes, request.sampling, seeds, report if callback is not None else None, compile, given, known_BT)
-                images = concatenate(to_output_type(images_BCHW, output_type) for images_BCHW in decode_in_batches(self.tokenizer, ids))
-                yield GenerationOutput(images, concatenate_ids([ids]), seeds, classes, places=positions, given_ids=given)
+                part = request.part(positions)
+                ids, seeds = self._sample_tries(part, report if callback is not None else None, compile)
+                images, first = [], positions.start
+                for images_BCHW in decode_in_batches(self.tokenizer, ids):
+                    finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
+                    images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.finish is not None))
+                    first += len(images_BCHW)
+                yield GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
 
         return sample()
 
+    def _sample_tries(self, request: Request, callback: Callable[[int, int], bool | None] | None, compile: bool) -> tuple[Ids, list[int]]:
+        """The ids of a request and the seed of each image. Of several tries for an image, the most likely one."""
+        seeds_KB = tries_seeds(request.seeds, request.num_tries)
+        tries_KBT, bits_KB = [], []
+        for number, seeds in enumerate(seeds_KB):
+            def report(done: int, total: int, number=number) -> bool | None:
+                assert callback is not None  # otherwise this function is not passed on
+                return callback(number * total + done, request.num_tries * total)
+
+            ids = self.sample_ids(request.classes, request.sampling, seeds, report if callback is not None else None, compile, request.given,
+                                  request.known_BT, keep_unseen=True)
+            if request.num_tries == 1:
+                return ids, seeds
+            tries_KBT.append(self.tokenizer.join_tokens(ids))
+            bits_KB.append(bits_of_tokens(self.tokenizer, self.chain, tries_KBT[-1], request.classes, request.given).sum(dim=1))
+        best_B = torch.stack(bits_KB).argmin(dim=0).tolist()
+        ids_BT = torch.stack([tries_KBT[best][image] for image, best in enumerate(best_B)])
+        return self.tokenizer.split_tokens(ids_BT), [seeds_KB[best][image] for image, best in enumerate(best_B)]
+
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
-                   known_BT: torch.Tensor | None = None) -> Ids:
+                   known_BT: torch.Tensor | None = None, keep_unseen: bool = False) -> Ids:
         """Sample ids of all grids of the tokenizer, in the form of `encode`, on the pipeline's device. Image b has the seed seeds[b].
 
-        `given` are ids of conditions by name, `known_BT` tokens of all grids to keep, with -1 for tokens to draw.
+        `given` are ids of conditions by name, `known_BT` tokens of all grids to keep, with -1 for tokens to draw. `keep_unseen` is that of
+        `TokenPrior.sample`.
         """
         grids = self.tokenizer.grids
         known = None if known_BT is None else {grid.name: part for grid, part in zip(
             grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
-        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known)
+        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen)
         return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
 
     def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:

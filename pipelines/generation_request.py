@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ from stage2_prior.generation.guidance_scales import segment_scales
 from vqmosaic.errors import InputError, check_name, check_range, listed_names
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
-from vqmosaic.seeding import image_seeds
+from vqmosaic.seeding import derive_seed, image_seeds
 
 SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
@@ -34,6 +34,17 @@ class Request(NamedTuple):
     """Ids of all grids that are kept; -1 is a token to draw. None draws all."""
     given: Mapping[str, torch.Tensor] = {}
     """Ids (B, n) of the conditions, by name."""
+    num_tries: int = 1
+    """How often each image is drawn; the most likely one is returned."""
+    finish: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    """Called with each batch of decoded images (B, C, H, W) and the position of the first one in the request. Returns the images to output."""
+
+    def part(self, positions: range) -> "Request":
+        """The request for the images at these positions alone."""
+        batch = slice(positions.start, positions.stop)
+        return self._replace(classes=self.classes and self.classes[batch], seeds=self.seeds[batch],
+                             known_BT=None if self.known_BT is None else self.known_BT[batch],
+                             given={name: ids_Nn[batch] for name, ids_Nn in self.given.items()})
 
 
 class Given(NamedTuple):
@@ -46,8 +57,11 @@ class Given(NamedTuple):
 
 def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommended: SamplingConfig,
                   class_labels: Sequence[str | int] | str | int | None, given: Given, num_images_per_label: int, seed: int | None,
-                  settings: dict[str, Any]) -> Request:
-    """Check the arguments of a call and resolve classes, conditions, seeds and sampling settings. Raises InputError for invalid ones."""
+                  settings: dict[str, Any], paired: Mapping[str, Sized] | None = None) -> Request:
+    """Check the arguments of a call and resolve classes, conditions, seeds and sampling settings. Raises InputError for invalid ones.
+
+    `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
+    """
     for name in settings:
         check_name("a setting", name, SAMPLING_SETTINGS)
     count = as_integer("num_images_per_label", num_images_per_label)
@@ -78,7 +92,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
                              f"effect; {remedy}.")
         sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
     check_guidance(vocabulary, sampling)
-    rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}})
+    rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}, **(paired or {})})
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
@@ -93,6 +107,11 @@ def check_guidance(vocabulary: ChainVocabulary, sampling: SamplingConfig) -> Non
         own = vocabulary.settings_of(number, sampling)
         if own.guidance:
             segment_scales(each, own.guidance_scale, own.guidance)
+
+
+def tries_seeds(seeds: Sequence[int], num_tries: int) -> list[list[int]]:
+    """The seeds of the images for each try. The first try has the seeds of the images themselves, so it does not depend on the number of tries."""
+    return [list(seeds), *([derive_seed("try", number, seed) for seed in seeds] for number in range(1, num_tries))]
 
 
 def as_labels(class_labels: Sequence[str | int] | str | int | None) -> list[str | int] | None:

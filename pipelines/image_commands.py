@@ -1,5 +1,6 @@
 """The commands that write images: generate, upscale, translate and reconstruct. They load torch only when the options are checked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,10 +126,7 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     if why := vocabulary.why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
-    for path in options.images:
-        if path.is_dir() and options.out.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"--out {options.out} is inside {path}, so the same command would take its results as further images. Give a folder "
-                             "outside of it.")
+    check_out_not_inside(options.images, options.out)
     images = find_images(options.images)
     if labels is not None and len(labels) not in (1, len(images)):
         raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
@@ -144,6 +142,14 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     from pipelines.image_folders.write_translations import write_translations
 
     return write_translations(request, options.device)
+
+
+def check_out_not_inside(images: Sequence[Path], out: Path) -> None:
+    """Raise InputError if --out is inside one of the given folders of images."""
+    for path in images:
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"--out {out} is inside {path}, so the same command would take its results as further images. Give a folder outside of "
+                             "it.")
 
 
 def reconstruct(command: str, arguments: list[str]) -> int:

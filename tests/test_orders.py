@@ -190,6 +190,22 @@ def test_priors_trained_in_raster_order_refuse_known_tokens_after_unknown_ones()
         tiny_prior().sample([0], SamplingConfig(), [1], known_BT=known_BT)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "grid_transformer"])
+def test_priors_trained_in_raster_order_keep_tokens_that_they_do_not_see(architecture):
+    """At temperature 0, each drawn token is the likeliest one after the known and drawn tokens before it."""
+    prior, settings = tiny_prior(architecture).eval(), SamplingConfig(temperature=0.0)
+    known_BT = torch.full((3, 9), -1)
+    known_BT[0, [0, 3, 8]], known_BT[1, [4, 5, 6]] = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])  # as many, at other places
+    known_BT[2] = torch.arange(9)
+    ids_BT = prior.sample([0, 1, 2], settings, [1, 2, 3], known_BT=known_BT, keep_unseen=True)
+    is_known_BT = known_BT >= 0
+    assert torch.equal(ids_BT[is_known_BT], known_BT[is_known_BT])
+    with torch.no_grad():
+        likeliest_BT = prior(ids_BT, torch.tensor([0, 1, 2])).argmax(dim=-1)
+    assert torch.equal(ids_BT[~is_known_BT], likeliest_BT[~is_known_BT])
+    assert torch.equal(ids_BT[1:2], prior.sample([1], settings, [2], known_BT=known_BT[1:2], keep_unseen=True))
+
+
 @pytest.mark.parametrize(("known", "words"), [
     (torch.zeros(1, 8, dtype=torch.int64), r"known is torch.int64 \(1, 8\); give a tensor of int64 ids of shape \(1, 9\)"),
     (torch.zeros(1, 9), "known is torch.float32"), ([[0] * 9], "known is 'list'"),

@@ -52,6 +52,10 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     shutil.copytree(root / "photos", root / "sketches")
     for path in (root / "small/1.png", root / "small/2.png", root / "my-sketch.png"):
         Image.new("L", (8, 8), 100).save(path)
+    Image.linear_gradient("L").resize((16, 16)).save(root / "photo.png")
+    mask = Image.new("1", (16, 16))
+    mask.paste(1, (5, 3, 11, 9))
+    mask.save(root / "mask.png")
 
 
 @pytest.fixture

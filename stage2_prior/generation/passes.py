@@ -45,13 +45,14 @@ def codes_at(vocabulary: Vocabulary, logits_NmV: torch.Tensor, places_Bm: torch.
 
 
 class RasterPasses:
-    """One token per pass, in raster order. For every architecture. Known ids must precede all unknown ones."""
+    """One token per pass, in raster order. For every architecture. A token is predicted from the tokens before it, known or drawn."""
 
-    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, start_NP: torch.Tensor, known_BT: torch.Tensor, remaining: int):
-        """`start_NP` are the ids before the drawn ones: the class and the conditions. `remaining` is the number of unknown tokens."""
+    def __init__(self, decoder: Decoder, vocabulary: Vocabulary, start_NP: torch.Tensor, known_BT: torch.Tensor):
+        """`start_NP` are the ids before the drawn ones: the class and the conditions. All images have known ids at the same places."""
         self.decoder, self.vocabulary, self.ids_BT, self.start_NP = decoder, vocabulary, known_BT.clone(), start_NP
         self.next_ids_N = start_NP[:, -1]
-        self.place, self.known, self.remaining = 0, known_BT.shape[1] - remaining, remaining
+        self.is_known_T = (known_BT[0] != UNKNOWN).tolist()
+        self.place, self.remaining = 0, self.is_known_T.count(False)
         self.first_position = start_NP.shape[1] - 1
         """The position of the id that predicts the first drawn token."""
 
@@ -60,7 +61,7 @@ class RasterPasses:
         if self.place == 0:
             for position in range(self.first_position):
                 self.decoder.step(self.start_NP[:, position], position)
-        while self.place < self.known:
+        while self.is_known_T[self.place]:
             self.decoder.step(self.next_ids_N, self.first_position + self.place)
             self.advance()
         logits_NV = self.decoder.step(self.next_ids_N, self.first_position + self.place)

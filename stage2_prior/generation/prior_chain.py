@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.logit_differences import largest_logit_difference
 from stage2_prior.generation.passes import UNKNOWN
-from stage2_prior.generation.sampling import check_known, check_order
+from stage2_prior.generation.sampling import check_known, check_order, evaluation_mode
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
 from vqmosaic.errors import InputError
@@ -32,27 +33,29 @@ class PriorChain:
         """Whether all priors predict tokens in any order."""
         return all(prior.any_order for prior in self.priors)
 
-    def check_order(self, sampling: SamplingConfig, known: Mapping[str, torch.Tensor] | None = None, images: int = 1) -> None:
+    def check_order(self, sampling: SamplingConfig, known: Mapping[str, torch.Tensor] | None = None, images: int = 1,
+                    keep_unseen: bool = False) -> None:
         """Raise InputError if a prior has not learned the order or the number of passes of the settings, or cannot keep the known tokens.
 
-        `known` has ids (B, n) of drawn grids by name, as in `sample`, for as many images.
+        `known` has ids (B, n) of drawn grids by name, as in `sample`, for as many images, and `keep_unseen` is that of `TokenPrior.sample`.
         """
         if sampling.steps is not None and sampling.steps > self.vocabulary.most_steps:
             raise InputError(f"sampling.steps is {sampling.steps}; allowed: 1 to {self.vocabulary.most_steps}, the number of tokens of an image"
                              f"{' that one prior draws' if len(self.priors) > 1 else ''}, or null for one token in each pass.")
         for number, prior in enumerate(self.priors):
             known_BT = check_known(prior.vocabulary, join_known(prior, known, images), images, next(prior.parameters()).device)
-            check_order(prior.model, prior.vocabulary, self.vocabulary.settings_of(number, sampling), known_BT)
+            check_order(prior.model, prior.vocabulary, self.vocabulary.settings_of(number, sampling), known_BT, keep_unseen)
 
     def sample(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
-               given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+               given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None,
+               keep_unseen: bool = False) -> dict[str, torch.Tensor]:
         """Sample ids (B, n) of each drawn grid, by name. Image b depends on its class, given and known ids, and seed.
 
         `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. The other arguments
         are those of `TokenPrior.sample`. The callback gets the numbers of tokens over all priors. One prior gives the same ids as without a chain.
         """
-        self.check_order(sampling, known, len(seeds))
+        self.check_order(sampling, known, len(seeds), keep_unseen)
         drawn: dict[str, torch.Tensor] = {}
         done_before, total = 0, self.vocabulary.num_tokens
         for number, prior in enumerate(self.priors):
@@ -68,10 +71,28 @@ class PriorChain:
             if len(self.priors) > 1 and class_indices is None and not own_given:
                 settings = settings.unguided()  # only the other priors are given something
             ids_BT = prior.sample(class_indices, settings, own_seeds, report if callback is not None else None, compile, given=own_given,
-                                  known_BT=join_known(prior, known, len(own_seeds)))
+                                  known_BT=join_known(prior, known, len(own_seeds)), keep_unseen=keep_unseen)
             drawn |= split_grids(prior, ids_BT)
             done_before += vocabulary.num_tokens
         return drawn
+
+    def token_nll(self, ids: Mapping[str, torch.Tensor], class_indices: Sequence[int] | None,
+                  given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The negative log likelihood (B, n) of each token in nats, float32, by name of the grid: given the tokens before it in raster order.
+
+        `ids` has the ids (B, n) of all drawn grids. `given` and `class_indices` are those of `sample`. Each prior is given the grids that earlier
+        ones draw.
+        """
+        nll: dict[str, torch.Tensor] = {}
+        for prior in self.priors:
+            device = next(prior.parameters()).device
+            ids_BT = torch.cat([ids[grid.name].flatten(1) for grid in prior.vocabulary.grids], dim=1).to(device)
+            classes_B = None if class_indices is None else torch.tensor(class_indices, device=device)
+            with torch.inference_mode(), evaluation_mode(prior.model):
+                logits_BTK = prior(ids_BT, classes_B, given_ids_of(prior, ids, given))
+                nll_BT = F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+            nll |= split_grids(prior, nll_BT)
+        return nll
 
     def logit_difference(self, references: Sequence[TokenPrior], ids: Mapping[str, torch.Tensor], class_indices: Sequence[int],
                          given: Mapping[str, torch.Tensor] | None = None) -> float:

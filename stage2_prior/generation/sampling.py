@@ -188,10 +188,11 @@ def check_known(vocabulary: Vocabulary, known: Any, images: int, device: torch.d
     return known.to(device)
 
 
-def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConfig, known_BT: torch.Tensor) -> bool:
+def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConfig, known_BT: torch.Tensor, keep_unseen: bool = False) -> bool:
     """Whether the prior predicts tokens in any order.
 
-    Raises InputError if it does not, and the settings or the known tokens need another order than raster; and for more steps than tokens.
+    Raises InputError if it does not, and the settings or, unless `keep_unseen`, the known tokens need another order than raster; and for more steps
+    than tokens.
     """
     length = vocabulary.num_tokens
     if sampling.steps is not None and sampling.steps > length:
@@ -205,7 +206,7 @@ def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConf
         reason = f"sampling.order is {sampling.order!r}"
     elif sampling.steps not in (None, length):
         reason = f"sampling.steps is {sampling.steps}"
-    elif bool((is_known_BT[:, 1:] & ~is_known_BT[:, :-1]).any()):
+    elif not keep_unseen and bool((is_known_BT[:, 1:] & ~is_known_BT[:, :-1]).any()):
         reason = "there are known tokens after unknown ones"
     if reason:
         raise InputError(f"{reason}, but the prior was trained in raster order, so it draws one token after another, row by row. Use order raster, "
@@ -216,13 +217,14 @@ def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConf
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
                   seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
                   given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None,
-                  known: torch.Tensor | None = None) -> torch.Tensor:
+                  known: torch.Tensor | None = None, keep_unseen: bool = False) -> torch.Tensor:
     """Sample ids (B, T) of the drawn grids, int64 on the model's device. Image b depends only on its class, given and known ids, and seed.
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each pass with the number of tokens so
     far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `given` has the ids (B, n) of conditions by
     name, and `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance and sampling.guidance_scale. `known` are ids
-    (B, T) to keep; -1 is a token to draw. Raises InputError for invalid arguments and for logits that are not finite.
+    (B, T) to keep; -1 is a token to draw. With `keep_unseen`, priors trained in raster order accept them anywhere, but draw each token without
+    seeing the known ones after it. Raises InputError for invalid arguments and for logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
     check_given(vocabulary, class_indices, given)
@@ -230,12 +232,15 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
     compile = as_boolean("compile", compile)
     device, length = next(model.parameters()).device, vocabulary.num_tokens
     known_BT = check_known(vocabulary, known, len(seeds), device)
-    any_order = check_order(model, vocabulary, sampling, known_BT)
+    any_order = check_order(model, vocabulary, sampling, known_BT, keep_unseen)
     classes_B = torch.tensor(class_indices, dtype=torch.int64, device=device)
     start_BP = start_ids(vocabulary, classes_B, given, classes_B[:, None])
     ids_BT, unknown_B = known_BT.clone(), (known_BT == UNKNOWN).sum(dim=1)
-    for unknown in unknown_B[unknown_B > 0].unique().tolist():  # images with as many unknown tokens share a batch
-        images_b = (unknown_B == unknown).nonzero()[:, 0]
+    # images with as many unknown tokens share a batch; in raster order, those with unknown tokens at the same places
+    groups_B = unknown_B if any_order else (known_BT == UNKNOWN).unique(dim=0, return_inverse=True)[1]
+    for number in groups_B[unknown_B > 0].unique().tolist():
+        images_b = (groups_B == number).nonzero()[:, 0]
+        unknown = int(unknown_B[images_b[0]])
         filled_elsewhere = int((ids_BT != UNKNOWN).sum()) - len(images_b) * (length - unknown)
 
         def report(filled: int, others: int = filled_elsewhere, images: int = len(images_b)) -> None:
@@ -299,11 +304,11 @@ def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, samplin
 def make_passes(model: nn.Module, vocabulary: Vocabulary, group: Group, start_NP: torch.Tensor, sampling: SamplingConfig, counts: list[int],
                 compile: bool, any_order: bool) -> RasterPasses | OrderedPasses:
     """The passes of the prior for these settings."""
-    _, seeds, known_BT, unknown = group
+    seeds, known_BT = group.seeds, group.known_BT
     length, device = vocabulary.num_tokens, known_BT.device
     decoder = make_decoder(model, vocabulary.num_codes, len(start_NP), start_NP.shape[1] - 1 + length, compile)
     if not any_order:
-        return RasterPasses(decoder, vocabulary, start_NP, known_BT, unknown)
+        return RasterPasses(decoder, vocabulary, start_NP, known_BT)
     by_confidence = sampling.order == "confidence"
     orders_BT = torch.from_numpy(drawing_orders("raster" if by_confidence else sampling.order, vocabulary.grids, seeds)).to(device)
     is_drawn_BT = (known_BT == UNKNOWN).gather(1, orders_BT)

@@ -1,0 +1,211 @@
+"""The methods of a pipeline that draw a part of an image again, and that score images.
+
+    out = pipe.inpaint(image, mask, class_labels="cat", num_tries=4, seed=1)
+    out.images[0].save("edited.png")
+
+A prior that was trained for any order draws exactly the masked tokens, given all others. A prior that was trained in raster order draws each masked
+token given only those before it, row by row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pipelines.condition_inputs import ConditionInputs
+from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.editing.given_images import images_of_size, tokens_of
+from pipelines.editing.masked_images import MaskedImages, masks_from, token_side, tokens_in_masks
+from pipelines.editing.scores import Scores, bits_of_tokens, scores_of_tokens
+from pipelines.generation_output import GenerationOutput, Images
+from pipelines.generation_request import Given, Request, check_request
+from stage1_tokenizer.image_files.images import as_batches
+from stage1_tokenizer.tokenizer_protocol import Tokenizer
+from stage2_prior.generation.passes import UNKNOWN
+from stage2_prior.generation.prior_chain import PriorChain
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.seeding import generator
+
+Labels = Sequence[str | int] | str | int | None
+"""Class names (strings) or indices (integers): one for all images, or one for each."""
+
+
+class EditingMethods(ABC):
+    """The methods of ImageGenerationPipeline that start from images.
+
+    Images that are edited must have the size of the pipeline. The results are a GenerationOutput. Further arguments are those of a call of the
+    pipeline: num_images_per_label (results per image), seed, prompt, given_ids, output_type, callback, batch_size, compile and the sampling settings.
+    Images of conditions are given as condition_image. Results of type pil keep alpha.
+    """
+
+    tokenizer: Tokenizer
+    chain: PriorChain
+    inputs: ConditionInputs
+    sampling: SamplingConfig
+
+    @abstractmethod
+    def _generate(self, request: Request, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
+                  compile: bool = False) -> GenerationOutput:
+        """All images of a checked request together."""
+
+    # --- editing -----------------------------------------------------------------------------------------------------------
+
+    def inpaint(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
+        """Draw the masked part of an image again. All other pixels are those of the given image, bit for bit.
+
+        Tokens that cover a masked pixel are drawn, given the others. In a band inside the mask, at most as wide as a token, new pixels are adapted to
+        the kept ones at the edge. What is under the mask has no influence. `class_labels` may be another class than that of the image.
+
+        Args:
+            image: one or several images of the pipeline's size.
+            mask: a PIL image (white is drawn again), or a bool array or tensor (H, W) (True is drawn again). One for all images, or a list of one
+                for each.
+            class_labels: the class of the result: one for all images, or one for each. None for a pipeline without classes, or for no class.
+            num_tries: how often each result is drawn. The most likely one is returned, by the likelihood of the whole image.
+            arguments: see the class.
+
+        Raises:
+            InputError: another size of the image or the mask, a mask without white pixels, or what a call of the pipeline raises.
+        """
+        images_NCHW = self._images_to_edit(image)
+        return self._edit(images_NCHW, masks_from(mask, len(images_NCHW), self.tokenizer.transform.sides), class_labels, num_tries, **arguments)
+
+    def outpaint(self, image: Images, box: Sequence[int], class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
+        """Draw what lies around an image. `box` is its place in the result: left, top, right and bottom in pixels, as in Pillow.
+
+        The image must have the size of the box. Other arguments are those of `inpaint`.
+        """
+        height, width = self.tokenizer.transform.sides
+        left, top, right, bottom = checked_box(box, height, width)
+        part_NCHW = images_of_size(image, self.tokenizer.transform, (bottom - top, right - left), "box is a place")
+        images_NCHW = part_NCHW.new_zeros(len(part_NCHW), part_NCHW.shape[1], height, width)
+        images_NCHW[..., top:bottom, left:right] = part_NCHW
+        masks_NHW = torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
+        masks_NHW[:, top:bottom, left:right] = False
+        return self._edit(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+
+    def complete(self, image: Images, keep: str | float = "top", class_labels: Labels = None, num_tries: int = 1,
+                 **arguments: Any) -> GenerationOutput:
+        """Keep one side of an image and draw the rest. `keep` is "top" or "left", for one half, or the share of the rows to keep, from the top.
+
+        Keeping the top suits all priors, also those trained in raster order. Other arguments are those of `inpaint`.
+        """
+        images_NCHW = self._images_to_edit(image)
+        masks_NHW = torch.ones(len(images_NCHW), *self.tokenizer.transform.sides, dtype=torch.bool)
+        allowed = 'allowed: "top", "left", or a share of the rows between 0 and 1'
+        share = checked_share("keep", 0.5 if keep in ("top", "left") else keep, allowed, below_one=True)
+        kept_NHW = masks_NHW.movedim(2, 1) if keep == "left" else masks_NHW
+        kept_NHW[:, :min(max(1, round(share * kept_NHW.shape[1])), kept_NHW.shape[1] - 1)] = False
+        return self._edit(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+
+    def variations(self, image: Images, strength: float = 0.5, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
+        """Images that are similar to the given one. `strength`, above 0 and at most 1, is the share of the tokens that are drawn again.
+
+        The tokens to draw are chosen at random by the seed of each result. All pixels are decoded from tokens, so the other places differ a little
+        from the given image, too. Other arguments are those of `inpaint`.
+        """
+        images_NCHW = self._images_to_edit(image)
+        strength = checked_share("strength", strength, "allowed: above 0, at most 1", below_one=False)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(len(request.seeds) // len(images_NCHW), dim=0)
+        is_drawn_BT = torch.stack([self._random_tokens(strength, seed) for seed in request.seeds])
+        return self._generate(request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), **generation)
+
+    def _random_tokens(self, share: float, seed: int) -> torch.Tensor:
+        """Which tokens (T,) to draw: this share of each grid, at least one token, by the seed of the image."""
+        parts = []
+        for number, grid in enumerate(self.tokenizer.grids):
+            places = generator("variation", number, seed).permutation(grid.num_tokens)[:max(1, round(share * grid.num_tokens))]
+            parts.append(torch.zeros(grid.num_tokens, dtype=torch.bool).index_fill(0, torch.from_numpy(places), True))
+        return torch.cat(parts)
+
+    def _images_to_edit(self, image: Images) -> torch.Tensor:
+        transform = self.tokenizer.transform
+        return images_of_size(image, transform, transform.sides, "this pipeline edits images")
+
+    def _edit(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int, **arguments: Any) -> GenerationOutput:
+        """Draw the masked tokens of images, and put the masked pixels into the given images."""
+        # 1. Check the request, before anything slow
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        results = len(request.seeds) // len(images_NCHW)
+
+        # 2. The tokens of what is kept
+        grids, transform = self.tokenizer.grids, self.tokenizer.transform
+        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
+        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
+
+        # 3. Draw the others, decode all, and put the masked pixels into the given images
+        def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
+            return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
+
+        return self._generate(request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), **generation)
+
+    def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
+                    prompt: Any = None, condition_image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
+                    callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                    **settings: Any) -> tuple[Request, dict[str, Any]]:
+        """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
+        check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
+        request = self._check_paired(images_NCHW, class_labels, Given(prompt, condition_image, given_ids), num_images_per_label, seed, settings)
+        return request._replace(num_tries=num_tries), {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile}
+
+    def _check_paired(self, images_NCHW: Sequence[Any] | torch.Tensor, class_labels: Labels, given: Given, results: int, seed: int | None,
+                      settings: dict[str, Any]) -> Request:
+        """The request for results of each image. A single image counts for all classes and conditions."""
+        vocabulary = self.chain.vocabulary
+        prompted = [] if given.prompt is None else list(self.inputs.texts)
+        lacks_images = self.inputs.tokenizers and given.image is None and not given.ids
+        if lacks_images and (why := vocabulary.why_not_sampled(class_labels is not None, prompted)):
+            raise InputError(f"{why} Give images of conditions as condition_image, and texts as prompt.")
+        return check_request(vocabulary, self.inputs, self.sampling, class_labels, given, results, seed, settings, {"images": images_NCHW})
+
+    # --- scores ------------------------------------------------------------------------------------------------------------
+
+    def score(self, images: Images, class_labels: Labels = None, *, prompt: Any = None, condition_image: Any = None,
+              given_ids: Mapping[str, torch.Tensor] | None = None) -> Scores:
+        """How unusual images and their parts are for the prior: bits (B,) of each image, and a map of the bits at each place, (B, h, w).
+
+            bits, bits_map = pipe.score(images)
+
+        Bits are the negative logarithm to base 2 of the likelihood of the tokens, each given those before it in raster order. Several grids give a
+        dict of maps. Images of another size are resized and cropped as in training.
+
+        Args:
+            images: a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1].
+            class_labels: the class of the images: one for all, or one for each. None for a pipeline without classes, or for no class.
+            prompt, condition_image, given_ids: the conditions, as `prompt`, `image` and `given_ids` of a call.
+
+        Raises:
+            InputError: something is missing that was never dropped in training, or given that the prior was not trained with.
+        """
+        given = images if isinstance(images, (torch.Tensor, list, tuple)) else [images]
+        request = self._check_paired(given, class_labels, Given(prompt, condition_image, given_ids), 1, 0, {})
+        transform = self.tokenizer.transform
+        batches = as_batches(images, transform, tokenizer_batch_size(transform.image_size))
+        ids_NT = torch.cat([tokens_of(self.tokenizer, images_BCHW) for images_BCHW in batches])
+        bits_BT = bits_of_tokens(self.tokenizer, self.chain, ids_NT.expand(len(request.seeds), -1), request.classes, request.given)
+        return scores_of_tokens(self.tokenizer, bits_BT)
+
+
+def checked_box(box: Any, height: int, width: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a box. Raises InputError unless it lies in an image of this size, and does not cover all of it."""
+    allowed = f"give left, top, right and bottom in pixels, inside of {width} x {height} (width x height)"
+    if not hasattr(box, "__len__") or len(box) != 4:
+        raise InputError(f"box is {box!r}; {allowed}.")
+    left, top, right, bottom = (as_integer("box: an entry", side) for side in box)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise InputError(f"box is {tuple(box)}; {allowed}.")
+    if (left, top, right, bottom) == (0, 0, width, height):
+        raise InputError(f"box is {tuple(box)}, which is the whole result, so there is nothing to draw. Give a smaller box.")
+    return left, top, right, bottom
+
+
+def checked_share(name: str, share: Any, allowed: str, below_one: bool) -> float:
+    """A number above 0 and at most 1, or below 1. Raises InputError for anything else."""
+    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not is_number or not (0 < share < 1 or (share == 1 and not below_one)):
+        raise InputError(f"{name} is {share!r}; {allowed}.")
+    return float(share)

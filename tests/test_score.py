@@ -1,0 +1,140 @@
+"""Scores: bits of images and of their parts, and the command `score`."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import ImageGenerationPipeline
+from pipelines.command_line import dispatch
+from pipelines.editing import scores
+from stage1_tokenizer.image_files.images import ImageTransform
+from stage1_tokenizer.tokenizer_config import FORMATS
+from stage2_prior.segments import GivenGrid
+from tests.conditioned import CLASSES
+from tests.editing import make_pipe, make_prior, make_tokenizer, random_image, saved_pipeline, two_grids
+from tests.test_tokenizer_protocol import MeanColours
+from vqmosaic.errors import InputError
+
+
+@pytest.fixture(scope="module", params=["any order", "raster order"])
+def pipe(request, tmp_path_factory) -> ImageGenerationPipeline:
+    return make_pipe(tmp_path_factory.mktemp("pipe") / "tokenizer", any_order=request.param == "any order")
+
+
+def test_bits_are_those_of_the_tokens(pipe, monkeypatch):
+    images = [random_image(pipe, seed) for seed in range(5)]
+    bits_B, bits_Bhw = pipe.score(images, ["ant", "bee", "ant", "bee", "ant"])
+    with torch.no_grad():
+        ids_BT = pipe.encode(images).flatten(1)
+        log_probabilities_BTK = pipe.prior(ids_BT, torch.tensor([0, 1, 0, 1, 0])).log_softmax(dim=-1)
+    expected_BT = -log_probabilities_BTK.gather(-1, ids_BT[..., None])[..., 0] / math.log(2)
+    torch.testing.assert_close(bits_Bhw.flatten(1), expected_BT)
+    torch.testing.assert_close(bits_B, expected_BT.sum(dim=1))
+    monkeypatch.setattr(scores, "MAX_LOGITS", 2 * 16 * 16)  # two images at a time
+    torch.testing.assert_close(pipe.score(images, ["ant", "bee", "ant", "bee", "ant"]).bits, bits_B)
+
+
+def test_one_image_is_scored_for_several_classes(pipe):
+    image = random_image(pipe)
+    both_B = pipe.score(image, CLASSES).bits
+    torch.testing.assert_close(both_B, torch.cat([pipe.score([image], name).bits for name in CLASSES]))
+    without_1 = pipe.score(image).bits
+    assert len({round(bits, 3) for bits in (*both_B.tolist(), without_1.item())}) == 3
+    torch.testing.assert_close(pipe.score(pipe.tokenizer.transform(image)[None]).bits, without_1)
+
+
+def test_several_grids_have_a_map_each(tmp_path):
+    tokenizer = two_grids(tmp_path / "tokenizer", channels=3)
+    coarse, fine = tokenizer.grids
+    one = ImageGenerationPipeline(tokenizer, make_prior(tokenizer))
+    two = ImageGenerationPipeline(tokenizer, [make_prior(tokenizer, grids=[coarse]),
+                                              make_prior(tokenizer, grids=[fine], class_drop=0.1, conditions=[GivenGrid(grid=coarse)])])
+    images = [random_image(one, seed) for seed in range(2)]
+    for pipe in (one, two):
+        bits_B, maps = pipe.score(images, "ant")
+        assert {name: tuple(bits_Bhw.shape) for name, bits_Bhw in maps.items()} == {"coarse": (2, 2, 2), "fine": (2, 4, 4)}
+        torch.testing.assert_close(bits_B, sum(bits_Bhw.sum(dim=(1, 2)) for bits_Bhw in maps.values()))
+    ids, (_, maps) = tokenizer.encode(torch.stack([tokenizer.transform(image) for image in images])), two.score(images, "ant")
+    with torch.no_grad():
+        nll = two.chain.priors[1].loss(ids["fine"].flatten(1), torch.tensor([0, 0]), {"coarse": ids["coarse"].flatten(1)})
+    assert maps["fine"].sum().item() * math.log(2) == pytest.approx(nll.item() * 2 * 48, rel=1e-5), "given the coarse grid"
+
+
+def test_what_a_score_needs(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", ImageTransform(16, 1))
+    pipe = ImageGenerationPipeline(tokenizer, make_prior(tokenizer, label_drop=0.0))
+    image = random_image(pipe)
+    for call, words in ((lambda: pipe.score(image), "class_labels is not given"), (lambda: pipe.score("a.png", "ant"), "images is str"),
+                        (lambda: pipe.score([image] * 2, ["ant"] * 3), "class_labels has 3 entries and images has 2 entries")):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+# --- finding what is unusual -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> ImageGenerationPipeline:
+    """A pipeline that has learned images of one grey value. Its tokenizer has one token per pixel of a coarse image."""
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = MeanColours({"coarse": 5, "fine": 16}, ImageTransform(16, 1), CLASSES).eval()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    prior = make_prior(tokenizer).train()
+    ids = tokenizer.encode(torch.linspace(-1, 1, 32)[:, None, None, None].expand(-1, 1, 16, 16))
+    ids_BT, optimizer = tokenizer.join_tokens(ids), torch.optim.AdamW(prior.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        prior.loss(ids_BT).backward()
+        optimizer.step()
+    return ImageGenerationPipeline(tokenizer, prior.eval())
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 3), (1, 1), (2, 0), (3, 3)])
+def test_an_odd_patch_is_found_in_the_map(trained, row, column):
+    usual = np.full((16, 16), 120, dtype=np.uint8)
+    odd = usual.copy()
+    odd[4 * row:4 * row + 4, 4 * column:4 * column + 4] = 250
+    bits_B, maps = trained.score([Image.fromarray(usual), Image.fromarray(odd)])
+    assert bits_B[1] > bits_B[0] + 3
+    assert divmod(int(maps["fine"][1].argmax()), 4) == (row, column)
+
+
+def test_the_command_finds_the_odd_patch(trained, tmp_path, monkeypatch, capsys):
+    """The table has its box, and the picture shows the image and the heat maps of both grids."""
+    monkeypatch.setitem(FORMATS, MeanColours.FORMAT, ("tests.test_tokenizer_protocol", "MeanColours"))
+    pipeline = saved_pipeline(tmp_path, trained)
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        pixels_HW = np.full((16, 16), 60 * number + 60, dtype=np.uint8)
+        pixels_HW[8:12, 4:8] = 250 if number == 1 else pixels_HW[8:12, 4:8]
+        Image.fromarray(pixels_HW).save(tmp_path / "images" / f"{number}.png")
+    arguments = ["score", str(pipeline), str(tmp_path / "images"), str(tmp_path / "images" / "1.png"), "--out", str(tmp_path / "out")]
+    assert dispatch(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "The most unusual image is" in printed and "1.png with" in printed
+    with open(tmp_path / "out" / "scores.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["image"] for row in table] == [str(tmp_path / "images" / f"{number}.png") for number in (0, 1, 2, 1)]
+    assert table[1] == table[3] and [table[1][side] for side in ("left", "top", "right", "bottom")] == ["4", "8", "8", "12"]
+    bits_B = trained.score([Image.open(row["image"]) for row in table]).bits
+    assert [float(row["bits"]) for row in table] == pytest.approx(bits_B.tolist(), abs=1e-3)
+    with Image.open(tmp_path / "out" / "1.png") as picture:
+        assert picture.mode == "RGB" and picture.size == ((3 * 18 + 2) * 4, (18 + 2) * 4)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "1.png", "2.png", "1_2.png"}
+    assert dispatch(arguments) == 0 and "nothing to do" in capsys.readouterr().out
+    with pytest.raises(InputError, match="results of another request: classes was not given, now 1"):
+        dispatch([*arguments, "--classes", "bee"])
+    with pytest.raises(InputError, match="is inside"):
+        dispatch([*arguments[:-1], str(tmp_path / "images" / "out")])
+
+
+@pytest.mark.parametrize(("options", "words"), [(["--classes", "ant,bee"], "2 classes for 1 images"), (["--classes", "cow"], "no class 'cow'")])
+def test_the_command_refuses_invalid_classes(tmp_path, options, words):
+    pipe = make_pipe(tmp_path / "made")
+    random_image(pipe).save(tmp_path / "photo.png")
+    with pytest.raises(InputError, match=words):
+        dispatch(["score", str(saved_pipeline(tmp_path, pipe)), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), *options])
