@@ -152,7 +152,7 @@ class PriorConfig:
     architecture: str = "llama"
     """grid_transformer (of this project), or a model type of transformers: llama, gpt2, qwen3 or any other causal language model."""
     preset: str | None = None
-    """A named size: tiny (about 5M parameters; the default), B (86M with 1,024 codes), L, XL or XXL."""
+    """A named size: tiny (about 5M parameters; the default), B (86M with 1,024 codes in raster order), L, XL or XXL."""
     width: int | None = None
     """Width of the residual stream; null uses the preset's."""
     layers: int | None = None
