@@ -141,7 +141,7 @@ class KnownGridTransformer(KnownModel):
     @classmethod
     def fits(cls, model: grid.GridTransformer) -> bool:
         """Whether the blocks of the model have exactly the known weights. Some blocks also have a value embedding."""
-        known = {grid.GridBlock: cls.WEIGHTS, QueryBlock: cls.QUERY_WEIGHTS}
+        known: dict[type[nn.Module], frozenset[str]] = {grid.GridBlock: cls.WEIGHTS, QueryBlock: cls.QUERY_WEIGHTS}
         return all({name for name, _ in block.named_parameters()} - {"value_embedding.weight"} == known[type(block)] for block in model.blocks)
 
     def logits(self, ids_N: torch.Tensor, position: int | torch.Tensor, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
