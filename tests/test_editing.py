@@ -321,7 +321,7 @@ def test_edit_writes_results_with_the_kept_pixels(pipe, files, capsys):
     assert "note:" not in capsys.readouterr().out
     assert edit(files, "--classes", "ant,bee", "--num", "2", "--num_tries", "2", "--seed", "7") == 0
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="results of another request: seed was 7, now 8"):
+    with pytest.raises(InputError, match="results of another request: --seed was 7, now 8"):
         edit(files, "--classes", "ant,bee", "--num", "2", "--num_tries", "2", "--seed", "8")
     assert json.loads((out / "edits.json").read_text())["request"]["num_tries"] == 2
 

@@ -279,7 +279,8 @@ def test_attention_mask_of_ones_is_ignored_and_zeros_are_refused(plain_model):
 def test_hidden_states(plain_model):
     ids_BS = sequences(plain_model)
     output = plain_model(ids_BS, output_hidden_states=True)
-    assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * 3
+    states = plain_model.config.num_hidden_layers + 1
+    assert [state.shape for state in output.hidden_states] == [(3, LENGTH, 32)] * states
     assert torch.equal(plain_model.head(output.hidden_states[-1]), output.logits)
     places = plain_model.place_embedding if plain_model.predicts_in_any_order else plain_model.position_embedding
     expected = plain_model.token_embedding(ids_BS) + places.weight
@@ -288,9 +289,9 @@ def test_hidden_states(plain_model):
     kept = plain_model(ids_BS, output_hidden_states=True, logits_to_keep=1)
     assert kept.hidden_states[-1].shape[1] == LENGTH and kept.logits.shape[1] == 1
     plain_model.config.output_hidden_states = True
-    assert len(plain_model(ids_BS).hidden_states) == 3
+    assert len(plain_model(ids_BS).hidden_states) == states
     generated = plain_model.generate(ids_BS[:, :1], max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True)
-    assert [len(states) for states in generated.hidden_states] == [3, 3]
+    assert [len(each) for each in generated.hidden_states] == [states, states]
 
 
 def test_return_dict_and_logits_to_keep(plain_model):

@@ -59,7 +59,7 @@ def test_tokenizer_run_and_pipeline_folders_and_checkpoints_are_found(tiny_run):
     found = locate_initial_weights(str(tiny_run / CHECKPOINT))
     assert not found.is_export and found.file == tiny_run / CHECKPOINT / "weights_ema.safetensors"
     assert found.config["network"]["codebook_size"] == CONFIG.codebook_size, "the config comes from the run's record"
-    assert found.config["transform"] == {"image_size": 16, "channels": 1}
+    assert found.config["transform"] == {"image_size": 16, "channels": 1, "resampling": "bicubic"}
 
 
 @pytest.mark.parametrize(("path", "words"), [

@@ -126,7 +126,7 @@ def test_the_command_finds_the_odd_patch(trained, tmp_path, monkeypatch, capsys)
         assert picture.mode == "RGB" and picture.size == ((3 * 18 + 2) * 4, (18 + 2) * 4)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "1.png", "2.png", "1_2.png"}
     assert dispatch(arguments) == 0 and "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="results of another request: classes was not given, now 1"):
+    with pytest.raises(InputError, match="results of another request: --classes was not given, now 1"):
         dispatch([*arguments, "--classes", "bee"])
     with pytest.raises(InputError, match="is inside"):
         dispatch([*arguments[:-1], str(tmp_path / "images" / "out")])
