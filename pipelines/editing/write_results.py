@@ -34,8 +34,9 @@ from vqmosaic.runs.run_folder import locked
 from vqmosaic.training.tracking import progress_bar
 from vqmosaic.wording import counted, is_or_are
 
-RASTER_NOTE = ("note: the prior of this pipeline was trained in raster order, so it draws each token without seeing what is kept after it (to the right "
-               "and below). --num_tries selects the best of several. Priors trained with prior_training.order annealed see all that is kept.")
+RASTER_NOTE = ("note: the prior of this pipeline was trained in raster order, so it draws each token without seeing what is kept after it "
+               "(to the right and below). --num_tries selects the best of several. Priors trained with prior_training.order annealed see all that is "
+               "kept.")
 COLUMNS = ("image", "bits", "bits_per_token", "most_bits", "left", "top", "right", "bottom")
 """Columns of the table of scores. The last five are about the most unusual place: its bits, and its box in pixels of the resized image."""
 MAX_LISTED_REASONS = 12
