@@ -245,7 +245,7 @@ class ImageGenerationPipeline(EditingMethods):
                 images, first = [], positions.start
                 for images_BCHW in decode_in_batches(self.tokenizer, ids):
                     finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
-                    images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.finish is not None))
+                    images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
                     first += len(images_BCHW)
                 yield GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
 

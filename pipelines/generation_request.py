@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import secrets
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
@@ -38,6 +39,8 @@ class Request(NamedTuple):
     """How often each image is drawn; the most likely one is returned."""
     finish: Callable[[torch.Tensor, int], torch.Tensor] | None = None
     """Called with each batch of decoded images (B, C, H, W) and the position of the first one in the request. Returns the images to output."""
+    keep_alpha: bool = False
+    """Whether images of type pil keep alpha."""
 
     def part(self, positions: range) -> "Request":
         """The request for the images at these positions alone."""
@@ -77,7 +80,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     classes = None if labels is None else class_indices(names, labels)
     ids = inputs.ids(given.prompt, given.image, given.ids)
     for message in inputs.describe_cut(given.prompt):
-        warnings.warn(message, stacklevel=4)  # the caller of the pipeline
+        warnings.warn(message, stacklevel=level_of_user())
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
         if not vocabulary.conditions and len(vocabulary.vocabularies) == 1:
             raise InputError("class_labels is not given, but this prior was trained without label drop and cannot sample unconditionally. "
@@ -97,6 +100,14 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
     return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+
+
+def level_of_user() -> int:
+    """The `stacklevel` with which a warning of the calling function names the line, outside of this package, that called the pipeline."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_guidance(vocabulary: ChainVocabulary, sampling: SamplingConfig) -> None:

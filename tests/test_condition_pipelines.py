@@ -318,7 +318,18 @@ def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
     assert digests(cut) == digests(pipe(prompt="a shor", seed=1)), "no warning, which would be an error"
     with pytest.warns(UserWarning, match=r"1 of 2 prompts is longer .* sees, for example, 'a shor'"):
         list(pipe.batches(prompt=["a", "a short text"], seed=1))
+    image = Image.new("L", pipe.tokenizer.transform.sides[::-1])
+    for call in (lambda: pipe.inpaint(image, Image.new("L", image.size, 255), prompt="a short text", seed=1),
+                 lambda: pipe.variations(image, prompt="a short text", seed=1), lambda: pipe.score(image, prompt="a short text")):
+        with pytest.warns(UserWarning, match=message) as caught:
+            call()
+        assert caught[0].filename == __file__
     assert dispatch(["generate", str(folder), "--prompt", "a short text", "--num", "1", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert f"warning: {message}" in capsys.readouterr().out
+    image.save(tmp_path / "photo.png")
+    Image.new("L", image.size, 255).save(tmp_path / "mask.png")
+    assert dispatch(["edit", str(folder), str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png"), "--prompt", "a short text", "--num", "1",
+                     "--out", str(tmp_path / "edited"), "--device", "cpu"]) == 0
     assert f"warning: {message}" in capsys.readouterr().out
 
 

@@ -1,6 +1,8 @@
 """Editing images: kept pixels are unchanged, masked tokens are drawn given the others, and the command `edit`."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,15 @@ from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from pipelines.editing.given_images import tokens_of
 from pipelines.editing.masked_images import masks_from, tokens_in_masks
+from pipelines.editing.result_folder import EditFolder
+from pipelines.editing.write_results import write_edits
 from pipelines.generation_request import tries_seeds
 from stage2_prior.segments import GivenGrid
 from tests.conditioned import CLASSES, LOW_SIZE, make_parts
 from tests.editing import TOKEN, box_mask, make_pipe, make_prior, random_image, saved_pipeline, two_grids
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
 
 CASES = {
     "grey": {}, "grey and alpha": {"channels": 2}, "colour": {"channels": 3, "size": [16, 24]}, "colour and alpha": {"channels": 4},
@@ -78,7 +83,8 @@ def test_pixels_outside_of_the_mask_are_unchanged(case, tmp_path):
             for mask_HW, result in zip(masks, results, strict=True):
                 assert np.array_equal(np.asarray(result).reshape(*transform.sides, -1)[~mask_HW],
                                       np.asarray(image).reshape(*transform.sides, -1)[~mask_HW])
-        assert pipe.inpaint(image, masks[0], seed=1).images[0].mode == image.mode
+        for result in (pipe.inpaint(image, masks[0], seed=1), pipe.complete(image, seed=1), pipe.variations(image, seed=1)):
+            assert result.images[0].mode == image.mode
 
 
 def test_every_8_bit_value_is_kept(pipe):
@@ -265,7 +271,7 @@ BLACK, WHITE = Image.new("L", (16, 16)), Image.new("L", (16, 16), 255)
 @pytest.mark.parametrize(("mask", "words"), [
     (BLACK, "has no white"), (Image.new("L", (16, 8), 255), "the mask is 16 x 8 pixels"), ([WHITE, BLACK], "2 masks and 1 images"),
     (Image.new("RGBA", (16, 16)), "transparent pixels"), (np.ones((16, 16), dtype=np.uint8), "an array of uint8 .* give mask > 0"),
-    (np.ones(16, dtype=bool), "of shape"), ("mask.png", "of type str"),
+    (np.ones(16, dtype=bool), "of shape"), ("mask.png", "of type str"), ([], "mask is an empty list"),
 ])
 def test_invalid_masks_are_refused(pipe, mask, words):
     with pytest.raises(InputError, match=words):
@@ -313,28 +319,84 @@ def edit(files: dict[str, str], *options: str) -> int:
 def test_edit_writes_results_with_the_kept_pixels(pipe, files, capsys):
     assert edit(files, "--classes", "ant,bee", "--num", "2", "--num_tries", "2", "--seed", "7") == 0
     out, given, kept_HW = Path(files["out"]), np.asarray(Image.open(files["image"])), ~box_mask(pipe, 4, 3, 11, 9)
-    assert {path.name for path in out.glob("*.png")} == {"photo_ant_1.png", "photo_ant_2.png", "photo_bee_1.png", "photo_bee_2.png", "grid.png"}
+    assert {path.name for path in out.glob("*.png")} == {"photo_ant-0.png", "photo_ant-1.png", "photo_bee-0.png", "photo_bee-1.png", "grid.png"}
     expected = pipe.inpaint(Image.open(files["image"]), Image.open(files["mask"]), CLASSES, 2, num_images_per_label=2, seed=7).images
-    for name, image in zip(("ant_1", "ant_2", "bee_1", "bee_2"), expected, strict=True):
+    for name, image in zip(("ant-0", "ant-1", "bee-0", "bee-1"), expected, strict=True):
         pixels_HW = np.asarray(Image.open(out / f"photo_{name}.png"))
         assert np.array_equal(pixels_HW[kept_HW], given[kept_HW]) and np.array_equal(pixels_HW, np.asarray(image))
     assert "note:" not in capsys.readouterr().out
     assert edit(files, "--classes", "ant,bee", "--num", "2", "--num_tries", "2", "--seed", "7") == 0
     assert "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="results of another request: --seed was 7, now 8"):
+    with pytest.raises(InputError, match="images of another request: --seed was 7, now 8"):
         edit(files, "--classes", "ant,bee", "--num", "2", "--num_tries", "2", "--seed", "8")
     assert json.loads((out / "edits.json").read_text())["request"]["num_tries"] == 2
+
+
+def test_edit_writes_the_missing_results(pipe, files, monkeypatch, capsys):
+    """The results of an interrupted call are those of an uninterrupted one, and complete ones are kept. Alpha is kept, too."""
+    rgba = make_pipe(Path(files["out"]).parent / "rgba/made", channels=4)
+    random_image(rgba).save(files["image"])
+    files = files | {"pipeline": str(saved_pipeline(Path(files["out"]).parent / "rgba", rgba))}
+    batches = ImageGenerationPipeline._sample_batches
+
+    def stopped_after_a_batch(self, request, output_type, callback, batch_size, compile, skip=None):
+        for number, batch in enumerate(batches(self, request, output_type, callback, 2, compile, skip)):
+            if number == 1 and is_stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(ImageGenerationPipeline, "_sample_batches", stopped_after_a_batch)
+    out, is_stopped = Path(files["out"]), True
+    with pytest.raises(Interrupted, match=r"4 of 6 images are written .* Run the same command to continue"):
+        edit(files, "--num", "6", "--seed", "3")
+    assert {path.name for path in out.glob("*.png")} == {f"photo-{number}.png" for number in range(4)}
+    is_stopped, kept = False, {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert edit(files, "--num", "6", "--seed", "3") == 0 and "wrote 2 results and grid.png" in capsys.readouterr().out
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
+    expected = rgba.inpaint(Image.open(files["image"]), Image.open(files["mask"]), num_images_per_label=6, seed=3).images
+    for number, image in enumerate(expected):
+        with Image.open(out / f"photo-{number}.png") as picture:
+            assert picture.mode == "RGBA" and picture.tobytes() == image.tobytes()
+    assert edit(files, "--num", "6", "--seed", "3") == 0 and "nothing to do" in capsys.readouterr().out
+
+
+def test_edit_checks_the_folder_again_under_the_lock(pipe, files, tmp_path):
+    """Another process wrote the results of another seed after the options were checked."""
+    edits = EditFolder(out=Path(files["out"]), pipeline=Path(files["pipeline"]), class_names=CLASSES, labels=None, image=Path(files["image"]),
+                       mask=Path(files["mask"]), num=1, num_tries=1, prompt=None, seed=7, sampling=SamplingConfig(), dtype="float32")
+    assert not edits.is_finished()
+    assert edit(files, "--num", "1", "--seed", "8") == 0
+    with pytest.raises(InputError, match="images of another request: --seed was 8, now 7"):
+        write_edits(edits, "cpu")
+
+
+def test_names_of_results_are_short_and_distinct(tmp_path):
+    fields = {"out": tmp_path, "pipeline": tmp_path, "mask": tmp_path, "num": 2, "num_tries": 1, "prompt": None, "seed": 0,
+              "sampling": SamplingConfig(), "dtype": "float32"}
+    names = EditFolder(class_names=["a b", "a_b"], labels=[0, 1, 0], image=Path("photo.png"), **fields).names
+    assert names == [f"photo_a_b-{number}.png" for number in range(6)]
+    long = EditFolder(class_names=["c" * 210 + "1", "c" * 210 + "2"], labels=[0, 1], image=Path("p" * 210 + ".png"), **fields).names
+    assert len(set(long)) == 4 and all(len(name) <= 230 for name in long)
 
 
 def test_edit_says_what_priors_in_raster_order_do_not_see(raster_pipe, files, tmp_path, capsys):
     pipeline = saved_pipeline(tmp_path / "raster", raster_pipe)
     assert edit({**files, "pipeline": str(pipeline)}, "--num", "1") == 0
-    assert "without seeing what is kept below it" in capsys.readouterr().out
+    assert "without seeing what is kept after it (to the right and below)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--order is 'random', but the prior"):
+        edit({**files, "pipeline": str(pipeline), "out": str(tmp_path / "random")}, "--order", "random")
+    assert not (tmp_path / "random").exists()
+
+
+def test_the_order_is_checked_before_the_image_is_encoded(raster_pipe, monkeypatch):
+    monkeypatch.setattr(type(raster_pipe.tokenizer), "encode", lambda *_: pytest.fail("the image was encoded"))
+    with pytest.raises(InputError, match="order is 'random', but the prior was trained in raster order"):
+        raster_pipe.inpaint(random_image(raster_pipe), box_mask(raster_pipe, 0, 0, 8, 8), order="random")
 
 
 @pytest.mark.parametrize(("change", "options", "words"), [
     ({}, ["--num", "0"], "--num is 0"), ({}, ["--num_tries", "0"], "--num_tries is 0"), ({}, ["--classes", "cow"], "no class 'cow'"),
-    ({}, ["--classes", "ant,ant"], "Give each class once"), ({}, ["--prompt", "sea"], "not trained with captions"),
+    ({}, ["--prompt", "sea"], "not trained with captions"),
     ({"image": "missing.png"}, [], "image 'missing.png' does not exist"), ({}, ["--steps", "17"], "--steps is 17"),
 ])
 def test_edit_refuses_invalid_options(files, change, options, words):

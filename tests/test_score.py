@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from PIL import Image
 
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
-from pipelines.editing import scores
+from pipelines.editing import scores, write_results
+from pipelines.editing.result_folder import ScoreFolder
+from pipelines.editing.write_results import write_scores
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer_config import FORMATS
 from stage2_prior.segments import GivenGrid
@@ -18,6 +22,7 @@ from tests.conditioned import CLASSES
 from tests.editing import make_pipe, make_prior, make_tokenizer, random_image, saved_pipeline, two_grids
 from tests.test_tokenizer_protocol import MeanColours
 from vqmosaic.errors import InputError
+from vqmosaic.runs.interruption import Interrupted
 
 
 @pytest.fixture(scope="module", params=["any order", "raster order"])
@@ -126,10 +131,71 @@ def test_the_command_finds_the_odd_patch(trained, tmp_path, monkeypatch, capsys)
         assert picture.mode == "RGB" and picture.size == ((3 * 18 + 2) * 4, (18 + 2) * 4)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "1.png", "2.png", "1_2.png"}
     assert dispatch(arguments) == 0 and "nothing to do" in capsys.readouterr().out
-    with pytest.raises(InputError, match="results of another request: --classes was not given, now 1"):
+    with pytest.raises(InputError, match="images of another request: --classes was not given, now bee"):
         dispatch([*arguments, "--classes", "bee"])
     with pytest.raises(InputError, match="is inside"):
         dispatch([*arguments[:-1], str(tmp_path / "images" / "out")])
+
+
+@pytest.fixture
+def photos(tmp_path) -> tuple[ImageGenerationPipeline, list[str]]:
+    """A pipeline, and the command that scores three images, of which the second one is truncated."""
+    pipe = make_pipe(tmp_path / "made")
+    for number in range(3):
+        random_image(pipe, number).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:60])
+    return pipe, ["score", str(saved_pipeline(tmp_path, pipe)), *(str(tmp_path / f"{number}.png") for number in range(3)),
+                  "--out", str(tmp_path / "out")]
+
+
+def read_table(tmp_path) -> list[dict[str, str]]:
+    with open(tmp_path / "out" / "scores.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_unreadable_images_have_empty_cells(photos, tmp_path):
+    pipe, arguments = photos
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"1 of 3 images cannot be read, .*\n  image '.*1.png' cannot be read: "):
+            dispatch(arguments)
+        table = read_table(tmp_path)
+        assert [bool(row["bits"]) for row in table] == [True, False, True]
+        assert float(table[2]["bits"]) == pytest.approx(pipe.score(random_image(pipe, 2)).bits.item(), abs=2e-3)
+        assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"0.png", "2.png"}
+
+
+def test_finished_rows_are_kept_after_an_interruption(photos, tmp_path, monkeypatch):
+    """Batches of one image; a signal arrives while the second one is read."""
+    pipe, arguments = photos
+    random_image(pipe, 1).save(tmp_path / "1.png")
+    monkeypatch.setattr(write_results, "tokenizer_batch_size", lambda _: 1)
+    load, read = write_results.load_image, []
+
+    def stopped_at_the_second(path, transform):
+        read.append(path.name)
+        if len(read) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(path, transform)
+
+    monkeypatch.setattr(write_results, "load_image", stopped_at_the_second)
+    with pytest.raises(Interrupted, match=r"1 of 3 images is scored\. Run the same command to continue"):
+        dispatch(arguments)
+    assert [bool(row["bits"]) for row in read_table(tmp_path)] == [True, False, False]
+    assert dispatch(arguments) == 0 and read == ["0.png", "1.png", "1.png", "2.png"]
+    bits_B = pipe.score([random_image(pipe, number) for number in range(3)]).bits
+    assert [float(row["bits"]) for row in read_table(tmp_path)] == pytest.approx(bits_B.tolist(), abs=2e-3)
+
+
+@pytest.mark.usefixtures("photos")
+def test_the_folder_of_another_request(tmp_path):
+    """It can be used if that request was stopped before its first picture. Otherwise, it is refused, also if it was finished in the meantime."""
+    images = {f"{number}.png": tmp_path / f"{number}.png" for number in (0, 2)}
+    by_class = [ScoreFolder(out=tmp_path / "out", pipeline=tmp_path / "pipeline", class_names=CLASSES, labels=[label], images=images, dtype="float32")
+                for label in (0, 1)]
+    by_class[0].begin()
+    assert write_scores(by_class[1], "cpu") == 0
+    with pytest.raises(InputError, match="another request: --classes was bee, now ant"):
+        write_scores(by_class[0], "cpu")
 
 
 @pytest.mark.parametrize(("options", "words"), [(["--classes", "ant,bee"], "2 classes for 1 images"), (["--classes", "cow"], "no class 'cow'")])

@@ -1,6 +1,5 @@
 """The commands edit and score. They load torch only when the options are checked."""
 
-
 from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
@@ -8,7 +7,7 @@ from vqmosaic.files.given_paths import given_path
 
 def edit(command: str, arguments: list[str]) -> int:
     """edit: draw a part of an image again."""
-    parser = Parser(command, "Draw a part of an image again. All other pixels stay the same.")
+    parser = Parser(command, "Draw a part of an image again. All other pixels stay the same. After an interruption, the same command continues.")
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("image", type=given_path, metavar="IMAGE", help="an image file of the size of the pipeline's images")
     parser.add_argument("--mask", required=True, type=given_path, help="an image file of the same size: white is drawn again, black is kept")
@@ -23,10 +22,8 @@ def edit(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
-    from pipelines.editing.result_folder import ResultFolder
+    from pipelines.editing.result_folder import EditFolder
     from pipelines.image_commands import check_can_sample, check_classes_are_learned
-    from pipelines.image_folders.output_folder import EDITS_RECORD, GRID_NAME, digest_of_files
-    from pipelines.image_folders.sample_folder import file_name, shorten_name
     from pipelines.labels import class_indices, labels_from_text
     from pipelines.pipeline_parts import PipelineParts
     from pipelines.stages.stage_checks import check_can_write, check_image, check_output_outside_of_data
@@ -37,8 +34,7 @@ def edit(command: str, arguments: list[str]) -> int:
         check_range(f"--{name}", getattr(options, name), at_least=1)
     check_range("--seed", options.seed, at_least=0)
     sampling = check_given_sampling(folder, content, given_sampling(options))
-    parts, names = PipelineParts.in_folder(folder, content), content["class_names"]
-    vocabulary = parts.vocabulary()
+    names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
     check_classes_are_learned(vocabulary, options.classes)
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     check_can_sample(vocabulary, labels is not None, options.prompt is not None)
@@ -48,27 +44,21 @@ def edit(command: str, arguments: list[str]) -> int:
         check_image(path)
     check_can_write("--out", options.out)
     check_output_outside_of_data(options.pipeline, options.out)
-    stem = shorten_name(options.image.stem)
-    stems = [stem] if labels is None else [f"{stem}_{file_name(names[label])}" for label in labels]
-    results = [f"{each}_{number}.png" for each in stems for number in range(1, options.num + 1)]
-    if len(set(results)) < len(results):
-        raise InputError(f"--classes is {options.classes!r}, which gives several results the same name. Give each class once.")
-    request = {"pipeline": parts.fingerprints(), "contents": digest_of_files([options.image, options.mask]), "classes": labels,
-               "prompt": options.prompt, "num": options.num, "num_tries": options.num_tries, "seed": options.seed, "sampling": sampling.to_dict(),
-               "dtype": options.dtype}
-    output = ResultFolder(out=options.out, record=EDITS_RECORD, names=[*results, GRID_NAME], request=request)
-    if output.is_finished():
+    edits = EditFolder(out=options.out, pipeline=folder, class_names=names, labels=labels, image=options.image, mask=options.mask, num=options.num,
+                       num_tries=options.num_tries, prompt=options.prompt, seed=options.seed, sampling=sampling, dtype=options.dtype)
+    if edits.is_finished():
         return 0
     usable_device(options.device, "--device")
 
     from pipelines.editing.write_results import write_edits
 
-    return write_edits(output, folder, options.image, options.mask, sampling, options.device)
+    return write_edits(edits, options.device)
 
 
 def score(command: str, arguments: list[str]) -> int:
     """score: measure how unusual images and their parts are."""
-    parser = Parser(command, "Measure how unusual images and their parts are. Writes a table, scores.csv, and each image beside its heat map.")
+    parser = Parser(command, "Measure how unusual images and their parts are. Writes a table, scores.csv, and each image beside its heat map. "
+                             "After an interruption, the same command continues.")
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=given_path, help="output folder")
@@ -77,9 +67,8 @@ def score(command: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import find_pipeline, read_bundle, usable_device
-    from pipelines.editing.result_folder import TABLE_NAME, ResultFolder
+    from pipelines.editing.result_folder import ScoreFolder
     from pipelines.image_commands import check_classes_are_learned, check_out_not_inside
-    from pipelines.image_folders.output_folder import SCORES_RECORD, digest_of_files
     from pipelines.image_folders.translation_folder import find_images
     from pipelines.labels import class_indices, labels_from_text
     from pipelines.pipeline_parts import PipelineParts
@@ -87,8 +76,7 @@ def score(command: str, arguments: list[str]) -> int:
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
-    parts, names = PipelineParts.in_folder(folder, content), content["class_names"]
-    vocabulary = parts.vocabulary()
+    names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
     check_classes_are_learned(vocabulary, options.classes)
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     if why := vocabulary.why_not_sampled(labels is not None, []):
@@ -100,13 +88,11 @@ def score(command: str, arguments: list[str]) -> int:
         raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
     check_can_write("--out", options.out)
     check_output_outside_of_data(options.pipeline, options.out)
-    request = {"pipeline": parts.fingerprints(), "contents": digest_of_files(list(images.values())), "images": len(images), "classes": labels,
-               "dtype": options.dtype}
-    output = ResultFolder(out=options.out, record=SCORES_RECORD, names=[*images, TABLE_NAME], request=request)
-    if output.is_finished():
+    scores = ScoreFolder(out=options.out, pipeline=folder, class_names=names, labels=labels, images=images, dtype=options.dtype)
+    if scores.is_finished():
         return 0
     usable_device(options.device, "--device")
 
     from pipelines.editing.write_results import write_scores
 
-    return write_scores(output, folder, images, options.device)
+    return write_scores(scores, options.device)

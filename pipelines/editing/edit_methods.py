@@ -8,7 +8,7 @@ token given only those before it, row by row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,11 @@ class EditingMethods(ABC):
                   compile: bool = False) -> GenerationOutput:
         """All images of a checked request together."""
 
+    @abstractmethod
+    def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int, compile: bool,
+                        skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
+        """The images of a checked request, one batch at a time."""
+
     # --- editing -----------------------------------------------------------------------------------------------------------
 
     def inpaint(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
@@ -70,8 +75,14 @@ class EditingMethods(ABC):
         Raises:
             InputError: another size of the image or the mask, a mask without white pixels, or what a call of the pipeline raises.
         """
-        images_NCHW = self._images_to_edit(image)
-        return self._edit(images_NCHW, masks_from(mask, len(images_NCHW), self.tokenizer.transform.sides), class_labels, num_tries, **arguments)
+        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
+        return self._generate(request, **generation)
+
+    def inpaint_batches(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, *,
+                        skip: Callable[[range], bool] | None = None, **arguments: Any) -> Iterator[GenerationOutput]:
+        """Yield the results of `inpaint` with these arguments one batch at a time, as `batches` does. `skip` is that of `batches`."""
+        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
+        return self._sample_batches(request, **generation, skip=skip)
 
     def outpaint(self, image: Images, box: Sequence[int], class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """Draw what lies around an image. `box` is its place in the result: left, top, right and bottom in pixels, as in Pillow.
@@ -85,7 +96,8 @@ class EditingMethods(ABC):
         images_NCHW[..., top:bottom, left:right] = part_NCHW
         masks_NHW = torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
         masks_NHW[:, top:bottom, left:right] = False
-        return self._edit(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        return self._generate(request, **generation)
 
     def complete(self, image: Images, keep: str | float = "top", class_labels: Labels = None, num_tries: int = 1,
                  **arguments: Any) -> GenerationOutput:
@@ -99,7 +111,8 @@ class EditingMethods(ABC):
         share = checked_share("keep", 0.5 if keep in ("top", "left") else keep, allowed, below_one=True)
         kept_NHW = masks_NHW.movedim(2, 1) if keep == "left" else masks_NHW
         kept_NHW[:, :min(max(1, round(share * kept_NHW.shape[1])), kept_NHW.shape[1] - 1)] = False
-        return self._edit(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        return self._generate(request, **generation)
 
     def variations(self, image: Images, strength: float = 0.5, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """Images that are similar to the given one. `strength`, above 0 and at most 1, is the share of the tokens that are drawn again.
@@ -126,8 +139,15 @@ class EditingMethods(ABC):
         transform = self.tokenizer.transform
         return images_of_size(image, transform, transform.sides, "this pipeline edits images")
 
-    def _edit(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int, **arguments: Any) -> GenerationOutput:
-        """Draw the masked tokens of images, and put the masked pixels into the given images."""
+    def _check_inpaint(self, image: Images, mask: Any, class_labels: Labels, num_tries: int, **arguments: Any) -> tuple[Request, dict[str, Any]]:
+        """The request of `inpaint` and the arguments of `_generate`."""
+        images_NCHW = self._images_to_edit(image)
+        masks_NHW = masks_from(mask, len(images_NCHW), self.tokenizer.transform.sides)
+        return self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+
+    def _edit_request(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int,
+                      **arguments: Any) -> tuple[Request, dict[str, Any]]:
+        """The request that draws the masked tokens of images and puts the masked pixels into them, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
         request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
         results = len(request.seeds) // len(images_NCHW)
@@ -137,11 +157,11 @@ class EditingMethods(ABC):
         masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
         known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
 
-        # 3. Draw the others, decode all, and put the masked pixels into the given images
+        # 3. The others are drawn and all are decoded. Then the masked pixels are put into the given images
         def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
             return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
 
-        return self._generate(request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), **generation)
+        return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
 
     def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
                     prompt: Any = None, condition_image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
@@ -150,7 +170,9 @@ class EditingMethods(ABC):
         """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
         check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
         request = self._check_paired(images_NCHW, class_labels, Given(prompt, condition_image, given_ids), num_images_per_label, seed, settings)
-        return request._replace(num_tries=num_tries), {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile}
+        self.chain.check_order(request.sampling, keep_unseen=True)
+        generation = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile}
+        return request._replace(num_tries=num_tries, keep_alpha=True), generation
 
     def _check_paired(self, images_NCHW: Sequence[Any] | torch.Tensor, class_labels: Labels, given: Given, results: int, seed: int | None,
                       settings: dict[str, Any]) -> Request:

@@ -28,6 +28,8 @@ def masks_from(mask: Any, images: int, sides: tuple[int, int]) -> torch.Tensor:
     tensor (H, W). An array or tensor may hold several, (N, H, W).
     """
     parts = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    if not parts:
+        raise InputError("mask is an empty list; give one mask for each image, or a single one for all.")
     arrays = [picture_mask(part) if isinstance(part, Image.Image) else array_mask(part) for part in parts]
     height, width = sides
     for array_NHW in arrays:

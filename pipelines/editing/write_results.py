@@ -4,7 +4,7 @@ import csv
 import functools
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from PIL import Image
 from pipelines.decoded_images import tokenizer_batch_size
 from pipelines.editing.given_images import images_of_size
 from pipelines.editing.masked_images import masks_from
-from pipelines.editing.result_folder import TABLE_NAME, ResultFolder
+from pipelines.editing.result_folder import TABLE_NAME, EditFolder, ScoreFolder
 from pipelines.editing.scores import Scores
-from pipelines.generate import ImageGenerationPipeline
-from pipelines.image_folders.output_folder import GRID_NAME
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_images, save_grid
+from pipelines.generate import GenerationOutput, ImageGenerationPipeline
+from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid, write_batches
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import ImageTransform, read_image, to_uint8
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
@@ -29,61 +29,66 @@ from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import write_bytes
-from vqmosaic.recipes.recipe_sections import SamplingConfig
-from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import locked
 from vqmosaic.training.tracking import progress_bar
 from vqmosaic.wording import counted, is_or_are
 
-RASTER_NOTE = ("note: the prior of this pipeline was trained in raster order, so it draws each token without seeing what is kept below it. "
-               "--num_tries selects the best of several. Priors trained with prior_training.order annealed see all that is kept.")
+RASTER_NOTE = ("note: the prior of this pipeline was trained in raster order, so it draws each token without seeing what is kept after it "
+               "(to the right and below). --num_tries selects the best of several. Priors trained with prior_training.order annealed see all that is "
+               "kept.")
 COLUMNS = ("image", "bits", "bits_per_token", "most_bits", "left", "top", "right", "bottom")
 """Columns of the table of scores. The last five are about the most unusual place: its bits, and its box in pixels of the resized image."""
+MAX_LISTED_REASONS = 12
+"""Largest number of unreadable images listed in an error."""
 
 
 # --- edit ----------------------------------------------------------------------------------------------------------------------
 
 
-def write_edits(output: ResultFolder, pipeline: Path, image: Path, mask: Path, sampling: SamplingConfig, device: str | None) -> int:
-    """Draw the masked part of an image again, and write the results and a grid of them. Returns exit code 0.
+def write_edits(folder: EditFolder, device: str | None) -> int:
+    """Draw the masked part of an image again, and write the missing and damaged results and a grid of them. Returns exit code 0.
 
     Raises:
-        InputError: an image cannot be read or has another size, or another process is writing to the folder.
-        Interrupted: a signal stopped it. Nothing is written.
+        InputError: an image cannot be read or has another size, the folder contains images of another request, or another process is writing to it.
+        Interrupted: a signal stopped it. Written results are kept, and the same request continues from there.
     """
-    # 1. Check image and mask before the pipeline is loaded
-    transform, request = ImageTransform.from_dict(read_tokenizer_config(pipeline / "tokenizer")["transform"]), output.request
-    image_1CHW = images_of_size(read_file(image, transform.channels, transform.value_range), transform, transform.sides, "this pipeline edits images")
-    mask_1HW = masks_from(read_mask(mask), 1, transform.sides)
+    transform = ImageTransform.from_dict(read_tokenizer_config(folder.pipeline / "tokenizer")["transform"])
+    image = read_file(folder.image, transform.channels, transform.value_range)
+    image_1CHW = images_of_size(image, transform, transform.sides, "this pipeline edits images")
+    mask_1HW = masks_from(read_mask(folder.mask), 1, transform.sides)
+    with locked(folder.out, "--out"):
+        return write_missing_edits(folder, image_1CHW, mask_1HW, device)
 
-    # 2. Draw the results
-    with locked(output.out, "--out"), StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
-        pipe = ImageGenerationPipeline.from_pretrained(pipeline, device, request["dtype"])
-        pipe.sampling = sampling
-        if not pipe.chain.any_order:
-            print(RASTER_NOTE, flush=True)
 
-        def on_token(done: int, tokens: int) -> bool:
-            bar.total = tokens
-            bar.update(done - bar.n)
-            return not stop.signal
+def write_missing_edits(folder: EditFolder, image_1CHW: torch.Tensor, mask_1HW: torch.Tensor, device: str | None) -> int:
+    """The part of `write_edits` that runs while this process holds the lock of the folder."""
+    if folder.is_finished():  # another process finished it before releasing the lock
+        return 0
+    complete, total = folder.complete_files(), len(folder.names)
+    report_damaged(folder.out, folder.existing_files() - complete)
+    kept = len(complete - {GRID_NAME})
+    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
+    pipe.sampling = folder.sampling
+    if not pipe.chain.any_order:
+        print(RASTER_NOTE, flush=True)
+    for message in pipe.inputs.describe_cut(folder.prompt):
+        print(f"warning: {message}", flush=True)
 
-        out = pipe.inpaint(image_1CHW, mask_1HW, request["classes"], request["num_tries"], num_images_per_label=request["num"], seed=request["seed"],
-                           prompt=request["prompt"], callback=on_token)
-        if out.stopped:
-            raise Interrupted(stop.signal, f"no result was written to {output.out}")
+    def sample(_: StopFlag, callback: Callable[[int, int], bool], skip: Callable[[range], bool]) -> Iterator[GenerationOutput]:
+        batches = pipe.inpaint_batches(image_1CHW, mask_1HW, folder.labels, folder.num_tries, num_images_per_label=folder.num, seed=folder.seed,
+                                       given_ids=pipe.inputs.ids(folder.prompt), callback=callback, skip=skip)
+        folder.begin()  # the request is valid
+        return batches
 
-        # 3. Write them, and a grid: the image and its masked pixels in grey, above the results
-        output.begin()
-        results = [name for name in output.names if name != GRID_NAME]
-        for name, picture in zip(results, out.images, strict=True):
-            save_picture(picture, output.out / name)
-        given = [visible_pixels(to_uint8(images_1CHW))[0] for images_1CHW in (image_1CHW, image_1CHW.masked_fill(mask_1HW[:, None], 0.0))]
-        rows: list[list[np.ndarray]] = [given]
-        for positions in grid_rows(len(results), GRID_COLUMNS, transform.image_size):
-            rows.append([visible_pixels(as_array(out.images[position])) for position in positions])
-        save_grid(rows, output.out / GRID_NAME)
-    print(f"wrote {counted(len(results), 'result')} and {GRID_NAME} (image and mask over results) to {output.out}")
+    written, _ = write_batches(folder, complete, sample)
+    # the grid: the image, and the image with its masked pixels in grey, above the results
+    rows: list[list[np.ndarray | Path]] = [[to_uint8(images_1CHW)[0] for images_1CHW in (image_1CHW, image_1CHW.masked_fill(mask_1HW[:, None], 0.0))]]
+    for positions in grid_rows(total, GRID_COLUMNS, pipe.tokenizer.transform.image_size):
+        rows.append([folder.out / folder.names[position] for position in positions])
+    save_grid(rows, folder.out / GRID_NAME)
+    print(f"wrote {counted(written, 'result')} and {GRID_NAME} (image and mask over results) to {folder.out}"
+          + (f", which now contains all {total:,}" if kept else ""))
     return 0
 
 
@@ -100,45 +105,96 @@ def read_mask(path: Path) -> Image.Image:
     return read_file(path, channels=2)
 
 
-def as_array(picture: Image.Image) -> np.ndarray:
-    """The pixels (H, W, C) of a PIL image."""
-    return np.asarray(picture).reshape(picture.height, picture.width, -1)
-
-
 # --- score ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_scores(output: ResultFolder, pipeline: Path, images: Mapping[str, Path], device: str | None) -> int:
+def write_scores(folder: ScoreFolder, device: str | None) -> int:
     """Write a table of the scores of images, and a picture of each with its heat maps. Returns exit code 0.
 
     Raises:
-        InputError: an image cannot be read, or another process is writing to the folder.
-        Interrupted: a signal stopped it. Only pictures are written.
+        InputError: the folder contains images of another request, or another process is writing to it. Or images cannot be read; all others are
+            written, and the cells of these are empty.
+        Interrupted: a signal stopped it. Scores so far are in the table, and the same request continues from there.
     """
-    with locked(output.out, "--out"), StopFlag() as stop, progress_bar(len(images), 0, "scoring", "image") as bar:
-        pipe = ImageGenerationPipeline.from_pretrained(pipeline, device, output.request["dtype"])
-        transform, classes = pipe.tokenizer.transform, output.request["classes"]
-        output.begin()
-        table: list[dict[str, Any]] = []
-        all_names, batch_size = list(images), tokenizer_batch_size(transform.image_size)
-        for names in (all_names[start:start + batch_size] for start in range(0, len(all_names), batch_size)):
-            message = f"{len(table):,} of {counted(len(images), 'image')} {is_or_are(len(table))} scored, and no {TABLE_NAME} was written"
-            images_BCHW = stop.wait_or_raise(functools.partial(load_images, [images[name] for name in names], transform), message)
-            own_classes = classes[len(table):len(table) + len(names)] if classes is not None and len(classes) > 1 else classes
-            scores = pipe.score(images_BCHW, own_classes)
-            for number, name in enumerate(names):
-                table.append({"image": images[name], **score_record(pipe.tokenizer.grids, scores, number, transform.sides)})
-                save_picture(picture_of_scores(pipe.tokenizer.grids, scores, number, images_BCHW[number]), output.out / name)
-            bar.update(len(names))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        write_bytes(output.out / TABLE_NAME, text.getvalue().encode(errors="surrogateescape"))
-    most = max(table, key=lambda record: record["bits"])
-    print(f"wrote {TABLE_NAME} and {counted(len(table), 'picture')} (image and heat map) to {output.out}. The most unusual image is {most['image']} "
-          f"with {most['bits']} bits")
+    with locked(folder.out, "--out"):
+        return write_missing_scores(folder, device)
+
+
+def write_missing_scores(folder: ScoreFolder, device: str | None) -> int:
+    """The part of `write_scores` that runs while this process holds the lock of the folder."""
+    if folder.is_finished():  # another process finished it before releasing the lock
+        return 0
+    complete, names, total = folder.complete_files(), folder.names, len(folder.names)
+    report_damaged(folder.out, folder.existing_files() - complete)
+    table = finished_rows(folder, complete)
+    missing = [number for number, row in enumerate(table) if not row["bits"]]
+    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
+    transform, written, reasons = pipe.tokenizer.transform, 0, []
+    batch_size = tokenizer_batch_size(transform.image_size)
+    folder.begin()
+    with StopFlag() as stop, progress_bar(len(missing), 0, "scoring", "image") as bar:
+        for batch in (missing[start:start + batch_size] for start in range(0, len(missing), batch_size)):
+            done = total - len(missing) + written
+            message = f"{done:,} of {counted(total, 'image')} {is_or_are(done)} scored"
+            paths = {number: folder.images[names[number]] for number in batch}
+            images, unreadable = stop.wait_or_raise(functools.partial(load_readable, paths, transform), message)
+            reasons += unreadable
+            if images:
+                images_BCHW = torch.stack(list(images.values()))
+                scores = pipe.score(images_BCHW, classes_of(folder.labels, list(images)))
+                for place, number in enumerate(images):
+                    table[number] |= score_record(pipe.tokenizer.grids, scores, place, transform.sides)
+                write_table(folder.out / TABLE_NAME, table)  # before the pictures, so that each picture has its row
+                for place, number in enumerate(images):
+                    save_picture(picture_of_scores(pipe.tokenizer.grids, scores, place, images_BCHW[place]), folder.out / names[number])
+                written += len(images)
+            bar.update(len(batch))
+    write_table(folder.out / TABLE_NAME, table)
+    if written:
+        most = max((row for row in table if row["bits"]), key=lambda row: float(row["bits"]))
+        print(f"wrote {TABLE_NAME} and {counted(written, 'picture')} (image and heat map) to {folder.out}. The most unusual image is {most['image']} "
+              f"with {most['bits']} bits")
+    if reasons:
+        more = [f"... and {len(reasons) - MAX_LISTED_REASONS:,} more"] if len(reasons) > MAX_LISTED_REASONS else []
+        first = f"{len(reasons):,} of {counted(total, 'image')} cannot be read, so their cells in {TABLE_NAME} are empty:"
+        raise InputError("\n  ".join([first, *reasons[:MAX_LISTED_REASONS], *more]))
     return 0
+
+
+def finished_rows(folder: ScoreFolder, complete: set[str]) -> list[dict[str, Any]]:
+    """The row of each image in the table: that of an earlier, interrupted call if its picture is in `complete`. Otherwise, its cells are empty."""
+    table: list[dict[str, Any]] = [dict.fromkeys(COLUMNS, "") | {"image": path} for path in folder.images.values()]
+    if TABLE_NAME in complete:
+        with open(folder.out / TABLE_NAME, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row, name, recorded in zip(table, folder.names, csv.DictReader(file), strict=False):
+                if name in complete:
+                    row |= {column: recorded.get(column) or "" for column in COLUMNS}
+    return table
+
+
+def write_table(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Write the table atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+
+
+def load_readable(paths: Mapping[int, Path], transform: ImageTransform) -> tuple[dict[int, torch.Tensor], list[str]]:
+    """The images (C, H, W) that can be read, by number, and why each of the others cannot."""
+    images, reasons = {}, []
+    for number, path in paths.items():
+        try:
+            images[number] = load_image(path, transform)
+        except InputError as error:
+            reasons.append(str(error))
+    return images, reasons
+
+
+def classes_of(labels: Sequence[int] | None, numbers: Sequence[int]) -> list[int] | None:
+    """The class indices of the images with these numbers, for labels of one class for all images or one for each."""
+    return None if labels is None else [labels[0 if len(labels) == 1 else number] for number in numbers]
 
 
 def maps_by_grid(grids: Sequence[Grid], scores: Scores) -> dict[str, torch.Tensor]:

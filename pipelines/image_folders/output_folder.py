@@ -1,4 +1,4 @@
-"""The output folder of a command that samples images: one PNG per image, grid.png, and a record of the request.
+"""The output folder of a command that writes images: one PNG per image, grid.png or a table, and a record of the request.
 
 After an interruption, the same command writes the missing images. A folder never holds images of two requests.
 Importing this module does not load torch.
@@ -40,12 +40,14 @@ MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputFolder(ABC):
-    """An output folder and the request for its images. Subclasses define the names of the images and the rest of the request."""
+    """An output folder and the request for its images. Subclasses define the names of the images and the request."""
 
     RECORD: ClassVar[str]
     """File name of the record."""
     FORMAT: ClassVar[str]
     """The format that the record states."""
+    SUMMARY: ClassVar[str] = GRID_NAME
+    """File name of what is written beside the images, about all of them."""
 
     out: Path
     """The output folder."""
@@ -55,10 +57,6 @@ class OutputFolder(ABC):
     """Class names of the pipeline, or None without classes."""
     labels: list[int] | None
     """The requested class indices, or None for no class."""
-    seed: int
-    """Seed of the request. Image i depends on it and on i."""
-    sampling: SamplingConfig
-    """All sampling settings, including the recommended ones."""
     dtype: str
     """Number format of prior and decoder."""
 
@@ -69,17 +67,22 @@ class OutputFolder(ABC):
 
     @property
     @abstractmethod
-    def own_request(self) -> dict[str, Any]:
-        """What determines the images besides the fields of every request, as JSON content."""
+    def request(self) -> dict[str, Any]:
+        """Everything that determines the images, as JSON content."""
 
     @functools.cached_property
-    def request(self) -> dict[str, Any]:
-        """Everything that determines the images, as JSON content. Reads the weights of the priors to compute their digests."""
-        return {"pipeline": PipelineParts.in_folder(self.pipeline, read_bundle(self.pipeline)).fingerprints(), "classes": self.labels,
-                **self.own_request, "seed": self.seed, "sampling": self.sampling.to_dict(), "dtype": self.dtype}
+    def fingerprints(self) -> dict[str, Any]:
+        """The fingerprints of the pipeline. Reads the weights of the priors to compute their digests."""
+        return PipelineParts.in_folder(self.pipeline, read_bundle(self.pipeline)).fingerprints()
+
+    @property
+    def image_header(self) -> bytes | None:
+        """The PNG header of each image, or None if it is not checked."""
+        transform = read_tokenizer_config(self.pipeline / "tokenizer")["transform"]
+        return png_header(transform["image_size"], transform["channels"])
 
     def existing_files(self) -> set[str]:
-        """Check that the folder can be used for this request, and return the files of this request that exist: images and grid.
+        """Check that the folder can be used for this request, and return the files of this request that exist: images and summary.
 
         The files may be incomplete; see `complete_files`.
 
@@ -87,7 +90,7 @@ class OutputFolder(ABC):
             InputError: the folder contains images of another request; its record cannot be read; or there is no record, but the folder or a
                 sub-folder contains images.
         """
-        existing = {name for name in (*self.names, GRID_NAME) if (self.out / name).exists()}
+        existing = {name for name in (*self.names, self.SUMMARY) if (self.out / name).exists()}
         remedy = f"Give another --out, or delete these images and {self.RECORD}."
         if not (self.out / self.RECORD).exists():
             check_no_unrecorded_files(self.out, existing, self.RECORD)
@@ -121,16 +124,18 @@ class OutputFolder(ABC):
 
     def describe_difference(self, name: str, before: str, now: str) -> str:
         """A clause about an entry of the request that was `before` and is `now`."""
+        if name in ("images", "contents"):
+            return "the given images are other files, or have changed"
         return f"--{name.removeprefix('sampling.')} was {before}, now {now}"
 
     def complete_files(self) -> set[str]:
-        """Names of the files of this request that are complete PNGs of the expected size. Raises as `existing_files` does."""
-        transform = read_tokenizer_config(self.pipeline / "tokenizer")["transform"]
-        header = png_header(transform["image_size"], transform["channels"])
-        return {name for name in self.existing_files() if is_whole_png(self.out / name, None if name == GRID_NAME else header)}
+        """Names of the files of this request that are complete: a table, and PNGs of the expected size. Raises as `existing_files` does."""
+        header = self.image_header
+        return {name for name in self.existing_files()
+                if not name.endswith(".png") or is_whole_png(self.out / name, None if name == self.SUMMARY else header)}
 
     def is_finished(self) -> bool:
-        """Whether all images and the grid exist and are complete. If so, prints that there is nothing to do.
+        """Whether all images and the summary exist and are complete. If so, prints that there is nothing to do.
 
         Counts the files first, which is fast, and reads them only if none is missing. Raises as `existing_files` does.
         """
@@ -146,6 +151,26 @@ class OutputFolder(ABC):
         if not self.existing_files():
             write_json(self.out / self.RECORD,
                        {"format": self.FORMAT, "format_version": FORMAT_VERSION, "vqmosaic": __version__, "request": self.request})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledFolder(OutputFolder):
+    """The output folder of a command that samples images. Subclasses define the names of the images and the rest of the request."""
+
+    seed: int
+    """Seed of the request. Image i depends on it and on i."""
+    sampling: SamplingConfig
+    """All sampling settings, including the recommended ones."""
+
+    @property
+    @abstractmethod
+    def own_request(self) -> dict[str, Any]:
+        """What determines the images besides the fields of every request, as JSON content."""
+
+    @functools.cached_property
+    def request(self) -> dict[str, Any]:
+        return {"pipeline": self.fingerprints, "classes": self.labels, **self.own_request, "seed": self.seed, "sampling": self.sampling.to_dict(),
+                "dtype": self.dtype}
 
 
 def files_in(out: Path) -> set[str]:

@@ -8,14 +8,18 @@ from vqmosaic.files.permissions import explain_permission_errors
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-GREY, RGB = 0, 2
-"""Colour types of a PNG header."""
+GREY, RGB, WITH_ALPHA = 0, 2, 4
+"""Colour types of a PNG header. WITH_ALPHA is added to the others."""
 
 
-def png_header(image_size: ImageSize, channels: int) -> bytes:
-    """The IHDR data of a PNG of this size: 8 bits per channel, not interlaced, grey (images with 1 or 2 channels) or RGB."""
+def png_header(image_size: ImageSize, channels: int, keep_alpha: bool = False) -> bytes:
+    """The IHDR data of a PNG of this size: 8 bits per channel, not interlaced, grey (images with 1 or 2 channels) or RGB.
+
+    With `keep_alpha`, images with 2 or 4 channels have alpha.
+    """
     height, width = height_and_width(image_size)
-    return struct.pack(">IIBBBBB", width, height, 8, GREY if channels <= 2 else RGB, 0, 0, 0)
+    colour_type = (GREY if channels <= 2 else RGB) + (WITH_ALPHA if keep_alpha and channels in (2, 4) else 0)
+    return struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
 
 
 @explain_permission_errors()

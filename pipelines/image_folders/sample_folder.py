@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipelines.image_folders.output_folder import GRID_NAME, SAMPLES_RECORD, OutputFolder
+from pipelines.image_folders.output_folder import GRID_NAME, SAMPLES_RECORD, SampledFolder
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import is_locked
 
@@ -23,7 +23,7 @@ NAME_BYTES = 220
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleFolder(OutputFolder):
+class SampleFolder(SampledFolder):
     """The output folder of `vqmosaic generate` and the request for its images."""
 
     RECORD, FORMAT = SAMPLES_RECORD, "vqmosaic.samples"
@@ -35,14 +35,9 @@ class SampleFolder(OutputFolder):
 
     @cached_property
     def names(self) -> list[str]:
-        """The file name of each image in the order of the request: class and number. All numbers are zero-padded to the same width."""
+        """The file name of each image in the order of the request: class and number."""
         stems = ["sample"] if self.labels is None or self.class_names is None else [file_name(self.class_names[index]) for index in self.labels]
-        width, names = len(str(max(Counter(stems).values()) * self.num - 1)), []
-        counts: Counter[str] = Counter()
-        for stem in stems:
-            names += [f"{stem}-{number:0{width}d}.png" for number in range(counts[stem], counts[stem] + self.num)]
-            counts[stem] += self.num
-        return names
+        return numbered_names(stems, self.num)
 
     @property
     def own_request(self) -> dict[str, Any]:
@@ -63,6 +58,16 @@ def find_output_folder(samples: SampleFolder) -> SampleFolder:
 
     numbered = (dataclasses.replace(samples, out=samples.out.with_name(f"{samples.out.name}-{number}")) for number in itertools.count(2))
     return next(filter(is_free, itertools.chain([samples], numbered)))
+
+
+def numbered_names(stems: Sequence[str], num: int) -> list[str]:
+    """The file names of `num` images for each stem. A repeated stem continues its numbers. All numbers are zero-padded to the same width."""
+    width, names = len(str(max(Counter(stems).values()) * num - 1)), []
+    counts: Counter[str] = Counter()
+    for stem in stems:
+        names += [f"{stem}-{number:0{width}d}.png" for number in range(counts[stem], counts[stem] + num)]
+        counts[stem] += num
+    return names
 
 
 def file_name(class_name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.image_folders.output_folder import GRID_NAME, TRANSLATIONS_RECORD, OutputFolder, digest_of_files
+from pipelines.image_folders.output_folder import GRID_NAME, TRANSLATIONS_RECORD, SampledFolder, digest_of_files
 from pipelines.image_folders.sample_folder import shorten_name
 from pipelines.stages.stage_checks import check_image
 from stage1_tokenizer.data.data_location import image_files
@@ -19,7 +19,7 @@ LOW_RESOLUTION = "low_resolution"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TranslationFolder(OutputFolder):
+class TranslationFolder(SampledFolder):
     """The output folder of `upscale` and `translate` and the request for its images, one for each given image.
 
     `labels` is one class index for all images or one for each, or None for no class.
@@ -41,8 +41,6 @@ class TranslationFolder(OutputFolder):
         return {"condition": self.condition, "images": len(self.images), "contents": digest_of_files(list(self.images.values()))}
 
     def describe_difference(self, name: str, before: str, now: str) -> str:
-        if name in ("images", "contents"):
-            return "the given images are other files, or have changed"
         return f"condition was {before}, now {now}" if name == "condition" else super().describe_difference(name, before, now)
 
 

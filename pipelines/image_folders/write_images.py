@@ -106,7 +106,8 @@ def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatche
     """Write the sampled images that are not in `complete`. Returns the number of written images and the first sampled batch.
 
     Args:
-        sample: starts the sampling. Its arguments are a StopFlag, and the callback and skip of pipe.batches.
+        sample: starts the sampling. Its arguments are a StopFlag, and the callback and skip of pipe.batches. Its images are of type pil, which
+            are written as they are, or np, which are written without alpha.
 
     Raises:
         Interrupted: a signal stopped it. Written images are kept.
@@ -125,9 +126,9 @@ def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatche
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
             for batch in sample(stop, on_token, is_complete):
                 first_batch = first_batch or batch
-                for position, pixels_HWC in zip(batch.places, batch.images, strict=True):
+                for position, image in zip(batch.places, batch.images, strict=True):
                     if names[position] not in complete:
-                        save_picture(to_picture(pixels_HWC), folder.out / names[position])
+                        save_picture(image if isinstance(image, Image.Image) else to_picture(image), folder.out / names[position])
                         written += 1
                 if stop.signal:
                     break
