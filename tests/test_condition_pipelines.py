@@ -17,8 +17,10 @@ from pipelines import ImageGenerationPipeline
 from pipelines.bundle import make_bundle
 from pipelines.command_line import dispatch
 from pipelines.image_folders import write_images
-from pipelines.image_folders.translation_folder import find_images
+from pipelines.image_folders.translation_folder import check_has_condition, find_images
 from stage1_tokenizer import load_tokenizer
+from stage2_prior.chain_vocabulary import ChainVocabulary
+from stage2_prior.vocabulary import Vocabulary
 from tests.conditioned import LOW_SIZE, SIZE, TEXT_LENGTH, Parts, given_low, image_tokenizer, make_parts, saved_prior
 from tests.run_files import pictures
 from tests.test_interruption import signal_soon
@@ -287,6 +289,16 @@ def test_translate_command(edges_pipeline, folder, photos, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_refused_request_leaves_no_record(edges_pipeline, photos, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("refused")
+
+    monkeypatch.setattr(ImageGenerationPipeline, "batches", refuse)
+    with pytest.raises(InputError, match="refused"):
+        dispatch(["translate", str(edges_pipeline), str(photos / "c.png"), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert not (tmp_path / "out/translations.json").exists()
+
+
 def test_names_of_results(photos, tmp_path):
     assert list(find_images([photos])) == ["a/1.png", "b/1.png", "c.png"]
     assert list(find_images([photos / "a/1.png", photos / "b/1.png"])) == ["1.png", "1_2.png"]
@@ -334,12 +346,18 @@ def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
 
 
 def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
-    with pytest.raises(InputError, match=r"edges is not given.*use `vqmosaic upscale` or `vqmosaic translate`"):
+    with pytest.raises(InputError, match=r"edges is not given.* Use `vqmosaic upscale` or `vqmosaic translate`"):
         dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match=r"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: --classes"):
         dispatch(["generate", str(tiny_run), "--prompt", "x", "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match="argument --guidance: 'low' was given; give a scale for each segment"):
         dispatch(["generate", str(edges_pipeline), "--guidance", "low", "--out", str(tmp_path / "out")])
+
+
+def test_generate_does_not_ask_for_what_was_given(tmp_path):
+    folder = make_parts(tmp_path, class_drop=0.0).bundle(tmp_path / "pipeline")
+    with pytest.raises(InputError, match=r"No class is given.* Give --classes, or use `vqmosaic upscale`"):
+        dispatch(["generate", str(folder), "--prompt", "x", "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])
@@ -382,6 +400,19 @@ def test_calls_with_what_the_prior_was_not_trained_with_are_refused(without_clas
         without_low.super_resolve(small)
     with pytest.raises(InputError, match="the image 'low', but it was trained with drop rate 1 of it"):
         dispatch(["upscale", str(folder), str(photos / "c.png"), "--out", str(tmp_path / "out")])
+
+
+def test_only_learned_images_are_counted(pipe):
+    content = {"conditions": [{"name": "edges", "kind": "edges"}, {"name": "grey", "kind": "grey"}]}
+    low, grid = next(condition for condition in pipe.vocabulary.conditions if condition.name == "low"), pipe.vocabulary.grids[0]
+    edges, grey = (dataclasses.replace(low, grid=dataclasses.replace(low.grid, name=name)) for name in ("edges", "grey"))
+
+    def vocabulary(*conditions) -> ChainVocabulary:
+        return ChainVocabulary([Vocabulary(grids=[grid], class_names=None, token_fingerprint="none", conditions=list(conditions))])
+
+    assert check_has_condition(content, vocabulary(dataclasses.replace(edges, drop_rate=1.0), grey), "translate") == "grey"
+    with pytest.raises(InputError, match="this one is given several: edges, grey"):
+        check_has_condition(content, vocabulary(edges, grey), "translate")
 
 
 def test_generate_without_learned_classes(without_classes, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.command_line import dispatch
 from pipelines.stages import preprocess as module
 from pipelines.stages.chain import delete_stages_from, record_recipe
 from pipelines.stages.condition_tokenizers import train_condition_tokenizers
@@ -377,3 +378,9 @@ def test_relative_paths_of_a_moved_run(run, folders, tmp_path, monkeypatch):
     assert moved.data.given_conditions[2].path == str(tmp_path / "project/data/maps")
     inner = load_recipe("project/runs/pairs/conditions/maps")
     assert inner.data.derived["path"] == str(tmp_path / "project/data/maps") and inner.data.path == str(tmp_path / "project/data/photos")
+
+
+def test_cut_captions_are_reported_once(run, folders, capsys):
+    shorter = conditions(folders, text={"length": 4})
+    assert dispatch(["preprocess", str(run), "--run_dir", str(run), "--data.conditions", shorter, "--redo", "tokens"]) == 0
+    assert capsys.readouterr().out.count("longer than 4 bytes") == 2, "one for each split"

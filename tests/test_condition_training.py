@@ -11,6 +11,7 @@ import torch
 
 from pipelines.command_line import dispatch
 from pipelines.stages.stage_checks import check_before_start
+from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.overfit import overfit
 from stage2_prior.prior import TokenPrior
 from stage2_prior.recipe_vocabulary import describe_given, vocabulary_of_recipe
@@ -94,6 +95,13 @@ def test_drop_rates_of_data_conditions_and_label_drop_of_unlabelled_data(unlabel
     assert vocabulary.why_unguided() is None
     overridden = vocabulary_for(unlabelled, tmp_path, data__conditions=low, prior_training__drop_rates="{low: 0.25}")
     assert overridden.conditions[0].drop_rate == 0.25
+
+
+def test_with_label_drop_1_no_segment_is_learned(tokens, tmp_path):
+    vocabulary = vocabulary_for(tokens, tmp_path, prior_training__label_drop=1, prior_training__drop_rates="{low: 0.25}")
+    assert [segment.drop_rate for segment in vocabulary.given_segments] == [1, 1, 1] and not vocabulary.learned_segments
+    chain = ChainVocabulary([vocabulary])
+    assert chain.learned_class_names is None and not chain.learned_conditions and chain.why_not_sampled(False, []) is None
 
 
 @pytest.mark.parametrize(("changes", "words"), [

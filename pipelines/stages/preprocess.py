@@ -24,7 +24,6 @@ from pipelines.stages.condition_grids import ConditionGrid, ConditionTokenizers,
 from pipelines.stages.count_images import count_images
 from pipelines.stages.encode_images import encode_sources
 from pipelines.stages.stage_inputs import check_tokenizer_has_ids, tokenizer_folder
-from stage1_tokenizer.conditions.captions import describe_cut_captions
 from stage1_tokenizer.conditions.condition_data import identities
 from stage1_tokenizer.data.image_sources import ImageSource, ImageSplits, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_recorded_splits
@@ -117,7 +116,6 @@ def preprocess_locked(recipe: Recipe, run: RunFolder, state: PartialState, stop:
         write_record(run, recipe, "tokens", inputs, finished=False)
 
     report_plan(recipe, tokenizer, conditions["train"], splits, state, report)
-    report_cut_captions(conditions, splits, report)
     writers = []
     for split in split_plans(recipe, tokenizer, conditions, splits, state.device, order_seed, has_former_identities):
         writer = TokenShardWriter(run.export("tokens") / split.header.split, split.header)
@@ -170,17 +168,6 @@ def report_plan(recipe: Recipe, tokenizer: Tokenizer, conditions: Sequence[Condi
         "tokens": f"{describe_grids([*tokenizer.grids, *(condition.grid for condition in conditions)])} a view",
         "device": f"{state.device} x {state.num_processes}, float32, {counted(recipe.tokens.threads, 'thread')} each",
     })
-
-
-def report_cut_captions(conditions: Mapping[str, Sequence[ConditionGrid]], splits: ImageSplits, report: Reporter) -> None:
-    """Warn of captions that are longer than the length of their condition."""
-    for split, source in (("train", splits.train), ("validation", splits.validation)):
-        for condition in conditions[split]:
-            if condition.data.captions is None:
-                continue
-            assert condition.text_tokenizer is not None  # captions have one
-            if cut := describe_cut_captions(condition.data.captions, source, condition.data.config, condition.text_tokenizer):
-                report(f"warning: {split}: {cut}")
 
 
 def write_manifests(writers: Sequence[TokenShardWriter], recipe: Recipe, run: RunFolder, report: Reporter) -> None:

@@ -98,7 +98,7 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
     check_stages_fit(recipe, actions, of_conditions)
     check_no_stale_stage(recipe, actions)
     check_not_stale(recipe, of_conditions, actions["tokens"])
-    if actions["tokens"] == "start" and any(condition.kind in ("paired_folder", "caption") for condition in recipe.data.given_conditions):
+    if actions["tokens"] == "start":
         check_pairs_and_captions(recipe)
     if actions["prior"] != "skip":
         check_prior_config(recipe)
@@ -107,8 +107,10 @@ def check_chain(recipe: Recipe, processes: int, redo: str | None) -> None:
 def check_pairs_and_captions(recipe: Recipe) -> None:
     """Warn of captions that are cut. Raise InputError if preprocessing would stop because too many images lack a pair or a caption.
 
-    Opens the data set and imports torch.
+    Opens the data set and imports torch if the recipe has pairs or captions.
     """
+    if not any(condition.kind in ("paired_folder", "caption") for condition in recipe.data.given_conditions):
+        return
     from stage1_tokenizer.conditions.condition_data import check_coverage
 
     for warning in check_coverage(recipe.data):
@@ -176,7 +178,7 @@ def check_guidance_is_learned(recipe: Recipe, vocabulary: Vocabulary) -> None:
 
 def check_guidance_of_chain(recipe: Recipe) -> None:
     """Raise InputError if the prior that a chain will train does not learn the recipe's guidance. The sizes of its conditions do not matter here."""
-    rates = drop_rates(recipe)
+    rates = drop_rates(recipe, [CLASS_NAME, *(condition.name for condition in recipe.data.given_conditions)])
     conditions = [GivenText(name=condition.name, text_ids=1, num_tokens=1, drop_rate=rates.get(condition.name, 0.0))
                   for condition in recipe.data.given_conditions]
     vocabulary = Vocabulary(grids=[Grid("image", 2, 1, 1)], class_names=["any"] if recipe.data.use_labels else None, token_fingerprint="none",

@@ -30,6 +30,7 @@ from stage1_tokenizer.validation import reconstruction_picture
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import write_bytes
+from vqmosaic.recipes.data_section import DIGITS
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import load_record
@@ -60,10 +61,11 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
 
     reader = TokenShardReader(run.export("tokens") / "train")
     classifier = None
-    if resolve_source(recipe.data) == "digits":
+    source = resolve_source(recipe.data)
+    if source in DIGITS:
         # The source name of a digit is its row number. The classifier trains on the other rows and reports its accuracy on these.
         held_out_rows = [int(splits.validation.source_name(index)) for index in range(len(splits.validation))]
-        classifier = DigitsClassifier(held_out_rows)
+        classifier = DigitsClassifier(held_out_rows, source)
     tokenizer_error = "reconstruction_l2" if recipe.tokenizer_training.reconstruction_loss == "l2" else "reconstruction_l1"
     grids = pipe.tokenizer.grids
     summary = {

@@ -8,16 +8,20 @@ from typing import Any
 from stage1_tokenizer.conditions.captions import Captions, describe_cut_captions
 from stage1_tokenizer.conditions.image_pairs import ImagePairs, OtherProportions
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
-from stage1_tokenizer.data.image_sources import ImageSource, refuse_if_too_many_unreadable
+from stage1_tokenizer.data.image_sources import ImageSource, allowed_unreadable, refuse_if_too_many_unreadable
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.data.threaded_map import map_in_threads
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.recipes.conditions import ConditionConfig
 from vqmosaic.recipes.recipe_sections import DataConfig
+from vqmosaic.wording import counted
 
 CHECKED_PAIRS = 200
 """Largest number of pairs of a split that are read before a run starts, to compare their proportions with those of their images."""
+
+CHANCE = 1e-6
+"""Largest probability with which pairs are refused because of chance, although no more have other proportions than are allowed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,6 @@ class ConditionData:
         """Identifies the pairs or captions; None if there are none."""
         data = self.pairs or self.captions
         return None if data is None else data.identity
-
 
     def as_recorded(self, identity: Mapping[str, Any]) -> "ConditionData":
         """The same data, with the pairs left out of the identity whose contents are not part of the recorded one."""
@@ -74,10 +77,10 @@ def check_readable(conditions: Sequence[ConditionData], index: int) -> None:
 
 
 def check_coverage(data: DataConfig) -> list[str]:
-    """Warnings about captions that are cut. Opens the data set, finds the pairs, and reads the captions and some pairs.
+    """Warnings about captions that are cut and pairs of other proportions.
 
-    Raises InputError if so many images lack a pair or a caption, or have a pair of other proportions, that preprocessing would stop, or if there are
-    no captions.
+    Opens the data set, finds the pairs, and reads the captions and some pairs. Raises InputError if so many images lack a pair or a caption, or have
+    a pair of other proportions, that preprocessing would stop, or if there are no captions.
     """
     splits, warnings = open_splits(data), []
     for split, source in (("train", splits.train), ("validation", splits.validation)):
@@ -89,17 +92,18 @@ def check_coverage(data: DataConfig) -> list[str]:
         refuse_if_too_many_unreadable(missing, len(source), data)
         for condition in conditions:
             if condition.pairs is not None:
-                check_proportions(condition.pairs, condition.config.name, source, split, data.max_unreadable)
+                other = check_proportions(condition.pairs, condition.config.name, source, split, data)
+                warnings += [other] if other else []
             if condition.captions is not None:
                 cut = describe_cut_captions(condition.captions, source, condition.config, load_text_tokenizer(condition.config.text_tokenizer))
                 warnings += [f"{split}: {cut}"] if cut else []
     return warnings
 
 
-def check_proportions(pairs: ImagePairs, name: str, source: ImageSource, split: str, max_unreadable: float) -> None:
-    """Raise InputError if a larger fraction of the pairs than `max_unreadable` has other proportions than their images.
+def check_proportions(pairs: ImagePairs, name: str, source: ImageSource, split: str, data: DataConfig) -> str | None:
+    """A warning if pairs have other proportions than their images, or None. Raises InputError if there are more than data.max_unreadable allows.
 
-    Reads up to CHECKED_PAIRS pairs, evenly spaced. Unreadable ones are left to preprocessing.
+    Reads up to CHECKED_PAIRS pairs, evenly spaced. Of a larger number of pairs, preprocessing may find too many later. It also finds unreadable ones.
     """
     indices = pairs.indices[::-(-len(pairs.indices) // CHECKED_PAIRS) or 1]
     found: dict[str, str] = {}
@@ -114,12 +118,22 @@ def check_proportions(pairs: ImagePairs, name: str, source: ImageSource, split: 
 
     for _ in map_in_threads(check, indices):
         pass
-    if len(found) > max(max_unreadable * len(indices), 1 if max_unreadable else 0):
-        example = min(found)
-        raise InputError(f"data.conditions ({name}): {len(found)} of the {len(indices)} pairs of the {split} split that were checked have other "
-                         f"proportions than their image: {listed_names(sorted(found))}. The pair of {printable(example)}: {found[example]}. Both "
-                         "get the same crop and flip, so they must show the same part. Crop or resize the images, or remove these pairs. `vqmosaic "
-                         "check-data` checks all pairs.")
+    if not found:
+        return None
+    example = min(found)
+    message = (f"{len(found)} of the {counted(len(indices), 'pair')} of the {split} split that were checked have other proportions than their image: "
+               f"{listed_names(sorted(found))}. The pair of {printable(example)}: {found[example]}.")
+    if len(found) > allowed_unreadable(len(source), data) or is_larger_fraction(len(found), len(indices), data.max_unreadable):
+        raise InputError(f"data.conditions ({name}): {message} Both get the same crop and flip, so they must show the same part. Crop or resize the "
+                         "images, or remove these pairs. `vqmosaic check-data` checks all pairs.")
+    return f"data.conditions ({name}): {message} Such images are not used. `vqmosaic check-data` checks all pairs"
+
+
+def is_larger_fraction(found: int, checked: int, allowed: float) -> bool:
+    """Whether so many of the `checked` pairs of a larger set show that its fraction is larger than `allowed`, and are not there by chance."""
+    from scipy.stats import binom  # takes a second to import
+
+    return bool(binom.sf(found - 1, checked, allowed) < CHANCE)
 
 
 def identities(conditions: Sequence[ConditionData]) -> dict[str, dict[str, Any]]:

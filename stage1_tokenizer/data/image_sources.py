@@ -183,13 +183,17 @@ def hold_out_validation(names: Sequence[int | str], labels: Sequence[Hashable] |
     return np.flatnonzero(~held_out), np.flatnonzero(held_out), origin
 
 
-def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
-    """Raise InputError if a larger fraction of the `total` images is unreadable than data.max_unreadable. `unreadable` maps names to reasons.
+def allowed_unreadable(total: int, data: DataConfig) -> float:
+    """Number of the `total` images that may be unreadable.
 
     A single unreadable image never stops a run, however few images there are, unless data.max_unreadable is 0.
     """
-    allowed = max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
-    if len(unreadable) <= allowed:
+    return max(data.max_unreadable * total, 1 if data.max_unreadable else 0)
+
+
+def refuse_if_too_many_unreadable(unreadable: Mapping[str, str], total: int, data: DataConfig) -> None:
+    """Raise InputError if a larger fraction of the `total` images is unreadable than data.max_unreadable. `unreadable` maps names to reasons."""
+    if len(unreadable) <= allowed_unreadable(total, data):
         return
     examples = "; ".join(f"{printable(name)} ({reason})" for name, reason in list(unreadable.items())[:3])
     raise InputError(f"{len(unreadable)} of {total} images are unreadable, more than data.max_unreadable = {data.max_unreadable:g} allows. "

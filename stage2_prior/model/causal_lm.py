@@ -37,6 +37,8 @@ RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
 VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids", "given")
+AUTOMATIC_OPTIONS = ("embedding_blocks", "query_embeddings", "query_intermediate_size")
+"""Options of a GridTransformer for which null means the value that `grid_options` chooses."""
 MAX_INITIAL_LOGIT_STD = 0.25
 """Maximum standard deviation of the initial logits. The first loss is above ln K by half its square."""
 ALTERNATIVES = "use grid_transformer, llama, gpt2 or qwen3"
@@ -106,7 +108,7 @@ def make_config(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool = Fa
         if name in VOCABULARY_OPTIONS:
             raise InputError(f"prior.options has {name}, which is set from the tokens and classes; leave it out.")
         check_name("A name in prior.options", name, sorted(fields | attribute_map.keys()))
-        if (name, value) != ("embedding_blocks", None):  # null: the number that grid_options chose
+        if value is not None or name not in AUTOMATIC_OPTIONS:
             settings[attribute_map.get(name, name)] = value
     positions = settings.get(attribute_map.get("max_position_embeddings", "max_position_embeddings"), num_positions)
     if positions < num_positions:

@@ -77,6 +77,8 @@ class GridTransformerConfig(PreTrainedConfig):
                              f"{[*self.given, *self.grids]} need {1 + tokens}")
         if self.query_blocks not in range(self.num_hidden_layers):
             raise ValueError(f"query_blocks is {self.query_blocks}; allowed: 0 to {self.num_hidden_layers - 1}, all blocks but one")
+        if not isinstance(self.query_embeddings, bool):
+            raise ValueError(f"query_embeddings is {self.query_embeddings!r}; allowed: true or false")
         if self.query_embeddings and not self.query_blocks:
             raise ValueError("query_embeddings is true, but query_blocks is 0; query embeddings belong to query blocks")
         if self.query_intermediate_size is not None and (not self.query_blocks or self.query_intermediate_size < 1):
