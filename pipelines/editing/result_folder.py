@@ -35,9 +35,9 @@ class EditFolder(SampledFolder):
     @functools.cached_property
     def names(self) -> list[str]:
         """The file name of each result in the order of the request: image, class and number."""
-        has_classes = self.labels is not None and self.class_names is not None
-        suffixes = [f"_{file_name(self.class_names[label])}" for label in self.labels] if has_classes else [""]
-        return numbered_names([shorten_name(f"{self.image.stem}{suffix}") for suffix in suffixes], self.num)
+        stem, classes = self.image.stem, self.class_names
+        stems = [stem] if self.labels is None or classes is None else [f"{stem}_{file_name(classes[label])}" for label in self.labels]
+        return numbered_names([shorten_name(each) for each in stems], self.num)
 
     @property
     def own_request(self) -> dict[str, Any]:
