@@ -156,7 +156,8 @@ def summary_table(summary: dict[str, Any]) -> str:
     for name, measures in summary["generation"].items():
         words = [f"{measures['copies']:.1%} copies", f"{measures['distinct']:.1%} distinct"]
         if "class_agreement" in measures:
-            words = [f"{measures['class_agreement']:.1%} of the requested class", *words, f"spread {measures['spread']:.2f} relative to the real digits"]
+            words = [f"{measures['class_agreement']:.1%} of the requested class", *words,
+                     f"spread {measures['spread']:.2f} relative to the real digits"]
         words += [f"{key.removeprefix('psnr_of_')}: PSNR {value:.1f} dB to the given one" for key, value in measures.items()
                   if key.startswith("psnr_of_")]
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
