@@ -186,6 +186,20 @@ def test_finished_rows_are_kept_after_an_interruption(photos, tmp_path, monkeypa
     assert [float(row["bits"]) for row in read_table(tmp_path)] == pytest.approx(bits_B.tolist(), abs=2e-3)
 
 
+def test_a_table_without_a_row_gives_no_image_the_score_of_another(photos, tmp_path):
+    pipe, arguments = photos
+    random_image(pipe, 1).save(tmp_path / "1.png")
+    assert dispatch(arguments) == 0
+    expected, table = read_table(tmp_path), tmp_path / "out" / "scores.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([lines[0], *lines[2:]]))
+    (tmp_path / "out" / "2.png").unlink()
+    assert dispatch(arguments) == 0
+    found = read_table(tmp_path)
+    assert [row["image"] for row in found] == [row["image"] for row in expected]
+    assert [float(row["bits"]) for row in found] == pytest.approx([float(row["bits"]) for row in expected], abs=2e-3)
+
+
 @pytest.mark.usefixtures("photos")
 def test_the_folder_of_another_request(tmp_path):
     """It can be used if that request was stopped before its first picture. Otherwise, it is refused, also if it was finished in the meantime."""

@@ -166,8 +166,9 @@ def finished_rows(folder: ScoreFolder, complete: set[str]) -> list[dict[str, Any
     table: list[dict[str, Any]] = [dict.fromkeys(COLUMNS, "") | {"image": path} for path in folder.images.values()]
     if TABLE_NAME in complete:
         with open(folder.out / TABLE_NAME, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            # not strict: if somebody has removed rows, those after them do not match, and their images are scored again
             for row, name, recorded in zip(table, folder.names, csv.DictReader(file), strict=False):
-                if name in complete:
+                if name in complete and recorded.get("image") == str(row["image"]):
                     row |= {column: recorded.get(column) or "" for column in COLUMNS}
     return table
 
