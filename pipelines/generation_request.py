@@ -5,7 +5,7 @@ import operator
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,6 +14,7 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
+from stage2_prior.segments import CLASS_NAME
 from vqmosaic.errors import InputError, check_name, check_range, listed_names
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -65,8 +66,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
 
     `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
     """
-    for name in settings:
-        check_name("a setting", name, SAMPLING_SETTINGS)
+    check_setting_names(settings, inputs)
     count = as_integer("num_images_per_label", num_images_per_label)
     check_range("num_images_per_label", count, at_least=1)
     changed = {name: value for name, value in settings.items() if value is not None}
@@ -78,6 +78,8 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
         raise InputError("class_labels is given, but this prior was trained with drop rate 1 of the class, so it would have no effect. "
                          f"{inputs.describe_taken()}")
     classes = None if labels is None else class_indices(names, labels)
+    if given.ids is not None and not isinstance(given.ids, Mapping):
+        raise InputError(f"given_ids is {type(given.ids).__name__}; give a dict of ids by the name of their condition. {inputs.describe_taken()}")
     ids = inputs.ids(given.prompt, given.image, given.ids)
     for message in inputs.describe_cut(given.prompt):
         warnings.warn(message, stacklevel=level_of_user())
@@ -95,11 +97,29 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
                              f"effect; {remedy}.")
         sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
     check_guidance(vocabulary, sampling)
+    check_guided_are_given(vocabulary, changed.get("guidance", {}), classes is not None, ids)
     rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}, **(paired or {})})
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
     return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+
+
+def check_setting_names(settings: Iterable[str], inputs: ConditionInputs) -> None:
+    """Raise InputError, which lists what can be given, for a name that is not a sampling setting."""
+    for name in settings:
+        try:
+            check_name("a setting", name, SAMPLING_SETTINGS)
+        except InputError as error:
+            raise InputError(f"{error} {inputs.describe_taken()}") from None
+
+
+def check_guided_are_given(vocabulary: ChainVocabulary, guidance: Iterable[str], has_class: bool, given: Iterable[str]) -> None:
+    """Raise InputError if a call sets the guidance scale of a segment that it does not give. Segments that earlier priors draw are given."""
+    known = {*given, *(grid.name for grid in vocabulary.grids), *([CLASS_NAME] if has_class else [])}
+    if unused := [name for name in guidance if name not in known]:
+        raise InputError(f"guidance has {', '.join(unused)}, but {'it is' if len(unused) == 1 else 'they are'} not given, so this has no effect. "
+                         "Give it, or leave out its scale.")
 
 
 def level_of_user() -> int:

@@ -75,6 +75,7 @@ def test_images_and_prompts_become_ids(pipe, small):
     out = pipe(["ant", "bee", "ant"], prompt="sea", image=small, seed=1)
     assert len(out.images) == 3 and {name: tuple(ids.shape) for name, ids in out.given_ids.items()} == {"low": (3, 4), "text": (3, TEXT_LENGTH)}
     assert out.given_ids["text"].tolist() == [[*b"sea", 256, 256, 256]] * 3
+    assert torch.equal(pipe.inputs.ids(prompt=" sea\n")["text"], out.given_ids["text"][:1]), "captions have no spaces at their ends either"
     low = pipe.inputs.tokenizers["low"]
     encoded = low.encode(torch.stack([low.transform.without_derivation(image) for image in small]))
     assert torch.equal(out.given_ids["low"], encoded.flatten(1))
@@ -128,6 +129,7 @@ def test_translate(edges_pipeline, pipe, small):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"prompt": 3}, "prompt is '3'; give a text|prompt is 3"),
     ({"prompt": []}, "prompt is"),
+    ({"prompt": ["sea", " "]}, "prompt is empty, but the prior was trained with no empty caption"),
     ({"prompt": {"caption": "x"}}, "prompt has caption; this pipeline takes: text"),
     ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
     ({"image": "photo.png"}, "image for the condition 'low': images is str"),
@@ -139,7 +141,10 @@ def test_translate(edges_pipeline, pipe, small):
     ({"prompt": ["a", "b"], "class_labels": ["ant", "bee", "ant"]}, "class_labels has 3 entries and prompt has 2 entries; give one for each image"),
     ({"guidance": {"depth": 2.0}, "prompt": "a"}, "guidance has depth; the given segments of the prior are: class, low, text"),
     ({"guidance_scale": 2.0}, "nothing is given, so guidance has no effect; give class_labels or image or prompt"),
-    ({"strength": 1}, "a setting is 'strength'"),
+    ({"guidance": {"low": 2.0, "text": 1.5}, "prompt": "a"}, "guidance has low, but it is not given, so this has no effect"),
+    ({"guidance": {"class": 2.0}, "prompt": "a"}, "guidance has class, but it is not given"),
+    ({"given_ids": 3}, r"given_ids is int; give a dict .* takes: class_labels, image \(low\), prompt \(text\)"),
+    ({"promt": "sea"}, r"a setting is 'promt'.* This pipeline takes: class_labels, image \(low\), prompt \(text\)"),
 ])
 def test_invalid_arguments_are_refused(arguments, words, pipe):
     with pytest.raises(InputError, match=words):
