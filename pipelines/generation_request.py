@@ -14,7 +14,6 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
-from stage2_prior.segments import CLASS_NAME
 from vqmosaic.errors import InputError, check_name, check_range, listed_names
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -97,7 +96,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
                              f"effect; {remedy}.")
         sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
     check_guidance(vocabulary, sampling)
-    check_guided_are_given(vocabulary, changed.get("guidance", {}), classes is not None, ids)
+    vocabulary.check_guided_are_given(changed.get("guidance", {}), classes is not None, ids)
     rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}, **(paired or {})})
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
@@ -112,14 +111,6 @@ def check_setting_names(settings: Iterable[str], inputs: ConditionInputs) -> Non
             check_name("a setting", name, SAMPLING_SETTINGS)
         except InputError as error:
             raise InputError(f"{error} {inputs.describe_taken()}") from None
-
-
-def check_guided_are_given(vocabulary: ChainVocabulary, guidance: Iterable[str], has_class: bool, given: Iterable[str]) -> None:
-    """Raise InputError if a call sets the guidance scale of a segment that it does not give. Segments that earlier priors draw are given."""
-    known = {*given, *(grid.name for grid in vocabulary.grids), *([CLASS_NAME] if has_class else [])}
-    if unused := [name for name in guidance if name not in known]:
-        raise InputError(f"guidance has {', '.join(unused)}, but {'it is' if len(unused) == 1 else 'they are'} not given, so this has no effect. "
-                         "Give it, or leave out its scale.")
 
 
 def level_of_user() -> int:

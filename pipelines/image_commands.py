@@ -47,6 +47,8 @@ def generate(command: str, arguments: list[str]) -> int:
     has_class = options.classes is not None or (options.prompt is None and vocabulary.learned_class_names is not None)
     labels = classes_from_text(names, options.classes) if has_class else None
     check_can_sample(vocabulary, labels is not None, options.prompt is not None)
+    texts = [condition.name for condition in vocabulary.learned_conditions if condition.kind == "text"] if options.prompt is not None else []
+    vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, texts)
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=labels, num=options.num, seed=options.seed,
                            sampling=sampling, dtype=options.dtype, prompt=options.prompt)
     samples = samples if options.out else find_output_folder(samples)
@@ -122,6 +124,7 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     sampling = check_given_sampling(folder, content, given_sampling(options))
     check_classes_are_learned(vocabulary, options.classes)
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
+    vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, [name])
     if why := vocabulary.why_not_sampled(labels is not None, [name]):
         raise InputError(f"{why}{' Give --classes.' if labels is None and names else ''}")
     check_out_not_inside(options.images, options.out)

@@ -141,8 +141,8 @@ def test_translate(edges_pipeline, pipe, small):
     ({"prompt": ["a", "b"], "class_labels": ["ant", "bee", "ant"]}, "class_labels has 3 entries and prompt has 2 entries; give one for each image"),
     ({"guidance": {"depth": 2.0}, "prompt": "a"}, "guidance has depth; the given segments of the prior are: class, low, text"),
     ({"guidance_scale": 2.0}, "nothing is given, so guidance has no effect; give class_labels or image or prompt"),
-    ({"guidance": {"low": 2.0, "text": 1.5}, "prompt": "a"}, "guidance has low, but it is not given, so this has no effect"),
-    ({"guidance": {"class": 2.0}, "prompt": "a"}, "guidance has class, but it is not given"),
+    ({"guidance": {"low": 2.0, "text": 1.5}, "prompt": "a"}, "guidance has low, which is not given, so guidance has no effect there"),
+    ({"guidance": {"class": 2.0}, "prompt": "a"}, "guidance has class, which is not given"),
     ({"given_ids": 3}, r"given_ids is int; give a dict .* takes: class_labels, image \(low\), prompt \(text\)"),
     ({"promt": "sea"}, r"a setting is 'promt'.* This pipeline takes: class_labels, image \(low\), prompt \(text\)"),
 ])
@@ -348,6 +348,14 @@ def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
     assert dispatch(["edit", str(folder), str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png"), "--prompt", "a short text", "--num", "1",
                      "--out", str(tmp_path / "edited"), "--device", "cpu"]) == 0
     assert f"warning: {message}" in capsys.readouterr().out
+
+
+def test_scales_of_what_is_not_given_are_refused(folder, photos, tmp_path):
+    generate, upscale = ["generate", str(folder), "--prompt", "sea"], ["upscale", str(folder), str(photos / "c.png")]
+    for command, guidance in ((generate, "text=2,low=3"), (generate, "class=2"), (upscale, "low=2,text=3"), (upscale, "class=2")):
+        with pytest.raises(InputError, match=f"guidance has {guidance.rpartition(',')[2][:-2]}, which is not given"):
+            dispatch([*command, "--out", str(tmp_path / "out"), "--guidance", guidance])
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):

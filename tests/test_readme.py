@@ -15,10 +15,12 @@ from PIL import Image
 
 from pipelines import command_line
 from pipelines.bundle import make_bundle
-from stage1_tokenizer import ImageTokenizer
-from tests.conditioned import LOW_DERIVATION, given_low, given_text, image_tokenizer, saved_prior
+from stage1_tokenizer import HierarchicalTokenizer, ImageTokenizer, ImageTransform, load_tokenizer
+from stage2_prior.segments import GivenGrid
+from tests.conditioned import CLASSES, LOW_DERIVATION, SIZE, given_low, given_text, image_tokenizer, saved_prior
 from tests.tiny import ROOT, tiny_overrides
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 GENERATED = ("recipe_reference.md", "benchmarks.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
@@ -43,6 +45,23 @@ def conditioned_runs(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def level_runs(tmp_path_factory) -> Path:
+    """The runs of docs/two_levels.md with random weights: levels, with one prior of two grids, and top and bottom, whose priors two_priors joins."""
+    root = tmp_path_factory.mktemp("levels")
+    config = TokenizerConfig(kind="hierarchical", channels=32, channel_multipliers=[1, 1, 1], residual_blocks=0, codebook_size=16, code_dim=8,
+                             latent_channels=8, middle_attention=False)
+    HierarchicalTokenizer(config, ImageTransform(SIZE, 1), CLASSES).eval().save_pretrained(root / "top/tokenizer")
+    tokenizer = load_tokenizer(root / "top/tokenizer")
+    grids, fingerprint = tokenizer.grids, str(tokenizer.token_fingerprint)
+    both = saved_prior(root / "levels/prior", grids, fingerprint)
+    first = saved_prior(root / "top/prior", grids[:1], fingerprint)
+    second = saved_prior(root / "bottom/prior", grids[1:], fingerprint, [GivenGrid(grid=grids[0])])
+    make_bundle(root / "top/tokenizer", both, root / "levels/pipeline", SamplingConfig())
+    make_bundle(root / "top/tokenizer", [first, second], root / "two_priors/pipeline", SamplingConfig())
+    return root
+
+
 def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     """Link the pipelines, and write the images that the documented commands give them."""
     for run, folder in folders.items():
@@ -59,7 +78,7 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
 
 
 @pytest.fixture
-def workplace(tiny_run, any_order_run, conditioned_runs, tmp_path, monkeypatch) -> Path:
+def workplace(tiny_run, any_order_run, conditioned_runs, level_runs, tmp_path, monkeypatch) -> Path:
     """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -77,6 +96,8 @@ def workplace(tiny_run, any_order_run, conditioned_runs, tmp_path, monkeypatch) 
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     make_conditioned_runs(conditioned_runs, tmp_path)
+    shutil.copytree(level_runs, tmp_path / "runs", dirs_exist_ok=True)
+    (tmp_path / "runs/top/recipe.yaml").symlink_to(tiny_run / "recipe.yaml")
     (tmp_path / "inception.pt").write_bytes(b"a TorchScript file: it is not opened before the sweep begins")
     monkeypatch.chdir(tmp_path)
     return tmp_path
