@@ -36,7 +36,7 @@ class TextEncoder:
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt is {str(texts)[:100]!r}; give a text, or a list of texts.")
         if not all(text.strip() for text in texts):
-            raise InputError("prompt is empty, but the prior was trained with no empty caption. Leave it out to generate without a prompt.")
+            raise InputError("prompt is empty, but the prior was trained without empty captions. Leave it out to generate without a prompt.")
         return torch.from_numpy(np.stack([text_ids(self.tokenizer, text.strip(), self.condition.num_tokens) for text in texts]))
 
     def describe_cut(self, texts: str | Sequence[str]) -> str | None:

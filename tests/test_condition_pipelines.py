@@ -129,7 +129,7 @@ def test_translate(edges_pipeline, pipe, small):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"prompt": 3}, "prompt is '3'; give a text|prompt is 3"),
     ({"prompt": []}, "prompt is"),
-    ({"prompt": ["sea", " "]}, "prompt is empty, but the prior was trained with no empty caption"),
+    ({"prompt": ["sea", " "]}, "prompt is empty, but the prior was trained without empty captions"),
     ({"prompt": {"caption": "x"}}, "prompt has caption; this pipeline takes: text"),
     ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
     ({"image": "photo.png"}, "image for the condition 'low': images is str"),
