@@ -36,7 +36,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 bench: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -110,11 +111,10 @@ def test_documentation_has_commands_and_snippets():
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_snippet_runs(number, workplace, tiny_run):
+    """In this process, because a new one would import torch for each snippet."""
     codes = int(re.search(r'"codebook_size": (\d+)', (tiny_run / "tokenizer" / "config.json").read_text())[1])
     program = SNIPPETS[number].replace("128 + 3", f"{codes} + 3")
-    result = subprocess.run([sys.executable, "-c", program], cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    exec(compile(program, f"snippet {number}", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("vqmosaic ")])
@@ -155,13 +155,12 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_notebook_runs_on_a_finished_run(workplace, tiny_run):
+def test_notebook_runs_on_a_finished_run(workplace, tiny_run, monkeypatch, capsys):
     shutil.copytree(tiny_run, workplace / "runs" / "notebook")
-    overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
-    result = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=workplace, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
-    assert result.returncode == 0, result.stderr
-    assert "nothing to do" in result.stdout and "tensor" in result.stdout
+    monkeypatch.setenv("OVERRIDES", "\n".join(tiny_overrides(Path("runs/notebook"))))
+    runpy.run_path(str(ROOT / "docs" / "images_to_samples.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "nothing to do" in output and "tensor" in output
 
 
 @pytest.mark.slow

@@ -60,11 +60,11 @@ def test_start_up_uses_none_of_the_time_budget(stage, run_dir, monkeypatch):
     original = getattr(module, trial)
 
     def slow(*arguments):  # like k-means of a large codebook, or torch.compile
-        time.sleep(3)
+        time.sleep(1.5)
         return original(*arguments)
 
     monkeypatch.setattr(module, trial, slow)
-    records = train(stage, run_dir, max_steps="null", max_minutes=0.04, warmup_fraction=0.5, learning_rate=0.01)
+    records = train(stage, run_dir, max_steps="null", max_minutes=0.02, warmup_fraction=0.5, learning_rate=0.01)
     first = next(record for record in records if record["kind"] == "train")
     assert first["seconds"] == 0 and first["learning_rate"] == pytest.approx(1e-5), "the warm-up begins with the first step"
 
