@@ -1,11 +1,10 @@
 """Tokenizer validation: PSNR, SSIM, reconstruction error, codebook usage and a picture of reconstructions."""
 
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from stage1_tokenizer.data.image_batches import ValidationImages
 from stage1_tokenizer.image_files.images import to_uint8
@@ -17,8 +16,6 @@ from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.training.tracking import progress_lines
 
 PICTURE_IMAGES = 16
-WINDOW_RADIUS, WINDOW_DEVIATION = 5, 1.5
-"""Of the Gaussian windows of SSIM, in pixels."""
 
 
 @torch.no_grad()  # not inference mode: without a weight average, this is the model being trained
@@ -38,9 +35,11 @@ def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size
     codebook_usage_<grid> and perplexity_<grid> (see CodeCounts.metrics).
     """
     device = accelerator.device
+    psnr = PeakSignalNoiseRatio(data_range=1.0).to(device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0).to(device)
     counts = CodeCounts(tokenizer.quantizers, device)
-    # sums of absolute errors, squared errors, pixels and squared pixels; number of elements; sum of SSIM; number of images; number of stopped ranks
-    sums = torch.zeros(8, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    # sums of absolute errors, squared errors, pixels and squared pixels; number of elements; number of stopped ranks
+    sums = torch.zeros(6, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
     lines = progress_lines(len(images), "validation", "image", accelerator.is_main_process)
     tokenizer.eval()
     picture_parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # the first images and their reconstructions
@@ -52,14 +51,13 @@ def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size
         restored_BCHW = output.reconstructions.float().clamp(-1, 1)
         # the luminance term of SSIM compares means, so it requires values >= 0 (Wang et al. 2004, equation 6)
         restored_01, images_01 = (restored_BCHW + 1) / 2, (images_BCHW + 1) / 2
+        psnr.update(restored_01, images_01)
         with full_precision(device):  # a variance is a small difference of large means: TF32 is too coarse
-            similarity_B = structural_similarity(restored_01, images_01)
+            ssim.update(restored_01, images_01)
         counts.add(output.levels)
         difference = restored_BCHW - images_BCHW
         sums[:4] += torch.stack([difference.abs().sum(), difference.square().sum(), images_BCHW.sum(), images_BCHW.square().sum()])
         sums[4] += difference.numel()
-        sums[5] += similarity_B.sum()
-        sums[6] += len(similarity_B)
         if sum(len(part) for part, _ in picture_parts) < PICTURE_IMAGES:
             picture_parts.append((images_BCHW, restored_BCHW))
     sums[-1] = stop is not None and stop.signal != 0
@@ -71,27 +69,10 @@ def validate(tokenizer: TrainableTokenizer, images: ValidationImages, batch_size
         originals_BCHW, restored_BCHW = (torch.cat(parts)[:PICTURE_IMAGES] for parts in zip(*picture_parts, strict=True))
         save_picture(reconstruction_picture(originals_BCHW, restored_BCHW), picture)
     l1, l2, mean, mean_square = (sums[:4] / sums[4]).tolist()
-    psnr = math.inf if l2 == 0 else -10 * math.log10(l2 / 4)
-    return {"psnr": psnr, "ssim": (sums[5] / sums[6]).item(), "reconstruction_l1": l1, "reconstruction_l2": l2,
+    similarity = ssim.compute()
+    assert isinstance(similarity, torch.Tensor)  # it is a tuple only if SSIM also returns the image of local similarities
+    return {"psnr": float(psnr.compute()), "ssim": float(similarity), "reconstruction_l1": l1, "reconstruction_l2": l2,
             "variance": mean_square - mean**2, **counts.metrics()}
-
-
-def structural_similarity(first_BCHW: torch.Tensor, second_BCHW: torch.Tensor) -> torch.Tensor:
-    """SSIM (B,) of images in [0, 1] (Wang et al. 2004, equation 13), with Gaussian windows of 11 x 11 pixels, averaged over channels and windows.
-
-    The images are mirrored at their edges. torchmetrics computes the same, but importing it takes as long as all other imports of the training.
-    """
-    channels, constants = first_BCHW.shape[1], (0.01**2, 0.03**2)
-    offsets = torch.arange(-WINDOW_RADIUS, WINDOW_RADIUS + 1, dtype=first_BCHW.dtype, device=first_BCHW.device)
-    weights = torch.exp(-((offsets / WINDOW_DEVIATION) ** 2) / 2)
-    weights = weights / weights.sum()
-    window = torch.outer(weights, weights).expand(channels, 1, -1, -1)
-    x, y = (F.pad(images_BCHW, (WINDOW_RADIUS,) * 4, mode="reflect") for images_BCHW in (first_BCHW, second_BCHW))
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = F.conv2d(torch.cat((x, y, x * x, y * y, x * y)), window, groups=channels).chunk(5)
-    variances = (mean_xx - mean_x**2).clamp(min=0) + (mean_yy - mean_y**2).clamp(min=0)
-    covariance = mean_xy - mean_x * mean_y
-    luminance = (2 * mean_x * mean_y + constants[0]) / (mean_x**2 + mean_y**2 + constants[0])
-    return (luminance * (2 * covariance + constants[1]) / (variances + constants[1])).mean(dim=(1, 2, 3))
 
 
 def reconstruction_picture(images_BCHW: torch.Tensor, restored_BCHW: torch.Tensor, columns: int = 8):
