@@ -5,7 +5,7 @@ import operator
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,13 +14,15 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
-from vqmosaic.errors import InputError, check_name, check_range, listed_names
+from vqmosaic.errors import InputError, check_range, listed_names, nearest_name
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import derive_seed, image_seeds
 
 SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
+CALL_ARGUMENTS = ("class_labels", "num_images_per_label", "seed", "prompt", "image", "given_ids", "output_type", "callback", "batch_size", "compile")
+"""The arguments of a call besides the sampling settings."""
 FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
 """The arguments of a call that could be positional in version 0.1.0, after seed."""
 
@@ -65,8 +67,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
 
     `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
     """
-    for name in settings:
-        check_name("a setting", name, SAMPLING_SETTINGS)
+    check_settings(settings)
     count = as_integer("num_images_per_label", num_images_per_label)
     check_range("num_images_per_label", count, at_least=1)
     changed = {name: value for name, value in settings.items() if value is not None}
@@ -100,6 +101,17 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
     return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+
+
+def check_settings(settings: Iterable[str], arguments: Sequence[str] = CALL_ARGUMENTS) -> None:
+    """Raise InputError for names that are no sampling settings. `arguments` are the other arguments of the method, which the message lists, too."""
+    for name in settings:
+        if name not in SAMPLING_SETTINGS:
+            allowed = [*arguments, *SAMPLING_SETTINGS]
+            nearest = next((each for each in allowed if each.startswith(name)), None) or nearest_name(name, allowed)
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            raise InputError(f"there is no argument or sampling setting {name!r}.{hint} Arguments: {', '.join(arguments)}. Sampling settings: "
+                             f"{', '.join(SAMPLING_SETTINGS)}.")
 
 
 def level_of_user() -> int:

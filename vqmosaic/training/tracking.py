@@ -112,7 +112,7 @@ def progress_lines(total: int, title: str, unit: str, enabled: bool) -> "tqdm | 
 class ProgressLines:
     """Replaces a tqdm bar if the output is not a terminal: prints a line every LINE_SECONDS."""
 
-    def __init__(self, total: int | None, initial: int, title: str, unit: str):
+    def __init__(self, total: int | None, initial: float, title: str, unit: str):
         self.total, self.n, self._initial, self._title, self._unit = total, initial, initial, title, unit
         self._started = self._last_line = time.monotonic()
 
