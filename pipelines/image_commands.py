@@ -84,12 +84,13 @@ def check_can_sample(vocabulary: "ChainVocabulary", has_class: bool, has_prompt:
         raise InputError(f"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: {takes or 'nothing'}.")
     if has_prompt and len(texts) > 1:
         raise InputError(f"--prompt is given, but the prior of this pipeline takes several texts: {', '.join(texts)}. Use the Python interface.")
-    why = vocabulary.why_not_sampled(has_class, [*(texts if has_prompt else []), *(images or [])])
+    given = [*(texts if has_prompt else []), *(images or [])]
+    why = vocabulary.why_not_sampled(has_class, given)
     if why and images is not None:
-        named = "NAME=FILE" if len(image_conditions(vocabulary)) > 1 else "FILE"
-        missing = {"--classes": vocabulary.learned_class_names and not has_class, "--prompt TEXT": texts and not has_prompt,
-                   f"--condition_image {named}": set(image_conditions(vocabulary)) - set(images)}
-        raise InputError(f"{why} Give {' or '.join(option for option, is_missing in missing.items() if is_missing)}.")
+        names = image_conditions(vocabulary)
+        with_more = {"--classes": (vocabulary.learned_class_names is not None, given), "--prompt TEXT": (has_class, [*given, *texts]),
+                     **{f"--condition_image {f'{name}=' if len(names) > 1 else ''}FILE": (has_class, [*given, name]) for name in names}}
+        raise InputError(f"{why} Give {' or '.join(option for option, more in with_more.items() if vocabulary.why_not_sampled(*more) != why)}.")
     if why and vocabulary.conditions:
         options = [*(["--classes"] if vocabulary.learned_class_names and not has_class else []), *(["--prompt"] if texts and not has_prompt else [])]
         hint = f"Give {' or '.join(options)}, or use" if options else "Use"

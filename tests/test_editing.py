@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -338,12 +339,18 @@ def test_invalid_arguments_are_refused(pipe, call, words):
 # --- the command ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def pipeline(pipe, tmp_path_factory) -> Path:
+    """The folder of the pipeline, which tests must not change."""
+    return saved_pipeline(tmp_path_factory.mktemp("saved"), pipe)
+
+
 @pytest.fixture
-def files(pipe, tmp_path) -> dict[str, str]:
+def files(pipe, pipeline, tmp_path) -> dict[str, str]:
     """Paths of a pipeline, an image and a mask."""
     random_image(pipe).save(tmp_path / "photo.png")
     Image.fromarray(box_mask(pipe, 4, 3, 11, 9)).save(tmp_path / "mask.png")
-    return {"pipeline": str(saved_pipeline(tmp_path, pipe)), "image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png"),
+    return {"pipeline": str(pipeline), "image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png"),
             "out": str(tmp_path / "out")}
 
 
@@ -446,13 +453,13 @@ for words, (image, *drawn) in {cases!r}.items():
     assert not loaded(modules_after(program), "torch", "scipy", "transformers")
 
 
-def test_guidance_is_recorded_only_with_something_to_guide_to(files):
-    pipeline = Path(files["pipeline"]) / "pipeline.json"
-    content = json.loads(pipeline.read_text())
-    pipeline.write_text(json.dumps(content | {"sampling": content["sampling"] | {"guidance_scale": 2.5}}))
+def test_guidance_is_recorded_only_with_something_to_guide_to(files, tmp_path):
+    shutil.copytree(files["pipeline"], tmp_path / "guided")
+    content = json.loads((tmp_path / "guided/pipeline.json").read_text())
+    (tmp_path / "guided/pipeline.json").write_text(json.dumps(content | {"sampling": content["sampling"] | {"guidance_scale": 2.5}}))
     for name, options, scale in (("plain", (), 1.0), ("ant", ("--classes", "ant"), 2.5)):
-        out = Path(files["out"]).with_name(name)
-        assert edit(files | {"out": str(out)}, "--num", "1", *options) == 0
+        out = tmp_path / name
+        assert edit(files | {"pipeline": str(tmp_path / "guided"), "out": str(out)}, "--num", "1", *options) == 0
         assert json.loads((out / "edits.json").read_text())["request"]["sampling"]["guidance_scale"] == scale
 
 
