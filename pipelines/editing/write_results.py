@@ -47,7 +47,7 @@ MAX_LISTED_REASONS = 12
 
 
 def write_edits(folder: EditFolder, device: str | None) -> int:
-    """Draw the masked part of an image again, and write the missing and damaged results and a grid of them. Returns exit code 0.
+    """Draw a part of an image again, and write the missing and damaged results and a grid of them. Returns exit code 0.
 
     Raises:
         InputError: an image cannot be read or has another size, the folder contains images of another request, or another process is writing to it.
@@ -64,7 +64,7 @@ def write_missing_edits(folder: EditFolder, device: str | None) -> int:
     complete, pipe, total = folder.usable_files(), load_pipeline(folder, device), len(folder.names)
     kept, transform = len(complete - {GRID_NAME}), pipe.tokenizer.transform
     image = read_file(folder.image, transform)
-    value = read_mask(folder.value) if folder.drawn_by == "mask" else folder.value
+    value: Any = read_mask(folder.value) if folder.drawn_by == "mask" else folder.value
     if not pipe.chain.any_order:
         print(RASTER_NOTE, flush=True)
     for message in pipe.inputs.describe_cut(folder.prompt):

@@ -120,19 +120,20 @@ def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatche
     Raises:
         Interrupted: a signal stopped it. Written images are kept.
     """
-    names, kept, written, first_batch = folder.names, len(complete - {GRID_NAME}), 0, None
-    with StopFlag() as stop, progress_bar(0, 0, "sampling", "image") as bar:
+    names, kept, written, first_batch, sampled = folder.names, len(complete - {GRID_NAME}), 0, None, 0
+    with StopFlag() as stop, progress_bar(None, 0, "sampling", "image") as bar:
         def on_token(done: int, tokens: int) -> bool:
             # a share of the images: those of a batch are sampled together. Of few images with one decimal, so that it moves
-            images = bar.total * done / tokens
-            bar.n = round(images, 1) if bar.total < FEW_IMAGES else int(images)
+            images = sampled * done / tokens
+            bar.total, bar.n = sampled, round(images, 1) if sampled < FEW_IMAGES else int(images)
             bar.update(0)
             return not stop.signal
 
         def is_complete(positions: range) -> bool:
-            skipped = complete.issuperset(names[position] for position in positions)
-            bar.total += 0 if skipped else len(positions)
-            return skipped
+            nonlocal sampled
+            is_skipped = complete.issuperset(names[position] for position in positions)
+            sampled += 0 if is_skipped else len(positions)
+            return is_skipped
 
         try:
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
