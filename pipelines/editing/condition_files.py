@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.image_commands import image_conditions
-from pipelines.image_folders.translation_folder import find_images
 from vqmosaic.errors import InputError, listed_names
 from vqmosaic.files.given_paths import check_path
 
@@ -45,6 +44,8 @@ def files_for_each(conditions: Mapping[str, Path], images: Mapping[str, Path]) -
 
     `images` are the results of `find_images`. Raises InputError if there is none for an image.
     """
+    from pipelines.image_folders.translation_folder import find_images
+
     found = {}
     for condition, path in conditions.items():
         files = find_images([path])
