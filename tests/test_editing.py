@@ -469,7 +469,7 @@ def test_ctrl_c_before_the_first_image_says_that_none_is_written(files, monkeypa
 
     monkeypatch.setattr(bundle, "usable_device", interrupt)
     assert exit_code_of(lambda: edit(files)) == 130
-    assert capsys.readouterr().err == "stopped by SIGINT; no image is written yet. Run the same command to continue.\n"
+    assert capsys.readouterr().err == f"stopped by SIGINT; 0 of 4 images are written to {files['out']}. Run the same command to continue.\n"
     assert not Path(files["out"]).exists()
 
 

@@ -153,8 +153,6 @@ class OutputFolder(ABC):
 
     def describe_progress(self, done: int) -> str:
         """A clause about the number of images that are written."""
-        if not done:
-            return "no image is written yet"
         return f"{done:,} of {counted(len(self.names), 'image')} {is_or_are(done)} written to {self.out}"
 
     def is_finished(self) -> bool:
