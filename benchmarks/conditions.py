@@ -35,7 +35,6 @@ from benchmarks.two_levels import reconstruct
 from pipelines.stages.preprocess import preprocess
 from pipelines.stages.stage_inputs import condition_tokenizer_folder
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer, text_ids
-from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
@@ -123,8 +122,7 @@ def prepare(run_dir: Path, minutes: float, samples: int, held_out_samples: int) 
     tokenizer = load_tokenizer(make_tokens(run_dir, minutes=minutes) / "tokenizer")
     train_NHWC, train_labels_N = cifar10.load("train")
     test_NHWC, test_labels_N = cifar10.load("test")
-    validation = open_splits(make_recipe(RASTER, run_dir).data).validation
-    held_out_N = torch.tensor([int(validation.source_name(index)) for index in range(len(validation))])  # the name of a source is its row
+    held_out_N = cifar10.held_out_rows(make_recipe(RASTER, run_dir))
     classifier = make_classifier(run_dir, min(CLASSIFIER_SECONDS, 60 * minutes), train_NHWC, train_labels_N)
     judge = Judge(tokenizer, classifier, test_NHWC)
     return Setup(run_dir, tokenizer, Judge(tokenizer, classifier, train_NHWC[held_out_N]), judge, train_NHWC[held_out_N[:held_out_samples]],

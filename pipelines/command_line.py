@@ -239,7 +239,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
     "upscale": (upscale, "Make large images from small ones, with a prior that is given images at low resolution."),
     "translate": (translate, "Make images from others, such as edges, with a prior that is given those."),
-    "edit": (edit, "Draw the masked part of an image again."),
+    "edit": (edit, "Draw a part of an image again: under a mask, around it, or at random places."),
     "score": (score, "Measure how unusual images and their parts are."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),

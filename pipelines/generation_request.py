@@ -14,13 +14,15 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
-from vqmosaic.errors import InputError, check_name, check_range, listed_names
+from vqmosaic.errors import InputError, check_range, listed_names, nearest_name
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import derive_seed, image_seeds
 
 SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
+CALL_ARGUMENTS = ("class_labels", "num_images_per_label", "seed", "prompt", "image", "given_ids", "output_type", "callback", "batch_size", "compile")
+"""The arguments of a call besides the sampling settings."""
 FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
 """The arguments of a call that could be positional in version 0.1.0, after seed."""
 
@@ -65,7 +67,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
 
     `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
     """
-    check_setting_names(settings, inputs)
+    check_settings(settings)
     count = as_integer("num_images_per_label", num_images_per_label)
     check_range("num_images_per_label", count, at_least=1)
     changed = {name: value for name, value in settings.items() if value is not None}
@@ -104,13 +106,15 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
 
 
-def check_setting_names(settings: Iterable[str], inputs: ConditionInputs) -> None:
-    """Raise InputError, which lists what can be given, for a name that is not a sampling setting."""
+def check_settings(settings: Iterable[str], arguments: Sequence[str] = CALL_ARGUMENTS) -> None:
+    """Raise InputError for names that are no sampling settings. `arguments` are the other arguments of the method, which the message lists, too."""
     for name in settings:
-        try:
-            check_name("a setting", name, SAMPLING_SETTINGS)
-        except InputError as error:
-            raise InputError(f"{error} {inputs.describe_taken()}") from None
+        if name not in SAMPLING_SETTINGS:
+            allowed = [*arguments, *SAMPLING_SETTINGS]
+            nearest = next((each for each in allowed if each.startswith(name)), None) or nearest_name(name, allowed)
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            raise InputError(f"there is no argument or sampling setting {name!r}.{hint} Arguments: {', '.join(arguments)}. Sampling settings: "
+                             f"{', '.join(SAMPLING_SETTINGS)}.")
 
 
 def level_of_user() -> int:

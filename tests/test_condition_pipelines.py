@@ -144,7 +144,8 @@ def test_translate(edges_pipeline, pipe, small):
     ({"guidance": {"low": 2.0, "text": 1.5}, "prompt": "a"}, "guidance has low, which is not given, so guidance has no effect there"),
     ({"guidance": {"class": 2.0}, "prompt": "a"}, "guidance has class, which is not given"),
     ({"given_ids": 3}, r"given_ids is int; give a dict .* takes: class_labels, image \(low\), prompt \(text\)"),
-    ({"promt": "sea"}, r"a setting is 'promt'.* This pipeline takes: class_labels, image \(low\), prompt \(text\)"),
+    ({"promt": "sea"}, r"there is no argument or sampling setting 'promt'. Did you mean 'prompt'"),
+    ({"strength": 1}, "there is no argument or sampling setting 'strength'.* Arguments: class_labels, num_images_per_label, seed, prompt, image"),
 ])
 def test_invalid_arguments_are_refused(arguments, words, pipe):
     with pytest.raises(InputError, match=words):

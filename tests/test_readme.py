@@ -76,6 +76,9 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     mask = Image.new("1", (16, 16))
     mask.paste(1, (5, 3, 11, 9))
     mask.save(root / "mask.png")
+    for name in ("digit", "blot"):
+        shutil.copyfile(root / "photo.png", root / f"{name}.png")
+    Image.new("L", (12, 12), 100).save(root / "part.png")
 
 
 @pytest.fixture

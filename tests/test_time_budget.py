@@ -353,6 +353,11 @@ def test_progress_lines_replace_the_progress_bar(clock, monkeypatch):
         lines.update(200)
     assert out.getvalue().splitlines() == ["train: 1,600 of 5,000 images (32%), about 2 min 50 s left",
                                            "train: 2,200 of 5,000 images (44%), about 2 min 20 s left"]
+    lines = tracking.progress_bar(4, 0, "sampling", "image")
+    clock[0] += 30
+    lines.n = 0.5  # a share of images that are sampled together
+    lines.update(0)
+    assert out.getvalue().splitlines()[-1] == "sampling: 0.5 of 4 images (12%), about 3 min 30 s left"
 
 
 @both_stages

@@ -15,11 +15,12 @@ import torch
 
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import tokenizer_batch_size
-from pipelines.editing.given_images import images_of_size, tokens_of
-from pipelines.editing.masked_images import MaskedImages, masks_from, token_side, tokens_in_masks
+from pipelines.editing.edit_inputs import single_given
+from pipelines.editing.given_images import images_and_masks, tokens_of
+from pipelines.editing.masked_images import MaskedImages, token_side, tokens_in_masks
 from pipelines.editing.scores import Scores, bits_of_tokens, scores_of_tokens
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import Given, Request, check_request
+from pipelines.generation_request import Given, Request, check_request, check_settings
 from stage1_tokenizer.image_files.images import as_batches
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from stage2_prior.generation.passes import UNKNOWN
@@ -31,6 +32,9 @@ from vqmosaic.seeding import generator
 
 Labels = Sequence[str | int] | str | int | None
 """Class names (strings) or indices (integers): one for all images, or one for each."""
+EDIT_ARGUMENTS = ("class_labels", "num_tries", "num_images_per_label", "seed", "prompt", "condition_image", "given_ids", "output_type", "callback",
+                  "batch_size", "compile")
+"""The arguments of all methods that edit, besides the image, what is drawn again, and the sampling settings."""
 
 
 class EditingMethods(ABC):
@@ -75,28 +79,15 @@ class EditingMethods(ABC):
         Raises:
             InputError: another size of the image or the mask, a mask without white pixels, or what a call of the pipeline raises.
         """
-        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "mask", mask, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
-
-    def inpaint_batches(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, *,
-                        skip: Callable[[range], bool] | None = None, **arguments: Any) -> Iterator[GenerationOutput]:
-        """Yield the results of `inpaint` with these arguments one batch at a time, as `batches` does. `skip` is that of `batches`."""
-        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
-        return self._sample_batches(request, **generation, skip=skip)
 
     def outpaint(self, image: Images, box: Sequence[int], class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """Draw what lies around an image. `box` is its place in the result: left, top, right and bottom in pixels, as in Pillow.
 
         The image must have the size of the box. Other arguments are those of `inpaint`.
         """
-        height, width = self.tokenizer.transform.sides
-        left, top, right, bottom = checked_box(box, height, width)
-        part_NCHW = images_of_size(image, self.tokenizer.transform, (bottom - top, right - left), "box is a place")
-        images_NCHW = part_NCHW.new_zeros(len(part_NCHW), part_NCHW.shape[1], height, width)
-        images_NCHW[..., top:bottom, left:right] = part_NCHW
-        masks_NHW = torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
-        masks_NHW[:, top:bottom, left:right] = False
-        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "box", box, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
 
     def complete(self, image: Images, keep: str | float = "top", class_labels: Labels = None, num_tries: int = 1,
@@ -105,13 +96,7 @@ class EditingMethods(ABC):
 
         Keeping the top suits all priors, also those trained in raster order. Other arguments are those of `inpaint`.
         """
-        images_NCHW = self._images_to_edit(image)
-        masks_NHW = torch.ones(len(images_NCHW), *self.tokenizer.transform.sides, dtype=torch.bool)
-        allowed = 'allowed: "top", "left", or a share of the rows between 0 and 1'
-        share = checked_share("keep", 0.5 if keep in ("top", "left") else keep, allowed, below_one=True)
-        kept_NHW = masks_NHW.movedim(2, 1) if keep == "left" else masks_NHW
-        kept_NHW[:, :min(max(1, round(share * kept_NHW.shape[1])), kept_NHW.shape[1] - 1)] = False
-        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "keep", keep, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
 
     def variations(self, image: Images, strength: float = 0.5, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
@@ -120,12 +105,48 @@ class EditingMethods(ABC):
         The tokens to draw are chosen at random by the seed of each result. All pixels are decoded from tokens, so the other places differ a little
         from the given image, too. Other arguments are those of `inpaint`.
         """
-        images_NCHW = self._images_to_edit(image)
-        strength = checked_share("strength", strength, "allowed: above 0, at most 1", below_one=False)
+        request, generation = self._edit_request(image, "strength", strength, class_labels, num_tries, **arguments)
+        return self._generate(request, **generation)
+
+    def edit_batches(self, image: Images, class_labels: Labels = None, num_tries: int = 1, *, mask: Any = None, box: Sequence[int] | None = None,
+                     keep: str | float | None = None, strength: float | None = None, skip: Callable[[range], bool] | None = None,
+                     **arguments: Any) -> Iterator[GenerationOutput]:
+        """Yield the results of one of the other methods one batch at a time, as `batches` does, so that memory does not grow with their number.
+
+            for out in pipe.edit_batches(image, mask=mask, num_images_per_label=1000, seed=1):
+                ...
+
+        Exactly one of `mask` (`inpaint`), `box` (`outpaint`), `keep` (`complete`) and `strength` (`variations`) is given. `skip` is that of
+        `batches`, and other arguments are those of `inpaint`.
+        """
+        given = {"mask": mask, "box": box, "keep": keep, "strength": strength}
+        drawn_by = single_given(given)
+        request, generation = self._edit_request(image, drawn_by, given[drawn_by], class_labels, num_tries, **arguments)
+        return self._sample_batches(request, **generation, skip=skip)
+
+    def _edit_request(self, image: Images, drawn_by: str, value: Any, class_labels: Labels, num_tries: int,
+                      **arguments: Any) -> tuple[Request, dict[str, Any]]:
+        """The request of an edit, in which the argument `drawn_by` with this value says what to draw, and the arguments of `_generate`."""
+        # 1. Check the request, before anything slow
+        grids, transform = self.tokenizer.grids, self.tokenizer.transform
+        images_NCHW, masks_NHW = images_and_masks(image, drawn_by, value, transform)
         request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
-        known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(len(request.seeds) // len(images_NCHW), dim=0)
-        is_drawn_BT = torch.stack([self._random_tokens(strength, seed) for seed in request.seeds])
-        return self._generate(request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), **generation)
+        results = len(request.seeds) // len(images_NCHW)
+
+        # 2. The tokens to draw: some at random places, all others are those of the image
+        if masks_NHW is None:
+            known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(results, dim=0)
+            is_drawn_BT = torch.stack([self._random_tokens(value, seed) for seed in request.seeds])
+            return request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), generation
+
+        # or those that cover a masked pixel. After all are decoded, the masked pixels are put into the given images
+        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
+        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
+
+        def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
+            return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
+
+        return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
 
     def _random_tokens(self, share: float, seed: int) -> torch.Tensor:
         """Which tokens (T,) to draw: this share of each grid, at least one token, by the seed of the image."""
@@ -135,39 +156,12 @@ class EditingMethods(ABC):
             parts.append(torch.zeros(grid.num_tokens, dtype=torch.bool).index_fill(0, torch.from_numpy(places), True))
         return torch.cat(parts)
 
-    def _images_to_edit(self, image: Images) -> torch.Tensor:
-        transform = self.tokenizer.transform
-        return images_of_size(image, transform, transform.sides, "this pipeline edits images")
-
-    def _check_inpaint(self, image: Images, mask: Any, class_labels: Labels, num_tries: int, **arguments: Any) -> tuple[Request, dict[str, Any]]:
-        """The request of `inpaint` and the arguments of `_generate`."""
-        images_NCHW = self._images_to_edit(image)
-        masks_NHW = masks_from(mask, len(images_NCHW), self.tokenizer.transform.sides)
-        return self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
-
-    def _edit_request(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int,
-                      **arguments: Any) -> tuple[Request, dict[str, Any]]:
-        """The request that draws the masked tokens of images and puts the masked pixels into them, and the arguments of `_generate`."""
-        # 1. Check the request, before anything slow
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
-        results = len(request.seeds) // len(images_NCHW)
-
-        # 2. The tokens of what is kept
-        grids, transform = self.tokenizer.grids, self.tokenizer.transform
-        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
-        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
-
-        # 3. The others are drawn and all are decoded. Then the masked pixels are put into the given images
-        def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
-            return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
-
-        return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
-
     def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
                     prompt: Any = None, condition_image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
                     callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                     **settings: Any) -> tuple[Request, dict[str, Any]]:
         """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
+        check_settings(settings, EDIT_ARGUMENTS)
         check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
         request = self._check_paired(images_NCHW, class_labels, Given(prompt, condition_image, given_ids), num_images_per_label, seed, settings)
         self.chain.check_order(request.sampling, keep_unseen=True)
@@ -211,23 +205,3 @@ class EditingMethods(ABC):
         bits_BT = bits_of_tokens(self.tokenizer, self.chain, ids_NT.expand(len(request.seeds), -1), request.classes, request.given)
         return scores_of_tokens(self.tokenizer, bits_BT)
 
-
-def checked_box(box: Any, height: int, width: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a box. Raises InputError unless it lies in an image of this size, and does not cover all of it."""
-    allowed = f"give left, top, right and bottom in pixels, inside of {width} x {height} (width x height)"
-    if not hasattr(box, "__len__") or len(box) != 4:
-        raise InputError(f"box is {box!r}; {allowed}.")
-    left, top, right, bottom = (as_integer("box: an entry", side) for side in box)
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise InputError(f"box is {tuple(box)}; {allowed}.")
-    if (left, top, right, bottom) == (0, 0, width, height):
-        raise InputError(f"box is {tuple(box)}, which is the whole result, so there is nothing to draw. Give a smaller box.")
-    return left, top, right, bottom
-
-
-def checked_share(name: str, share: Any, allowed: str, below_one: bool) -> float:
-    """A number above 0 and at most 1, or below 1. Raises InputError for anything else."""
-    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not is_number or not (0 < share < 1 or (share == 1 and not below_one)):
-        raise InputError(f"{name} is {share!r}; {allowed}.")
-    return float(share)

@@ -10,8 +10,9 @@ import functools
 import hashlib
 import json
 import os
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
 from vqmosaic.wording import counted, is_or_are
 
 FORMAT_VERSION = 1
@@ -133,6 +135,25 @@ class OutputFolder(ABC):
         header = self.image_header
         return {name for name in self.existing_files()
                 if not name.endswith(".png") or is_whole_png(self.out / name, None if name == self.SUMMARY else header)}
+
+    def usable_files(self) -> set[str]:
+        """The `complete_files`. Prints a warning that files of an earlier call are damaged or were replaced."""
+        complete = self.complete_files()
+        report_damaged(self.out, self.existing_files() - complete)
+        return complete
+
+    @contextlib.contextmanager
+    def explain_interruption(self) -> Iterator[None]:
+        """Turn Ctrl-C into Interrupted, with the number of written images, while no StopFlag handles it, such as when libraries are loaded."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            done = sum((self.out / name).exists() for name in self.names)
+            raise Interrupted(signal.SIGINT, self.describe_progress(done)) from None
+
+    def describe_progress(self, done: int) -> str:
+        """A clause about the number of images that are written."""
+        return f"{done:,} of {counted(len(self.names), 'image')} {is_or_are(done)} written to {self.out}"
 
     def is_finished(self) -> bool:
         """Whether all images and the summary exist and are complete. If so, prints that there is nothing to do.
