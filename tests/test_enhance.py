@@ -172,7 +172,7 @@ def test_evidence_is_added_to_the_logits_after_guidance(pipe):
     filled_BT = known_BT.clamp_min(0)
     with torch.no_grad():
         conditional_K, unconditional_K = (prior(filled_BT, torch.tensor([index]), orders_BT=last_1T)[0, 5] for index in (1, -1))
-    evidence_BTK = torch.randn(1, 16, CODES, generator=torch.Generator().manual_seed(0)) * 5
+    evidence_BTK = torch.randn(1, 16, CODES, generator=torch.Generator().manual_seed(0)) * 20
     guided_K = unconditional_K + 3 * (conditional_K - unconditional_K)
     for logits_K, scale in ((conditional_K, 1.0), (guided_K, 3.0)):
         sampling = SamplingConfig(temperature=0.0, guidance_scale=scale)
@@ -259,7 +259,7 @@ def test_results_do_not_depend_on_the_batches(pipe, monkeypatch):
     monkeypatch.setattr(enhance_methods, "evidence_for_codes", lambda *given: sizes.append(len(given[1])) or code_evidence.evidence_for_codes(*given))
     assert torch.equal(pipe.enhance(images, **arguments).token_ids, together.token_ids) and sizes == [1, 1, 1], "two results at a time"
     assert not torch.equal(pipe.enhance(images, **arguments | {"seed": 4}).token_ids, together.token_ids)
-    with pytest.raises(InputError, match="there are 1 positions and 3 results"):
+    with pytest.raises(InputError, match="there are 1 positions and 3 images"):
         pipe.enhance_part(images, [0], 3)
 
 
@@ -276,6 +276,22 @@ def test_several_tries_return_the_most_likely_one_for_the_image(pipe):
     chosen_B = (nll_KB - observed_KB).argmin(dim=0).tolist()
     assert chosen_B != nll_KB.argmin(dim=0).tolist() and set(chosen_B) != {0}
     assert all(torch.equal(best.token_ids[number].flatten(), tries[chosen][number]) for number, chosen in enumerate(chosen_B))
+
+
+def test_the_mean_of_several_results(pipe):
+    images, mask_HW = [random_image(pipe, seed) for seed in range(2)], box_mask(pipe, 3, 4, 5, 9)
+    arguments = {"noise": 80, "seed": 2, "class_labels": CLASSES, "output_type": "pt"}
+    mean, single = pipe.enhance(images, average=3, **arguments), pipe.enhance(images, num_images_per_label=3, **arguments)
+    torch.testing.assert_close(mean.images, single.images.unflatten(0, (2, 3)).mean(dim=1))
+    assert torch.equal(mean.token_ids, single.token_ids[::3]) and mean.seeds == single.seeds[::3] and mean.class_indices == [0, 1]
+    assert [image.size for image in pipe.enhance(images, average=3, seed=2).images] == [(16, 16)] * 2
+    kept_HW = torch.from_numpy(~mask_HW)
+    given_NCHW = torch.stack([pipe.tokenizer.transform(image) for image in images])
+    masked = pipe.enhance(images, mask=mask_HW, average=3, **arguments).images
+    assert torch.equal(masked[..., kept_HW], given_NCHW[..., kept_HW])
+    assert pipe.enhance(images, average=3, callback=lambda *_: False).stopped
+    part = pipe.enhance_part([images[1]], [1], 2, 80, average=3, class_labels="bee", output_type="pt")
+    torch.testing.assert_close(part.images[0], mean.images[1])
 
 
 def test_guidance_is_off_unless_it_is_given(pipe, monkeypatch):
@@ -302,7 +318,8 @@ WHITE = Image.new("L", (16, 16), 255)
     ({"noise": 0}, "noise is 0; allowed: above 0, at most 255"), ({"noise": 256}, "noise is 256"), ({"noise": True}, "noise is True"),
     ({"noise": "25"}, "noise is '25'"), ({"noise": math.nan}, "noise is nan"), ({"strength": 0}, "strength is 0; allowed: above 0, at most 1"),
     ({"strength": 1.5}, "strength is 1.5"), ({"mask": Image.new("L", (16, 16))}, "has no white"), ({"num_tries": 0}, "num_tries is 0"),
-    ({"class_labels": "cow"}, "no class 'cow'"), ({"sharpness": 2}, "sharpness"), ({"batch_size": "8"}, "batch_size is '8'"),
+    ({"average": 0}, "average is 0"), ({"class_labels": "cow"}, "no class 'cow'"), ({"sharpness": 2}, "sharpness"),
+    ({"batch_size": "8"}, "batch_size is '8'"),
     ({"batch_size": 0}, "batch_size is 0"), ({"image": WHITE.resize((8, 32))}, "image 0 is 8 x 32 pixels"),
 ])
 def test_invalid_arguments_are_refused_before_anything_is_encoded(pipe, monkeypatch, arguments, words):

@@ -34,21 +34,21 @@ def enhance(root: Path, *options: str) -> int:
 
 
 def test_results_are_those_of_the_method(pipe, tmp_path, capsys):
-    options = ("--noise", "60", "--strength", "0.5", "--classes", "ant", "--num_tries", "2", "--seed", "7")
+    options = ("--noise", "60", "--strength", "0.5", "--classes", "ant", "--average", "3", "--num_tries", "2", "--seed", "7")
     assert enhance(tmp_path, *options) == 0
     names = ["cats/0.png", "cats/1.png", "cats/2.png", "large.png"]
     assert {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")} == {*names, "grid.png"}
     given = [load_image(tmp_path / path, pipe.tokenizer.transform) for path in (*(f"photos/{name}" for name in names[:3]), "large.png")]
     loaded = ImageGenerationPipeline.from_pretrained(tmp_path / "pipeline", "cpu")
     for number, name in enumerate(names):
-        expected = loaded.enhance_part(given[number][None], [number], 7, 60, 0.5, "ant", 2).images[0]
+        expected = loaded.enhance_part(given[number][None], [number], 7, 60, 0.5, "ant", 3, 2).images[0]
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.mode == "LA" and picture.tobytes() == expected.tobytes()
     printed = capsys.readouterr().out
     assert "wrote 4 images and grid.png (given images over results)" in printed and "note:" not in printed
     assert enhance(tmp_path, *options) == 0 and "nothing to do" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"images of another request: --noise was 60, now 25; --strength was 0\.5, now 1"):
-        enhance(tmp_path, "--classes", "ant", "--num_tries", "2", "--seed", "7")
+        enhance(tmp_path, "--classes", "ant", "--average", "3", "--num_tries", "2", "--seed", "7")
     assert json.loads((tmp_path / "out/enhanced.json").read_text())["request"]["sampling"]["guidance_scale"] == 1.0
 
 
@@ -96,7 +96,8 @@ def test_priors_in_raster_order_give_a_note(tmp_path, capsys):
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--noise", "0"], "--noise is 0.0; allowed: above 0, at most 255"), (["--strength", "2"], "--strength is 2.0; allowed: above 0, at most 1"),
-    (["--num_tries", "0"], "--num_tries is 0"), (["--seed", "-1"], "--seed is -1"), (["--classes", "cow"], "no class 'cow'"),
+    (["--average", "0"], "--average is 0"), (["--num_tries", "0"], "--num_tries is 0"),
+    (["--seed", "-1"], "--seed is -1"), (["--classes", "cow"], "no class 'cow'"),
     (["--classes", "ant,bee"], "2 classes for 4 images"), (["--steps", "17"], "--steps is 17"),
 ])
 def test_invalid_options_are_refused(pipe, tmp_path, options, words):

@@ -18,6 +18,8 @@ def enhance(command: str, arguments: list[str]) -> int:
     parser.add_argument("--strength", type=float, default=1.0, help="the share of the tokens that are drawn again: those that the prior finds least "
                                                                     "likely; default: 1, all of them")
     parser.add_argument("--classes", help="comma-separated class names or indices: one for all images, or one for each; default: no class")
+    parser.add_argument("--average", type=int, default=1, help="each result is the mean of this many: smoother, and closer to the true image; "
+                                                               "default: 1")
     parser.add_argument("--num_tries", type=int, default=1, help="draw each result this often and keep the most likely one; default: 1")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results; default: 0")
     add_device_options(parser)
@@ -35,7 +37,8 @@ def enhance(command: str, arguments: list[str]) -> int:
     folder = find_pipeline(options.pipeline)
     content = read_bundle(folder)
     noise, strength = checked_noise(options.noise, "--noise"), checked_strength(options.strength, "--strength")
-    check_range("--num_tries", options.num_tries, at_least=1)
+    for name in ("average", "num_tries"):
+        check_range(f"--{name}", getattr(options, name), at_least=1)
     check_range("--seed", options.seed, at_least=0)
     given = given_sampling(options)
     sampling = check_given_sampling(folder, content, given)
@@ -54,7 +57,7 @@ def enhance(command: str, arguments: list[str]) -> int:
     check_can_write("--out", options.out)
     check_output_outside_of_data(options.pipeline, options.out)
     request = EnhanceFolder(out=options.out, pipeline=folder, class_names=names, labels=labels, images=images, noise=noise, strength=strength,
-                            num_tries=options.num_tries, seed=options.seed, sampling=sampling, dtype=options.dtype)
+                            average=options.average, num_tries=options.num_tries, seed=options.seed, sampling=sampling, dtype=options.dtype)
     if request.is_finished():
         return 0
     usable_device(options.device, "--device")

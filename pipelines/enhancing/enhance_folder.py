@@ -25,6 +25,8 @@ class EnhanceFolder(SampledFolder):
     """The level of noise, in steps of 8 bits."""
     strength: float
     """The share of the tokens that are drawn again."""
+    average: int
+    """The number of images whose mean is a result."""
     num_tries: int
     """How often each result is drawn."""
 
@@ -35,7 +37,7 @@ class EnhanceFolder(SampledFolder):
     @property
     def own_request(self) -> dict[str, Any]:
         return {"images": len(self.images), "contents": digest_of_files(list(self.images.values())), "noise": self.noise, "strength": self.strength,
-                "num_tries": self.num_tries}
+                "average": self.average, "num_tries": self.num_tries}
 
     @property
     def image_header(self) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipelines.decoded_images import OUTPUT_TYPES, to_output_type
 from pipelines.editing.edit_methods import EditingMethods, Labels
 from pipelines.editing.given_images import tokens_of
 from pipelines.editing.masked_images import MaskedImages, masks_from, share_in_masks, token_side
@@ -23,7 +24,7 @@ from pipelines.generation_output import GenerationOutput, Images
 from pipelines.generation_request import GUIDANCE_SETTINGS, Request
 from stage2_prior.generation.passes import UNKNOWN
 from token_shards.manifest import Grid, grid_columns
-from vqmosaic.errors import InputError
+from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.seeding import image_seed
 
@@ -34,8 +35,8 @@ LEVELS = 127.5
 class EnhancingMethods(EditingMethods):
     """The method of ImageGenerationPipeline that restores images. Sizes and further arguments are those of EditingMethods."""
 
-    def enhance(self, image: Images, noise: float = NOISE, strength: float = 1.0, mask: Any = None, class_labels: Labels = None, num_tries: int = 1,
-                **arguments: Any) -> GenerationOutput:
+    def enhance(self, image: Images, noise: float = NOISE, strength: float = 1.0, mask: Any = None, class_labels: Labels = None, average: int = 1,
+                num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """Images without noise and damage. All pixels are decoded from tokens, so fine detail that the tokenizer does not keep is lost.
 
         Tokens are drawn from the product of the prior, given the other tokens, and the likelihood of the image for each code. Without guidance,
@@ -50,6 +51,8 @@ class EnhancingMethods(EditingMethods):
             mask: pixels that are missing, as in `inpaint`. They have no influence. Only tokens that cover one are drawn, and only masked pixels
                 change: the others are those of the given image, bit for bit.
             class_labels: the class of the images: one for all, or one for each. None for a pipeline without classes, or for no class.
+            average: each result is the mean of this many. One is as sharp as other samples; the mean of several is smoother, and closer to the true
+                image. `token_ids` and `seeds` are those of the first one.
             num_tries: how often each result is drawn. The most likely one is returned, by the likelihood of its tokens and that of the given image.
             arguments: see EditingMethods. With temperature 0, each token is the most likely one.
 
@@ -57,32 +60,51 @@ class EnhancingMethods(EditingMethods):
             InputError: another size of the image or the mask, a noise or strength out of range, strength 1 without a mask for a tokenizer whose ids
                 are not those of the nearest codes, or what a call of the pipeline raises.
         """
-        request, generation = self._enhance_request(image, noise, strength, mask, class_labels, num_tries, **arguments)
-        return self._generate(request, **generation)
+        request, generation = self._enhance_request(image, noise, strength, mask, class_labels, average, num_tries, **arguments)
+        return self._generate_means(request, average, **generation)
 
     def enhance_part(self, images: Images, positions: Sequence[int], seed: int, noise: float = NOISE, strength: float = 1.0,
-                     class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
+                     class_labels: Labels = None, average: int = 1, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """The results of `enhance` for a part of many images, so that not all have to be in memory.
 
         `positions` are those of these images among all of them. The results are those of a single call with all images and this seed.
         `class_labels` is one class for all of these images, or one for each. Other arguments are those of `enhance`.
         """
-        request, generation = self._enhance_request(images, noise, strength, None, class_labels, num_tries, seed=seed, **arguments)
-        results, rest = divmod(len(request.seeds), len(positions)) if len(positions) else (0, 1)
-        if rest:
-            raise InputError(f"there are {len(positions)} positions and {len(request.seeds)} results; give one position for each image.")
+        request, generation = self._enhance_request(images, noise, strength, None, class_labels, average, num_tries, seed=seed, **arguments)
+        results = average * arguments.get("num_images_per_label", 1)
+        if len(request.seeds) != results * len(positions):
+            raise InputError(f"there are {len(positions)} positions and {len(request.seeds) // results} images; give one position for each image.")
         seeds = [image_seed(seed, position * results + number) for position in positions for number in range(results)]
-        return self._generate(request._replace(seeds=seeds), **generation)
+        return self._generate_means(request._replace(seeds=seeds), average, **generation)
 
-    def _enhance_request(self, image: Images, noise: float, strength: float, mask: Any, class_labels: Labels, num_tries: int,
-                         **arguments: Any) -> tuple[Request, dict[str, Any]]:
-        """The checked request of `enhance`, and the arguments of `_generate`."""
+    def _generate_means(self, request: Request, average: int, output_type: str = "pil", **generation: Any) -> GenerationOutput:
+        """The means of this many successive images of a request. Everything else is that of the first one of them."""
+        if average == 1:
+            return self._generate(request, output_type, **generation)
+        check_name("output_type", output_type, OUTPUT_TYPES)
+        out = self._generate(request, "pt", **generation)
+        if out.stopped or out.token_ids is None:
+            return out
+        means_NCHW = out.images.unflatten(0, (-1, average)).mean(dim=1)
+        if request.finish is not None:  # rounding of the mean must not change pixels that are kept
+            means_NCHW = torch.cat([request.finish(mean_1CHW, number * average) for number, mean_1CHW in enumerate(means_NCHW.split(1))])
+        firsts = slice(None, None, average)
+        ids = {name: ids[firsts] for name, ids in out.token_ids.items()} if isinstance(out.token_ids, dict) else out.token_ids[firsts]
+        return GenerationOutput(to_output_type(means_NCHW, output_type, keep_alpha=True), ids, out.seeds[firsts],
+                                out.class_indices and out.class_indices[firsts], places=range(len(means_NCHW)),
+                                given_ids={name: ids_Nn[firsts] for name, ids_Nn in out.given_ids.items()})
+
+    def _enhance_request(self, image: Images, noise: float, strength: float, mask: Any, class_labels: Labels, average: int, num_tries: int,
+                         num_images_per_label: int = 1, **arguments: Any) -> tuple[Request, dict[str, Any]]:
+        """The checked request for `average` images for each result of `enhance`, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
         tokenizer, grids = self.tokenizer, self.tokenizer.grids
         images_NCHW = self._images_to_edit(image)
         noise, strength = checked_noise(noise), checked_strength(strength)
         masks_NHW = None if mask is None else masks_from(mask, len(images_NCHW), tokenizer.transform.sides)
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        check_range("average", as_integer("average", average), at_least=1)
+        check_range("num_images_per_label", as_integer("num_images_per_label", num_images_per_label), at_least=1)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, num_images_per_label * average, **arguments)
         if all(arguments.get(name) is None for name in GUIDANCE_SETTINGS):
             request = request._replace(sampling=request.sampling.unguided())  # the recommended scale would outweigh the given image
         results = len(request.seeds) // len(images_NCHW)

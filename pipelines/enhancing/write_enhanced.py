@@ -83,7 +83,7 @@ def write_batch(folder: EnhanceFolder, pipe: ImageGenerationPipeline, batch: Seq
     if not missing & images.keys():
         return 0, unreadable
     out = pipe.enhance_part(torch.stack(list(images.values())), list(images), folder.seed, folder.noise, folder.strength,
-                            classes_of(folder.labels, list(images)), folder.num_tries, callback=lambda *_: not stop.signal)
+                            classes_of(folder.labels, list(images)), folder.average, folder.num_tries, callback=lambda *_: not stop.signal)
     if out.stopped:
         raise Interrupted(stop.signal, message)
     for number, image in zip(images, out.images, strict=True):
