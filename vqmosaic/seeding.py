@@ -42,6 +42,7 @@ def image_seeds(seed: int, count: int) -> list[int]:
 
     Raises InputError for a seed that is not an integer: the text "7" would give different seeds from the number 7.
     """
+    seed = as_integer("seed", seed)
     return [image_seed(seed, index) for index in range(count)]
 
 
