@@ -38,7 +38,8 @@ def evidence_of_batch(tokenizer: Tokenizer, images_BCHW: torch.Tensor, noise: fl
         return {}
     ids = tokenizer.encode_grids(images_BCHW)
     restored_BCHW = tokenizer.decode_grids(ids).clamp(-1, 1)
-    without_noise, shifts = tokenizer.vectors_and_codes(restored_BCHW), {name: [] for name in observed}
+    without_noise = tokenizer.vectors_and_codes(restored_BCHW)
+    shifts: dict[str, list[torch.Tensor]] = {name: [] for name in observed}
     for number in range(NOISE_SAMPLES):
         # the same noise for each image, so that the evidence of an image does not depend on the others
         noise_CHW = torch.from_numpy(generator("restoration noise", number).standard_normal(images_BCHW.shape[1:], dtype="float32"))
