@@ -39,6 +39,7 @@ from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
+from stage2_prior.prior import TokenPrior
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.json_files import read_object
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -52,7 +53,8 @@ NOISES = {"noise 10": (6, 10, 15), "noise 25": (15, 25, 35), "noise 50": (30, 50
 """For each kind of damage, the values of `noise` that are compared on the held-out images."""
 TOKENIZER = "the tokenizer alone"
 AVERAGE = 4
-WAYS: dict[str, dict[str, Any]] = {"enhance": {}, "enhance, temperature 0": {"temperature": 0.0}, f"enhance, mean of {AVERAGE}": {"average": AVERAGE}}
+MEAN = f"enhance, mean of {AVERAGE}"
+WAYS: dict[str, dict[str, Any]] = {"enhance": {}, "enhance, temperature 0": {"temperature": 0.0}, MEAN: {"average": AVERAGE}}
 """For each way to call `pipe.enhance`, its arguments besides the noise."""
 
 
@@ -153,6 +155,8 @@ def measure_all(run_dir: Path, count: int, minutes: float, prior_name: str) -> i
     prior, metrics = train(prior_name, run_dir, minutes)
     base = load_recipe(prior_name).sampling
     pipe = ImageGenerationPipeline(tokenizer, prior, SamplingConfig(order=base.order, steps=base.steps, step_schedule=base.step_schedule))
+    fresh = TokenPrior.from_config(load_recipe(prior_name).prior, prior.vocabulary, SEED, any_order=prior.any_order).eval()
+    without_prior = ImageGenerationPipeline(tokenizer, fresh, pipe.sampling)  # new weights: all codes are about equally likely
     train_NHWC, train_labels_N = cifar10.load("train")
     test_NHWC, _ = cifar10.load("test")
     classifier = make_classifier(run_dir, min(CLASSIFIER_SECONDS, 60 * minutes), train_NHWC, train_labels_N)
@@ -165,7 +169,7 @@ def measure_all(run_dir: Path, count: int, minutes: float, prior_name: str) -> i
 
     lines = [f"The prior of recipe {prior_name} trained for {minutes:g} minutes ({metrics['step']:,} steps). {count:,} test images. No test image "
              f"was used for training or for choices, and the prior was not given classes. `noise` was chosen for each damage by PSNR on {held_out:,} "
-             "images that were held out from the training of tokenizer and prior. The "
+             "images that were held out from the training of tokenizer and prior. Rows with an untrained prior show what the prior adds. The "
              f"distances are those to the other {len(test_NHWC) - count:,} test images. Pixels that are not missing are kept, in all ways alike.", "",
              "| damage | restored by | PSNR, dB | SSIM | Frechet distance |", "|---|---|---|---|---|"]
     rows, verdicts = [images_NHWC[:COLUMNS]], []
@@ -173,11 +177,13 @@ def measure_all(run_dir: Path, count: int, minutes: float, prior_name: str) -> i
         damaged = damage(kind, images_NHWC)
         key = f"{prior_name}-{minutes:g}-minutes-{kind.replace(' ', '_').replace('%', 'percent')}"
         ways: dict[str, torch.Tensor] = restore_simply(tokenizer, damaged)
-        for way, noise in choose_noise(pipe, folder / f"{key}-held-out-{held_out}.json", kind, held_out_NHWC[:held_out], chooser).items():
-            file = folder / f"{key}-test-{count}-{way.replace(', ', '-').replace(' ', '_')}-{noise}.safetensors"
+        noises = choose_noise(pipe, folder / f"{key}-held-out-{held_out}.json", kind, held_out_NHWC[:held_out], chooser)
+        calls = [(f"{MEAN}, untrained prior", without_prior, MEAN), *((way, pipe, way) for way in WAYS)]
+        for name, each, way in calls:
+            file = folder / f"{key}-test-{count}-{name.replace(', ', '-').replace(' ', '_')}-{noises[way]}.safetensors"
             if not file.is_file():
-                save_tensors(file, {"images": enhance(pipe, damaged, noise, **WAYS[way])})
-            ways[f"{way}, noise {noise}"] = load_file(file)["images"]
+                save_tensors(file, {"images": enhance(each, damaged, noises[way], **WAYS[way])})
+            ways[f"{name}, noise {noises[way]}"] = load_file(file)["images"]
         measures = {name: measure(judge, restored_NHWC, images_NHWC) for name, restored_NHWC in ways.items()}
         lines += [f"| {kind} | {name} | {each.psnr:.2f} | {each.ssim:.3f} | {each.distance:.2f} |" for name, each in measures.items()]
         verdicts.append(f"- {kind}: {describe_best(measures)}")
