@@ -339,9 +339,18 @@ def test_tokenizers_that_do_not_choose_the_nearest_code(tmp_path):
     assert np.array_equal(np.asarray(out.images[0])[~mask_HW], np.asarray(image)[~mask_HW])
 
 
-def test_only_tokens_that_cover_missing_pixels_are_drawn(pipe):
-    image, mask_HW = random_image(pipe), box_mask(pipe, 3, 4, 5, 8)
-    ids_BT = pipe.enhance(image, 100, mask=mask_HW, num_images_per_label=8, seed=1).token_ids.flatten(1)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_only_tokens_that_cover_missing_pixels_are_drawn(pipe, strength, monkeypatch):
+    """The evidence counts with the share of kept pixels: 3 of 4 for the first token, none for the second one."""
+    image, mask_HW, given = random_image(pipe), box_mask(pipe, 3, 4, 8, 8), []
+    sample_ids = pipe.sample_ids
+    monkeypatch.setattr(pipe, "sample_ids", lambda *args, **kwargs: given.append(kwargs["evidence"]) or sample_ids(*args, **kwargs))
+    ids_BT = pipe.enhance(image, 100, strength, mask=mask_HW, num_images_per_label=8, seed=1).token_ids.flatten(1)
     is_changed_T = (ids_BT != ids_BT[0]).any(dim=0)
     is_covered_T = tokens_in_masks(masks_from(mask_HW, 1, (16, 16)), pipe.tokenizer.grids)[0]
-    assert is_changed_T.any() and not (is_changed_T & ~is_covered_T).any()
+    assert is_changed_T.any() and not (is_changed_T & ~is_covered_T).any() and is_changed_T.sum() <= 2 * strength
+    observed_nK = given[0]["image"][0]
+    assert (observed_nK[5] == 0).all() and (observed_nK[4] != 0).any()
+    whole = enhance_methods.weighted_evidence({"image": torch.ones(1, 16, CODES)}, 1 - enhance_methods.share_in_masks(
+        masks_from(mask_HW, 1, (16, 16)), pipe.tokenizer.grids), pipe.tokenizer.grids)
+    assert whole["image"][0, 4, 0] == 0.75 and whole["image"][0, 5, 0] == 0
