@@ -14,7 +14,7 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
 
-editing/edit_methods.py has inpaint, outpaint, complete, variations and score.
+editing/edit_methods.py has inpaint, outpaint, complete, variations and score, and enhancing/enhance_methods.py has enhance.
 """
 
 import shutil
@@ -28,8 +28,8 @@ from PIL import Image
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
-from pipelines.editing.edit_methods import EditingMethods
-from pipelines.editing.scores import bits_of_tokens
+from pipelines.editing.scores import bits_of_tries
+from pipelines.enhancing.enhance_methods import EnhancingMethods
 from pipelines.generation_output import GenerationOutput, Images
 from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions, tries_seeds
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
@@ -48,7 +48,7 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
 
 
-class ImageGenerationPipeline(EditingMethods):
+class ImageGenerationPipeline(EnhancingMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
@@ -261,27 +261,27 @@ class ImageGenerationPipeline(EditingMethods):
                 return callback(number * total + done, request.num_tries * total)
 
             ids = self.sample_ids(request.classes, request.sampling, seeds, report if callback is not None else None, compile, request.given,
-                                  request.known_BT, keep_unseen=True)
+                                  request.known_BT, keep_unseen=True, evidence=request.evidence)
             if request.num_tries == 1:
                 return ids, seeds
             tries_KBT.append(self.tokenizer.join_tokens(ids))
-            bits_KB.append(bits_of_tokens(self.tokenizer, self.chain, tries_KBT[-1], request.classes, request.given).sum(dim=1))
+            bits_KB.append(bits_of_tries(self.tokenizer, self.chain, tries_KBT[-1], request.classes, request.given, request.evidence))
         best_B = torch.stack(bits_KB).argmin(dim=0).tolist()
         ids_BT = torch.stack([tries_KBT[best][image] for image, best in enumerate(best_B)])
         return self.tokenizer.split_tokens(ids_BT), [seeds_KB[best][image] for image, best in enumerate(best_B)]
 
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
-                   known_BT: torch.Tensor | None = None, keep_unseen: bool = False) -> Ids:
+                   known_BT: torch.Tensor | None = None, keep_unseen: bool = False, evidence: Mapping[str, torch.Tensor] | None = None) -> Ids:
         """Sample ids of all grids of the tokenizer, in the form of `encode`, on the pipeline's device. Image b has the seed seeds[b].
 
         `given` are ids of conditions by name, `known_BT` tokens of all grids to keep, with -1 for tokens to draw. `keep_unseen` is that of
-        `TokenPrior.sample`.
+        `TokenPrior.sample`, and `evidence` that of `PriorChain.sample`.
         """
         grids = self.tokenizer.grids
         known = None if known_BT is None else {grid.name: part for grid, part in zip(
             grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
-        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen)
+        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen, evidence)
         return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
 
     def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:

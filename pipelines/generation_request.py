@@ -43,13 +43,18 @@ class Request(NamedTuple):
     """Called with each batch of decoded images (B, C, H, W) and the position of the first one in the request. Returns the images to output."""
     keep_alpha: bool = False
     """Whether images of type pil keep alpha."""
+    evidence: Mapping[str, torch.Tensor] | None = None
+    """The log likelihood (B, n, K) of what was observed for each code, by name of the grid."""
+    prepare: Callable[["Request", range], "Request"] | None = None
+    """Called with the request for a batch and its positions. Returns it with `known_BT` and `evidence`, which are large, for this batch alone."""
 
     def part(self, positions: range) -> "Request":
         """The request for the images at these positions alone."""
         batch = slice(positions.start, positions.stop)
-        return self._replace(classes=self.classes and self.classes[batch], seeds=self.seeds[batch],
+        part = self._replace(classes=self.classes and self.classes[batch], seeds=self.seeds[batch],
                              known_BT=None if self.known_BT is None else self.known_BT[batch],
-                             given={name: ids_Nn[batch] for name, ids_Nn in self.given.items()})
+                             given={name: ids_Nn[batch] for name, ids_Nn in self.given.items()}, prepare=None)
+        return part if self.prepare is None else self.prepare(part, positions)
 
 
 class Given(NamedTuple):

@@ -48,10 +48,15 @@ def array_mask(given: Any) -> np.ndarray:
 
 def tokens_in_masks(masks_NHW: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
     """Which tokens (N, T) cover at least one masked pixel, for all grids of a tokenizer. This widens the mask to the token grid."""
+    return share_in_masks(masks_NHW, grids) > 0
+
+
+def share_in_masks(masks_NHW: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+    """The share (N, T) of masked pixels among those that each token covers, for all grids of a tokenizer."""
     parts = []
     for grid in grids:
-        is_covered_N1hw = F.adaptive_max_pool2d(masks_NHW[:, None].float(), (grid.height, grid.width)) > 0
-        parts.append(is_covered_N1hw.flatten(1).repeat_interleave(grid.depth, dim=1))
+        share_N1hw = F.adaptive_avg_pool2d(masks_NHW[:, None].float(), (grid.height, grid.width))
+        parts.append(share_N1hw.flatten(1).repeat_interleave(grid.depth, dim=1))
     return torch.cat(parts, dim=1)
 
 

@@ -33,8 +33,8 @@ from vqmosaic.wording import counted, is_or_are
 FORMAT_VERSION = 1
 GRID_NAME = "grid.png"
 SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "samples.json", "reconstructions.json", "translations.json"
-EDITS_RECORD, SCORES_RECORD = "edits.json", "scores.json"
-RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD})
+EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD = "edits.json", "scores.json", "enhanced.json"
+RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD})
 """The records of all commands that write images. A folder with one of them holds results."""
 MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
 """Largest number of classes listed in an error, and of damaged files listed in a warning."""
