@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.augment.augment_command import augment
 from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
 from pipelines.editing.edit_commands import edit, score
 from pipelines.image_commands import generate, reconstruct, translate, upscale
@@ -241,6 +242,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "translate": (translate, "Make images from others, such as edges, with a prior that is given those."),
     "edit": (edit, "Draw the masked part of an image again."),
     "score": (score, "Measure how unusual images and their parts are."),
+    "augment": (augment, "Write a labelled synthetic data set."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
     "audit": (audit, "Check token shards for completeness."),

@@ -31,8 +31,8 @@ from vqmosaic.wording import counted, is_or_are
 FORMAT_VERSION = 1
 GRID_NAME = "grid.png"
 SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "samples.json", "reconstructions.json", "translations.json"
-EDITS_RECORD, SCORES_RECORD = "edits.json", "scores.json"
-RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD})
+EDITS_RECORD, SCORES_RECORD, AUGMENTATION_RECORD = "edits.json", "scores.json", "augmentation.json"
+RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD, AUGMENTATION_RECORD})
 """The records of all commands that write images. A folder with one of them holds results."""
 MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
 """Largest number of classes listed in an error, and of damaged files listed in a warning."""
@@ -48,6 +48,8 @@ class OutputFolder(ABC):
     """The format that the record states."""
     SUMMARY: ClassVar[str] = GRID_NAME
     """File name of what is written beside the images, about all of them."""
+    SUFFIX: ClassVar[str] = ".png"
+    """Suffix of the files that hold the images."""
 
     out: Path
     """The output folder."""
@@ -106,7 +108,7 @@ class OutputFolder(ABC):
         recorded = content["request"]
         if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
             recorded = recorded | {"sampling": SamplingConfig().to_dict() | recorded["sampling"]}
-        if recorded != self.request and next(self.out.rglob("*.png"), None) is None:
+        if recorded != self.request and next(self.out.rglob(f"*{self.SUFFIX}"), None) is None:
             return set()  # the other request was stopped before its first image
         if recorded != self.request:
             raise InputError(f"--out {self.out} contains the images of another request: {self._differences(recorded)}. {remedy}")
