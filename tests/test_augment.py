@@ -191,14 +191,18 @@ def test_a_prior_without_label_drop_has_no_posterior(pipe):
 class Brightness(nn.Module):
     """Logits of bright and dark for uint8 images."""
 
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
         means_B = images_B3HW.float().mean(dim=(1, 2, 3))
-        return torch.stack([means_B, 255 - means_B], dim=1)
+        return torch.stack([means_B - self.threshold, self.threshold - means_B], dim=1)
 
 
-def save_torchscript(path: Path, names: list[str] | None = None) -> Path:
+def save_torchscript(path: Path, names: list[str] | None = None, threshold: float = 127.5) -> Path:
     """Save Brightness as TorchScript, with the names of its outputs."""
-    torch.jit.save(torch.jit.script(Brightness()), str(path), _extra_files={} if names is None else {CLASS_NAMES_FILE: json.dumps(names)})
+    torch.jit.save(torch.jit.script(Brightness(threshold)), str(path), _extra_files={} if names is None else {CLASS_NAMES_FILE: json.dumps(names)})
     return path
 
 
@@ -250,7 +254,7 @@ def test_unusable_classifiers_are_refused(tmp_path):
                         (tmp_path / "empty", "has no config.json and no preprocessor_config.json"),
                         (pickled, "no .safetensors file. Files with pickles are not read"),
                         (save_torchscript(tmp_path / "flies.pt", ["fly", "ant"]), "has no label for the class 'bee'; its 2 labels are: fly, ant"),
-                        (save_transformers(tmp_path / "unnamed", ["LABEL_0", "LABEL_1"]), "no label for the class 'ant'"),
+                        (save_transformers(tmp_path / "unnamed", ["LABEL_0", "LABEL_1"]), "has no id2label"),
                         (save_torchscript(tmp_path / "number.pt", 3), "not a JSON list")):
         with pytest.raises(InputError, match=words):
             resolve_classifier_file(path, CLASSES, [0, 1])

@@ -36,9 +36,15 @@ def folder(pipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> Path:
+def threshold(pipe) -> float:
+    """The median brightness of images, so that a classifier accepts about half of the candidates."""
+    return float(np.median(pipe(CLASSES, 16, seed=5, output_type="np").images.mean(axis=(1, 2, 3))))
+
+
+@pytest.fixture(scope="module")
+def classifier(threshold, tmp_path_factory) -> Path:
     """A TorchScript file that calls bright images ant and dark ones bee."""
-    return save_torchscript(tmp_path_factory.mktemp("classifier") / "classifier.pt", ["ant", "bee"])
+    return save_torchscript(tmp_path_factory.mktemp("classifier") / "classifier.pt", ["ant", "bee"], threshold)
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +157,7 @@ class Killed(BaseException):
     """Stands for a kill: the process writes nothing more."""
 
 
-@pytest.mark.parametrize("options", [(), SHARDS, ("--oversample", "2")], ids=["folder", "shards", "oversample"])
+@pytest.mark.parametrize("options", [("--oversample", "2"), SHARDS], ids=["folder", "shards"])
 def test_a_kill_between_files_changes_nothing(folder, tmp_path, monkeypatch, options):
     """After each number of written files, the process is killed. The same command then writes the same files as without a kill."""
     assert augment(folder, tmp_path / "whole", *options) == 0
@@ -165,7 +171,7 @@ def test_a_kill_between_files_changes_nothing(folder, tmp_path, monkeypatch, opt
         written += 1
 
     monkeypatch.setattr(dataset_folder, "write_bytes", killed_after)
-    for limit in range(3) if options == SHARDS else (0, 1, 4, 6, 9):
+    for limit in range(3) if options == SHARDS else (0, 1, 6, 9):
         out, written = tmp_path / f"after-{limit}", 0
         with pytest.raises(Killed):
             augment(folder, out, *options)
@@ -205,7 +211,7 @@ def test_damaged_files_are_written_again(folder, tmp_path, capsys, options):
     assert augment(folder, tmp_path / "out", *options) == 0
     expected = files_of(tmp_path / "out")
     name = "shard-000001.tar" if options else "bee/00002.png"
-    for content in (expected[name][:-600], expected[name].replace(b"IDAT", b"IDAD")):
+    for content in (expected[name][:len(expected[name]) // 2], expected[name].replace(b"IDAT", b"IDAD")):
         (tmp_path / "out" / name).write_bytes(content)
         assert augment(folder, tmp_path / "out", *options) == 0
         assert "1 file in" in capsys.readouterr().out and files_of(tmp_path / "out") == expected
@@ -214,11 +220,11 @@ def test_damaged_files_are_written_again(folder, tmp_path, capsys, options):
 # --- rejection ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_classifier_rejects_candidates(folder, classifier, tmp_path, capsys):
-    assert augment(folder, tmp_path / "out", "--classifier", classifier, "--max_attempts", "200") == 0
+def test_a_classifier_rejects_candidates(folder, classifier, threshold, tmp_path, capsys):
+    assert augment(folder, tmp_path / "out", "--classifier", classifier, "--max_attempts", "50") == 0
     for path in (tmp_path / "out").rglob("*.png"):
         mean = np.asarray(Image.open(path)).mean()
-        assert (mean > 127.5) == (path.parent.name == "ant")
+        assert (mean > threshold) == (path.parent.name == "ant")
     rows, record = table_of(tmp_path / "out"), json.loads((tmp_path / "out/augmentation.json").read_text())
     for name in CLASSES:
         drawn = sum(int(row["candidates"]) for row in rows if row["class"] == name)
@@ -230,10 +236,10 @@ def test_a_classifier_rejects_candidates(folder, classifier, tmp_path, capsys):
 
 def test_more_attempts_continue(folder, classifier, tmp_path):
     options = ("--classifier", classifier)
-    assert augment(folder, tmp_path / "whole", *options, "--max_attempts", "200") == 0
+    assert augment(folder, tmp_path / "whole", *options, "--max_attempts", "50") == 0
     with pytest.raises(InputError, match=r"had no accepted candidate after 1 attempt\. Accepted in this call: .* Raise max_attempts"):
         augment(folder, tmp_path / "out", *options, "--max_attempts", "1")
-    assert augment(folder, tmp_path / "out", *options, "--max_attempts", "200") == 0
+    assert augment(folder, tmp_path / "out", *options, "--max_attempts", "50") == 0
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
@@ -254,8 +260,8 @@ def test_another_request_is_refused(folder, tmp_path, options, words):
 
 
 def test_another_classifier_is_refused(folder, classifier, tmp_path):
-    assert augment(folder, tmp_path / "out", "--classifier", classifier, "--max_attempts", "200") == 0
-    other = save_torchscript(tmp_path / "classifier.pt", ["bee", "ant"])
+    assert augment(folder, tmp_path / "out", "--classifier", classifier, "--max_attempts", "50") == 0
+    other = save_torchscript(tmp_path / "classifier.pt", ["bee", "ant"], threshold=1.0)
     with pytest.raises(InputError, match="--classifier is another one, or has changed"):
         augment(folder, tmp_path / "out", "--classifier", other)
     with pytest.raises(InputError, match="--classifier was given before, now not given"):

@@ -166,7 +166,7 @@ class FolderDataset(DatasetFolder):
 class ShardDataset(DatasetFolder):
     """WebDataset shards."""
 
-    KIND, SUFFIX = "webdataset", ".tar"
+    KIND = "webdataset"
 
     images_per_shard: int
     """Images in each shard. The last one may have fewer."""
