@@ -4,6 +4,7 @@ import operator
 from collections.abc import Sequence
 
 from vqmosaic.errors import InputError, did_you_mean, listed_names
+from vqmosaic.wording import counted
 
 
 def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
@@ -21,7 +22,8 @@ def balanced_labels(names: Sequence[str], classes: Sequence[int], num_images: in
         twice = next(index for number, index in enumerate(classes) if index in classes[:number])
         raise InputError(f"the class {names[twice]!r} is listed twice; list each class once.")
     if num_images < len(classes):
-        raise InputError(f"{num_images} images cannot be balanced over {len(classes)} classes; give at least {len(classes)}, or fewer classes.")
+        raise InputError(f"{counted(num_images, 'image')} cannot be balanced over {counted(len(classes), 'class')}; "
+                         f"give at least {len(classes)}, or fewer classes.")
     return [classes[number % len(classes)] for number in range(num_images)]
 
 

@@ -165,7 +165,7 @@ def test_a_stop_ends_the_sampling(pipe):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ({"num_images": 1}, "1 images cannot be balanced over 2 classes"), ({"class_labels": ["ant", 0]}, "'ant' is listed twice"),
+    ({"num_images": 1}, "1 image cannot be balanced over 2 classes"), ({"class_labels": ["ant", 0]}, "'ant' is listed twice"),
     ({"oversample": 0}, "oversample is 0"), ({"rank_by": "beauty"}, "rank_by is 'beauty'; allowed: posterior, likelihood"),
     ({"max_attempts": 0}, "max_attempts is 0"), ({"accept": lambda images, classes: [1.0] * len(images)}, r"must return bool \(4,\)"),
     ({"class_labels": "cow"}, "no class 'cow'"), ({"temperature": -1.0}, "temperature"),

@@ -269,7 +269,7 @@ def test_another_classifier_is_refused(folder, classifier, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("--num", "1"), "--num is 1: 1 images cannot be balanced over 2 classes"), (("--num", "0"), "--num is 0"),
+    (("--num", "1"), "--num is 1: 1 image cannot be balanced over 2 classes"), (("--num", "0"), "--num is 0"),
     (("--classes", "ant,ant"), "--classes: the class 'ant' is listed twice"), (("--classes", "cow"), "no class 'cow'"),
     (("--images_per_shard", "5"), "--images_per_shard is given, but has no effect without --format webdataset"),
     (("--rank_by", "posterior"), "--rank_by is given, but has no effect without --oversample above 1"),

@@ -118,7 +118,8 @@ class LabelledImageMethods(ABC):
             accept: called with candidates and their class indices. Returns which are accepted. If none of the `oversample` candidates of an image
                 is, as many are drawn again. Of several accepted ones, the best is kept.
             max_attempts: how often the candidates of an image are drawn at most.
-            callback: called as callback(finished images, images) after each pass. If it returns False, sampling stops.
+            callback: called as callback(finished images, images) after each pass. If it returns False, the iterator raises
+                stage2_prior.generation.sampling.SamplingStopped.
             output_type, batch_size, compile, skip, settings: those of `batches`. Images of type pil keep alpha.
 
         The iterator raises InputError if no candidate of an image was accepted. The message has the number of accepted candidates of each class.
