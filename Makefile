@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/python -m benchmarks.conditions edges --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.conditions captions --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.inpainting --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.augmentation --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.parallel_sampling speed $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.augment.augment_command import augment
 from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
 from pipelines.editing.edit_commands import edit, score
 from pipelines.enhancing.enhance_command import enhance
@@ -243,6 +244,7 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "edit": (edit, "Draw a part of an image again: under a mask, around it, or at random places."),
     "enhance": (enhance, "Remove noise and damage from images."),
     "score": (score, "Measure how unusual images and their parts are."),
+    "augment": (augment, "Write a labelled synthetic data set."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
     "audit": (audit, "Check token shards for completeness."),

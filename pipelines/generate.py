@@ -14,7 +14,8 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
 
-editing/edit_methods.py has inpaint, outpaint, complete, variations and score, and enhancing/enhance_methods.py has enhance.
+editing/edit_methods.py has inpaint, outpaint, complete, variations and score, enhancing/enhance_methods.py has enhance, and
+augment/labelled_images.py has labelled_batches.
 """
 
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines.augment.labelled_images import LabelledImageMethods
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
@@ -48,7 +50,7 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
 
 
-class ImageGenerationPipeline(EnhancingMethods):
+class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,

@@ -33,9 +33,11 @@ from vqmosaic.wording import counted, is_or_are
 FORMAT_VERSION = 1
 GRID_NAME = "grid.png"
 SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "samples.json", "reconstructions.json", "translations.json"
-EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD = "edits.json", "scores.json", "enhanced.json"
-RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD})
+EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD, AUGMENTATION_RECORD = "edits.json", "scores.json", "enhanced.json", "augmentation.json"
+RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD, AUGMENTATION_RECORD})
 """The records of all commands that write images. A folder with one of them holds results."""
+RESULT_SUFFIXES = (".png", ".tar")
+"""Suffixes of the files that hold the images of a request."""
 MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
 """Largest number of classes listed in an error, and of damaged files listed in a warning."""
 
@@ -108,7 +110,7 @@ class OutputFolder(ABC):
         recorded = content["request"]
         if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
             recorded = recorded | {"sampling": SamplingConfig().to_dict() | recorded["sampling"]}
-        if recorded != self.request and next(self.out.rglob("*.png"), None) is None:
+        if recorded != self.request and not any(True for suffix in RESULT_SUFFIXES for _ in self.out.rglob(f"*{suffix}")):
             return set()  # the other request was stopped before its first image
         if recorded != self.request:
             raise InputError(f"--out {self.out} contains the images of another request: {self._differences(recorded)}. {remedy}")
