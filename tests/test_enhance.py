@@ -320,7 +320,7 @@ WHITE = Image.new("L", (16, 16), 255)
     ({"strength": 1.5}, "strength is 1.5"), ({"mask": Image.new("L", (16, 16))}, "has no white"), ({"num_tries": 0}, "num_tries is 0"),
     ({"average": 0}, "average is 0"), ({"class_labels": "cow"}, "no class 'cow'"), ({"sharpness": 2}, "sharpness"),
     ({"batch_size": "8"}, "batch_size is '8'"),
-    ({"batch_size": 0}, "batch_size is 0"), ({"image": WHITE.resize((8, 32))}, "image 0 is 8 x 32 pixels"),
+    ({"batch_size": 0}, "batch_size is 0"), ({"image": WHITE.resize((8, 32))}, "the image is 8 x 32 pixels"),
 ])
 def test_invalid_arguments_are_refused_before_anything_is_encoded(pipe, monkeypatch, arguments, words):
     monkeypatch.setattr(enhance_methods, "tokens_of", lambda *_: pytest.fail("the image was encoded"))

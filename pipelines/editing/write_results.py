@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pipelines.editing.given_images import images_and_masks
 from pipelines.editing.result_folder import TABLE_NAME, EditFolder, ScoreFolder
 from pipelines.editing.scores import Scores
 from pipelines.generate import GenerationOutput, ImageGenerationPipeline
+from pipelines.generation_output import Images
 from pipelines.image_folders.output_folder import GRID_NAME
 from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_pipeline, save_grid, write_batches
 from stage1_tokenizer.image_files.channels import visible_pixels
@@ -72,7 +73,7 @@ def write_missing_edits(folder: EditFolder, device: str | None) -> int:
 
     def sample(_: StopFlag, callback: Callable[[int, int], bool], skip: Callable[[range], bool]) -> Iterator[GenerationOutput]:
         given_ids = {**pipe.inputs.ids(folder.prompt), **encode_conditions(pipe, folder.condition_images)}
-        batches = pipe.edit_batches(image, folder.labels, folder.num_tries, **{folder.drawn_by: value}, num_images_per_label=folder.num,
+        batches = pipe.edit_batches(cast(Images, image), folder.labels, folder.num_tries, **{folder.drawn_by: value}, num_images_per_label=folder.num,
                                     seed=folder.seed, given_ids=given_ids, callback=callback, skip=skip)
         folder.begin()  # the request is valid
         return batches

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.decoded_images import OUTPUT_TYPES, to_output_type
 from pipelines.editing.edit_methods import EditingMethods, Labels
-from pipelines.editing.given_images import tokens_of
+from pipelines.editing.given_images import EDITED, images_of_size, tokens_of
 from pipelines.editing.masked_images import MaskedImages, masks_from, share_in_masks, token_side
 from pipelines.editing.scores import MAX_LOGITS, unexpected_bits
 from pipelines.enhancing.code_evidence import evidence_for_codes
@@ -99,7 +99,7 @@ class EnhancingMethods(EditingMethods):
         """The checked request for `average` images for each result of `enhance`, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
         tokenizer, grids = self.tokenizer, self.tokenizer.grids
-        images_NCHW = self._images_to_edit(image)
+        images_NCHW = images_of_size(image, tokenizer.transform, tokenizer.transform.sides, EDITED)
         noise, strength = checked_noise(noise), checked_strength(strength)
         masks_NHW = None if mask is None else masks_from(mask, len(images_NCHW), tokenizer.transform.sides)
         check_range("average", as_integer("average", average), at_least=1)
