@@ -9,7 +9,7 @@ level of noise (code_evidence.py).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -85,7 +85,7 @@ class EnhancingMethods(EditingMethods):
         out = self._generate(request, "pt", **generation)
         if out.stopped or out.token_ids is None:
             return out
-        means_NCHW = out.images.unflatten(0, (-1, average)).mean(dim=1)
+        means_NCHW = cast(torch.Tensor, out.images).unflatten(0, (-1, average)).mean(dim=1)
         if request.finish is not None:  # rounding of the mean must not change pixels that are kept
             means_NCHW = torch.cat([request.finish(mean_1CHW, number * average) for number, mean_1CHW in enumerate(means_NCHW.split(1))])
         firsts = slice(None, None, average)

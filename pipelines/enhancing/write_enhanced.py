@@ -51,7 +51,8 @@ def write_missing(folder: EnhanceFolder, device: str | None) -> int:
     if folder.strength == 1:
         pipe.check_has_evidence()
     folder.begin()  # the request is valid
-    written, reasons = 0, []
+    written = 0
+    reasons: list[str] = []
     with StopFlag() as stop, progress_bar(total - kept, 0, "enhancing", "image") as bar:
         size = tokenizer_batch_size(pipe.tokenizer.transform.image_size)
         for batch in (range(start, min(start + size, total)) for start in range(0, total, size)):
