@@ -11,12 +11,15 @@ from PIL import Image
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from pipelines.stages.chain import longer_training_hint, next_steps, run_chain
+from pipelines.stages.edited_example import save_edited_example
 from stage1_tokenizer.pictures import GAP_PIXELS, TEXT_PIXELS
+from stage2_prior.generation.prior_chain import PriorChain
 from stage2_prior.vocabulary import Vocabulary
 from tests.conditioned import make_parts
+from tests.test_edited_example import random_prior, tiles_of, validation_images
 from tests.test_feature_extractors import Pooled, scripted
 from tests.tiny import make_tiny_run, tiny_overrides, tiny_recipe
-from token_shards import TokenShardManifest
+from token_shards import TokenShardManifest, TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe import condition_recipes
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -54,6 +57,17 @@ def test_pictures_and_measures_use_the_conditions_of_validation_images(run):
     measures = summary["generation"]["recommended"]
     assert 0 < measures["psnr_of_low"] < 60 and 0 <= measures["class_agreement"] <= 1 and measures["distinct"] > 0
     assert summary["sampling"]["guidance"] == {"low": 2.0}
+
+
+def test_edited_example_has_the_conditions_of_its_images(run, tmp_path):
+    """The prior has random weights: only its inputs are tested."""
+    pipe, held_out = ImageGenerationPipeline.from_pretrained(run, "cpu"), TokenShardReader(run / "tokens/validation")
+    pipe.chain = PriorChain([random_prior(pipe.prior.vocabulary)])
+    given, inpaint = [], pipe.inpaint
+    pipe.inpaint = lambda *arguments, **options: given.append(options["given_ids"]) or inpaint(*arguments, **options)
+    record = save_edited_example(pipe, *validation_images(run), held_out, 0, tmp_path / "edited.png")
+    assert record["images"] == len(tiles_of(tmp_path / "edited.png")) == 4
+    assert {name: len(ids_Bn) for name, ids_Bn in given[0].items()} == {"low": 4, "text": 4}
 
 
 def test_run_again_does_nothing(run, capsys):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.stages.condition_tokenizers import delete_condition_tokenizers, train_condition_tokenizers
 from pipelines.stages.stage_checks import check_chain
-from pipelines.stages.stage_inputs import condition_folders, input_fingerprints, tokenizer_folder, vocabulary_of_prior
+from pipelines.stages.stage_inputs import condition_folders, input_fingerprints, predicts_in_any_order, tokenizer_folder, vocabulary_of_prior
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.recipes.fields_from_data import conditions_in_budget
 from vqmosaic.recipes.recipe import Recipe
@@ -123,6 +123,7 @@ def finish(recipe: Recipe, run: RunFolder, seconds: dict[str, float]) -> None:
     steps = "\n".join(f"    {command}" for command in next_steps(run))
     # samples.txt has the captions of samples.png
     pictures = [run.root / name for name in ("samples.png", "samples.txt", "reconstructions.png") if (run.root / name).exists()]
+    pictures += [run.root / summary["edited"]["picture"]] if "edited" in summary else []
     print(f"\npictures: {', '.join(map(str, pictures))}\nnext steps:\n{steps}")
 
 
@@ -133,12 +134,15 @@ def next_steps(run: RunFolder) -> list[str]:
 
     folder = run.export("pipeline")
     content = read_bundle(folder)
-    vocabulary, commands = PipelineParts.in_folder(folder, content).vocabulary(), []
+    parts = PipelineParts.in_folder(folder, content)
+    vocabulary, commands = parts.vocabulary(), list[str]()
     class_names = vocabulary.learned_class_names or []
     names = example_classes(class_names)
     classes, out = f"--classes {shlex.quote(names)} " if names else "", f"--out {run.root}/samples/"
     if vocabulary.why_not_sampled(bool(names), []) is None:
         commands.append(f"vqmosaic generate {run.root} {classes}--num 8 --seed 7 {out}")
+        if all(predicts_in_any_order(prior) for prior in parts.priors):
+            commands.append(f"vqmosaic edit {run.root} IMAGE --mask MASK {classes}--out {run.root}/edited/")
     learned = [condition.name for condition in vocabulary.learned_conditions]
     for record in content.get("conditions", []):
         name, kind, needed = record["name"], record["kind"], ""

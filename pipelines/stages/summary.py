@@ -1,4 +1,4 @@
-"""Draws samples.png and reconstructions.png of a finished run, collects its measures for summary.json, and formats them as a text table."""
+"""Draws the pictures of a finished run, collects its measures for summary.json, and formats them as a text table."""
 
 import math
 import platform
@@ -13,6 +13,7 @@ from pipelines.decoded_images import decode_in_batches, tokenizer_batch_size
 from pipelines.doctor import processor_name
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
+from pipelines.stages.edited_example import PICTURE_NAME, describe_edited_example, save_edited_example
 from pipelines.stages.measures import DigitsClassifier, measure_generation
 from pipelines.stages.stored_conditions import (
     SAMPLES_OF_CONDITIONS,
@@ -58,6 +59,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
     batch_size = tokenizer_batch_size(pipe.tokenizer.transform.image_size)
     restored_BCHW = torch.cat([pipe.tokenizer.reconstruct(batch_BCHW.to(pipe.device)).cpu() for batch_BCHW in images_BCHW.split(batch_size)])
     save_picture(reconstruction_picture(images_BCHW, restored_BCHW), run.root / "reconstructions.png")
+    edited = save_edited_example(pipe, validation, images_BCHW, held_out, recipe.seed, run.root / PICTURE_NAME)
 
     reader = TokenShardReader(run.export("tokens") / "train")
     classifier = None
@@ -78,6 +80,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "prior": exported_validation(run, "prior", recipe.prior_training.export, "nll"), "prior_export": recipe.prior_training.export,
         "sampling": pipe.sampling.to_dict(),
         "generation": measure_generation(pipe, reader, recipe.seed, classifier, held_out),
+        **({"edited": edited} if edited else {}),
         **({"classifier_accuracy_on_held_out_scans": classifier.accuracy} if classifier else {}),
         "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -161,6 +164,8 @@ def summary_table(summary: dict[str, Any]) -> str:
         words += [f"{key.removeprefix('psnr_of_')}: PSNR {value:.1f} dB to the given one" for key, value in measures.items()
                   if key.startswith("psnr_of_")]
         rows.append((f"{measures['samples']} samples, {name}", ", ".join(words)))
+    if "edited" in summary:
+        rows.append(("edited example", describe_edited_example(summary["edited"])))
     width = max(len(title) for title, _ in rows)
     return "\n".join(f"    {title:<{width}}  {value}" for title, value in rows)
 
