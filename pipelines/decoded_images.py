@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from stage1_tokenizer.image_files.images import to_pil, to_uint8
+from stage1_tokenizer.tiles.tiled_images import decode_tiled
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, split_ids
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
@@ -23,8 +24,10 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
     return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
 
 
-def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
+def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -> Iterator[torch.Tensor]:
     """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
+
+    Larger images than those of the training (`is_larger`) are decoded in tiles, and are on the CPU.
 
     Raises InputError if a dict does not have ids of all grids, for the same number of images.
     """
@@ -33,7 +36,12 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
         if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
             counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
             raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
-    for batch in split_ids(ids, tokenizer_batch_size(tokenizer.transform.image_size), tokenizer.device):
+    batch_size = tokenizer_batch_size(tokenizer.transform.image_size)
+    if is_larger:
+        for batch in split_ids(ids, 1, tokenizer.device):
+            yield decode_tiled(tokenizer, batch, batch_size=batch_size)
+        return
+    for batch in split_ids(ids, batch_size, tokenizer.device):
         yield tokenizer.decode(batch)
 
 

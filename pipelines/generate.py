@@ -29,11 +29,13 @@ from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
 from pipelines.editing.edit_methods import EditingMethods
-from pipelines.editing.scores import bits_of_tokens
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions, tries_seeds
+from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
+from pipelines.larger_images.sample_request import sample_request
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
 from stage1_tokenizer.image_files.images import as_batches, to_pil
+from stage1_tokenizer.tiles.tiled_images import OVERLAP
+from stage1_tokenizer.tiles.tiling import Tiling
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import PriorChain
@@ -44,6 +46,7 @@ from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.exported_weights import same_weights
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.recipes.field_types import as_boolean, as_integer
+from vqmosaic.recipes.image_sizes import ImageSize
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
 
@@ -134,8 +137,9 @@ class ImageGenerationPipeline(EditingMethods):
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
                  *positional: Any, prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
-                 compile: bool = False, **settings: Any) -> GenerationOutput:
+                 size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                 callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                 **settings: Any) -> GenerationOutput:
         """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
 
         Returns all images together. `batches` yields them one batch at a time.
@@ -147,6 +151,9 @@ class ImageGenerationPipeline(EditingMethods):
             image: a PIL image, a list of them or a tensor (B, C, H, W) in [-1, 1], for a prior that is given an image, such as one at low resolution.
                 With several images, a dict of them by name. Labels, prompts and images are paired by position; a single one counts for all.
             given_ids: ids of conditions by name, as token shards hold them, in place of prompt and image.
+            size: the size of the images in pixels, if it is larger than that of the training images: (height, width), or one number for squares. The
+                tokens are drawn in windows of the training size, each given those of earlier windows. The sides must be multiples of a token's.
+            window_overlap: the share of a window that the next one overlaps, from 0 to below 1. Larger values take longer and fit better.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
                 without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
@@ -168,9 +175,10 @@ class ImageGenerationPipeline(EditingMethods):
             keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size}
             if twice := former.keys() & settings.keys():
                 raise TypeError(f"{', '.join(sorted(twice))} given both by position and by keyword")
-            return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, compile=compile, **settings,
-                        **keywords | former)
-        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
+            return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, size=size,
+                        window_overlap=window_overlap, compile=compile, **settings, **keywords | former)
+        tiling = self._tiling(size, window_overlap)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids), tiling)
         return self._generate(request, output_type, callback, batch_size, compile)
 
     def _generate(self, request: Request, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
@@ -200,7 +208,8 @@ class ImageGenerationPipeline(EditingMethods):
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
         """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
 
@@ -215,14 +224,22 @@ class ImageGenerationPipeline(EditingMethods):
         Raises:
             ValueError: as in `__call__`, before the first batch.
         """
-        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
+        tiling = self._tiling(size, window_overlap)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids), tiling)
         return self._sample_batches(request, output_type, callback, batch_size, compile, skip)
 
     def _check_request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
-                       settings: dict[str, Any], given: Given | None = None) -> Request:
-        request = check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings)
+                       settings: dict[str, Any], given: Given | None = None, tiling: Tiling | None = None) -> Request:
+        request = check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings,
+                                tiling=tiling)
         self.chain.check_order(request.sampling)
         return request
+
+    def _tiling(self, size: ImageSize | None, overlap: float) -> Tiling | None:
+        """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
+        if size is None:
+            return None
+        return Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
 
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
                         compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
@@ -232,7 +249,7 @@ class ImageGenerationPipeline(EditingMethods):
         compile, total = as_boolean("compile", compile), len(request.seeds)
         batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
         batches = [positions for positions in batches if skip is None or not skip(positions)]
-        tokens_per_batch = request.num_tries * self.vocabulary.num_tokens
+        tokens_per_batch = request.num_tries * self.vocabulary.num_tokens * (1 if request.tiling is None else len(request.tiling.places))
 
         def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             for number, positions in enumerate(batches):
@@ -241,34 +258,19 @@ class ImageGenerationPipeline(EditingMethods):
                     return callback(number * tokens_per_batch + done, len(batches) * tokens_per_batch)
 
                 part = request.part(positions)
-                ids, seeds = self._sample_tries(part, report if callback is not None else None, compile)
+                def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
+                         callback: Callable[[int, int], bool | None] | None, part: Request = part) -> Ids:
+                    return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True)
+
+                ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
                 images, first = [], positions.start
-                for images_BCHW in decode_in_batches(self.tokenizer, ids):
+                for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None):
                     finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
                     images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
                     first += len(images_BCHW)
                 yield GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
 
         return sample()
-
-    def _sample_tries(self, request: Request, callback: Callable[[int, int], bool | None] | None, compile: bool) -> tuple[Ids, list[int]]:
-        """The ids of a request and the seed of each image. Of several tries for an image, the most likely one."""
-        seeds_KB = tries_seeds(request.seeds, request.num_tries)
-        tries_KBT, bits_KB = [], []
-        for number, seeds in enumerate(seeds_KB):
-            def report(done: int, total: int, number=number) -> bool | None:
-                assert callback is not None  # otherwise this function is not passed on
-                return callback(number * total + done, request.num_tries * total)
-
-            ids = self.sample_ids(request.classes, request.sampling, seeds, report if callback is not None else None, compile, request.given,
-                                  request.known_BT, keep_unseen=True)
-            if request.num_tries == 1:
-                return ids, seeds
-            tries_KBT.append(self.tokenizer.join_tokens(ids))
-            bits_KB.append(bits_of_tokens(self.tokenizer, self.chain, tries_KBT[-1], request.classes, request.given).sum(dim=1))
-        best_B = torch.stack(bits_KB).argmin(dim=0).tolist()
-        ids_BT = torch.stack([tries_KBT[best][image] for image, best in enumerate(best_B)])
-        return self.tokenizer.split_tokens(ids_BT), [seeds_KB[best][image] for image, best in enumerate(best_B)]
 
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,

@@ -12,6 +12,7 @@ import torch
 
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
+from stage1_tokenizer.tiles.tiling import Tiling
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
 from vqmosaic.errors import InputError, check_name, check_range, listed_names
@@ -41,6 +42,8 @@ class Request(NamedTuple):
     """Called with each batch of decoded images (B, C, H, W) and the position of the first one in the request. Returns the images to output."""
     keep_alpha: bool = False
     """Whether images of type pil keep alpha."""
+    tiling: Tiling | None = None
+    """The windows of images that are larger than the training images. `known_BT` and `given` are then those of the whole images."""
 
     def part(self, positions: range) -> "Request":
         """The request for the images at these positions alone."""
@@ -60,10 +63,11 @@ class Given(NamedTuple):
 
 def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommended: SamplingConfig,
                   class_labels: Sequence[str | int] | str | int | None, given: Given, num_images_per_label: int, seed: int | None,
-                  settings: dict[str, Any], paired: Mapping[str, Sized] | None = None) -> Request:
+                  settings: dict[str, Any], paired: Mapping[str, Sized] | None = None, tiling: Tiling | None = None) -> Request:
     """Check the arguments of a call and resolve classes, conditions, seeds and sampling settings. Raises InputError for invalid ones.
 
-    `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
+    `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position. `tiling` has the windows of
+    larger images.
     """
     for name in settings:
         check_name("a setting", name, SAMPLING_SETTINGS)
@@ -78,7 +82,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
         raise InputError("class_labels is given, but this prior was trained with drop rate 1 of the class, so it would have no effect. "
                          f"{inputs.describe_taken()}")
     classes = None if labels is None else class_indices(names, labels)
-    ids = inputs.ids(given.prompt, given.image, given.ids)
+    ids = inputs.ids(given.prompt, given.image, given.ids, tiling)
     for message in inputs.describe_cut(given.prompt):
         warnings.warn(message, stacklevel=level_of_user())
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
@@ -99,7 +103,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
-    return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+    return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids, tiling=tiling)
 
 
 def level_of_user() -> int:
