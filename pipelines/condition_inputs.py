@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.decoded_images import map_batches, tokenizer_batch_size
 from pipelines.pipeline_parts import is_bytes
 from pipelines.prompts import TextEncoder
 from stage1_tokenizer.image_files.images import as_batches
@@ -109,12 +109,11 @@ class ConditionInputs:
             transform = dataclasses.replace(transform, image_size=sides)
 
         def encode(images_BCHW: torch.Tensor) -> torch.Tensor:
-            if tiling is None:
-                return tokenizer.join_tokens(tokenizer.encode(images_BCHW.to(tokenizer.device))).cpu()
-            return tokenizer.join_tokens(encode_tiled(tokenizer, images_BCHW, batch_size=batch_size))
+            ids = tokenizer.encode(images_BCHW) if tiling is None else encode_tiled(tokenizer, images_BCHW, batch_size=batch_size)
+            return tokenizer.join_tokens(ids).cpu()
 
         try:
-            parts = [encode(images_BCHW) for images_BCHW in as_batches(images, transform, batch_size)]
+            parts = map_batches(as_batches(images, transform, batch_size), tokenizer.device, encode)
         except InputError as error:
             raise InputError(f"image for the condition {name!r}: {error}") from None
         return torch.cat(parts)

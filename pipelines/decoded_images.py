@@ -1,8 +1,8 @@
 """Decodes ids to images in batches, and converts images to the output types of a pipeline."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -10,10 +10,12 @@ from PIL import Image
 
 from stage1_tokenizer.image_files.images import to_pil, to_uint8
 from stage1_tokenizer.tiles.tiled_images import decode_tiled
-from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, split_ids
+from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, ids_in, split_ids
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
+Result = TypeVar("Result")
 OUTPUT_TYPES = ("pil", "np", "pt")
 MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 8 * 256**2, 64
 """Largest number of pixels and of images in a batch of the encoder or decoder, whose feature maps are far larger than the images."""
@@ -41,8 +43,18 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -
         for batch in split_ids(ids, 1, tokenizer.device):
             yield decode_tiled(tokenizer, batch, batch_size=batch_size)
         return
-    for batch in split_ids(ids, batch_size, tokenizer.device):
-        yield tokenizer.decode(batch)
+    batches = ranges(len(next(iter(ids.values())) if isinstance(ids, dict) else ids), batch_size)
+    for _, images_BCHW in FittingBatches(tokenizer.device).run(batches, lambda part: tokenizer.decode(ids_in(ids, part, tokenizer.device))):
+        yield images_BCHW
+
+
+def map_batches(batches: Iterable[torch.Tensor], device: torch.device, compute: Callable[[torch.Tensor], Result]) -> list[Result]:
+    """The results of a function for batches of images on a device. Those that do not fit into its memory are split."""
+    fitting, results = FittingBatches(device), []
+    for images_BCHW in batches:
+        for _, result in fitting.run([range(len(images_BCHW))], lambda part, batch=images_BCHW: compute(batch[part.start:part.stop].to(device))):
+            results.append(result)
+    return results
 
 
 def to_output_type(images_BCHW: torch.Tensor, output_type: str, keep_alpha: bool = False) -> list[Image.Image] | np.ndarray | torch.Tensor:

@@ -14,7 +14,7 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
 
-editing/edit_methods.py has inpaint, outpaint, complete, variations and score.
+tokenizer_methods.py has encode, decode and reconstruct, and editing/edit_methods.py has inpaint, outpaint, complete, variations and score.
 """
 
 import shutil
@@ -23,19 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
-from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
+from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, concatenate, decode_in_batches, to_output_type
 from pipelines.editing.edit_methods import EditingMethods
 from pipelines.generation_output import GenerationOutput, Images
 from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
 from pipelines.larger_images.sample_request import sample_request
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
-from stage1_tokenizer.image_files.images import as_batches, to_pil
-from stage1_tokenizer.tiles.tiled_images import OVERLAP
-from stage1_tokenizer.tiles.tiling import Tiling
+from pipelines.tokenizer_methods import TokenizerMethods
+from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import PriorChain
@@ -49,9 +47,10 @@ from vqmosaic.recipes.field_types import as_boolean, as_integer
 from vqmosaic.recipes.image_sizes import ImageSize
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
 
-class ImageGenerationPipeline(EditingMethods):
+class ImageGenerationPipeline(EditingMethods, TokenizerMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
@@ -235,42 +234,38 @@ class ImageGenerationPipeline(EditingMethods):
         self.chain.check_order(request.sampling)
         return request
 
-    def _tiling(self, size: ImageSize | None, overlap: float) -> Tiling | None:
-        """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
-        if size is None:
-            return None
-        return Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
-
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int,
                         compile: bool, skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
         """Check the arguments immediately and return an iterator that samples one batch at a time."""
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
-        compile, total = as_boolean("compile", compile), len(request.seeds)
-        batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-        batches = [positions for positions in batches if skip is None or not skip(positions)]
+        compile = as_boolean("compile", compile)
+        batches = [positions for positions in ranges(len(request.seeds), batch_size) if skip is None or not skip(positions)]
         tokens_per_batch = request.num_tries * self.vocabulary.num_tokens * (1 if request.tiling is None else len(request.tiling.places))
 
-        def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
-            for number, positions in enumerate(batches):
-                def report(done: int, _: int, number=number) -> bool | None:  # the default keeps the number of this batch
-                    assert callback is not None  # otherwise this function is not passed on
-                    return callback(number * tokens_per_batch + done, len(batches) * tokens_per_batch)
+        def sample_part(positions: range) -> GenerationOutput:
+            """The images at these positions, which are a batch or, if that does not fit into memory, a part of one."""
+            number = next(number for number, batch in enumerate(batches) if positions.start in batch)
+            batch, part = batches[number], request.part(positions)
 
-                part = request.part(positions)
-                def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
-                         callback: Callable[[int, int], bool | None] | None, part: Request = part) -> Ids:
-                    return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True)
+            def report(done: int, _: int) -> bool | None:
+                assert callback is not None  # otherwise this function is not passed on
+                done_in_batch = ((positions.start - batch.start) * tokens_per_batch + len(positions) * done) // len(batch)
+                return callback(number * tokens_per_batch + done_in_batch, len(batches) * tokens_per_batch)
 
-                ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
-                images, first = [], positions.start
-                for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None):
-                    finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
-                    images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
-                    first += len(images_BCHW)
-                yield GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
+            def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
+                     callback: Callable[[int, int], bool | None] | None) -> Ids:
+                return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True)
 
-        return sample()
+            ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
+            images, first = [], positions.start
+            for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None):
+                finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
+                images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
+                first += len(images_BCHW)
+            return GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
+
+        return (output for _, output in FittingBatches(self.device, "batch_size").run(batches, sample_part))
 
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
@@ -285,11 +280,6 @@ class ImageGenerationPipeline(EditingMethods):
             grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
         drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen)
         return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
-
-    def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
-        """The given images as batches (B, C, H, W) in [-1, 1] on the pipeline's device."""
-        transform = self.tokenizer.transform
-        return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
     def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None, given_ids: Mapping[str, torch.Tensor] | None = None) -> float:
         """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
@@ -316,22 +306,3 @@ class ImageGenerationPipeline(EditingMethods):
             given = {name: rows[batch] for name, rows in (given_ids or {}).items()}
             differences.append(self.chain.logit_difference(references, ids, classes[batch], given))
         return max(differences)
-
-    def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Ids:
-        """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU.
-
-        If the tokenizer has several grids, returns a dict with the ids of each.
-        """
-        return concatenate_ids([self.tokenizer.encode(images_BCHW) for images_BCHW in self._image_batches(images)])
-
-    def decode(self, token_ids: torch.Tensor | Mapping[str, torch.Tensor]) -> list[Image.Image]:
-        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images (see to_pil).
-
-        Several grids are a dict.
-        """
-        batches = decode_in_batches(self.tokenizer, as_ids(token_ids))
-        return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
-
-    def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
-        """Encode images to tokens and decode them again, to PIL images (see to_pil). `pipe.tokenizer.reconstruct` returns tensors."""
-        return [image for images_BCHW in self._image_batches(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]

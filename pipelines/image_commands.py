@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling, size_from_text
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 
@@ -25,12 +25,16 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
                                                       "if samples holds other images")
     parser.add_argument("--prompt", metavar="TEXT", help="the text, for a prior that is given captions")
+    parser.add_argument("--size", type=size_from_text, metavar="HEIGHTxWIDTH", help="larger images than those of the training, such as 64x96 pixels. "
+                                                                                    "They are drawn in overlapping windows of the training size")
+    parser.add_argument("--window_overlap", type=float, metavar="SHARE", help="with --size: the share of a window that the next one overlaps, from 0 "
+                                                                              "to below 1; default: 0.5")
     add_device_options(parser)
     add_sampling_options(parser, "default: recommended by the bundle")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
-    from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
+    from pipelines.image_folders.sample_folder import SampleFolder, check_size, find_output_folder
     from pipelines.labels import classes_from_text
     from pipelines.pipeline_parts import PipelineParts
     from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
@@ -39,6 +43,7 @@ def generate(command: str, arguments: list[str]) -> int:
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
     sampling = check_given_sampling(folder, content, given_sampling(options))
+    size = check_size(folder, options.size, options.window_overlap)
     check_can_write("--out", options.out or Path("samples"))
     names = content["class_names"]
     vocabulary = PipelineParts.in_folder(folder, content).vocabulary()
@@ -48,7 +53,7 @@ def generate(command: str, arguments: list[str]) -> int:
     labels = classes_from_text(names, options.classes) if has_class else None
     check_can_sample(vocabulary, labels is not None, options.prompt is not None)
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=labels, num=options.num, seed=options.seed,
-                           sampling=sampling, dtype=options.dtype, prompt=options.prompt)
+                           sampling=sampling, dtype=options.dtype, prompt=options.prompt, **size)
     samples = samples if options.out else find_output_folder(samples)
     if samples.is_finished():
         return 0

@@ -311,6 +311,12 @@ def split_ids(ids: Ids, batch_size: int, device: torch.device) -> Iterator[Ids]:
         yield from (part.to(device) for part in ids.split(batch_size))
 
 
+def ids_in(ids: Ids, part: range, device: torch.device) -> Ids:
+    """The ids of the images with these numbers, on a device."""
+    batch = slice(part.start, part.stop)
+    return {name: grid_ids[batch].to(device) for name, grid_ids in ids.items()} if isinstance(ids, dict) else ids[batch].to(device)
+
+
 def first_ids(ids: Ids, count: int) -> Ids:
     """The ids of the first images."""
     return {name: grid_ids[:count] for name, grid_ids in ids.items()} if isinstance(ids, dict) else ids[:count]

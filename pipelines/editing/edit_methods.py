@@ -21,11 +21,13 @@ from pipelines.editing.scores import Scores, bits_of_tokens, scores_of_tokens
 from pipelines.generation_output import GenerationOutput, Images
 from pipelines.generation_request import Given, Request, check_request
 from stage1_tokenizer.image_files.images import as_batches
+from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from stage2_prior.generation.passes import UNKNOWN
 from stage2_prior.generation.prior_chain import PriorChain
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.image_sizes import ImageSize
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import generator
 
@@ -36,9 +38,12 @@ Labels = Sequence[str | int] | str | int | None
 class EditingMethods(ABC):
     """The methods of ImageGenerationPipeline that start from images.
 
-    Images that are edited must have the size of the pipeline. The results are a GenerationOutput. Further arguments are those of a call of the
-    pipeline: num_images_per_label (results per image), seed, prompt, given_ids, output_type, callback, batch_size, compile and the sampling settings.
-    Images of conditions are given as condition_image. Results of type pil keep alpha.
+    Images that are edited must have the size of the pipeline. `inpaint`, `outpaint` and `complete` also make larger results: `size` is their height
+    and width, and they are drawn in windows of the training size (see `size` and `window_overlap` of a call).
+
+    The results are a GenerationOutput. Further arguments are those of a call of the pipeline: num_images_per_label (results per image), seed, prompt,
+    given_ids, output_type, callback, batch_size, compile and the sampling settings. Images of conditions are given as condition_image. Results of
+    type pil keep alpha.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +60,12 @@ class EditingMethods(ABC):
     def _sample_batches(self, request: Request, output_type: str, callback: Callable[[int, int], bool | None] | None, batch_size: int, compile: bool,
                         skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
         """The images of a checked request, one batch at a time."""
+
+    def _tiling(self, size: ImageSize | None, overlap: float) -> Tiling | None:
+        """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
+        if size is None:
+            return None
+        return Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
 
     # --- editing -----------------------------------------------------------------------------------------------------------
 
@@ -89,8 +100,8 @@ class EditingMethods(ABC):
 
         The image must have the size of the box. Other arguments are those of `inpaint`.
         """
-        height, width = self.tokenizer.transform.sides
-        left, top, right, bottom = checked_box(box, height, width)
+        sides = self._sides_of_results(arguments)
+        (height, width), (left, top, right, bottom) = sides, checked_box(box, *sides)
         part_NCHW = images_of_size(image, self.tokenizer.transform, (bottom - top, right - left), "box is a place")
         images_NCHW = part_NCHW.new_zeros(len(part_NCHW), part_NCHW.shape[1], height, width)
         images_NCHW[..., top:bottom, left:right] = part_NCHW
@@ -105,8 +116,9 @@ class EditingMethods(ABC):
 
         Keeping the top suits all priors, also those trained in raster order. Other arguments are those of `inpaint`.
         """
-        images_NCHW = self._images_to_edit(image)
-        masks_NHW = torch.ones(len(images_NCHW), *self.tokenizer.transform.sides, dtype=torch.bool)
+        sides = self._sides_of_results(arguments)
+        images_NCHW = self._images_to_edit(image, sides)
+        masks_NHW = torch.ones(len(images_NCHW), *sides, dtype=torch.bool)
         allowed = 'allowed: "top", "left", or a share of the rows between 0 and 1'
         share = checked_share("keep", 0.5 if keep in ("top", "left") else keep, allowed, below_one=True)
         kept_NHW = masks_NHW.movedim(2, 1) if keep == "left" else masks_NHW
@@ -120,9 +132,12 @@ class EditingMethods(ABC):
         The tokens to draw are chosen at random by the seed of each result. All pixels are decoded from tokens, so the other places differ a little
         from the given image, too. Other arguments are those of `inpaint`.
         """
-        images_NCHW = self._images_to_edit(image)
+        arguments.pop("window_overlap", None)
+        if arguments.pop("size", None) is not None:
+            raise InputError("variations draws images of the training size only; leave size out, or use inpaint for a part of a larger image.")
+        images_NCHW = self._images_to_edit(image, self.tokenizer.transform.sides)
         strength = checked_share("strength", strength, "allowed: above 0, at most 1", below_one=False)
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, None, **arguments)
         known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(len(request.seeds) // len(images_NCHW), dim=0)
         is_drawn_BT = torch.stack([self._random_tokens(strength, seed) for seed in request.seeds])
         return self._generate(request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), **generation)
@@ -135,27 +150,35 @@ class EditingMethods(ABC):
             parts.append(torch.zeros(grid.num_tokens, dtype=torch.bool).index_fill(0, torch.from_numpy(places), True))
         return torch.cat(parts)
 
-    def _images_to_edit(self, image: Images) -> torch.Tensor:
-        transform = self.tokenizer.transform
-        return images_of_size(image, transform, transform.sides, "this pipeline edits images")
+    def _sides_of_results(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the results: those of the argument `size`, or the training size."""
+        tiling = self._tiling(arguments.get("size"), arguments.get("window_overlap", OVERLAP))
+        return self.tokenizer.transform.sides if tiling is None else tiling.image
+
+    def _images_to_edit(self, image: Images, sides: tuple[int, int]) -> torch.Tensor:
+        where = "this pipeline edits images" if sides == self.tokenizer.transform.sides else "size asks for images"
+        return images_of_size(image, self.tokenizer.transform, sides, where)
 
     def _check_inpaint(self, image: Images, mask: Any, class_labels: Labels, num_tries: int, **arguments: Any) -> tuple[Request, dict[str, Any]]:
         """The request of `inpaint` and the arguments of `_generate`."""
-        images_NCHW = self._images_to_edit(image)
-        masks_NHW = masks_from(mask, len(images_NCHW), self.tokenizer.transform.sides)
+        sides = self._sides_of_results(arguments)
+        images_NCHW = self._images_to_edit(image, sides)
+        masks_NHW = masks_from(mask, len(images_NCHW), sides)
         return self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
 
-    def _edit_request(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int,
-                      **arguments: Any) -> tuple[Request, dict[str, Any]]:
+    def _edit_request(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int, *,
+                      size: ImageSize | None = None, window_overlap: float = OVERLAP, **arguments: Any) -> tuple[Request, dict[str, Any]]:
         """The request that draws the masked tokens of images and puts the masked pixels into them, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        tiling = self._tiling(size, window_overlap)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, tiling, **arguments)
         results = len(request.seeds) // len(images_NCHW)
 
         # 2. The tokens of what is kept
-        grids, transform = self.tokenizer.grids, self.tokenizer.transform
-        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
-        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
+        grids, sides = self.tokenizer.grids, self.tokenizer.transform.sides
+        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, sides))
+        whole_grids = grids if tiling is None else tiling.image_grids[:len(grids)]  # those of conditions follow
+        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, whole_grids), UNKNOWN)
 
         # 3. The others are drawn and all are decoded. Then the masked pixels are put into the given images
         def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
@@ -163,26 +186,29 @@ class EditingMethods(ABC):
 
         return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
 
-    def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
-                    prompt: Any = None, condition_image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
+    def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, tiling: Tiling | None,
+                    num_images_per_label: int = 1, seed: int | None = None, *, prompt: Any = None, condition_image: Any = None,
+                    given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
                     callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                     **settings: Any) -> tuple[Request, dict[str, Any]]:
         """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
         check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
-        request = self._check_paired(images_NCHW, class_labels, Given(prompt, condition_image, given_ids), num_images_per_label, seed, settings)
+        given = Given(prompt, condition_image, given_ids)
+        request = self._check_paired(images_NCHW, class_labels, given, num_images_per_label, seed, settings, tiling)
         self.chain.check_order(request.sampling, keep_unseen=True)
         generation = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile}
         return request._replace(num_tries=num_tries, keep_alpha=True), generation
 
     def _check_paired(self, images_NCHW: Sequence[Any] | torch.Tensor, class_labels: Labels, given: Given, results: int, seed: int | None,
-                      settings: dict[str, Any]) -> Request:
+                      settings: dict[str, Any], tiling: Tiling | None = None) -> Request:
         """The request for results of each image. A single image counts for all classes and conditions."""
         vocabulary = self.chain.vocabulary
         prompted = [] if given.prompt is None else list(self.inputs.texts)
         lacks_images = self.inputs.tokenizers and given.image is None and not given.ids
         if lacks_images and (why := vocabulary.why_not_sampled(class_labels is not None, prompted)):
             raise InputError(f"{why} Give images of conditions as condition_image, and texts as prompt.")
-        return check_request(vocabulary, self.inputs, self.sampling, class_labels, given, results, seed, settings, {"images": images_NCHW})
+        return check_request(vocabulary, self.inputs, self.sampling, class_labels, given, results, seed, settings, {"images": images_NCHW},
+                             tiling)
 
     # --- scores ------------------------------------------------------------------------------------------------------------
 

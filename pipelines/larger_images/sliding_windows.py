@@ -79,3 +79,10 @@ def given_in_window(given: Mapping[str, torch.Tensor], tiling: Tiling, place: Pl
     grids = {grid.name: grid for grid in tiling.grids}
     return {name: LargerTokens(tiling, [grids[name]], len(ids_Bn), ids_Bn.device, ids_Bn).window(place) if name in grids else ids_Bn
             for name, ids_Bn in given.items()}
+
+
+def ids_of_first_window(ids: Ids, grids: Sequence[Grid]) -> Ids:
+    """The ids of the upper left window of images of any size, in the form of `Tokenizer.encode`. `grids` are those of a window."""
+    if isinstance(ids, dict):
+        return {grid.name: ids[grid.name][:, :grid.height, :grid.width] for grid in grids}
+    return ids[:, :grids[0].height, :grids[0].width]

@@ -10,18 +10,20 @@ similar way).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from stage1_tokenizer.tiles.tiling import Place, Tiling, tokens_covering
+from stage1_tokenizer.tiles.tiling import OVERLAP, Place, Tiling, tokens_covering
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, ids_shape
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
-OVERLAP = 0.5
-"""The default overlap of tiles, as a share of a tile."""
+Result = TypeVar("Result")
+Tile = tuple[int, Place]
+"""The number of an image, and the place of one of its tiles."""
 BATCH_TILES = 16
 """The default number of tiles in a batch."""
 
@@ -43,8 +45,11 @@ def encode_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float
     tiling = tiling_of(tokenizer, images_BCHW, overlap)
     padded_BCHW = continue_edges(images_BCHW, tiling.image)
     ids = {grid.name: torch.empty(len(images_BCHW), *ids_shape(grid), dtype=torch.int64) for grid in tiling.image_grids}
-    for batch in batches_of_tiles(len(images_BCHW), tiling, batch_size):
-        encoded = tokenizer.encode_grids(cut_tiles(padded_BCHW, tiling, batch).to(tokenizer.device))
+
+    def encode(batch: Sequence[Tile]) -> dict[str, torch.Tensor]:
+        return tokenizer.encode_grids(cut_tiles(padded_BCHW, tiling, batch).to(tokenizer.device))
+
+    for batch, encoded in computed_tiles(encode, len(images_BCHW), tiling, batch_size, tokenizer.device):
         for grid in tiling.grids:
             for tokens_hw, (image, place) in zip(encoded[grid.name].cpu(), batch, strict=True):
                 (rows, columns), (tile_rows, tile_columns) = tiling.central_tokens(grid, place), tiling.tokens(grid, place)
@@ -71,12 +76,12 @@ def decode_tiled(tokenizer: Tokenizer, ids: torch.Tensor | Mapping[str, torch.Te
     tiling = Tiling.for_image(tokenizer.transform.sides, tokenizer.grids, size, overlap)
     padded = {grid.name: continue_tokens(by_grid[grid.name], grid) for grid in tiling.image_grids}
 
-    def decode(batch: Sequence[tuple[int, Place]]) -> torch.Tensor:
+    def decode(batch: Sequence[Tile]) -> torch.Tensor:
         parts = {grid.name: torch.stack([padded[grid.name][(image, *tiling.tokens(grid, place))] for image, place in batch]) for grid in tiling.grids}
         return tokenizer.decode_grids({name: part.to(tokenizer.device) for name, part in parts.items()})
 
     images = len(next(iter(padded.values())))
-    return blend_tiles(decode, tokenizer.transform.channels, images, tiling, batch_size)[..., :size[0], :size[1]]
+    return blend_tiles(decode, tokenizer.transform.channels, images, tiling, batch_size, tokenizer.device)[..., :size[0], :size[1]]
 
 
 def reconstruct_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float = OVERLAP, batch_size: int = BATCH_TILES) -> torch.Tensor:
@@ -94,10 +99,10 @@ def reconstruct_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: 
     tiling = tiling_of(tokenizer, images_BCHW, overlap)
     padded_BCHW = continue_edges(images_BCHW, tiling.image)
 
-    def reconstruct(batch: Sequence[tuple[int, Place]]) -> torch.Tensor:
+    def reconstruct(batch: Sequence[Tile]) -> torch.Tensor:
         return tokenizer.reconstruct(cut_tiles(padded_BCHW, tiling, batch).to(tokenizer.device))
 
-    return blend_tiles(reconstruct, images_BCHW.shape[1], len(images_BCHW), tiling, batch_size)[..., :height, :width]
+    return blend_tiles(reconstruct, images_BCHW.shape[1], len(images_BCHW), tiling, batch_size, tokenizer.device)[..., :height, :width]
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------------------------
@@ -111,25 +116,27 @@ def tiling_of(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float) -
     return Tiling.for_image(tokenizer.transform.sides, tokenizer.grids, size_of(images_BCHW), overlap)
 
 
-def batches_of_tiles(images: int, tiling: Tiling, batch_size: int) -> Iterator[list[tuple[int, Place]]]:
-    """All tiles of all images in batches: the number of the image, and the place of the tile."""
+def computed_tiles(compute: Callable[[Sequence[Tile]], Result], images: int, tiling: Tiling, batch_size: int,
+                   device: torch.device) -> Iterator[tuple[Sequence[Tile], Result]]:
+    """All tiles of all images in batches, with what a function returns for them. Batches that do not fit into memory are split."""
     tiles = [(image, place) for image in range(images) for place in tiling.places]
-    return (tiles[start:start + batch_size] for start in range(0, len(tiles), batch_size))
+    computed = FittingBatches(device).run(ranges(len(tiles), batch_size), lambda part: compute(tiles[part.start:part.stop]))
+    return ((tiles[part.start:part.stop], result) for part, result in computed)
 
 
-def cut_tiles(images_BCHW: torch.Tensor, tiling: Tiling, batch: Sequence[tuple[int, Place]]) -> torch.Tensor:
+def cut_tiles(images_BCHW: torch.Tensor, tiling: Tiling, batch: Sequence[Tile]) -> torch.Tensor:
     """The pixels (n, C, H, W) of tiles."""
     return torch.stack([images_BCHW[(image, slice(None), *tiling.pixels(place))] for image, place in batch])
 
 
-def blend_tiles(decode: Callable[[Sequence[tuple[int, Place]]], torch.Tensor], channels: int, images: int, tiling: Tiling,
-                batch_size: int) -> torch.Tensor:
+def blend_tiles(decode: Callable[[Sequence[Tile]], torch.Tensor], channels: int, images: int, tiling: Tiling, batch_size: int,
+                device: torch.device) -> torch.Tensor:
     """Images (B, C, H, W) from tiles (n, C, H, W), which `decode` returns for a batch of them. Each pixel is the weighted mean over its tiles."""
     blended_BCHW = torch.zeros(images, channels, *tiling.image)
     row_weights, column_weights = (tile_weights([start * step for start in starts], side, length)
                                    for starts, step, side, length in zip(tiling.starts, tiling.unit, tiling.sides, tiling.image, strict=True))
-    for batch in batches_of_tiles(images, tiling, batch_size):
-        for tile_CHW, (image, place) in zip(decode(batch).float().cpu(), batch, strict=True):
+    for batch, tiles_nCHW in computed_tiles(lambda batch: decode(batch).float().cpu(), images, tiling, batch_size, device):
+        for tile_CHW, (image, place) in zip(tiles_nCHW, batch, strict=True):
             weights_HW = row_weights[place[0]][:, None] * column_weights[place[1]]
             blended_BCHW[(image, slice(None), *tiling.pixels(place))] += tile_CHW * weights_HW
     return blended_BCHW

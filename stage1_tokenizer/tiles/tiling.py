@@ -14,6 +14,8 @@ from token_shards.manifest import Grid
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.image_sizes import height_and_width
 
+OVERLAP = 0.5
+"""The default overlap of tiles, as a share of a tile."""
 Place = tuple[int, int]
 """The number of the tile along each side, from the top and from the left."""
 
