@@ -1,7 +1,6 @@
 """Every method that starts from images, and its command, with images of 16 x 24 pixels: rows stay rows, and columns stay columns."""
 
 import csv
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -93,15 +92,3 @@ def test_commands_edit_and_score(pipe, folder, tmp_path):
     row, = csv.DictReader((tmp_path / "scores" / "scores.csv").open())
     place = int(pipe.score(image).bits_map[0].argmax())
     assert (int(row["top"]), int(row["left"])) == (place // COLUMNS * 4, place % COLUMNS * 4)
-
-
-def test_demo(pipe, tmp_path):
-    pytest.importorskip("gradio")
-    from pipelines.demo.generation import generate
-    from pipelines.demo.reconstruction import reconstruct
-
-    gallery, grid, *_ = generate(pipe, None, threading.Event(), lambda *_, **__: None, ["ant"], 2, 1, {})
-    assert [picture.size for picture, _ in gallery] == [(WIDTH, HEIGHT)] * 2 and grid.width > grid.height
-    random_image(pipe).save(tmp_path / "image.png")
-    seen, tokens, restored, report = reconstruct(pipe, threading.Event(), str(tmp_path / "image.png"))
-    assert seen.size == restored.size == (WIDTH, HEIGHT) and tokens.width > tokens.height and "4 x 6" in report

@@ -65,7 +65,8 @@ class EditingMethods(ABC):
         """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
         if size is None:
             return None
-        return Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
+        tiling = Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
+        return None if tiling.image == tiling.sides else tiling
 
     # --- editing -----------------------------------------------------------------------------------------------------------
 
