@@ -50,11 +50,16 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -
 
 def map_batches(batches: Iterable[torch.Tensor], device: torch.device, compute: Callable[[torch.Tensor], Result]) -> list[Result]:
     """The results of a function for batches of images on a device. Those that do not fit into its memory are split."""
-    fitting, results = FittingBatches(device), []
-    for images_BCHW in batches:
-        for _, result in fitting.run([range(len(images_BCHW))], lambda part, batch=images_BCHW: compute(batch[part.start:part.stop].to(device))):
-            results.append(result)
-    return results
+    fitting = FittingBatches(device)
+    return [result for images_BCHW in batches for result in map_parts(fitting, images_BCHW, compute)]
+
+
+def map_parts(fitting: FittingBatches, images_BCHW: torch.Tensor, compute: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
+    """The results of a function for a batch of images, or for the parts of it that fit into memory."""
+    def compute_part(part: range) -> Result:
+        return compute(images_BCHW[part.start:part.stop].to(fitting.device))
+
+    return (result for _, result in fitting.run([range(len(images_BCHW))], compute_part))
 
 
 def to_output_type(images_BCHW: torch.Tensor, output_type: str, keep_alpha: bool = False) -> list[Image.Image] | np.ndarray | torch.Tensor:

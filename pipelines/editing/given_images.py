@@ -44,7 +44,7 @@ def images_of_any_size(images: Any, transform: ImageTransform) -> list[torch.Ten
     if isinstance(images, torch.Tensor):
         size = images.shape[-2:] if images.ndim == 4 else own.sides
         return [torch.cat(list(as_batches(images, dataclasses.replace(own, image_size=[*size]), len(images))))]
-    tensors = []
+    tensors: list[torch.Tensor] = []
     for number, image in enumerate([images] if isinstance(images, Image.Image | FloatImage) else images):
         sides = own.sides
         if isinstance(image, Image.Image | FloatImage):

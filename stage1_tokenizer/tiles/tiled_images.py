@@ -56,8 +56,8 @@ def encode_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float
                 central_hw = tokens_hw[shifted(rows, -tile_rows.start), shifted(columns, -tile_columns.start)]
                 ids[grid.name][image, rows, columns] = central_hw
     for grid in tiling.grids:  # a side that is smaller than a tile has got further tokens
-        rows, columns = tokens_covering(grid, tiling.sides, tiling.unit, size_of(images_BCHW))
-        ids[grid.name] = ids[grid.name][:, :rows, :columns]
+        height, width = tokens_covering(grid, tiling.sides, tiling.unit, size_of(images_BCHW))
+        ids[grid.name] = ids[grid.name][:, :height, :width]
     return ids if len(ids) > 1 else next(iter(ids.values()))
 
 
