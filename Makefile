@@ -36,7 +36,7 @@ test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 
 bench: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/python -m benchmarks.conditions edges --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.conditions captions --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.inpainting --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.augmentation --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.parallel_sampling speed $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 	$(BIN)/python -m benchmarks.sampling $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record
 

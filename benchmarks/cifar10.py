@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from stage1_tokenizer.data.open_data import open_splits
+from vqmosaic.recipes.recipe import Recipe
+
 FOLDERS = ("../shared/data/cifar10", "data/cifar10")
 
 
@@ -33,6 +36,12 @@ def load(split: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tens
             pixels.append(np.asarray(Image.open(io.BytesIO(row["img"]["bytes"])).convert("RGB")))
             labels.append(row["label"])
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
+
+
+def held_out_rows(recipe: Recipe) -> torch.Tensor:
+    """The rows of `load("train")` that a recipe holds out from training as validation images."""
+    validation = open_splits(recipe.data).validation
+    return torch.tensor([int(validation.source_name(index)) for index in range(len(validation))])  # the name of a source is its row
 
 
 def to_float(images_NHWC: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@
 
 The folder can be that of benchmarks.parallel_sampling, whose tokenizer of images and class-conditional prior (recipe cifar10) are used, or trained if
 they are missing. Each prior trains for the same time, without dropout. A tenth of the training images is held out. On them, the scale of linear
-guidance of the condition (for the class-conditional prior, of the class) with the lowest Frechet distance is chosen. Captions of held-out images have
-the templates of training for this. The priors are then given the conditions of the 10,000 test images, and captions with held-out templates. Frechet
+guidance with the lowest Frechet distance is chosen: of the condition alone, or of class and condition together. Captions of held-out images have the
+templates of training for this. The priors are then given the conditions of the 10,000 test images, and captions with held-out templates. Frechet
 distances are those to the test images, in the features of a small classifier that this script trains. Classifier, guidance scales and samples are
 kept in the folder, so a second call continues where the first one stopped.
 """
@@ -35,7 +35,6 @@ from benchmarks.two_levels import reconstruct
 from pipelines.stages.preprocess import preprocess
 from pipelines.stages.stage_inputs import condition_tokenizer_folder
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer, text_ids
-from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
@@ -51,7 +50,9 @@ from vqmosaic.seeding import image_seeds
 
 RECIPES = {"superres": "cifar10_superres", "edges": "cifar10_edges", "captions": "cifar10_captions"}
 SCALES = {"low": (1.0, 1.5, 2.0, 3.0, 5.0), "edges": (1.0, 2.0, 3.0, 5.0, 8.0), "text": (3.0, 4.0, 5.0, 6.0, 8.0), "class": (3.0, 4.0, 5.0, 6.0, 8.0)}
-"""For each given segment, the scales of linear guidance that are compared on the held-out images, without top-p."""
+"""For each given segment, the scales of linear guidance that are compared on the held-out images, without top-p. All others have the scale 1."""
+SCALES_FOR_ALL = {"low": (1.5, 2.0, 3.0), "edges": (2.0, 3.0, 5.0, 8.0), "text": (), "class": ()}
+"""The scales that are compared for all segments together, where there are several."""
 CONDITION_MINUTES = 2.0
 MIN_PSNR, MAX_AGREEMENT_LOSS = 25.0, 0.05
 COLUMNS, PICTURE_SCALE = 16, 3
@@ -88,12 +89,30 @@ class Contender(NamedTuple):
         return f"{self.metrics['nll']:.4f} ({self.metrics['step']:,} steps)"
 
 
+class Guidance(NamedTuple):
+    """Linear guidance."""
+
+    segment: str | None
+    """The guided segment. All others have the scale 1. None if all have the same scale."""
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.scale:g}" if self.segment else f"{self.scale:g} for all"
+
+    @property
+    def settings(self) -> SamplingConfig:
+        """The settings for sampling."""
+        if self.segment:
+            return SamplingConfig(guidance_schedule="linear", guidance={self.segment: self.scale})
+        return SamplingConfig(guidance_schedule="linear", guidance_scale=self.scale)
+
+
 class Sampled(NamedTuple):
     """The samples of a prior for the test images."""
 
     images_NHWC: torch.Tensor
-    scale: float
-    """The chosen guidance scale."""
+    guidance: Guidance
+    """The chosen guidance."""
     distance: float
     """The Frechet distance to the test images."""
 
@@ -103,8 +122,7 @@ def prepare(run_dir: Path, minutes: float, samples: int, held_out_samples: int) 
     tokenizer = load_tokenizer(make_tokens(run_dir, minutes=minutes) / "tokenizer")
     train_NHWC, train_labels_N = cifar10.load("train")
     test_NHWC, test_labels_N = cifar10.load("test")
-    validation = open_splits(make_recipe(RASTER, run_dir).data).validation
-    held_out_N = torch.tensor([int(validation.source_name(index)) for index in range(len(validation))])  # the name of a source is its row
+    held_out_N = cifar10.held_out_rows(make_recipe(RASTER, run_dir))
     classifier = make_classifier(run_dir, min(CLASSIFIER_SECONDS, 60 * minutes), train_NHWC, train_labels_N)
     judge = Judge(tokenizer, classifier, test_NHWC)
     return Setup(run_dir, tokenizer, Judge(tokenizer, classifier, train_NHWC[held_out_N]), judge, train_NHWC[held_out_N[:held_out_samples]],
@@ -157,43 +175,40 @@ def train_baseline(run_dir: Path, minutes: float) -> Contender:
 # --- sampling ----------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(segment: str, scale: float) -> SamplingConfig:
-    """Linear guidance of one segment. All others have the scale 1."""
-    return SamplingConfig(guidance_schedule="linear", guidance={segment: scale})
-
-
 @torch.no_grad()
-def sample_images(contender: Contender, tokenizer: Tokenizer, scale: float, classes: Sequence[int],
+def sample_images(contender: Contender, tokenizer: Tokenizer, guidance: Guidance, classes: Sequence[int],
                   given: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """An image (N, H, W, C) for each class and each row of the ids of the conditions. Priors that have not learned classes ignore them."""
     seeds, images = image_seeds(SEED, len(classes)), []
     for start in range(0, len(classes), BATCH):
         part = slice(start, start + BATCH)
-        ids_BT = contender.prior.sample(classes[part], settings_of(contender.segment, scale), seeds[part],
+        ids_BT = contender.prior.sample(classes[part], guidance.settings, seeds[part],
                                         given={name: ids_BG[part] for name, ids_BG in given.items()})
         images.append(torch.from_numpy(to_uint8(tokenizer.decode(tokenizer.split_tokens(ids_BT)))))
     return torch.cat(images)
 
 
-def sample_with_best_scale(setup: Setup, contender: Contender, held_out_given: Mapping[str, torch.Tensor],
-                           test_given: Mapping[str, torch.Tensor]) -> Sampled:
-    """Choose the guidance scale on the held-out images, and sample an image for each test image. Both are kept in files."""
+def sample_with_best_guidance(setup: Setup, contender: Contender, held_out_given: Mapping[str, torch.Tensor],
+                              test_given: Mapping[str, torch.Tensor]) -> Sampled:
+    """Choose the guidance on the held-out images, and sample an image for each test image. Both are kept in files."""
     folder = setup.run_dir / "conditions_benchmark"
     folder.mkdir(exist_ok=True)
     file = folder / f"{contender.key}-held-out-{len(setup.held_out_classes)}.json"
     distances = read_object(file, "delete it") if file.is_file() else {}
-    for scale in SCALES[contender.segment]:
-        if f"{scale:g}" not in distances:
-            images_NHWC = sample_images(contender, setup.tokenizer, scale, setup.held_out_classes, held_out_given)
-            distances[f"{scale:g}"] = setup.chooser.distance_of(images_NHWC)
+    compared = [*(Guidance(contender.segment, scale) for scale in SCALES[contender.segment]),
+                *(Guidance(None, scale) for scale in SCALES_FOR_ALL[contender.segment])]
+    for guidance in compared:
+        if str(guidance) not in distances:
+            images_NHWC = sample_images(contender, setup.tokenizer, guidance, setup.held_out_classes, held_out_given)
+            distances[str(guidance)] = setup.chooser.distance_of(images_NHWC)
             write_json(file, distances)
-    scale = min(SCALES[contender.segment], key=lambda scale: distances[f"{scale:g}"])
+    best = min(compared, key=lambda guidance: distances[str(guidance)])
     print(f"{contender.key}: Frechet distance to the held-out images by guidance scale: {distances}", flush=True)
-    file = folder / f"{contender.key}-test-{len(setup.test_classes)}-scale-{scale:g}.safetensors"
+    file = folder / f"{contender.key}-test-{len(setup.test_classes)}-scale-{best}.safetensors".replace(" ", "-")
     if not file.is_file():
-        save_tensors(file, {"images": sample_images(contender, setup.tokenizer, scale, setup.test_classes, test_given)})
+        save_tensors(file, {"images": sample_images(contender, setup.tokenizer, best, setup.test_classes, test_given)})
     images_NHWC = load_file(file)["images"]
-    return Sampled(images_NHWC, scale, setup.judge.distance_of(images_NHWC))
+    return Sampled(images_NHWC, best, setup.judge.distance_of(images_NHWC))
 
 
 @torch.no_grad()
@@ -233,7 +248,7 @@ def measure_superres(setup: Setup, minutes: float, condition_minutes: float) -> 
     contender, recipe = train_conditioned(RECIPES["superres"], setup.run_dir, minutes, condition_minutes)
     low = load_tokenizer(condition_tokenizer_folder(recipe, recipe.data.given_conditions[0]))
     held_out_low_NHWC, test_low_NHWC = derive(low.transform, setup.held_out_NHWC), derive(low.transform, setup.test_NHWC)
-    sampled = sample_with_best_scale(setup, contender, {"low": encode(low, held_out_low_NHWC)}, {"low": encode(low, test_low_NHWC)})
+    sampled = sample_with_best_guidance(setup, contender, {"low": encode(low, held_out_low_NHWC)}, {"low": encode(low, test_low_NHWC)})
     bicubic_NHWC = upsample_bicubic(test_low_NHWC, setup.test_NHWC.shape[1])
     bicubic_distance = setup.judge.distance_of(bicubic_NHWC)
     restored_NHWC = reconstruct(setup.tokenizer, setup.test_NHWC)
@@ -242,7 +257,7 @@ def measure_superres(setup: Setup, minutes: float, condition_minutes: float) -> 
     side = test_low_NHWC.shape[1]
     lines = [f"The tokenizer of the {side}x{side} images trained for {condition_minutes:g} minutes. It reconstructs those of the test images with "
              f"{psnr(reconstruct(low, test_low_NHWC), test_low_NHWC):.2f} dB. The prior trained for {minutes:g} minutes. NLL on held-out images, in "
-             f"nats per token: {contender.nll}. Guidance scale of the {side}x{side} image, chosen on held-out images: {sampled.scale:g}.", "",
+             f"nats per token: {contender.nll}. Guidance scale of the {side}x{side} image, chosen on held-out images: {sampled.guidance}.", "",
              f"| {len(setup.test_NHWC):,} test images from {side}x{side} pixels | Frechet distance to the test images | "
              f"PSNR of the result at {side}x{side}, dB |", "|---|---|---|",
              f"| prior, given the class | {sampled.distance:.3f} | {found:.2f} |",
@@ -269,8 +284,8 @@ def measure_edges(setup: Setup, minutes: float, condition_minutes: float) -> Res
     baseline = train_baseline(setup.run_dir, minutes)
     edges = load_tokenizer(condition_tokenizer_folder(recipe, recipe.data.given_conditions[0]))
     held_out_edges_NHWC, test_edges_NHWC = derive(edges.transform, setup.held_out_NHWC), derive(edges.transform, setup.test_NHWC)
-    sampled = sample_with_best_scale(setup, contender, {"edges": encode(edges, held_out_edges_NHWC)}, {"edges": encode(edges, test_edges_NHWC)})
-    unaware = sample_with_best_scale(setup, baseline, {}, {})
+    sampled = sample_with_best_guidance(setup, contender, {"edges": encode(edges, held_out_edges_NHWC)}, {"edges": encode(edges, test_edges_NHWC)})
+    unaware = sample_with_best_guidance(setup, baseline, {}, {})
     restored_NHWC = reconstruct(setup.tokenizer, setup.test_NHWC)
     scores = [edge_f_score(derive(edges.transform, images_NHWC), test_edges_NHWC) for images_NHWC in
               (sampled.images_NHWC, unaware.images_NHWC, restored_NHWC)]
@@ -281,8 +296,8 @@ def measure_edges(setup: Setup, minutes: float, condition_minutes: float) -> Res
              f"most {EDGE_TOLERANCE} pixel apart.", "",
              f"| {len(setup.test_NHWC):,} images | guidance scale, chosen on held-out images | F-score of the edges | "
              "Frechet distance to the test images |", "|---|---|---|---|",
-             f"| prior, given edges and class of the test images | {sampled.scale:g} | {scores[0]:.3f} | {sampled.distance:.3f} |",
-             f"| prior, given the class of the test images | {unaware.scale:g} | {scores[1]:.3f} | {unaware.distance:.3f} |",
+             f"| prior, given edges and class of the test images | {sampled.guidance} | {scores[0]:.3f} | {sampled.distance:.3f} |",
+             f"| prior, given the class of the test images | {unaware.guidance} | {scores[1]:.3f} | {unaware.distance:.3f} |",
              f"| reconstructions of the test images by the tokenizer | | {scores[2]:.3f} | {setup.judge.distance_of(restored_NHWC):.3f} |",
              f"| real training images | | | {setup.real_distance:.3f} |"]
     checks = {f"F-score higher than without the edges: {scores[0]:.3f} and {scores[1]:.3f}": scores[0] > scores[1]}
@@ -300,8 +315,8 @@ def measure_captions(setup: Setup, minutes: float, condition_minutes: float) -> 
     templates = text.held_out_templates
     captions = captions_of(setup.test_classes, names, templates)
     held_out_ids_NG = encode_captions(text, captions_of(setup.held_out_classes, names, text.templates))
-    sampled = sample_with_best_scale(setup, contender, {"text": held_out_ids_NG}, {"text": encode_captions(text, captions)})
-    unaware = sample_with_best_scale(setup, baseline, {}, {})
+    sampled = sample_with_best_guidance(setup, contender, {"text": held_out_ids_NG}, {"text": encode_captions(text, captions)})
+    unaware = sample_with_best_guidance(setup, baseline, {}, {})
     restored_NHWC = reconstruct(setup.tokenizer, setup.test_NHWC)
     found, expected, restored, real = (setup.judge.agreement(images_NHWC, setup.test_classes) for images_NHWC in
                                        (sampled.images_NHWC, unaware.images_NHWC, restored_NHWC, setup.test_NHWC))
@@ -312,8 +327,8 @@ def measure_captions(setup: Setup, minutes: float, condition_minutes: float) -> 
              f"{'; '.join(f'{template} {share:.1%}' for template, share in zip(templates, by_template, strict=True))}.", "",
              f"| {len(captions):,} images | guidance scale, chosen on held-out images | requested class | Frechet distance to the test images |",
              "|---|---|---|---|",
-             f"| prior, given captions with held-out templates | {sampled.scale:g} | {found:.1%} | {sampled.distance:.3f} |",
-             f"| prior, given the class | {unaware.scale:g} | {expected:.1%} | {unaware.distance:.3f} |",
+             f"| prior, given captions with held-out templates | {sampled.guidance} | {found:.1%} | {sampled.distance:.3f} |",
+             f"| prior, given the class | {unaware.guidance} | {expected:.1%} | {unaware.distance:.3f} |",
              f"| reconstructions of the test images by the tokenizer | | {restored:.1%} | {setup.judge.distance_of(restored_NHWC):.3f} |",
              f"| test images | | {real:.1%} | |", f"| real training images | | | {setup.real_distance:.3f} |"]
     checks = {f"requested class at most {100 * MAX_AGREEMENT_LOSS:g} points below the class-conditional prior: {100 * (found - expected):+.1f}":

@@ -35,7 +35,6 @@ from benchmarks.parallel_sampling import ANY_ORDER, BATCH, MINUTES, SEED, Judge,
 from benchmarks.two_levels import reconstruct
 from pipelines.editing.masked_images import MaskedImages, token_side
 from pipelines.generate import ImageGenerationPipeline
-from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
@@ -151,8 +150,7 @@ def measure(run_dir: Path, count: int, minutes: float) -> int:
     train_NHWC, train_labels_N = cifar10.load("train")
     test_NHWC, test_labels_N = cifar10.load("test")
     classifier = make_classifier(run_dir, min(CLASSIFIER_SECONDS, 60 * minutes), train_NHWC, train_labels_N)
-    validation = open_splits(make_recipe(ANY_ORDER, run_dir).data).validation
-    held_out_N = torch.tensor([int(validation.source_name(index)) for index in range(len(validation))])  # the name of a source is its row
+    held_out_N = cifar10.held_out_rows(make_recipe(ANY_ORDER, run_dir))
 
     def split(images_NHWC: torch.Tensor, labels_N: torch.Tensor, number: int) -> Images:
         """The first images, to be compared with all others."""

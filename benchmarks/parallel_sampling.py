@@ -35,7 +35,6 @@ from benchmarks.double_positions import make_double_positions
 from benchmarks.measuring import RESULTS, ratio, record, time_alternately, use_two_cpu_threads
 from benchmarks.sampling import CLASSES, GPU_PRESETS, GUIDANCE, PRESETS, Preset, llamagen_generate, make_prior
 from pipelines.stages.preprocess import preprocess
-from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
@@ -151,8 +150,7 @@ def measure_quality(run_dir: Path, minutes: float, schedule: str) -> int:
 
     train_NHWC, labels_N = cifar10.load("train")
     classifier = train_classifier(train_NHWC, labels_N)
-    validation = open_splits(make_recipe(RASTER, run_dir).data).validation
-    held_out_NHWC = train_NHWC[[int(validation.source_name(index)) for index in range(len(validation))]]  # the name of a source is its row
+    held_out_NHWC = train_NHWC[cifar10.held_out_rows(make_recipe(RASTER, run_dir))]
     test_NHWC, _ = cifar10.load("test")
     chooser, judge = Judge(tokenizer, classifier, held_out_NHWC), Judge(tokenizer, classifier, test_NHWC)
 

@@ -36,7 +36,6 @@ from benchmarks.parallel_sampling import (
     settings_of,
     train,
 )
-from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
@@ -72,8 +71,7 @@ def measure(name: str, run_dir: Path, minutes: float, samples: int, classifier: 
     validation = read_metrics(RunFolder(run_dir).logs("tokenizer") / "metrics.jsonl", "validation")[-1]
     restored_NHWC = reconstruct(tokenizer, test_NHWC)
     prior, metrics = train(name, run_dir, minutes)
-    splits = open_splits(make_recipe(name, run_dir).data)
-    held_out_NHWC = train_NHWC[[int(splits.validation.source_name(index)) for index in range(len(splits.validation))]]
+    held_out_NHWC = train_NHWC[cifar10.held_out_rows(make_recipe(name, run_dir))]
     scale = best_scale(prior, tokenizer, Judge(tokenizer, classifier, held_out_NHWC), min(samples, HELD_OUT_SAMPLES))
     images_NHWC, classes, _ = sample_images(prior, tokenizer, settings_of(None, SCHEDULE, scale), samples)
     judge = Judge(tokenizer, classifier, test_NHWC)

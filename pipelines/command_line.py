@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.augment.augment_command import augment
 from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
 from pipelines.editing.edit_commands import edit, score
+from pipelines.enhancing.enhance_command import enhance
 from pipelines.image_commands import generate, reconstruct, translate, upscale
 from vqmosaic import __version__
 from vqmosaic.errors import InputError, check_name, check_range
@@ -239,8 +241,10 @@ COMMANDS: dict[str, tuple[Callable[[str, list[str]], int], str]] = {
     "sweep": (sweep, "Choose sampling settings by Frechet distance, and recommend them in the bundle."),
     "upscale": (upscale, "Make large images from small ones, with a prior that is given images at low resolution."),
     "translate": (translate, "Make images from others, such as edges, with a prior that is given those."),
-    "edit": (edit, "Draw the masked part of an image again."),
+    "edit": (edit, "Draw a part of an image again: under a mask, around it, or at random places."),
+    "enhance": (enhance, "Remove noise and damage from images."),
     "score": (score, "Measure how unusual images and their parts are."),
+    "augment": (augment, "Write a labelled synthetic data set."),
     "reconstruct": (reconstruct, "Encode images to tokens and decode them again."),
     "check-data": (check_data, "Read every image of a recipe once and list unreadable ones."),
     "audit": (audit, "Check token shards for completeness."),

@@ -6,6 +6,7 @@ import re
 from typing import Any, NoReturn
 
 from vqmosaic.errors import InputError, nearest_name
+from vqmosaic.files.given_paths import given_path
 from vqmosaic.recipes.field_types import required_type
 from vqmosaic.recipes.recipe_files import field_help
 from vqmosaic.recipes.recipe_sections import SamplingConfig
@@ -28,6 +29,26 @@ class Parser(argparse.ArgumentParser):
         nearest = nearest_name(unknown[1].partition("=")[0], self.option_names) if unknown else None
         hint = f" Did you mean {nearest}?" if nearest else ""
         raise InputError(f"{message}.{hint} Options of {self.prog}: {', '.join(self.option_names)}.")
+
+
+def add_pipeline_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of the commands that use a pipeline."""
+    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+
+
+def add_out_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Add the option --out of a command that needs it. `more` is added to its help."""
+    parser.add_argument("--out", required=True, type=given_path, help=f"output folder{more}")
+
+
+def add_prompt_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --prompt."""
+    parser.add_argument("--prompt", metavar="TEXT", help="the text, for a prior that is given captions")
+
+
+def add_seed_option(parser: argparse.ArgumentParser, results: str = "images") -> None:
+    """Add the option --seed. `results` is what the command writes."""
+    parser.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {results}; default: 0")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, note: str) -> None:

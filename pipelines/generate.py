@@ -14,7 +14,8 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
 
-tokenizer_methods.py has encode, decode and reconstruct, and editing/edit_methods.py has inpaint, outpaint, complete, variations and score.
+tokenizer_methods.py has encode, decode and reconstruct, editing/edit_methods.py has inpaint, outpaint, complete, variations and score,
+enhancing/enhance_methods.py has enhance, and augment/labelled_images.py has labelled_batches.
 """
 
 import shutil
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 
+from pipelines.augment.labelled_images import LabelledImageMethods
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, concatenate, decode_in_batches, to_output_type
-from pipelines.editing.edit_methods import EditingMethods
+from pipelines.enhancing.enhance_methods import EnhancingMethods
 from pipelines.generation_output import GenerationOutput, Images
 from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
 from pipelines.larger_images.sample_request import sample_request
@@ -50,7 +52,7 @@ from vqmosaic.runs.devices import as_dtype
 from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
 
-class ImageGenerationPipeline(EditingMethods, TokenizerMethods):
+class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
@@ -255,7 +257,8 @@ class ImageGenerationPipeline(EditingMethods, TokenizerMethods):
 
             def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
                      callback: Callable[[int, int], bool | None] | None) -> Ids:
-                return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True)
+                return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True,
+                                       evidence=part.evidence)
 
             ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
             images, first = [], positions.start
@@ -269,16 +272,16 @@ class ImageGenerationPipeline(EditingMethods, TokenizerMethods):
 
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
-                   known_BT: torch.Tensor | None = None, keep_unseen: bool = False) -> Ids:
+                   known_BT: torch.Tensor | None = None, keep_unseen: bool = False, evidence: Mapping[str, torch.Tensor] | None = None) -> Ids:
         """Sample ids of all grids of the tokenizer, in the form of `encode`, on the pipeline's device. Image b has the seed seeds[b].
 
         `given` are ids of conditions by name, `known_BT` tokens of all grids to keep, with -1 for tokens to draw. `keep_unseen` is that of
-        `TokenPrior.sample`.
+        `TokenPrior.sample`, and `evidence` that of `PriorChain.sample`.
         """
         grids = self.tokenizer.grids
         known = None if known_BT is None else {grid.name: part for grid, part in zip(
             grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
-        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen)
+        drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen, evidence)
         return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
 
     def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None, given_ids: Mapping[str, torch.Tensor] | None = None) -> float:

@@ -5,7 +5,7 @@ import operator
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,13 +15,16 @@ from pipelines.labels import class_indices
 from stage1_tokenizer.tiles.tiling import Tiling
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
-from vqmosaic.errors import InputError, check_name, check_range, listed_names
+from vqmosaic.errors import InputError, check_range, listed_names, nearest_name
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import derive_seed, image_seeds
 
 SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
+CALL_ARGUMENTS = ("class_labels", "num_images_per_label", "seed", "prompt", "image", "given_ids", "size", "window_overlap", "output_type",
+                  "callback", "batch_size", "compile")
+"""The arguments of a call besides the sampling settings."""
 FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
 """The arguments of a call that could be positional in version 0.1.0, after seed."""
 
@@ -44,13 +47,18 @@ class Request(NamedTuple):
     """Whether images of type pil keep alpha."""
     tiling: Tiling | None = None
     """The windows of images that are larger than the training images. `known_BT` and `given` are then those of the whole images."""
+    evidence: Mapping[str, torch.Tensor] | None = None
+    """The log likelihood (B, n, K) of what was observed for each code, by name of the grid."""
+    prepare: Callable[["Request", range], "Request"] | None = None
+    """Called with the request for a batch and its positions. Returns it with `known_BT` and `evidence`, which are large, for this batch alone."""
 
     def part(self, positions: range) -> "Request":
         """The request for the images at these positions alone."""
         batch = slice(positions.start, positions.stop)
-        return self._replace(classes=self.classes and self.classes[batch], seeds=self.seeds[batch],
+        part = self._replace(classes=self.classes and self.classes[batch], seeds=self.seeds[batch],
                              known_BT=None if self.known_BT is None else self.known_BT[batch],
-                             given={name: ids_Nn[batch] for name, ids_Nn in self.given.items()})
+                             given={name: ids_Nn[batch] for name, ids_Nn in self.given.items()}, prepare=None)
+        return part if self.prepare is None else self.prepare(part, positions)
 
 
 class Given(NamedTuple):
@@ -69,8 +77,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position. `tiling` has the windows of
     larger images.
     """
-    for name in settings:
-        check_name("a setting", name, SAMPLING_SETTINGS)
+    check_settings(settings)
     count = as_integer("num_images_per_label", num_images_per_label)
     check_range("num_images_per_label", count, at_least=1)
     changed = {name: value for name, value in settings.items() if value is not None}
@@ -82,6 +89,8 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
         raise InputError("class_labels is given, but this prior was trained with drop rate 1 of the class, so it would have no effect. "
                          f"{inputs.describe_taken()}")
     classes = None if labels is None else class_indices(names, labels)
+    if given.ids is not None and not isinstance(given.ids, Mapping):
+        raise InputError(f"given_ids is {type(given.ids).__name__}; give a dict of ids by the name of their condition. {inputs.describe_taken()}")
     ids = inputs.ids(given.prompt, given.image, given.ids, tiling)
     for message in inputs.describe_cut(given.prompt):
         warnings.warn(message, stacklevel=level_of_user())
@@ -99,11 +108,30 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
                              f"effect; {remedy}.")
         sampling = sampling.unguided()  # the recommended guidance needs classes or conditions
     check_guidance(vocabulary, sampling)
+    vocabulary.check_guided_are_given(changed.get("guidance", {}), classes is not None, ids)
     rows = common_length({"class_labels": classes, **{inputs.label_of(name): rows for name, rows in ids.items()}, **(paired or {})})
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
     return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids, tiling=tiling)
+
+
+def check_settings(settings: Iterable[str], arguments: Sequence[str] = CALL_ARGUMENTS) -> None:
+    """Raise InputError for names that are no sampling settings. `arguments` are the other arguments of the method, which the message lists, too."""
+    for name in settings:
+        if name not in SAMPLING_SETTINGS:
+            allowed = [*arguments, *SAMPLING_SETTINGS]
+            nearest = next((each for each in allowed if each.startswith(name)), None) or nearest_name(name, allowed)
+            hint = f" Did you mean {nearest!r}?" if nearest else ""
+            raise InputError(f"there is no argument or sampling setting {name!r}.{hint} Arguments: {', '.join(arguments)}. Sampling settings: "
+                             f"{', '.join(SAMPLING_SETTINGS)}.")
+
+
+def check_training_size(method: str, arguments: dict[str, Any]) -> None:
+    """Remove `size` and `window_overlap` from the arguments of a method that draws only images of the training size. Raises InputError if given."""
+    if given := [name for name in ("size", "window_overlap") if arguments.pop(name, None) is not None]:
+        raise InputError(f"{method} draws images of the training size only; leave {' and '.join(given)} out. A call of the pipeline, inpaint, "
+                         "outpaint and complete draw larger images.")
 
 
 def level_of_user() -> int:

@@ -4,12 +4,27 @@ import operator
 from collections.abc import Sequence
 
 from vqmosaic.errors import InputError, did_you_mean, listed_names
+from vqmosaic.wording import counted
 
 
 def evenly_spaced_classes(classes: int, samples: int) -> list[int]:
     """At most `samples` class indices, evenly spaced between 0 and classes - 1."""
     count = min(classes, samples)
     return [index * classes // count for index in range(count)]
+
+
+def balanced_labels(names: Sequence[str], classes: Sequence[int], num_images: int) -> list[int]:
+    """The class index of each image of a balanced data set: the classes in turn, so the first ones have one more if it is not divisible.
+
+    `names` are those of all classes. Raises InputError for fewer images than classes, and for a class that is listed twice.
+    """
+    if len(set(classes)) < len(classes):
+        twice = next(index for number, index in enumerate(classes) if index in classes[:number])
+        raise InputError(f"the class {names[twice]!r} is listed twice; list each class once.")
+    if num_images < len(classes):
+        raise InputError(f"{counted(num_images, 'image')} cannot be balanced over {counted(len(classes), 'class')}; "
+                         f"give at least {len(classes)}, or fewer classes.")
+    return [classes[number % len(classes)] for number in range(num_images)]
 
 
 def class_indices(names: list[str] | None, labels: Sequence[str | int]) -> list[int]:

@@ -31,16 +31,18 @@ class TextEncoder:
         return cls(condition, load_text_tokenizer(folder), folder)
 
     def ids(self, texts: str | Sequence[str]) -> torch.Tensor:
-        """int64 ids (N, n) of a text or a list of texts. Raises InputError for anything else."""
+        """int64 ids (N, n) of a text or a list of texts, without spaces at their ends. Raises InputError for anything else, and for empty texts."""
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
             raise InputError(f"prompt is {str(texts)[:100]!r}; give a text, or a list of texts.")
-        return torch.from_numpy(np.stack([text_ids(self.tokenizer, text, self.condition.num_tokens) for text in texts]))
+        if not all(text.strip() for text in texts):
+            raise InputError("prompt is empty, but the prior was trained without empty captions. Leave it out to generate without a prompt.")
+        return torch.from_numpy(np.stack([text_ids(self.tokenizer, text.strip(), self.condition.num_tokens) for text in texts]))
 
     def describe_cut(self, texts: str | Sequence[str]) -> str | None:
         """How many texts are longer than the captions of the prior, with what is left of the first. None if there are none."""
         texts, length = [texts] if isinstance(texts, str) else texts, self.condition.num_tokens
-        cut = [text for text in texts if len(self.tokenizer.encode(text)) > length]
+        cut = [text.strip() for text in texts if len(self.tokenizer.encode(text.strip())) > length]
         if not cut:
             return None
         which = "the prompt is" if len(texts) == 1 else f"{len(cut)} of {len(texts)} prompts {is_or_are(len(cut))}"

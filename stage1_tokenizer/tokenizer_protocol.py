@@ -143,6 +143,13 @@ class Tokenizer(nn.Module, ABC):
         """
         return self.decode_grids(self.encode_grids(images_BCHW))
 
+    def vectors_and_codes(self, images_BCHW: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """For each grid whose ids are those of the nearest codes: the vectors (B, h, w, F) of images in [-1, 1], and the codes (K, F), in float32.
+
+        Other grids are left out, so tokenizers that choose ids in another way return nothing.
+        """
+        return {}
+
     def join_tokens(self, ids: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tokens (B, T) of all grids, in order, for ids as `encode` returns them."""
         by_grid = self.ids_by_grid(ids)

@@ -7,7 +7,7 @@ A prior of all grids of a tokenizer is a chain of one. With two priors, the seco
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from stage2_prior.vocabulary import Vocabulary
 from token_shards.manifest import Grid, describe_grids
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.wording import is_or_are
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,13 @@ class ChainVocabulary:
         """Why no prior supports guidance, to follow "the prior". None if one does."""
         reasons = [vocabulary.why_unguided() for vocabulary in self.vocabularies]
         return None if None in reasons else reasons[0]
+
+    def check_guided_are_given(self, guidance: Iterable[str], has_class: bool, given: Iterable[str]) -> None:
+        """Raise InputError if a request sets the guidance scale of a segment that it does not give. Grids that an earlier prior draws are given."""
+        known = {*given, *(grid.name for grid in self.grids), *([CLASS_NAME] if has_class else [])}
+        if unused := [name for name in guidance if name in self.given_names and name not in known]:
+            raise InputError(f"guidance has {', '.join(unused)}, which {is_or_are(len(unused))} not given, so guidance has no effect there. Give "
+                             f"{', '.join(unused)}, or leave it out of guidance.")
 
     def why_not_sampled(self, has_class: bool, given: Collection[str]) -> str | None:
         """Why the priors cannot sample with these conditions, with or without a class, as a sentence. None if they can.

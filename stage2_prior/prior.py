@@ -190,7 +190,7 @@ class TokenPrior(nn.Module):
     def sample(self, class_indices_B: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
                given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None,
-               known_BT: torch.Tensor | None = None, keep_unseen: bool = False) -> torch.Tensor:
+               known_BT: torch.Tensor | None = None, keep_unseen: bool = False, evidence_BTK: torch.Tensor | None = None) -> torch.Tensor:
         """Sample ids (B, T) of the drawn grids, as int64 on the prior's device. Image b has the class class_indices_B[b] and the seed seeds[b].
 
         Class -1 means no class, and None in place of the classes means no class for any image. `callback(done, T)` is called after each pass. If it
@@ -202,6 +202,8 @@ class TokenPrior(nn.Module):
 
         `known_BT` gives ids that are kept, with -1 for tokens to draw. Priors trained in raster order accept known ids only before all others. With
         `keep_unseen`, they keep all known ids, but draw each token without seeing the known ones after it.
+
+        `evidence_BTK` is added to the logits of each token, after guidance: the log likelihood of what was observed of it, for each code.
         """
         return sample_tokens(self.model, self.vocabulary, class_indices_B, sampling, seeds, callback, compile, given, segment_guidance, known_BT,
-                             keep_unseen)
+                             keep_unseen, evidence_BTK)

@@ -24,6 +24,7 @@ from stage1_tokenizer.conditions.text_tokenizer import (
     text_ids,
 )
 from stage1_tokenizer.data.check_data import check_data
+from stage1_tokenizer.data.folder_metadata import texts_in_metadata
 from stage1_tokenizer.data.open_data import open_splits
 from tests.image_folders import names, write_classes
 from vqmosaic.errors import InputError
@@ -126,6 +127,16 @@ def test_columns_of_metadata(photos, kind):
     assert texts.get("dog/001.png", "animal 001") == "animal 001"
     with pytest.raises(InputError, match=r"data\.conditions: column .* is 'captoin'; allowed: caption. Did you mean 'caption'"):
         captions_of(data_with(photos, column="captoin"))
+
+
+def test_columns_without_texts_are_refused(photos):
+    rows = [{"file_name": "cat/000.png", "caption": ["a cat", "an animal"]}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"column 'caption' of metadata\.jsonl has \['a cat', 'an animal'\] for cat/000\.png; .* one text"):
+        texts_in_metadata(photos, ["cat/000.png"], "caption")
+    (photos / "metadata.jsonl").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"cannot be read .* has the classes or captions of the images beside it"):
+        texts_in_metadata(photos, ["cat/000.png"], "caption")
 
 
 def test_columns_of_hugging_face_data_sets(tmp_path):

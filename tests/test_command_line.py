@@ -1,6 +1,7 @@
 """The vqmosaic command: messages, exit codes, response times, and the files that its commands write.
 
-Most tests start a process. Calls that import torch run in this process through `dispatch`, because the import is slow.
+Invalid calls run in forks of a process that has not loaded torch (tests/forked_command.py). Calls that need torch run in this process through
+`dispatch`, because the import is slow. Only tests of the process itself start one.
 """
 
 import dataclasses
@@ -21,7 +22,9 @@ from pipelines.stages.chain import example_classes
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer import ImageTokenizer
 from stage2_prior.vocabulary import Vocabulary
+from tests.forked_command import ForkedCommands
 from tests.run_files import pictures
+from tests.test_structure import SLOW, loaded
 from tests.tiny import ROOT, command, tiny_overrides, tiny_recipe
 from vqmosaic import __version__
 from vqmosaic.errors import InputError
@@ -42,13 +45,27 @@ def timed(*arguments: object, **environment: str):
     return result, seconds
 
 
-def error_message(*arguments: object, **environment: str) -> str:
-    """The message of a call that must fail: on stderr, with exit code 2, without a traceback, in time."""
-    result, seconds = timed(*arguments, **environment)
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.startswith("error: ") and not result.stdout
-    assert seconds < SLACK * ERROR_SECONDS
-    return result.stderr
+@pytest.fixture(scope="module")
+def commands():
+    """Runs commands in forks of a process without torch."""
+    with ForkedCommands() as forks:
+        yield forks
+
+
+@pytest.fixture
+def error_message(commands):
+    """error_message(*arguments) returns the message of a call that must fail: on stderr, with exit code 2, without a traceback.
+
+    Only calls that must look at weights or devices may load torch, which takes seconds. With the other slow libraries it would take longer.
+    """
+    def message(*arguments: object, may_load: tuple[str, ...] = ()) -> str:
+        result = commands.run(*arguments)
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr and result.stderr.startswith("error: ") and not result.stdout
+        assert loaded(result.modules, *SLOW) <= {*may_load}
+        return result.stderr
+
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -70,30 +87,30 @@ def test_help_is_fast(arguments):
     assert seconds < SLACK * HELP_SECONDS
 
 
-def test_overview_lists_commands_and_recipes():
-    stdout = command("--help").stdout
+def test_overview_lists_commands_and_recipes(commands):
+    stdout = commands.run("--help").stdout
     for word in ("run", "train-tokenizer", "preprocess", "train-prior", "bundle", "generate", "reconstruct", "check-data", "audit", "demo", "doctor",
                  "digits", "cifar10", "image_folder", "imagenet256"):
         assert word in stdout
-    assert command("--version").stdout.strip() == __version__
+    assert commands.run("--version").stdout.strip() == __version__
 
 
-def test_recipe_help_shows_its_values():
-    stdout = " ".join(command("run", "digits", "--help").stdout.split())
+def test_recipe_help_shows_its_values(commands):
+    stdout = " ".join(commands.run("run", "digits", "--help").stdout.split())
     assert "--tokenizer.codebook_size" in stdout and "default: runs/digits)" in stdout and "those of digits" in stdout
 
 
 @pytest.mark.parametrize("name", ["run", "train-prior"])
-def test_recipe_help_shows_options_that_are_not_fields(name):
-    stdout = " ".join(command(name, "--help").stdout.split())
+def test_recipe_help_shows_options_that_are_not_fields(name, commands):
+    stdout = " ".join(commands.run(name, "--help").stdout.split())
     for option in ("--processes N number of processes", "--accelerate_config FILE Accelerate configuration",
                   "--redo STAGE delete and rerun this stage (tokenizer, "):
         assert option in stdout
     assert ("--overfit N only check that" in stdout) == (name == "train-prior")
 
 
-def test_run_without_recipe_prints_usage():
-    result = command("run")
+def test_run_without_recipe_prints_usage(commands):
+    result = commands.run("run")
     assert result.returncode == 2 and "usage: vqmosaic run RECIPE" in result.stdout
 
 
@@ -180,16 +197,19 @@ INVALID_CALLS = {
     "doctor stray": (["doctor", "now"], ["unrecognized arguments: now"]),
 }
 
+MAY_LOAD = {"data path missing": ("torch",), "architecture": ("torch", "transformers"), "device": ("torch",)}
+"""Slow libraries that the check needs: whether there is a GPU, and the architectures that transformers has."""
+
 
 @pytest.mark.parametrize("name", INVALID_CALLS)
-def test_invalid_call_is_rejected(name, nowhere, tiny_run):
+def test_invalid_call_is_rejected(name, nowhere, tiny_run, error_message):
     arguments, expected = INVALID_CALLS[name]
-    message = error_message(*(argument.format(nowhere=nowhere, run=tiny_run) if isinstance(argument, str) else argument for argument in arguments))
+    message = error_message(*(argument.format(nowhere=nowhere, run=tiny_run) for argument in arguments), may_load=MAY_LOAD.get(name, ()))
     assert all(part.replace("{run}", str(tiny_run)) in message for part in expected), message
     assert not (nowhere / "r").exists() and not (nowhere / "p").exists(), "a rejected call leaves no files behind"
 
 
-def test_bundle_rejects_mismatched_parts(tiny_run, tmp_path):
+def test_bundle_rejects_mismatched_parts(tiny_run, tmp_path, error_message):
     recipe = tiny_recipe(tmp_path)
     ImageTokenizer(recipe.tokenizer, ImageTransform(image_size=16, channels=1), seed=1).save_pretrained(tmp_path / "tokenizer")
     message = error_message("bundle", "--tokenizer", tmp_path / "tokenizer", "--prior", tiny_run / "prior", "--out", tmp_path / "pipeline")
@@ -205,14 +225,14 @@ def test_bundle_rejects_mismatched_parts(tiny_run, tmp_path):
     ({"prior__layers": 2}, ["prior.layers = 1, now it is 2", "--redo prior"]),
     ({"tokenizer_training__max_steps": 9}, ["stage tokenizer has grown", "--redo tokens"]),
 ], ids=str)
-def test_changed_recipe_of_a_finished_run_is_rejected(changes, expected, tiny_run):
+def test_changed_recipe_of_a_finished_run_is_rejected(changes, expected, tiny_run, error_message):
     recipe = (tiny_run / "recipe.yaml").read_bytes()
     message = error_message("run", "digits", *tiny_overrides(tiny_run, **changes))
     assert all(part in message for part in expected), message
     assert (tiny_run / "recipe.yaml").read_bytes() == recipe
 
 
-def test_damaged_files_are_reported(tiny_copy, tiny_run):
+def test_damaged_files_are_reported(tiny_copy, tiny_run, error_message):
     (tiny_copy / "pipeline" / "pipeline.json").write_text("{")
     assert "pipeline.json is not JSON" in error_message("generate", tiny_copy)
     (tiny_copy / "tokenizer" / "config.json").write_text("[]")

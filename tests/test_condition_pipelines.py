@@ -75,6 +75,7 @@ def test_images_and_prompts_become_ids(pipe, small):
     out = pipe(["ant", "bee", "ant"], prompt="sea", image=small, seed=1)
     assert len(out.images) == 3 and {name: tuple(ids.shape) for name, ids in out.given_ids.items()} == {"low": (3, 4), "text": (3, TEXT_LENGTH)}
     assert out.given_ids["text"].tolist() == [[*b"sea", 256, 256, 256]] * 3
+    assert torch.equal(pipe.inputs.ids(prompt=" sea\n")["text"], out.given_ids["text"][:1]), "captions have no spaces at their ends either"
     low = pipe.inputs.tokenizers["low"]
     encoded = low.encode(torch.stack([low.transform.without_derivation(image) for image in small]))
     assert torch.equal(out.given_ids["low"], encoded.flatten(1))
@@ -128,6 +129,7 @@ def test_translate(edges_pipeline, pipe, small):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"prompt": 3}, "prompt is '3'; give a text|prompt is 3"),
     ({"prompt": []}, "prompt is"),
+    ({"prompt": ["sea", " "]}, "prompt is empty, but the prior was trained without empty captions"),
     ({"prompt": {"caption": "x"}}, "prompt has caption; this pipeline takes: text"),
     ({"image": {"edges": None}}, "image has edges; this pipeline takes: low"),
     ({"image": "photo.png"}, "image for the condition 'low': images is str"),
@@ -139,7 +141,11 @@ def test_translate(edges_pipeline, pipe, small):
     ({"prompt": ["a", "b"], "class_labels": ["ant", "bee", "ant"]}, "class_labels has 3 entries and prompt has 2 entries; give one for each image"),
     ({"guidance": {"depth": 2.0}, "prompt": "a"}, "guidance has depth; the given segments of the prior are: class, low, text"),
     ({"guidance_scale": 2.0}, "nothing is given, so guidance has no effect; give class_labels or image or prompt"),
-    ({"strength": 1}, "a setting is 'strength'"),
+    ({"guidance": {"low": 2.0, "text": 1.5}, "prompt": "a"}, "guidance has low, which is not given, so guidance has no effect there"),
+    ({"guidance": {"class": 2.0}, "prompt": "a"}, "guidance has class, which is not given"),
+    ({"given_ids": 3}, r"given_ids is int; give a dict .* takes: class_labels, image \(low\), prompt \(text\)"),
+    ({"promt": "sea"}, r"there is no argument or sampling setting 'promt'. Did you mean 'prompt'"),
+    ({"strength": 1}, "there is no argument or sampling setting 'strength'.* Arguments: class_labels, num_images_per_label, seed, prompt, image"),
 ])
 def test_invalid_arguments_are_refused(arguments, words, pipe):
     with pytest.raises(InputError, match=words):
@@ -343,6 +349,14 @@ def test_long_prompts_give_a_warning(folder, pipe, tmp_path, capsys):
     assert dispatch(["edit", str(folder), str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png"), "--prompt", "a short text", "--num", "1",
                      "--out", str(tmp_path / "edited"), "--device", "cpu"]) == 0
     assert f"warning: {message}" in capsys.readouterr().out
+
+
+def test_scales_of_what_is_not_given_are_refused(folder, photos, tmp_path):
+    generate, upscale = ["generate", str(folder), "--prompt", "sea"], ["upscale", str(folder), str(photos / "c.png")]
+    for command, guidance in ((generate, "text=2,low=3"), (generate, "class=2"), (upscale, "low=2,text=3"), (upscale, "class=2")):
+        with pytest.raises(InputError, match=f"guidance has {guidance.rpartition(',')[2][:-2]}, which is not given"):
+            dispatch([*command, "--out", str(tmp_path / "out"), "--guidance", guidance])
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):

@@ -1,7 +1,9 @@
 """Editing images: kept pixels are unchanged, masked tokens are drawn given the others, and the command `edit`."""
 
+import inspect
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -11,19 +13,26 @@ import torch
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from pipelines import ImageGenerationPipeline
+from pipelines import ImageGenerationPipeline, bundle
 from pipelines.command_line import dispatch
+from pipelines.editing.edit_inputs import DRAWN_BY
+from pipelines.editing.edit_methods import EDIT_ARGUMENTS, EditingMethods
 from pipelines.editing.given_images import tokens_of
 from pipelines.editing.masked_images import masks_from, tokens_in_masks
 from pipelines.editing.result_folder import EditFolder
 from pipelines.editing.write_results import write_edits
-from pipelines.generation_request import tries_seeds
+from pipelines.generation_request import CALL_ARGUMENTS, tries_seeds
+from pipelines.image_folders import write_images
+from stage1_tokenizer.pictures import GAP_PIXELS, viewing_scale
 from stage2_prior.segments import GivenGrid
 from tests.conditioned import CLASSES, LOW_SIZE, make_parts
 from tests.editing import TOKEN, box_mask, make_pipe, make_prior, random_image, saved_pipeline, two_grids
+from tests.test_structure import loaded, modules_after
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import Interrupted
+from vqmosaic.runs.launch import exit_code_of
+from vqmosaic.training.tracking import ProgressLines
 
 CASES = {
     "grey": {}, "grey and alpha": {"channels": 2}, "colour": {"channels": 3, "size": [16, 24]}, "colour and alpha": {"channels": 4},
@@ -252,6 +261,29 @@ def test_variations_draw_a_share_of_the_tokens(pipe, pipe_of_two_grids):
         assert not torch.equal(changed[1][0], changed[1][1]), "other places for each result"
 
 
+@pytest.mark.parametrize("kind", ["mask", "box", "keep", "strength"])
+def test_batches_are_the_results_of_the_methods(kind, pipe, tmp_path):
+    own, image = KINDS[kind], random_image(pipe).crop((0, 0, 8, 4) if kind == "box" else (0, 0, 16, 16))
+    image.save(tmp_path / "photo.png")
+    Image.fromarray(box_mask(pipe, 4, 3, 11, 9)).save(tmp_path / "mask.png")
+    own_values = {"mask": Image.open(tmp_path / "mask.png")} if kind == "mask" else own
+    files = {"image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png")}
+    expected = call(pipe, files, own, num_images_per_label=5, seed=3)
+    skipped = pipe.edit_batches(image, **own_values, num_images_per_label=5, seed=3, batch_size=2, skip=lambda positions: 2 in positions)
+    batches = list(skipped)
+    assert [batch.places for batch in batches] == [range(2), range(4, 5)]
+    for batch in batches:
+        assert [result.tobytes() for result in batch.images] == [expected[place].tobytes() for place in batch.places]
+
+
+def test_the_listed_arguments_are_those_of_the_methods():
+    for method in (EditingMethods.inpaint, EditingMethods.edit_batches):
+        own = {name for each in (method, EditingMethods._edit_request, EditingMethods._check_edit) for name in inspect.signature(each).parameters}
+        assert own - {"self", "image", "images_NCHW", "drawn_by", "value", "tiling", "arguments", "settings", "skip", *DRAWN_BY} == {*EDIT_ARGUMENTS}
+    own = {*inspect.signature(ImageGenerationPipeline.__call__).parameters}
+    assert own - {"self", "positional", "settings"} == {*CALL_ARGUMENTS}
+
+
 # --- masks and errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +303,7 @@ BLACK, WHITE = Image.new("L", (16, 16)), Image.new("L", (16, 16), 255)
 @pytest.mark.parametrize(("mask", "words"), [
     (BLACK, "has no white"), (Image.new("L", (16, 8), 255), "the mask is 16 x 8 pixels"), ([WHITE, BLACK], "2 masks and 1 images"),
     (Image.new("RGBA", (16, 16)), "transparent pixels"), (np.ones((16, 16), dtype=np.uint8), "an array of uint8 .* give mask > 0"),
-    (np.ones(16, dtype=bool), "of shape"), ("mask.png", "of type str"), ([], "mask is an empty list"),
+    (np.ones(16, dtype=bool), "of shape"), ("mask.png", r"of type str; .* PIL.Image.open\('mask.png'\)"), ([], "mask is an empty list"),
 ])
 def test_invalid_masks_are_refused(pipe, mask, words):
     with pytest.raises(InputError, match=words):
@@ -279,18 +311,23 @@ def test_invalid_masks_are_refused(pipe, mask, words):
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda pipe, image: pipe.inpaint(image.resize((8, 32)), WHITE), "image 0 is 8 x 32 pixels .* edits images of 16 x 16.*resize"),
+    (lambda pipe, image: pipe.inpaint(image.resize((8, 32)), WHITE), "the image is 8 x 32 pixels .* edits images of 16 x 16.*resize"),
     (lambda pipe, image: pipe.inpaint(torch.zeros(1, 1, 8, 8), WHITE), "images is a torch.float32 tensor"),
-    (lambda pipe, image: pipe.inpaint("photo.png", WHITE), "images is str"),
+    (lambda pipe, image: pipe.inpaint([image, image.resize((8, 32))], WHITE), "image 1 is 8 x 32 pixels"),
+    (lambda pipe, image: pipe.inpaint("photo.png", WHITE), r"images is str; .* open it first: PIL.Image.open\('photo.png'\)"),
+    (lambda pipe, image: pipe.inpaint(["photo.png"], WHITE), r"images is a list of str; .* PIL.Image.open\('photo.png'\)"),
     (lambda pipe, image: pipe.inpaint([image] * 2, WHITE, ["ant"] * 3), "class_labels has 3 entries and images has 2 entries"),
     (lambda pipe, image: pipe.inpaint(image, WHITE, num_tries=0), "num_tries is 0"),
     (lambda pipe, image: pipe.inpaint(image, WHITE, condition_image=image), "was not trained with an image"),
-    (lambda pipe, image: pipe.inpaint(image, WHITE, sharpness=2), "sharpness"),
+    (lambda pipe, image: pipe.inpaint(image, WHITE, num_images=2), "sampling setting 'num_images'. Did you mean 'num_images_per_label'"),
+    (lambda pipe, image: pipe.variations(image, sharpness=2), "sharpness.* Arguments: class_labels, num_tries, .* Sampling settings: guidance_scale"),
+    (lambda pipe, image: pipe.edit_batches(image), "nothing says what to draw again; give exactly one of mask, box, keep and strength"),
+    (lambda pipe, image: pipe.edit_batches(image, mask=WHITE, keep="top"), "mask and keep are given; give exactly one of"),
     (lambda pipe, image: pipe.inpaint(image, WHITE, "cow"), "no class 'cow'"),
     (lambda pipe, image: pipe.outpaint(image, (0, 0, 16, 16)), "nothing to draw"),
     (lambda pipe, image: pipe.outpaint(image, (0, 0, 17, 8)), "inside of 16 x 16"),
     (lambda pipe, image: pipe.outpaint(image, (0, 0, 8)), "give left, top, right and bottom"),
-    (lambda pipe, image: pipe.outpaint(image, (0, 0, 8, 4)), "image 0 is 16 x 16 pixels .* box is a place of 8 x 4"),
+    (lambda pipe, image: pipe.outpaint(image, (0, 0, 8, 4)), "the image is 16 x 16 pixels .* box is a place of 8 x 4"),
     (lambda pipe, image: pipe.complete(image, "bottom"), 'keep is \'bottom\'; allowed: "top", "left"'),
     (lambda pipe, image: pipe.complete(image, 1), "keep is 1"), (lambda pipe, image: pipe.complete(image, True), "keep is True"),
     (lambda pipe, image: pipe.variations(image, 0), "strength is 0"), (lambda pipe, image: pipe.variations(image, 1.5), "strength is 1.5"),
@@ -303,17 +340,138 @@ def test_invalid_arguments_are_refused(pipe, call, words):
 # --- the command ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def pipeline(pipe, tmp_path_factory) -> Path:
+    """The folder of the pipeline, which tests must not change."""
+    return saved_pipeline(tmp_path_factory.mktemp("saved"), pipe)
+
+
 @pytest.fixture
-def files(pipe, tmp_path) -> dict[str, str]:
+def files(pipe, pipeline, tmp_path) -> dict[str, str]:
     """Paths of a pipeline, an image and a mask."""
     random_image(pipe).save(tmp_path / "photo.png")
     Image.fromarray(box_mask(pipe, 4, 3, 11, 9)).save(tmp_path / "mask.png")
-    return {"pipeline": str(saved_pipeline(tmp_path, pipe)), "image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png"),
+    return {"pipeline": str(pipeline), "image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png"),
             "out": str(tmp_path / "out")}
 
 
-def edit(files: dict[str, str], *options: str) -> int:
-    return dispatch(["edit", files["pipeline"], files["image"], "--mask", files["mask"], "--out", files["out"], *options])
+def edit(files: dict[str, str], *options: str, drawn: tuple[str, ...] | None = None) -> int:
+    drawn = ("--mask", files["mask"]) if drawn is None else drawn
+    return dispatch(["edit", files["pipeline"], files["image"], *drawn, "--out", files["out"], *options])
+
+
+KINDS = {"mask": {"mask": "mask.png"}, "box": {"box": (4, 8, 12, 12)}, "keep": {"keep": "left"}, "share": {"keep": 0.25},
+         "strength": {"strength": 0.3}}
+
+
+def call(pipe: ImageGenerationPipeline, files: dict[str, str], own: dict[str, object], **arguments: object) -> list[Image.Image]:
+    """The results of the method of a pipeline for the same edit as that of the command with `option_of`."""
+    method = {"mask": pipe.inpaint, "box": pipe.outpaint, "keep": pipe.complete, "strength": pipe.variations}[next(iter(own))]
+    own = {"mask": Image.open(files["mask"])} if "mask" in own else own
+    return method(Image.open(files["image"]), **own, **arguments).images
+
+
+def option_of(own: dict[str, object], files: dict[str, str]) -> tuple[str, ...]:
+    (name, value), = own.items()
+    return f"--{name}", files["mask"] if name == "mask" else ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_writes_what_the_methods_return(kind, pipe, files, monkeypatch):
+    """The results and the kept pixels, bit for bit; what the grid shows above them, what the record has, and the progress in images."""
+    own, bars = KINDS[kind], []
+    if kind == "box":
+        random_image(pipe).crop((0, 0, 8, 4)).save(files["image"])
+
+    class Bar(ProgressLines):
+        def update(self, count=1):
+            super().update(count)
+            bars.append((self.n, self.total))
+
+    monkeypatch.setattr(write_images, "progress_bar", Bar)
+    drawn, out, image = option_of(own, files), Path(files["out"]), Image.open(files["image"])
+    assert edit(files, "--classes", "bee", "--num", "2", "--num_tries", "2", "--seed", "7", drawn=drawn) == 0
+    results = [np.asarray(Image.open(out / f"photo_bee-{number}.png")) for number in range(2)]
+    expected = call(pipe, files, own, class_labels="bee", num_images_per_label=2, num_tries=2, seed=7)
+    assert all(np.array_equal(result, np.asarray(image)) for result, image in zip(results, expected, strict=True))
+    is_kept = {"mask": ~box_mask(pipe, 4, 3, 11, 9), "box": box_mask(pipe, 4, 8, 12, 12), "keep": box_mask(pipe, 0, 0, 8, 16),
+               "share": box_mask(pipe, 0, 0, 16, 4), "strength": box_mask(pipe, 0, 0, 0, 0)}[kind]
+    kept = np.full((16, 16), 128, dtype=np.uint8)
+    kept[is_kept] = np.asarray(image).ravel() if kind == "box" else np.asarray(image)[is_kept]
+    assert all(np.array_equal(result[is_kept], kept[is_kept]) for result in results)
+    shown = {"box": [kept], "strength": [np.asarray(image), np.asarray(pipe.reconstruct(image)[0])]}.get(kind, [np.asarray(image), kept])
+    scale = viewing_scale((16, 16))
+    grid = np.asarray(Image.open(out / "grid.png").convert("L"))[::scale, ::scale]
+    for number, pixels_HW in enumerate(shown):
+        found_HW = grid[GAP_PIXELS:, GAP_PIXELS + number * (16 + GAP_PIXELS):][:16, :16]
+        assert np.abs(found_HW.astype(int) - pixels_HW).max() <= 1, (kind, number)
+    record = json.loads((out / "edits.json").read_text())["request"]
+    value, = own.values()
+    assert {name: record[name] for name in ("mask", "box", "keep", "strength") if record[name] is not None} == {
+        next(iter(own)): list(value) if isinstance(value, tuple) else value}
+    assert bars[-1] == (2, 2) and [done for done, _ in bars] == sorted(done for done, _ in bars) and any(0 < done < 1 for done, _ in bars)
+    other = ("--strength", "0.9") if kind != "strength" else ("--keep", "top")
+    with pytest.raises(InputError, match=f"another request: .*{other[0]} was not given, now {other[1]}" if kind != "box" else "image .* is 8 x 4"):
+        edit(files, "--classes", "bee", "--num", "2", "--num_tries", "2", "--seed", "7", drawn=other)
+
+
+@pytest.mark.parametrize(("drawn", "words"), [
+    ((), "nothing says what to draw again; give exactly one of --mask, --box, --keep and --strength"),
+    (("--keep", "top", "--strength", "0.5"), "--keep and --strength are given; give exactly one"),
+    (("--box", "1,2,3"), "--box: '1,2,3' was given; give left, top, right and bottom"), (("--box", "0,0,9,17"), "--box is 0,0,9,17; .* 16 x 16"),
+    (("--box", "0,0,8,8"), "photo.png' is 16 x 16 pixels .* --box is a place of 8 x 8"), (("--keep", "right"), "--keep: 'right' was given; give top"),
+    (("--keep", "1"), "--keep is 1"), (("--strength", "0"), "--strength is 0"),
+    (("--strength", "0.5", "--guidance_scale", "3"), "--guidance_scale is given, but no class, prompt or condition image"),
+    (("--strength", "0.5", "--condition_image", "photo.png"), "the prior of this pipeline was not trained with images"),
+])
+def test_edit_refuses_invalid_ways_to_draw(files, drawn, words):
+    with pytest.raises(InputError, match=words):
+        edit(files, drawn=drawn)
+    assert not Path(files["out"]).exists()
+
+
+def test_files_are_checked_before_torch_is_loaded(files, tmp_path):
+    """All errors about images and masks, in one process that never loads torch."""
+    Image.new("L", (16, 8), 255).save(tmp_path / "small.png")
+    Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    (tmp_path / "cut.png").write_bytes(Path(files["image"]).read_bytes()[:60])
+    command = ["edit", files["pipeline"], "IMAGE", "--out", files["out"]]
+    cases = {f"image '{tmp_path}/small.png' is 16 x 8 pixels": ("small.png", "--keep", "top"),
+             f"image '{tmp_path}/cut.png' cannot be read": ("cut.png", "--strength", "0.5"),
+             f"the mask '{tmp_path}/small.png' is 16 x 8 pixels": ("photo.png", "--mask", str(tmp_path / "small.png")),
+             f"the mask '{tmp_path}/cut.png' cannot be read": ("photo.png", "--mask", str(tmp_path / "cut.png")),
+             f"the mask '{tmp_path}/black.png' has no white": ("photo.png", "--mask", str(tmp_path / "black.png"))}
+    program = f"""
+from pipelines.command_line import dispatch
+for words, (image, *drawn) in {cases!r}.items():
+    try:
+        dispatch([*{command!r}[:2], {str(tmp_path)!r} + "/" + image, *drawn, *{command!r}[3:]])
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+"""
+    assert not loaded(modules_after(program), "torch", "scipy", "transformers")
+
+
+def test_guidance_is_recorded_only_with_something_to_guide_to(files, tmp_path):
+    shutil.copytree(files["pipeline"], tmp_path / "guided")
+    content = json.loads((tmp_path / "guided/pipeline.json").read_text())
+    (tmp_path / "guided/pipeline.json").write_text(json.dumps(content | {"sampling": content["sampling"] | {"guidance_scale": 2.5}}))
+    for name, options, scale in (("plain", (), 1.0), ("ant", ("--classes", "ant"), 2.5)):
+        out = tmp_path / name
+        assert edit(files | {"pipeline": str(tmp_path / "guided"), "out": str(out)}, "--num", "1", *options) == 0
+        assert json.loads((out / "edits.json").read_text())["request"]["sampling"]["guidance_scale"] == scale
+
+
+def test_ctrl_c_before_the_first_image_says_that_none_is_written(files, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundle, "usable_device", interrupt)
+    assert exit_code_of(lambda: edit(files)) == 130
+    assert capsys.readouterr().err == f"stopped by SIGINT; 0 of 4 images are written to {files['out']}. Run the same command to continue.\n"
+    assert not Path(files["out"]).exists()
 
 
 def test_edit_writes_results_with_the_kept_pixels(pipe, files, capsys):
@@ -332,10 +490,12 @@ def test_edit_writes_results_with_the_kept_pixels(pipe, files, capsys):
     assert json.loads((out / "edits.json").read_text())["request"]["num_tries"] == 2
 
 
-def test_edit_writes_the_missing_results(pipe, files, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "share"])
+def test_edit_writes_the_missing_results(kind, files, monkeypatch, capsys):
     """The results of an interrupted call are those of an uninterrupted one, and complete ones are kept. Alpha is kept, too."""
-    rgba = make_pipe(Path(files["out"]).parent / "rgba/made", channels=4)
-    random_image(rgba).save(files["image"])
+    rgba, own = make_pipe(Path(files["out"]).parent / "rgba/made", channels=4), KINDS[kind]
+    random_image(rgba).crop((0, 0, 8, 4) if kind == "box" else (0, 0, 16, 16)).save(files["image"])
+    drawn = option_of(own, files)
     files = files | {"pipeline": str(saved_pipeline(Path(files["out"]).parent / "rgba", rgba))}
     batches = ImageGenerationPipeline._sample_batches
 
@@ -348,22 +508,23 @@ def test_edit_writes_the_missing_results(pipe, files, monkeypatch, capsys):
     monkeypatch.setattr(ImageGenerationPipeline, "_sample_batches", stopped_after_a_batch)
     out, is_stopped = Path(files["out"]), True
     with pytest.raises(Interrupted, match=r"4 of 6 images are written .* Run the same command to continue"):
-        edit(files, "--num", "6", "--seed", "3")
+        edit(files, "--num", "6", "--seed", "3", drawn=drawn)
     assert {path.name for path in out.glob("*.png")} == {f"photo-{number}.png" for number in range(4)}
     is_stopped, kept = False, {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    assert edit(files, "--num", "6", "--seed", "3") == 0 and "wrote 2 results and grid.png" in capsys.readouterr().out
+    assert edit(files, "--num", "6", "--seed", "3", drawn=drawn) == 0 and "wrote 2 results and grid.png" in capsys.readouterr().out
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    expected = rgba.inpaint(Image.open(files["image"]), Image.open(files["mask"]), num_images_per_label=6, seed=3).images
+    expected = call(rgba, files, own, num_images_per_label=6, seed=3)
     for number, image in enumerate(expected):
         with Image.open(out / f"photo-{number}.png") as picture:
             assert picture.mode == "RGBA" and picture.tobytes() == image.tobytes()
-    assert edit(files, "--num", "6", "--seed", "3") == 0 and "nothing to do" in capsys.readouterr().out
+    assert edit(files, "--num", "6", "--seed", "3", drawn=drawn) == 0 and "nothing to do" in capsys.readouterr().out
 
 
 def test_edit_checks_the_folder_again_under_the_lock(pipe, files, tmp_path):
     """Another process wrote the results of another seed after the options were checked."""
     edits = EditFolder(out=Path(files["out"]), pipeline=Path(files["pipeline"]), class_names=CLASSES, labels=None, image=Path(files["image"]),
-                       mask=Path(files["mask"]), num=1, num_tries=1, prompt=None, seed=7, sampling=SamplingConfig(), dtype="float32")
+                       drawn_by="mask", value=Path(files["mask"]), condition_images={}, num=1, num_tries=1, prompt=None, seed=7,
+                       sampling=SamplingConfig(), dtype="float32")
     assert not edits.is_finished()
     assert edit(files, "--num", "1", "--seed", "8") == 0
     with pytest.raises(InputError, match="images of another request: --seed was 8, now 7"):
@@ -371,8 +532,8 @@ def test_edit_checks_the_folder_again_under_the_lock(pipe, files, tmp_path):
 
 
 def test_names_of_results_are_short_and_distinct(tmp_path):
-    fields = {"out": tmp_path, "pipeline": tmp_path, "mask": tmp_path, "num": 2, "num_tries": 1, "prompt": None, "seed": 0,
-              "sampling": SamplingConfig(), "dtype": "float32"}
+    fields = {"out": tmp_path, "pipeline": tmp_path, "drawn_by": "keep", "value": "top", "condition_images": {}, "num": 2, "num_tries": 1,
+              "prompt": None, "seed": 0, "sampling": SamplingConfig(), "dtype": "float32"}
     names = EditFolder(class_names=["a b", "a_b"], labels=[0, 1, 0], image=Path("photo.png"), **fields).names
     assert names == [f"photo_a_b-{number}.png" for number in range(6)]
     long = EditFolder(class_names=["c" * 210 + "1", "c" * 210 + "2"], labels=[0, 1], image=Path("p" * 210 + ".png"), **fields).names
@@ -407,6 +568,6 @@ def test_edit_refuses_invalid_options(files, change, options, words):
 
 def test_edit_refuses_a_mask_of_another_size(files, tmp_path):
     Image.new("L", (16, 8), 255).save(tmp_path / "small.png")
-    with pytest.raises(InputError, match="the mask is 16 x 8 pixels"):
+    with pytest.raises(InputError, match=r"the mask '.*small.png' is 16 x 8 pixels"):
         edit({**files, "mask": str(tmp_path / "small.png")})
     assert not Path(files["out"]).exists()

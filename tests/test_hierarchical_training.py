@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
-from pipelines.stages.chain import run_chain
 from pipelines.stages.stage_checks import check_before_start
 from stage1_tokenizer import load_tokenizer
 from stage1_tokenizer import train as train_module
@@ -28,7 +27,7 @@ from stage2_prior.train import train as train_prior
 from stage2_prior.vocabulary import Vocabulary
 from tests.run_files import records
 from tests.test_adversarial_training import ADVERSARIAL, assert_same_results, train_until_interrupted
-from tests.tiny import HIERARCHICAL, tiny_overrides, tiny_recipe
+from tests.tiny import HIERARCHICAL, run_tiny_chain, tiny_overrides, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe import Recipe
@@ -59,7 +58,7 @@ def trained(tmp_path_factory) -> Path:
 def run(tmp_path_factory) -> Path:
     """A finished tiny run of the recipe digits_vqvae2."""
     folder = tmp_path_factory.mktemp("digits_vqvae2") / "run"
-    assert run_chain(load_recipe("digits_vqvae2", tiny_overrides(folder))) == 0
+    assert run_tiny_chain(load_recipe("digits_vqvae2", tiny_overrides(folder))) == 0
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,25 @@ def test_check_data_names_what_is_missing(photos, maps):
     assert {name for name, _ in problems} == {*(f"cat/{number:03}.png" for number in range(4)), "dog/001.png", "dog/002.png"}
     assert "it has no pair: cat/00" in report and "its pair is unreadable" in report
     assert "1 image is not used, because the pair has other proportions than the image" in report and "part: dog/002.png" in report
+
+
+def test_check_data_names_pairs_without_an_image_and_shared_pairs(photos, maps):
+    (maps / "dog" / "003.bmp").rename(maps / "dog" / "003_map.bmp")
+    with Image.open(photos / "cat" / "000.png") as image:
+        image.save(photos / "cat" / "000.bmp")
+    lines = []
+    check_data(data_with(photos, maps), lines.append)
+    [unused] = [line for line in lines if "to no image" in line]
+    assert unused.startswith("condition maps: 1 paired image belongs to no image") and unused.endswith(": dog/003_map.bmp")
+    [shared] = [line for line in lines if "same pair" in line]
+    assert {"cat/000.bmp", "cat/000.png"} <= set(shared.replace(",", "").split()), shared
+
+
+def test_accents_may_be_characters_of_their_own(photos, maps):
+    (photos / "cat" / "000.png").rename(photos / "cat" / unicodedata.normalize("NFC", "caf\u00e9.png"))
+    (maps / "cat" / "000.bmp").rename(maps / "cat" / unicodedata.normalize("NFD", "caf\u00e9.bmp"))
+    lines = []
+    assert check_data(data_with(photos, maps), lines.append) == [] and not any("to no image" in line for line in lines)
 
 
 def test_pairs_of_other_proportions_are_refused_before_a_run(photos, maps):

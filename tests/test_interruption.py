@@ -253,12 +253,13 @@ def test_the_first_signal_ends_a_validation_that_waits_for_images(cache_megabyte
 def test_closing_the_batches_does_not_wait_for_images_that_are_stuck(workers, tmp_path, monkeypatch):
     """After a signal during a step, training closes the batches, although nobody waits for the next one."""
     write_classes(tmp_path, {"cat": 4, "dog": 4})
-    data, started = DataConfig(path=str(tmp_path), image_size=16, workers=workers, cache_megabytes=0), time.monotonic()
+    data = DataConfig(path=str(tmp_path), image_size=16, workers=workers, cache_megabytes=0)
+    stuck_at = time.monotonic() + (4 if workers else 1)  # worker processes take a while to start
     images = TrainingImages(open_splits(data).train, ImageTransform(16), data, 0)
     read = images.source.read
-    monkeypatch.setattr(images.source, "read", lambda index: (time.sleep(0 if time.monotonic() < started + 4 else 15), read(index))[1])
+    monkeypatch.setattr(images.source, "read", lambda index: (time.sleep(0 if time.monotonic() < stuck_at else 15), read(index))[1])
     batches = images.batches(0, 4)
-    while time.monotonic() < started + 4:
+    while time.monotonic() < stuck_at:
         next(batches)
     time.sleep(1)  # until all images that are read ahead are stuck
     closed = time.monotonic()

@@ -161,7 +161,7 @@ def test_a_part_of_a_larger_image_is_drawn_again(pipe, raster_pipe):
         assert (out.token_ids[0] == out.token_ids[1])[torch.from_numpy(kept_hw)].all()
         for result in out.images:
             assert (np.asarray(result) == np.asarray(image))[~mask_HW].all() and (np.asarray(result) != np.asarray(image))[mask_HW].any()
-    with pytest.raises(InputError, match=r"image 0 is 40 x 28 pixels .* this pipeline edits images of 24 x 16"):
+    with pytest.raises(InputError, match=r"the image is 40 x 28 pixels .* this pipeline edits images of 24 x 16"):
         pipe.inpaint(image, mask_HW)
     with pytest.raises(InputError, match=r"size asks for images of 48 x 32"):
         pipe.inpaint(image, mask_HW, size=(32, 48))
@@ -174,8 +174,23 @@ def test_outpaint_and_complete_beyond_the_training_size(pipe):
     larger = out.images[0]
     completed = pipe.complete(larger, 0.5, size=LARGER, seed=2).images[0]
     assert completed.crop((0, 0, 40, 14)).tobytes() == larger.crop((0, 0, 40, 14)).tobytes() and completed.tobytes() != larger.tobytes()
-    with pytest.raises(InputError, match="leave size out"):
-        pipe.variations(image, size=LARGER)
+    batches = list(pipe.edit_batches(larger, keep=0.5, size=LARGER, window_overlap=0.75, num_images_per_label=3, batch_size=2, seed=2))
+    together = pipe.complete(larger, 0.5, size=LARGER, window_overlap=0.75, num_images_per_label=3, seed=2)
+    assert [len(batch.images) for batch in batches] == [2, 1]
+    assert torch.equal(torch.cat([batch.token_ids for batch in batches]), together.token_ids)
+
+
+@pytest.mark.parametrize(("method", "call"), [
+    ("variations", lambda pipe, image, **size: pipe.variations(image, **size)),
+    ("variations", lambda pipe, image, **size: pipe.edit_batches(image, strength=0.5, **size)),
+    ("enhance", lambda pipe, image, **size: pipe.enhance(image, strength=0.5, seed=1, **size)),
+    ("labelled_batches", lambda pipe, image, **size: next(pipe.labelled_batches(2, seed=1, **size))),
+])
+def test_methods_of_the_training_size_refuse_others(pipe, method, call):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8))
+    with pytest.raises(InputError, match=f"{method} draws images of the training size only; leave size out"):
+        call(pipe, image, size=LARGER)
+    call(pipe, image, size=None)
 
 
 def test_encode_decode_and_reconstruct_keep_the_size(pipe):

@@ -1,6 +1,7 @@
 """Batches that do not fit into memory: they are split, the images stay the same, and messages say what to change. Memory is never really short."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from pipelines import ImageGenerationPipeline
+from pipelines.generation_output import GenerationOutput
 from stage1_tokenizer import ImageTokenizer, decode_tiled, encode_tiled
 from stage2_prior import train as train_module
 from stage2_prior.prior import TokenPrior
@@ -141,6 +143,9 @@ def test_every_method_splits_its_batches(pipe, monkeypatch, tmp_path):
         "outpaint": lambda: pipe.outpaint([image.crop((0, 0, 8, 8)) for image in images], (0, 0, 8, 8), seed=1),
         "complete": lambda: pipe.complete(images, seed=1),
         "variations": lambda: pipe.variations(images, seed=1),
+        "edit_batches": lambda: joined(pipe.edit_batches(images, keep="top", num_images_per_label=2, seed=1)),
+        "enhance": lambda: pipe.enhance(images, seed=1),
+        "labelled_batches": lambda: joined(pipe.labelled_batches(5, seed=1, oversample=2)),
         "larger": lambda: pipe("ant", 3, seed=1, size=24),
         "encode_tiled": lambda: encode_tiled(pipe.tokenizer, torch.linspace(-1, 1, 32 * 40).view(1, 1, 32, 40)),
         "decode_tiled": lambda: decode_tiled(pipe.tokenizer, torch.arange(80).view(1, 8, 10) % 16),
@@ -152,6 +157,12 @@ def test_every_method_splits_its_batches(pipe, monkeypatch, tmp_path):
     for name, method in methods.items():
         for found, before in zip(comparable(method()), expected[name], strict=True):
             assert np.allclose(found, before, atol=1), name
+
+
+def joined(batches: Iterable[GenerationOutput]) -> list[object]:
+    """The images and ids of all batches. There are more batches if some are split."""
+    outputs = list(batches)
+    return [*(image for out in outputs for image in out.images), *(ids for out in outputs for ids in out.token_ids)]
 
 
 def comparable(result: object) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,10 +16,12 @@ from PIL import Image
 
 from pipelines import command_line
 from pipelines.bundle import make_bundle
-from stage1_tokenizer import ImageTokenizer
-from tests.conditioned import LOW_DERIVATION, given_low, given_text, image_tokenizer, saved_prior
+from stage1_tokenizer import HierarchicalTokenizer, ImageTokenizer, ImageTransform, load_tokenizer
+from stage2_prior.segments import GivenGrid
+from tests.conditioned import CLASSES, LOW_DERIVATION, SIZE, given_low, given_text, image_tokenizer, saved_prior
 from tests.tiny import ROOT, tiny_overrides
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
 GENERATED = ("recipe_reference.md", "benchmarks.md")
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in GENERATED)]
@@ -43,6 +46,23 @@ def conditioned_runs(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def level_runs(tmp_path_factory) -> Path:
+    """The runs of docs/two_levels.md with random weights: levels, with one prior of two grids, and top and bottom, whose priors two_priors joins."""
+    root = tmp_path_factory.mktemp("levels")
+    config = TokenizerConfig(kind="hierarchical", channels=32, channel_multipliers=[1, 1, 1], residual_blocks=0, codebook_size=16, code_dim=8,
+                             latent_channels=8, middle_attention=False)
+    HierarchicalTokenizer(config, ImageTransform(SIZE, 1), CLASSES).eval().save_pretrained(root / "top/tokenizer")
+    tokenizer = load_tokenizer(root / "top/tokenizer")
+    grids, fingerprint = tokenizer.grids, str(tokenizer.token_fingerprint)
+    both = saved_prior(root / "levels/prior", grids, fingerprint)
+    first = saved_prior(root / "top/prior", grids[:1], fingerprint)
+    second = saved_prior(root / "bottom/prior", grids[1:], fingerprint, [GivenGrid(grid=grids[0])])
+    make_bundle(root / "top/tokenizer", both, root / "levels/pipeline", SamplingConfig())
+    make_bundle(root / "top/tokenizer", [first, second], root / "two_priors/pipeline", SamplingConfig())
+    return root
+
+
 def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     """Link the pipelines, and write the images that the documented commands give them."""
     for run, folder in folders.items():
@@ -56,10 +76,13 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     mask = Image.new("1", (16, 16))
     mask.paste(1, (5, 3, 11, 9))
     mask.save(root / "mask.png")
+    for name in ("digit", "blot"):
+        shutil.copyfile(root / "photo.png", root / f"{name}.png")
+    Image.new("L", (12, 12), 100).save(root / "part.png")
 
 
 @pytest.fixture
-def workplace(tiny_run, any_order_run, conditioned_runs, tmp_path, monkeypatch) -> Path:
+def workplace(tiny_run, any_order_run, conditioned_runs, level_runs, tmp_path, monkeypatch) -> Path:
     """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -77,6 +100,8 @@ def workplace(tiny_run, any_order_run, conditioned_runs, tmp_path, monkeypatch) 
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     make_conditioned_runs(conditioned_runs, tmp_path)
+    shutil.copytree(level_runs, tmp_path / "runs", dirs_exist_ok=True)
+    (tmp_path / "runs/top/recipe.yaml").symlink_to(tiny_run / "recipe.yaml")
     (tmp_path / "inception.pt").write_bytes(b"a TorchScript file: it is not opened before the sweep begins")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -89,11 +114,10 @@ def test_documentation_has_commands_and_snippets():
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_python_snippet_runs(number, workplace, tiny_run):
+    """In this process, because a new one would import torch for each snippet."""
     codes = int(re.search(r'"codebook_size": (\d+)', (tiny_run / "tokenizer" / "config.json").read_text())[1])
     program = SNIPPETS[number].replace("128 + 3", f"{codes} + 3")
-    result = subprocess.run([sys.executable, "-c", program], cwd=workplace, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    exec(compile(program, f"snippet {number}", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("vqmosaic ")])
@@ -134,13 +158,12 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_notebook_runs_on_a_finished_run(workplace, tiny_run):
+def test_notebook_runs_on_a_finished_run(workplace, tiny_run, monkeypatch, capsys):
     shutil.copytree(tiny_run, workplace / "runs" / "notebook")
-    overrides = "\n".join(tiny_overrides(Path("runs/notebook")))
-    result = subprocess.run([sys.executable, str(ROOT / "docs" / "images_to_samples.py")], cwd=workplace, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OVERRIDES": overrides})
-    assert result.returncode == 0, result.stderr
-    assert "nothing to do" in result.stdout and "tensor" in result.stdout
+    monkeypatch.setenv("OVERRIDES", "\n".join(tiny_overrides(Path("runs/notebook"))))
+    runpy.run_path(str(ROOT / "docs" / "images_to_samples.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "nothing to do" in output and "tensor" in output
 
 
 @pytest.mark.slow

@@ -83,6 +83,19 @@ def test_last_override_of_a_field_wins():
     assert load_recipe("digits", ["--seed=1", "--seed", "2"]).seed == 2
 
 
+def test_recipes_loaded_one_after_another_share_nothing():
+    """All recipes are parsed by one parser. Neither the overrides nor changed lists and mappings of one may reach the next."""
+    def values(recipe: Recipe) -> list[object]:
+        return [field.value for field in recipe_fields(recipe) if isinstance(field.value, list | dict)]
+
+    before = load_recipe("digits")
+    changed = load_recipe("digits", ["--prior.options.rms_norm_eps=0.1", "--tokenizer.channel_multipliers=[1,1,2]", "--seed=5"])
+    assert changed.prior.options == {"rms_norm_eps": 0.1} and changed.seed == 5
+    for value in values(changed):
+        value.clear()
+    assert load_recipe("digits") == before and values(before)
+
+
 def test_overrides_of_every_type(tmp_path):
     recipe = load_recipe("digits", [
         "--data.use_labels", "false", "--tokenizer.channel_multipliers", "[1, 2]", "--tokenizer_training.max_steps", "null",

@@ -1,9 +1,12 @@
 """Scores: bits of images and of their parts, and the command `score`."""
 
 import csv
+import dataclasses
+import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +16,18 @@ from PIL import Image
 from pipelines import ImageGenerationPipeline
 from pipelines.command_line import dispatch
 from pipelines.editing import scores, write_results
+from pipelines.editing.condition_files import find_condition_images
 from pipelines.editing.result_folder import ScoreFolder
 from pipelines.editing.write_results import write_scores
 from stage1_tokenizer.image_files.images import ImageTransform
 from stage1_tokenizer.tokenizer_config import FORMATS
+from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.segments import GivenGrid
-from tests.conditioned import CLASSES
+from stage2_prior.vocabulary import Vocabulary
+from tests.conditioned import CLASSES, given_text, make_parts
 from tests.editing import make_pipe, make_prior, make_tokenizer, random_image, saved_pipeline, two_grids
 from tests.test_tokenizer_protocol import MeanColours
+from token_shards import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.runs.interruption import Interrupted
 
@@ -200,11 +207,111 @@ def test_a_table_without_a_row_gives_no_image_the_score_of_another(photos, tmp_p
     assert [float(row["bits"]) for row in found] == pytest.approx([float(row["bits"]) for row in expected], abs=2e-3)
 
 
+# --- conditions ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory) -> Path:
+    """A pipeline whose prior always needs a low resolution, and also takes a class and a text."""
+    root = tmp_path_factory.mktemp("conditioned")
+    return make_parts(root, low_drop=0.0, class_drop=0.1).bundle(root / "pipeline")
+
+
+@pytest.fixture
+def pairs(conditioned, tmp_path) -> tuple[ImageGenerationPipeline, Path]:
+    """The pipeline, and a folder with images/{a,b}.png and small/{a,b}.png."""
+    pipe = ImageGenerationPipeline.from_pretrained(conditioned, "cpu")
+    for number, name in enumerate("ab"):
+        for folder in ("images", "small"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            random_image(pipe, number + 10 * (folder == "small")).save(tmp_path / folder / f"{name}.png")
+    return pipe, tmp_path
+
+
+def test_images_are_scored_with_their_conditions(pairs, conditioned, capsys):
+    """A folder has a condition for each image, a file is for all; the prompt is for all. The same command finishes an unfinished folder."""
+    pipe, root = pairs
+    images, small = ([Image.open(root / folder / f"{name}.png") for name in "ab"] for folder in ("images", "small"))
+    command = ["score", str(conditioned), str(root / "images"), "--out", str(root / "out"), "--device", "cpu", "--condition_image"]
+    expected_B = pipe.score(images, "bee", prompt="sea", condition_image=small).bits
+    assert dispatch([*command, str(root / "small"), "--prompt", "sea", "--classes", "bee"]) == 0
+    assert [float(row["bits"]) for row in read_table(root)] == pytest.approx(expected_B.tolist(), abs=2e-3)
+    (root / "out/b.png").unlink()
+    assert dispatch([*command, f"low={root / 'small'}", "--prompt", "sea", "--classes", "bee"]) == 0
+    assert "wrote scores.csv and 1 picture" in capsys.readouterr().out
+    assert [float(row["bits"]) for row in read_table(root)] == pytest.approx(expected_B.tolist(), abs=2e-3)
+    with pytest.raises(InputError, match="another request: --prompt was sea, now not given"):
+        dispatch([*command, str(root / "small"), "--classes", "bee"])
+    with pytest.raises(InputError, match="another request: the given images are other files"):
+        dispatch([*command, str(root / "small/b.png"), "--prompt", "sea", "--classes", "bee"])
+    command[command.index("--out") + 1] = str(root / "single/out")
+    assert dispatch([*command, str(root / "small/b.png")]) == 0
+    expected_B = pipe.score(images, condition_image=small[1]).bits
+    assert [float(row["bits"]) for row in read_table(root / "single")] == pytest.approx(expected_B.tolist(), abs=2e-3)
+
+
+def test_an_image_without_a_readable_condition_has_empty_cells(pairs, conditioned):
+    _, root = pairs
+    (root / "small/a.png").write_bytes((root / "small/a.png").read_bytes()[:60])
+    command = ["score", str(conditioned), str(root / "images"), "--condition_image", str(root / "small"), "--out", str(root / "out"), "--device",
+               "cpu"]
+    with pytest.raises(InputError, match=r"1 of 2 images cannot be read, .*\n  image '.*small/a.png' cannot be read: "):
+        dispatch(command)
+    assert [bool(row["bits"]) for row in read_table(root)] == [False, True]
+    (root / "small/a.png").unlink()
+    with pytest.raises(InputError, match=r"small has no images with these names: a\. Give a folder with an image of the same name"):
+        dispatch(command)
+
+
+def test_edit_with_conditions(pairs, conditioned):
+    pipe, root = pairs
+    command = ["edit", str(conditioned), str(root / "images/a.png"), "--keep", "top", "--num", "2", "--seed", "3", "--out", str(root / "out"),
+               "--device", "cpu", "--prompt", "sea"]
+    with pytest.raises(InputError, match=r"low is not given, .* Give --condition_image FILE\.$"):
+        dispatch(command)
+    assert not (root / "out").exists()
+    assert dispatch([*command, "--condition_image", f"low={root / 'small/b.png'}"]) == 0
+    image, low = Image.open(root / "images/a.png"), Image.open(root / "small/b.png")
+    expected = pipe.complete(image, "top", num_images_per_label=2, seed=3, prompt="sea", condition_image=low).images
+    for number, result in enumerate(expected):
+        with Image.open(root / f"out/a-{number}.png") as picture:
+            assert picture.tobytes() == result.tobytes()
+    assert json.loads((root / "out/edits.json").read_text())["request"]["condition_image"] == ["low"]
+    with pytest.raises(InputError, match="another request: the given images are other files"):
+        dispatch([*command, "--condition_image", str(root / "small/a.png")])
+
+
+def two_images() -> ChainVocabulary:
+    """The vocabulary of a prior that is given two images and a text."""
+    grids = [Grid(name=name, height=2, width=2, codebook_size=4, token_fingerprint="f") for name in ("image", "low", "sketch")]
+    return ChainVocabulary([Vocabulary(grids=grids[:1], class_names=None, token_fingerprint="f", label_drop=0.1,
+                                       conditions=[*(GivenGrid(grid=grid, drop_rate=0.1) for grid in grids[1:]), given_text()])])
+
+
+def test_images_of_several_conditions_are_named(tmp_path):
+    (tmp_path / "a=b.png").touch()
+    found = find_condition_images([f"sketch={tmp_path}/1.png", f"low={tmp_path}/a=b.png"], two_images())
+    assert found == {"low": tmp_path / "a=b.png", "sketch": tmp_path / "1.png"} and list(found) == ["low", "sketch"]
+    one = ChainVocabulary([dataclasses.replace(two_images().vocabularies[0], conditions=two_images().conditions[:1])])
+    assert find_condition_images([f"{tmp_path}/a=b.png"], one) == find_condition_images([f"low={tmp_path}/a=b.png"], one)
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    (["1.png"], "--condition_image is '1.png'; give low=FILE or sketch=FILE"), (["depth=1.png"], "is 'depth=1.png'; give low=FILE or sketch=FILE"),
+    (["low=1.png", "low=2.png"], "two images for low: 1.png and 2.png"), (["low="], "--condition_image is '', which is empty"),
+    (["text=1.png"], "give low=FILE or sketch=FILE"),
+])
+def test_condition_images_that_do_not_fit(given, words):
+    with pytest.raises(InputError, match=words):
+        find_condition_images(given, two_images())
+
+
 @pytest.mark.usefixtures("photos")
 def test_the_folder_of_another_request(tmp_path):
     """It can be used if that request was stopped before its first picture. Otherwise, it is refused, also if it was finished in the meantime."""
     images = {f"{number}.png": tmp_path / f"{number}.png" for number in (0, 2)}
-    by_class = [ScoreFolder(out=tmp_path / "out", pipeline=tmp_path / "pipeline", class_names=CLASSES, labels=[label], images=images, dtype="float32")
+    by_class = [ScoreFolder(out=tmp_path / "out", pipeline=tmp_path / "pipeline", class_names=CLASSES, labels=[label], images=images, prompt=None,
+                            condition_images={}, dtype="float32")
                 for label in (0, 1)]
     by_class[0].begin()
     assert write_scores(by_class[1], "cpu") == 0

@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.stages.chain import record_recipe
-from pipelines.stages.condition_tokenizers import train_condition_tokenizers
-from pipelines.stages.preprocess import preprocess
+from pipelines import ImageGenerationPipeline
+from pipelines.stages.chain import run_chain
 from stage1_tokenizer.data.image_batches import TrainingImages, ValidationImages
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.image_files.images import ImageTransform
@@ -18,7 +17,6 @@ from stage1_tokenizer.image_files.views import named_views
 from stage1_tokenizer.losses import reconstruction_loss
 from stage1_tokenizer.tokenizer_config import FORMAT_OF_KIND, tokenizer_class
 from stage1_tokenizer.tokenizer_grids import grids_of_config
-from stage1_tokenizer.train import train
 from stage2_prior.model.causal_lm import make_config
 from stage2_prior.prior import TokenPrior
 from stage2_prior.vocabulary import Vocabulary
@@ -175,17 +173,21 @@ def test_caption_recipes_have_enough_templates(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CONDITIONAL if name.startswith("digits")])
-def test_digits_recipes_with_conditions_write_tokens(name, tmp_path):
-    """The settings of the recipe, with fewer steps and views."""
-    recipe = load_recipe(name, [f"--run_dir={tmp_path / 'run'}", "--tokenizer_training.max_steps=3", "--tokens.views=none", "--tokens.threads=1",
-                                "--tokenizer_training.validation_images=20", "--data.workers=0"])
-    record_recipe(recipe)
-    train(recipe)
-    assert train_condition_tokenizers(recipe, lambda each: train(each) or 0)[0] == 0
-    preprocess(recipe)
-    manifest = TokenShardManifest.load(tmp_path / "run/tokens/train")
+def test_digits_recipes_with_conditions_run_end_to_end(name, tmp_path):
+    """The settings of the recipe, with fewer steps and views: all stages, and the call of the pipeline that the recipe is for."""
+    run = tmp_path / "run"
+    recipe = load_recipe(name, [f"--run_dir={run}", "--tokenizer_training.max_steps=3", "--tokens.views=none", "--tokens.threads=1",
+                                "--tokenizer_training.validation_images=20", "--data.workers=0", "--prior_training.max_steps=3",
+                                "--prior_training.validation_images=20"])
+    assert run_chain(recipe) == 0
+    manifest = TokenShardManifest.load(run / "tokens/train")
     assert [grid.name for grid in manifest.grids] == ["image", recipe.data.conditions[0]["name"]] and not manifest.skipped
     assert [grid.name for grid in manifest.drawn_grids] == ["image"]
+    pipe = ImageGenerationPipeline.from_pretrained(run, "cpu")
+    small, large = Image.new("L", (8, 8), 90), Image.new("L", (16, 16), 90)
+    out = {"digits_superres": lambda: pipe.super_resolve(small, "3", seed=1), "digits_edges": lambda: pipe.translate(large, "3", seed=1),
+           "digits_captions": lambda: pipe(prompt="a drawing of a 3", seed=1)}[name]()
+    assert out.images[0].size == (16, 16) and (run / "samples.png").is_file()
 
 
 def test_imagenet_recipe_downsamples_by_16():

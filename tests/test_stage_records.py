@@ -16,7 +16,7 @@ from pipelines.stages.stage_inputs import input_fingerprints
 from stage1_tokenizer.data.folder_source import FolderSource
 from stage1_tokenizer.data.open_data import open_splits
 from stage1_tokenizer.train import train
-from tests.tiny import tiny_overrides, tiny_recipe
+from tests.tiny import run_tiny_chain, tiny_overrides, tiny_recipe
 from vqmosaic.errors import InputError
 from vqmosaic.runs.run_folder import STAGES, RunFolder
 from vqmosaic.runs.stage_records import decide_action, fields_read, has_grown, load_record, redo, write_record
@@ -314,7 +314,7 @@ def test_a_larger_budget_is_refused_if_it_makes_later_stages_stale(tiny_copy):
 
 def test_redo_with_a_larger_budget_resumes_from_the_checkpoint(tiny_copy, capsys):
     before = json.loads((tiny_copy / "summary.json").read_text())
-    assert run_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), redo_stage="pipeline") == 0
+    assert run_tiny_chain(tiny_recipe(tiny_copy, prior_training__max_steps=8), redo_stage="pipeline") == 0
     output = capsys.readouterr().out
     assert "--redo pipeline: removed pipeline" in output and "resumed at step 6" in output
     assert output.count("finished already") == 2
@@ -326,7 +326,7 @@ def test_redo_with_a_larger_budget_resumes_from_the_checkpoint(tiny_copy, capsys
 def test_deleted_exports_are_restored_bit_for_bit(tiny_copy, tiny_run, capsys):
     shutil.rmtree(tiny_copy / "prior")
     shutil.rmtree(tiny_copy / "tokens")
-    assert run_chain(tiny_recipe(tiny_copy)) == 0
+    assert run_tiny_chain(tiny_recipe(tiny_copy)) == 0
     for name in ("prior/model.safetensors", "prior/vocabulary.json", "tokens/train/manifest.json", "tokens/train/shard-000001.tar"):
         assert (tiny_copy / name).read_bytes() == (tiny_run / name).read_bytes(), name
 

@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 
 from pipelines import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
-from pipelines.stages.chain import run_chain
 from pipelines.stages.measures import DigitsClassifier, measure_generation
 from pipelines.stages.summary import exported_validation
 from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.digits_source import load_mnist
 from stage2_prior import train as train_prior
 from tests.run_files import records
-from tests.tiny import tiny_recipe
+from tests.tiny import run_tiny_chain, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.run_folder import RunFolder
@@ -48,7 +47,7 @@ def test_summary_describes_the_exported_weights(tmp_path, scripted_errors, capsy
     exports = {"tokenizer": ("best", "last", 6), "prior": ("last", "best", 8)}  # stage -> exported weights, other weights, exported step
     changes = {f"{stage}_training__{field}": value for stage, (export, _, _) in exports.items()
                for field, value in (("max_steps", 8), ("validate_every", 2), ("export", export))}
-    assert run_chain(tiny_recipe(run.root, **changes)) == 0
+    assert run_tiny_chain(tiny_recipe(run.root, **changes)) == 0
     summary, output = json.loads(run.summary.read_text()), capsys.readouterr().out
     lines = {line.partition("  ")[0]: line for line in map(str.strip, output.partition("measured (")[2].splitlines())}
     for stage, (export, other, step) in exports.items():
@@ -86,7 +85,8 @@ def test_evenly_spaced_classes():
     (SamplingConfig(temperature=0.9), ["recommended", "temperature 1"]),
     (SamplingConfig(guidance_scale=2.0), ["recommended", "guidance off"]),
 ])
-def test_equal_settings_are_measured_once(sampling, names, tiny_run):
+def test_equal_settings_are_measured_once(sampling, names, tiny_run, monkeypatch):
+    monkeypatch.setattr("pipelines.stages.measures.SAMPLES", 20)
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     pipe.sampling = sampling
     assert list(measure_generation(pipe, TokenShardReader(tiny_run / "tokens/train"), 0, DigitsClassifier([0]))) == names

@@ -60,11 +60,11 @@ def test_start_up_uses_none_of_the_time_budget(stage, run_dir, monkeypatch):
     original = getattr(module, trial)
 
     def slow(*arguments):  # like k-means of a large codebook, or torch.compile
-        time.sleep(3)
+        time.sleep(1.5)
         return original(*arguments)
 
     monkeypatch.setattr(module, trial, slow)
-    records = train(stage, run_dir, max_steps="null", max_minutes=0.04, warmup_fraction=0.5, learning_rate=0.01)
+    records = train(stage, run_dir, max_steps="null", max_minutes=0.02, warmup_fraction=0.5, learning_rate=0.01)
     first = next(record for record in records if record["kind"] == "train")
     assert first["seconds"] == 0 and first["learning_rate"] == pytest.approx(1e-5), "the warm-up begins with the first step"
 
@@ -353,6 +353,11 @@ def test_progress_lines_replace_the_progress_bar(clock, monkeypatch):
         lines.update(200)
     assert out.getvalue().splitlines() == ["train: 1,600 of 5,000 images (32%), about 2 min 50 s left",
                                            "train: 2,200 of 5,000 images (44%), about 2 min 20 s left"]
+    lines = tracking.progress_bar(4, 0, "sampling", "image")
+    clock[0] += 30
+    lines.n = 0.5  # a share of images that are sampled together
+    lines.update(0)
+    assert out.getvalue().splitlines()[-1] == "sampling: 0.5 of 4 images (12%), about 3 min 30 s left"
 
 
 @both_stages

@@ -1,5 +1,7 @@
 """Two processes under the real launcher, on CPUs over gloo: same results as one process, exit codes, no processes left behind.
 
+Trainings by one process run in the process of the tests, because each new process spends seconds on imports.
+
 Run as a module, this file is a stage whose workers end in ways that are hard to provoke in a real stage.
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.command_line import dispatch
 from tests.run_files import records
 from tests.tiny import HIERARCHICAL, ROOT, copy_tokens, tiny_overrides
 from vqmosaic.errors import InputError
@@ -36,10 +39,24 @@ ANNEALED = {"prior__architecture": "grid_transformer", "prior__layers": 2, "prio
             "prior_training__order_annealing": [0.2, 0.9]}
 
 
-def start(stage: str, run_dir: Path, processes: int, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
-    flags = ["--processes", str(processes)] if accelerate_config is None else ["--accelerate_config", f"configs/accelerate/{accelerate_config}.yaml"]
+def start(stage: str, run_dir: Path, processes: int | None, accelerate_config: str | None = None, **changes) -> subprocess.Popen:
+    flags = [] if processes is None else ["--processes", str(processes)]
+    flags += [] if accelerate_config is None else ["--accelerate_config", f"configs/accelerate/{accelerate_config}.yaml"]
     command = [sys.executable, "-m", "pipelines.command_line", COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes), *flags]
     return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train_here(stage: str, run_dir: Path, **changes) -> int:
+    """Train with one process, this one, and return the exit code."""
+    return dispatch([COMMANDS[stage], "digits", *tiny_overrides(run_dir, **changes)])
+
+
+def train_by_two(stage: str, run_dir: Path, changes: dict[str, object]) -> Path:
+    """Train with two processes, check their output, and return the run folder."""
+    code, out, err = finish(start(stage, run_dir, 2, **changes))
+    assert code == 0, err
+    assert re.search(r"threads? x 2\b", out) and "Traceback" not in err
+    return run_dir
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -98,15 +115,28 @@ def checkpoint_weights(run_dir: Path, stage: str, step: int):
 # --- same results ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def trained_by_two(tiny_run, tmp_path_factory) -> Callable[[str, dict[str, object]], Path]:
+    """trained_by_two(stage, changes) is a run folder whose stage two processes have trained. Tests with equal settings share it."""
+    folders: dict[str, Path] = {}
+
+    def trained(stage: str, changes: dict[str, object]) -> Path:
+        key = f"{stage} {sorted(changes.items())}"
+        if key not in folders:
+            folders[key] = train_by_two(stage, copy_tokens(tiny_run, tmp_path_factory.mktemp("two") / "run"), changes)
+        return folders[key]
+
+    return trained
+
+
 @pytest.mark.parametrize(("stage", "changes"), [*((stage, {}) for stage in COMMANDS), ("prior", ANNEALED), ("tokenizer", HIERARCHICAL)],
                          ids=[*COMMANDS, "prior, annealed order", "tokenizer with two levels"])
-def test_two_processes_train_the_same_weights_as_one(stage, changes, tiny_run, tmp_path):
-    """The two processes also accumulate gradients over two micro-batches each."""
-    one, two = copy_tokens(tiny_run, tmp_path / "one"), copy_tokens(tiny_run, tmp_path / "two")
-    assert_two_processes_equal_one(stage, one, two, changes)
+def test_two_processes_train_the_same_weights_as_one(stage, changes, tiny_run, trained_by_two, tmp_path, capsys):
+    two = trained_by_two(stage, accumulated(stage, changes))
+    assert_two_processes_equal_one(stage, copy_tokens(tiny_run, tmp_path / "one"), two, changes, capsys)
 
 
-def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path):
+def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path, capsys):
     from tests.conditioned import write_shards
     from tests.test_condition_training import IMAGE, LOW, RECORDS, TEXT, made_up_ids
 
@@ -114,19 +144,24 @@ def test_two_processes_train_a_prior_with_conditions_as_one(tmp_path):
     tokens = write_shards(tmp_path / "tokens", [IMAGE, LOW, TEXT], ids, RECORDS, [number % 2 for number in range(len(ids["image"]))])
     changes = {"prior_training__tokens": tokens, "prior__architecture": "grid_transformer", "prior__layers": 2, "sampling__guidance_scale": 1.0,
                "prior_training__drop_rates": "{class: 0.3, low: 0.3, text: 0.3}"}
-    assert_two_processes_equal_one("prior", tmp_path / "one", tmp_path / "two", changes)
+    two = train_by_two("prior", tmp_path / "two", accumulated("prior", changes))
+    assert_two_processes_equal_one("prior", tmp_path / "one", two, changes, capsys)
 
 
-def assert_two_processes_equal_one(stage: str, one: Path, two: Path, changes: dict[str, object]) -> None:
-    """Train in the folder `one` with one process and in `two` with two. Compare weights and metrics; continuing with one process is an error."""
+def accumulated(stage: str, changes: dict[str, object]) -> dict[str, object]:
+    """The settings of the two processes, which also accumulate gradients over two micro-batches each."""
+    return RANK_INDEPENDENT | changes | {f"{stage}_training__accumulation_steps": 2}
+
+
+def assert_two_processes_equal_one(stage: str, one: Path, two: Path, changes: dict[str, object], capsys) -> None:
+    """Train in the folder `one` and compare weights and metrics with those of `two`, which two processes trained with the settings `accumulated`.
+
+    Continuing the training of two processes with one is an error.
+    """
     import torch
 
-    plain = RANK_INDEPENDENT | changes
-    accumulated = plain | {f"{stage}_training__accumulation_steps": 2}
-    for run_dir, processes, changes in ((one, 1, plain), (two, 2, accumulated)):
-        code, out, err = finish(start(stage, run_dir, processes, **changes))
-        assert code == 0, err
-        assert re.search(rf"threads? x {processes}\b", out) and "Traceback" not in err
+    assert train_here(stage, one, **RANK_INDEPENDENT | changes) == 0
+    assert re.search(r"threads? x 1\b", capsys.readouterr().out)
     for step in (4, 6):
         expected, found = checkpoint_weights(one, stage, step), checkpoint_weights(two, stage, step)
         assert expected.keys() == found.keys()
@@ -139,11 +174,12 @@ def assert_two_processes_equal_one(stage: str, one: Path, two: Path, changes: di
         for first, second in zip(records_of_one, records_of_two, strict=True):
             assert {**second, "seconds": 0} == {name: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
                                                 for name, value in {**first, "seconds": 0}.items()}
-    code, _, err = finish(start(stage, two, 1, **accumulated, **{f"{stage}_training__max_steps": 8}))
-    assert code == 2 and "written by 2 processes, now there is 1. Continue with --processes 2" in err and "Traceback" not in err
+    assert train_here(stage, two, **accumulated(stage, changes), **{f"{stage}_training__max_steps": 8}) == 2
+    err = capsys.readouterr().err
+    assert "written by 2 processes, now there is 1. Continue with --processes 2" in err and "Traceback" not in err
 
 
-def test_two_processes_train_the_same_discriminator_as_one(tmp_path):
+def test_two_processes_train_the_same_discriminator_as_one(tmp_path, capsys):
     """The balance is fixed, because the adaptive balance is a mean over the processes, each with its own half of the batch."""
     import torch
     from safetensors.torch import load_file
@@ -154,10 +190,11 @@ def test_two_processes_train_the_same_discriminator_as_one(tmp_path):
         "tokenizer_training__perceptual_weight": 0.1,
     }
     one, two = tmp_path / "one", tmp_path / "two"
-    for run_dir, processes, changes in ((one, 1, adversarial), (two, 2, adversarial | {"tokenizer_training__accumulation_steps": 2})):
-        code, out, err = finish(start("tokenizer", run_dir, processes, **changes))
-        assert code == 0, err
-        assert out.count("the discriminator joins at step 2") == 1 and "Traceback" not in err
+    assert train_here("tokenizer", one, **adversarial) == 0
+    assert capsys.readouterr().out.count("the discriminator joins at step 2") == 1
+    code, out, err = finish(start("tokenizer", two, 2, **adversarial, tokenizer_training__accumulation_steps=2))
+    assert code == 0, err
+    assert out.count("the discriminator joins at step 2") == 1 and "Traceback" not in err
     for name in ("model", "model_1"):  # the tokenizer and the discriminator
         expected, found = (load_file(run_dir / f"checkpoints/tokenizer/step-00000006/{name}.safetensors") for run_dir in (one, two))
         assert expected.keys() == found.keys()
@@ -172,17 +209,18 @@ def test_two_processes_train_the_same_discriminator_as_one(tmp_path):
 
 
 def test_shipped_accelerate_configurations_equal_the_processes_option(tiny_run, tmp_path):
-    exports = {}
-    for name, processes, config in (("plain", 1, None), ("one", 1, "one_gpu"), ("two", 2, None), ("two by config", 2, "two_cpu_processes")):
-        code, out, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / name), processes, config))
+    assert train_here("prior", copy_tokens(tiny_run, tmp_path / "plain")) == 0
+    exports = {"plain": (tmp_path / "plain/prior/model.safetensors").read_bytes()}
+    for name, processes, config in (("one", 1, "one_gpu"), ("two", 2, None), ("two by config", 2, "two_cpu_processes")):
+        code, out, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / name), None if config else processes, config))
         assert code == 0 and re.search(rf"threads? x {processes}\b", out), err
         exports[name] = (tmp_path / name / "prior/model.safetensors").read_bytes()
     assert exports["one"] == exports["plain"] and exports["two by config"] == exports["two"]
 
 
 def test_fsdp_on_cpus_is_refused(tiny_run, tmp_path):
-    code, _, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / "run"), 4, "fsdp2"))
-    assert code == 2 and err.count("enables FSDP, which accelerate supports only on several GPUs, but this is 4 x cpu") == 1
+    code, _, err = finish(start("prior", copy_tokens(tiny_run, tmp_path / "run"), 2, "fsdp2"))
+    assert code == 2 and err.count("enables FSDP, which accelerate supports only on several GPUs, but this is 2 x cpu") == 1
     assert "Traceback" not in err and not (tmp_path / "run/checkpoints").exists()
 
 
@@ -210,16 +248,14 @@ def enable_fsdp_on_cpus() -> None:
     {"prior_training__weight_ema_decay": 0, "prior_training__export": "last", "prior_training__activation_checkpointing": True},
     ANNEALED,
 ], ids=["accumulated, with an average", "recomputed activations, without an average", "annealed order"])
-def test_fsdp_equals_replicated_training_and_resumes(changes, tiny_run, tmp_path, capfd, monkeypatch):
+def test_fsdp_equals_replicated_training_and_resumes(changes, tiny_run, trained_by_two, tmp_path, capfd, monkeypatch):
     """Training, validation, weight average, checkpoints and export with FSDP2. Without noise that depends on the rank, nothing may differ."""
     import torch
     from safetensors.torch import load_file
 
     monkeypatch.chdir(ROOT)
     fields = RANK_INDEPENDENT | changes
-    replicated, sharded = copy_tokens(tiny_run, tmp_path / "replicated"), copy_tokens(tiny_run, tmp_path / "sharded")
-    code, _, err = finish(start("prior", replicated, 2, **fields))
-    assert code == 0, err
+    replicated, sharded = trained_by_two("prior", fields), copy_tokens(tiny_run, tmp_path / "sharded")
 
     def run_sharded() -> str:
         arguments = ["sharded prior", str(tmp_path), "digits", *tiny_overrides(sharded, **fields)]

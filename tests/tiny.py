@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from vqmosaic.recipes.recipe import Recipe, recipe_fields
 from vqmosaic.recipes.recipe_files import load_recipe
@@ -64,11 +65,18 @@ def command(*arguments: object, timeout: float = 120, **environment: str) -> sub
                           capture_output=True, text=True, timeout=timeout)
 
 
-def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
-    """Run all stages of a tiny digits run in this process and return the run folder."""
+def run_tiny_chain(recipe: Recipe, **options: object) -> int:
+    """Run all stages of a recipe in this process, measure few samples, and return the exit code. `options` are those of run_chain."""
+    from pipelines.stages import measures
     from pipelines.stages.chain import run_chain
 
-    assert run_chain(tiny_recipe(run_dir, **changes)) == 0
+    with patch.object(measures, "SAMPLES", 50):
+        return run_chain(recipe, **options)
+
+
+def make_tiny_run(run_dir: Path | str, **changes: object) -> Path:
+    """Run all stages of a tiny digits run in this process and return the run folder."""
+    assert run_tiny_chain(tiny_recipe(run_dir, **changes)) == 0
     return Path(run_dir)
 
 

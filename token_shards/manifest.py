@@ -21,6 +21,8 @@ from vqmosaic.wording import counted, is_or_are
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "validation")
+BYTES_FINGERPRINT = "text:bytes"
+"""The token_fingerprint of a text whose ids are the bytes of UTF-8."""
 OPTIONAL_FIELDS = ("order_seed", "conditions")
 """Fields that a manifest has only if they are set. Versions before them did not write them."""
 ORDER_SEED = 0

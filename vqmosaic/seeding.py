@@ -43,7 +43,12 @@ def image_seeds(seed: int, count: int) -> list[int]:
     Raises InputError for a seed that is not an integer: the text "7" would give different seeds from the number 7.
     """
     seed = as_integer("seed", seed)
-    return [derive_seed("image", seed, index) for index in range(count)]
+    return [image_seed(seed, index) for index in range(count)]
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of the image with this index in a request, as in `image_seeds`."""
+    return derive_seed("image", as_integer("seed", seed), index)
 
 
 def uniforms(seeds: Sequence[int], length: int) -> np.ndarray:

@@ -15,11 +15,12 @@ import torch
 
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import tokenizer_batch_size
-from pipelines.editing.given_images import images_of_size, tokens_of
-from pipelines.editing.masked_images import MaskedImages, masks_from, token_side, tokens_in_masks
+from pipelines.editing.edit_inputs import single_given
+from pipelines.editing.given_images import images_and_masks, tokens_of
+from pipelines.editing.masked_images import MaskedImages, token_side, tokens_in_masks
 from pipelines.editing.scores import Scores, bits_of_tokens, scores_of_tokens
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import Given, Request, check_request
+from pipelines.generation_request import Given, Request, check_request, check_settings, check_training_size
 from stage1_tokenizer.image_files.images import as_batches
 from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
@@ -33,13 +34,16 @@ from vqmosaic.seeding import generator
 
 Labels = Sequence[str | int] | str | int | None
 """Class names (strings) or indices (integers): one for all images, or one for each."""
+EDIT_ARGUMENTS = ("class_labels", "num_tries", "num_images_per_label", "seed", "prompt", "condition_image", "given_ids", "size", "window_overlap",
+                  "output_type", "callback", "batch_size", "compile")
+"""The arguments of all methods that edit, besides the image, what is drawn again, and the sampling settings."""
 
 
 class EditingMethods(ABC):
     """The methods of ImageGenerationPipeline that start from images.
 
     Images that are edited must have the size of the pipeline. `inpaint`, `outpaint` and `complete` also make larger results: `size` is their height
-    and width, and they are drawn in windows of the training size (see `size` and `window_overlap` of a call).
+    and width, and they are drawn in windows of the training size (see `size` and `window_overlap` of a call). Images and masks then have this size.
 
     The results are a GenerationOutput. Further arguments are those of a call of the pipeline: num_images_per_label (results per image), seed, prompt,
     given_ids, output_type, callback, batch_size, compile and the sampling settings. Images of conditions are given as condition_image. Results of
@@ -77,7 +81,7 @@ class EditingMethods(ABC):
         the kept ones at the edge. What is under the mask has no influence. `class_labels` may be another class than that of the image.
 
         Args:
-            image: one or several images of the pipeline's size.
+            image: one or several images of the pipeline's size, or of `size`.
             mask: a PIL image (white is drawn again), or a bool array or tensor (H, W) (True is drawn again). One for all images, or a list of one
                 for each.
             class_labels: the class of the result: one for all images, or one for each. None for a pipeline without classes, or for no class.
@@ -87,28 +91,15 @@ class EditingMethods(ABC):
         Raises:
             InputError: another size of the image or the mask, a mask without white pixels, or what a call of the pipeline raises.
         """
-        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "mask", mask, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
-
-    def inpaint_batches(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, *,
-                        skip: Callable[[range], bool] | None = None, **arguments: Any) -> Iterator[GenerationOutput]:
-        """Yield the results of `inpaint` with these arguments one batch at a time, as `batches` does. `skip` is that of `batches`."""
-        request, generation = self._check_inpaint(image, mask, class_labels, num_tries, **arguments)
-        return self._sample_batches(request, **generation, skip=skip)
 
     def outpaint(self, image: Images, box: Sequence[int], class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
         """Draw what lies around an image. `box` is its place in the result: left, top, right and bottom in pixels, as in Pillow.
 
         The image must have the size of the box. Other arguments are those of `inpaint`.
         """
-        sides = self._sides_of_results(arguments)
-        (height, width), (left, top, right, bottom) = sides, checked_box(box, *sides)
-        part_NCHW = images_of_size(image, self.tokenizer.transform, (bottom - top, right - left), "box is a place")
-        images_NCHW = part_NCHW.new_zeros(len(part_NCHW), part_NCHW.shape[1], height, width)
-        images_NCHW[..., top:bottom, left:right] = part_NCHW
-        masks_NHW = torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
-        masks_NHW[:, top:bottom, left:right] = False
-        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "box", box, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
 
     def complete(self, image: Images, keep: str | float = "top", class_labels: Labels = None, num_tries: int = 1,
@@ -117,14 +108,7 @@ class EditingMethods(ABC):
 
         Keeping the top suits all priors, also those trained in raster order. Other arguments are those of `inpaint`.
         """
-        sides = self._sides_of_results(arguments)
-        images_NCHW = self._images_to_edit(image, sides)
-        masks_NHW = torch.ones(len(images_NCHW), *sides, dtype=torch.bool)
-        allowed = 'allowed: "top", "left", or a share of the rows between 0 and 1'
-        share = checked_share("keep", 0.5 if keep in ("top", "left") else keep, allowed, below_one=True)
-        kept_NHW = masks_NHW.movedim(2, 1) if keep == "left" else masks_NHW
-        kept_NHW[:, :min(max(1, round(share * kept_NHW.shape[1])), kept_NHW.shape[1] - 1)] = False
-        request, generation = self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
+        request, generation = self._edit_request(image, "keep", keep, class_labels, num_tries, **arguments)
         return self._generate(request, **generation)
 
     def variations(self, image: Images, strength: float = 0.5, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
@@ -133,15 +117,51 @@ class EditingMethods(ABC):
         The tokens to draw are chosen at random by the seed of each result. All pixels are decoded from tokens, so the other places differ a little
         from the given image, too. Other arguments are those of `inpaint`.
         """
-        arguments.pop("window_overlap", None)
-        if arguments.pop("size", None) is not None:
-            raise InputError("variations draws images of the training size only; leave size out, or use inpaint for a part of a larger image.")
-        images_NCHW = self._images_to_edit(image, self.tokenizer.transform.sides)
-        strength = checked_share("strength", strength, "allowed: above 0, at most 1", below_one=False)
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, None, **arguments)
-        known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(len(request.seeds) // len(images_NCHW), dim=0)
-        is_drawn_BT = torch.stack([self._random_tokens(strength, seed) for seed in request.seeds])
-        return self._generate(request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), **generation)
+        request, generation = self._edit_request(image, "strength", strength, class_labels, num_tries, **arguments)
+        return self._generate(request, **generation)
+
+    def edit_batches(self, image: Images, class_labels: Labels = None, num_tries: int = 1, *, mask: Any = None, box: Sequence[int] | None = None,
+                     keep: str | float | None = None, strength: float | None = None, skip: Callable[[range], bool] | None = None,
+                     **arguments: Any) -> Iterator[GenerationOutput]:
+        """Yield the results of one of the other methods one batch at a time, as `batches` does, so that memory does not grow with their number.
+
+            for out in pipe.edit_batches(image, mask=mask, num_images_per_label=1000, seed=1):
+                ...
+
+        Exactly one of `mask` (`inpaint`), `box` (`outpaint`), `keep` (`complete`) and `strength` (`variations`) is given. `skip` is that of
+        `batches`, and other arguments are those of `inpaint`.
+        """
+        given = {"mask": mask, "box": box, "keep": keep, "strength": strength}
+        drawn_by = single_given(given)
+        request, generation = self._edit_request(image, drawn_by, given[drawn_by], class_labels, num_tries, **arguments)
+        return self._sample_batches(request, **generation, skip=skip)
+
+    def _edit_request(self, image: Images, drawn_by: str, value: Any, class_labels: Labels, num_tries: int, *, size: ImageSize | None = None,
+                      window_overlap: float = OVERLAP, **arguments: Any) -> tuple[Request, dict[str, Any]]:
+        """The request of an edit, in which the argument `drawn_by` with this value says what to draw, and the arguments of `_generate`."""
+        # 1. Check the request, before anything slow
+        if drawn_by == "strength":
+            check_training_size("variations", {"size": size})
+        grids, transform, tiling = self.tokenizer.grids, self.tokenizer.transform, self._tiling(size, window_overlap)
+        images_NCHW, masks_NHW = images_and_masks(image, drawn_by, value, transform, None if tiling is None else tiling.image)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, tiling=tiling, **arguments)
+        results = len(request.seeds) // len(images_NCHW)
+
+        # 2. The tokens to draw: some at random places, all others are those of the image
+        if masks_NHW is None:
+            known_BT = tokens_of(self.tokenizer, images_NCHW).repeat_interleave(results, dim=0)
+            is_drawn_BT = torch.stack([self._random_tokens(value, seed) for seed in request.seeds])
+            return request._replace(known_BT=known_BT.masked_fill(is_drawn_BT, UNKNOWN)), generation
+
+        # or those that cover a masked pixel. After all are decoded, the masked pixels are put into the given images
+        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
+        whole_grids = grids if tiling is None else tiling.image_grids[:len(grids)]  # those of conditions follow
+        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, whole_grids), UNKNOWN)
+
+        def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
+            return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
+
+        return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
 
     def _random_tokens(self, share: float, seed: int) -> torch.Tensor:
         """Which tokens (T,) to draw: this share of each grid, at least one token, by the seed of the image."""
@@ -151,48 +171,13 @@ class EditingMethods(ABC):
             parts.append(torch.zeros(grid.num_tokens, dtype=torch.bool).index_fill(0, torch.from_numpy(places), True))
         return torch.cat(parts)
 
-    def _sides_of_results(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Height and width of the results: those of the argument `size`, or the training size."""
-        tiling = self._tiling(arguments.get("size"), arguments.get("window_overlap", OVERLAP))
-        return self.tokenizer.transform.sides if tiling is None else tiling.image
-
-    def _images_to_edit(self, image: Images, sides: tuple[int, int]) -> torch.Tensor:
-        where = "this pipeline edits images" if sides == self.tokenizer.transform.sides else "size asks for images"
-        return images_of_size(image, self.tokenizer.transform, sides, where)
-
-    def _check_inpaint(self, image: Images, mask: Any, class_labels: Labels, num_tries: int, **arguments: Any) -> tuple[Request, dict[str, Any]]:
-        """The request of `inpaint` and the arguments of `_generate`."""
-        sides = self._sides_of_results(arguments)
-        images_NCHW = self._images_to_edit(image, sides)
-        masks_NHW = masks_from(mask, len(images_NCHW), sides)
-        return self._edit_request(images_NCHW, masks_NHW, class_labels, num_tries, **arguments)
-
-    def _edit_request(self, images_NCHW: torch.Tensor, masks_NHW: torch.Tensor, class_labels: Labels, num_tries: int, *,
-                      size: ImageSize | None = None, window_overlap: float = OVERLAP, **arguments: Any) -> tuple[Request, dict[str, Any]]:
-        """The request that draws the masked tokens of images and puts the masked pixels into them, and the arguments of `_generate`."""
-        # 1. Check the request, before anything slow
-        tiling = self._tiling(size, window_overlap)
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, tiling, **arguments)
-        results = len(request.seeds) // len(images_NCHW)
-
-        # 2. The tokens of what is kept
-        grids, sides = self.tokenizer.grids, self.tokenizer.transform.sides
-        masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, sides))
-        whole_grids = grids if tiling is None else tiling.image_grids[:len(grids)]  # those of conditions follow
-        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, whole_grids), UNKNOWN)
-
-        # 3. The others are drawn and all are decoded. Then the masked pixels are put into the given images
-        def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
-            return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
-
-        return request._replace(known_BT=known_NT.repeat_interleave(results, dim=0), finish=finish), generation
-
-    def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, tiling: Tiling | None,
-                    num_images_per_label: int = 1, seed: int | None = None, *, prompt: Any = None, condition_image: Any = None,
+    def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
+                    tiling: Tiling | None = None, prompt: Any = None, condition_image: Any = None,
                     given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
                     callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                     **settings: Any) -> tuple[Request, dict[str, Any]]:
         """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
+        check_settings(settings, EDIT_ARGUMENTS)
         check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
         given = Given(prompt, condition_image, given_ids)
         request = self._check_paired(images_NCHW, class_labels, given, num_images_per_label, seed, settings, tiling)
@@ -237,24 +222,3 @@ class EditingMethods(ABC):
         ids_NT = torch.cat([tokens_of(self.tokenizer, images_BCHW) for images_BCHW in batches])
         bits_BT = bits_of_tokens(self.tokenizer, self.chain, ids_NT.expand(len(request.seeds), -1), request.classes, request.given)
         return scores_of_tokens(self.tokenizer, bits_BT)
-
-
-def checked_box(box: Any, height: int, width: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a box. Raises InputError unless it lies in an image of this size, and does not cover all of it."""
-    allowed = f"give left, top, right and bottom in pixels, inside of {width} x {height} (width x height)"
-    if not hasattr(box, "__len__") or len(box) != 4:
-        raise InputError(f"box is {box!r}; {allowed}.")
-    left, top, right, bottom = (as_integer("box: an entry", side) for side in box)
-    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-        raise InputError(f"box is {tuple(box)}; {allowed}.")
-    if (left, top, right, bottom) == (0, 0, width, height):
-        raise InputError(f"box is {tuple(box)}, which is the whole result, so there is nothing to draw. Give a smaller box.")
-    return left, top, right, bottom
-
-
-def checked_share(name: str, share: Any, allowed: str, below_one: bool) -> float:
-    """A number above 0 and at most 1, or below 1. Raises InputError for anything else."""
-    is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not is_number or not (0 < share < 1 or (share == 1 and not below_one)):
-        raise InputError(f"{name} is {share!r}; {allowed}.")
-    return float(share)

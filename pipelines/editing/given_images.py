@@ -1,4 +1,4 @@
-"""The images that an edit keeps or draws again, as tensors with exactly the values of the given pixels."""
+"""The images of an edit, as tensors with exactly the values of the given pixels, and the masks of the pixels to draw."""
 
 import dataclasses
 from typing import Any
@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from pipelines.decoded_images import map_batches, tokenizer_batch_size
+from pipelines.editing.edit_inputs import ImageForm, checked_box, checked_image, checked_keep, checked_strength
+from pipelines.editing.masked_images import masks_from
 from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import ImageTransform, as_batches
 from stage1_tokenizer.image_files.read_images import read_image
@@ -14,6 +16,43 @@ from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from stage1_tokenizer.tiles.tiled_images import encode_tiled
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from vqmosaic.errors import InputError
+
+EDITED = "this pipeline edits images"
+
+
+def images_and_masks(images: Any, drawn_by: str, value: Any, transform: ImageTransform,
+                     size: tuple[int, int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The images (N, C, H, W) of an edit, and the masks (N, H, W) of the pixels to draw. With a strength, there are no masks: all pixels may change.
+
+    Args:
+        images: a PIL image, a list of them, or a tensor (N, C, H, W) in [-1, 1]. With a box, they have its size.
+        drawn_by: the name of the argument that says what to draw again, such as "mask".
+        value: its value.
+        transform: that of the pipeline.
+        size: height and width of the results, if they are larger than the training images.
+
+    Raises:
+        InputError: an image has another size or cannot be read, or the value is not allowed.
+    """
+    height, width = size or transform.sides
+    if drawn_by == "box":
+        left, top, right, bottom = checked_box("box", value, height, width)
+        part_NCHW = images_of_size(images, transform, (bottom - top, right - left), "box is a place")
+        images_NCHW = part_NCHW.new_zeros(len(part_NCHW), part_NCHW.shape[1], height, width)
+        images_NCHW[..., top:bottom, left:right] = part_NCHW
+        masks_NHW = torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
+        masks_NHW[:, top:bottom, left:right] = False
+        return images_NCHW, masks_NHW
+    images_NCHW = images_of_size(images, transform, (height, width), EDITED if size is None else "size asks for images")
+    if drawn_by == "mask":
+        return images_NCHW, masks_from(value, len(images_NCHW), (height, width))
+    if drawn_by == "strength":
+        checked_strength("strength", value)
+        return images_NCHW, None
+    share, masks_NHW = checked_keep("keep", value), torch.ones(len(images_NCHW), height, width, dtype=torch.bool)
+    kept_NHW = masks_NHW.movedim(2, 1) if value == "left" else masks_NHW
+    kept_NHW[:, :min(max(1, round(share * kept_NHW.shape[1])), kept_NHW.shape[1] - 1)] = False
+    return images_NCHW, masks_NHW
 
 
 def images_of_size(images: Any, transform: ImageTransform, sides: tuple[int, int], where: str) -> torch.Tensor:
@@ -27,11 +66,11 @@ def images_of_size(images: Any, transform: ImageTransform, sides: tuple[int, int
     Raises:
         InputError: an image has another size or cannot be read.
     """
-    own = dataclasses.replace(transform.without_derivation, image_size=sides)
+    own, form = dataclasses.replace(transform.without_derivation, image_size=sides), ImageForm(transform.channels, transform.value_range, sides)
     if isinstance(images, Image.Image | FloatImage):
-        images = [images]
-    if isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image | FloatImage) for image in images):
-        images = [checked_image(number, image, own, where) for number, image in enumerate(images)]
+        images = [checked_image("the image", images, form, where)]
+    elif isinstance(images, (list, tuple)) and all(isinstance(image, Image.Image | FloatImage) for image in images):
+        images = [checked_image(f"image {number}", image, form, where) for number, image in enumerate(images)]
     return torch.cat(list(as_batches(images, own, tokenizer_batch_size(sides)))).cpu()
 
 
@@ -64,19 +103,6 @@ def same_sizes(images: list[torch.Tensor]) -> list[torch.Tensor]:
         raise InputError(f"the images have different sizes, such as {sizes[0][0]} x {sizes[0][1]} and {sizes[1][0]} x {sizes[1][1]} pixels (height x "
                          "width), so their ids do not fit into one tensor. Encode them one by one.")
     return images
-
-
-def checked_image(number: int, image: Image.Image | FloatImage, transform: ImageTransform, where: str) -> Image.Image | FloatImage:
-    """The upright image with the channels of the transform. Raises InputError unless it has its size."""
-    try:
-        upright = read_image(image, channels=transform.channels, value_range=transform.value_range)
-    except UnreadableImage as error:
-        raise InputError(f"image {number} cannot be read: {error}.") from None
-    (width, height), (expected_height, expected_width) = upright.size, transform.sides
-    if (height, width) != transform.sides:
-        raise InputError(f"image {number} is {width} x {height} pixels (width x height), but {where} of {expected_width} x {expected_height}. Resize "
-                         f"or crop it first, such as with image.resize(({expected_width}, {expected_height})).")
-    return upright
 
 
 def tokens_of(tokenizer: Tokenizer, images_NCHW: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
-from stage1_tokenizer.image_files.read_images import read_image
-from stage1_tokenizer.image_files.stored_values import UnreadableImage
+from pipelines.editing.edit_inputs import check_mask, picture_mask
+from stage1_tokenizer.image_files.read_images import describe_path
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
-
-WHITE_FROM = 128
-"""Pixels of a mask picture from this value on, of 255, are drawn again."""
 
 
 def masks_from(mask: Any, images: int, sides: tuple[int, int]) -> torch.Tensor:
@@ -30,31 +27,13 @@ def masks_from(mask: Any, images: int, sides: tuple[int, int]) -> torch.Tensor:
     parts = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if not parts:
         raise InputError("mask is an empty list; give one mask for each image, or a single one for all.")
-    arrays = [picture_mask(part) if isinstance(part, Image.Image) else array_mask(part) for part in parts]
-    height, width = sides
+    arrays = [picture_mask("the mask", part) if isinstance(part, Image.Image) else array_mask(part) for part in parts]
+    count = sum(map(len, arrays))
+    if count not in (1, images):
+        raise InputError(f"there are {count} masks and {images} images; give one mask for each image, or a single one for all.")
     for array_NHW in arrays:
-        if array_NHW.shape[1:] != sides:
-            raise InputError(f"the mask is {array_NHW.shape[2]} x {array_NHW.shape[1]} pixels (width x height), but the image is {width} x {height}. "
-                             "Give a mask of the size of the image.")
-    masks_NHW = torch.from_numpy(np.concatenate(arrays))
-    if len(masks_NHW) not in (1, images):
-        raise InputError(f"there are {len(masks_NHW)} masks and {images} images; give one mask for each image, or a single one for all.")
-    if not masks_NHW.flatten(1).any(dim=1).all():
-        raise InputError("the mask has no white (True) pixel, so there is nothing to draw. White pixels are drawn again, black ones are kept.")
-    return masks_NHW.expand(images, -1, -1)
-
-
-def picture_mask(picture: Image.Image) -> np.ndarray:
-    """The mask (1, H, W) in a PIL image. Raises InputError for transparent ones: whether these pixels are to be drawn is not known."""
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
-        if alpha.min() < 255:
-            raise InputError("the mask has transparent pixels. Save it without transparency: white where the image is to be drawn again, black "
-                             "elsewhere.")
-    try:
-        return (np.asarray(read_image(picture, channels=1)) >= WHITE_FROM)[None]
-    except UnreadableImage as error:
-        raise InputError(f"the mask cannot be read: {error}.") from None
+        check_mask("the mask", array_NHW, sides)
+    return torch.from_numpy(np.concatenate(arrays)).expand(images, -1, -1)
 
 
 def array_mask(given: Any) -> np.ndarray:
@@ -62,16 +41,22 @@ def array_mask(given: Any) -> np.ndarray:
     array = given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else given
     if not isinstance(array, np.ndarray) or array.dtype != bool or array.ndim not in (2, 3):
         found = f"an array of {array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else f"of type {type(given).__name__}"
-        raise InputError(f"the mask is {found}; allowed: a PIL image, or a bool array or tensor (H, W) or (B, H, W). For numbers, give mask > 0.")
+        hint = describe_path(given) or " For numbers, give mask > 0."
+        raise InputError(f"the mask is {found}; allowed: a PIL image, or a bool array or tensor (H, W) or (B, H, W).{hint}")
     return array if array.ndim == 3 else array[None]
 
 
 def tokens_in_masks(masks_NHW: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
     """Which tokens (N, T) cover at least one masked pixel, for all grids of a tokenizer. This widens the mask to the token grid."""
+    return share_in_masks(masks_NHW, grids) > 0
+
+
+def share_in_masks(masks_NHW: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+    """The share (N, T) of masked pixels among those that each token covers, for all grids of a tokenizer."""
     parts = []
     for grid in grids:
-        is_covered_N1hw = F.adaptive_max_pool2d(masks_NHW[:, None].float(), (grid.height, grid.width)) > 0
-        parts.append(is_covered_N1hw.flatten(1).repeat_interleave(grid.depth, dim=1))
+        share_N1hw = F.adaptive_avg_pool2d(masks_NHW[:, None].float(), (grid.height, grid.width))
+        parts.append(share_N1hw.flatten(1).repeat_interleave(grid.depth, dim=1))
     return torch.cat(parts, dim=1)
 
 

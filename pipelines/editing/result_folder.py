@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.editing.edit_inputs import DRAWN_BY
 from pipelines.image_folders.output_folder import EDITS_RECORD, SCORES_RECORD, OutputFolder, SampledFolder, digest_of_files
 from pipelines.image_folders.png_files import png_header
 from pipelines.image_folders.sample_folder import file_name, numbered_names, shorten_name
@@ -23,8 +24,12 @@ class EditFolder(SampledFolder):
 
     image: Path
     """The image file."""
-    mask: Path
-    """The mask file."""
+    drawn_by: str
+    """The option that says what to draw again: mask, box, keep or strength."""
+    value: Any
+    """Its value: the mask file, the four sides of the box, top, left or a share to keep, or a strength."""
+    condition_images: Mapping[str, Path]
+    """Name of a condition -> its image file."""
     num: int
     """Results per class."""
     num_tries: int
@@ -41,7 +46,10 @@ class EditFolder(SampledFolder):
 
     @property
     def own_request(self) -> dict[str, Any]:
-        return {"contents": digest_of_files([self.image, self.mask]), "prompt": self.prompt, "num": self.num, "num_tries": self.num_tries}
+        mask = [self.value] if self.drawn_by == "mask" else []
+        value = dict.fromkeys(DRAWN_BY) | {self.drawn_by: str(self.value.name) if mask else self.value}
+        return {"contents": digest_of_files([self.image, *mask, *self.condition_images.values()]), **value, "prompt": self.prompt,
+                "condition_image": list(self.condition_images) or None, "num": self.num, "num_tries": self.num_tries}
 
     @property
     def image_header(self) -> bytes:
@@ -60,6 +68,10 @@ class ScoreFolder(OutputFolder):
 
     images: Mapping[str, Path]
     """Name of each picture, such as cats/1.png -> the given image."""
+    prompt: str | None
+    """The text that is given for all images, or None."""
+    condition_images: Mapping[str, Sequence[Path]]
+    """Name of a condition -> its image files: one for all images or one for each."""
 
     @property
     def names(self) -> list[str]:
@@ -67,8 +79,9 @@ class ScoreFolder(OutputFolder):
 
     @functools.cached_property
     def request(self) -> dict[str, Any]:
-        return {"pipeline": self.fingerprints, "contents": digest_of_files(list(self.images.values())), "images": len(self.images),
-                "classes": self.labels, "dtype": self.dtype}
+        files = [*self.images.values(), *(path for paths in self.condition_images.values() for path in paths)]
+        return {"pipeline": self.fingerprints, "contents": digest_of_files(files), "images": len(self.images), "classes": self.labels,
+                "prompt": self.prompt, "condition_image": list(self.condition_images) or None, "dtype": self.dtype}
 
     @property
     def image_header(self) -> None:

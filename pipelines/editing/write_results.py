@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipelines.decoded_images import tokenizer_batch_size
-from pipelines.editing.given_images import images_of_size
-from pipelines.editing.masked_images import masks_from
+from pipelines.editing.edit_inputs import read_mask
+from pipelines.editing.given_images import images_and_masks
 from pipelines.editing.result_folder import TABLE_NAME, EditFolder, ScoreFolder
 from pipelines.editing.scores import Scores
 from pipelines.generate import GenerationOutput, ImageGenerationPipeline
-from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid, write_batches
+from pipelines.image_folders.output_folder import GRID_NAME
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_pipeline, save_grid, write_batches
 from stage1_tokenizer.image_files.channels import visible_pixels
+from stage1_tokenizer.image_files.float_images import FloatImage
 from stage1_tokenizer.image_files.images import ImageTransform, read_image, to_uint8
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from stage1_tokenizer.pictures import save_picture, tile_images, viewing_scale
-from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import write_bytes
@@ -47,62 +47,68 @@ MAX_LISTED_REASONS = 12
 
 
 def write_edits(folder: EditFolder, device: str | None) -> int:
-    """Draw the masked part of an image again, and write the missing and damaged results and a grid of them. Returns exit code 0.
+    """Draw a part of an image again, and write the missing and damaged results and a grid of them. Returns exit code 0.
 
     Raises:
         InputError: an image cannot be read or has another size, the folder contains images of another request, or another process is writing to it.
         Interrupted: a signal stopped it. Written results are kept, and the same request continues from there.
     """
-    transform = ImageTransform.from_dict(read_tokenizer_config(folder.pipeline / "tokenizer")["transform"])
-    image = read_file(folder.image, transform.channels, transform.value_range)
-    image_1CHW = images_of_size(image, transform, transform.sides, "this pipeline edits images")
-    mask_1HW = masks_from(read_mask(folder.mask), 1, transform.sides)
     with locked(folder.out, "--out"):
-        return write_missing_edits(folder, image_1CHW, mask_1HW, device)
+        return write_missing_edits(folder, device)
 
 
-def write_missing_edits(folder: EditFolder, image_1CHW: torch.Tensor, mask_1HW: torch.Tensor, device: str | None) -> int:
+def write_missing_edits(folder: EditFolder, device: str | None) -> int:
     """The part of `write_edits` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, total = folder.complete_files(), len(folder.names)
-    report_damaged(folder.out, folder.existing_files() - complete)
-    kept = len(complete - {GRID_NAME})
-    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
-    pipe.sampling = folder.sampling
+    complete, pipe, total = folder.usable_files(), load_pipeline(folder, device), len(folder.names)
+    kept, transform = len(complete - {GRID_NAME}), pipe.tokenizer.transform
+    image: Any = read_file(folder.image, transform)  # with more than 8 bits, it is no PIL image
+    value: Any = read_mask(folder.value) if folder.drawn_by == "mask" else folder.value
     if not pipe.chain.any_order:
         print(RASTER_NOTE, flush=True)
     for message in pipe.inputs.describe_cut(folder.prompt):
         print(f"warning: {message}", flush=True)
 
     def sample(_: StopFlag, callback: Callable[[int, int], bool], skip: Callable[[range], bool]) -> Iterator[GenerationOutput]:
-        batches = pipe.inpaint_batches(image_1CHW, mask_1HW, folder.labels, folder.num_tries, num_images_per_label=folder.num, seed=folder.seed,
-                                       given_ids=pipe.inputs.ids(folder.prompt), callback=callback, skip=skip)
+        given_ids = {**pipe.inputs.ids(folder.prompt), **encode_conditions(pipe, folder.condition_images)}
+        batches = pipe.edit_batches(image, folder.labels, folder.num_tries, **{folder.drawn_by: value}, num_images_per_label=folder.num,
+                                    seed=folder.seed, given_ids=given_ids, callback=callback, skip=skip)
         folder.begin()  # the request is valid
         return batches
 
     written, _ = write_batches(folder, complete, sample)
-    # the grid: the image, and the image with its masked pixels in grey, above the results
-    rows: list[list[np.ndarray | Path]] = [[to_uint8(images_1CHW)[0] for images_1CHW in (image_1CHW, image_1CHW.masked_fill(mask_1HW[:, None], 0.0))]]
-    for positions in grid_rows(total, GRID_COLUMNS, pipe.tokenizer.transform.image_size):
+    title, given = given_pictures(pipe, folder.drawn_by, *images_and_masks(image, folder.drawn_by, value, transform))
+    rows: list[list[np.ndarray | Path]] = [[to_uint8(image_1CHW)[0] for image_1CHW in given]]
+    for positions in grid_rows(total, GRID_COLUMNS, transform.image_size):
         rows.append([folder.out / folder.names[position] for position in positions])
     save_grid(rows, folder.out / GRID_NAME)
-    print(f"wrote {counted(written, 'result')} and {GRID_NAME} (image and mask over results) to {folder.out}"
+    print(f"wrote {counted(written, 'result')} and {GRID_NAME} ({title} over results) to {folder.out}"
           + (f", which now contains all {total:,}" if kept else ""))
     return 0
 
 
-def read_file(path: Path, channels: int, value_range: Sequence[float] | None = None) -> Any:
-    """An image file as `read_image` returns it. Raises InputError with the path if it cannot be read."""
+def given_pictures(pipe: ImageGenerationPipeline, drawn_by: str, image_1CHW: torch.Tensor,
+                   mask_1HW: torch.Tensor | None) -> tuple[str, list[torch.Tensor]]:
+    """What the first row of an edit's grid shows, as a text and as pictures (1, C, H, W)."""
+    if mask_1HW is None:  # all pixels of variations are decoded from tokens, as those of the reconstruction
+        return "image and reconstruction", [image_1CHW, pipe.tokenizer.reconstruct(image_1CHW.to(pipe.device)).cpu()]
+    kept_1CHW = image_1CHW.masked_fill(mask_1HW[:, None], 0.0)
+    return ("image in its box", [kept_1CHW]) if drawn_by == "box" else ("image and kept part", [image_1CHW, kept_1CHW])
+
+
+def encode_conditions(pipe: ImageGenerationPipeline, files: Mapping[str, Path]) -> dict[str, torch.Tensor]:
+    """The ids (1, n) of one image of each condition, by its name. Raises InputError with the path of an unreadable one."""
+    return {name: pipe.inputs.encode_images(name, load_image(path, pipe.inputs.tokenizers[name].transform.without_derivation)[None])
+            for name, path in files.items()}
+
+
+def read_file(path: Path, transform: ImageTransform) -> Image.Image | FloatImage:
+    """An image file with the channels of the transform, in its own size. Raises InputError with the path if it cannot be read."""
     try:
-        return read_image(path, channels=channels, value_range=value_range)
+        return read_image(path, channels=transform.channels, value_range=transform.value_range)
     except UnreadableImage as error:
         raise InputError(f"image {str(path)!r} cannot be read: {error}.") from None
-
-
-def read_mask(path: Path) -> Image.Image:
-    """A mask file as a PIL image with its alpha, so that transparent ones can be refused."""
-    return read_file(path, channels=2)
 
 
 # --- score ---------------------------------------------------------------------------------------------------------------------
@@ -124,13 +130,17 @@ def write_missing_scores(folder: ScoreFolder, device: str | None) -> int:
     """The part of `write_scores` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, names, total = folder.complete_files(), folder.names, len(folder.names)
-    report_damaged(folder.out, folder.existing_files() - complete)
+    complete, names, total = folder.usable_files(), folder.names, len(folder.names)
     table = finished_rows(folder, complete)
     missing = [number for number, row in enumerate(table) if not row["bits"]]
     pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
     transform, written, reasons = pipe.tokenizer.transform, 0, []
     batch_size = tokenizer_batch_size(transform.image_size)
+    for cut in pipe.inputs.describe_cut(folder.prompt):
+        print(f"warning: {cut}", flush=True)
+    single = {name: files[0] for name, files in folder.condition_images.items() if len(files) == 1}
+    several = {name: files for name, files in folder.condition_images.items() if len(files) > 1}
+    common_ids = {**pipe.inputs.ids(folder.prompt), **encode_conditions(pipe, single)}
     folder.begin()
     with StopFlag() as stop, progress_bar(len(missing), 0, "scoring", "image") as bar:
         for batch in (missing[start:start + batch_size] for start in range(0, len(missing), batch_size)):
@@ -138,10 +148,16 @@ def write_missing_scores(folder: ScoreFolder, device: str | None) -> int:
             message = f"{done:,} of {counted(total, 'image')} {is_or_are(done)} scored"
             paths = {number: folder.images[names[number]] for number in batch}
             images, unreadable = stop.wait_or_raise(functools.partial(load_readable, paths, transform), message)
+            given = {}
+            for name, files in several.items():
+                own = pipe.inputs.tokenizers[name].transform.without_derivation
+                given[name], more = stop.wait_or_raise(functools.partial(load_readable, {number: files[number] for number in images}, own), message)
+                images, unreadable = {number: images[number] for number in given[name]}, unreadable + more
             reasons += unreadable
             if images:
                 images_BCHW = torch.stack(list(images.values()))
-                scores = pipe.score(images_BCHW, classes_of(folder.labels, list(images)))
+                ids = {name: pipe.inputs.encode_images(name, torch.stack([each[number] for number in images])) for name, each in given.items()}
+                scores = pipe.score(images_BCHW, classes_of(folder.labels, list(images)), given_ids={**common_ids, **ids})
                 for place, number in enumerate(images):
                     table[number] |= score_record(pipe.tokenizer.grids, scores, place, transform.sides)
                 write_table(folder.out / TABLE_NAME, table)  # before the pictures, so that each picture has its row

@@ -10,8 +10,9 @@ import functools
 import hashlib
 import json
 import os
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,14 +27,17 @@ from vqmosaic.errors import InputError, listed_names, printable
 from vqmosaic.files.durable_files import write_json
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.interruption import Interrupted
 from vqmosaic.wording import counted, is_or_are
 
 FORMAT_VERSION = 1
 GRID_NAME = "grid.png"
 SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD = "samples.json", "reconstructions.json", "translations.json"
-EDITS_RECORD, SCORES_RECORD = "edits.json", "scores.json"
-RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD})
+EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD, AUGMENTATION_RECORD = "edits.json", "scores.json", "enhanced.json", "augmentation.json"
+RECORDS = frozenset({SAMPLES_RECORD, RECONSTRUCTIONS_RECORD, TRANSLATIONS_RECORD, EDITS_RECORD, SCORES_RECORD, ENHANCED_RECORD, AUGMENTATION_RECORD})
 """The records of all commands that write images. A folder with one of them holds results."""
+RESULT_SUFFIXES = (".png", ".tar")
+"""Suffixes of the files that hold the images of a request."""
 MAX_LISTED_CLASSES, MAX_LISTED_FILES = 12, 5
 """Largest number of classes listed in an error, and of damaged files listed in a warning."""
 
@@ -106,7 +110,7 @@ class OutputFolder(ABC):
         recorded = content["request"]
         if isinstance(recorded.get("sampling"), dict):  # settings that did not exist when it was recorded get their defaults
             recorded = recorded | {"sampling": SamplingConfig().to_dict() | recorded["sampling"]}
-        if recorded != self.request and next(self.out.rglob("*.png"), None) is None:
+        if recorded != self.request and not any(True for suffix in RESULT_SUFFIXES for _ in self.out.rglob(f"*{suffix}")):
             return set()  # the other request was stopped before its first image
         if recorded != self.request:
             raise InputError(f"--out {self.out} contains the images of another request: {self._differences(recorded)}. {remedy}")
@@ -133,6 +137,25 @@ class OutputFolder(ABC):
         header = self.image_header
         return {name for name in self.existing_files()
                 if not name.endswith(".png") or is_whole_png(self.out / name, None if name == self.SUMMARY else header)}
+
+    def usable_files(self) -> set[str]:
+        """The `complete_files`. Prints a warning that files of an earlier call are damaged or were replaced."""
+        complete = self.complete_files()
+        report_damaged(self.out, self.existing_files() - complete)
+        return complete
+
+    @contextlib.contextmanager
+    def explain_interruption(self) -> Iterator[None]:
+        """Turn Ctrl-C into Interrupted, with the number of written images, while no StopFlag handles it, such as when libraries are loaded."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            done = sum((self.out / name).exists() for name in self.names)
+            raise Interrupted(signal.SIGINT, self.describe_progress(done)) from None
+
+    def describe_progress(self, done: int) -> str:
+        """A clause about the number of images that are written."""
+        return f"{done:,} of {counted(len(self.names), 'image')} {is_or_are(done)} written to {self.out}"
 
     def is_finished(self) -> bool:
         """Whether all images and the summary exist and are complete. If so, prints that there is nothing to do.

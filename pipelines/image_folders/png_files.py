@@ -25,9 +25,12 @@ def png_header(image_size: ImageSize, channels: int, keep_alpha: bool = False) -
 @explain_permission_errors()
 def is_whole_png(path: Path, header: bytes | None = None) -> bool:
     """Whether a file is a complete PNG with correct chunk checksums and, if given, this header. Does not decode the pixels."""
-    if not path.is_file():
-        return False
-    content, position = path.read_bytes(), len(SIGNATURE)
+    return path.is_file() and is_whole_png_content(path.read_bytes(), header)
+
+
+def is_whole_png_content(content: bytes, header: bytes | None = None) -> bool:
+    """Whether bytes are a complete PNG. See `is_whole_png`."""
+    position = len(SIGNATURE)
     if not content.startswith(SIGNATURE) or (header is not None and content[16:29] != header):
         return False
     while position + 12 <= len(content):  # chunk: length, type, data, checksum of type and data

@@ -22,6 +22,7 @@ from pipelines.image_folders.output_folder import (
     GRID_NAME,
     RECONSTRUCTIONS_RECORD,
     OutputFolder,
+    SampledFolder,
     check_no_other_images,
     check_no_unrecorded_files,
     digest_of_files,
@@ -48,6 +49,8 @@ GRID_COLUMNS = 8
 """Images per row of the grid, unless each row is a class."""
 GRID_SIDE, GRID_PIXELS = 16, 16 * 256
 """Largest number of images along a side of a grid, and of their pixels along that side."""
+FEW_IMAGES = 10
+"""Below this number of images, progress is shown with one decimal."""
 SampleBatches = Callable[[StopFlag, Callable[[int, int], bool], Callable[[range], bool]], Iterator[GenerationOutput]]
 """Starts the sampling of a request; see `write_batches`."""
 COMPARED_IMAGES = 8
@@ -69,13 +72,11 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
     """The part of `write_generated` that runs while this process holds the lock of the folder."""
     if samples.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, total = samples.complete_files(), len(samples.names)
-    report_damaged(samples.out, samples.existing_files() - complete)
+    complete, total = samples.usable_files(), len(samples.names)
     kept = len(complete - {GRID_NAME})
     pipe, written, first_batch = None, 0, None
     if kept < total:  # before the record is written, so that a pipeline that fails to load leaves no record
-        pipe = ImageGenerationPipeline.from_pretrained(samples.pipeline, device, samples.dtype)
-        pipe.sampling = samples.sampling
+        pipe = load_pipeline(samples, device)
     samples.begin()
     if kept:
         print(f"continuing: {kept:,} of {counted(total, 'image')} {is_or_are(kept)} already in {samples.out}", flush=True)
@@ -105,6 +106,13 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
     return 0
 
 
+def load_pipeline(folder: SampledFolder, device: str | None) -> ImageGenerationPipeline:
+    """The pipeline of a request, with its sampling settings."""
+    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
+    pipe.sampling = folder.sampling
+    return pipe
+
+
 def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatches) -> tuple[int, GenerationOutput | None]:
     """Write the sampled images that are not in `complete`. Returns the number of written images and the first sampled batch.
 
@@ -115,15 +123,20 @@ def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatche
     Raises:
         Interrupted: a signal stopped it. Written images are kept.
     """
-    names, kept, written, first_batch = folder.names, len(complete - {GRID_NAME}), 0, None
-    with StopFlag() as stop, progress_bar(None, 0, "sampling", "token") as bar:
+    names, kept, written, first_batch, sampled = folder.names, len(complete - {GRID_NAME}), 0, None, 0
+    with StopFlag() as stop, progress_bar(None, 0, "sampling", "image") as bar:
         def on_token(done: int, tokens: int) -> bool:
-            bar.total = tokens
-            bar.update(done - bar.n)
+            # a share of the images: those of a batch are sampled together. Of few images with one decimal, so that it moves
+            images = sampled * done / tokens
+            bar.total, bar.n = sampled, round(images, 1) if sampled < FEW_IMAGES else int(images)
+            bar.update(0)
             return not stop.signal
 
         def is_complete(positions: range) -> bool:
-            return complete.issuperset(names[position] for position in positions)
+            nonlocal sampled
+            is_skipped = complete.issuperset(names[position] for position in positions)
+            sampled += 0 if is_skipped else len(positions)
+            return is_skipped
 
         try:
             # batches are skipped or sampled as a whole, so that each image is computed in the same batch as without an interruption
@@ -138,8 +151,7 @@ def write_batches(folder: OutputFolder, complete: set[str], sample: SampleBatche
         except SamplingStopped:
             pass
         if stop.signal:
-            done = kept + written
-            raise Interrupted(stop.signal, f"{done:,} of {counted(len(names), 'image')} {is_or_are(done)} written to {folder.out}")
+            raise Interrupted(stop.signal, folder.describe_progress(kept + written))
     return written, first_batch
 
 

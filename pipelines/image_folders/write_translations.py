@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.generate import GenerationOutput, ImageGenerationPipeline
-from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
+from pipelines.image_folders.output_folder import GRID_NAME
 from pipelines.image_folders.translation_folder import TranslationFolder
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_images, save_grid, write_batches
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_images, load_pipeline, save_grid, write_batches
 from pipelines.stages.stored_conditions import as_channels
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.images import to_uint8
 from vqmosaic.runs.interruption import StopFlag
 from vqmosaic.runs.run_folder import locked
-from vqmosaic.wording import counted, is_or_are
+from vqmosaic.wording import counted
 
 READ_IMAGES = 64
 """Number of images that are read and encoded at a time."""
@@ -38,17 +38,13 @@ def write_missing(folder: TranslationFolder, device: str | None) -> int:
     """The part of `write_translations` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, total = folder.complete_files(), len(folder.names)
-    report_damaged(folder.out, folder.existing_files() - complete)
+    complete, pipe, total = folder.usable_files(), load_pipeline(folder, device), len(folder.names)
     kept = len(complete - {GRID_NAME})
-    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
-    pipe.sampling = folder.sampling
     paths, transform = list(folder.images.values()), pipe.inputs.tokenizers[folder.condition].transform.without_derivation
 
     def sample(stop: StopFlag, callback: Callable[[int, int], bool], skip: Callable[[range], bool]) -> Iterator[GenerationOutput]:
         chunks = (paths[start:start + READ_IMAGES] for start in range(0, total, READ_IMAGES))
-        message = f"{kept:,} of {counted(total, 'image')} {is_or_are(kept)} written to {folder.out}"
-        images = (stop.wait_or_raise(functools.partial(load_images, chunk, transform), message) for chunk in chunks)
+        images = (stop.wait_or_raise(functools.partial(load_images, chunk, transform), folder.describe_progress(kept)) for chunk in chunks)
         ids_Nn = torch.cat([pipe.inputs.encode_images(folder.condition, images_BCHW) for images_BCHW in images])
         batches = pipe.batches(folder.labels, 1, folder.seed, given_ids={folder.condition: ids_Nn}, output_type="np", callback=callback, skip=skip)
         folder.begin()  # all given images are readable, and `batches` has checked the request

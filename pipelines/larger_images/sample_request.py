@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from pipelines.editing.scores import bits_of_tokens
+from pipelines.editing.scores import bits_of_tries
 from pipelines.generation_request import Request, tries_seeds
 from pipelines.larger_images.sliding_windows import LargerTokens, Report, given_in_window, sample_windows
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, pick_ids
@@ -41,7 +41,7 @@ def sample_once(tokenizer: Tokenizer, chain: PriorChain, request: Request, seeds
                 callback: Report | None) -> tuple[Ids, Callable[[], torch.Tensor]]:
     """The ids of a request for these seeds, and a function that returns the bits (B,) of the images. Those of larger images sum over the windows."""
     def bits_of(ids_BT: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return bits_of_tokens(tokenizer, chain, ids_BT, request.classes, given).sum(dim=1)
+        return bits_of_tries(tokenizer, chain, ids_BT, request.classes, given, request.evidence)
 
     tiling = request.tiling
     if tiling is None:

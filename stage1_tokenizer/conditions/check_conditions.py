@@ -1,11 +1,11 @@
 """Reports what the conditions of a recipe lack in a data set: images without a pair, unreadable pairs, images without a caption."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from stage1_tokenizer.conditions.captions import describe_cut_captions, shortened
 from stage1_tokenizer.conditions.condition_data import ConditionData, open_condition_data
-from stage1_tokenizer.conditions.image_pairs import OtherProportions
+from stage1_tokenizer.conditions.image_pairs import OtherProportions, find_pairs, name_without_suffix
 from stage1_tokenizer.conditions.text_tokenizer import load_text_tokenizer
 from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.threaded_map import map_in_threads
@@ -28,6 +28,25 @@ def check_conditions(data: DataConfig, source: ImageSource, split: str, report: 
         elif condition.captions is not None:
             _report_captions(condition, source, where, report)
     return problems
+
+
+def report_pair_names(data: DataConfig, sources: Sequence[ImageSource], report: Callable[[str], None]) -> None:
+    """Report paired images that belong to no image of the data set, whose splits are `sources`, and images that share a pair. Reads only names."""
+    images: dict[str, list[str]] = {}
+    for name in (source.source_name(index) for source in sources for index in range(len(source))):
+        images.setdefault(name_without_suffix(name), []).append(name)
+    for condition in data.given_conditions:
+        if condition.kind != "paired_folder":
+            continue
+        pairs, where = find_pairs(condition.path or "", data), f"condition {condition.name}"
+        unused = [name for key, name in pairs.items() if key not in images]
+        if unused:
+            report(f"{where}: {counted(len(unused), 'paired image')} {'belongs' if len(unused) == 1 else 'belong'} to no image, because no image has "
+                   f"the same path without the suffix: {listed_names(unused, _MAX_LISTED)}")
+        for key, names in images.items():
+            if key in pairs and len(names) > 1:
+                report(f"{where}: warning: {' and '.join(map(printable, names))} have the same pair, {printable(pairs[key])}, because their names "
+                       "differ only in the suffix. Rename or remove one of them")
 
 
 def _report_missing(condition: ConditionData, source: ImageSource, where: str, report: Callable[[str], None]) -> list[tuple[str, str]]:

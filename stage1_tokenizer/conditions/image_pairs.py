@@ -6,6 +6,7 @@
 import copy
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -25,8 +26,11 @@ from vqmosaic.wording import counted, is_or_are
 
 
 def name_without_suffix(name: str) -> str:
-    """The relative path of an image without its suffix, by which pairs are found."""
-    return os.path.splitext(name)[0]
+    """The relative path of an image without its suffix, by which pairs are found.
+
+    Some systems store an accent as a character of its own. Composed and decomposed characters (Unicode NFC and NFD) are the same here.
+    """
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
 
 
 class OtherProportions(UnreadableImage):

@@ -10,11 +10,10 @@ from typing import Protocol
 
 import numpy as np
 
-from token_shards.manifest import Grid
+from token_shards.manifest import BYTES_FINGERPRINT, Grid
 from vqmosaic.errors import InputError
 from vqmosaic.files.durable_files import sha256_of_file
 
-BYTES_FINGERPRINT = "text:bytes"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "sentencepiece.bpe.model")
 """Files of which a tokenizer of transformers has at least one."""
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"})

@@ -1,6 +1,6 @@
 """Checks a data set: reads every image once and reports unreadable images, classes, sizes, colour spaces and duplicates.
 
-With data.conditions, also images without a pair or a caption.
+With data.conditions, also images without a pair or a caption, and paired images without an image.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from stage1_tokenizer.conditions.check_conditions import check_conditions
+from stage1_tokenizer.conditions.check_conditions import check_conditions, report_pair_names
 from stage1_tokenizer.conditions.condition_checks import check_condition_data
 from stage1_tokenizer.data.image_sources import ImageSource
 from stage1_tokenizer.data.open_data import open_splits
@@ -47,6 +47,7 @@ def check_data(data: DataConfig, report: Callable[[str], None] = print) -> list[
         unreadable += _check_split(source, report, split, names_by_digest, names_by_space, data.image_size)
         if data.conditions:
             incomplete += check_conditions(data, source, split, report)
+    report_pair_names(data, (splits.train, splits.validation), report)
     total = len(splits.train) + len(splits.validation)
     for name, reason in unreadable[:_MAX_LISTED_UNREADABLE]:
         report(f"unreadable: {printable(name)}: {reason}")

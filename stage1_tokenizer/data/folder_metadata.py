@@ -74,9 +74,16 @@ class FolderMetadata:
         return values
 
     def texts(self, names: list[str], column: str) -> list[str | None]:
-        """The text in `column` for each image; None for images without one. Of several rows of an image, the first counts."""
+        """The text in `column` for each image; None for images without one. Of several rows of an image, the first counts.
+
+        Raises InputError if there is no such column, or if a row has a list or an object in it.
+        """
         check_name(f"data.conditions: column (for {self.paths[0]})", column, self.columns)
         values = [self._rows.get(_normalize(name), {}).get(column) for name in names]
+        for name, value in zip(names, values, strict=True):
+            if isinstance(value, list | dict):
+                raise InputError(f"data.conditions: column {column!r} of {self.paths[0].name} has {printable(str(value)[:100])} for "
+                                 f"{printable(name)}; a caption must be one text. Write one text per image, or set column to another one.")
         return [None if value is None else str(value) for value in values]
 
     def names_without_image(self, names: Iterable[str]) -> list[str]:
@@ -113,7 +120,8 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     except PermissionError as error:
         raise permission_denied(path) from error
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}); it names the classes of the images beside it. Fix or remove this file.") from None
+        raise InputError(f"{path} cannot be read ({error}); it has the classes or captions of the images beside it. Fix or remove this "
+                         "file.") from None
     if not all(isinstance(row, dict) and row.get(_FILE_NAME) for row in rows):
         found = f" Its first row has: {printable(', '.join(map(str, rows[0])))}." if isinstance(rows[0], dict) else ""
         raise InputError(f"{path} has rows without {_FILE_NAME}, the path of an image relative to the file. Fix or remove this file.{found}")

@@ -1,13 +1,17 @@
 """Which channels people and pretrained networks see of images with 1 to 4 channels."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading images does not load torch
+    from torch import Tensor
 
 PILLOW_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """The mode of an 8-bit PIL image with this number of channels."""
 
 
-def colour_channels(images_BCHW: Tensor) -> Tensor:
+def colour_channels(images_BCHW: "Tensor") -> "Tensor":
     """The channels without alpha, (B, 1, H, W) or (B, 3, H, W): the first of 2 channels, the first three of 4.
 
     Pretrained networks take three channels. They get these, a single one repeated.

@@ -19,7 +19,7 @@ from torch import Tensor
 from stage1_tokenizer.image_files.channels import visible_pixels
 from stage1_tokenizer.image_files.derived_images import derived_image
 from stage1_tokenizer.image_files.float_images import FloatImage
-from stage1_tokenizer.image_files.read_images import read_image
+from stage1_tokenizer.image_files.read_images import describe_path, read_image
 from stage1_tokenizer.image_files.stored_values import UnreadableImage
 from stage1_tokenizer.image_files.views import CENTER_VIEW, View, flip_and_shift
 from vqmosaic.errors import InputError
@@ -214,7 +214,7 @@ def as_batches(images: Image.Image | FloatImage | Sequence[Image.Image | FloatIm
     if not isinstance(images, Sequence) or not len(images) or not all(isinstance(image, Image.Image | FloatImage) for image in images):
         kinds = sorted({type(image).__name__ for image in images}) if isinstance(images, (list, tuple)) else None
         given = type(images).__name__ if kinds is None else f"a list of {', '.join(kinds) or 'nothing'}"
-        raise InputError(f"images is {given}; {allowed}.")
+        raise InputError(f"images is {given}; {allowed}.{describe_path(images)}")
     for start in range(0, len(images), batch_size):
         pixels = []
         for index, image in enumerate(images[start:start + batch_size], start):

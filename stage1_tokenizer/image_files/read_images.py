@@ -110,6 +110,13 @@ def read_image(file: ImageInput, *, channels: int = 3, value_range: Sequence[flo
         raise UnreadableImage(f"truncated, corrupt or not accessible: {detail}") from error
 
 
+def describe_path(given: Any) -> str:
+    """A sentence about how to open a path that was given in place of a PIL image, after a space. Empty for anything else."""
+    if isinstance(given, (list, tuple)) and given:
+        given = given[0]
+    return f" To use a file, open it first: PIL.Image.open({os.fspath(given)!r})." if isinstance(given, str | os.PathLike) else ""
+
+
 def _reason_unidentified(file: str | os.PathLike | io.IOBase, formats: Sequence[str] | None) -> str:
     with contextlib.suppress(OSError, struct.error):  # some of Pillow's format tests do not check that there are enough bytes
         with open(file, "rb") if not isinstance(file, io.IOBase) else contextlib.nullcontext(file) as stream:

@@ -44,6 +44,11 @@ class ImplicitCodebookQuantizer(Quantizer):
             quantized_BhwD = self.project_out(straight_through(self.ids_to_codes(ids_Bhw), continuous_BhwF))
         return QuantizerOutput(quantized_BhwD.permute(0, 3, 1, 2), ids_Bhw, loss)
 
+    def vectors_and_codes(self, latents_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with full_precision(latents_BDhw.device):
+            _, vectors_BhwF, _ = self.quantize(self.project_in(latents_BDhw.float().permute(0, 2, 3, 1)))
+        return vectors_BhwF, self.ids_to_codes(torch.arange(self.codebook_size, device=latents_BDhw.device))
+
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         with full_precision(ids_Bhw.device):
             return self.project_out(self.ids_to_codes(ids_Bhw)).permute(0, 3, 1, 2)  # (B, D, h, w)

@@ -59,6 +59,9 @@ class NearestCodeQuantizer(CodebookQuantizer):
             loss = loss + self.config.codebook_weight * F.mse_loss(codes_xD, latents_xD.detach())
         return codes_xD, ids_N.view(latents_xD.shape[:-1]), loss
 
+    def vectors_and_codes(self, latents_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.normalize(latents_BDhw.float().permute(0, 2, 3, 1)), self.codes().float()
+
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids_Bhw, self.codes().float()).permute(0, 3, 1, 2)  # (B, D, h, w)
 

@@ -83,6 +83,13 @@ class Quantizer(nn.Module, ABC):
     def ids_to_latents(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
         """Convert ids (B, h, w), or (B, h, w, depth), to float32 latents (B, D, h, w)."""
 
+    def vectors_and_codes(self, latents_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Float32 vectors (B, h, w, F) for latents (B, D, h, w), and codes (K, F): the id of a latent is that of the code nearest to its vector.
+
+        None if the quantizer chooses codes in another way.
+        """
+        return None
+
     def codebook_parameters(self) -> list[nn.Parameter]:
         """Parameters that are codes, including those of inner quantizers."""
         return [getattr(module, name) for module in self.modules() if isinstance(module, Quantizer) for name in module.CODES]

@@ -5,7 +5,8 @@ Training, validation and fine-tuning use only this interface, so they do not dep
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -147,14 +148,26 @@ class TrainableTokenizer(Tokenizer):
         levels = self._quantize_exactly(images_BCHW)
         return self.decode_latents({name: output.quantized for name, output in levels.items()}).float()
 
+    @torch.inference_mode()
+    def vectors_and_codes(self, images_BCHW: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        with self._exactly(images_BCHW):
+            found = {name: quantizer.vectors_and_codes(self.latents(images_BCHW.float(), name)) for name, quantizer in self.quantizers.items()}
+        return {name: each for name, each in found.items() if each is not None}
+
     def _quantize_exactly(self, images_BCHW: torch.Tensor) -> dict[str, QuantizerOutput]:
         """Quantizer outputs for images, in eval mode and float32."""
+        with self._exactly(images_BCHW):
+            return self.quantize(images_BCHW.float())
+
+    @contextmanager
+    def _exactly(self, images_BCHW: torch.Tensor) -> Iterator[None]:
+        """Check the images, and compute in eval mode and float32 inside of the block."""
         self.check_images(images_BCHW)
         was_training = self.training
         self.eval()
         try:
             with full_precision(images_BCHW.device):
-                return self.quantize(images_BCHW.float())
+                yield
         finally:
             self.train(was_training)
 

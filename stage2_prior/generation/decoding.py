@@ -1,8 +1,8 @@
 """Decoders compute the logits of one position after another, with a key-value cache. `make_decoder` chooses the fastest decoder for a model.
 
     decoder = make_decoder(model, num_codes, rows=8, length=256)
-    logits = decoder.step(ids_N, 0)           # class ids, at position 0
-    logits = decoder.step(ids_N, 1)           # ids sampled from these logits
+    logits = decoder.start(ids_NP)            # the class and the conditions, at positions 0 to P - 1
+    logits = decoder.step(ids_N, P)           # ids sampled from these logits
 
 A model for any order takes several tokens and predicts several others in a step:
 
@@ -12,7 +12,7 @@ For models with only known modules (known_models.py), StaticDecoder and GraphDec
 are packed (vqmosaic/kernels/decoding_products.py), keys and values are in one static cache, and only the logits of codes are computed. For all other
 models, and models with hooks, adapters, wrappers or autocast, ReferenceDecoder calls the model itself.
 
-In comments: N rows, A heads, d head dimension, S positions, s ids and m targets of a step, V ids, K codes.
+In comments: N rows, A heads, d head dimension, S positions, P ids of class and conditions, s ids and m targets of a step, V ids, K codes.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,12 @@ class ReferenceDecoder:
     def __init__(self, model: nn.Module, rows: int):
         self.model, self.rows = model, rows
         self.cache: Cache | None = None
+
+    def start(self, ids_NP: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) after the first ids, or (N, K) if the model has no others."""
+        output = self.model(input_ids=ids_NP, past_key_values=None, use_cache=True)
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
 
     def step(self, ids_N: torch.Tensor, position: int) -> torch.Tensor:
         """Logits (N, V) after the ids (N,) at a position, or (N, K) if the model has no others. Positions must come in order, from 0."""
@@ -100,6 +106,15 @@ class StaticDecoder:
         """Number of rows in the batch."""
         return self.cache.rows
 
+    def start(self, ids_NP: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K) after the first ids."""
+        if isinstance(self.model, KnownGridTransformer):
+            self.cache.position = 0
+            return self.model.start_logits(ids_NP, cast(Cache, self.cache))
+        for position in range(ids_NP.shape[1]):
+            logits = self.step(ids_NP[:, position], position)
+        return logits
+
     def step(self, ids_N: torch.Tensor, position: int | torch.Tensor) -> torch.Tensor:
         """Logits (N, K) after the ids (N,) at a position. Positions must come in order, from 0.
 
@@ -138,6 +153,10 @@ class GraphDecoder:
     def rows(self) -> int:
         """Number of rows in the batch."""
         return self.decoder.rows
+
+    def start(self, ids_NP: torch.Tensor) -> torch.Tensor:
+        """Logits (N, K) after the first ids."""
+        return self.decoder.start(ids_NP)
 
     def step(self, ids_N: torch.Tensor, position: int) -> torch.Tensor:
         """Logits (N, K) after the ids (N,) at a position. The next step overwrites them."""

@@ -18,7 +18,9 @@ from transformers.models.llama import modeling_llama as llama
 
 from stage2_prior.model import causal_lm
 from stage2_prior.model import grid_transformer as grid
+from stage2_prior.model.cached_positions import causal_mask
 from stage2_prior.model.query_block import KeysAndValues, QueryBlock
+from stage2_prior.model.text_embedding import NGramEmbedding
 from vqmosaic.kernels.decoding_products import Parts, pack_linear_layers, share_weights
 from vqmosaic.kernels.single_query_attention import can_use_single_query_attention, reference, single_query_attention
 
@@ -127,7 +129,7 @@ def rotate_halves(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tenso
 class KnownGridTransformer(KnownModel):
     """This project's GridTransformer."""
 
-    MODULES = (grid.GridTransformer, grid.GridBlock, QueryBlock, KeysAndValues, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
+    MODULES = (grid.GridTransformer, grid.GridBlock, QueryBlock, KeysAndValues, NGramEmbedding, nn.LayerNorm, nn.Linear, nn.Embedding, nn.ModuleList)
     QUERY_WEIGHTS = frozenset(f"{name}.weight" for name in ("attention_norm", "attention_in", "attention_out", "feed_forward_norm",
                                                             "feed_forward_in", "feed_forward_out"))
     WEIGHTS = QUERY_WEIGHTS | {"stream_embedding.weight"}
@@ -157,6 +159,19 @@ class KnownGridTransformer(KnownModel):
             x_N1D = block(x_N1D, ids_N1, classes_N, self.rotations[index], mask_1S, past_key_values=cache)
         return self.model.head(self.model.final_norm(x_N1D))[:, 0]
 
+    def start_logits(self, ids_NP: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Logits (N, codes) after the first ids."""
+        positions = ids_NP.shape[1]
+        targets_NP = self.positions_S[:positions].expand(ids_NP.shape)
+        if self.model.predicts_in_any_order:
+            mask_PP = causal_mask(self.positions_S[:positions], 0, positions, positions)
+            return self.target_logits(ids_NP, targets_NP - 1, targets_NP[:, -1:], 0, mask_PP, None, cache)[:, 0]
+        classes_N = self.model.starting_classes(ids_NP, 0)[0]
+        x_NPD = self.model.add_text_embeddings(self.model.embed_ids(ids_NP, targets_NP), ids_NP)
+        for block in self.model.blocks:
+            x_NPD = block(x_NPD, ids_NP, classes_N, self.rotations[:positions], past_key_values=cache)
+        return self.model.head(self.model.final_norm(x_NPD[:, -1]))
+
     def target_logits(self, ids_Ns: torch.Tensor, places_Ns: torch.Tensor, targets_Nm: torch.Tensor, position: int | torch.Tensor,
                       mask_sS: torch.Tensor | None, mask_1S: torch.Tensor | None, cache: Cache) -> torch.Tensor:
         """Logits (N, m, codes) of target places, from the ids in the cache and new ones, whose first is at `position`.
@@ -165,6 +180,8 @@ class KnownGridTransformer(KnownModel):
         """
         classes_N = self.model.starting_classes(ids_Ns, position)[0] if isinstance(position, int) else None
         x_NsD, rotations = self.model.embed_placed_ids(ids_Ns, places_Ns), self.model.token_rotations(places_Ns)
+        if classes_N is not None:
+            x_NsD = self.model.add_text_embeddings(x_NsD, ids_Ns)
         for block in self.model.blocks[:self.model.config.num_token_blocks]:
             x_NsD = block(x_NsD, ids_Ns, classes_N, rotations, mask_sS, past_key_values=cache)
         x_NmD = self.model.predict(x_NsD, ids_Ns, targets_Nm, rotations, mask_1S, is_causal=False, past_key_values=cache)

@@ -16,15 +16,16 @@ def step_logits(prior: TokenPrior, ids_BT: torch.Tensor, class_indices: Sequence
     vocabulary, device = prior.vocabulary, next(prior.parameters()).device
     ids_BT = ids_BT.to(device)
     start_BP = start_ids(vocabulary, torch.tensor(class_indices, dtype=torch.int64, device=device), given, ids_BT)
-    ids_B, first, rows = start_BP[:, -1], start_BP.shape[1] - 1, []
+    first, rows = start_BP.shape[1] - 1, []
     with torch.inference_mode(), evaluation_mode(prior.model):
         decoder = make_decoder(prior.model, vocabulary.num_codes, len(ids_BT), first + vocabulary.num_tokens)
-        for place in range(first):  # the class and the conditions
-            decoder.step(start_BP[:, place], place)
         for position, (start, stop) in enumerate(vocabulary.position_ranges()):
-            rows.append(torch.nn.functional.pad(decoder.step(ids_B, first + position)[:, start:stop].float(),
-                                                (0, vocabulary.most_codes - (stop - start)), value=-torch.inf))
-            ids_B = vocabulary.to_vocabulary_at(position, ids_BT[:, position])
+            if position == 0:
+                logits_BV = decoder.start(start_BP)
+            else:
+                logits_BV = decoder.step(vocabulary.to_vocabulary_at(position - 1, ids_BT[:, position - 1]), first + position)
+            padding = (0, vocabulary.most_codes - (stop - start))
+            rows.append(torch.nn.functional.pad(logits_BV[:, start:stop].float(), padding, value=-torch.inf))
     return torch.stack(rows, dim=1)
 
 

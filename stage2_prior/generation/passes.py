@@ -58,14 +58,15 @@ class RasterPasses:
 
     def predict(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (N, 1, K) at the next place, and this place (B, 1) of each image."""
-        if self.place == 0:
-            for position in range(self.first_position):
-                self.decoder.step(self.start_NP[:, position], position)
+        logits_NV = self.step()
         while self.is_known_T[self.place]:
-            self.decoder.step(self.next_ids_N, self.first_position + self.place)
             self.advance()
-        logits_NV = self.decoder.step(self.next_ids_N, self.first_position + self.place)
+            logits_NV = self.step()
         return codes_at(self.vocabulary, logits_NV[:, None], self.place), self.ids_BT.new_full((len(self.ids_BT), 1), self.place)
+
+    def step(self) -> torch.Tensor:
+        """Logits (N, V) at the current place."""
+        return self.decoder.start(self.start_NP) if self.place == 0 else self.decoder.step(self.next_ids_N, self.first_position + self.place)
 
     def accept(self, ids_Bm: torch.Tensor, logits_BmK: torch.Tensor) -> None:
         """Take the drawn ids (B, 1)."""
@@ -82,7 +83,7 @@ class RasterPasses:
     def keep_first(self, rows: int) -> None:
         """Keep only the first rows, if the decoder can."""
         self.decoder.keep_first(rows)
-        self.next_ids_N = self.next_ids_N[:self.decoder.rows]
+        self.start_NP, self.next_ids_N = self.start_NP[:self.decoder.rows], self.next_ids_N[:self.decoder.rows]
 
 
 class OrderedPasses:

@@ -49,11 +49,12 @@ class PriorChain:
     def sample(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
                given: Mapping[str, torch.Tensor] | None = None, known: Mapping[str, torch.Tensor] | None = None,
-               keep_unseen: bool = False) -> dict[str, torch.Tensor]:
+               keep_unseen: bool = False, evidence: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Sample ids (B, n) of each drawn grid, by name. Image b depends on its class, given and known ids, and seed.
 
-        `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. The other arguments
-        are those of `TokenPrior.sample`. The callback gets the numbers of tokens over all priors. One prior gives the same ids as without a chain.
+        `given` has the ids (B, n) of conditions, and `known` ids (B, n) of drawn grids that are kept, with -1 for tokens to draw. `evidence` has what
+        is added to the logits (B, n, K) of drawn grids. The other arguments are those of `TokenPrior.sample`. The callback gets the numbers of tokens
+        over all priors. One prior gives the same ids as without a chain.
         """
         self.check_order(sampling, known, len(seeds), keep_unseen)
         drawn: dict[str, torch.Tensor] = {}
@@ -71,26 +72,31 @@ class PriorChain:
             if len(self.priors) > 1 and class_indices is None and not own_given:
                 settings = settings.unguided()  # only the other priors are given something
             ids_BT = prior.sample(class_indices, settings, own_seeds, report if callback is not None else None, compile, given=own_given,
-                                  known_BT=join_known(prior, known, len(own_seeds)), keep_unseen=keep_unseen)
+                                  known_BT=join_known(prior, known, len(own_seeds)), keep_unseen=keep_unseen,
+                                  evidence_BTK=join_evidence(prior, evidence))
             drawn |= split_grids(prior, ids_BT)
             done_before += vocabulary.num_tokens
         return drawn
 
-    def token_nll(self, ids: Mapping[str, torch.Tensor], class_indices: Sequence[int] | None,
-                  given: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def token_nll(self, ids: Mapping[str, torch.Tensor], class_indices: Sequence[int] | None, given: Mapping[str, torch.Tensor] | None = None,
+                  orders: Mapping[str, torch.Tensor] | None = None, minus_entropy: bool = False) -> dict[str, torch.Tensor]:
         """The negative log likelihood (B, n) of each token in nats, float32, by name of the grid: given the tokens before it in raster order.
 
         `ids` has the ids (B, n) of all drawn grids. `given` and `class_indices` are those of `sample`. Each prior is given the grids that earlier
-        ones draw.
+        ones draw. `orders` has the places (n,) of each grid in another order, for priors that predict in any order. With `minus_entropy`, the
+        entropy of the prediction is subtracted: the result is 0 on average for tokens that are drawn from the prior.
         """
         nll: dict[str, torch.Tensor] = {}
         for prior in self.priors:
             device = next(prior.parameters()).device
             ids_BT = torch.cat([ids[grid.name].flatten(1) for grid in prior.vocabulary.grids], dim=1).to(device)
             classes_B = None if class_indices is None else torch.tensor(class_indices, device=device)
+            orders_BT = None if orders is None else join_orders(prior, orders).to(device).expand(len(ids_BT), -1)
             with torch.inference_mode(), evaluation_mode(prior.model):
-                logits_BTK = prior(ids_BT, classes_B, given_ids_of(prior, ids, given))
-                nll_BT = F.cross_entropy(logits_BTK.float().flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+                logits_BTK = prior(ids_BT, classes_B, given_ids_of(prior, ids, given), orders_BT).float()
+                nll_BT = F.cross_entropy(logits_BTK.flatten(0, 1), ids_BT.flatten(), reduction="none").view(ids_BT.shape)
+                if minus_entropy:
+                    nll_BT = nll_BT - torch.special.entr(logits_BTK.softmax(dim=-1)).sum(dim=-1)
             nll |= split_grids(prior, nll_BT)
         return nll
 
@@ -124,3 +130,22 @@ def join_known(prior: TokenPrior, known: Mapping[str, torch.Tensor] | None, imag
     device = next(known[grid.name].device for grid in grids if grid.name in known)
     return torch.cat([known[grid.name].flatten(1) if grid.name in known else torch.full((images, grid.num_tokens), UNKNOWN, device=device)
                       for grid in grids], dim=1)
+
+
+def join_evidence(prior: TokenPrior, evidence: Mapping[str, torch.Tensor] | None) -> torch.Tensor | None:
+    """The evidence (B, T, K) of the grids that a prior draws, padded to the codes of the largest one. None if no grid has any."""
+    grids = prior.vocabulary.grids
+    if evidence is None or not any(grid.name in evidence for grid in grids):
+        return None
+    like = next(iter(evidence.values()))
+    parts = [evidence[grid.name] if grid.name in evidence else like.new_zeros(len(like), grid.num_tokens, grid.codebook_size) for grid in grids]
+    return torch.cat([F.pad(part_BnK, (0, prior.vocabulary.most_codes - part_BnK.shape[-1])) for part_BnK in parts], dim=1)
+
+
+def join_orders(prior: TokenPrior, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The places (T,) of all grids that a prior draws, one grid after another, from the orders (n,) of the places of each."""
+    parts, first = [], 0
+    for grid in prior.vocabulary.grids:
+        parts.append(orders[grid.name] + first)
+        first += grid.num_tokens
+    return torch.cat(parts)

@@ -188,6 +188,19 @@ def check_known(vocabulary: Vocabulary, known: Any, images: int, device: torch.d
     return known.to(device)
 
 
+def check_evidence(vocabulary: Vocabulary, evidence: Any, images: int, device: torch.device) -> torch.Tensor | None:
+    """The evidence (B, T, K) in float32 on the device, or None. Raises InputError for another shape or type, and for values that are not finite."""
+    if evidence is None:
+        return None
+    shape = (images, vocabulary.num_tokens, vocabulary.most_codes)
+    if not isinstance(evidence, torch.Tensor) or not evidence.is_floating_point() or evidence.shape != shape:
+        found = f"{evidence.dtype} {tuple(evidence.shape)}" if isinstance(evidence, torch.Tensor) else repr(type(evidence).__name__)
+        raise InputError(f"evidence is {found}; give a floating-point tensor of shape {shape}: a log likelihood for each code at each token.")
+    if not bool(evidence.isfinite().all()):
+        raise InputError("evidence has values that are not finite. Give finite log likelihoods, such as -1e6 for codes that are impossible.")
+    return evidence.to(device, torch.float32)
+
+
 def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConfig, known_BT: torch.Tensor, keep_unseen: bool = False) -> bool:
     """Whether the prior predicts tokens in any order.
 
@@ -217,14 +230,15 @@ def check_order(model: nn.Module, vocabulary: Vocabulary, sampling: SamplingConf
 def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Sequence[int] | torch.Tensor | None, sampling: SamplingConfig,
                   seeds: Sequence[int], callback: Callable[[int, int], bool | None] | None = None, compile: bool = False,
                   given: Mapping[str, torch.Tensor] | None = None, segment_guidance: Mapping[str, float] | None = None,
-                  known: torch.Tensor | None = None, keep_unseen: bool = False) -> torch.Tensor:
+                  known: torch.Tensor | None = None, keep_unseen: bool = False, evidence: torch.Tensor | None = None) -> torch.Tensor:
     """Sample ids (B, T) of the drawn grids, int64 on the model's device. Image b depends only on its class, given and known ids, and seed.
 
     `model` is a transformers causal language model over the vocabulary. `callback(done, T)` is called after each pass with the number of tokens so
     far. If it returns False, SamplingStopped is raised. `compile` is passed to decoding.make_decoder. `given` has the ids (B, n) of conditions by
     name, and `segment_guidance` guidance scales by name of the segment, in place of sampling.guidance and sampling.guidance_scale. `known` are ids
     (B, T) to keep; -1 is a token to draw. With `keep_unseen`, priors trained in raster order accept them anywhere, but draw each token without
-    seeing the known ones after it. Raises InputError for invalid arguments and for logits that are not finite.
+    seeing the known ones after it. `evidence` (B, T, K) is added to the logits after guidance, before temperature: the log likelihood of what was
+    observed of a token, for each code. Raises InputError for invalid arguments and for logits that are not finite.
     """
     class_indices, seeds = check_request(vocabulary, class_indices, sampling, seeds)
     check_given(vocabulary, class_indices, given)
@@ -232,6 +246,7 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
     compile = as_boolean("compile", compile)
     device, length = next(model.parameters()).device, vocabulary.num_tokens
     known_BT = check_known(vocabulary, known, len(seeds), device)
+    evidence_BTK = check_evidence(vocabulary, evidence, len(seeds), device)
     any_order = check_order(model, vocabulary, sampling, known_BT, keep_unseen)
     classes_B = torch.tensor(class_indices, dtype=torch.int64, device=device)
     start_BP = start_ids(vocabulary, classes_B, given, classes_B[:, None])
@@ -248,7 +263,8 @@ def sample_tokens(model: nn.Module, vocabulary: Vocabulary, class_indices: Seque
             if callback is not None and callback(done, length) is False:
                 raise SamplingStopped(f"Stopped by the callback after {done} of {length} tokens.")
 
-        group = Group(start_BP[images_b], [seeds[image] for image in images_b.tolist()], known_BT[images_b], unknown)
+        group = Group(start_BP[images_b], [seeds[image] for image in images_b.tolist()], known_BT[images_b], unknown,
+                      None if evidence_BTK is None else evidence_BTK[images_b])
         ids_BT[images_b] = sample_group(model, vocabulary, group, sampling, scales, report, compile, any_order)
     return ids_BT
 
@@ -263,6 +279,8 @@ class Group(NamedTuple):
     """The known ids; UNKNOWN is a token to draw."""
     unknown: int
     """Number of tokens to draw in each image."""
+    evidence_BTK: torch.Tensor | None = None
+    """What is added to the logits of each token."""
 
 
 def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, sampling: SamplingConfig, segment_scales_n: Sequence[float],
@@ -289,6 +307,9 @@ def sample_group(model: nn.Module, vocabulary: Vocabulary, group: Group, samplin
                 by_level = logits_NmK.chunk(len(levels))[::-1]
                 logits_BmK = combine_levels(by_level, [scales[level - 1] for level in levels[1:]])
                 is_finite_guided &= logits_BmK.isfinite().all()
+            if group.evidence_BTK is not None:
+                observed_BmK = group.evidence_BTK[torch.arange(images, device=device)[:, None], places_Bm]
+                logits_BmK = logits_BmK + observed_BmK[..., :logits_BmK.shape[-1]]
             if device.type == "cpu" or number in (0, len(counts) - 1):  # reading the flags synchronizes a GPU, so only twice there
                 check_finite(is_finite, is_finite_guided, model, sampling)
             possible_BmK = logits_BmK.masked_fill(logits_BmK <= PADDING / 2, -torch.inf) if len(vocabulary.grids) > 1 else logits_BmK

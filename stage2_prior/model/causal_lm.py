@@ -21,8 +21,9 @@ from stage2_prior.digests import version_of
 from stage2_prior.model.grid_transformer import GridTransformer
 from stage2_prior.model.grid_transformer_config import MODEL_TYPE as GRID_TRANSFORMER
 from stage2_prior.model.grid_transformer_config import query_block_sizes, split_parameter_budget
-from stage2_prior.segments import GivenGrid
+from stage2_prior.segments import GivenGrid, GivenText
 from stage2_prior.vocabulary import Vocabulary
+from token_shards.manifest import BYTES_FINGERPRINT
 from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.exported_weights import exportable_weights, unwrapped
 from vqmosaic.files.json_files import check_fields, is_later, read_object
@@ -37,8 +38,10 @@ RESIDUAL_DROPOUTS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embed_dropout", "embedding_dropout", "emb_pdrop")
 BLOCK_NAMES = ("self_attn", "attn", "attention", "self_attention", "mlp", "feed_forward", "block_sparse_moe")
 VOCABULARY_OPTIONS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "num_codes", "grids", "given")
-AUTOMATIC_OPTIONS = ("embedding_blocks", "query_embeddings", "query_intermediate_size")
+AUTOMATIC_OPTIONS = ("embedding_blocks", "query_embeddings", "query_intermediate_size", "text_ngram_rows")
 """Options of a GridTransformer for which null means the value that `grid_options` chooses."""
+TEXT_NGRAM_ROWS = 2048
+"""Embeddings for the n-grams of each length, if all texts are bytes. Ids of other tokenizers stand for words, or parts of them."""
 MAX_INITIAL_LOGIT_STD = 0.25
 """Maximum standard deviation of the initial logits. The first loss is above ln K by half its square."""
 ALTERNATIVES = "use grid_transformer, llama, gpt2 or qwen3"
@@ -135,7 +138,9 @@ def grid_options(prior: PriorConfig, vocabulary: Vocabulary, any_order: bool) ->
     if bool(query_blocks) != any_order or query_blocks not in range(layers):
         allowed = f"1 to {layers - 1}, because prior_training.order is not raster" if any_order else "0, because prior_training.order is raster"
         raise InputError(f"The prior has {layers} layers and {query_blocks} query_blocks (prior.options); allowed: {allowed}.")
-    chosen: dict[str, Any] = {"query_blocks": query_blocks}
+    texts = [condition for condition in vocabulary.conditions if isinstance(condition, GivenText)]
+    are_bytes = bool(texts) and all(text.token_fingerprint == BYTES_FINGERPRINT for text in texts)
+    chosen: dict[str, Any] = {"query_blocks": query_blocks, "text_ngram_rows": TEXT_NGRAM_ROWS if are_bytes else 0}
     if any_order:
         chosen |= query_block_sizes(width, vocabulary.size, options.get("query_embeddings"))
     blocks, token_blocks = options.get("embedding_blocks"), layers - query_blocks

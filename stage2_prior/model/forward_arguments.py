@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache, PreTrainedConfig
 
+from stage2_prior.model.text_embedding import text_slices
 from vqmosaic.errors import InputError
 
 REASONS = {
@@ -109,3 +110,10 @@ def check_targets(config: PreTrainedConfig, input_ids: torch.Tensor | None, plac
                          f"{tuple(input_ids.shape)} of input_ids.")
     if labels is not None:
         raise InputError("Both labels and targets are given; labels are for raster order. Leave one of them out.")
+
+
+def check_texts(config: PreTrainedConfig, past_length: int | torch.Tensor) -> None:
+    """Raise InputError if the cache holds a part of the texts: their n-grams need all bytes in one call. Static caches cannot be checked."""
+    if config.text_ngram_rows and isinstance(past_length, int) and 0 < past_length < text_slices(config.given)[-1].stop:
+        raise InputError(f"The cache holds {past_length} ids, which end before or inside of a text. Give the class and all conditions in the first "
+                         "call, without prefill_chunk_size.")

@@ -12,6 +12,7 @@ Differences from a language model for text:
   stream need not carry the identity of the token. The parameters are taken from the feed-forward blocks, which are expensive, while lookups cost
   almost nothing: steps are faster, and the model learns more per step.
 - Queries and keys are normalized in each head (Dehghani et al. 2023), which bounds attention logits at high learning rates.
+- Texts that are given as bytes have embeddings of n-grams (text_embedding.py), so that the model need not learn words from single bytes.
 - With `query_blocks`, the model predicts tokens in any order, several at once: the last blocks are queries for tokens, and attend to what the first
   blocks computed from the known tokens (query_block.py).
 - Squared ReLU in the feed-forward block (So et al. 2021). Norms are LayerNorm without bias: one pass on a CPU, where RMSNorm needs five.
@@ -36,11 +37,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from stage2_prior.model.cached_positions import causal_mask, choose_cache, count_keys, mask_of_all, new_positions, select_rotations
-from stage2_prior.model.forward_arguments import check_call, check_targets
+from stage2_prior.model.forward_arguments import check_call, check_targets, check_texts
 from stage2_prior.model.grid_attention import attend, queries_keys_values
 from stage2_prior.model.grid_ranges import GridRanges
 from stage2_prior.model.grid_transformer_config import MODEL_TYPE, GridTransformerConfig, rotation_tables
 from stage2_prior.model.query_block import KeysAndValues, QueryBlock
+from stage2_prior.model.text_embedding import NGramEmbedding, text_slices
 from vqmosaic.errors import InputError
 
 
@@ -121,6 +123,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"  # transformers infers it from class names like LlamaForCausalLM; the Trainer needs it to count shifted labels
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.text_embedding = NGramEmbedding(config.text_ngram_rows, config.hidden_size) if config.text_ngram_rows else None
         self.place_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.query_blocks else None
         layers, first_query = range(config.num_hidden_layers), config.num_token_blocks
         self.blocks = nn.ModuleList([GridBlock(config, layer) if layer < first_query else QueryBlock(config, layer) for layer in layers])
@@ -212,6 +215,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         past_key_values = choose_cache(self.config, past_key_values, length, use_cache, labels, is_checkpointing)
         check_targets(self.config, input_ids, places, targets, labels, past_key_values)
         past_length, num_keys = count_keys(past_key_values, length)
+        check_texts(self.config, past_length)
         positions_S = new_positions(past_length, length, device)
         classes_B, is_start = self.starting_classes(input_ids, past_length)
         mask_SS = causal_mask(positions_S, past_length, length, num_keys)                             # S, keys
@@ -222,6 +226,8 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         else:
             places = positions_S - 1 if places is None else places
             x_BSD, rotations = self.embed_placed_ids(input_ids, places), self.token_rotations(places)
+        if classes_B is not None:
+            x_BSD = self.add_text_embeddings(x_BSD, input_ids, is_start)
         hidden_states: list[torch.Tensor] | None = [] if output_hidden_states else None
         for block in self.blocks[:self.config.num_token_blocks]:
             if hidden_states is not None:
@@ -271,6 +277,21 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         """The sum of the embeddings of the ids and of their places (B, S, D): the start of the residual stream in any order."""
         assert self.place_embedding is not None
         return self.to_stream(self.token_embedding(ids_BS) + self.place_embedding(places + 1))
+
+    def add_text_embeddings(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, is_start: torch.Tensor | None = None) -> torch.Tensor:
+        """The start of the residual stream (B, S, D) with the embeddings of n-grams at the places of texts. `ids_BS` start with the class.
+
+        If `is_start`, a bool scalar on the device, is False, the ids do not start with the class, and nothing is added.
+        """
+        if self.text_embedding is None:
+            return x_BSD
+        for part in text_slices(self.config.given):
+            text_BLD = self.text_embedding(ids_BS[:, part])
+            text_BLD = text_BLD if is_start is None else text_BLD * is_start
+            before, after = part.start, x_BSD.shape[1] - part.start - text_BLD.shape[1]
+            if text_BLD.shape[1]:
+                x_BSD = x_BSD + F.pad(text_BLD, (0, 0, before, after)).to(x_BSD.dtype)
+        return x_BSD
 
     def to_stream(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Embeddings with dropout, in the dtype of the residual stream."""

@@ -29,6 +29,8 @@ class GridTransformerConfig(PreTrainedConfig):
     """[height, width, depth] of each drawn grid, in the order of their tokens."""
     given: list | tuple = ()
     """[height, width, depth] of each given grid and [length] of each given text, in the order of their tokens, which follow the class."""
+    text_ngram_rows: int = 0
+    """Number of embeddings for n-grams of each length in given texts. 0 if ids of texts have only embeddings of their own."""
     hidden_size: int = 256
     """Width of the residual stream, D."""
     num_hidden_layers: int = 6
@@ -87,6 +89,8 @@ class GridTransformerConfig(PreTrainedConfig):
         if self.embedding_blocks not in range(self.num_token_blocks + 1):
             kind = "blocks that are not query blocks" if self.query_blocks else "blocks"
             raise ValueError(f"embedding_blocks is {self.embedding_blocks}; allowed: 0 to {self.num_token_blocks}, the number of {kind}")
+        if self.text_ngram_rows < 0 or (self.text_ngram_rows and all(len(shape) == 3 for shape in self.given)):
+            raise ValueError(f"text_ngram_rows is {self.text_ngram_rows}; allowed: 0, or a number of embeddings if a text is given")
         if self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings is true; a grid_transformer has a separate output head, so it must be false")
         super().__post_init__(**kwargs)
@@ -108,7 +112,7 @@ class GridTransformerConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The content of config.json. It omits what older versions did not write, unless it is set."""
-        newer = ("given", "query_embeddings", "query_intermediate_size")
+        newer = ("given", "text_ngram_rows", "query_embeddings", "query_intermediate_size")
         return {name: value for name, value in super().to_diff_dict().items() if name not in newer or value}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -87,6 +88,15 @@ def add_recipe_options(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_class_arguments(Recipe, as_group=False)
 
 
+@functools.cache
+def recipe_parser() -> jsonargparse.ArgumentParser:
+    """The parser of recipe files and overrides. It is made once, because reading the fields' types and docstrings takes longer than parsing."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--recipe_file", action="config")
+    add_recipe_options(parser)
+    return parser
+
+
 @explain_permission_errors()
 def load_recipe(name: str, overrides: list[str] | None = None, other_options: Sequence[str] = (),
                 count_images: CountImages | None = None, redo_stage: str | None = None) -> Recipe:
@@ -106,9 +116,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, other_options: Se
     path, overrides = find_recipe(name), list(overrides or [])
     check_file_keys(path)
     check_option_names(overrides, other_options)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
-    parser.add_argument("--recipe_file", action="config")
-    add_recipe_options(parser)
+    parser = recipe_parser()
     try:
         # a run folder may have been moved since its recipe was written; the user's overrides come last and take precedence
         location = [f"--run_dir={path.parent}", *recorded_path_overrides(path)] if is_run_folder_recipe(name, path) else []

@@ -340,7 +340,8 @@ def exit_code_of(run: Callable[[], None], message_file: Path | None = None) -> i
     except Interrupted as stop:
         report(str(stop))
         return stop.exit_code
-    except KeyboardInterrupt:  # before the stage installed its signal handlers
+    except KeyboardInterrupt:  # where nothing handles the signal, such as while libraries are loaded
+        report(str(Interrupted(signal.SIGINT, "what was finished before is kept")))
         return EXIT_CODES[signal.SIGINT]
     except BrokenPipeError:  # such as `vqmosaic run digits | head`
         with contextlib.suppress(OSError):

@@ -113,7 +113,9 @@ class ProgressLines:
     """Replaces a tqdm bar if the output is not a terminal: prints a line every LINE_SECONDS."""
 
     def __init__(self, total: int | None, initial: int, title: str, unit: str):
-        self.total, self.n, self._initial, self._title, self._unit = total, initial, initial, title, unit
+        self.total, self._initial, self._title, self._unit = total, initial, title, unit
+        self.n: float = initial
+        """The units that are done. Callers may set it, with decimals, and call update(0)."""
         self._started = self._last_line = time.monotonic()
 
     def update(self, count: int = 1) -> None:
@@ -126,7 +128,7 @@ class ProgressLines:
         of_total, left = "", ""
         if self.total:
             of_total = f" of {self.total:,}"
-            seconds = (now - self._started) * (self.total - self.n) / max(1, self.n - self._initial)
+            seconds = (now - self._started) * (self.total - self.n) / (self.n - self._initial or 1)
             left = f" ({self.n / self.total:.0%}), about {format_duration(max(0.0, seconds))} left"
         print(f"{self._title}: {self.n:,}{of_total} {self._unit}s{left}", file=sys.stderr, flush=True)
 

@@ -1,0 +1,1 @@
+"""Labelled synthetic data sets: the command `augment` and `ImageGenerationPipeline.labelled_batches`."""

@@ -1,0 +1,1 @@
+"""Enhancing images: the method `enhance` of a pipeline and the command."""
