@@ -79,6 +79,14 @@ def scales_from_text(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} was given; give a scale for each segment, such as low=2,class=1.5") from None
 
 
+def size_from_text(text: str) -> tuple[int, int]:
+    """Height and width in a text such as 64x96, or 64 for a square. Raises argparse's error for any other text."""
+    match = re.fullmatch(r"(\d+)(?:[x,](\d+))?", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give height and width in pixels, such as 64x96, or one number for squares")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add the options --device and --dtype to a parser."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ...; default: the best available")

@@ -1,18 +1,22 @@
 """Turns the prompts and images of a request into the ids of the conditions that the priors of a pipeline are given."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.decoded_images import map_batches, tokenizer_batch_size
 from pipelines.pipeline_parts import is_bytes
 from pipelines.prompts import TextEncoder
 from stage1_tokenizer.image_files.images import as_batches
+from stage1_tokenizer.tiles.tiled_images import encode_tiled
+from stage1_tokenizer.tiles.tiling import Tiling
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary, describe_conditions
-from stage2_prior.segments import GivenText
+from stage2_prior.segments import GivenGrid, GivenText
+from token_shards.manifest import Grid
 from vqmosaic.errors import InputError
 
 LOW_RESOLUTION = "low_resolution"
@@ -48,22 +52,26 @@ class ConditionInputs:
 
     # --- ids ---------------------------------------------------------------------------------------------------------------
 
-    def ids(self, prompt: Any = None, image: Any = None, ids: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def ids(self, prompt: Any = None, image: Any = None, ids: Mapping[str, torch.Tensor] | None = None,
+            tiling: Tiling | None = None) -> dict[str, torch.Tensor]:
         """Condition name -> int64 ids (N, n) on the CPU of everything that is given. Raises InputError for what the prior was not trained with.
 
         Args:
             prompt: a text or a list of texts, or a dict of them by name if there are several texts.
             image: a PIL image, a list of them or a tensor (N, C, H, W) in [-1, 1]; a dict of them by name if there are several images.
             ids: ids of conditions by name, as token shards hold them; -1 is the null id.
+            tiling: the windows of images that are larger than the training images. The ids of images are then those of the whole image.
         """
         found: dict[str, torch.Tensor] = {}
         for name, texts in self.by_name("prompt", prompt, self.text_names).items():
             found[name] = self.texts[name].ids(texts)
         for name, images in self.by_name("image", image, self.image_names).items():
-            found[name] = self.encode_images(name, images)
+            found[name] = self.encode_images(name, images, tiling)
         if ids:
             if twice := sorted(ids.keys() & found.keys()):
                 raise InputError(f"{', '.join(twice)} is given as ids and as {self.argument_of(twice[0])}. Give one of them.")
+            if tiling is not None and (given := sorted(ids.keys() & {*self.image_names})):
+                raise InputError(f"size is given, and given_ids has {', '.join(given)}. Give the image itself, which is encoded at its full size.")
             self.check_ids(ids)
             found |= {name: each.cpu().long().flatten(1) for name, each in ids.items()}
         return found
@@ -89,13 +97,23 @@ class ConditionInputs:
                              f"{argument}={{{names[0]!r}: ...}}.")
         return {names[0]: given}
 
-    def encode_images(self, name: str, images: Any) -> torch.Tensor:
-        """The ids (N, n) of images of a condition, such as images at low resolution. They are resized to the size of the condition."""
+    def encode_images(self, name: str, images: Any, tiling: Tiling | None = None) -> torch.Tensor:
+        """The ids (N, n) of images of a condition, such as images at low resolution. They are resized to the size of the condition.
+
+        With `tiling`, they are resized to the size that belongs to the larger images, and encoded in tiles.
+        """
         tokenizer = self.tokenizers[name]
-        transform = tokenizer.transform.without_derivation
+        transform, batch_size = tokenizer.transform.without_derivation, tokenizer_batch_size(tokenizer.transform.image_size)
+        if tiling is not None:
+            sides = [side * length // trained for side, length, trained in zip(transform.sides, tiling.image, tiling.sides, strict=True)]
+            transform = dataclasses.replace(transform, image_size=sides)
+
+        def encode(images_BCHW: torch.Tensor) -> torch.Tensor:
+            ids = tokenizer.encode(images_BCHW) if tiling is None else encode_tiled(tokenizer, images_BCHW, batch_size=batch_size)
+            return tokenizer.join_tokens(ids).cpu()
+
         try:
-            parts = [tokenizer.join_tokens(tokenizer.encode(images_BCHW.to(tokenizer.device))).cpu()
-                     for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size))]
+            parts = map_batches(as_batches(images, transform, batch_size), tokenizer.device, encode)
         except InputError as error:
             raise InputError(f"image for the condition {name!r}: {error}") from None
         return torch.cat(parts)
@@ -129,6 +147,11 @@ class ConditionInputs:
     def text_names(self) -> list[str]:
         """Names of the texts that can be given."""
         return [condition.name for condition in self.vocabulary.learned_conditions if condition.name in self.texts]
+
+    @property
+    def image_grids(self) -> list[Grid]:
+        """The grids of the images that can be given."""
+        return [condition.grid for condition in self.vocabulary.learned_conditions if isinstance(condition, GivenGrid)]
 
     @property
     def image_names(self) -> list[str]:

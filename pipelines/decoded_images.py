@@ -1,18 +1,21 @@
 """Decodes ids to images in batches, and converts images to the output types of a pipeline."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
 from stage1_tokenizer.image_files.images import to_pil, to_uint8
-from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, split_ids
+from stage1_tokenizer.tiles.tiled_images import decode_tiled
+from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, ids_in, split_ids
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.image_sizes import ImageSize, height_and_width
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
+Result = TypeVar("Result")
 OUTPUT_TYPES = ("pil", "np", "pt")
 MAX_BATCH_PIXELS, MAX_BATCH_IMAGES = 8 * 256**2, 64
 """Largest number of pixels and of images in a batch of the encoder or decoder, whose feature maps are far larger than the images."""
@@ -23,8 +26,10 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
     return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
 
 
-def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
+def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -> Iterator[torch.Tensor]:
     """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
+
+    Larger images than those of the training (`is_larger`) are decoded in tiles, and are on the CPU.
 
     Raises InputError if a dict does not have ids of all grids, for the same number of images.
     """
@@ -33,8 +38,28 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids) -> Iterator[torch.Tensor]:
         if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
             counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
             raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
-    for batch in split_ids(ids, tokenizer_batch_size(tokenizer.transform.image_size), tokenizer.device):
-        yield tokenizer.decode(batch)
+    batch_size = tokenizer_batch_size(tokenizer.transform.image_size)
+    if is_larger:
+        for batch in split_ids(ids, 1, tokenizer.device):
+            yield decode_tiled(tokenizer, batch, batch_size=batch_size)
+        return
+    batches = ranges(len(next(iter(ids.values())) if isinstance(ids, dict) else ids), batch_size)
+    for _, images_BCHW in FittingBatches(tokenizer.device).run(batches, lambda part: tokenizer.decode(ids_in(ids, part, tokenizer.device))):
+        yield images_BCHW
+
+
+def map_batches(batches: Iterable[torch.Tensor], device: torch.device, compute: Callable[[torch.Tensor], Result]) -> list[Result]:
+    """The results of a function for batches of images on a device. Those that do not fit into its memory are split."""
+    fitting = FittingBatches(device)
+    return [result for images_BCHW in batches for result in map_parts(fitting, images_BCHW, compute)]
+
+
+def map_parts(fitting: FittingBatches, images_BCHW: torch.Tensor, compute: Callable[[torch.Tensor], Result]) -> Iterator[Result]:
+    """The results of a function for a batch of images, or for the parts of it that fit into memory."""
+    def compute_part(part: range) -> Result:
+        return compute(images_BCHW[part.start:part.stop].to(fitting.device))
+
+    return (result for _, result in fitting.run([range(len(images_BCHW))], compute_part))
 
 
 def to_output_type(images_BCHW: torch.Tensor, output_type: str, keep_alpha: bool = False) -> list[Image.Image] | np.ndarray | torch.Tensor:

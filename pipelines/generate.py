@@ -14,8 +14,8 @@ Pipelines whose prior is given more than the class also take `prompt` and `image
     pipe.super_resolve(small_images)
     pipe.translate(pictures_of_edges)
 
-editing/edit_methods.py has inpaint, outpaint, complete, variations and score, enhancing/enhance_methods.py has enhance, and
-augment/labelled_images.py has labelled_batches.
+tokenizer_methods.py has encode, decode and reconstruct, editing/edit_methods.py has inpaint, outpaint, complete, variations and score,
+enhancing/enhance_methods.py has enhance, and augment/labelled_images.py has labelled_batches.
 """
 
 import shutil
@@ -24,18 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from pipelines.augment.labelled_images import LabelledImageMethods
 from pipelines.bundle import check_replaceable, find_pipeline, make_bundle, read_bundle, recommended_sampling, usable_device
 from pipelines.condition_inputs import ConditionInputs
-from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, as_ids, concatenate, decode_in_batches, to_output_type, tokenizer_batch_size
-from pipelines.editing.scores import bits_of_tries
+from pipelines.decoded_images import MAX_BATCH_IMAGES, OUTPUT_TYPES, concatenate, decode_in_batches, to_output_type
 from pipelines.enhancing.enhance_methods import EnhancingMethods
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions, tries_seeds
+from pipelines.generation_request import Given, Request, check_request, keywords_from_former_positions
+from pipelines.larger_images.sample_request import sample_request
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
-from stage1_tokenizer.image_files.images import as_batches, to_pil
+from pipelines.tokenizer_methods import TokenizerMethods
+from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import PriorChain
@@ -46,11 +46,13 @@ from vqmosaic.errors import InputError, check_name, check_range
 from vqmosaic.files.exported_weights import same_weights
 from vqmosaic.files.fingerprints import check_same_tokens
 from vqmosaic.recipes.field_types import as_boolean, as_integer
+from vqmosaic.recipes.image_sizes import ImageSize
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.devices import as_dtype
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
 
-class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
+class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerMethods):
     """A tokenizer and one or several priors that belong together, with recommended sampling settings."""
 
     def __init__(self, tokenizer: Tokenizer, prior: TokenPrior | Sequence[TokenPrior], sampling: SamplingConfig | None = None,
@@ -136,8 +138,9 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
                  *positional: Any, prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                 output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
-                 compile: bool = False, **settings: Any) -> GenerationOutput:
+                 size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                 callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                 **settings: Any) -> GenerationOutput:
         """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
 
         Returns all images together. `batches` yields them one batch at a time.
@@ -149,6 +152,9 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
             image: a PIL image, a list of them or a tensor (B, C, H, W) in [-1, 1], for a prior that is given an image, such as one at low resolution.
                 With several images, a dict of them by name. Labels, prompts and images are paired by position; a single one counts for all.
             given_ids: ids of conditions by name, as token shards hold them, in place of prompt and image.
+            size: the size of the images in pixels, if it is larger than that of the training images: (height, width), or one number for squares. The
+                tokens are drawn in windows of the training size, each given those of earlier windows. The sides must be multiples of a token's.
+            window_overlap: the share of a window that the next one overlaps, from 0 to below 1. Larger values take longer and fit better.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
                 without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
@@ -170,9 +176,10 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
             keywords = {"output_type": output_type, "callback": callback, "batch_size": batch_size}
             if twice := former.keys() & settings.keys():
                 raise TypeError(f"{', '.join(sorted(twice))} given both by position and by keyword")
-            return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, compile=compile, **settings,
-                        **keywords | former)
-        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
+            return self(class_labels, num_images_per_label, seed, prompt=prompt, image=image, given_ids=given_ids, size=size,
+                        window_overlap=window_overlap, compile=compile, **settings, **keywords | former)
+        tiling = self._tiling(size, window_overlap)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids), tiling)
         return self._generate(request, output_type, callback, batch_size, compile)
 
     def _generate(self, request: Request, output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64,
@@ -202,7 +209,8 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                output_type: str = "pil", callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
+                size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
         """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
 
@@ -217,12 +225,14 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
         Raises:
             ValueError: as in `__call__`, before the first batch.
         """
-        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids))
+        tiling = self._tiling(size, window_overlap)
+        request = self._check_request(class_labels, num_images_per_label, seed, settings, Given(prompt, image, given_ids), tiling)
         return self._sample_batches(request, output_type, callback, batch_size, compile, skip)
 
     def _check_request(self, class_labels: Sequence[str | int] | str | int | None, num_images_per_label: int, seed: int | None,
-                       settings: dict[str, Any], given: Given | None = None) -> Request:
-        request = check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings)
+                       settings: dict[str, Any], given: Given | None = None, tiling: Tiling | None = None) -> Request:
+        request = check_request(self.vocabulary, self.inputs, self.sampling, class_labels, given or Given(), num_images_per_label, seed, settings,
+                                tiling=tiling)
         self.chain.check_order(request.sampling)
         return request
 
@@ -231,46 +241,34 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
         """Check the arguments immediately and return an iterator that samples one batch at a time."""
         check_name("output_type", output_type, OUTPUT_TYPES)
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
-        compile, total = as_boolean("compile", compile), len(request.seeds)
-        batches = [range(start, min(start + batch_size, total)) for start in range(0, total, batch_size)]
-        batches = [positions for positions in batches if skip is None or not skip(positions)]
-        tokens_per_batch = request.num_tries * self.vocabulary.num_tokens
+        compile = as_boolean("compile", compile)
+        batches = [positions for positions in ranges(len(request.seeds), batch_size) if skip is None or not skip(positions)]
+        tokens_per_batch = request.num_tries * self.vocabulary.num_tokens * (1 if request.tiling is None else len(request.tiling.places))
 
-        def sample() -> Iterator[GenerationOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
-            for number, positions in enumerate(batches):
-                def report(done: int, _: int, number=number) -> bool | None:  # the default keeps the number of this batch
-                    assert callback is not None  # otherwise this function is not passed on
-                    return callback(number * tokens_per_batch + done, len(batches) * tokens_per_batch)
+        def sample_part(positions: range) -> GenerationOutput:
+            """The images at these positions, which are a batch or, if that does not fit into memory, a part of one."""
+            number = next(number for number, batch in enumerate(batches) if positions.start in batch)
+            batch, part = batches[number], request.part(positions)
 
-                part = request.part(positions)
-                ids, seeds = self._sample_tries(part, report if callback is not None else None, compile)
-                images, first = [], positions.start
-                for images_BCHW in decode_in_batches(self.tokenizer, ids):
-                    finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
-                    images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
-                    first += len(images_BCHW)
-                yield GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
-
-        return sample()
-
-    def _sample_tries(self, request: Request, callback: Callable[[int, int], bool | None] | None, compile: bool) -> tuple[Ids, list[int]]:
-        """The ids of a request and the seed of each image. Of several tries for an image, the most likely one."""
-        seeds_KB = tries_seeds(request.seeds, request.num_tries)
-        tries_KBT, bits_KB = [], []
-        for number, seeds in enumerate(seeds_KB):
-            def report(done: int, total: int, number=number) -> bool | None:
+            def report(done: int, _: int) -> bool | None:
                 assert callback is not None  # otherwise this function is not passed on
-                return callback(number * total + done, request.num_tries * total)
+                done_in_batch = ((positions.start - batch.start) * tokens_per_batch + len(positions) * done) // len(batch)
+                return callback(number * tokens_per_batch + done_in_batch, len(batches) * tokens_per_batch)
 
-            ids = self.sample_ids(request.classes, request.sampling, seeds, report if callback is not None else None, compile, request.given,
-                                  request.known_BT, keep_unseen=True, evidence=request.evidence)
-            if request.num_tries == 1:
-                return ids, seeds
-            tries_KBT.append(self.tokenizer.join_tokens(ids))
-            bits_KB.append(bits_of_tries(self.tokenizer, self.chain, tries_KBT[-1], request.classes, request.given, request.evidence))
-        best_B = torch.stack(bits_KB).argmin(dim=0).tolist()
-        ids_BT = torch.stack([tries_KBT[best][image] for image, best in enumerate(best_B)])
-        return self.tokenizer.split_tokens(ids_BT), [seeds_KB[best][image] for image, best in enumerate(best_B)]
+            def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
+                     callback: Callable[[int, int], bool | None] | None) -> Ids:
+                return self.sample_ids(part.classes, part.sampling, seeds, callback, compile, given, known_BT, keep_unseen=True,
+                                       evidence=part.evidence)
+
+            ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
+            images, first = [], positions.start
+            for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None):
+                finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
+                images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
+                first += len(images_BCHW)
+            return GenerationOutput(concatenate(images), concatenate_ids([ids]), seeds, part.classes, places=positions, given_ids=dict(part.given))
+
+        return (output for _, output in FittingBatches(self.device, "batch_size").run(batches, sample_part))
 
     def sample_ids(self, class_indices: Sequence[int] | None, sampling: SamplingConfig, seeds: Sequence[int],
                    callback: Callable[[int, int], bool | None] | None = None, compile: bool = False, given: Mapping[str, torch.Tensor] | None = None,
@@ -285,11 +283,6 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
             grids, known_BT.split([grid.num_tokens for grid in grids], dim=1), strict=True)}
         drawn = self.chain.sample(class_indices, sampling, seeds, callback, compile, given, known, keep_unseen, evidence)
         return self.tokenizer.split_tokens(torch.cat([drawn[grid.name] for grid in grids], dim=1))
-
-    def _image_batches(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Iterator[torch.Tensor]:
-        """The given images as batches (B, C, H, W) in [-1, 1] on the pipeline's device."""
-        transform = self.tokenizer.transform
-        return (images_BCHW.to(self.device) for images_BCHW in as_batches(images, transform, tokenizer_batch_size(transform.image_size)))
 
     def logit_difference(self, token_ids: Ids, class_indices: Sequence[int] | None, given_ids: Mapping[str, torch.Tensor] | None = None) -> float:
         """The largest absolute difference between the logits used in sampling and those of the float32 prior, at every position of sampled images.
@@ -316,22 +309,3 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods):
             given = {name: rows[batch] for name, rows in (given_ids or {}).items()}
             differences.append(self.chain.logit_difference(references, ids, classes[batch], given))
         return max(differences)
-
-    def encode(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> Ids:
-        """Encode a PIL image, a list of them, or a tensor (B, C, H, W) in [-1, 1] to int64 ids (B, h, w), or (B, h, w, depth), on the CPU.
-
-        If the tokenizer has several grids, returns a dict with the ids of each.
-        """
-        return concatenate_ids([self.tokenizer.encode(images_BCHW) for images_BCHW in self._image_batches(images)])
-
-    def decode(self, token_ids: torch.Tensor | Mapping[str, torch.Tensor]) -> list[Image.Image]:
-        """Decode ids (B, h, w), or (B, h, w, depth) if the tokenizer has several ids per position, to PIL images (see to_pil).
-
-        Several grids are a dict.
-        """
-        batches = decode_in_batches(self.tokenizer, as_ids(token_ids))
-        return [image for images_BCHW in batches for image in to_pil(images_BCHW)]
-
-    def reconstruct(self, images: Image.Image | Sequence[Image.Image] | torch.Tensor) -> list[Image.Image]:
-        """Encode images to tokens and decode them again, to PIL images (see to_pil). `pipe.tokenizer.reconstruct` returns tensors."""
-        return [image for images_BCHW in self._image_batches(images) for image in to_pil(self.tokenizer.reconstruct(images_BCHW))]

@@ -12,6 +12,7 @@ import torch
 
 from pipelines.condition_inputs import ConditionInputs
 from pipelines.labels import class_indices
+from stage1_tokenizer.tiles.tiling import Tiling
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.guidance_scales import segment_scales
 from vqmosaic.errors import InputError, check_range, listed_names, nearest_name
@@ -21,7 +22,8 @@ from vqmosaic.seeding import derive_seed, image_seeds
 
 SAMPLING_SETTINGS = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 GUIDANCE_SETTINGS = tuple(name for name in SAMPLING_SETTINGS if name.startswith("guidance"))
-CALL_ARGUMENTS = ("class_labels", "num_images_per_label", "seed", "prompt", "image", "given_ids", "output_type", "callback", "batch_size", "compile")
+CALL_ARGUMENTS = ("class_labels", "num_images_per_label", "seed", "prompt", "image", "given_ids", "size", "window_overlap", "output_type",
+                  "callback", "batch_size", "compile")
 """The arguments of a call besides the sampling settings."""
 FORMER_POSITIONS = ("guidance_scale", "temperature", "top_k", "top_p", "output_type", "callback", "batch_size")
 """The arguments of a call that could be positional in version 0.1.0, after seed."""
@@ -43,6 +45,8 @@ class Request(NamedTuple):
     """Called with each batch of decoded images (B, C, H, W) and the position of the first one in the request. Returns the images to output."""
     keep_alpha: bool = False
     """Whether images of type pil keep alpha."""
+    tiling: Tiling | None = None
+    """The windows of images that are larger than the training images. `known_BT` and `given` are then those of the whole images."""
     evidence: Mapping[str, torch.Tensor] | None = None
     """The log likelihood (B, n, K) of what was observed for each code, by name of the grid."""
     prepare: Callable[["Request", range], "Request"] | None = None
@@ -67,10 +71,11 @@ class Given(NamedTuple):
 
 def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommended: SamplingConfig,
                   class_labels: Sequence[str | int] | str | int | None, given: Given, num_images_per_label: int, seed: int | None,
-                  settings: dict[str, Any], paired: Mapping[str, Sized] | None = None) -> Request:
+                  settings: dict[str, Any], paired: Mapping[str, Sized] | None = None, tiling: Tiling | None = None) -> Request:
     """Check the arguments of a call and resolve classes, conditions, seeds and sampling settings. Raises InputError for invalid ones.
 
-    `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position.
+    `paired` are other arguments by name, such as images to edit, with which labels and conditions are paired by position. `tiling` has the windows of
+    larger images.
     """
     check_settings(settings)
     count = as_integer("num_images_per_label", num_images_per_label)
@@ -86,7 +91,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     classes = None if labels is None else class_indices(names, labels)
     if given.ids is not None and not isinstance(given.ids, Mapping):
         raise InputError(f"given_ids is {type(given.ids).__name__}; give a dict of ids by the name of their condition. {inputs.describe_taken()}")
-    ids = inputs.ids(given.prompt, given.image, given.ids)
+    ids = inputs.ids(given.prompt, given.image, given.ids, tiling)
     for message in inputs.describe_cut(given.prompt):
         warnings.warn(message, stacklevel=level_of_user())
     if why := vocabulary.why_not_sampled(classes is not None, ids.keys()):
@@ -108,7 +113,7 @@ def check_request(vocabulary: ChainVocabulary, inputs: ConditionInputs, recommen
     if classes is not None:
         classes = [index for index in (classes * rows if len(classes) == 1 else classes) for _ in range(count)]
     ids = {name: (each.expand(rows, -1) if len(each) == 1 else each).repeat_interleave(count, dim=0) for name, each in ids.items()}
-    return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids)
+    return Request(sampling, classes, image_seeds(secrets.randbits(62) if seed is None else seed, rows * count), given=ids, tiling=tiling)
 
 
 def check_settings(settings: Iterable[str], arguments: Sequence[str] = CALL_ARGUMENTS) -> None:
@@ -120,6 +125,13 @@ def check_settings(settings: Iterable[str], arguments: Sequence[str] = CALL_ARGU
             hint = f" Did you mean {nearest!r}?" if nearest else ""
             raise InputError(f"there is no argument or sampling setting {name!r}.{hint} Arguments: {', '.join(arguments)}. Sampling settings: "
                              f"{', '.join(SAMPLING_SETTINGS)}.")
+
+
+def check_training_size(method: str, arguments: dict[str, Any]) -> None:
+    """Remove `size` and `window_overlap` from the arguments of a method that draws only images of the training size. Raises InputError if given."""
+    if given := [name for name in ("size", "window_overlap") if arguments.pop(name, None) is not None]:
+        raise InputError(f"{method} draws images of the training size only; leave {' and '.join(given)} out. A call of the pipeline, inpaint, "
+                         "outpaint and complete draw larger images.")
 
 
 def level_of_user() -> int:

@@ -13,6 +13,7 @@ from pipelines.command_parser import (
     add_sampling_options,
     add_seed_option,
     given_sampling,
+    size_from_text,
 )
 from pipelines.labels import class_indices, classes_from_text, labels_from_text
 from vqmosaic.errors import InputError, check_range
@@ -35,12 +36,16 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
                                                       "if samples holds other images")
     add_prompt_option(parser)
+    parser.add_argument("--size", type=size_from_text, metavar="HEIGHTxWIDTH", help="larger images than those of the training, such as 64x96 pixels. "
+                                                                                    "They are drawn in overlapping windows of the training size")
+    parser.add_argument("--window_overlap", type=float, metavar="SHARE", help="with --size: the share of a window that the next one overlaps, from 0 "
+                                                                              "to below 1; default: 0.5")
     add_device_options(parser)
     add_sampling_options(parser, "default: recommended by the bundle")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
-    from pipelines.image_folders.sample_folder import SampleFolder, find_output_folder
+    from pipelines.image_folders.sample_folder import SampleFolder, check_size, find_output_folder
     from pipelines.pipeline_parts import PipelineParts
     from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
 
@@ -48,6 +53,7 @@ def generate(command: str, arguments: list[str]) -> int:
     content = read_bundle(folder)
     check_range("--num", options.num, at_least=1)
     sampling = check_given_sampling(folder, content, given_sampling(options))
+    size = check_size(folder, options.size, options.window_overlap)
     check_can_write("--out", options.out or Path("samples"))
     names = content["class_names"]
     vocabulary = PipelineParts.in_folder(folder, content).vocabulary()
@@ -59,7 +65,7 @@ def generate(command: str, arguments: list[str]) -> int:
     texts = [condition.name for condition in vocabulary.learned_conditions if condition.kind == "text"] if options.prompt is not None else []
     vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, texts)
     samples = SampleFolder(out=options.out or Path("samples"), pipeline=folder, class_names=names, labels=labels, num=options.num, seed=options.seed,
-                           sampling=sampling, dtype=options.dtype, prompt=options.prompt)
+                           sampling=sampling, dtype=options.dtype, prompt=options.prompt, **size)
     samples = samples if options.out else find_output_folder(samples)
     if samples.is_finished():
         return 0

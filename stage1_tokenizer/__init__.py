@@ -10,6 +10,9 @@ _MODULE_OF_NAME = {
     "QUANTIZERS": "quantizers",
     "ImageTransform": "image_files.images",
     "View": "image_files.views",
+    "decode_tiled": "tiles.tiled_images",
+    "encode_tiled": "tiles.tiled_images",
+    "reconstruct_tiled": "tiles.tiled_images",
 }
 __all__ = list(_MODULE_OF_NAME)
 

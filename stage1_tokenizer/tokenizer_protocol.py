@@ -133,7 +133,7 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             ValueError: see `decode_grids`. Also if a tensor is given but the tokenizer has several grids.
         """
-        return self.decode_grids(self._by_grid(ids))
+        return self.decode_grids(self.ids_by_grid(ids))
 
     def reconstruct(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Encode and decode images. Returns float32 images (B, C, H, W), not clamped.
@@ -152,7 +152,7 @@ class Tokenizer(nn.Module, ABC):
 
     def join_tokens(self, ids: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tokens (B, T) of all grids, in order, for ids as `encode` returns them."""
-        by_grid = self._by_grid(ids)
+        by_grid = self.ids_by_grid(ids)
         return torch.cat([by_grid[grid.name].flatten(1) for grid in self.grids], dim=1)
 
     def split_tokens(self, ids_BT: torch.Tensor) -> Ids:
@@ -164,7 +164,8 @@ class Tokenizer(nn.Module, ABC):
     def _public(self, ids: dict[str, torch.Tensor]) -> Ids:
         return ids if len(ids) > 1 else next(iter(ids.values()))
 
-    def _by_grid(self, ids: torch.Tensor | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    def ids_by_grid(self, ids: torch.Tensor | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Ids in the form of `encode` as a dict by grid name. Raises InputError unless there are ids of exactly the grids of this tokenizer."""
         names = [grid.name for grid in self.grids]
         if len(names) > 1 and not isinstance(ids, Mapping):
             raise InputError(f"the ids are a tensor of shape {tuple(ids.shape)}, but this tokenizer has the grids {', '.join(names)}. Give a dict "
@@ -317,6 +318,20 @@ def split_ids(ids: Ids, batch_size: int, device: torch.device) -> Iterator[Ids]:
         yield from (part.to(device) for part in ids.split(batch_size))
 
 
+def ids_in(ids: Ids, part: range, device: torch.device) -> Ids:
+    """The ids of the images with these numbers, on a device."""
+    batch = slice(part.start, part.stop)
+    return {name: grid_ids[batch].to(device) for name, grid_ids in ids.items()} if isinstance(ids, dict) else ids[batch].to(device)
+
+
 def first_ids(ids: Ids, count: int) -> Ids:
     """The ids of the first images."""
     return {name: grid_ids[:count] for name, grid_ids in ids.items()} if isinstance(ids, dict) else ids[:count]
+
+
+def pick_ids(tries: Sequence[Ids], best_B: Sequence[int]) -> Ids:
+    """The ids of each image from the try with this number."""
+    first = tries[0]
+    if isinstance(first, dict):
+        return {name: torch.stack([cast(dict[str, torch.Tensor], tries[best])[name][image] for image, best in enumerate(best_B)]) for name in first}
+    return torch.stack([cast(torch.Tensor, tries[best])[image] for image, best in enumerate(best_B)])

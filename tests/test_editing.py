@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt
 
 from pipelines import ImageGenerationPipeline, bundle
 from pipelines.command_line import dispatch
+from pipelines.editing.edit_inputs import DRAWN_BY
 from pipelines.editing.edit_methods import EDIT_ARGUMENTS, EditingMethods
 from pipelines.editing.given_images import tokens_of
 from pipelines.editing.masked_images import masks_from, tokens_in_masks
@@ -277,8 +278,8 @@ def test_batches_are_the_results_of_the_methods(kind, pipe, tmp_path):
 
 def test_the_listed_arguments_are_those_of_the_methods():
     for method in (EditingMethods.inpaint, EditingMethods.edit_batches):
-        own = {*inspect.signature(method).parameters} | {*inspect.signature(EditingMethods._check_edit).parameters}
-        assert own - {"self", "image", "images_NCHW", "arguments", "settings", "skip", "mask", "box", "keep", "strength"} == {*EDIT_ARGUMENTS}
+        own = {name for each in (method, EditingMethods._edit_request, EditingMethods._check_edit) for name in inspect.signature(each).parameters}
+        assert own - {"self", "image", "images_NCHW", "drawn_by", "value", "tiling", "arguments", "settings", "skip", *DRAWN_BY} == {*EDIT_ARGUMENTS}
     own = {*inspect.signature(ImageGenerationPipeline.__call__).parameters}
     assert own - {"self", "positional", "settings"} == {*CALL_ARGUMENTS}
 

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from pipelines.generate import tokenizer_batch_size
+from pipelines.decoded_images import tokenizer_batch_size
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.image_folders.write_images import grid_rows
 from pipelines.sweep.feature_extractors import load_feature_extractor

@@ -20,7 +20,7 @@ from pipelines.condition_inputs import ConditionInputs
 from pipelines.decoded_images import OUTPUT_TYPES, concatenate, decode_in_batches, to_output_type
 from pipelines.editing.scores import bits_of_tokens
 from pipelines.generation_output import GenerationOutput
-from pipelines.generation_request import Given, Request, as_labels, tries_seeds
+from pipelines.generation_request import Given, Request, as_labels, check_training_size, tries_seeds
 from pipelines.labels import balanced_labels, class_indices
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids
 from stage2_prior.chain_vocabulary import ChainVocabulary
@@ -28,6 +28,7 @@ from stage2_prior.generation.prior_chain import PriorChain
 from vqmosaic.errors import InputError, check_name, check_range, printable
 from vqmosaic.recipes.field_types import as_integer
 from vqmosaic.recipes.recipe_sections import SamplingConfig
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 from vqmosaic.wording import counted
 
 Accept = Callable[[torch.Tensor, Sequence[int]], Any]
@@ -137,23 +138,26 @@ class LabelledImageMethods(ABC):
             raise InputError("this pipeline was trained without classes, so its images have no labels. Call the pipeline itself.")
         classes = list(range(len(names))) if labels is None else class_indices(names, labels)
         balanced = balanced_labels(names, classes, as_integer("num_images", num_images))
+        check_training_size("labelled_batches", settings)
         request = self._check_request(balanced, 1, seed, settings)
         if oversample > 1:
             check_can_rank(self.vocabulary, rank_by)
         selection = Selection(oversample=oversample, rank_by=rank_by, accept=accept, max_attempts=max_attempts)
-        batches = [range(start, min(start + batch_size, len(balanced))) for start in range(0, len(balanced), batch_size)]
-        batches = [positions for positions in batches if skip is None or not skip(positions)]
+        batches = [positions for positions in ranges(len(balanced), batch_size) if skip is None or not skip(positions)]
 
         def draw() -> Iterator[LabelledOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             done, total, counts = 0, sum(map(len, batches)), Counter[tuple[int, bool]]()
-            for positions in batches:
-                def report(_: int, __: int, done: int = done) -> bool | None:  # the default keeps the number of this batch
-                    assert callback is not None  # otherwise this function is not passed on
-                    return callback(done, total)
 
-                part = request.part(positions)
-                best = self._draw_candidates(part, selection, report if callback is not None else None, compile)
-                for index, drawn, accepted in zip(part.classes or [], best.candidates, best.accepted, strict=True):
+            def report(_: int, __: int) -> bool | None:
+                assert callback is not None  # otherwise this function is not passed on
+                return callback(done, total)
+
+            def draw_part(positions: range) -> Best:
+                return self._draw_candidates(request.part(positions), selection, report if callback is not None else None, compile)
+
+            for positions, best in FittingBatches(self.tokenizer.device, "batch_size").run(batches, draw_part):
+                classes = balanced[positions.start:positions.stop]
+                for index, drawn, accepted in zip(classes, best.candidates, best.accepted, strict=True):
                     counts[index, False] += drawn
                     counts[index, True] += accepted
                 if not best.found_B.all():
@@ -163,7 +167,7 @@ class LabelledImageMethods(ABC):
                 images = concatenate(to_output_type(images_BCHW, output_type, keep_alpha=True)
                                      for images_BCHW in decode_in_batches(self.tokenizer, ids))
                 done += len(positions)
-                yield LabelledOutput(images, concatenate_ids([ids]), best.seeds, part.classes, places=positions, candidates=best.candidates,
+                yield LabelledOutput(images, concatenate_ids([ids]), best.seeds, classes, places=positions, candidates=best.candidates,
                                      accepted=best.accepted, scores=best.scores_B.tolist() if oversample > 1 else None)
 
         return draw()

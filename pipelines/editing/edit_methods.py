@@ -20,29 +20,34 @@ from pipelines.editing.given_images import images_and_masks, tokens_of
 from pipelines.editing.masked_images import MaskedImages, token_side, tokens_in_masks
 from pipelines.editing.scores import Scores, bits_of_tokens, scores_of_tokens
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import Given, Request, check_request, check_settings
+from pipelines.generation_request import Given, Request, check_request, check_settings, check_training_size
 from stage1_tokenizer.image_files.images import as_batches
+from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from stage2_prior.generation.passes import UNKNOWN
 from stage2_prior.generation.prior_chain import PriorChain
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.field_types import as_integer
+from vqmosaic.recipes.image_sizes import ImageSize
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.seeding import generator
 
 Labels = Sequence[str | int] | str | int | None
 """Class names (strings) or indices (integers): one for all images, or one for each."""
-EDIT_ARGUMENTS = ("class_labels", "num_tries", "num_images_per_label", "seed", "prompt", "condition_image", "given_ids", "output_type", "callback",
-                  "batch_size", "compile")
+EDIT_ARGUMENTS = ("class_labels", "num_tries", "num_images_per_label", "seed", "prompt", "condition_image", "given_ids", "size", "window_overlap",
+                  "output_type", "callback", "batch_size", "compile")
 """The arguments of all methods that edit, besides the image, what is drawn again, and the sampling settings."""
 
 
 class EditingMethods(ABC):
     """The methods of ImageGenerationPipeline that start from images.
 
-    Images that are edited must have the size of the pipeline. The results are a GenerationOutput. Further arguments are those of a call of the
-    pipeline: num_images_per_label (results per image), seed, prompt, given_ids, output_type, callback, batch_size, compile and the sampling settings.
-    Images of conditions are given as condition_image. Results of type pil keep alpha.
+    Images that are edited must have the size of the pipeline. `inpaint`, `outpaint` and `complete` also make larger results: `size` is their height
+    and width, and they are drawn in windows of the training size (see `size` and `window_overlap` of a call). Images and masks then have this size.
+
+    The results are a GenerationOutput. Further arguments are those of a call of the pipeline: num_images_per_label (results per image), seed, prompt,
+    given_ids, output_type, callback, batch_size, compile and the sampling settings. Images of conditions are given as condition_image. Results of
+    type pil keep alpha.
     """
 
     tokenizer: Tokenizer
@@ -60,6 +65,13 @@ class EditingMethods(ABC):
                         skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
         """The images of a checked request, one batch at a time."""
 
+    def _tiling(self, size: ImageSize | None, overlap: float) -> Tiling | None:
+        """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
+        if size is None:
+            return None
+        tiling = Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
+        return None if tiling.image == tiling.sides else tiling
+
     # --- editing -----------------------------------------------------------------------------------------------------------
 
     def inpaint(self, image: Images, mask: Any, class_labels: Labels = None, num_tries: int = 1, **arguments: Any) -> GenerationOutput:
@@ -69,7 +81,7 @@ class EditingMethods(ABC):
         the kept ones at the edge. What is under the mask has no influence. `class_labels` may be another class than that of the image.
 
         Args:
-            image: one or several images of the pipeline's size.
+            image: one or several images of the pipeline's size, or of `size`.
             mask: a PIL image (white is drawn again), or a bool array or tensor (H, W) (True is drawn again). One for all images, or a list of one
                 for each.
             class_labels: the class of the result: one for all images, or one for each. None for a pipeline without classes, or for no class.
@@ -124,13 +136,15 @@ class EditingMethods(ABC):
         request, generation = self._edit_request(image, drawn_by, given[drawn_by], class_labels, num_tries, **arguments)
         return self._sample_batches(request, **generation, skip=skip)
 
-    def _edit_request(self, image: Images, drawn_by: str, value: Any, class_labels: Labels, num_tries: int,
-                      **arguments: Any) -> tuple[Request, dict[str, Any]]:
+    def _edit_request(self, image: Images, drawn_by: str, value: Any, class_labels: Labels, num_tries: int, *, size: ImageSize | None = None,
+                      window_overlap: float = OVERLAP, **arguments: Any) -> tuple[Request, dict[str, Any]]:
         """The request of an edit, in which the argument `drawn_by` with this value says what to draw, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
-        grids, transform = self.tokenizer.grids, self.tokenizer.transform
-        images_NCHW, masks_NHW = images_and_masks(image, drawn_by, value, transform)
-        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, **arguments)
+        if drawn_by == "strength":
+            check_training_size("variations", {"size": size})
+        grids, transform, tiling = self.tokenizer.grids, self.tokenizer.transform, self._tiling(size, window_overlap)
+        images_NCHW, masks_NHW = images_and_masks(image, drawn_by, value, transform, None if tiling is None else tiling.image)
+        request, generation = self._check_edit(images_NCHW, class_labels, num_tries, tiling=tiling, **arguments)
         results = len(request.seeds) // len(images_NCHW)
 
         # 2. The tokens to draw: some at random places, all others are those of the image
@@ -141,7 +155,8 @@ class EditingMethods(ABC):
 
         # or those that cover a masked pixel. After all are decoded, the masked pixels are put into the given images
         masked = MaskedImages(images_NCHW, masks_NHW, token_side(grids, transform.sides))
-        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, grids), UNKNOWN)
+        whole_grids = grids if tiling is None else tiling.image_grids[:len(grids)]  # those of conditions follow
+        known_NT = tokens_of(self.tokenizer, masked.filled()).masked_fill(tokens_in_masks(masks_NHW, whole_grids), UNKNOWN)
 
         def finish(drawn_BCHW: torch.Tensor, first: int) -> torch.Tensor:
             return masked.paste(drawn_BCHW, [position // results for position in range(first, first + len(drawn_BCHW))])
@@ -157,26 +172,29 @@ class EditingMethods(ABC):
         return torch.cat(parts)
 
     def _check_edit(self, images_NCHW: torch.Tensor, class_labels: Labels, num_tries: int, num_images_per_label: int = 1, seed: int | None = None, *,
-                    prompt: Any = None, condition_image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
+                    tiling: Tiling | None = None, prompt: Any = None, condition_image: Any = None,
+                    given_ids: Mapping[str, torch.Tensor] | None = None, output_type: str = "pil",
                     callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                     **settings: Any) -> tuple[Request, dict[str, Any]]:
         """The request for results of these images, one after another, and the arguments of `_generate`. Raises InputError for invalid arguments."""
         check_settings(settings, EDIT_ARGUMENTS)
         check_range("num_tries", as_integer("num_tries", num_tries), at_least=1)
-        request = self._check_paired(images_NCHW, class_labels, Given(prompt, condition_image, given_ids), num_images_per_label, seed, settings)
+        given = Given(prompt, condition_image, given_ids)
+        request = self._check_paired(images_NCHW, class_labels, given, num_images_per_label, seed, settings, tiling)
         self.chain.check_order(request.sampling, keep_unseen=True)
         generation = {"output_type": output_type, "callback": callback, "batch_size": batch_size, "compile": compile}
         return request._replace(num_tries=num_tries, keep_alpha=True), generation
 
     def _check_paired(self, images_NCHW: Sequence[Any] | torch.Tensor, class_labels: Labels, given: Given, results: int, seed: int | None,
-                      settings: dict[str, Any]) -> Request:
+                      settings: dict[str, Any], tiling: Tiling | None = None) -> Request:
         """The request for results of each image. A single image counts for all classes and conditions."""
         vocabulary = self.chain.vocabulary
         prompted = [] if given.prompt is None else list(self.inputs.texts)
         lacks_images = self.inputs.tokenizers and given.image is None and not given.ids
         if lacks_images and (why := vocabulary.why_not_sampled(class_labels is not None, prompted)):
             raise InputError(f"{why} Give images of conditions as condition_image, and texts as prompt.")
-        return check_request(vocabulary, self.inputs, self.sampling, class_labels, given, results, seed, settings, {"images": images_NCHW})
+        return check_request(vocabulary, self.inputs, self.sampling, class_labels, given, results, seed, settings, {"images": images_NCHW},
+                             tiling)
 
     # --- scores ------------------------------------------------------------------------------------------------------------
 
@@ -204,4 +222,3 @@ class EditingMethods(ABC):
         ids_NT = torch.cat([tokens_of(self.tokenizer, images_BCHW) for images_BCHW in batches])
         bits_BT = bits_of_tokens(self.tokenizer, self.chain, ids_NT.expand(len(request.seeds), -1), request.classes, request.given)
         return scores_of_tokens(self.tokenizer, bits_BT)
-

@@ -10,6 +10,7 @@ from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from stage2_prior.generation.drawing_order import drawing_orders
 from stage2_prior.generation.prior_chain import PriorChain
 from token_shards.manifest import grid_columns
+from vqmosaic.runs.out_of_memory import FittingBatches, ranges
 
 MAX_LOGITS = 2**26
 """The largest number of logits that are in memory at a time: 256 MiB in float32."""
@@ -32,15 +33,17 @@ def bits_of_tokens(tokenizer: Tokenizer, chain: PriorChain, ids_BT: torch.Tensor
 
     `orders` and `minus_entropy` are those of `PriorChain.token_nll`.
     """
-    columns, vocabulary, parts = grid_columns(tokenizer.grids), chain.vocabulary, []
+    columns, vocabulary = grid_columns(tokenizer.grids), chain.vocabulary
     batch_size = max(1, MAX_LOGITS // (vocabulary.num_tokens * sum(grid.codebook_size for grid in vocabulary.grids)))
-    for start in range(0, len(ids_BT), batch_size):
-        batch = slice(start, start + batch_size)
+
+    def bits_in(part: range) -> torch.Tensor:
+        batch = slice(part.start, part.stop)
         ids = {name: ids_BT[batch, places] for name, places in columns.items()}
         nll = chain.token_nll(ids, class_indices and class_indices[batch], {name: ids_Bn[batch] for name, ids_Bn in given.items()}, orders,
                               minus_entropy)
-        parts.append(torch.cat([nll[name] for name in columns], dim=1).cpu() / math.log(2))
-    return torch.cat(parts)
+        return torch.cat([nll[name] for name in columns], dim=1).cpu() / math.log(2)
+
+    return torch.cat([bits_BT for _, bits_BT in FittingBatches(tokenizer.device).run(ranges(len(ids_BT), batch_size), bits_in)])
 
 
 def unexpected_bits(tokenizer: Tokenizer, chain: PriorChain, ids_BT: torch.Tensor, class_indices: Sequence[int] | None,

@@ -64,7 +64,7 @@ def write_missing_edits(folder: EditFolder, device: str | None) -> int:
         return 0
     complete, pipe, total = folder.usable_files(), load_pipeline(folder, device), len(folder.names)
     kept, transform = len(complete - {GRID_NAME}), pipe.tokenizer.transform
-    image = read_file(folder.image, transform)
+    image: Any = read_file(folder.image, transform)  # with more than 8 bits, it is no PIL image
     value: Any = read_mask(folder.value) if folder.drawn_by == "mask" else folder.value
     if not pipe.chain.any_order:
         print(RASTER_NOTE, flush=True)

@@ -6,7 +6,7 @@ In comments and names: B images, n tokens of a grid, F entries of an encoder vec
 import torch
 import torch.nn.functional as F
 
-from pipelines.decoded_images import tokenizer_batch_size
+from pipelines.decoded_images import map_batches, tokenizer_batch_size
 from stage1_tokenizer.tokenizer_protocol import Tokenizer
 from vqmosaic.seeding import generator
 
@@ -25,8 +25,8 @@ def evidence_for_codes(tokenizer: Tokenizer, images_BCHW: torch.Tensor, noise: f
     distance of the vectors to their nearest codes in all directions, and the noise. For the latter, noise is added to the reconstruction of the
     image, and encoded. Noise moves vectors much farther in some directions than in others, so distances alone say little about the true code.
     """
-    parts = [evidence_of_batch(tokenizer, batch_BCHW.to(tokenizer.device), noise)
-             for batch_BCHW in images_BCHW.split(tokenizer_batch_size(tokenizer.transform.image_size))]
+    batches = images_BCHW.split(tokenizer_batch_size(tokenizer.transform.image_size))
+    parts = map_batches(batches, tokenizer.device, lambda batch_BCHW: evidence_of_batch(tokenizer, batch_BCHW, noise))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -9,7 +9,7 @@ level of noise (code_evidence.py).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from pipelines.editing.scores import MAX_LOGITS, unexpected_bits
 from pipelines.enhancing.code_evidence import evidence_for_codes
 from pipelines.enhancing.enhance_settings import NOISE, checked_noise, checked_strength
 from pipelines.generation_output import GenerationOutput, Images
-from pipelines.generation_request import GUIDANCE_SETTINGS, Request
+from pipelines.generation_request import GUIDANCE_SETTINGS, Request, check_training_size
 from stage2_prior.generation.passes import UNKNOWN
 from token_shards.manifest import Grid, grid_columns
 from vqmosaic.errors import InputError, check_name, check_range
@@ -85,7 +85,8 @@ class EnhancingMethods(EditingMethods):
         out = self._generate(request, "pt", **generation)
         if out.stopped or out.token_ids is None:
             return out
-        means_NCHW = cast(torch.Tensor, out.images).unflatten(0, (-1, average)).mean(dim=1)
+        assert isinstance(out.images, torch.Tensor)  # type pt
+        means_NCHW = out.images.unflatten(0, (-1, average)).mean(dim=1)
         if request.finish is not None:  # rounding of the mean must not change pixels that are kept
             means_NCHW = torch.cat([request.finish(mean_1CHW, number * average) for number, mean_1CHW in enumerate(means_NCHW.split(1))])
         firsts = slice(None, None, average)
@@ -99,6 +100,7 @@ class EnhancingMethods(EditingMethods):
         """The checked request for `average` images for each result of `enhance`, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
         tokenizer, grids = self.tokenizer, self.tokenizer.grids
+        check_training_size("enhance", arguments)
         images_NCHW = images_of_size(image, tokenizer.transform, tokenizer.transform.sides, EDITED)
         noise, strength = checked_noise(noise), checked_strength(strength)
         masks_NHW = None if mask is None else masks_from(mask, len(images_NCHW), tokenizer.transform.sides)

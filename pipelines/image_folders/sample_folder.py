@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.image_folders.output_folder import GRID_NAME, SAMPLES_RECORD, SampledFolder
-from vqmosaic.errors import InputError
+from pipelines.image_folders.png_files import png_header
+from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
+from stage1_tokenizer.tokenizer_config import read_tokenizer_config
+from stage1_tokenizer.tokenizer_grids import grids_of_tokenizer
+from vqmosaic.errors import InputError, check_range
+from vqmosaic.recipes.image_sizes import height_and_width
 from vqmosaic.runs.run_folder import is_locked
 
 NAME_BYTES = 220
@@ -32,6 +37,10 @@ class SampleFolder(SampledFolder):
     """Images per label."""
     prompt: str | None = None
     """The text that is given for all images, or None."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images in pixels, if they are larger than those of the training."""
+    window_overlap: float = OVERLAP
+    """For larger images, the share of a window that the next one overlaps."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -41,7 +50,30 @@ class SampleFolder(SampledFolder):
 
     @property
     def own_request(self) -> dict[str, Any]:
-        return {"num": self.num, **({} if self.prompt is None else {"prompt": self.prompt})}
+        larger = {} if self.size is None else {"size": [*self.size], "window_overlap": self.window_overlap}
+        return {"num": self.num, **({} if self.prompt is None else {"prompt": self.prompt}), **larger}
+
+    @property
+    def image_header(self) -> bytes:
+        transform = read_tokenizer_config(self.pipeline / "tokenizer")["transform"]
+        return png_header(self.size or transform["image_size"], transform["channels"])
+
+
+def check_size(pipeline: Path, size: tuple[int, int] | None, window_overlap: float | None) -> dict[str, Any]:
+    """The fields of a SampleFolder for --size and --window_overlap; none without --size.
+
+    Raises InputError for a size that a pipeline cannot draw, and for an overlap without a size.
+    """
+    if size is None:
+        if window_overlap is not None:
+            raise InputError(f"--window_overlap is {window_overlap:g}, but --size is not given, so there is only one window. Give --size, or leave "
+                             "it out.")
+        return {}
+    overlap = OVERLAP if window_overlap is None else window_overlap
+    check_range("--window_overlap", overlap, at_least=0, below=1)
+    image_size = read_tokenizer_config(pipeline / "tokenizer")["transform"]["image_size"]
+    Tiling.checked(height_and_width(image_size), grids_of_tokenizer(pipeline / "tokenizer"), size, overlap, "--size")
+    return {"size": size, "window_overlap": overlap}
 
 
 def find_output_folder(samples: SampleFolder) -> SampleFolder:

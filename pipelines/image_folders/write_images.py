@@ -32,6 +32,7 @@ from pipelines.image_folders.output_folder import (
 )
 from pipelines.image_folders.png_files import is_whole_png, png_header
 from pipelines.image_folders.sample_folder import SampleFolder, reconstruction_names
+from pipelines.larger_images.sliding_windows import ids_of_first_window
 from stage1_tokenizer.image_files.images import ImageTransform, UnreadableImage, read_image, to_uint8
 from stage1_tokenizer.pictures import save_picture, tile_images, to_picture, viewing_scale
 from stage1_tokenizer.tokenizer_protocol import Tokenizer, first_ids, load_tokenizer
@@ -84,7 +85,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
             print(f"warning: {message}", flush=True)
         given_ids = pipe.inputs.ids(samples.prompt)
         written, first_batch = write_batches(samples, complete, lambda _, callback, skip: pipe.batches(
-            samples.labels, samples.num, samples.seed, given_ids=given_ids, output_type="np", callback=callback, skip=skip))
+            samples.labels, samples.num, samples.seed, given_ids=given_ids, size=samples.size, window_overlap=samples.window_overlap,
+            output_type="np", callback=callback, skip=skip))
     has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # one row per class
     rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
     shown = sum(map(len, rows))
@@ -96,7 +98,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
         try:
             classes = first_batch.class_indices and first_batch.class_indices[:count]
             given_ids = {name: ids_Bn[:count] for name, ids_Bn in first_batch.given_ids.items()}
-            difference = pipe.logit_difference(first_ids(first_batch.token_ids, count), classes, given_ids)
+            first_window = ids_of_first_window(first_ids(first_batch.token_ids, count), pipe.tokenizer.grids)
+            difference = pipe.logit_difference(first_window, classes, given_ids)
             print(f"logits of the prior in {samples.dtype} differ from those in float32 by up to {difference:.2g} (measured on {count} images)")
         except torch.OutOfMemoryError:
             print(f"the logits in {samples.dtype} were not compared with those in float32: both priors together do not fit in memory")

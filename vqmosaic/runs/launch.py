@@ -26,6 +26,7 @@ from vqmosaic.files.full_disks import DiskFull, explain_any_full_disk, explain_f
 from vqmosaic.files.given_paths import check_path, explain_impossible_paths
 from vqmosaic.files.permissions import explain_permission_errors
 from vqmosaic.runs.interruption import EXIT_CODES, GRACE_SECONDS, Interrupted, die_with_parent, handled_signals
+from vqmosaic.runs.out_of_memory import is_out_of_memory
 from vqmosaic.runs.process_settings import set_up_process
 
 PROCESSES_VARIABLE = "VQMOSAIC_PROCESSES"
@@ -346,7 +347,11 @@ def exit_code_of(run: Callable[[], None], message_file: Path | None = None) -> i
         with contextlib.suppress(OSError):
             report("error: the output was closed by the program that read it, so the command stopped.")
         return 1
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            report(f"error: there is too little memory: {' '.join(str(error).split())[:300]}. Close other programs that use it, or process less at a "
+                   "time: fewer processes, data.workers or images in a batch. Finished work is kept.")
+            return 1
         trace = traceback.format_exc()
         if message_file is None or not another_worker_reported(message_file.parent):
             print(trace, file=sys.stderr)

@@ -15,13 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe import Recipe
 from vqmosaic.recipes.recipe_sections import PriorTrainingConfig
 from vqmosaic.recipes.tokenizer_sections import TokenizerTrainingConfig
 from vqmosaic.runs.accelerator import lock_run_folder
 from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.out_of_memory import describe_memory, is_out_of_memory
 from vqmosaic.runs.stage_records import decide_action, load_record
 from vqmosaic.training.training_run import TrainingRun
+from vqmosaic.wording import counted
 
 
 @contextmanager
@@ -30,10 +33,36 @@ def locked_run(recipe: Recipe, stage: str, training: TokenizerTrainingConfig | P
     with StopFlag() as stop:
         run = TrainingRun(recipe, stage, training, stop)
         try:
-            with lock_run_folder(run.folder):
+            with explain_too_little_memory(run), lock_run_folder(run.folder):
                 yield run
         finally:
             run.end()
+
+
+@contextmanager
+def explain_too_little_memory(run: TrainingRun) -> Iterator[None]:
+    """Turn the error for too little memory into InputError, which names the fields to change."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not is_out_of_memory(error):
+            raise
+        raise InputError(describe_too_large_step(run)) from error
+
+
+def describe_too_large_step(run: TrainingRun) -> str:
+    """A message for a training step that does not fit into memory."""
+    training, section, steps = run.training, run.training.SECTION, run.training.accumulation_steps
+    own_images, remedies = training.batch_size // run.world_size, []
+    if parts := next((count for count in range(2 * steps, own_images + 1) if own_images % count == 0), None):
+        remedies.append(f"{section}.accumulation_steps to {parts}, which computes the same step in smaller parts")
+    remedies.append(f"{section}.batch_size to a smaller number")
+    remedies.append("prior_training.activation_checkpointing to true" if isinstance(training, PriorTrainingConfig)
+                    else "tokenizer.patch_size to a larger number")
+    started = f" Training has already started, so add --redo {run.stage} to change fields other than activation_checkpointing."
+    return (f"a training step of {training.batch_size} images ({section}.batch_size) in {counted(steps, 'part')} ({section}.accumulation_steps) on "
+            f"{counted(run.world_size, 'process')} does not fit into the memory of {describe_memory(run.accelerator.device)}. Set "
+            f"{', or '.join(remedies)}.{started if run.state.step else ''}")
 
 
 def finished_already(run: TrainingRun, inputs: dict[str, str]) -> bool:

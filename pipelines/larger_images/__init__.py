@@ -1,0 +1,1 @@
+"""Images that are larger than those of the training."""
