@@ -63,7 +63,7 @@ def test_learning_rates_of_shipped_recipes_scale_with_batch_size(name):
 def test_names_of_shipped_recipes():
     assert shipped_names() == ["cifar10", "cifar10_any_order", "cifar10_captions", "cifar10_edges", "cifar10_superres", "cifar10_vqgan",
                                "cifar10_vqvae2", "digits", "digits_captions", "digits_edges", "digits_superres", "digits_vqvae2", "image_folder",
-                               "imagenet256", "imagenet256_convnext"]
+                               "imagenet256", "imagenet256_convnext", "mnist"]
 
 
 @pytest.mark.parametrize("overrides", [
