@@ -29,7 +29,7 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
 def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -> Iterator[torch.Tensor]:
     """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
 
-    Larger images than those of the training (`is_larger`) are decoded in tiles, and are on the CPU.
+    Images larger than the training images (`is_larger`) are decoded in tiles, and are on the CPU.
 
     Raises InputError if a dict does not have ids of all grids, for the same number of images.
     """

@@ -36,7 +36,7 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--out", type=given_path, help="output folder; default: samples in the working directory, or samples-2 and so on "
                                                       "if samples holds other images")
     add_prompt_option(parser)
-    parser.add_argument("--size", type=size_from_text, metavar="HEIGHTxWIDTH", help="larger images than those of the training, such as 64x96 pixels. "
+    parser.add_argument("--size", type=size_from_text, metavar="HEIGHTxWIDTH", help="larger images than in training, such as 64x96 pixels. "
                                                                                     "They are drawn in overlapping windows of the training size")
     parser.add_argument("--window_overlap", type=float, metavar="SHARE", help="with --size: the share of a window that the next one overlaps, from 0 "
                                                                               "to below 1; default: 0.5")

@@ -13,10 +13,10 @@ def enhance(command: str, arguments: list[str]) -> int:
     parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
     parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files, or folders of them")
     parser.add_argument("--out", required=True, type=given_path, help="output folder. Files keep their names, and in folders their sub-folders")
-    parser.add_argument("--noise", type=float, default=NOISE, help="how far the pixels are from the true ones: the standard deviation in steps of 8 "
-                                                                  f"bits; default: {NOISE:g}")
-    parser.add_argument("--strength", type=float, default=1.0, help="the share of the tokens that are drawn again: those that the prior finds least "
-                                                                    "likely; default: 1, all of them")
+    parser.add_argument("--noise", type=float, default=NOISE, help="how far the pixels are from the true ones: the standard deviation, on the 8-bit "
+                                                                  f"scale (0 to 255); default: {NOISE:g}")
+    parser.add_argument("--strength", type=float, default=1.0, help="the share of the tokens that are drawn again: those that surprise the prior "
+                                                                    "most; default: 1, all of them")
     parser.add_argument("--classes", help="comma-separated class names or indices: one for all images, or one for each; default: no class")
     parser.add_argument("--average", type=int, default=1, help="each result is the mean of this many: smoother, and closer to the true image; "
                                                                "default: 1")

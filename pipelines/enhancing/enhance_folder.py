@@ -22,7 +22,7 @@ class EnhanceFolder(SampledFolder):
     images: Mapping[str, Path]
     """Name of each result, such as cats/1.png -> the given image."""
     noise: float
-    """The level of noise, in steps of 8 bits."""
+    """The level of noise, on the 8-bit scale (0 to 255)."""
     strength: float
     """The share of the tokens that are drawn again."""
     average: int

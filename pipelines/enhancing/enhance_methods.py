@@ -44,15 +44,15 @@ class EnhancingMethods(EditingMethods):
 
         Args:
             image: one or several images of the pipeline's size.
-            noise: how far the given pixels are from the true ones: the standard deviation, in steps of 8 bits (0 to 255). More noise gives the prior
-                more influence.
-            strength: the share of the tokens that are drawn again, above 0 and at most 1: those that the prior finds least likely, given the others.
-                All other tokens are those of the given image.
+            noise: how far the given pixels are from the true ones: the standard deviation, on the 8-bit scale (0 to 255). More noise gives the
+                prior more influence.
+            strength: the share of the tokens that are drawn again, above 0 and at most 1: those that surprise the prior most, given the others. All
+                other tokens are those of the given image.
             mask: pixels that are missing, as in `inpaint`. They have no influence. Only tokens that cover one are drawn, and only masked pixels
                 change: the others are those of the given image, bit for bit.
             class_labels: the class of the images: one for all, or one for each. None for a pipeline without classes, or for no class.
-            average: each result is the mean of this many. One is as sharp as other samples; the mean of several is smoother, and closer to the true
-                image. `token_ids` and `seeds` are those of the first one.
+            average: each result is the mean of this many. A single sample is sharp; the mean of several is smoother, and closer to the true image.
+                `token_ids` and `seeds` are those of the first one.
             num_tries: how often each result is drawn. The most likely one is returned, by the likelihood of its tokens and that of the given image.
             arguments: see EditingMethods. With temperature 0, each token is the most likely one.
 

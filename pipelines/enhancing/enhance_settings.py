@@ -5,13 +5,13 @@ from typing import Any
 from vqmosaic.errors import InputError
 
 NOISE = 25.0
-"""The default level of noise in steps of 8 bits."""
+"""The default level of noise, on the 8-bit scale (0 to 255)."""
 
 
 def checked_noise(noise: Any, name: str = "noise") -> float:
     """A noise above 0 and at most 255. Raises InputError, which calls it `name`, for anything else."""
     if not is_number(noise) or not 0 < noise <= 255:
-        raise InputError(f"{name} is {noise!r}; allowed: above 0, at most 255. It is the standard deviation of the noise in steps of 8 bits, for "
+        raise InputError(f"{name} is {noise!r}; allowed: above 0, at most 255. It is the standard deviation of the noise on the 8-bit scale, for "
                          "images of every type.")
     return float(noise)
 

@@ -1,1 +1,1 @@
-"""Images that are larger than those of the training."""
+"""Images that are larger than the training images."""

@@ -1,1 +1,1 @@
-"""Images that are larger than those of the training: overlapping tiles of the training size."""
+"""Images that are larger than the training images: overlapping tiles of the training size."""
