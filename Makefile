@@ -58,6 +58,8 @@ bench: install
 	$(BIN)/python -m benchmarks.conditions superres --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.conditions edges --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.conditions captions --run runs/parallel_sampling --record
+	$(BIN)/python -m benchmarks.two_levels --record
+	$(BIN)/python -m benchmarks.restoration --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.inpainting --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.augmentation --run runs/parallel_sampling --record
 	$(BIN)/python -m benchmarks.parallel_sampling speed $(if $(LLAMAGEN),--llamagen $(LLAMAGEN)) --record

@@ -41,9 +41,16 @@ def add_out_option(parser: argparse.ArgumentParser, more: str = "") -> None:
     parser.add_argument("--out", required=True, type=given_path, help=f"output folder{more}")
 
 
+def prompt_text(text: str) -> str:
+    """The argument --prompt. For use as an argparse type."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a text, or leave --prompt out to generate without one")
+    return text
+
+
 def add_prompt_option(parser: argparse.ArgumentParser) -> None:
     """Add the option --prompt."""
-    parser.add_argument("--prompt", metavar="TEXT", help="the text, for a prior that is given captions")
+    parser.add_argument("--prompt", type=prompt_text, metavar="TEXT", help="the text, for a prior that is given captions")
 
 
 def add_seed_option(parser: argparse.ArgumentParser, results: str = "images") -> None:

@@ -35,7 +35,7 @@ from pipelines.generation_request import Given, Request, check_request, keywords
 from pipelines.larger_images.sample_request import sample_request
 from pipelines.pipeline_parts import PipelineParts, check_same_grids
 from pipelines.tokenizer_methods import TokenizerMethods
-from stage1_tokenizer.tiles.tiling import OVERLAP, Tiling
+from stage1_tokenizer.tiles.tiling import Tiling
 from stage1_tokenizer.tokenizer_protocol import Ids, Tokenizer, concatenate_ids, load_tokenizer
 from stage2_prior.chain_vocabulary import ChainVocabulary
 from stage2_prior.generation.prior_chain import PriorChain
@@ -138,7 +138,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
 
     def __call__(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None,
                  *positional: Any, prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                 size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                 size: ImageSize | None = None, window_overlap: float | None = None, output_type: str = "pil",
                  callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                  **settings: Any) -> GenerationOutput:
         """Generate images, label by label. Image i depends on the seed, i and its class, not on the other images.
@@ -155,6 +155,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
             size: the size of the images in pixels, if it is larger than that of the training images: (height, width), or one number for squares. The
                 tokens are drawn in windows of the training size, each given those of earlier windows. The sides must be multiples of a token's.
             window_overlap: the share of a window that the next one overlaps, from 0 to below 1. Larger values take longer and fit better.
+                Default: 0.5.
             seed: a number that determines the result. None draws a random one (out.seeds has the seed of each image).
             output_type: pil, np (uint8, B H W C) or pt (float32 in [-1, 1], B C H W). np and pt have all channels; pil images are for viewing,
                 without alpha (to_pil). tokenizer.transform.to_stored_values converts pt images to data.value_range.
@@ -209,7 +210,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
 
     def batches(self, class_labels: Sequence[str | int] | str | int | None = None, num_images_per_label: int = 1, seed: int | None = None, *,
                 prompt: Any = None, image: Any = None, given_ids: Mapping[str, torch.Tensor] | None = None,
-                size: ImageSize | None = None, window_overlap: float = OVERLAP, output_type: str = "pil",
+                size: ImageSize | None = None, window_overlap: float | None = None, output_type: str = "pil",
                 callback: Callable[[int, int], bool | None] | None = None, batch_size: int = 64, compile: bool = False,
                 skip: Callable[[range], bool] | None = None, **settings: Any) -> Iterator[GenerationOutput]:
         """Yield the same images as a call with these arguments, one batch at a time, so that memory does not grow with their number.
@@ -243,6 +244,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
         compile = as_boolean("compile", compile)
         batches = [positions for positions in ranges(len(request.seeds), batch_size) if skip is None or not skip(positions)]
+        most = 0  # tokens that were reported: the parts of a batch that did not fit start again
         tokens_per_batch = request.num_tries * self.vocabulary.num_tokens * (1 if request.tiling is None else len(request.tiling.places))
 
         def sample_part(positions: range) -> GenerationOutput:
@@ -251,9 +253,11 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
             batch, part = batches[number], request.part(positions)
 
             def report(done: int, _: int) -> bool | None:
+                nonlocal most
                 assert callback is not None  # otherwise this function is not passed on
                 done_in_batch = ((positions.start - batch.start) * tokens_per_batch + len(positions) * done) // len(batch)
-                return callback(number * tokens_per_batch + done_in_batch, len(batches) * tokens_per_batch)
+                most = max(most, number * tokens_per_batch + done_in_batch)
+                return callback(most, len(batches) * tokens_per_batch)
 
             def draw(seeds: Sequence[int], known_BT: torch.Tensor | None, given: Mapping[str, torch.Tensor],
                      callback: Callable[[int, int], bool | None] | None) -> Ids:

@@ -26,7 +26,8 @@ def augment(command: str, arguments: list[str]) -> int:
     parser.add_argument("--rank_by", choices=RANKINGS, help="which candidate is the best: the one whose class the prior is most certain of, or the "
                                                             "most likely one; default: posterior")
     parser.add_argument("--classifier", type=given_path, metavar="PATH",
-                        help="reject candidates that this classifier assigns to another class: a TorchScript file, or a folder of transformers")
+                        help="reject candidates that this classifier assigns to another class: a TorchScript file, whose code is executed, "
+                             "or a folder of transformers")
     parser.add_argument("--max_attempts", type=int,
                         help=f"for --classifier: how often the candidates of an image are drawn at most; default: {MAX_ATTEMPTS}")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
@@ -55,6 +56,7 @@ def augment(command: str, arguments: list[str]) -> int:
     except InputError as error:
         raise InputError(f"--num is {options.num}: {error}" if options.num < len(labels) else f"--classes: {error}") from None
     check_can_sample(vocabulary, has_class=True, has_prompt=False)
+    vocabulary.check_guided_are_given(options.guidance or {}, True, [])
     if options.oversample > 1 and options.rank_by != "likelihood" and vocabulary.why_not_sampled(False, []):
         raise InputError("--oversample compares candidates by the posterior of their class, for which the prior must be trained with label drop. "
                          "Give --rank_by likelihood.")

@@ -82,8 +82,12 @@ def load_transformers(file: ClassifierFile, device: torch.device) -> tuple[nn.Mo
     try:
         with quiet_transformers():
             processor = AutoImageProcessor.from_pretrained(file.path, local_files_only=True, trust_remote_code=False)
-            model = AutoModelForImageClassification.from_pretrained(file.path, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+            model, loaded = AutoModelForImageClassification.from_pretrained(file.path, local_files_only=True, use_safetensors=True,
+                                                                            trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise InputError(f"--classifier {file.path} cannot be loaded as an image classifier of transformers: "
                          f"{' '.join(str(error).split())[:300]}") from error
+    if loaded["missing_keys"]:
+        raise InputError(f"--classifier {file.path} lacks weights of the model, such as {min(loaded['missing_keys'])}, so its predictions would be "
+                         "random. Give a folder with a model that was trained as an image classifier.")
     return model.to(device), processor

@@ -31,6 +31,7 @@ from stage1_tokenizer.data.data_location import NO_DATA_FOLDERS
 from stage1_tokenizer.tokenizer_config import read_tokenizer_config
 from token_shards.manifest import shard_name
 from token_shards.writer import default_key
+from vqmosaic.errors import InputError, printable
 from vqmosaic.files.durable_files import flush_to_disk, write_bytes, write_json
 from vqmosaic.files.full_disks import explain_full_disk
 from vqmosaic.files.permissions import explain_permission_errors
@@ -148,14 +149,15 @@ class FolderDataset(DatasetFolder):
     def rows(self, complete: set[str]) -> dict[int, Row]:
         positions = {name: position for position, name in enumerate(self.names) if name in complete}
         found = {positions[row["file"]]: row for row in recorded_rows(self.out) if row["file"] in positions}
-        return {position: row for position, row in found.items() if row["label"] == self.image_labels[position]}
+        return {position: row | {"class": self.class_names[row["label"]]} for position, row in found.items()
+                if row["label"] == self.image_labels[position]}
 
     @explain_permission_errors()
     def write(self, rows: Mapping[int, Row], images: Mapping[int, bytes]) -> int:
         journal = self.out / JOURNAL_NAME
         lines = "".join(json.dumps(row) + "\n" for row in rows.values())
         with explain_full_disk(self.out, len(lines)), open(journal, "a") as file:  # before the images, so that each image has its row
-            file.write(lines)
+            file.write("\n" + lines)  # ends a line that was cut
         flush_to_disk(journal)
         for position, content in images.items():
             write_bytes(self.out / self.names[position], content)
@@ -181,6 +183,13 @@ class ShardDataset(DatasetFolder):
     @property
     def own_request(self) -> dict[str, Any]:
         return super().own_request | {"images_per_shard": self.images_per_shard}
+
+    def existing_files(self) -> set[str]:
+        existing = super().existing_files()
+        if not (self.out / self.RECORD).exists() and (others := sorted(self.out.glob("*.tar"))):
+            raise InputError(f"--out {self.out} contains other shards, such as {printable(others[0].name)}, with which the new ones would be mixed. "
+                             "Give a folder that is new or empty.")
+        return existing
 
     def positions(self, shard: int) -> range:
         """The positions of the images in a shard."""
@@ -238,7 +247,7 @@ def is_folder_name(name: str) -> bool:
 def recorded_rows(out: Path) -> Iterator[Row]:
     """The rows of a table, and then those of a journal, whose last line may be incomplete."""
     if (out / TABLE_NAME).is_file():
-        with open(out / TABLE_NAME, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(out / TABLE_NAME, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             for row in csv.DictReader(file):
                 if (checked := checked_row(row)) is not None:
                     yield checked

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from PIL import Image
 
 from pipelines.augment.classifiers import load_classifier
-from pipelines.augment.dataset_folder import DatasetFolder, Row, ShardDataset
+from pipelines.augment.dataset_folder import TABLE_NAME, DatasetFolder, FolderDataset, Row, ShardDataset
 from pipelines.augment.labelled_images import LabelledOutput
 from pipelines.bundle import usable_device
 from pipelines.generate import ImageGenerationPipeline
@@ -45,6 +45,8 @@ def write_missing_images(folder: DatasetFolder, device: str | None) -> int:
     report_damaged(folder.out, folder.existing_files() - complete)
     rows, accept = folder.rows(complete), None
     kept = len(rows)
+    if isinstance(folder, FolderDataset) and (lost := len(complete & set(folder.names)) - kept):
+        print(f"warning: {counted(lost, 'image')} in {folder.out} {is_or_are(lost)} not in {TABLE_NAME} and will be drawn again", flush=True)
     pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
     pipe.sampling = folder.sampling
     if folder.classifier is not None:

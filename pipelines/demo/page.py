@@ -42,6 +42,7 @@ from stage1_tokenizer.image_files.images import UnreadableImage
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.interruption import StopFlag
+from vqmosaic.runs.out_of_memory import TooLittleMemory
 
 HOST = "127.0.0.1"
 MAX_WAITING = 8
@@ -109,10 +110,10 @@ def show_errors_on_page(endpoint: str) -> Iterator[None]:
     except UnreadableImage as error:
         log = str(error)
         message = f"This file cannot be read as an image: {log.partition(': ')[0]}."  # the rest comes from the decoder
+    except (torch.OutOfMemoryError, TooLittleMemory):
+        message = "The device has too little memory. Choose fewer images, or try again later."
     except InputError as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "The device has too little memory for this many images. Choose fewer."
     except Exception as error:
         kind, message, log = "error", "Unexpected server error. See the terminal of the server.", format_error(error)
     report(kind, endpoint, log or message)

@@ -60,7 +60,7 @@ def checked_given(pipe: ImageGenerationPipeline, values: Sequence[object]) -> Gi
     prompts: dict[str, str] = {}
     images: dict[str, str] = {}
     for field, value in zip(given_fields(pipe), values, strict=True):
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             continue
         if field.is_text:
             if not isinstance(value, str) or len(value) > MAX_PROMPT_LENGTH:

@@ -49,6 +49,11 @@ def files_for_each(conditions: Mapping[str, Path], images: Mapping[str, Path]) -
     found = {}
     for condition, path in conditions.items():
         files = find_images([path])
+        for option, given in (("the images", images), ("--condition_image", files)) if path.is_dir() else ():
+            numbered = [file.name for name, file in given.items() if Path(name).stem != file.stem]  # find_images has changed its name
+            if numbered:
+                raise InputError(f"{option}: several images have the same name up to the suffix, such as {listed_names(numbered)}, so images and "
+                                 "conditions cannot be paired. Rename them, or score them in separate calls.")
         if path.is_dir() and (missing := [name for name in images if name not in files]):
             stems = [str(Path(name).with_suffix("")) for name in missing]
             raise InputError(f"--condition_image: {path} has no images with these names: {listed_names(stems)}. Give a folder with an image of the "

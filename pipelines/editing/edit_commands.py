@@ -61,6 +61,9 @@ def edit(command: str, arguments: list[str]) -> int:
     check_can_sample(vocabulary, labels is not None, options.prompt is not None, conditions)
     if labels is None and options.prompt is None and not conditions:
         sampling = unguided(sampling, options)
+    else:
+        texts = [each.name for each in vocabulary.learned_conditions if each.kind == "text"] if options.prompt is not None else []
+        vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, [*texts, *conditions])
     value = getattr(options, drawn_by)
     for path in (options.image, *([value] if drawn_by == "mask" else []), *conditions.values()):
         check_image(path)

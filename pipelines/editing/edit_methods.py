@@ -65,11 +65,14 @@ class EditingMethods(ABC):
                         skip: Callable[[range], bool] | None = None) -> Iterator[GenerationOutput]:
         """The images of a checked request, one batch at a time."""
 
-    def _tiling(self, size: ImageSize | None, overlap: float) -> Tiling | None:
+    def _tiling(self, size: ImageSize | None, overlap: float | None) -> Tiling | None:
         """The windows of images of this size; None for the training size. Raises InputError for a size that is not possible."""
         if size is None:
+            if overlap is not None:
+                raise InputError(f"window_overlap is {overlap!r}, but size is not given, so there is only one window. Give size, or leave it out.")
             return None
-        tiling = Tiling.checked(self.tokenizer.transform.sides, [*self.tokenizer.grids, *self.inputs.image_grids], size, overlap)
+        grids = [*self.tokenizer.grids, *self.inputs.image_grids]
+        tiling = Tiling.checked(self.tokenizer.transform.sides, grids, size, OVERLAP if overlap is None else overlap)
         return None if tiling.image == tiling.sides else tiling
 
     # --- editing -----------------------------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class EditingMethods(ABC):
         return self._sample_batches(request, **generation, skip=skip)
 
     def _edit_request(self, image: Images, drawn_by: str, value: Any, class_labels: Labels, num_tries: int, *, size: ImageSize | None = None,
-                      window_overlap: float = OVERLAP, **arguments: Any) -> tuple[Request, dict[str, Any]]:
+                      window_overlap: float | None = None, **arguments: Any) -> tuple[Request, dict[str, Any]]:
         """The request of an edit, in which the argument `drawn_by` with this value says what to draw, and the arguments of `_generate`."""
         # 1. Check the request, before anything slow
         if drawn_by == "strength":

@@ -83,6 +83,8 @@ def images_of_any_size(images: Any, transform: ImageTransform) -> list[torch.Ten
     if isinstance(images, torch.Tensor):
         size = images.shape[-2:] if images.ndim == 4 else own.sides
         return [torch.cat(list(as_batches(images, dataclasses.replace(own, image_size=[*size]), len(images))))]
+    if not isinstance(images, Image.Image | FloatImage) and (not isinstance(images, list | tuple) or not images):
+        list(as_batches(images, own, 1))  # raises the error that says what is allowed
     tensors: list[torch.Tensor] = []
     for number, image in enumerate([images] if isinstance(images, Image.Image | FloatImage) else images):
         sides = own.sides

@@ -47,6 +47,9 @@ def enhance(command: str, arguments: list[str]) -> int:
     names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
     check_classes_are_learned(vocabulary, options.classes)
     labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
+    if labels is None and sampling.is_guided:
+        raise InputError("guidance is given, but no class, so guidance has no effect. Give --classes, or leave guidance out.")
+    vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, [])
     if why := vocabulary.why_not_sampled(labels is not None, []):
         more = "Give --classes." if labels is None and names else "Use the Python interface, pipe.enhance, which takes conditions."
         raise InputError(f"{why} {more}")

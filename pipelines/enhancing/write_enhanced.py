@@ -11,6 +11,7 @@ from pipelines.decoded_images import tokenizer_batch_size
 from pipelines.editing.write_results import MAX_LISTED_REASONS, classes_of, load_readable
 from pipelines.enhancing.enhance_folder import EnhanceFolder
 from pipelines.generate import ImageGenerationPipeline
+from pipelines.generation_request import GUIDANCE_SETTINGS
 from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
 from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
@@ -63,9 +64,10 @@ def write_missing(folder: EnhanceFolder, device: str | None) -> int:
                 new, unreadable = write_batch(folder, pipe, batch, missing, stop, message)
                 written, reasons = written + new, reasons + unreadable
                 bar.update(len(missing))
-    save_grid_of_pairs(folder, pipe.tokenizer.transform)
-    print(f"wrote {counted(written, 'image')} and {GRID_NAME} (given images over results) to {folder.out}"
-          + (f", which now contains {kept + written:,}" if kept else ""))
+    if kept + written:
+        save_grid_of_pairs(folder, pipe.tokenizer.transform)
+        print(f"wrote {counted(written, 'image')} and {GRID_NAME} (given images over results) to {folder.out}"
+              + (f", which now contains {kept + written:,}" if kept else ""))
     if reasons:
         more = [f"... and {len(reasons) - MAX_LISTED_REASONS:,} more"] if len(reasons) > MAX_LISTED_REASONS else []
         first = f"{len(reasons):,} of {counted(total, 'image')} cannot be read, so they have no result:"
@@ -83,8 +85,10 @@ def write_batch(folder: EnhanceFolder, pipe: ImageGenerationPipeline, batch: Seq
     images, unreadable = stop.wait_or_raise(functools.partial(load_readable, paths, pipe.tokenizer.transform), message)
     if not missing & images.keys():
         return 0, unreadable
+    guidance = {name: getattr(folder.sampling, name) for name in GUIDANCE_SETTINGS} if folder.sampling.is_guided else {}
     out = pipe.enhance_part(torch.stack(list(images.values())), list(images), folder.seed, folder.noise, folder.strength,
-                            classes_of(folder.labels, list(images)), folder.average, folder.num_tries, callback=lambda *_: not stop.signal)
+                            classes_of(folder.labels, list(images)), folder.average, folder.num_tries, callback=lambda *_: not stop.signal,
+                            **guidance)
     if out.stopped:
         raise Interrupted(stop.signal, message)
     for number, image in zip(images, out.images, strict=True):

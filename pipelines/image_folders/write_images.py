@@ -85,8 +85,8 @@ def write_missing(samples: SampleFolder, device: str | None) -> int:
             print(f"warning: {message}", flush=True)
         given_ids = pipe.inputs.ids(samples.prompt)
         written, first_batch = write_batches(samples, complete, lambda _, callback, skip: pipe.batches(
-            samples.labels, samples.num, samples.seed, given_ids=given_ids, size=samples.size, window_overlap=samples.window_overlap,
-            output_type="np", callback=callback, skip=skip))
+            samples.labels, samples.num, samples.seed, given_ids=given_ids, size=samples.size,
+            window_overlap=samples.window_overlap if samples.size else None, output_type="np", callback=callback, skip=skip))
     has_rows = samples.labels is not None and (len(samples.labels) > 1 or samples.num <= GRID_SIDE)  # one row per class
     rows = grid_rows(total, samples.num if has_rows else GRID_COLUMNS, image_size(samples.out / samples.names[0]))
     shown = sum(map(len, rows))

@@ -70,5 +70,5 @@ def texts_from_classes(source: ImageSource, name: str, templates: Sequence[str])
     for index in range(len(source)):
         label = source.label(index)
         template = templates[derive_seed("caption", name, source.source_name(index)) % len(templates)]
-        texts.append(None if label is None else template.replace(CLASS_PLACEHOLDER, names[label]))
+        texts.append(None if label is None else template.replace(CLASS_PLACEHOLDER, names[label]).strip())
     return texts

@@ -174,6 +174,9 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
         if len(self.config.grids) > 1 and not any(isinstance(processor, GridRanges) for processor in logits_processor or []):
             raise InputError(f"This prior draws {len(self.config.grids)} grids, so generate needs the argument logits_processor: pass "
                              "**stage2_prior.model.grid_ranges.generate_arguments(vocabulary), or use TokenPrior.sample.")
+        chunk = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
+        if chunk and self.config.text_ngram_rows and chunk < text_slices(self.config.given)[-1].stop:
+            raise InputError(f"prefill_chunk_size is {chunk}, which ends before or inside of a text. Leave it out.")
         self.rotations(self.device)  # before any compiled call: a CUDA graph that computes the tables would overwrite them in its next run
         processors = [*(logits_processor or []), PadToVocabulary(self.config.vocab_size)]
         return super().generate(inputs, generation_config, processors, *args, **kwargs)

@@ -35,6 +35,7 @@ class NGramEmbedding(nn.Module):
 
 def ngram_hashes(ids_BL: torch.Tensor, length: int) -> torch.Tensor:
     """The hash (B, L) of the `length` ids that end at each place. Places before the text count as -1."""
+    ids_BL = ids_BL.long()  # products do not fit into 32 bits
     hashes_BL = torch.zeros_like(ids_BL)
     for shift in range(length - 1, -1, -1):
         shifted_BL = F.pad(ids_BL, (shift, 0), value=-1)[:, :ids_BL.shape[1]]

@@ -216,6 +216,7 @@ def report_workers(folder: Path, count: int, launcher_code: int, received_signal
     # No signal came to this process. The launcher has ended the workers with a signal's exit code, because another worker failed.
     failures = [code for code in failures if code not in EXIT_CODES.values()]
     if failures:
+        print_message(folder, failures[0])  # workers that failed with a traceback have printed it, and have no message
         return failures[0]
     if not launcher_code:
         return 0

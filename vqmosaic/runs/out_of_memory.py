@@ -45,6 +45,10 @@ def describe_memory(device: "torch.device | None") -> str:
     return f"{name} ({free / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
 
 
+class TooLittleMemory(InputError):
+    """Not even one image fits into memory."""
+
+
 class FittingBatches:
     """Computes batches. One that does not fit into memory is split in halves, and all later batches are at most as large as those that fit."""
 
@@ -57,7 +61,7 @@ class FittingBatches:
     def run(self, batches: Iterable[range], compute: Callable[[range], Result]) -> Iterator[tuple[range, Result]]:
         """Yield each batch, or the parts into which it is split, with its result, in order.
 
-        Raises InputError if a batch of one image does not fit.
+        Raises TooLittleMemory if a batch of one image does not fit.
         """
         for batch in batches:
             start = batch.start
@@ -76,8 +80,8 @@ class FittingBatches:
             if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise InputError(f"one image does not fit into the memory of {describe_memory(self.device)}. Close other programs that use it, "
-                                 "choose another device, or give the dtype bfloat16.") from error
+                raise TooLittleMemory(f"one image does not fit into the memory of {describe_memory(self.device)}. Close other programs that use it, "
+                                      "choose another device, or give the dtype bfloat16.") from error
         # outside of the except block: the traceback of the error would keep the tensors of the failed batch
         self.limit = len(part) // 2
         free_cached_memory(self.device)

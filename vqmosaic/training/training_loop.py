@@ -45,9 +45,9 @@ def explain_too_little_memory(run: TrainingRun) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError) or not is_out_of_memory(error):
+        if isinstance(error, InputError | MemoryError) or not is_out_of_memory(error):  # MemoryError comes from numpy: the data, not the step
             raise
-        raise InputError(describe_too_large_step(run)) from error
+        raise InputError(f"{describe_too_large_step(run)} ({' '.join(str(error).split())[:200]})") from error
 
 
 def describe_too_large_step(run: TrainingRun) -> str:
@@ -57,9 +57,13 @@ def describe_too_large_step(run: TrainingRun) -> str:
     if parts := next((count for count in range(2 * steps, own_images + 1) if own_images % count == 0), None):
         remedies.append(f"{section}.accumulation_steps to {parts}, which computes the same step in smaller parts")
     remedies.append(f"{section}.batch_size to a smaller number")
-    remedies.append("prior_training.activation_checkpointing to true" if isinstance(training, PriorTrainingConfig)
-                    else "tokenizer.patch_size to a larger number")
-    started = f" Training has already started, so add --redo {run.stage} to change fields other than activation_checkpointing."
+    is_prior = isinstance(training, PriorTrainingConfig)
+    if not isinstance(training, PriorTrainingConfig):
+        remedies.append("tokenizer.patch_size to a larger number")
+    elif not training.activation_checkpointing:
+        remedies.append("prior_training.activation_checkpointing to true")
+    started = (f" Training has already started, so add --redo {run.stage} to change fields"
+               f"{' other than activation_checkpointing' if is_prior else ''}.")
     return (f"a training step of {training.batch_size} images ({section}.batch_size) in {counted(steps, 'part')} ({section}.accumulation_steps) on "
             f"{counted(run.world_size, 'process')} does not fit into the memory of {describe_memory(run.accelerator.device)}. Set "
             f"{', or '.join(remedies)}.{started if run.state.step else ''}")
