@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification
+from transformers import ConvNextImageProcessorPil, ResNetConfig, ResNetForImageClassification, ResNetModel
 
 from pipelines import ImageGenerationPipeline
 from pipelines.augment.classifier_file import CLASS_NAMES_FILE, ClassifierFile, resolve_classifier_file
@@ -234,6 +234,14 @@ def test_classifiers_of_transformers_are_matched_by_name(tmp_path):
         found = classifier.logits(images_BCHW).argmax(dim=1).tolist()
         for index in range(2):
             assert classifier.accepts(images_BCHW, [index] * 4).tolist() == [expected[label] == index for label in found]
+
+
+def test_a_model_without_a_trained_head_is_refused(tmp_path):
+    folder = save_transformers(tmp_path / "classifier", CLASSES)
+    body = ResNetModel(ResNetForImageClassification.from_pretrained(folder).config)
+    body.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"lacks weights of the model, such as classifier\.1\.\w+, so its predictions would be random"):
+        load_classifier(resolve_classifier_file(folder, CLASSES, [0, 1]), 2, 1, 16, torch.device("cpu"))
 
 
 def test_changed_classifiers_have_other_digests(tmp_path):

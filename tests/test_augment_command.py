@@ -299,6 +299,27 @@ def test_a_folder_of_other_images_is_refused(folder, tmp_path):
         augment(folder, tmp_path / "out")
 
 
+def test_a_folder_of_other_shards_is_refused(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/shard-000007.tar").write_bytes(b"other")
+    with pytest.raises(InputError, match=r"contains other shards, such as shard-000007\.tar"):
+        augment(folder, tmp_path / "out", *SHARDS)
+
+
+def test_a_table_that_was_edited(folder, tmp_path, capsys):
+    """A byte order mark and other class names do no harm. Images without a row are drawn again, with a warning."""
+    assert augment(folder, tmp_path / "out") == 0
+    expected, table = files_of(tmp_path / "out"), tmp_path / "out/images.csv"
+    table.write_text(table.read_text().replace(",ant,", ",Ant,"), encoding="utf-8-sig")
+    (tmp_path / "out/bee/00002.png").unlink()
+    capsys.readouterr()
+    assert augment(folder, tmp_path / "out") == 0
+    assert "warning" not in capsys.readouterr().out and files_of(tmp_path / "out") == expected
+    table.unlink()
+    assert augment(folder, tmp_path / "out") == 0
+    assert "warning: 9 images in" in capsys.readouterr().out and files_of(tmp_path / "out") == expected
+
+
 def test_an_unstarted_request_can_be_replaced(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset_folder, "write_bytes", lambda *_: (_ for _ in ()).throw(Killed()))
     with pytest.raises(Killed):

@@ -364,6 +364,9 @@ def test_generate_says_what_is_missing(edges_pipeline, tiny_run, tmp_path):
         dispatch(["generate", str(edges_pipeline), "--out", str(tmp_path / "out")])
     with pytest.raises(InputError, match=r"--prompt is given, but the prior of this pipeline was not trained with captions. It takes: --classes"):
         dispatch(["generate", str(tiny_run), "--prompt", "x", "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="argument --prompt: it is empty; give a text"):
+        dispatch(["generate", str(tiny_run), "--prompt", "  ", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="argument --guidance: 'low' was given; give a scale for each segment"):
         dispatch(["generate", str(edges_pipeline), "--guidance", "low", "--out", str(tmp_path / "out")])
 

@@ -94,10 +94,28 @@ def test_priors_in_raster_order_give_a_note(tmp_path, capsys):
         dispatch([*arguments[:-1], str(tmp_path / "random"), "--order", "random"])
 
 
+def test_guidance_has_an_effect(pipe, tmp_path):
+    pictures = []
+    for number, options in enumerate([[], ["--guidance_scale", "8"]]):
+        command = ["enhance", str(tmp_path / "pipeline"), str(tmp_path / "large.png"), "--out", str(tmp_path / f"out{number}"), "--noise", "200"]
+        assert dispatch([*command, "--classes", "ant", *options]) == 0
+        pictures.append((tmp_path / f"out{number}/large.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_without_readable_images_there_is_no_grid(pipe, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_text("no image")
+    with pytest.raises(InputError, match="1 of 1 image cannot be read"):
+        dispatch(["enhance", str(tmp_path / "pipeline"), str(tmp_path / "broken"), "--out", str(tmp_path / "out")])
+    assert "grid.png" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("options", "words"), [
     (["--noise", "0"], "--noise is 0.0; allowed: above 0, at most 255"), (["--strength", "2"], "--strength is 2.0; allowed: above 0, at most 1"),
     (["--average", "0"], "--average is 0"), (["--num_tries", "0"], "--num_tries is 0"),
     (["--seed", "-1"], "--seed is -1"), (["--classes", "cow"], "no class 'cow'"),
+    (["--guidance_scale", "3"], "guidance is given, but no class"),
     (["--classes", "ant,bee"], "2 classes for 4 images"), (["--steps", "17"], "--steps is 17"),
 ])
 def test_invalid_options_are_refused(pipe, tmp_path, options, words):

@@ -306,6 +306,14 @@ def test_condition_images_that_do_not_fit(given, words):
         find_condition_images(given, two_images())
 
 
+@pytest.mark.parametrize("folder", ["images", "small"])
+def test_images_that_differ_only_in_the_suffix_cannot_be_paired(folder, pairs, conditioned):
+    _, root = pairs
+    Image.open(root / folder / "a.png").convert("RGB").save(root / folder / "a.jpg")
+    with pytest.raises(InputError, match=r"several images have the same name up to the suffix, such as a\.(png|jpg)"):
+        dispatch(["score", str(conditioned), str(root / "images"), "--out", str(root / "out"), "--condition_image", str(root / "small")])
+
+
 @pytest.mark.usefixtures("photos")
 def test_the_folder_of_another_request(tmp_path):
     """It can be used if that request was stopped before its first picture. Otherwise, it is refused, also if it was finished in the meantime."""

@@ -64,6 +64,11 @@ def test_positions_of_texts():
     assert text_slices([[1, 2, 1], [16], [2, 2, 1], [3]]) == [slice(3, 19), slice(23, 26)]
 
 
+def test_hashes_of_32_bit_ids():
+    ids_BL = ids_of("a photo of truck")
+    assert torch.equal(ngram_hashes(ids_BL.int(), 5), ngram_hashes(ids_BL, 5))
+
+
 # --- models ------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,6 +113,8 @@ def test_texts_in_two_calls_are_refused():
     cache = prior.model(start_BP[:, :10], use_cache=True).past_key_values
     with pytest.raises(InputError, match=r"The cache holds 10 ids, which end before or inside of a text"):
         prior.model(start_BP[:, 10:], past_key_values=cache)
+    with pytest.raises(InputError, match=r"prefill_chunk_size is 10, which ends before or inside of a text"):
+        prior.model.generate(start_BP, max_new_tokens=4, cache_implementation="static", prefill_chunk_size=10)
 
 
 def test_only_bytes_have_embeddings_of_ngrams():
