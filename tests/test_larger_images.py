@@ -212,7 +212,7 @@ def test_encode_decode_and_reconstruct_keep_the_size(pipe):
 
 
 def test_errors_come_before_sampling(pipe):
-    with pytest.raises(InputError, match="window_overlap is 0.25, but size is not given"):
+    with pytest.raises(InputError, match=r"window_overlap is 0\.25, but size is not given"):
         pipe("ant", window_overlap=0.25)
     for size, words in (((16, 20), "size: the width is 20, but this pipeline was trained with images of 16 x 24 pixels"),
                         ((30, 24), "size: the height is 30; it must be a multiple of 4"), ("40", "size is '40'")):
