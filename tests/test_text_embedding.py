@@ -82,7 +82,7 @@ def test_logits_of_sampling_are_those_of_a_forward_pass(vocabulary, any_order):
     assert isinstance(make_decoder(prior.model, vocabulary.num_codes, 3, 30), StaticDecoder)
     assert largest_logit_difference(prior, prior, ids_BT, classes, given) < 1e-4
     without = perturbed(make_prior(vocabulary, any_order, text_ngram_rows=0))
-    without.load_state_dict(prior.state_dict(), strict=False)
+    without.load_state_dict(prior.state_dict(), strict=False)  # it has no embeddings of n-grams
     assert largest_logit_difference(without, prior, ids_BT, classes, given) > 1e-2, "the embeddings have an effect"
 
 
