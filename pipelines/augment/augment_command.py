@@ -3,7 +3,15 @@
 from typing import Any
 
 from pipelines.augment.candidates import MAX_ATTEMPTS, RANKINGS
-from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from pipelines.command_parser import (
+    Parser,
+    add_device_options,
+    add_out_option,
+    add_pipeline_argument,
+    add_sampling_options,
+    add_seed_option,
+    given_sampling,
+)
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
 
@@ -15,9 +23,9 @@ def augment(command: str, arguments: list[str]) -> int:
     """augment: write a labelled synthetic data set."""
     parser = Parser(command, "Write a labelled synthetic data set with equally many images of each class. After an interruption, the same command "
                              "continues.")
-    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+    add_pipeline_argument(parser)
     parser.add_argument("--num", type=int, required=True, help="images of all classes together. If not divisible, the first classes have one more")
-    parser.add_argument("--out", required=True, type=given_path, help="output folder")
+    add_out_option(parser)
     parser.add_argument("--classes", help="comma-separated class names or indices, such as cat,3; default: all classes")
     parser.add_argument("--format", choices=FORMATS, default="folder",
                         help="PNG files in a sub-folder for each class, or WebDataset shards; default: folder")
@@ -30,7 +38,7 @@ def augment(command: str, arguments: list[str]) -> int:
                              "or a folder of transformers")
     parser.add_argument("--max_attempts", type=int,
                         help=f"for --classifier: how often the candidates of an image are drawn at most; default: {MAX_ATTEMPTS}")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images; default: 0")
+    add_seed_option(parser)
     add_device_options(parser)
     add_sampling_options(parser, "default: recommended by the bundle")
     options = parser.parse_args(arguments)

@@ -9,8 +9,7 @@ from pipelines.augment.classifiers import load_classifier
 from pipelines.augment.dataset_folder import TABLE_NAME, DatasetFolder, FolderDataset, Row, ShardDataset
 from pipelines.augment.labelled_images import LabelledOutput
 from pipelines.bundle import usable_device
-from pipelines.generate import ImageGenerationPipeline
-from pipelines.image_folders.output_folder import report_damaged
+from pipelines.image_folders.write_images import load_pipeline
 from stage2_prior.generation.sampling import SamplingStopped
 from token_shards.writer import default_key
 from vqmosaic.errors import printable
@@ -41,14 +40,12 @@ def write_missing_images(folder: DatasetFolder, device: str | None) -> int:
     """The part of `write_dataset` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete = folder.complete_files()
-    report_damaged(folder.out, folder.existing_files() - complete)
+    complete = folder.usable_files()
     rows, accept = folder.rows(complete), None
     kept = len(rows)
     if isinstance(folder, FolderDataset) and (lost := len(complete & set(folder.names)) - kept):
         print(f"warning: {counted(lost, 'image')} in {folder.out} {is_or_are(lost)} not in {TABLE_NAME} and will be drawn again", flush=True)
-    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
-    pipe.sampling = folder.sampling
+    pipe = load_pipeline(folder, device)
     if folder.classifier is not None:
         transform = pipe.tokenizer.transform
         accept = load_classifier(folder.classifier, len(folder.class_names), transform.channels, transform.image_size, usable_device(device)).accepts

@@ -1,6 +1,14 @@
 """The command enhance. It loads torch only when the options are checked."""
 
-from pipelines.command_parser import Parser, add_device_options, add_sampling_options, given_sampling
+from pipelines.command_parser import (
+    Parser,
+    add_device_options,
+    add_out_option,
+    add_pipeline_argument,
+    add_sampling_options,
+    add_seed_option,
+    given_sampling,
+)
 from pipelines.enhancing.enhance_settings import NOISE, checked_noise, checked_strength
 from vqmosaic.errors import InputError, check_range
 from vqmosaic.files.given_paths import given_path
@@ -10,9 +18,9 @@ def enhance(command: str, arguments: list[str]) -> int:
     """enhance: remove noise and damage from images."""
     parser = Parser(command, "Remove noise and damage from images: draw tokens that are likely both for the given image and for the prior. Images of "
                              "other sizes are resized and cropped as in training. After an interruption, the same command continues.")
-    parser.add_argument("pipeline", type=given_path, help="a run folder or a pipeline folder")
+    add_pipeline_argument(parser)
     parser.add_argument("images", nargs="+", type=given_path, metavar="IMAGE", help="image files, or folders of them")
-    parser.add_argument("--out", required=True, type=given_path, help="output folder. Files keep their names, and in folders their sub-folders")
+    add_out_option(parser, ". Files keep their names, and in folders their sub-folders")
     parser.add_argument("--noise", type=float, default=NOISE, help="how far the pixels are from the true ones: the standard deviation, on the 8-bit "
                                                                   f"scale (0 to 255); default: {NOISE:g}")
     parser.add_argument("--strength", type=float, default=1.0, help="the share of the tokens that are drawn again: those that surprise the prior "
@@ -21,16 +29,15 @@ def enhance(command: str, arguments: list[str]) -> int:
     parser.add_argument("--average", type=int, default=1, help="each result is the mean of this many: smoother, and closer to the true image; "
                                                                "default: 1")
     parser.add_argument("--num_tries", type=int, default=1, help="draw each result this often and keep the most likely one; default: 1")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results; default: 0")
+    add_seed_option(parser, "results")
     add_device_options(parser)
     add_sampling_options(parser, "default: recommended by the bundle, without guidance")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
     from pipelines.enhancing.enhance_folder import EnhanceFolder
-    from pipelines.image_commands import check_classes_are_learned, check_out_not_inside
+    from pipelines.image_commands import check_out_not_inside, given_classes
     from pipelines.image_folders.translation_folder import find_images
-    from pipelines.labels import class_indices, labels_from_text
     from pipelines.pipeline_parts import PipelineParts
     from pipelines.stages.stage_checks import check_can_write, check_output_outside_of_data
 
@@ -45,8 +52,7 @@ def enhance(command: str, arguments: list[str]) -> int:
     if not any(name.startswith("guidance") for name in given):
         sampling = sampling.unguided()
     names, vocabulary = content["class_names"], PipelineParts.in_folder(folder, content).vocabulary()
-    check_classes_are_learned(vocabulary, options.classes)
-    labels = None if options.classes is None else class_indices(names, labels_from_text(names, options.classes))
+    labels = given_classes(options.classes, vocabulary)
     if labels is None and sampling.is_guided:
         raise InputError("guidance is given, but no class, so guidance has no effect. Give --classes, or leave guidance out.")
     vocabulary.check_guided_are_given(options.guidance or {}, labels is not None, [])
@@ -55,8 +61,7 @@ def enhance(command: str, arguments: list[str]) -> int:
         raise InputError(f"{why} {more}")
     check_out_not_inside(options.images, options.out)
     images = find_images(options.images)
-    if labels is not None and len(labels) not in (1, len(images)):
-        raise InputError(f"--classes has {len(labels)} classes for {len(images)} images; give one for all, or one for each.")
+    given_classes(options.classes, vocabulary, images)  # there must be one for all or one for each
     check_can_write("--out", options.out)
     check_output_outside_of_data(options.pipeline, options.out)
     request = EnhanceFolder(out=options.out, pipeline=folder, class_names=names, labels=labels, images=images, noise=noise, strength=strength,

@@ -12,8 +12,8 @@ from pipelines.editing.write_results import MAX_LISTED_REASONS, classes_of, load
 from pipelines.enhancing.enhance_folder import EnhanceFolder
 from pipelines.generate import ImageGenerationPipeline
 from pipelines.generation_request import GUIDANCE_SETTINGS
-from pipelines.image_folders.output_folder import GRID_NAME, report_damaged
-from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, save_grid
+from pipelines.image_folders.output_folder import GRID_NAME
+from pipelines.image_folders.write_images import GRID_COLUMNS, grid_rows, load_image, load_pipeline, save_grid
 from stage1_tokenizer.image_files.images import ImageTransform, to_uint8
 from stage1_tokenizer.pictures import save_picture
 from vqmosaic.errors import InputError
@@ -42,11 +42,9 @@ def write_missing(folder: EnhanceFolder, device: str | None) -> int:
     """The part of `write_enhanced` that runs while this process holds the lock of the folder."""
     if folder.is_finished():  # another process finished it before releasing the lock
         return 0
-    complete, total = folder.complete_files(), len(folder.names)
-    report_damaged(folder.out, folder.existing_files() - complete)
+    complete, total = folder.usable_files(), len(folder.names)
     kept = len(complete - {GRID_NAME})
-    pipe = ImageGenerationPipeline.from_pretrained(folder.pipeline, device, folder.dtype)
-    pipe.sampling = folder.sampling
+    pipe = load_pipeline(folder, device)
     if not pipe.chain.any_order:
         print(RASTER_NOTE, flush=True)
     if folder.strength == 1:
