@@ -1,4 +1,4 @@
-# make quickstart   environment, installation and the whole chain on scikit-learn's digits
+# make quickstart   environment, installation and the whole chain on handwritten digits of MNIST
 # make test         the tests that take seconds each
 # make test-slow    the tests that kill, resume and install for real
 # make test-gpu     those that need a GPU
@@ -28,7 +28,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 quickstart: install
 	@started=$$(date +%s); \
-	$(BIN)/vqmosaic run digits --run_dir $(RUN); code=$$?; \
+	$(BIN)/vqmosaic run mnist --run_dir $(RUN); code=$$?; \
 	echo "    installation took $$(cat $(VENV)/installed) s (once), the chain $$(( $$(date +%s) - started )) s"; \
 	exit $$code
 
@@ -40,6 +40,7 @@ test-slow: install
 
 bench: install
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.quickstart --seeds 3 --record
 	$(BIN)/python -m benchmarks.quantizer --record
 	$(BIN)/python -m benchmarks.kernels --record
 	$(BIN)/python -m benchmarks.tokenizer_step --record

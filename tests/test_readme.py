@@ -19,7 +19,9 @@ from pipelines.bundle import make_bundle
 from stage1_tokenizer import HierarchicalTokenizer, ImageTokenizer, ImageTransform, load_tokenizer
 from stage2_prior.segments import GivenGrid
 from tests.conditioned import CLASSES, LOW_DERIVATION, SIZE, given_low, given_text, image_tokenizer, saved_prior
-from tests.tiny import ROOT, tiny_overrides
+from tests.tiny import ANY_ORDER, ROOT, make_tiny_run, tiny_overrides
+from vqmosaic.recipes.data_section import DIGITS
+from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
 
@@ -73,16 +75,26 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     for path in (root / "small/1.png", root / "small/2.png", root / "my-sketch.png"):
         Image.new("L", (8, 8), 100).save(path)
     Image.linear_gradient("L").resize((16, 16)).save(root / "photo.png")
-    mask = Image.new("1", (16, 16))
-    mask.paste(1, (5, 3, 11, 9))
-    mask.save(root / "mask.png")
-    for name in ("digit", "blot"):
-        shutil.copyfile(root / "photo.png", root / f"{name}.png")
-    Image.new("L", (12, 12), 100).save(root / "part.png")
+    Image.linear_gradient("L").resize((28, 28)).save(root / "digit.png")
+    for size, name in ((16, "photo-mask"), (28, "mask")):
+        mask = Image.new("1", (size, size))
+        mask.paste(1, (5, 3, 11, 9))
+        mask.save(root / f"{name}.png")
+    shutil.copyfile(root / "digit.png", root / "blot.png")
+    Image.new("L", (21, 21), 100).save(root / "part.png")
+
+
+@pytest.fixture(scope="session")
+def digits_at_28_run(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run with the token grid, the classes and the order of recipe mnist, on the scans of scikit-learn."""
+    changes = ANY_ORDER | {"data__image_size": 28, "tokenizer__patch_size": 4, "tokenizer__channel_multipliers": [1]}
+    run = make_tiny_run(tmp_path_factory.mktemp("digits_at_28") / "run", **changes)
+    assert load_recipe("mnist").num_tokens == load_recipe(str(run)).num_tokens == 49
+    return run
 
 
 @pytest.fixture
-def workplace(tiny_run, any_order_run, conditioned_runs, level_runs, tmp_path, monkeypatch) -> Path:
+def workplace(tiny_run, any_order_run, digits_at_28_run, conditioned_runs, level_runs, tmp_path, monkeypatch) -> Path:
     """A folder with all files that the documented commands use."""
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -92,9 +104,10 @@ def workplace(tiny_run, any_order_run, conditioned_runs, level_runs, tmp_path, m
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "parquet").symlink_to(tmp_path / "photos")
     (tmp_path / "runs").mkdir()
-    for run in ("quickstart", "photos", "scans", "a", "b", "cifar10_any_order"):
+    finished = dict.fromkeys(("photos", "scans", "a", "b"), tiny_run) | {"cifar10_any_order": any_order_run, "quickstart": digits_at_28_run}
+    for run, folder in finished.items():
         (tmp_path / "runs" / run).mkdir(parents=True)
-        for child in (any_order_run if run == "cifar10_any_order" else tiny_run).iterdir():  # links in a new folder, because commands write into it
+        for child in folder.iterdir():  # links in a new folder, because commands write into it
             (tmp_path / "runs" / run / child.name).symlink_to(child)
     for name, rows in (("pretokenized", 12), ("validation", 4)):
         lines = [json.dumps({"class_id": row % 3, "tokens": [row] * 16}) for row in range(rows)]
@@ -130,7 +143,7 @@ def test_command_works(command, workplace, monkeypatch):
         assert stop.value.code == 0
     elif (words[0] in command_line.STAGE_COMMANDS or words[0] == "run") and "--overfit" not in words:
         recipe = command_line.parse_recipe_command(words[0], words[1:])[0].recipe
-        assert recipe.data.path or recipe.data.source == "digits" or recipe.prior_training.tokens
+        assert recipe.data.path or recipe.data.source in DIGITS or recipe.prior_training.tokens
     else:
         calls = []
         monkeypatch.setattr("pipelines.demo.page.serve", lambda folder, **_: calls.append("demo"))

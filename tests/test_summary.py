@@ -1,12 +1,14 @@
 """summary.json and the closing table describe the exported weights, whichever validation they come from."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.quickstart import describe
 from pipelines import ImageGenerationPipeline
 from pipelines.labels import evenly_spaced_classes
 from pipelines.stages.measures import DigitsClassifier, measure_generation
@@ -15,7 +17,7 @@ from stage1_tokenizer import train as train_tokenizer
 from stage1_tokenizer.data.digits_source import load_mnist
 from stage2_prior import train as train_prior
 from tests.run_files import records
-from tests.tiny import run_tiny_chain, tiny_recipe
+from tests.tiny import ROOT, run_tiny_chain, tiny_recipe
 from token_shards import TokenShardReader
 from vqmosaic.recipes.recipe_sections import SamplingConfig
 from vqmosaic.runs.run_folder import RunFolder
@@ -90,6 +92,16 @@ def test_equal_settings_are_measured_once(sampling, names, tiny_run, monkeypatch
     pipe = ImageGenerationPipeline.from_pretrained(tiny_run, "cpu")
     pipe.sampling = sampling
     assert list(measure_generation(pipe, TokenShardReader(tiny_run / "tokens/train"), 0, DigitsClassifier([0]))) == names
+
+
+def test_the_quickstart_is_held_against_its_promises(any_order_run):
+    """By the script of the continuous integration, on a run that keeps some of them."""
+    promises = runpy.run_path(str(ROOT / ".ci/check_quickstart.py"))["promises"](any_order_run)
+    broken = {promise for promise, (_, kept) in promises.items() if not kept}
+    assert promises["an edited example"] == (16, True) and promises["500 samples"] == (500, True)
+    assert {"codebook of at least 64 codes", "at least 95 % of the class asked for"} <= broken and len(broken) < len(promises) - 5
+    lines = describe({7: json.loads((any_order_run / "summary.json").read_text())})
+    assert lines[2].startswith("| 7 | ") and len({line.count("|") for line in lines[:lines.index("")]}) == 1
 
 
 def test_classifier_of_mnist_recognizes_real_images():

@@ -28,6 +28,7 @@ from vqmosaic.errors import InputError, check_name
 from vqmosaic.files.exported_weights import exportable_weights, unwrapped
 from vqmosaic.files.json_files import check_fields, is_later, read_object
 from vqmosaic.files.permissions import check_readable
+from vqmosaic.kernels.dropout import dropout
 from vqmosaic.recipes.recipe_sections import PriorConfig
 from vqmosaic.seeding import derive_seed
 
@@ -170,8 +171,8 @@ def _drop_output(module: nn.Module, inputs: tuple, output: Any, *, probability: 
     if not module.training:
         return None  # keep the output
     if isinstance(output, tuple):  # attention modules also return the attention weights
-        return nn.functional.dropout(output[0], probability), *output[1:]
-    return nn.functional.dropout(output, probability)
+        return dropout(output[0], probability), *output[1:]
+    return dropout(output, probability)
 
 
 @torch.no_grad()  # not inference_mode: tensors that a model caches in its first pass must support autograd

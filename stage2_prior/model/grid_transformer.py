@@ -44,6 +44,7 @@ from stage2_prior.model.grid_transformer_config import MODEL_TYPE, GridTransform
 from stage2_prior.model.query_block import KeysAndValues, QueryBlock
 from stage2_prior.model.text_embedding import NGramEmbedding, text_slices
 from vqmosaic.errors import InputError
+from vqmosaic.kernels.dropout import dropout
 
 
 class GridBlock(GradientCheckpointingLayer):
@@ -79,9 +80,9 @@ class GridBlock(GradientCheckpointingLayer):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)                               # of all positions
         mixed_BSD = attend(query, key, value, mask_SS).transpose(1, 2).reshape(batch, length, width)
-        x_BSD = x_BSD + F.dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
+        x_BSD = x_BSD + dropout(self.attention_out(mixed_BSD), self.dropout, self.training)
         hidden = torch.relu(self.feed_forward_in(self.feed_forward_norm(x_BSD))).square()             # B, S, intermediate
-        return x_BSD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
+        return x_BSD + dropout(self.feed_forward_out(hidden), self.dropout, self.training)
 
     def add_stream_embedding(self, x_BSD: torch.Tensor, ids_BS: torch.Tensor, classes_B: torch.Tensor | None,
                              is_start: torch.Tensor | None) -> torch.Tensor:
@@ -298,7 +299,7 @@ class GridTransformer(PreTrainedModel, GenerationMixin):
 
     def to_stream(self, x_BSD: torch.Tensor) -> torch.Tensor:
         """Embeddings with dropout, in the dtype of the residual stream."""
-        x_BSD = F.dropout(x_BSD, self.config.embd_pdrop, self.training)
+        x_BSD = dropout(x_BSD, self.config.embd_pdrop, self.training)
         if x_BSD.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16:
             x_BSD = x_BSD.bfloat16()  # halves the memory traffic of each block; not measured on GPUs
         return x_BSD

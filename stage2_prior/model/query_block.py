@@ -9,13 +9,13 @@ In comments: B batch, S known tokens (the class first), Q queries, D width, A he
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from stage2_prior.model.grid_attention import attend, normalize_and_rotate
 from stage2_prior.model.grid_transformer_config import GridTransformerConfig
+from vqmosaic.kernels.dropout import dropout
 
 
 class KeysAndValues(nn.Module):
@@ -63,6 +63,6 @@ class QueryBlock(GradientCheckpointingLayer):
         queries = self.attention_in(self.attention_norm(x_BQD)).unflatten(-1, (self.heads, -1))
         queries = normalize_and_rotate(queries, rotations, self.epsilon).transpose(1, 2)
         mixed_BQD = attend(queries, keys, values, mask_QS, is_causal).transpose(1, 2).flatten(2)
-        x_BQD = x_BQD + F.dropout(self.attention_out(mixed_BQD), self.dropout, self.training)
+        x_BQD = x_BQD + dropout(self.attention_out(mixed_BQD), self.dropout, self.training)
         hidden = torch.relu(self.feed_forward_in(self.feed_forward_norm(x_BQD))).square()
-        return x_BQD + F.dropout(self.feed_forward_out(hidden), self.dropout, self.training)
+        return x_BQD + dropout(self.feed_forward_out(hidden), self.dropout, self.training)
