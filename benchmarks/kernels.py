@@ -39,6 +39,7 @@ COMPLEX_ROTATION: Replacements = {"vqmosaic.kernels.complex_rotation.can_rotate_
 PRIOR_KERNELS: dict[str, Replacements] = {
     "matmul_attention": {"stage2_prior.model.grid_attention.can_use_matmul_attention": never},
     "complex_rotation": COMPLEX_ROTATION,
+    "dropout": {"vqmosaic.kernels.dropout.can_share_draws": never},
 }
 TOKENIZER_KERNELS: dict[str, Replacements] = {
     "group_norm": {"vqmosaic.kernels.group_norm.can_reorder": never},
@@ -83,7 +84,7 @@ def measure_prior(rounds: int) -> list[str]:
     classes_B = torch.randint(prior_step.CLASSES, (prior_step.BATCH,), generator=generator)
     lines = []
     for precision in ("bf16", "no") if cpu_has_bf16() else ("no",):
-        contestant = prior_step.Ours("grid_transformer", "adamw", precision)
+        contestant = prior_step.Ours("grid_transformer", "adamw", precision, dropout=0.1)
         lines += measure(f"prior, {'bf16' if precision == 'bf16' else 'float32'}", functools.partial(contestant.step, ids_BT, classes_B),
                          PRIOR_KERNELS, rounds, STEPS_PER_ROUND)
     return lines

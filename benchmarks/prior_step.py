@@ -61,9 +61,10 @@ class Peer:
 class Ours:
     """vqmosaic's prior and training loop, used as in stage2_prior/train.py."""
 
-    def __init__(self, architecture: str, optimizer: str, precision: str, batch: int = BATCH, compiled: bool = False):
+    def __init__(self, architecture: str, optimizer: str, precision: str, batch: int = BATCH, compiled: bool = False,
+                 dropout: float = 0.0):
         recipe = load_recipe("cifar10", [
-            f"--run_dir={tempfile.mkdtemp()}", f"--prior.architecture={architecture}", "--prior.preset=tiny", "--prior.dropout=0",
+            f"--run_dir={tempfile.mkdtemp()}", f"--prior.architecture={architecture}", "--prior.preset=tiny", f"--prior.dropout={dropout}",
             f"--prior_training.optimizer={optimizer}", f"--prior_training.mixed_precision={precision}", f"--prior_training.batch_size={batch}"])
         vocabulary = Vocabulary(grids=[Grid("image", CODES, 8, 8)], class_names=[str(index) for index in range(CLASSES)],
                                 token_fingerprint="none", label_drop=0.1)

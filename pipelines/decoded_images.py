@@ -26,10 +26,11 @@ def tokenizer_batch_size(image_size: ImageSize) -> int:
     return max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // math.prod(height_and_width(image_size))))
 
 
-def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -> Iterator[torch.Tensor]:
+def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False, fitting: FittingBatches | None = None) -> Iterator[torch.Tensor]:
     """Decode ids, as `Tokenizer.encode` returns them, and yield batches of images (B, C, H, W) in [-1, 1] on the tokenizer's device.
 
-    Images larger than the training images (`is_larger`) are decoded in tiles, and are on the CPU.
+    Images larger than the training images (`is_larger`) are decoded in tiles, and are on the CPU. `fitting` remembers from call to call how many
+    images, or tiles, fit into memory.
 
     Raises InputError if a dict does not have ids of all grids, for the same number of images.
     """
@@ -38,13 +39,13 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False) -
         if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
             counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
             raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
-    batch_size = tokenizer_batch_size(tokenizer.transform.image_size)
+    batch_size, fitting = tokenizer_batch_size(tokenizer.transform.image_size), fitting or FittingBatches(tokenizer.device)
     if is_larger:
         for batch in split_ids(ids, 1, tokenizer.device):
-            yield decode_tiled(tokenizer, batch, batch_size=batch_size)
+            yield decode_tiled(tokenizer, batch, batch_size=batch_size, fitting=fitting)
         return
     batches = ranges(len(next(iter(ids.values())) if isinstance(ids, dict) else ids), batch_size)
-    for _, images_BCHW in FittingBatches(tokenizer.device).run(batches, lambda part: tokenizer.decode(ids_in(ids, part, tokenizer.device))):
+    for _, images_BCHW in fitting.run(batches, lambda part: tokenizer.decode(ids_in(ids, part, tokenizer.device))):
         yield images_BCHW
 
 

@@ -244,6 +244,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
         check_range("batch_size", as_integer("batch_size", batch_size), at_least=1)
         compile = as_boolean("compile", compile)
         batches = [positions for positions in ranges(len(request.seeds), batch_size) if skip is None or not skip(positions)]
+        decoding = FittingBatches(self.device)
         most = 0  # tokens that were reported: the parts of a batch that did not fit start again
         tokens_per_batch = request.num_tries * self.vocabulary.num_tokens * (1 if request.tiling is None else len(request.tiling.places))
 
@@ -266,7 +267,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
 
             ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
             images, first = [], positions.start
-            for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None):
+            for images_BCHW in decode_in_batches(self.tokenizer, ids, request.tiling is not None, decoding):
                 finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
                 images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
                 first += len(images_BCHW)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from vqmosaic.kernels import complex_rotation, decoding_products, group_norm, matmul_attention, single_query_attention, upsampling
+from vqmosaic.kernels import complex_rotation, decoding_products, dropout, group_norm, matmul_attention, single_query_attention, upsampling
 from vqmosaic.kernels.decoding_products import PackedLinear, can_pack
 from vqmosaic.kernels.group_norm import ReorderedGroupNorm
 
@@ -95,3 +95,30 @@ def test_single_query_attention_agrees_with_the_reference(dtype, key_heads, mask
     expected = single_query_attention.reference(query.float(), keys, values, mask_1S)
     assert found.dtype == dtype and found.shape == expected.shape
     assert (found.float() - expected).abs().max() <= (1e-6 if dtype == torch.float32 else 0.01) * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("drop", [dropout.drop_by_bits, dropout.reference])
+def test_dropout_keeps_its_share_and_the_mean(drop, probability, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(999, 1003, dtype=dtype, requires_grad=True)  # no multiple of the elements of a draw
+    drop(x, probability).backward(x.detach())
+    out = x.grad                                                # of ones, so it is the output, too
+    kept, deviation = out != 0, (probability * (1 - probability) / x.numel()) ** 0.5
+    assert out.dtype == dtype and abs((~kept).float().mean() - probability) < 5 * deviation + 2**-16
+    assert out[kept].unique().numel() == 1 and out[kept][0].item() == pytest.approx(1 / (1 - probability), rel=0.006)
+    for dim in (0, 1):  # no row, column or place in a draw is dropped more than others
+        shares = (~kept).float().mean(dim)
+        assert (shares - probability).abs().max() < 6 * (probability * (1 - probability) / x.shape[dim]) ** 0.5
+    neighbours = (~kept[:, 1:] & ~kept[:, :-1]).float().mean()
+    assert abs(neighbours - probability**2) < 6 * probability / x.numel() ** 0.5
+
+
+def test_dropout_depends_on_the_seed_only():
+    x, drawn = torch.randn(7, 9), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(dropout.dropout(x, 0.5))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert dropout.dropout(x, 0.5, training=False) is x and dropout.dropout(x, 0.0) is x

@@ -1,5 +1,6 @@
 """Batches that do not fit into memory: they are split, the images stay the same, and messages say what to change. Memory is never really short."""
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_every_method_splits_its_batches(pipe, monkeypatch, tmp_path):
     for name, method in methods.items():
         for found, before in zip(comparable(method()), expected[name], strict=True):
             assert np.allclose(found, before, atol=1), name
+
+
+@pytest.mark.parametrize("size", [None, 24])
+def test_a_request_learns_once_what_fits_into_memory(size, pipe, monkeypatch):
+    """Later batches of a request begin with what fitted into memory before, in decoding, too."""
+    limit_tokenizer(monkeypatch)
+    methods = [lambda: joined(pipe.batches("ant", 9, 1, batch_size=3, **({} if size is None else {"size": size})))]
+    if size is None:
+        methods.append(lambda: joined(pipe.labelled_batches(9, seed=1, batch_size=3)))
+    for method in methods:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # equal ones, too
+            method()
+        sizes = [int(re.search(r"a batch of (\d+) images", str(warning.message))[1]) for warning in caught]
+        assert sizes and sizes == sorted(set(sizes), reverse=True)
 
 
 def joined(batches: Iterable[GenerationOutput]) -> list[object]:

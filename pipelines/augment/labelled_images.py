@@ -147,13 +147,14 @@ class LabelledImageMethods(ABC):
 
         def draw() -> Iterator[LabelledOutput]:  # a generator of its own, so that the checks above do not wait for the first batch
             done, total, counts = 0, sum(map(len, batches)), Counter[tuple[int, bool]]()
+            decoding = FittingBatches(self.tokenizer.device)
 
             def report(_: int, __: int) -> bool | None:
                 assert callback is not None  # otherwise this function is not passed on
                 return callback(done, total)
 
             def draw_part(positions: range) -> Best:
-                return self._draw_candidates(request.part(positions), selection, report if callback is not None else None, compile)
+                return self._draw_candidates(request.part(positions), selection, report if callback is not None else None, compile, decoding)
 
             for positions, best in FittingBatches(self.tokenizer.device, "batch_size").run(batches, draw_part):
                 classes = balanced[positions.start:positions.stop]
@@ -165,14 +166,15 @@ class LabelledImageMethods(ABC):
                 assert best.ids_BT is not None  # set by the first candidate
                 ids = self.tokenizer.split_tokens(best.ids_BT)
                 images = concatenate(to_output_type(images_BCHW, output_type, keep_alpha=True)
-                                     for images_BCHW in decode_in_batches(self.tokenizer, ids))
+                                     for images_BCHW in decode_in_batches(self.tokenizer, ids, fitting=decoding))
                 done += len(positions)
                 yield LabelledOutput(images, concatenate_ids([ids]), best.seeds, classes, places=positions, candidates=best.candidates,
                                      accepted=best.accepted, scores=best.scores_B.tolist() if oversample > 1 else None)
 
         return draw()
 
-    def _draw_candidates(self, request: Request, selection: Selection, callback: Callable[[int, int], bool | None] | None, compile: bool) -> Best:
+    def _draw_candidates(self, request: Request, selection: Selection, callback: Callable[[int, int], bool | None] | None, compile: bool,
+                         decoding: FittingBatches) -> Best:
         """The best accepted candidate of each image. Images without one have been drawn `max_attempts` times."""
         assert request.classes is not None  # checked by the caller
         best = Best(len(request.seeds))
@@ -186,7 +188,8 @@ class LabelledImageMethods(ABC):
                 ids = self.sample_ids(classes, request.sampling, seeds, callback, compile)
                 accepted_n = torch.ones(len(pending), dtype=torch.bool)
                 if selection.accept is not None:
-                    images_nCHW = torch.cat([images_BCHW.clamp(-1, 1) for images_BCHW in decode_in_batches(self.tokenizer, ids)])
+                    decoded = decode_in_batches(self.tokenizer, ids, fitting=decoding)
+                    images_nCHW = torch.cat([images_BCHW.clamp(-1, 1) for images_BCHW in decoded])
                     accepted_n = as_mask(selection.accept(images_nCHW, classes), len(pending))
                 ids_nT = self.tokenizer.join_tokens(ids)
                 scores_n = self.rank_candidates(ids_nT, classes, selection.rank_by) if selection.oversample > 1 else torch.zeros(len(pending))

@@ -49,7 +49,7 @@ def encode_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float
     def encode(batch: Sequence[Tile]) -> dict[str, torch.Tensor]:
         return tokenizer.encode_grids(cut_tiles(padded_BCHW, tiling, batch).to(tokenizer.device))
 
-    for batch, encoded in computed_tiles(encode, len(images_BCHW), tiling, batch_size, tokenizer.device):
+    for batch, encoded in computed_tiles(encode, len(images_BCHW), tiling, batch_size, FittingBatches(tokenizer.device)):
         for grid in tiling.grids:
             for tokens_hw, (image, place) in zip(encoded[grid.name].cpu(), batch, strict=True):
                 (rows, columns), (tile_rows, tile_columns) = tiling.central_tokens(grid, place), tiling.tokens(grid, place)
@@ -62,11 +62,11 @@ def encode_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float
 
 
 def decode_tiled(tokenizer: Tokenizer, ids: torch.Tensor | Mapping[str, torch.Tensor], overlap: float = OVERLAP,
-                 batch_size: int = BATCH_TILES) -> torch.Tensor:
+                 batch_size: int = BATCH_TILES, fitting: FittingBatches | None = None) -> torch.Tensor:
     """Decode ids of any number of rows and columns to float32 images (B, C, H, W) on the CPU, not clamped.
 
-    Ids of the training size give the images of `tokenizer.decode`. Without overlap, the result consists of the decoded tiles. Arguments are those of
-    `encode_tiled`.
+    Ids of the training size give the images of `tokenizer.decode`. Without overlap, the result consists of the decoded tiles. `overlap` and
+    `batch_size` are those of `encode_tiled`. `fitting` remembers from call to call how many tiles fit into memory.
 
     Raises:
         InputError: ids of another form than those of `encode_tiled`, an invalid overlap, or the tokenizer has no ids.
@@ -81,7 +81,8 @@ def decode_tiled(tokenizer: Tokenizer, ids: torch.Tensor | Mapping[str, torch.Te
         return tokenizer.decode_grids({name: part.to(tokenizer.device) for name, part in parts.items()})
 
     images = len(next(iter(padded.values())))
-    return blend_tiles(decode, tokenizer.transform.channels, images, tiling, batch_size, tokenizer.device)[..., :size[0], :size[1]]
+    fitting = fitting or FittingBatches(tokenizer.device)
+    return blend_tiles(decode, tokenizer.transform.channels, images, tiling, batch_size, fitting)[..., :size[0], :size[1]]
 
 
 def reconstruct_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float = OVERLAP, batch_size: int = BATCH_TILES) -> torch.Tensor:
@@ -102,7 +103,8 @@ def reconstruct_tiled(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: 
     def reconstruct(batch: Sequence[Tile]) -> torch.Tensor:
         return tokenizer.reconstruct(cut_tiles(padded_BCHW, tiling, batch).to(tokenizer.device))
 
-    return blend_tiles(reconstruct, images_BCHW.shape[1], len(images_BCHW), tiling, batch_size, tokenizer.device)[..., :height, :width]
+    blended_BCHW = blend_tiles(reconstruct, images_BCHW.shape[1], len(images_BCHW), tiling, batch_size, FittingBatches(tokenizer.device))
+    return blended_BCHW[..., :height, :width]
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------------------------
@@ -117,10 +119,10 @@ def tiling_of(tokenizer: Tokenizer, images_BCHW: torch.Tensor, overlap: float) -
 
 
 def computed_tiles(compute: Callable[[Sequence[Tile]], Result], images: int, tiling: Tiling, batch_size: int,
-                   device: torch.device) -> Iterator[tuple[Sequence[Tile], Result]]:
+                   fitting: FittingBatches) -> Iterator[tuple[Sequence[Tile], Result]]:
     """All tiles of all images in batches, with what a function returns for them. Batches that do not fit into memory are split."""
     tiles = [(image, place) for image in range(images) for place in tiling.places]
-    computed = FittingBatches(device).run(ranges(len(tiles), batch_size), lambda part: compute(tiles[part.start:part.stop]))
+    computed = fitting.run(ranges(len(tiles), batch_size), lambda part: compute(tiles[part.start:part.stop]))
     return ((tiles[part.start:part.stop], result) for part, result in computed)
 
 
@@ -130,12 +132,12 @@ def cut_tiles(images_BCHW: torch.Tensor, tiling: Tiling, batch: Sequence[Tile]) 
 
 
 def blend_tiles(decode: Callable[[Sequence[Tile]], torch.Tensor], channels: int, images: int, tiling: Tiling, batch_size: int,
-                device: torch.device) -> torch.Tensor:
+                fitting: FittingBatches) -> torch.Tensor:
     """Images (B, C, H, W) from tiles (n, C, H, W), which `decode` returns for a batch of them. Each pixel is the weighted mean over its tiles."""
     blended_BCHW = torch.zeros(images, channels, *tiling.image)
     row_weights, column_weights = (tile_weights([start * step for start in starts], side, length)
                                    for starts, step, side, length in zip(tiling.starts, tiling.unit, tiling.sides, tiling.image, strict=True))
-    for batch, tiles_nCHW in computed_tiles(lambda batch: decode(batch).float().cpu(), images, tiling, batch_size, device):
+    for batch, tiles_nCHW in computed_tiles(lambda batch: decode(batch).float().cpu(), images, tiling, batch_size, fitting):
         for tile_CHW, (image, place) in zip(tiles_nCHW, batch, strict=True):
             weights_HW = row_weights[place[0]][:, None] * column_weights[place[1]]
             blended_BCHW[(image, slice(None), *tiling.pixels(place))] += tile_CHW * weights_HW
