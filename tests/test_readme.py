@@ -80,7 +80,8 @@ def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
         mask = Image.new("1", (size, size))
         mask.paste(1, (5, 3, 11, 9))
         mask.save(root / f"{name}.png")
-    shutil.copyfile(root / "digit.png", root / "blot.png")
+    for name in ("blot", "noisy"):
+        shutil.copyfile(root / "digit.png", root / f"{name}.png")
     Image.new("L", (21, 21), 100).save(root / "part.png")
 
 
