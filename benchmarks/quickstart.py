@@ -1,6 +1,6 @@
-"""Runs the chain of `make quickstart` (recipe mnist) with several seeds, and holds each run against what .ci/check_quickstart.py promises.
+"""Runs the chain of `make quickstart` (recipe mnist) with several seeds, and checks each run with .ci/check_quickstart.py.
 
-    python -m benchmarks.quickstart                       # one seed, two CPU threads, about four minutes
+    python -m benchmarks.quickstart                       # one seed, two CPU threads, about five minutes
     python -m benchmarks.quickstart --seeds 3 --record    # also write to RESULTS.md, and the pictures of the first seed to docs/
 
 The recipe has a fixed number of steps, so only the times depend on what else the machine does. The first seed is that of the recipe. Finished runs
@@ -69,7 +69,7 @@ def main() -> None:
         if arguments.record:
             for name, documented in PICTURES.items():
                 shutil.copyfile(runs[0] / name, ROOT / "docs" / documented)
-    accuracy = next(iter(summaries.values()))["classifier_accuracy_on_held_out_scans"]
+    accuracy = next(iter(summaries.values()))["classifier_accuracy_on_held_out_digits"]
     broken = [f"- NOT kept with seed {seed}: {promise}: {value}" for seed, kept_by in found.items() for promise, (value, kept) in kept_by.items()
               if not kept]
     record("Quickstart", [*describe(summaries), "",

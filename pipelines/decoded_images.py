@@ -39,7 +39,9 @@ def decode_in_batches(tokenizer: Tokenizer, ids: Ids, is_larger: bool = False, f
         if len({len(grid_ids) for grid_ids in ids.values()}) > 1:
             counts = ", ".join(f"{name}: {len(grid_ids)}" for name, grid_ids in ids.items())
             raise InputError(f"the grids have ids of different numbers of images ({counts}). Give the ids of the same images in all grids.")
-    batch_size, fitting = tokenizer_batch_size(tokenizer.transform.image_size), fitting or FittingBatches(tokenizer.device)
+    batch_size = tokenizer_batch_size(tokenizer.transform.image_size)
+    if fitting is None:
+        fitting = FittingBatches(tokenizer.device)
     if is_larger:
         for batch in split_ids(ids, 1, tokenizer.device):
             yield decode_tiled(tokenizer, batch, batch_size=batch_size, fitting=fitting)

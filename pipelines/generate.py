@@ -267,7 +267,7 @@ class ImageGenerationPipeline(EnhancingMethods, LabelledImageMethods, TokenizerM
 
             ids, seeds = sample_request(self.tokenizer, self.chain, part, draw, report if callback is not None else None)
             images, first = [], positions.start
-            for images_BCHW in decode_in_batches(self.tokenizer, ids, request.tiling is not None, decoding):
+            for images_BCHW in decode_in_batches(self.tokenizer, ids, is_larger=request.tiling is not None, fitting=decoding):
                 finished_BCHW = images_BCHW if request.finish is None else request.finish(images_BCHW, first)
                 images.append(to_output_type(finished_BCHW, output_type, keep_alpha=request.keep_alpha))
                 first += len(images_BCHW)

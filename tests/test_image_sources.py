@@ -27,6 +27,7 @@ from tests.image_folders import contents, names, write_classes, write_image
 from tests.tiny import ROOT
 from vqmosaic.errors import InputError
 from vqmosaic.files.fingerprints import fingerprint
+from vqmosaic.recipes.recipe_files import load_recipe
 from vqmosaic.recipes.recipe_sections import DataConfig
 
 # --- location ----------------------------------------------------------------------------------------------------------------
@@ -148,6 +149,8 @@ def test_mnist():
     assert len(splits.train) + len(splits.validation) == 5000 and splits.class_names == [str(digit) for digit in range(10)]
     image = splits.train.read(0)
     assert image.mode == "L" and image.size == (28, 28) and image.getextrema() == (0, 255) and splits.train.label(0) == 0
+    quickstart = open_splits(load_recipe("mnist").data)  # as docs/getting_started.md and docs/editing.md describe it
+    assert (len(quickstart.train), len(quickstart.validation), quickstart.validation.label(470)) == (4482, 518, 9)
     scans = open_splits(DataConfig(source="digits", channels=1, validation_fraction=0.2))
     assert splits.train.identity["kind"] == "mnist" and splits.fingerprint != scans.fingerprint
 

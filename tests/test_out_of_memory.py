@@ -166,7 +166,8 @@ def test_a_request_learns_once_what_fits_into_memory(size, pipe, monkeypatch):
     limit_tokenizer(monkeypatch)
     methods = [lambda: joined(pipe.batches("ant", 9, 1, batch_size=3, **({} if size is None else {"size": size})))]
     if size is None:
-        methods.append(lambda: joined(pipe.labelled_batches(9, seed=1, batch_size=3)))
+        methods += [lambda: joined(pipe.labelled_batches(9, seed=1, batch_size=3)),
+                    lambda: joined(pipe.labelled_batches(9, seed=1, batch_size=3, oversample=2, accept=lambda images, classes: [True] * len(images)))]
     for method in methods:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # equal ones, too

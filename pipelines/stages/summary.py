@@ -81,7 +81,7 @@ def summarize(recipe: Recipe) -> dict[str, Any]:
         "sampling": pipe.sampling.to_dict(),
         "generation": measure_generation(pipe, reader, recipe.seed, classifier, held_out),
         **({"edited": edited} if edited else {}),
-        **({"classifier_accuracy_on_held_out_scans": classifier.accuracy} if classifier else {}),
+        **({"classifier_accuracy_on_held_out_digits": classifier.accuracy} if classifier else {}),
         "stage_seconds": {stage: record.seconds for stage in STAGES if (record := load_record(run, stage))},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "hardware": {"device": str(pipe.device), "processor": processor_name(), "threads": torch.get_num_threads()},

@@ -45,6 +45,7 @@ from vqmosaic import __version__
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.recipe_sections import DataConfig, SamplingConfig
 from vqmosaic.runs.interruption import Interrupted, StopFlag
+from vqmosaic.runs.out_of_memory import FittingBatches
 from vqmosaic.runs.run_folder import RunFolder, locked
 from vqmosaic.seeding import derive_seed, image_seeds
 from vqmosaic.training.budget import format_duration
@@ -199,7 +200,7 @@ def measure_combinations(request: SweepRequest, pipe: ImageGenerationPipeline, d
 def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, generated: Generated, request: SweepRequest,
                      stop: StopFlag) -> Iterator[torch.Tensor]:
     """Yield the images of one combination in batches (B, C, H, W). Image i depends on the seed, i, its class and conditions. Ends on a signal."""
-    seeds = image_seeds(request.seed, request.images)
+    seeds, decoding = image_seeds(request.seed, request.images), FittingBatches(pipe.device)
     for start in range(0, request.images, request.batch_size):
         batch = slice(start, start + request.batch_size)
         try:
@@ -208,7 +209,7 @@ def generate_batches(pipe: ImageGenerationPipeline, sampling: SamplingConfig, ge
                                   given={name: ids_Nn[batch] for name, ids_Nn in generated.given.items()})
         except SamplingStopped:
             return
-        yield from decode_in_batches(pipe.tokenizer, ids)
+        yield from decode_in_batches(pipe.tokenizer, ids, fitting=decoding)
 
 
 def until_stopped(batches: Iterator[Any], stop: StopFlag, record: SweepRecord) -> Iterator[Any]:

@@ -81,7 +81,8 @@ def decode_tiled(tokenizer: Tokenizer, ids: torch.Tensor | Mapping[str, torch.Te
         return tokenizer.decode_grids({name: part.to(tokenizer.device) for name, part in parts.items()})
 
     images = len(next(iter(padded.values())))
-    fitting = fitting or FittingBatches(tokenizer.device)
+    if fitting is None:
+        fitting = FittingBatches(tokenizer.device)
     return blend_tiles(decode, tokenizer.transform.channels, images, tiling, batch_size, fitting)[..., :size[0], :size[1]]
 
 
