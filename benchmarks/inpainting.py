@@ -8,9 +8,9 @@ raster order, where each token sees only those before it; and with cv2.inpaint (
 
 The folder can be that of benchmarks.parallel_sampling or benchmarks.conditions, whose tokenizer, prior and classifier are used, or trained if they
 are missing. Test images are used neither for training nor for choices. A tenth of the training images is held out from training the tokenizer and the
-prior. On some of them, the scale of linear guidance with the lowest Frechet distance is chosen, for each order. Frechet distances are those of filled
-images to other real images, in the features of a small classifier that is trained on the training images. Filled images, and the distances for each
-scale, are kept in the folder, so a second call continues where the first one stopped.
+prior. On some of them, the number of passes and the scale of linear guidance with the lowest Frechet distance are chosen, for each order. Frechet
+distances are those of filled images to other real images, in the features of a small classifier that is trained on the training images. Filled
+images, and the distances for all settings, are kept in the folder, so a second call continues where the first one stopped.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import contextlib
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -46,12 +47,13 @@ from vqmosaic.recipes.recipe_sections import SamplingConfig
 
 SIDE, SQUARE = 32, 16
 """Sides of the images and of the masked squares, in pixels."""
-SCALES = (1.0, 1.5, 2.5, 4.0, 6.0)
+SCALES = (1.0, 1.5, 2.5, 4.0, 5.0, 6.0)
 """The scales of linear guidance that are compared on the held-out images."""
 IMAGES, HELD_OUT_IMAGES, WARM_UP_IMAGES = 2_000, 500, 16
 TELEA_RADIUS, GREY = 3, 128
-STEPS = {"any order": load_recipe(ANY_ORDER).sampling.steps, "raster": None}
-"""For each way to fill with the prior, the number of passes. None draws one token after another, in raster order."""
+PASSES: dict[str, tuple[int | None, ...]] = {"any order": (8, 16), "raster": (None,)}
+"""For each way to fill with the prior, the numbers of passes that are compared on the held-out images. The squares have 16 tokens. None draws one
+token after another, in raster order."""
 
 
 class Images(NamedTuple):
@@ -116,20 +118,21 @@ def fill_with_reconstructions(tokenizer: Tokenizer, images: Images) -> torch.Ten
     return torch.from_numpy(to_uint8(masked.paste(restored_NCHW, range(len(restored_NCHW)))))
 
 
-def fill_with_best_scale(folder: Path, key: str, tokenizer: Tokenizer, prior: TokenPrior, steps: int | None, held_out: Images,
-                         test: Images) -> tuple[Filled, float]:
-    """Choose the guidance scale on the held-out images, and fill the test images. Both are kept in files. Returns the scale, too."""
+def fill_with_best_settings(folder: Path, key: str, tokenizer: Tokenizer, prior: TokenPrior, passes: Sequence[int | None], held_out: Images,
+                            test: Images) -> tuple[Filled, int | None, float]:
+    """Choose the passes and the guidance scale on the held-out images, and fill the test images. Both are kept in files. Returns the choices, too."""
     folder.mkdir(exist_ok=True)
     file = folder / f"{key}-held-out-{len(held_out.classes)}.json"
     distances = read_object(file, "delete it") if file.is_file() else {}
-    for scale in SCALES:
-        if f"{scale:g}" not in distances:
+    names = {(steps, scale): f"{steps or 'all'} passes, scale {scale:g}" for steps in passes for scale in SCALES}
+    for (steps, scale), name in names.items():
+        if name not in distances:
             filled = fill_with_prior(tokenizer, prior, settings_of(steps, "linear", scale), held_out)
-            distances[f"{scale:g}"] = held_out.judge.distance_of(filled.images_NHWC)
+            distances[name] = held_out.judge.distance_of(filled.images_NHWC)
             write_json(file, distances)
-    print(f"{key}: Frechet distance on held-out images by guidance scale: {distances}", flush=True)
-    scale = min(SCALES, key=lambda scale: distances[f"{scale:g}"])
-    file = folder / f"{key}-test-{len(test.classes)}-scale-{scale:g}.safetensors"
+    print(f"{key}: Frechet distance on held-out images: {distances}", flush=True)
+    steps, scale = min(names, key=lambda choice: distances[names[choice]])
+    file = folder / f"{key}-test-{len(test.classes)}-{steps or 'all'}-passes-scale-{scale:g}.safetensors"
     if not file.is_file():
         settings = settings_of(steps, "linear", scale)
         warm_up = Images(test.images_NHWC[:WARM_UP_IMAGES], test.classes[:WARM_UP_IMAGES], test.judge)
@@ -137,7 +140,7 @@ def fill_with_best_scale(folder: Path, key: str, tokenizer: Tokenizer, prior: To
         filled = fill_with_prior(tokenizer, prior, settings, test)
         save_tensors(file, {"images": filled.images_NHWC, "seconds": torch.tensor(filled.seconds)})
     content = load_file(file)
-    return Filled(content["images"], float(content["seconds"])), scale
+    return Filled(content["images"], float(content["seconds"])), steps, scale
 
 
 # --- results -----------------------------------------------------------------------------------------------------------------
@@ -159,24 +162,25 @@ def measure(run_dir: Path, count: int, minutes: float) -> int:
     held_out = split(train_NHWC[held_out_N], train_labels_N[held_out_N], min(HELD_OUT_IMAGES, count))
     test = split(test_NHWC, test_labels_N, count)
 
-    filled, scales = {}, {}
-    for name, steps in STEPS.items():
-        key = f"{name.replace(' ', '_')}-{minutes:g}-minutes"
-        filled[name], scales[name] = fill_with_best_scale(run_dir / "inpainting_benchmark", key, tokenizer, prior, steps, held_out, test)
+    filled, steps, scales = {}, {}, {}
+    for name, passes in PASSES.items():
+        key, folder = f"{name.replace(' ', '_')}-{minutes:g}-minutes", run_dir / "inpainting_benchmark"
+        filled[name], steps[name], scales[name] = fill_with_best_settings(folder, key, tokenizer, prior, passes, held_out, test)
     filled["Telea"] = fill_with_telea(test)
     restored_NHWC = fill_with_reconstructions(tokenizer, test)
     for name, images_NHWC in {**{name: each.images_NHWC for name, each in filled.items()}, "reconstructions": restored_NHWC}.items():
         check_kept(name, images_NHWC, test.images_NHWC)
 
     distances = {name: test.judge.distance_of(each.images_NHWC) for name, each in filled.items()}
-    rows = {"any order": f"prior, order {load_recipe(ANY_ORDER).sampling.order}, {STEPS['any order']} passes, sees all kept tokens",
+    rows = {"any order": f"prior, order {load_recipe(ANY_ORDER).sampling.order}, {steps['any order']} passes, sees all kept tokens",
             "raster": "the same prior in raster order, one token per pass, sees only tokens before each",
             "Telea": f"Telea, OpenCV {cv2.__version__}, radius {TELEA_RADIUS}"}
     others, compared = len(test_NHWC) - count, len(held_out_N) - len(held_out.classes)
     lines = [f"The prior of recipe {ANY_ORDER} trained for {minutes:g} minutes ({metrics['step']:,} steps). Squares of {SQUARE}x{SQUARE} pixels in "
              f"the centre of {count:,} test images were filled, each once. The prior was given the class of the image. Outside of the squares, the "
              "pixels of all results are those of the images, bit for bit. No test image was used for training or for choices. The scale of linear "
-             f"guidance was chosen from {', '.join(f'{scale:g}' for scale in SCALES)}, for each order: the one with the lowest Frechet distance of "
+             f"guidance was chosen from {', '.join(f'{scale:g}' for scale in SCALES)} for each order, and the number of passes from "
+             f"{' and '.join(map(str, PASSES['any order']))}: those with the lowest Frechet distance of "
              f"{len(held_out.classes):,} filled images to {compared:,} others, all held out from the training of tokenizer and prior.", "",
              f"| {count:,} test images, squares filled by | guidance scale | Frechet distance to the other {others:,} test images | "
              "classified as the right class | seconds for 100 images |", "|---|---|---|---|---|"]

@@ -67,13 +67,15 @@ def level_runs(tmp_path_factory) -> Path:
 
 def make_conditioned_runs(folders: dict[str, Path], root: Path) -> None:
     """Link the pipelines, and write the images that the documented commands give them."""
-    for run, folder in folders.items():
+    for run, folder in (folders | {"digits_superres": folders["large"], "digits_edges": folders["sketches"]}).items():
         (root / "runs" / run).mkdir()
         (root / "runs" / run / "pipeline").symlink_to(folder)
     (root / "small").mkdir()
     shutil.copytree(root / "photos", root / "sketches")
     for path in (root / "small/1.png", root / "small/2.png", root / "my-sketch.png"):
         Image.new("L", (8, 8), 100).save(path)
+    for folder in ("small-digits", "edges-of-digits"):
+        shutil.copytree(root / "small", root / folder)
     Image.linear_gradient("L").resize((16, 16)).save(root / "photo.png")
     Image.linear_gradient("L").resize((28, 28)).save(root / "digit.png")
     for size, name in ((16, "photo-mask"), (28, "mask")):
