@@ -41,7 +41,7 @@ def generate(command: str, arguments: list[str]) -> int:
     parser.add_argument("--window_overlap", type=float, metavar="SHARE", help="with --size: the share of a window that the next one overlaps, from 0 "
                                                                               "to below 1; default: 0.5")
     add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle")
+    add_sampling_options(parser, "default: recommended by the pipeline")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
@@ -152,7 +152,7 @@ def make_from_images(command: str, arguments: list[str], description: str, what:
     parser.add_argument("--classes", help="comma-separated class names or indices: one for all images, or one for each")
     add_seed_option(parser)
     add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle")
+    add_sampling_options(parser, "default: recommended by the pipeline")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device

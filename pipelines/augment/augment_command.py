@@ -40,7 +40,7 @@ def augment(command: str, arguments: list[str]) -> int:
                         help=f"for --classifier: how often the candidates of an image are drawn at most; default: {MAX_ATTEMPTS}")
     add_seed_option(parser)
     add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle")
+    add_sampling_options(parser, "default: recommended by the pipeline")
     options = parser.parse_args(arguments)
 
     from pipelines.augment.classifier_file import resolve_classifier_file

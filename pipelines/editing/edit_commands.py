@@ -39,7 +39,7 @@ def edit(command: str, arguments: list[str]) -> int:
     parser.add_argument("--num_tries", type=int, default=1, help="draw each result this often and keep the most likely one; default: 1")
     add_seed_option(parser, "results")
     add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle")
+    add_sampling_options(parser, "default: recommended by the pipeline")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
@@ -97,7 +97,8 @@ def keep_from_text(text: str) -> str | float:
     try:
         return text if text in ("top", "left") else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} was given; give top, left, or a share of the rows between 0 and 1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give top, left, or a share of the rows between 0 and 1. For other "
+                                         "parts, give --mask") from None
 
 
 def unguided(sampling: SamplingConfig, options: argparse.Namespace) -> SamplingConfig:

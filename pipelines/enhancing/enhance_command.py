@@ -31,7 +31,7 @@ def enhance(command: str, arguments: list[str]) -> int:
     parser.add_argument("--num_tries", type=int, default=1, help="draw each result this often and keep the most likely one; default: 1")
     add_seed_option(parser, "results")
     add_device_options(parser)
-    add_sampling_options(parser, "default: recommended by the bundle, without guidance")
+    add_sampling_options(parser, "default: recommended by the pipeline, without guidance")
     options = parser.parse_args(arguments)
 
     from pipelines.bundle import check_given_sampling, find_pipeline, read_bundle, usable_device
