@@ -14,6 +14,7 @@ from tests.test_tokenizer_protocol import MeanColours
 from token_shards import Grid
 from vqmosaic.errors import InputError
 from vqmosaic.recipes.tokenizer_sections import TokenizerConfig
+from vqmosaic.runs.out_of_memory import FittingBatches
 
 HEIGHT, WIDTH = 16, 24
 """The training size. A token has 4 x 4 pixels."""
@@ -129,7 +130,7 @@ def test_tiles_of_different_brightness_pass_into_each_other_without_a_step(token
     def checkerboard(batch):
         return torch.stack([torch.full((1, HEIGHT, WIDTH), float(sum(place) % 2)) for _, place in batch])
 
-    image_HW = blend_tiles(checkerboard, 1, 1, tiling, 4, torch.device("cpu"))[0, 0]
+    image_HW = blend_tiles(checkerboard, 1, 1, tiling, 4, FittingBatches(torch.device("cpu")))[0, 0]
     steps = max(image_HW.diff(dim=dim).abs().max().item() for dim in (0, 1))
     assert steps <= largest_step and image_HW.min() >= 0 and image_HW.max() <= 1 and image_HW[0, 0] == 0
     assert overlap > 0 or steps == 1
