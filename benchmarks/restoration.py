@@ -29,7 +29,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from benchmarks import cifar10
 from benchmarks.classifier import CLASSIFIER_SECONDS
-from benchmarks.conditions import COLUMNS, PICTURE_SCALE, make_classifier, save_tensors
+from benchmarks.conditions import PICTURE_SCALE, make_classifier, save_tensors
 from benchmarks.measuring import RESULTS, record, use_two_cpu_threads
 from benchmarks.parallel_sampling import ANY_ORDER, BATCH, MINUTES, RASTER, SEED, Judge, make_recipe, make_tokens, train
 from benchmarks.two_levels import reconstruct
@@ -48,6 +48,8 @@ from vqmosaic.seeding import generator
 
 IMAGES, HELD_OUT_IMAGES = 2_000, 200
 JPEG_QUALITY, MISSING = 10, 0.3
+COLUMNS = 8
+"""Images in each row of the picture, which has 26 rows."""
 DAMAGES = ("noise 10", "noise 25", "noise 50", "JPEG 10", "30 % missing")
 NOISES = {"noise 10": (6, 10, 15), "noise 25": (15, 25, 35), "noise 50": (30, 50, 70), "JPEG 10": (6, 12, 25), "30 % missing": (6, 12, 25)}
 """For each kind of damage, the values of `noise` that are compared on the held-out images."""

@@ -1,8 +1,8 @@
 """Operations that are faster than torch's on some devices. Elsewhere, and wherever they do not apply, torch's own are used.
 
 Each file has the plain reference, the faster version, and the condition under which it applies. The gain is the time of a training step or of
-sampling without the kernel, divided by the time with it, on two cores of an AMD EPYC with bf16 instructions, for dropout of an Intel Xeon with them
-(benchmarks/RESULTS.md, "Kernels").
+sampling without the kernel, divided by the time with it, on two cores of an AMD EPYC with bf16 instructions; for dropout, on those of an
+Intel Xeon (benchmarks/RESULTS.md, "Kernels").
 
 ====================== ========================================================= ==========================================================
 file                   when it applies                                           gain
